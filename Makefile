@@ -1,0 +1,75 @@
+# All that a checkout needs, given Python >= 3.11 and make. `make` alone lists the targets.
+
+VENV    ?= .venv
+EXTRAS  ?= dev
+ARGS    ?=
+WORKERS ?= 2
+BIN     := $(VENV)/bin
+
+# The first interpreter that is new enough and can make environments. python3 leads: it is the one the user chose.
+PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo "$$p"; break; }; done)
+
+# Two test processes share the cores with torch's own threads. Threads that spin while they wait then make the tests
+# several times slower; sleeping ones do not and, unlike OMP_NUM_THREADS=1, leave their number to torch and the tests.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help venv install bench test test-all check lint types format dist clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  ARGS="..."      goes to the benchmark or to pytest:  make test ARGS="tests/test_config.py -k preset"'
+	@echo '  EXTRAS=dev,hf   more optional dependencies           PYTHON=python3.12   another interpreter'
+	@echo '  WORKERS=8       parallel test processes              VENV=path           another environment'
+
+venv: $(BIN)/python ## create the empty environment (to put a particular torch build in it first)
+
+install: $(VENV)/$(EXTRAS).stamp ## install the package for development
+
+bench: $(VENV)/bench.stamp ## measure this machine: make bench ARGS="--help"
+	$(BIN)/xfm-fast bench $(ARGS)
+
+test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/$(EXTRAS).stamp ## run every test
+	$(PYTEST) $(ARGS)
+
+check: lint types ## run every check that is not a test
+
+lint: $(VENV)/$(EXTRAS).stamp ## check rules and formatting (ruff)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/$(EXTRAS).stamp ## check types (pyright)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/$(EXTRAS).stamp ## apply the formatting and the safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+dist: $(VENV)/$(EXTRAS).stamp ## build the source distribution and the wheel
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean: ## remove builds and caches
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment as well
+	rm -rf .venv
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { \
+		echo "xfm-fast needs Python 3.11 or newer with its venv module, and found none."; \
+		echo "Install one (on Debian or Ubuntu: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python"; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""From a model to a serving engine: ONNX graphs, TensorRT engines and one session that runs them."""

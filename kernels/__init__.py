@@ -1,0 +1,1 @@
+"""The fast operations: public functions, their plain definitions, CPU and Triton implementations."""

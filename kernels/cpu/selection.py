@@ -1,0 +1,100 @@
+"""Which of several equivalent implementations this CPU runs fastest: measured once per process, verified first.
+
+PyTorch sends fp32 products to MKL, which is the best choice on some processors and reaches less than half of what
+oneDNN does on others; no flag tells them apart. So the candidates are timed, interleaved, on a product of the model's
+own shape. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
+_MARGIN = 0.97
+_ROUNDS = 9
+# What another order of summation may add to the error of a product, relative to its largest value.
+_SUMMATION = 4e-6
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of one comparison: the chosen candidate, and the seconds of those that passed."""
+
+    operation: str
+    dtype: torch.dtype
+    chosen: str
+    seconds: dict[str, float]
+    rejected: dict[str, str]
+
+
+_selections: dict[tuple[str, torch.dtype, int], Selection] = {}
+_lock = threading.Lock()
+
+
+def select(
+    operation: str,
+    candidates: dict[str, Callable[..., Tensor]],
+    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
+    dtype: torch.dtype,
+) -> str:
+    """Name of the fastest of `candidates` (the first is the trusted one) on the arguments that `make_arguments` gives."""
+    key = (operation, dtype, torch.get_num_threads())
+    found = _selections.get(key)
+    if found is None:
+        with _lock:
+            found = _selections.get(key)
+            if found is None:
+                found = _compare(operation, candidates, make_arguments, dtype)
+                _selections[key] = found
+    return found.chosen
+
+
+def selections() -> list[Selection]:
+    """Every comparison made so far in this process."""
+    return list(_selections.values())
+
+
+def _compare(
+    operation: str,
+    candidates: dict[str, Callable[..., Tensor]],
+    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
+    dtype: torch.dtype,
+) -> Selection:
+    trusted_name, trusted = next(iter(candidates.items()))
+    rejected: dict[str, str] = {}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        arguments = make_arguments(dtype)
+        wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+        truth = trusted(*wide)
+        allowed = 2 * _error(trusted(*arguments), truth) + 2 * torch.finfo(dtype).eps + _SUMMATION
+        usable = {trusted_name: trusted}
+        for name, candidate in list(candidates.items())[1:]:
+            try:
+                error = _error(candidate(*arguments), truth)
+            except (RuntimeError, AttributeError, TypeError, NotImplementedError) as failure:
+                rejected[name] = str(failure).splitlines()[0]
+                continue
+            if error <= allowed:
+                usable[name] = candidate
+            else:
+                rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
+        seconds = dict.fromkeys(usable, float("inf"))
+        for _ in range(_ROUNDS if len(usable) > 1 else 0):
+            for name, candidate in usable.items():
+                start = time.perf_counter()
+                candidate(*arguments)
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    fastest = min(seconds, key=seconds.__getitem__)
+    chosen = fastest if seconds[fastest] < _MARGIN * seconds[trusted_name] else trusted_name
+    return Selection(operation, dtype, chosen, seconds, rejected)
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).abs().max() / truth.abs().max()).item()

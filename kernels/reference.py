@@ -1,0 +1,99 @@
+"""Every operation in a few lines of plain PyTorch: its definition, and the oracle of every faster path.
+
+These functions are differentiable, run on any device and dtype, and are meant to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None
+) -> Tensor:
+    out = F.linear(x, weight, bias)
+    if gamma is not None:
+        out = gamma * out
+    if row_scale is not None:
+        out = row_scale.view(-1, *[1] * (out.ndim - 1)) * out
+    return residual + out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def relative_position_index(window: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Row of the position table for every (query, key) pair of a window with a class token: `[N, N]`, N = 1 + wh·ww.
+
+    Patches are row-major; the entry is `(dy + wh - 1)·(2·ww - 1) + (dx + ww - 1)` with (dy, dx) = query - key. The last
+    three rows of the table are class→patch, patch→class and class→class (BEiT, arXiv 2106.08254).
+    """
+    height, width = window
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    dy = rows[:, None] - rows[None, :] + height - 1
+    dx = columns[:, None] - columns[None, :] + width - 1
+    distances = (2 * height - 1) * (2 * width - 1)
+    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.long, device=device)
+    index[1:, 1:] = dy * (2 * width - 1) + dx
+    index[0, :] = distances
+    index[:, 0] = distances + 1
+    index[0, 0] = distances + 2
+    return index
+
+
+def position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """`[(2wh-1)(2ww-1)+3, H]` → `[H, N, N]`."""
+    index = relative_position_index(window, table.device)
+    return table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1)
+
+
+def relpos_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    window: tuple[int, int],
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q * scale) @ k.transpose(-1, -2) + position_bias(table, window)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outputs = []
+    for i in range(len(bounds_q) - 1):
+        queries = q[bounds_q[i] : bounds_q[i + 1]].transpose(0, 1)
+        keys, values = (t[bounds_k[i] : bounds_k[i + 1]].transpose(0, 1) for t in (k, v))
+        scores = queries @ keys.transpose(-1, -2) * scale
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[bounds_k[i] : bounds_k[i + 1]], -torch.inf)
+        # A sequence without any key to attend to yields zeros.
+        weights = torch.nan_to_num(scores.softmax(-1)) if key_mask is not None else scores.softmax(-1)
+        outputs.append((F.dropout(weights, dropout_p) @ values).transpose(0, 1))
+    return torch.cat(outputs) if outputs else q.new_zeros(q.shape)

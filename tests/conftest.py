@@ -1,0 +1,194 @@
+"""Golden vectors of the official code, and what every test shares: few threads, fixed seeds.
+
+The helpers can be imported (`from tests.conftest import golden, load_tensors`) or taken as fixtures of the same name.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import random
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+
+CASES = ["tiny_a", "tiny_b"]
+PACKED = Path(__file__).parent / "data" / "golden"
+
+torch.set_num_threads(2)
+settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("reproducible")
+_unpacked = tempfile.TemporaryDirectory(prefix="xfm-golden-")
+
+
+def golden(relative_path: str) -> Path:
+    """The file with these golden vectors; skips the test where there is none.
+
+    The folder named by `XFM_GOLDEN` (a complete set) comes first, then the part kept in `tests/data/golden`, where
+    large files are xz-compressed.
+    """
+    complete = os.environ.get("XFM_GOLDEN")
+    if complete and (Path(complete) / relative_path).is_file():
+        return Path(complete) / relative_path
+    if (PACKED / relative_path).is_file():
+        return PACKED / relative_path
+    if (PACKED / f"{relative_path}.xz").is_file():
+        return _unpack(relative_path)
+    hint = f"nor in XFM_GOLDEN={complete}" if complete else "and XFM_GOLDEN, the folder of a complete set, is not set"
+    pytest.skip(f"golden vectors {relative_path} are not in tests/data/golden {hint}", allow_module_level=True)
+
+
+@cache
+def _unpack(relative_path: str) -> Path:
+    path = Path(_unpacked.name) / relative_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(lzma.decompress((PACKED / f"{relative_path}.xz").read_bytes()))
+    return path
+
+
+def load_tensors(name: str) -> dict[str, Tensor]:
+    """All tensors of `<name>.safetensors`, such as `load_tensors("tiny_b/weights")`."""
+    return load_file(golden(f"{name}.safetensors"))
+
+
+def load_json(name: str) -> Any:
+    """The content of `<name>.json`, such as `load_json("tiny_b/config")`."""
+    return json.loads(golden(f"{name}.json").read_text())
+
+
+def config(case: str, **overrides: Any) -> XFMConfig:
+    """The configuration of `tiny_a`, `tiny_b` or `base`."""
+    if case == "base":
+        return XFMConfig.preset("base", **overrides)
+    return XFMConfig.from_official(load_json(f"{case}/config"), **overrides)
+
+
+@cache
+def official_keys(model: str = "base") -> dict[str, dict[str, Any]]:
+    """Every state-dict entry of an official base-size class: name -> `{"shape", "dtype", "kind", ...}`.
+
+    Args:
+        model: `base` for the pretraining model, or a fine-tuning class such as `XFMForVQA`, in its own naming.
+    """
+    keys: dict[str, dict[str, Any]] = load_json("official_keys_base")["keys"]
+    if model == "base":
+        return keys
+    change = load_json(f"official_keys_{model}")
+    lacking = set(change["pretrain_keys_not_in_this_model"])
+    shapes = {name: both["this"] for name, both in change["shape_differs_from_pretrain_224"].items()}
+    out = {}
+    for name, entry in keys.items():
+        if name not in lacking:
+            fine_tuned = re.sub(r"^text_encoder\.roberta\.", "text_encoder.", name)
+            out[fine_tuned] = entry | {"shape": shapes.get(fine_tuned, entry["shape"])}
+    return out | change["keys_not_in_pretrain"]
+
+
+def base_shapes() -> dict[str, list[int]]:
+    """Name -> shape of every floating-point entry of the official base model."""
+    return {name: entry["shape"] for name, entry in official_keys().items() if entry["dtype"] == "float32"}
+
+
+def base_tensor(name: str, shape: Iterable[int]) -> Tensor:
+    """The weight that the base-size vectors were computed with: normal noise seeded by the name, scaled by kind."""
+    shape = tuple(shape)
+    if name == "temp":
+        return torch.full(shape, 0.07)
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    noise = generator.standard_normal(shape).astype(np.float32)
+    single = np.float32
+    if "relative_position_bias_table" in name:
+        value = single(0.2) * noise
+    elif ".gamma_" in name:
+        value = single(0.1) + single(0.01) * noise
+    elif len(shape) == 1 and name.endswith("weight"):
+        value = single(1) + single(0.1) * noise
+    elif len(shape) > 1 and re.search(r"\.(query|key|qkv)\.", name):
+        value = single(0.04) * noise
+    else:
+        value = single(0.02) * noise
+    return torch.from_numpy(np.asarray(value))
+
+
+def base_state(shapes: Mapping[str, Iterable[int]] | None = None) -> dict[str, Tensor]:
+    """Official base-size weights, for all floating-point entries (1.8 GB) or those in `shapes`; tied names share."""
+    ties = {
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+        "lm_cap_head.decoder.bias": "lm_cap_head.bias",
+    }
+    made: dict[str, Tensor] = {}
+    out = {}
+    for name, shape in (base_shapes() if shapes is None else shapes).items():
+        part, _, rest = name.partition(".")
+        origin = f"{part}.{ties[rest]}" if part in ("text_encoder", "fusion_encoder") and rest in ties else name
+        if origin not in made:
+            made[origin] = base_tensor(origin, shape)
+        out[name] = made[origin]
+    return out
+
+
+def base_inputs() -> dict[str, Tensor]:
+    """The inputs of the base-size vectors; `base/inputs` holds the integers and image corners to check them by."""
+    # One generator feeds everything, so the order of the draws is part of the rule.
+    draw = np.random.Generator(np.random.PCG64(20230105))
+    out: dict[str, np.ndarray] = {}
+    for size in (224, 384):
+        out[f"image_{size}"] = draw.standard_normal((2, 3, size, size)).astype(np.float32)
+    for length, real in ((30, (30, 17)), (40, (13, 40))):
+        ids = draw.integers(4, 50264, size=(2, length))
+        mask = np.arange(length) < np.array(real)[:, None]
+        ids[:, 0] = 0
+        ids[range(2), [count - 1 for count in real]] = 2
+        ids[~mask] = 1
+        out[f"text_{length}_ids"], out[f"text_{length}_atts"] = ids, mask.astype(np.int64)
+    masked = out["text_30_ids"].copy()
+    positions, labels = np.zeros((2, 15), np.int64), np.full((2, 15), -100, np.int64)
+    for row, (length, count) in enumerate(((30, 15), (17, 8))):
+        chosen = draw.permutation(np.arange(1, length))[:count]
+        positions[row, :count] = chosen
+        labels[row, :count] = masked[row, chosen]
+        masked[row, chosen] = 50264
+    out |= {"text_30_ids_masked": masked, "masked_pos": positions, "masked_ids": labels}
+    patches = np.zeros((2, 196), np.uint8)
+    for row in patches:
+        row[draw.permutation(196)[:75]] = 1
+    out["image_mask_224"] = patches
+    return {name: torch.from_numpy(value) for name, value in out.items()}
+
+
+def _as_fixture(helper: Callable[..., Any]) -> Callable[..., Any]:
+    @pytest.fixture(scope="session", name=helper.__name__)
+    def fixture() -> Callable[..., Any]:
+        return helper
+
+    return fixture
+
+
+golden_fixture = _as_fixture(golden)
+load_tensors_fixture = _as_fixture(load_tensors)
+load_json_fixture = _as_fixture(load_json)
+config_fixture = _as_fixture(config)
+base_state_fixture = _as_fixture(base_state)
+base_inputs_fixture = _as_fixture(base_inputs)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,108 @@
+"""Caption cleaning against official examples, and the byte-level vocabulary."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import DataError
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+TEXTS = ["a cat on a mat", "a dog in the fog", "the cat and the dog", "größe ☕ and naïve words"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer.train_on_texts(TEXTS, 512)
+
+
+def test_cleaning_reproduces_the_official_examples(load_json: Callable[[str], Any]) -> None:
+    examples = load_json("metrics/metrics")["pre_caption_max30"]
+    assert examples
+    for example in examples:
+        assert pre_caption(example["raw"]) == example["out"]
+
+
+@pytest.mark.parametrize("caption", ["", "   ", "?!", "\n", ". - /"])
+def test_nothing_left_is_an_error(caption: str) -> None:
+    with pytest.raises(DataError, match="empty after cleaning"):
+        pre_caption(caption)
+
+
+def test_cleaning_is_idempotent_on_clean_text() -> None:
+    assert pre_caption(pre_caption("A man, riding -- a wave!")) == "a man riding a wave"
+
+
+def test_special_tokens_have_their_official_places(tokenizer: CaptionTokenizer) -> None:
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    tokenizer.check(XFMConfig.preset("tiny"))
+    tokenizer.check(XFMConfig.preset("base"))
+    assert tokenizer.encode(["<mask>"], 5)[0][0, 1] == tokenizer.vocab_size - 1
+
+
+def test_encoding_wraps_cuts_and_pads(tokenizer: CaptionTokenizer) -> None:
+    ids, mask = tokenizer.encode(["a cat on a mat", "the dog"], 10)
+    assert ids.shape == mask.shape == (2, 10)
+    assert ids[:, 0].tolist() == [0, 0]
+    for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True):
+        assert row[length - 1] == 2
+        assert row[length:] == [1] * (10 - length)
+    assert tokenizer.decode(ids[0].tolist()) == "a cat on a mat"
+    short, short_mask = tokenizer.encode(["a cat on a mat"], 4)
+    assert short[0].tolist() == [*ids[0, :3].tolist(), 2]
+    assert short_mask.all()
+    longest, _ = tokenizer.encode(["a cat on a mat", "the dog"], 10, pad_to_longest=True)
+    assert longest.shape[1] == mask.sum(1).max()
+
+
+@given(st.text(min_size=1))
+def test_any_text_survives_the_round_trip(text: str) -> None:
+    tokenizer = CaptionTokenizer.train_on_texts(TEXTS, 300)
+    if any(special in text for special in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")):
+        return
+    ids, mask = tokenizer.encode([text], 10_000)
+    assert tokenizer.decode(ids[0, : int(mask.sum())].tolist()) == text
+
+
+def test_files_give_the_same_ids(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    expected = tokenizer.encode(TEXTS, 20)[0]
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert CaptionTokenizer.from_files(path).encode(TEXTS, 20)[0].equal(expected)
+
+
+def test_vocabulary_and_merges(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
+    import json
+
+    tokenizer.save(tmp_path / "whole.json")
+    model = json.loads((tmp_path / "whole.json").read_text())["model"]
+    folder = tmp_path / "roberta"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+    assert CaptionTokenizer.from_files(folder).encode(TEXTS, 20)[0].equal(tokenizer.encode(TEXTS, 20)[0])
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        CaptionTokenizer.from_files(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="no readable tokenizer"):
+        CaptionTokenizer.from_files(tmp_path)
+
+
+def test_a_vocabulary_too_large_for_the_model(tokenizer: CaptionTokenizer) -> None:
+    with pytest.raises(DataError, match="entries and the model"):
+        tokenizer.check(XFMConfig.preset("tiny", vocab_size=100))
+
+
+def test_impossible_sizes(tokenizer: CaptionTokenizer) -> None:
+    with pytest.raises(DataError, match="at least 261"):
+        CaptionTokenizer.train_on_texts(TEXTS, 100)
+    with pytest.raises(DataError, match="at least 3"):
+        tokenizer.encode(TEXTS, 2)

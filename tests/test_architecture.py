@@ -1,0 +1,176 @@
+"""The house rules that a program can check: which way imports point, and what no file may hold.
+
+Arrows between the parts of `xfm_fast` point one way, `cli → training, tasks, export, benchmarks → models → kernels`:
+a part imports from lower levels and from beside it, and no two parts import each other.
+"""
+
+import ast
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEVELS = {
+    "errors": 0,
+    "config": 1,
+    "mapped": 1,
+    "kernels": 1,
+    "packing": 2,
+    "data": 2,
+    "checkpoint": 2,
+    "models": 3,
+    "objectives": 4,
+    "replace": 4,
+    "training": 5,
+    "tasks": 5,
+    "export": 5,
+    "benchmarks": 5,
+    "cli": 6,
+}
+KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "numpy", "xfm_fast.kernels", "xfm_fast.errors"}
+BANNER = re.compile(r"#\s*([-=#*~_─═])\s*(\1\s*){3,}")
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+
+
+def _files() -> list[Path]:
+    folders = ("xfm_fast", "kernels", "export", "benchmarks", "tests")
+    # rglob does not enter the links in xfm_fast, so every file comes once.
+    files = {path for folder in folders for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts}
+    links = [path for path in (ROOT / "xfm_fast").iterdir() if path.is_symlink()]
+    return sorted(path for path in files if not any(path.is_relative_to(link) for link in links))
+
+
+FILES = _files()
+SOURCES = [path for path in FILES if not path.is_relative_to(ROOT / "tests")]
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def _module(path: Path) -> str:
+    """The import name: kernels/ops.py is xfm_fast.kernels.ops, tests/test_x.py is tests.test_x."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] not in ("xfm_fast", "tests"):
+        parts = ("xfm_fast", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_module(path) for path in SOURCES}
+
+
+def _part(module: str) -> str | None:
+    """The part of the house that a module is of: `models` for xfm_fast.models.text, none for the package itself."""
+    parts = module.split(".")
+    if parts[0] != "xfm_fast" or len(parts) == 1:
+        return None
+    return next((name for name in LEVELS if parts[1] == name or parts[1].startswith(f"{name}_")), parts[1])
+
+
+def _level(part: str) -> int:
+    """A part that the table lacks stands beside the models."""
+    return LEVELS.get(part, LEVELS["models"])
+
+
+@lru_cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Names and lines of all that a file imports, at its head or inside functions, relative imports resolved."""
+    module = _module(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            for alias in node.names:
+                # `from xfm_fast import kernels` imports a module, `from xfm_fast.errors import InputError` a name.
+                inner = f"{base}.{alias.name}"
+                yield (inner if inner in MODULES else base), node.lineno
+
+
+def _within(module: str, packages: set[str] | frozenset[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def test_the_tree_is_seen() -> None:
+    assert {"xfm_fast.config", "xfm_fast.kernels"} <= MODULES
+    assert len(FILES) == len({path.resolve() for path in FILES})
+
+
+def test_arrows_point_one_way() -> None:
+    wrong = []
+    for path in SOURCES:
+        source = _part(_module(path))
+        if source is None:
+            continue
+        for imported, line in _imports(path):
+            target = _part(imported)
+            if target is None or target == source:
+                continue
+            if target == "cli" or _level(target) > _level(source):
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {source} imports {imported}")
+    assert not wrong, "imports against the arrows:\n" + "\n".join(wrong)
+
+
+def test_no_two_parts_import_each_other() -> None:
+    arrows: dict[str, set[str]] = {}
+    for path in SOURCES:
+        source = _part(_module(path))
+        targets = {_part(imported) for imported, _ in _imports(path)}
+        if source is not None:
+            arrows.setdefault(source, set()).update(target for target in targets if target not in (None, source))
+    mutual = sorted((a, b) for a, targets in arrows.items() for b in targets if a < b and a in arrows.get(b, ()))
+    assert not mutual, f"pairs of parts that import each other: {mutual}"
+
+
+def test_kernels_know_nothing_of_models() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {imported}"
+        for path in SOURCES
+        if _part(_module(path)) == "kernels"
+        for imported, line in _imports(path)
+        if not _within(imported, KERNELS_MAY_IMPORT)
+    ]
+    assert not wrong, "kernels/ may import the standard library, torch, triton and numpy:\n" + "\n".join(wrong)
+
+
+@each_file
+def test_linked_folders_are_imported_by_their_package_name(path: Path) -> None:
+    """`import kernels` would run the files a second time and register every operator twice."""
+    wrong = [name for name, _ in _imports(path) if name.split(".")[0] in ("kernels", "export", "benchmarks")]
+    assert not wrong, f"write xfm_fast.{wrong[0]}"
+
+
+@each_file
+def test_file_is_named_after_an_idea(path: Path) -> None:
+    assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+
+
+@each_file
+def test_comments_are_sober(path: Path) -> None:
+    wrong = []
+    with tokenize.open(path) as source:
+        for token in tokenize.generate_tokens(source.readline):
+            if token.type == tokenize.COMMENT and (BANNER.match(token.string) or UNFINISHED.search(token.string)):
+                wrong.append(f"line {token.start[0]}: {token.string}")
+    assert not wrong, "banners and to-do notes (open an issue instead):\n" + "\n".join(wrong)
+
+
+@each_file
+def test_torch_load_reads_weights_only(path: Path) -> None:
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert arguments.get("weights_only") == "True", (
+                f"line {node.lineno}: torch.load without weights_only=True runs code from the file"
+            )

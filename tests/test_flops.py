@@ -1,0 +1,124 @@
+"""Counts against PyTorch's own counter, against hand counts, and against the figures that the project quotes."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from xfm_fast import flops
+from xfm_fast.benchmarks.baselines import OfficialTwin
+from xfm_fast.config import XFMConfig
+from xfm_fast.kernels import ops
+from xfm_fast.models.xfm import XFM
+from xfm_fast.packing import ImageGroups, Packing
+
+CONFIGS = [
+    XFMConfig.preset("tiny"),
+    XFMConfig.preset("tiny", image_size=40, vision_width=48, vision_heads=3, text_width=32, text_intermediate=80),
+]
+LENGTHS = [7, 12, 3, 9]
+PADDED = 12
+MASK = (torch.arange(PADDED) < torch.tensor(LENGTHS)[:, None]).long()
+each_config = pytest.mark.parametrize("cfg", CONFIGS)
+
+
+def _measured(counter: FlopCounterMode) -> int:
+    return counter.get_total_flops()
+
+
+def _ids(cfg: XFMConfig) -> Tensor:
+    return torch.randint(4, cfg.vocab_size, (len(LENGTHS), PADDED)).masked_fill(MASK == 0, cfg.pad_token_id)
+
+
+@each_config
+def test_official_counts_are_those_of_the_twin(cfg: XFMConfig) -> None:
+    twin = OfficialTwin(XFM(cfg).eval())
+    pixels = torch.randn(3, 3, cfg.image_size, cfg.image_size)
+    padded = [PADDED] * len(LENGTHS)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            images = twin.encode_image(pixels)
+        assert _measured(counter) == flops.image_encoder(cfg, 3).total
+        with FlopCounterMode(display=False) as counter:
+            texts = twin.encode_text(_ids(cfg), MASK)
+        assert _measured(counter) == flops.text_encoder(cfg, padded).total
+        with FlopCounterMode(display=False) as counter:
+            twin.rerank_image(images[0], texts, MASK)
+        assert _measured(counter) == flops.official_fusion(cfg, len(LENGTHS), PADDED).total
+        with FlopCounterMode(display=False) as counter:
+            twin.project_image(images)
+            twin.project_text(texts)
+        assert _measured(counter) == flops.contrastive_features(cfg, 3, len(LENGTHS)).total
+
+
+@each_config
+@pytest.mark.parametrize("first_token_only", [False, True])
+@pytest.mark.parametrize("self_attended", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_packed_counts_are_those_of_the_model(
+    cfg: XFMConfig, first_token_only: bool, self_attended: bool, layers: int
+) -> None:
+    cfg = cfg.replace(fusion_layers=layers)
+    model = XFM(cfg).eval()
+    images = torch.randn(2, cfg.num_image_tokens, cfg.vision_width)
+    packing = Packing.from_mask(MASK)
+    groups = ImageGroups.from_index(torch.tensor([0, 0, 0, 1]), 2)
+    with torch.no_grad(), ops.use_backend("reference"):
+        with FlopCounterMode(display=False) as counter:
+            texts = model.encode_text(_ids(cfg), MASK)
+        assert _measured(counter) == flops.text_encoder(cfg, LENGTHS).total
+        with FlopCounterMode(display=False) as counter:
+            memory = model.image_memory(images)
+        assert _measured(counter) == flops.image_memory(cfg, 2).total
+        assert sum(layer.numel() for layer in memory.layers) == 2 * flops.image_memory_values(cfg)
+        tokens = packing.pack(texts)
+        with FlopCounterMode(display=False) as counter:
+            attended = model.fusion_encoder.first_self_attention(tokens, packing)
+        assert _measured(counter) == flops.first_self_attention(cfg, torch.tensor(LENGTHS)).total
+        with FlopCounterMode(display=False) as counter:
+            fused = model.fusion_encoder(
+                attended if self_attended else tokens,
+                packing,
+                memory,
+                groups,
+                first_token_only=first_token_only,
+                self_attended=self_attended,
+            )
+        expected = flops.fusion(cfg, LENGTHS, first_token_only=first_token_only, self_attended=self_attended)
+        assert _measured(counter) == expected.total
+        with FlopCounterMode(display=False) as counter:
+            model.match_logits(fused[: len(LENGTHS), None])
+        assert _measured(counter) == flops.matching_head(cfg, len(LENGTHS)).total
+
+
+def test_hand_counts() -> None:
+    cfg = XFMConfig.preset("tiny")
+    # Tiny: 16 patches of 3·8·8 values, 17 tokens of width 64, MLP 256, 3 blocks.
+    patches = 2 * 16 * 192 * 64
+    block = 2 * 17 * 64 * (3 * 64 + 64 + 256 + 256) + 2 * 17 * 17 * 64 * 2
+    assert flops.image_encoder(cfg, 2).total == 2 * (patches + 3 * block)
+    # Tiny text: width 64, MLP 128, 3 layers; lengths 2 and 5.
+    layer = 2 * 7 * 64 * (4 * 64 + 2 * 128) + 2 * 2 * (4 + 25) * 64
+    assert flops.text_encoder(cfg, [2, 5]).total == 3 * layer
+    assert flops.text_encoder(cfg, [2, 5]).attention == 3 * 4 * 29 * 64
+
+
+def test_figures_of_the_official_evaluation() -> None:
+    cfg = XFMConfig.preset("base", image_size=384)
+    pair = flops.official_fusion(cfg, 1, 40)
+    assert pair.total == pytest.approx(25.2e9, rel=0.005)
+    assert flops.image_memory(cfg, 1).total / pair.total == pytest.approx(0.65, abs=0.01)
+    pairs = flops.official_pairs(5000, 25010, 256)
+    assert pairs == (5000 + 25010) * 256
+    assert pairs * pair.total == pytest.approx(193e15, rel=0.01)
+
+
+def test_no_more_candidates_than_there_are() -> None:
+    assert flops.official_pairs(4, 100, 16) == 4 * 16 + 100 * 4
+
+
+def test_counts_add_and_multiply() -> None:
+    count = flops.Count(3, 4)
+    assert count + flops.Count(1, 1) == flops.Count(4, 5)
+    assert 2 * count == count * 2 == flops.Count(6, 8)
+    assert sum([count, count], flops.Count()).total == 14

@@ -1,0 +1,179 @@
+"""The package that is built from the checkout: what it holds, what it must not hold, and that it can be imported.
+
+`xfm_fast/kernels`, `export` and `benchmarks` are links to folders beside `xfm_fast`. Builds go through them, so that
+the wheel and the source distribution hold plain files; the same folders must not become packages of their own.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from configparser import ConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("benchmarks", "export", "kernels")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DATA_SUFFIXES = {".json", ".yaml", ".html", ".css", ".js"}
+
+
+@dataclass
+class Builds:
+    source: Path  # the tree that was built, a copy of the checkout
+    sdist: Path
+    wheel: Path
+    wheel_from_sdist: Path
+    unpacked: Path  # the wheel's content
+
+
+def _build(kind: str, tree: Path, into: Path) -> Path:
+    into.mkdir(parents=True)
+    code = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"build_{kind}", str(into)], cwd=tree, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"build_{kind} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    (built,) = into.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    pytest.importorskip("setuptools", minversion="77.0.3")
+    base = tmp_path_factory.mktemp("packaging")
+    source = base / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for name in ("xfm_fast", *LINKED):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    # A test in the tree shows that tests are left out.
+    (source / "tests").mkdir()
+    (source / "tests" / "test_nothing.py").touch()
+
+    sdist = _build("sdist", source, base / "sdist")
+    wheel = _build("wheel", source, base / "wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(base / "unpacked-sdist", filter="data")
+    (tree,) = (base / "unpacked-sdist").iterdir()
+    wheel_from_sdist = _build("wheel", tree, base / "wheel-from-sdist")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(base / "unpacked")
+    return Builds(source, sdist, wheel, wheel_from_sdist, base / "unpacked")
+
+
+def _contents(wheel: Path) -> dict[str, int]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {entry.filename: entry.CRC for entry in archive.infolist() if not entry.is_dir()}
+
+
+def _payload(tree: Path) -> Iterator[str]:
+    for folder, _, files in os.walk(tree / "xfm_fast", followlinks=True):
+        for name in files:
+            if name == "py.typed" or Path(name).suffix in DATA_SUFFIXES | {".py"}:
+                yield (Path(folder) / name).relative_to(tree).as_posix()
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_links_are_relative_and_lead_to_the_folder_beside_the_package(name: str) -> None:
+    link = ROOT / "xfm_fast" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert link.resolve() == ROOT / name
+    assert (ROOT / name).is_dir()
+    assert not (ROOT / name).is_symlink()
+
+
+def test_no_other_links_in_the_package() -> None:
+    links = {path.name for path in (ROOT / "xfm_fast").rglob("*") if path.is_symlink()}
+    assert links == set(LINKED)
+
+
+def test_wheel_holds_every_module_and_data_file(builds: Builds) -> None:
+    held = {name for name in _contents(builds.wheel) if ".dist-info/" not in name}
+    expected = set(_payload(builds.source))
+    assert held == expected, f"missing (no __init__.py beside it?): {expected - held}; unexpected: {held - expected}"
+    assert {f"xfm_fast/{name}/__init__.py" for name in LINKED} | {"xfm_fast/py.typed"} <= held
+
+
+def test_wheel_installs_one_top_level_package(builds: Builds) -> None:
+    roots = {name.split("/")[0] for name in _contents(builds.wheel)}
+    assert roots == {"xfm_fast", f"xfm_fast-{_version()}.dist-info"}
+
+
+def test_sdist_holds_plain_files_only(builds: Builds) -> None:
+    with tarfile.open(builds.sdist) as archive:
+        members = archive.getmembers()
+    assert not [member.name for member in members if not (member.isfile() or member.isdir())]
+    roots = {member.name.split("/")[1] for member in members if "/" in member.name}
+    assert roots >= {"xfm_fast", "pyproject.toml", "LICENSE", "CHANGELOG.md"}
+    assert not roots & {*LINKED, "tests"}
+
+
+def test_wheel_built_from_the_sdist_is_the_same(builds: Builds) -> None:
+    direct, detour = _contents(builds.wheel), _contents(builds.wheel_from_sdist)
+    assert sorted(direct) == sorted(detour)
+    assert {name for name in direct if direct[name] != detour[name]} == set()
+
+
+def test_wheel_imports_away_from_the_checkout(builds: Builds, tmp_path: Path) -> None:
+    code = """
+import importlib, importlib.metadata, pathlib, sys
+unpacked = pathlib.Path(sys.argv[1])
+sys.path.insert(0, str(unpacked))
+for name in ("xfm_fast", "xfm_fast.kernels", "xfm_fast.export", "xfm_fast.benchmarks", "xfm_fast.config"):
+    module = importlib.import_module(name)
+    assert pathlib.Path(module.__file__).is_relative_to(unpacked), (name, module.__file__)
+    assert module.__doc__, name
+import xfm_fast
+print(xfm_fast.__version__, importlib.metadata.version("xfm-fast"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(builds.unpacked)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [_version(), _version()]
+
+
+def test_linked_folders_are_no_top_level_packages(tmp_path: Path) -> None:
+    """True of an editable install too; a foreign package of the same name may exist."""
+    code = "import importlib.util, sys; [print(s.origin) for s in map(importlib.util.find_spec, sys.argv[1:]) if s]"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, *LINKED], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    origins = [Path(line).resolve() for line in done.stdout.splitlines()]
+    assert not [origin for origin in origins if origin.is_relative_to(ROOT) and ".venv" not in origin.parts]
+
+
+def test_command_line_entry_point(builds: Builds) -> None:
+    entry_points = ConfigParser()
+    (path,) = builds.unpacked.glob("*.dist-info/entry_points.txt")
+    entry_points.read(path, encoding="utf-8")
+    assert dict(entry_points["console_scripts"]) == {"xfm-fast": "xfm_fast.cli:main"}
+    assert {"xfm_fast/cli.py", "xfm_fast/cli/__init__.py"} & set(_contents(builds.wheel))
+
+
+def test_requirements_are_ranges() -> None:
+    extras = [item for items in PROJECT["optional-dependencies"].values() for item in items]
+    for requirement in PROJECT["dependencies"] + extras:
+        specification = requirement.split(";")[0]
+        assert not re.search(r"==|@|\+|<", specification), f"{requirement} must be a lower bound"
+
+
+def _version() -> str:
+    text = (ROOT / "xfm_fast" / "__init__.py").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
+    return version

@@ -1,0 +1,30 @@
+"""X-FM, the general foundation model for language, vision and vision-language, several times faster.
+
+Names are imported when they are first used, so that the command line answers before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xfm_fast.config import XFMConfig as XFMConfig
+    from xfm_fast.models.xfm import XFM as XFM
+    from xfm_fast.tasks.retrieval import Retriever as Retriever
+
+__version__ = "0.1.0"
+
+_HOMES = {"XFM": "xfm_fast.models.xfm", "XFMConfig": "xfm_fast.config", "Retriever": "xfm_fast.tasks.retrieval"}
+
+__all__ = ["XFM", "Retriever", "XFMConfig", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'xfm_fast' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,39 @@
+"""Checkpoints: official files and other people's encoders in, ours out, and back."""
+
+from xfm_fast.checkpoint.loading import LoadResult, load_into
+from xfm_fast.checkpoint.names import (
+    HEAD_PREFIXES,
+    LoadReport,
+    heads_in,
+    select_heads,
+    to_official,
+    to_ours,
+    underivable,
+)
+from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index
+from xfm_fast.checkpoint.reading import read_state_dict
+from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initialise, roberta_state
+from xfm_fast.checkpoint.storage import PretrainedFiles, load_pretrained_files, save_pretrained, write_files
+
+__all__ = [
+    "HEAD_PREFIXES",
+    "InitialisationReport",
+    "LoadReport",
+    "LoadResult",
+    "PretrainedFiles",
+    "beit2_state",
+    "heads_in",
+    "initialise",
+    "interpolate_table",
+    "load_into",
+    "load_pretrained_files",
+    "read_state_dict",
+    "relative_position_index",
+    "roberta_state",
+    "save_pretrained",
+    "select_heads",
+    "to_official",
+    "to_ours",
+    "underivable",
+    "write_files",
+]

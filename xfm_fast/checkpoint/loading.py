@@ -1,0 +1,208 @@
+"""Put a state dict into a module: everything is compared first, then everything is written, or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.checkpoint.names import HEAD_PREFIXES, TABLE, TIED, head_of, is_dead, our_name
+from xfm_fast.checkpoint.position_table import window_of
+from xfm_fast.errors import CheckpointError, InputError
+
+_SHOWN = 8
+
+
+@dataclass
+class LoadResult:
+    """What `load_into` was allowed to leave alone."""
+
+    fresh: list[str] = field(default_factory=list)
+    """Parameters of the module that the state dict lacks; they keep their values."""
+    surplus: list[str] = field(default_factory=list)
+    """Entries of the state dict that the module lacks; they were ignored."""
+
+
+def load_into(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    what: str,
+    fresh: Collection[str] = (),
+    surplus: Collection[str] = (),
+) -> LoadResult:
+    """Copy `state` into `module`, or raise one error that lists everything that does not fit and write nothing.
+
+    Values are converted to the dtype and device of the module.
+
+    Args:
+        what: names the source in the error, such as `"checkpoint model.th"`.
+        fresh: prefixes of parameters that `state` may lack (a new task head); `("",)` allows all.
+        surplus: prefixes of entries that `module` may lack.
+
+    Raises:
+        CheckpointError: missing, unexpected or mis-shaped entries, non-floating dtypes, or values that are NaN or
+            infinite.
+    """
+    own = module.state_dict()
+    on_meta = [name for name, tensor in own.items() if tensor.is_meta]
+    if on_meta:
+        raise CheckpointError(
+            f"{what} cannot be loaded: {len(on_meta)} parameters of the model, such as {on_meta[0]!r}, are on the meta "
+            "device and have no memory; call model.to_empty(device=...) first"
+        )
+    absent = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    result = LoadResult(
+        fresh=[name for name in absent if name.startswith(tuple(fresh))],
+        surplus=[name for name in extra if name.startswith(tuple(surplus))],
+    )
+    missing = [name for name in absent if not name.startswith(tuple(fresh))]
+    unexpected = [name for name in extra if not name.startswith(tuple(surplus))]
+    common = [name for name in own if name in state]
+    shapes = [name for name in common if state[name].shape != own[name].shape]
+    dtypes = [name for name in common if not _convertible(state[name], own[name])]
+    bad_values = [name for name in common if name not in dtypes and not _finite(state[name])]
+
+    groups = [
+        ("missing", missing),
+        ("unexpected", unexpected),
+        (
+            "wrong shape",
+            [f"{name}: {list(state[name].shape)}, the model has {list(own[name].shape)}" for name in shapes],
+        ),
+        ("wrong type", [f"{name}: {_type(state[name])}, the model has {_type(own[name])}" for name in dtypes]),
+        ("NaN or infinite", bad_values),
+    ]
+    problems = [_group(title, entries) for title, entries in groups if entries]
+    if problems:
+        remedies = _remedies(own, state, missing, unexpected, bad_values)
+        raise CheckpointError(
+            "\n".join([f"{what} does not fit the model; nothing was loaded", *problems, *(f"-> {r}" for r in remedies)])
+        )
+    with torch.no_grad():
+        for name in common:
+            own[name].copy_(state[name])
+    return result
+
+
+def _convertible(value: Tensor, target: Tensor) -> bool:
+    if value.is_meta or value.layout != torch.strided:
+        return False
+    return value.is_floating_point() if target.is_floating_point() else value.dtype == target.dtype
+
+
+def _finite(value: Tensor) -> bool:
+    if value.numel() == 0 or not value.is_floating_point():
+        return True
+    # One pass without a temporary as large as the tensor, which isfinite would need; NaN survives min and max.
+    low, high = torch.aminmax(value)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _type(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "meta tensor without values"
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name if tensor.layout == torch.strided else f"{str(tensor.layout).removeprefix('torch.')} {name}"
+
+
+def _group(title: str, entries: list[str]) -> str:
+    lines = [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN])]
+    if len(entries) > _SHOWN:
+        lines.append(f"    ... and {len(entries) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+# (parameter, dimension, field of XFMConfig that sets its size)
+_SIZES = (
+    ("vision_encoder.cls_token", 2, "vision_width"),
+    ("vision_encoder.patch_embed.proj.weight", 3, "patch_size"),
+    (f"vision_encoder.blocks.0{TABLE}", 1, "vision_heads"),
+    ("text_encoder.roberta.embeddings.word_embeddings.weight", 0, "vocab_size"),
+    ("text_encoder.roberta.embeddings.word_embeddings.weight", 1, "text_width"),
+    ("text_encoder.roberta.embeddings.position_embeddings.weight", 0, "max_positions"),
+    ("text_encoder.roberta.embeddings.token_type_embeddings.weight", 0, "type_vocab_size"),
+    ("text_encoder.roberta.encoder.layer.0.intermediate.dense.weight", 0, "text_intermediate"),
+    ("fusion_encoder.roberta.encoder.layer.0.intermediate.dense.weight", 0, "text_intermediate"),
+    ("vision_proj.weight", 0, "embed_dim"),
+)
+_STACKS = (
+    ("vision_encoder.blocks.", "vision_depth"),
+    ("text_encoder.roberta.encoder.layer.", "text_layers"),
+    ("fusion_encoder.roberta.encoder.layer.", "fusion_layers"),
+)
+
+
+def _remedies(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    missing: list[str],
+    unexpected: list[str],
+    bad_values: list[str],
+) -> list[str]:
+    official = [name for name in unexpected if our_name(name) != name or name in TIED or is_dead(name)]
+    if official:
+        return [
+            f"{official[0]!r} is a name of official checkpoints: convert it with to_ours, or load it with from_official"
+        ]
+    remedies = []
+    settings = _settings(own, state)
+    if settings:
+        remedies.append(
+            "the checkpoint belongs to a model with " + ", ".join(settings) + ": set that in the configuration"
+        )
+    for head in HEAD_PREFIXES:
+        lacking = {name for name in own if head_of(name) == head}
+        if lacking and lacking <= set(missing):
+            prefixes = ", ".join(f"{prefix}*" for prefix in HEAD_PREFIXES[head])
+            remedies.append(
+                f"the checkpoint has no {head!r} head ({prefixes}): leave it out of heads=... when building the model, "
+                "or allow fresh weights for it"
+            )
+        if not lacking and any(head_of(name) == head for name in unexpected):
+            remedies.append(
+                f"the model was built without the {head!r} head: include it in heads=..., or drop it with select_heads"
+            )
+    if bad_values:
+        remedies.append("NaN or infinite weights come from a diverged run or a damaged file: use an earlier checkpoint")
+    return remedies or ["check that the checkpoint and the model are of the same kind and configuration"]
+
+
+def _settings(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """The configuration of the checkpoint where it differs from the model, as far as shapes tell: `field=value`."""
+    found: dict[str, int] = {}
+    for name, dimension, setting in _SIZES:
+        ours, theirs = own.get(name), state.get(name)
+        if ours is None or theirs is None or ours.dim() != theirs.dim():
+            continue
+        if ours.shape[dimension] != theirs.shape[dimension]:
+            found[setting] = theirs.shape[dimension]
+    window = _window(state)
+    patch = state.get("vision_encoder.patch_embed.proj.weight")
+    if window and patch is not None and window != _window(own):
+        found["image_size"] = window * patch.shape[-1]
+    for prefix, setting in _STACKS:
+        depth = _depth(state, prefix)
+        if depth and depth != _depth(own, prefix):
+            found[setting] = depth
+    settings = [f"{setting}={value}" for setting, value in found.items()]
+    if "vision_proj.weight" in own and "vision_proj.weight" in state and ("temp" in own) != ("temp" in state):
+        settings.append(f"learnable_temperature={'temp' in state}")
+    return settings
+
+
+def _window(state: Mapping[str, Tensor]) -> int | None:
+    table = state.get(f"vision_encoder.blocks.0{TABLE}")
+    try:
+        return None if table is None else window_of(table)
+    except InputError:
+        return None
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    found = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in state)
+    return max((int(match[1]) + 1 for match in found if match), default=0)

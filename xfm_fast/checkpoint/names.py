@@ -1,0 +1,290 @@
+"""The official parameter names and ours: what is tied, what is dead, and the way there and back.
+
+Our names are the official pretraining names. What an official checkpoint has beyond them is either a second name of a
+tied tensor, an integer buffer that the configuration determines, or a weight that no output depends on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index, window_of
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError, InputError
+
+Naming = Literal["pretraining", "fine-tuning"]
+Head = Literal["mlm", "imlm", "contrastive", "matching", "boxes"]
+
+logger = logging.getLogger(__name__)
+
+TABLE = ".attn.relative_position_bias_table"
+INDEX = ".attn.relative_position_index"
+_BUFFERS = (".position_ids", ".relative_position_index")
+_LANGUAGE_MODELS = ("text_encoder", "fusion_encoder", "text_decoder")
+
+# Second name -> the name that is kept.
+TIED = {f"{part}.lm_head.decoder.bias": f"{part}.lm_head.bias" for part in _LANGUAGE_MODELS} | {
+    f"{part}.lm_head.decoder.weight": f"{part}.roberta.embeddings.word_embeddings.weight" for part in _LANGUAGE_MODELS
+}
+# Nothing depends on these, so a checkpoint in which they disagree is still good.
+_TIED_DEAD = {f"{part}.lm_cap_head.decoder.bias": f"{part}.lm_cap_head.bias" for part in _LANGUAGE_MODELS}
+
+_CAPTION_HEAD = ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "decoder.weight")
+_FUSION_EMBEDDINGS = tuple(
+    f"fusion_encoder.roberta.embeddings.{name}"
+    for name in ("position_embeddings.weight", "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+)
+_DEAD = (
+    "text_encoder.lm_cap_head.",
+    "fusion_encoder.lm_cap_head.",
+    "fusion_encoder.roberta.embeddings.position_embeddings.",
+    "fusion_encoder.roberta.embeddings.token_type_embeddings.",
+    "fusion_encoder.roberta.embeddings.LayerNorm.",
+    "fusion_proj.",
+)
+
+HEAD_PREFIXES: dict[Head, tuple[str, ...]] = {
+    "mlm": ("text_encoder.lm_head.",),
+    "imlm": ("fusion_encoder.lm_head.", "fusion_encoder.roberta.embeddings.word_embeddings."),
+    "contrastive": ("vision_proj.", "text_proj.", "temp"),
+    "matching": ("itm_head.",),
+    "boxes": ("bbox_head.",),
+}
+
+
+@dataclass
+class LoadReport:
+    """What `to_ours` did to an official state dict."""
+
+    naming: Naming = "pretraining"
+    """How the checkpoint names its text encoder; pass it to `to_official` for the way back."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Name in the checkpoint -> our name."""
+    interpolated: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Table -> (window in the checkpoint, window of the configuration), in patches per side."""
+    duplicates: dict[str, str] = field(default_factory=dict)
+    """Dropped second name of a tied tensor -> the name that was kept."""
+    buffers: list[str] = field(default_factory=list)
+    """Dropped integer buffers, which the configuration determines."""
+    unused: dict[str, Tensor] = field(default_factory=dict)
+    """Dead weights: no output of the model depends on them. `to_official` takes them back."""
+
+    @property
+    def unused_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.unused.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.naming} checkpoint"]
+        if self.unused:
+            lines.append(f"{len(self.unused)} dead weights left out ({self.unused_parameters:,} parameters)")
+        if self.interpolated:
+            source, target = next(iter(self.interpolated.values()))
+            lines.append(
+                f"{len(self.interpolated)} relative-position tables interpolated "
+                f"from {source}x{source} to {target}x{target}"
+            )
+        if self.renamed:
+            lines.append(f"{len(self.renamed)} names changed")
+        return "; ".join(lines)
+
+
+def is_dead(name: str) -> bool:
+    """Whether a weight of this (pretraining) name influences no output of the model."""
+    return name.startswith(_DEAD)
+
+
+def head_of(name: str) -> Head | None:
+    """The removable head that a parameter belongs to, or None."""
+    return next((head for head, prefixes in HEAD_PREFIXES.items() if name.startswith(prefixes)), None)
+
+
+def heads_in(state: Iterable[str]) -> tuple[Head, ...]:
+    """The heads of which a state dict has at least one parameter, in the order of `HEAD_PREFIXES`."""
+    present = {head_of(name) for name in state}
+    return tuple(head for head in HEAD_PREFIXES if head in present)
+
+
+def select_heads(state: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
+    """`state` without the parameters of heads that are not in `heads`."""
+    keep = {None, *heads}
+    return {name: value for name, value in state.items() if head_of(name) in keep}
+
+
+def our_name(name: str) -> str:
+    """The pretraining name of a parameter in a pretraining or fine-tuning checkpoint."""
+    name = re.sub(r"^visual_encoder\.", "vision_encoder.", name)
+    return re.sub(r"^text_encoder\.(embeddings|encoder)\.", r"text_encoder.roberta.\1.", name)
+
+
+def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, Tensor], LoadReport]:
+    """Turn the state dict of an official model into ours.
+
+    Fine-tuned names become pretraining names, second names of tied tensors, integer buffers and dead weights are left
+    out, and relative-position tables are interpolated to the window of `cfg`. Every other name, such as those of a
+    task head, passes through. Nothing is copied but interpolated tables.
+
+    Raises:
+        CheckpointError: two names of one tensor disagree, a name occurs in both forms, or a table fits no window.
+    """
+    state: dict[str, Tensor] = {}
+    report = LoadReport()
+    for name, value in official.items():
+        ours = our_name(name)
+        if ours.endswith(_BUFFERS):
+            report.buffers.append(name)
+            continue
+        if ours != name:
+            if ours in official:
+                raise CheckpointError(
+                    f"the checkpoint holds both {name!r} and {ours!r}, two names of one tensor; remove one of them"
+                )
+            report.renamed[name] = ours
+            if name.startswith("text_encoder."):
+                report.naming = "fine-tuning"
+        if is_dead(ours):
+            report.unused[ours] = value
+        elif ours.endswith(TABLE):
+            state[ours] = fit_table(ours, value, cfg.grid, report.interpolated)
+        else:
+            state[ours] = value
+    report.duplicates = merge_tied(state)
+    report.duplicates |= _merge(report.unused, _TIED_DEAD, strict=False)
+    return state, report
+
+
+def fit_table(name: str, table: Tensor, grid: int, interpolated: dict[str, tuple[int, int]] | None = None) -> Tensor:
+    """`interpolate_table` for a table of a checkpoint: errors name it, and a change of window is noted."""
+    try:
+        fitted = interpolate_table(table, (grid, grid))
+    except InputError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    if fitted is not table and interpolated is not None:
+        interpolated[name] = (window_of(table), grid)
+    return fitted
+
+
+def merge_tied(state: dict[str, Tensor]) -> dict[str, str]:
+    """Leave one name of each tied tensor in `state`, in place; returns dropped name -> kept name.
+
+    Raises:
+        CheckpointError: the two names hold different values.
+    """
+    return _merge(state, TIED, strict=True)
+
+
+def _merge(state: dict[str, Tensor], ties: dict[str, str], *, strict: bool) -> dict[str, str]:
+    merged = {}
+    for second, kept in ties.items():
+        if second not in state:
+            continue
+        if kept in state and not _same(state[second], state[kept]):
+            if not strict:
+                continue
+            raise CheckpointError(
+                f"{second!r} ({_describe(state[second])}) and {kept!r} ({_describe(state[kept])}) are one tensor in "
+                "X-FM but differ in this checkpoint; it was trained with untied embeddings or is damaged: use a "
+                "checkpoint of a tied model"
+            )
+        state.setdefault(kept, state[second])
+        del state[second]
+        merged[second] = kept
+    return merged
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.is_meta or b.is_meta or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()):
+        return True
+    # NaN differs from itself; that both tensors hold it is for the loader to complain about, not for this check.
+    return torch.equal(a, b) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def to_official(
+    state: Mapping[str, Tensor],
+    cfg: XFMConfig,
+    *,
+    unused: Mapping[str, Tensor] | None = None,
+    integer_buffers: bool = True,
+    naming: Naming = "pretraining",
+) -> dict[str, Tensor]:
+    """Turn one of our state dicts into that of the official model; the inverse of `to_ours`.
+
+    Args:
+        state: names as `XFM` and its subclasses use them.
+        unused: the dead weights that `to_ours` set aside (`LoadReport.unused`). Without them the result lacks what
+            `underivable` lists, which is logged as a warning; the official code loads such a checkpoint with
+            `strict=False` and leaves those weights, which nothing reads, at their random initialisation.
+        integer_buffers: include `position_ids` and `relative_position_index`.
+        naming: which official classes the result is for: their text encoder is `text_encoder.roberta.*` in
+            pretraining and `text_encoder.*` in fine-tuning.
+
+    Returns:
+        Official name -> tensor. Tied names refer to the same tensor, as equal buffers do; `torch.save` keeps that.
+
+    Raises:
+        CheckpointError: `unused` holds something that is not a dead weight.
+    """
+    out = dict(state)
+    for name, value in (unused or {}).items():
+        if not is_dead(name):
+            raise CheckpointError(f"unused holds {name!r}, which is no dead weight of X-FM; pass LoadReport.unused")
+        out[name] = value
+    for second, kept in (TIED | _TIED_DEAD).items():
+        head_bias = re.sub(r"\.decoder\.(weight|bias)$", ".bias", second)
+        if head_bias in out and kept in out:
+            out.setdefault(second, out[kept])
+    if integer_buffers:
+        out |= _integer_buffers(out, cfg)
+    missing = underivable(out, cfg)
+    if missing:
+        logger.warning(
+            "%d official weights cannot be derived from the model and are left out (%s%s); pass unused= to keep them",
+            len(missing),
+            ", ".join(missing[:3]),
+            ", ..." if len(missing) > 3 else "",
+        )
+    if naming == "fine-tuning":
+        out = {re.sub(r"^text_encoder\.roberta\.", "text_encoder.", name): value for name, value in out.items()}
+    return out
+
+
+def underivable(state: Iterable[str], cfg: XFMConfig) -> list[str]:
+    """The dead weights that the official model has beside `state` and that `state` (pretraining names) lacks."""
+    present = set(state)
+    wanted: list[str] = []
+    if "text_encoder.lm_head.bias" in present:
+        wanted += [f"text_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
+    if any(name.startswith("fusion_encoder.") for name in present):
+        wanted += _FUSION_EMBEDDINGS
+        wanted += [f"fusion_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
+        if cfg.vision_width != cfg.text_width:
+            wanted += ["fusion_proj.weight", "fusion_proj.bias"]
+    return [name for name in wanted if name not in present]
+
+
+def _integer_buffers(state: Mapping[str, Tensor], cfg: XFMConfig) -> dict[str, Tensor]:
+    buffers: dict[str, Tensor] = {}
+    positions = torch.arange(cfg.max_positions)[None]
+    for part in _LANGUAGE_MODELS:
+        if any(name.startswith(f"{part}.") for name in state):
+            buffers[f"{part}.roberta.embeddings.position_ids"] = positions
+    index: dict[int, Tensor] = {}
+    for name, value in state.items():
+        if name.endswith(TABLE):
+            window = window_of(value)
+            if window not in index:
+                index[window] = relative_position_index(window)
+            buffers[name.removesuffix(TABLE) + INDEX] = index[window]
+    return buffers

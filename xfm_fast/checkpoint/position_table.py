@@ -1,0 +1,134 @@
+"""Relative-position tables of the vision encoder: their size, their index, and interpolation to another window.
+
+A table has `(2w - 1)^2 + 3` rows for a window of `w` x `w` patches: one row per offset, row-major, then class query,
+class key, and class to class.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import InputError
+
+CLASS_ROWS = 3
+# A cubic spline needs four points per axis, and a window of w has 2w - 1.
+_SMALLEST_SOURCE = 3
+
+
+def table_rows(window: int) -> int:
+    """Rows of the table of a `window` x `window` grid of patches."""
+    return (2 * window - 1) ** 2 + CLASS_ROWS
+
+
+def window_of(table: Tensor) -> int:
+    """The window that a table of shape `[(2w - 1)^2 + 3, heads]` belongs to. Raises `InputError` if there is none."""
+    if table.dim() != 2:
+        raise InputError(
+            f"a relative-position table has shape {list(table.shape)}; expected [(2w-1)^2+3, heads], two dimensions"
+        )
+    side = math.isqrt(max(table.shape[0] - CLASS_ROWS, 0))
+    window = (side + 1) // 2
+    if window < 1 or table_rows(window) != table.shape[0]:
+        raise InputError(
+            f"a relative-position table has {table.shape[0]} rows, which no square window gives: "
+            "(2w-1)^2+3 is 4, 12, 28, 52, ...; check that the table belongs to a square BEiT window with a class token"
+        )
+    return window
+
+
+def relative_position_index(window: int) -> Tensor:
+    """The row of the table for every pair of tokens, `int64 [w*w + 1, w*w + 1]`, token 0 being the class token.
+
+    Entry `[i, j]` is the row for query `i` and key `j`.
+    """
+    steps = torch.arange(window)
+    row, column = (grid.flatten() for grid in torch.meshgrid(steps, steps, indexing="ij"))
+    side = 2 * window - 1
+    offset_row = row[:, None] - row[None, :] + window - 1
+    offset_column = column[:, None] - column[None, :] + window - 1
+    rows = table_rows(window)
+    index = torch.empty(window**2 + 1, window**2 + 1, dtype=torch.int64)
+    index[1:, 1:] = offset_row * side + offset_column
+    index[0, :] = rows - 3
+    index[:, 0] = rows - 2
+    index[0, 0] = rows - 1
+    return index
+
+
+def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
+    """Resample a relative-position table to another window, as the official loaders do.
+
+    The offsets of the source sit on a grid whose spacing grows geometrically from the centre, chosen so that the
+    outermost source offset meets the outermost target offset; a bicubic spline through them is read at the integers.
+    The three class rows are copied.
+
+    Args:
+        table: `[(2w - 1)^2 + 3, heads]`, floating point.
+        target_window: `(rows, columns)` of patches of the wanted window; must be square.
+
+    Returns:
+        `table` itself when it already has the wanted window. Otherwise a new `[(2t - 1)^2 + 3, heads]` tensor on the
+        same device in float32, or in float64 for a float64 table: the arithmetic is float64 in any case, and halving
+        the precision of a half-precision table a second time would help nobody.
+
+    Raises:
+        InputError: a table that fits no square window, or a window that cannot be reached.
+    """
+    rows, columns = target_window
+    if rows != columns:
+        raise InputError(
+            f"target_window={tuple(target_window)} is not square; relative-position tables can be interpolated between "
+            "square windows only: pad or crop the image to a square"
+        )
+    if rows < 1:
+        raise InputError(f"target_window={tuple(target_window)} holds no patch; use at least (1, 1)")
+    if not table.is_floating_point():
+        raise InputError(f"a relative-position table has dtype {table.dtype}; a floating-point table is needed")
+    source = window_of(table)
+    if source == rows:
+        return table
+    if source < _SMALLEST_SOURCE:
+        raise InputError(
+            f"a relative-position table of a {source}x{source} window has too few offsets for a bicubic spline; "
+            f"start from a window of at least {_SMALLEST_SOURCE}x{_SMALLEST_SOURCE}"
+        )
+
+    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+    side_from, side_to = 2 * source - 1, 2 * rows - 1
+    matrix = torch.from_numpy(_spline_matrix(side_from, side_to))
+    offsets = table[:-CLASS_ROWS].detach().to("cpu", torch.float64).view(side_from, side_from, -1)
+    # A bicubic tensor-product spline is the same linear map along either axis, for all heads at once.
+    resampled = torch.einsum("yu,xv,uvh->yxh", matrix, matrix, offsets).reshape(side_to**2, -1)
+    return torch.cat([resampled.to(table.device, dtype), table[-CLASS_ROWS:].detach().to(dtype)])
+
+
+def source_positions(side_from: int, side_to: int) -> np.ndarray:
+    """Where the `side_from` source offsets lie on the axis of the target offsets `-(side_to // 2) ...`, float64."""
+    steps, reach = side_from // 2, side_to // 2
+    low, high = 1.01, 1.5
+    ratio = low
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**steps) / (1 - ratio) > reach:
+            high = ratio
+        else:
+            low = ratio
+    positive = np.cumsum([ratio**step for step in range(steps)])
+    return np.concatenate([-positive[::-1], [0.0], positive])
+
+
+@lru_cache(maxsize=16)
+def _spline_matrix(side_from: int, side_to: int) -> np.ndarray:
+    """The float64 `[side_to, side_from]` matrix that maps values at the source offsets to values at the integers."""
+    # scipy costs more to import than the rest of this package, and most runs never interpolate.
+    from scipy.interpolate import make_interp_spline
+
+    x = source_positions(side_from, side_to)
+    # The bisection stops short of the outermost target by up to 1e-4; the official spline then repeats its border.
+    wanted = np.clip(np.arange(side_to) - float(side_to // 2), x[0], x[-1])
+    return np.ascontiguousarray(make_interp_spline(x, np.eye(side_from), k=3)(wanted))

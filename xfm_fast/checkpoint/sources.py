@@ -1,0 +1,150 @@
+"""Start a model from published encoders: RoBERTa for language, BEiT-v2 for vision, as X-FM's pretraining does."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from xfm_fast.checkpoint.loading import load_into
+from xfm_fast.checkpoint.names import TABLE, fit_table, merge_tied
+from xfm_fast.checkpoint.position_table import window_of
+from xfm_fast.checkpoint.reading import read_state_dict
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+_SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+# Heads and final norms of BEiT-v2's own pretraining and classification; X-FM pools normalised patches with fc_norm.
+_BEIT_DROPPED = ("head.", "lm_head.", "cls_pt_layers.", "norm.", _SHARED_TABLE)
+_BEIT_KEPT = ("cls_token", "mask_token", "patch_embed.proj.", "blocks.", "fc_norm.")
+_ROBERTA_DROPPED = (".pooler.", ".position_ids", ".token_type_ids")
+
+
+@dataclass
+class InitialisationReport:
+    """What `initialise` filled, and what it did not."""
+
+    loaded: list[str] = field(default_factory=list)
+    """Parameters that received pretrained values."""
+    fresh: list[str] = field(default_factory=list)
+    """Parameters that keep their random initialisation."""
+    ignored: list[str] = field(default_factory=list)
+    """Pretrained values, under our names, that the model has no place for."""
+
+    def __str__(self) -> str:
+        text = f"{len(self.loaded)} parameters pretrained, {len(self.fresh)} at their random initialisation"
+        parts = sorted({name.split(".")[0] for name in self.fresh})
+        return f"{text} (in {', '.join(parts)})" if parts else text
+
+
+def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our `text_encoder.*` entries from a Hugging Face RoBERTa.
+
+    Args:
+        hf_state: state dict of `RobertaForMaskedLM` or of `RobertaModel`, with or without the `roberta.` prefix. The
+            pooler and `position_ids` are left out; the language-model head is taken where there is one.
+
+    Raises:
+        CheckpointError: an entry that RoBERTa does not have, or input and output embeddings that differ.
+    """
+    state: dict[str, Tensor] = {}
+    foreign = []
+    for name, value in hf_state.items():
+        ours = re.sub(r"^(?:roberta\.)?(embeddings|encoder|pooler)\.", r"text_encoder.roberta.\1.", name)
+        ours = re.sub(r"^lm_head\.", "text_encoder.lm_head.", ours)
+        if ours == name:
+            foreign.append(name)
+        elif not any(part in ours for part in _ROBERTA_DROPPED):
+            state[ours] = value
+    if foreign or not state:
+        raise CheckpointError(
+            f"{_some(foreign) if foreign else 'an empty state dict'} does not belong to a RoBERTa encoder; give the "
+            "state dict of transformers.RobertaModel or RobertaForMaskedLM"
+        )
+    merge_tied(state)
+    return state
+
+
+def beit2_state(state: Mapping[str, Any], cfg: XFMConfig) -> dict[str, Tensor]:
+    """Our `vision_encoder.*` entries from a BEiT-v2 state dict.
+
+    A table shared by all blocks is given to each block, tables are interpolated to the window of `cfg`, index buffers
+    and the heads are left out. A final `norm` is left out too, as the official loader does: X-FM normalises pooled
+    patches with `fc_norm`, which fine-tuned BEiT-v2 checkpoints have and pretrained ones lack, so with the latter
+    `fc_norm` stays at its initialisation.
+
+    Args:
+        state: BEiT-v2 names (`blocks.0.attn.qkv.weight`, ...), possibly inside `{"model": ...}` or `{"module": ...}`.
+
+    Raises:
+        CheckpointError: an entry that BEiT-v2 does not have, such as absolute positions, or a table of no window.
+    """
+    return _beit2(state, depth=cfg.vision_depth, grid=cfg.grid)
+
+
+def _beit2(state: Mapping[str, Any], *, depth: int, grid: int) -> dict[str, Tensor]:
+    for nesting in ("model", "module"):
+        inner = state.get(nesting)
+        if isinstance(inner, Mapping):
+            state = inner
+            break
+    out: dict[str, Tensor] = {}
+    foreign = []
+    for name, value in state.items():
+        if name.endswith("relative_position_index") or name.startswith(_BEIT_DROPPED):
+            continue
+        if not name.startswith(_BEIT_KEPT):
+            foreign.append(name)
+            continue
+        out[f"vision_encoder.{name}"] = fit_table(name, value, grid) if name.endswith(TABLE) else value
+    if foreign or not out:
+        raise CheckpointError(
+            f"{_some(foreign) if foreign else 'an empty state dict'} does not belong to the BEiT-v2 encoder of X-FM; "
+            "give a BEiT-v2 checkpoint without absolute positions"
+        )
+    if _SHARED_TABLE in state:
+        shared = fit_table(_SHARED_TABLE, state[_SHARED_TABLE], grid)
+        out |= {f"vision_encoder.blocks.{block}{TABLE}": shared for block in range(depth)}
+    return out
+
+
+def initialise(module: nn.Module, roberta: Source | None = None, beit2: Source | None = None) -> InitialisationReport:
+    """Load pretrained encoders into an X-FM model, in place; everything else stays as it is.
+
+    Args:
+        module: an `XFM` or a subclass of it.
+        roberta: file or state dict for `roberta_state`.
+        beit2: file or state dict for `beit2_state`; tables are interpolated to the window of `module`.
+
+    Returns:
+        Which parameters were filled and which stay at their random initialisation.
+
+    Raises:
+        CheckpointError: a source cannot be read or does not fit; the module is then unchanged.
+    """
+    own = module.state_dict()
+    state: dict[str, Tensor] = {}
+    if roberta is not None:
+        state |= roberta_state(_opened(roberta))
+    if beit2 is not None:
+        tables = [name for name in own if name.startswith("vision_encoder.") and name.endswith(TABLE)]
+        if not tables:
+            raise CheckpointError("the model has no vision encoder with relative positions; leave beit2 out")
+        state |= _beit2(_opened(beit2), depth=len(tables), grid=window_of(own[tables[0]]))
+    # The model may be built without its masked-language head; that is no reason to refuse RoBERTa.
+    result = load_into(module, state, what="the pretrained encoder", fresh=("",), surplus=("text_encoder.lm_head.",))
+    return InitialisationReport([name for name in own if name in state], result.fresh, result.surplus)
+
+
+def _opened(source: Source) -> Mapping[str, Tensor]:
+    return source if isinstance(source, Mapping) else read_state_dict(source)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,366 @@
+"""XFMConfig: every number that defines an X-FM model, validated, from presets or from the official files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xfm_fast.errors import ConfigError
+
+PresetName = Literal["tiny", "base"]
+
+# The sizes that the official constructors hard-code by name, and those of the published roberta-base config.json.
+_BEIT_SIZES = {
+    "base": {"vision_width": 768, "vision_depth": 12, "vision_heads": 12},
+    "large": {"vision_width": 1024, "vision_depth": 24, "vision_heads": 16},
+}
+_ROBERTA_BASE = {
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "tiny": {
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_width": 64,
+        "vision_depth": 3,
+        "vision_heads": 4,
+        "text_width": 64,
+        "text_layers": 3,
+        "text_heads": 4,
+        "text_intermediate": 128,
+        "vocab_size": 512,
+        "max_positions": 66,
+        "fusion_layers": 3,
+        "embed_dim": 32,
+        "num_masking_patches": 6,
+        "min_num_patches": 2,
+    },
+}
+
+
+class XFMConfig(BaseModel):
+    """The hyper-parameters of an X-FM model (arXiv 2301.05065). The defaults are the base model.
+
+    Build one with `XFMConfig.preset`, `XFMConfig.from_official` or by keyword; instances are immutable, and
+    `replace` makes a changed copy. Every impossible combination raises `ConfigError`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(224, gt=0, description="input resolution in pixels, a multiple of patch_size")
+    patch_size: int = Field(16, gt=0)
+    vision_width: int = Field(768, gt=0)
+    vision_depth: int = Field(12, gt=0)
+    vision_heads: int = Field(12, gt=0)
+    vision_mlp_ratio: float = Field(4.0, gt=0)
+    vision_layer_norm_eps: float = Field(1e-6, gt=0)
+    layer_scale_init: float = Field(0.1, gt=0, description="initial LayerScale gamma of every vision block")
+    drop_path_rate: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block; linear from 0")
+    local_attn_depth: int = Field(
+        -1,
+        description="number of last vision blocks in which a region attends to its own patches only; "
+        "<= 0 pools the patches of the region instead",
+    )
+
+    text_width: int = Field(768, gt=0)
+    text_layers: int = Field(12, ge=0)
+    text_heads: int = Field(12, gt=0)
+    text_intermediate: int = Field(3072, gt=0)
+    text_layer_norm_eps: float = Field(1e-5, gt=0)
+    vocab_size: int = Field(50265, gt=4)
+    max_positions: int = Field(514, gt=2, description="rows of the position table; the first pad_token_id+1 hold no token")
+    type_vocab_size: int = Field(1, gt=0)
+    pad_token_id: int = Field(1, ge=0)
+    bos_token_id: int = Field(0, ge=0)
+    eos_token_id: int = Field(2, ge=0)
+    hidden_dropout: float = Field(0.1, ge=0, lt=1)
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
+
+    fusion_layers: int = Field(12, ge=0)
+    embed_dim: int = Field(256, gt=0, description="width of the contrastive space")
+    head_layer_norm_eps: float = Field(1e-5, gt=0)
+    temperature: float = Field(0.07, gt=0, description="initial temperature of the contrastive loss")
+    min_temperature: float = Field(0.001, gt=0)
+    max_temperature: float = Field(0.5, gt=0)
+    learnable_temperature: bool = True
+
+    num_masking_patches: int = Field(75, gt=0, description="patches hidden by masked image modelling")
+    min_num_patches: int = Field(16, gt=0, description="smallest block that the mask generator draws")
+    mim_patches_only: bool = Field(False, description="leave the pooled image token out of the MIM loss")
+    detach_text_for_mlm: bool = Field(True, description="stop the gradient of image-conditioned MLM at the text encoder")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{width}={getattr(self, width)} is not divisible by {heads}={getattr(self, heads)}; "
+                    "choose a number of heads that divides the width"
+                )
+        if self.image_size % self.patch_size:
+            lower = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}; "
+                f"use {lower or self.patch_size} or {lower + self.patch_size}"
+            )
+        if self.local_attn_depth > self.vision_depth:
+            raise ValueError(
+                f"local_attn_depth={self.local_attn_depth} exceeds vision_depth={self.vision_depth}; "
+                f"use at most {self.vision_depth}"
+            )
+        if self.pad_token_id + 1 >= self.max_positions:
+            raise ValueError(
+                f"max_positions={self.max_positions} leaves no position after pad_token_id={self.pad_token_id}; "
+                f"use at least {self.pad_token_id + 2}"
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(f"{name}={getattr(self, name)} lies outside vocab_size={self.vocab_size}")
+        if not self.min_temperature <= self.temperature <= self.max_temperature:
+            raise ValueError(
+                f"temperature={self.temperature} lies outside "
+                f"[min_temperature={self.min_temperature}, max_temperature={self.max_temperature}]"
+            )
+        if self.num_masking_patches > self.num_patches:
+            raise ValueError(
+                f"num_masking_patches={self.num_masking_patches} exceeds the {self.num_patches} patches of a "
+                f"{self.image_size}-pixel image; lower it or raise image_size"
+            )
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that the vision encoder returns: the image token and the patches."""
+        return self.num_patches + 1
+
+    @property
+    def mask_token_id(self) -> int:
+        """RoBERTa keeps `<mask>` as the last entry of its vocabulary."""
+        return self.vocab_size - 1
+
+    @property
+    def max_text_length(self) -> int:
+        """Longest text that the position table can number."""
+        return self.max_positions - self.pad_token_id - 1
+
+    def replace(self, **changes: Any) -> XFMConfig:
+        """A copy with some fields changed, validated again."""
+        return XFMConfig(**(self.model_dump() | changes))
+
+    @classmethod
+    def preset(cls, name: PresetName, **overrides: Any) -> XFMConfig:
+        """`base` (the published model) or `tiny` (same structure, runs in milliseconds), with fields overridden."""
+        if name not in _PRESETS:
+            raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(sorted(_PRESETS))}")
+        return cls(**(_PRESETS[name] | overrides))
+
+    @classmethod
+    def from_official(
+        cls, source: dict[str, Any] | str | Path, *, roberta: dict[str, Any] | str | Path | None = None, **overrides: Any
+    ) -> XFMConfig:
+        """Read the official description of a model.
+
+        Args:
+            source: a mapping, or the path of a YAML or JSON file, in one of two forms: the official training YAML
+                (`image_res`, `use_beit_v2`, `vision_config`, `text_encoder`, ...), or the flat form in which
+                `vision_width`, `text_width`, ... are spelt out.
+            roberta: RoBERTa's `config.json` (mapping or path) for the YAML form. Without it the folder that
+                `text_encoder` names is read; if that does not exist and is called `roberta-base`, its published
+                numbers are used.
+            overrides: fields of this class that take precedence.
+        """
+        base = Path.cwd()
+        if not isinstance(source, dict):
+            base = Path(source).resolve().parent
+            source = _read_mapping(Path(source))
+        fields = _from_flat(source) if "text_width" in source else _from_training_yaml(source, roberta, base)
+        return cls(**(fields | overrides))
+
+    @classmethod
+    def load(cls, path: str | Path) -> XFMConfig:
+        """Read a `config.json` that `save` wrote."""
+        return cls(**_read_mapping(Path(path)))
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if not where:
+            lines.append(message)
+        elif problem["type"] == "extra_forbidden":
+            lines.append(f"{where} is not a field of XFMConfig (fields: {', '.join(sorted(XFMConfig.model_fields))})")
+        else:
+            lines.append(f"{where}={problem['input']!r}: {message}")
+    return "; ".join(lines)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        # YAML reads JSON too, but takes 1e-06 for a string; the suffix decides.
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} cannot be read ({error}); check the path") from None
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration {path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"configuration {path} holds a {type(value).__name__}; a mapping of names to values is needed")
+    return value
+
+
+def _require(source: dict[str, Any], name: str) -> Any:
+    if name not in source:
+        raise ConfigError(f"the official configuration lacks {name!r}; add it or pass an XFMConfig built by keyword")
+    return source[name]
+
+
+def _check_fusion_split(source: dict[str, Any], text_layers: int) -> None:
+    """X-FM keeps language and fusion apart; the X-VLM layouts that the same keys can express are other models."""
+    text_start = source.get("text_fusion_start_at", text_layers)
+    if text_start < text_layers:
+        raise ConfigError(
+            f"text_fusion_start_at={text_start} puts cross-attention into the text encoder of {text_layers} layers; "
+            f"X-FM has none: set it to {text_layers}"
+        )
+    fusion_start = source.get("fusion_fusion_start_at", 0)
+    if fusion_start != 0:
+        raise ConfigError(
+            f"fusion_fusion_start_at={fusion_start} leaves fusion layers without cross-attention; "
+            "X-FM has it in every layer: set it to 0"
+        )
+
+
+_SHARED_KEYS = {
+    "embed_dim": "embed_dim",
+    "temp": "temperature",
+    "min_temp": "min_temperature",
+    "max_temp": "max_temperature",
+    "learnable_temp": "learnable_temperature",
+    "num_masking_patches": "num_masking_patches",
+    "min_num_patches": "min_num_patches",
+    "mim_cls_only": "mim_patches_only",
+    "detach_text_forMLM": "detach_text_for_mlm",
+    "local_attn_depth": "local_attn_depth",
+}
+
+
+def _shared_fields(source: dict[str, Any]) -> dict[str, Any]:
+    fields = {ours: source[theirs] for theirs, ours in _SHARED_KEYS.items() if theirs in source}
+    # YAML 1.1 reads "1e-3" as a string.
+    return {name: float(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
+def _from_flat(source: dict[str, Any]) -> dict[str, Any]:
+    fields = _shared_fields(source) | {
+        "image_size": _require(source, "image_res"),
+        "patch_size": _require(source, "patch_size"),
+        "text_intermediate": _require(source, "text_intermediate"),
+        "vocab_size": _require(source, "vocab"),
+        "max_positions": _require(source, "max_pos"),
+    }
+    for name in ("vision_width", "vision_depth", "vision_heads", "text_width", "text_layers", "text_heads", "fusion_layers"):
+        fields[name] = _require(source, name)
+    optional = {
+        "vision_mlp_ratio": "vision_mlp_ratio",
+        "init_values": "layer_scale_init",
+        "vision_layer_norm_eps": "vision_layer_norm_eps",
+        "text_layer_norm_eps": "text_layer_norm_eps",
+        "head_mlp_layer_norm_eps": "head_layer_norm_eps",
+        "type_vocab_size": "type_vocab_size",
+        "pad_token_id": "pad_token_id",
+        "bos_token_id": "bos_token_id",
+        "eos_token_id": "eos_token_id",
+    }
+    fields |= {ours: source[theirs] for theirs, ours in optional.items() if theirs in source}
+    _check_fusion_split(source, fields["text_layers"])
+    return fields
+
+
+def _from_training_yaml(
+    source: dict[str, Any], roberta: dict[str, Any] | str | Path | None, base: Path
+) -> dict[str, Any]:
+    for other in ("use_clip_vit", "use_swin"):
+        if source.get(other):
+            raise ConfigError(f"{other}=True selects another vision encoder; xfm-fast builds BEiT-v2: set use_beit_v2")
+    if not source.get("use_beit_v2"):
+        raise ConfigError("use_beit_v2 is not set; xfm-fast builds the BEiT-v2 vision encoder only")
+    vision_config = str(_require(source, "vision_config"))
+    size = next((name for name in _BEIT_SIZES if name in Path(vision_config).name), None)
+    if size is None:
+        raise ConfigError(f"vision_config={vision_config!r} names neither a base nor a large BEiT-v2")
+    text = _roberta_config(roberta, str(_require(source, "text_encoder")), base)
+    # Image classification runs without text, and GLUE without fusion layers: 0 is a legal number of layers.
+    text_layers = source.get("text_num_hidden_layers", 12)
+    _check_fusion_split(source, text_layers)
+    return (
+        _shared_fields(source)
+        | _BEIT_SIZES[size]
+        | {
+            "image_size": _require(source, "image_res"),
+            "patch_size": _require(source, "patch_size"),
+            "text_width": text["hidden_size"],
+            "text_heads": text["num_attention_heads"],
+            "text_intermediate": text["intermediate_size"],
+            "vocab_size": text["vocab_size"],
+            "max_positions": text["max_position_embeddings"],
+            "type_vocab_size": text["type_vocab_size"],
+            "text_layer_norm_eps": text["layer_norm_eps"],
+            "pad_token_id": text["pad_token_id"],
+            "bos_token_id": text["bos_token_id"],
+            "eos_token_id": text["eos_token_id"],
+            "hidden_dropout": text["hidden_dropout_prob"],
+            "attention_dropout": text["attention_probs_dropout_prob"],
+            "text_layers": text_layers,
+            "fusion_layers": _require(source, "fusion_num_hidden_layers"),
+        }
+    )
+
+
+def _roberta_config(given: dict[str, Any] | str | Path | None, text_encoder: str, base: Path) -> dict[str, Any]:
+    if isinstance(given, dict):
+        return _ROBERTA_BASE | given
+    if given is not None:
+        path = Path(given)
+        return _ROBERTA_BASE | _read_mapping(path / "config.json" if path.is_dir() else path)
+    for folder in (base / text_encoder, Path(text_encoder)):
+        if (folder / "config.json").is_file():
+            return _ROBERTA_BASE | _read_mapping(folder / "config.json")
+    if Path(text_encoder).name == "roberta-base":
+        return dict(_ROBERTA_BASE)
+    raise ConfigError(f"text_encoder={text_encoder!r} has no config.json; pass roberta=<its config.json>")

@@ -1,0 +1,1 @@
+"""From files to tensors: decoding, transforms and the readers of the official formats."""

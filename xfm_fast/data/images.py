@@ -1,0 +1,122 @@
+"""From image files to pixels: decoding that refuses what would poison a result, and the official test transform."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from xfm_fast.errors import DataError
+
+# The normalisation of pretraining and of every vision-language task (CLIP's, arXiv 2103.00020).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+Source = str | os.PathLike[str] | bytes
+
+
+def evaluation_transform(image_size: int) -> v2.Compose:
+    """The official transform of evaluation: a PIL image to normalised pixels `[3, R, R]`.
+
+    Both sides are resized to R, so the aspect ratio is not kept; bicubic, with the antialiasing that PIL always applies.
+    """
+    return v2.Compose(
+        [
+            v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def decode_image(source: Source, name: str | None = None) -> Image.Image:
+    """Decode an image to RGB.
+
+    As in the official code, transparency is dropped, an animation gives its first frame, and an EXIF orientation is
+    not applied. 16-bit grey values are scaled to 8 bits (a plain conversion would clip all but the darkest).
+
+    Args:
+        source: path or content of the file.
+        name: what errors call it; the path by default.
+
+    Raises:
+        DataError: the file is missing, empty, truncated, no image, without pixels, larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`, or holds values without a defined white.
+    """
+    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
+    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    if not data:
+        raise DataError(f"image {name} is empty (0 bytes); download or copy it again")
+    with warnings.catch_warnings():
+        # Pillow only warns of a bomb up to twice the limit; the check below is the rule.
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data)) as opened:
+                _check_size(opened, name)
+                return _to_rgb(opened, name)
+        except (DataError, MemoryError):
+            raise
+        except Image.DecompressionBombError as error:
+            raise DataError(f"image {name} is refused: {error}; {_BOMB_REMEDY}") from None
+        except UnidentifiedImageError:
+            raise DataError(
+                f"image {name} ({len(data)} bytes, beginning with {data[:8]!r}) is in no image format that Pillow reads; "
+                "convert it to JPEG or PNG"
+            ) from None
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            raise DataError(
+                f"image {name} ({len(data)} bytes) is damaged or truncated ({error}); download or copy it again"
+            ) from None
+
+
+def load_image(source: Source, image_size: int, name: str | None = None) -> Tensor:
+    """Decode an image and apply the official test transform: normalised pixels `[3, R, R]`.
+
+    Raises:
+        DataError: see `decode_image`.
+    """
+    return evaluation_transform(image_size)(decode_image(source, name))
+
+
+_BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"image {name} does not exist; check the path") from None
+    except OSError as error:
+        raise DataError(f"image {name} cannot be read ({error.strerror}); check that it is a readable file") from None
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if not width or not height:
+        raise DataError(f"image {name} is {width}x{height} and has no pixels; replace it")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise DataError(
+            f"image {name} is {width}x{height} = {width * height:,} pixels, more than the limit of {limit:,} that guards "
+            f"against decompression bombs; {_BOMB_REMEDY}"
+        )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise DataError(f"image {name} holds floating-point values without a defined white; convert it to 8 bits")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        # Pillow gives 16-bit files as `I;16` or, in some formats, as 32-bit `I`.
+        deep = image.mode != "I" or int(grey.max(initial=0)) > 255
+        eight = np.clip(grey // 257 if deep else grey, 0, 255).astype(np.uint8)
+        return Image.fromarray(eight).convert("RGB")
+    return image.convert("RGB")

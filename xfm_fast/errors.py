@@ -1,0 +1,32 @@
+"""The errors that xfm-fast raises on purpose: each names the thing, its value and the remedy.
+
+The command line turns every `XFMError` into one line and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+
+class XFMError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(XFMError, ValueError):
+    """A configuration that cannot describe a model."""
+
+
+class InputError(XFMError, ValueError):
+    """A tensor whose shape, dtype or content the called function cannot accept."""
+
+
+class CheckpointError(XFMError, RuntimeError):
+    """A checkpoint that is truncated, unsafe to load, or made for another model."""
+
+
+class DataError(XFMError, ValueError):
+    """An image, caption or data file that cannot be used."""
+
+
+class StorageError(XFMError, OSError):
+    """A result that could not be written; nothing half-written is left behind."""
+
+
+class UnavailableError(XFMError, RuntimeError):
+    """A path that was asked for by name but that this machine does not offer."""

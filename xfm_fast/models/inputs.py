@@ -1,0 +1,121 @@
+"""What the model accepts: every bad input gets one error that names the thing, its value and the remedy.
+
+Shapes and dtypes are always checked. Looking at the values costs a pass over them and, on a GPU, a synchronisation, so
+contents are checked on CPU tensors and skipped on accelerators and under compilation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def _contents_visible(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
+    size = config.image_size
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise InputError(f"pixels are {[*pixels.shape]}; images must be [B, 3, {size}, {size}]")
+    if not pixels.is_floating_point():
+        raise InputError(f"pixels are {pixels.dtype}; scale them to [0, 1] and normalise them to floating point")
+    height, width = pixels.shape[2:]
+    for side in (height, width):
+        if side % config.patch_size:
+            raise InputError(f"pixels are {height}x{width}; {side} is no multiple of the patch of {config.patch_size} pixels")
+    if (height, width) != (size, size):
+        raise InputError(
+            f"pixels are {height}x{width} but this model was built for {size}x{size}; resize the images, or the model "
+            "with model.set_image_size(...)"
+        )
+    if _contents_visible(pixels):
+        finite = torch.isfinite(pixels).flatten(1).all(1)
+        if not bool(finite.all()):
+            raise InputError(f"pixels of image {int(finite.long().argmin())} hold NaN or infinity; check its preprocessing")
+
+
+def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> Tensor:
+    expected = (pixels.shape[0], config.num_patches)
+    if patch_mask.shape != expected:
+        raise InputError(f"patch_mask is {[*patch_mask.shape]}; it must be {[*expected]}, True where a patch is hidden")
+    return patch_mask.bool()
+
+
+def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMConfig) -> Tensor:
+    """Returns the boolean attention mask; without one, everything but padding is real."""
+    if input_ids.ndim != 2:
+        raise InputError(f"input_ids are {[*input_ids.shape]}; texts must be [B, L]")
+    if input_ids.dtype not in _INTEGERS:
+        raise InputError(f"input_ids are {input_ids.dtype}; token ids are integers")
+    if input_ids.shape[1] > config.max_text_length:
+        raise InputError(
+            f"input_ids hold {input_ids.shape[1]} tokens per text; the position table ends at {config.max_text_length}: "
+            "truncate the texts"
+        )
+    if _contents_visible(input_ids) and input_ids.numel():
+        lowest, highest = int(input_ids.min()), int(input_ids.max())
+        if lowest < 0 or highest >= config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InputError(
+                f"input_ids hold {wrong}, outside the vocabulary of {config.vocab_size}; "
+                "check that the tokenizer belongs to this model"
+            )
+    mask = input_ids.ne(config.pad_token_id) if attention_mask is None else attention_mask
+    return check_attention_mask(mask, [*input_ids.shape])
+
+
+def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
+    if [*attention_mask.shape] != shape:
+        raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
+    mask = attention_mask.bool()
+    if _contents_visible(mask) and mask.numel():
+        filled = mask.any(1)
+        if not bool(filled.all()):
+            raise InputError(
+                f"attention_mask of text {int(filled.long().argmin())} is all zeros; an empty text has no embedding: "
+                "leave it out"
+            )
+    return mask
+
+
+def check_embeddings(embeds: Tensor, width: int, name: str) -> None:
+    if embeds.ndim != 3 or embeds.shape[-1] != width:
+        raise InputError(f"{name} are {[*embeds.shape]}; they must be [B, tokens, {width}]")
+
+
+def check_image_index(image_index: Tensor, images: int, rows: int, what: str) -> Tensor:
+    """Returns `[rows]` int64 below `images`."""
+    if image_index.ndim != 1 or image_index.shape[0] != rows or image_index.dtype not in _INTEGERS:
+        raise InputError(
+            f"image_index is {image_index.dtype} {[*image_index.shape]}; it must hold one integer for each of the "
+            f"{rows} {what}"
+        )
+    if _contents_visible(image_index) and rows:
+        lowest, highest = int(image_index.min()), int(image_index.max())
+        if lowest < 0 or highest >= images:
+            wrong = lowest if lowest < 0 else highest
+            raise InputError(f"image_index holds {wrong}; there are {images} images, numbered from 0")
+    return image_index.long()
+
+
+def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+    if token_mask.shape != shape:
+        raise InputError(f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for the tokens that count")
+    return token_mask.bool()
+
+
+def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> Tensor:
+    mask = check_token_mask(region_mask, (regions, config.num_image_tokens), "region_mask")
+    if _contents_visible(mask) and regions:
+        filled = mask[:, 1:].any(1)
+        if not bool(filled.all()):
+            raise InputError(
+                f"region_mask of region {int(filled.long().argmin())} selects no patch; a region covers at least one"
+            )
+    return mask

@@ -1,0 +1,224 @@
+"""The post-norm transformer layer that text encoder, fusion encoder and answer decoder share, on packed tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.derived import derived
+
+
+def concatenated(name: str, *parts: Tensor) -> Tensor:
+    """Parameters side by side along the first dimension, so that one product does the work of several."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
+        return torch.cat(parts)
+    return derived(name, parts, lambda: torch.cat(parts))
+
+
+class AttentionProjections(nn.Module):
+    """Query, key and value projections of self-attention, or of cross-attention to a memory of another width."""
+
+    def __init__(self, width: int, heads: int, memory_width: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        memory_width = width if memory_width is None else memory_width
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(memory_width, width)
+        self.value = nn.Linear(memory_width, width)
+
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _split(self, x: Tensor, projections: int) -> Tensor:
+        return x.view(*x.shape[:-1], projections, self.heads, -1)
+
+    def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[T, width]` → q, k, v `[T, H, D]` with one product."""
+        weight = concatenated("qkv weight", self.query.weight, self.key.weight, self.value.weight)
+        bias = concatenated("qkv bias", self.query.bias, self.key.bias, self.value.bias)
+        q, k, v = self._split(ops.linear(x, weight, bias), 3).unbind(-3)
+        return q, k, v
+
+    def project_query(self, x: Tensor) -> Tensor:
+        """`[T, width]` → `[T, H, D]`."""
+        return ops.linear(x, self.query.weight, self.query.bias).view(*x.shape[:-1], self.heads, -1)
+
+    def project_memory(self, memory: Tensor) -> Tensor:
+        """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
+        weight = concatenated("kv weight", self.key.weight, self.value.weight)
+        bias = concatenated("kv bias", self.key.bias, self.value.bias)
+        return self._split(ops.linear(memory, weight, bias), 2)
+
+
+class ResidualNorm(nn.Module):
+    """The end of a post-norm branch: `LayerNorm(residual + dropout(dense(x)))`."""
+
+    def __init__(self, inputs: int, width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.dense = nn.Linear(inputs, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        summed = ops.linear_residual(x, self.dense.weight, self.dense.bias, residual, dropout_p=dropout_p)
+        return ops.layer_norm(summed, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
+
+
+class Attention(nn.Module):
+    """Projections and output of one attention branch."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        eps: float,
+        *,
+        memory_width: int | None = None,
+        hidden_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.self = AttentionProjections(width, heads, memory_width, attention_dropout)
+        self.output = ResidualNorm(width, width, eps, hidden_dropout)
+
+    def attend(
+        self,
+        residual: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        longest_q: int,
+        longest_k: int,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        context = ops.varlen_attention(
+            *qkv, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p=self.self.dropout_p, key_mask=key_mask
+        )
+        return self.output(context.flatten(-2), residual)
+
+
+class Intermediate(nn.Module):
+    """First half of the MLP: dense and GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear_gelu(x, self.dense.weight, self.dense.bias)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, optional cross-attention, MLP; each with residual and LayerNorm behind it (RoBERTa, post-norm)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        eps: float,
+        *,
+        memory_width: int | None = None,
+        hidden_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dropouts = {"hidden_dropout": hidden_dropout, "attention_dropout": attention_dropout}
+        self.attention = Attention(width, heads, eps, **dropouts)
+        if memory_width is not None:
+            self.crossattention = Attention(width, heads, eps, memory_width=memory_width, **dropouts)
+        self.intermediate = Intermediate(width, hidden)
+        self.output = ResidualNorm(hidden, width, eps, hidden_dropout)
+
+    def self_attention(
+        self, x: Tensor, cu_seqlens: Tensor, longest: int, key_mask: Tensor | None = None, *, first_only: bool = False
+    ) -> Tensor:
+        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, or `[P, width]` for token 0 alone."""
+        projections = self.attention.self
+        if not first_only:
+            qkv = projections.project_all(x)
+            return self.attention.attend(x, qkv, cu_seqlens, cu_seqlens, longest, longest, key_mask)
+        first = x.index_select(0, cu_seqlens[:-1])
+        k, v = projections.project_memory(x).unbind(-3)
+        ones = torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        qkv = (projections.project_query(first), k, v)
+        return self.attention.attend(first, qkv, ones, cu_seqlens, 1, longest, key_mask)
+
+    def cross_attention(
+        self,
+        x: Tensor,
+        keys_values: Tensor,
+        cu_queries: Tensor,
+        cu_keys: Tensor,
+        longest_queries: int,
+        longest_keys: int,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Queries `[T, width]` grouped over memories whose projections `[M, 2, H, D]` are given."""
+        k, v = keys_values.unbind(-3)
+        qkv = (self.crossattention.self.project_query(x), k, v)
+        return self.crossattention.attend(x, qkv, cu_queries, cu_keys, longest_queries, longest_keys, key_mask)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.output(self.intermediate(x), x)
+
+
+class Embeddings(nn.Module):
+    """Word + position + type embeddings, LayerNorm, dropout; on packed tokens."""
+
+    def __init__(self, vocabulary: int, positions: int, types: int, width: int, pad: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.pad_token_id = pad
+        self.dropout = dropout
+        self.word_embeddings = nn.Embedding(vocabulary, width, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(positions, width, padding_idx=pad)
+        self.token_type_embeddings = nn.Embedding(types, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def position_ids(self, input_ids: Tensor) -> Tensor:
+        """`[P, L]`: real tokens count up from pad + 1, padding is numbered pad (RoBERTa, arXiv 1907.11692)."""
+        real = input_ids.ne(self.pad_token_id)
+        return real.cumsum(1) * real + self.pad_token_id
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Packed ids `[T]` and position ids `[T]` → `[T, width]`."""
+        embedded = self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + self.position_embeddings(positions)
+        normed = ops.layer_norm(embedded, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
+        return F.dropout(normed, self.dropout, self.training) if self.training else normed
+
+
+class LayerStack(nn.Module):
+    """Holds the layers under the official name `encoder.layer`."""
+
+    def __init__(self, layers: list[TransformerLayer]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+    def __iter__(self):
+        return iter(self.layer)
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def __getitem__(self, index: int) -> TransformerLayer:
+        layer = self.layer[index]
+        assert isinstance(layer, TransformerLayer)
+        return layer
+
+
+def initialise_text(module: nn.Module) -> None:
+    """RoBERTa's initialisation: normal(0, 0.02) matrices and embeddings, padding row zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+            if part.padding_idx is not None:
+                with torch.no_grad():
+                    part.weight[part.padding_idx].zero_()

@@ -1,0 +1,69 @@
+"""The RoBERTa text encoder, on packed tokens: no layer ever sees a padding token."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.models.heads import LMHead
+from xfm_fast.models.layers import Embeddings, LayerStack, TransformerLayer, initialise_text
+from xfm_fast.packing import Packing
+
+
+class TextTransformer(nn.Module):
+    """Embeddings and layers, under the official name `roberta`."""
+
+    def __init__(self, config: XFMConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(
+            config.vocab_size,
+            config.max_positions,
+            config.type_vocab_size,
+            config.text_width,
+            config.pad_token_id,
+            config.text_layer_norm_eps,
+            config.hidden_dropout,
+        )
+        self.encoder = LayerStack([text_layer(config) for _ in range(config.text_layers)])
+
+
+def text_layer(config: XFMConfig, memory_width: int | None = None) -> TransformerLayer:
+    return TransformerLayer(
+        config.text_width,
+        config.text_heads,
+        config.text_intermediate,
+        config.text_layer_norm_eps,
+        memory_width=memory_width,
+        hidden_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
+    )
+
+
+class TextEncoder(nn.Module):
+    """Token ids to embeddings, and the masked-language-modelling head."""
+
+    def __init__(self, config: XFMConfig, *, lm_head: bool = True) -> None:
+        super().__init__()
+        self.roberta = TextTransformer(config)
+        if lm_head:
+            self.lm_head = LMHead(config.text_width, config.vocab_size, config.text_layer_norm_eps)
+        initialise_text(self)
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        return self.roberta.embeddings.word_embeddings.weight
+
+    def forward(self, input_ids: Tensor, packing: Packing, hidden_states: list[Tensor] | None = None) -> Tensor:
+        """Ids `[P, L]` → packed embeddings `[T, width]`.
+
+        `hidden_states`, when given, receives the packed embeddings and the output of every layer.
+        """
+        embeddings = self.roberta.embeddings
+        x = embeddings(packing.pack(input_ids), packing.pack(embeddings.position_ids(input_ids)))
+        if hidden_states is not None:
+            hidden_states.append(x)
+        for layer in self.roberta.encoder:
+            x = layer.feed_forward(layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask))
+            if hidden_states is not None:
+                hidden_states.append(x)
+        return x

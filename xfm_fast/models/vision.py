@@ -1,0 +1,187 @@
+"""The BEiT-v2 vision encoder: pre-norm blocks with LayerScale and a learned relative position bias per layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.derived import derived
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, projected. The parameters are those of a convolution, the computation is one product."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(3, width, patch, stride=patch)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, R, R]` → `[B, patches, width]`, patches row-major."""
+        batch, channels, height, width = pixels.shape
+        p = self.patch
+        patches = pixels.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        rows = patches.reshape(batch, -1, channels * p * p)
+        return ops.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class WindowAttention(nn.Module):
+    """Self-attention over all patches and the class token; bias on query and value, none on key."""
+
+    def __init__(self, width: int, heads: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def _qkv_bias(self) -> Tensor:
+        def compute() -> Tensor:
+            return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+        if torch.is_grad_enabled() and self.q_bias.requires_grad:
+            return compute()
+        return derived("qkv bias", (self.q_bias, self.v_bias), compute)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """`[B, N, width]` → `[B, N, width]`, before the output projection."""
+        qkv = ops.linear(x, self.qkv.weight, self._qkv_bias())
+        q, k, v = qkv.view(*x.shape[:-1], 3, self.heads, -1).unbind(2)
+        table = self.relative_position_bias_table
+        return ops.relpos_attention(q, k, v, table, self.window, key_mask=key_mask).flatten(2)
+
+
+class MLP(nn.Module):
+    """Parameters of the two linear layers; `Block` fuses them with activation and residual."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+
+class Block(nn.Module):
+    """`x += γ1·Attn(LN(x)); x += γ2·MLP(LN(x))`, with stochastic depth in training."""
+
+    def __init__(self, config: XFMConfig, drop_path: float) -> None:
+        super().__init__()
+        width = config.vision_width
+        self.drop_path = drop_path
+        self.gamma_1 = nn.Parameter(torch.full((width,), config.layer_scale_init))
+        self.gamma_2 = nn.Parameter(torch.full((width,), config.layer_scale_init))
+        self.norm1 = nn.LayerNorm(width, eps=config.vision_layer_norm_eps)
+        self.attn = WindowAttention(width, config.vision_heads, (config.grid, config.grid))
+        self.norm2 = nn.LayerNorm(width, eps=config.vision_layer_norm_eps)
+        self.mlp = MLP(width, int(width * config.vision_mlp_ratio))
+
+    def _row_scale(self, x: Tensor) -> Tensor | None:
+        if not self.training or self.drop_path == 0:
+            return None
+        kept = 1 - self.drop_path
+        return x.new_empty(x.shape[0]).bernoulli_(kept).div_(kept)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
+        normed = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+        context, proj = self.attn(normed, key_mask), self.attn.proj
+        x = ops.linear_residual(context, proj.weight, proj.bias, x, gamma=self.gamma_1, row_scale=self._row_scale(x))
+        normed = ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        hidden = ops.linear_gelu(normed, self.mlp.fc1.weight, self.mlp.fc1.bias)
+        fc2 = self.mlp.fc2
+        return ops.linear_residual(hidden, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x))
+
+
+class VisionEncoder(nn.Module):
+    """Images to tokens: `[B, 3, R, R]` → `[B, 1 + N, width]`.
+
+    Token 0 is the mean of the normalised patches. With `local_attn_depth > 0` it is the normalised class token
+    instead, and a region is computed by restricting the attention of the last blocks to its own patches.
+    """
+
+    def __init__(self, config: XFMConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, depth = config.vision_width, config.vision_depth
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embed = PatchEmbed(config.patch_size, width)
+        rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.fc_norm = nn.LayerNorm(width, eps=config.vision_layer_norm_eps)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            # BEiT damps the residual branches of later blocks at initialisation.
+            for number, block in enumerate(self.blocks, start=1):
+                assert isinstance(block, Block)
+                block.attn.proj.weight /= math.sqrt(2 * number)
+                block.mlp.fc2.weight /= math.sqrt(2 * number)
+
+    def embed(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """Class token and patch embeddings `[B, 1 + N, width]`; masked patches (`[B, N]` boolean) hold `mask_token`."""
+        patches = self.patch_embed(pixels)
+        if patch_mask is not None:
+            patches = torch.where(patch_mask[:, :, None], self.mask_token.to(patches.dtype), patches)
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        x = ops.layer_norm(x, self.fc_norm.weight, self.fc_norm.bias, self.fc_norm.eps)
+        if self.config.local_attn_depth > 0:
+            return x
+        patches = x[:, 1:]
+        return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+
+    def forward(
+        self, pixels: Tensor, patch_mask: Tensor | None = None, hidden_states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Encode images. `hidden_states`, when given, receives the embeddings and the output of every block."""
+        x = self.embed(pixels, patch_mask)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        for block in self.blocks:
+            x = block(x)
+            if hidden_states is not None:
+                hidden_states.append(x)
+        return self._finish(x)
+
+    def regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """R regions of B images.
+
+        Args:
+            pixels: `[B, 3, R, R]`.
+            image_index: `[R]` image of each region.
+            region_mask: `[R, 1 + N]` boolean, True for the patches of the region.
+
+        Returns:
+            Two `[R, 1 + N, width]`: token 0 for the region, the image's patches behind it; and the whole image.
+        """
+        if self.config.local_attn_depth <= 0:
+            whole = self(pixels)[image_index]
+            patches = whole[:, 1:]
+            weights = region_mask[:, 1:, None].to(patches.dtype)
+            pooled = (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+            return torch.cat([pooled, patches], dim=1), whole
+        x = self.embed(pixels)
+        shared = self.config.vision_depth - self.config.local_attn_depth
+        for block in self.blocks[:shared]:
+            x = block(x)
+        local = x[image_index]
+        for block in self.blocks[shared:]:
+            local, x = block(local, region_mask), block(x)
+        return self._finish(local), self._finish(x)[image_index]

@@ -1,0 +1,344 @@
+"""XFM: language encoder, vision encoder and fusion encoder with their heads (arXiv 2301.05065)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, Self, get_args, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast import checkpoint
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.kernels import ops
+from xfm_fast.models import inputs
+from xfm_fast.models.fusion import FusionEncoder, ImageMemory
+from xfm_fast.models.heads import MLPHead
+from xfm_fast.models.text import TextEncoder
+from xfm_fast.models.vision import Block, VisionEncoder
+from xfm_fast.packing import ImageGroups, Packing
+
+Head = Literal["mlm", "imlm", "contrastive", "matching", "boxes"]
+ALL_HEADS: tuple[Head, ...] = get_args(Head)
+Encoder = Literal["vision", "text", "fusion"]
+ALL_ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
+
+
+class XFM(nn.Module):
+    """The pretraining model; fine-tuning models are subclasses with fewer heads and one of their own.
+
+    Parameter names are those of the official code, so its checkpoints, optimizer groups and tools apply as they are.
+
+    Args:
+        config: sizes.
+        heads: which heads to build: `mlm` (language), `imlm` (fusion), `contrastive`, `matching`, `boxes`.
+        encoders: which encoders to build; a task that reads one modality has no use for the others.
+    """
+
+    def __init__(
+        self, config: XFMConfig, *, heads: Iterable[Head] = ALL_HEADS, encoders: Iterable[Encoder] = ALL_ENCODERS
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = tuple(heads)
+        for head in self.heads:
+            if head not in ALL_HEADS:
+                raise InputError(f"head {head!r} is unknown; choose from {', '.join(ALL_HEADS)}")
+        built = tuple(encoders)
+        if "vision" in built:
+            self.vision_encoder = VisionEncoder(config)
+        if "text" in built:
+            self.text_encoder = TextEncoder(config, lm_head="mlm" in self.heads)
+        if "fusion" in built:
+            self.fusion_encoder = FusionEncoder(config, lm_head="imlm" in self.heads)
+        if "contrastive" in self.heads:
+            self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+            self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+            temperature = torch.tensor(config.temperature)
+            if config.learnable_temperature:
+                self.temp = nn.Parameter(temperature)
+            else:
+                self.register_buffer("temp", temperature, persistent=False)
+        if "matching" in self.heads:
+            self.itm_head = MLPHead(config.text_width, 2, config.head_layer_norm_eps)
+        if "boxes" in self.heads:
+            self.bbox_head = MLPHead(config.text_width, 4, config.head_layer_norm_eps)
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        config: XFMConfig,
+        *,
+        heads: Iterable[Head] = ALL_HEADS,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load an official checkpoint, of pretraining or fine-tuning.
+
+        Position tables are interpolated to `config.image_size`, dead weights are left out; `load_report` of the model
+        says so.
+
+        Args:
+            source: a `.th`/`.pth`/`.bin` file (read with `weights_only=True`), a `.safetensors` file, or a state dict.
+            config: sizes of the model.
+            heads: heads to load; a fine-tuned checkpoint lacks some. Those not named are left out.
+            dtype: of the parameters.
+
+        Raises:
+            CheckpointError: the file cannot be read, or lists every parameter that is missing, unexpected or misshapen.
+        """
+        what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
+        state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
+        ours, report = checkpoint.to_ours(state, config)
+        heads = tuple(heads)
+        model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype)
+        model.load_report = report
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, heads: Iterable[Head] | None = None, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load a folder that `save_pretrained` wrote; by default with the heads that it holds."""
+        files = checkpoint.load_pretrained_files(folder)
+        heads = checkpoint.heads_in(files.state) if heads is None else tuple(heads)
+        return cls._loaded(files.config, heads, checkpoint.select_heads(files.state, heads), f"model {folder}", dtype)
+
+    @classmethod
+    def _loaded(
+        cls, config: XFMConfig, heads: tuple[Head, ...], state: Mapping[str, Tensor], what: str, dtype: torch.dtype
+    ) -> Self:
+        # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
+        with torch.device("meta"):
+            model = cls(config, heads=heads)
+        model = model.to(dtype).to_empty(device="cpu")
+        if not config.learnable_temperature and "contrastive" in heads:
+            model.temp.fill_(config.temperature)
+        checkpoint.load_into(model, state, what=what)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; each appears whole or not at all."""
+        checkpoint.save_pretrained(self.state_dict(), self.config, folder)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""
+        config = self.config.replace(image_size=image_size)
+        window = (config.grid, config.grid)
+        for block in self.vision_encoder.blocks:
+            assert isinstance(block, Block)
+            table = block.attn.relative_position_bias_table
+            resized = checkpoint.interpolate_table(table.detach().cpu(), window)
+            block.attn.relative_position_bias_table = nn.Parameter(
+                resized.to(table.device, table.dtype), requires_grad=table.requires_grad
+            )
+            block.attn.window = window
+        self.config = self.vision_encoder.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _require(self, head: Head) -> None:
+        if head not in self.heads:
+            raise UnavailableError(
+                f"this model was built without the {head!r} head (it has: {', '.join(self.heads) or 'none'}); "
+                f"build or load it with heads=(..., {head!r})"
+            )
+
+    @overload
+    def encode_image(
+        self, pixels: Tensor, patch_mask: Tensor | None = None, *, output_hidden_states: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def encode_image(
+        self, pixels: Tensor, patch_mask: Tensor | None = None, *, output_hidden_states: Literal[True]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def encode_image(
+        self, pixels: Tensor, patch_mask: Tensor | None = None, *, output_hidden_states: bool = False
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Vision encoder.
+
+        Args:
+            pixels: `[B, 3, R, R]` normalised images.
+            patch_mask: `[B, N]`, True where the patch is replaced by the mask token.
+            output_hidden_states: also return the embeddings (class token first) and the output of every block.
+
+        Returns:
+            `[B, 1 + N, vision_width]`: image token, then patches; with hidden states a pair.
+        """
+        inputs.check_pixels(pixels, self.config)
+        if patch_mask is not None:
+            patch_mask = inputs.check_patch_mask(patch_mask, pixels, self.config)
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        out = self.vision_encoder(self._cast(pixels), patch_mask, hidden)
+        return out if hidden is None else (out, tuple(hidden))
+
+    def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """R regions of B images.
+
+        Args:
+            pixels: `[B, 3, R, R]`.
+            image_index: `[R]` image of each region.
+            region_mask: `[R, 1 + N]`, non-zero for token 0 and the patches of the region.
+
+        Returns:
+            Two `[R, 1 + N, vision_width]`: with the region's token first, and the whole image.
+        """
+        inputs.check_pixels(pixels, self.config)
+        image_index = inputs.check_image_index(image_index, pixels.shape[0], region_mask.shape[0], "regions")
+        region_mask = inputs.check_region_mask(region_mask, region_mask.shape[0], self.config)
+        return self.vision_encoder.regions(self._cast(pixels), image_index, region_mask)
+
+    @overload
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_padding: bool = False, output_hidden_states: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_padding: bool = False, output_hidden_states: Literal[True]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        keep_padding: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Language encoder. Texts run without their padding; padded positions of the result are zero.
+
+        Args:
+            input_ids: `[B, L]`.
+            attention_mask: `[B, L]`, non-zero for real tokens; by default everything but the padding id.
+            keep_padding: compute padded positions too, as the official code does.
+            output_hidden_states: also return the embeddings and the output of every layer, padded.
+
+        Returns:
+            `[B, L, text_width]`; with hidden states a pair.
+        """
+        mask = inputs.check_tokens(input_ids, attention_mask, self.config)
+        packing = Packing.from_mask(mask, keep_padding=keep_padding)
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        out = packing.unpad(self.text_encoder(input_ids, packing, hidden))
+        return out if hidden is None else (out, tuple(packing.unpad(h) for h in hidden))
+
+    def project_image(self, image_embeds: Tensor) -> Tensor:
+        """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`, L2-normalised."""
+        self._require("contrastive")
+        inputs.check_embeddings(image_embeds, self.config.vision_width, "image embeddings")
+        return F.normalize(ops.linear(image_embeds[:, 0], self.vision_proj.weight, self.vision_proj.bias), dim=-1)
+
+    def project_text(self, text_embeds: Tensor) -> Tensor:
+        """Contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`, L2-normalised."""
+        self._require("contrastive")
+        inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
+        return F.normalize(ops.linear(text_embeds[:, 0], self.text_proj.weight, self.text_proj.bias), dim=-1)
+
+    def image_memory(self, image_embeds: Tensor, token_mask: Tensor | None = None) -> ImageMemory:
+        """Keys and values of every fusion layer, computed once per image.
+
+        Args:
+            image_embeds: `[B, 1 + N, vision_width]` (or any number of tokens).
+            token_mask: `[B, 1 + N]`, zero for tokens that texts must not attend to (patches outside a region).
+        """
+        inputs.check_embeddings(image_embeds, self.config.vision_width, "image embeddings")
+        if not self.config.fusion_layers:
+            raise UnavailableError("this model has no fusion layers (fusion_layers=0)")
+        if token_mask is not None:
+            token_mask = inputs.check_token_mask(token_mask, (image_embeds.shape[0], image_embeds.shape[1]), "token_mask")
+        return self.fusion_encoder.memory(image_embeds, token_mask)
+
+    @overload
+    def fuse(
+        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, image_index: Tensor | None = None, *, first_token_only: bool = False, keep_padding: bool = False, output_hidden_states: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def fuse(
+        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, image_index: Tensor | None = None, *, first_token_only: bool = False, keep_padding: bool = False, output_hidden_states: Literal[True]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def fuse(
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        memory: ImageMemory,
+        image_index: Tensor | None = None,
+        *,
+        first_token_only: bool = False,
+        keep_padding: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Fuse P texts with B images.
+
+        Args:
+            text_embeds: `[P, L, text_width]` from `encode_text`.
+            attention_mask: `[P, L]`, non-zero for real tokens.
+            memory: of the B images.
+            image_index: `[P]` image of each text, in any order; by default text b belongs to image b.
+            first_token_only: compute only what heads on token 0 read; the last layer is then nearly free.
+            keep_padding: compute padded positions too, as the official code does.
+            output_hidden_states: also return the output of every layer, padded.
+
+        Returns:
+            `[P, L, text_width]`, zeros at padded positions; `[P, 1, text_width]` with `first_token_only`;
+            with hidden states a pair.
+        """
+        inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
+        mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
+        texts = text_embeds.shape[0]
+        if image_index is None:
+            if texts != memory.images:
+                raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
+            image_index = torch.arange(texts, device=text_embeds.device)
+        image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
+        groups = ImageGroups.from_index(image_index, memory.images)
+        packing = Packing.from_mask(mask, order=groups.order, keep_padding=keep_padding)
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        fused = self.fusion_encoder(
+            packing.pack(text_embeds), packing, memory, groups, first_token_only=first_token_only, hidden_states=hidden
+        )
+        out = packing.restore(fused)[:, None] if first_token_only else packing.unpad(fused)
+        if hidden is None:
+            return out
+        whole = hidden[:-1] if first_token_only else hidden
+        return out, tuple(packing.unpad(h) for h in whole)
+
+    def match_logits(self, fused: Tensor) -> Tensor:
+        """Fused embeddings `[P, L, text_width]` → `[P, 2]`; column 1 scores "text describes image"."""
+        self._require("matching")
+        return self._on_first_token(self.itm_head, fused)
+
+    def predict_boxes(self, fused: Tensor) -> Tensor:
+        """Fused embeddings `[P, L, text_width]` → `[P, 4]` boxes (cx, cy, w, h) relative to the image."""
+        self._require("boxes")
+        return self._on_first_token(self.bbox_head, fused).sigmoid()
+
+    def mlm_logits(self, text_embeds: Tensor) -> Tensor:
+        """Vocabulary logits of the language encoder: `[..., text_width]` → `[..., vocab_size]`."""
+        self._require("mlm")
+        return self.text_encoder.lm_head(text_embeds, self.text_encoder.word_embeddings)
+
+    def imlm_logits(self, fused: Tensor) -> Tensor:
+        """Vocabulary logits of the fusion encoder: `[..., text_width]` → `[..., vocab_size]`."""
+        self._require("imlm")
+        return self.fusion_encoder.lm_head(fused, self.fusion_encoder.word_embeddings)
+
+    def _on_first_token(self, head: nn.Module, fused: Tensor) -> Tensor:
+        inputs.check_embeddings(fused, self.config.text_width, "fused embeddings")
+        return head(fused[:, 0])
+
+    def _cast(self, pixels: Tensor) -> Tensor:
+        return pixels if torch.is_autocast_enabled(pixels.device.type) else pixels.to(self.dtype)

@@ -1,0 +1,130 @@
+"""Padding-free batches: texts packed one after the other, and grouped by the image they are paired with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Texts that lie one after the other in a packed tensor `[T, ...]`.
+
+    Attributes:
+        cu_seqlens: `[P + 1]` int32 offsets of the texts.
+        key_mask: `[T]` boolean, False for tokens that are queries only (padding that was kept). None otherwise.
+    """
+
+    cu_seqlens: Tensor
+    key_mask: Tensor | None = None
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor) -> Sequences:
+        """Texts of the given lengths `[P]`."""
+        return cls(cu_seqlens=offsets(lengths))
+
+    @cached_property
+    def longest(self) -> int:
+        """Length of the longest text in tokens."""
+        return int(self.cu_seqlens.diff().max()) if self.cu_seqlens.numel() > 1 else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing(Sequences):
+    """Where the tokens of a padded batch `[P, L]` lie in a packed sequence. `pack` and `unpad` move data.
+
+    Attributes:
+        positions: `[T]` flat positions in the padded batch, in packed order.
+        shape: (P, L) of the padded batch.
+        order: `[P]` the text at each place of the packed sequence; None when they keep their order.
+    """
+
+    positions: Tensor
+    shape: tuple[int, int]
+    order: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor, *, order: Tensor | None = None, keep_padding: bool = False) -> Packing:
+        """Pack the tokens whose mask is non-zero (any pattern of them, not only prefixes).
+
+        Args:
+            attention_mask: `[P, L]`, non-zero for real tokens.
+            order: `[P]` permutation in which the texts are to lie.
+            keep_padding: keep padding tokens as queries that nobody attends to. The official code computes them; only
+                its VQA decoder reads them.
+        """
+        mask = attention_mask.bool()
+        rows = mask if order is None else mask[order]
+        kept = torch.ones_like(rows) if keep_padding else rows
+        positions = kept.flatten().nonzero().flatten()
+        texts, length = rows.shape
+        if order is not None:
+            positions = order[positions // length] * length + positions % length
+        return cls(
+            positions=positions,
+            cu_seqlens=offsets(kept.sum(1)),
+            shape=(texts, length),
+            order=order,
+            key_mask=rows.flatten() if keep_padding else None,
+        )
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`[P, L, ...]` → `[T, ...]`."""
+        return padded.flatten(0, 1).index_select(0, self.positions)
+
+    def unpad(self, packed: Tensor) -> Tensor:
+        """The inverse of `pack`: `[T, ...]` → `[P, L, ...]`, zeros where there is padding."""
+        texts, length = self.shape
+        padded = packed.new_zeros(texts * length, *packed.shape[1:])
+        return padded.index_copy(0, self.positions, packed).view(texts, length, *packed.shape[1:])
+
+    def restore(self, per_text: Tensor) -> Tensor:
+        """Rows in packed order back into the order of the padded batch: `[P, ...]` → `[P, ...]`."""
+        if self.order is None:
+            return per_text
+        return torch.empty_like(per_text).index_copy(0, self.order, per_text)
+
+
+@dataclass(frozen=True)
+class ImageGroups:
+    """Texts grouped by image: all texts of an image are one long query sequence of the cross-attention.
+
+    Attributes:
+        cu_texts: `[B + 1]` offsets of the images in the (ordered) list of texts.
+        order: `[P]` the permutation that groups the texts; None when they are grouped already.
+    """
+
+    cu_texts: Tensor
+    order: Tensor | None = None
+
+    @classmethod
+    def from_index(cls, image_index: Tensor, images: int) -> ImageGroups:
+        """Group P texts by their image.
+
+        Args:
+            image_index: `[P]` integers below `images`.
+            images: B.
+        """
+        index = image_index.long()
+        order = None if index.numel() < 2 or bool((index.diff() >= 0).all()) else index.argsort(stable=True)
+        return cls(offsets(torch.bincount(index, minlength=images)), order)
+
+    def token_offsets(self, cu_seqlens: Tensor) -> Tensor:
+        """Offsets of the images in the packed tokens, from the offsets of the texts: `[B + 1]`."""
+        return cu_seqlens.index_select(0, self.cu_texts)
+
+
+def offsets(lengths: Tensor) -> Tensor:
+    """`[S]` lengths → `[S + 1]` int32 offsets."""
+    cumulative = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cumulative[1:])
+    return cumulative
+
+
+def ragged_rows(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Rows `starts[i], ..., starts[i] + lengths[i] - 1` for every i, one after the other: `[sum(lengths)]` int64."""
+    first = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+    return first + torch.arange(first.shape[0], device=starts.device)

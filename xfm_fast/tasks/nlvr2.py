@@ -1,0 +1,67 @@
+"""NLVR2: does a sentence describe a pair of images?
+
+Recipe of the official code: 384 pixels, 8 pairs per GPU, lr 1e-5 (twice that for the head), 15 epochs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError
+from xfm_fast.models import inputs
+from xfm_fast.models.heads import MLPHead
+from xfm_fast.models.xfm import XFM
+from xfm_fast.packing import ImageGroups, Packing
+
+
+class NLVR2Model(XFM):
+    """X-FM with a two-way head on the sentence fused with the first image and with the second one."""
+
+    def __init__(self, config: XFMConfig) -> None:
+        super().__init__(config, heads=())
+        self.cls_head = MLPHead(2 * config.text_width, 2, config.head_layer_norm_eps)
+
+    def logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores of "false" and "true".
+
+        The sentence is encoded once, and the part of the fusion encoder that no image has touched runs once; then both
+        images' halves are one packed pass.
+
+        Args:
+            pixels: `[2B, 3, R, R]`: the first images of all pairs, then the second ones.
+            input_ids: `[B, L]`.
+            attention_mask: `[B, L]`, non-zero for real tokens; by default everything but padding.
+
+        Returns:
+            `[B, 2]`.
+
+        Raises:
+            InputError: not two images per sentence, or anything the encoders cannot accept.
+        """
+        mask = inputs.check_tokens(input_ids, attention_mask, self.config)
+        pairs = input_ids.shape[0]
+        if pixels.shape[0] != 2 * pairs:
+            raise InputError(f"there are {pixels.shape[0]} images for {pairs} sentences; NLVR2 has two for each")
+        memory = self.image_memory(self.encode_image(pixels))
+        once = Packing.from_mask(mask)
+        tokens = self.fusion_encoder.first_self_attention(self.text_encoder(input_ids, once), once)
+        twice = Packing.from_mask(torch.cat([mask, mask]))
+        groups = ImageGroups(torch.arange(2 * pairs + 1, device=pixels.device))
+        fused = self.fusion_encoder(
+            torch.cat([tokens, tokens]), twice, memory, groups, first_token_only=True, self_attended=True
+        )
+        return self.cls_head(torch.cat(fused.split(pairs), dim=-1))
+
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        """Training loss: cross-entropy with `targets` `[B]`, 1 where the sentence is true. A scalar."""
+        return F.cross_entropy(self.logits(pixels, input_ids, attention_mask), targets.long())
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """Share of pairs `[B]` whose larger logit `[B, 2]` is the target's."""
+    return (logits.argmax(-1) == targets).float().mean().item()

@@ -1,0 +1,173 @@
+"""Captions to token ids: the official cleaning, and byte-level BPE with RoBERTa's special tokens."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import DataError
+
+BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
+
+_TO_SPACE = str.maketrans(dict.fromkeys(",.'!?\"()*#:;~-/", " "))
+_SPACES = re.compile(r"\s{2,}")
+_BYTES = 256
+
+
+def pre_caption(caption: str, max_words: int = 30) -> str:
+    """The official cleaning of captions: lower case, punctuation to spaces, the first `max_words` words.
+
+    Raises:
+        DataError: nothing is left. Readers skip such captions, count and list them.
+    """
+    cleaned = caption.lower().translate(_TO_SPACE).replace("<person>", "person")
+    cleaned = _SPACES.sub(" ", cleaned).strip()
+    words = cleaned.split(" ")
+    cleaned = " ".join(words[:max_words])
+    if not cleaned:
+        raise DataError(f"caption {caption!r} is empty after cleaning; write words or remove it")
+    return cleaned
+
+
+class CaptionTokenizer:
+    """Byte-level BPE as RoBERTa uses it: `<s> tokens </s>`, cut to a length and padded.
+
+    Attributes:
+        origin: where the vocabulary comes from, for reports.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, origin: str) -> None:
+        self.origin = origin
+        self._tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        ids = {token: tokenizer.token_to_id(token) for token in (BOS, PAD, EOS)}
+        absent = [token for token, number in ids.items() if number is None]
+        if absent:
+            raise DataError(
+                f"the vocabulary in {origin} lacks {', '.join(absent)}; give RoBERTa's vocab.json and merges.txt, or a "
+                "tokenizer.json with RoBERTa's special tokens"
+            )
+        self.bos_token_id, self.pad_token_id, self.eos_token_id = ids.values()
+
+    @classmethod
+    def from_files(cls, path: str | os.PathLike[str]) -> CaptionTokenizer:
+        """Read a `tokenizer.json`, or a folder that holds one, or `vocab.json` and `merges.txt`.
+
+        Raises:
+            DataError: files are missing or damaged, or the vocabulary has no RoBERTa special tokens.
+        """
+        path = Path(path)
+        single = path / "tokenizer.json" if path.is_dir() else path
+        vocabulary, merges = path / "vocab.json", path / "merges.txt"
+        if single.is_file():
+            return cls(_parsed(single, lambda: Tokenizer.from_file(str(single))), str(single))
+        if not (vocabulary.is_file() and merges.is_file()):
+            raise DataError(
+                f"{path} holds no tokenizer; give a tokenizer.json, or a folder with one or with vocab.json and merges.txt"
+            )
+        model = _parsed(path, lambda: models.BPE.from_file(str(vocabulary), str(merges), unk_token=UNK))
+        return cls(_byte_level(model), str(path))
+
+    @classmethod
+    def train_on_texts(cls, texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
+        """Learn a vocabulary, for use where the official one is not at hand. The same texts give the same vocabulary.
+
+        A model with trained weights needs the vocabulary it was trained with; this one suits random weights alone.
+
+        Args:
+            texts: cleaned captions.
+            vocab_size: upper bound, special tokens included.
+        """
+        least = _BYTES + 5
+        if vocab_size < least:
+            raise DataError(f"vocab_size={vocab_size} is too small for bytes and special tokens; use at least {least}")
+        tokenizer = _byte_level(models.BPE(unk_token=UNK))
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            special_tokens=[BOS, PAD, EOS, UNK],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        texts = list(texts)
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.add_special_tokens([MASK])  # the last entry, as in RoBERTa
+        return cls(tokenizer, f"a vocabulary trained on {len(texts)} captions")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def check(self, config: XFMConfig) -> None:
+        """Raise `DataError` unless a model of this configuration can read the ids."""
+        if self.vocab_size > config.vocab_size:
+            raise DataError(
+                f"the vocabulary in {self.origin} has {self.vocab_size} entries and the model {config.vocab_size}; "
+                "give the vocabulary that the model was trained with"
+            )
+        for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+            if getattr(self, name) != getattr(config, name):
+                raise DataError(
+                    f"{name} is {getattr(self, name)} in {self.origin} and {getattr(config, name)} in the model; give the "
+                    "vocabulary that the model was trained with"
+                )
+
+    def encode(
+        self, texts: Sequence[str], max_tokens: int = 40, *, pad_to_longest: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`<s> tokens </s>`, cut to `max_tokens` and padded to it.
+
+        Args:
+            texts: cleaned captions, such as `pre_caption` returns.
+            max_tokens: special tokens included.
+            pad_to_longest: pad to the longest of these texts only.
+
+        Returns:
+            input_ids and attention_mask, int64 `[B, L]`; the mask is 1 for real tokens.
+        """
+        if max_tokens < 3:
+            raise DataError(f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3")
+        rows = []
+        for number, encoding in enumerate(self._tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+            if not encoding.ids:
+                raise DataError(f"text {number} ({texts[number]!r}) has no tokens; write words or remove it")
+            rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
+        width = max(map(len, rows), default=0) if pad_to_longest else max_tokens
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        return ids, mask
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `tokenizer.json` that `from_files` reads."""
+        self._tokenizer.save(str(path))
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    # Cleaned captions begin without a space, and so does their first token.
+    setattr(tokenizer, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False))  # noqa: B010
+    setattr(tokenizer, "decoder", decoders.ByteLevel())  # noqa: B010
+    tokenizer.add_special_tokens([token for token in (BOS, PAD, EOS, UNK, MASK) if tokenizer.token_to_id(token) is not None])
+    return tokenizer
+
+
+def _parsed(path: Path, read: Any) -> Any:
+    try:
+        return read()
+    except Exception as error:  # the library raises bare exceptions
+        raise DataError(f"{path} is no readable tokenizer ({error}); download or copy it again") from None
