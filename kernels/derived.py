@@ -27,7 +27,8 @@ def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) ->
     stamp = tuple((s.data_ptr(), s._version, s.dtype, s.shape) for s in sources)
     kept: dict[str, tuple[Any, T]] = _entries.setdefault(sources[0], {})
     if name not in kept or kept[name][0] != stamp:
-        with torch.no_grad():
+        # Whoever asks first may be in inference mode; what is kept must serve training too.
+        with torch.inference_mode(False), torch.no_grad():
             kept[name] = (stamp, compute())
     return kept[name][1]
 

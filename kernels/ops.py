@@ -27,6 +27,7 @@ __all__ = [
     "linear",
     "linear_gelu",
     "linear_residual",
+    "mlp_residual",
     "relpos_attention",
     "use_backend",
     "varlen_attention",
@@ -115,6 +116,41 @@ def linear_residual(
     return reference.linear_residual(x, weight, bias, residual, gamma, row_scale)
 
 
+def mlp_residual(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    residual: Tensor,
+    *,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The MLP branch of a transformer: `residual + row_scale · gamma · dropout(gelu(x W1^T + b1) W2^T + b2)`.
+
+    Args:
+        x, residual: `[..., M]`; weight_in: `[F, M]`; bias_in: `[F]`; weight_out: `[M, F]`; bias_out: `[M]`.
+        gamma, row_scale, dropout_p: as in `linear_residual`.
+    """
+    where = _resolve(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
+    if where == "cpu" and row_scale is None and not dropout_p:
+        return cpu_products.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
+    hidden = reference.linear_gelu(x, weight_in, bias_in)
+    return linear_residual(
+        hidden,
+        weight_out,
+        bias_out,
+        residual,
+        gamma=gamma,
+        row_scale=row_scale,
+        dropout_p=dropout_p,
+        backend=backend,
+    )
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension; statistics in fp32 for half precision."""
     return reference.layer_norm(x, weight, bias, eps)
@@ -167,7 +203,9 @@ def _position_index(window: tuple[int, int], table: Tensor) -> Tensor:
         return reference.relative_position_index(window, table.device).view(-1)
     key = (window, table.device)
     if key not in _indices:
-        _indices[key] = reference.relative_position_index(window, table.device).view(-1)
+        # Whoever asks first may be in inference mode; what is kept must serve training too.
+        with torch.inference_mode(False):
+            _indices[key] = reference.relative_position_index(window, table.device).view(-1)
     return _indices[key]
 
 

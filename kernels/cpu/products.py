@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from ..derived import derived
 from .selection import select
 
-# Shape of the products that decide: one layer's worth of packed caption tokens.
-_ROWS, _INPUTS, _OUTPUTS = 416, 768, 1536
+# Shape of the products that decide: packed caption tokens through a layer of the base width.
+_ROWS, _INPUTS, _OUTPUTS = 224, 768, 768
+_HIDDEN_BYTES = 6 << 20
 
 
 def _packed(weight: Tensor, rows: int) -> Tensor:
@@ -46,7 +48,8 @@ def _packed_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return F.linear(x, weight, bias).add_(residual)
+    # The product accumulates into the sum: one pass less than a linear layer followed by an addition.
+    return (residual.clone() if bias is None else residual + bias).addmm_(x, weight.t())
 
 
 def _onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -113,6 +116,54 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         scaled_bias = None if bias is None else derived("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
         out = _RESIDUAL[name](rows, scaled_weight, scaled_bias, sums)
     return out.view(residual.shape)
+
+
+def mlp_residual(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time.
+
+    The hidden layer is four times as wide as the rest. Whole, it is a buffer that the allocator returns to the system
+    and faults in again, page by page, in every layer; a slice of it stays in cache. (oneDNN products cannot be told
+    where to put their result, so they run whole.)
+    """
+    rows, sums = _rows(x), _rows(residual)
+    first = select("linear_gelu", _GELU, _example, x.dtype)
+    second = select("linear_residual", _RESIDUAL, _residual_example, x.dtype)
+    if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
+        return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
+    step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
+    hidden = _workspace(min(step, rows.shape[0]) * weight_in.shape[0], x.dtype).view(-1, weight_in.shape[0])
+    out = torch.empty_like(sums)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        middle = hidden[: rows[part].shape[0]]
+        torch.ops.aten.gelu_(torch.addmm(bias_in, rows[part], weight_in.t(), out=middle))
+        if gamma is None:
+            torch.add(sums[part], bias_out, out=out[part]).addmm_(middle, weight_out.t())
+        else:
+            product = torch.addmm(bias_out, middle, weight_out.t(), out=out[part])
+            torch.addcmul(sums[part], product, gamma, out=product)
+    return out.view(residual.shape)
+
+
+_local = threading.local()
+
+
+def _workspace(numel: int, dtype: torch.dtype) -> Tensor:
+    """Scratch memory of this thread that outlives the call; what it holds is anybody's."""
+    buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("buffers", {})
+    if dtype not in buffers or buffers[dtype].numel() < numel:
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            buffers[dtype] = torch.empty(numel, dtype=dtype)
+    return buffers[dtype][:numel]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The RoBERTa decoder that writes answers and captions: causal self-attention, cross-attention to a projected memory."""
+"""The RoBERTa decoder that writes answers and captions: causal self-attention, cross-attention to a shared memory."""
 
 from __future__ import annotations
 

@@ -106,7 +106,9 @@ def generate(
         # Twice as many as there are beams, so that enough remain when every beam proposes to end.
         best = totals.topk(2 * num_beams, dim=1)
         beams, tokens = best.indices // log_probs.shape[1], best.indices % log_probs.shape[1]
-        chosen = _choose(hypotheses, ids, best.values.tolist(), beams.tolist(), tokens.tolist(), pad_token_id, eos_token_id)
+        chosen = _choose(
+            hypotheses, ids, best.values.tolist(), beams.tolist(), tokens.tolist(), pad_token_id, eos_token_id
+        )
         rows = torch.tensor([row for row, _, _ in chosen], device=ids.device)
         next_ids = torch.tensor([token for _, token, _ in chosen], device=ids.device)
         scores = scores.new_tensor([score for _, _, score in chosen]).view(states, num_beams)
@@ -132,8 +134,8 @@ def _check(
         raise InputError(f"num_beams={num_beams}; it must be at least 1")
     if not prompt_ids.shape[1] < max_length <= room:
         raise InputError(
-            f"max_length={max_length} must exceed the {prompt_ids.shape[1]} tokens of the prompt and be at most {room}, "
-            "where the position table ends"
+            f"max_length={max_length} must exceed the {prompt_ids.shape[1]} tokens of the prompt and be at most "
+            f"{room}, where the position table ends"
         )
     if prompt_ids.device.type == "cpu" and bool((prompt_ids == pad).any()):
         raise InputError("prompt_ids hold padding; give all images prompts of one length, or generate group by group")
@@ -193,7 +195,7 @@ def _choose(
 
 
 def _padded(sequences: list[list[int]], max_length: int, pad: int, eos: int, like: Tensor) -> Tensor:
-    ended = [tokens + [eos] if len(tokens) < max_length else tokens for tokens in sequences]
+    ended = [[*tokens, eos] if len(tokens) < max_length else tokens for tokens in sequences]
     longest = max(map(len, ended), default=0)
     rows = [tokens + [pad] * (longest - len(tokens)) for tokens in ended]
     return torch.tensor(rows, dtype=like.dtype, device=like.device).view(len(rows), longest)

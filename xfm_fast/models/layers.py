@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,7 +68,9 @@ class ResidualNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        summed = ops.linear_residual(x, self.dense.weight, self.dense.bias, residual, dropout_p=dropout_p)
+        return self.norm(ops.linear_residual(x, self.dense.weight, self.dense.bias, residual, dropout_p=dropout_p))
+
+    def norm(self, summed: Tensor) -> Tensor:
         return ops.layer_norm(summed, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
 
 
@@ -103,14 +108,11 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """First half of the MLP: dense and GELU."""
+    """Parameters of the first half of the MLP."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_gelu(x, self.dense.weight, self.dense.bias)
 
 
 class TransformerLayer(nn.Module):
@@ -165,7 +167,11 @@ class TransformerLayer(nn.Module):
         return self.crossattention.attend(x, qkv, cu_queries, cu_keys, longest_queries, longest_keys, key_mask)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.output(self.intermediate(x), x)
+        """MLP with residual and norm: `[T, width]` → `[T, width]`."""
+        first, second = self.intermediate.dense, self.output.dense
+        dropout_p = self.output.dropout if self.training else 0.0
+        summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x, dropout_p=dropout_p)
+        return self.output.norm(summed)
 
 
 class Embeddings(nn.Module):
@@ -199,8 +205,8 @@ class LayerStack(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(layers)
 
-    def __iter__(self):
-        return iter(self.layer)
+    def __iter__(self) -> Iterator[TransformerLayer]:
+        return cast("Iterator[TransformerLayer]", iter(self.layer))
 
     def __len__(self) -> int:
         return len(self.layer)

@@ -94,9 +94,10 @@ class Block(nn.Module):
         context, proj = self.attn(normed, key_mask), self.attn.proj
         x = ops.linear_residual(context, proj.weight, proj.bias, x, gamma=self.gamma_1, row_scale=self._row_scale(x))
         normed = ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        hidden = ops.linear_gelu(normed, self.mlp.fc1.weight, self.mlp.fc1.bias)
-        fc2 = self.mlp.fc2
-        return ops.linear_residual(hidden, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x))
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return ops.mlp_residual(
+            normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x)
+        )
 
 
 class VisionEncoder(nn.Module):
