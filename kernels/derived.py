@@ -21,11 +21,13 @@ _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
     """`compute()`, remembered under `name` as long as `sources` keep their storage and version."""
-    if torch.compiler.is_compiling() or any(s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) for s in sources):
+    if torch.compiler.is_compiling() or any(
+        s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) for s in sources
+    ):
         # Inference tensors carry no version, so a change could not be seen; traced values must stay in the graph.
         return compute()
     stamp = tuple((s.data_ptr(), s._version, s.dtype, s.shape) for s in sources)
-    kept: dict[str, tuple[Any, T]] = _entries.setdefault(sources[0], {})
+    kept: dict[str, tuple[Any, Any]] = _entries.setdefault(sources[0], {})  # pyright: ignore[reportAssignmentType]
     if name not in kept or kept[name][0] != stamp:
         # Whoever asks first may be in inference mode; what is kept must serve training too.
         with torch.inference_mode(False), torch.no_grad():

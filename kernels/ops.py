@@ -180,7 +180,7 @@ def relpos_attention(
         `[B, N, H, D]`.
     """
     _check_relpos(q, k, v, table, window, key_mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     where = _resolve(backend, q, k, v, table)
     if where == "reference":
         return reference.relpos_attention(q, k, v, table, window, scale, key_mask)
@@ -238,7 +238,7 @@ def varlen_attention(
         `[Tq, H, D]`.
     """
     _check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if _resolve(backend, q, k, v) == "reference" or q.device.type != "cpu":
         return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask)
     bounds_q, bounds_k = _bounds(cu_seqlens_q, q, max_q, "q"), _bounds(cu_seqlens_k, k, max_k, "k")
@@ -252,12 +252,14 @@ def _check_relpos(
         raise ValueError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
     height, width = window
     if q.shape[1] != 1 + height * width:
-        raise ValueError(f"q has {q.shape[1]} tokens; a {height}x{width} window with a class token has {1 + height * width}")
+        raise ValueError(
+            f"q has {q.shape[1]} tokens; a {height}x{width} window with a class token has {1 + height * width}"
+        )
     rows = (2 * height - 1) * (2 * width - 1) + 3
     if table.shape != (rows, q.shape[2]):
         raise ValueError(
-            f"table is {[*table.shape]}; a {height}x{width} window with {q.shape[2]} heads needs [{rows}, {q.shape[2]}]: "
-            "interpolate it when the resolution changes"
+            f"table is {[*table.shape]}; a {height}x{width} window with {q.shape[2]} heads needs "
+            f"[{rows}, {q.shape[2]}]: interpolate it when the resolution changes"
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
         raise ValueError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
@@ -267,9 +269,7 @@ def _check_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_mask: Tensor | None
 ) -> None:
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(
-            f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
-        )
+        raise ValueError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
@@ -282,7 +282,9 @@ def _check_varlen(
 def _bounds(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:
     bounds = tuple(offsets.tolist())
     if bounds[0] != 0 or bounds[-1] != packed.shape[0]:
-        raise ValueError(f"cu_seqlens_{name} runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {packed.shape[0]}")
+        raise ValueError(
+            f"cu_seqlens_{name} runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {packed.shape[0]}"
+        )
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     if min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens_{name} decreases; offsets must not")

@@ -84,7 +84,9 @@ class XFMConfig(BaseModel):
     text_intermediate: int = Field(3072, gt=0)
     text_layer_norm_eps: float = Field(1e-5, gt=0)
     vocab_size: int = Field(50265, gt=4)
-    max_positions: int = Field(514, gt=2, description="rows of the position table; the first pad_token_id+1 hold no token")
+    max_positions: int = Field(
+        514, gt=2, description="rows of the position table; the first pad_token_id+1 hold no token"
+    )
     type_vocab_size: int = Field(1, gt=0)
     pad_token_id: int = Field(1, ge=0)
     bos_token_id: int = Field(0, ge=0)
@@ -103,7 +105,9 @@ class XFMConfig(BaseModel):
     num_masking_patches: int = Field(75, gt=0, description="patches hidden by masked image modelling")
     min_num_patches: int = Field(16, gt=0, description="smallest block that the mask generator draws")
     mim_patches_only: bool = Field(False, description="leave the pooled image token out of the MIM loss")
-    detach_text_for_mlm: bool = Field(True, description="stop the gradient of image-conditioned MLM at the text encoder")
+    detach_text_for_mlm: bool = Field(
+        True, description="stop the gradient of image-conditioned MLM at the text encoder"
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -187,7 +191,11 @@ class XFMConfig(BaseModel):
 
     @classmethod
     def from_official(
-        cls, source: dict[str, Any] | str | Path, *, roberta: dict[str, Any] | str | Path | None = None, **overrides: Any
+        cls,
+        source: dict[str, Any] | str | Path,
+        *,
+        roberta: dict[str, Any] | str | Path | None = None,
+        **overrides: Any,
     ) -> XFMConfig:
         """Read the official description of a model.
 
@@ -240,7 +248,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"configuration {path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"configuration {path} holds a {type(value).__name__}; a mapping of names to values is needed")
+        raise ConfigError(
+            f"configuration {path} holds a {type(value).__name__}; a mapping of names to values is needed"
+        )
     return value
 
 
@@ -294,7 +304,15 @@ def _from_flat(source: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": _require(source, "vocab"),
         "max_positions": _require(source, "max_pos"),
     }
-    for name in ("vision_width", "vision_depth", "vision_heads", "text_width", "text_layers", "text_heads", "fusion_layers"):
+    for name in (
+        "vision_width",
+        "vision_depth",
+        "vision_heads",
+        "text_width",
+        "text_layers",
+        "text_heads",
+        "fusion_layers",
+    ):
         fields[name] = _require(source, name)
     optional = {
         "vision_mlp_ratio": "vision_mlp_ratio",

@@ -28,7 +28,8 @@ def create_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) 
     except OSError as error:
         path.unlink(missing_ok=True)
         raise StorageError(
-            f"{path} needs {size / 1e9:.2f} GB and cannot be created ({error.strerror}); free space or choose another folder"
+            f"{path} needs {size / 1e9:.2f} GB and cannot be created ({error.strerror}); free space or choose another "
+            "folder"
         ) from None
     return open_mapped(path, shape, dtype)
 

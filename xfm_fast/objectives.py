@@ -221,7 +221,9 @@ def _check_boxes(predicted: Tensor, target: Tensor, is_image: Tensor | None) -> 
     if predicted.ndim != 2 or predicted.shape[1] != 4 or predicted.shape != target.shape:
         raise InputError(f"boxes are {[*predicted.shape]} and {[*target.shape]}; both must be [R, 4]: (cx, cy, w, h)")
     if is_image is not None and is_image.shape != predicted.shape[:1]:
-        raise InputError(f"is_image is {[*is_image.shape]}; there must be one for each of the {predicted.shape[0]} boxes")
+        raise InputError(
+            f"is_image is {[*is_image.shape]}; there must be one for each of the {predicted.shape[0]} boxes"
+        )
 
 
 def _mean_over_boxes(loss: Tensor, is_image: Tensor | None) -> Tensor:

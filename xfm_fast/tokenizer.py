@@ -49,14 +49,14 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        ids = {token: tokenizer.token_to_id(token) for token in (BOS, PAD, EOS)}
-        absent = [token for token, number in ids.items() if number is None]
+        ids = {token: number for token in (BOS, PAD, EOS) if (number := tokenizer.token_to_id(token)) is not None}
+        absent = [token for token in (BOS, PAD, EOS) if token not in ids]
         if absent:
             raise DataError(
                 f"the vocabulary in {origin} lacks {', '.join(absent)}; give RoBERTa's vocab.json and merges.txt, or a "
                 "tokenizer.json with RoBERTa's special tokens"
             )
-        self.bos_token_id, self.pad_token_id, self.eos_token_id = ids.values()
+        self.bos_token_id, self.pad_token_id, self.eos_token_id = (ids[token] for token in (BOS, PAD, EOS))
 
     @classmethod
     def from_files(cls, path: str | os.PathLike[str]) -> CaptionTokenizer:
@@ -72,7 +72,7 @@ class CaptionTokenizer:
             return cls(_parsed(single, lambda: Tokenizer.from_file(str(single))), str(single))
         if not (vocabulary.is_file() and merges.is_file()):
             raise DataError(
-                f"{path} holds no tokenizer; give a tokenizer.json, or a folder with one or with vocab.json and merges.txt"
+                f"{path} holds no tokenizer; give a tokenizer.json, or a folder with it or with vocab.json, merges.txt"
             )
         model = _parsed(path, lambda: models.BPE.from_file(str(vocabulary), str(merges), unk_token=UNK))
         return cls(_byte_level(model), str(path))
@@ -116,8 +116,8 @@ class CaptionTokenizer:
         for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
             if getattr(self, name) != getattr(config, name):
                 raise DataError(
-                    f"{name} is {getattr(self, name)} in {self.origin} and {getattr(config, name)} in the model; give the "
-                    "vocabulary that the model was trained with"
+                    f"{name} is {getattr(self, name)} in {self.origin} and {getattr(config, name)} in the model; give "
+                    "the vocabulary that the model was trained with"
                 )
 
     def encode(
@@ -162,7 +162,9 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     # Cleaned captions begin without a space, and so does their first token.
     setattr(tokenizer, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False))  # noqa: B010
     setattr(tokenizer, "decoder", decoders.ByteLevel())  # noqa: B010
-    tokenizer.add_special_tokens([token for token in (BOS, PAD, EOS, UNK, MASK) if tokenizer.token_to_id(token) is not None])
+    tokenizer.add_special_tokens(
+        [token for token in (BOS, PAD, EOS, UNK, MASK) if tokenizer.token_to_id(token) is not None]
+    )
     return tokenizer
 
 

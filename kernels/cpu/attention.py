@@ -122,7 +122,7 @@ class _Group(NamedTuple):
     query_tokens: Tensor  # [tokens] their positions in the packed tensor
     keys: Tensor  # [n * longest_k]
     key_padding: Tensor | None  # [n, longest_k], True where there is no key
-    count: int
+    sequences: int
 
 
 class _Plan(NamedTuple):
@@ -219,7 +219,7 @@ def varlen_attention(
         one = (q[queries][None], k[keys][None], v[keys][None])
         pieces.append((queries, (dense_attention(*one, scale) if fast else _padded(*one, scale, None, dropout_p))[0]))
     for group in plan.groups:
-        shape = (group.count, -1, *q.shape[1:])
+        shape = (group.sequences, -1, *q.shape[1:])
         padded = [t.index_select(0, i).view(shape) for t, i in ((q, group.queries), (k, group.keys), (v, group.keys))]
         attended = _padded(padded[0], padded[1], padded[2], scale, group.key_padding, dropout_p)
         pieces.append((group.query_tokens, attended.flatten(0, 1).index_select(0, group.query_slots)))

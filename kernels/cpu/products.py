@@ -1,4 +1,4 @@
-"""Linear layers on CPU for inference: fp32 and bf16, with the GELU or the residual fused where oneDNN does it faster."""
+"""Linear layers on CPU for inference, fp32 and bf16; GELU and residual are fused where oneDNN does it faster."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
 _MARGIN = 0.96
-# The examples take about a millisecond: short enough for some of the rounds to escape the interruptions of a busy machine.
+# The examples take about a millisecond: short enough for some rounds to escape the interruptions of a busy machine.
 _ROUNDS = 25
 # What another order of summation may add to the error of a product, relative to its largest value.
 _SUMMATION = 4e-6
@@ -45,7 +45,7 @@ def select(
     make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
     dtype: torch.dtype,
 ) -> str:
-    """Name of the fastest of `candidates` (the first is the trusted one) on the arguments that `make_arguments` gives."""
+    """Name of the fastest of `candidates`, of which the first is trusted, on the arguments that are made for it."""
     key = (operation, dtype, torch.get_num_threads())
     found = _selections.get(key)
     if found is None:

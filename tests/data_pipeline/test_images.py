@@ -91,7 +91,7 @@ def test_paths_and_bytes_agree(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"no image at all", "no image format"),
+        (b"no image at all", "in no format"),
         (_bytes(_picture(size=(200, 200)), "JPEG")[:3000], "truncated"),
         (_bytes(_picture(size=(200, 200)))[:3000], "truncated"),
         (_png(20, 20), "truncated"),

@@ -25,7 +25,8 @@ Source = str | os.PathLike[str] | bytes
 def evaluation_transform(image_size: int) -> v2.Compose:
     """The official transform of evaluation: a PIL image to normalised pixels `[3, R, R]`.
 
-    Both sides are resized to R, so the aspect ratio is not kept; bicubic, with the antialiasing that PIL always applies.
+    Both sides are resized to R, so the aspect ratio is not kept; bicubic, antialiased
+    as PIL always does.
     """
     return v2.Compose(
         [
@@ -68,7 +69,7 @@ def decode_image(source: Source, name: str | None = None) -> Image.Image:
             raise DataError(f"image {name} is refused: {error}; {_BOMB_REMEDY}") from None
         except UnidentifiedImageError:
             raise DataError(
-                f"image {name} ({len(data)} bytes, beginning with {data[:8]!r}) is in no image format that Pillow reads; "
+                f"image {name} ({len(data)} bytes, beginning with {data[:8]!r}) is in no format that Pillow reads; "
                 "convert it to JPEG or PNG"
             ) from None
         except Exception as error:  # a damaged file can make a decoder raise anything
@@ -105,7 +106,7 @@ def _check_size(image: Image.Image, name: str) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise DataError(
-            f"image {name} is {width}x{height} = {width * height:,} pixels, more than the limit of {limit:,} that guards "
+            f"image {name} is {width}x{height} = {width * height:,} pixels, over the limit of {limit:,} that guards "
             f"against decompression bombs; {_BOMB_REMEDY}"
         )
 

@@ -175,7 +175,7 @@ class TextDecoder(nn.Module):
         """
         behind = 0 if past is None else past.length
         positions = self._positions(input_ids, behind)
-        x = self.roberta.embeddings(packing.pack(input_ids), packing.pack(positions))
+        x = self.roberta.embeddings(packing.pack(input_ids).long(), packing.pack(positions))
         visible = _visible_keys(packing, behind)
         cu_queries = groups.token_offsets(packing.cu_seqlens)
         for number, layer in enumerate(self.roberta.encoder):
@@ -250,7 +250,7 @@ class TextDecoder(nn.Module):
         Returns:
             `[A, L - 1]`, entry j for token j + 1; zero where that is padding or given.
         """
-        targets = input_ids[:, 1:]
+        targets = input_ids[:, 1:].long()
         packing = Packing.from_mask(token_mask[:, 1:], order=groups.order)
         hidden, positions = self(input_ids[:, :-1], packing, memory, groups), packing.positions
         if given > 1:

@@ -83,7 +83,9 @@ class FusionEncoder(nn.Module):
 
     def first_self_attention(self, tokens: Tensor, sequences: Sequences) -> Tensor:
         """Layer 0 before its cross-attention. It does not depend on the image, so re-ranking does it once per text."""
-        return self.roberta.encoder[0].self_attention(tokens, sequences.cu_seqlens, sequences.longest, sequences.key_mask)
+        return self.roberta.encoder[0].self_attention(
+            tokens, sequences.cu_seqlens, sequences.longest, sequences.key_mask
+        )
 
     def forward(
         self,

@@ -20,6 +20,7 @@ def _contents_visible(tensor: Tensor) -> bool:
 
 
 def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
+    """Images `[B, 3, R, R]` of the model's resolution, finite floating point."""
     size = config.image_size
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise InputError(f"pixels are {[*pixels.shape]}; images must be [B, 3, {size}, {size}]")
@@ -28,7 +29,9 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
     height, width = pixels.shape[2:]
     for side in (height, width):
         if side % config.patch_size:
-            raise InputError(f"pixels are {height}x{width}; {side} is no multiple of the patch of {config.patch_size} pixels")
+            raise InputError(
+                f"pixels are {height}x{width}; {side} is no multiple of the patch of {config.patch_size} pixels"
+            )
     if (height, width) != (size, size):
         raise InputError(
             f"pixels are {height}x{width} but this model was built for {size}x{size}; resize the images, or the model "
@@ -37,10 +40,13 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
     if _contents_visible(pixels):
         finite = torch.isfinite(pixels).flatten(1).all(1)
         if not bool(finite.all()):
-            raise InputError(f"pixels of image {int(finite.long().argmin())} hold NaN or infinity; check its preprocessing")
+            raise InputError(
+                f"pixels of image {int(finite.long().argmin())} hold NaN or infinity; check its preprocessing"
+            )
 
 
 def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> Tensor:
+    """Returns the `[B, N]` mask of hidden patches as booleans."""
     expected = (pixels.shape[0], config.num_patches)
     if patch_mask.shape != expected:
         raise InputError(f"patch_mask is {[*patch_mask.shape]}; it must be {[*expected]}, True where a patch is hidden")
@@ -55,8 +61,8 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
         raise InputError(f"input_ids are {input_ids.dtype}; token ids are integers")
     if input_ids.shape[1] > config.max_text_length:
         raise InputError(
-            f"input_ids hold {input_ids.shape[1]} tokens per text; the position table ends at {config.max_text_length}: "
-            "truncate the texts"
+            f"input_ids hold {input_ids.shape[1]} tokens per text; the position table ends at "
+            f"{config.max_text_length}: truncate the texts"
         )
     if _contents_visible(input_ids) and input_ids.numel():
         lowest, highest = int(input_ids.min()), int(input_ids.max())
@@ -71,6 +77,7 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
 
 
 def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
+    """Returns the mask as booleans; every text has at least one token."""
     if [*attention_mask.shape] != shape:
         raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
     mask = attention_mask.bool()
@@ -85,6 +92,7 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
 
 
 def check_embeddings(embeds: Tensor, width: int, name: str) -> None:
+    """Embeddings `[B, tokens, width]`."""
     if embeds.ndim != 3 or embeds.shape[-1] != width:
         raise InputError(f"{name} are {[*embeds.shape]}; they must be [B, tokens, {width}]")
 
@@ -105,12 +113,14 @@ def check_image_index(image_index: Tensor, images: int, rows: int, what: str) ->
 
 
 def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+    """Returns the mask as booleans."""
     if token_mask.shape != shape:
         raise InputError(f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for the tokens that count")
     return token_mask.bool()
 
 
 def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> Tensor:
+    """Returns the `[R, 1 + N]` mask as booleans; every region covers at least one patch."""
     mask = check_token_mask(region_mask, (regions, config.num_image_tokens), "region_mask")
     if _contents_visible(mask) and regions:
         filled = mask[:, 1:].any(1)

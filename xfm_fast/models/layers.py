@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -37,7 +38,7 @@ class AttentionProjections(nn.Module):
         return self.dropout if self.training else 0.0
 
     def _split(self, x: Tensor, projections: int) -> Tensor:
-        return x.view(*x.shape[:-1], projections, self.heads, -1)
+        return x.unflatten(-1, (projections, self.heads, -1))
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[T, width]` → q, k, v `[T, H, D]` with one product."""
@@ -48,7 +49,7 @@ class AttentionProjections(nn.Module):
 
     def project_query(self, x: Tensor) -> Tensor:
         """`[T, width]` → `[T, H, D]`."""
-        return ops.linear(x, self.query.weight, self.query.bias).view(*x.shape[:-1], self.heads, -1)
+        return ops.linear(x, self.query.weight, self.query.bias).unflatten(-1, (self.heads, -1))
 
     def project_memory(self, memory: Tensor) -> Tensor:
         """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
@@ -116,7 +117,7 @@ class Intermediate(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, optional cross-attention, MLP; each with residual and LayerNorm behind it (RoBERTa, post-norm)."""
+    """Self-attention, optional cross-attention, MLP; residual and LayerNorm behind each (post-norm, RoBERTa)."""
 
     def __init__(
         self,
@@ -130,17 +131,19 @@ class TransformerLayer(nn.Module):
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        dropouts = {"hidden_dropout": hidden_dropout, "attention_dropout": attention_dropout}
-        self.attention = Attention(width, heads, eps, **dropouts)
+        branch = partial(
+            Attention, width, heads, eps, hidden_dropout=hidden_dropout, attention_dropout=attention_dropout
+        )
+        self.attention = branch()
         if memory_width is not None:
-            self.crossattention = Attention(width, heads, eps, memory_width=memory_width, **dropouts)
+            self.crossattention = branch(memory_width=memory_width)
         self.intermediate = Intermediate(width, hidden)
         self.output = ResidualNorm(hidden, width, eps, hidden_dropout)
 
     def self_attention(
         self, x: Tensor, cu_seqlens: Tensor, longest: int, key_mask: Tensor | None = None, *, first_only: bool = False
     ) -> Tensor:
-        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, or `[P, width]` for token 0 alone."""
+        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, `[P, width]` for token 0 alone."""
         projections = self.attention.self
         if not first_only:
             qkv = projections.project_all(x)
@@ -177,7 +180,9 @@ class TransformerLayer(nn.Module):
 class Embeddings(nn.Module):
     """Word + position + type embeddings, LayerNorm, dropout; on packed tokens."""
 
-    def __init__(self, vocabulary: int, positions: int, types: int, width: int, pad: int, eps: float, dropout: float) -> None:
+    def __init__(
+        self, vocabulary: int, positions: int, types: int, width: int, pad: int, eps: float, dropout: float
+    ) -> None:
         super().__init__()
         self.pad_token_id = pad
         self.dropout = dropout
@@ -193,7 +198,9 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Packed ids `[T]` and position ids `[T]` → `[T, width]`."""
-        embedded = self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + self.position_embeddings(positions)
+        embedded = (
+            self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + self.position_embeddings(positions)
+        )
         normed = ops.layer_norm(embedded, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
         return F.dropout(normed, self.dropout, self.training) if self.training else normed
 

@@ -28,6 +28,7 @@ class TextTransformer(nn.Module):
 
 
 def text_layer(config: XFMConfig, memory_width: int | None = None) -> TransformerLayer:
+    """One layer of the text width; with cross-attention to a memory of `memory_width`."""
     return TransformerLayer(
         config.text_width,
         config.text_heads,
@@ -59,7 +60,7 @@ class TextEncoder(nn.Module):
         `hidden_states`, when given, receives the packed embeddings and the output of every layer.
         """
         embeddings = self.roberta.embeddings
-        x = embeddings(packing.pack(input_ids), packing.pack(embeddings.position_ids(input_ids)))
+        x = embeddings(packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids)))
         if hidden_states is not None:
             hidden_states.append(x)
         for layer in self.roberta.encoder:

@@ -38,6 +38,9 @@ class XFM(nn.Module):
         encoders: which encoders to build; a task that reads one modality has no use for the others.
     """
 
+    load_report: checkpoint.LoadReport | None = None
+    """What loading an official checkpoint changed and left out."""
+
     def __init__(
         self, config: XFMConfig, *, heads: Iterable[Head] = ALL_HEADS, encoders: Iterable[Encoder] = ALL_ENCODERS
     ) -> None:
@@ -201,12 +204,22 @@ class XFM(nn.Module):
 
     @overload
     def encode_text(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_padding: bool = False, output_hidden_states: Literal[False] = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        keep_padding: bool = False,
+        output_hidden_states: Literal[False] = False,
     ) -> Tensor: ...
 
     @overload
     def encode_text(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_padding: bool = False, output_hidden_states: Literal[True]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        keep_padding: bool = False,
+        output_hidden_states: Literal[True],
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
     def encode_text(
@@ -257,17 +270,35 @@ class XFM(nn.Module):
         if not self.config.fusion_layers:
             raise UnavailableError("this model has no fusion layers (fusion_layers=0)")
         if token_mask is not None:
-            token_mask = inputs.check_token_mask(token_mask, (image_embeds.shape[0], image_embeds.shape[1]), "token_mask")
+            token_mask = inputs.check_token_mask(
+                token_mask, (image_embeds.shape[0], image_embeds.shape[1]), "token_mask"
+            )
         return self.fusion_encoder.memory(image_embeds, token_mask)
 
     @overload
     def fuse(
-        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, image_index: Tensor | None = None, *, first_token_only: bool = False, keep_padding: bool = False, output_hidden_states: Literal[False] = False
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        memory: ImageMemory,
+        image_index: Tensor | None = None,
+        *,
+        first_token_only: bool = False,
+        keep_padding: bool = False,
+        output_hidden_states: Literal[False] = False,
     ) -> Tensor: ...
 
     @overload
     def fuse(
-        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, image_index: Tensor | None = None, *, first_token_only: bool = False, keep_padding: bool = False, output_hidden_states: Literal[True]
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        memory: ImageMemory,
+        image_index: Tensor | None = None,
+        *,
+        first_token_only: bool = False,
+        keep_padding: bool = False,
+        output_hidden_states: Literal[True],
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
     def fuse(

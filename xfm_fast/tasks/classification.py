@@ -42,6 +42,7 @@ class ClassificationModel(XFM):
             `official_image`, the head that it puts on images: five linear layers on the image token beside the mean of
             the patches. These two vectors are *identical* unless `local_attn_depth > 0`, so the head does five layers'
             work on one vector. By default `linear` on a frozen encoder and `mlp` otherwise.
+            (Except for ImageNet the official code sizes it by the text width, so there the two widths must agree.)
         frozen: a linear probe: the encoders compute no gradient and stay in evaluation mode. The official "linear
             probe" trains the five-layer head on the frozen encoder; `head="official_image"` reproduces it.
 
@@ -63,7 +64,9 @@ class ClassificationModel(XFM):
         if labels < 1:
             raise InputError(f"labels={labels}; a classifier has at least one output")
         if head == "official_image" and modality != "image":
-            raise InputError(f"head 'official_image' reads an image; for modality {modality!r} choose 'mlp' or 'linear'")
+            raise InputError(
+                f"head 'official_image' reads an image; for modality {modality!r} choose 'mlp' or 'linear'"
+            )
         super().__init__(config, heads=(), encoders=_ENCODERS[modality])
         self.labels = labels
         self.modality: Modality = modality
@@ -104,22 +107,17 @@ class ClassificationModel(XFM):
         """
         self._check_inputs(pixels, input_ids)
         with torch.no_grad() if self.frozen else nullcontext():
-            if self.modality == "text":
-                return self._text(input_ids, attention_mask)[:, 0]
-            assert pixels is not None
-            image = self.encode_image(pixels)
-            if self.modality == "pair":
+            if pixels is None:
                 assert input_ids is not None
+                return self.encode_text(input_ids, attention_mask)[:, 0]
+            image = self.encode_image(pixels)
+            if input_ids is not None:
                 mask = inputs.check_tokens(input_ids, attention_mask, self.config)
                 text = self.encode_text(input_ids, mask)
                 return self.fuse(text, mask, self.image_memory(image), first_token_only=True)[:, 0]
             if self.head == "official_image":
                 return torch.cat([image[:, 0], image[:, 1:].mean(1)], dim=-1)
             return image[:, 0]
-
-    def _text(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        assert input_ids is not None
-        return self.encode_text(input_ids, attention_mask)
 
     def _check_inputs(self, pixels: Tensor | None, input_ids: Tensor | None) -> None:
         for name, value, modality in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
@@ -168,3 +166,32 @@ def top_k_accuracy(logits: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5)) 
     order = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
     hits = order == targets[:, None]
     return {k: hits[:, :k].any(1).float().mean().item() for k in ks}
+
+
+def matthews_correlation(predicted: Tensor, targets: Tensor) -> float:
+    """Matthews correlation of two binary `[B]` tensors (GLUE's CoLA); 0 when either is constant."""
+    return _pearson(predicted, targets)
+
+
+def f1_score(predicted: Tensor, targets: Tensor) -> float:
+    """F1 of class 1 for two binary `[B]` tensors (GLUE's MRPC and QQP); 0 without any positive."""
+    hits = int((predicted.bool() & targets.bool()).sum())
+    positives = int(predicted.bool().sum()) + int(targets.bool().sum())
+    return 2 * hits / positives if positives else 0.0
+
+
+def correlations(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Pearson and Spearman correlation of two `[B]` tensors (GLUE's STS-B); 0 when either is constant."""
+    return _pearson(predicted, targets), _pearson(_ranks(predicted), _ranks(targets))
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    scale = float((a.square().sum() * b.square().sum()).sqrt())
+    return float((a * b).sum()) / scale if scale else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Places in ascending order, equal values sharing their mean place."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place]

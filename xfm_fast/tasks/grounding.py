@@ -68,11 +68,9 @@ class GroundingModel(XFM):
         image_index: Tensor | None = None,
         is_image: Tensor | None = None,
     ) -> GroundingLosses:
-        """Training losses against `target` `[P, 4]`; `is_image` `[P]` marks captions of whole images, which count not."""
+        """Training losses against `target` `[P, 4]`; captions of whole images (`is_image` `[P]`) do not count."""
         predicted = self.boxes(pixels, input_ids, attention_mask, image_index)
-        return GroundingLosses(
-            box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image)
-        )
+        return GroundingLosses(box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image))
 
 
 def pixel_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -119,8 +117,8 @@ def grounding_accuracy(
     names = ["all"] * count if splits is None else list(splits)
     if not count or sizes.shape != (count, 2) or reference.shape != (count, 4) or len(names) != count:
         raise InputError(
-            f"{count} boxes, sizes {[*sizes.shape]}, reference boxes {[*reference.shape]} and {len(names)} splits do not "
-            "belong together; there must be one of each per expression"
+            f"{count} boxes, sizes {[*sizes.shape]}, reference boxes {[*reference.shape]} and {len(names)} splits do "
+            "not belong together; there must be one of each per expression"
         )
     right = (pixel_iou(pixel_boxes(boxes, sizes), reference) >= threshold).tolist()
     grouped: dict[str, list[bool]] = {}

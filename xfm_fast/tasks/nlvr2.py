@@ -55,9 +55,7 @@ class NLVR2Model(XFM):
         )
         return self.cls_head(torch.cat(fused.split(pairs), dim=-1))
 
-    def forward(
-        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor
-    ) -> Tensor:
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor) -> Tensor:
         """Training loss: cross-entropy with `targets` `[B]`, 1 where the sentence is true. A scalar."""
         return F.cross_entropy(self.logits(pixels, input_ids, attention_mask), targets.long())
 

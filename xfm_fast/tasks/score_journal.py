@@ -26,11 +26,13 @@ class ScoreJournal:
     Args:
         path: the file; created when absent.
         fingerprint: of the work (weights, embeddings, candidates). A file made for other work is refused.
+        dtype: of the scores; part of the fingerprint.
     """
 
-    def __init__(self, path: str | Path, fingerprint: str) -> None:
+    def __init__(self, path: str | Path, fingerprint: str, dtype: torch.dtype = torch.float32) -> None:
         self.path = Path(path)
-        self._header = _MAGIC + fingerprint.encode() + b"\n"
+        self.dtype = dtype
+        self._header = _MAGIC + f"{fingerprint} {dtype}\n".encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
@@ -58,19 +60,19 @@ class ScoreJournal:
         end = self._file.tell()
         while len(head := self._file.read(_RECORD.size)) == _RECORD.size:
             image, count, checksum = _RECORD.unpack(head)
-            body = self._file.read(4 * count)
-            if len(body) != 4 * count or zlib.crc32(body, image) != checksum:
+            body = self._file.read(self.dtype.itemsize * count)
+            if len(body) != self.dtype.itemsize * count or zlib.crc32(body, image) != checksum:
                 break
             end = self._file.tell()
-            yield image, torch.frombuffer(bytearray(body), dtype=torch.float32) if count else torch.empty(0)
+            yield image, torch.frombuffer(bytearray(body), dtype=self.dtype) if count else torch.empty(0)
         self._file.seek(end)
         self._file.truncate()
 
     def append(self, image: int, scores: Tensor) -> None:
         """Record the scores `[n]` of one image."""
-        body = scores.to("cpu", torch.float32).contiguous().numpy().tobytes()
+        body = scores.to("cpu", self.dtype).contiguous().numpy().tobytes()
         try:
-            self._file.write(_RECORD.pack(image, len(body) // 4, zlib.crc32(body, image)) + body)
+            self._file.write(_RECORD.pack(image, len(scores), zlib.crc32(body, image)) + body)
         except OSError as error:
             raise self._failure(error) from None
 
@@ -84,7 +86,8 @@ class ScoreJournal:
 
     def _failure(self, error: OSError) -> StorageError:
         return StorageError(
-            f"{self.path} cannot be written ({error.strerror}); the scores recorded before are kept: free space and resume"
+            f"{self.path} cannot be written ({error.strerror}); the scores recorded before are kept: free space and "
+            "resume"
         )
 
     def __enter__(self) -> Self:

@@ -106,8 +106,8 @@ class VQAModel(XFM):
         questions, answers = question_ids.shape[0], answer_ids.shape[0]
         if answers_per_question.shape != (questions,) or answer_weights.shape != (answers,):
             raise InputError(
-                f"answers_per_question is {[*answers_per_question.shape]} and answer_weights {[*answer_weights.shape]}; "
-                f"they must be [{questions}] and [{answers}]"
+                f"answers_per_question is {[*answers_per_question.shape]} and answer_weights "
+                f"{[*answer_weights.shape]}; they must be [{questions}] and [{answers}]"
             )
         if answers_per_question.device.type == "cpu" and int(answers_per_question.sum()) != answers:
             raise InputError(
@@ -151,7 +151,7 @@ class VQAModel(XFM):
         decoder = self.text_decoder
         start = DecoderCache(1)
         hidden = self._decode_start(memory, answer_ids, start)
-        first = decoder.logits(hidden).log_softmax(-1).index_select(1, answer_ids[:, 1])
+        first = decoder.logits(hidden).log_softmax(-1).index_select(1, answer_ids[:, 1].long())
         candidates = first.topk(k, dim=1).indices
         scores = first.gather(1, candidates)
         if count_first_token_twice:
@@ -163,7 +163,7 @@ class VQAModel(XFM):
             groups = ImageGroups(torch.arange(questions + 1, device=chosen.device) * k)
             prefix = SharedPrefix(start, rows.repeat_interleave(k))
             hidden = decoder(answer_ids[chosen, 1:-1], packing, memory, groups, past=prefix)
-            losses = decoder.cross_entropy(hidden, packing.pack(answer_ids[chosen, 2:]))
+            losses = decoder.cross_entropy(hidden, packing.pack(answer_ids[chosen, 2:]).long())
             scores = scores - packing.unpad(losses).sum(1).view(questions, k)
         ranked = scores.topk(k, dim=1)
         return AnswerRanking(candidates.gather(1, ranked.indices), ranked.values)

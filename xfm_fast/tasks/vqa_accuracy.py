@@ -12,20 +12,21 @@ from xfm_fast.errors import DataError
 # The tables of the VQA v2 evaluation protocol (arXiv 1505.00468), with its oddities: "somebody'd" loses its apostrophe,
 # and "Id've", "Im", "Ive" can never match, because words are lower-cased first.
 _CONTRACTIONS = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't "
-    "it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't "
-    "somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's "
-    "they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's "
-    "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
-).split()
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
+    "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've "
+    "shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd "
+    "there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've "
+    "when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all "
+    "you'd you'll you're you've"
+)
 _DOUBLE_CONTRACTIONS = (
-    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've "
-    "there'd've they'd've we'd've who'd've wouldn't've you'd've"
-).split()
+    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've "
+    "something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've"
+)
 _SPELLINGS = (
-    {word.replace("'", ""): word for word in _CONTRACTIONS}
-    | {word.replace("'", "", 1): word for word in _DOUBLE_CONTRACTIONS}
-    | {word.replace("'ve", "ve"): word for word in _DOUBLE_CONTRACTIONS}
+    {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
+    | {word.replace("'", "", 1): word for word in _DOUBLE_CONTRACTIONS.split()}
+    | {word.replace("'ve", "ve"): word for word in _DOUBLE_CONTRACTIONS.split()}
     | {
         "ow's'at": "'ow's'at",
         "'ows'at": "'ow's'at",
@@ -40,10 +41,12 @@ _SPELLINGS = (
 )
 _NUMBERS = {"none": "0"} | {
     word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
 }
 _ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 # The protocol passes a flag where the number of replacements belongs: only the first 32 full stops go.
@@ -129,7 +132,7 @@ def _percent(scores: Sequence[float]) -> float:
 
 
 def exact_match(predictions: Mapping[int, str], answers: Mapping[int, str]) -> float:
-    """Share of questions whose prediction is the answer, outer whitespace aside (the only metric of the official script).
+    """Share of questions whose prediction is the answer, outer whitespace aside: what the official script prints.
 
     Args:
         predictions: question id → answer.

@@ -1,0 +1,214 @@
+"""What this machine offers: processor, memory, accelerators, and the optional packages that xfm-fast can use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import xfm_fast
+
+# Package -> (import name, the extra that installs it).
+OPTIONAL = {
+    "triton": ("triton", "installed with xfm-fast on Linux"),
+    "tensorrt": ("tensorrt", "tensorrt"),
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx"),
+    "onnxruntime": ("onnxruntime", "export"),
+    "openvino": ("openvino", "openvino"),
+    "flash-attn": ("flash_attn", "flash-attn"),
+    "transformers": ("transformers", "hf"),
+    "timm": ("timm", "hf"),
+}
+_OTHER_NAMES = {
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
+}
+# Feature -> the name of the same thing in /proc/cpuinfo, and in torch.cpu where that knows it.
+_FEATURES = {
+    "AVX2": ("avx2", "_is_avx2_supported"),
+    "AVX-512": ("avx512f", "_is_avx512_supported"),
+    "AVX-512 BF16": ("avx512_bf16", "_is_avx512_bf16_supported"),
+    "AVX-512 VNNI": ("avx512_vnni", "_is_vnni_supported"),
+    "AVX VNNI": ("avx_vnni", None),
+    "AMX": ("amx_tile", "_is_amx_tile_supported"),
+    "AMX BF16": ("amx_bf16", None),
+    "AMX INT8": ("amx_int8", None),
+    "NEON": ("asimd", None),
+    "SVE": ("sve", None),
+    "ARM BF16": ("bf16", None),
+    "ARM I8MM": ("i8mm", None),
+}
+_BF16_FEATURES = ("AVX-512 BF16", "AMX BF16", "ARM BF16")
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package: its version, or None with the extra that brings it."""
+
+    name: str
+    version: str | None
+    extra: str
+    detail: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What to type to get it."""
+        return self.extra if " " in self.extra else f'pip install "xfm-fast[{self.extra}]"'
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags as Linux lists them; empty where the system does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip().lower() in ("flags", "features"):
+                return frozenset(value.split())
+    return frozenset()
+
+
+@cache
+def cpu_features() -> dict[str, bool]:
+    """The instruction sets that matter to matrix products on this architecture, present or not."""
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    found = {}
+    for name, (flag, probe) in _FEATURES.items():
+        if arm != (name.startswith("ARM") or name in ("NEON", "SVE")):
+            continue
+        supported = flag in cpu_flags()
+        if probe is not None and not supported:
+            with suppress(Exception):  # private functions: absent from some versions of PyTorch
+                supported = bool(getattr(torch.cpu, probe)())
+        found[name] = supported
+    return found
+
+
+def has_native_bf16() -> bool:
+    """Whether the processor multiplies bf16 itself; elsewhere bf16 is emulated and slower than fp32."""
+    features = cpu_features()
+    return any(features.get(name, False) for name in _BF16_FEATURES)
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, compute capability and memory of every CUDA device."""
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {"name": p.name, "compute_capability": f"{p.major}.{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1)}
+        for p in properties
+    ]
+
+
+def optional_packages() -> list[Package]:
+    """Every optional package with its version and, for ONNX Runtime, its execution providers."""
+    packages = []
+    for name, (module, extra) in OPTIONAL.items():
+        found = None
+        if importlib.util.find_spec(module) is not None:
+            found = next((v for n in (name, *_OTHER_NAMES.get(name, ())) if (v := _version(n))), "unknown version")
+        detail = _providers() if found and name == "onnxruntime" else ""
+        packages.append(Package(name, found, extra, detail))
+    return packages
+
+
+def _providers() -> str:
+    try:
+        ort = importlib.import_module("onnxruntime")
+        return ", ".join(provider.removesuffix("ExecutionProvider") for provider in ort.get_available_providers())
+    except Exception as error:  # a broken installation is worth a line, not a traceback
+        return f"does not import ({type(error).__name__}: {error})"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> dict[str, Any]:
+    """Commit of the source tree that runs, and whether it was changed; nulls outside a git checkout."""
+    folder = Path(__file__).resolve().parents[1]
+    unknown = {"commit": None, "dirty": None}
+    if not (folder / ".git").exists():
+        return unknown
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return {"commit": head, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+def default_threads() -> int:
+    """Threads that torch takes by itself, at most one per physical core that this process may use."""
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), physical, len(_allowed_cores()) or physical))
+
+
+def _allowed_cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def describe() -> dict[str, Any]:
+    """Everything a reader needs to place a measurement: hardware, system, versions, commit."""
+    names = ("numpy", "triton", "tokenizers", "safetensors", "pillow", "torchvision", "scikit-image", "scikit-learn")
+    return {
+        "cpu": cpu_model(),
+        "architecture": platform.machine(),
+        "cpu_features": [name for name, present in cpu_features().items() if present],
+        "cpu_flags": sorted(cpu_flags()),
+        "native_bf16": has_native_bf16(),
+        "cores_physical": psutil.cpu_count(logical=False),
+        "cores_logical": psutil.cpu_count(),
+        "cores_allowed": len(_allowed_cores()),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
+        "load_average": [round(load, 2) for load in psutil.getloadavg()],
+        "gpus": gpus(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mkl": torch.backends.mkl.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {name: _version(name) for name in names},
+        "xfm_fast": xfm_fast.__version__,
+        **commit(),
+    }
+
+
+def as_dict(packages: list[Package]) -> list[dict[str, Any]]:
+    """Packages as plain values, for JSON."""
+    return [asdict(package) for package in packages]

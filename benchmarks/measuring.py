@@ -1,0 +1,247 @@
+"""How a row is measured: variants interleaved in one process, a matrix-product probe between rounds, peak memory."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# One layer's worth of work for the MLP of a base-size encoder.
+PROBE_SHAPE = (1280, 768, 3072)
+# A probe that moves by more than this says that something else ran on the machine.
+CONTENTION = 0.10
+# An emulated dtype may take seconds for one product.
+_PROBE_S = 0.5
+_RESAMPLES = 2000
+
+
+class GemmProbe:
+    """This machine's rate at matrix products, in FLOP/s: the better of MKL (`F.linear`) and oneDNN for the dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        rows, inputs, outputs = PROBE_SHAPE
+        generator = torch.Generator().manual_seed(0)
+        self.dtype = dtype
+        self.flops = 2 * rows * inputs * outputs
+        self._x = torch.randn(rows, inputs, generator=generator).to(dtype)
+        self._weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(dtype)
+        self._candidates = self._usable()
+        rates = {name: self._rate(run, 4) for name, run in self._candidates.items()}
+        self.library = max(rates, key=rates.__getitem__)
+
+    def _usable(self) -> dict[str, Callable[[], Tensor]]:
+        x, weight = self._x, self._weight
+        rows = x.shape[0]
+        candidates: dict[str, Callable[[], Tensor]] = {"MKL": lambda: F.linear(x, weight)}
+        try:
+            product = torch.ops.mkldnn._linear_pointwise
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            others: dict[str, Callable[[], Tensor]] = {
+                "oneDNN": lambda: product(x, weight, None, "none", [], ""),
+                "oneDNN, packed weight": lambda: product(x, packed, None, "none", [], ""),
+            }
+        except (RuntimeError, AttributeError, NotImplementedError):
+            return candidates
+        for name, run in others.items():
+            try:
+                run()
+            except (RuntimeError, AttributeError, NotImplementedError):
+                continue
+            candidates[name] = run
+        return candidates
+
+    def _rate(self, run: Callable[[], Tensor], repeats: int) -> float:
+        best, spent = float("inf"), 0.0
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - start)
+            spent += time.perf_counter() - start
+            if spent > _PROBE_S:
+                break
+        return self.flops / best
+
+    def __call__(self, repeats: int = 3) -> float:
+        """Best rate of a few products."""
+        with torch.no_grad():
+            return self._rate(self._candidates[self.library], repeats)
+
+
+class PeakMemory:
+    """Highest resident memory of this process inside the block, in bytes.
+
+    The kernel's own high-water mark is reset and read where the system allows it (Linux); elsewhere a thread samples
+    the resident size every few milliseconds, which can miss a short peak. `method` says which.
+    """
+
+    def __enter__(self) -> Self:
+        self._process = psutil.Process()
+        self.start = self._process.memory_info().rss
+        self.peak = self.start
+        self.method = "high-water mark"
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.method = "sampled"
+            self._stop = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.004):
+            self.peak = max(self.peak, self._process.memory_info().rss)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.method == "sampled":
+            self._stop.set()
+            self._thread.join()
+            self.peak = max(self.peak, self._process.memory_info().rss)
+        else:
+            self.peak = max(self.start, _high_water_mark())
+
+
+def _high_water_mark() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@dataclass
+class Series:
+    """All samples of one variant of a row."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+    grown_bytes: list[int] = field(default_factory=list)
+    output: Any = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Measurement:
+    """Interleaved samples of several variants, and what the probes said between the rounds."""
+
+    series: dict[str, Series]
+    probes: dict[torch.dtype, list[float]]
+    memory_method: str = ""
+    interrupted: bool = False
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], Any]],
+    probes: Sequence[GemmProbe],
+    *,
+    warmups: Mapping[str, int],
+    rounds: int,
+    budget_s: float,
+    most_rounds: int = 15,
+    deadline: float = float("inf"),
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Measurement:
+    """Run every variant once a round, the order rotated from round to round, with a probe before, between and after.
+
+    Args:
+        variants: name to the work; what the last run returns is kept as `output`.
+        probes: one per dtype that a share of the peak is wanted for.
+        warmups: untimed runs of each variant before the first round.
+        rounds: at least this many samples of each.
+        budget_s: further rounds are added while the timed part is shorter than this.
+        deadline: `time.perf_counter()` after which no round begins but the first.
+        on_step: told what runs next, for a progress display.
+    """
+    names = list(variants)
+    out = Measurement({name: Series() for name in names}, {probe.dtype: [] for probe in probes})
+
+    def probe_all() -> None:
+        for probe in probes:
+            out.probes[probe.dtype].append(probe())
+
+    with torch.no_grad():
+        try:
+            for name in names:
+                for _ in range(warmups.get(name, 0)):
+                    on_step(f"{name}, warm-up")
+                    variants[name]()
+            started = time.perf_counter()
+            done = 0
+            probe_all()
+            while (
+                done == 0
+                or (done < rounds and time.perf_counter() < deadline)
+                or (done < most_rounds and _room(started, done, min(budget_s, deadline - started)))
+            ):
+                for name in _rotated(names, done):
+                    on_step(f"{name}, round {done + 1}")
+                    _sample(out, name, variants[name])
+                probe_all()
+                done += 1
+        except KeyboardInterrupt:
+            out.interrupted = True
+    return out
+
+
+def _room(started: float, done: int, budget_s: float) -> bool:
+    elapsed = time.perf_counter() - started
+    return elapsed + elapsed / done <= budget_s
+
+
+def _rotated(names: list[str], shift: int) -> list[str]:
+    shift %= len(names)
+    order = names[shift:] + names[:shift]
+    return order if shift % 2 == 0 else order[::-1]
+
+
+def _sample(out: Measurement, name: str, run: Callable[[], Any]) -> None:
+    series = out.series[name]
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - start
+    # Recorded together, so that an interruption leaves whole samples.
+    series.output = result
+    series.seconds.append(seconds)
+    series.peak_bytes.append(memory.peak)
+    series.grown_bytes.append(memory.peak - memory.start)
+    out.memory_method = memory.method
+
+
+def ratio_interval(slow: Sequence[float], fast: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of median(slow) / median(fast); rounds are resampled, so that drift common to both cancels."""
+    rounds = min(len(slow), len(fast))
+    draw = random.Random(0)
+    ratios = []
+    for _ in range(_RESAMPLES):
+        chosen = [draw.randrange(rounds) for _ in range(rounds)]
+        ratios.append(statistics.median(slow[i] for i in chosen) / statistics.median(fast[i] for i in chosen))
+    ratios.sort()
+    tail = (1 - level) / 2
+    return ratios[int(tail * _RESAMPLES)], ratios[min(_RESAMPLES - 1, int((1 - tail) * _RESAMPLES))]
+
+
+def shares_of_peak(flops: int, seconds: Sequence[float], probes: Sequence[float]) -> list[float]:
+    """Rate of every sample over the mean of the probes before and after its round."""
+    return [flops / s / ((a + b) / 2) for s, a, b in zip(seconds, probes, probes[1:], strict=False)]
+
+
+def contended(probes: Sequence[float]) -> bool:
+    """Whether the probe moved by more than `CONTENTION` while a row was measured."""
+    middle = statistics.median(probes)
+    return max(abs(rate / middle - 1) for rate in probes) > CONTENTION

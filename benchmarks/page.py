@@ -1,0 +1,355 @@
+"""The HTML report: one self-contained page with charts drawn as inline SVG, readable in light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+_STYLE = """
+:root { color-scheme: light dark; --ground: #fcfcfb; --panel: #ffffff; --ink: #1b1f24; --soft: #5b6470; --line: #e2e5e9;
+  --fast: #0f7b6c; --half: #6d4fc2; --twin: #c2641a; --bad: #b3261e; --good: #e4f3ef; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171a; --panel: #1c2024; --ink: #e8eaed; --soft: #9aa4af;
+  --line: #31373d; --fast: #3fc6ae; --half: #a996f0; --twin: #f0a05a; --bad: #ff8a80; --good: #17332e; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 17px; margin: 0 0 4px; }
+p { margin: 0 0 12px; max-width: 76ch; } .soft { color: var(--soft); }
+section, .tile { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; }
+section { padding: 18px 20px; margin-top: 18px; }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px; }
+.tile { padding: 12px 16px; flex: 1 1 150px; }
+.tile b { display: block; font-size: 26px; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: 13px; }
+.note { border-left: 3px solid var(--twin); padding: 2px 12px; margin: 14px 0 0; }
+.note.bad { border-color: var(--bad); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+tr:last-child td { border-bottom: 0; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12.5px; }
+svg .soft { fill: var(--soft); } svg .value { font-weight: 600; font-variant-numeric: tabular-nums; }
+.grid { stroke: var(--line); } .axis { stroke: var(--soft); }
+.fp32 { fill: var(--fast); } .bf16 { fill: var(--half); } .twin { fill: var(--twin); } .track { fill: var(--line); }
+.whisker { stroke: var(--ink); stroke-width: 1.5; } .median { stroke: var(--ink); stroke-width: 2; }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin: 0 5px 0 14px; }
+.key:first-child { margin-left: 0; }
+.k-fp32 { background: var(--fast); } .k-bf16 { background: var(--half); } .k-twin { background: var(--twin); }
+.bad { color: var(--bad); } code { font-size: 13px; overflow-wrap: anywhere; }
+"""
+
+_WIDTH, _LABEL, _RIGHT = 1000, 330, 90
+_PLOT = _WIDTH - _LABEL - _RIGHT
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page of a results document."""
+    measured = [row for row in content["rows"] if row["status"] == "measured"]
+    body = [
+        _title(content),
+        _notes(content),
+        _tiles(measured),
+        _speedups(measured),
+        _samples(measured),
+        _shares(measured, content),
+        _table(content),
+        _official(content),
+        _facts(content),
+        _skipped(content),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>xfm-fast bench</title><style>{_STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _title(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    threads = _count(machine["threads"], "thread")
+    circumstances = f"{machine['cpu']}, {threads}, PyTorch {machine['torch']}, {_when(content['date'])}"
+    return f"<h1>xfm-fast against the official algorithm</h1><p class=soft>{escape(circumstances)}</p>"
+
+
+def _when(date: str) -> str:
+    return date.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _notes(content: dict[str, Any]) -> str:
+    notes = []
+    if content["interrupted"]:
+        notes.append(("bad", "The run was interrupted; the rows measured before are complete."))
+    notes += [
+        ("bad", f"{check['name']} ({check['dtype']}): error {check['error']:.1e} exceeds {check['band']:.1e}.")
+        for check in content["parity"]
+        if not check["passed"]
+    ]
+    if content["options"]["quick"]:
+        notes.append(("", "Short form: less work per row and fewer samples than the full measurement."))
+    if any(row.get("probe", {}).get("contended") for row in content["rows"]):
+        notes.append(
+            ("", "Something else ran on this machine: rows marked † saw its matrix rate move by more than 10%.")
+        )
+    model = content.get("model")
+    if model and not model["trained"]:
+        notes.append(("", "The weights are random: speeds and parity are real, retrieval quality means nothing."))
+    return "".join(f'<p class="note {kind}">{escape(text)}</p>' for kind, text in notes)
+
+
+def _tiles(rows: list[dict[str, Any]]) -> str:
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        best[row["key"]] = (
+            row if row["key"] not in best or row["ratio"] > best[row["key"]]["ratio"] else best[row["key"]]
+        )
+    tiles = "".join(
+        f"<div class=tile><b>{row['ratio']:.1f}×</b>{escape(_short(row['name']))}"
+        f"<br><span>{row['fast']['throughput']:,.4g} {escape(row['unit'])}/s in {row['dtype']}</span></div>"
+        for row in best.values()
+    )
+    return f"<div class=tiles>{tiles}</div>" if tiles else ""
+
+
+def _short(name: str) -> str:
+    return name.split(" (")[0]
+
+
+def _label(row: dict[str, Any]) -> str:
+    mark = " †" if row["probe"]["contended"] else ""
+    return f"{row['key']}, {row['dtype']}{mark}"
+
+
+def _legend(rows: list[dict[str, Any]], *, twin: bool) -> str:
+    names = [(dtype, f"xfm-fast {dtype}") for dtype in ("fp32", "bf16") if any(row["dtype"] == dtype for row in rows)]
+    names += [("twin", "official algorithm, fp32")] if twin else []
+    keys = "".join(f'<span class="key k-{kind}"></span>{name}' for kind, name in names)
+    return f"<p class=soft>{keys}</p>"
+
+
+def _section(title: str, text: str, content: str) -> str:
+    return f"<section><h2>{title}</h2><p class=soft>{text}</p>{content}</section>"
+
+
+def _chart(rows: Sequence[str], height: int, label: str) -> str:
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(rows)}</svg>'
+
+
+def _axis(ticks: Iterable[tuple[float, str]], height: int) -> str:
+    return "".join(
+        f'<line class=grid x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}"/>'
+        f'<text class=soft x="{x:.1f}" y="{height - 4}" text-anchor="middle">{escape(text)}</text>'
+        for x, text in ticks
+    )
+
+
+def _name(row: dict[str, Any], y: float) -> str:
+    return f'<text x="0" y="{y:.1f}">{escape(_label(row))}</text>'
+
+
+def _speedups(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    top = max(max(row["ratio_interval"][1], row["ratio"]) for row in rows)
+    step = _step(top)
+    end = math.ceil(top / step) * step
+    height = 30 * len(rows) + 24
+    ticks = [(_LABEL + _PLOT * i * step / end, f"{i * step:g}×") for i in range(round(end / step) + 1)]
+    parts = [_axis(ticks, height)]
+    for number, row in enumerate(rows):
+        y = 30 * number + 4
+        low, high = (_LABEL + _PLOT * value / end for value in row["ratio_interval"])
+        width = _PLOT * row["ratio"] / end
+        parts.append(
+            _name(row, y + 15)
+            + f'<rect class="{row["dtype"]}" x="{_LABEL}" y="{y}" width="{width:.1f}" height="20" rx="4"/>'
+            + f'<line class=whisker x1="{low:.1f}" x2="{high:.1f}" y1="{y + 10}" y2="{y + 10}"/>'
+            + f'<text class=value x="{max(high, _LABEL + width) + 8:.1f}" y="{y + 15}">{row["ratio"]:.1f}×</text>'
+        )
+    text = "Median time of the official algorithm in fp32 over median time of xfm-fast; the line is a 95% interval."
+    return _section("Speed-up", text, _legend(rows, twin=False) + _chart(parts, height, "speed-up of every row"))
+
+
+def _step(top: float) -> float:
+    rough = top / 6
+    power = 10 ** math.floor(math.log10(rough))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+
+
+def _samples(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    values = [s for row in rows for s in row["fast"]["seconds"] + row["twin"]["seconds"]]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    high = max(high, low + 1)
+
+    def place(seconds: float) -> float:
+        return _LABEL + (_PLOT + _RIGHT - 20) * (math.log10(seconds) - low) / (high - low)
+
+    height = 34 * len(rows) + 24
+    parts = [_axis([(place(10.0**power), _seconds(10.0**power)) for power in range(low, high + 1)], height)]
+    for number, row in enumerate(rows):
+        y = 34 * number + 16
+        parts.append(_name(row, y + 4))
+        for kind, samples in (("twin", row["twin"]), (row["dtype"], row["fast"])):
+            middle = place(samples["median_s"])
+            parts += [
+                f'<circle class="{kind}" cx="{place(s):.1f}" cy="{y}" r="5" fill-opacity="0.6"/>'
+                for s in samples["seconds"]
+            ]
+            parts.append(f'<line class=median x1="{middle:.1f}" x2="{middle:.1f}" y1="{y - 9}" y2="{y + 9}"/>')
+    text = "Every timed run, on a logarithmic scale; the strokes are medians. Variants took turns in one process."
+    return _section("Samples", text, _legend(rows, twin=True) + _chart(parts, height, "all samples of every row"))
+
+
+def _seconds(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms" if value >= 1e-3 else f"{value * 1e6:g} µs"
+
+
+def _shares(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
+    if not rows:
+        return ""
+    height = 30 * len(rows) + 24
+    parts = [_axis([(_LABEL + _PLOT * p / 100, f"{p}%") for p in range(0, 101, 20)], height)]
+    for number, row in enumerate(rows):
+        y, share = 30 * number + 4, row["share_of_peak"]
+        width = _PLOT * min(share, 1)
+        parts.append(
+            _name(row, y + 15)
+            + f'<rect class=track x="{_LABEL}" y="{y + 4}" width="{_PLOT}" height="12" rx="4"/>'
+            + f'<rect class="{row["dtype"]}" x="{_LABEL}" y="{y}" width="{width:.1f}" height="20" rx="4"/>'
+            + f'<text class=value x="{_LABEL + _PLOT + 10}" y="{y + 15}">{share:.0%}</text>'
+        )
+    rates = "; ".join(
+        f"{dtype} {probe['flops_per_s'] / 1e9:,.0f} GFLOP/s with {probe['library']}"
+        for dtype, probe in content.get("probe", {}).items()
+    )
+    text = escape(
+        "Operations that the result needs, per second, over this machine's own rate at matrix products as probed "
+        f"between the rounds ({rates})."
+    )
+    return _section("Share of the machine's matrix rate", text, _chart(parts, height, "share of peak of every row"))
+
+
+def _table(content: dict[str, Any]) -> str:
+    heads = ["work", "dtype", "xfm-fast", "official", "speed-up", "95% interval", "error", "allowed", "samples"]
+    heads += ["useful tokens/s", "official useful (padded) tokens/s", "peak memory", "official"]
+    lines = []
+    for row in content["rows"]:
+        start = f"<td>{escape(row['name'])}</td><td>{row['dtype']}</td>"
+        if row["status"] == "parity failed":
+            lines.append(f"<tr>{start}<td class=bad colspan={len(heads) - 2}>{escape(row['reason'])}</td></tr>")
+        if row["status"] != "measured":
+            continue
+        fast, twin, tokens, low_high = row["fast"], row["twin"], row.get("tokens"), row["ratio_interval"]
+        cells = [
+            f"{fast['throughput']:,.4g} {row['unit']}/s",
+            f"{twin['throughput']:,.4g} {row['unit']}/s",
+            f"{row['ratio']:.2f}×" + (" †" if row["probe"]["contended"] else ""),
+            f"{low_high[0]:.2f}–{low_high[1]:.2f}",
+            f"{row['parity']['error']:.1e}",
+            f"{row['parity']['band']:.1e}",
+            f"{len(fast['seconds'])} + {len(twin['seconds'])}",
+            f"{tokens['useful_per_s']:,.0f}" if tokens else "",
+            f"{tokens['twin_useful_per_s']:,.0f} ({tokens['twin_padded_per_s']:,.0f})" if tokens else "",
+            f"{fast['peak_bytes'] / 1e9:.2f} GB (+{fast['grown_bytes'] / 1e6:,.0f} MB)",
+            f"{twin['peak_bytes'] / 1e9:.2f} GB (+{twin['grown_bytes'] / 1e6:,.0f} MB)",
+        ]
+        lines.append("<tr>" + start + "".join(f"<td class=n>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    absent = {row["dtype"]: row["reason"] for row in content["rows"] if row["status"] == "not offered"}
+    for dtype, reason in absent.items():
+        cells = f"<td class=soft>all of the above</td><td>{dtype}</td>"
+        lines.append(f"<tr>{cells}<td class=soft colspan={len(heads) - 2}>{escape(reason)}</td></tr>")
+    if not lines:
+        return ""
+    head = "".join(f"<th{'' if i < 2 else ' class=n'}>{escape(text)}</th>" for i, text in enumerate(heads))
+    table = f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    text = "Errors are the largest difference from the official algorithm relative to the largest value."
+    return _section("All rows", text, table)
+
+
+def _official(content: dict[str, Any]) -> str:
+    official = content.get("official")
+    if not official:
+        return ""
+    if official["status"] == "absent":
+        return _section("Official code", escape(f"Absent: {official['reason']}"), "")
+    lines = "".join(
+        f"<tr><td>{escape(row['key'])}</td><td class=n>{_seconds(_median(row['seconds']))}</td>"
+        f"<td class=n>{row['error']:.1e}</td></tr>"
+        for row in official["rows"]
+    )
+    replaced = f", stand-ins for {', '.join(official['replaced'])}" if official["replaced"] else ""
+    text = escape(
+        f"The code of {official['clone']} in a process of its own, not interleaved (transformers "
+        f"{official['transformers']}{replaced}). Errors are against the official algorithm as timed above."
+    )
+    head = "<thead><tr><th>work</th><th class=n>median</th><th class=n>error</th></tr></thead>"
+    return _section("Official code", text, f"<table>{head}<tbody>{lines}</tbody></table>")
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def _facts(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    commit = machine["commit"] or "no git checkout"
+    facts = [
+        ("processor", f"{machine['cpu']} ({', '.join(machine['cpu_features'])})"),
+        (
+            "cores",
+            f"{machine['cores_physical']} physical, {machine['cores_logical']} logical, {machine['threads']} used",
+        ),
+        ("memory", f"{machine['memory_gb']} GB, {machine['memory_available_gb']} GB available at the start"),
+        ("system", f"{machine['system']}, Python {machine['python']}"),
+        ("PyTorch", f"{machine['torch']}, MKL {_yes(machine['mkl'])}, oneDNN {_yes(machine['onednn'])}"),
+        ("versions", ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)),
+        ("xfm-fast", f"{machine['xfm_fast']}, commit {commit}{', with changes' if machine['dirty'] else ''}"),
+    ]
+    if "model" in content:
+        model = content["model"]
+        facts.append(("model", f"{model['preset']}, {model['parameters'] / 1e6:.0f}M parameters, {model['origin']}"))
+    if "data" in content:
+        data = content["data"]
+        facts.append(("data", f"{data['photos']} photographs, {data['captions']} captions: {data['origin']}"))
+        facts.append(("tokenizer", f"{data['tokenizer']}, {data['vocabulary']} entries"))
+    if "cold_start" in content:
+        cold = content["cold_start"]
+        parts = [("imports", "process_to_suite_s"), ("weights", "load_s"), ("first image", "first_image_s")]
+        split = ", ".join(f"{name} {cold[key]:.1f}" for name, key in parts)
+        facts.append(("cold start", f"{cold['total_s']:.1f} s: {split}"))
+    facts += [
+        ("paths", "; ".join(f"{s['operation']} {s['dtype']}: {s['chosen']}" for s in content.get("selections", []))),
+        ("command", " ".join(content["command"])),
+        ("duration", f"{content.get('duration_s', 0):.0f} s"),
+    ]
+    lines = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in facts if text)
+    return f"<section><h2>Circumstances</h2><table><tbody>{lines}</tbody></table></section>"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _skipped(content: dict[str, Any]) -> str:
+    skipped = content.get("data", {}).get("skipped", [])
+    if not skipped:
+        return ""
+    lines = "".join(
+        f"<tr><td>{escape(str(entry['what']))}</td><td>{escape(str(entry['reason']))}</td></tr>" for entry in skipped
+    )
+    return _section(
+        f"Skipped ({len(skipped)})", "Data that could not be used.", f"<table><tbody>{lines}</tbody></table>"
+    )

@@ -1,0 +1,69 @@
+"""Results as files: a JSON document and an HTML page per run, and copies under fixed names; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from xfm_fast.benchmarks.page import render
+from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.errors import StorageError
+
+
+class Saved(NamedTuple):
+    """Where a run was written."""
+
+    document: Path
+    page: Path
+
+
+def save(content: dict[str, Any], folder: str | Path) -> Saved:
+    """Write `<timestamp>.json` and `.html`, and the same as `latest.json` and `latest.html`.
+
+    All four appear complete or not at all; results of earlier runs are never overwritten.
+
+    Raises:
+        StorageError: the folder cannot be made or written, or the disk is full.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out") from error
+    stem = _free_stem(folder, datetime.fromisoformat(content["date"]).strftime("%Y%m%dT%H%M%SZ"))
+    document = json.dumps(_finite(content), indent=1, allow_nan=False).encode() + b"\n"
+    page = render(content).encode()
+    write_files(
+        {
+            folder / f"{stem}.json": _writer(document),
+            folder / f"{stem}.html": _writer(page),
+            folder / "latest.json": _writer(document),
+            folder / "latest.html": _writer(page),
+        }
+    )
+    return Saved(folder / f"{stem}.json", folder / f"{stem}.html")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which is the error of a result that holds NaN; null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _free_stem(folder: Path, stem: str) -> str:
+    candidates = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    return next((name for name in candidates if not (folder / f"{name}.json").exists()), stem)
+
+
+def _writer(data: bytes) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    return write

@@ -1,0 +1,69 @@
+"""How the tests compare with the official code: models on its weights, and how close is close enough."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import load_tensors
+
+M = TypeVar("M", bound=nn.Module)
+
+# fp64 against fp64: both sides accumulate in another order, no more.
+EXACT = 1e-10
+# Beside three times the official fp32 error, so that an official error that is small by luck is no bound.
+_EPS_FLOOR = 4
+
+
+@cache
+def tensors(name: str) -> dict[str, Tensor]:
+    """`load_tensors`, once per process; not to be written to."""
+    return load_tensors(name)
+
+
+def with_weights(model: M, case: str, dtype: torch.dtype, task: str | None = None) -> M:
+    """`model` in evaluation mode with the weights of a golden case, and of one of its fine-tuning tasks."""
+    weights = tensors(f"{case}/weights")
+    if task is not None:
+        extra = tensors(f"{case}/ft_extra_weights")
+        weights = weights | {name.partition("/")[2]: t for name, t in extra.items() if name.startswith(f"{task}/")}
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    return model.to(dtype).eval()
+
+
+def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs of a golden case, floating-point ones in `dtype`."""
+    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors(name).items()}
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Largest difference, relative to the largest entry of `truth`. NaN when either holds NaN."""
+    if value.shape != truth.shape:
+        raise AssertionError(f"shape {[*value.shape]}, expected {[*truth.shape]}")
+    if not truth.numel():
+        return 0.0
+    truth = truth.double()
+    largest = float(truth.abs().max())
+    return float((value.detach().double() - truth).abs().max()) / (largest or 1.0)
+
+
+def assert_agrees(name: str, value: Tensor, truth: Tensor, official_fp32: Tensor | None, dtype: torch.dtype) -> None:
+    """fp64 values to 1e-10; fp32 values to three times the error of the official fp32 run."""
+    error = relative_error(value, truth)
+    if dtype == torch.float64:
+        allowed = EXACT
+    else:
+        assert official_fp32 is not None
+        allowed = 3 * relative_error(official_fp32, truth) + _EPS_FLOOR * torch.finfo(dtype).eps
+    assert error <= allowed, f"{name}: relative error {error:.2e} exceeds {allowed:.2e} ({dtype})"
+
+
+def assert_rounded(name: str, value: Tensor, stored: Tensor) -> None:
+    """An fp64 value against one that was rounded to fp32 when it was stored."""
+    stored, value = stored.double(), value.detach().double()
+    allowed = torch.finfo(torch.float32).eps * stored.abs() + EXACT * stored.abs().max()
+    excess = ((value - stored).abs() - allowed).max()
+    assert excess <= 0, f"{name}: {float(excess):.1e} beyond fp32 rounding"

@@ -1,0 +1,172 @@
+"""Every input that a model refuses: one error that names the thing, its value and the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError, UnavailableError, XFMError
+from xfm_fast.models.xfm import XFM
+
+CONFIG = XFMConfig.preset("tiny", text_layers=1, fusion_layers=1, vision_depth=1)
+
+
+@pytest.fixture(scope="module")
+def model() -> XFM:
+    return XFM(CONFIG).eval()
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.zeros(shape or (2, 3, 32, 32))
+
+
+def poisoned(value: float) -> Tensor:
+    images = pixels(3, 3, 32, 32)
+    images[1, 2, 5, 5] = value
+    return images
+
+
+def ids(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows or ([0, 5, 2], [0, 7, 2]))
+
+
+def regions(model: XFM, index: Tensor, mask: Tensor) -> object:
+    return model.encode_regions(pixels(), index, mask)
+
+
+def fuse(model: XFM, text: Tensor | None = None, mask: Tensor | None = None, index: Tensor | None = None) -> object:
+    memory = model.image_memory(torch.zeros(2, 17, 64))
+    text = torch.zeros(3, 4, 64) if text is None else text
+    return model.fuse(text, torch.ones(3, 4) if mask is None else mask, memory, index)
+
+
+EMPTY_TEXT = torch.tensor([[1, 1, 0], [0, 0, 0]])
+EMPTY_REGION = torch.ones(2, 17)
+EMPTY_REGION[1, 1:] = 0
+
+# (call, what the message names: the thing, its value, the remedy)
+REFUSED: dict[str, tuple[Callable[[XFM], object], list[str]]] = {
+    "pixels without batch": (lambda m: m.encode_image(pixels(3, 32, 32)), ["pixels", "[3, 32, 32]", "[B, 3, 32, 32]"]),
+    "grey pixels": (lambda m: m.encode_image(pixels(2, 1, 32, 32)), ["pixels", "[2, 1, 32, 32]", "[B, 3, 32, 32]"]),
+    "bytes": (lambda m: m.encode_image(pixels().byte()), ["pixels", "torch.uint8", "normalise"]),
+    "no multiple of the patch": (lambda m: m.encode_image(pixels(1, 3, 32, 36)), ["32x36", "36", "patch of 8"]),
+    "another size": (lambda m: m.encode_image(pixels(1, 3, 48, 48)), ["48x48", "32x32", "set_image_size"]),
+    "NaN": (lambda m: m.encode_image(poisoned(float("nan"))), ["pixels of image 1", "NaN or infinity", "preprocessing"]),
+    "infinity": (lambda m: m.encode_image(poisoned(-float("inf"))), ["pixels of image 1", "NaN or infinity"]),
+    "patch mask": (lambda m: m.encode_image(pixels(), torch.ones(2, 17)), ["patch_mask", "[2, 17]", "[2, 16]"]),
+    "flat ids": (lambda m: m.encode_text(torch.tensor([0, 5, 2])), ["input_ids", "[3]", "[B, L]"]),
+    "floating ids": (lambda m: m.encode_text(ids().float()), ["input_ids", "torch.float32", "integers"]),
+    "long text": (
+        lambda m: m.encode_text(torch.full((1, 65), 5)),
+        ["input_ids", "65 tokens", str(CONFIG.max_text_length), "truncate"],
+    ),
+    "id beyond the vocabulary": (
+        lambda m: m.encode_text(ids([0, 512, 2])),
+        ["input_ids", "512", "vocabulary of 512", "tokenizer"],
+    ),
+    "negative id": (lambda m: m.encode_text(ids([0, -100, 2])), ["input_ids", "-100", "tokenizer"]),
+    "mask of another shape": (
+        lambda m: m.encode_text(ids(), torch.ones(2, 4)),
+        ["attention_mask", "[2, 4]", "[2, 3]"],
+    ),
+    "empty text": (lambda m: m.encode_text(ids(), EMPTY_TEXT), ["attention_mask of text 1", "all zeros", "leave it out"]),
+    "text of padding": (lambda m: m.encode_text(ids([0, 5, 2], [1, 1, 1])), ["text 1", "all zeros", "leave it out"]),
+    "text embeddings": (lambda m: fuse(m, torch.zeros(3, 4, 63)), ["text embeddings", "[3, 4, 63]", "[B, tokens, 64]"]),
+    "fused mask": (lambda m: fuse(m, None, torch.ones(3, 5)), ["attention_mask", "[3, 5]", "[3, 4]"]),
+    "unpaired": (lambda m: fuse(m), ["3 texts and 2 images", "pass image_index"]),
+    "short index": (lambda m: fuse(m, index=torch.tensor([0, 1])), ["image_index", "[2]", "3 texts"]),
+    "floating index": (lambda m: fuse(m, index=torch.zeros(3)), ["image_index", "torch.float32", "3 texts"]),
+    "index too large": (lambda m: fuse(m, index=torch.tensor([0, 2, 1])), ["image_index holds 2", "2 images", "from 0"]),
+    "negative index": (lambda m: fuse(m, index=torch.tensor([0, -1, 1])), ["image_index holds -1", "2 images"]),
+    "image embeddings": (
+        lambda m: m.image_memory(torch.zeros(2, 17, 32)),
+        ["image embeddings", "[2, 17, 32]", "[B, tokens, 64]"],
+    ),
+    "token mask": (
+        lambda m: m.image_memory(torch.zeros(2, 17, 64), torch.ones(2, 16)),
+        ["token_mask", "[2, 16]", "[2, 17]"],
+    ),
+    "projected images": (lambda m: m.project_image(torch.zeros(2, 64)), ["image embeddings", "[2, 64]"]),
+    "projected texts": (lambda m: m.project_text(torch.zeros(2, 4, 8)), ["text embeddings", "[2, 4, 8]"]),
+    "matched": (lambda m: m.match_logits(torch.zeros(2, 64)), ["fused embeddings", "[2, 64]"]),
+    "boxes": (lambda m: m.predict_boxes(torch.zeros(2, 1, 32)), ["fused embeddings", "[2, 1, 32]"]),
+    "region index": (
+        lambda m: regions(m, torch.tensor([0, 2]), torch.ones(2, 17)),
+        ["image_index holds 2", "2 images"],
+    ),
+    "region index length": (
+        lambda m: regions(m, torch.tensor([0]), torch.ones(2, 17)),
+        ["image_index", "[1]", "2 regions"],
+    ),
+    "region mask": (lambda m: regions(m, torch.tensor([0, 1]), torch.ones(2, 16)), ["region_mask", "[2, 16]", "[2, 17]"]),
+    "empty region": (
+        lambda m: regions(m, torch.tensor([0, 1]), EMPTY_REGION),
+        ["region_mask of region 1", "no patch", "at least one"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(model: XFM, name: str) -> None:
+    call, named = REFUSED[name]
+    with torch.inference_mode(), pytest.raises(InputError) as caught:
+        call(model)
+    message = str(caught.value)
+    for part in named:
+        assert part in message, f"{message!r} does not name {part!r}"
+
+
+def test_every_check_is_tried() -> None:
+    """One entry above for each message in inputs.py and fuse, so that a new check needs a new case."""
+    import inspect
+
+    from xfm_fast.models import inputs
+
+    messages = len(re.findall(r"raise InputError\(", inspect.getsource(inputs)))
+    refused = len(REFUSED)
+    assert refused >= messages
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_any_integer_is_an_id(model: XFM, dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        assert torch.equal(model.encode_text(ids().to(dtype)), model.encode_text(ids()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.uint8])
+def test_any_number_is_a_mask(model: XFM, dtype: torch.dtype) -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    with torch.inference_mode():
+        text = model.encode_text(ids(), mask.to(dtype))
+        assert torch.equal(text, model.encode_text(ids(), mask))
+        assert not text[0, 2].any()
+
+
+@pytest.mark.parametrize(
+    ("head", "call"),
+    [
+        ("contrastive", lambda m: m.project_image(torch.zeros(2, 17, 64))),
+        ("contrastive", lambda m: m.project_text(torch.zeros(2, 4, 64))),
+        ("matching", lambda m: m.match_logits(torch.zeros(2, 1, 64))),
+        ("boxes", lambda m: m.predict_boxes(torch.zeros(2, 1, 64))),
+        ("mlm", lambda m: m.mlm_logits(torch.zeros(2, 64))),
+        ("imlm", lambda m: m.imlm_logits(torch.zeros(2, 64))),
+    ],
+)
+def test_heads_that_were_not_built(head: str, call: Callable[[XFM], object]) -> None:
+    with pytest.raises(UnavailableError, match=f"without the '{head}' head"):
+        call(XFM(CONFIG, heads=()))
+
+
+def test_unknown_head_and_missing_fusion() -> None:
+    with pytest.raises(InputError, match="head 'mim' is unknown; choose from mlm"):
+        XFM(CONFIG, heads=("mim",))  # type: ignore[arg-type]
+    without = XFM(CONFIG.replace(fusion_layers=0), heads=())
+    with pytest.raises(UnavailableError, match="no fusion layers"):
+        without.image_memory(torch.zeros(1, 17, 64))
+    assert issubclass(UnavailableError, XFMError)

@@ -1,0 +1,171 @@
+"""Search against a plain twin without cache, shared memory or shared prompt; losses and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.agreement import inputs_of, tensors, with_weights
+from tests.conftest import config
+from xfm_fast.errors import InputError
+from xfm_fast.models.generation import generate
+from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks.captioning import CaptioningModel
+
+EOS, PAD = 2, 1
+
+
+@pytest.fixture(scope="module")
+def model() -> CaptioningModel:
+    return with_weights(CaptioningModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "captioning")
+
+
+@pytest.fixture(scope="module")
+def x() -> dict[str, Tensor]:
+    given = inputs_of("tiny_b/ft_inputs", torch.float64)
+    return {name.partition("/")[2]: value for name, value in given.items() if name.startswith("captioning/")}
+
+
+def next_log_probs(model: CaptioningModel, image: Tensor, ids: list[int]) -> Tensor:
+    tokens = torch.tensor([ids])
+    hidden = model.text_decoder(
+        tokens, Packing.from_mask(torch.ones_like(tokens)), model.encode(image), ImageGroups(torch.tensor([0, 1]))
+    )
+    return model.text_decoder.logits(hidden[-1:])[0].log_softmax(-1)
+
+
+def plain_beam_search(
+    model: CaptioningModel, image: Tensor, prompt: list[int], beams: int, longest: int, shortest: int, early: bool
+) -> list[int]:
+    """Beam search on one image, with lists."""
+    running = [(0.0, prompt)]
+    finished: list[tuple[float, list[int]]] = []
+
+    def keep(score: float, ids: list[int]) -> None:
+        finished.append((score / len(ids), ids))
+        finished.sort(key=lambda hypothesis: hypothesis[0])
+        if len(finished) > beams:
+            finished.pop(0)
+
+    done = False
+    while not done and len(running[0][1]) < longest:
+        options = []
+        for score, ids in running:
+            log_probs = next_log_probs(model, image, ids)
+            if len(ids) < shortest:
+                log_probs[EOS] = -torch.inf
+            options += [(score + p, ids, token) for token, p in enumerate(log_probs.tolist())]
+        options = sorted(options, key=lambda option: -option[0])[: 2 * beams]
+        length, running = len(running[0][1]), []
+        for rank, (score, ids, token) in enumerate(options):
+            if token != EOS:
+                running.append((score, [*ids, token]))
+            elif rank < beams:
+                keep(score, ids)
+            if len(running) == beams:
+                break
+        done = len(finished) == beams and (early or finished[0][0] >= options[0][0] / length)
+    if not done:
+        for score, ids in running:
+            keep(score, ids)
+    best = finished[-1][1]
+    return best if len(best) == longest else [*best, EOS]
+
+
+def stripped(rows: Tensor) -> list[list[int]]:
+    lists = [row.tolist() for row in rows]
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in lists]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(("beams", "shortest"), [(2, 0), (3, 6), (4, 5)])
+@torch.inference_mode()
+def test_beam_search(model: CaptioningModel, x: dict[str, Tensor], beams: int, shortest: int, early: bool) -> None:
+    pixels = torch.cat([x["image"], torch.randn(3, *x["image"].shape[1:], dtype=torch.float64)])
+    # An end token that is likely, so that hypotheses finish at different times.
+    bias = model.text_decoder.lm_head.bias
+    before = bias[EOS].clone()
+    bias[EOS] += 3
+    try:
+        prompt = x["prompt_ids"][0]
+        found = stripped(
+            model.generate(
+                pixels, prompt, max_length=9, min_length=shortest, num_beams=beams, early_stopping=early
+            )
+        )
+        for image, ids in zip(pixels, found, strict=True):
+            assert ids == plain_beam_search(model, image[None], prompt.tolist(), beams, 9, shortest, early)
+    finally:
+        bias[EOS] = before
+
+
+@torch.inference_mode()
+def test_greedy_search(model: CaptioningModel, x: dict[str, Tensor]) -> None:
+    prompt = x["prompt_ids"][0].tolist()
+    found = stripped(model.generate(x["image"], x["prompt_ids"], max_length=9, min_length=7, num_beams=1))
+    for image, ids in zip(x["image"], found, strict=True):
+        expected = list(prompt)
+        while len(expected) < 9 and expected[-1] != EOS:
+            log_probs = next_log_probs(model, image[None], expected)
+            if len(expected) < 7:
+                log_probs[EOS] = -torch.inf
+            expected.append(int(log_probs.argmax()))
+        assert ids == expected
+
+
+@torch.inference_mode()
+def test_finished_captions_are_padded(model: CaptioningModel, x: dict[str, Tensor]) -> None:
+    bias = model.text_decoder.lm_head.bias
+    before = bias[EOS].clone()
+    bias[EOS] += 100
+    try:
+        for beams in (1, 3):
+            ids = model.generate(x["image"], x["prompt_ids"], max_length=9, min_length=0, num_beams=beams)
+            assert ids.tolist() == [[*prompt, EOS] for prompt in x["prompt_ids"].tolist()]
+    finally:
+        bias[EOS] = before
+
+
+def test_loss_is_the_mean_over_predicted_tokens(model: CaptioningModel, x: dict[str, Tensor]) -> None:
+    with torch.inference_mode():
+        plain = model(x["image"], x["text_ids"], prompt_length=3, label_smoothing=0.0)
+        smooth = model(x["image"], x["text_ids"], prompt_length=3)
+    labels = tensors("tiny_b/ft_outputs")["captioning/labels"]
+    logits = tensors("tiny_b/ft_outputs")["captioning/logits"][:, :-1].flatten(0, 1)
+    for found, smoothing in ((plain, 0.0), (smooth, 0.1)):
+        expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=smoothing)
+        assert float(found) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_what_is_refused(model: CaptioningModel, x: dict[str, Tensor]) -> None:
+    pixels, prompt = x["image"], x["prompt_ids"]
+    with pytest.raises(InputError, match="max_length=3 must exceed the 3 tokens of the prompt"):
+        model.generate(pixels, prompt, max_length=3)
+    with pytest.raises(InputError, match="at most 29, where the position table ends"):
+        model.generate(pixels, prompt, max_length=45)
+    with pytest.raises(InputError, match="num_beams=0"):
+        model.generate(pixels, prompt, num_beams=0)
+    with pytest.raises(InputError, match=r"prompt_ids are \[2, 3\]"):
+        model.generate(pixels, prompt[:2])
+    with pytest.raises(InputError, match="prompt_ids hold padding"):
+        generate(
+            model.text_decoder, model.encode(pixels), prompt.index_fill(1, torch.tensor([2]), PAD), max_length=9
+        )
+    with pytest.raises(InputError, match="2 images for 3 captions"):
+        model(pixels[:2], x["text_ids"], prompt_length=3)
+    with pytest.raises(InputError, match="prompt_length=9"):
+        model(pixels, x["text_ids"], prompt_length=9)
+    holes = x["text_atts"].clone()
+    holes[0, 4] = 0
+    with pytest.raises(InputError, match="caption_mask has gaps"):
+        model(pixels, x["text_ids"], holes, prompt_length=3)
+
+
+def test_decoder_starts_from_the_text_encoder() -> None:
+    model = CaptioningModel(config("tiny_b"))
+    fresh = model.initialise_decoder(tensors("tiny_b/weights"))
+    assert fresh
+    assert all(".crossattention." in name for name in fresh)
+    assert not hasattr(model, "text_encoder")
+    assert not hasattr(model, "fusion_encoder")

@@ -1,0 +1,143 @@
+"""Heads, the frozen encoder of a probe, the official image head's duplicate input, and the metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from tests.agreement import with_weights
+from tests.conftest import config, load_json, golden
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError
+from xfm_fast.models.heads import DeepMLPHead, MLPHead
+from xfm_fast.tasks.classification import (
+    ClassificationModel,
+    correlations,
+    f1_score,
+    matthews_correlation,
+    top_k_accuracy,
+)
+from xfm_fast.tasks.nlvr2 import NLVR2Model, accuracy
+
+CONFIG = XFMConfig.preset("tiny")
+
+
+def pixels(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, CONFIG.image_size, CONFIG.image_size)
+
+
+TEXT = torch.tensor([[0, 7, 8, 2], [0, 9, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("options", "head"),
+    [
+        ({}, MLPHead),
+        ({"frozen": True}, nn.Linear),
+        ({"head": "official_image"}, DeepMLPHead),
+        ({"head": "linear"}, nn.Linear),
+    ],
+)
+def test_heads(options: dict[str, Any], head: type) -> None:
+    model = ClassificationModel(CONFIG, 3, modality="image", **options)
+    assert isinstance(model.cls_head, head)
+    assert model.logits(pixels()).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("modality", "encoders"),
+    [("image", {"vision_encoder"}), ("text", {"text_encoder"}), ("pair", {"vision_encoder", "text_encoder", "fusion_encoder"})],
+)
+def test_only_what_is_read_is_built(modality: Any, encoders: set[str]) -> None:
+    model = ClassificationModel(CONFIG, 2, modality=modality)
+    assert {name.partition(".")[0] for name in model.state_dict()} == encoders | {"cls_head"}
+    inputs = {"image": (pixels(), None), "text": (None, TEXT), "pair": (pixels(), TEXT)}[modality]
+    loss = model(*inputs, targets=torch.tensor([0, 1]))
+    loss.backward()
+    # Everything that was built takes part: no parameter travels in vain.
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    idle = {name for name, _ in model.named_parameters()} - reached
+    assert idle <= {"vision_encoder.mask_token"}
+
+
+def test_a_probe_trains_its_head_alone() -> None:
+    model = ClassificationModel(CONFIG, 3, modality="image", frozen=True).train()
+    assert model.cls_head.training
+    assert not model.vision_encoder.training
+    images = pixels()
+    assert torch.equal(model.features(images), model.features(images))
+    model(images, targets=torch.tensor([0, 2])).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {"cls_head.weight", "cls_head.bias"}
+
+
+def test_the_official_image_head_reads_one_vector_twice() -> None:
+    """Design §7: token 0 *is* the mean of the patches, so the second half of its input says nothing new."""
+    model = with_weights(
+        ClassificationModel(config("tiny_b"), 5, modality="image", head="official_image"),
+        "tiny_b",
+        torch.float64,
+        "cls_image",
+    )
+    features = model.features(torch.randn(2, 3, 40, 40, dtype=torch.float64))
+    first, second = features.chunk(2, dim=1)
+    assert torch.allclose(first, second, rtol=0, atol=1e-14)
+
+
+@torch.inference_mode()
+def test_soft_targets_and_regression() -> None:
+    model = ClassificationModel(CONFIG, 3, modality="image").eval()
+    images, classes = pixels(), torch.tensor([0, 2])
+    hard = model(images, targets=classes)
+    soft = model(images, targets=nn.functional.one_hot(classes, 3).float())
+    assert float(hard) == pytest.approx(float(soft), rel=1e-6)
+    regression = ClassificationModel(CONFIG, 1, modality="text").eval()
+    predicted = regression.logits(input_ids=TEXT)[:, 0]
+    loss = regression(input_ids=TEXT, targets=torch.tensor([1, 3]))
+    assert float(loss) == pytest.approx(float(((predicted - torch.tensor([1.0, 3.0])) ** 2).mean()), rel=1e-6)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(InputError, match="modality 'audio' is unknown"):
+        ClassificationModel(CONFIG, 2, modality="audio")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="labels=0"):
+        ClassificationModel(CONFIG, 0, modality="image")
+    with pytest.raises(InputError, match="'official_image' reads an image"):
+        ClassificationModel(CONFIG, 2, modality="text", head="official_image")
+    model = ClassificationModel(CONFIG, 2, modality="image")
+    with pytest.raises(InputError, match="pixels is missing"):
+        model.logits(input_ids=TEXT)
+    with pytest.raises(InputError, match="input_ids is given"):
+        model.logits(pixels(), TEXT)
+
+
+def test_top_k_accuracy() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0]])
+    found = top_k_accuracy(logits, torch.tensor([0, 1, 0, 2]), (1, 2, 5))
+    assert found == {1: 0.25, 2: 0.75, 5: 1.0}
+
+
+def test_glue_metrics() -> None:
+    a, b = torch.tensor([1.0, 2.5, 2.5, 0.1, 4.0]), torch.tensor([2.0, 1.0, 3.0, 0.0, 3.0])
+    pearson, spearman = correlations(a, b)
+    assert pearson == pytest.approx(stats.pearsonr(a.numpy(), b.numpy())[0], rel=1e-6)
+    assert spearman == pytest.approx(stats.spearmanr(a.numpy(), b.numpy())[0], rel=1e-12)
+    predicted, targets = torch.tensor([1, 1, 0, 0, 1]), torch.tensor([1, 0, 0, 1, 1])
+    assert f1_score(predicted, targets) == pytest.approx(2 / 3)
+    # tp 2, tn 1, fp 1, fn 1
+    assert matthews_correlation(predicted, targets) == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
+    assert matthews_correlation(torch.ones(3), torch.tensor([1, 0, 1])) == 0
+    assert f1_score(torch.zeros(3), torch.zeros(3)) == 0
+
+
+def test_nlvr2_accuracy_and_pairs() -> None:
+    stored = np.load(golden("metrics/nlvr.npz"))
+    logits, targets = torch.from_numpy(stored["logits"]), torch.from_numpy(stored["targets"])
+    assert accuracy(logits, targets) == pytest.approx(load_json("metrics/metrics")["nlvr"]["accuracy"], rel=1e-6)
+    with pytest.raises(InputError, match="3 images for 2 sentences"):
+        NLVR2Model(CONFIG).logits(pixels(3), TEXT)

@@ -1,0 +1,236 @@
+"""Every fine-tuning model against the official one: losses, scores, generated ids and gradient norms.
+
+`tiny_a`'s vectors are in a complete set only, so its tests need XFM_GOLDEN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.agreement import assert_agrees, inputs_of, tensors, with_weights
+from tests.conftest import CASES, config, load_json
+from xfm_fast.kernels import ops
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import contrastive_loss, hard_negative_weights, matching_loss
+from xfm_fast.packing import ImageGroups, Packing, offsets
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tasks.classification import ClassificationModel
+from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.vqa import VQAModel
+
+DTYPES = [torch.float64, torch.float32]
+DECODER_LAYERS = {"tiny_a": 2, "tiny_b": 3}
+CLASSIFIERS: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
+    "cls_fused": ({"labels": 5, "modality": "pair"}, ("image", "text_ids", "text_atts")),
+    "cls_image": ({"labels": 5, "modality": "image", "head": "official_image"}, ("image",)),
+    "cls_image_lp": ({"labels": 5, "modality": "image", "head": "official_image", "frozen": True}, ("image",)),
+    "cls_text": ({"labels": 5, "modality": "text"}, (None, "text_ids", "text_atts")),
+    "cls_text_regression": ({"labels": 1, "modality": "text"}, (None, "text_ids", "text_atts")),
+}
+
+
+def of(x: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+    return {name.partition("/")[2]: value for name, value in x.items() if name.startswith(f"{task}/")}
+
+
+def at_fine_tuning_size(case: str, dtype: torch.dtype) -> XFM:
+    # The official loader interpolates before anything is converted to fp64.
+    model = with_weights(XFM(config(case), heads=("contrastive", "matching")), case, torch.float32)
+    model.set_image_size(load_json(f"{case}/config")["ft_res"])
+    return model.to(dtype)
+
+
+@cache
+def model_of(task: str, case: str, dtype: torch.dtype) -> nn.Module:
+    cfg, layers = config(case), DECODER_LAYERS[case]
+    if task == "retrieval":
+        return at_fine_tuning_size(case, dtype)
+    if task in CLASSIFIERS:
+        weights = "cls_image" if task == "cls_image_lp" else task
+        return with_weights(ClassificationModel(cfg, **CLASSIFIERS[task][0]), case, dtype, weights)
+    build: dict[str, Callable[[], nn.Module]] = {
+        "vqa": lambda: VQAModel(cfg, decoder_layers=layers),
+        "nlvr": lambda: NLVR2Model(cfg),
+        "grounding": lambda: GroundingModel(cfg),
+        "captioning": lambda: CaptioningModel(cfg, decoder_layers=layers),
+    }
+    return with_weights(build[task](), case, dtype, task)
+
+
+def vqa_train_loss(model: VQAModel, x: dict[str, Tensor]) -> Tensor:
+    return model(
+        x["image"], x["question_ids"], x["question_atts"], x["train_answer_ids"], x["train_answer_atts"],
+        x["train_n_answers"], x["train_weights"],
+    )  # fmt: skip
+
+
+def vqa(model: VQAModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = {"train_loss": vqa_train_loss(model, x)}
+    question = x["image"], x["question_ids"], x["question_atts"]
+    packing = Packing.from_mask(x["train_answer_atts"], keep_padding=True)
+    groups = ImageGroups(offsets(x["train_n_answers"]))
+    hidden = model.text_decoder(x["train_answer_ids"], packing, model.encode_questions(*question), groups)
+    out["train_logits"] = packing.unpad(model.text_decoder.logits(hidden))
+    memory = model.encode_questions(*question, attend_to_padding=True)
+    start = x["answer_ids"][:1, :1].expand(memory.states, 1)
+    alone = ImageGroups(torch.arange(memory.states + 1))
+    hidden = model.text_decoder(start, Packing.from_mask(torch.ones_like(start)), memory, alone)
+    out["start_logits"] = model.text_decoder.logits(hidden)
+    out["first_token_probs"] = out["start_logits"].softmax(-1)[:, x["answer_ids"][:, 1]]
+    ranking = model.rank_answers(memory, x["answer_ids"], x["answer_atts"], k=4, count_first_token_twice=True)
+    return out | {"topk_ids": ranking.indices, "topk_probs": ranking.probabilities}
+
+
+def nlvr(model: NLVR2Model, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    pair = x["image"], x["text_ids"], x["text_atts"]
+    return {"logits": model.logits(*pair), "loss": model(*pair, x["targets"])}
+
+
+def grounding(model: GroundingModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    text = x["text_ids"], x["text_atts"]
+    l1, giou = model(x["image"], *text, x["target_bbox"])
+    return {"coord": model.boxes(x["image"], *text), "loss_bbox": l1, "loss_giou": giou}
+
+
+def captioning(model: CaptioningModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    ids, mask, prompt = x["text_ids"], x["text_atts"], x["prompt_ids"].shape[1]
+    packing = Packing.from_mask(mask, keep_padding=True)
+    hidden = model.text_decoder(ids, packing, model.encode(x["image"]), ImageGroups(torch.arange(len(ids) + 1)))
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :prompt] = -100
+    out = {
+        "logits": packing.unpad(model.text_decoder.logits(hidden)),
+        "labels": labels,
+        "loss_per_sample_sum": model.token_losses(x["image"], ids, mask, prompt_length=prompt).sum(1),
+    }
+    for beams in (1, 3):
+        out[f"generated_beam{beams}"] = model.generate(
+            x["image"], x["prompt_ids"], max_length=11, min_length=5, num_beams=beams
+        )
+    return out
+
+
+def retrieval(model: XFM, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    image, mask = model.encode_image(x["image"]), x["text_atts"]
+    text = model.encode_text(x["text_ids"], mask)
+    features = model.project_image(image), model.project_text(text)
+    own = torch.arange(len(text))
+    texts, images = torch.cat([own, own, x["itm_text_neg_idx"]]), torch.cat([own, x["itm_image_neg_idx"], own])
+    logits = model.match_logits(
+        model.fuse(text[texts], mask[texts], model.image_memory(image), images, first_token_only=True)
+    )
+    weights = hard_negative_weights(*features, model.temp, x["idx"])
+    return {
+        "image_embeds": image,
+        "interpolated_table_block0": model.state_dict()["vision_encoder.blocks.0.attn.relative_position_bias_table"],
+        "hard_neg_weights_t2i": weights[0],
+        "hard_neg_weights_i2t": weights[1],
+        "loss_itc": contrastive_loss(*features, model.temp, x["idx"]),
+        "loss_itm": matching_loss(logits, torch.arange(len(logits)) < len(own)),
+    }
+
+
+@cache
+def computed(task: str, case: str, dtype: torch.dtype, backend: ops.Backend) -> dict[str, Tensor]:
+    x = inputs_of(f"{case}/ft_inputs", dtype)
+    if task == "grounding_pretrain":
+        # Several expressions share an image; texts and targets are those of the other grounding test.
+        other, text = of(x, task), of(x, "grounding")
+        model = model_of("grounding", case, dtype)
+        with torch.inference_mode(), ops.use_backend(backend):
+            l1, giou = model(
+                other["image"], text["text_ids"], text["text_atts"], text["target_bbox"],
+                other["idx_to_group_img"], other["is_image"],
+            )  # fmt: skip
+        return {"loss_bbox": l1, "loss_giou": giou}
+    model = model_of(task, case, dtype)
+    with torch.inference_mode(), ops.use_backend(backend):
+        if isinstance(model, ClassificationModel):
+            given, values = CLASSIFIERS[task][1], of(x, "cls")
+            arguments = [None if name is None else values[name] for name in given]
+            targets = values["targets_regression" if model.labels == 1 else "targets"]
+            found = {"loss": model(*arguments, targets=targets)}
+            # The official probe returns its loss alone.
+            return found if task == "cls_image_lp" else found | {"logits": model.logits(*arguments)}
+        run: dict[str, Callable[..., dict[str, Tensor]]] = {
+            "vqa": vqa,
+            "nlvr": nlvr,
+            "grounding": grounding,
+            "captioning": captioning,
+            "retrieval": retrieval,
+        }
+        return run[task](model, of(x, task))
+
+
+TASKS = ["vqa", "nlvr", "grounding", "grounding_pretrain", "captioning", "retrieval", *CLASSIFIERS]
+# Computed by tests/tasks/test_retrieval.py.
+ELSEWHERE = "retrieval_eval"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("case", CASES)
+def test_outputs(case: str, task: str, dtype: torch.dtype, backend: ops.Backend) -> None:
+    truth, official = of(tensors(f"{case}/ft_outputs"), task), of(tensors(f"{case}/ft_outputs_fp32"), task)
+    found = computed(task, case, dtype, backend)
+    assert set(found) == set(truth)
+    for name, value in truth.items():
+        if value.is_floating_point():
+            assert_agrees(f"{task}/{name}", found[name], value, official[name], dtype)
+        else:
+            assert torch.equal(found[name], value), f"{task}/{name}: {found[name].tolist()}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_task_is_compared(case: str) -> None:
+    assert {name.partition("/")[0] for name in tensors(f"{case}/ft_outputs")} == {*TASKS, ELSEWHERE}
+
+
+def loss_of(task: str, case: str, model: nn.Module) -> Tensor:
+    x = inputs_of(f"{case}/ft_inputs", torch.float64)
+    values = of(x, task)
+    if isinstance(model, ClassificationModel):
+        values = of(x, "cls")
+        arguments = [None if name is None else values[name] for name in CLASSIFIERS[task][1]]
+        return model(*arguments, targets=values["targets_regression" if model.labels == 1 else "targets"])
+    if isinstance(model, VQAModel):
+        return vqa_train_loss(model, values)
+    if isinstance(model, NLVR2Model):
+        return nlvr(model, values)["loss"]
+    if isinstance(model, GroundingModel):
+        return model(values["image"], values["text_ids"], values["text_atts"], values["target_bbox"]).total
+    assert isinstance(model, XFM)
+    losses = retrieval(model, values)
+    return losses["loss_itc"] + losses["loss_itm"]
+
+
+@pytest.mark.parametrize("task", ["retrieval", "nlvr", "grounding", "vqa", *CLASSIFIERS])
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_norms(case: str, task: str) -> None:
+    golden = load_json(f"{case}/ft_grads")
+    if task not in golden:
+        pytest.skip(f"the official gradients of {task} were not recorded")
+    model = model_of(task, case, torch.float64)
+    model.zero_grad(set_to_none=True)
+    value = loss_of(task, case, model)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(golden[task]["value"], rel=1e-10)
+    official = golden[task]["grad_norm"]
+    expected = {name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in official.items()}
+    largest = max(norm for norm in expected.values() if norm is not None)
+    for name, parameter in model.named_parameters():
+        norm = expected[name]
+        if norm is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+        else:
+            assert parameter.grad is not None, f"{task} does not reach {name}"
+            assert float(parameter.grad.norm()) == pytest.approx(norm, rel=1e-9, abs=1e-13 * largest), f"{task}: {name}"
+    model.zero_grad(set_to_none=True)

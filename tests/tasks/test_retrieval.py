@@ -1,0 +1,287 @@
+"""Re-ranking equals the official evaluation, costs what the receipt says, and survives a killed process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.conftest import CASES, config, golden, load_json, load_tensors
+from xfm_fast import XFM, Retriever, XFMConfig, flops
+from xfm_fast.errors import DataError, InputError, StorageError
+from xfm_fast.mapped import create_mapped, open_mapped
+from xfm_fast.tasks import reranking
+from xfm_fast.tasks.candidates import top_candidates
+from xfm_fast.tasks.retrieval import UNSCORED, recall, rerank
+from xfm_fast.tasks.score_journal import ScoreJournal
+
+
+def _official(case: str, dtype: torch.dtype) -> tuple[XFM, Tensor, Tensor, Tensor]:
+    inputs = load_tensors(f"{case}/ft_inputs")
+    size = load_json(f"{case}/config")["ft_res"]
+    model = XFM.from_official(load_tensors(f"{case}/weights"), config(case).replace(image_size=size), dtype=dtype)
+    mask = inputs["retrieval_eval/text_atts"]
+    with torch.inference_mode():
+        images = model.encode_image(inputs["retrieval_eval/image"])
+        texts = model.encode_text(inputs["retrieval_eval/text_ids"], mask)
+    return model, images, texts, mask
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[XFM, Tensor, Tensor, Tensor]:
+    """A tiny model with 7 images and 23 texts whose embeddings are random."""
+    torch.manual_seed(7)
+    model = XFM(XFMConfig.preset("tiny")).eval()
+    mask = torch.arange(9)[None] < torch.randint(1, 10, (23, 1))
+    with torch.inference_mode():
+        images = model.encode_image(torch.randn(7, 3, 32, 32))
+        texts = model.encode_text(torch.randint(4, 500, (23, 9)), mask)
+    return model, images, texts, mask
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("token_budget", [None, 7, 1])
+def test_equals_the_official_evaluation(
+    case: str, dtype: torch.dtype, tolerance: float, token_budget: int | None
+) -> None:
+    model, images, texts, mask = _official(case, dtype)
+    result = rerank(images, texts, mask, model=model, k=3, token_budget=token_budget)
+    expected = load_tensors(f"{case}/ft_outputs")
+    for ours, name in ((result.score_i2t, "score_i2t"), (result.score_t2i, "score_t2i")):
+        official = expected[f"retrieval_eval/{name}"].double()
+        assert torch.equal(ours == UNSCORED, official == UNSCORED)
+        # The official evaluation keeps its matrices in float32.
+        assert (ours.double() - official).abs().max() <= max(tolerance, torch.finfo(torch.float32).eps) * 4
+
+
+def test_scores_are_those_of_single_pairs(small: tuple[XFM, Tensor, Tensor, Tensor]) -> None:
+    model, images, texts, mask = small
+    result = rerank(images, texts, mask, model=model, k=4)
+    with torch.inference_mode():
+        memory = model.image_memory(images)
+        for image, text, score in zip(result.candidates.images, result.candidates.texts, result.scores, strict=True):
+            fused = model.fuse(texts[text][None], mask[text][None], memory.select(image[None]))
+            torch.testing.assert_close(model.match_logits(fused)[0, 1], score, rtol=1e-5, atol=1e-5)
+
+
+def test_receipt_counts_every_pair_once(small: tuple[XFM, Tensor, Tensor, Tensor]) -> None:
+    model, images, texts, mask = small
+    receipt = rerank(images, texts, mask, model=model, k=4).receipt
+    assert receipt.pairs_official == 7 * 4 + 23 * 4
+    assert receipt.pairs_scored + receipt.pairs_saved == receipt.pairs_official
+    everything = rerank(images, texts, mask, model=model, k=1000).receipt
+    assert everything.pairs_scored == 7 * 23
+    assert everything.pairs_saved == 7 * 23
+    lengths = mask.sum(1)
+    counted = (
+        flops.first_self_attention(model.config, lengths)
+        + flops.image_memory(model.config, 7)
+        + flops.fusion(model.config, lengths.repeat(7), first_token_only=True, self_attended=True)
+    )
+    # One image per tile at least: with the default budget no memory is computed twice.
+    assert everything.flops == counted.total
+    assert everything.flops_ratio > 4
+
+
+def test_embeddings_in_files_give_the_same_scores(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
+    model, _, texts, mask = small
+    pixels = torch.randn(7, 3, 32, 32)
+    retriever = Retriever(model)
+    in_memory = retriever.embed_images(pixels.split(3))
+    mapped = retriever.embed_images(pixels.split(2), path=tmp_path / "images.bin", count=7)
+    torch.testing.assert_close(mapped.embeds, in_memory.embeds)
+    again = open_mapped(tmp_path / "images.bin", (7, 17, 64), torch.float32)
+    first = rerank(in_memory.embeds, texts, mask, model=model, k=5)
+    second = rerank(again, texts, mask, model=model, k=5)
+    assert torch.equal(first.candidates.texts, second.candidates.texts)
+    torch.testing.assert_close(first.scores, second.scores)
+
+
+def test_search_orders_by_match_score(small: tuple[XFM, Tensor, Tensor, Tensor]) -> None:
+    model, *_ = small
+    retriever = Retriever(model)
+    images = retriever.embed_images([torch.randn(5, 3, 32, 32)])
+    texts = retriever.embed_texts([(torch.randint(4, 500, (3, 6)), None), (torch.randint(4, 500, (2, 8)), None)])
+    assert len(images) == 5
+    assert len(texts) == 5
+    indices, scores = retriever.search_images(texts, images, k=3)
+    full = retriever.rerank(images, texts, k=5)
+    assert indices.shape == scores.shape == (5, 3)
+    assert bool((scores.diff(dim=1) <= 0).all())
+    torch.testing.assert_close(scores, full.score_t2i.gather(1, indices))
+    indices, scores = retriever.search_texts(images, texts, k=2)
+    torch.testing.assert_close(scores, full.score_i2t.gather(1, indices))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.integers(0, 12), st.integers(0, 999))
+def test_candidates_are_the_union_of_both_directions(i: int, t: int, per_image: int, per_text: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(i, 4, generator=generator), torch.randn(t, 4, generator=generator)
+    found = top_candidates(image, text, per_image, per_text)
+    similarity = image @ text.t()
+    wanted_i2t = {(a, int(b)) for a in range(i) for b in similarity[a].topk(min(per_image, t)).indices}
+    wanted_t2i = {(int(a), b) for b in range(t) for a in similarity[:, b].topk(min(per_text, i)).indices}
+    pairs = list(zip(found.images.tolist(), found.texts.tolist(), strict=True))
+    assert pairs == sorted(wanted_i2t | wanted_t2i)
+    assert {p for p, f in zip(pairs, found.for_image.tolist(), strict=True) if f} == wanted_i2t
+    assert {p for p, f in zip(pairs, found.for_text.tolist(), strict=True) if f} == wanted_t2i
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "retrieval_topk"])
+def test_recall_equals_the_official_metric(kind: str) -> None:
+    scores = np.load(golden("metrics/retrieval_scores.npz"))
+    expected = load_json("metrics/metrics")[kind]["result"]
+    names = ("i2t", "t2i") if kind == "retrieval" else ("i2t_topk30", "t2i_topk12")
+    i2t, t2i = (torch.from_numpy(scores[name]) for name in names)
+    result = recall(i2t, t2i, torch.arange(100) // 5)
+    assert result == pytest.approx(expected)
+
+
+def test_an_unscored_answer_is_never_a_hit() -> None:
+    i2t = torch.full((2, 2), UNSCORED)
+    result = recall(i2t, i2t.clone(), torch.tensor([0, 1]))
+    assert result["txt_r1"] == 0
+    assert result["img_r1"] == 0
+
+
+def test_resumes_after_a_kill(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
+    """A process that is killed in the middle leaves a journal from which the same scores come out."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys, torch
+        from xfm_fast import XFM, XFMConfig
+        from xfm_fast.tasks.retrieval import rerank
+        torch.manual_seed(0)
+        model = XFM(XFMConfig.preset("tiny")).eval()
+        with torch.inference_mode():
+            images = model.encode_image(torch.randn(6, 3, 32, 32))
+            texts = model.encode_text(torch.randint(4, 500, (8, 5)))
+        calls = 0
+        def progress(done, total):
+            global calls
+            calls += 1
+            if sys.argv[2] == "kill" and calls == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+        mask = torch.ones(8, 5)
+        result = rerank(images, texts, mask, model=model, k=8, token_budget=40, resume=sys.argv[1], progress=progress)
+        print(calls, result.receipt.pairs_resumed, *result.scores.tolist())
+        """
+    )
+
+    def run(folder: str, mode: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, str(tmp_path / folder), mode]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    whole = run("whole", "run")
+    assert whole.returncode == 0, whole.stderr
+    assert run("killed", "kill").returncode == -signal.SIGKILL
+    journal = tmp_path / "killed" / "scores.bin"
+    with journal.open("ab") as file:
+        file.write(b"\x01\x00\x00\x00\x09")  # a record torn by the kill
+    resumed = run("killed", "run")
+    assert resumed.returncode == 0, resumed.stderr
+    calls, pairs, *scores = resumed.stdout.split()
+    assert int(calls) == 3
+    assert int(pairs) == 24
+    assert scores == whole.stdout.split()[2:]
+    nothing_left = run("killed", "run").stdout.split()
+    assert nothing_left[:2] == ["0", "48"]
+    assert nothing_left[2:] == scores
+
+
+def test_a_journal_of_other_work_is_refused(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
+    model, images, texts, mask = small
+    rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
+    with pytest.raises(DataError, match=r"other work.*delete it"):
+        rerank(images, texts, mask, model=model, k=3, resume=tmp_path)
+
+
+def test_damaged_scores_are_computed_again(tmp_path) -> None:
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        for image in range(3):
+            journal.append(image, torch.full((2,), float(image)))
+    data = bytearray((tmp_path / "s").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "s").write_bytes(data)
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        assert [image for image, _ in journal.records()] == [0, 1]
+        journal.append(2, torch.ones(2))
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        assert [scores.tolist() for _, scores in journal.records()] == [[0, 0], [1, 1], [1, 1]]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_a_clear_error_and_keeps_what_was_there(tmp_path) -> None:
+    journal = ScoreJournal(tmp_path / "scores.bin", "f")
+    journal.append(0, torch.ones(2))
+    journal.sync()
+    whole = journal._file
+    with open("/dev/full", "wb", buffering=0) as full:
+        journal._file = full
+        with pytest.raises(StorageError, match=r"scores\.bin cannot be written \(No space left on device\).*resume"):
+            journal.append(1, torch.ones(2))
+    journal._file = whole
+    with journal:
+        assert [image for image, _ in journal.records()] == [0]
+
+
+def test_a_collection_larger_than_the_disk_is_refused_at_once(tmp_path) -> None:
+    with pytest.raises(StorageError, match=r"needs .* GB and cannot be created"):
+        create_mapped(tmp_path / "huge", (1 << 50,), torch.float32)
+    assert not (tmp_path / "huge").exists()
+
+
+def test_a_mapped_file_of_another_size_is_refused(tmp_path) -> None:
+    create_mapped(tmp_path / "m", (3, 2), torch.bfloat16)
+    with pytest.raises(DataError, match=r"has 12 bytes; \[4, 2\] torch.bfloat16 takes 16"):
+        open_mapped(tmp_path / "m", (4, 2), torch.bfloat16)
+
+
+def test_bad_arguments(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
+    model, images, texts, mask = small
+    with pytest.raises(InputError, match="k=0"):
+        rerank(images, texts, mask, model=model, k=0)
+    retriever = Retriever(model)
+    with pytest.raises(InputError, match="no images"):
+        retriever.embed_images([])
+    with pytest.raises(InputError, match="no texts"):
+        retriever.embed_texts([])
+    with pytest.raises(InputError, match="count=None"):
+        retriever.embed_images([torch.randn(1, 3, 32, 32)], path=tmp_path / "x")
+    with pytest.raises(InputError, match="more than count=1"):
+        retriever.embed_images([torch.randn(2, 3, 32, 32)], path=tmp_path / "x", count=1)
+    with pytest.raises(InputError, match="2 images were given but count=3"):
+        retriever.embed_images([torch.randn(2, 3, 32, 32)], path=tmp_path / "x", count=3)
+    with pytest.raises(InputError, match="do not belong together"):
+        recall(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(InputError, match="image 1 has no text"):
+        recall(torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
+
+
+def test_tiles_respect_the_budget_and_cover_every_pair(small: tuple[XFM, Tensor, Tensor, Tensor]) -> None:
+    model, images, texts, mask = small
+    lengths = mask.sum(1)
+    with torch.inference_mode():
+        candidates = top_candidates(model.project_image(images), model.project_text(texts), 6, 6)
+    for budget in (1, 12, 50, 10_000):
+        seen: list[int] = []
+        for tile in reranking._tiles(candidates, lengths, {2}, budget, most=3):
+            pairs = [p for piece in tile for p in range(piece.start, piece.stop)]
+            tokens = int(lengths[candidates.texts[torch.tensor(pairs)]].sum())
+            assert tokens <= budget or len(pairs) == 1
+            assert len(tile) <= 3
+            seen += pairs
+        skipped = range(int(candidates.cu_pairs[2]), int(candidates.cu_pairs[3]))
+        assert seen == [p for p in range(candidates.pairs) if p not in skipped]

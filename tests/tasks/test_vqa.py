@@ -1,0 +1,204 @@
+"""Answer ranking: exact, independent of padding, and the two official faults behind their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.agreement import inputs_of, tensors, with_weights
+from tests.conftest import config, load_json
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import DataError, InputError
+from xfm_fast.models.decoder import TextDecoder
+from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.vqa_accuracy import exact_match, normalise_answer, vqa_accuracy
+
+
+@pytest.fixture(scope="module")
+def model() -> VQAModel:
+    return with_weights(VQAModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "vqa")
+
+
+@pytest.fixture(scope="module")
+def x() -> dict[str, Tensor]:
+    return {k.partition("/")[2]: v for k, v in inputs_of("tiny_b/ft_inputs", torch.float64).items() if k[:4] == "vqa/"}
+
+
+def question(x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return x["image"], x["question_ids"], x["question_atts"]
+
+
+def whole_answer_log_likelihoods(model: VQAModel, x: dict[str, Tensor], q: int) -> Tensor:
+    """The definition: every answer decoded alone, without cache, prefix sharing or padding."""
+    length = int(x["question_atts"][q].sum())
+    memory = model.encode_questions(x["image"][q : q + 1], x["question_ids"][q : q + 1, :length])
+    out = []
+    for ids, real in zip(x["answer_ids"], x["answer_atts"].bool(), strict=True):
+        tokens = ids[real][None]
+        packing = Packing.from_mask(torch.ones_like(tokens))
+        hidden = model.text_decoder(tokens, packing, memory, ImageGroups(torch.tensor([0, 1])))
+        log_probs = model.text_decoder.logits(hidden).log_softmax(-1)
+        out.append(log_probs[:-1].gather(1, tokens[0, 1:, None]).sum())
+    return torch.stack(out)
+
+
+@torch.inference_mode()
+def test_scores_are_exact_log_likelihoods(model: VQAModel, x: dict[str, Tensor]) -> None:
+    ranking = model.rank_answers(model.encode_questions(*question(x)), x["answer_ids"], x["answer_atts"], k=10)
+    for q in range(3):
+        expected = whole_answer_log_likelihoods(model, x, q).sort(descending=True)
+        assert torch.equal(ranking.indices[q], expected.indices)
+        assert torch.allclose(ranking.scores[q], expected.values, rtol=1e-12, atol=0)
+
+
+@torch.inference_mode()
+def test_fewer_candidates_are_those_with_the_likeliest_first_token(model: VQAModel, x: dict[str, Tensor]) -> None:
+    memory = model.encode_questions(*question(x))
+    every = model.rank_answers(memory, x["answer_ids"], k=10)
+    few = model.rank_answers(memory, x["answer_ids"], k=3)
+    scores = dict(zip(every.indices[0].tolist(), every.scores[0].tolist(), strict=True))
+    assert few.scores[0].tolist() == pytest.approx([scores[i] for i in few.indices[0].tolist()], rel=1e-12)
+    assert few.probabilities.sum(1).tolist() == pytest.approx([1.0] * 3)
+
+
+@torch.inference_mode()
+def test_padding_changes_answers_only_in_the_official_evaluation(model: VQAModel, x: dict[str, Tensor]) -> None:
+    def scores(extra: int, attend_to_padding: bool) -> Tensor:
+        ids = torch.nn.functional.pad(x["question_ids"], (0, extra), value=1)
+        mask = torch.nn.functional.pad(x["question_atts"], (0, extra))
+        memory = model.encode_questions(x["image"], ids, mask, attend_to_padding=attend_to_padding)
+        ranking = model.rank_answers(memory, x["answer_ids"], k=10)
+        return torch.empty_like(ranking.scores).scatter_(1, ranking.indices, ranking.scores)
+
+    assert torch.allclose(scores(0, False), scores(5, False), rtol=1e-12, atol=0)
+    assert not torch.allclose(scores(0, True), scores(5, True), rtol=1e-3, atol=0)
+
+
+@torch.inference_mode()
+def test_official_score_counts_the_first_token_twice(model: VQAModel, x: dict[str, Tensor]) -> None:
+    memory = model.encode_questions(*question(x), attend_to_padding=True)
+    once = model.rank_answers(memory, x["answer_ids"], k=10)
+    twice = model.rank_answers(memory, x["answer_ids"], k=10, count_first_token_twice=True)
+    start = tensors("tiny_b/ft_outputs")["vqa/first_token_probs"].log()
+    by_answer = torch.empty_like(once.scores).scatter_(1, once.indices, once.scores)
+    expected = (by_answer + start).sort(1, descending=True)
+    assert torch.equal(twice.indices, expected.indices)
+    assert torch.allclose(twice.scores, expected.values, rtol=1e-10, atol=0)
+    golden = tensors("tiny_b/ft_outputs")["vqa/topk_probs"]
+    assert not torch.allclose(model.rank_answers(memory, x["answer_ids"], k=4).probabilities, golden, atol=1e-6)
+
+
+def test_questions_of_one_image_share_it(model: VQAModel, x: dict[str, Tensor]) -> None:
+    index = torch.tensor([2, 0, 2])
+    with torch.inference_mode():
+        shared = model.encode_questions(*question(x), index)
+        apart = model.encode_questions(x["image"][index], *question(x)[1:])
+    for a, b in zip(shared.layers, apart.layers, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_training_loss_ignores_padding_of_answers(model: VQAModel, x: dict[str, Tensor]) -> None:
+    rest = x["train_n_answers"], x["train_weights"]
+    with torch.inference_mode():
+        loss = model(*question(x), x["train_answer_ids"], x["train_answer_atts"], *rest)
+        wider = torch.nn.functional.pad(x["train_answer_ids"], (0, 3), value=1)
+        assert float(model(*question(x), wider, None, *rest)) == pytest.approx(float(loss), rel=1e-12)
+
+
+def change(answers: Tensor, edit: Callable[[Tensor], None]) -> Tensor:
+    answers = answers.clone()
+    edit(answers)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("edit", "k", "message"),
+    [
+        (lambda a: None, 0, r"k=0; with 10 answers it must be 1 to 10"),
+        (lambda a: None, 11, r"k=11; with 10 answers"),
+        (lambda a: a[3].fill_(1)[0].fill_(0), 2, r"answer 3 holds fewer than two tokens"),
+        (lambda a: a[2, 0].fill_(7), 2, r"answer 2 starts with token 7"),
+        (lambda a: a[9, 2].fill_(1), 2, r"answer_mask has gaps"),
+    ],
+)
+def test_bad_answer_lists(
+    model: VQAModel, x: dict[str, Tensor], edit: Callable[[Tensor], None], k: int, message: str
+) -> None:
+    with torch.inference_mode():
+        memory = model.encode_questions(*question(x))
+        with pytest.raises(InputError, match=message):
+            model.rank_answers(memory, change(x["answer_ids"], edit), k=k)
+
+
+def test_answers_that_do_not_add_up(model: VQAModel, x: dict[str, Tensor]) -> None:
+    answers = x["train_answer_ids"], None
+    with pytest.raises(InputError, match="sum to 7; there are 6 answers"):
+        model(*question(x), *answers, torch.tensor([2, 2, 3]), x["train_weights"])
+    with pytest.raises(InputError, match=r"must be \[3\] and \[6\]"):
+        model(*question(x), *answers, x["train_n_answers"], x["train_weights"][:5])
+
+
+def test_decoder_starts_from_the_fusion_encoder() -> None:
+    """Where the widths differ the official loader fails; here the projections of the memory stay fresh."""
+    state = tensors("tiny_b/weights")
+    model = VQAModel(config("tiny_b"), decoder_layers=2)
+    fresh = model.initialise_decoder(state)
+    projections = [f"roberta.encoder.layer.{i}.crossattention.self.{k}.weight" for i in (0, 1) for k in ("key", "value")]
+    assert fresh == projections
+    copied = "roberta.encoder.layer.1.intermediate.dense.weight"
+    assert torch.equal(model.text_decoder.state_dict()[copied], state[f"fusion_encoder.{copied}"])
+
+
+def test_gaps_at_the_start_leave_gradients_finite() -> None:
+    """Padding before the first real token: a row of attention that sees nothing must not poison the keys' gradient."""
+    decoder = TextDecoder(XFMConfig.preset("tiny"), 1, 64)
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    packing = Packing.from_mask(mask)
+    memory = decoder.memory(torch.randn(2, 4, 64))
+    decoder(torch.full((2, 3), 5), packing, memory, ImageGroups(torch.tensor([0, 1, 2]))).square().sum().backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in decoder.parameters())
+
+
+def test_official_accuracy() -> None:
+    golden, given = load_json("metrics/metrics"), load_json("metrics/vqa_inputs")
+    found = vqa_accuracy({p["question_id"]: p["answer"] for p in given["predictions"]}, given["annotations"])
+    assert found.overall == golden["vqa"]["accuracy"]["overall"]
+    assert found.per_question_type == golden["vqa"]["accuracy"]["perQuestionType"]
+    assert found.per_answer_type == golden["vqa"]["accuracy"]["perAnswerType"]
+    assert {str(question): score for question, score in found.per_question.items()} == golden["vqa"]["per_question"]
+
+
+def test_official_normalisation() -> None:
+    for row in load_json("metrics/metrics")["vqa_normalisation"]:
+        assert normalise_answer(row["raw"]) == row["normalised"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "normalised"),
+    [
+        ("couldnt've", "couldn't've"),
+        ("He'dve", "he'd've"),
+        ("somebody'd", "somebodyd"),
+        ("Ten", "10"),
+        ("none", "0"),
+        ("The", ""),
+        ("[a] b", "b"),
+        ("yall'll", "y'all'll"),
+    ],
+)
+def test_tables_of_the_normalisation(raw: str, normalised: str) -> None:
+    assert normalise_answer(raw) == normalised
+
+
+def test_exact_match_and_missing_predictions() -> None:
+    assert exact_match({1: " red ", 2: "Blue"}, {1: "red", 2: "blue"}) == 0.5
+    with pytest.raises(DataError, match="1 of 2 questions have no prediction"):
+        exact_match({1: "red"}, {1: "red", 2: "blue"})
+    with pytest.raises(DataError, match="question 4 has no prediction"):
+        vqa_accuracy({}, [{"question_id": 4, "answers": [{"answer": "a"}]}])
+    with pytest.raises(DataError, match="no annotations"):
+        vqa_accuracy({}, [])

@@ -1,0 +1,181 @@
+"""Packed batches against padded ones: holes in masks, orders, empty texts, and what fusion does with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.agreement import inputs_of, with_weights
+from tests.conftest import config
+from xfm_fast.config import XFMConfig
+from xfm_fast.models.xfm import XFM
+from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets, ragged_rows
+
+
+@st.composite
+def masks(draw: st.DrawFn, *, empty: bool = True) -> Tensor:
+    """`[P, L]` boolean with any pattern of holes, P from 0."""
+    texts, length = draw(st.integers(0 if empty else 1, 6)), draw(st.integers(1, 7))
+    bits = draw(st.lists(st.booleans(), min_size=texts * length, max_size=texts * length))
+    mask = torch.tensor(bits, dtype=torch.bool).view(texts, length)
+    if not empty:
+        mask[torch.arange(texts), torch.randint(length, (texts,))] = True
+    return mask
+
+
+@st.composite
+def ordered_masks(draw: st.DrawFn) -> tuple[Tensor, Tensor | None]:
+    mask = draw(masks())
+    order = draw(st.one_of(st.none(), st.permutations(range(len(mask)))))
+    return mask, None if order is None else torch.tensor(order, dtype=torch.long)
+
+
+@given(ordered_masks())
+def test_packing_moves_real_tokens_and_nothing_else(case: tuple[Tensor, Tensor | None]) -> None:
+    mask, order = case
+    texts, length = mask.shape
+    padded = torch.arange(1, texts * length + 1).view(texts, length)
+    packing = Packing.from_mask(mask, order=order)
+    packed = packing.pack(padded)
+    rows = range(texts) if order is None else order.tolist()
+    assert packed.tolist() == [value for row in rows for value in padded[row][mask[row]].tolist()]
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.cu_seqlens.diff().tolist() == [int(mask[row].sum()) for row in rows]
+    assert packing.longest == max((int(row.sum()) for row in mask), default=0)
+    assert torch.equal(packing.unpad(packed), padded * mask)
+
+
+@given(ordered_masks())
+def test_keeping_padding_keeps_every_token_and_marks_the_real_ones(case: tuple[Tensor, Tensor | None]) -> None:
+    mask, order = case
+    packing = Packing.from_mask(mask, order=order, keep_padding=True)
+    padded = torch.arange(mask.numel()).view(mask.shape)
+    assert torch.equal(packing.unpad(packing.pack(padded)), padded)
+    assert packing.key_mask is not None
+    assert torch.equal(packing.unpad(packing.key_mask), mask)
+
+
+@given(st.permutations(range(5)))
+def test_restore_undoes_the_order(order: list[int]) -> None:
+    packing = Packing.from_mask(torch.ones(5, 2), order=torch.tensor(order))
+    assert packing.restore(torch.tensor(order)).tolist() == list(range(5))
+
+
+@given(st.lists(st.integers(0, 3), max_size=8))
+def test_groups_of_any_index(index: list[int]) -> None:
+    groups = ImageGroups.from_index(torch.tensor(index, dtype=torch.long), 4)
+    assert groups.cu_texts.diff().tolist() == [index.count(image) for image in range(4)]
+    order = range(len(index)) if groups.order is None else groups.order.tolist()
+    assert [index[text] for text in order] == sorted(index)
+    assert sorted(order) == list(range(len(index)))
+    # Grouped texts keep their order, which spares the permutation where there is nothing to sort.
+    assert (groups.order is None) == (index == sorted(index))
+
+
+@given(st.lists(st.integers(0, 4), max_size=6), st.lists(st.integers(0, 3), max_size=6))
+def test_offsets_and_ragged_rows(lengths: list[int], index: list[int]) -> None:
+    assert offsets(torch.tensor(lengths, dtype=torch.long)).tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    starts = torch.arange(len(lengths)) * 10
+    rows = ragged_rows(starts, torch.tensor(lengths, dtype=torch.long))
+    assert rows.tolist() == [10 * i + j for i, length in enumerate(lengths) for j in range(length)]
+
+
+def test_sequences_without_texts() -> None:
+    assert Sequences.from_lengths(torch.zeros(0, dtype=torch.long)).longest == 0
+    assert Sequences.from_lengths(torch.tensor([0, 3, 0])).longest == 3
+
+
+@pytest.fixture(scope="module")
+def model() -> XFM:
+    torch.manual_seed(0)
+    return XFM(XFMConfig.preset("tiny")).double().eval()
+
+
+def batch(model: XFM, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Text ids with `pad` where the mask is 0, and image embeddings."""
+    ids = torch.randint(4, model.config.vocab_size, mask.shape)
+    embeds = torch.randn(images, model.config.num_image_tokens, model.config.vision_width, dtype=torch.float64)
+    return ids.masked_fill(~mask, model.config.pad_token_id), embeds
+
+
+@given(masks(empty=False))
+def test_holes_are_left_out_and_zero(mask: Tensor) -> None:
+    """A text with holes is the text without them; padded positions are zero."""
+    model = XFM_TINY
+    ids, embeds = batch(model, mask, len(mask))
+    with torch.inference_mode():
+        text = model.encode_text(ids, mask)
+        fused = model.fuse(text, mask, model.image_memory(embeds))
+        for row, real in enumerate(mask):
+            alone = model.encode_text(ids[row : row + 1, real])
+            assert torch.allclose(text[row, real], alone[0], rtol=0, atol=1e-12)
+            memory = model.image_memory(embeds[row : row + 1])
+            assert torch.allclose(fused[row, real], model.fuse(alone, real[real][None], memory)[0], rtol=0, atol=1e-12)
+    assert not text[~mask].any()
+    assert not fused[~mask].any()
+
+
+torch.manual_seed(0)
+XFM_TINY = XFM(XFMConfig.preset("tiny")).double().eval()
+
+
+@given(masks(empty=False), st.data())
+def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObject) -> None:
+    model, images = XFM_TINY, 3
+    index = torch.tensor(data.draw(st.lists(st.integers(0, images - 1), min_size=len(mask), max_size=len(mask))))
+    ids, embeds = batch(model, mask, images)
+    visible = torch.rand(images, embeds.shape[1]) < 0.7
+    visible[:, 0] = True
+    with torch.inference_mode():
+        text = model.encode_text(ids, mask)
+        memory = model.image_memory(embeds, visible)
+        fused, hidden = model.fuse(text, mask, memory, index, output_hidden_states=True)
+        first = model.fuse(text, mask, memory, index, first_token_only=True)
+        padded = model.fuse(text, mask, memory, index, keep_padding=True)
+        for row, image in enumerate(index.tolist()):
+            one = slice(row, row + 1)
+            alone = model.fuse(text[one], mask[one], memory.select(slice(image, image + 1)))
+            assert torch.allclose(fused[one], alone, rtol=0, atol=1e-12)
+    leading = fused[torch.arange(len(mask)), mask.long().argmax(1)]
+    assert torch.allclose(first[:, 0], leading, rtol=0, atol=1e-12)
+    assert torch.allclose(padded[mask], fused[mask], rtol=0, atol=1e-12)
+    assert torch.equal(hidden[-1], fused)
+
+
+@torch.inference_mode()
+def test_the_smallest_batches(model: XFM) -> None:
+    """No texts at all, and texts of one token."""
+    width = model.config.text_width
+    for texts, length in ((0, 4), (1, 1), (3, 1)):
+        mask = torch.ones(texts, length, dtype=torch.bool)
+        ids, embeds = batch(model, mask, 2)
+        text = model.encode_text(ids, mask)
+        assert text.shape == (texts, length, width)
+        index = torch.arange(texts) % 2
+        memory = model.image_memory(embeds)
+        assert model.fuse(text, mask, memory, index).shape == (texts, length, width)
+        first = model.fuse(text, mask, memory, index, first_token_only=True)
+        assert first.shape == (texts, 1, width)
+        assert model.match_logits(first).shape == (texts, 2)
+
+
+@torch.inference_mode()
+def test_selected_memory() -> None:
+    """`select` of images in any order is the memory of those images; a slice copies nothing."""
+    model = with_weights(XFM(config("tiny_b")), "tiny_b", torch.float64)
+    x = inputs_of("tiny_b/inputs", torch.float64)
+    embeds, visible = model.encode_image(x["image"]), torch.rand(3, model.config.num_image_tokens) < 0.5
+    memory = model.image_memory(embeds, visible)
+    index = torch.tensor([2, 0, 2, 1])
+    chosen, again = memory.select(index), model.image_memory(embeds[index], visible[index])
+    assert chosen.images == 4
+    assert chosen.token_mask is not None
+    assert torch.equal(chosen.token_mask, visible[index])
+    for a, b in zip(chosen.layers, again.layers, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    part = memory.select(slice(1, 3))
+    assert part.layers[0].data_ptr() == memory.layers[0][1:].data_ptr()
+    assert memory.nbytes == sum(layer.nbytes for layer in memory.layers)

@@ -1,0 +1,194 @@
+"""Checkpoints between the official form and ours, file to file, with a report of what changed."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from xfm_fast import checkpoint
+from xfm_fast.checkpoint.names import TABLE, fit_table, our_name
+from xfm_fast.checkpoint.position_table import window_of
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.models.xfm import ALL_ENCODERS, ALL_HEADS, XFM, Encoder, Head
+
+_SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
+_ENCODERS: dict[Encoder, str] = {name: f"{name}_encoder." for name in ALL_ENCODERS}
+_LISTED = 6
+
+
+@dataclass
+class _Source:
+    config: XFMConfig
+    state: dict[str, Tensor]
+    unused: dict[str, Tensor] | None
+    report: list[str] = field(default_factory=list)
+
+
+def to_xfm_folder(
+    source: Path, destination: Path, config: XFMConfig, *, image_size: int | None = None, keep_unused: bool = True
+) -> list[str]:
+    """Convert a checkpoint into a folder that `XFM.from_pretrained` loads.
+
+    Args:
+        source: official file, or a folder of ours (to change its image size).
+        destination: folder to write.
+        config: sizes of an official checkpoint; its image size is read off the position tables.
+        image_size: interpolate the position tables to this size.
+        keep_unused: keep weights that no output depends on in a file of their own, so that the way back is exact.
+
+    Returns:
+        Lines that say what was renamed, interpolated, dropped and written.
+
+    Raises:
+        CheckpointError: the source cannot be read or does not fit; nothing is written.
+        StorageError: the destination cannot be written; what was there before is unchanged.
+    """
+    if destination.is_file() or destination.suffix in _SUFFIXES:
+        raise InputError(f"destination {destination} is a file name; our form is a folder: name one")
+    found = _read(source, config, image_size)
+    unused = found.unused if keep_unused else None
+    checkpoint.save_pretrained(found.state, found.config, destination, unused=unused)
+    if found.unused and not keep_unused:
+        found.report.append(f"dropped: {_listed(list(found.unused))}")
+    found.report.append(f"wrote {destination}: {_amount(found.state)} at {found.config.image_size} pixels")
+    return found.report
+
+
+def to_official_file(
+    source: Path, destination: Path, *, image_size: int | None = None, keep_unused: bool = True
+) -> list[str]:
+    """Convert a folder of ours into an official checkpoint.
+
+    Args:
+        source: folder that `save_pretrained` or `to_xfm_folder` wrote.
+        destination: `.th` or `.pth` (weights under `model`, as the official code saves them), or `.safetensors`.
+        image_size: interpolate the position tables to this size.
+        keep_unused: include the weights that no output depends on, if the folder holds them.
+
+    Returns:
+        Lines that say what was interpolated, left out and written.
+
+    Raises:
+        CheckpointError, StorageError: as for `to_xfm_folder`.
+    """
+    if destination.suffix not in _SUFFIXES or destination.is_dir():
+        raise InputError(f"destination {destination} must be a file that ends in one of {', '.join(_SUFFIXES)}")
+    if not source.is_dir():
+        raise InputError(f"source {source} is no folder of ours; convert an official file with --to xfm")
+    found = _read(source, None, image_size)
+    # Only the pretraining class wraps its language encoder into one with a masked-language head.
+    naming = "pretraining" if "mlm" in checkpoint.heads_in(found.state) else "fine-tuning"
+    unused = found.unused if keep_unused else None
+    state = checkpoint.to_official(found.state, found.config, unused=unused, naming=naming)
+    lacking = checkpoint.underivable([our_name(name) for name in state], found.config)
+    if lacking:
+        found.report.append(f"left out, since no output depends on them: {_listed(lacking)}")
+    checkpoint.write_files({destination: _writer(state, destination.suffix)})
+    found.report.append(f"wrote {destination}: {_amount(state)} in {naming} naming at {found.config.image_size} pixels")
+    return found.report
+
+
+def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _Source:
+    if source.is_dir():
+        files = checkpoint.load_pretrained_files(source)
+        found = _Source(files.config, dict(files.state), files.unused)
+        if image_size is not None:
+            found.config = _at(files.config, image_size)
+            changed: dict[str, tuple[int, int]] = {}
+            for name, value in files.state.items():
+                if name.endswith(TABLE):
+                    found.state[name] = fit_table(name, value, found.config.grid, changed)
+            found.report += _interpolation(changed)
+    else:
+        assert config is not None
+        found = _from_official(source, config, image_size)
+    _check(found, source)
+    return found
+
+
+def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _Source:
+    official = checkpoint.read_state_dict(source)
+    if image_size is None:
+        table = next((value for name, value in official.items() if name.endswith(TABLE)), None)
+        image_size = config.image_size if table is None else window_of(table) * config.patch_size
+    config = _at(config, image_size)
+    state, told = checkpoint.to_ours(official, config)
+    report = [f"read {source}: {told.naming} naming, {_amount(official)}"]
+    if told.renamed:
+        old, new = next(iter(told.renamed.items()))
+        report.append(f"renamed: {len(told.renamed)}, such as {old} to {new}")
+    report += _interpolation(told.interpolated)
+    if told.duplicates:
+        report.append(f"second names of one tensor: {_listed(list(told.duplicates))}")
+    if told.buffers:
+        report.append(f"index buffers, which the sizes determine: {_listed(told.buffers)}")
+    if told.unused:
+        report.append(f"no output depends on: {_listed(list(told.unused))} ({told.unused_parameters:,} parameters)")
+    return _Source(config, state, told.unused or None, report)
+
+
+def _at(config: XFMConfig, image_size: int) -> XFMConfig:
+    """The configuration at another image size; masked image modelling cannot hide more patches than there are."""
+    patches = (image_size // config.patch_size) ** 2
+    hidden = max(1, min(config.num_masking_patches, patches))
+    return config.replace(image_size=image_size, num_masking_patches=hidden)
+
+
+def _check(found: _Source, source: Path) -> None:
+    """Refuse what is not the whole of an X-FM model; a task head of its own is welcome."""
+    names = list(found.state)
+    encoders: list[Encoder] = [name for name in ALL_ENCODERS if any(key.startswith(_ENCODERS[name]) for key in names)]
+    if not encoders:
+        raise CheckpointError(
+            f"{source} holds no encoder of X-FM (its first entry is {next(iter(names), None)}); give an X-FM checkpoint"
+        )
+    heads: list[Head] = [head for head in ALL_HEADS if head in checkpoint.heads_in(names)]
+    config = found.config
+    if "contrastive" in heads:
+        config = config.replace(learnable_temperature="temp" in found.state)
+    with torch.device("meta"):
+        model = XFM(config, heads=heads, encoders=encoders)
+    known = tuple(model.state_dict())
+    task = [name for name in names if name not in known and not name.startswith(tuple(_ENCODERS.values()))]
+    checkpoint.load_into(model.to_empty(device="cpu"), found.state, what=f"checkpoint {source}", surplus=task)
+    found.config = config
+    if task:
+        found.report.append(f"task head, kept as it is: {_listed(task)}")
+
+
+def _writer(state: Mapping[str, Tensor], suffix: str) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        if suffix == ".safetensors":
+            # The format has no second names: tied tensors are written twice.
+            file.write(save({name: tensor.clone() for name, tensor in state.items()}))
+            return
+        try:
+            torch.save({"model": dict(state)}, file)
+        except RuntimeError as error:  # how PyTorch reports a full disk
+            raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+
+    return write
+
+
+def _interpolation(changed: Mapping[str, tuple[int, int]]) -> list[str]:
+    if not changed:
+        return []
+    before, after = next(iter(changed.values()))
+    return [f"interpolated: {len(changed)} position tables from {before}x{before} to {after}x{after} patches"]
+
+
+def _amount(state: Mapping[str, Tensor]) -> str:
+    return f"{len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:,.1f}M values"
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest
