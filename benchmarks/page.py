@@ -30,7 +30,9 @@ section { padding: 18px 20px; margin-top: 18px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+th { color: var(--soft); font-weight: 500; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.wide td:first-child { min-width: 230px; }
 tr:last-child td { border-bottom: 0; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12.5px; }
 svg .soft { fill: var(--soft); } svg .value { font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -43,7 +45,7 @@ svg .soft { fill: var(--soft); } svg .value { font-weight: 600; font-variant-num
 .bad { color: var(--bad); } code { font-size: 13px; overflow-wrap: anywhere; }
 """
 
-_WIDTH, _LABEL, _RIGHT = 1000, 330, 90
+_WIDTH, _LABEL, _RIGHT = 1000, 170, 90
 _PLOT = _WIDTH - _LABEL - _RIGHT
 
 
@@ -243,7 +245,7 @@ def _shares(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
 
 def _table(content: dict[str, Any]) -> str:
     heads = ["work", "dtype", "xfm-fast", "official", "speed-up", "95% interval", "error", "allowed", "samples"]
-    heads += ["useful tokens/s", "official useful (padded) tokens/s", "peak memory", "official"]
+    heads += ["useful tokens/s", "official (padded)", "peak memory", "official"]
     lines = []
     for row in content["rows"]:
         start = f"<td>{escape(row['name'])}</td><td>{row['dtype']}</td>"
@@ -256,7 +258,7 @@ def _table(content: dict[str, Any]) -> str:
             f"{fast['throughput']:,.4g} {row['unit']}/s",
             f"{twin['throughput']:,.4g} {row['unit']}/s",
             f"{row['ratio']:.2f}×" + (" †" if row["probe"]["contended"] else ""),
-            f"{low_high[0]:.2f}–{low_high[1]:.2f}",
+            f"{low_high[0]:.2f}–{low_high[1]:.2f}" if len(fast["seconds"]) > 2 else "",
             f"{row['parity']['error']:.1e}",
             f"{row['parity']['band']:.1e}",
             f"{len(fast['seconds'])} + {len(twin['seconds'])}",

@@ -49,7 +49,7 @@ class Sizes:
         if quick:
             budget = 0.2 if preset == "tiny" else 2.0
             return cls(small, large, 2, 1, 8, 16, 2, 2, 2, rounds=2, budget_s=budget, deadline_s=42)
-        return cls(small, large, 8, 4, 32, 64, 6, 2, 3, rounds=3, budget_s=10.0, deadline_s=200)
+        return cls(small, large, 8, 4, 32, 64, 6, 2, 3, rounds=3, budget_s=10.0, deadline_s=185)
 
 
 class Texts(NamedTuple):

@@ -71,12 +71,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             continue
         fast, twin, tokens = row["fast"], row["twin"], row.get("tokens")
         low, high = row["ratio_interval"]
+        samples = len(fast["seconds"])
+        spread = f"{low:.1f}-{high:.1f}" if samples > 2 else f"{samples} sample{'s' if samples > 1 else ''}"
         table.add_row(
             escape(row["name"]),
             row["dtype"],
             f"[bold]{fast['throughput']:,.4g}[/]\n{row['unit']}/s",
             f"{twin['throughput']:,.4g}",
-            f"[bold]{row['ratio']:.1f}x[/]{' †' if row['probe']['contended'] else ''}\n[dim]{low:.1f}-{high:.1f}[/]",
+            f"[bold]{row['ratio']:.1f}x[/]{' †' if row['probe']['contended'] else ''}\n[dim]{spread}[/]",
             f"{row['parity']['error']:.0e}",
             f"{row['share_of_peak']:.0%}",
             f"{tokens['useful_per_s']:,.0f}\n[dim]off. {tokens['twin_useful_per_s']:,.0f}[/]" if tokens else "",

@@ -97,3 +97,69 @@ def varlen_attention(
         weights = torch.nan_to_num(scores.softmax(-1)) if key_mask is not None else scores.softmax(-1)
         outputs.append((F.dropout(weights, dropout_p) @ values).transpose(0, 1))
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm in the type of x."""
+    branch = F.dropout(x, dropout_p)
+    if gamma is not None:
+        branch = branch * gamma
+    if row_scale is not None:
+        branch = branch * row_scale.view(-1, *[1] * (x.ndim - 1))
+    # Parameters may be wider than what they scale; the sum is as wide as its two terms.
+    summed = branch.to(x.dtype) if residual is None else residual + branch.to(torch.promote_types(x.dtype, residual.dtype))
+    parameters = [None if p is None else p.to(summed.dtype) for p in (weight, bias)]
+    return F.layer_norm(summed, (x.shape[-1],), *parameters, eps).to(x.dtype), summed
+
+
+def embed_layer_norm(
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """LayerNorm of word + position + type embeddings; the rows `padding_idx` of both tables receive no gradient."""
+    embedded = F.embedding(tokens, word, padding_idx) + type_row + F.embedding(positions, position, padding_idx)
+    return F.layer_norm(embedded, (word.shape[1],), weight, bias, eps)
+
+
+def linear_cross_entropy(
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean cross-entropy of the logits `h w^T + b` over the rows that are not ignored; 0 when all of them are.
+
+    The logits have the type of the product, the loss at least fp32.
+    """
+    logits = F.linear(h, w, b).flatten(0, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    summed = F.cross_entropy(
+        logits, target.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+    )
+    return summed / (target != ignore_index).sum().clamp_min(1)
+
+
+def token_log_likelihood(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """`log softmax(h w^T + b)[target]`, row by row; 0 where the target is `ignore_index`."""
+    logits = F.linear(h, w, b).flatten(0, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, target.flatten(), ignore_index=ignore_index, reduction="none").view(target.shape)
+
+
+def hard_negative_weights(similarity: Tensor, mask: Tensor) -> Tensor:
+    """Unnormalised probabilities `[B, C]` of the columns: softmax + 1e-5, so that the easiest can be drawn; 0 if masked."""
+    wide = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+    return (wide.softmax(1) + 1e-5).masked_fill(mask, 0)

@@ -1,4 +1,4 @@
-"""Losses beyond the golden vectors (tests/models/test_golden.py): gradients, edge cases, the distribution of negatives."""
+"""Each loss by itself: golden values, gradients, edge cases, and the distribution of the negatives drawn."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -77,7 +79,9 @@ def test_groups_of_any_index(index: list[int]) -> None:
 
 @given(st.lists(st.integers(0, 4), max_size=6), st.lists(st.integers(0, 3), max_size=6))
 def test_offsets_and_ragged_rows(lengths: list[int], index: list[int]) -> None:
-    assert offsets(torch.tensor(lengths, dtype=torch.long)).tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert offsets(torch.tensor(lengths, dtype=torch.long)).tolist() == [
+        sum(lengths[:i]) for i in range(len(lengths) + 1)
+    ]
     starts = torch.arange(len(lengths)) * 10
     rows = ragged_rows(starts, torch.tensor(lengths, dtype=torch.long))
     assert rows.tolist() == [10 * i + j for i, length in enumerate(lengths) for j in range(length)]
@@ -88,10 +92,8 @@ def test_sequences_without_texts() -> None:
     assert Sequences.from_lengths(torch.tensor([0, 3, 0])).longest == 3
 
 
-@pytest.fixture(scope="module")
-def model() -> XFM:
-    torch.manual_seed(0)
-    return XFM(XFMConfig.preset("tiny")).double().eval()
+torch.manual_seed(0)
+MODEL = XFM(XFMConfig.preset("tiny")).double().eval()
 
 
 def batch(model: XFM, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,7 @@ def batch(model: XFM, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
 @given(masks(empty=False))
 def test_holes_are_left_out_and_zero(mask: Tensor) -> None:
     """A text with holes is the text without them; padded positions are zero."""
-    model = XFM_TINY
+    model = MODEL
     ids, embeds = batch(model, mask, len(mask))
     with torch.inference_mode():
         text = model.encode_text(ids, mask)
@@ -118,13 +120,9 @@ def test_holes_are_left_out_and_zero(mask: Tensor) -> None:
     assert not fused[~mask].any()
 
 
-torch.manual_seed(0)
-XFM_TINY = XFM(XFMConfig.preset("tiny")).double().eval()
-
-
 @given(masks(empty=False), st.data())
 def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObject) -> None:
-    model, images = XFM_TINY, 3
+    model, images = MODEL, 3
     index = torch.tensor(data.draw(st.lists(st.integers(0, images - 1), min_size=len(mask), max_size=len(mask))))
     ids, embeds = batch(model, mask, images)
     visible = torch.rand(images, embeds.shape[1]) < 0.7
@@ -145,13 +143,16 @@ def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObj
     assert torch.equal(hidden[-1], fused)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.inference_mode()
-def test_the_smallest_batches(model: XFM) -> None:
+def test_the_smallest_batches(dtype: torch.dtype) -> None:
     """No texts at all, and texts of one token."""
+    model = copy.deepcopy(MODEL).to(dtype)
     width = model.config.text_width
     for texts, length in ((0, 4), (1, 1), (3, 1)):
         mask = torch.ones(texts, length, dtype=torch.bool)
         ids, embeds = batch(model, mask, 2)
+        embeds = embeds.to(dtype)
         text = model.encode_text(ids, mask)
         assert text.shape == (texts, length, width)
         index = torch.arange(texts) % 2

@@ -2,7 +2,10 @@
 
 PyTorch sends fp32 products to MKL, which is the best choice on some processors and reaches less than half of what
 oneDNN does on others; no flag tells them apart. So the candidates are timed, interleaved, on a product of the model's
-own shape. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
+own width. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
+
+The clock is the processor time of one thread: on a busy machine wall time says who was interrupted, and two threads
+wait for each other's interruptions.
 """
 
 from __future__ import annotations
@@ -18,15 +21,14 @@ from torch import Tensor
 
 # A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
 _MARGIN = 0.96
-# The examples take about a millisecond: short enough for some rounds to escape the interruptions of a busy machine.
-_ROUNDS = 25
+_ROUNDS = 7
 # What another order of summation may add to the error of a product, relative to its largest value.
 _SUMMATION = 4e-6
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of one comparison: the chosen candidate, and the seconds of those that passed."""
+    """The outcome of one comparison: the chosen candidate, and the seconds (of one thread) of those that passed."""
 
     operation: str
     dtype: torch.dtype
@@ -35,7 +37,7 @@ class Selection:
     rejected: dict[str, str]
 
 
-_selections: dict[tuple[str, torch.dtype, int], Selection] = {}
+_selections: dict[tuple[str, torch.dtype], Selection] = {}
 _lock = threading.Lock()
 
 
@@ -46,7 +48,7 @@ def select(
     dtype: torch.dtype,
 ) -> str:
     """Name of the fastest of `candidates`, of which the first is trusted, on the arguments that are made for it."""
-    key = (operation, dtype, torch.get_num_threads())
+    key = (operation, dtype)
     found = _selections.get(key)
     if found is None:
         with _lock:
@@ -86,15 +88,26 @@ def _compare(
                 usable[name] = candidate
             else:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
-        seconds = dict.fromkeys(usable, float("inf"))
-        for _ in range(_ROUNDS if len(usable) > 1 else 0):
-            for name, candidate in usable.items():
-                start = time.perf_counter()
-                candidate(*arguments)
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+        seconds = _thread_seconds(usable, arguments) if len(usable) > 1 else {trusted_name: float("nan")}
     fastest = min(seconds, key=seconds.__getitem__)
     chosen = fastest if seconds[fastest] < _MARGIN * seconds[trusted_name] else trusted_name
     return Selection(operation, dtype, chosen, seconds, rejected)
+
+
+def _thread_seconds(candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]) -> dict[str, float]:
+    """The best processor time of each candidate on one thread."""
+    seconds = dict.fromkeys(candidates, float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(_ROUNDS):
+            for name, candidate in candidates.items():
+                start = time.thread_time()
+                candidate(*arguments)
+                seconds[name] = min(seconds[name], time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds
 
 
 def _error(value: Tensor, truth: Tensor) -> float:

@@ -205,9 +205,7 @@ def loss_mlm_text(model: XFM, x: dict[str, Tensor]) -> Tensor:
 def region_boxes(model: XFM, x: dict[str, Tensor]) -> Tensor:
     _, whole = model.encode_regions(x["r_image"], x["r_idx_to_group_img"], x["r_image_atts"])
     text = model.encode_text(x["r_text_ids"], x["r_text_atts"]).detach()
-    return model.predict_boxes(
-        model.fuse(text, x["r_text_atts"], model.image_memory(whole), first_token_only=True)
-    )
+    return model.predict_boxes(model.fuse(text, x["r_text_atts"], model.image_memory(whole), first_token_only=True))
 
 
 LOSSES: dict[str, Callable[[XFM, dict[str, Tensor]], Tensor]] = {

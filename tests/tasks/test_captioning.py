@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +13,7 @@ from torch import Tensor
 from tests.agreement import inputs_of, tensors, with_weights
 from tests.conftest import config
 from xfm_fast.errors import InputError
+from xfm_fast.models.decoder import DecoderCache, DecoderMemory, TextDecoder
 from xfm_fast.models.generation import generate
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.captioning import CaptioningModel
@@ -27,23 +32,36 @@ def x() -> dict[str, Tensor]:
     return {name.partition("/")[2]: value for name, value in given.items() if name.startswith("captioning/")}
 
 
-def next_log_probs(model: CaptioningModel, image: Tensor, ids: list[int]) -> Tensor:
-    tokens = torch.tensor([ids])
-    hidden = model.text_decoder(
-        tokens, Packing.from_mask(torch.ones_like(tokens)), model.encode(image), ImageGroups(torch.tensor([0, 1]))
-    )
-    return model.text_decoder.logits(hidden[-1:])[0].log_softmax(-1)
+NextLogProbs = Callable[[list[int]], Tensor]
+
+
+def decoder_of(model: CaptioningModel, image: Tensor) -> NextLogProbs:
+    """The whole text through the decoder for every token."""
+
+    def next_log_probs(ids: list[int]) -> Tensor:
+        tokens = torch.tensor([ids])
+        packing, alone = Packing.from_mask(torch.ones_like(tokens)), ImageGroups(torch.tensor([0, 1]))
+        hidden = model.text_decoder(tokens, packing, model.encode(image[None]), alone)
+        return model.text_decoder.logits(hidden[-1:])[0].log_softmax(-1)
+
+    return next_log_probs
 
 
 def plain_beam_search(
-    model: CaptioningModel, image: Tensor, prompt: list[int], beams: int, longest: int, shortest: int, early: bool
+    next_log_probs: NextLogProbs,
+    prompt: list[int],
+    beams: int,
+    longest: int,
+    shortest: int,
+    early: bool,
+    penalty: float,
 ) -> list[int]:
-    """Beam search on one image, with lists."""
+    """Beam search for one image, with lists."""
     running = [(0.0, prompt)]
     finished: list[tuple[float, list[int]]] = []
 
     def keep(score: float, ids: list[int]) -> None:
-        finished.append((score / len(ids), ids))
+        finished.append((score / len(ids) ** penalty, ids))
         finished.sort(key=lambda hypothesis: hypothesis[0])
         if len(finished) > beams:
             finished.pop(0)
@@ -52,7 +70,7 @@ def plain_beam_search(
     while not done and len(running[0][1]) < longest:
         options = []
         for score, ids in running:
-            log_probs = next_log_probs(model, image, ids)
+            log_probs = next_log_probs(ids).clone()
             if len(ids) < shortest:
                 log_probs[EOS] = -torch.inf
             options += [(score + p, ids, token) for token, p in enumerate(log_probs.tolist())]
@@ -65,7 +83,7 @@ def plain_beam_search(
                 keep(score, ids)
             if len(running) == beams:
                 break
-        done = len(finished) == beams and (early or finished[0][0] >= options[0][0] / length)
+        done = len(finished) == beams and (early or finished[0][0] >= options[0][0] / length**penalty)
     if not done:
         for score, ids in running:
             keep(score, ids)
@@ -78,26 +96,63 @@ def stripped(rows: Tensor) -> list[list[int]]:
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in lists]
 
 
+class Chain:
+    """A decoder whose next token depends on the last one alone: a language model that is searched in microseconds."""
+
+    def __init__(self, words: int) -> None:
+        self.table = 2 * torch.randn(words, words, dtype=torch.float64)
+        positions = SimpleNamespace(num_embeddings=100)
+        self.roberta = SimpleNamespace(embeddings=SimpleNamespace(position_embeddings=positions, pad_token_id=PAD))
+
+    def __call__(self, ids: Tensor, *_: object, past: DecoderCache) -> Tensor:
+        past.advance(ids.shape[1])
+        return ids.flatten()[:, None].double()
+
+    def step(self, ids: Tensor, _: object, past: DecoderCache) -> Tensor:
+        past.advance(1)
+        return ids[:, None].double()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.table[hidden[:, 0].long()]
+
+
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize(("beams", "shortest"), [(2, 0), (3, 6), (4, 5)])
-@torch.inference_mode()
-def test_beam_search(model: CaptioningModel, x: dict[str, Tensor], beams: int, shortest: int, early: bool) -> None:
-    pixels = torch.cat([x["image"], torch.randn(3, *x["image"].shape[1:], dtype=torch.float64)])
-    # An end token that is likely, so that hypotheses finish at different times.
-    bias = model.text_decoder.lm_head.bias
-    before = bias[EOS].clone()
-    bias[EOS] += 3
-    try:
-        prompt = x["prompt_ids"][0]
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("beams", [2, 3, 5])
+def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
+    """Many small language models, in which ends come early, late, low among the candidates, or not at all."""
+    prompts = torch.tensor([[0, 3], [4, 5], [3, 6], [5, 4], [0, 0]])
+    memory = DecoderMemory((), torch.arange(len(prompts) + 1), 1)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        chain, shortest = Chain(12), seed % 5
         found = stripped(
-            model.generate(
-                pixels, prompt, max_length=9, min_length=shortest, num_beams=beams, early_stopping=early
+            generate(
+                cast(TextDecoder, chain),
+                memory,
+                prompts,
+                max_length=8,
+                min_length=shortest,
+                num_beams=beams,
+                length_penalty=penalty,
+                early_stopping=early,
             )
         )
-        for image, ids in zip(pixels, found, strict=True):
-            assert ids == plain_beam_search(model, image[None], prompt.tolist(), beams, 9, shortest, early)
-    finally:
-        bias[EOS] = before
+        log_probs = chain.table.log_softmax(-1)
+        for prompt, ids in zip(prompts.tolist(), found, strict=True):
+            assert ids == plain_beam_search(
+                lambda text, p=log_probs: p[text[-1]], prompt, beams, 8, shortest, early, penalty
+            )
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+@torch.inference_mode()
+def test_beam_search_of_images(model: CaptioningModel, x: dict[str, Tensor], beams: int) -> None:
+    pixels = torch.cat([x["image"], torch.randn(3, *x["image"].shape[1:], dtype=torch.float64)])
+    prompt = x["prompt_ids"][0]
+    found = stripped(model.generate(pixels, prompt, max_length=9, min_length=5, num_beams=beams))
+    for image, ids in zip(pixels, found, strict=True):
+        assert ids == plain_beam_search(decoder_of(model, image), prompt.tolist(), beams, 9, 5, False, 1.0)
 
 
 @torch.inference_mode()
@@ -107,7 +162,7 @@ def test_greedy_search(model: CaptioningModel, x: dict[str, Tensor]) -> None:
     for image, ids in zip(x["image"], found, strict=True):
         expected = list(prompt)
         while len(expected) < 9 and expected[-1] != EOS:
-            log_probs = next_log_probs(model, image[None], expected)
+            log_probs = decoder_of(model, image)(expected)
             if len(expected) < 7:
                 log_probs[EOS] = -torch.inf
             expected.append(int(log_probs.argmax()))
@@ -149,9 +204,7 @@ def test_what_is_refused(model: CaptioningModel, x: dict[str, Tensor]) -> None:
     with pytest.raises(InputError, match=r"prompt_ids are \[2, 3\]"):
         model.generate(pixels, prompt[:2])
     with pytest.raises(InputError, match="prompt_ids hold padding"):
-        generate(
-            model.text_decoder, model.encode(pixels), prompt.index_fill(1, torch.tensor([2]), PAD), max_length=9
-        )
+        generate(model.text_decoder, model.encode(pixels), prompt.index_fill(1, torch.tensor([2]), PAD), max_length=9)
     with pytest.raises(InputError, match="2 images for 3 captions"):
         model(pixels[:2], x["text_ids"], prompt_length=3)
     with pytest.raises(InputError, match="prompt_length=9"):

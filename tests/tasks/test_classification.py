@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from tests.agreement import with_weights
-from tests.conftest import config, load_json, golden
+from tests.conftest import config, golden, load_json
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.heads import DeepMLPHead, MLPHead
@@ -51,7 +51,11 @@ def test_heads(options: dict[str, Any], head: type) -> None:
 
 @pytest.mark.parametrize(
     ("modality", "encoders"),
-    [("image", {"vision_encoder"}), ("text", {"text_encoder"}), ("pair", {"vision_encoder", "text_encoder", "fusion_encoder"})],
+    [
+        ("image", {"vision_encoder"}),
+        ("text", {"text_encoder"}),
+        ("pair", {"vision_encoder", "text_encoder", "fusion_encoder"}),
+    ],
 )
 def test_only_what_is_read_is_built(modality: Any, encoders: set[str]) -> None:
     model = ClassificationModel(CONFIG, 2, modality=modality)

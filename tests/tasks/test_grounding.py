@@ -19,7 +19,9 @@ def test_official_metric() -> None:
     overlap = pixel_iou(pixel_boxes(boxes, sizes), reference)
     assert overlap.tolist() == pytest.approx([row["iou"] for row in rows], abs=1e-5)
     accuracy = grounding_accuracy(boxes, sizes, reference, [row["split"] for row in rows])
-    assert {f"{split}_d": value for split, value in accuracy.items()} == load_json("metrics/metrics")["grounding"]["result"]
+    assert {f"{split}_d": value for split, value in accuracy.items()} == load_json("metrics/metrics")["grounding"][
+        "result"
+    ]
 
 
 def test_pixel_convention() -> None:

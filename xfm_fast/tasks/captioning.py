@@ -17,17 +17,19 @@ from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.decoder import DecoderMemory, TextDecoder
 from xfm_fast.models.generation import generate
-from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups
+from xfm_fast.tasks.task_model import TaskModel
 
 
-class CaptioningModel(XFM):
+class CaptioningModel(TaskModel):
     """The vision encoder of X-FM and a decoder; language and fusion encoder are not built.
 
     Args:
         config: sizes.
         decoder_layers: by default as many as the text encoder has, whose weights the decoder starts from.
     """
+
+    own_parts = ("text_decoder.",)
 
     def __init__(self, config: XFMConfig, *, decoder_layers: int | None = None) -> None:
         super().__init__(config, heads=(), encoders=("vision",))
@@ -40,6 +42,9 @@ class CaptioningModel(XFM):
         The text encoder has no cross-attention, so that of the decoder is left as it is.
         """
         return self.text_decoder.initialise_from(state, "text_encoder")
+
+    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
+        return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
 
     def encode(self, pixels: Tensor) -> DecoderMemory:
         """What the decoder reads of images `[B, 3, R, R]`, projected once for all steps and beams."""

@@ -18,7 +18,8 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.heads import DeepMLPHead, MLPHead
-from xfm_fast.models.xfm import XFM, Encoder
+from xfm_fast.models.xfm import Encoder
+from xfm_fast.tasks.task_model import TaskModel
 
 Modality = Literal["image", "text", "pair"]
 HeadKind = Literal["linear", "mlp", "official_image"]
@@ -29,7 +30,7 @@ _ENCODERS: dict[Modality, tuple[Encoder, ...]] = {
 }
 
 
-class ClassificationModel(XFM):
+class ClassificationModel(TaskModel):
     """A head on the image token, on text token 0, or on token 0 of the text fused with its image.
 
     Only the encoders that the modality reads are built.
@@ -49,6 +50,8 @@ class ClassificationModel(XFM):
     Raises:
         InputError: no labels, or the image head on something else.
     """
+
+    own_parts = ("cls_head.",)
 
     def __init__(
         self,

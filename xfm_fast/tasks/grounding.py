@@ -15,8 +15,8 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
-from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import box_giou_loss, box_l1_loss
+from xfm_fast.tasks.task_model import TaskModel
 
 
 class GroundingLosses(NamedTuple):
@@ -30,7 +30,7 @@ class GroundingLosses(NamedTuple):
         return self.l1 + self.giou
 
 
-class GroundingModel(XFM):
+class GroundingModel(TaskModel):
     """X-FM with its box head; trained from the first step, in pretraining on regions, by the same two losses."""
 
     def __init__(self, config: XFMConfig) -> None:

@@ -13,12 +13,14 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.heads import MLPHead
-from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks.task_model import TaskModel
 
 
-class NLVR2Model(XFM):
+class NLVR2Model(TaskModel):
     """X-FM with a two-way head on the sentence fused with the first image and with the second one."""
+
+    own_parts = ("cls_head.",)
 
     def __init__(self, config: XFMConfig) -> None:
         super().__init__(config, heads=())

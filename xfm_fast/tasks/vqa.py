@@ -16,8 +16,8 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.decoder import DecoderCache, DecoderMemory, SharedPrefix, TextDecoder
-from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing, offsets
+from xfm_fast.tasks.task_model import TaskModel
 
 
 class AnswerRanking(NamedTuple):
@@ -34,13 +34,15 @@ class AnswerRanking(NamedTuple):
         return self.scores.softmax(-1)
 
 
-class VQAModel(XFM):
+class VQAModel(TaskModel):
     """X-FM with an answer decoder on top of the fusion encoder.
 
     Args:
         config: sizes.
         decoder_layers: layers of the decoder, all with cross-attention (official `num_dec_layers`).
     """
+
+    own_parts = ("text_decoder.",)
 
     def __init__(self, config: XFMConfig, *, decoder_layers: int = 12) -> None:
         super().__init__(config, heads=())
@@ -49,6 +51,9 @@ class VQAModel(XFM):
     def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
         """Start the decoder from the fusion encoder of a pretraining state dict; see `TextDecoder.initialise_from`."""
         return self.text_decoder.initialise_from(state, "fusion_encoder")
+
+    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
+        return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
 
     def encode_questions(
         self,

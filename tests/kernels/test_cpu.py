@@ -1,0 +1,182 @@
+"""Every CPU implementation by itself, whether this machine would choose it or not, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.accuracy import assert_as_accurate
+from xfm_fast.kernels import reference
+from xfm_fast.kernels.cpu import attention, products, selection
+
+DTYPES = [torch.float32, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@cache
+def rejection(operation: str, dtype: torch.dtype) -> dict[str, str]:
+    """Why this processor, or this PyTorch, cannot run an implementation."""
+    candidates, example = {
+        "attention": (attention._PLAIN, attention._plain_example),
+        "biased attention": (attention._BIASED, attention._biased_example),
+        "linear": (products._LINEAR, products._example),
+        "linear_gelu": (products._GELU, products._example),
+        "linear_residual": (products._RESIDUAL, products._residual_example),
+    }[operation]
+    return selection._compare(operation, candidates, example, dtype).rejected
+
+
+def usable(operation: str, name: str, dtype: torch.dtype) -> None:
+    reason = rejection(operation, dtype).get(name)
+    if reason is not None:
+        # A machine that cannot run it is no reason to fail; one that runs it wrongly is.
+        assert "relative error" not in reason, f"{operation} {name}: {reason}"
+        pytest.skip(f"{name} in {dtype} is rejected on this machine: {reason}")
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q * scale) @ k.transpose(-1, -2)
+    return ((scores if bias is None else scores + bias).softmax(-1) @ v).transpose(1, 2)
+
+
+# (batch, queries, keys, heads, width): one token, odd sizes, more rows than a tile holds, one head, wide heads.
+SHAPES = [(1, 1, 1, 1, 8), (2, 2, 5, 3, 16), (1, 17, 50, 12, 64), (2, 50, 17, 2, 80), (1, 1100, 600, 3, 8)]
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", attention._PLAIN)
+@torch.inference_mode()
+def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    usable("biased attention" if biased else "attention", name, dtype)
+    batch, queries, keys, heads, width = shape
+    q = torch.randn(batch, heads, queries, width).to(dtype).transpose(1, 2)
+    k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
+    bias = torch.randn(heads, queries, keys).to(dtype) if biased else None
+    candidate = (attention._BIASED if biased else attention._PLAIN)[name]
+    found = candidate(q, k, v, 0.3, bias)
+    assert found.is_contiguous()
+    assert_as_accurate(found, plain_attention, q, k, v, 0.3, bias)
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys"),
+    [(12, 197, 197), (12, 577, 577), (12, 10_000, 577), (1, 5, 5), (3, 7, 10**7), (16, 1, 1)],
+)
+def test_tiles_fit(heads: int, queries: int, keys: int) -> None:
+    group, rows = attention._tile(heads, queries, keys, 4)
+    assert 1 <= group <= heads
+    assert 1 <= rows <= queries
+    # One row of two heads is the smallest tile, whatever its size.
+    assert group * rows * keys * 4 <= attention._TILE_BYTES or rows == 1
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 4), (5, 7, 3), (63, 111, 50), (130, 64, 256)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("operation", ["linear", "linear_gelu", "linear_residual"])
+@torch.inference_mode()
+def test_products(operation: str, bias: bool, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    candidates: dict[str, Callable[..., Tensor]] = {
+        "linear": products._LINEAR,
+        "linear_gelu": products._GELU,
+        "linear_residual": products._RESIDUAL,
+    }[operation]
+    definition: Callable[..., Tensor] = {
+        "linear": reference.linear,
+        "linear_gelu": reference.linear_gelu,
+        "linear_residual": lambda x, w, b, r: reference.linear_residual(x, w, b, r, None, None),
+    }[operation]
+    arguments: tuple[Any, ...] = (torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype))
+    arguments += (torch.randn(outputs).to(dtype) if bias else None,)
+    if operation == "linear_residual":
+        arguments += (torch.randn(rows, outputs).to(dtype),)
+    ran = 0
+    for name, candidate in candidates.items():
+        if name not in rejection(operation, dtype):
+            assert_as_accurate(candidate(*arguments), definition, *arguments)
+            ran += 1
+    assert ran
+
+
+@each_dtype
+@pytest.mark.parametrize("operation", ["linear", "linear_gelu", "linear_residual"])
+@pytest.mark.parametrize("name", ["aten", "onednn", "onednn-packed", "onednn+gelu"])
+def test_products_that_this_machine_rejects(operation: str, name: str, dtype: torch.dtype) -> None:
+    """Shows, as a skip with its reason, what the test above could not run here."""
+    usable(operation, name, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("chosen", ["aten", "onednn"])
+@torch.inference_mode()
+def test_layer_scale(chosen: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LayerScale is multiplied into the product or folded into the weight, depending on what was chosen."""
+    usable("linear_residual", chosen, dtype)
+    monkeypatch.setattr(products, "select", lambda *_: chosen)
+    x, weight, bias = torch.randn(2, 5, 24).to(dtype), torch.randn(17, 24).to(dtype), torch.randn(17).to(dtype)
+    residual, gamma = torch.randn(2, 5, 17).to(dtype), torch.rand(17).to(dtype)
+    for b in (bias, None):
+        found = products.linear_residual(x, weight, b, residual, gamma)
+        assert_as_accurate(found, reference.linear_residual, x, weight, b, residual, gamma, None)
+
+
+def compare(candidates: dict[str, Callable[..., Tensor]]) -> selection.Selection:
+    def example(dtype: torch.dtype) -> tuple[Tensor]:
+        return (torch.linspace(1, 2, 100_000, dtype=dtype),)
+
+    return selection._compare("test", candidates, example, torch.float32)
+
+
+def slow(x: Tensor) -> Tensor:
+    for _ in range(50):
+        x.exp()
+    return x * 2
+
+
+def failing(x: Tensor) -> Tensor:
+    raise RuntimeError("not on this processor\nwith a long explanation")
+
+
+def test_the_fastest_of_those_that_are_right_is_chosen() -> None:
+    found = compare(
+        {
+            "trusted": slow,
+            "fast": lambda x: x * 2,
+            "wrong": lambda x: x * 2.001,
+            "nan": lambda x: x * torch.nan,
+            "no": failing,
+        }
+    )
+    assert found.chosen == "fast"
+    assert set(found.seconds) == {"trusted", "fast"}
+    assert found.rejected["no"] == "not on this processor"
+    assert "relative error" in found.rejected["wrong"]
+    assert "relative error" in found.rejected["nan"]
+
+
+def test_the_trusted_one_stays_unless_another_is_clearly_faster() -> None:
+    assert compare({"trusted": lambda x: x * 2, "slow": slow}).chosen == "trusted"
+    assert compare({"only": slow}).chosen == "only"
+
+
+def test_a_choice_is_made_once_per_operation_dtype_and_threads() -> None:
+    calls = 0
+
+    def example(dtype: torch.dtype) -> tuple[Tensor]:
+        nonlocal calls
+        calls += 1
+        return (torch.ones(10, dtype=dtype),)
+
+    candidates: dict[str, Callable[..., Tensor]] = {"a": lambda x: x * 2, "b": lambda x: x + x}
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        assert selection.select("test: once", candidates, example, dtype) in candidates
+    assert calls == 2
+    assert [s.dtype for s in selection.selections() if s.operation == "test: once"] == [torch.float32, torch.bfloat16]

@@ -1,0 +1,121 @@
+"""Where the weights of a fine-tuning model come from: official pretraining, official fine-tuning, our own folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.agreement import tensors
+from tests.conftest import config, official_keys
+from xfm_fast.checkpoint import to_official
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tasks.classification import ClassificationModel
+from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.vqa import VQAModel
+
+MODELS: dict[str, tuple[type[TaskModel], dict[str, Any], str]] = {
+    "vqa": (VQAModel, {"decoder_layers": 2}, "text_decoder."),
+    "captioning": (CaptioningModel, {}, "text_decoder."),
+    "nlvr2": (NLVR2Model, {}, "cls_head."),
+    "grounding": (GroundingModel, {}, ""),
+    "image": (ClassificationModel, {"labels": 3, "modality": "image"}, "cls_head."),
+    "text": (ClassificationModel, {"labels": 3, "modality": "text"}, "cls_head."),
+    "pair": (ClassificationModel, {"labels": 3, "modality": "pair"}, "cls_head."),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+@each_model
+def test_from_official_pretraining(name: str) -> None:
+    cls, options, own = MODELS[name]
+    state = tensors("tiny_b/weights")
+    model = cls.from_official(state, config("tiny_b", image_size=56), **options)
+    result = model.load_official(state)
+    assert all(own and entry.startswith(own) for entry in result.fresh)
+    assert bool(result.fresh) == bool(own)
+    assert not model.training
+    for entry, value in model.state_dict().items():
+        if entry in state and value.shape == state[entry].shape:
+            assert torch.equal(value, state[entry]), entry
+
+
+@each_model
+def test_official_fine_tuned_round_trip(name: str, tmp_path: Path) -> None:
+    """What we write for the official fine-tuning code, in its naming, comes back whole."""
+    cls, options, _ = MODELS[name]
+    cfg = XFMConfig.preset("tiny")
+    first = cls(cfg, **options)
+    official = to_official(first.state_dict(), cfg, naming="fine-tuning")
+    torch.save({"model": official}, tmp_path / "fine_tuned.th")
+    second = cls.from_official(tmp_path / "fine_tuned.th", cfg, **options)
+    for entry, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[entry], value), entry
+
+
+@each_model
+def test_own_folder_round_trip(name: str, tmp_path: Path) -> None:
+    cls, options, _ = MODELS[name]
+    first = cls(XFMConfig.preset("tiny"), **options)
+    first.save_pretrained(tmp_path)
+    second = cls.from_pretrained(tmp_path, **options)
+    for entry, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[entry], value), entry
+
+
+def test_decoder_starts_from_a_pretraining_checkpoint() -> None:
+    state = tensors("tiny_a/weights")
+    model = VQAModel(config("tiny_a"), decoder_layers=3)
+    assert model.load_official(state).fresh == []
+    embeddings = "roberta.embeddings.position_embeddings.weight"
+    assert torch.equal(model.text_decoder.state_dict()[embeddings], state[f"fusion_encoder.{embeddings}"])
+
+
+def test_half_a_decoder_is_no_fresh_decoder() -> None:
+    cfg = XFMConfig.preset("tiny")
+    smaller = VQAModel(cfg, decoder_layers=1)
+    with pytest.raises(CheckpointError, match=r"text_decoder\.roberta\.encoder\.layer\.1"):
+        VQAModel(cfg, decoder_layers=2).load_official(smaller.state_dict())
+
+
+def test_a_deeper_encoder_is_no_surplus() -> None:
+    cfg = XFMConfig.preset("tiny")
+    deeper = XFM(cfg.replace(vision_depth=4), heads=())
+    with pytest.raises(CheckpointError, match=r"vision_encoder\.blocks\.3"):
+        ClassificationModel(cfg, 2, modality="image").load_official(deeper.state_dict())
+
+
+BASE: dict[str, Callable[[XFMConfig], XFM]] = {
+    "XFMForVQA": lambda cfg: VQAModel(cfg, decoder_layers=12),
+    "XFMForNLVR": NLVR2Model,
+    "XFMForGrounding": GroundingModel,
+    "XFMForClassification_imagenet": lambda cfg: ClassificationModel(
+        cfg, 1000, modality="image", head="official_image"
+    ),
+    "XFMForClassification_glue_mrpc": lambda cfg: ClassificationModel(cfg, 3, modality="text"),
+}
+SIZES = {"XFMForVQA": 480, "XFMForNLVR": 384, "XFMForGrounding": 384}
+
+
+@pytest.mark.parametrize("official", BASE)
+def test_base_size_names_and_shapes(official: str) -> None:
+    """Our parameters are the official ones of the same name; nothing travels that no task reads."""
+    with torch.device("meta"):
+        model = BASE[official](config("base", image_size=SIZES.get(official, 224)))
+    known = official_keys(official)
+    for name, value in model.state_dict().items():
+        theirs = name.replace("text_encoder.roberta.", "text_encoder.")
+        assert [*value.shape] == known[theirs]["shape"], name
+    ours: dict[str, Tensor] = dict(model.named_parameters())
+    assert sum(p.numel() for p in ours.values()) < sum(
+        torch.Size(entry["shape"]).numel() for entry in known.values() if entry["dtype"] == "float32"
+    )

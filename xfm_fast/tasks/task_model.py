@@ -1,0 +1,101 @@
+"""What the fine-tuning models have in common: where their weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from xfm_fast import checkpoint
+from xfm_fast.config import XFMConfig
+from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head
+
+
+class TaskModel(XFM):
+    """An X-FM with the encoders and heads that a task reads, and a part of its own that pretraining does not have."""
+
+    own_parts: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the parameters that a pretraining checkpoint lacks."""
+
+    def load_official(self, source: str | Path | Mapping[str, Tensor]) -> checkpoint.LoadResult:
+        """Load an official checkpoint, of pretraining or of this task, in place.
+
+        Weights that the task does not read are left out, and position tables are interpolated to this model's size.
+        From a pretraining checkpoint the part that it lacks starts as the official fine-tuning starts it.
+
+        Args:
+            source: a `.th`/`.pth`/`.bin` file (read with `weights_only=True`), a `.safetensors` file, or a state dict.
+
+        Returns:
+            `fresh`: parameters that the checkpoint does not determine; `surplus`: entries that were left out.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not fit; nothing was loaded then.
+        """
+        what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
+        official = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
+        state, self.load_report = checkpoint.to_ours(official, self.config)
+        result = self._load(state, what)
+        if result.fresh:
+            result.fresh = self._start_own_parts(state | self.load_report.unused, result.fresh)
+        return result
+
+    def _load(self, state: Mapping[str, Tensor], what: str) -> checkpoint.LoadResult:
+        surplus = [f"{encoder}_encoder." for encoder in ALL_ENCODERS if not hasattr(self, f"{encoder}_encoder")]
+        for head, prefixes in checkpoint.HEAD_PREFIXES.items():
+            if head not in self.heads:
+                surplus += prefixes
+        # A checkpoint that has the task's own part must have it whole.
+        fine_tuned = any(name.startswith(self.own_parts) for name in state)
+        return checkpoint.load_into(self, state, what=what, fresh=() if fine_tuned else self.own_parts, surplus=surplus)
+
+    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
+        """Initialise what the checkpoint lacks; returns the names that stay as they are."""
+        return fresh
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        config: XFMConfig,
+        *,
+        heads: Iterable[Head] = (),
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Self:
+        """Build the model and `load_official`.
+
+        Args:
+            source, config, dtype: as for `XFM.from_official`.
+            heads: without effect; a task has the heads that it needs.
+            options: of the constructor, such as `labels` or `decoder_layers`.
+        """
+        model = cls(config, **options)
+        model.load_official(source)
+        return model.to(dtype).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        heads: Iterable[Head] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Self:
+        """Load a folder that `save_pretrained` wrote, of this task or of a pretraining model.
+
+        Args:
+            folder, dtype: as for `XFM.from_pretrained`.
+            heads: without effect; a task has the heads that it needs.
+            options: of the constructor, such as `labels` or `decoder_layers`; those the model was saved with.
+        """
+        files = checkpoint.load_pretrained_files(folder)
+        model = cls(files.config, **options)
+        result = model._load(files.state, f"model {folder}")
+        if result.fresh:
+            model._start_own_parts(files.state | (files.unused or {}), result.fresh)
+        return model.to(dtype).eval()
