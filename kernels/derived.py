@@ -3,36 +3,67 @@
 Inference repeats the same small computations on weights for every batch (concatenating query, key and value
 projections, expanding a position table, packing a weight for oneDNN). `derived` does each once. An entry belongs to
 its first source and dies with it; it is recomputed when any source was written to, moved or converted.
+
+Writes through `.data` escape PyTorch's version counter. On CPU, the values of the first source are therefore compared
+as well: all of a small one, some of a large one, which no optimizer step or moving average leaves as they were.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
-_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_COMPARED_WHOLE = 1 << 15
+_SAMPLES = 16
+
+# By identity: hashing a tensor through a weak dictionary takes longer than the products of a small model.
+_entries: dict[int, tuple[weakref.ref[Tensor], dict[str, tuple[Any, Tensor, Any]]]] = {}
 
 
 def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
-    """`compute()`, remembered under `name` as long as `sources` keep their storage and version."""
+    """`compute()`, remembered under `name` as long as `sources` keep their storage, version and values."""
     if torch.compiler.is_compiling() or any(
         s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) for s in sources
     ):
         # Inference tensors carry no version, so a change could not be seen; traced values must stay in the graph.
         return compute()
     stamp = tuple((s.data_ptr(), s._version, s.dtype, s.shape) for s in sources)
-    kept: dict[str, tuple[Any, Any]] = _entries.setdefault(sources[0], {})  # pyright: ignore[reportAssignmentType]
-    if name not in kept or kept[name][0] != stamp:
+    kept = _entries_of(sources[0])
+    values = _values(sources[0])
+    entry = kept.get(name)
+    if entry is None or entry[0] != stamp or not torch.equal(entry[1], values):
         # Whoever asks first may be in inference mode; what is kept must serve training too.
         with torch.inference_mode(False), torch.no_grad():
-            kept[name] = (stamp, compute())
-    return kept[name][1]
+            entry = kept[name] = (stamp, values.clone(), compute())
+    return entry[2]
+
+
+def _entries_of(owner: Tensor) -> dict[str, tuple[Any, Tensor, Any]]:
+    key = id(owner)
+    found = _entries.get(key)
+    if found is None or found[0]() is not owner:
+        found = _entries[key] = (weakref.ref(owner, lambda dead: _forget(key, dead)), {})
+    return found[1]
+
+
+def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
+    # Another tensor may have taken the identity of the dead one meanwhile.
+    if key in _entries and _entries[key][0] is dead:
+        del _entries[key]
+
+
+def _values(source: Tensor) -> Tensor:
+    """What is compared of a tensor: a view, empty on accelerators, where comparing would wait for the device."""
+    flat = source.detach().view(-1) if source.is_contiguous() else source.detach().reshape(-1)
+    if source.device.type != "cpu":
+        return flat[:0]
+    return flat if flat.numel() <= _COMPARED_WHOLE else flat[:: flat.numel() // _SAMPLES]
 
 
 def clear() -> None:

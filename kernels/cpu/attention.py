@@ -7,19 +7,16 @@ and with a position bias, because they reach the machine's matrix units. The can
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ragged import Group, plan_of, without_masked_keys
 from .selection import select
 
 # Scores of one tile; half of a typical per-core share of the last-level cache leaves room for keys and values.
 _TILE_BYTES = 4 << 20
-# Up to this many scores per head, many short sequences are one padded batch; beyond, each sequence is its own product.
-_SHORT_SCORES = 64 * 64
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -48,7 +45,7 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
     out = torch.empty((batch, queries, heads, width), dtype=q.dtype)
-    group, rows = _tile(heads, queries, keys, q.element_size())
+    group, rows = tile_shape(heads, queries, keys, q.element_size())
     scores = torch.empty((group, rows, keys), dtype=q.dtype)
     for b in range(batch):
         for h in range(0, heads, group):
@@ -85,7 +82,7 @@ def _onednn(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) 
     return out
 
 
-def _tile(heads: int, queries: int, keys: int, itemsize: int) -> tuple[int, int]:
+def tile_shape(heads: int, queries: int, keys: int, itemsize: int) -> tuple[int, int]:
     """Heads and rows of a score tile: whole heads while they fit, at least two (one per core), then fewer rows."""
     per_row = max(1, keys * itemsize)
     group = max(min(2, heads), min(heads, _TILE_BYTES // max(1, per_row * queries)))
@@ -114,80 +111,21 @@ def _biased_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, 
 _EXAMPLES = {True: _plain_example, False: _biased_example}
 
 
-class _Group(NamedTuple):
-    """Sequences that run together: where their tokens lie, and which padded slots hold one."""
+class Dropout:
+    """Dropout masks that follow from a seed and the order in which they are asked for.
 
-    queries: Tensor  # [n * longest_q] positions in the packed tensor; padded slots repeat a real one
-    query_slots: Tensor  # [tokens] padded slots that hold a query, in packed order
-    query_tokens: Tensor  # [tokens] their positions in the packed tensor
-    keys: Tensor  # [n * longest_k]
-    key_padding: Tensor | None  # [n, longest_k], True where there is no key
-    sequences: int
+    Args:
+        probability: of zeroing an attention weight.
+        seed: one integer.
+    """
 
+    def __init__(self, probability: float, seed: Tensor) -> None:
+        self.kept = 1 - probability
+        self.generator = torch.Generator().manual_seed(int(seed))
 
-class _Plan(NamedTuple):
-    groups: list[_Group]
-    singles: list[tuple[slice, slice]]
-    empty: list[slice]
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a plan made by inference serves training too
-def _plan(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> _Plan:
-    """Short sequences of similar length in padded groups, long ones alone, those without keys apart."""
-    short: list[int] = []
-    singles: list[tuple[slice, slice]] = []
-    empty: list[slice] = []
-    lengths_q = [b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False)]
-    lengths_k = [b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)]
-    for i, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        queries, keys = slice(bounds_q[i], bounds_q[i + 1]), slice(bounds_k[i], bounds_k[i + 1])
-        if n and not m:
-            empty.append(queries)
-        elif n * m > _SHORT_SCORES:
-            singles.append((queries, keys))
-        elif n:
-            short.append(i)
-    groups: list[_Group] = []
-    short.sort(key=lambda i: (lengths_k[i], lengths_q[i]))
-    start = 0
-    while start < len(short):
-        stop, longest_q, work = start, 0, 0
-        while stop < len(short):
-            longest_q_next = max(longest_q, lengths_q[short[stop]])
-            work_next = work + lengths_q[short[stop]] * lengths_k[short[stop]]
-            padded = (stop + 1 - start) * longest_q_next * lengths_k[short[stop]]
-            # Padded scores may cost at most as much again as real ones; small groups are not worth splitting.
-            if padded > 2 * work_next and padded > 8 * _SHORT_SCORES:
-                break
-            longest_q, work, stop = longest_q_next, work_next, stop + 1
-        members = short[start:stop]
-        groups.append(_group(members, bounds_q, bounds_k, longest_q, lengths_k[members[-1]]))
-        start = stop
-    return _Plan(groups, singles, empty)
-
-
-def _group(
-    members: list[int], bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], longest_q: int, longest_k: int
-) -> _Group:
-    def padded(bounds: tuple[int, ...], longest: int) -> tuple[Tensor, Tensor]:
-        first = torch.tensor([bounds[i] for i in members])[:, None]
-        length = torch.tensor([bounds[i + 1] - bounds[i] for i in members])[:, None]
-        offset = torch.arange(longest)[None, :]
-        real = offset < length
-        return first + offset.where(real, torch.zeros_like(offset)), real
-
-    queries, real_queries = padded(bounds_q, longest_q)
-    keys, real_keys = padded(bounds_k, longest_k)
-    slots = real_queries.flatten().nonzero().flatten()
-    return _Group(
-        queries.flatten(),
-        slots,
-        queries.flatten()[slots],
-        keys.flatten(),
-        None if bool(real_keys.all()) else ~real_keys,
-        len(members),
-    )
+    def factors(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros where a weight is dropped, and the inverse of the kept share elsewhere."""
+        return torch.empty(shape, dtype=dtype).bernoulli_(self.kept, generator=self.generator).div_(self.kept)
 
 
 def varlen_attention(
@@ -197,62 +135,62 @@ def varlen_attention(
     bounds_q: tuple[int, ...],
     bounds_k: tuple[int, ...],
     scale: float,
-    dropout_p: float = 0.0,
+    dropout: Dropout | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention of packed sequences; differentiable.
+    """Attention of packed sequences.
 
     Args:
         q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; any strides.
         bounds_q, bounds_k: S + 1 offsets of the S sequences in q and in k.
+        dropout: of attention weights.
         key_mask: `[Tk]`, False for keys that nobody attends to.
 
     Returns:
         `[Tq, H, D]`; zeros for a sequence without keys.
     """
     if key_mask is not None:
-        q, k, v, bounds_k = _without_masked_keys(q, k, v, bounds_k, key_mask)
-    plan = _plan(bounds_q, bounds_k)
-    fast = not dropout_p and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-    pieces: list[tuple[Tensor | slice, Tensor]] = [(s, torch.zeros_like(q[s])) for s in plan.empty]
+        k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
+    plan = plan_of(bounds_q, bounds_k)
+    if len(plan.singles) == 1 and not plan.groups and not plan.empty and dropout is None:
+        return dense_attention(q[None], k[None], v[None], scale)[0]
+    out = torch.zeros(q.shape, dtype=q.dtype)
     for queries, keys in plan.singles:
         one = (q[queries][None], k[keys][None], v[keys][None])
-        pieces.append((queries, (dense_attention(*one, scale) if fast else _padded(*one, scale, None, dropout_p))[0]))
+        out[queries] = (dense_attention(*one, scale) if dropout is None else _padded(*one, scale, None, dropout))[0]
     for group in plan.groups:
-        shape = (group.sequences, -1, *q.shape[1:])
-        padded = [t.index_select(0, i).view(shape) for t, i in ((q, group.queries), (k, group.keys), (v, group.keys))]
-        attended = _padded(padded[0], padded[1], padded[2], scale, group.key_padding, dropout_p)
-        pieces.append((group.query_tokens, attended.flatten(0, 1).index_select(0, group.query_slots)))
-    return _assemble(pieces, q)
+        attended = _padded(*padded_group(q, k, v, group), scale, group.key_padding, dropout)
+        out.index_copy_(0, group.query_tokens, attended.flatten(0, 1).index_select(0, group.query_slots))
+    return out
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding: Tensor | None, dropout_p: float) -> Tensor:
+def padded_group(q: Tensor, k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequences of a group as padded batches `[n, longest, H, D]`."""
+    shape = (group.sequences, -1, *q.shape[1:])
+    queries, keys = group.queries, group.keys
+    return (
+        q.index_select(0, queries).view(shape),
+        k.index_select(0, keys).view(shape),
+        v.index_select(0, keys).view(shape),
+    )
+
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_padding: Tensor | None, dropout: Dropout | None
+) -> Tensor:
     """Explicit attention of a padded batch `[n, L, H, D]`: quicker than the fused kernel when sequences are short."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if key_padding is not None:
-        scores = scores.masked_fill(key_padding[:, None, None, :], -torch.inf)
-    weights = scores.softmax(-1)
-    if dropout_p:
-        weights = F.dropout(weights, dropout_p)
+    weights = attention_weights(q, k, scale, None, key_padding)
+    if dropout is not None:
+        weights *= dropout.factors(tuple(weights.shape), weights.dtype)
     return (weights @ v).transpose(1, 2)
 
 
-def _assemble(pieces: list[tuple[Tensor | slice, Tensor]], q: Tensor) -> Tensor:
-    if len(pieces) == 1 and isinstance(pieces[0][0], slice):
-        return pieces[0][1]
-    positions = [torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p, _ in pieces]
-    if not positions:
-        return torch.zeros_like(q)
-    # index_copy into a fresh tensor keeps the graph when there is one.
-    return torch.zeros(q.shape, dtype=q.dtype).index_copy(0, torch.cat(positions), torch.cat([a for _, a in pieces]))
-
-
-def _without_masked_keys(
-    q: Tensor, k: Tensor, v: Tensor, bounds_k: tuple[int, ...], key_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """A key that nobody attends to is a key that is not there."""
-    kept = key_mask.nonzero().flatten()
-    before = F.pad(key_mask.long().cumsum(0), (1, 0))
-    bounds = tuple(before[torch.tensor(bounds_k)].tolist())
-    return q, k.index_select(0, kept), v.index_select(0, kept), bounds
+def attention_weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, key_padding: Tensor | None) -> Tensor:
+    """Softmax of the scores: q `[..., Nq, D]`, k `[..., Nk, D]`, bias broadcastable, key_padding `[n, Nk]`."""
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores += bias
+    if key_padding is not None:
+        scores.masked_fill_(key_padding[:, None, None, :], -torch.inf)
+    return torch.softmax(scores, -1, out=scores)

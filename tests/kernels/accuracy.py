@@ -32,11 +32,15 @@ def assert_as_accurate(found: Tensor, definition: Callable[..., Tensor], *argume
 
     Both are measured against the definition in fp64 on the same values.
     """
-    truth, plain = definition(*widened(arguments)), definition(*arguments)
-    assert found.shape == truth.shape
-    assert found.dtype == plain.dtype
+    assert_accurate(found, definition(*arguments), definition(*widened(arguments)), "result")
+
+
+def assert_accurate(found: Tensor, plain: Tensor, truth: Tensor, name: str) -> None:
+    """The same comparison of results that are at hand: found, plain PyTorch in the same precision, and fp64."""
+    assert found.shape == truth.shape, name
+    assert found.dtype == plain.dtype, name
     error, reference = largest(found.double() - truth), largest(plain.double() - truth)
     band = _BAND_FP64 if found.dtype == torch.float64 else _BAND
     allowed = 2 * reference + band * torch.finfo(found.dtype).eps * largest(truth)
     # A comparison with NaN is false: NaN fails.
-    assert error <= allowed, f"error {error:.2e} exceeds {allowed:.2e} (reference {reference:.2e})"
+    assert error <= allowed, f"{name}: error {error:.2e} exceeds {allowed:.2e} (reference {reference:.2e})"

@@ -71,7 +71,7 @@ def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch
     [(12, 197, 197), (12, 577, 577), (12, 10_000, 577), (1, 5, 5), (3, 7, 10**7), (16, 1, 1)],
 )
 def test_tiles_fit(heads: int, queries: int, keys: int) -> None:
-    group, rows = attention._tile(heads, queries, keys, 4)
+    group, rows = attention.tile_shape(heads, queries, keys, 4)
     assert 1 <= group <= heads
     assert 1 <= rows <= queries
     # One row of two heads is the smallest tile, whatever its size.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.kernels.accuracy import assert_as_accurate
 from xfm_fast.kernels import derived as derived_module
 from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.derived import derived
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -466,7 +467,7 @@ def refused_relpos(**changes: Any) -> None:
         (lambda: refused_relpos(window=(3, 3)), "q has 7 tokens; a 3x3 window with a class token has 10"),
         (lambda: refused_relpos(table=torch.randn(18, 2)), r"needs \[18, 3\]: interpolate"),
         (lambda: refused_relpos(key_mask=torch.ones(2, 6, dtype=torch.bool)), r"it must be bool \[2, 7\]"),
-        (lambda: refused_relpos(backend="gpu"), "backend 'gpu' is unknown; choose one of auto, reference, cpu"),
+        (lambda: refused_relpos(backend="gpu"), "backend 'gpu' is unknown; choose one of auto, reference, cpu, triton, flash_attn"),
     ],
 )
 def test_refused(call: Callable[[], None], message: str) -> None:
@@ -479,9 +480,9 @@ def test_backend_of_a_block() -> None:
     with pytest.raises(ValueError, match="backend 'fast' is unknown"), ops.use_backend("fast"):  # type: ignore[arg-type]
         pass
     with ops.use_backend("reference"):
-        assert ops._resolve(None, x, weight) == "reference"
-        with ops.use_backend("cpu"), torch.inference_mode():
-            assert ops._resolve(None, x, weight) == "cpu"
-        assert ops._resolve(None, x, weight) == "reference"
-        assert ops._resolve("auto", x, weight) != "reference"
-    assert ops._resolve(None, x, weight.requires_grad_()) == "composed"
+        assert resolve(None, x, weight) == "reference"
+        with ops.use_backend("cpu"):
+            assert resolve(None, x, weight) == "cpu"
+        assert resolve(None, x, weight) == "reference"
+        assert resolve("auto", x, weight) == "cpu"
+    assert resolve(None, x, weight) == "cpu"

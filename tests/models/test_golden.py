@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import get_args
 
 import pytest
 import torch
@@ -128,7 +127,7 @@ def names(case: str) -> list[str]:
     return sorted(set(tensors(f"{case}/outputs")) - NOT_COMPUTED)
 
 
-@pytest.mark.parametrize("backend", get_args(ops.Backend))
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in names(case)])
 def test_output(case: str, name: str, dtype: torch.dtype, backend: ops.Backend) -> None:

@@ -1,0 +1,92 @@
+"""Which implementation runs: chosen for the device, or asked for by name for a call or a block."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "cpu", "triton", "flash_attn"]
+_BACKENDS: tuple[Backend, ...] = get_args(Backend)
+_OLDEST_GPU = (8, 0)
+
+
+class _Chosen(threading.local):
+    """The backend of the current thread's block (the compiler can trace a thread-local, not a context variable)."""
+
+    name: Backend = "auto"
+
+
+_chosen = _Chosen()
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Run the operations of a block on the named backend."""
+    outside, _chosen.name = _chosen.name, _known(name)
+    try:
+        yield
+    finally:
+        _chosen.name = outside
+
+
+def resolve(backend: Backend | None, *tensors: Tensor | None) -> Backend:
+    """The backend that runs an operation on these tensors: one of `reference`, `cpu`, `triton`, `flash_attn`.
+
+    Raises:
+        ValueError: tensors on several devices, or a backend asked for by name that cannot run here. `auto` falls back
+            to `reference` instead.
+    """
+    name = _chosen.name if backend is None else _known(backend)
+    present = [t.device for t in tensors if t is not None]
+    device = present[0]
+    for other in present:
+        if other != device:
+            raise ValueError(f"tensors live on {device} and {other}; move them to one device")
+    if name == "auto":
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if _why_not("triton", device.type, device.index) is None else "reference"
+    why_not = _why_not(name, device.type, device.index)
+    if why_not is not None:
+        raise ValueError(f"backend {name!r} was asked for by name, but {why_not}; use 'auto' or another one")
+    return name
+
+
+def _known(name: Backend) -> Backend:
+    if name not in _BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(_BACKENDS)}")
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _why_not(name: Backend, device: str, index: int | None) -> str | None:
+    """What keeps a backend from running on a device; None when nothing does."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return None if device == "cpu" else f"a tensor lives on {device}"
+    package = "triton" if name == "triton" else "flash_attn"
+    if not _installed(package):
+        return f"the package {package} is not installed"
+    # The interpreter runs Triton kernels on CPU tensors: slow, for tests.
+    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device != "cuda":
+        return f"it needs a CUDA GPU and the tensors live on {device}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _OLDEST_GPU:
+        return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
+    return None
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

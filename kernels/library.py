@@ -1,0 +1,68 @@
+"""Operators registered with PyTorch: one node for `torch.compile` and `torch.export`, with gradient and autocast.
+
+Implementations are registered with define/impl for CPU and CUDA rather than `triton_op`: ahead-of-time autograd
+decomposes a `triton_op` even for CPU tensors and so goes round the CPU implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "xfm_fast"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def operator(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: bool = False,
+) -> Callable[..., Any]:
+    """Register an operator and return it.
+
+    Args:
+        schema: such as `"name(Tensor x, int n) -> Tensor"`.
+        implementation: runs on CPU and CUDA tensors.
+        fake: gives shapes, strides and dtypes of the results.
+        setup_context, backward: as in `torch.library.register_autograd`.
+        autocast: convert floating-point tensor arguments to autocast's type where that is enabled.
+    """
+    name = schema.split("(")[0]
+    qualified = f"{NAMESPACE}::{name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if autocast:
+        for device, key in _AUTOCAST.items():
+            _library.impl(name, _casting(registered, device, key), key)
+    return registered
+
+
+def _casting(registered: Callable[..., Any], device: str, key: str) -> Callable[..., Any]:
+    # torch.library.register_autocast fixes one type at registration; autocast's own type can be fp16 or bf16.
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_call(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return registered(*(_cast(argument, dtype) for argument in arguments))
+
+    return cast_and_call
+
+
+def _cast(argument: Any, dtype: torch.dtype) -> Any:
+    if isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64:
+        return argument.to(dtype)
+    return argument
