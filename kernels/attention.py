@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .backend import Backend, resolve
+from .backend import Backend, named, resolve
 from .cpu import attention as cpu
 from .cpu import attention_backward as cpu_backward
 from .derived import derived
 from .library import operator
+
+# As `triton.attention_common.HEAD_DIMS`, which cannot be imported where Triton is absent.
+_TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
 
 
 def relpos_attention(
@@ -49,12 +52,13 @@ def relpos_attention(
     chosen = resolve(backend, q, k, v, table, key_mask)
     if chosen == "flash_attn":
         raise ValueError("backend 'flash_attn' has no position bias; use 'auto', 'triton' or 'cpu'")
-    if chosen == "reference":
+    if chosen == "reference" and named(backend):
         return reference.relpos_attention(q, k, v, table, window, scale, key_mask)
-    if key_mask is not None:
-        if chosen == "triton" and backend == "triton":
+    if chosen == "triton" and named(backend):
+        if key_mask is not None:
             raise ValueError("backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'")
-        return _masked(q, k, v, table, window, scale, key_mask)
+    elif key_mask is not None or chosen == "reference" or (chosen == "triton" and q.shape[-1] not in _TRITON_HEAD_DIMS):
+        return _composed(q, k, v, table, window, scale, key_mask)
     return _relpos(q, k, v, table, window[0], window[1], scale, chosen)[0]
 
 
@@ -99,6 +103,8 @@ def varlen_attention(
         raise ValueError(f"dropout_p={dropout_p} is no probability below 1")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     chosen = resolve(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
+    if chosen == "triton" and not named(backend) and q.shape[-1] not in _TRITON_HEAD_DIMS:
+        chosen = "reference"
     if chosen == "reference":
         return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask)
     if chosen == "flash_attn":
@@ -109,10 +115,13 @@ def varlen_attention(
     return _varlen(q, k, v, *arguments, chosen)[0]
 
 
-def _masked(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], scale: float, key_mask: Tensor
+def _composed(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], scale: float, key_mask: Tensor | None
 ) -> Tensor:
-    bias = reference.position_bias(table, window)[None].masked_fill(~key_mask[:, None, None, :], -torch.inf)
+    """PyTorch's own attention with the bias as its mask: what `auto` runs where no kernel applies."""
+    bias = reference.position_bias(table, window)[None]
+    if key_mask is not None:
+        bias = bias.masked_fill(~key_mask[:, None, None, :], -torch.inf)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale).transpose(1, 2)
 

@@ -60,6 +60,11 @@ def resolve(backend: Backend | None, *tensors: Tensor | None) -> Backend:
     return name
 
 
+def named(backend: Backend | None) -> bool:
+    """Whether the caller asked for one backend, so that nothing else may run in its place."""
+    return (_chosen.name if backend is None else backend) != "auto"
+
+
 def _known(name: Backend) -> Backend:
     if name not in _BACKENDS:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(_BACKENDS)}")

@@ -1,12 +1,405 @@
-"""LayerNorm and what is fused with it."""
+"""LayerNorm, and LayerNorm with the residual or the text embeddings before it: checks, registration, gradients."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import reference
+from .backend import Backend, resolve
+from .cpu import norms as cpu
+from .library import operator
+from .products import linear, linear_residual, runs_cpu_inference
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension; statistics in fp32 for half precision."""
-    return reference.layer_norm(x, weight, bias, eps)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
+    """LayerNorm over the last dimension, statistics in fp32 for half precision. x `[..., M]` → `[..., M]`."""
+    _check_width(x, weight, bias)
+    if resolve(backend, x, weight, bias) != "triton":
+        return reference.layer_norm(x, weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual sum and LayerNorm in one pass.
+
+    `summed = residual + row_scale · gamma · dropout(x)` and `normed = LayerNorm(summed)`: the end of a post-norm branch
+    (no gamma), or of a pre-norm branch with LayerScale and stochastic depth joined with the next norm.
+
+    Args:
+        x, residual: `[..., M]`, possibly of two precisions.
+        weight, bias, gamma: `[M]`.
+        row_scale: `[B]`, one factor per entry of the first dimension.
+        dropout_p: probability of zeroing an element of x.
+        seed: one int64 on the device of x that the dropout follows from; drawn from PyTorch's generator by default.
+
+    Returns:
+        (normed, summed), both `[..., M]`; normed in the type of x, summed as wide as its terms.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
+    """
+    _check_width(x, weight, bias)
+    if residual.shape != x.shape:
+        raise ValueError(f"x is {[*x.shape]} and residual {[*residual.shape]}; they must agree")
+    if gamma is not None and gamma.shape != weight.shape:
+        raise ValueError(f"gamma is {[*gamma.shape]}; it must be {[*weight.shape]}")
+    if row_scale is not None and (x.ndim < 2 or row_scale.shape != x.shape[:1]):
+        raise ValueError(
+            f"row_scale is {[*row_scale.shape]}; x {[*x.shape]} needs one factor per entry: [{x.shape[0]}]"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p} is no probability below 1")
+    chosen = resolve(backend, x, residual, weight, bias, gamma, row_scale)
+    if chosen not in ("cpu", "triton"):
+        return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p)
+    if dropout_p and seed is None:
+        seed = torch.randint(1 << 62, (1,), device=x.device)
+    drop = (dropout_p, seed if dropout_p else None)
+    normed, summed, *_ = _add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, *drop, chosen)
+    return normed, summed
+
+
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The end of a branch and the norm behind it: `add_layer_norm` of `x W^T + b`.
+
+    A CPU adds the residual inside the product and normalises afterwards; a GPU does better the other way round.
+
+    Args:
+        x: `[..., K]`; weight: `[M, K]`; bias: `[M]`; residual: `[..., M]`.
+        norm_weight, norm_bias, eps, gamma, row_scale, dropout_p: as in `add_layer_norm`.
+
+    Returns:
+        (normed, summed), both `[..., M]`.
+    """
+    plain = row_scale is None and not dropout_p
+    if plain and runs_cpu_inference(backend, x, weight, bias, residual, norm_weight, norm_bias, gamma):
+        summed = linear_residual(x, weight, bias, residual, gamma=gamma, backend=backend)
+        return layer_norm(summed, norm_weight, norm_bias, eps, backend=backend), summed
+    return add_layer_norm(
+        linear(x, weight, bias, backend=backend),
+        residual,
+        norm_weight,
+        norm_bias,
+        eps,
+        gamma=gamma,
+        row_scale=row_scale,
+        dropout_p=dropout_p,
+        backend=backend,
+    )
+
+
+def embed_layer_norm(
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    padding_idx: int | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """LayerNorm of `word[tokens] + position[positions] + type_row`: the input of a text encoder.
+
+    Args:
+        tokens, positions: `[...]` integers.
+        word: `[V, M]`; position: `[P, M]`; type_row, weight, bias: `[M]`.
+        padding_idx: row of both tables that receives no gradient.
+
+    Returns:
+        `[..., M]`. The gradients of the tables are deterministic.
+    """
+    if tokens.shape != positions.shape or word.ndim != 2 or position.ndim != 2 or word.shape[1] != position.shape[1]:
+        raise ValueError(
+            f"tokens {[*tokens.shape]}, positions {[*positions.shape]}, word {[*word.shape]} and position "
+            f"{[*position.shape]} do not fit; they must be [...], [...], [V, M] and [P, M]"
+        )
+    _check_width(word, weight, bias)
+    chosen = resolve(backend, tokens, positions, word, position, type_row, weight, bias)
+    tables = (word, position, type_row, weight, bias)
+    if chosen not in ("cpu", "triton"):
+        return reference.embed_layer_norm(tokens, positions, *tables, eps, padding_idx)
+    return _embed_layer_norm(tokens, positions, *tables, eps, padding_idx, chosen)[0]
+
+
+def _check_width(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
+        raise ValueError(
+            f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
+        )
+
+
+def _module(backend: str) -> Any:
+    if backend == "cpu":
+        return cpu
+    from .triton import layer_norm as triton_norm
+
+    return triton_norm
+
+
+def _statistics(x: Tensor) -> Tensor:
+    """Room for one statistic per row."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[:-1].numel(), dtype=wide)
+
+
+def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _module("triton").layer_norm_forward(x, weight, bias, eps)
+
+
+def _plain_forward_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _statistics(x), _statistics(x)
+
+
+def _plain_backward(
+    dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _module("triton").layer_norm_backward(dnormed, x, weight, mean, rstd)
+    assert dbias is not None
+    return dx, dweight, dbias
+
+
+def _plain_backward_fake(dnormed: Tensor, x: Tensor, weight: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _plain_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _ = inputs
+    ctx.save_for_backward(x, weight, output[1], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _plain_gradient(ctx: Any, dnormed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*_layer_norm_grad(dnormed, *ctx.saved_tensors), None)
+
+
+def _add_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward = _module(backend).add_layer_norm_forward
+    return tuple(forward(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, seed))
+
+
+def _add_forward_fake(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return x.new_empty(x.shape), summed, _statistics(summed), _statistics(summed)
+
+
+def _add_backward(
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward = _module(backend).add_layer_norm_backward
+    found = backward(dnormed, dsummed, summed, weight, mean, rstd, x, gamma, row_scale, dropout_p, seed)
+    # An operator's results must not share memory: an empty tensor says that dresidual is dx.
+    shared = found.dresidual.data_ptr() == found.dx.data_ptr()
+    dresidual = found.dx.new_empty(0) if shared else found.dresidual
+    dgamma = weight.new_empty(0) if found.dgamma is None else found.dgamma
+    return found.dx, dresidual, found.dweight, found.dbias, dgamma
+
+
+def _add_backward_fake(
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    plain = gamma is None and row_scale is None and not dropout_p and x.dtype == summed.dtype
+    dresidual = x.new_empty(0) if plain else summed.new_empty(summed.shape)
+    dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+    return x.new_empty(x.shape), dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape), dgamma
+
+
+def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _, _, gamma, row_scale, ctx.dropout_p, seed, ctx.backend = inputs
+    _, summed, mean, rstd = output
+    ctx.save_for_backward(summed, weight, mean, rstd, x, gamma, row_scale, seed)
+    ctx.residual_dtype = residual.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _add_gradient(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    summed, weight, mean, rstd, x, gamma, row_scale, seed = ctx.saved_tensors
+    if dnormed is None:
+        dnormed = torch.zeros_like(x)
+    saved = (summed, weight, mean, rstd, x, gamma, row_scale, ctx.dropout_p, seed, ctx.backend)
+    dx, dresidual, dweight, dbias, dgamma = _add_layer_norm_grad(dnormed, dsummed, *saved)
+    if not dresidual.numel():
+        dresidual = dx
+    dresidual = dresidual.to(ctx.residual_dtype)
+    return dx, dresidual, dweight, dbias, None, None if gamma is None else dgamma, None, None, None, None
+
+
+def _embed_module(backend: str) -> Any:
+    if backend == "cpu":
+        return cpu
+    from .triton import embed_layer_norm as triton_embed
+
+    return triton_embed
+
+
+def _embed_forward(
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    padding_idx: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    forward = _embed_module(backend).embed_layer_norm_forward
+    return forward(tokens, positions, word, position, type_row, weight, bias, eps)
+
+
+def _embed_forward_fake(tokens: Tensor, positions: Tensor, word: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    normed = word.new_empty(*tokens.shape, word.shape[1])
+    return normed, _statistics(normed), _statistics(normed)
+
+
+def _embed_backward(
+    dnormed: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_idx: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward = _embed_module(backend).embed_layer_norm_backward
+    tables = (word, position, type_row, weight)
+    return tuple(backward(dnormed, tokens, positions, *tables, mean, rstd, padding_idx))
+
+
+def _embed_backward_fake(
+    dnormed: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tables = [t.new_empty(t.shape) for t in (word, position, type_row, weight, weight)]
+    return tables[0], tables[1], tables[2], tables[3], tables[4]
+
+
+def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *saved, _, _, ctx.padding_idx, ctx.backend = inputs
+    ctx.save_for_backward(*saved, output[1], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _embed_gradient(ctx: Any, dnormed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = _embed_layer_norm_grad(dnormed, *ctx.saved_tensors, ctx.padding_idx, ctx.backend)
+    return (None, None, *gradients, None, None, None)
+
+
+_layer_norm_grad = operator(
+    "layer_norm_backward(Tensor dnormed, Tensor x, Tensor weight, Tensor mean, Tensor rstd) "
+    "-> (Tensor, Tensor, Tensor)",
+    _plain_backward,
+    _plain_backward_fake,
+)
+_layer_norm = operator(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _plain_forward,
+    _plain_forward_fake,
+    setup_context=_plain_setup,
+    backward=_plain_gradient,
+)
+_add_layer_norm_grad = operator(
+    "add_layer_norm_backward(Tensor dnormed, Tensor? dsummed, Tensor summed, Tensor weight, Tensor mean, Tensor rstd, "
+    "Tensor x, Tensor? gamma, Tensor? row_scale, float dropout_p, Tensor? seed, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _add_backward,
+    _add_backward_fake,
+)
+_add_layer_norm = operator(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? gamma, "
+    "Tensor? row_scale, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_forward,
+    _add_forward_fake,
+    setup_context=_add_setup,
+    backward=_add_gradient,
+)
+_embed_layer_norm_grad = operator(
+    "embed_layer_norm_backward(Tensor dnormed, Tensor tokens, Tensor positions, Tensor word, Tensor position, "
+    "Tensor type_row, Tensor weight, Tensor mean, Tensor rstd, int? padding_idx, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _embed_backward,
+    _embed_backward_fake,
+)
+_embed_layer_norm = operator(
+    "embed_layer_norm(Tensor tokens, Tensor positions, Tensor word, Tensor position, Tensor type_row, Tensor weight, "
+    "Tensor bias, float eps, int? padding_idx, str backend) -> (Tensor, Tensor, Tensor)",
+    _embed_forward,
+    _embed_forward_fake,
+    setup_context=_embed_setup,
+    backward=_embed_gradient,
+)

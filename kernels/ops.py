@@ -9,17 +9,25 @@ from __future__ import annotations
 
 from .attention import relpos_attention, varlen_attention
 from .backend import Backend, use_backend
-from .normalisation import layer_norm
+from .losses import linear_cross_entropy, token_log_likelihood
+from .normalisation import add_layer_norm, embed_layer_norm, layer_norm, linear_add_layer_norm
 from .products import linear, linear_gelu, linear_residual, mlp_residual
+from .sampling import sample_hard_negatives
 
 __all__ = [
     "Backend",
+    "add_layer_norm",
+    "embed_layer_norm",
     "layer_norm",
     "linear",
+    "linear_add_layer_norm",
+    "linear_cross_entropy",
     "linear_gelu",
     "linear_residual",
     "mlp_residual",
     "relpos_attention",
+    "sample_hard_negatives",
+    "token_log_likelihood",
     "use_backend",
     "varlen_attention",
 ]

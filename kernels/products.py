@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +11,12 @@ from torch import Tensor
 from . import reference
 from .backend import Backend, resolve
 from .cpu import products as cpu_products
+from .library import operator
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _for_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
+def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
     """Whether the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -25,16 +28,21 @@ def _for_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
-    if _for_inference(backend, x, weight, bias):
+    if runs_cpu_inference(backend, x, weight, bias):
         return cpu_products.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`gelu(x W^T + b)` with the erf form of GELU. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
-    if _for_inference(backend, x, weight, bias):
+    if runs_cpu_inference(backend, x, weight, bias):
         return cpu_products.linear_gelu(x, weight, bias)
-    return reference.linear_gelu(x, weight, bias)
+    chosen = resolve(backend, x, weight, bias)
+    if chosen not in ("cpu", "triton"):
+        return reference.linear_gelu(x, weight, bias)
+    present = (x, weight) if bias is None else (x, weight, bias)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in present)
+    return _linear_gelu(x, weight, bias, keep, chosen)[0]
 
 
 def linear_residual(
@@ -57,7 +65,7 @@ def linear_residual(
         dropout_p: probability of zeroing an element of the branch.
     """
     plain = row_scale is None and not dropout_p
-    if plain and _for_inference(backend, x, weight, bias, residual, gamma):
+    if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
         return cpu_products.linear_residual(x, weight, bias, residual, gamma)
     if dropout_p:
         branch = F.dropout(F.linear(x, weight, bias), dropout_p)
@@ -85,9 +93,9 @@ def mlp_residual(
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
     plain = row_scale is None and not dropout_p
-    if plain and _for_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
+    if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
         return cpu_products.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
-    hidden = reference.linear_gelu(x, weight_in, bias_in)
+    hidden = linear_gelu(x, weight_in, bias_in, backend=backend)
     return linear_residual(
         hidden,
         weight_out,
@@ -98,3 +106,93 @@ def mlp_residual(
         dropout_p=dropout_p,
         backend=backend,
     )
+
+
+def _gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from .triton.gelu import linear_gelu_forward
+
+        out, kept = linear_gelu_forward(x, weight, bias, keep=keep)
+    else:
+        kept = cpu_products.linear(x, weight, bias) if x.dtype in _CPU_DTYPES else F.linear(x, weight, bias)
+        out = F.gelu(kept)
+    return out, x.new_empty(0) if kept is None or not keep else kept
+
+
+def _gelu_forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if keep else 0)
+
+
+def _gelu_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = (need_x, need_weight, need_bias)
+    if backend == "triton":
+        from .triton.gelu import linear_gelu_backward
+
+        dx, dweight, dbias = linear_gelu_backward(dout, x, weight, bias, kept, needs)
+    else:
+        dkept = torch.ops.aten.gelu_backward(dout.contiguous(), kept)
+        rows = dkept.flatten(0, -2)
+        dx = dkept @ weight if need_x else None
+        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None
+        dbias = rows.sum(0) if need_bias else None
+    dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in (dx, dweight, dbias))
+    return dx, dweight, dbias
+
+
+def _gelu_backward_fake(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gelu_gradient(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    needs = tuple(ctx.needs_input_grad[:3])
+    gradients = _linear_gelu_grad(dout, *ctx.saved_tensors, *needs, ctx.backend)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+
+
+_linear_gelu_grad = operator(
+    "linear_gelu_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor kept, bool need_x, "
+    "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
+    _gelu_backward,
+    _gelu_backward_fake,
+)
+_linear_gelu = operator(
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool keep, str backend) -> (Tensor, Tensor)",
+    _gelu_forward,
+    _gelu_forward_fake,
+    setup_context=_gelu_setup,
+    backward=_gelu_gradient,
+    autocast=True,
+)

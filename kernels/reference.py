@@ -116,9 +116,10 @@ def add_layer_norm(
     if row_scale is not None:
         branch = branch * row_scale.view(-1, *[1] * (x.ndim - 1))
     # Parameters may be wider than what they scale; the sum is as wide as its two terms.
-    summed = branch.to(x.dtype) if residual is None else residual + branch.to(torch.promote_types(x.dtype, residual.dtype))
-    parameters = [None if p is None else p.to(summed.dtype) for p in (weight, bias)]
-    return F.layer_norm(summed, (x.shape[-1],), *parameters, eps).to(x.dtype), summed
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    summed = branch.to(dtype) if residual is None else residual + branch.to(dtype)
+    weight, bias = weight.to(summed.dtype), None if bias is None else bias.to(summed.dtype)
+    return F.layer_norm(summed, (x.shape[-1],), weight, bias, eps).to(x.dtype), summed
 
 
 def embed_layer_norm(
@@ -160,6 +161,6 @@ def token_log_likelihood(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor,
 
 
 def hard_negative_weights(similarity: Tensor, mask: Tensor) -> Tensor:
-    """Unnormalised probabilities `[B, C]` of the columns: softmax + 1e-5, so that the easiest can be drawn; 0 if masked."""
+    """Unnormalised probabilities `[B, C]` of the columns: softmax + 1e-5, so that any can be drawn; 0 if masked."""
     wide = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     return (wide.softmax(1) + 1e-5).masked_fill(mask, 0)

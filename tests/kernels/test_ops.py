@@ -467,7 +467,10 @@ def refused_relpos(**changes: Any) -> None:
         (lambda: refused_relpos(window=(3, 3)), "q has 7 tokens; a 3x3 window with a class token has 10"),
         (lambda: refused_relpos(table=torch.randn(18, 2)), r"needs \[18, 3\]: interpolate"),
         (lambda: refused_relpos(key_mask=torch.ones(2, 6, dtype=torch.bool)), r"it must be bool \[2, 7\]"),
-        (lambda: refused_relpos(backend="gpu"), "backend 'gpu' is unknown; choose one of auto, reference, cpu, triton, flash_attn"),
+        (
+            lambda: refused_relpos(backend="gpu"),
+            "backend 'gpu' is unknown; choose one of auto, reference, cpu, triton, flash_attn",
+        ),
     ],
 )
 def test_refused(call: Callable[[], None], message: str) -> None:

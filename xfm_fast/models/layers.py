@@ -68,11 +68,12 @@ class ResidualNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`[T, inputs]` and `[T, width]` → `[T, width]`."""
+        dense, norm = self.dense, self.LayerNorm
         dropout_p = self.dropout if self.training else 0.0
-        return self.norm(ops.linear_residual(x, self.dense.weight, self.dense.bias, residual, dropout_p=dropout_p))
-
-    def norm(self, summed: Tensor) -> Tensor:
-        return ops.layer_norm(summed, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
+        return ops.linear_add_layer_norm(
+            x, dense.weight, dense.bias, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
+        )[0]
 
 
 class Attention(nn.Module):
@@ -171,10 +172,11 @@ class TransformerLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """MLP with residual and norm: `[T, width]` → `[T, width]`."""
-        first, second = self.intermediate.dense, self.output.dense
-        dropout_p = self.output.dropout if self.training else 0.0
-        summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x, dropout_p=dropout_p)
-        return self.output.norm(summed)
+        first, second, norm = self.intermediate.dense, self.output.dense, self.output.LayerNorm
+        if self.training and self.output.dropout:
+            return self.output(ops.linear_gelu(x, first.weight, first.bias), x)
+        summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
+        return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
 
 
 class Embeddings(nn.Module):
@@ -198,10 +200,17 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Packed ids `[T]` and position ids `[T]` → `[T, width]`."""
-        embedded = (
-            self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + self.position_embeddings(positions)
+        normed = ops.embed_layer_norm(
+            tokens,
+            positions,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight[0],
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            padding_idx=self.pad_token_id,
         )
-        normed = ops.layer_norm(embedded, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
         return F.dropout(normed, self.dropout, self.training) if self.training else normed
 
 

@@ -92,8 +92,17 @@ class Block(nn.Module):
         """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
         normed = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
         context, proj = self.attn(normed, key_mask), self.attn.proj
-        x = ops.linear_residual(context, proj.weight, proj.bias, x, gamma=self.gamma_1, row_scale=self._row_scale(x))
-        normed = ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        normed, x = ops.linear_add_layer_norm(
+            context,
+            proj.weight,
+            proj.bias,
+            x,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.norm2.eps,
+            gamma=self.gamma_1,
+            row_scale=self._row_scale(x),
+        )
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         return ops.mlp_residual(
             normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x)

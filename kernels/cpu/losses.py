@@ -1,0 +1,348 @@
+"""Cross-entropy over a vocabulary on CPU, without the logits of all rows: forward and backward.
+
+Two arrangements, because the product of rows with the vocabulary is all the cost there is:
+
+- `linear_cross_entropy_forward` knows the weight of every row in the loss, so it turns each block of logits into its
+  gradient at once and multiplies it on while it is still there: three products, as in the eager computation. What it
+  keeps is the gradients themselves. A block holds some rows and the whole vocabulary, in slices.
+- `token_log_likelihood_forward` does not know what its rows will be multiplied with. It keeps two numbers a row, and
+  the backward computes the logits a second time: four products, and blocks of one slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .selection import select
+
+# The logits of a block. Fewer rows would make the products slower, more rows gain nothing.
+_BLOCK_BYTES = 56 << 20
+# Vocabulary entries of a slice: the passes over it find it in cache.
+_SLICE = 4096
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+
+Needs = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class RowStatistics(NamedTuple):
+    """The normaliser of a row's softmax in two parts, which keeps its digits where logits are large."""
+
+    maximum: Tensor
+    """`[M]` largest logit."""
+    log_sum: Tensor
+    """`[M]` `log Σ exp(logit - maximum)`."""
+
+
+def linear_cross_entropy_forward(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    needs: Needs = (True, True, True),
+) -> tuple[Tensor, Gradients]:
+    """The loss, and its gradients with respect to those of (h, w, b) that `needs` names.
+
+    Args:
+        h: `[..., K]`; w: `[V, K]`; b: `[V]` or None; target: `[...]` integers.
+        ignore_index: target of rows that do not count; they cost nothing here.
+        label_smoothing: share of the target probability that is spread evenly over the vocabulary.
+        needs: which gradients are wanted. Without any, only one of the three products is computed.
+
+    Returns:
+        The mean over the rows that count, at least fp32 (0 when none does), and (dh, dw, db) for a loss with
+        gradient 1, None where not needed. Working memory: about 60 MB of logits, and an fp32 `[V, K]` when dw of half
+        precision comes from more than one block.
+
+    Raises:
+        IndexError: a target outside the vocabulary.
+    """
+    rows, targets, kept = _counted_rows(h, target, w.shape[0], ignore_index)
+    weight = 1 / max(rows.shape[0], 1)
+    blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
+    gradients = _Accumulators(rows, w, b, needs, len(blocks))
+    slices = _vocabulary_slices(w.shape[0])
+    memory = _Slices(rows, blocks, slices if any(needs) else slices[:1])
+    total = torch.zeros((), dtype=gradients.dtype)
+    for block in blocks:
+        h_block, t_block = rows[block], targets[block]
+        logits: list[Tensor] = []
+        running = _Running(h_block.shape[0], gradients.dtype)
+        for part in slices:
+            piece = _logits(h_block, w, b, part, memory)
+            running.add(piece, t_block, part, label_smoothing)
+            if any(needs):
+                logits.append(piece)
+        statistics = running.statistics()
+        total += running.losses(statistics, label_smoothing, w.shape[0]).sum()
+        coefficients = torch.full((h_block.shape[0],), weight, dtype=gradients.dtype)
+        # The last slice is the one that cache still holds.
+        for part in reversed(slices if any(needs) else []):
+            gradient = _to_gradient(logits.pop(), statistics, t_block, coefficients, part, label_smoothing, w.shape[0])
+            gradients.add(gradient, block, part)
+    return total * weight, gradients.finish(h, kept)
+
+
+def linear_cross_entropy_backward(dloss: Tensor, gradients: Gradients) -> Gradients:
+    """The gradients for a loss whose own gradient is `dloss`, a scalar. For 1 they are returned as they are."""
+    if float(dloss) == 1:
+        return gradients
+    dh, dw, db = (None if g is None else g * dloss.to(g.dtype) for g in gradients)
+    return dh, dw, db
+
+
+def token_log_likelihood_forward(
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, RowStatistics]:
+    """`log softmax(h w^T + b)[target]` of every row, exactly, in one product and the memory of a slice of logits.
+
+    Args:
+        h: `[..., K]`; w: `[V, K]`; b: `[V]` or None; target: `[...]` integers.
+        ignore_index: target of rows whose result is 0, and whose gradients are.
+
+    Returns:
+        `[...]` of at least fp32, and what the backward needs.
+
+    Raises:
+        IndexError: a target outside the vocabulary.
+    """
+    _check_targets(target, w.shape[0], ignore_index)
+    rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    out = torch.empty(rows.shape[0], dtype=dtype)
+    maximum, log_sum = torch.empty_like(out), torch.empty_like(out)
+    blocks, slices = _row_blocks(rows, _SLICE), _vocabulary_slices(w.shape[0])
+    memory = _Slices(rows, blocks, slices[:1])
+    for block in blocks:
+        running = _Running(rows[block].shape[0], dtype)
+        for part in slices:
+            running.add(_logits(rows[block], w, b, part, memory), targets[block], part, 0.0)
+        maximum[block], log_sum[block] = statistics = running.statistics()
+        out[block] = -running.losses(statistics, 0.0, w.shape[0])
+    out.masked_fill_(targets == ignore_index, 0)
+    return out.view(target.shape), RowStatistics(maximum, log_sum)
+
+
+def token_log_likelihood_backward(
+    dout: Tensor,
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    statistics: RowStatistics,
+    ignore_index: int = -100,
+    needs: Needs = (True, True, True),
+) -> Gradients:
+    """(dh, dw, db), None where not needed; `dout` `[...]` is the gradient of every row's log-likelihood."""
+    rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    coefficients = -dout.reshape(-1).to(statistics.maximum.dtype).masked_fill(targets == ignore_index, 0)
+    blocks = _row_blocks(rows, _SLICE)
+    gradients = _Accumulators(rows, w, b, needs, len(blocks))
+    slices = _vocabulary_slices(w.shape[0]) if any(needs) else []
+    memory = _Slices(rows, blocks, slices[:1])
+    for part in slices:
+        for block in blocks:
+            here = RowStatistics(*(s[block] for s in statistics))
+            logits = _logits(rows[block], w, b, part, memory)
+            gradient = _to_gradient(logits, here, targets[block], coefficients[block], part, 0.0, w.shape[0])
+            gradients.add(gradient, block, part)
+    return gradients.finish(h, None)
+
+
+class _Slices:
+    """Memory for the logits of one block, taken once: fresh memory costs a page fault every 4 KB."""
+
+    def __init__(self, h: Tensor, blocks: list[slice], slices: list[slice]) -> None:
+        rows = max((b.stop - b.start for b in blocks), default=0)
+        width = max((s.stop - s.start for s in slices), default=0) + 1
+        self.first = 0
+        self.places = h.new_empty(len(slices), rows * width)
+
+    def next(self, rows: int, width: int) -> Tensor:
+        """The slice that was handed out longest ago; what it holds is anybody's."""
+        place = self.places[self.first % self.places.shape[0], : rows * width]
+        self.first += 1
+        return place.view(rows, width)
+
+
+class _Running:
+    """Softmax normalisers, target logits and sums of logits of some rows, slice by slice."""
+
+    def __init__(self, rows: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.scratch = torch.empty(0, dtype=dtype)
+        self.target_logit = torch.zeros(rows, dtype=dtype)
+        self.total = torch.zeros(rows, dtype=dtype)
+        self.maxima: list[Tensor] = []
+        self.sums: list[Tensor] = []
+
+    def add(self, logits: Tensor, target: Tensor, part: slice, label_smoothing: float) -> None:
+        wide = logits.to(self.dtype)
+        # Of a slice of nothing but -inf, differences to the maximum would be NaN.
+        maximum = wide.amax(1).clamp_min_(torch.finfo(self.dtype).min)
+        self.maxima.append(maximum)
+        self.scratch.resize_(wide.shape)
+        self.sums.append(torch.sub(wide, maximum[:, None], out=self.scratch).exp_().sum(1))
+        inside = _rows_inside(target, part)
+        self.target_logit[inside] = wide[inside, target[inside] - part.start]
+        if label_smoothing:
+            self.total += wide.sum(1)
+
+    def statistics(self) -> RowStatistics:
+        maxima = torch.stack(self.maxima)
+        maximum = maxima.amax(0)
+        return RowStatistics(maximum, (torch.stack(self.sums) * (maxima - maximum).exp_()).sum(0).log_())
+
+    def losses(self, statistics: RowStatistics, label_smoothing: float, vocabulary: int) -> Tensor:
+        losses = statistics.log_sum - (self.target_logit - statistics.maximum)
+        if not label_smoothing:
+            return losses
+        uniform = statistics.log_sum - (self.total / vocabulary - statistics.maximum)
+        return (1 - label_smoothing) * losses + label_smoothing * uniform
+
+
+class _Accumulators:
+    """The three gradients, summed over blocks of rows and slices of the vocabulary, in at least fp32."""
+
+    def __init__(self, h: Tensor, w: Tensor, b: Tensor | None, needs: Needs, blocks: int) -> None:
+        self.h, self.w, self.b = h, w, b
+        self.dtype = torch.promote_types(h.dtype, torch.float32)
+        # One block of rows is summed inside the product, which is as wide; several need a wider place to meet.
+        make = torch.empty_like if blocks else torch.zeros_like
+        self.dw = make(w, dtype=w.dtype if blocks <= 1 else self.dtype) if needs[1] else None
+        self.dh = torch.zeros_like(h, dtype=self.dtype) if needs[0] else None
+        self.db = torch.zeros_like(b, dtype=self.dtype) if needs[2] and b is not None else None
+
+    def add(self, gradient: Tensor, block: slice, part: slice) -> None:
+        if self.dh is not None:
+            _add_product(self.dh[block], gradient, self.w[part].t(), "vocabulary dh")
+        if self.dw is not None:
+            _add_product(self.dw[part], gradient.t(), self.h[block].t(), "vocabulary dw", first=block.start == 0)
+        if self.db is not None:
+            self.db[part] += gradient.sum(0, dtype=self.dtype)
+
+    def finish(self, h: Tensor, kept: Tensor | None) -> Gradients:
+        dh, dw, db = self.dh, self.dw, self.db
+        if dh is not None:
+            dh = dh.to(h.dtype)
+            if kept is not None:
+                dh = dh.new_zeros(h.numel() // h.shape[-1], h.shape[-1]).index_copy_(0, kept, dh)
+            dh = dh.view(h.shape)
+        dw = None if dw is None else dw.to(self.w.dtype)
+        db = None if db is None or self.b is None else db.to(self.b.dtype)
+        return dh, dw, db
+
+
+def _to_gradient(
+    logits: Tensor,
+    statistics: RowStatistics,
+    target: Tensor,
+    coefficients: Tensor,
+    part: slice,
+    label_smoothing: float,
+    vocabulary: int,
+) -> Tensor:
+    """`coefficient · (softmax - smoothed target)` of a slice of logits, which it overwrites where their type allows."""
+    wide = logits.to(statistics.maximum.dtype)
+    wide.sub_(statistics.maximum[:, None]).sub_(statistics.log_sum[:, None]).exp_()
+    if label_smoothing:
+        wide.sub_(label_smoothing / vocabulary)
+    wide.mul_(coefficients[:, None])
+    inside = _rows_inside(target, part)
+    wide[inside, target[inside] - part.start] -= (1 - label_smoothing) * coefficients[inside]
+    return wide.to(logits.dtype)
+
+
+def _rows_inside(target: Tensor, part: slice) -> Tensor:
+    return ((target >= part.start) & (target < part.stop)).nonzero().flatten()
+
+
+def _aten_product(x: Tensor, y: Tensor) -> Tensor:
+    return x @ y.t()
+
+
+def _onednn_product(x: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+
+
+_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"aten": _aten_product, "onednn": _onednn_product}
+
+
+def _chosen(role: str, dtype: torch.dtype) -> str:
+    if dtype not in _ONEDNN_DTYPES:
+        return "aten"
+    return select(role, _PRODUCTS, lambda kind: _example(role, kind), dtype)
+
+
+def _example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Operands of the product `x y^T` that has this role, arranged as in use, about the proportions of a slice."""
+    generator = torch.Generator().manual_seed(0)
+    h, w, g = (torch.randn(s, generator=generator).to(dtype) for s in ((256, 512), (512, 512), (256, 512)))
+    arrangements = {"vocabulary logits": (h, w), "vocabulary dh": (g, w.t()), "vocabulary dw": (g.t(), h.t())}
+    return arrangements[role]
+
+
+def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: _Slices) -> Tensor:
+    bias = None if b is None else b[part]
+    if _chosen("vocabulary logits", h.dtype) == "onednn":
+        product = _onednn_product(h, w[part])
+        return product if bias is None else product.add_(bias)
+    out = memory.next(h.shape[0], part.stop - part.start)
+    if bias is None:
+        return torch.mm(h, w[part].t(), out=out)
+    return torch.addmm(bias, h, w[part].t(), out=out)
+
+
+def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, *, first: bool = False) -> None:
+    """`accumulator += x y^T`; the first time, what it held before does not count."""
+    name = _chosen(role, x.dtype)
+    if name == "aten" and accumulator.dtype == x.dtype:
+        accumulator.addmm_(x, y.t(), beta=0 if first else 1)
+    elif first:
+        accumulator.copy_(_PRODUCTS[name](x, y))
+    else:
+        accumulator.add_(_PRODUCTS[name](x, y))
+
+
+def _check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if bool(outside.any()):
+        raise IndexError(
+            f"target {int(target[outside][0])} is outside the vocabulary of {vocabulary} entries "
+            f"(and is not ignore_index, {ignore_index})"
+        )
+
+
+def _counted_rows(
+    h: Tensor, target: Tensor, vocabulary: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows `[M', K]` and targets that count, and their numbers if some do not."""
+    _check_targets(target, vocabulary, ignore_index)
+    rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    counted = targets != ignore_index
+    if bool(counted.all()):
+        return rows, targets, None
+    kept = counted.nonzero().flatten()
+    return rows[kept], targets[kept], kept
+
+
+def _row_blocks(h: Tensor, width: int) -> list[slice]:
+    """Even blocks of rows whose logits, `width` of them a row, fit the budget."""
+    # Half precision logits are widened slice by slice, so what counts is how they are stored.
+    most = max(1, _BLOCK_BYTES // (width * h.element_size()))
+    return _even(h.shape[0], most)
+
+
+def _vocabulary_slices(vocabulary: int) -> list[slice]:
+    return _even(vocabulary, _SLICE)
+
+
+def _even(length: int, most: int) -> list[slice]:
+    count = -(-length // most)
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]

@@ -1,0 +1,229 @@
+"""LayerNorm with what stands before it, on CPU: residual, LayerScale, DropPath and dropout, or the text embeddings.
+
+PyTorch's own LayerNorm does the work; what is added here is fp32 statistics in every precision, a sum that takes one
+pass, and a backward that returns every gradient at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AddLayerNorm(NamedTuple):
+    """Results of a forward: `normed` in the type of x, `summed` as wide as x and residual, statistics `[rows]`."""
+
+    normed: Tensor
+    summed: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class AddLayerNormGradients(NamedTuple):
+    """Results of a backward; None for what the forward was not given."""
+
+    dx: Tensor
+    dresidual: Tensor | None
+    dweight: Tensor
+    dbias: Tensor | None
+    dgamma: Tensor | None
+
+
+class EmbedGradients(NamedTuple):
+    """Gradients of the tables, of the row of the token type, and of the norm."""
+
+    dword: Tensor
+    dposition: Tensor
+    dtype_row: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> AddLayerNorm:
+    """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
+
+    Args:
+        x, residual: `[..., M]`, of one shape, possibly of two precisions; without a residual the sum is the branch.
+        weight, bias, gamma: `[M]`.
+        row_scale: `[B]`, one factor per entry of the first dimension.
+        dropout_p: probability of zeroing an element of x; 1 zeroes all of them.
+        seed: `[1]` int64 that decides which; required for dropout.
+    """
+    summed = _sum(x, residual, gamma, row_scale, dropout_p, seed)
+    normed, mean, rstd = _normalise(summed, weight, bias, eps)
+    return AddLayerNorm(normed.to(x.dtype), summed, mean, rstd)
+
+
+def add_layer_norm_backward(
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    has_residual: bool = True,
+    has_bias: bool = True,
+) -> AddLayerNormGradients:
+    """Gradients of every floating-point input from those of both results; `dsummed` None means zero.
+
+    `dx` and `dresidual` are one tensor where nothing scales the branch and their precisions agree.
+    """
+    ds, dweight, dbias = _normalise_backward(dnormed, summed, weight, mean, rstd)
+    if dsummed is not None:
+        ds = ds + dsummed
+    wide = _wide(summed)
+    branch, dgamma = ds, None
+    if row_scale is not None:
+        branch = branch * _per_row(row_scale, x)
+    kept = _kept(x, dropout_p, seed)
+    if gamma is not None:
+        dropped = x if kept is None else x * kept
+        dgamma = (branch.to(wide) * dropped).flatten(0, -2).sum(0).to(gamma.dtype)
+        branch = branch * gamma
+    if kept is not None:
+        branch = branch * kept
+    dbias = dbias if has_bias else None
+    return AddLayerNormGradients(branch.to(x.dtype), ds if has_residual else None, dweight, dbias, dgamma)
+
+
+def embed_layer_norm_forward(
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of `word[tokens] + position[positions] + type_row`.
+
+    Args:
+        tokens, positions: `[...]` integers; word: `[V, M]`; position: `[P, M]`; type_row, weight, bias: `[M]`.
+
+    Returns:
+        normed `[..., M]`, and mean and rstd `[rows]`.
+
+    Raises:
+        IndexError: a token or position outside its table.
+    """
+    return _normalise(_embed(tokens, positions, word, position, type_row), weight, bias, eps)
+
+
+def embed_layer_norm_backward(
+    dnormed: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding_idx: int | None = None,
+) -> EmbedGradients:
+    """Gradients of the five floating-point inputs; the sum of embeddings is gathered again instead of kept.
+
+    Row `padding_idx` of both tables receives none, as in RoBERTa.
+    """
+    embedded = _embed(tokens, positions, word, position, type_row)
+    ds, dweight, dbias = _normalise_backward(dnormed, embedded, weight, mean, rstd)
+    skipped = -1 if padding_idx is None else padding_idx
+    rows = ds.reshape(-1, ds.shape[-1]).to(_wide(ds))
+    dword, dposition = (
+        torch.ops.aten.embedding_dense_backward(rows, ids.reshape(-1), table.shape[0], skipped, False).to(table.dtype)
+        for ids, table in ((tokens, word), (positions, position))
+    )
+    return EmbedGradients(dword, dposition, rows.sum(0).to(type_row.dtype), dweight, dbias)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _per_row(row_scale: Tensor, x: Tensor) -> Tensor:
+    return row_scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    """What dropout multiplies x with, the same for the same seed: 0 or 1/(1-p)."""
+    if not dropout_p:
+        return None
+    if seed is None:
+        raise ValueError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+    if dropout_p >= 1:
+        return torch.zeros_like(x)
+    generator = torch.Generator().manual_seed(int(seed))
+    kept = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - dropout_p, generator=generator)
+    return kept.mul_(1 / (1 - dropout_p))
+
+
+def _sum(
+    x: Tensor,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    kept = _kept(x, dropout_p, seed)
+    branch = x if kept is None else x * kept
+    if row_scale is not None:
+        branch = branch * _per_row(row_scale, x)
+    if residual is None:
+        return branch if gamma is None else (branch * gamma).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    if gamma is None:
+        return residual + branch.to(dtype)
+    if residual.dtype == branch.dtype == gamma.dtype:
+        return torch.addcmul(residual, branch, gamma)
+    return residual + (branch * gamma).to(dtype)
+
+
+def _normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    # PyTorch keeps the statistics in the type of the parameters, so these are what has to be wide.
+    wide = _wide(summed)
+    bias = None if bias is None else bias.to(wide)
+    normed, mean, rstd = torch.native_layer_norm(summed, (summed.shape[-1],), weight.to(wide), bias, eps)
+    return normed, mean.flatten(), rstd.flatten()
+
+
+def _normalise_backward(
+    dnormed: Tensor, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = summed.reshape(-1, summed.shape[-1])
+    wide = weight.to(_wide(summed))
+    ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dnormed.reshape(rows.shape).to(rows.dtype),
+        rows,
+        (rows.shape[1],),
+        mean[:, None],
+        rstd[:, None],
+        wide,
+        torch.empty_like(wide),
+        [True, True, True],
+    )
+    return ds.view(summed.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _embed(tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, type_row: Tensor) -> Tensor:
+    return F.embedding(tokens, word).add_(type_row).add_(F.embedding(positions, position))

@@ -1,0 +1,1 @@
+"""Triton kernels, one file a family; launch configurations and compile specifications lie beside them."""

@@ -1,0 +1,205 @@
+"""One step of attention over one tile, forward and backward: FlashAttention-2 (arXiv 2307.08691).
+
+Both attention families loop over these steps; they differ in where a tile lies. Conventions:
+
+- A head dimension comes as two pieces `_a` and `_b` (see `split_head_dim`); without a second piece, D_B is 0 and the
+  `_b` operands are dummies that the compiler removes.
+- Products accumulate in fp32. The softmax is computed in base 2. With a bias, scores are `q·k * SCALE + bias`; without,
+  they stay unscaled and the scale is applied within the exponent.
+- MASKED says that the tile may extend beyond the last row; `inside` tells where it does.
+- THRESHOLD is the dropout probability times 2³² (0: none).
+"""
+
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.random import philox_impl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(pointers, inside, MASKED: tl.constexpr):
+    """A tile of rows, with zeros for rows outside when `MASKED`."""
+    if MASKED:
+        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_pieces(base, rows, stride, inside, D_A: tl.constexpr, D_B: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a matrix with contiguous columns, in two pieces."""
+    pointers = base + rows[:, None] * stride
+    a = load_rows(pointers + tl.arange(0, D_A)[None, :], inside, MASKED)
+    b = a
+    if D_B > 0:
+        b = load_rows(pointers + (D_A + tl.arange(0, D_B)[None, :]), inside, MASKED)
+    return a, b
+
+
+@triton.jit
+def store_pieces(base, rows, stride, inside, a, b, D_A: tl.constexpr, D_B: tl.constexpr):
+    """The counterpart of `load_pieces`, converting to the type of the destination."""
+    pointers = base + rows[:, None] * stride
+    tl.store(pointers + tl.arange(0, D_A)[None, :], a.to(base.dtype.element_ty), mask=inside[:, None])
+    if D_B > 0:
+        b_pointers = pointers + (D_A + tl.arange(0, D_B)[None, :])
+        tl.store(b_pointers, b.to(base.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def product(x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows of x times rows of y, over the head dimension."""
+    out = tl.dot(x_a, tl.trans(y_a), input_precision=PRECISION)
+    if D_B > 0:
+        out = tl.dot(x_b, tl.trans(y_b), out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
+def dropout_keep(seed, head, queries, keys, THRESHOLD: tl.constexpr):
+    """Which attention weights dropout keeps: a function of the seed, the head and the element, whatever the tiles.
+
+    Philox with 7 rounds (Salmon et al. 2011) of the counter (key, query, head, 0). `queries` and `keys` are broadcast
+    against each other, so the first rounds cost only rows and columns.
+    """
+    queries = queries.to(tl.uint32)
+    keys = keys.to(tl.uint32)
+    head = head.to(tl.uint32)
+    key_low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key_high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    bits, _, _, _ = philox_impl(keys, queries, head, head * 0, key_low, key_high, 7)
+    return bits >= THRESHOLD
+
+
+@triton.jit
+def forward_tile(
+    q_a, q_b, acc_a, acc_b, row_max, row_sum,
+    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, head, queries, keys,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over one tile of keys: updated (acc_a, acc_b, row_max, row_sum).
+
+    `inside` [BLOCK_N]: keys that exist, used when MASKED; `allowed` [BLOCK_N]: keys that may be attended to, used when
+    HAS_MASK. With a bias neither is needed for the scores, since the bias of a missing key is -inf.
+    """
+    columns = tl.arange(0, BLOCK_N)
+    k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
+    scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
+    if HAS_BIAS:
+        scores = scores * SCALE + tl.load(bias_pointers).to(tl.float32)
+    elif HAS_MASK:
+        scores = tl.where(allowed[None, :], scores, float("-inf"))
+    elif MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    factor: tl.constexpr = LOG2E if HAS_BIAS else SCALE * LOG2E
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    finite_max = new_max
+    if HAS_MASK:
+        # Rows without an allowed key so far: -inf minus -inf must not become NaN.
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    shrink = tl.exp2((row_max - finite_max) * factor)
+    weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if THRESHOLD > 0:
+        weights = tl.where(dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
+    v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
+    weights = weights.to(v_a.dtype)
+    acc_a = tl.dot(weights, v_a, acc_a * shrink[:, None], input_precision=PRECISION)
+    if D_B > 0:
+        acc_b = tl.dot(weights, v_b, acc_b * shrink[:, None], input_precision=PRECISION)
+    return acc_a, acc_b, new_max, row_sum
+
+
+@triton.jit
+def softmax_weights(scores, row_lse, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """exp(SCALE · scores - logsumexp), with what `backward_statistics` made of the logsumexp, broadcast against scores.
+
+    Half precision takes the logsumexp in base 2 and spends one instruction before the exponential. In fp32 its rounding
+    would show in the result, so the difference is taken first.
+    """
+    if PRECISION == "ieee":
+        weights = tl.exp2((scores * SCALE - row_lse) * LOG2E)
+    else:
+        weights = tl.exp2(scores * (SCALE * LOG2E) - row_lse)
+    return weights
+
+
+@triton.jit
+def dkdv_tile(
+    k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
+    q_base, g_base, stride_qn, stride_gn, lse_pointer, delta_pointer, bias_pointers, inside, seed, head, queries, keys,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
+
+    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. Queries
+    outside need no mask on scores: their lse is +inf, which makes their weights zero.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    q_a, q_b = load_pieces(q_base, rows, stride_qn, inside, D_A, D_B, MASKED)
+    if MASKED:
+        row_lse = tl.load(lse_pointer + rows, mask=inside, other=float("inf"))
+        delta = tl.load(delta_pointer + rows, mask=inside, other=0.0)
+    else:
+        row_lse = tl.load(lse_pointer + rows)
+        delta = tl.load(delta_pointer + rows)
+    scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION)
+    if HAS_BIAS:
+        scores = scores * SCALE + tl.trans(tl.load(bias_pointers)).to(tl.float32)
+    weights = softmax_weights(scores, row_lse[None, :], 1.0 if HAS_BIAS else SCALE, PRECISION)
+    g_a, g_b = load_pieces(g_base, rows, stride_gn, inside, D_A, D_B, MASKED)
+    dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
+    kept = weights
+    if THRESHOLD > 0:
+        rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
+        keep = dropout_keep(seed, head, queries[None, :], keys[:, None], THRESHOLD)
+        kept = tl.where(keep, weights * rescale, 0.0)
+        dweights = tl.where(keep, dweights * rescale, 0.0)
+    dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
+    kept = kept.to(q_a.dtype)
+    dv_a = tl.dot(kept, g_a, dv_a, input_precision=PRECISION)
+    dk_a = tl.dot(dscores, q_a, dk_a, input_precision=PRECISION)
+    if D_B > 0:
+        dv_b = tl.dot(kept, g_b, dv_b, input_precision=PRECISION)
+        dk_b = tl.dot(dscores, q_b, dk_b, input_precision=PRECISION)
+    return dk_a, dk_b, dv_a, dv_b
+
+
+@triton.jit
+def dq_tile(
+    q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta,
+    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, head, queries, keys,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries from one tile of keys; it still lacks SCALE."""
+    columns = tl.arange(0, BLOCK_N)
+    k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
+    scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
+    if HAS_BIAS:
+        scores = scores * SCALE + tl.load(bias_pointers).to(tl.float32)
+    elif HAS_MASK:
+        scores = tl.where(allowed[None, :], scores, float("-inf"))
+    elif MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    weights = softmax_weights(scores, row_lse[:, None], 1.0 if HAS_BIAS else SCALE, PRECISION)
+    v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
+    dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
+    if THRESHOLD > 0:
+        rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
+        keep = dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD)
+        dweights = tl.where(keep, dweights * rescale, 0.0)
+    dscores = (weights * (dweights - delta[:, None])).to(k_a.dtype)
+    dq_a = tl.dot(dscores, k_a, dq_a, input_precision=PRECISION)
+    if D_B > 0:
+        dq_b = tl.dot(dscores, k_b, dq_b, input_precision=PRECISION)
+    return dq_a, dq_b

@@ -1,0 +1,365 @@
+"""Cross-entropy over a vocabulary on a GPU, without the logits of all rows.
+
+The library multiplies a block of rows with a slice of the vocabulary into one buffer, small enough to stay in the
+second-level cache, and one kernel passes over it: the forward folds the slice into the running softmax of every row,
+the backward computes the slice again and replaces it by its gradient, which two more products consume.
+
+So a row keeps two numbers, and forward and backward take four products instead of three. Keeping the gradients instead,
+as the CPU path does, would save the fourth; but here products are cheap and memory traffic is not: several blocks of
+rows would each add an fp32 `[V, K]` to the last one's. A slice of dw is written once, from all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import launch_options
+from .spec import KernelSpec, LaunchConfig
+
+Needs = tuple[bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# Columns of a slice, and bytes of a block of it: half of an H100's or A100's second-level cache.
+_SLICE = 8192
+_BUFFER_BYTES = 24 << 20
+
+
+class RowStatistics(NamedTuple):
+    """The normaliser of a row's softmax in two parts, which keeps its digits where logits are large; `[M]` fp32."""
+
+    maximum: Tensor
+    log_sum: Tensor
+
+
+@triton.jit
+def load_slice(pointers, offsets, columns):
+    """Logits of a slice in fp32, -inf beyond its columns.
+
+    A row of the buffer is longer than the slice. What lies between its end and the next multiple of 16 is loaded, and
+    stored, with it: a mask that may end anywhere would make every load as narrow as one element.
+    """
+    logits = tl.load(pointers, mask=offsets < (columns + 15) // 16 * 16, other=0.0).to(tl.float32)
+    return tl.where(offsets < columns, logits, float("-inf"))
+
+
+@triton.jit
+def running_softmax_kernel(
+    logits_ptr,
+    target_ptr,
+    maximum_ptr,
+    sum_ptr,
+    picked_ptr,
+    total_ptr,
+    loss_ptr,
+    stride_logits,
+    start,
+    columns,
+    vocabulary,
+    ignore_index,
+    smoothing,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: slice `[start, start + columns)` joins the row's maximum, sum, target logit and total.
+
+    The last slice leaves the logarithm of the sum, and the loss: 0 where ignored, NaN for a target outside.
+    """
+    row = tl.program_id(0)
+    target = tl.load(target_ptr + row)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < columns
+    base = logits_ptr + row.to(tl.int64) * stride_logits
+    logits = load_slice(base + offsets, offsets, columns)
+    # Of a slice of nothing but -inf, differences to the maximum would be NaN.
+    maximum = tl.maximum(tl.max(logits, 0), -3.0e38)
+    here = (target >= start) & (target < start + columns)
+    picked = tl.load(base + (target - start), mask=here, other=0.0).to(tl.float32)
+    total = picked
+    if SMOOTH:
+        total = tl.sum(tl.where(inside, logits, 0.0), 0)
+    if FIRST:
+        sums = tl.sum(tl.exp(logits - maximum), 0)
+    else:
+        before = tl.load(maximum_ptr + row)
+        maximum = tl.maximum(maximum, before)
+        sums = tl.load(sum_ptr + row) * tl.exp(before - maximum) + tl.sum(tl.exp(logits - maximum), 0)
+        picked += tl.load(picked_ptr + row)
+        if SMOOTH:
+            total += tl.load(total_ptr + row)
+    tl.store(maximum_ptr + row, maximum)
+    if LAST:
+        log_sum = tl.log(sums)
+        loss = log_sum - (picked - maximum)
+        if SMOOTH:
+            loss = (1 - smoothing) * loss + smoothing * (log_sum - (total / vocabulary - maximum))
+        wrong = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
+        tl.store(sum_ptr + row, tl.where(wrong, float("nan"), log_sum))
+        tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, tl.where(wrong, float("nan"), loss)))
+    else:
+        tl.store(sum_ptr + row, sums)
+        tl.store(picked_ptr + row, picked)
+        if SMOOTH:
+            tl.store(total_ptr + row, total)
+
+
+@triton.jit
+def softmax_gradient_kernel(
+    logits_ptr,
+    target_ptr,
+    maximum_ptr,
+    log_sum_ptr,
+    coefficient_ptr,
+    stride_logits,
+    start,
+    columns,
+    vocabulary,
+    smoothing,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: a slice of logits becomes `coefficient · (softmax - smoothed target)`, in place."""
+    row = tl.program_id(0)
+    target = tl.load(target_ptr + row)
+    maximum = tl.load(maximum_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    coefficient = tl.load(coefficient_ptr + row)
+    offsets = tl.arange(0, BLOCK)
+    place = logits_ptr + row.to(tl.int64) * stride_logits + offsets
+    logits = load_slice(place, offsets, columns)
+    share = tl.exp(logits - maximum - log_sum) - smoothing / vocabulary
+    share = tl.where(start + offsets == target, share - (1 - smoothing), share)
+    # A row that does not count must not count by a logit of NaN or infinity either.
+    gradient = tl.where(coefficient == 0.0, 0.0, coefficient * share)
+    tl.store(place, gradient, mask=offsets < (columns + 15) // 16 * 16)
+
+
+def linear_cross_entropy_forward(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, RowStatistics]:
+    """Mean cross-entropy of `h w^T + b` over the rows that are not ignored, fp32; 0 when all of them are.
+
+    Args:
+        h: `[..., K]`; w: `[V, K]`; b: `[V]` or None; target: `[...]` integers.
+        ignore_index: target of rows that do not count.
+        label_smoothing: share of the target probability that is spread evenly over the vocabulary.
+
+    Returns:
+        The loss, NaN when a target is outside the vocabulary, and what the backward needs.
+    """
+    losses, statistics = _row_losses(h, w, b, target, ignore_index, label_smoothing)
+    return losses.sum() / (target != ignore_index).sum().clamp_min(1), statistics
+
+
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    statistics: RowStatistics,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    needs: Needs = (True, True, True),
+) -> Gradients:
+    """(dh, dw, db), None where `needs` says so, for a loss whose own gradient is the scalar `dloss`."""
+    counted = target.reshape(-1) != ignore_index
+    coefficients = counted * (dloss.float() / counted.sum().clamp_min(1))
+    return _gradients(coefficients, h, w, b, target, statistics, label_smoothing, needs)
+
+
+def token_log_likelihood_forward(
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100
+) -> tuple[Tensor, RowStatistics]:
+    """`log softmax(h w^T + b)[target]` of every row `[...]`, fp32: 0 where ignored, NaN outside the vocabulary."""
+    losses, statistics = _row_losses(h, w, b, target, ignore_index, 0.0)
+    # Subtracted, so that an ignored row has 0 and not -0.
+    return (0 - losses).view(target.shape), statistics
+
+
+def token_log_likelihood_backward(
+    dout: Tensor,
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    statistics: RowStatistics,
+    ignore_index: int = -100,
+    needs: Needs = (True, True, True),
+) -> Gradients:
+    """(dh, dw, db), None where `needs` says so; `dout` `[...]` is the gradient of every row's log-likelihood."""
+    coefficients = -dout.reshape(-1).float().masked_fill(target.reshape(-1) == ignore_index, 0)
+    return _gradients(coefficients, h, w, b, target, statistics, 0.0, needs)
+
+
+class _Blocks:
+    """How rows and vocabulary are cut, and the buffer for the logits of one block of rows and one slice."""
+
+    def __init__(self, h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> None:
+        self.h, self.w, self.b = h.reshape(-1, h.shape[-1]), w, b
+        self.target = target.reshape(-1).contiguous()
+        count, vocabulary = self.h.shape[0], w.shape[0]
+        # Slices of nearly one size, whose rows start at aligned addresses.
+        self.width = _round_up(triton.cdiv(vocabulary, triton.cdiv(vocabulary, _SLICE)), 64)
+        most = max(1, _BUFFER_BYTES // (self.width * h.element_size()))
+        self.slices = [slice(i, min(i + self.width, vocabulary)) for i in range(0, vocabulary, self.width)]
+        self.rows = [slice(i, min(i + most, count)) for i in range(0, count, most)]
+        self.buffer = torch.empty(min(most, count), self.width, dtype=h.dtype, device=h.device)
+        self.config = softmax_config(self.width)
+
+    def logits(self, rows: slice, part: slice) -> Tensor:
+        out = self.buffer[: rows.stop - rows.start, : part.stop - part.start]
+        if self.b is None:
+            return torch.mm(self.h[rows], self.w[part].t(), out=out)
+        return torch.addmm(self.b[part], self.h[rows], self.w[part].t(), out=out)
+
+
+def _row_losses(
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, RowStatistics]:
+    blocks = _Blocks(h, w, b, target)
+    count = blocks.h.shape[0]
+    maximum, sums, picked, total, losses = (torch.empty(count, dtype=torch.float32, device=h.device) for _ in range(5))
+    for rows in blocks.rows:
+        for part in blocks.slices:
+            logits = blocks.logits(rows, part)
+            running_softmax_kernel[(logits.shape[0],)](
+                logits,
+                blocks.target[rows],
+                maximum[rows],
+                sums[rows],
+                picked[rows],
+                total[rows],
+                losses[rows],
+                blocks.width,
+                part.start,
+                logits.shape[1],
+                w.shape[0],
+                ignore_index,
+                label_smoothing,
+                **launch_options(
+                    blocks.config, FIRST=part.start == 0, LAST=part.stop == w.shape[0], SMOOTH=label_smoothing > 0
+                ),
+            )
+    return losses, RowStatistics(maximum, sums)
+
+
+def _gradients(
+    coefficients: Tensor,
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    statistics: RowStatistics,
+    label_smoothing: float,
+    needs: Needs,
+) -> Gradients:
+    blocks = _Blocks(h, w, b, target)
+    several = len(blocks.rows) != 1
+    dh = torch.zeros(blocks.h.shape, dtype=torch.float32, device=h.device) if needs[0] else None
+    dw = torch.empty(w.shape, dtype=w.dtype, device=w.device) if needs[1] else None
+    db = torch.zeros(b.shape, dtype=torch.float32, device=b.device) if needs[2] and b is not None else None
+    for part in blocks.slices if any(needs) else []:
+        dw_part = (
+            torch.zeros(part.stop - part.start, w.shape[1], dtype=torch.float32, device=w.device) if several else None
+        )
+        for rows in blocks.rows:
+            gradient = blocks.logits(rows, part)
+            softmax_gradient_kernel[(gradient.shape[0],)](
+                gradient,
+                blocks.target[rows],
+                statistics.maximum[rows],
+                statistics.log_sum[rows],
+                coefficients[rows],
+                blocks.width,
+                part.start,
+                gradient.shape[1],
+                w.shape[0],
+                label_smoothing,
+                **launch_options(blocks.config),
+            )
+            if dh is not None:
+                dh[rows] += _wide_product(gradient, w[part])
+            if db is not None:
+                db[part] += gradient.sum(0, dtype=torch.float32)
+            if dw is not None and dw_part is None:
+                torch.mm(gradient.t(), blocks.h[rows], out=dw[part])
+            elif dw is not None and dw_part is not None:
+                dw_part += _wide_product(gradient.t(), blocks.h[rows])
+        if dw is not None and dw_part is not None:
+            dw[part] = dw_part
+    return (
+        None if dh is None else dh.to(h.dtype).view(h.shape),
+        dw,
+        None if db is None or b is None else db.to(b.dtype),
+    )
+
+
+def _wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """A product that meets others in a sum: fp32 where the library can leave it so."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.mm(x, y)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return triton.cdiv(value, multiple) * multiple
+
+
+def softmax_config(width: int) -> LaunchConfig:
+    """A slice of a row in registers, up to 32 elements a thread."""
+    block = max(64, triton.next_power_of_2(width))
+    return LaunchConfig({"BLOCK": block}, num_warps=min(8, max(1, block // 512)), num_stages=1)
+
+
+_INTEGERS = ("stride_logits", "start", "columns", "vocabulary")
+_STATE = ("maximum_ptr", "sum_ptr", "picked_ptr", "total_ptr", "loss_ptr")
+
+
+def _running_types(variant: Any, dtype: str) -> dict[str, str]:
+    pointers = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64"} | dict.fromkeys(_STATE, "*fp32")
+    return pointers | dict.fromkeys((*_INTEGERS, "ignore_index"), "i32") | {"smoothing": "fp32"}
+
+
+def _gradient_types(variant: Any, dtype: str) -> dict[str, str]:
+    rows = ("maximum_ptr", "log_sum_ptr", "coefficient_ptr")
+    pointers = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64"} | dict.fromkeys(rows, "*fp32")
+    return pointers | dict.fromkeys(_INTEGERS, "i32") | {"smoothing": "fp32"}
+
+
+KERNELS: list[KernelSpec] = [
+    KernelSpec(
+        name="running_softmax",
+        kernel=running_softmax_kernel,
+        variants=(
+            {"width": 7232, "first": False, "last": False, "smooth": False},
+            {"width": 7232, "first": False, "last": True, "smooth": True},
+        ),
+        types=_running_types,
+        constants=lambda variant, dtype, config: {
+            **{name.upper(): variant[name] for name in ("first", "last", "smooth")},
+            **config.tiles,
+        },
+        config=lambda variant, dtype, arch: softmax_config(variant["width"]),
+        tensor_core=False,
+    ),
+    KernelSpec(
+        name="softmax_gradient",
+        kernel=softmax_gradient_kernel,
+        variants=({"width": 7232},),
+        types=_gradient_types,
+        constants=lambda variant, dtype, config: dict(config.tiles),
+        config=lambda variant, dtype, arch: softmax_config(variant["width"]),
+        tensor_core=False,
+    ),
+]

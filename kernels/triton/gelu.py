@@ -1,0 +1,180 @@
+"""GELU (erf form) with the bias of the layer before it: the product's output is read once and saved once.
+
+The product itself is the library's. It leaves the pre-activation without its bias, and this is all the backward needs:
+bias and activation are added again while the gradient passes through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import contiguous_rows, first_stage_programs, launch_options, ordered_sum
+from .spec import KernelSpec, LaunchConfig
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
+
+FORWARD = LaunchConfig({"BLOCK": 1024, "ROWS": 2}, num_warps=4, num_stages=1)
+BACKWARD = LaunchConfig({"BLOCK": 512, "ROWS": 4}, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def bias_gelu_forward_kernel(
+    y_ptr, bias_ptr, out_ptr, stride_y, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """One program for ROWS rows and BLOCK columns."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    far = rows.to(tl.int64)[:, None]
+    z = tl.load(y_ptr + far * stride_y + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    gelu = 0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))
+    tl.store(out_ptr + far * WIDTH + columns[None, :], gelu, mask=inside)
+
+
+@triton.jit
+def bias_gelu_backward_kernel(
+    dout_ptr,
+    y_ptr,
+    bias_ptr,
+    dy_ptr,
+    partials_ptr,
+    stride_dout,
+    stride_y,
+    count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program (p, c) takes the steps p, p + programs, ... of ROWS rows, in BLOCK columns.
+
+    Partials are `[programs, WIDTH]`.
+    """
+    program = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    across = columns < WIDTH
+    dbias = tl.zeros([BLOCK], tl.float32)
+    bias = tl.zeros([1, BLOCK], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=across, other=0.0).to(tl.float32)[None, :]
+    for step in range(program, tl.cdiv(count, ROWS), tl.num_programs(0)):
+        rows = step * ROWS + tl.arange(0, ROWS)
+        inside = (rows < count)[:, None] & across[None, :]
+        far = rows.to(tl.int64)[:, None]
+        z = tl.load(y_ptr + far * stride_y + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + far * stride_dout + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        z += bias
+        below = 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))
+        dy = dout * (below + z * tl.exp(-0.5 * z * z) * _SQRT_HALF_OVER_PI)
+        tl.store(dy_ptr + far * WIDTH + columns[None, :], dy, mask=inside)
+        if bias_ptr is not None:
+            dbias += tl.sum(dy, 0)
+    if bias_ptr is not None:
+        tl.store(partials_ptr + program * WIDTH + columns, dbias, mask=across)
+
+
+def bias_gelu_forward(y: Tensor, bias: Tensor | None, *, overwrite: bool = False) -> Tensor:
+    """`gelu(y + bias)`, erf form.
+
+    Args:
+        y: `[..., N]`; bias: `[N]` or None.
+        overwrite: put the result where a contiguous y was, for when no backward will ask for it.
+    """
+    rows = contiguous_rows(y)
+    count, width = rows.shape
+    out = y if overwrite and y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if rows.numel():
+        config = _fitted(FORWARD, width)
+        bias_gelu_forward_kernel[_grid(config, triton.cdiv(count, config.tiles["ROWS"]), width)](
+            rows, bias, out, rows.stride(0), count, **launch_options(config, WIDTH=width)
+        )
+    return out
+
+
+def bias_gelu_backward(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(dy, dbias) from the gradient `[..., N]` of the result and the y of the forward."""
+    rows, upstream = contiguous_rows(y), contiguous_rows(dout)
+    count, width = rows.shape
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    config = _fitted(BACKWARD, width)
+    programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), y.device)
+    partials = None
+    if bias is not None:
+        partials = torch.empty(1, programs, width, dtype=torch.float32, device=y.device)
+    bias_gelu_backward_kernel[_grid(config, programs, width)](
+        upstream,
+        rows,
+        bias,
+        dy,
+        partials,
+        upstream.stride(0),
+        rows.stride(0),
+        count,
+        **launch_options(config, WIDTH=width),
+    )
+    if bias is None or partials is None:
+        return dy, None
+    return dy, ordered_sum(partials, bias)[0]
+
+
+def linear_gelu_forward(x: Tensor, w: Tensor, b: Tensor | None, *, keep: bool = True) -> tuple[Tensor, Tensor | None]:
+    """`gelu(x w^T + b)` and, to `keep` for the backward, `x w^T`. x `[..., K]`, w `[N, K]`, b `[N]` → `[..., N]`."""
+    y = torch.matmul(x, w.t())
+    return bias_gelu_forward(y, b, overwrite=not keep), y if keep else None
+
+
+def linear_gelu_backward(
+    dout: Tensor, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, needs: tuple[bool, bool, bool] = (True, True, True)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dw, db), None where `needs` says so; y is what the forward kept."""
+    dy, db = bias_gelu_backward(dout, y, b)
+    dx = torch.matmul(dy, w) if needs[0] else None
+    dw = torch.mm(contiguous_rows(dy).t(), x.reshape(-1, x.shape[-1])) if needs[1] else None
+    return dx, dw, db if needs[2] else None
+
+
+def _fitted(config: LaunchConfig, width: int) -> LaunchConfig:
+    """Narrow layers take no wider a tile than they fill."""
+    block = min(config.tiles["BLOCK"], max(16, triton.next_power_of_2(width)))
+    return LaunchConfig({**config.tiles, "BLOCK": block}, config.num_warps, config.num_stages)
+
+
+def _grid(config: LaunchConfig, programs: int, width: int) -> tuple[int, int]:
+    return programs, triton.cdiv(width, config.tiles["BLOCK"])
+
+
+def _spec(
+    name: str, kernel: Any, pointers: tuple[str, ...], strides: tuple[str, ...], config: LaunchConfig
+) -> KernelSpec:
+    def types(variant: Any, dtype: str) -> dict[str, str]:
+        places = {p: "*fp32" if p == "partials_ptr" else f"*{dtype}" for p in pointers}
+        return places | dict.fromkeys((*strides, "count"), "i32")
+
+    return KernelSpec(
+        name=name,
+        kernel=kernel,
+        variants=({"width": 768}, {"width": 3072}),
+        types=types,
+        constants=lambda variant, dtype, config: {"WIDTH": variant["width"], **config.tiles},
+        config=lambda variant, dtype, arch: _fitted(config, variant["width"]),
+        tensor_core=False,
+    )
+
+
+KERNELS: list[KernelSpec] = [
+    _spec("bias_gelu_forward", bias_gelu_forward_kernel, ("y_ptr", "bias_ptr", "out_ptr"), ("stride_y",), FORWARD),
+    _spec(
+        "bias_gelu_backward",
+        bias_gelu_backward_kernel,
+        ("dout_ptr", "y_ptr", "bias_ptr", "dy_ptr", "partials_ptr"),
+        ("stride_dout", "stride_y"),
+        BACKWARD,
+    ),
+]

@@ -1,0 +1,152 @@
+"""Launch configurations: a tuned table where there is one, else a heuristic that was chosen with the compiler's report.
+
+A table is `kernels/tuning/sm_<arch>.json`:
+
+    {"relpos_forward": {"bf16/64": {"tiles": {"BLOCK_M": 128, "BLOCK_N": 64}, "num_warps": 8, "num_stages": 3}}}
+
+Nothing is tuned while a program runs.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from .spec import TRITON_TYPE, LaunchConfig
+
+_TUNING = Path(__file__).resolve().parent.parent / "tuning"
+
+
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0. The interpreter, on a CPU, takes the configurations of the oldest architecture."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Triton's name of a compute type: `bf16`.
+
+    Raises:
+        TypeError: the kernels do not compute in this type.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in TRITON_TYPE:
+        raise TypeError(f"the Triton kernels compute in {', '.join(TRITON_TYPE)}; got {name}")
+    return TRITON_TYPE[name]
+
+
+@cache
+def _tuned(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
+    path = _TUNING / f"sm_{arch}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@cache
+def config_for(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
+    """The configuration of a kernel: the tuned one of this architecture if there is one, else the heuristic one.
+
+    Args:
+        kernel: a `KernelSpec.name`.
+        dtype: Triton's name, such as `"bf16"`.
+        arch: 80, 86, 89, 90, 100, 120, …
+    """
+    row = _tuned(arch).get(kernel, {}).get(f"{dtype}/{head_dim}")
+    if row is None:
+        return heuristic_config(kernel, head_dim, dtype, arch)
+    return LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"])
+
+
+# (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
+# 64, up to 96, and 128. Programs of the forward, dq and dbias kernels own queries, those of the dkdv kernels keys.
+_Row = tuple[int, int, int, int]
+_HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
+    "relpos_forward": {
+        80: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
+        90: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+        100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        120: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
+    },
+    "relpos_dkdv": {
+        80: ((64, 32, 4, 2), (64, 16, 8, 2), (64, 32, 8, 2)),
+        90: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        120: ((64, 16, 4, 2), (64, 16, 8, 2), (64, 32, 8, 2)),
+    },
+    "relpos_dq": {
+        80: ((64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)),
+        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        100: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+        120: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    },
+    "relpos_dbias": {
+        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        100: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    },
+    "varlen_forward": {
+        80: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
+        90: ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        100: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        120: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
+    },
+    "varlen_dkdv": {
+        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+        90: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        120: ((64, 32, 4, 2), (64, 16, 8, 2), (64, 32, 8, 2)),
+    },
+    "varlen_dq": {
+        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+        90: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+    },
+}
+# Sequences of at most 32 tokens; and packed attention with dropout or a mask of keys, which take registers.
+_SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
+_SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
+
+
+def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
+    """A configuration without spills, and with room for two programs per multiprocessor at head dimension 64.
+
+    Architectures between those of the table (86, 89, 103, 121) take the nearest one whose shared memory fits.
+    """
+    if dtype == "fp32":
+        own, other, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
+    else:
+        column = 0 if head_dim <= 64 else 1 if head_dim <= 96 else 2
+        if kernel.endswith("_short"):
+            rows = _SHORT
+        elif kernel.endswith(("_dropout", "_masked")):
+            rows = _SELECTIVE
+        else:
+            rows = _HALF[kernel][_nearest(arch)]
+        own, other, warps, stages = rows[column]
+    block_m, block_n = (other, own) if "_dkdv" in kernel else (own, other)
+    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
+
+
+def _nearest(arch: int) -> int:
+    if arch < 90:
+        return 80 if arch == 80 else 120
+    return 90 if arch < 100 else 100 if arch < 120 else 120
+
+
+def tail_size(tokens: int, block: int) -> int:
+    """Rows of the last, partial tile: 0, or the smallest power of two from 16 up that holds the rest.
+
+    Tiles of up to 32 rows have no tile of another size behind them; it would save little.
+    """
+    rest = tokens % block
+    if rest == 0 or block <= 32:
+        return block if rest else 0
+    return max(16, triton.next_power_of_2(rest))

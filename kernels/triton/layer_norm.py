@@ -1,0 +1,290 @@
+"""Residual, LayerScale, DropPath and dropout with the LayerNorm behind them: one pass forward, one pass backward.
+
+Statistics are fp32 in every precision. The backward goes over the rows once: every program takes each n-th step of a
+few rows, keeps the gradients of the parameters in registers and leaves them as partial sums, which `ordered_sum` adds
+in a fixed order. What dropout zeroes follows from (seed, row, column), so it is computed twice and stored never.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .layer_norm_kernels import add_layer_norm_backward_kernel, add_layer_norm_forward_kernel
+from .rows import contiguous_rows, first_stage_programs, launch_options, ordered_sum
+from .spec import KernelSpec, LaunchConfig
+
+LARGEST_WIDTH = 8192
+_DROPOUT_STEPS = 1 << 24
+
+
+class AddLayerNorm(NamedTuple):
+    """The forward: `normed` in the type of x, `summed` as wide as x and residual, fp32 statistics `[rows]`."""
+
+    normed: Tensor
+    summed: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class AddLayerNormGradients(NamedTuple):
+    """Results of the backward; None for what the forward was not given."""
+
+    dx: Tensor
+    dresidual: Tensor | None
+    dweight: Tensor
+    dbias: Tensor | None
+    dgamma: Tensor | None
+
+
+def forward_config(width: int) -> LaunchConfig:
+    """One row a program, 16 elements a thread."""
+    block = max(16, triton.next_power_of_2(width))
+    return LaunchConfig({"BLOCK": block, "ROWS": 1}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+
+
+def backward_config(width: int) -> LaunchConfig:
+    """Several rows a step while they are short: their loads are under way together."""
+    block = max(16, triton.next_power_of_2(width))
+    rows = max(1, min(4, 2048 // block))
+    # Wide rows need more threads, for their sums to stay in registers.
+    warps = max(1, rows * block // (512 if block <= 2048 else 256))
+    return LaunchConfig({"BLOCK": block, "ROWS": rows}, warps, num_stages=1)
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> AddLayerNorm:
+    """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
+
+    Args:
+        x, residual: `[..., M]`, of one shape, possibly of two precisions; without a residual the sum is the branch.
+            M is at most 8192.
+        weight, bias, gamma: `[M]`.
+        row_scale: `[B]`, one factor per entry of the first dimension.
+        dropout_p: probability of zeroing an element of x; 1 zeroes all of them.
+        seed: `[1]` int64 on the device that decides which; required for dropout.
+
+    Returns:
+        `summed` is x itself where nothing is added or multiplied.
+    """
+    width, rows = width_of(x), contiguous_rows(x)
+    plain = residual is None and gamma is None and row_scale is None and not dropout_p
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = x if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean, rstd = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    added = None if residual is None else contiguous_rows(residual)
+    config = forward_config(width)
+    drop_below, keep_scale = _dropout(dropout_p, seed)
+    if rows.shape[0]:
+        add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
+            rows,
+            added,
+            weight,
+            bias,
+            gamma,
+            row_scale,
+            seed if dropout_p else None,
+            normed,
+            None if plain else summed,
+            mean,
+            rstd,
+            rows.stride(0),
+            0 if added is None else added.stride(0),
+            rows.shape[0],
+            _rows_per_scale(x, row_scale),
+            eps,
+            drop_below,
+            keep_scale,
+            **launch_options(config, WIDTH=width, HAS_DROPOUT=dropout_p > 0),
+        )
+    return AddLayerNorm(normed, summed, mean, rstd)
+
+
+def add_layer_norm_backward(
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    has_residual: bool = True,
+    has_bias: bool = True,
+) -> AddLayerNormGradients:
+    """Gradients of every floating-point input from those of both results; `dsummed` None means zero.
+
+    `dx` and `dresidual` are one tensor where nothing scales the branch and their precisions agree.
+    """
+    width, rows, sums = width_of(x), contiguous_rows(x), contiguous_rows(summed).contiguous()
+    upstream, skipped = contiguous_rows(dnormed), None if dsummed is None else contiguous_rows(dsummed)
+    scaled = gamma is not None or row_scale is not None or dropout_p > 0
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    apart = has_residual and (scaled or x.dtype != summed.dtype)
+    dresidual = torch.empty(x.shape, dtype=summed.dtype, device=x.device) if apart else None
+    config = backward_config(width)
+    programs = first_stage_programs(triton.cdiv(rows.shape[0], config.tiles["ROWS"]), x.device)
+    outputs = 2 if gamma is None else 3
+    partials = torch.empty(outputs, programs, width, dtype=torch.float32, device=x.device)
+    drop_below, keep_scale = _dropout(dropout_p, seed)
+    add_layer_norm_backward_kernel[(programs,)](
+        upstream,
+        skipped,
+        sums,
+        rows if gamma is not None else None,
+        weight,
+        gamma,
+        row_scale,
+        seed if dropout_p else None,
+        mean,
+        rstd,
+        dx,
+        dresidual,
+        partials,
+        upstream.stride(0),
+        0 if skipped is None else skipped.stride(0),
+        rows.stride(0),
+        rows.shape[0],
+        _rows_per_scale(x, row_scale),
+        drop_below,
+        keep_scale,
+        **launch_options(config, WIDTH=width, HAS_DROPOUT=dropout_p > 0),
+    )
+    likes = [weight, weight] if gamma is None else [weight, weight, gamma]
+    dweight, dbias, *rest = ordered_sum(partials, *likes)
+    if has_residual and dresidual is None:
+        dresidual = dx
+    return AddLayerNormGradients(dx, dresidual, dweight, dbias if has_bias else None, rest[0] if rest else None)
+
+
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over the last dimension of `[..., M]`: normed, and mean and rstd `[rows]` fp32."""
+    normed, _, mean, rstd = add_layer_norm_forward(x, None, weight, bias, eps)
+    return normed, mean, rstd
+
+
+def layer_norm_backward(
+    dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, *, has_bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx, dweight, dbias)."""
+    dx, _, dweight, dbias, _ = add_layer_norm_backward(
+        dnormed, None, x, weight, mean, rstd, x, has_residual=False, has_bias=has_bias
+    )
+    return dx, dweight, dbias
+
+
+def width_of(x: Tensor) -> int:
+    """Length of the rows of x, if a tile can hold them."""
+    if not 1 <= x.shape[-1] <= LARGEST_WIDTH:
+        raise ValueError(f"x is {[*x.shape]}; the Triton LayerNorm takes rows of 1 to {LARGEST_WIDTH} elements")
+    return x.shape[-1]
+
+
+def _rows_per_scale(x: Tensor, row_scale: Tensor | None) -> int:
+    return 1 if row_scale is None else max(1, x.numel() // (x.shape[-1] * max(1, x.shape[0])))
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float]:
+    """Of 2^24 equally likely values, those below the first are dropped; the others are multiplied by the second."""
+    if dropout_p and seed is None:
+        raise ValueError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+    return round(dropout_p * _DROPOUT_STEPS), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def _variant_constants(variant: Any, absent: tuple[str, ...], config: LaunchConfig) -> dict[str, Any]:
+    return {
+        **dict.fromkeys(absent),
+        "WIDTH": variant["width"],
+        "HAS_DROPOUT": variant["dropout"],
+        **config.tiles,
+    }
+
+
+def _absent(variant: Any) -> tuple[str, ...]:
+    names = [] if variant["gamma"] else ["gamma_ptr", "row_scale_ptr"]
+    return (*names, *([] if variant["dropout"] else ["seed_ptr"]))
+
+
+def _forward_types(variant: Any, dtype: str) -> dict[str, str]:
+    plain = not variant["residual"]
+    absent = (*_absent(variant), *(("residual_ptr", "summed_ptr") if plain else ()))
+    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "normed_ptr", "summed_ptr"), f"*{dtype}")
+    pointers |= dict.fromkeys(("weight_ptr", "bias_ptr", "gamma_ptr", "row_scale_ptr"), f"*{dtype}")
+    pointers |= {"seed_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    scalars = dict.fromkeys(("stride_x", "stride_residual", "count", "rows_per_scale", "drop_below"), "i32")
+    return {k: v for k, v in pointers.items() if k not in absent} | scalars | {"eps": "fp32", "keep_scale": "fp32"}
+
+
+def _forward_constants(variant: Any, dtype: str, config: LaunchConfig) -> dict[str, Any]:
+    plain = () if variant["residual"] else ("residual_ptr", "summed_ptr")
+    return _variant_constants(variant, (*_absent(variant), *plain), config)
+
+
+def _backward_absent(variant: Any) -> tuple[str, ...]:
+    names = [*_absent(variant), *([] if variant["gamma"] else ["x_ptr"])]
+    if not (variant["gamma"] or variant["dropout"]):
+        names.append("dresidual_ptr")
+    return (*names, *([] if variant["residual"] else ["dsummed_ptr"]))
+
+
+def _backward_types(variant: Any, dtype: str) -> dict[str, str]:
+    names = "dnormed dsummed summed x weight gamma row_scale dx dresidual".split()
+    pointers = dict.fromkeys((f"{n}_ptr" for n in names), f"*{dtype}")
+    pointers |= {"seed_ptr": "*i64"} | dict.fromkeys(("mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
+    scalars = ("stride_dnormed", "stride_dsummed", "stride_x", "count", "rows_per_scale", "drop_below")
+    absent = _backward_absent(variant)
+    present = {k: v for k, v in pointers.items() if k not in absent}
+    return present | dict.fromkeys(scalars, "i32") | {"keep_scale": "fp32"}
+
+
+_VARIANTS = tuple(
+    {"width": width, "residual": residual, "gamma": gamma, "dropout": dropout}
+    for width, residual, gamma, dropout in (
+        (768, False, False, False),
+        (768, True, False, False),
+        (768, True, False, True),
+        (768, True, True, False),
+        (1024, True, True, True),
+        (1536, False, False, False),
+        (4096, True, True, False),
+        (8192, True, False, True),
+    )
+)
+
+KERNELS: list[KernelSpec] = [
+    KernelSpec(
+        name="add_layer_norm_forward",
+        kernel=add_layer_norm_forward_kernel,
+        variants=_VARIANTS,
+        types=_forward_types,
+        constants=_forward_constants,
+        config=lambda variant, dtype, arch: forward_config(variant["width"]),
+        tensor_core=False,
+    ),
+    KernelSpec(
+        name="add_layer_norm_backward",
+        kernel=add_layer_norm_backward_kernel,
+        variants=_VARIANTS,
+        types=_backward_types,
+        constants=lambda variant, dtype, config: _variant_constants(variant, _backward_absent(variant), config),
+        config=lambda variant, dtype, arch: backward_config(variant["width"]),
+        tensor_core=False,
+    ),
+]

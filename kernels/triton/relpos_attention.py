@@ -1,0 +1,262 @@
+"""Self-attention with BEiT's relative position bias (arXiv 2106.08254), in the manner of FlashAttention-2 (2307.08691).
+
+The bias is materialised once per layer, `[H, N, N_pad]`, with -inf in the columns beyond N, so that the loop over keys
+needs neither the table nor a mask. All batch entries read it from the second-level cache.
+"""
+
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_common import (
+    HEAD_DIMS,
+    STATISTICS_SPEC,
+    addressable,
+    argument_types,
+    backward_statistics,
+    dot_precision,
+    positive_scale,
+    split_head_dim,
+)
+from .attention_tiles import LOG2E, forward_tile, load_pieces, store_pieces
+from .launch import architecture, config_for, dtype_name, tail_size
+from .relpos_backward import bias_partials, dbias_kernel, dkdv_kernel, dq_kernel
+from .relpos_table import TABLE_SPEC, bias_dtype, materialise_bias, table_gradient
+from .spec import KernelSpec, LaunchConfig
+
+__all__ = ["KERNELS", "materialise_bias", "relpos_attention_backward", "relpos_attention_forward"]
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_ob, stride_on, stride_oh, stride_bias, batch, heads, tokens,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head of one batch entry, against all keys."""
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    # Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
+    start = tl.program_id(0) % tiles * BLOCK_M
+    b = (tl.program_id(0) // tiles % batch).to(tl.int64)
+    h = (tl.program_id(0) // tiles // batch).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    inside = rows < tokens - start
+    # Rows beyond the last repeat it: they read valid memory and are not stored.
+    clamped = tl.minimum(rows, tokens - 1 - start)
+    q_base = q_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn
+    q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
+    k_base = k_ptr + b * stride_kb + h * stride_kh
+    v_base = v_ptr + b * stride_vb + h * stride_vh
+    bias_rows = bias_ptr + (h * tokens + start) * stride_bias + clamped[:, None] * stride_bias
+    columns = tl.arange(0, BLOCK_N)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
+    acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
+    full = tokens // BLOCK_N * BLOCK_N
+    for first in range(0, full, BLOCK_N):
+        acc_a, acc_b, row_max, row_sum = forward_tile(
+            q_a, q_b, acc_a, acc_b, row_max, row_sum,
+            k_base, v_base, stride_kn, stride_vn, bias_rows + (first + columns)[None, :], columns, columns,
+            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0,
+        )  # fmt: skip
+        k_base += BLOCK_N * stride_kn
+        v_base += BLOCK_N * stride_vn
+    if TAIL > 0:
+        # The class token makes N one more than a multiple of a tile at many sizes: the last tile has a size of its own.
+        last = tl.arange(0, TAIL)
+        acc_a, acc_b, row_max, row_sum = forward_tile(
+            q_a, q_b, acc_a, acc_b, row_max, row_sum,
+            k_base, v_base, stride_kn, stride_vn, bias_rows + (full + last)[None, :], last < tokens - full, last,
+            0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
+        )  # fmt: skip
+    inverse = (1.0 / row_sum)[:, None]
+    out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
+    store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
+    lse = row_max * (1.0 if HAS_BIAS else SCALE) + tl.log2(row_sum) / LOG2E
+    tl.store(lse_ptr + (b * heads + h) * tokens + start + rows, lse, mask=inside)
+
+
+def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ + bias) v.
+
+    Args:
+        q, k, v: `[B, N, H, D]`, D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last dimension
+            is not contiguous is copied.
+        bias: `[H, N, N_pad]` contiguous, as `materialise_bias` makes it.
+        scale: of the products, positive.
+
+    Returns:
+        out `[B, N, H, D]` contiguous, and the logsumexp of the scores, natural, `[B, H, N]` fp32.
+
+    Raises:
+        ValueError: a shape, stride, scale or head dimension that the kernels do not support.
+        TypeError: a type that they do not compute in.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    _check(q, k, v, bias)
+    q, k, v = (addressable(t) for t in (q, k, v))
+    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    constants, config = _constants("relpos_forward", q, scale)
+    tail = _tail(bias, tokens, config.tiles["BLOCK_N"])
+    if q.numel():
+        grid = (triton.cdiv(tokens, config.tiles["BLOCK_M"]) * batch * heads,)
+        forward_kernel[grid](
+            q, k, v, bias, out, lse, *_strides(q, k, v, out), bias.stride(1), batch, heads, tokens,
+            HAS_BIAS=True, TAIL=tail, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def relpos_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    table_rows: int,
+    window: tuple[int, int],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `relpos_attention_forward`, and of the table that the bias was made of. The same bits every time.
+
+    Scores are recomputed by three kernels, so that each owns what it accumulates and needs no atomics: dk and dv (four
+    products of 2·B·H·N²·D operations), dq (three), and the bias gradient summed over the batch (two). Of the nine, five
+    are the least that any backward pass needs.
+
+    Args:
+        dout: `[B, N, H, D]`, any strides.
+        q, k, v, bias, scale: as in the forward pass; out, lse: its results.
+        table_rows: rows of the table, (2wh-1)(2ww-1)+3.
+        window: (wh, ww), N = 1 + wh·ww.
+
+    Returns:
+        dq, dk, dv `[B, N, H, D]` in the type of q, and dtable `[table_rows, H]` in fp32.
+    """
+    batch, tokens, heads, _ = q.shape
+    _check(q, k, v, bias)
+    height, width = window
+    if tokens != 1 + height * width or table_rows != (2 * height - 1) * (2 * width - 1) + 3:
+        raise ValueError(f"window {window} does not go with {tokens} tokens and a table of {table_rows} rows")
+    q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    if not q.numel():
+        return dq, dk, dv, torch.zeros((table_rows, heads), dtype=torch.float32, device=q.device)
+    delta, row_lse = backward_statistics(out, dout, lse)
+    inputs = (q, k, v, dout, bias, row_lse, delta)
+    sizes = (*_strides(q, k, v, dout), bias.stride(1), batch, heads, tokens)
+
+    constants, config = _constants("relpos_dkdv", q, scale)
+    grid = (triton.cdiv(tokens, config.tiles["BLOCK_N"]) * batch * heads,)
+    _tail(bias, tokens, config.tiles["BLOCK_N"])
+    dkdv_kernel[grid](
+        *inputs, dk, dv, *sizes, TAIL=tail_size(tokens, config.tiles["BLOCK_M"]), **constants,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+    constants, config = _constants("relpos_dq", q, scale)
+    grid = (triton.cdiv(tokens, config.tiles["BLOCK_M"]) * batch * heads,)
+    dq_kernel[grid](
+        *inputs, dq, *sizes, TAIL=_tail(bias, tokens, config.tiles["BLOCK_N"]), **constants,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+    constants, config = _constants("relpos_dbias", q, scale)
+    _tail(bias, tokens, config.tiles["BLOCK_N"])
+    tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"]) * triton.cdiv(tokens, config.tiles["BLOCK_N"])
+    parts = bias_partials(batch, tiles * heads)
+    dbias = torch.empty((parts, *bias.shape), dtype=torch.float32, device=q.device)
+    dbias_kernel[(tiles * heads, parts)](
+        *inputs, dbias, *sizes, **constants, num_warps=config.num_warps, num_stages=config.num_stages
+    )
+    return dq, dk, dv, table_gradient(dbias, window)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> None:
+    if q.ndim != 4 or not q.shape == k.shape == v.shape:
+        raise ValueError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must have one type; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device == bias.device:
+        raise ValueError(f"q, k, v, bias lie on {q.device}, {k.device}, {v.device}, {bias.device}")
+    if bias.ndim != 3 or bias.shape[:2] != (q.shape[2], q.shape[1]) or not bias.is_contiguous():
+        raise ValueError(f"bias is {[*bias.shape]}; it must be contiguous [{q.shape[2]}, {q.shape[1]}, N_pad]")
+    if bias.dtype != bias_dtype(q.dtype):
+        raise TypeError(f"bias is {bias.dtype}; for {q.dtype} it must be {bias_dtype(q.dtype)}, see materialise_bias")
+
+
+def _constants(kernel: str, q: Tensor, scale: float) -> tuple[dict[str, Any], LaunchConfig]:
+    dtype = dtype_name(q.dtype)
+    config = config_for(kernel, q.shape[-1], dtype, architecture(q.device))
+    return _kernel_constants(q.shape[-1], dtype, positive_scale(scale), config), config
+
+
+def _kernel_constants(head_dim: int, dtype: str, scale: float, config: LaunchConfig) -> dict[str, Any]:
+    d_a, d_b = split_head_dim(head_dim)
+    return {"SCALE": scale, "D_A": d_a, "D_B": d_b, "PRECISION": dot_precision(dtype), **config.tiles}
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+def _tail(bias: Tensor, tokens: int, block: int) -> int:
+    """Columns of the last tile, which the padding of the bias must hold."""
+    tail = tail_size(tokens, block)
+    needed = triton.cdiv(tokens, block) * block
+    if bias.shape[2] < needed:
+        raise ValueError(f"bias has {bias.shape[2]} columns for {tokens} tokens; tiles of {block} need {needed}")
+    return tail
+
+
+def _types(kernel: Any, variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
+    special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr", "dbias_ptr"), "*fp32")
+    special["bias_ptr"] = "*fp32" if dtype == "fp32" else "*fp16"
+    constexprs = {"SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL"}
+    return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
+
+
+def _spec(name: str, kernel: Any, extras: tuple[Mapping[str, Any], ...]) -> KernelSpec:
+    """`extras`: for every head dimension, the variants' further constants by the names that tests and tables show."""
+
+    def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
+        head_dim = variant["head_dim"]
+        out = _kernel_constants(head_dim, dtype, head_dim**-0.5, config)
+        looped = config.tiles["BLOCK_M" if name == "relpos_dkdv" else "BLOCK_N"]
+        given = {"TAIL": tail_size(variant.get("tokens", 0), looped), "HAS_BIAS": variant.get("bias", True)}
+        return out | {key: value for key, value in given.items() if key in kernel.arg_names}
+
+    return KernelSpec(
+        name=name,
+        kernel=kernel,
+        variants=tuple({"head_dim": d, **extra} for d in HEAD_DIMS for extra in extras),
+        types=lambda variant, dtype: _types(kernel, variant, dtype),
+        constants=constants,
+        config=lambda variant, dtype, arch: config_for(name, variant["head_dim"], dtype, arch),
+    )
+
+
+# 577 tokens stand for windows of 14², 24² and 30² patches, which all have the same kind of last tile. The variant
+# without a bias is never launched; it is what the one with a bias is compared with.
+KERNELS: list[KernelSpec] = [
+    _spec("relpos_forward", forward_kernel, ({"tokens": 577}, {"tokens": 577, "bias": False})),
+    _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},)),
+    _spec("relpos_dq", dq_kernel, ({"tokens": 577},)),
+    _spec("relpos_dbias", dbias_kernel, ({},)),
+    TABLE_SPEC,
+    STATISTICS_SPEC,
+]

@@ -1,0 +1,139 @@
+"""From BEiT's position table to the padded bias, and from the bias gradient back to the table."""
+
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import relative_position_index
+from .spec import KernelSpec, LaunchConfig
+
+
+def _table_config(width: int) -> LaunchConfig:
+    tiles = {
+        "BLOCK_X": min(32, triton.next_power_of_2(width)),
+        "BLOCK_DX": min(64, triton.next_power_of_2(2 * width - 1)),
+    }
+    return LaunchConfig(tiles, num_warps=4, num_stages=2)
+
+
+def bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 for both half precisions: 8 times more exact than bf16 here, and one instruction less per two scores."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def materialise_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype, tile: int = 128) -> Tensor:
+    """The bias of every (query, key) pair, with columns of -inf up to a multiple of `tile`.
+
+    Args:
+        table: `[(2wh-1)(2ww-1)+3, H]`, rows as in `reference.relative_position_index`.
+        window: (wh, ww), N = 1 + wh·ww.
+        dtype: what attention computes in.
+        tile: at least the widest tile of keys of any kernel, 128.
+
+    Returns:
+        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`. In fp16, entries beyond ±60000 are clamped: in a softmax,
+        that is as good as infinite.
+    """
+    index = relative_position_index(window, table.device)
+    tokens, heads = index.shape[0], table.shape[1]
+    storage = bias_dtype(dtype)
+    padded = triton.cdiv(tokens, tile) * tile
+    bias = torch.full((heads, tokens, padded), -torch.inf, dtype=storage, device=table.device)
+    entries = table.detach().t()
+    if storage == torch.float16:
+        entries = entries.clamp(-60000, 60000)
+    bias[:, :, :tokens] = entries.to(storage)[:, index.view(-1)].view(heads, tokens, tokens)
+    return bias
+
+
+@triton.jit
+def table_gradient_kernel(
+    dbias_ptr, dtable_ptr, stride_bias, parts, heads, height, width,
+    BLOCK_X: tl.constexpr, BLOCK_DX: tl.constexpr,
+):  # fmt: skip
+    """The bias gradients of all pairs with one row of the table, summed in a fixed order.
+
+    A program owns one head, one vertical distance and BLOCK_DX horizontal ones; queries (y, x) with that distance to
+    their keys are visited row by row. The last program of a head owns the three rows of the class token.
+    """
+    tokens = 1 + height * width
+    span = 2 * width - 1
+    blocks = tl.cdiv(span, BLOCK_DX)
+    h = tl.program_id(1)
+    program = tl.program_id(0)
+    last = (2 * height - 1) * blocks
+    part_size = heads.to(tl.int64) * tokens * stride_bias
+    head_base = dbias_ptr + h.to(tl.int64) * tokens * stride_bias
+    if program < last:
+        dy = program // blocks - (height - 1)
+        columns = program % blocks * BLOCK_DX + tl.arange(0, BLOCK_DX)
+        dx = columns - (width - 1)
+        acc = tl.zeros([BLOCK_DX], tl.float32)
+        for part in range(parts):
+            base = head_base + part * part_size
+            for y in range(tl.maximum(dy, 0), tl.minimum(height, height + dy)):
+                for first in range(0, width, BLOCK_X):
+                    x = first + tl.arange(0, BLOCK_X)
+                    key_x = x[:, None] - dx[None, :]
+                    query = 1 + y * width + x[:, None]
+                    key = 1 + (y - dy) * width + key_x
+                    inside = (x < width)[:, None] & (key_x >= 0) & (key_x < width)
+                    acc += tl.sum(tl.load(base + query * stride_bias + key, mask=inside, other=0.0), 0)
+        rows = (dy + height - 1) * span + columns
+        tl.store(dtable_ptr + rows * heads + h, acc, mask=columns < span)
+    else:
+        to_patches = tl.zeros([BLOCK_DX], tl.float32)
+        from_patches = tl.zeros([BLOCK_DX], tl.float32)
+        to_itself = 0.0
+        for part in range(parts):
+            base = head_base + part * part_size
+            to_itself += tl.load(base)
+            for first in range(1, tokens, BLOCK_DX):
+                patch = first + tl.arange(0, BLOCK_DX)
+                to_patches += tl.load(base + patch, mask=patch < tokens, other=0.0)
+                from_patches += tl.load(base + patch * stride_bias, mask=patch < tokens, other=0.0)
+        class_rows = dtable_ptr + (2 * height - 1) * span * heads + h
+        tl.store(class_rows, tl.sum(to_patches, 0))
+        tl.store(class_rows + heads, tl.sum(from_patches, 0))
+        tl.store(class_rows + 2 * heads, to_itself)
+
+
+def table_gradient(dbias: Tensor, window: tuple[int, int]) -> Tensor:
+    """Sums of the bias gradients `[parts, H, N, N_pad]` fp32 per row of the table: `[(2wh-1)(2ww-1)+3, H]` fp32."""
+    height, width = window
+    parts, heads = dbias.shape[:2]
+    rows = (2 * height - 1) * (2 * width - 1) + 3
+    dtable = torch.empty((rows, heads), dtype=torch.float32, device=dbias.device)
+    config = _table_config(width)
+    programs = (2 * height - 1) * triton.cdiv(2 * width - 1, config.tiles["BLOCK_DX"]) + 1
+    table_gradient_kernel[(programs, heads)](
+        dbias, dtable, dbias.stride(2), parts, heads, height, width,
+        **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return dtable
+
+
+def _types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
+    integers = ("stride_bias", "parts", "heads", "height", "width")
+    return {"dbias_ptr": "*fp32", "dtable_ptr": "*fp32", **dict.fromkeys(integers, "i32")}
+
+
+TABLE_SPEC = KernelSpec(
+    name="relpos_table_gradient",
+    kernel=table_gradient_kernel,
+    variants=({"width": 14}, {"width": 24}),
+    types=_types,
+    constants=lambda variant, dtype, config: dict(config.tiles),
+    config=lambda variant, dtype, arch: _table_config(variant["width"]),
+    tensor_core=False,
+    dtypes=("fp32",),
+)

@@ -1,0 +1,305 @@
+"""Attention of packed sequences (FlashAttention-2, arXiv 2307.08691): self-attention without padding, cross-attention.
+
+A tensor holds the tokens of all sequences one after the other; `cu_seqlens` says where each begins. Queries and keys
+have lengths of their own. Tiles are numbered without knowing the lengths on the host: sequence s owns the numbers from
+`cu_seqlens[s] // tile + s` on, which leaves at most one number per sequence unused, be they few and long or many and
+short.
+"""
+
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_common import (
+    HEAD_DIMS,
+    addressable,
+    argument_types,
+    backward_statistics,
+    dot_precision,
+    positive_scale,
+    split_head_dim,
+)
+from .attention_tiles import LOG2E, forward_tile, load_pieces, store_pieces
+from .launch import architecture, config_for, dtype_name
+from .spec import KernelSpec, LaunchConfig
+from .varlen_backward import dkdv_kernel, dq_kernel
+from .varlen_tiles import locate_tile
+
+__all__ = ["KERNELS", "SHORT", "dropout_threshold", "varlen_attention_backward", "varlen_attention_forward"]
+
+# Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
+SHORT = 32
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
+    sequences, tiles, queries,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one sequence and head, against the keys of the sequence."""
+    # Neighbours share keys and values.
+    s, start = locate_tile(cu_q_ptr, sequences, tl.program_id(0) % tiles, BLOCK_M)
+    h = (tl.program_id(0) // tiles).to(tl.int64)
+    first_q = tl.load(cu_q_ptr + s)
+    length_q = (tl.load(cu_q_ptr + s + 1) - first_q).to(tl.int32)
+    if start >= length_q:
+        return
+    first_k = tl.load(cu_k_ptr + s).to(tl.int64)
+    length_k = (tl.load(cu_k_ptr + s + 1) - first_k).to(tl.int32)
+    token = first_q.to(tl.int64) + start
+    rows = tl.arange(0, BLOCK_M)
+    inside = rows < length_q - start
+    q_base = q_ptr + token * stride_qn + h * stride_qh
+    q_a, q_b = load_pieces(q_base, rows, stride_qn, inside, D_A, D_B, True)
+    k_base = k_ptr + first_k * stride_kn + h * stride_kh
+    v_base = v_ptr + first_k * stride_vn + h * stride_vh
+    mask = mask_ptr + first_k
+    seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
+    acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
+    columns = tl.arange(0, BLOCK_N)
+    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
+    MASKED: tl.constexpr = BLOCK_N <= 32
+    full = (tl.cdiv(length_k, BLOCK_N) if MASKED else length_k // BLOCK_N) * BLOCK_N
+    for first in range(0, full, BLOCK_N):
+        present = columns < length_k - first
+        allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+        acc_a, acc_b, row_max, row_sum = forward_tile(
+            q_a, q_b, acc_a, acc_b, row_max, row_sum,
+            k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, first + columns,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD,
+        )  # fmt: skip
+        k_base += BLOCK_N * stride_kn
+        v_base += BLOCK_N * stride_vn
+    if not MASKED:
+        if full < length_k:
+            present = columns < length_k - full
+            allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+            acc_a, acc_b, row_max, row_sum = forward_tile(
+                q_a, q_b, acc_a, acc_b, row_max, row_sum,
+                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, full + columns,
+                SCALE, D_A, D_B, BLOCK_N, PRECISION, False, True, HAS_MASK, THRESHOLD,
+            )  # fmt: skip
+    # Queries without a key receive zeros.
+    rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
+    attended = row_sum > 0
+    row_sum = tl.where(attended, row_sum, 1.0)
+    inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
+    out_base = out_ptr + token * stride_on + h * stride_oh
+    store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
+    lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
+    tl.store(lse_ptr + h * queries + token + rows, lse, mask=inside)
+
+
+def varlen_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ) v of every sequence over its own keys.
+
+    Args:
+        q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last
+            dimension is not contiguous is copied.
+        cu_seqlens_q, cu_seqlens_k: `[S + 1]` int32 or int64 offsets from 0 to Tq and Tk. Lengths may be zero.
+        max_q, max_k: upper bounds of the lengths; they choose between small and large tiles.
+        scale: of the products, positive.
+        dropout_p: probability of dropping an attention weight, 0 ≤ p < 1.
+        seed: int64 tensor of one element on the device; needed when dropout_p > 0. Whether a weight is kept depends on
+            the seed, the head, the position of the query in `q` and of the key in its sequence, and on nothing else.
+        key_mask: `[Tk]` boolean, False for keys that nobody attends to.
+
+    Returns:
+        out `[Tq, H, D]` contiguous, zeros for queries without keys; and the logsumexp of the scores, natural, `[H, Tq]`
+        fp32, -inf for queries without keys.
+
+    Raises:
+        ValueError: a shape, scale, probability or head dimension that the kernels do not support.
+        TypeError: a type that they do not compute in.
+    """
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, dropout_p)
+    q, k, v = (addressable(t) for t in (q, k, v))
+    total, heads, _ = q.shape
+    sequences = cu_seqlens_q.numel() - 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
+    if q.numel():
+        constants, config = _constants("varlen_forward", q, max_q, scale, dropout_p, key_mask)
+        tiles = total // config.tiles["BLOCK_M"] + sequences
+        forward_kernel[(tiles * heads,)](
+            q, k, v, cu_seqlens_q, cu_seqlens_k, _bytes(key_mask, q), q if seed is None else seed, out, lse,
+            *_strides(q, k, v, out), sequences, tiles, total, **constants,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def varlen_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `varlen_attention_forward`. The same bits every time: no atomics.
+
+    Scores are recomputed by two kernels, each owning what it accumulates: dk and dv (four products of
+    2·H·D·Σ len_q·len_k operations), and dq (three).
+
+    Args:
+        dout: `[Tq, H, D]`, any strides; out, lse: results of the forward pass; the others: its arguments.
+
+    Returns:
+        dq `[Tq, H, D]`, dk, dv `[Tk, H, D]`, in the type of q.
+    """
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, dropout_p)
+    q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
+    heads, sequences = q.shape[1], cu_seqlens_q.numel() - 1
+    dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
+    delta, row_lse = (t[0] for t in backward_statistics(out[None], dout[None], lse[None]))
+    offsets = (cu_seqlens_q, cu_seqlens_k)
+    inputs = (q, k, v, dout, *offsets, _bytes(key_mask, q), q if seed is None else seed, row_lse, delta)
+    sizes = (*_strides(q, k, v, dout), sequences)
+    if k.numel():
+        constants, config = _constants("varlen_dkdv", q, max_k, scale, dropout_p, key_mask)
+        tiles = k.shape[0] // config.tiles["BLOCK_N"] + sequences
+        dkdv_kernel[(tiles * heads,)](
+            *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, **constants,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    if q.numel():
+        constants, config = _constants("varlen_dq", q, max_q, scale, dropout_p, key_mask)
+        tiles = q.shape[0] // config.tiles["BLOCK_M"] + sequences
+        dq_kernel[(tiles * heads,)](
+            *inputs, dq, *sizes, tiles, q.shape[0], heads, **constants,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The probability in units of 2⁻³², as the kernels compare it with random bits.
+
+    Raises:
+        ValueError: the probability is not in [0, 1).
+    """
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and less than 1")
+    return min(round(dropout_p * 2**32), 2**32 - 1)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, seed: Tensor | None, mask: Tensor | None, p: float
+) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+        raise ValueError(f"q must be [Tq, H, D], k and v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must have one type; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if any(t.device != q.device for t in (k, v, cu_q, cu_k, seed, mask) if t is not None):
+        raise ValueError("q, k, v, cu_seqlens, seed and key_mask must lie on one device")
+    for name, offsets in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64) or not offsets.is_contiguous():
+            raise ValueError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
+    if cu_q.numel() != cu_k.numel() or not cu_q.numel():
+        raise ValueError(f"cu_seqlens_q has {cu_q.numel()} offsets, cu_seqlens_k {cu_k.numel()}; both need S + 1")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:1]):
+        raise ValueError(f"key_mask is {mask.dtype} {[*mask.shape]}; it must be bool [{k.shape[0]}]")
+    if dropout_threshold(p) and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError("dropout needs a seed: an int64 tensor of one element")
+
+
+def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
+
+
+def _constants(
+    kernel: str, q: Tensor, longest: int, scale: float, dropout_p: float, key_mask: Tensor | None
+) -> tuple[dict[str, Any], LaunchConfig]:
+    dtype, head_dim = dtype_name(q.dtype), q.shape[-1]
+    threshold = dropout_threshold(dropout_p)
+    # The tile that a program owns is the one that short sequences would leave empty.
+    if longest <= SHORT:
+        kernel = f"{kernel}_short"
+    elif threshold or key_mask is not None:
+        kernel = f"{kernel}_{'dropout' if threshold else 'masked'}"
+    config = config_for(kernel, head_dim, dtype, architecture(q.device))
+    return _kernel_constants(head_dim, dtype, positive_scale(scale), threshold, key_mask is not None, config), config
+
+
+def _kernel_constants(
+    head_dim: int, dtype: str, scale: float, threshold: int, masked: bool, config: LaunchConfig
+) -> dict[str, Any]:
+    d_a, d_b = split_head_dim(head_dim)
+    constants = {"SCALE": scale, "D_A": d_a, "D_B": d_b, "PRECISION": dot_precision(dtype)}
+    return constants | {"THRESHOLD": threshold, "HAS_MASK": masked, **config.tiles}
+
+
+def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> KernelSpec:
+    def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
+        head_dim, threshold = variant["head_dim"], dropout_threshold(variant.get("dropout", 0.0))
+        return _kernel_constants(head_dim, dtype, head_dim**-0.5, threshold, variant.get("mask", False), config)
+
+    def types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
+        special = {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
+        special |= dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
+        constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "THRESHOLD", "HAS_MASK", "BLOCK_M", "BLOCK_N")
+        return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
+
+    return KernelSpec(
+        name=name,
+        kernel=kernel,
+        variants=variants,
+        types=types,
+        constants=constants,
+        config=lambda variant, dtype, arch: config_for(name, variant["head_dim"], dtype, arch),
+    )
+
+
+_ALL = tuple({"head_dim": head_dim} for head_dim in HEAD_DIMS)
+_DROPOUT = {"head_dim": 64, "dropout": 0.1}
+_MASK = {"head_dim": 64, "mask": True}
+KERNELS: list[KernelSpec] = [
+    _spec(f"varlen_{name}{suffix}", kernel, variants)
+    for suffix, variants in (
+        ("", _ALL),
+        ("_short", (*_ALL, _MASK, _DROPOUT)),
+        ("_masked", (_MASK,)),
+        ("_dropout", (_DROPOUT,)),
+    )
+    for name, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel))
+]

@@ -1,0 +1,154 @@
+"""The GELU kernels, interpreted: forward and backward against fp64, odd widths, and bugs that must be noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.kernels.triton_testing import assert_close_to_truth, interpreted_kernels, poison
+
+interpreted_kernels()
+
+from tests.kernels.mutants import mutant  # noqa: E402
+from xfm_fast.kernels import reference  # noqa: E402
+from xfm_fast.kernels.triton import gelu  # noqa: E402
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+
+
+def by_definition(y: Tensor, bias: Tensor | None, dout: Tensor) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in (y, bias) if t is not None]
+    out = F.gelu(sum(leaves[1:], leaves[0]))
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+
+def by_kernel(y: Tensor, bias: Tensor | None, dout: Tensor, module: Any = gelu) -> list[Tensor]:
+    with poison():
+        out = module.bias_gelu_forward(y, bias)
+        return [t for t in (out, *module.bias_gelu_backward(dout, y, bias)) if t is not None]
+
+
+def check(y: Tensor, bias: Tensor | None, dout: Tensor, module: Any = gelu) -> None:
+    found, plain = by_kernel(y, bias, dout, module), by_definition(y, bias, dout)
+    truth = by_definition(y.double(), None if bias is None else bias.double(), dout)
+    for name, value, reference_value, true_value in zip(("out", "dy", "dbias"), found, plain, truth, strict=False):
+        assert value.dtype == y.dtype
+        assert_close_to_truth(value, reference_value, true_value, name=name)
+    assert len(found) == len(truth)
+
+
+@each_dtype
+@pytest.mark.parametrize("width", [32, 63, 111, 768, 1100])
+@pytest.mark.parametrize("rows", [1, 5, 37])
+def test_bias_gelu(rows: int, width: int, dtype: torch.dtype) -> None:
+    y, bias, dout = (2 * torch.randn(s).to(dtype) for s in ((rows, width), (width,), (rows, width)))
+    check(y, bias, dout)
+
+
+@each_dtype
+def test_without_bias(dtype: torch.dtype) -> None:
+    y, dout = (torch.randn(3, 4, 45).to(dtype) for _ in range(2))
+    check(y, None, dout)
+
+
+def test_strided_inputs() -> None:
+    y, dout = torch.randn(4, 96, 5)[:, ::2].transpose(1, 2), torch.ones(()).expand(4, 5, 48)
+    check(y, torch.randn(48), dout)
+
+
+def test_extreme_pre_activations() -> None:
+    """Far out the activation is 0 or the identity, and no exponential overflows on the way there."""
+    y = torch.tensor([[-1e4, -200.0, -14.0, -5.0, 0.0, 5.0, 14.0, 1e4]])
+    check(y, torch.zeros(8), torch.ones_like(y))
+    assert torch.equal(gelu.bias_gelu_forward(y, None)[0, [0, 7]], torch.tensor([-0.0, 1e4]))
+
+
+def test_overwriting() -> None:
+    y, bias = torch.randn(5, 40), torch.randn(40)
+    expected = gelu.bias_gelu_forward(y, bias)
+    out = gelu.bias_gelu_forward(y, bias, overwrite=True)
+    assert out.data_ptr() == y.data_ptr()
+    assert torch.equal(out, expected)
+
+
+def test_no_rows() -> None:
+    y, bias = torch.empty(0, 33), torch.randn(33)
+    out, dy, dbias = by_kernel(y, bias, y)
+    assert out.shape == dy.shape == (0, 33)
+    assert not dbias.any()
+
+
+@each_dtype
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_gelu(bias: bool, dtype: torch.dtype) -> None:
+    x, w, dout = (torch.randn(s).to(dtype) for s in ((2, 5, 24), (70, 24), (2, 5, 70)))
+    b = torch.randn(70).to(dtype) if bias else None
+
+    def definition(*leaves: Tensor) -> list[Tensor]:
+        leaves = tuple(t.detach().clone().requires_grad_() for t in leaves)
+        out = reference.linear_gelu(leaves[0], leaves[1], leaves[2] if bias else None)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+    leaves = [t for t in (x, w, b) if t is not None]
+    with poison():
+        out, y = gelu.linear_gelu_forward(x, w, b)
+        assert y is not None
+        found = [out, *gelu.linear_gelu_backward(dout, x, w, b, y)]
+    found = [t for t in found if t is not None]
+    plain, truth = definition(*leaves), definition(*(t.double() for t in leaves))
+    for name, value, reference_value, true_value in zip(("out", "dx", "dw", "db"), found, plain, truth, strict=False):
+        assert_close_to_truth(value, reference_value, true_value, name=name)
+    assert len(found) == len(truth)
+    unkept, nothing = gelu.linear_gelu_forward(x, w, b, keep=False)
+    assert nothing is None
+    assert torch.equal(unkept, out)
+    assert gelu.linear_gelu_backward(dout, x, w, b, y, (False, False, False)) == (None, None, None)
+
+
+def test_same_bits_twice() -> None:
+    arguments = [torch.randn(s).half() for s in ((37, 111), (111,), (37, 111))]
+    for first, second in zip(by_kernel(*arguments), by_kernel(*arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 11),
+    width=st.integers(1, 140),
+    half=st.booleans(),
+    bias=st.booleans(),
+    transposed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(rows: int, width: int, half: bool, bias: bool, transposed: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    dtype = torch.float16 if half else torch.float32
+    y = (torch.randn(width, rows).t() if transposed else torch.randn(rows, width)).to(dtype)
+    check(y, torch.randn(width).to(dtype) if bias else None, torch.randn(rows, width).to(dtype))
+
+
+MUTATIONS = [
+    ("0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))", "0.5 * z * (1.0 + tl.erf(z * 0.7))"),
+    ("dbias += tl.sum(dy, 0)", "dbias += tl.sum(dout, 0)"),
+    ("dbias += tl.sum(dy, 0)", "dbias = tl.sum(dy, 0)"),
+    ("tl.exp(-0.5 * z * z)", "tl.exp(-z * z)"),
+    ("        z += bias", "        z += 0"),
+    ("dout_ptr + far * stride_dout", "dout_ptr + far * 0"),
+    ("rows, bias, out, rows.stride(0)", "rows, bias, out, width"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), MUTATIONS, ids=lambda s: s[:30])
+def test_bugs_are_noticed(old: str, new: str, tmp_path: Path) -> None:
+    # A view of wider rows, and enough of them for every program to take several steps.
+    y, bias, dout = torch.randn(37, 100)[:, :45], torch.randn(45), torch.randn(37, 45)
+    check(y, bias, dout)
+    with pytest.raises(AssertionError):
+        check(y, bias, dout, mutant(gelu, old, new, tmp_path))

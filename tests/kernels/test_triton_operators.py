@@ -1,0 +1,69 @@
+"""The registered operators reach the Triton kernels, forward and backward, and agree with the definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.triton_testing import interpreted_kernels, poison
+
+interpreted_kernels()
+
+from tests.kernels.test_operators import CASES  # noqa: E402
+from xfm_fast import XFM, XFMConfig  # noqa: E402
+from xfm_fast.kernels import ops  # noqa: E402
+
+
+def _run(case: str, backend: ops.Backend) -> list[Tensor]:
+    function, inputs = CASES[case]
+    # The Triton kernels have the head dimensions of real models.
+    arguments = inputs(width=32) if case.startswith(("relpos", "varlen")) else inputs()
+    with ops.use_backend(backend), poison():
+        out = function(*arguments)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    with poison():
+        return [out.detach(), *torch.autograd.grad(out, arguments, weight)]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "varlen, long"])
+def test_agrees_with_the_definition(case: str) -> None:
+    for ours, expected in zip(_run(case, "triton"), _run(case, "reference"), strict=True):
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_dropout_replays_its_mask_in_the_gradient() -> None:
+    q, k, v = CASES["varlen"][1](width=32)
+    offsets = torch.tensor([0, 4, 17], dtype=torch.int32), torch.tensor([0, 9, 20], dtype=torch.int32)
+    with ops.use_backend("triton"):
+        out = ops.varlen_attention(q, k, v, *offsets, 13, 11, dropout_p=0.3, seed=torch.tensor([5]))
+    gradient = torch.autograd.grad(out.sum(), v)[0]
+    # The output is linear in v for a fixed mask.
+    torch.testing.assert_close((gradient * v).sum(), out.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_model_on_triton_kernels() -> None:
+    """Vision, text and fusion encoders, forward and backward, on the kernels that a GPU would run."""
+    torch.manual_seed(0)
+    config = XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=2, vocab_size=64)
+    config = config.replace(vision_width=64, vision_heads=2, text_width=64, text_heads=2)
+    model = XFM(config).eval()
+    for block in model.vision_encoder.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table, std=0.2)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.tensor([[0, 9, 33, 2], [0, 7, 2, 1], [0, 50, 2, 1]])
+    results = {}
+    for backend in ("triton", "reference"):
+        model.zero_grad()
+        with ops.use_backend(backend):  # pyright: ignore[reportArgumentType]
+            images, mask = model.encode_image(pixels), ids != 1
+            fused = model.fuse(model.encode_text(ids, mask), mask, model.image_memory(images), torch.tensor([1, 0, 1]))
+            logits = model.match_logits(fused)
+        logits.logsumexp(1).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results[backend] = (logits.detach(), gradients)
+    torch.testing.assert_close(results["triton"][0], results["reference"][0], rtol=1e-4, atol=1e-4)
+    assert results["triton"][1].keys() == results["reference"][1].keys()
+    for name, gradient in results["triton"][1].items():
+        expected = results["reference"][1][name]
+        assert (gradient - expected).abs().max() <= 1e-4 * max(1e-3, float(expected.abs().max())), name

@@ -1,0 +1,282 @@
+"""The kernels of attention with a position bias, interpreted, against the definition in fp64."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.triton_testing import assert_close_to_truth, compiling_environment, mutated, poison
+from xfm_fast.kernels import reference
+from xfm_fast.kernels.triton import launch, relpos_attention, relpos_backward, relpos_table
+from xfm_fast.kernels.triton.spec import LaunchConfig
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")
+
+
+def table_rows(window: tuple[int, int]) -> int:
+    return (2 * window[0] - 1) * (2 * window[1] - 1) + 3
+
+
+def inputs(
+    window: tuple[int, int], batch: int, heads: int, head_dim: int, dtype: torch.dtype, layout: str = "fused"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, table and the gradient of the output, in the memory layouts that callers have."""
+    tokens = 1 + window[0] * window[1]
+    table = torch.randn(table_rows(window), heads)
+    if layout == "fused":
+        q, k, v = torch.randn(batch, tokens, 3, heads, head_dim).to(dtype).unbind(2)
+        dout = torch.randn(batch, tokens, heads, head_dim).to(dtype)
+    elif layout == "heads first":
+        q, k, v, dout = torch.randn(4, batch, heads, tokens, head_dim).to(dtype).transpose(2, 3).unbind(0)
+    elif layout == "tokens first":
+        q, k, v, dout = torch.randn(4, tokens, batch, heads, head_dim).to(dtype).transpose(1, 2).unbind(0)
+    else:
+        assert layout == "head dimension strided, gradient expanded"
+        q, k, v = torch.randn(3, batch, tokens, head_dim, heads).to(dtype).transpose(3, 4).unbind(0)
+        dout = torch.randn(1, 1, 1, 1).to(dtype).expand(batch, tokens, heads, head_dim)
+    return q, k, v, table, dout
+
+
+def run(module: Any, args: tuple[Tensor, ...], window: tuple[int, int], scale: float) -> tuple[Tensor, ...]:
+    q, k, v, table, dout = args
+    with poison():
+        bias = module.materialise_bias(table, window, q.dtype)
+        out, lse = module.relpos_attention_forward(q, k, v, bias, scale)
+        rows = table.shape[0]
+        grads = module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse)
+    return out, lse, *grads
+
+
+def definition(
+    args: tuple[Tensor, ...], window: tuple[int, int], scale: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    q, k, v, table = (t.detach().to(dtype).requires_grad_() for t in args[:4])
+    scores = (q * scale).transpose(1, 2) @ k.permute(0, 2, 3, 1) + reference.position_bias(table, window)
+    out = reference.relpos_attention(q, k, v, table, window, scale)
+    out.backward(args[4].to(dtype))
+    grads = [t.grad for t in (q, k, v, table) if t.grad is not None]
+    return out.detach(), scores.detach().logsumexp(-1), *grads
+
+
+def check(
+    args: tuple[Tensor, ...], window: tuple[int, int], module: Any = relpos_attention, scale: float | None = None
+) -> None:
+    factor = args[0].shape[-1] ** -0.5 if scale is None else scale
+    actual = run(module, args, window, factor)
+    plain, truth = (definition(args, window, factor, dtype) for dtype in (args[0].dtype, torch.float64))
+    for name, *triple in zip(NAMES, actual, plain, truth, strict=True):
+        assert_close_to_truth(*triple, name=name)
+
+
+SHAPES = [
+    ((1, 1), 3, 4, 64),  # N = 2
+    ((2, 2), 3, 2, 32),  # 5
+    ((4, 4), 1, 3, 80),  # 17
+    ((7, 7), 2, 1, 64),  # 50
+    ((2, 31), 1, 2, 64),  # 63
+    ((3, 21), 1, 1, 64),  # 64: no partial tile
+    ((10, 11), 1, 1, 128),  # 111
+    ((11, 10), 1, 1, 96),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("window", "batch", "heads", "head_dim"), SHAPES)
+def test_forward_and_backward(
+    window: tuple[int, int], batch: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    check(inputs(window, batch, heads, head_dim, dtype), window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("window", "head_dim"), [((14, 14), 64), ((14, 14), 80), ((24, 24), 64), ((3, 65), 128)])
+def test_large_windows(window: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    check(inputs(window, 2, 2, head_dim, dtype), window)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "head dimension strided, gradient expanded"])
+def test_memory_layouts(layout: str) -> None:
+    check(inputs((3, 5), 2, 2, 32, torch.float16, layout), (3, 5))
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (32, 64), (128, 32), (16, 128)], ids=str)
+def test_every_tile_size_gives_the_result(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LaunchConfig(dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True)))
+    monkeypatch.setattr(relpos_attention, "config_for", lambda *_: config)
+    check(inputs((6, 6), 1, 1, 64, torch.float16), (6, 6))
+
+
+def test_scale_and_large_scores() -> None:
+    q, k, v, table, dout = inputs((3, 3), 1, 2, 64, torch.float16)
+    check((3 * q, 3 * k, v, 10 * table, dout), (3, 3), scale=0.3)
+
+
+def test_the_bias_gradient_is_summed_over_parts_of_the_batch() -> None:
+    """Nine entries in eight parts of two: three parts are empty and must hold zeros."""
+    assert relpos_backward.bias_partials(9, 1) == 8
+    check(inputs((1, 1), 9, 1, 32, torch.float32), (1, 1))
+
+
+def test_same_bits_every_time() -> None:
+    args = inputs((4, 5), 3, 2, 64, torch.float16)
+    first, second = (run(relpos_attention, args, (4, 5), 0.125) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_bias_is_the_table_entry_of_every_pair_and_infinite_beyond(dtype: torch.dtype) -> None:
+    table = torch.randn(table_rows((3, 4)), 2)
+    with poison():
+        bias = relpos_table.materialise_bias(table, (3, 4), dtype)
+    assert bias.shape == (2, 13, 128)
+    assert bias.is_contiguous()
+    torch.testing.assert_close(bias[..., :13], reference.position_bias(table, (3, 4)).to(bias.dtype), rtol=0, atol=0)
+    assert (bias[..., 13:] == -torch.inf).all()
+
+
+def test_bias_beyond_the_range_of_half_precision_stays_finite() -> None:
+    bias = relpos_table.materialise_bias(torch.full((4, 1), 1e6), (1, 1), torch.bfloat16)
+    assert bias[..., :2].isfinite().all()
+
+
+@pytest.mark.parametrize("window", [(1, 1), (1, 5), (5, 1), (4, 7), (2, 40)])
+def test_table_gradient_is_the_transpose_of_the_lookup(window: tuple[int, int]) -> None:
+    """Also where a row of the window is wider than a tile."""
+    tokens = 1 + window[0] * window[1]
+    dbias = torch.full((2, 3, tokens, 128), torch.nan)
+    dbias[..., :tokens] = torch.randn(2, 3, tokens, tokens)
+    with poison():
+        actual = relpos_table.table_gradient(dbias, window)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        table = torch.zeros(table_rows(window), 3, dtype=dtype, requires_grad=True)
+        reference.position_bias(table, window).backward(dbias[..., :tokens].to(dtype).sum(0))
+        results.append(table.grad)
+    assert_close_to_truth(actual, *results, name="dtable")
+
+
+def test_empty_batch() -> None:
+    args = inputs((2, 2), 0, 2, 32, torch.float32)
+    out, _, dq, _, _, dtable = run(relpos_attention, args, (2, 2), 0.1)
+    assert out.shape == dq.shape == args[0].shape
+    assert not dtable.any()
+
+
+def test_unsupported_arguments_are_refused() -> None:
+    q, k, v, table, _ = inputs((2, 2), 1, 2, 32, torch.float16)
+    bias = relpos_table.materialise_bias(table, (2, 2), torch.float16)
+    forward = relpos_attention.relpos_attention_forward
+    with pytest.raises(ValueError, match=r"must all be \[B, N, H, D\]"):
+        forward(q, k[:, 1:], v, bias, 1.0)
+    with pytest.raises(ValueError, match="head dimension 24"):
+        forward(q[..., :24], k[..., :24], v[..., :24], bias, 1.0)
+    with pytest.raises(ValueError, match="scale"):
+        forward(q, k, v, bias, -1.0)
+    with pytest.raises(ValueError, match="contiguous"):
+        forward(q, k, v, bias[:, :, :5], 1.0)
+    with pytest.raises(ValueError, match="5 columns"):
+        forward(q, k, v, bias[:, :, :5].contiguous(), 1.0)
+    with pytest.raises(TypeError, match=r"must be torch\.float16"):
+        forward(q, k, v, bias.float(), 1.0)
+    with pytest.raises(TypeError, match="one type"):
+        forward(q, k.float(), v, bias, 1.0)
+    with pytest.raises(TypeError, match="compute in"):
+        forward(q.double(), k.double(), v.double(), bias, 1.0)
+    with pytest.raises(ValueError, match="window"):
+        relpos_attention.relpos_attention_backward(q, q, k, v, bias, 12, (1, 4), 1.0, q, q[..., 0])
+
+
+MUTATIONS = {
+    "wrong scale": ("triton/attention_tiles.py", "scores * SCALE + tl.load", "scores * 0.13 + tl.load"),
+    "unscaled dk": ("triton/relpos_backward.py", "dk_a * SCALE, dk_b", "dk_a, dk_b"),
+    "skipped last tile": ("triton/relpos_attention.py", "if TAIL > 0:", "if TAIL > 999:"),
+    "skipped last tile of dq": ("triton/relpos_backward.py", "    if TAIL > 0:", "    if TAIL > 999:"),
+    "transposed bias": ("triton/relpos_table.py", "[:, index.view(-1)]", "[:, index.t().reshape(-1)]"),
+    "bias not transposed with the scores": (
+        "triton/relpos_backward.py",
+        "bias_columns + bias_rows[:, None] * stride_bias",
+        "bias_ptr + h * tokens * stride_bias + (start + columns)[None, :] * stride_bias + bias_rows[:, None]",
+    ),
+    "dropped class entry of dtable": ("triton/relpos_table.py", "to_itself += tl.load(base)", "to_itself += 0.0"),
+    "dropped row of dtable": (
+        "triton/relpos_table.py", "tl.minimum(height, height + dy)", "tl.minimum(height - 1, height + dy)",
+    ),
+    "dropped part of dtable": ("triton/relpos_table.py", "for part in range(parts):", "for part in range(1):"),
+    "dropped delta": ("triton/relpos_backward.py", "D_B, PRECISION) - delta[:, None])", "D_B, PRECISION))"),
+    "wrong batch entry": ("triton/relpos_attention.py", "k_ptr + b * stride_kb", "k_ptr + 0 * stride_kb"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_seeded_bug_is_noticed(mutation: str, tmp_path: Path) -> None:
+    args = inputs((2, 32), 2, 1, 64, torch.float32)
+    with mutated(*MUTATIONS[mutation], tmp_path) as package:
+        module = importlib.import_module(f"{package.__name__}.triton.relpos_attention")
+        with pytest.raises(AssertionError, match="exceeds twice"):
+            check(args, (2, 32), module)
+
+
+def test_the_input_of_the_seeded_bugs_passes_without_them() -> None:
+    check(inputs((2, 32), 2, 1, 64, torch.float32), (2, 32))
+
+
+def test_configurations_come_from_the_table_and_else_from_the_heuristic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"tiles": {"BLOCK_M": 16, "BLOCK_N": 32}, "num_warps": 1, "num_stages": 5}
+    (tmp_path / "sm_90.json").write_text(json.dumps({"relpos_forward": {"bf16/64": row}}))
+    monkeypatch.setattr(launch, "_TUNING", tmp_path)
+    for cached in (launch.config_for, launch._tuned):
+        cached.cache_clear()
+    try:
+        assert launch.config_for("relpos_forward", 64, "bf16", 90) == LaunchConfig(row["tiles"], 1, 5)
+        for other in (
+            ("relpos_dq", 64, "bf16", 90),
+            ("relpos_forward", 64, "fp16", 90),
+            ("relpos_forward", 64, "bf16", 80),
+        ):
+            assert launch.config_for(*other) == launch.heuristic_config(*other)
+    finally:
+        for cached in (launch.config_for, launch._tuned):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 103, 120, 121])
+def test_every_specification_describes_its_kernel(arch: int) -> None:
+    for spec in relpos_attention.KERNELS:
+        for variant in spec.variants:
+            for dtype in (*spec.dtypes, "fp32"):
+                request = spec.request(variant, dtype, arch)
+                assert list(request.signature) == spec.kernel.arg_names
+                assert request.attrs
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from xfm_fast.kernels.triton.relpos_attention import KERNELS
+
+request = KERNELS[0].request({"head_dim": 64, "tokens": 577}, "bf16", 90)
+source = ASTSource(request.kernel, request.signature, request.constexprs, request.attrs)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=request.options)
+assert "wgmma.mma_async" in compiled.asm["ptx"]
+assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
+"""
+
+
+def test_a_specification_compiles_for_a_gpu_that_is_not_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=compiling_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,319 @@
+"""The kernels of packed attention, interpreted, against the definition in fp64."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.triton_testing import assert_close_to_truth, mutated, poison
+from xfm_fast.kernels import reference
+from xfm_fast.kernels.triton import varlen_attention, varlen_tiles
+from xfm_fast.kernels.triton.spec import LaunchConfig
+
+NAMES = ("out", "dq", "dk", "dv")
+
+
+class Case(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    longest: tuple[int, int]
+    dout: Tensor
+    key_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+
+def case(
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    offsets: torch.dtype = torch.int32,
+    **options: Any,
+) -> Case:
+    """Queries of their own and keys and values of one projection, as in cross-attention."""
+    q, dout = torch.randn(2, sum(lengths_q), heads, head_dim).to(dtype).unbind(0)
+    k, v = torch.randn(sum(lengths_k), 2, heads, head_dim).to(dtype).unbind(1)
+    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(offsets) for n in (lengths_q, lengths_k))
+    return Case(q, k, v, cu_q, cu_k, (max(lengths_q, default=0), max(lengths_k, default=0)), dout, **options)
+
+
+def run(c: Case, module: Any = varlen_attention, scale: float | None = None) -> tuple[Tensor, ...]:
+    scale = c.q.shape[-1] ** -0.5 if scale is None else scale
+    args = (c.q, c.k, c.v, c.cu_q, c.cu_k, *c.longest, scale, c.dropout_p, c.seed, c.key_mask)
+    with poison():
+        out, lse = module.varlen_attention_forward(*args)
+        return out, *module.varlen_attention_backward(c.dout, *args, out, lse), lse
+
+
+def philox_keep(seed: int, head: int, queries: Tensor, keys: Tensor, p: float) -> Tensor:
+    """`[queries, keys]`: Philox 4x32 with 7 rounds, written down a second time, in NumPy."""
+    low = np.uint64(0xFFFFFFFF)
+    q, k = (t.numpy().astype(np.uint64) for t in (queries[:, None], keys[None, :]))
+    c0, c1, c2, c3 = (np.broadcast_to(c, (len(queries), len(keys))) for c in (k, q, np.uint64(head), np.uint64(0)))
+    key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(7):
+        product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c2 = (
+            (product2 >> np.uint64(32)) ^ c1 ^ np.uint64(key0),
+            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(key1),
+        )
+        c1, c3 = product2 & low, product0 & low
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return torch.from_numpy(c0 >= np.uint64(round(p * 2**32)))
+
+
+def definition(c: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`reference.varlen_attention` and its gradients; with dropout, the same formula with the weights that are kept."""
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in (c.q, c.k, c.v))
+    scale = q.shape[-1] ** -0.5
+    if not c.dropout_p:
+        out = reference.varlen_attention(q, k, v, c.cu_q, c.cu_k, scale, 0.0, c.key_mask)
+    else:
+        assert c.seed is not None
+        pieces = []
+        for (a, b), (d, e) in zip(c.cu_q.unfold(0, 2, 1).tolist(), c.cu_k.unfold(0, 2, 1).tolist(), strict=True):
+            weights = torch.einsum("qhd,khd->hqk", q[a:b] * scale, k[d:e]).softmax(-1)
+            places = torch.arange(a, b), torch.arange(e - d)
+            keep = torch.stack([philox_keep(int(c.seed), h, *places, c.dropout_p) for h in range(q.shape[1])])
+            pieces.append(torch.einsum("hqk,khd->qhd", weights * keep / (1 - c.dropout_p), v[d:e]))
+        out = torch.cat(pieces)
+    out.backward(c.dout.to(dtype))
+    return out.detach(), *(t.grad if t.grad is not None else torch.zeros_like(t) for t in (q, k, v))
+
+
+def check(c: Case, module: Any = varlen_attention) -> None:
+    actual = run(c, module)
+    plain, truth = (definition(c, dtype) for dtype in (c.q.dtype, torch.float64))
+    for name, *triple in zip(NAMES, actual, plain, truth, strict=False):
+        assert_close_to_truth(*triple, name=name)
+
+
+RAGGED = {
+    "self-attention": ([13, 0, 1, 32, 7], [13, 0, 1, 32, 7]),
+    "zeros on both sides": ([5, 0, 1, 17, 0, 3], [5, 7, 0, 17, 0, 1]),
+    "first and last empty": ([0, 4, 0], [6, 3, 5]),
+    "texts over images": ([66, 0, 33], [50, 50, 65]),
+    "whole tiles": ([64, 128], [64, 64]),
+    "one query": ([1], [111]),
+    "many single tokens": ([1] * 8, [1, 2] * 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+def test_ragged_batches(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
+    check(case(*lengths, 2, 64, dtype))
+
+
+@pytest.mark.parametrize("head_dim", [32, 80, 96, 128])
+def test_head_dimensions(head_dim: int) -> None:
+    check(case([37, 3], [40, 66], 1, head_dim, torch.float16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_long_sequences(head_dim: int, dtype: torch.dtype) -> None:
+    check(case([197, 63, 0, 320], [577, 111, 197, 0], 2, head_dim, dtype))
+
+
+@pytest.mark.parametrize("tiles", [(16, 16), (32, 64), (64, 32), (128, 128)], ids=str)
+def test_every_tile_size_gives_the_result(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout and the mask of keys included."""
+    config = LaunchConfig(dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True)))
+    monkeypatch.setattr(varlen_attention, "config_for", lambda *_: config)
+    lengths = ([20, 0, 1, 40], [33, 5, 40, 32])
+    check(case(*lengths, 1, 32, torch.float32, dropout_p=0.3, seed=torch.tensor([(7 << 40) + 11])))
+    check(case(*lengths, 1, 32, torch.float32, key_mask=torch.rand(sum(lengths[1])) > 0.5))
+
+
+def test_more_sequences_than_one_read_of_the_offsets_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen_tiles, "_CHUNK", 4)
+    check(case([1, 0, 40, 3, 0, 0, 0, 2, 5], [3, 2, 1, 0, 0, 4, 0, 2, 9], 1, 32, torch.float32))
+
+
+def test_memory_layouts_and_wide_offsets() -> None:
+    lengths = [9, 0, 21]
+    qkv = torch.randn(30, 3, 2, 32).half()
+    c = case(lengths, lengths, 2, 32, torch.float16, offsets=torch.int64)
+    fused = qkv.unbind(1)
+    heads_first = torch.randn(3, 2, 30, 32).half().transpose(1, 2).unbind(0)
+    strided = torch.randn(3, 30, 32, 2).half().transpose(2, 3).unbind(0)
+    expanded = torch.randn(1, 1, 1).half().expand(30, 2, 32)
+    for (q, k, v), dout in ((fused, c.dout), (heads_first, expanded), (strided, strided[0])):
+        check(c._replace(q=q, k=k, v=v, dout=dout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_masked_keys(dtype: torch.dtype) -> None:
+    """The second sequence has no key left, the third one, the fourth loses the whole first tile."""
+    mask = torch.rand(5 + 40 + 7 + 100) > 0.5
+    mask[5:52] = False
+    mask[47] = True
+    mask[52:120] = False
+    mask[130] = True
+    c = case([20, 3, 2, 70], [5, 40, 7, 100], 2, 64, dtype, key_mask=mask)
+    check(c)
+    out, dq, dk, _, lse = run(c)
+    assert not out[20:23].any()
+    assert not dq[20:23].any()
+    assert (lse[:, 20:23] == -torch.inf).all()
+    assert not dk[~mask].any()
+
+
+def test_masked_keys_with_enormous_scores_leave_no_trace() -> None:
+    c = case([4], [6], 1, 32, torch.float32, key_mask=torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool))
+    c.k[1] = 1e4
+    c.v[4] = 1e30
+    check(c)
+
+
+def test_lse_is_the_logsumexp_of_the_scores() -> None:
+    c = case([5, 2], [70, 0], 2, 64, torch.float32)
+    lse = run(c)[-1]
+    scores = torch.einsum("qhd,khd->hqk", c.q[:5].double() * 0.125, c.k.double())
+    torch.testing.assert_close(lse[:, :5].double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert (lse[:, 5:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("lengths", [([], []), ([0, 0], [0, 0]), ([0], [3]), ([3], [0])], ids=str)
+def test_nothing_to_attend(lengths: tuple[list[int], list[int]]) -> None:
+    out, dq, dk, dv, _ = run(case(*lengths, 2, 32, torch.float32))
+    assert not any(t.any() for t in (out, dq, dk, dv))
+
+
+def test_same_bits_every_time() -> None:
+    c = case([70, 3], [40, 90], 1, 64, torch.float16, dropout_p=0.1, seed=torch.tensor([3]))
+    for a, b in zip(run(c), run(c), strict=True):
+        assert torch.equal(a, b)
+
+
+def kept_weights(seed: int, p: float, queries: int = 64, keys: int = 64, heads: int = 2) -> Tensor:
+    """The kernel's own mask `[queries, heads, keys]`: equal weights and an identity for values make it visible."""
+    q, k = torch.zeros(queries, heads, 64), torch.zeros(keys, heads, 64)
+    v = torch.eye(64)[:keys, None, :].expand(keys, heads, 64)
+    cu_q, cu_k = torch.tensor([0, queries]), torch.tensor([0, keys])
+    forward = varlen_attention.varlen_attention_forward
+    out, _ = forward(q, k, v, cu_q, cu_k, queries, keys, 1.0, p, torch.tensor([seed]))
+    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (keys * (1 - p))))
+    return out != 0
+
+
+def test_dropout_keeps_what_philox_says() -> None:
+    seed = -(3 << 45) + 12345
+    kept = kept_weights(seed, 0.25)
+    for head in range(2):
+        assert torch.equal(kept[:, head], philox_keep(seed, head, torch.arange(64), torch.arange(64), 0.25))
+
+
+def test_dropout_statistics() -> None:
+    """4096 draws a head: the share, and the correlation of neighbours, heads and seeds, within five deviations."""
+    p = 0.3
+    kept = kept_weights(1, p, queries=128, keys=32).float() - (1 - p)
+    other = kept_weights(2, p, queries=128, keys=32).float() - (1 - p)
+    kept, other = kept[..., :32], other[..., :32]
+    assert abs(kept.mean()) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    pairs = {
+        "next key": (kept[..., 1:], kept[..., :-1]),
+        "next query": (kept[1:], kept[:-1]),
+        "other head": (kept[:, 0], kept[:, 1]),
+        "other seed": (kept, other),
+    }
+    for name, (a, b) in pairs.items():
+        assert abs((a * b).mean()) < 5 * p * (1 - p) / a.numel() ** 0.5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_dropout_forward_and_backward(dtype: torch.dtype) -> None:
+    check(case([20, 1, 70], [33, 5, 70], 2, 64, dtype, dropout_p=0.2, seed=torch.tensor([99])))
+
+
+def test_unsupported_arguments_are_refused() -> None:
+    c = case([3], [4], 1, 32, torch.float32)
+    with pytest.raises(ValueError, match=r"q must be \[Tq, H, D\]"):
+        run(c._replace(k=c.k[:, :, :16]))
+    with pytest.raises(TypeError, match="one type"):
+        run(c._replace(k=c.k.half()))
+    with pytest.raises(ValueError, match="int32 or int64"):
+        run(c._replace(cu_q=c.cu_q.float()))
+    with pytest.raises(ValueError, match=r"both need S \+ 1"):
+        run(c._replace(cu_q=torch.tensor([0, 1, 3])))
+    with pytest.raises(ValueError, match=r"bool \[4\]"):
+        run(c._replace(key_mask=torch.ones(3, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="needs a seed"):
+        run(c._replace(dropout_p=0.1))
+    with pytest.raises(ValueError, match="less than 1"):
+        run(c._replace(dropout_p=1.0))
+    with pytest.raises(ValueError, match="scale"):
+        run(c, scale=float("nan"))
+
+
+MUTATIONS = {
+    "wrong scale": ("triton/attention_tiles.py", "else SCALE * LOG2E", "else SCALE * 1.45"),
+    "wrong scale of dq": ("triton/varlen_backward.py", "dq_a * SCALE", "dq_a * 0.13"),
+    "skipped last tile": ("triton/varlen_attention.py", "if full < length_k:", "if full > length_k:"),
+    "skipped last tile of queries": ("triton/varlen_backward.py", "if full < length_q:", "if full > length_q:"),
+    "length of keys off by one": (
+        "triton/varlen_attention.py",
+        "length_k = (tl.load(cu_k_ptr + s + 1) -",
+        "length_k = (tl.load(cu_k_ptr + s + 1) - 1 -",
+    ),
+    "start of keys off by one": (
+        "triton/varlen_attention.py",
+        "first_k = tl.load(cu_k_ptr + s).to(tl.int64)",
+        "first_k = tl.maximum(tl.load(cu_k_ptr + s).to(tl.int64), 1) - 1",
+    ),
+    "keys of another sequence": ("triton/varlen_backward.py", "tl.load(cu_q_ptr + s)", "tl.load(cu_k_ptr + s)"),
+    "forgotten mask": ("triton/attention_tiles.py", "tl.where(allowed[None, :],", "tl.where(inside[None, :],"),
+    "other weights dropped in the backward pass": (
+        "triton/attention_tiles.py", "head, queries[None, :], keys", "head + 1, queries[None, :], keys",
+    ),
+    "dropped weights not made up for": ("triton/varlen_attention.py", "rescale / row_sum", "1.0 / row_sum"),
+}  # fmt: skip
+
+
+def seeded_cases() -> list[Case]:
+    lengths = ([70, 3, 40], [90, 70, 5])
+    return [
+        case(*lengths, 1, 64, torch.float32, key_mask=torch.rand(165) > 0.3),
+        case(*lengths, 1, 64, torch.float32, dropout_p=0.2, seed=torch.tensor([5])),
+    ]
+
+
+def check_all(cases: list[Case], module: Any) -> None:
+    for c in cases:
+        check(c, module)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_seeded_bug_is_noticed(mutation: str, tmp_path: Path) -> None:
+    with mutated(*MUTATIONS[mutation], tmp_path) as package:
+        module = importlib.import_module(f"{package.__name__}.triton.varlen_attention")
+        with pytest.raises(AssertionError, match=r"exceeds twice|not close"):
+            check_all(seeded_cases(), module)
+
+
+def test_the_input_of_the_seeded_bugs_passes_without_them() -> None:
+    check_all(seeded_cases(), varlen_attention)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+def test_every_specification_describes_its_kernel(arch: int) -> None:
+    for spec in varlen_attention.KERNELS:
+        for variant in spec.variants:
+            for dtype in (*spec.dtypes, "fp32"):
+                request = spec.request(variant, dtype, arch)
+                assert list(request.signature) == spec.kernel.arg_names
