@@ -17,7 +17,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench test test-all check lint types format dist clean distclean
+.PHONY: help venv install bench test test-all check lint types audit format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +39,7 @@ test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
 test-all: $(VENV)/$(EXTRAS).stamp ## run every test
 	$(PYTEST) $(ARGS)
 
-check: lint types ## run every check that is not a test
+check: lint types audit ## run every check that is not a test
 
 lint: $(VENV)/$(EXTRAS).stamp ## check rules and formatting (ruff)
 	$(BIN)/ruff check
@@ -47,6 +47,9 @@ lint: $(VENV)/$(EXTRAS).stamp ## check rules and formatting (ruff)
 
 types: $(VENV)/$(EXTRAS).stamp ## check types (pyright)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+audit: $(VENV)/$(EXTRAS).stamp ## compile the Triton kernels and compare their machine code with what was accepted
+	$(BIN)/xfm-fast audit
 
 format: $(VENV)/$(EXTRAS).stamp ## apply the formatting and the safe fixes
 	$(BIN)/ruff check --fix

@@ -104,7 +104,10 @@ def test_impossible_models(changes: dict[str, object], message: str) -> None:
         ({"use_swin": True}, "use_swin=True selects another vision encoder"),
         ({"vision_config": "config_beit2_huge.json"}, "names neither a base nor a large BEiT-v2"),
         ({"text_encoder": "bert-base-uncased"}, r"text_encoder='bert-base-uncased' has no config.json; pass roberta="),
-        ({"text_fusion_start_at": 6}, "text_fusion_start_at=6 puts cross-attention into the text encoder.*set it to 12"),
+        (
+            {"text_fusion_start_at": 6},
+            "text_fusion_start_at=6 puts cross-attention into the text encoder.*set it to 12",
+        ),
         ({"fusion_fusion_start_at": 3}, "fusion_fusion_start_at=3 leaves fusion layers without cross-attention"),
     ],
 )

@@ -44,7 +44,9 @@ def test_programs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("command", _commands("make"))
 def test_make_targets(command: str) -> None:
-    dry = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    dry = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert dry.returncode == 0, dry.stderr
     if command.startswith("make bench"):
         assert "xfm-fast bench" in dry.stdout

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xfm_fast import cli_bench_kernels, cli_kernels
 from xfm_fast.errors import UnavailableError, XFMError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
+cli_kernels.register(app)
+bench_app.command("kernels")(cli_bench_kernels.bench_kernels)
 
 _PRESETS = ("base", "tiny")
 

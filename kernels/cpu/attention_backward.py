@@ -31,7 +31,9 @@ def dense_attention_backward(
         for h in range(0, heads, group):
             hs = slice(h, min(h + group, heads))
             part = [t[b, :, hs].transpose(0, 1) for t in (dout, q, k, v)]
-            grads, dscores = _gradients(*part, scale, bias=None if bias is None else bias[hs])
+            grads, dscores = _gradients(
+                part[0], part[1], part[2], part[3], scale, bias=None if bias is None else bias[hs]
+            )
             for whole, piece in zip((dq, dk, dv), grads, strict=True):
                 whole[b, :, hs] = piece.transpose(0, 1)
             if dbias is not None:
@@ -60,7 +62,7 @@ def varlen_attention_backward(
     plan = plan_of(bounds_q, bounds_k)
     for queries, keys in plan.singles:
         one = [t.transpose(0, 1)[None] for t in (dout[queries], q[queries], k[keys], v[keys])]
-        grads, _ = _gradients(*one, scale, dropout=dropout)
+        grads, _ = _gradients(one[0], one[1], one[2], one[3], scale, dropout=dropout)
         dq[queries], dk[keys], dv[keys] = (g[0].transpose(0, 1) for g in grads)
     for group in plan.groups:
         douts = dout.index_select(0, group.queries).view(group.sequences, -1, *dout.shape[1:])
@@ -68,7 +70,9 @@ def varlen_attention_backward(
         real = torch.zeros(group.queries.shape[0], dtype=dout.dtype).index_fill_(0, group.query_slots, 1)
         douts *= real.view(group.sequences, -1, 1, 1)
         padded = [t.transpose(1, 2) for t in (douts, *padded_group(q, k, v, group))]
-        grads, _ = _gradients(*padded, scale, key_padding=group.key_padding, dropout=dropout)
+        grads, _ = _gradients(
+            padded[0], padded[1], padded[2], padded[3], scale, key_padding=group.key_padding, dropout=dropout
+        )
         slots_tokens = ((group.query_slots, group.query_tokens), *[(group.key_slots, group.key_tokens)] * 2)
         for whole, grad, (slots, tokens) in zip((dq, dk, dv), grads, slots_tokens, strict=True):
             whole.index_copy_(0, tokens, grad.transpose(1, 2).flatten(0, 1).index_select(0, slots))

@@ -113,10 +113,13 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
 # Sequences of at most 32 tokens; and packed attention with dropout or a mask of keys, which take registers.
 _SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
 _SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
+_SELECTIVE_100: tuple[_Row, _Row, _Row] = ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 
 
 def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
     """A configuration without spills, and with room for two programs per multiprocessor at head dimension 64.
+
+    Both hold for half precision. fp32 is there to be exact, not to be fast: its products do not use the tensor cores.
 
     Architectures between those of the table (86, 89, 103, 121) take the nearest one whose shared memory fits.
     """
@@ -127,7 +130,7 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
         if kernel.endswith("_short"):
             rows = _SHORT
         elif kernel.endswith(("_dropout", "_masked")):
-            rows = _SELECTIVE
+            rows = _SELECTIVE_100 if _nearest(arch) == 100 else _SELECTIVE
         else:
             rows = _HALF[kernel][_nearest(arch)]
         own, other, warps, stages = rows[column]

@@ -22,7 +22,7 @@ def _table_config(width: int) -> LaunchConfig:
         "BLOCK_X": min(32, triton.next_power_of_2(width)),
         "BLOCK_DX": min(64, triton.next_power_of_2(2 * width - 1)),
     }
-    return LaunchConfig(tiles, num_warps=4, num_stages=2)
+    return LaunchConfig(tiles, num_warps=2 if width <= 16 else 4, num_stages=2)
 
 
 def bias_dtype(dtype: torch.dtype) -> torch.dtype:

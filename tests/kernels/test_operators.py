@@ -1,5 +1,8 @@
 """The registered operators: schema, gradients, compiler, export, autocast, checkpointing, functional calls, DDP."""
 
+# Operators take the inputs of their case as one list, whose length no checker can know.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

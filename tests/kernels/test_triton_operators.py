@@ -49,13 +49,15 @@ def test_a_whole_model_on_triton_kernels() -> None:
     config = XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=2, vocab_size=64)
     config = config.replace(vision_width=64, vision_heads=2, text_width=64, text_heads=2)
     model = XFM(config).eval()
-    for block in model.vision_encoder.blocks:
-        torch.nn.init.normal_(block.attn.relative_position_bias_table, std=0.2)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            torch.nn.init.normal_(parameter, std=0.2)
     pixels, ids = torch.randn(2, 3, 32, 32), torch.tensor([[0, 9, 33, 2], [0, 7, 2, 1], [0, 50, 2, 1]])
     results = {}
-    for backend in ("triton", "reference"):
+    backends: tuple[ops.Backend, ...] = ("triton", "reference")
+    for backend in backends:
         model.zero_grad()
-        with ops.use_backend(backend):  # pyright: ignore[reportArgumentType]
+        with ops.use_backend(backend):
             images, mask = model.encode_image(pixels), ids != 1
             fused = model.fuse(model.encode_text(ids, mask), mask, model.image_memory(images), torch.tensor([1, 0, 1]))
             logits = model.match_logits(fused)

@@ -1,0 +1,234 @@
+"""The operations at the model's shapes, each with the alternatives that a user would reach for."""
+
+# Contenders take the inputs of their case as one tuple, whose length no checker can know.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from xfm_fast.kernels import ops, reference, roofline
+
+Run = Callable[..., Tensor]
+
+_SDPA = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    Attributes:
+        work: FLOPs and bytes of the forward pass, and of the backward pass where it is counted apart.
+        inputs: the tensors that it is differentiated by.
+        ours: the operation.
+        truth: its definition, for fp64 inputs.
+        others: alternatives by name, which compute the same.
+    """
+
+    name: str
+    work: roofline.Work
+    backward_work: roofline.Work | None
+    inputs: tuple[Tensor, ...]
+    ours: Run
+    truth: Run
+    others: dict[str, Run] = field(default_factory=dict)
+    bounds: dict[str, Run] = field(default_factory=dict)
+    """Work that the operation contains or resembles: a bound of its time, with another result."""
+
+
+def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> list[Case]:
+    """Every case; `small` shrinks them for a machine without a GPU, and for tests."""
+    windows = (4,) if small else (14, 24, 30)
+    made = [_relpos(window, 2 if small else 8, device, dtype) for window in windows]
+    made += [_packed_text(8 if small else 256, device, dtype), _grouped(64 if small else 3328, device, dtype)]
+    made += [_add_norm(64 if small else 8 * 577, device, dtype), _gelu(64 if small else 8 * 577, device, dtype)]
+    made.append(_vocabulary(32 if small else 1440, 512 if small else roofline.VOCABULARY, device, dtype))
+    return made
+
+
+def _tensors(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+
+
+def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype) -> Case:
+    tokens, heads, width = window**2 + 1, roofline.HEADS, roofline.HEAD_DIM
+    q, k, v = _tensors(device, dtype, *[(batch, tokens, heads, width)] * 3)
+    (table,) = _tensors(device, dtype, ((2 * window - 1) ** 2 + 3, heads))
+    shape = (window, window)
+
+    def fused(backend: SDPBackend | None, biased: bool) -> Run:
+        def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+            bias = reference.position_bias(table, shape)[None].contiguous() if biased else None
+            heads_first = (t.transpose(1, 2) for t in (q, k, v))
+            if backend is None:
+                return F.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+
+        return run
+
+    others: dict[str, Run] = {"eager": lambda *a: reference.relpos_attention(*a, shape, width**-0.5)}
+    bounds: dict[str, Run] = {}
+    if device.type == "cuda":
+        others |= {f"SDPA {name} + bias": fused(backend, True) for name, backend in _SDPA.items()}
+        others["FlexAttention + bias"] = _flex(window)
+        bounds["flash without bias"] = fused(SDPBackend.FLASH_ATTENTION, False)
+    else:
+        others["SDPA + bias"] = fused(None, True)
+        bounds["SDPA without bias"] = fused(None, False)
+    return Case(
+        f"relpos_attention {batch} × {tokens}",
+        roofline.relpos_attention(batch, tokens, element=q.element_size()),
+        roofline.relpos_attention(batch, tokens, backward=True, element=q.element_size()),
+        (q, k, v, table),
+        lambda *a: ops.relpos_attention(*a, shape),
+        lambda *a: reference.relpos_attention(*a, shape, width**-0.5),
+        others,
+        bounds,
+    )
+
+
+def _flex(window: int) -> Run:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        index = reference.relative_position_index((window, window), q.device)
+
+        def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + table[index[query, key], head]
+
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out: Any = compiled(q, k, v, score_mod=biased)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _varlen(
+    name: str, work: Callable[..., roofline.Work], offsets: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...]
+) -> Case:
+    q = inputs[0]
+    longest = tuple(int(o.diff().max()) for o in offsets)
+    scale = q.shape[-1] ** -0.5
+    others: dict[str, Run] = {"eager, a sequence at a time": lambda *a: reference.varlen_attention(*a, *offsets, scale)}
+    if bool((offsets[0].diff() == longest[0]).all()) and bool((offsets[1].diff() == longest[1]).all()):
+        others["SDPA"] = lambda q, k, v: _padded_sdpa(q, k, v, offsets[0].numel() - 1)
+    if q.is_cuda and available("flash_attn"):
+        others["flash-attn"] = lambda *a: ops.varlen_attention(*a, *offsets, *longest, backend="flash_attn")
+    return Case(
+        name,
+        work(element=q.element_size()),
+        work(backward=True, element=q.element_size()),
+        inputs,
+        lambda *a: ops.varlen_attention(*a, *offsets, *longest),
+        lambda *a: reference.varlen_attention(*a, *offsets, scale),
+        others,
+    )
+
+
+def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
+    q, k, v = (t.unflatten(0, (sequences, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+def available(package: str) -> bool:
+    """Whether an optional package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _packed_text(texts: int, device: torch.device, dtype: torch.dtype) -> Case:
+    length = 13
+    offsets = torch.arange(texts + 1, dtype=torch.int32, device=device) * length
+    shape = (texts * length, roofline.HEADS, roofline.HEAD_DIM)
+
+    def work(**options: Any) -> roofline.Work:
+        tokens = texts * length
+        return roofline.varlen_attention(tokens * length, tokens, tokens, f"{texts} × {length}", **options)
+
+    return _varlen(
+        f"varlen_attention {texts} texts × {length}", work, (offsets, offsets), _tensors(device, dtype, *[shape] * 3)
+    )
+
+
+def _grouped(queries: int, device: torch.device, dtype: torch.dtype) -> Case:
+    keys = 577
+    ends = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (queries, keys)]
+    shapes = [(n, roofline.HEADS, roofline.HEAD_DIM) for n in (queries, keys, keys)]
+
+    def work(**options: Any) -> roofline.Work:
+        return roofline.varlen_attention(queries * keys, queries, keys, f"{queries} × {keys}", **options)
+
+    inputs = _tensors(device, dtype, *shapes)
+    made = _varlen(f"varlen_attention {queries} queries × {keys} keys", work, (ends[0], ends[1]), inputs)
+    made.others["SDPA"] = lambda q, k, v: _padded_sdpa(q, k, v, 1)
+    return made
+
+
+def _add_norm(rows: int, device: torch.device, dtype: torch.dtype) -> Case:
+    width = roofline.WIDTH
+    inputs = _tensors(device, dtype, (rows, width), (rows, width), (width,), (width,))
+    return Case(
+        f"add_layer_norm {rows} × {width}",
+        roofline.add_layer_norm(rows, element=inputs[0].element_size()),
+        roofline.add_layer_norm(rows, backward=True, element=inputs[0].element_size()),
+        inputs,
+        lambda *a: ops.add_layer_norm(*a, 1e-5)[0],
+        lambda *a: reference.add_layer_norm(*a, 1e-5)[0],
+        {"eager": lambda *a: reference.add_layer_norm(*a, 1e-5)[0]},
+        {"copy of the same bytes": _copied},
+    )
+
+
+def _copied(x: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
+    residual.clone()
+    return x.clone()
+
+
+def _gelu(rows: int, device: torch.device, dtype: torch.dtype) -> Case:
+    width, hidden = roofline.WIDTH, roofline.HIDDEN
+    x, weight, bias = _tensors(device, dtype, (rows, width), (hidden, width), (hidden,))
+    return Case(
+        f"linear_gelu {rows} × {width} → {hidden}",
+        roofline.linear_gelu(rows, element=x.element_size()),
+        roofline.linear_gelu(rows, backward=True, element=x.element_size()),
+        (x, weight / width**0.5, bias),
+        ops.linear_gelu,
+        reference.linear_gelu,
+        {"eager": reference.linear_gelu},
+        {"the product alone": F.linear},
+    )
+
+
+def _vocabulary(rows: int, entries: int, device: torch.device, dtype: torch.dtype) -> Case:
+    width = roofline.WIDTH
+    h, w, b = _tensors(device, dtype, (rows, width), (entries, width), (entries,))
+    target = torch.randint(entries, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
+    others: dict[str, Run] = {"eager": lambda *a: F.cross_entropy(F.linear(*a).float(), target)}
+    if available("liger_kernel"):
+        from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyFunction as Liger,
+        )
+
+        others["Liger"] = lambda h, w, b: Liger.apply(h, w, target, b)[0]
+    return Case(
+        f"linear_cross_entropy {rows} × {width} → {entries}",
+        roofline.linear_cross_entropy(rows, entries, element=h.element_size()),
+        None,
+        (h, w / width**0.5, b),
+        lambda *a: ops.linear_cross_entropy(*a, target),
+        lambda *a: reference.linear_cross_entropy(*a, target),
+        others,
+        {"the product alone": F.linear},
+    )

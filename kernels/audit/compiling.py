@@ -1,0 +1,216 @@
+"""Compiles many kernels at once, in processes of their own, and remembers what it found.
+
+A process for each core, because Triton's compiler may abort: then one compilation is lost and the process replaced.
+Figures are cached under a hash of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from ..triton.spec import CompileRequest
+
+
+@dataclass(frozen=True)
+class Task:
+    """One compilation, as data that another process can read: the kernel by its name, not as an object."""
+
+    module: str
+    function: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+    arch: int
+    key: str
+
+    @classmethod
+    def of(cls, request: CompileRequest, arch: int) -> Task:
+        """The compilation of a request for one architecture.
+
+        Raises:
+            RuntimeError: Triton was imported as an interpreter, so there is nothing to compile.
+        """
+        kernel = request.kernel
+        if not hasattr(kernel, "cache_key"):
+            raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
+        content = (request.signature, _plain(request.constexprs), request.attrs, request.options)
+        parts = (kernel.cache_key, kernel.fn.__qualname__, repr(content), arch, compiler(), _audit_source())
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()
+        return cls(
+            kernel.fn.__module__, kernel.fn.__qualname__, request.signature, request.constexprs,
+            request.attrs, request.options, arch, key,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What compiling one kernel for one architecture showed; `error` is set and all else empty where it failed."""
+
+    registers: int = 0
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_memory: int = 0
+    warps: int = 0
+    instructions: int = 0
+    tensor_core: dict[str, int] | None = None
+    loads: dict[str, int] | None = None
+    local_loads: int = 0
+    local_stores: int = 0
+    loop_instructions: int = 0
+    loop_tensor_core: int = 0
+    inner_loads: dict[str, int] | None = None
+    tile_loads: dict[str, int] | None = None
+    error: str = ""
+
+
+def compiler() -> str:
+    """Name and version of what compiles, such as `triton 3.9.0`: figures of two compilers are not comparable."""
+    for package in ("triton", "triton-windows", "pytorch-triton"):
+        try:
+            return f"triton {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise RuntimeError("Triton is not installed; the audit compiles kernels with it")
+
+
+def default_cache() -> Path:
+    """The folder of cached figures: `$XDG_CACHE_HOME/xfm-fast/audit`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "audit"
+
+
+def compile_all(
+    tasks: Iterable[Task],
+    *,
+    jobs: int | None = None,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Figures]:
+    """Key → figures of every task, each key compiled once.
+
+    Args:
+        tasks: the compilations; a repeated key is compiled once.
+        jobs: processes; by default one for each core.
+        cache_dir: where figures are kept from run to run.
+        progress: is told how many compilations are done, and of how many, cached ones not counted.
+    """
+    folder = default_cache() if cache_dir is None else cache_dir
+    wanted = {task.key: task for task in tasks}
+    found = {key: figures for key in wanted if (figures := _read(folder, key)) is not None}
+    missing = [task for key, task in wanted.items() if key not in found]
+    if not missing:
+        return found
+    workers = min(len(missing), jobs or len(os.sched_getaffinity(0)))
+    idle: Queue[_Worker] = Queue()
+    with tempfile.TemporaryDirectory(prefix="xfm-audit-") as scratch, ThreadPoolExecutor(workers) as threads:
+        for number in range(workers):
+            idle.put(_Worker(Path(scratch), number))
+
+        def run(task: Task) -> Figures:
+            worker = idle.get()
+            try:
+                return worker.compile(task)
+            finally:
+                idle.put(worker)
+
+        try:
+            for done, (task, figures) in enumerate(zip(missing, threads.map(run, missing), strict=True), 1):
+                found[task.key] = figures
+                if not figures.error:
+                    _write(folder, task.key, figures)
+                if progress is not None:
+                    progress(done, len(missing))
+        finally:
+            threads.shutdown(cancel_futures=True)
+            for _ in range(workers):
+                idle.get().close()
+    return found
+
+
+class _Worker:
+    """A compiling process, started when it is first needed and again after it died."""
+
+    def __init__(self, scratch: Path, number: int) -> None:
+        self._scratch = scratch
+        self._log = scratch / f"worker-{number}.log"
+        self._process: subprocess.Popen[str] | None = None
+
+    def compile(self, task: Task) -> Figures:
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(base64.b64encode(pickle.dumps(task)).decode() + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._process = None
+            said = self._log.read_text(errors="replace").strip().splitlines()
+            return Figures(error=f"the compiler died with exit code {process.wait()}: {' '.join(said[-1:])}")
+        return Figures(**json.loads(answer))
+
+    def close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.wait()
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+            "TRITON_CACHE_DIR": str(self._scratch),
+            "TRITON_DISABLE_LINE_INFO": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", f"{__package__}.worker"]
+        with self._log.open("w") as log:
+            return subprocess.Popen(
+                command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
+
+
+def _plain(constexprs: dict[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in constexprs.items()}
+
+
+@cache
+def _audit_source() -> str:
+    """A hash of what turns machine code into figures."""
+    files = (Path(__file__).with_name(name) for name in ("compiling.py", "worker.py", "sass.py", "tiles.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _place(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.json"
+
+
+def _read(folder: Path, key: str) -> Figures | None:
+    try:
+        return Figures(**json.loads(_place(folder, key).read_text()))
+    except (OSError, ValueError, TypeError):  # absent, or cut short by a full disk
+        return None
+
+
+def _write(folder: Path, key: str, figures: Figures) -> None:
+    place = _place(folder, key)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Two audits may run at once: a reader sees all of the file or none.
+    with tempfile.NamedTemporaryFile("w", dir=place.parent, suffix=".tmp", delete=False) as file:
+        json.dump(asdict(figures), file)
+    os.replace(file.name, place)

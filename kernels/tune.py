@@ -1,0 +1,235 @@
+"""Searches launch configurations on a GPU, offline, and writes them to `kernels/tuning/sm_<arch>.json`.
+
+Candidates come from a grid. The audit rejects those that spill, do not fit or do not compile, before any is timed; the
+fastest of the rest whose every shipped form passes the same audit wins. `launch.config_for` reads the table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .audit import Form, Row, compile_rows
+from .triton import launch
+from .triton.spec import TRITON_TYPE, KernelSpec, LaunchConfig
+
+TUNING = Path(__file__).resolve().parent / "tuning"
+# What is slower by less than this may be the same: timings vary by as much. The configuration in use then stays.
+MARGIN = 0.02
+
+Timer = Callable[[Callable[[], Any]], float]
+"""Seconds that a call takes."""
+
+Workload = Callable[[str, int, str], Callable[[], Any]]
+"""(kernel, head dimension, dtype) → a call that runs the kernel at one of the model's shapes."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The configuration found for one kernel, type and head dimension.
+
+    Attributes:
+        seconds: time of the call that was measured; `before`: with the configuration in use until now.
+        rejected: candidates that the audit turned down.
+        timed: candidates that were timed.
+    """
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    config: LaunchConfig
+    seconds: float
+    before: float
+    rejected: int
+    timed: int
+
+
+def tunable(spec: KernelSpec) -> bool:
+    """Whether the kernel's configuration depends on the head dimension, and so is one that a table may hold."""
+    return all("head_dim" in variant for variant in spec.variants) and _is_tiled(
+        spec.config(spec.variants[0], "bf16", 80)
+    )
+
+
+def _is_tiled(config: LaunchConfig) -> bool:
+    return set(config.tiles) == {"BLOCK_M", "BLOCK_N"}
+
+
+def candidates(kernel: str) -> list[LaunchConfig]:
+    """The grid: tiles of 32 to 128 rows, or 16 to 64 for kernels of short sequences; 2 to 8 warps; 2 to 4 stages."""
+    short = kernel.endswith("_short")
+    sizes, warps = ((16, 32, 64), (1, 2, 4)) if short else ((32, 64, 128), (4, 8))
+    return [
+        LaunchConfig({"BLOCK_M": m, "BLOCK_N": n}, num_warps, num_stages)
+        for m, n, num_warps, num_stages in itertools.product(sizes, sizes, warps, (2, 3, 4))
+    ]
+
+
+def acceptable(row: Row) -> bool:
+    """Whether a compilation may be shipped: it compiles, fits and does not spill."""
+    return not row.error and not row.stack_bytes and row.occupancy > 0 and row.shared_bytes <= row.shared_limit
+
+
+def search(
+    spec: KernelSpec,
+    head_dim: int,
+    dtype: str,
+    arch: int,
+    *,
+    timer: Timer,
+    workload: Workload,
+    grid: Iterable[LaunchConfig] | None = None,
+    jobs: int | None = None,
+    cache_dir: Path | None = None,
+) -> Choice:
+    """The best configuration of one kernel for one head dimension and type.
+
+    Args:
+        timer: measures a call, such as `gpu_timer`.
+        workload: makes the call, such as `model_workload` does.
+        grid: configurations to try besides the one in use; by default `candidates`.
+        jobs, cache_dir: of the audit.
+
+    Raises:
+        ValueError: the kernel has no form of this head dimension, or none of the configurations is acceptable.
+    """
+    forms = [variant for variant in spec.variants if variant["head_dim"] == head_dim]
+    if not forms:
+        raise ValueError(f"kernel {spec.name} has no form for head dimension {head_dim}")
+
+    def examine(variants: list[Mapping[str, Any]], configs: list[LaunchConfig]) -> list[Row]:
+        made = [Form(spec, variant, arch, dtype, config) for config in configs for variant in variants]
+        return compile_rows(made, jobs=jobs, cache_dir=cache_dir)
+
+    in_use = spec.config(forms[0], dtype, arch)
+    configs = [in_use, *(c for c in (candidates(spec.name) if grid is None else grid) if c != in_use)]
+    good = [c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
+    run = workload(spec.name, head_dim, dtype)
+    times: list[tuple[float, int]] = []
+    for number, config in enumerate(good):
+        with using(spec.name, head_dim, dtype, arch, config):
+            times.append((timer(run), number))
+    before = next((seconds for seconds, number in times if good[number] == in_use), float("inf"))
+    ranked = sorted((seconds if good[n] == in_use else seconds / (1 - MARGIN), n) for seconds, n in times)
+    for _, number in ranked:
+        if all(map(acceptable, examine(forms, [good[number]]))):
+            seconds = next(s for s, n in times if n == number)
+            return Choice(
+                spec.name, dtype, head_dim, good[number], seconds, before, len(configs) - len(good), len(good)
+            )  # fmt: skip
+    raise ValueError(f"kernel {spec.name} at head dimension {head_dim}: every configuration spills or does not fit")
+
+
+@contextmanager
+def using(kernel: str, head_dim: int, dtype: str, arch: int, config: LaunchConfig) -> Iterator[None]:
+    """Within the block, launches of the kernel take this configuration: it stands in the table that they read."""
+    table = launch._tuned(arch)
+    rows = table.setdefault(kernel, {})
+    key = f"{dtype}/{head_dim}"
+    old = rows.get(key)
+    rows[key] = _entry(config)
+    launch.config_for.cache_clear()
+    try:
+        yield
+    finally:
+        if old is None:
+            del rows[key]
+        else:
+            rows[key] = old
+        launch.config_for.cache_clear()
+
+
+def _entry(config: LaunchConfig) -> dict[str, Any]:
+    return {"tiles": dict(config.tiles), "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING) -> Path:
+    """Enters choices into the architecture's table; rows that they do not concern stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"sm_{arch}.json"
+    table: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    for choice in choices:
+        measured = f"{choice.seconds * 1e6:.1f} µs, {gpu}"
+        table.setdefault(choice.kernel, {})[f"{choice.dtype}/{choice.head_dim}"] = {
+            **_entry(choice.config),
+            "measured": measured,
+        }
+    kernels = []
+    for kernel, rows in sorted(table.items()):
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in sorted(rows.items()))
+        kernels.append(f" {json.dumps(kernel)}: {{\n{lines}\n }}")
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        file.write("{\n" + ",\n".join(kernels) + "\n}\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def gpu_timer(call: Callable[[], Any]) -> float:
+    """Median seconds of a call, with a cold second-level cache before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=25, rep=100, return_mode="median")) / 1e3  # type: ignore[arg-type]
+
+
+def model_workload(kernel: str, head_dim: int, dtype: str, device: str = "cuda") -> Callable[[], Any]:
+    """A call that runs the kernel at the model's shapes: 8 images of 384 pixels, 256 captions, or 256 captions' 3,328
+    tokens that look at an image. Backward kernels are timed as a part of their whole backward pass.
+
+    Raises:
+        ValueError: no shape is known for the kernel.
+    """
+    kind = next(name for name, short in TRITON_TYPE.items() if short == dtype)
+    make = torch.Generator(device).manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=make, device=device, dtype=torch.float32).to(getattr(torch, kind))
+
+    family, _, part = kernel.partition("_")
+    if family == "relpos":
+        return _relpos(noise, head_dim, forward=part == "forward")
+    if family == "varlen":
+        lengths = ([13] * 256, [13] * 256) if part.endswith("_short") else ([3328], [577])
+        return _varlen(noise, head_dim, *lengths, forward=part.startswith("forward"))
+    raise ValueError(f"no shape is known at which to time kernel {kernel}")
+
+
+def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:
+    from .triton import relpos_attention as module
+
+    window, heads, scale = (24, 24), 12, head_dim**-0.5
+    tokens, rows = 1 + window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1) + 3
+    q, k, v, dout = (noise(8, tokens, heads, head_dim) for _ in range(4))
+    bias = module.materialise_bias(noise(rows, heads).float(), window, q.dtype)
+    if forward:
+        return lambda: module.relpos_attention_forward(q, k, v, bias, scale)
+    out, lse = module.relpos_attention_forward(q, k, v, bias, scale)
+    return lambda: module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse)
+
+
+def _varlen(
+    noise: Callable[..., torch.Tensor], head_dim: int, queries: list[int], keys: list[int], *, forward: bool
+) -> Callable[[], Any]:
+    from .triton import varlen_attention as module
+
+    heads, scale = 12, head_dim**-0.5
+    q, dout = noise(sum(queries), heads, head_dim), noise(sum(queries), heads, head_dim)
+    k, v = noise(sum(keys), heads, head_dim), noise(sum(keys), heads, head_dim)
+    cu_q, cu_k = (
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
+        for lengths in (queries, keys)
+    )
+    arguments = (q, k, v, cu_q, cu_k, max(queries), max(keys), scale, 0.0, None, None)
+    if forward:
+        return lambda: module.varlen_attention_forward(*arguments)
+    out, lse = module.varlen_attention_forward(*arguments)
+    return lambda: module.varlen_attention_backward(dout, *arguments, out, lse)

@@ -1,0 +1,83 @@
+"""The kernel benchmark measures what it says, checks before it times, and reports what could not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from xfm_fast.benchmarks.kernel_cases import Case, cases
+from xfm_fast.benchmarks.kernels import measure
+from xfm_fast.kernels import roofline
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+SMALL = cases(CPU, torch.float32, small=True)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+def test_every_contender_is_right_and_timed(case: Case) -> None:
+    rows = measure(case, CPU, roofline.H100)
+    for row in rows:
+        if row.contender in case.bounds:
+            assert row.error is None
+            continue
+        assert row.seconds is not None, row.note
+        assert len(row.samples) >= 5
+        assert row.share_of_floor is not None
+        assert row.error is not None
+        assert row.error < 1e-5
+    directions = {row.direction for row in rows}
+    assert directions == ({"forward", "backward"} if case.backward_work else {"forward and backward"})
+
+
+def test_a_wrong_contender_is_not_timed() -> None:
+    case = dataclasses.replace(
+        SMALL[0],
+        others={
+            "wrong": lambda *a: SMALL[0].ours(*a) * 1.001,
+            "broken": lambda *a: torch.zeros(3) @ torch.zeros(4),
+        },
+    )
+    rows = {(row.contender, row.direction): row for row in measure(case, CPU, None)}
+    for direction in ("forward", "backward"):
+        assert rows["wrong", direction].seconds is None
+        assert rows["wrong", direction].note.startswith("wrong: error 1")
+        assert rows["broken", direction].seconds is None
+        assert "size" in rows["broken", direction].note
+        assert rows["xfm-fast", direction].seconds is not None
+
+
+def test_command_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "xfm_fast.cli",
+        "bench",
+        "kernels",
+        "--small",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "relpos_attention" in done.stdout
+    document = json.loads((tmp_path / "rows.json").read_text())
+    assert {"machine", "commit", "dtype", "rows"} <= document.keys()
+    assert all(row["seconds"] > 0 for row in document["rows"] if row["contender"] == "xfm-fast")
+
+
+def test_an_unknown_dtype_is_one_line() -> None:
+    command = [sys.executable, "-m", "xfm_fast.cli", "bench", "kernels", "--small", "--dtype", "int4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "--dtype 'int4' is unknown; choose one of fp32, fp16, bf16" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,504 @@
+"""The audit: reading machine code, occupancy, the ratchet, the targets, the cache, and the command."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.triton_testing import HAS_TRITON, compiling_environment
+
+if not HAS_TRITON:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from xfm_fast.kernels import tune
+from xfm_fast.kernels.audit import Row, occupancy, ratchet, sass, targets
+from xfm_fast.kernels.audit.compiling import Figures, compile_all
+from xfm_fast.kernels.audit.tiles import row_lines
+from xfm_fast.kernels.triton.spec import LaunchConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RESOURCES = """
+Resource usage:
+ Function toy:
+  REG:40 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:480 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+# Two loops, one in the other; the inner one waits for a barrier behind the end, as Blackwell's code does, and jumps
+# back; the end traps in a branch to itself and is padded.
+LISTING = """
+	.section	.text.toy,"ax",@progbits
+toy:
+.text.toy:
+	//## File "toy.py", line 7
+        /*0000*/                   S2R R10, SR_CTAID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E R2, [R2.64] ;
+.L_x_1:
+	//## File "toy.py", line 9
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R95+0x8000], desc[UR36][R36.64], !P0 ;
+        /*0030*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0040*/                   UTCHMMA gdesc[UR10], gdesc[UR12], tmem[UR33], tmem[UR20], idesc[UR21], !UPT ;
+        /*0050*/                   LDG.E.U16.CONSTANT R4, [R2.64] ;
+        /*0060*/                   BRA.U UP1, `(.L_x_1) ;
+        /*0070*/               @P2 BRA `(.L_x_0) ;
+        /*0080*/               @P0 CALL.REL.NOINC `($__internal_0_$trap) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR64], R4 ;
+        /*00b0*/              @!P0 BRA `(.L_x_3) ;
+        /*00c0*/                   BRA `(.L_x_2) ;
+        .weak           $__internal_0_$trap
+$__internal_0_$trap:
+        /*00d0*/                   STL [R1], R2 ;
+        /*00e0*/                   RET.REL.NODEC R2 `(toy) ;
+.L_x_4:
+        /*00f0*/                   BRA `(.L_x_4);
+        /*0100*/                   NOP ;
+"""
+
+
+def test_listing_is_read() -> None:
+    code = sass.parse(LISTING, RESOURCES)
+    assert (code.registers, code.stack_bytes, code.static_shared_bytes) == (40, 16, 1024)
+    assert len(code.instructions) == 15  # without the trap and the padding
+    assert code.count("STL") == 1
+    assert sass.count_loads(code.instructions) == {"LDG.32": 1, "LDGSTS.128": 1, "LDG.16": 1}
+    assert code.instructions[4].tensor_core
+    assert code.instructions[6].predicate == "UP1"
+    assert code.instructions[8].target == 0xD0
+    assert [i.line for i in code.instructions[1:3]] == [("toy.py", 7), ("toy.py", 9)]
+
+
+def test_loops_are_natural_loops() -> None:
+    code = sass.parse(LISTING, RESOURCES)
+    # The jump from 0xc0 back to 0x40 makes no loop: 0x40 is also reached from 0x30.
+    assert [loop.start for loop in sass.natural_loops(code.instructions)] == [0x10, 0x20, 0xA0]
+    # The loop at 0x10 contains another, that at 0xa0 only waits.
+    assert [loop.start for loop in code.inner_loops] == [0x20]
+    main = code.main_loop
+    assert main is not None
+    assert [i.address for i in main.instructions] == [0x20, 0x30, 0x40, 0x50, 0x60, 0xA0, 0xB0, 0xC0]
+    assert main.tensor_core == 1
+    assert main.loads == {"LDGSTS.128": 1, "LDG.16": 1}
+
+
+def test_listing_without_a_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="one kernel"):
+        sass.parse("no code here", RESOURCES)
+
+
+def test_loads_of_tiles_are_told_from_loads_of_a_value_per_row() -> None:
+    ttgir = """
+  %a = tt.load %p, %m : tensor<64x64x!tt.ptr<bf16>, #blocked> loc(#loc3)
+  %b = ttg.async_copy_global_to_local %p, %m : tensor<64x!tt.ptr<f32>, #s> -> <64xf32, #shared, mutable> loc(#loc4)
+  %c = tt.load %p : !tt.ptr<i32> loc(#loc5)
+  %d = tt.load %p : tensor<64x1x!tt.ptr<i32>, #blocked> loc(#loc)
+  %e = tt.load %p : tensor<64x!tt.ptr<i32>, #blocked> loc(#loc1)
+  %f = tt.load %p : tensor<64x!tt.ptr<i32>, #blocked> loc(#loc6)
+#loc = loc("toy.py":5:1)
+#loc1 = loc("toy.py":10:1)
+#loc2 = loc("toy.py":20:1)
+#loc3 = loc(callsite(#loc1 at #loc2))
+#loc4 = loc("name"(#loc2))
+#loc5 = loc("toy.py":30:14)
+#loc6 = loc(unknown)
+"""
+    ptx = """
+	.loc	1 10 1
+	ld.global.v4.b32 	{%r1, %r2, %r3, %r4}, [%rd1];
+	// begin inline asm
+	.loc	1 20 1
+	mov.u32 %r1, 0x0;
+	.loc	1 21 1
+	@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+	// end inline asm
+	.loc	1 30 14
+	// begin inline asm
+	ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+	// end inline asm
+	.loc	1 40 1
+	cp.async.ca.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x4, %r7;
+	.file	1 "toy.py"
+"""
+    # Line 10 loads a tile in one place and a row in another: what is loaded there counts as a tile. The load of line 20
+    # is at 21 in the machine code. Nothing is known about line 40.
+    assert row_lines(ttgir, ptx) == {("toy.py", 21), ("toy.py", 30)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "figures", "blocks"),
+    [
+        # 128 registers × 32 = 4,096 a warp; a quarter of the file, 16,384, holds 4: 16 warps, 4 blocks of 4.
+        (80, {"registers": 128, "shared_bytes": 0, "warps": 4}, 4),
+        # 100 registers × 32 = 3,200 → 3,328 in units of 256: 4 a quarter, where 96 would allow 5.
+        (80, {"registers": 100, "shared_bytes": 0, "warps": 4}, 4),
+        (80, {"registers": 96, "shared_bytes": 0, "warps": 4}, 5),
+        # 48 KB and 1 KB of reserve fit three times into 164 KB, and four times into 228 KB.
+        (80, {"registers": 32, "shared_bytes": 48 * 1024, "warps": 4}, 3),
+        (90, {"registers": 32, "shared_bytes": 48 * 1024, "warps": 4}, 4),
+        (120, {"registers": 32, "shared_bytes": 48 * 1024, "warps": 4}, 2),
+        # Warps: 64 a multiprocessor, 48 on sm_120; blocks: 32 and 24.
+        (90, {"registers": 16, "shared_bytes": 0, "warps": 8}, 8),
+        (120, {"registers": 16, "shared_bytes": 0, "warps": 8}, 6),
+        (90, {"registers": 16, "shared_bytes": 0, "warps": 1}, 32),
+        (120, {"registers": 16, "shared_bytes": 0, "warps": 1}, 24),
+        # 512 columns of tensor memory.
+        (100, {"registers": 64, "shared_bytes": 1024, "warps": 4, "tensor_memory": 256}, 2),
+        # More shared memory than a block may have.
+        (120, {"registers": 32, "shared_bytes": 100 * 1024, "warps": 4}, 0),
+    ],
+)
+def test_occupancy_by_hand(arch: int, figures: dict[str, int], blocks: int) -> None:
+    assert occupancy(arch, **figures) == blocks
+
+
+def _row(**changes: Any) -> Row:
+    row = Row(
+        kernel="toy", variant={"head_dim": 64}, config="BLOCK_M=64 warps=4 stages=2", arch=90, dtype="bf16",
+        registers=100, stack_bytes=0, shared_bytes=1024, shared_limit=232448, occupancy=4, tensor_core={"HGMMA": 8},
+        multiplies=True, loads={"LDGSTS.128": 8},
+        inner_loads={"LDGSTS.128": 4}, tile_loads={"LDGSTS.128": 4}, wide_loads=True, wide_share=1.0,
+        instructions=900, loop_instructions=300, loop_tensor_core=8, local_loads=0, local_stores=0,
+    )  # fmt: skip
+    return replace(row, **changes)
+
+
+def _accepted(*rows: Row, compiler: str = "triton 1") -> ratchet.Accepted:
+    return ratchet.Accepted(compiler, {row.key: ratchet.figures(row) for row in rows})
+
+
+def _compare(*rows: Row, accepted: ratchet.Accepted, compiler: str = "triton 1") -> ratchet.Comparison:
+    return ratchet.compare(rows, accepted, compiler=compiler, shipped={row.key for row in rows})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"registers": 101}, "registers 100 → 101"),
+        ({"stack_bytes": 8}, "stack_bytes 0 → 8"),
+        ({"shared_bytes": 2048}, "shared_bytes 1024 → 2048"),
+        ({"instructions": 901}, "instructions 900 → 901"),
+        ({"loop_instructions": 310}, "loop_instructions 300 → 310"),
+        ({"occupancy": 3}, "occupancy 4 → 3"),
+        ({"wide_share": 0.5, "wide_loads": False}, "wide_share 1.0 → 0.5"),
+        ({"tensor_core": {"HMMA": 8}}, "no HGMMA any more"),
+        ({"error": "CompilationError: no"}, "does not compile: CompilationError: no"),
+    ],
+)
+def test_ratchet_names_what_got_worse(change: dict[str, Any], says: str) -> None:
+    comparison = _compare(_row(**change), accepted=_accepted(_row()))
+    assert comparison.worse == [f"toy | head_dim=64 | sm_90 | bf16: {says}"]
+    assert not comparison.better
+
+
+def test_ratchet_passes_what_is_as_good_or_better() -> None:
+    assert _compare(_row(), accepted=_accepted(_row())) == ratchet.Comparison([], [])
+    comparison = _compare(_row(registers=90, occupancy=5, config="BLOCK_M=32"), accepted=_accepted(_row()))
+    assert not comparison.worse
+    (line,) = comparison.better
+    assert "registers 100 → 90, occupancy 4 → 5" in line
+    assert "stages=2 → BLOCK_M=32" in line
+
+
+def test_ratchet_reports_new_and_missing_forms() -> None:
+    comparison = _compare(_row(), accepted=_accepted(_row(dtype="fp16")))
+    assert comparison.worse == [
+        "toy | head_dim=64 | sm_90 | bf16: is new",
+        "toy | head_dim=64 | sm_90 | fp16: is accepted but no longer shipped",
+    ]
+
+
+def test_another_compiler_is_held_to_what_does_not_depend_on_it() -> None:
+    counts = _compare(_row(registers=140, instructions=1200), accepted=_accepted(_row()), compiler="triton 2")
+    assert not counts.worse
+    assert "triton 1" in counts.note
+    assert "triton 2" in counts.note
+    spills = _compare(_row(stack_bytes=64), accepted=_accepted(_row()), compiler="triton 2")
+    assert len(spills.worse) == 1
+
+
+def test_accepting_keeps_other_rows(tmp_path: Path) -> None:
+    path = tmp_path / "ratchet.json"
+    other, gone = _row(arch=80), _row(dtype="fp16")
+    ratchet.accept([_row(), other, gone], compiler="triton 1", path=path)
+    ratchet.accept([_row(registers=120)], compiler="triton 1", forget={gone.key}, path=path)
+    accepted = ratchet.read(path)
+    assert accepted.rows.keys() == {_row().key, other.key}
+    assert accepted.rows[_row().key]["registers"] == 120
+    assert ratchet.in_scope(accepted, kernels=(), arches=(80,)).rows.keys() == {other.key}
+    assert not ratchet.in_scope(accepted, kernels=("else",), arches=(80,)).rows
+    with pytest.raises(ValueError, match="do not compile"):
+        ratchet.accept([_row(error="no")], compiler="triton 1", path=path)
+    with pytest.raises(ValueError, match="mixed"):
+        ratchet.accept([_row()], compiler="triton 2", path=path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no ratchet file"):
+        ratchet.read(path)
+    assert ratchet.read(tmp_path / "absent.json").rows == {}
+
+
+def test_targets() -> None:
+    def missed(*rows: Row) -> dict[str, list[str]]:
+        return {verdict.target: verdict.missed for verdict in targets.verdicts(rows) if verdict.missed}
+
+    assert not missed(_row())
+    (line,) = missed(_row(stack_bytes=8))["no spills"]
+    assert line.endswith("bf16: 8 B of stack")
+    (line,) = missed(_row(tensor_core={"HMMA": 3}))["the architecture's own tensor cores"]
+    assert line.endswith("HMMA instead of HGMMA")
+    narrow = _row(wide_loads=False, wide_share=0.9, tile_loads={"LDG.32": 2, "LDGSTS.128": 4})
+    (line,) = missed(narrow)["128-bit loads of tiles in every inner loop"]
+    assert line.endswith("2 LDG.32; 90% of the bytes are wide")
+    assert missed(_row(occupancy=1))["two blocks a multiprocessor at head dimension 64"]
+    assert not missed(_row(occupancy=1, variant={"head_dim": 128}))
+
+
+def test_bias_is_compared_with_the_form_without() -> None:
+    plain = _row(variant={"head_dim": 64, "bias": False}, loop_instructions=200)
+    cheap = targets.verdicts([_row(loop_instructions=224), plain])[-1]
+    assert (cheap.checked, cheap.missed) == (1, [])
+    dear = targets.verdicts([_row(loop_instructions=230), plain])[-1]
+    assert dear.missed[0].endswith("230 instructions in the loop, 200 without bias: +15%")
+    untested = targets.verdicts([_row()])[-1]
+    assert not untested.met
+    assert not untested.checked
+
+
+_COMPILE_TWICE = """
+import json, sys, time
+from dataclasses import replace
+from pathlib import Path
+from tests.kernels import toy_kernels
+from xfm_fast.kernels.audit import audit, compile_rows, shipped_forms
+
+folder = Path(sys.argv[1])
+specs = [toy_kernels.PRODUCT, toy_kernels.REJECTED]
+counts = []
+rows = audit(specs, (80, 90), ("bf16",), cache_dir=folder, jobs=1, progress=lambda done, of: counts.append(of))
+begun = time.perf_counter()
+again = audit(specs[:1], (80, 90), ("bf16",), cache_dir=folder, progress=lambda done, of: counts.append(of))
+seconds = time.perf_counter() - begun
+found = {"rows": [row.as_dict() for row in rows], "same": rows[:2] == again}
+print(json.dumps(found | {"counts": counts, "seconds": seconds}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    environment = compiling_environment() | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _COMPILE_TWICE, str(tmp_path_factory.mktemp("cache"))]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_matrix_product_is_measured(compiled: dict[str, Any]) -> None:
+    ampere, hopper = compiled["rows"][:2]
+    for row in (ampere, hopper):
+        assert row["config"] == "BLOCK_M=64 BLOCK_N=64 warps=4 stages=2"
+        assert 16 < row["registers"] < 200
+        assert row["stack_bytes"] == 0
+        # Two stages of a 64 × 64 tile of each operand.
+        assert 16 * 1024 <= row["shared_bytes"] <= 33 * 1024
+        assert row["wide_loads"] is True
+        assert row["tile_loads"] == row["inner_loads"]
+        assert set(row["tile_loads"]) == {"LDGSTS.128"}
+        assert 0 < row["loop_instructions"] < row["instructions"]
+        assert row["occupancy"] >= 2
+    assert list(ampere["tensor_core"]) == ["HMMA"]
+    # 64 × 64 × 64 in pieces of 16 × 8 × 16, over four warps.
+    assert ampere["loop_instructions"] / ampere["instructions_per_tensor_core"] == 32
+    assert list(hopper["tensor_core"]) == ["HGMMA"]
+
+
+def test_what_does_not_compile_is_a_row_with_an_error(compiled: dict[str, Any]) -> None:
+    for row in compiled["rows"][2:]:
+        assert "Error" in row["error"]
+        assert row["registers"] == row["occupancy"] == 0
+
+
+def test_what_was_compiled_comes_from_the_cache(compiled: dict[str, Any]) -> None:
+    assert compiled["counts"] == [4] * 4
+    assert compiled["same"]
+    assert compiled["seconds"] < 1
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    from xfm_fast.kernels.audit.compiling import Task
+    from xfm_fast.kernels.triton.spec import CompileRequest
+
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        Task.of(CompileRequest(object(), {}, {}, {}, {}), 80)
+
+
+def test_a_compiler_that_dies_loses_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xfm_fast.kernels.audit.compiling import Task
+
+    def task(key: str, module: str) -> Task:
+        return Task(module, "kernel", {}, {}, {}, {}, 80, key)
+
+    (tmp_path / "toy_fatal.py").write_text("import os\nprint('taken for an answer?')\nos._exit(7)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = compile_all([task("one", "toy_fatal"), task("two", "no_such_module")], jobs=1, cache_dir=tmp_path / "cache")
+    assert "died with exit code 7" in found["one"].error
+    assert "no_such_module" in found["two"].error
+
+
+def test_damaged_cache_files_are_ignored(tmp_path: Path) -> None:
+    from xfm_fast.kernels.audit import compiling
+
+    compiling._write(tmp_path, "abcd", Figures(registers=7))
+    assert compiling._read(tmp_path, "abcd") == Figures(registers=7)
+    compiling._place(tmp_path, "abcd").write_text('{"registers"')
+    assert compiling._read(tmp_path, "abcd") is None
+    assert os.listdir(tmp_path / "ab") == ["abcd.json"]
+
+
+def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # The audit compiles even where the tests interpret.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "xfm_fast.cli", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_command(tmp_path: Path) -> None:
+    accepted, rows = tmp_path / "ratchet.json", tmp_path / "rows.json"
+    selection = [
+        "audit",
+        "--kernel",
+        "ordered_sum",
+        "--arch",
+        "80",
+        "--cache",
+        str(tmp_path),
+        "--ratchet",
+        str(accepted),
+    ]
+    done = _cli(*selection, "--accept", "--json", str(rows))
+    assert done.returncode == 0, done.stderr
+    assert "target met" in done.stdout
+    assert "H100" in done.stdout
+    written = json.loads(rows.read_text())
+    names = {"kernel", "config", "arch", "dtype", "registers", "stack_bytes", "shared_bytes", "tensor_core"}
+    assert written
+    assert all(names <= row.keys() and row["kernel"] == "ordered_sum" and row["arch"] == 80 for row in written)
+
+    content = json.loads(accepted.read_text())
+    key = next(iter(content["rows"]))
+    content["rows"][key]["registers"] -= 1
+    accepted.write_text(json.dumps(content))
+    done = _cli(*selection)
+    assert done.returncode == 1
+    assert f"{key}: registers " in done.stdout
+    assert "xfm-fast audit --accept" in done.stdout
+    assert "(0 compiled" in done.stdout
+
+
+def test_unknown_kernels_are_named() -> None:
+    done = _cli("audit", "--kernel", "no_such_kernel")
+    assert done.returncode == 2
+    assert "no_such_kernel" in done.stderr
+    assert "ordered_sum" in done.stderr
+
+
+def test_tuning_without_a_gpu_says_so() -> None:
+    done = _cli("tune")
+    assert done.returncode == 2
+    assert done.stderr.startswith("xfm-fast: ")
+    assert "NVIDIA GPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_shipped_kernels_are_as_good_as_accepted(tmp_path: Path) -> None:
+    done = _cli("audit", "--cache", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+
+
+class TestTuning:
+    """With a timer that reads the configuration, and an audit that rejects what the test says."""
+
+    @pytest.fixture
+    def spec(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        from xfm_fast.kernels.triton import launch, spec
+
+        in_use = LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
+        monkeypatch.setattr(launch, "heuristic_config", lambda *_: in_use)
+        launch.config_for.cache_clear()
+        yield spec.KernelSpec(
+            name="toy", kernel=None, variants=({"head_dim": 64}, {"head_dim": 64, "mask": True}, {"head_dim": 32}),
+            types=lambda *_: {}, constants=lambda *_: {},
+            config=lambda variant, dtype, arch: launch.config_for("toy", variant["head_dim"], dtype, arch),
+        )  # fmt: skip
+        launch.config_for.cache_clear()
+
+    def _search(self, spec: Any, monkeypatch: pytest.MonkeyPatch, times: dict[int, float], spilling: set[Any]) -> Any:
+        from xfm_fast.kernels.triton import launch
+
+        def examine(forms: list[Any], **_: Any) -> list[Row]:
+            return [_row(stack_bytes=8 * ((f.config.tiles["BLOCK_M"], "mask" in f.variant) in spilling)) for f in forms]
+
+        timed: list[int] = []
+
+        def timer(call: Any) -> float:
+            timed.append(call())
+            return times[timed[-1]]
+
+        monkeypatch.setattr(tune, "compile_rows", examine)
+        choice = tune.search(
+            spec, 64, "bf16", 90, timer=timer,
+            workload=lambda *kernel: lambda: launch.config_for(*kernel, 90).tiles["BLOCK_M"],
+            grid=[LaunchConfig({"BLOCK_M": m, "BLOCK_N": 64}, 4, 2) for m in sorted(times)],
+        )  # fmt: skip
+        return choice, timed
+
+    def test_the_fastest_wins(self, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        choice, timed = self._search(spec, monkeypatch, {32: 3.0, 64: 2.0, 128: 1.0}, set())
+        assert choice.config.tiles["BLOCK_M"] == 128
+        assert (choice.before, choice.seconds, choice.timed, choice.rejected) == (2.0, 1.0, 3, 0)
+        assert timed == [64, 32, 128]
+
+    def test_what_spills_is_not_timed(self, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        choice, timed = self._search(spec, monkeypatch, {32: 1.5, 64: 2.0, 128: 1.0}, {(128, False)})
+        assert timed == [64, 32]
+        assert choice.config.tiles["BLOCK_M"] == 32
+        assert choice.rejected == 1
+
+    def test_every_form_must_pass(self, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        choice, timed = self._search(spec, monkeypatch, {32: 1.5, 64: 2.0, 128: 1.0}, {(128, True)})
+        assert 128 in timed
+        assert choice.config.tiles["BLOCK_M"] == 32
+
+    def test_a_hair_is_no_reason_to_change(self, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        choice, _ = self._search(spec, monkeypatch, {64: 2.0, 128: 1.99}, set())
+        assert choice.config.tiles["BLOCK_M"] == 64
+
+    def test_nothing_acceptable_is_an_error(self, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ValueError, match="every configuration"):
+            self._search(spec, monkeypatch, {64: 2.0}, {(64, False)})
+
+    def test_tables_are_what_launches_read(self, spec: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        from xfm_fast.kernels.triton import launch
+
+        choice, _ = self._search(spec, monkeypatch, {64: 2.0, 128: 1.0}, set())
+        tune.write([choice], 90, "a GPU", tmp_path)
+        path = tune.write([replace(choice, head_dim=32)], 90, "a GPU", tmp_path)
+        assert path.name == "sm_90.json"
+        assert json.loads(path.read_text())["toy"].keys() == {"bf16/64", "bf16/32"}
+        monkeypatch.setattr(launch, "_TUNING", tmp_path)
+        launch._tuned.cache_clear()
+        launch.config_for.cache_clear()
+        try:
+            assert launch.config_for("toy", 64, "bf16", 90) == choice.config
+        finally:
+            launch._tuned.cache_clear()
+
+    def test_candidates_are_distinct(self) -> None:
+        for kernel in ("relpos_forward", "varlen_forward_short"):
+            grid = tune.candidates(kernel)
+            assert len({repr(config) for config in grid}) == len(grid) > 30
