@@ -199,7 +199,7 @@ def model_workload(kernel: str, head_dim: int, dtype: str, device: str = "cuda")
         return _relpos(noise, head_dim, forward=part == "forward")
     if family == "varlen":
         lengths = ([13] * 256, [13] * 256) if part.endswith("_short") else ([3328], [577])
-        return _varlen(noise, head_dim, *lengths, forward=part.startswith("forward"))
+        return _varlen(noise, head_dim, *lengths, part)
     raise ValueError(f"no shape is known at which to time kernel {kernel}")
 
 
@@ -217,7 +217,7 @@ def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool)
 
 
 def _varlen(
-    noise: Callable[..., torch.Tensor], head_dim: int, queries: list[int], keys: list[int], *, forward: bool
+    noise: Callable[..., torch.Tensor], head_dim: int, queries: list[int], keys: list[int], part: str
 ) -> Callable[[], Any]:
     from .triton import varlen_attention as module
 
@@ -228,8 +228,11 @@ def _varlen(
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
         for lengths in (queries, keys)
     )
-    arguments = (q, k, v, cu_q, cu_k, max(queries), max(keys), scale, 0.0, None, None)
-    if forward:
+    mask = torch.ones(k.shape[0], dtype=torch.bool, device=q.device) if "masked" in part else None
+    seed = torch.zeros(1, dtype=torch.int64, device=q.device)
+    dropout = 0.1 if "dropout" in part else 0.0
+    arguments = (q, k, v, cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
+    if part.startswith("forward"):
         return lambda: module.varlen_attention_forward(*arguments)
     out, lse = module.varlen_attention_forward(*arguments)
     return lambda: module.varlen_attention_backward(dout, *arguments, out, lse)

@@ -26,6 +26,10 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 
+# Whoever imports Triton first decides for the whole process whether kernels are compiled or interpreted, and parts of
+# PyTorch import it: without a GPU, tests interpret. Those that compile start a process of their own.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 CASES = ["tiny_a", "tiny_b"]
 PACKED = Path(__file__).parent / "data" / "golden"
 
