@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -24,10 +25,15 @@ def _blocks(language: str) -> list[str]:
 
 
 def _commands(program: str) -> list[str]:
-    """Lines of the shell blocks that start `program`, without their comments; and such commands in running text."""
+    """Lines of the shell blocks that start `program`, without their comments."""
     lines = [line.split("#")[0].strip() for block in _blocks("bash") for line in block.splitlines()]
-    lines += re.findall(r"`(make [^`]*|xfm-fast [^`]*)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
     return sorted({line for line in lines if line.startswith(program + " ")})
+
+
+def _mentioned(program: str) -> list[str]:
+    """Commands in running text; some take minutes or need a GPU or the reader's own files."""
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    return sorted(set(re.findall(rf"`({program} [^`]*)`", text)))
 
 
 def _small(program: str) -> str:
@@ -42,7 +48,7 @@ def test_programs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     exec(compile(_small(_blocks("python")[number]), f"README.md block {number}", "exec"), {})
 
 
-@pytest.mark.parametrize("command", _commands("make"))
+@pytest.mark.parametrize("command", sorted({*_commands("make"), *_mentioned("make")}))
 def test_make_targets(command: str) -> None:
     dry = subprocess.run(
         ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
@@ -62,15 +68,31 @@ def test_command_line(command: str, tmp_path: Path) -> None:
         else:
             torch.save({"model": load_tensors("tiny_b/weights")}, tmp_path / words[1])
             words += ["--config", str(ROOT / "tests/data/golden/tiny_b/config.json")]
-    elif words[0] == "bench" and any(word.isupper() for word in words):
-        # Placeholders for the user's own files: the option exists.
-        words = ["bench", "--help"]
     run = [sys.executable, "-m", "xfm_fast.cli", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", _mentioned("xfm-fast"))
+def test_commands_in_running_text_exist(command: str) -> None:
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("-") and not word.isupper()]
+    run = [sys.executable, "-m", "xfm_fast.cli", *words, "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
     for option in re.findall(r"--[a-z-]+", command):
-        assert words != ["bench", "--help"] or option in done.stdout
+        assert option in done.stdout
+
+
+def test_the_measured_table_is_that_of_the_committed_run() -> None:
+    document = json.loads((ROOT / "benchmarks/results/cpu-avx2-2threads.json").read_text(encoding="utf-8"))
+    rows = [row for row in document["rows"] if row["status"] == "measured"]
+    assert len(rows) == 5
+    for row in rows:
+        fast, official = (row[side]["throughput"] for side in ("fast", "twin"))
+        numbers = f"| {fast:.3g} {row['unit']}/s | {official:.3g} | {row['ratio']:.1f}x | {row['share_of_peak']:.0%} |"
+        assert f"| {row['name']} {numbers}" in README
 
 
 def test_the_readme_has_the_sections_that_people_look_for() -> None:
