@@ -1,1 +1,1 @@
-"""From a model to a serving engine: ONNX graphs, TensorRT engines and one session that runs them."""
+"""The place of exporters. This version exports through `xfm_fast.checkpoint`; ONNX and TensorRT are to follow here."""
