@@ -67,10 +67,7 @@ def linear_residual(
     plain = row_scale is None and not dropout_p
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
         return cpu_products.linear_residual(x, weight, bias, residual, gamma)
-    if dropout_p:
-        branch = F.dropout(F.linear(x, weight, bias), dropout_p)
-        return residual + (branch if gamma is None else gamma * branch)
-    return reference.linear_residual(x, weight, bias, residual, gamma, row_scale)
+    return reference.linear_residual(x, weight, bias, residual, gamma, row_scale, dropout_p)
 
 
 def mlp_residual(

@@ -19,9 +19,17 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_residual(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     out = F.linear(x, weight, bias)
+    if dropout_p:
+        out = F.dropout(out, dropout_p)
     if gamma is not None:
         out = gamma * out
     if row_scale is not None:

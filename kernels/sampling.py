@@ -44,6 +44,11 @@ def sample_hard_negatives(
     weights = reference.hard_negative_weights(similarity, mask)
     if not torch.compiler.is_compiling() and (check or similarity.device.type == "cpu"):
         _check_rows(weights, mask)
+    return race(weights, generator)
+
+
+def race(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One column per row of weights `[B, C]`, drawn in proportion to them by an exponential race: `[B]`."""
     arrivals = torch.empty_like(weights).exponential_(generator=generator)
     # An arrival of exactly zero would win, or be NaN, whatever its weight.
     return (weights / arrivals.clamp_min(torch.finfo(weights.dtype).tiny)).argmax(1)

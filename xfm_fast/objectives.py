@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.errors import InputError
+from xfm_fast.kernels import reference
+from xfm_fast.kernels.sampling import race
 
 IGNORED = -100
 """Target of a token that the language-modelling losses leave out."""
-
-# Added to every softmax weight before negatives are drawn, so that even the easiest negative can be drawn.
-_WEIGHT_FLOOR = 1e-5
 
 
 class HardNegatives(NamedTuple):
@@ -91,8 +90,7 @@ def hard_negative_weights(
         excluded = torch.eye(similarity.shape[0], dtype=torch.bool, device=similarity.device)
     else:
         excluded = image_ids[:, None] == image_ids[None, :]
-    images = (similarity.softmax(1) + _WEIGHT_FLOOR).masked_fill(excluded, 0)
-    texts = (similarity.t().softmax(1) + _WEIGHT_FLOOR).masked_fill(excluded, 0)
+    images, texts = (reference.hard_negative_weights(s, excluded) for s in (similarity, similarity.t()))
     return images, texts
 
 
@@ -125,7 +123,7 @@ def sample_hard_negatives(
         )
     if image_ids is not None:
         _assert_negatives(weights[0], image_ids)
-    return HardNegatives(*(_race(w, generator) for w in weights))
+    return HardNegatives(*(race(w, generator) for w in weights))
 
 
 def _assert_negatives(weights: Tensor, image_ids: Tensor) -> None:
@@ -137,12 +135,6 @@ def _assert_negatives(weights: Tensor, image_ids: Tensor) -> None:
     elif not bool(filled.all()):
         pair = int(filled.long().argmin())
         raise InputError(f"pair {pair} (image id {int(image_ids[pair])}) has no negative: {message}")
-
-
-def _race(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    arrivals = torch.empty_like(weights).exponential_(generator=generator)
-    # An arrival of exactly zero would win, or be NaN, whatever its weight.
-    return (weights / arrivals.clamp_min(torch.finfo(weights.dtype).tiny)).argmax(1)
 
 
 def matching_loss(logits: Tensor, matches: Tensor) -> Tensor:

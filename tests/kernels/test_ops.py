@@ -489,3 +489,13 @@ def test_backend_of_a_block() -> None:
         assert resolve(None, x, weight) == "reference"
         assert resolve("auto", x, weight) == "cpu"
     assert resolve(None, x, weight) == "cpu"
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_dropped_path_adds_nothing_with_or_without_dropout(dropout_p: float) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(3, 5, 8), torch.randn(3, 5, 4), torch.randn(4, 8)
+    out = ops.linear_residual(x, weight, None, residual, row_scale=torch.tensor([0.0, 2.0, 0.0]), dropout_p=dropout_p)
+    assert torch.equal(out[0], residual[0])
+    assert torch.equal(out[2], residual[2])
+    assert not torch.equal(out[1], residual[1])

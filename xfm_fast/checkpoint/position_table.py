@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import InputError
+from xfm_fast.kernels import reference
 
 CLASS_ROWS = 3
 # A cubic spline needs four points per axis, and a window of w has 2w - 1.
@@ -46,18 +47,7 @@ def relative_position_index(window: int) -> Tensor:
 
     Entry `[i, j]` is the row for query `i` and key `j`.
     """
-    steps = torch.arange(window)
-    row, column = (grid.flatten() for grid in torch.meshgrid(steps, steps, indexing="ij"))
-    side = 2 * window - 1
-    offset_row = row[:, None] - row[None, :] + window - 1
-    offset_column = column[:, None] - column[None, :] + window - 1
-    rows = table_rows(window)
-    index = torch.empty(window**2 + 1, window**2 + 1, dtype=torch.int64)
-    index[1:, 1:] = offset_row * side + offset_column
-    index[0, :] = rows - 3
-    index[:, 0] = rows - 2
-    index[0, 0] = rows - 1
-    return index
+    return reference.relative_position_index((window, window))
 
 
 def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
