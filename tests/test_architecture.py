@@ -1,6 +1,7 @@
 """The house rules that a program can check: which way imports point, and what no file may hold.
 
-Arrows between the parts of `xfm_fast` point one way, `cli → training, tasks, export, benchmarks → models → kernels`:
+Arrows between the parts of `xfm_fast` point one way,
+`cli → reproduce → training, tasks, export, benchmarks → models → kernels`:
 a part imports from lower levels and from beside it, and no two parts import each other.
 """
 
@@ -20,6 +21,7 @@ LEVELS = {
     "config": 1,
     "mapped": 1,
     "kernels": 1,
+    "batches": 2,
     "packing": 2,
     "data": 2,
     "checkpoint": 2,
@@ -30,7 +32,8 @@ LEVELS = {
     "tasks": 5,
     "export": 5,
     "benchmarks": 5,
-    "cli": 6,
+    "reproduce": 6,
+    "cli": 7,
 }
 # flash_attn is a backend that is asked for by name.
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {
