@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import host, reference
 from .backend import Backend, named, resolve
 from .cpu import attention as cpu
 from .cpu import attention_backward as cpu_backward
@@ -150,10 +150,11 @@ def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     return derived(f"position bias {window}", (table,), lambda: reference.position_bias(table, window).contiguous())
 
 
-def _padded_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _padded_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
     from .triton.relpos_table import materialise_bias
 
-    return derived(f"padded bias {window} {dtype}", (table,), lambda: materialise_bias(table, window, dtype))
+    name = f"padded bias {window} {dtype} {scale}"
+    return derived(name, (table,), lambda: materialise_bias(table, window, dtype, scale))
 
 
 def _relpos_forward(
@@ -162,7 +163,7 @@ def _relpos_forward(
     if backend == "triton":
         from .triton.relpos_attention import relpos_attention_forward
 
-        return relpos_attention_forward(q, k, v, _padded_bias(table, (height, width), q.dtype), scale)
+        return relpos_attention_forward(q, k, v, _padded_bias(table, (height, width), q.dtype, scale), scale)
     out = cpu.dense_attention(q, k, v, scale, _bias(table, (height, width)).to(q.dtype))
     return out, q.new_empty(0, dtype=torch.float32)
 
@@ -192,7 +193,7 @@ def _relpos_backward(
     if backend == "triton":
         from .triton.relpos_attention import relpos_attention_backward
 
-        bias = _padded_bias(table, window, q.dtype)
+        bias = _padded_bias(table, window, q.dtype, scale)
         dq, dk, dv, dtable = relpos_attention_backward(dout, q, k, v, bias, table.shape[0], window, scale, out, lse)
         return dq, dk, dv, dtable.to(table.dtype)
     bias = _bias(table, window).to(q.dtype)
@@ -388,7 +389,7 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _bounds(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:
-    bounds = tuple(offsets.tolist())
+    bounds = tuple(host.integers(offsets))
     if bounds[0] != 0 or bounds[-1] != packed.shape[0]:
         raise ValueError(
             f"cu_seqlens_{name} runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {packed.shape[0]}"

@@ -209,7 +209,7 @@ def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool)
     window, heads, scale = (24, 24), 12, head_dim**-0.5
     tokens, rows = 1 + window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1) + 3
     q, k, v, dout = (noise(8, tokens, heads, head_dim) for _ in range(4))
-    bias = module.materialise_bias(noise(rows, heads).float(), window, q.dtype)
+    bias = module.materialise_bias(noise(rows, heads).float(), window, q.dtype, scale)
     if forward:
         return lambda: module.relpos_attention_forward(q, k, v, bias, scale)
     out, lse = module.relpos_attention_forward(q, k, v, bias, scale)

@@ -4,8 +4,9 @@ Both attention families loop over these steps; they differ in where a tile lies.
 
 - A head dimension comes as two pieces `_a` and `_b` (see `split_head_dim`); without a second piece, D_B is 0 and the
   `_b` operands are dummies that the compiler removes.
-- Products accumulate in fp32. The softmax is computed in base 2. With a bias, scores are `q·k * SCALE + bias`; without,
-  they stay unscaled and the scale is applied within the exponent.
+- Products accumulate in fp32. The softmax is computed in base 2. Scores stay unscaled and the scale is applied within
+  the exponent. A bias comes divided by the scale, so that it can be what the accumulator of the product starts from:
+  it then costs its load and its conversion to fp32, and no arithmetic.
 - MASKED says that the tile may extend beyond the last row; `inside` tells where it does.
 - THRESHOLD is the dropout probability times 2³² (0: none).
 """
@@ -63,6 +64,15 @@ def product(x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def biased_product(bias, x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr):
+    """The bias plus rows of x times rows of y."""
+    out = tl.dot(x_a, tl.trans(y_a), bias.to(tl.float32), input_precision=PRECISION)
+    if D_B > 0:
+        out = tl.dot(x_b, tl.trans(y_b), out, input_precision=PRECISION)
+    return out
+
+
+@triton.jit
 def dropout_keep(seed, head, queries, keys, THRESHOLD: tl.constexpr):
     """Which attention weights dropout keeps: a function of the seed, the head and the element, whatever the tiles.
 
@@ -92,14 +102,15 @@ def forward_tile(
     """
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
-    scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
     if HAS_BIAS:
-        scores = scores * SCALE + tl.load(bias_pointers).to(tl.float32)
-    elif HAS_MASK:
-        scores = tl.where(allowed[None, :], scores, float("-inf"))
-    elif MASKED:
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-    factor: tl.constexpr = LOG2E if HAS_BIAS else SCALE * LOG2E
+        scores = biased_product(tl.load(bias_pointers), q_a, q_b, k_a, k_b, D_B, PRECISION)
+    else:
+        scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
+        if HAS_MASK:
+            scores = tl.where(allowed[None, :], scores, float("-inf"))
+        elif MASKED:
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+    factor: tl.constexpr = SCALE * LOG2E
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     finite_max = new_max
     if HAS_MASK:
@@ -152,10 +163,11 @@ def dkdv_tile(
     else:
         row_lse = tl.load(lse_pointer + rows)
         delta = tl.load(delta_pointer + rows)
-    scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION)
     if HAS_BIAS:
-        scores = scores * SCALE + tl.trans(tl.load(bias_pointers)).to(tl.float32)
-    weights = softmax_weights(scores, row_lse[None, :], 1.0 if HAS_BIAS else SCALE, PRECISION)
+        scores = biased_product(tl.trans(tl.load(bias_pointers)), k_a, k_b, q_a, q_b, D_B, PRECISION)
+    else:
+        scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION)
+    weights = softmax_weights(scores, row_lse[None, :], SCALE, PRECISION)
     g_a, g_b = load_pieces(g_base, rows, stride_gn, inside, D_A, D_B, MASKED)
     dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
     kept = weights
@@ -185,13 +197,16 @@ def dq_tile(
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
     scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
+    shift = row_lse[:, None]
     if HAS_BIAS:
-        scores = scores * SCALE + tl.load(bias_pointers).to(tl.float32)
+        # Not into the accumulator: where products take their operands from registers (Ampere), that spills.
+        unit: tl.constexpr = SCALE if PRECISION == "ieee" else SCALE * LOG2E
+        shift = shift - tl.load(bias_pointers).to(tl.float32) * unit
     elif HAS_MASK:
         scores = tl.where(allowed[None, :], scores, float("-inf"))
     elif MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
-    weights = softmax_weights(scores, row_lse[:, None], 1.0 if HAS_BIAS else SCALE, PRECISION)
+    weights = softmax_weights(scores, shift, SCALE, PRECISION)
     v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
     dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
     if THRESHOLD > 0:

@@ -1,7 +1,7 @@
 """Self-attention with BEiT's relative position bias (arXiv 2106.08254), in the manner of FlashAttention-2 (2307.08691).
 
-The bias is materialised once per layer, `[H, N, N_pad]`, with -inf in the columns beyond N, so that the loop over keys
-needs neither the table nor a mask. All batch entries read it from the second-level cache.
+The bias is materialised once per layer, `[H, N, N_pad]`, divided by the scale and with -inf in the columns beyond N, so
+that the loop over keys needs neither the table nor a mask, and no arithmetic for the bias. All batch entries read it from the second-level cache.
 """
 
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
@@ -58,7 +58,8 @@ def forward_kernel(
     q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
     k_base = k_ptr + b * stride_kb + h * stride_kh
     v_base = v_ptr + b * stride_vb + h * stride_vh
-    bias_rows = bias_ptr + (h * tokens + start) * stride_bias + clamped[:, None] * stride_bias
+    bias_base = bias_ptr + (h * tokens + start) * stride_bias
+    bias_rows = clamped[:, None] * stride_bias
     columns = tl.arange(0, BLOCK_N)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -68,23 +69,24 @@ def forward_kernel(
     for first in range(0, full, BLOCK_N):
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, bias_rows + (first + columns)[None, :], columns, columns,
+            k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), columns, columns,
             0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
+        bias_base += BLOCK_N
     if TAIL > 0:
         # The class token makes N one more than a multiple of a tile at many sizes: the last tile has a size of its own.
         last = tl.arange(0, TAIL)
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, bias_rows + (full + last)[None, :], last < tokens - full, last,
+            k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), last < tokens - full, last,
             0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
         )  # fmt: skip
     inverse = (1.0 / row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
-    lse = row_max * (1.0 if HAS_BIAS else SCALE) + tl.log2(row_sum) / LOG2E
+    lse = row_max * SCALE + tl.log2(row_sum) / LOG2E
     tl.store(lse_ptr + (b * heads + h) * tokens + start + rows, lse, mask=inside)
 
 
@@ -94,7 +96,7 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     Args:
         q, k, v: `[B, N, H, D]`, D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last dimension
             is not contiguous is copied.
-        bias: `[H, N, N_pad]` contiguous, as `materialise_bias` makes it.
+        bias: `[H, N, N_pad]` contiguous, as `materialise_bias` makes it for the same scale.
         scale: of the products, positive.
 
     Returns:

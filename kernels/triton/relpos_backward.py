@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import dkdv_tile, dq_tile, load_pieces, product, softmax_weights, store_pieces
+from .attention_tiles import biased_product, dkdv_tile, dq_tile, load_pieces, product, softmax_weights, store_pieces
 
 
 @triton.jit
@@ -95,7 +95,8 @@ def dq_kernel(
     delta = tl.load(delta_ptr + statistics)
     k_base = k_ptr + b * stride_kb + h * stride_kh
     v_base = v_ptr + b * stride_vb + h * stride_vh
-    bias_rows = bias_ptr + (h * tokens + start) * stride_bias + clamped[:, None] * stride_bias
+    bias_base = bias_ptr + (h * tokens + start) * stride_bias
+    bias_rows = clamped[:, None] * stride_bias
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
@@ -103,16 +104,17 @@ def dq_kernel(
     for first in range(0, full, BLOCK_N):
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_rows + (first + columns)[None, :], columns, columns, 0, 0, 0, 0,
+            bias_base + (bias_rows + columns[None, :]), columns, columns, 0, 0, 0, 0,
             SCALE, D_A, D_B, BLOCK_N, PRECISION, True, False, False, 0,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
+        bias_base += BLOCK_N
     if TAIL > 0:
         last = tl.arange(0, TAIL)
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_rows + (full + last)[None, :], last < tokens - full, last, 0, 0, 0, 0,
+            bias_base + (bias_rows + last[None, :]), last < tokens - full, last, 0, 0, 0, 0,
             SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0,
         )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
@@ -156,8 +158,8 @@ def dbias_kernel(
         k_a, k_b = load_pieces(k_base, clamped_columns, stride_kn, columns, D_A, D_B, False)
         row_lse = tl.load(row_lse_ptr + statistics + clamped_rows)
         delta = tl.load(delta_ptr + statistics + clamped_rows)
-        scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION) * SCALE + bias.to(tl.float32)
-        weights = softmax_weights(scores, row_lse[:, None], 1.0, PRECISION)
+        scores = biased_product(bias, q_a, q_b, k_a, k_b, D_B, PRECISION)
+        weights = softmax_weights(scores, row_lse[:, None], SCALE, PRECISION)
         g_a, g_b = load_pieces(g_base, clamped_rows, stride_gn, rows, D_A, D_B, False)
         v_a, v_b = load_pieces(v_base, clamped_columns, stride_vn, columns, D_A, D_B, False)
         acc += weights * (product(g_a, g_b, v_a, v_b, D_B, PRECISION) - delta[:, None])

@@ -30,25 +30,29 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-def materialise_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype, tile: int = 128) -> Tensor:
-    """The bias of every (query, key) pair, with columns of -inf up to a multiple of `tile`.
+def materialise_bias(
+    table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float, tile: int = 128
+) -> Tensor:
+    """The bias of every (query, key) pair divided by the scale, with columns of -inf up to a multiple of `tile`.
 
     Args:
         table: `[(2wh-1)(2ww-1)+3, H]`, rows as in `reference.relative_position_index`.
         window: (wh, ww), N = 1 + wh·ww.
         dtype: what attention computes in.
+        scale: of the products of attention, which multiplies their sum with the bias.
         tile: at least the widest tile of keys of any kernel, 128.
 
     Returns:
-        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`. In fp16, entries beyond ±60000 are clamped: in a softmax,
-        that is as good as infinite.
+        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`. In fp16, quotients beyond ±60000 are clamped: a bias of
+        7500, at head dimension 64, is as good as infinite in a softmax.
     """
     index = relative_position_index(window, table.device)
     tokens, heads = index.shape[0], table.shape[1]
     storage = bias_dtype(dtype)
     padded = triton.cdiv(tokens, tile) * tile
     bias = torch.full((heads, tokens, padded), -torch.inf, dtype=storage, device=table.device)
-    entries = table.detach().t()
+    # Half-precision tables are divided in fp32, so that the quotient is rounded once.
+    entries = table.detach().t().float() / scale
     if storage == torch.float16:
         entries = entries.clamp(-60000, 60000)
     bias[:, :, :tokens] = entries.to(storage)[:, index.view(-1)].view(heads, tokens, tokens)

@@ -48,7 +48,7 @@ def inputs(
 def run(module: Any, args: tuple[Tensor, ...], window: tuple[int, int], scale: float) -> tuple[Tensor, ...]:
     q, k, v, table, dout = args
     with poison():
-        bias = module.materialise_bias(table, window, q.dtype)
+        bias = module.materialise_bias(table, window, q.dtype, scale)
         out, lse = module.relpos_attention_forward(q, k, v, bias, scale)
         rows = table.shape[0]
         grads = module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse)
@@ -134,18 +134,19 @@ def test_same_bits_every_time() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_bias_is_the_table_entry_of_every_pair_and_infinite_beyond(dtype: torch.dtype) -> None:
+def test_bias_is_the_table_entry_over_the_scale_and_infinite_beyond(dtype: torch.dtype) -> None:
     table = torch.randn(table_rows((3, 4)), 2)
     with poison():
-        bias = relpos_table.materialise_bias(table, (3, 4), dtype)
+        bias = relpos_table.materialise_bias(table, (3, 4), dtype, 0.3)
     assert bias.shape == (2, 13, 128)
     assert bias.is_contiguous()
-    torch.testing.assert_close(bias[..., :13], reference.position_bias(table, (3, 4)).to(bias.dtype), rtol=0, atol=0)
+    divided = (reference.position_bias(table, (3, 4)) / 0.3).to(bias.dtype)
+    torch.testing.assert_close(bias[..., :13], divided, rtol=0, atol=0)
     assert (bias[..., 13:] == -torch.inf).all()
 
 
 def test_bias_beyond_the_range_of_half_precision_stays_finite() -> None:
-    bias = relpos_table.materialise_bias(torch.full((4, 1), 1e6), (1, 1), torch.bfloat16)
+    bias = relpos_table.materialise_bias(torch.full((4, 1), 1e6), (1, 1), torch.bfloat16, 0.125)
     assert bias[..., :2].isfinite().all()
 
 
@@ -174,7 +175,7 @@ def test_empty_batch() -> None:
 
 def test_unsupported_arguments_are_refused() -> None:
     q, k, v, table, _ = inputs((2, 2), 1, 2, 32, torch.float16)
-    bias = relpos_table.materialise_bias(table, (2, 2), torch.float16)
+    bias = relpos_table.materialise_bias(table, (2, 2), torch.float16, 1.0)
     forward = relpos_attention.relpos_attention_forward
     with pytest.raises(ValueError, match=r"must all be \[B, N, H, D\]"):
         forward(q, k[:, 1:], v, bias, 1.0)
@@ -197,7 +198,7 @@ def test_unsupported_arguments_are_refused() -> None:
 
 
 MUTATIONS = {
-    "wrong scale": ("triton/attention_tiles.py", "scores * SCALE + tl.load", "scores * 0.13 + tl.load"),
+    "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 0.13"),
     "unscaled dk": ("triton/relpos_backward.py", "dk_a * SCALE, dk_b", "dk_a, dk_b"),
     "skipped last tile": ("triton/relpos_attention.py", "if TAIL > 0:", "if TAIL > 999:"),
     "skipped last tile of dq": ("triton/relpos_backward.py", "    if TAIL > 0:", "    if TAIL > 999:"),

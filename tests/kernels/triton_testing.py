@@ -149,7 +149,7 @@ def mutated(file: str, old: str, new: str, folder: Path) -> Iterator[ModuleType]
     name = f"mutant_{abs(hash((file, old, new, str(folder))))}"
     root = folder / name
     (root / "triton").mkdir(parents=True)
-    for path in (source / "__init__.py", source / "reference.py", *(source / "triton").glob("*.py")):
+    for path in (*source.glob("*.py"), *(source / "triton").glob("*.py")):
         shutil.copyfile(path, root / path.relative_to(source))
     text = (root / file).read_text()
     assert old in text, f"{file} does not contain {old!r} any more"
