@@ -1,0 +1,41 @@
+"""Values of tensors that Python decides by: offsets, seeds, checks.
+
+On CPU they are read through NumPy, which looks at the tensor's own memory. So whoever forbids the methods of a tensor
+that wait for a device (`item`, `tolist`, `nonzero`, truth values) finds the ones that would stop an accelerator, and no
+others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def integers(tensor: Tensor) -> list[int]:
+    """The values of an integer vector."""
+    return tensor.detach().cpu().numpy().tolist()
+
+
+def integer(tensor: Tensor) -> int:
+    """The value of an integer tensor with one element."""
+    return int(tensor.detach().cpu().numpy().reshape(()))
+
+
+def number(tensor: Tensor) -> float:
+    """The value of a floating-point tensor with one element, of which NumPy need not know the type."""
+    return float(tensor.detach().double().cpu().numpy().reshape(()))
+
+
+def any_true(mask: Tensor) -> bool:
+    """Whether any element of a boolean tensor is True."""
+    return bool(mask.detach().cpu().numpy().any())
+
+
+def all_true(mask: Tensor) -> bool:
+    """Whether every element of a boolean tensor is True."""
+    return bool(mask.detach().cpu().numpy().all())
+
+
+def true_places(mask: Tensor) -> Tensor:
+    """Places of True in a flattened boolean tensor, ascending: int64, on CPU."""
+    return torch.from_numpy(mask.detach().cpu().numpy().reshape(-1).nonzero()[0])
