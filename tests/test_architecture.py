@@ -23,6 +23,7 @@ LEVELS = {
     "kernels": 1,
     "batches": 2,
     "packing": 2,
+    "tokenizer": 2,
     "data": 2,
     "checkpoint": 2,
     "models": 3,

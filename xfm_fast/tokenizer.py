@@ -20,6 +20,8 @@ BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 _TO_SPACE = str.maketrans(dict.fromkeys(",.'!?\"()*#:;~-/", " "))
 _SPACES = re.compile(r"\s{2,}")
 _BYTES = 256
+# How byte-level BPE writes the space, the tab and the line breaks that a token may begin with.
+_WHITE = frozenset("ĠĉĊčċČ")
 
 
 def pre_caption(caption: str, max_words: int = 30) -> str:
@@ -35,6 +37,18 @@ def pre_caption(caption: str, max_words: int = 30) -> str:
     if not cleaned:
         raise DataError(f"caption {caption!r} is empty after cleaning; write words or remove it")
     return cleaned
+
+
+def pre_question(question: str, max_words: int = 30) -> str:
+    """The official cleaning of questions: as of captions, but inner and leading spaces stay as they are.
+
+    An empty result is possible. Words are what lies between single spaces, so that a run of spaces counts as words.
+
+    Args:
+        max_words: 30 in training, 50 in testing.
+    """
+    cleaned = question.lower().translate(_TO_SPACE).rstrip(" ")
+    return " ".join(cleaned.split(" ")[:max_words])
 
 
 class CaptionTokenizer:
@@ -57,6 +71,10 @@ class CaptionTokenizer:
                 "tokenizer.json with RoBERTa's special tokens"
             )
         self.bos_token_id, self.pad_token_id, self.eos_token_id = (ids[token] for token in (BOS, PAD, EOS))
+        special = {BOS, PAD, EOS, UNK, MASK}
+        self._starts_word = [False] * tokenizer.get_vocab_size()
+        for token, number in tokenizer.get_vocab().items():
+            self._starts_word[number] = token in special or token[:1] in _WHITE
 
     @classmethod
     def from_files(cls, path: str | os.PathLike[str]) -> CaptionTokenizer:
@@ -106,6 +124,18 @@ class CaptionTokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def mask_token_id(self) -> int:
+        """The id of `<mask>`.
+
+        Raises:
+            DataError: the vocabulary has none, so nothing can be masked.
+        """
+        number = self._tokenizer.token_to_id(MASK)
+        if number is None:
+            raise DataError(f"the vocabulary in {self.origin} lacks {MASK}; give RoBERTa's vocabulary, which has it")
+        return number
+
     def check(self, config: XFMConfig) -> None:
         """Raise `DataError` unless a model of this configuration can read the ids."""
         if self.vocab_size > config.vocab_size:
@@ -133,13 +163,7 @@ class CaptionTokenizer:
         Returns:
             input_ids and attention_mask, int64 `[B, L]`; the mask is 1 for real tokens.
         """
-        if max_tokens < 3:
-            raise DataError(f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3")
-        rows = []
-        for number, encoding in enumerate(self._tokenizer.encode_batch(list(texts), add_special_tokens=False)):
-            if not encoding.ids:
-                raise DataError(f"text {number} ({texts[number]!r}) has no tokens; write words or remove it")
-            rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
+        rows = self.encode_ids(texts, max_tokens)
         width = max(map(len, rows), default=0) if pad_to_longest else max_tokens
         ids = torch.full((len(rows), width), self.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -147,6 +171,31 @@ class CaptionTokenizer:
             ids[number, : len(row)] = torch.tensor(row)
             mask[number, : len(row)] = 1
         return ids, mask
+
+    def encode_ids(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """`<s> tokens </s>` of every text, cut to `max_tokens` ids and not padded: what pretraining reads and masks.
+
+        Raises:
+            DataError: a text has no tokens, or `max_tokens` no room for any.
+        """
+        if max_tokens < 3:
+            raise DataError(f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3")
+        rows = []
+        for number, encoding in enumerate(self._tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+            if not encoding.ids:
+                raise DataError(f"text {number} ({texts[number]!r}) has no tokens; write words or remove it")
+            rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
+        return rows
+
+    def word_starts(self, ids: Sequence[int]) -> list[bool]:
+        """Which ids begin a word, for whole-word masking: `<s> tokens </s>` as `encode_ids` makes them.
+
+        Byte-level tokens carry the white space before them, so a token that begins with some begins a word; so do
+        special tokens, and the first token of a text, which has nothing before it.
+        """
+        starts = [self._starts_word[number] for number in ids]
+        starts[:2] = [True] * len(starts[:2])
+        return starts
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError
-from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption, pre_question
 
 TEXTS = ["a cat on a mat", "a dog in the fog", "the cat and the dog", "größe ☕ and naïve words"]
 
@@ -37,6 +38,20 @@ def test_cleaning_is_idempotent_on_clean_text() -> None:
     assert pre_caption(pre_caption("A man, riding -- a wave!")) == "a man riding a wave"
 
 
+def test_questions_reproduce_the_official_examples(load_json: Callable[[str], Any]) -> None:
+    examples = load_json("metrics/metrics")["pre_question_max30"]
+    assert examples
+    for example in examples:
+        assert pre_question(example["raw"]) == example["out"]
+
+
+def test_questions_keep_their_spaces() -> None:
+    assert pre_question(" What's this, <person>?") == " what s this  <person>"
+    assert pre_question("a  b c d", 3) == "a  b", "two spaces enclose a word without letters"
+    assert pre_question("?!") == ""
+    assert len(pre_question("word " * 60, 50).split()) == 50
+
+
 def test_special_tokens_have_their_official_places(tokenizer: CaptionTokenizer) -> None:
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     tokenizer.check(XFMConfig.preset("tiny"))
@@ -57,6 +72,44 @@ def test_encoding_wraps_cuts_and_pads(tokenizer: CaptionTokenizer) -> None:
     assert short_mask.all()
     longest, _ = tokenizer.encode(["a cat on a mat", "the dog"], 10, pad_to_longest=True)
     assert longest.shape[1] == mask.sum(1).max()
+
+
+def test_ids_are_those_of_encode_without_padding(tokenizer: CaptionTokenizer) -> None:
+    texts = ["a cat on a mat", "the dog"]
+    for most in (4, 10):
+        ids, mask = tokenizer.encode(texts, most)
+        rows = [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
+        assert tokenizer.encode_ids(texts, most) == rows
+    with pytest.raises(DataError, match="has no tokens"):
+        tokenizer.encode_ids(["a", ""], 10)
+
+
+def test_the_mask_token(tokenizer: CaptionTokenizer) -> None:
+    assert tokenizer.mask_token_id == tokenizer.vocab_size - 1
+    without = CaptionTokenizer(_without_mask(tokenizer), "a vocabulary without <mask>")
+    with pytest.raises(DataError, match="lacks <mask>"):
+        _ = without.mask_token_id
+
+
+def _without_mask(tokenizer: CaptionTokenizer) -> Tokenizer:
+    import json
+
+    described = json.loads(tokenizer._tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] != "<mask>"]
+    return Tokenizer.from_str(json.dumps(described))
+
+
+@given(st.lists(st.text("abxyz'é", min_size=1), min_size=1, max_size=6))
+def test_words_start_where_white_space_is(words: list[str]) -> None:
+    tokenizer = CaptionTokenizer.train_on_texts(TEXTS, 300)
+    (ids,) = tokenizer.encode_ids([" ".join(words)], 10_000)
+    starts = tokenizer.word_starts(ids)
+    assert len(starts) == len(ids)
+    places = [place for place, start in enumerate(starts) if start]
+    assert places[:2] == [0, 1]
+    assert places[-1] == len(ids) - 1
+    pieces = [tokenizer.decode(ids[a:b]) for a, b in zip(places[1:-1], places[2:], strict=True)]
+    assert [piece.strip(" ") for piece in pieces] == words
 
 
 @given(st.text(min_size=1))

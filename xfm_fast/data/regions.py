@@ -1,0 +1,274 @@
+"""Regions of an image and what is said about them: one crop, the boxes in it, and the patches under them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xfm_fast.data.texts import CAPTIONS, TextOptions, choose_text, clean_text
+from xfm_fast.data.transforms import Box, Picture, RegionTransform, mentions_side, normalise, picture_size, resize_crop
+from xfm_fast.errors import DataError
+
+
+class Rectangle(NamedTuple):
+    """A box in pixels: left upper corner and sides."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    """How regions are drawn. The defaults are those of pretraining; grounding pretraining sets `careful_flip`.
+
+    Attributes:
+        max_regions: elements of an image, its caption counted in.
+        least_visible: an element stays if more than this share of its box lies inside the crop.
+        careful_flip: no flip if a caption contains 'left' or 'right'.
+        text: cleaning of the captions.
+        augment: crop, flip and change colours; else the whole image is only resized.
+    """
+
+    max_regions: int = 5
+    least_visible: float = 0.5
+    careful_flip: bool = False
+    text: TextOptions = CAPTIONS
+    augment: bool = True
+
+
+@dataclass(frozen=True)
+class RegionSample:
+    """One crop and K texts about it.
+
+    Attributes:
+        image: `[3, R, R]` normalised pixels.
+        texts: K cleaned captions.
+        boxes: `[K, 4]` (cx, cy, w, h) relative to the crop; (0.5, 0.5, 1, 1) for a caption of the whole image.
+        region_mask: `[K, 1 + N]` boolean, True for token 0 and the patches that the box touches.
+        is_image: `[K]` boolean, True for a caption of the whole image.
+        skipped: elements that cannot be used, and why.
+    """
+
+    image: Tensor
+    texts: tuple[str, ...]
+    boxes: Tensor
+    region_mask: Tensor
+    is_image: Tensor
+    skipped: tuple[str, ...] = ()
+
+
+def sample_regions(
+    record: Mapping[str, Any],
+    picture: Picture,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    patch_size: int,
+    options: RegionOptions = RegionOptions(),
+) -> RegionSample:
+    """Crop around a random region, and describe what of the others is still seen.
+
+    The crop contains one random element whole; each of its borders is uniform between the element's and the image's.
+    Elements stay, in random order, if more than `least_visible` of their box is inside; the box is cut to the crop,
+    moved with the flip and scaled with the resize.
+
+    An element whose box or caption cannot be used is skipped and named in the result. (In the official code it costs
+    the whole image, or is skipped without a word.)
+
+    Args:
+        record: `elems`, a list of `{"bb": [x, y, w, h], "caption": ..., "attributes": ...}`, and optionally `caption`.
+            Attributes, if given, are put before the caption of their element.
+        picture: the decoded image of the record.
+        size: side of the result in pixels, a multiple of `patch_size`.
+
+    Raises:
+        DataError: no element lies inside the image, so there is nothing to crop around.
+    """
+    width, height = picture_size(picture)
+    skipped: list[str] = []
+    usable = _usable(record, width, height, skipped)
+    whole = [box for box, _ in usable if _inside(box, width, height)]
+    if not whole:
+        reason = "; ".join(skipped) or f"no box of {len(usable)} lies inside the {width}x{height} image"
+        raise DataError(f"regions record has no element to crop around ({reason}); correct it or remove the record")
+    crop = crop_around(whole[rng.integers(len(whole))], width, height, rng)
+    flip = bool(rng.random() < 0.5) and not (options.careful_flip and mentions_side(*_all_texts(record)))
+    if options.augment:
+        image = RegionTransform(size)(picture, crop, flip, rng)
+    else:
+        crop, flip = (0, 0, width, height), False
+        image = normalise(resize_crop(picture, crop, size))
+
+    said: list[tuple[str, Rectangle]] = []
+    frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
+    if "caption" in record:
+        _say(said, skipped, "the caption of the image", [record["caption"]], frame, options.text, rng)
+    images = len(said)
+    for choice in rng.permutation(len(usable)).tolist():
+        if len(said) >= options.max_regions:
+            break
+        box, element = usable[choice]
+        seen = visible_part(box, crop, flip)
+        if seen.w > 0 and seen.h > 0 and seen.w * seen.h > options.least_visible * box.w * box.h:
+            fields = [element[name] for name in ("attributes", "caption") if name in element]
+            _say(said, skipped, f"the element at {_numbers(box)}", fields, seen, options.text, rng)
+    grid = size // patch_size
+    masks = [patch_mask(box, frame, grid) for _, box in said]
+    return RegionSample(
+        image=image,
+        texts=tuple(text for text, _ in said),
+        boxes=torch.tensor([relative_box(box, frame) for _, box in said], dtype=torch.float32).reshape(-1, 4),
+        region_mask=torch.stack(masks) if masks else torch.zeros(0, 1 + grid * grid, dtype=torch.bool),
+        is_image=torch.arange(len(said)) < images,
+        skipped=tuple(skipped),
+    )
+
+
+def crop_around(box: Rectangle, width: int, height: int, rng: np.random.Generator) -> Box:
+    """A crop that contains the box: each border uniform over the pixels from the box's border to the image's."""
+    left, top = int(rng.integers(math.floor(box.x) + 1)), int(rng.integers(math.floor(box.y) + 1))
+    right = int(rng.integers(min(math.ceil(box.x + box.w), width), width + 1))
+    bottom = int(rng.integers(min(math.ceil(box.y + box.h), height), height + 1))
+    return left, top, right, bottom
+
+
+def visible_part(box: Rectangle, crop: Box, flip: bool) -> Rectangle:
+    """The part of a box inside a crop, in pixels of the crop; its sides are not positive if there is none."""
+    left, top = max(box.x, crop[0]), max(box.y, crop[1])
+    w, h = min(box.x + box.w, crop[2]) - left, min(box.y + box.h, crop[3]) - top
+    return Rectangle(crop[2] - left - w if flip else left - crop[0], top - crop[1], w, h)
+
+
+def relative_box(box: Rectangle, frame: Rectangle) -> tuple[float, float, float, float]:
+    """(cx, cy, w, h) relative to the frame that the box's pixels are counted in."""
+    return (box.x + box.w / 2) / frame.w, (box.y + box.h / 2) / frame.h, box.w / frame.w, box.h / frame.h
+
+
+def patch_mask(box: Rectangle, frame: Rectangle, grid: int) -> Tensor:
+    """`[1 + grid * grid]` boolean: token 0, and every patch that shares area with the box; there is at least one."""
+    # Whole numbers are multiplied before they are divided, so that a border between patches is met exactly.
+    rows, columns = (
+        slice(
+            min(math.floor(low * grid / side), grid - 1),
+            max(math.ceil((low + extent) * grid / side), math.floor(low * grid / side) + 1),
+        )
+        for low, extent, side in ((box.y, box.h, frame.h), (box.x, box.w, frame.w))
+    )
+    mask = torch.zeros(1 + grid * grid, dtype=torch.bool)
+    mask[0] = True
+    mask[1:].view(grid, grid)[rows, columns] = True
+    return mask
+
+
+def sample_grounding(
+    picture: Picture,
+    box: Sequence[float],
+    caption: str,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    careful_flip: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The training view of grounding: a random crop that contains the box, flipped half of the time.
+
+    Args:
+        picture: the decoded image.
+        box: (x, y, w, h) in pixels, fractions allowed.
+        caption: what the box shows; with `careful_flip` nothing is flipped if it says 'left' or 'right'.
+
+    Returns:
+        Normalised pixels `[3, size, size]`, and the box as `[4]`: (cx, cy, w, h) relative to them.
+
+    Raises:
+        DataError: the box has no area or is not inside the image.
+    """
+    width, height = picture_size(picture)
+    rectangle = _four_numbers(box)
+    if not _inside(rectangle, width, height):
+        raise DataError(f"box {_numbers(rectangle)} is not inside the {width}x{height} image; correct or remove it")
+    crop = crop_around(rectangle, width, height, rng)
+    flip = bool(rng.random() < 0.5) and not (careful_flip and mentions_side(caption))
+    frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
+    target = relative_box(visible_part(rectangle, crop, flip), frame)
+    return RegionTransform(size)(picture, crop, flip, rng), torch.tensor(target, dtype=torch.float32)
+
+
+def _usable(
+    record: Mapping[str, Any], width: int, height: int, skipped: list[str]
+) -> list[tuple[Rectangle, Mapping[str, Any]]]:
+    """Elements whose box has an area that the image shows; the others are appended to `skipped`."""
+    elements = record.get("elems")
+    if not isinstance(elements, list) or not elements:
+        raise DataError(
+            "regions record has no elems; give a list of {'bb': [x, y, w, h], 'caption': text} or remove the record"
+        )
+    usable = []
+    for number, element in enumerate(elements):
+        try:
+            if not isinstance(element, Mapping) or "bb" not in element or "caption" not in element:
+                raise DataError(f"{element!r} is no mapping with 'bb' and 'caption'")
+            # The official code drops fractions.
+            box = Rectangle(*map(int, _four_numbers(element["bb"])))
+            if min(box.x + box.w, width) <= max(box.x, 0) or min(box.y + box.h, height) <= max(box.y, 0):
+                raise DataError(f"box {_numbers(box)} shows nothing of the {width}x{height} image")
+            usable.append((box, element))
+        except DataError as error:
+            skipped.append(f"element {number}: {error}")
+    return usable
+
+
+def _say(
+    said: list[tuple[str, Rectangle]],
+    skipped: list[str],
+    name: str,
+    fields: list[Any],
+    box: Rectangle,
+    text: TextOptions,
+    rng: np.random.Generator,
+) -> None:
+    """Append the words of these fields and their box, or to `skipped` why there are none."""
+    try:
+        words = " ".join(choose_text(field, rng, language=text.language) for field in fields)
+        said.append((clean_text(words, text), box))
+    except DataError as error:
+        skipped.append(f"{name}: {error}")
+
+
+def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
+    """Every caption and attribute that a record can give."""
+    todo = [part.get(field) for part in (record, *record["elems"]) for field in ("caption", "attributes")]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            todo.extend(value.values())
+        elif isinstance(value, list):
+            todo.extend(value)
+
+
+def _inside(box: Rectangle, width: int, height: int) -> bool:
+    positive = box.w > 0 and box.h > 0
+    return positive and box.x >= 0 and box.y >= 0 and box.x + box.w <= width and box.y + box.h <= height
+
+
+def _four_numbers(value: Any) -> Rectangle:
+    try:
+        box = Rectangle(*map(float, value))
+    except (TypeError, ValueError):
+        raise DataError(f"box {value!r} is not four numbers [x, y, w, h]") from None
+    if not all(map(math.isfinite, box)):
+        raise DataError(f"box {value!r} is not four finite numbers [x, y, w, h]")
+    return box
+
+
+def _numbers(box: Rectangle) -> str:
+    return "[" + ", ".join(f"{number:g}" for number in box) + "]"
