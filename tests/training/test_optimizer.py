@@ -1,0 +1,213 @@
+"""The official optimizer: its groups, name by name, and its rule against a plain loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import load_json
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.training.optimizer import AdamW, optimizer_groups
+from xfm_fast.training.recipe_fields import OptimizerRecipe
+
+
+def test_groups_are_the_official_ones() -> None:
+    with torch.device("meta"):
+        model = XFM(XFMConfig.preset("base"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizer_groups(model, OptimizerRecipe(lr=1e-4, weight_decay=0.01, lr_mult=2))
+    official = load_json("optimizer_groups_base")["groups"]
+    assert len(groups) == len(official) == 4
+    dead = set()
+    for ours, theirs in zip(groups, official, strict=True):
+        assert (ours["lr"], ours["weight_decay"]) == (theirs["lr"], theirs["weight_decay"])
+        found = {names.pop(id(parameter)) for parameter in ours["params"]}
+        assert found <= set(theirs["names"])
+        dead |= set(theirs["names"]) - found
+    assert not names
+    # The official model carries a captioning head in two encoders that no loss reads, and embeddings of the fusion
+    # encoder that no input passes through; only the word matrix there has a use, as the output matrix of its head.
+    unread = {f"fusion_encoder.roberta.embeddings.{name}" for name in ("LayerNorm.bias", "LayerNorm.weight")}
+    unread |= {f"fusion_encoder.roberta.embeddings.{name}_embeddings.weight" for name in ("position", "token_type")}
+    assert {name for name in dead if ".lm_cap_head." not in name} == unread
+    assert len(dead) == 16
+
+
+def test_groups_leave_out_what_is_frozen_and_take_other_heads() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "cls_head": nn.Linear(2, 2)})
+    recipe = OptimizerRecipe(lr=1.0, weight_decay=0.5, lr_mult=3)
+    model["body"].requires_grad_(False)
+    groups = optimizer_groups(model, recipe, large_lr=("cls_head",))
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [(3, 0.5, 1), (3, 0, 1)]
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="frozen"):
+        optimizer_groups(model, recipe)
+
+
+LR, BETAS, EPS, DECAY = 0.03, (0.9, 0.98), 1e-3, 0.1
+
+
+class PlainAdamW:
+    """The rule in scalars of Python, one element at a time."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.step = values.tolist(), 0
+        self.first, self.second = [0.0] * len(self.values), [0.0] * len(self.values)
+
+    def update(self, gradient: list[float]) -> None:
+        self.step += 1
+        for i, g in enumerate(gradient):
+            self.first[i] = BETAS[0] * self.first[i] + (1 - BETAS[0]) * g
+            self.second[i] = BETAS[1] * self.second[i] + (1 - BETAS[1]) * g * g
+            size = LR * math.sqrt(1 - BETAS[1] ** self.step) / (1 - BETAS[0] ** self.step)
+            moved = self.values[i] - size * self.first[i] / (math.sqrt(self.second[i]) + EPS)
+            self.values[i] = moved - LR * DECAY * moved
+
+
+@pytest.mark.parametrize("zero_grad", ["none", "zeros"])
+def test_rule_and_what_happens_without_a_gradient(zero_grad: str) -> None:
+    parameters = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (3, 5, 4)]
+    plain = [PlainAdamW(parameter.detach()) for parameter in parameters]
+    optimizer = AdamW(parameters, LR, BETAS, EPS, DECAY, zero_grad=zero_grad)  # pyright: ignore[reportArgumentType]
+    # The third never has a gradient, the second sometimes.
+    for reached in ({0}, {0, 1}, {0}, {1}, {0, 1}):
+        for number in reached:
+            gradient = torch.randn_like(parameters[number])
+            held = parameters[number].grad
+            parameters[number].grad = gradient if held is None else held + gradient
+        for parameter, twin in zip(parameters, plain, strict=True):
+            if parameter.grad is not None:
+                twin.update(parameter.grad.tolist())
+        optimizer.step()
+        optimizer.zero_grad()
+    steps = [twin.step for twin in plain]
+    assert steps == ([4, 3, 0] if zero_grad == "none" else [5, 4, 0])
+    for parameter, twin in zip(parameters, plain, strict=True):
+        expected = torch.tensor(twin.values, dtype=torch.float64)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-13, atol=1e-14)
+
+
+def test_rule_is_not_that_of_torch() -> None:
+    """The two differ by more than rounding, so that the test above would tell."""
+    ours, theirs = (nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64)) for _ in range(2))
+    ours.grad, theirs.grad = (torch.tensor([0.3, 1e-3], dtype=torch.float64) for _ in range(2))
+    AdamW([ours], LR, BETAS, EPS, DECAY).step()
+    torch.optim.AdamW([theirs], LR, BETAS, EPS, DECAY).step()
+    assert (ours - theirs).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("zero_grad", ["none", "zeros"])
+def test_state_resumes_to_the_bit(zero_grad: str) -> None:
+    torch.manual_seed(1)
+    gradients = torch.randn(6, 2, 4)
+
+    def make(values: list[Tensor]) -> tuple[list[nn.Parameter], AdamW]:
+        parameters = [nn.Parameter(value.clone()) for value in values]
+        return parameters, AdamW(parameters, LR, weight_decay=DECAY, zero_grad=zero_grad)  # pyright: ignore[reportArgumentType]
+
+    def run(parameters: list[nn.Parameter], optimizer: AdamW, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            for number, parameter in enumerate(parameters):
+                if (step + number) % 2:
+                    parameter.grad = gradients[step, number].clone()
+            optimizer.step()
+
+    start = [torch.ones(4), torch.zeros(4)]
+    whole, optimizer = make(start)
+    run(whole, optimizer, range(6))
+    parameters, optimizer = make(start)
+    run(parameters, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed, optimizer = make([parameter.detach() for parameter in parameters])
+    optimizer.load_state_dict(saved)
+    run(resumed, optimizer, range(3, 6))
+    for a, b in zip(whole, resumed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_is_that_of_torch() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    ours = AdamW([parameter])
+    ours.step()
+    theirs = torch.optim.AdamW([parameter])
+    theirs.step()
+    a, b = ours.state_dict()["state"][0], theirs.state_dict()["state"][0]
+    assert {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
+    theirs.load_state_dict(ours.state_dict() | {"param_groups": theirs.state_dict()["param_groups"]})
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+
+
+class _NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read on the host"
+        return func(*args, **(kwargs or {}))  # pyright: ignore[reportCallIssue]
+
+
+def test_step_reads_no_tensor_on_the_host() -> None:
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = AdamW(parameters, weight_decay=DECAY)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    with _NoWaiting():
+        optimizer.step()
+    with _NoWaiting(), pytest.raises(AssertionError, match="host"):
+        parameters[0].sum().item()
+
+
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": 0.0}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}])
+def test_numbers_out_of_range(wrong: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        AdamW([nn.Parameter(torch.ones(1))], **wrong)
+
+
+def test_closure_is_called_with_gradients() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = AdamW([parameter], lr=0.1)
+
+    def closure() -> float:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 2
+    assert (parameter < 1).all()
+
+
+def test_sharded_parameters_move_as_whole_ones(tmp_path: Path) -> None:
+    """FSDP2 with one process: parameters, gradients and state are DTensors; the numbers are those without it."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        whole = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2))
+        sharded = copy.deepcopy(whole)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        inputs = torch.randn(3, 8, 4)
+        for model in (whole, sharded):
+            optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=DECAY)
+            for batch in inputs:
+                optimizer.zero_grad()
+                model(batch).square().mean().backward()
+                optimizer.step()
+            if model is sharded:
+                state = optimizer.state[next(iter(model.parameters()))]
+                assert isinstance(state["exp_avg"], DTensor)
+        for a, b in zip(whole.parameters(), sharded.parameters(), strict=True):
+            assert isinstance(b, DTensor)
+            torch.testing.assert_close(a.detach(), b.full_tensor().detach())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,238 @@
+"""Recipes: the shipped ones, overrides, and what is refused with which remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import ConfigError, DataError, UnavailableError
+from xfm_fast.training.recipe import Recipe, load_recipe, recipe_names
+from xfm_fast.training.recipe_fields import ImageStream, PairStream, RegionStream, TextStream
+
+TINY = "pretrain_tiny_shapes"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe_says_what_to_expect(name: str) -> None:
+    recipe = load_recipe(name)
+    text = (Path(__file__).parents[2] / f"xfm_fast/training/recipes/{name}.yaml").read_text()
+    header = text[: text.index("\nmodel:")]
+    for said in (f"xfm-fast pretrain {name}", "expected time:", "expected number:"):
+        assert said in header
+    # A dump is a recipe again, which is how checkpoints keep it.
+    assert Recipe(**recipe.model_dump(mode="json")) == recipe
+
+
+def test_base_recipe_has_the_official_numbers() -> None:
+    recipe = load_recipe("pretrain_base_4m")
+    assert recipe.model == XFMConfig.preset("base")
+    assert (recipe.model.image_size, recipe.model.num_masking_patches, recipe.model.min_num_patches) == (224, 75, 16)
+    assert (recipe.model.embed_dim, recipe.model.temperature, recipe.model.drop_path_rate) == (256, 0.07, 0.1)
+    optimizer = recipe.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.lr_mult) == (1e-4, 0.01, 2)
+    assert (optimizer.betas, optimizer.eps, optimizer.clip_norm) == ((0.9, 0.98), 1e-8, 1.0)
+    assert (recipe.schedule.kind, recipe.schedule.warmup_steps(recipe.steps)) == ("linear", 2500)
+    # Text has an update of its own; regions and images share one; the image-text pairs have the last.
+    assert recipe.active_updates == (("text",), ("regions", "imagenet"), ("pairs",))
+    text, regions, images, pairs = (recipe.streams[name] for name in ("text", "regions", "imagenet", "pairs"))
+    assert isinstance(text, TextStream)
+    assert isinstance(regions, RegionStream)
+    assert isinstance(images, ImageStream)
+    assert isinstance(pairs, PairStream)
+    assert [stream.batch_size for stream in (text, regions, images, pairs)] == [256, 96, 96, 96]
+    assert (text.max_tokens, text.masking.probability, text.masking.most) == (128, 0.15, 20)
+    for stream in (regions, pairs):
+        assert (stream.max_words, stream.max_tokens) == (30, 30)
+        assert (stream.masking.probability, stream.masking.most) == (0.5, 15)
+        assert (stream.masking.skipgram_probability, stream.masking.skipgram_size) == (0.2, 3)
+        assert not stream.masking.whole_word
+    assert (regions.max_images, regions.max_regions, regions.least_visible) == (80, 5, 0.5)
+    assert recipe.losses_of("regions") == ("itc", "itm", "imlm", "bbox_l1", "bbox_giou")
+    assert recipe.losses_of("pairs") == ("itc", "itm", "imlm", "mim")
+    assert recipe.losses_of("imagenet") == ("mim",)
+    assert recipe.losses_of("text") == ("mlm",)
+    assert recipe.steps == 100 * 5_114_489 // (32 * 96)
+    assert recipe.method.stop_gradient
+    assert recipe.method.mim_guidance
+    assert not recipe.method.official_itc_gradient
+
+
+def test_overrides_reach_every_level() -> None:
+    recipe = load_recipe(
+        TINY,
+        [
+            "steps=7",
+            "schedule.warmup=2",
+            "optimizer.lr=1e-4",  # which YAML takes for a string
+            "optimizer.betas=[0.8, 0.9]",
+            "streams.pairs.batch_size=32",
+            "streams.pairs.batch_size=16",
+            "streams.pairs.masking.most=5",
+            "streams.regions.paths=[a.jsonl, b.jsonl]",
+            "streams.extra={kind: images, paths: more, batch_size: 4}",
+            "updates=[[text], [regions, images, extra], [pairs]]",
+            "model.fusion_layers=1",
+            "init.roberta=somewhere",
+            "log.wandb=project",
+        ],
+    )
+    pairs = recipe.streams["pairs"]
+    assert isinstance(pairs, PairStream)
+    assert (recipe.steps, recipe.schedule.warmup, recipe.optimizer.lr) == (7, 2, 1e-4)
+    assert recipe.optimizer.betas == (0.8, 0.9)
+    assert (pairs.batch_size, pairs.masking.most) == (16, 5)
+    assert recipe.streams["regions"].paths == ("a.jsonl", "b.jsonl")
+    assert recipe.streams["extra"].batch_size == 4
+    assert (recipe.model.fusion_layers, recipe.init.roberta, recipe.log.wandb) == (1, "somewhere", "project")
+
+
+def test_a_stream_is_taken_out_by_null() -> None:
+    recipe = load_recipe(TINY, ["streams.text=null", "streams.images=null"])
+    assert recipe.updates == (("regions",), ("pairs",))
+    assert set(recipe.streams) == {"regions", "pairs"}
+
+
+UNKNOWN = {
+    "step=3": "step is no key of a recipe (did you mean steps?); known here: accumulate, ",
+    "optimizer.lrmult=1": "optimizer.lrmult is no key of a recipe (did you mean lr_mult?); known here: betas, ",
+    "streams.pairs.batchsize=3": "streams.pairs.batchsize is no key of a recipe (did you mean batch_size?)",
+    "streams.pairs.masking.mosts=3": "streams.pairs.masking.mosts is no key of a recipe (did you mean most?)",
+    "streams.images.max_tokens=3": "streams.images.max_tokens is no key of a recipe; known here: augment, bad_share, ",
+    "model.image_sise=64": "model.image_sise is no key of a recipe (did you mean image_size?)",
+    "model.preset=huge": "preset 'huge' is unknown; choose one of base, tiny",
+    "updates=[[tekst], [regions, images], [pairs]]": "tekst is no stream of a recipe (did you mean text?)",
+}
+IMPOSSIBLE = {
+    "accumulate=7": "streams.text.batch_size=64 does not split into accumulate=7 equal micro-batches; use 63 or 70",
+    "schedule.warmup=5000": "schedule.warmup=5000 is longer than the run of steps=",
+    "schedule.warmup=1.5": "schedule.warmup=1.5: give a whole number of steps, or a fraction of them below 1",
+    "schedule.min_lr=1": "schedule.min_lr=1.0 exceeds optimizer.lr=",
+    "streams.images.losses=[itc]": "streams.images: a stream of images cannot give itc; choose from mim",
+    "streams.text.losses=[mlm, mlm]": "losses mlm, mlm name one twice",
+    "streams.text.max_tokens=4000": "streams.text.max_tokens=4000 exceeds the ",
+    "streams.images.kind=image": "streams.images: a stream needs kind: one of text, pairs, regions, images",
+    "streams.images.paths=[]": "streams.images.paths",
+    "updates=[[text], [regions], [pairs]]": "stream images is in no update; add it to updates, or remove it with null",
+    "updates=[[text], [], [regions, images], [pairs]]": "an update is empty",
+    "updates=[[text, text], [regions, images], [pairs]]": "updates name stream text 2 times",
+    "precision=fp8": "precision='fp8': Input should be 'fp32', 'bf16' or 'fp16'",
+    "optimizer.betas=[0.9, 1]": "optimizer.betas: both must lie in [0, 1)",
+    "init={checkpoint: a, beit2: b}": "init: checkpoint fills the encoders too",
+    "checkpoint.folder=null": "checkpoint.folder",
+    "model.image_size=65": "image_size=65 is no multiple of patch_size=8; use 64 or 72",
+    "ema=1": "ema=1",
+    "steps": "override 'steps' is no key=value",
+    "steps=[1": "override 'steps=[1': the value is not valid YAML",
+    "steps.more=1": "override 'steps.more=1': steps is a int and has no keys inside",
+}
+
+
+@pytest.mark.parametrize("override", [*UNKNOWN, *IMPOSSIBLE])
+def test_refused(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(TINY, [override])
+    message = str(caught.value)
+    assert (UNKNOWN | IMPOSSIBLE)[override] in message
+    assert "\n" not in message
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"steps=-1: .*; stebs is no key"):
+        load_recipe(TINY, ["stebs=3", "steps=-1"])
+
+
+def test_fp16_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"precision=fp16 .* device=cpu; use bf16 or fp32"):
+        load_recipe(TINY, ["precision=fp16", "device=cpu"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UnavailableError, match="precision=fp16 needs a GPU"):
+        load_recipe(TINY, ["precision=fp16"]).check_machine()
+    with pytest.raises(UnavailableError, match="device=cuda"):
+        load_recipe(TINY, ["device=cuda"]).check_machine()
+
+
+def test_missing_data_is_named_with_its_stream(tmp_path: Path) -> None:
+    recipe = load_recipe(TINY, [f"data={tmp_path}"])
+    with pytest.raises(DataError, match=r"streams\.text\.paths: there is no .*texts_train\.jsonl"):
+        recipe.check_machine()
+    for name in ("texts", "regions", "images", "pairs"):
+        (tmp_path / f"{name}_train.jsonl").touch()
+    recipe.check_machine()
+    with pytest.raises(DataError, match=r"tokenizer: there is no nowhere"):
+        load_recipe(TINY, [f"data={tmp_path}", "tokenizer=nowhere"]).check_machine()
+    with pytest.raises(DataError, match=r"init\.beit2: there is no nowhere"):
+        load_recipe(TINY, [f"data={tmp_path}", "init.beit2=nowhere"]).check_machine()
+
+
+def test_the_shapes_world_is_made_once(tmp_path: Path) -> None:
+    sizes = [f"shapes.{split}=4" for split in ("train", "val", "test")]
+    recipe = load_recipe(TINY, [f"data={tmp_path}/world", *sizes])
+    recipe.make_world()
+    recipe.check_machine()
+    written = (tmp_path / "world/pairs_train.jsonl").stat().st_mtime_ns
+    recipe.make_world()
+    assert (tmp_path / "world/pairs_train.jsonl").stat().st_mtime_ns == written
+    load_recipe(TINY, [f"data={tmp_path}/other", "shapes=null"]).make_world()
+    assert not (tmp_path / "other").exists()
+
+
+def test_paths(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        (tmp_path / name).touch()
+    recipe = load_recipe(TINY, [f"data={tmp_path}", "streams.pairs.paths=[c.txt, '*.jsonl']"])
+    assert recipe.paths_of("pairs") == [tmp_path / "c.txt", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    absolute = load_recipe(TINY, [f"streams.pairs.paths={tmp_path}"])
+    assert absolute.paths_of("pairs") == [tmp_path]
+
+
+def test_one_pair_holds_no_negative(tmp_path: Path) -> None:
+    for name in ("texts", "regions", "images", "pairs"):
+        (tmp_path / f"{name}_train.jsonl").touch()
+    recipe = load_recipe(TINY, [f"data={tmp_path}", "streams.pairs.batch_size=4", "accumulate=4"])
+    recipe.check_machine(world_size=2)
+    with pytest.raises(ConfigError, match=r"streams\.pairs: a batch of 1 pair holds no negative for itm"):
+        recipe.check_machine()
+
+
+def test_accumulation_splits_batches() -> None:
+    recipe = load_recipe(TINY, ["streams.regions.batch_size=48", "streams.regions.max_images=17", "accumulate=4"])
+    assert recipe.micro_batch_size("regions") == 12
+    assert recipe.micro_batch_images("regions") == 5
+
+
+def test_ablations() -> None:
+    full = load_recipe(TINY)
+    unguided = load_recipe(TINY, ["method.mim_guidance=false"])
+    assert "mim" in full.losses_of("pairs")
+    assert unguided.losses_of("pairs") == tuple(loss for loss in full.losses_of("pairs") if loss != "mim")
+    # The stream of images alone has nothing left to do.
+    assert unguided.losses_of("images") == ()
+    assert unguided.active_updates == (("text",), ("regions",), ("pairs",))
+    assert unguided.updates == full.updates
+    with pytest.raises(ConfigError, match="leaves no loss at all"):
+        load_recipe(TINY, ["method.mim_guidance=false", *(f"streams.{n}=null" for n in ("text", "regions", "pairs"))])
+
+
+def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
+    values = yaml.safe_load((Path(__file__).parents[2] / f"xfm_fast/training/recipes/{TINY}.yaml").read_text())
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(values | {"steps": 123}))
+    assert load_recipe(own).steps == load_recipe(str(own)).steps == 123
+    with pytest.raises(ConfigError, match=r"no recipe 'pretrain_tiny' \(did you mean pretrain_tiny_shapes\?\)"):
+        load_recipe("pretrain_tiny")
+    own.write_text("- 1")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load_recipe(own)
+    own.write_text("steps: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(own)
+
+
+def test_a_recipe_does_not_change() -> None:
+    recipe = load_recipe(TINY)
+    with pytest.raises(ValidationError):
+        recipe.steps = 3

@@ -1,0 +1,1 @@
+"""Training: typed recipes, the official optimizer, schedules, one visible loop, exact resume."""

@@ -1,0 +1,167 @@
+"""The official optimizer: AdamW that decays after its Adam step, over four groups of parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.training.recipe_fields import OptimizerRecipe
+
+LARGE_LR = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
+"""Parameters whose names begin so learn `lr_mult` times faster in pretraining."""
+
+# Wherever they stand in a name: relative_position_bias_table, q_bias and v_bias are not decayed because of "bias";
+# fc_norm and layer_norm because of "norm.weight"; the LayerNorms inside MLP heads (itm_head.1.weight) are.
+_NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
+
+
+def optimizer_groups(
+    model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Iterable[str] = LARGE_LR
+) -> list[dict[str, Any]]:
+    """The official groups, {decay, no decay} × {lr, lr·lr_mult} in this order, without those that would be empty.
+
+    Args:
+        model: an XFM or a task model; parameters with `requires_grad=False` are left out.
+        recipe: learning rate, its multiple, weight decay.
+        large_lr: first parts of the names of parameters that learn `lr_mult` times faster. In fine-tuning the official
+            code names none but new heads, such as `cls_head`.
+
+    Returns:
+        Groups with `params`, `lr` and `weight_decay`, for `AdamW`.
+
+    Raises:
+        ConfigError: the model has nothing to train.
+    """
+    fast = set(large_lr)
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (large, decayed): [] for large in (False, True) for decayed in (True, False)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = not any(part in name for part in _NO_DECAY)
+            members[name.split(".")[0] in fast, decayed].append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "lr": recipe.lr * (recipe.lr_mult if large else 1),
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
+        for (large, decayed), parameters in members.items()
+        if parameters
+    ]
+    if not groups:
+        raise ConfigError("every parameter of the model is frozen; leave some trainable")
+    return groups
+
+
+class AdamW(Optimizer):
+    """AdamW as transformers 4.12.5 has it, which X-FM was trained with.
+
+        m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²
+        p ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε)
+        p ← p − lr·wd·p
+
+    `torch.optim.AdamW` differs twice: it decays before the step, and adds ε after the bias correction of √v. A step
+    waits for nothing: t is kept on the host. State has the names and types of torch's, and of FSDP2's sharded
+    parameters each rank updates its own part.
+
+    Args:
+        params: parameters, or groups such as `optimizer_groups` gives.
+        lr, betas, eps, weight_decay: defaults of groups that do not say.
+        zero_grad: `none` drops gradients between updates, so that parameters which an update does not reach rest.
+            `zeros` keeps them as zeros once there was one: these parameters then move on by momentum and decay, which
+            is what the official code does under torch < 2.0.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        zero_grad: Literal["none", "zeros"] = "none",
+    ) -> None:
+        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise InputError(
+                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}: rates must not be negative, eps must "
+                "be positive and betas lie in [0, 1)"
+            )
+        self.gradients_rest = zero_grad == "none"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Forget the gradients, in the way that the constructor was told unless `set_to_none` says otherwise."""
+        to_none = self.gradients_rest if set_to_none is None else set_to_none
+        super().zero_grad(set_to_none=to_none)
+        if not to_none:
+            # After a resume, parameters that were moved before have state but no gradient yet.
+            for parameter, state in self.state.items():
+                if state and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.device, parameter.dtype].append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group)
+        return loss
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state_of(parameter) for parameter in parameters]
+        steps: list[Tensor] = [state["step"] for state in states]
+        values = [_local(parameter) for parameter in parameters]
+        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        first = [_local(state["exp_avg"]) for state in states]
+        second = [_local(state["exp_avg_sq"]) for state in states]
+        beta1, beta2 = group["betas"]
+
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_add_(denominators, group["eps"])
+        # One size for each parameter, since not every update reaches all; in fp64, as Python floats would be.
+        taken = torch.stack(steps).double()
+        sizes = -group["lr"] * (1 - beta2**taken).sqrt() / (1 - beta1**taken)
+        torch._foreach_addcdiv_(values, first, denominators, sizes)
+        if group["weight_decay"]:
+            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Adam works element by element, so each rank updates what it holds and no rank asks another."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

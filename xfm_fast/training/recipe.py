@@ -1,0 +1,355 @@
+"""A recipe: everything that defines a pretraining run, typed and checked, from YAML and `key=value` overrides."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import ConfigError, DataError, UnavailableError
+from xfm_fast.training.recipe_fields import (
+    LOSSES_OF_KIND,
+    STREAM_OF_KIND,
+    AnyStream,
+    CheckpointRecipe,
+    Init,
+    LogRecipe,
+    LossName,
+    Method,
+    OptimizerRecipe,
+    RegionStream,
+    ScheduleRecipe,
+    Section,
+    ShapesWorldRecipe,
+)
+
+
+class Recipe(Section):
+    """A pretraining run.
+
+    A step makes the `updates` in order; an update sums the gradients of its streams, clips and moves the optimizer
+    once; the schedule moves once per step. The official step without web data is `[[text], [regions, imagenet],
+    [pairs]]`, and with it `[[text], [regions, web, imagenet, pairs]]`.
+
+    Build one with `load_recipe`; as a mapping, `model` takes `preset` and fields of XFMConfig. Instances are
+    immutable, and every impossible combination raises `ConfigError`.
+    """
+
+    model: XFMConfig = Field(description="`preset: tiny | base`, and fields of XFMConfig")
+    init: Init = Init()
+    tokenizer: str = Field(
+        "train", description="folder or file of a vocabulary, or `train`: learn one from the streams"
+    )
+    data: str = Field(".", description="folder that relative stream paths lie in")
+    shapes: ShapesWorldRecipe | None = None
+    streams: dict[str, AnyStream] = Field(min_length=1)
+    updates: tuple[tuple[str, ...], ...] = Field(min_length=1)
+
+    steps: int = Field(gt=0)
+    accumulate: int = Field(1, gt=0, description="micro-batches into which every batch is split")
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    method: Method = Method()
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights")
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    seed: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, description="loader processes of each stream and rank")
+
+    checkpoint: CheckpointRecipe
+    log: LogRecipe = LogRecipe()
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _with_preset(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        fields = {str(name): field for name, field in value.items()}
+        preset = fields.pop("preset", "base")
+        known = [*XFMConfig.model_fields, "preset"]
+        if unknown := [name for name in fields if name not in known]:
+            raise ValueError("; ".join(_unknown(f"model.{name}", known) for name in unknown))
+        return XFMConfig.preset(preset, **fields)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self._check_updates()
+        warmup = self.schedule.warmup_steps(self.steps)
+        if warmup > self.steps:
+            raise ValueError(
+                f"schedule.warmup={warmup} is longer than the run of steps={self.steps}; shorten it or raise steps"
+            )
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"schedule.min_lr={self.schedule.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower it"
+            )
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision=fp16 has no loss scaling on device=cpu; use bf16 or fp32")
+        for name, stream in self.streams.items():
+            if stream.batch_size % self.accumulate:
+                raise ValueError(
+                    f"streams.{name}.batch_size={stream.batch_size} does not split into accumulate={self.accumulate} "
+                    f"equal micro-batches; use {_nearest_multiple(stream.batch_size, self.accumulate)}"
+                )
+            longest = getattr(stream, "max_tokens", 0)
+            if longest > self.model.max_text_length:
+                raise ValueError(
+                    f"streams.{name}.max_tokens={longest} exceeds the {self.model.max_text_length} tokens that "
+                    f"model.max_positions={self.model.max_positions} can number; lower it or raise max_positions"
+                )
+        if not self.active_updates:
+            raise ValueError("method.mim_guidance=false leaves no loss at all; add a stream of pairs, regions or text")
+        return self
+
+    def _check_updates(self) -> None:
+        used = [name for update in self.updates for name in update]
+        for name in used:
+            if name not in self.streams:
+                raise ValueError(_unknown(f"updates: {name}", self.streams, what="stream"))
+            if used.count(name) > 1:
+                raise ValueError(f"updates name stream {name} {used.count(name)} times; name each stream once")
+        if idle := [name for name in self.streams if name not in used]:
+            raise ValueError(f"stream {', '.join(idle)} is in no update; add it to updates, or remove it with null")
+        if not all(self.updates):
+            raise ValueError("an update is empty; name the streams whose gradients it sums, or remove it")
+
+    def losses_of(self, stream: str) -> tuple[LossName, ...]:
+        """The losses that a stream gives in this run: its own or those of its kind, less what `method` takes away."""
+        chosen = self.streams[stream].losses or LOSSES_OF_KIND[self.streams[stream].kind]
+        return chosen if self.method.mim_guidance else tuple(loss for loss in chosen if loss != "mim")
+
+    @property
+    def active_updates(self) -> tuple[tuple[str, ...], ...]:
+        """`updates` without streams that give no loss in this run."""
+        updates = (tuple(name for name in update if self.losses_of(name)) for update in self.updates)
+        return tuple(update for update in updates if update)
+
+    def micro_batch_size(self, stream: str) -> int:
+        """Items that one rank passes through the model at once."""
+        return self.streams[stream].batch_size // self.accumulate
+
+    def micro_batch_images(self, stream: str) -> int:
+        """Images of a micro-batch of regions, at most."""
+        source = self.streams[stream]
+        assert isinstance(source, RegionStream)
+        return -(-source.max_images // self.accumulate)
+
+    def paths_of(self, stream: str) -> list[Path]:
+        """The files and folders of a stream; patterns are expanded in sorted order.
+
+        Raises:
+            DataError: a path or pattern of which there is nothing.
+        """
+        found: list[Path] = []
+        for path in self.streams[stream].paths:
+            pattern = str(Path(self.data) / path)
+            matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            if not matches:
+                raise DataError(
+                    f"streams.{stream}.paths: there is no {pattern}; give streams.{stream}.paths=..., set "
+                    f"data=<folder>, or leave the stream out with streams.{stream}=null"
+                )
+            found += [Path(match) for match in matches]
+        return found
+
+    def make_world(self) -> None:
+        """Write the shapes world into the `data` folder, where the recipe has one and the folder has not.
+
+        One process of a group should do so, before any of them checks or reads.
+
+        Raises:
+            DataError: the folder holds something else.
+            StorageError: it cannot be written.
+        """
+        if self.shapes is None:
+            return
+        from xfm_fast.data.shapes import write_world
+
+        world = self.shapes
+        write_world(
+            self.data,
+            seed=world.seed,
+            images={"train": world.train, "val": world.val, "test": world.test},
+            resolution=world.resolution,
+        )
+
+    def check_machine(self, *, world_size: int = 1) -> None:
+        """What can only be known where the run starts: the data, the device, the size of the group.
+
+        Raises:
+            DataError: a path that does not exist, by its stream.
+            UnavailableError: a device or precision that this machine does not offer.
+            ConfigError: batches that hold no negative.
+        """
+        import torch
+
+        accelerated = torch.cuda.is_available()
+        if self.device == "cuda" and not accelerated:
+            raise UnavailableError("device=cuda, but PyTorch finds no GPU here; use device=cpu or auto")
+        if self.precision == "fp16" and not accelerated:
+            raise UnavailableError("precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32")
+        for name in (name for update in self.active_updates for name in update):
+            self.paths_of(name)
+            pairs = self.micro_batch_size(name) * world_size
+            if "itm" in self.losses_of(name) and pairs < 2:
+                raise ConfigError(
+                    f"streams.{name}: a batch of {pairs} pair holds no negative for itm; raise "
+                    f"streams.{name}.batch_size, lower accumulate, or leave itm out of streams.{name}.losses"
+                )
+        places = {"init.roberta": self.init.roberta, "init.beit2": self.init.beit2}
+        places |= {"init.checkpoint": self.init.checkpoint}
+        places |= {"tokenizer": None if self.tokenizer == "train" else self.tokenizer}
+        for key, place in places.items():
+            if place is not None and not Path(place).exists():
+                raise DataError(f"{key}: there is no {place}; give {key}=<path>")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _shipped() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe of the package by name, or a YAML file by path.
+
+    Args:
+        name_or_path: such as `pretrain_tiny_shapes` or `my/recipe.yaml`.
+        overrides: `key=value`, such as `streams.pairs.batch_size=32`; dots go into sections, values are YAML, later
+            ones win. `streams.NAME=null` takes a stream out, of `updates` too.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key (with the nearest known one), a wrong value, or values that cannot
+            go together.
+    """
+    values = _read(name_or_path)
+    for override in overrides:
+        _override(values, override)
+    _drop_null_streams(values)
+    return Recipe(**values)
+
+
+def _shipped() -> Iterable[Any]:
+    return files("xfm_fast.training").joinpath("recipes").iterdir()
+
+
+def _read(name_or_path: str | Path) -> dict[str, Any]:
+    path = Path(name_or_path)
+    shipped = {entry.name: entry for entry in _shipped()}
+    source = shipped.get(f"{name_or_path}.yaml", path)
+    if source is path and not path.is_file():
+        raise ConfigError(
+            f"there is no recipe {str(name_or_path)!r}{_suggestion(str(name_or_path), recipe_names())}; "
+            f"choose one of {', '.join(recipe_names())}, or give the path of a YAML file"
+        )
+    try:
+        values = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {name_or_path} cannot be read ({error}); check the path") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {name_or_path} is not valid YAML: {_yaml_problem(error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {name_or_path} holds a {type(values).__name__}; a mapping of keys is needed")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is no key=value; write, for example, steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is a {type(inner).__name__} and has no keys inside")
+        values = inner
+    values[last] = value
+
+
+def _drop_null_streams(values: dict[str, Any]) -> None:
+    streams, updates = values.get("streams"), values.get("updates")
+    if not isinstance(streams, dict):
+        return
+    gone = {name for name, stream in streams.items() if stream is None}
+    values["streams"] = {name: stream for name, stream in streams.items() if name not in gone}
+    if gone and isinstance(updates, list):
+        kept = [[name for name in update if name not in gone] for update in updates if isinstance(update, list)]
+        values["updates"] = [update for update in kept if update]
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} in line {error.problem_mark.line + 1}"
+    return " ".join(str(error).split())
+
+
+def _nearest_multiple(value: int, divisor: int) -> str:
+    lower = value // divisor * divisor
+    return f"{lower} or {lower + divisor}" if lower else str(divisor)
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _unknown(key: str, known: Iterable[str], what: str = "key") -> str:
+    name = key.rpartition("." if what == "key" else " ")[2]
+    return f"{key} is no {what} of a recipe{_suggestion(name, known)}; known here: {', '.join(sorted(known))}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that exist in the section where an unknown one was found."""
+    section: type[BaseModel] = Recipe
+    if location[0] == "streams":
+        section = STREAM_OF_KIND[str(location[2])]
+        location = location[3:]
+    for part in location[:-1]:
+        inner = section.model_fields[str(part)].annotation
+        options = [inner, *get_args(inner)]
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]
+        # Behind the name of a stream pydantic puts its kind, which is no key.
+        shown = [*location[:2], *location[3:]] if location[:1] == ("streams",) and len(location) > 2 else [*location]
+        where = ".".join(str(part) for part in shown)
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            lines.append(_unknown(where, _fields_at(location)))
+        elif problem["type"] == "missing":
+            lines.append(f"{where} is missing; add it to the recipe or as {where}=...")
+        elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            kinds = ", ".join(STREAM_OF_KIND)
+            lines.append(f"{where}: a stream needs kind: one of {kinds}")
+        elif not where or (problem["type"] == "value_error" and not isinstance(problem["input"], (str, int, float))):
+            lines.append(f"{where}: {message}" if where else message)
+        else:
+            lines.append(f"{where}={problem['input']!r}: {message}")
+    return "; ".join(lines)

@@ -1,0 +1,214 @@
+"""The sections of a recipe: streams, optimizer, schedule, method, checkpoints, logs. Defaults are the official ones."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+LossName = Literal["itc", "itm", "imlm", "mim", "mlm", "bbox_l1", "bbox_giou"]
+
+LOSSES_OF_KIND: dict[str, tuple[LossName, ...]] = {
+    "pairs": ("itc", "itm", "imlm", "mim"),
+    "regions": ("itc", "itm", "imlm", "bbox_l1", "bbox_giou"),
+    "images": ("mim",),
+    "text": ("mlm",),
+}
+"""What each kind of batch can give, in the order of the official sums."""
+
+
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Immutable, and closed: a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Masking(Section):
+    """How tokens are masked for language modelling (the fields of `data.text_masking.MaskingOptions`)."""
+
+    probability: float = Field(gt=0, le=1, description="share of tokens to predict")
+    most: int = Field(gt=0, description="at most so many tokens of a text")
+    skipgram_probability: float = Field(default=0.2, ge=0, le=1)
+    skipgram_size: int = Field(default=3, ge=2)
+    whole_word: bool = Field(default=False, description="mask all pieces of a word; the official code does not")
+
+
+class Stream(Section):
+    """What all streams have, besides a `kind`."""
+
+    paths: Paths = Field(description="files, folders or glob patterns; relative ones lie in the recipe's `data` folder")
+    batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
+    weight: float = Field(default=1.0, ge=0, description="multiplies the sum of the stream's losses")
+    losses: tuple[LossName, ...] = Field(default=(), description="by default all that the kind can give")
+    window: int | None = Field(
+        default=None,
+        gt=0,
+        description="shuffle within so many rows, for disks that seek slowly; null shuffles all",
+    )
+    bad_share: float = Field(default=0.01, ge=0, le=1, description="share of unreadable lines at which the run stops")
+
+    @model_validator(mode="after")
+    def _losses_exist(self) -> Self:
+        kind = type(self).model_fields["kind"].default
+        possible = LOSSES_OF_KIND[kind]
+        if wrong := [loss for loss in self.losses if loss not in possible]:
+            raise ValueError(f"a stream of {kind} cannot give {', '.join(wrong)}; choose from {', '.join(possible)}")
+        if len(set(self.losses)) != len(self.losses):
+            raise ValueError(f"losses {', '.join(self.losses)} name one twice; name each once")
+        return self
+
+
+class TextStream(Stream):
+    """Texts alone: masked language modelling."""
+
+    kind: Literal["text"] = "text"
+    max_tokens: int = Field(default=128, ge=3)
+    masking: Masking = Masking(probability=0.15, most=20)
+
+
+class CaptionedStream(Stream):
+    """Images with words."""
+
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else only resized")
+    max_words: int = Field(default=30, gt=0)
+    max_tokens: int = Field(default=30, ge=3)
+    masking: Masking = Masking(probability=0.5, most=15)
+
+
+class PairStream(CaptionedStream):
+    """Images with a caption each."""
+
+    kind: Literal["pairs"] = "pairs"
+
+
+class RegionStream(CaptionedStream):
+    """Images with captions of their regions; `batch_size` counts captions, not images."""
+
+    kind: Literal["regions"] = "regions"
+    max_images: int = Field(default=80, gt=0, description="images of a batch, at most")
+    max_regions: int = Field(default=5, gt=0, description="captions of an image, at most")
+    least_visible: float = Field(default=0.5, ge=0, lt=1, description="share of a box that the crop must keep")
+    careful_flip: bool = Field(default=False, description="do not mirror images whose captions say left or right")
+
+
+class ImageStream(Stream):
+    """Images alone: masked image modelling."""
+
+    kind: Literal["images"] = "images"
+    augment: bool = True
+
+
+AnyStream = Annotated[TextStream | PairStream | RegionStream | ImageStream, Field(discriminator="kind")]
+STREAM_OF_KIND: dict[str, type[Stream]] = {
+    "text": TextStream,
+    "pairs": PairStream,
+    "regions": RegionStream,
+    "images": ImageStream,
+}
+
+
+class Init(Section):
+    """Where weights come from; what is not named starts at random."""
+
+    roberta: str | None = Field(
+        default=None, description="state dict of a Hugging Face RoBERTa, for the language encoder"
+    )
+    beit2: str | None = Field(default=None, description="BEiT-v2 checkpoint, for the vision encoder")
+    checkpoint: str | None = Field(default=None, description="official X-FM file, or a folder of save_pretrained")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.checkpoint and (self.roberta or self.beit2):
+            raise ValueError("checkpoint fills the encoders too; leave roberta and beit2 out, or checkpoint")
+        return self
+
+
+class OptimizerRecipe(Section):
+    """The official AdamW and its parameter groups."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    lr_mult: float = Field(default=2.0, gt=0, description="learning rate of heads and temperature, as a multiple of lr")
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0, description="of all gradients together, before every update")
+    zero_grad: Literal["none", "zeros"] = Field(
+        default="none",
+        description="zeros: parameters that an update does not reach keep moving by momentum and decay, "
+        "as the official code does under torch < 2.0",
+    )
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both must lie in [0, 1)")
+        return betas
+
+
+class ScheduleRecipe(Section):
+    """Linear warm-up from 0, then decay."""
+
+    kind: Literal["linear", "cosine"] = "linear"
+    warmup: int | float = Field(default=0, ge=0, description="a whole number of steps, or a fraction of them below 1")
+    min_lr: float = Field(default=0.0, ge=0, description="where the decay of `lr` ends")
+
+    @field_validator("warmup")
+    @classmethod
+    def _steps_or_share(cls, warmup: int | float) -> int | float:
+        if isinstance(warmup, float) and warmup >= 1:
+            raise ValueError("give a whole number of steps, or a fraction of them below 1")
+        return warmup
+
+    def warmup_steps(self, steps: int) -> int:
+        """Of a run of `steps`."""
+        return self.warmup if isinstance(self.warmup, int) else int(self.warmup * steps)
+
+
+class Method(Section):
+    """The training method of X-FM (arXiv 2301.05065), with what its ablations take away."""
+
+    stop_gradient: bool = Field(
+        default=True, description="ITM, IMLM and BBP do not reach the language encoder; false lets them through"
+    )
+    mim_guidance: bool = Field(
+        default=True,
+        description="MIM towards the unmasked output of the encoder that vision-language training shapes; false leaves "
+        "MIM out of every stream: the target is the guidance, on images without captions too",
+    )
+    official_itc_gradient: bool = Field(
+        default=False, description="1 / world size of the contrastive gradient, as the official gathering gives"
+    )
+
+
+class CheckpointRecipe(Section):
+    """Where a run lives: checkpoints, logs, tokenizer, quarantine."""
+
+    folder: str = Field(description="of this run alone")
+    every: int = Field(default=1000, gt=0, description="steps")
+    keep: int = Field(default=2, gt=0, description="newest checkpoints that stay; older ones are deleted")
+
+
+class LogRecipe(Section):
+    """What is written while training, beside `log.jsonl`, which always is."""
+
+    every: int = Field(default=50, gt=0, description="steps")
+    tensorboard: bool = False
+    wandb: str | None = Field(default=None, description="project name; needs the wandb package")
+
+
+class ShapesWorldRecipe(Section):
+    """A shapes world, written into the `data` folder by the first run that needs it."""
+
+    seed: int = Field(default=0, ge=0)
+    train: int = Field(default=10_000, gt=0, description="scenes")
+    val: int = Field(default=500, gt=0, description="scenes")
+    test: int = Field(default=500, gt=0, description="scenes")
+    resolution: int = Field(default=64, gt=0, description="of the images, in pixels")
