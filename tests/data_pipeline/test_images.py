@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from xfm_fast.data.images import MEAN, STD, decode_image, load_image
+from xfm_fast.data import images
+from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, load_image
 from xfm_fast.errors import DataError
 
 
@@ -116,6 +117,90 @@ def test_the_limit_is_that_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_image(data)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert decode_image(data).size == (30, 30)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr", "P", "RGBA", "LA", "1"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_pixels_are_those_of_pillow(mode: str, form: str) -> None:
+    picture = _picture(mode)
+    if (form == "JPEG" and mode in ("P", "RGBA", "LA")) or (form != "JPEG" and mode in ("CMYK", "YCbCr")):
+        picture = picture.convert("RGB")
+    for options in ({}, {"quality": 30, "progressive": True, "subsampling": 2}) if form == "JPEG" else ({},):
+        data = _bytes(picture, form, **options)
+        pixels = decode_pixels(data)
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(pixels, torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
+
+
+def test_pixels_do_not_depend_on_the_fast_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = _picture(size=(20, 10))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    data = _bytes(picture, "JPEG", exif=exif)
+    fast = decode_pixels(data)
+    assert fast.shape == (3, 10, 20)
+
+    def absent(*_: object, **__: object) -> None:
+        raise RuntimeError("torchvision was built without libjpeg")
+
+    monkeypatch.setitem(images._FAST, "JPEG", absent)
+    assert torch.equal(decode_pixels(data), fast)
+
+
+@pytest.mark.parametrize(
+    ("colour", "bits"),
+    [
+        *(("grey", bits) for bits in (1, 2, 4, 8, 16)),
+        ("rgb", 8),
+        ("rgb", 16),
+        *(("palette", bits) for bits in (1, 2, 4, 8)),
+    ],
+)
+@pytest.mark.parametrize("transparent", [False, True])
+def test_pixels_of_every_kind_of_png(colour: str, bits: int, transparent: bool) -> None:
+    width, height = 16, 4
+    channels = 3 if colour == "rgb" else 1
+    rng = np.random.default_rng(0)
+    row_bytes = width * channels * bits // 8
+    body = b"".join(b"\0" + rng.integers(0, 256, row_bytes, dtype=np.uint8).tobytes() for _ in range(height))
+    kind = {"grey": 0, "rgb": 2, "palette": 3}[colour]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))]
+    if colour == "palette":
+        chunks.append((b"PLTE", rng.integers(0, 256, 3 * 2**bits, dtype=np.uint8).tobytes()))
+    if transparent:
+        chunks.append((b"tRNS", {"grey": b"\0\1", "rgb": b"\0\1\0\2\0\3", "palette": b"\x80\0"}[colour]))
+    chunks += [(b"IDAT", zlib.compress(body)), (b"IEND", b"")]
+    parts = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    assert torch.equal(decode_pixels(data), torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_cut_image_is_refused_wherever_it_is_cut(form: str) -> None:
+    data = _bytes(_picture(size=(90, 70)), form)
+    for end in [*range(1, len(data), len(data) // 40), len(data) - 20, len(data) - 2]:
+        given, results = data[:end], []
+        for decode in (decode_image, decode_pixels):
+            try:
+                results.append(np.asarray(decode(given, "x")).size)
+            except DataError as error:
+                results.append(str(error))
+        assert results[0] == results[1]
+
+
+def test_a_broken_image_is_the_same_error_for_pixels() -> None:
+    for data in (
+        b"",
+        b"no image",
+        _bytes(_picture(size=(200, 200)), "JPEG")[:3000],
+        _png(60_000, 60_000),
+        _png(20, 20),
+    ):
+        with pytest.raises(DataError) as caught:
+            decode_image(data, "photo.jpg")
+        with pytest.raises(DataError) as again:
+            decode_pixels(data, "photo.jpg")
+        assert str(again.value) == str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Orders of rows: permutations, spread, replacements."""
+
+from collections import Counter
+from math import factorial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xfm_fast.data.order import item_generator, permuted, replacement, shuffled
+
+
+@given(st.integers(1, 700), st.integers(0, 2**63), st.integers(0, 5), st.one_of(st.none(), st.integers(1, 800)))
+def test_an_epoch_visits_every_row_once(count: int, seed: int, epoch: int, window: int | None) -> None:
+    assert sorted(shuffled(place, count, seed, epoch, window) for place in range(count)) == list(range(count))
+
+
+def test_orders_of_few_rows_are_about_equally_likely() -> None:
+    seeds = 6000
+    for count in (3, 4):
+        seen = Counter(tuple(shuffled(place, count, seed, 0) for place in range(count)) for seed in range(seeds))
+        expected = seeds / factorial(count)
+        assert len(seen) == factorial(count)
+        assert sum((times - expected) ** 2 / expected for times in seen.values()) < 3 * factorial(count)
+
+
+def test_rows_go_everywhere() -> None:
+    count, seeds = 50, 1000
+    times = np.zeros((count, count))
+    for seed in range(seeds):
+        for place in range(count):
+            times[place, shuffled(place, count, seed, 3)] += 1
+    # 49 * 49 degrees of freedom: mean 2401, standard deviation 69.
+    assert ((times - seeds / count) ** 2 / (seeds / count)).sum() < 2401 + 5 * 69
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = {tuple(shuffled(place, 40, seed, epoch) for place in range(40)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_large_numbers_of_rows() -> None:
+    places = [permuted(place, 10**12, 7) for place in range(1000)]
+    assert len(set(places)) == 1000
+    assert 0 <= min(places) < 10**11
+    assert 9 * 10**11 < max(places) < 10**12
+
+
+def test_a_window_reads_few_runs_at_a_time() -> None:
+    count, window = 6400, 640
+    order = [shuffled(place, count, 1, 0, window) for place in range(count)]
+    run = window // 32
+    for start in range(0, count, window):
+        part = order[start : start + window]
+        assert len({row // run for row in part}) == 32
+        # Within the window rows are mixed: neighbours rarely stay together.
+        assert sum(abs(a - b) == 1 for a, b in zip(part, part[1:], strict=False)) < 30
+    # Runs themselves come from all over the file.
+    assert max(order[:window]) - min(order[:window]) > count * 0.7
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_replacements_reach_every_row(count: int, stride: int) -> None:
+    for position in (0, count // 2, count - 1):
+        tried = [replacement(position, attempt, count, stride) for attempt in range(count)]
+        assert tried[0] == position
+        assert sorted(tried) == list(range(count))
+
+
+@pytest.mark.parametrize("other", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
+def test_generators_of_items_differ_and_repeat(other: tuple[int, int, int, int]) -> None:
+    first = item_generator(0, 0, 0, 0).random(4)
+    assert np.array_equal(first, item_generator(0, 0, 0, 0).random(4))
+    assert not np.array_equal(first, item_generator(*other).random(4))

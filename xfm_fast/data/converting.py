@@ -1,0 +1,254 @@
+"""Line JSON to WebDataset shards and back. What is read from either is the same, to the byte of every image."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import os
+import secrets
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.data.files import Paths
+from xfm_fast.data.items import ImageField
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.records import open_records
+from xfm_fast.data.shards import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile
+from xfm_fast.errors import DataError, StorageError
+
+SAMPLES_PER_SHARD = 10_000
+BYTES_PER_SHARD = 1 << 30
+
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
+
+
+@dataclass
+class Conversion:
+    """What was written.
+
+    Attributes:
+        files: in order.
+        rows: that they hold.
+        skipped: broken rows that were left out.
+        ignored: files of samples that line JSON has no place for, by suffix.
+    """
+
+    files: list[Path]
+    rows: int = 0
+    skipped: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+def to_shards(
+    data: Paths,
+    folder: str | os.PathLike[str],
+    *,
+    image_key: str = "binary",
+    caption_key: str = "desc",
+    image_root: str | os.PathLike[str] | None = None,
+    quarantine: Quarantine | None = None,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    bytes_per_shard: int = BYTES_PER_SHARD,
+) -> Conversion:
+    """Write rows as WebDataset shards `<folder>/000000.tar`, ...
+
+    The image becomes a file of its own, named after its format (a quarter smaller than base64); a caption that is a
+    string becomes `.txt`; all else goes to `.json`, lists of images or captions too. Same rows give same bytes.
+
+    Args:
+        data: line-JSON files, or shards to be cut anew.
+        folder: appears complete or not at all, and must not hold anything yet.
+        image_root: folder of the images if `image_key` holds paths; the shards then hold the images themselves.
+        quarantine: lists the rows that are left out because they are broken.
+        samples_per_shard: a shard ends when it holds so many,
+        bytes_per_shard: or so many bytes.
+
+    Raises:
+        DataError: the folder is in use, or too many rows are broken.
+        StorageError: a shard cannot be written.
+    """
+    folder = Path(folder)
+    if samples_per_shard < 1 or bytes_per_shard < 1:
+        raise DataError(
+            f"shards of {samples_per_shard} samples and {bytes_per_shard} bytes hold nothing; use 1 or more"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} exists and would be overwritten; choose another folder or remove it")
+    done = Conversion([])
+    image = ImageField(image_key, image_root)
+    samples = (
+        (row, _members(record, image, caption_key))
+        for row, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine())
+    )
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        pending = next(samples, None)
+        while pending is not None:
+            path = temporary / f"{len(done.files):06d}.tar"
+            with path.open("xb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
+                count = 0
+                while (
+                    pending is not None and count < samples_per_shard and (file.tell() < bytes_per_shard or not count)
+                ):
+                    row, members = pending
+                    for suffix, content in members.items():
+                        _add(shard, f"{row:09d}.{suffix}", content)
+                    count += 1
+                    pending = next(samples, None)
+                done.rows += count
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            done.files.append(folder / path.name)
+        if not done.files:
+            raise DataError("no row can be used, so there is nothing to convert")
+        # An empty folder may be in the way; a full one makes the renaming fail.
+        with suppress(OSError):
+            folder.rmdir()
+        os.rename(temporary, folder)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"shards in {folder} could not be written ({error.strerror or error}); nothing was left there: free space "
+            "or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return done
+
+
+def to_lines(
+    data: Paths,
+    file: str | os.PathLike[str],
+    *,
+    image_key: str = "binary",
+    caption_key: str = "desc",
+    image_root: str | os.PathLike[str] | None = None,
+    quarantine: Quarantine | None = None,
+) -> Conversion:
+    """Write rows as one file of line JSON with base64 images.
+
+    Args:
+        data: shards, or line-JSON files to be put together.
+        file: appears complete or not at all, and must not exist yet. The others are as in `to_shards`.
+
+    Raises:
+        DataError: the file exists, or too many rows are broken.
+        StorageError: it cannot be written.
+    """
+    file = Path(file)
+    if file.exists():
+        raise DataError(f"{file} exists and would be overwritten; choose another name or remove it")
+    done = Conversion([file])
+    image = ImageField(image_key, image_root)
+
+    def write(out: BinaryIO) -> None:
+        for _, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine()):
+            out.write(json.dumps(_as_text(record, image), separators=(",", ":")).encode() + b"\n")
+            done.rows += 1
+        if not done.rows:
+            raise DataError("no row can be used, so there is nothing to convert")
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"folder {file.parent} cannot be made ({error.strerror}); choose another") from error
+    write_files({file: write})
+    return done
+
+
+def _good_rows(
+    data: Paths, done: Conversion, image: ImageField, caption_key: str, quarantine: Quarantine
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    for rows in open_records(data, image_key=image.key, caption_key=caption_key).files:
+        for row in range(len(rows)):
+            try:
+                record = dict(rows.read(row))
+                # Paths become images, and base64 is tried, so that broken ones stay behind.
+                value = record.get(image.key)
+                for each in value if isinstance(value, list) else [value] if value is not None else []:
+                    image.source(each)
+                if image.root is not None and value is not None:
+                    several = isinstance(value, list)
+                    read = [_content(image.source(each)) for each in (value if several else [value])]
+                    record[image.key] = [base64.b64encode(each).decode() for each in read] if several else read[0]
+                if isinstance(rows, ShardFile):
+                    known = ("json", *IMAGE_SUFFIXES, *TEXT_SUFFIXES)
+                    done.ignored.update(suffix for suffix in rows.suffixes(row) if suffix not in known)
+            except DataError as error:
+                done.skipped += 1
+                quarantine.add(rows, row, error)
+                continue
+            yield number, record
+            number += 1
+
+
+def _content(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {source} cannot be read ({error.strerror}); check the path") from None
+
+
+def _members(record: dict[str, Any], image: ImageField, caption_key: str) -> dict[str, bytes]:
+    """The files of a sample."""
+    fields = dict(record)
+    members: dict[str, bytes] = {}
+    value = fields.get(image.key)
+    content = value if isinstance(value, bytes) else _exact_bytes(value)
+    if content:
+        members[_suffix(content)] = content
+        del fields[image.key]
+    caption = fields.get(caption_key)
+    if isinstance(caption, str):
+        # Half a surrogate pair, which JSON can say, is no text that a file could hold.
+        with suppress(UnicodeEncodeError):
+            members["txt"] = caption.encode()
+            del fields[caption_key]
+    if fields or not members:
+        members["json"] = json.dumps(fields, separators=(",", ":")).encode()
+    return members
+
+
+def _exact_bytes(value: Any) -> bytes | None:
+    """The bytes that base64 text stands for, if encoding them gives the same text again."""
+    if not isinstance(value, str):
+        return None
+    try:
+        content = binascii.a2b_base64(value)
+    except ValueError:
+        return None
+    return content if binascii.b2a_base64(content, newline=False).decode() == value else None
+
+
+def _as_text(record: dict[str, Any], image: ImageField) -> dict[str, Any]:
+    value = record.get(image.key)
+    if isinstance(value, bytes):
+        return record | {image.key: base64.b64encode(value).decode()}
+    return record
+
+
+def _suffix(content: bytes) -> str:
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    return next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), "img")
+
+
+def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mode = 0o644
+    shard.addfile(member, io.BytesIO(content))
