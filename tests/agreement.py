@@ -21,7 +21,9 @@ _EPS_FLOOR = 4
 @cache
 def tensors(name: str) -> dict[str, Tensor]:
     """`load_tensors`, once per process; not to be written to."""
-    return load_tensors(name)
+    # Whoever asks first may be in inference mode; a later test may want gradients.
+    with torch.inference_mode(False):
+        return load_tensors(name)
 
 
 def with_weights(model: M, case: str, dtype: torch.dtype, task: str | None = None) -> M:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.agreement import inputs_of, with_weights
 from tests.conftest import config
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
-from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets, ragged_rows
+from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences, offsets, ragged_rows
 
 
 @st.composite
@@ -85,6 +86,44 @@ def test_offsets_and_ragged_rows(lengths: list[int], index: list[int]) -> None:
     starts = torch.arange(len(lengths)) * 10
     rows = ragged_rows(starts, torch.tensor(lengths, dtype=torch.long))
     assert rows.tolist() == [10 * i + j for i, length in enumerate(lengths) for j in range(length)]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 3))
+def test_copies_and_first_tokens(lengths: list[int], times: int) -> None:
+    sequences = Sequences.from_lengths(torch.tensor(lengths))
+    copies = sequences.repeated(times)
+    assert copies.cu_seqlens.diff().tolist() == lengths * times
+    assert copies.longest == max(lengths)
+    first = Reads.first_tokens(copies)
+    assert first.rows.tolist() == copies.cu_seqlens.tolist()[:-1]
+    assert first.cu_seqlens.tolist() == list(range(len(lengths) * times + 1))
+    assert first.longest == 1
+
+
+def test_the_host_is_believed_about_lengths() -> None:
+    """An accelerator is not asked for a length that is given."""
+    assert Sequences(cu_seqlens=torch.tensor([0, 3], device="meta"), max_seqlen=7).longest == 7
+    assert ragged_rows(torch.tensor([4, 9]), torch.tensor([2, 1]), 3).tolist() == [4, 5, 9]
+
+
+@given(masks(empty=False), st.integers(0, 10**6))
+def test_a_last_layer_that_computes_reads_alone(mask: Tensor, seed: int) -> None:
+    """Any tokens of any text, some twice, some texts without one."""
+    model = MODEL
+    ids, embeds = batch(model, mask, len(mask))
+    packing = Packing.from_mask(mask)
+    draw = random.Random(seed)
+    places = [draw.choices(range(length), k=draw.randint(0, 3)) for length in mask.sum(1).tolist()]
+    starts = packing.cu_seqlens.tolist()
+    rows = torch.tensor([starts[text] + place for text, of in enumerate(places) for place in of], dtype=torch.long)
+    reads = Reads(cu_seqlens=offsets(torch.tensor([len(of) for of in places])), rows=rows)
+    with torch.inference_mode():
+        whole = model.text_encoder(ids, packing)
+        assert torch.allclose(model.text_encoder(ids, packing, reads=reads), whole[rows], rtol=0, atol=1e-12)
+        memory, groups = model.image_memory(embeds), ImageGroups.from_index(torch.arange(len(mask)), len(mask))
+        fused = model.fusion_encoder(whole, packing, memory, groups)
+        read = model.fusion_encoder(whole, packing, memory, groups, reads=reads)
+        assert torch.allclose(read, fused[rows], rtol=0, atol=1e-12)
 
 
 def test_sequences_without_texts() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xfm_fast import cli_bench_kernels, cli_kernels
+from xfm_fast import cli_bench_kernels, cli_bench_training, cli_data, cli_export, cli_kernels, cli_training
 from xfm_fast.errors import UnavailableError, XFMError
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ app = typer.Typer(
 bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
 cli_kernels.register(app)
+cli_data.register(app)
+cli_export.register(app)
+cli_training.register(app)
 bench_app.command("kernels")(cli_bench_kernels.bench_kernels)
+bench_app.command("train-step")(cli_bench_training.bench_train_step)
 
 _PRESETS = ("base", "tiny")
 

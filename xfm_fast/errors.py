@@ -30,3 +30,11 @@ class StorageError(XFMError, OSError):
 
 class UnavailableError(XFMError, RuntimeError):
     """A path that was asked for by name but that this machine does not offer."""
+
+
+class NonFiniteError(XFMError, ArithmeticError):
+    """A loss or gradient of a training step that is NaN or infinite."""
+
+
+class ExportError(XFMError, RuntimeError):
+    """An export that is incomplete, edited, made for another machine, or cannot be made as asked."""

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from xfm_fast.kernels import host
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
@@ -16,20 +18,53 @@ class Sequences:
     Attributes:
         cu_seqlens: `[P + 1]` int32 offsets of the texts.
         key_mask: `[T]` boolean, False for tokens that are queries only (padding that was kept). None otherwise.
+        max_seqlen: an upper bound of the lengths where the host knows one, so that it need not ask the device.
     """
 
     cu_seqlens: Tensor
     key_mask: Tensor | None = None
+    max_seqlen: int | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Tensor) -> Sequences:
         """Texts of the given lengths `[P]`."""
         return cls(cu_seqlens=offsets(lengths))
 
+    def repeated(self, times: int) -> Sequences:
+        """The layout of `times` copies of such texts behind each other."""
+        copies = self.cu_seqlens.diff().repeat(times)
+        mask = None if self.key_mask is None else self.key_mask.repeat(times)
+        return Sequences(cu_seqlens=offsets(copies), key_mask=mask, max_seqlen=self.max_seqlen)
+
     @cached_property
     def longest(self) -> int:
-        """Length of the longest text in tokens."""
-        return int(self.cu_seqlens.diff().max()) if self.cu_seqlens.numel() > 1 else 0
+        """Length of the longest text in tokens; `max_seqlen` where that is given."""
+        if self.max_seqlen is not None:
+            return self.max_seqlen
+        lengths = self.cu_seqlens.diff()
+        if not lengths.numel():
+            return 0
+        return host.integer(lengths.max()) if on_host(lengths) else int(lengths.max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads(Sequences):
+    """The tokens of packed texts that somebody reads, text by text: all that a last layer has to compute.
+
+    `cu_seqlens` are the offsets of the texts in the list of reads.
+
+    Attributes:
+        rows: `[Q]` int64 rows of the packed tensor, those of a text together.
+    """
+
+    rows: Tensor
+
+    @classmethod
+    def first_tokens(cls, sequences: Sequences) -> Reads:
+        """Token 0 of every text."""
+        cu = sequences.cu_seqlens
+        ones = torch.arange(cu.shape[0], dtype=cu.dtype, device=cu.device)
+        return cls(cu_seqlens=ones, max_seqlen=1, rows=cu[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +94,7 @@ class Packing(Sequences):
         mask = attention_mask.bool()
         rows = mask if order is None else mask[order]
         kept = torch.ones_like(rows) if keep_padding else rows
-        positions = kept.flatten().nonzero().flatten()
+        positions = host.true_places(kept) if on_host(kept) else kept.flatten().nonzero().flatten()
         texts, length = rows.shape
         if order is not None:
             positions = order[positions // length] * length + positions % length
@@ -124,7 +159,15 @@ def offsets(lengths: Tensor) -> Tensor:
     return cumulative
 
 
-def ragged_rows(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Rows `starts[i], ..., starts[i] + lengths[i] - 1` for every i, one after the other: `[sum(lengths)]` int64."""
-    first = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+def ragged_rows(starts: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
+    """Rows `starts[i], ..., starts[i] + lengths[i] - 1` for every i, one after the other: `[sum(lengths)]` int64.
+
+    `total` is that sum; who knows it spares an accelerator a synchronisation.
+    """
+    first = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths, output_size=total)
     return first + torch.arange(first.shape[0], device=starts.device)
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether Python may look at the values without waiting for a device or breaking a trace."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

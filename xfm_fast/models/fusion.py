@@ -11,7 +11,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.models.heads import LMHead
 from xfm_fast.models.layers import LayerStack, initialise_text
 from xfm_fast.models.text import text_layer
-from xfm_fast.packing import ImageGroups, Sequences
+from xfm_fast.packing import ImageGroups, Reads, Sequences
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,51 @@ class ImageMemory:
     def nbytes(self) -> int:
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
 
+    @property
+    def longest(self) -> int:
+        return self.tokens
+
+    @property
+    def cu_keys(self) -> Tensor:
+        """`[B + 1]` offsets of the images in the keys."""
+        return torch.arange(self.images + 1, dtype=torch.int32, device=self.layers[0].device) * self.tokens
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        return None if self.token_mask is None else self.token_mask.flatten()
+
+    def keys_values(self, layer: int) -> Tensor:
+        """Of a fusion layer, image after image: `[B * M, 2, H, D]`."""
+        return self.layers[layer].flatten(0, 1)
+
     def select(self, index: Tensor | slice) -> ImageMemory:
         """The memory of some of the images; a slice shares storage."""
         mask = None if self.token_mask is None else self.token_mask[index]
         return replace(self, layers=tuple(layer[index] for layer in self.layers), token_mask=mask)
+
+
+@dataclass(frozen=True)
+class PackedMemory:
+    """Keys and values for groups of texts that see different numbers of image tokens, some of them the same ones.
+
+    A region sees its own patches and its token, and shares the projected patches with all other regions of its image.
+
+    Attributes:
+        layers: one `[K, 2, H, D]` tensor per fusion layer; a token that several groups see was projected once.
+        cu_keys: `[G + 1]` int32 offsets of the groups in `rows`.
+        longest: the largest group.
+        rows: tokens that each group sees, as rows of the layers; None when these lie group by group already.
+    """
+
+    layers: tuple[Tensor, ...]
+    cu_keys: Tensor
+    longest: int
+    rows: Tensor | None = None
+    key_mask: None = None
+
+    def keys_values(self, layer: int) -> Tensor:
+        """Of a fusion layer, group after group."""
+        return self.layers[layer] if self.rows is None else self.layers[layer].index_select(0, self.rows)
 
 
 class FusionTransformer(nn.Module):
@@ -78,8 +119,11 @@ class FusionEncoder(nn.Module):
 
     def memory(self, image_embeds: Tensor, token_mask: Tensor | None = None) -> ImageMemory:
         """Project image tokens `[B, M, vision width]` for every layer."""
-        layers = tuple(layer.crossattention.self.project_memory(image_embeds) for layer in self.roberta.encoder)
-        return ImageMemory(layers, token_mask)
+        return ImageMemory(self.project(image_embeds), token_mask)
+
+    def project(self, image_tokens: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of every layer: `[..., vision width]` → `[..., 2, H, D]` each."""
+        return tuple(layer.crossattention.self.project_memory(image_tokens) for layer in self.roberta.encoder)
 
     def first_self_attention(self, tokens: Tensor, sequences: Sequences) -> Tensor:
         """Layer 0 before its cross-attention. It does not depend on the image, so re-ranking does it once per text."""
@@ -91,10 +135,11 @@ class FusionEncoder(nn.Module):
         self,
         tokens: Tensor,
         sequences: Sequences,
-        memory: ImageMemory,
+        memory: ImageMemory | PackedMemory,
         groups: ImageGroups,
         *,
         first_token_only: bool = False,
+        reads: Reads | None = None,
         self_attended: bool = False,
         hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
@@ -106,29 +151,31 @@ class FusionEncoder(nn.Module):
             memory: of the B images.
             groups: which texts belong to which image.
             first_token_only: compute token 0 of each text alone in the last layer.
+            reads: the tokens that the last layer is to compute; by default all, or those of `first_token_only`.
             self_attended: `tokens` come from `first_self_attention`.
             hidden_states: receives the output of every layer.
 
         Returns:
-            `[T, width]`, or `[P, width]` in packed order with `first_token_only`.
+            `[T, width]`, or in packed order `[P, width]` with `first_token_only` and `[Q, width]` with Q reads.
         """
         stack = self.roberta.encoder
-        cu_keys = torch.arange(memory.images + 1, dtype=torch.int32, device=tokens.device) * memory.tokens
-        key_mask = None if memory.token_mask is None else memory.token_mask.flatten()
-        cu_images = groups.token_offsets(sequences.cu_seqlens)
+        cu_keys, key_mask = memory.cu_keys, memory.key_mask
+        if first_token_only:
+            reads = Reads.first_tokens(sequences)
+        cu_queries = groups.token_offsets(sequences.cu_seqlens)
         x = tokens
         for number, layer in enumerate(stack):
-            first_only = first_token_only and number == len(stack) - 1
+            last_reads = reads if number == len(stack) - 1 else None
             if number or not self_attended:
                 x = layer.self_attention(
-                    x, sequences.cu_seqlens, sequences.longest, sequences.key_mask, first_only=first_only
+                    x, sequences.cu_seqlens, sequences.longest, sequences.key_mask, reads=last_reads
                 )
-            elif first_only:
-                x = x.index_select(0, sequences.cu_seqlens[:-1])
-            cu_queries = groups.cu_texts if first_only else cu_images
-            x = layer.cross_attention(
-                x, memory.layers[number].flatten(0, 1), cu_queries, cu_keys, x.shape[0], memory.tokens, key_mask
-            )
+            elif last_reads is not None:
+                x = x.index_select(0, last_reads.rows)
+            if last_reads is not None:
+                cu_queries = groups.token_offsets(last_reads.cu_seqlens)
+            keys_values = memory.keys_values(number)
+            x = layer.cross_attention(x, keys_values, cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
             x = layer.feed_forward(x)
             if hidden_states is not None:
                 hidden_states.append(x)

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
+from xfm_fast.kernels import host
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def _contents_visible(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _first_false(flags: Tensor) -> int:
+    return host.integer(flags.long().argmin())
 
 
 def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
@@ -39,10 +44,8 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
         )
     if _contents_visible(pixels):
         finite = torch.isfinite(pixels).flatten(1).all(1)
-        if not bool(finite.all()):
-            raise InputError(
-                f"pixels of image {int(finite.long().argmin())} hold NaN or infinity; check its preprocessing"
-            )
+        if not host.all_true(finite):
+            raise InputError(f"pixels of image {_first_false(finite)} hold NaN or infinity; check its preprocessing")
 
 
 def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> Tensor:
@@ -65,7 +68,7 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
             f"{config.max_text_length}: truncate the texts"
         )
     if _contents_visible(input_ids) and input_ids.numel():
-        lowest, highest = int(input_ids.min()), int(input_ids.max())
+        lowest, highest = host.integer(input_ids.min()), host.integer(input_ids.max())
         if lowest < 0 or highest >= config.vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise InputError(
@@ -83,9 +86,9 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
     mask = attention_mask.bool()
     if _contents_visible(mask) and mask.numel():
         filled = mask.any(1)
-        if not bool(filled.all()):
+        if not host.all_true(filled):
             raise InputError(
-                f"attention_mask of text {int(filled.long().argmin())} is all zeros; an empty text has no embedding: "
+                f"attention_mask of text {_first_false(filled)} is all zeros; an empty text has no embedding: "
                 "leave it out"
             )
     return mask
@@ -105,7 +108,7 @@ def check_image_index(image_index: Tensor, images: int, rows: int, what: str) ->
             f"{rows} {what}"
         )
     if _contents_visible(image_index) and rows:
-        lowest, highest = int(image_index.min()), int(image_index.max())
+        lowest, highest = host.integer(image_index.min()), host.integer(image_index.max())
         if lowest < 0 or highest >= images:
             wrong = lowest if lowest < 0 else highest
             raise InputError(f"image_index holds {wrong}; there are {images} images, numbered from 0")
@@ -124,8 +127,8 @@ def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> T
     mask = check_token_mask(region_mask, (regions, config.num_image_tokens), "region_mask")
     if _contents_visible(mask) and regions:
         filled = mask[:, 1:].any(1)
-        if not bool(filled.all()):
+        if not host.all_true(filled):
             raise InputError(
-                f"region_mask of region {int(filled.long().argmin())} selects no patch; a region covers at least one"
+                f"region_mask of region {_first_false(filled)} selects no patch; a region covers at least one"
             )
     return mask

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
+from xfm_fast.packing import Reads
 
 
 def concatenated(name: str, *parts: Tensor) -> Tensor:
@@ -142,18 +143,23 @@ class TransformerLayer(nn.Module):
         self.output = ResidualNorm(hidden, width, eps, hidden_dropout)
 
     def self_attention(
-        self, x: Tensor, cu_seqlens: Tensor, longest: int, key_mask: Tensor | None = None, *, first_only: bool = False
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        key_mask: Tensor | None = None,
+        *,
+        reads: Reads | None = None,
     ) -> Tensor:
-        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, `[P, width]` for token 0 alone."""
+        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, `[Q, width]` for Q reads alone."""
         projections = self.attention.self
-        if not first_only:
+        if reads is None:
             qkv = projections.project_all(x)
             return self.attention.attend(x, qkv, cu_seqlens, cu_seqlens, longest, longest, key_mask)
-        first = x.index_select(0, cu_seqlens[:-1])
+        read = x.index_select(0, reads.rows)
         k, v = projections.project_memory(x).unbind(-3)
-        ones = torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-        qkv = (projections.project_query(first), k, v)
-        return self.attention.attend(first, qkv, ones, cu_seqlens, 1, longest, key_mask)
+        qkv = (projections.project_query(read), k, v)
+        return self.attention.attend(read, qkv, reads.cu_seqlens, cu_seqlens, reads.longest, longest, key_mask)
 
     def cross_attention(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.heads import LMHead
 from xfm_fast.models.layers import Embeddings, LayerStack, TransformerLayer, initialise_text
-from xfm_fast.packing import Packing
+from xfm_fast.packing import Packing, Reads
 
 
 class TextTransformer(nn.Module):
@@ -54,8 +54,15 @@ class TextEncoder(nn.Module):
     def word_embeddings(self) -> Tensor:
         return self.roberta.embeddings.word_embeddings.weight
 
-    def forward(self, input_ids: Tensor, packing: Packing, hidden_states: list[Tensor] | None = None) -> Tensor:
-        """Ids `[P, L]` → packed embeddings `[T, width]`.
+    def forward(
+        self,
+        input_ids: Tensor,
+        packing: Packing,
+        hidden_states: list[Tensor] | None = None,
+        *,
+        reads: Reads | None = None,
+    ) -> Tensor:
+        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` where only Q tokens are read.
 
         `hidden_states`, when given, receives the packed embeddings and the output of every layer.
         """
@@ -63,8 +70,12 @@ class TextEncoder(nn.Module):
         x = embeddings(packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids)))
         if hidden_states is not None:
             hidden_states.append(x)
-        for layer in self.roberta.encoder:
-            x = layer.feed_forward(layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask))
+        stack = self.roberta.encoder
+        for number, layer in enumerate(stack):
+            read = reads if number == len(stack) - 1 else None
+            x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)
+            x = layer.feed_forward(x)
             if hidden_states is not None:
                 hidden_states.append(x)
-        return x
+        # Without layers nothing has selected the reads yet.
+        return x if reads is None or len(stack) else x.index_select(0, reads.rows)

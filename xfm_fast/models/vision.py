@@ -181,12 +181,22 @@ class VisionEncoder(nn.Module):
         Returns:
             Two `[R, 1 + N, width]`: token 0 for the region, the image's patches behind it; and the whole image.
         """
+        local, images = self.region_tokens(pixels, image_index, region_mask)
+        whole = images[image_index]
+        return local if local.shape[1] > 1 else torch.cat([local, whole[:, 1:]], dim=1), whole
+
+    def region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What `regions` returns, without the copies: arguments as there.
+
+        Returns:
+            The tokens that regions have to themselves, `[R, 1, width]` (or `[R, 1 + N, width]` with
+            `local_attn_depth > 0`), and the images `[B, 1 + N, width]`.
+        """
         if self.config.local_attn_depth <= 0:
-            whole = self(pixels)[image_index]
-            patches = whole[:, 1:]
+            images = self(pixels)
+            patches = images[:, 1:][image_index]
             weights = region_mask[:, 1:, None].to(patches.dtype)
-            pooled = (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-            return torch.cat([pooled, patches], dim=1), whole
+            return (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True), images
         x = self.embed(pixels)
         shared = self.config.vision_depth - self.config.local_attn_depth
         for block in self.blocks[:shared]:
@@ -194,4 +204,4 @@ class VisionEncoder(nn.Module):
         local = x[image_index]
         for block in self.blocks[shared:]:
             local, x = block(local, region_mask), block(x)
-        return self._finish(local), self._finish(x)[image_index]
+        return self._finish(local), self._finish(x)

@@ -15,7 +15,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops
 from xfm_fast.models import inputs
-from xfm_fast.models.fusion import FusionEncoder, ImageMemory
+from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.text import TextEncoder
 from xfm_fast.models.vision import Block, VisionEncoder
@@ -149,7 +149,7 @@ class XFM(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _require(self, head: Head) -> None:
+    def require_head(self, head: Head) -> None:
         if head not in self.heads:
             raise UnavailableError(
                 f"this model was built without the {head!r} head (it has: {', '.join(self.heads) or 'none'}); "
@@ -197,10 +197,24 @@ class XFM(nn.Module):
         Returns:
             Two `[R, 1 + N, vision_width]`: with the region's token first, and the whole image.
         """
+        return self.vision_encoder.regions(*self._checked_regions(pixels, image_index, region_mask))
+
+    def encode_region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode_regions` without a copy of its image for every region; arguments as there.
+
+        Returns:
+            The tokens that regions have to themselves, `[R, 1, vision_width]` (`[R, 1 + N, vision_width]` with
+            `local_attn_depth > 0`), and the images `[B, 1 + N, vision_width]`.
+        """
+        return self.vision_encoder.region_tokens(*self._checked_regions(pixels, image_index, region_mask))
+
+    def _checked_regions(
+        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         inputs.check_pixels(pixels, self.config)
         image_index = inputs.check_image_index(image_index, pixels.shape[0], region_mask.shape[0], "regions")
         region_mask = inputs.check_region_mask(region_mask, region_mask.shape[0], self.config)
-        return self.vision_encoder.regions(self._cast(pixels), image_index, region_mask)
+        return self._cast(pixels), image_index, region_mask
 
     @overload
     def encode_text(
@@ -249,13 +263,13 @@ class XFM(nn.Module):
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`, L2-normalised."""
-        self._require("contrastive")
+        self.require_head("contrastive")
         inputs.check_embeddings(image_embeds, self.config.vision_width, "image embeddings")
         return F.normalize(ops.linear(image_embeds[:, 0], self.vision_proj.weight, self.vision_proj.bias), dim=-1)
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
         """Contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`, L2-normalised."""
-        self._require("contrastive")
+        self.require_head("contrastive")
         inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
         return F.normalize(ops.linear(text_embeds[:, 0], self.text_proj.weight, self.text_proj.bias), dim=-1)
 
@@ -274,6 +288,15 @@ class XFM(nn.Module):
                 token_mask, (image_embeds.shape[0], image_embeds.shape[1]), "token_mask"
             )
         return self.fusion_encoder.memory(image_embeds, token_mask)
+
+    def packed_memory(self, tokens: Tensor, cu_keys: Tensor, longest: int, rows: Tensor | None = None) -> PackedMemory:
+        """Keys and values of image tokens `[K, vision_width]`, projected once each, for groups that see some of them.
+
+        The other arguments are attributes of the `PackedMemory` that comes back.
+        """
+        if not self.config.fusion_layers:
+            raise UnavailableError("this model has no fusion layers (fusion_layers=0)")
+        return PackedMemory(self.fusion_encoder.project(tokens), cu_keys, longest, rows)
 
     @overload
     def fuse(
@@ -349,22 +372,22 @@ class XFM(nn.Module):
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 2]`; column 1 scores "text describes image"."""
-        self._require("matching")
+        self.require_head("matching")
         return self._on_first_token(self.itm_head, fused)
 
     def predict_boxes(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 4]` boxes (cx, cy, w, h) relative to the image."""
-        self._require("boxes")
+        self.require_head("boxes")
         return self._on_first_token(self.bbox_head, fused).sigmoid()
 
     def mlm_logits(self, text_embeds: Tensor) -> Tensor:
         """Vocabulary logits of the language encoder: `[..., text_width]` → `[..., vocab_size]`."""
-        self._require("mlm")
+        self.require_head("mlm")
         return self.text_encoder.lm_head(text_embeds, self.text_encoder.word_embeddings)
 
     def imlm_logits(self, fused: Tensor) -> Tensor:
         """Vocabulary logits of the fusion encoder: `[..., text_width]` → `[..., vocab_size]`."""
-        self._require("imlm")
+        self.require_head("imlm")
         return self.fusion_encoder.lm_head(fused, self.fusion_encoder.word_embeddings)
 
     def _on_first_token(self, head: nn.Module, fused: Tensor) -> Tensor:

@@ -17,13 +17,17 @@ from tests.agreement import assert_agrees, tensors
 from tests.conftest import CASES
 from xfm_fast.errors import InputError
 from xfm_fast.objectives import (
+    AllPairs,
     box_giou_loss,
     box_l1_loss,
     contrastive_loss,
+    contrastive_rows,
     generalized_iou,
     hard_negative_weights,
+    masked_code_loss,
     masked_image_loss,
     masked_lm_loss,
+    masked_token_loss,
     matching_loss,
     sample_hard_negatives,
 )
@@ -91,6 +95,40 @@ def test_gradients(name: str) -> None:
     leaves = tuple(argument.clone().requires_grad_() for argument in arguments())
     assert loss(*leaves).shape == ()
     assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_token_loss_is_that_of_its_logits() -> None:
+    hidden, words, bias = (torch.randn(*shape).double().requires_grad_() for shape in ((2, 2, 3), (5, 3), (5,)))
+    leaves = hidden, words, bias
+    fused = masked_token_loss(*leaves, TARGETS)
+    plain = masked_lm_loss(hidden @ words.t() + bias, TARGETS)
+    assert fused.item() == pytest.approx(plain.item(), rel=1e-12)
+    for found, expected in zip(torch.autograd.grad(fused, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def tokenizer(pixels: Tensor, codes: int) -> Tensor:
+    """A tokenizer as a user may have one: the brightness of a patch, in steps."""
+    patches = F.avg_pool2d(pixels.mean(1, keepdim=True), 8).flatten(1)
+    return ((patches.sigmoid() * codes).long()).clamp(0, codes - 1)
+
+
+def test_codes_of_hidden_patches() -> None:
+    pixels, mask = torch.randn(3, 3, 32, 32).double(), torch.rand(3, 16) < 0.4
+    codes = tokenizer(pixels, 7)
+    embeds, weight, bias = (torch.randn(*shape).double().requires_grad_() for shape in ((3, 17, 6), (7, 6), (7,)))
+    loss = masked_code_loss(embeds, codes, mask, weight, bias)
+    plain = F.cross_entropy((embeds[:, 1:] @ weight.t() + bias)[mask], codes[mask])
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    leaves = embeds, weight, bias
+    for found, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
+    head = torch.nn.Linear(6, 7, bias=False).double()
+    without_bias = F.cross_entropy((embeds[:, 1:] @ head.weight.t())[mask], codes[mask])
+    assert masked_code_loss(embeds, codes, mask, head.weight).item() == pytest.approx(without_bias.item(), rel=1e-12)
+    assert masked_code_loss(embeds, codes, torch.zeros(3, 16), weight, bias).item() == 0
+    with pytest.raises(InputError, match="7 codes of the head"):
+        masked_code_loss(embeds, codes + 7, mask, weight, bias)
 
 
 def test_image_modelling_does_not_move_its_target() -> None:
@@ -213,6 +251,25 @@ def test_nothing_to_draw_from() -> None:
         sample_hard_negatives(*features(3), 0.1, torch.tensor([7, 7, 7]))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_of_all_processes_average_to_the_whole(shared: bool) -> None:
+    image, text = features(6)
+    ids = torch.tensor([0, 1, 0, 2, 1, 1]) if shared else None
+    whole = contrastive_loss(image, text, 0.3, ids)
+    weights = hard_negative_weights(image, text, 0.3, ids)
+    rows = []
+    for first in (0, 2, 4):
+        own = slice(first, first + 2)
+        local = None if ids is None else ids[own]
+        everyone = AllPairs(image, text, first, ids)
+        rows.append(contrastive_rows(image[own], text[own], 0.3, everyone, local))
+        for _ in range(30):
+            drawn = sample_hard_negatives(image[own], text[own], 0.3, local, everyone=everyone)
+            for side, index in enumerate(drawn):
+                assert (weights[side][own].gather(1, index[:, None]) > 0).all()
+    assert torch.stack(rows).mean().item() == pytest.approx(whole.item(), rel=1e-12)
+
+
 def test_contrastive_loss_of_perfect_and_uniform_features() -> None:
     assert contrastive_loss(torch.eye(4), torch.eye(4), 0.01).item() == pytest.approx(0, abs=1e-6)
     assert contrastive_loss(torch.ones(4, 2), torch.ones(4, 2), 1.0).item() == pytest.approx(math.log(4))
@@ -232,6 +289,19 @@ def test_contrastive_loss_of_perfect_and_uniform_features() -> None:
         (lambda: matching_loss(torch.ones(2, 3), torch.ones(2)), r"logits are \[2, 3\]"),
         (lambda: masked_lm_loss(torch.ones(2, 3, 5), torch.ones(2)), r"targets \[2\]"),
         (lambda: masked_image_loss(torch.ones(2, 4, 3), torch.ones(2, 4, 3), torch.ones(2, 4)), r"patch_mask \[2, 4\]"),
+        (
+            lambda: masked_image_loss(torch.ones(2, 4, 3), torch.ones(2, 4, 5), torch.ones(2, 3)),
+            r"\[2, 4, 3\] and \[2, 4, 5",
+        ),
+        (lambda: masked_token_loss(torch.ones(2, 3), torch.ones(5, 3), None, torch.ones(3)), r"targets \[3\]"),
+        (
+            lambda: masked_code_loss(torch.ones(2, 4, 3), torch.ones(2, 3), torch.ones(2, 3), torch.ones(5, 3)),
+            r"codes are torch.float32 \[2, 3\]",
+        ),
+        (
+            lambda: contrastive_rows(*features(2), 0.1, AllPairs(*features(4), 0), torch.ones(3)),
+            r"image_ids are \[3\]",
+        ),
         (lambda: box_l1_loss(torch.ones(2, 4), torch.ones(3, 4)), r"\[2, 4\] and \[3, 4\]"),
         (lambda: box_giou_loss(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3)), r"is_image is \[3\]"),
     ],

@@ -1,0 +1,101 @@
+"""Batches that know their layout: it is right, it travels with them, and a step with it is the step without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.objectives.steps import image_batch, model_of, negatives_of, pair_batch, region_batch, text_batch
+from xfm_fast.batches import IGNORED, Batch, RegionBatch, TextBatch
+from xfm_fast.objectives import pretraining_losses
+
+BATCHES = [pair_batch("tiny_a", ids=True), region_batch("tiny_b"), text_batch("tiny_a"), image_batch("tiny_a")]
+each_batch = pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: type(batch).__name__)
+
+
+@pytest.mark.parametrize("batch", BATCHES[:3], ids=lambda batch: type(batch).__name__)
+def test_layout_is_where_things_are(batch: TextBatch) -> None:
+    layout = batch.prepare().layout
+    assert layout is not None
+    packed = layout.packing.pack(batch.input_ids)
+    texts = [row[mask.bool()] for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    assert torch.equal(packed, torch.cat(texts))
+    assert layout.lengths.tolist() == [len(text) for text in texts]
+    assert layout.packing.max_seqlen == max(len(text) for text in texts)
+    assert layout.tokens == len(packed)
+    ends = layout.cu_targets.tolist()
+    for number, text in enumerate(texts):
+        wanted = batch.masked_labels[number] != IGNORED
+        targets = layout.targets[ends[number] : ends[number + 1]]
+        real = batch.attention_mask[number].bool()
+        real_places = batch.input_ids.new_tensor(range(len(real)))[real]
+        assert torch.equal(real_places[targets], batch.masked_positions[number][wanted])
+        assert torch.equal(layout.labels[ends[number] : ends[number + 1]], batch.masked_labels[number][wanted])
+        assert len(text) == layout.lengths[number]
+    assert layout.most_targets == int((batch.masked_labels != IGNORED).sum(1).max())
+
+
+def test_layout_of_regions() -> None:
+    batch = region_batch("tiny_a").prepare()
+    assert batch.layout is not None
+    assert batch.regions is not None
+    assert batch.regions.boxed.tolist() == batch.is_image.eq(0).nonzero().flatten().tolist()
+    assert batch.regions.boxed_tokens == int(batch.attention_mask[batch.regions.boxed].sum())
+    assert torch.equal(batch.regions.visible.positions, batch.region_mask.flatten().nonzero().flatten())
+
+
+@each_batch
+def test_preparing_twice_is_preparing_once(batch: Batch) -> None:
+    prepared = batch.prepare()
+    again = prepared.prepare()
+    for name, value in vars(prepared).items():
+        assert getattr(again, name) is value
+
+
+@each_batch
+def test_a_batch_that_leaves_the_host_takes_its_layout_along(batch: Batch) -> None:
+    moved = batch.to("meta")
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    if isinstance(moved, TextBatch):
+        assert moved.layout is not None
+        assert moved.layout.labels.device.type == "meta"
+        assert moved.layout.packing.positions.device.type == "meta"
+        # Numbers stay numbers: nothing has to be asked for.
+        assert isinstance(moved.layout.packing.longest, int)
+    if isinstance(moved, RegionBatch):
+        assert moved.regions is not None
+        assert moved.regions.visible.cu_seqlens.device.type == "meta"
+        assert isinstance(moved.regions.visible.longest, int)
+
+
+@each_batch
+def test_on_the_host_nothing_happens_unasked(batch: Batch) -> None:
+    assert getattr(batch.to("cpu"), "layout", None) is None
+
+
+@pytest.mark.parametrize("case", ["tiny_a", "tiny_b"])
+@pytest.mark.parametrize("kind", ["pairs", "regions", "texts"])
+def test_a_batch_that_was_never_on_the_host(monkeypatch: pytest.MonkeyPatch, case: str, kind: str) -> None:
+    """Without a layout from the host, empty slots are carried along: the same losses, only slower."""
+    batch = {"pairs": pair_batch, "regions": region_batch, "texts": text_batch}[kind](case)
+    negatives = None if kind == "texts" else negatives_of(case, batch)
+    expected = pretraining_losses(model_of(case), batch, hard_negatives=negatives)
+    with monkeypatch.context() as context:
+        context.setattr("xfm_fast.batches.on_host", lambda _: False)
+        unprepared = batch.prepare()
+    assert unprepared.layout is not None
+    assert len(unprepared.layout.labels) == batch.masked_labels.numel()
+    found = pretraining_losses(model_of(case), unprepared, hard_negatives=negatives)
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-12), name
+
+
+def test_changed_texts_need_a_new_layout() -> None:
+    batch = text_batch("tiny_a").prepare()
+    shorter = replace(batch, attention_mask=torch.ones_like(batch.attention_mask), layout=None)
+    layout = shorter.prepare().layout
+    assert layout is not None
+    assert layout.tokens == batch.input_ids.numel()

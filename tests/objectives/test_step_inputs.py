@@ -1,0 +1,242 @@
+"""What a step refuses, in one error that names the thing, its value and the remedy; and what it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.objectives.steps import image_batch, model_of, pair_batch, region_batch, rows, text_batch, total
+from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import pretraining_losses
+
+CASE = "tiny_a"
+
+
+def changed(value: Tensor, *place: int, to: float) -> Tensor:
+    value = value.clone()
+    value[place] = to
+    return value
+
+
+def step(batch: Batch, **options: Any) -> dict[str, Tensor]:
+    return pretraining_losses(model_of(CASE), batch, **options)
+
+
+PAIR, REGION, TEXT, IMAGE = pair_batch(CASE), region_batch(CASE), text_batch(CASE), image_batch(CASE)
+OWN = torch.arange(4)
+
+# (call, what the message names: the thing, its value, the remedy)
+REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
+    "no batch": (lambda: step({"image": IMAGE.image}), ["dict", "PairBatch, RegionBatch, ImageBatch, TextBatch"]),  # pyright: ignore[reportArgumentType]
+    "unknown loss": (lambda: step(PAIR, losses={"mlm"}), ["'mlm'", "PairBatch", "itc, itm, imlm, mim"]),
+    "one string": (lambda: step(PAIR, losses="itc"), ["losses='itc'", "{'itc'}"]),
+    "flat texts": (lambda: step(replace(TEXT, input_ids=TEXT.input_ids[0])), ["input_ids", "[16]", "[B, L]"]),
+    "other masked texts": (
+        lambda: step(replace(PAIR, masked_input_ids=PAIR.masked_input_ids[:, 1:])),
+        ["masked_input_ids", "[4, 11]", "[4, 12]"],
+    ),
+    "other attention mask": (
+        lambda: step(replace(TEXT, attention_mask=TEXT.attention_mask[1:])),
+        ["attention_mask", "[4, 16]", "[5, 16]"],
+    ),
+    "too few positions": (
+        lambda: step(replace(TEXT, masked_positions=TEXT.masked_positions[1:])),
+        ["masked_positions", "[4, 4]", "5 texts"],
+    ),
+    "other labels": (
+        lambda: step(replace(TEXT, masked_labels=TEXT.masked_labels[:, 1:])),
+        ["masked_labels", "[5, 3]", "[5, 4]"],
+    ),
+    "too few images": (
+        lambda: step(replace(PAIR, image=PAIR.image[1:])),
+        ["3 images", "4 texts", "one each"],
+    ),
+    "other image ids": (lambda: step(replace(PAIR, image_ids=OWN[1:])), ["image_ids", "[3]", "4 texts"]),
+    "other patch mask": (
+        lambda: step(PAIR, patch_mask=torch.ones(4, 17)),
+        ["patch_mask", "[4, 17]", "[4, 16]"],
+    ),
+    "other boxes": (lambda: step(replace(REGION, boxes=REGION.boxes[1:])), ["boxes", "[4, 4]", "5 texts"]),
+    "NaN box": (
+        lambda: step(replace(REGION, boxes=changed(REGION.boxes, 2, 1, to=float("nan")))),
+        ["boxes of text 2", "NaN", "annotation"],
+    ),
+    "other is_image": (lambda: step(replace(REGION, is_image=REGION.is_image[1:])), ["is_image", "[4]", "5 texts"]),
+    "other image index": (
+        lambda: step(replace(REGION, image_index=REGION.image_index[1:])),
+        ["image_index", "[4]", "5 texts"],
+    ),
+    "image index out of range": (
+        lambda: step(replace(REGION, image_index=changed(REGION.image_index, 1, to=2))),
+        ["image_index holds 2", "2 images"],
+    ),
+    "fewer region masks": (
+        lambda: step(replace(REGION, region_mask=REGION.region_mask[1:])),
+        ["region_mask", "[4, 17]", "5 texts"],
+    ),
+    "narrow region masks": (
+        lambda: step(replace(REGION, region_mask=REGION.region_mask[:, 1:])),
+        ["region_mask", "[5, 16]", "[5, 17]"],
+    ),
+    "id beyond the vocabulary": (
+        lambda: step(replace(PAIR, masked_input_ids=changed(PAIR.masked_input_ids, 0, 1, to=211))),
+        ["input_ids hold 211", "vocabulary of 211", "tokenizer"],
+    ),
+    "label beyond the vocabulary": (
+        lambda: step(replace(TEXT, masked_labels=changed(TEXT.masked_labels, 0, 0, to=211))),
+        ["labels", "vocabulary of 211", "211"],
+    ),
+    "label below zero": (
+        lambda: step(replace(PAIR, masked_labels=changed(PAIR.masked_labels, 0, 0, to=-1))),
+        ["labels", "vocabulary of 211", "-1"],
+    ),
+    "position beyond the text": (
+        lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 1, 0, to=12))),
+        ["masked_positions of text 1", "hold 12", "7 real tokens", "-100"],
+    ),
+    "position in the padding": (
+        lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 3, 0, to=4))),
+        ["masked_positions of text 3", "hold 4", "4 real tokens"],
+    ),
+    "empty text": (
+        lambda: step(replace(TEXT, attention_mask=torch.zeros_like(TEXT.attention_mask))),
+        ["text 0"],
+    ),
+    "one tensor of negatives": (lambda: step(PAIR, hard_negatives=OWN), ["hard_negatives", "Tensor", "text_negative"]),
+    "too few negatives": (
+        lambda: step(PAIR, hard_negatives=(OWN, OWN[1:])),
+        ["text_negative_index", "[3]", "4 pairs"],
+    ),
+    "floating negatives": (
+        lambda: step(PAIR, hard_negatives=(OWN.double(), OWN)),
+        ["image_negative_index", "float64", "4 pairs"],
+    ),
+    "negative beyond the batch": (
+        lambda: step(PAIR, hard_negatives=(OWN, OWN + 1)),
+        ["text_negative_index holds 4", "4 pairs", "from 0"],
+    ),
+    "one pair": (
+        lambda: step(PairBatch(**rows(PAIR, text=slice(1)))),
+        ["1 pair(s) hold no negative", "at least 2"],
+    ),
+    "one image": (
+        lambda: step(replace(PAIR, image_ids=torch.full((4,), 7))),
+        ["pair 0", "image id 7", "at least two images"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    call, named = REFUSED[name]
+    with pytest.raises(InputError) as caught:
+        call()
+    for part in named:
+        assert part in str(caught.value)
+
+
+def test_a_model_without_the_head() -> None:
+    config = XFMConfig.preset("tiny", vocab_size=211, image_size=32)
+    model = XFM(config, heads=("contrastive", "mlm")).double().eval()
+    with pytest.raises(UnavailableError, match="'matching'"):
+        pretraining_losses(model, PAIR)
+    assert set(pretraining_losses(model, PAIR, losses={"itc"})) == {"itc"}
+    with pytest.raises(UnavailableError, match="'mlm'"):
+        pretraining_losses(XFM(config, heads=("contrastive",)).double().eval(), TEXT)
+
+
+def test_the_temperature_is_clamped_in_place() -> None:
+    model = model_of(CASE, temperature=0.3)
+    for value, clamped in ((0.7, 0.5), (1e-4, 0.001), (0.2, 0.2)):
+        with torch.no_grad():
+            model.temp.fill_(value)
+        losses = step_of(model, PAIR)
+        assert model.temp.item() == pytest.approx(clamped)
+        # A second step clamps again while the first still waits for its backward.
+        with torch.no_grad():
+            model.temp.fill_(0.9)
+        step_of(model, REGION)
+        total(losses).backward()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.temp.fill_(0.9)
+        step_of(model, TEXT)
+        step_of(model, IMAGE)
+    assert model.temp.item() == pytest.approx(0.9)
+
+
+def step_of(model: XFM, batch: Batch) -> dict[str, Tensor]:
+    return pretraining_losses(model, batch)
+
+
+def test_nothing_to_predict_anywhere() -> None:
+    model = model_of(CASE)
+    none = torch.full_like(PAIR.masked_labels, IGNORED)
+    losses = pretraining_losses(model, replace(PAIR, masked_labels=none))
+    assert losses["imlm"].item() == 0
+    total(losses).backward()
+    empty = replace(PAIR, masked_labels=none[:, :0], masked_positions=none[:, :0])
+    assert pretraining_losses(model, empty)["imlm"].item() == 0
+    boxless = pretraining_losses(model, replace(REGION, is_image=torch.ones(5)))
+    assert boxless["bbox_l1"].item() == boxless["bbox_giou"].item() == 0
+    total(boxless).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+
+
+def test_no_loss_asked_for_is_none_given() -> None:
+    for batch in (PAIR, REGION, TEXT, IMAGE):
+        assert pretraining_losses(model_of(CASE), batch, losses=()) == {}
+
+
+def test_a_mask_is_drawn_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = model_of(CASE), []
+    original = XFM.encode_image
+
+    def encode_image(self: XFM, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        if patch_mask is not None:
+            masks.append(patch_mask)
+        return original(self, pixels, patch_mask)
+
+    monkeypatch.setattr(XFM, "encode_image", encode_image)
+    for batch in (replace(PAIR, patch_mask=None), ImageBatch(image=IMAGE.image)):
+        torch.manual_seed(4)
+        first = pretraining_losses(model, batch, losses={"mim"})["mim"]
+        torch.manual_seed(4)
+        assert pretraining_losses(model, batch, losses={"mim"})["mim"].item() == first.item()
+    assert len(masks) == 4
+    for mask in masks:
+        assert mask.shape == (4, 16)
+        assert mask.sum(1).tolist() == [model.config.num_masking_patches] * 4
+    # The argument goes before the mask of the batch.
+    given = torch.zeros(4, 16)
+    given[:, 3] = 1
+    pretraining_losses(model, PAIR, patch_mask=given, losses={"mim"})
+    assert torch.equal(masks[-1], given)
+
+
+@pytest.mark.parametrize("batch", [PAIR, REGION, TEXT, IMAGE], ids=lambda batch: type(batch).__name__)
+def test_half_precision_is_close(batch: Batch) -> None:
+    model = model_of(CASE, hidden_dropout=0.0).float()
+    if isinstance(batch, PairBatch | RegionBatch | ImageBatch):
+        batch = replace(batch, image=batch.image.float())
+    negatives = None
+    if isinstance(batch, PairBatch | RegionBatch):
+        own = torch.arange(len(batch.input_ids))
+        negatives = own.roll(1), own.roll(2)
+    exact = pretraining_losses(model, batch, hard_negatives=negatives)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = pretraining_losses(model, batch, hard_negatives=negatives)
+    total(half).backward()
+    for name, value in exact.items():
+        assert half[name].item() == pytest.approx(value.item(), rel=0.05), name
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.zero_grad(set_to_none=True)

@@ -1,0 +1,152 @@
+"""One process of several that share a global batch; `run` starts them and returns what each found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.objectives.steps import gradients, rows, total
+from tests.objectives.test_step_twin import drawn, model_with, pair_batch, pixels, region_batch, texts
+from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.errors import InputError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import pretraining_losses
+
+PAIRS, IMAGES = 8, 4
+CASES = ("pairs", "pairs with ids", "regions", "local regions", "texts", "images", "pairs with hidden patches only")
+Result = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]
+
+
+def model_for(case: str) -> XFM:
+    return model_with(1 if case == "local regions" else -1)
+
+
+def whole(case: str) -> tuple[Batch, tuple[Tensor, Tensor] | None]:
+    """The global batch, and negatives that come from anywhere in it."""
+    config, draw = model_for(case).config, torch.Generator().manual_seed(11)
+    if case.startswith("pairs"):
+        return pair_batch(PAIRS, config, 11, ids=case == "pairs with ids"), drawn(PAIRS, 11)
+    if "regions" in case:
+        batch = region_batch(PAIRS, IMAGES, config, 11)
+        # Neighbouring texts are of the same image, so that a process has its images to itself.
+        return replace(batch, image_index=torch.arange(PAIRS) * IMAGES // PAIRS), drawn(PAIRS, 11)
+    if case == "texts":
+        return TextBatch(**texts(PAIRS, config, draw)), None  # pyright: ignore[reportArgumentType]
+    mask = torch.rand(PAIRS, config.num_patches, generator=draw) < torch.rand(PAIRS, 1, generator=draw)
+    return ImageBatch(image=pixels(PAIRS, config, draw), patch_mask=mask), None
+
+
+def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, Any]:
+    """What one process has of it."""
+    texts = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
+    images = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    fields = rows(batch, text=texts, image=images if isinstance(batch, RegionBatch) else None)
+    if isinstance(batch, RegionBatch):
+        fields["image_index"] = fields["image_index"] - images.start
+    return type(batch)(**fields), None if negatives is None else tuple(index[texts] for index in negatives)
+
+
+def losses_of(model: XFM, case: str, batch: Batch, negatives: Any, **options: Any) -> dict[str, Tensor]:
+    only = {"mim"} if case.endswith("only") else None
+    return pretraining_losses(model, batch, hard_negatives=None if only else negatives, losses=only, **options)
+
+
+def alone(case: str) -> Result:
+    """Losses of the global batch in one process, and the gradients of each."""
+    model, (batch, negatives) = model_for(case), whole(case)
+    losses = losses_of(model, case, batch, negatives)
+    found = {name: gradients(model, loss) for name, loss in losses.items()}
+    return losses, {name: {k: g for k, g in of.items() if g is not None} for name, of in found.items()}
+
+
+def together(case: str, rank: int, world: int, **options: Any) -> Result:
+    """Means over processes of the same, as DDP takes them."""
+    model, (batch, negatives) = model_for(case), whole(case)
+    losses = losses_of(model, case, *part(batch, negatives, rank, world), **options)
+    means, averaged = {}, {}
+    for name in losses:
+        means[name] = losses[name].detach().clone()
+        dist.all_reduce(means[name])
+        means[name] /= world
+        averaged[name] = {}
+        for parameter, gradient in gradients(model, losses[name]).items():
+            if gradient is not None:
+                dist.all_reduce(gradient)
+                averaged[name][parameter] = gradient / world
+    return means, averaged
+
+
+class Total(nn.Module):
+    def __init__(self, model: XFM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, negatives: Any) -> Tensor:
+        return total(pretraining_losses(self.model, batch, hard_negatives=negatives))
+
+
+def wrapped(rank: int, world: int) -> dict[str, Tensor]:
+    """Gradients that DDP itself takes, whose messages travel between those of the losses."""
+    model, (batch, negatives) = model_for("pairs"), whole("pairs")
+    model.zero_grad(set_to_none=True)
+    step = DistributedDataParallel(Total(model), find_unused_parameters=True)
+    step(*part(batch, negatives, rank, world)).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def refused(rank: int) -> dict[str, str]:
+    """Batches that do not fit those of the other processes: every process raises the same error."""
+    model = model_for("pairs")
+    shorter = pair_batch(3, model.config, 1, ids=False)
+    if rank == 0:
+        narrow = replace(shorter, input_ids=shorter.input_ids[:, :8], attention_mask=shorter.attention_mask[:, :8])
+        narrow = replace(
+            narrow, masked_input_ids=shorter.masked_input_ids[:, :8], masked_labels=shorter.masked_labels * 0 - 100
+        )
+        one_less = PairBatch(**rows(shorter, text=slice(2)))
+        with_ids = replace(shorter, image_ids=torch.arange(3))
+    else:
+        narrow = one_less = with_ids = shorter
+    messages = {}
+    for name, batch in (("size", one_less), ("width", narrow), ("ids", with_ids)):
+        try:
+            pretraining_losses(model, batch)
+        except InputError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def negatives_drawn(rank: int, world: int) -> dict[str, Tensor]:
+    """Losses with drawn negatives, which are finite and the same function of the draw for every process."""
+    model, (batch, _) = model_for("pairs"), whole("pairs")
+    local, _ = part(batch, None, rank, world)
+    return pretraining_losses(model, local, generator=torch.Generator().manual_seed(rank))
+
+
+def _work(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    try:
+        found: dict[str, Any] = {case: together(case, rank, world) for case in CASES}
+        found["official"] = together("pairs", rank, world, official_itc_gradient=True)
+        found["wrapped"] = wrapped(rank, world)
+        found["refused"] = refused(rank)
+        found["drawn"] = {name: loss.detach() for name, loss in negatives_drawn(rank, world).items()}
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world: int, folder: Path) -> list[dict[str, Any]]:
+    """What each of `world` processes found."""
+    mp.spawn(_work, (world, str(folder)), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -1,0 +1,38 @@
+"""The losses of X-FM (arXiv 2301.05065), each a pure function: tensors in, scalar out; and a whole step of them.
+
+Only `pretraining_losses` knows the model. Gradients stop where a docstring says so and nowhere else; before the fusion
+encoder it is `pretraining_losses` that detaches text embeddings.
+"""
+
+from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.objectives.boxes import box_giou_loss, box_l1_loss, generalized_iou
+from xfm_fast.objectives.contrastive import AllPairs, contrastive_loss, contrastive_rows
+from xfm_fast.objectives.images import masked_code_loss, masked_image_loss, masked_image_terms
+from xfm_fast.objectives.language import masked_lm_loss, masked_token_loss
+from xfm_fast.objectives.matching import HardNegatives, hard_negative_weights, matching_loss, sample_hard_negatives
+from xfm_fast.objectives.pretraining import pretraining_losses
+
+__all__ = [
+    "IGNORED",
+    "AllPairs",
+    "Batch",
+    "HardNegatives",
+    "ImageBatch",
+    "PairBatch",
+    "RegionBatch",
+    "TextBatch",
+    "box_giou_loss",
+    "box_l1_loss",
+    "contrastive_loss",
+    "contrastive_rows",
+    "generalized_iou",
+    "hard_negative_weights",
+    "masked_code_loss",
+    "masked_image_loss",
+    "masked_image_terms",
+    "masked_lm_loss",
+    "masked_token_loss",
+    "matching_loss",
+    "pretraining_losses",
+    "sample_hard_negatives",
+]
