@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels.reference import relative_position_index
+from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block, WindowAttention
 from xfm_fast.models.xfm import XFM
@@ -28,8 +29,9 @@ class OfficialTwin:
     and all positions pass through all layers although heads read token 0 alone. Nothing is cached or shared between
     calls except the index of the position table, which the official model keeps as a buffer.
 
-    The twin holds no copies: it reads the tensors of the model it was made from, in their dtype, and is meant for
-    `torch.no_grad()` in evaluation mode.
+    The twin holds no copies: it reads the tensors of the model it was made from, in their dtype and under the autocast
+    of the moment, and gradients land in their `.grad`. While the model is in training mode, dropout and stochastic
+    depth are where the official code has them.
     """
 
     def __init__(self, model: XFM) -> None:
@@ -38,20 +40,34 @@ class OfficialTwin:
         grid = model.config.grid
         self._index = relative_position_index((grid, grid), model.device).view(-1)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`: image token, then patches."""
-        encoder = self.model.vision_encoder
-        projection = encoder.patch_embed.proj
-        x = F.conv2d(pixels, projection.weight, projection.bias, stride=projection.stride)
-        x = x.flatten(2).transpose(1, 2)
-        x = torch.cat((encoder.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        for block in encoder.blocks:
+    def encode_image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`: image token, then patches.
+
+        Args:
+            patch_mask: `[B, N]`, non-zero for patches whose embedding the mask token replaces.
+        """
+        x = self._embed_patches(pixels, patch_mask)
+        for block in self.model.vision_encoder.blocks:
             x = self._vision_block(cast(Block, block), x)
-        if self.config.local_attn_depth > 0:
-            return _layer_norm(encoder.fc_norm, x)
-        x = _layer_norm(encoder.fc_norm, x[:, 1:])
-        pooled = F.adaptive_avg_pool1d(x.transpose(1, 2), 1)
-        return torch.cat((pooled.transpose(1, 2), x), dim=1)
+        return self._finish_image(x)
+
+    def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """R regions of B images; arguments and result as for `XFM.encode_regions`."""
+        region_mask = region_mask.to(pixels.dtype)
+        if self.config.local_attn_depth <= 0:
+            whole = self.encode_image(pixels)[image_index]
+            weights, patches = region_mask[:, 1:, None], whole[:, 1:]
+            pooled = (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+            return torch.cat((pooled, patches), dim=1), whole
+        x = self._embed_patches(pixels, None)
+        blocks = [cast(Block, block) for block in self.model.vision_encoder.blocks]
+        shared = len(blocks) - self.config.local_attn_depth
+        for block in blocks[:shared]:
+            x = self._vision_block(block, x)
+        local, hidden = x[image_index], _additive(region_mask, x.dtype)
+        for block in blocks[shared:]:
+            local, x = self._vision_block(block, local, hidden), self._vision_block(block, x)
+        return self._finish_image(local), self._finish_image(x)[image_index]
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`[B, L]` ids and mask → `[B, L, text_width]`, padded positions computed like the others."""
@@ -59,30 +75,35 @@ class OfficialTwin:
         embeddings = encoder.embeddings
         real = input_ids.ne(self.config.pad_token_id).int()
         positions = (real.cumsum(1).type_as(real) * real).long() + self.config.pad_token_id
-        x = F.embedding(input_ids, embeddings.word_embeddings.weight)
+        padding = self.config.pad_token_id
+        x = F.embedding(input_ids, embeddings.word_embeddings.weight, padding)
         x = x + F.embedding(torch.zeros_like(input_ids), embeddings.token_type_embeddings.weight)
-        x += F.embedding(positions, embeddings.position_embeddings.weight)
-        x = _layer_norm(embeddings.LayerNorm, x)
+        x += F.embedding(positions, embeddings.position_embeddings.weight, padding)
+        x = F.dropout(layer_norm(embeddings.LayerNorm, x), embeddings.dropout, embeddings.training)
         mask = _additive(attention_mask, x.dtype)
         for layer in _layers(encoder.encoder):
             x = _self_attention(layer, x, mask)
             x = _feed_forward(layer, x)
         return x
 
-    def fuse_pairs(self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
+    def fuse_pairs(
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
         """Fuse P texts, each with image tokens of its own.
 
         Args:
             text_embeds: `[P, L, text_width]`.
             attention_mask: `[P, L]`, non-zero for real tokens.
             image_embeds: `[P, M, vision_width]`, the image of each text (repeated for texts that share an image).
+            token_mask: `[P, M]`, non-zero for image tokens that the text attends to; by default all.
 
         Returns:
             `[P, L, text_width]`, padded positions included.
         """
         text_mask = _additive(attention_mask, text_embeds.dtype)
-        everything = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
-        image_mask = _additive(everything, text_embeds.dtype)
+        if token_mask is None:
+            token_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
+        image_mask = _additive(token_mask, text_embeds.dtype)
         x = text_embeds
         for layer in _layers(self.model.fusion_encoder.roberta.encoder):
             x = _self_attention(layer, x, text_mask)
@@ -92,15 +113,7 @@ class OfficialTwin:
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 2]`, read from token 0."""
-        x = fused[:, 0, :]
-        for part in self.model.itm_head:
-            if isinstance(part, nn.Linear):
-                x = F.linear(x, part.weight, part.bias)
-            elif isinstance(part, nn.LayerNorm):
-                x = _layer_norm(part, x)
-            else:
-                x = F.gelu(x)
-        return x
+        return mlp_head(self.model.itm_head, fused[:, 0, :])
 
     def match_scores(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P]`: the logit of "text describes image" to rank by."""
@@ -156,13 +169,32 @@ class OfficialTwin:
             )
         return image_to_text, text_to_image
 
-    def _vision_block(self, block: Block, x: Tensor) -> Tensor:
-        x = x + block.gamma_1 * self._window_attention(block.attn, _layer_norm(block.norm1, x))
-        hidden = F.linear(_layer_norm(block.norm2, x), block.mlp.fc1.weight, block.mlp.fc1.bias)
-        hidden = F.linear(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
-        return x + block.gamma_2 * hidden
+    def _embed_patches(self, pixels: Tensor, patch_mask: Tensor | None) -> Tensor:
+        encoder = self.model.vision_encoder
+        projection = encoder.patch_embed.proj
+        x = F.conv2d(pixels, projection.weight, projection.bias, stride=projection.stride)
+        x = x.flatten(2).transpose(1, 2)
+        if patch_mask is not None:
+            hidden = patch_mask.unsqueeze(-1).type_as(encoder.mask_token)
+            x = x * (1 - hidden) + encoder.mask_token.expand(*x.shape[:2], -1) * hidden
+        return torch.cat((encoder.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
 
-    def _window_attention(self, attention: WindowAttention, x: Tensor) -> Tensor:
+    def _finish_image(self, x: Tensor) -> Tensor:
+        norm = self.model.vision_encoder.fc_norm
+        if self.config.local_attn_depth > 0:
+            return layer_norm(norm, x)
+        x = layer_norm(norm, x[:, 1:])
+        pooled = F.adaptive_avg_pool1d(x.transpose(1, 2), 1)
+        return torch.cat((pooled.transpose(1, 2), x), dim=1)
+
+    def _vision_block(self, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        attended = self._window_attention(block.attn, layer_norm(block.norm1, x), mask)
+        x = x + _drop_path(block, block.gamma_1 * attended)
+        hidden = F.linear(layer_norm(block.norm2, x), block.mlp.fc1.weight, block.mlp.fc1.bias)
+        hidden = F.linear(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
+        return x + _drop_path(block, block.gamma_2 * hidden)
+
+    def _window_attention(self, attention: WindowAttention, x: Tensor, mask: Tensor | None) -> Tensor:
         batch, tokens, _ = x.shape
         bias = torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias))
         qkv = F.linear(x, attention.qkv.weight, bias)
@@ -171,6 +203,8 @@ class OfficialTwin:
         scores = q @ k.transpose(-2, -1)
         position = attention.relative_position_bias_table[self._index].view(tokens, tokens, -1)
         scores = scores + position.permute(2, 0, 1).contiguous().unsqueeze(0)
+        if mask is not None:
+            scores = scores + mask
         context = scores.softmax(dim=-1) @ v
         return F.linear(context.transpose(1, 2).reshape(batch, tokens, -1), attention.proj.weight, attention.proj.bias)
 
@@ -179,8 +213,30 @@ def _layers(stack: LayerStack) -> Iterator[TransformerLayer]:
     return (cast(TransformerLayer, layer) for layer in stack.layer)
 
 
-def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """`[..., width]` → `[..., width]` with the parameters of a module."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def mlp_head(head: MLPHead, x: Tensor) -> Tensor:
+    """`[P, width]` → `[P, outputs]`, part by part."""
+    for part in head:
+        if isinstance(part, nn.Linear):
+            x = F.linear(x, part.weight, part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            x = layer_norm(part, x)
+        else:
+            x = F.gelu(x)
+    return x
+
+
+def _drop_path(block: Block, branch: Tensor) -> Tensor:
+    """Stochastic depth: the branch of a whole image is left out at random."""
+    if not block.training or not block.drop_path:
+        return branch
+    kept = 1 - block.drop_path
+    survives = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(kept)
+    return branch * survives.div_(kept)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,7 +262,8 @@ def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Te
     query = query / math.sqrt(query.shape[-1])
     scores = torch.matmul(query, key.transpose(-1, -2))
     scores = scores + mask
-    context = torch.matmul(scores.softmax(dim=-1), value)
+    weights = F.dropout(scores.softmax(dim=-1), projections.dropout, projections.training)
+    context = torch.matmul(weights, value)
     context = context.permute(0, 2, 1, 3).contiguous()
     return _residual_norm(attention.output, context.view(*context.shape[:2], -1), x)
 
@@ -217,4 +274,5 @@ def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
 
 
 def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
-    return _layer_norm(part.LayerNorm, F.linear(x, part.dense.weight, part.dense.bias) + residual)
+    branch = F.dropout(F.linear(x, part.dense.weight, part.dense.bias), part.dropout, part.training)
+    return layer_norm(part.LayerNorm, branch + residual)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 import torch
@@ -121,6 +121,45 @@ def _high_water_mark() -> int:
     return 0
 
 
+class Sample(NamedTuple):
+    """One run of a variant.
+
+    Attributes:
+        peak_bytes: highest memory while it ran, of the process or, on a GPU, of PyTorch's allocator.
+        grown_bytes: how far that is above what was in use before.
+        memory_method: how it was found.
+    """
+
+    output: Any
+    seconds: float
+    peak_bytes: int
+    grown_bytes: int
+    memory_method: str
+
+
+def sample_on_cpu(run: Callable[[], Any]) -> Sample:
+    """Run once by the clock."""
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        output = run()
+        seconds = time.perf_counter() - start
+    return Sample(output, seconds, memory.peak, memory.peak - memory.start, memory.method)
+
+
+def sample_on_cuda(run: Callable[[], Any]) -> Sample:
+    """Run once between two events of the current CUDA stream: from the first kernel's start to the last one's end."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begun.record()
+    output = run()
+    ended.record()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    return Sample(output, begun.elapsed_time(ended) / 1e3, peak, peak - before, "CUDA allocator")
+
+
 @dataclass
 class Series:
     """All samples of one variant of a row."""
@@ -133,6 +172,16 @@ class Series:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def summary(self, items: int) -> dict[str, Any]:
+        """For a results document; `items` are done by one run."""
+        return {
+            "seconds": self.seconds,
+            "median_s": self.median,
+            "throughput": items / self.median,
+            "peak_bytes": max(self.peak_bytes),
+            "grown_bytes": max(self.grown_bytes),
+        }
 
 
 @dataclass
@@ -155,6 +204,7 @@ def interleave(
     most_rounds: int = 15,
     deadline: float = float("inf"),
     on_step: Callable[[str], None] = lambda _: None,
+    sample: Callable[[Callable[[], Any]], Sample] = sample_on_cpu,
 ) -> Measurement:
     """Run every variant once a round, the order rotated from round to round, with a probe before, between and after.
 
@@ -166,6 +216,7 @@ def interleave(
         budget_s: further rounds are added while the timed part is shorter than this.
         deadline: `time.perf_counter()` after which no round begins but the first.
         on_step: told what runs next, for a progress display.
+        sample: how one run is timed.
     """
     names = list(variants)
     out = Measurement({name: Series() for name in names}, {probe.dtype: [] for probe in probes})
@@ -190,7 +241,7 @@ def interleave(
             ):
                 for name in _rotated(names, done):
                     on_step(f"{name}, round {done + 1}")
-                    _sample(out, name, variants[name])
+                    _record(out, name, sample(variants[name]))
                 probe_all()
                 done += 1
         except KeyboardInterrupt:
@@ -209,18 +260,14 @@ def _rotated(names: list[str], shift: int) -> list[str]:
     return order if shift % 2 == 0 else order[::-1]
 
 
-def _sample(out: Measurement, name: str, run: Callable[[], Any]) -> None:
+def _record(out: Measurement, name: str, sample: Sample) -> None:
     series = out.series[name]
-    with PeakMemory() as memory:
-        start = time.perf_counter()
-        result = run()
-        seconds = time.perf_counter() - start
     # Recorded together, so that an interruption leaves whole samples.
-    series.output = result
-    series.seconds.append(seconds)
-    series.peak_bytes.append(memory.peak)
-    series.grown_bytes.append(memory.peak - memory.start)
-    out.memory_method = memory.method
+    series.output = sample.output
+    series.seconds.append(sample.seconds)
+    series.peak_bytes.append(sample.peak_bytes)
+    series.grown_bytes.append(sample.grown_bytes)
+    out.memory_method = sample.memory_method
 
 
 def ratio_interval(slow: Sequence[float], fast: Sequence[float], level: float = 0.95) -> tuple[float, float]:

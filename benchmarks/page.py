@@ -57,6 +57,7 @@ def render(content: dict[str, Any]) -> str:
         _notes(content),
         _tiles(measured),
         _speedups(measured),
+        _memory(measured),
         _samples(measured),
         _shares(measured, content),
         _table(content),
@@ -105,7 +106,8 @@ def _notes(content: dict[str, Any]) -> str:
         )
     model = content.get("model")
     if model and not model["trained"]:
-        notes.append(("", "The weights are random: speeds and parity are real, retrieval quality means nothing."))
+        nothing = ", retrieval quality means nothing" if any(row.get("recall") for row in content["rows"]) else ""
+        notes.append(("", f"The weights are random: speeds and parity are real{nothing}."))
     return "".join(f'<p class="note {kind}">{escape(text)}</p>' for kind, text in notes)
 
 
@@ -134,7 +136,8 @@ def _label(row: dict[str, Any]) -> str:
 
 def _legend(rows: list[dict[str, Any]], *, twin: bool) -> str:
     names = [(dtype, f"xfm-fast {dtype}") for dtype in ("fp32", "bf16") if any(row["dtype"] == dtype for row in rows)]
-    names += [("twin", "official algorithm, fp32")] if twin else []
+    types = dict.fromkeys(row.get("twin_dtype", "fp32") for row in rows)
+    names += [("twin", f"official algorithm, {', '.join(types)}")] if twin else []
     keys = "".join(f'<span class="key k-{kind}"></span>{name}' for kind, name in names)
     return f"<p class=soft>{keys}</p>"
 
@@ -218,7 +221,36 @@ def _seconds(value: float) -> str:
     return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms" if value >= 1e-3 else f"{value * 1e6:g} µs"
 
 
+def _memory(rows: list[dict[str, Any]]) -> str:
+    """Bars of both procedures' peak memory, the part that parameters, gradients and the rest take set apart."""
+    rows = [row for row in rows if row.get("memory")]
+    if not rows:
+        return ""
+    top = max(row["memory"][who]["peak_bytes"] for row in rows for who in ("fast", "twin"))
+    height = 50 * len(rows) + 24
+    step = _step(top / 1e9)
+    ticks = [(_LABEL + _PLOT * i * step * 1e9 / top, f"{i * step:g} GB") for i in range(int(top / 1e9 / step) + 1)]
+    parts = [_axis(ticks, height)]
+    for number, row in enumerate(rows):
+        parts.append(_name(row, 50 * number + 26))
+        for place, (who, kind) in enumerate((("fast", row["dtype"]), ("twin", "twin"))):
+            y, use = 50 * number + 4 + 20 * place, row["memory"][who]
+            whole = _PLOT * use["peak_bytes"] / top
+            held = _PLOT * (use["peak_bytes"] - use["activation_bytes"]) / top
+            bar = f'<rect class="{kind}" x="{_LABEL}" y="{y}" height="16" rx="4"'
+            parts.append(
+                f'{bar} width="{whole:.1f}" fill-opacity="0.55"/>{bar} width="{held:.1f}"/>'
+                f'<text class=value x="{_LABEL + whole + 8:.1f}" y="{y + 13}">{use["peak_bytes"] / 1e9:.2f} GB</text>'
+            )
+    text = (
+        "Highest memory of each procedure, in a process of its own on a CPU. The darker part is there before the step "
+        "or belongs to the gradients; the lighter part is what the step itself takes."
+    )
+    return _section("Peak memory", text, _legend(rows, twin=True) + _chart(parts, height, "peak memory of every row"))
+
+
 def _shares(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
+    rows = [row for row in rows if row["share_of_peak"] is not None]
     if not rows:
         return ""
     height = 30 * len(rows) + 24
@@ -236,10 +268,10 @@ def _shares(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
         f"{dtype} {probe['flops_per_s'] / 1e9:,.0f} GFLOP/s with {probe['library']}"
         for dtype, probe in content.get("probe", {}).items()
     )
-    text = escape(
-        "Operations that the result needs, per second, over this machine's own rate at matrix products as probed "
-        f"between the rounds ({rates})."
-    )
+    whose = "this machine's own rate at matrix products as probed between the rounds"
+    if content.get("device") == "cuda":
+        whose = "the rate that the data sheet gives"
+    text = escape(f"Operations that the result needs, per second, over {whose} ({rates}).")
     return _section("Share of the machine's matrix rate", text, _chart(parts, height, "share of peak of every row"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +36,7 @@ def save(content: dict[str, Any], folder: str | Path) -> Saved:
     except OSError as error:
         raise StorageError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out") from error
     stem = _free_stem(folder, datetime.fromisoformat(content["date"]).strftime("%Y%m%dT%H%M%SZ"))
-    document = json.dumps(_finite(content), indent=1, allow_nan=False).encode() + b"\n"
+    document = _document(content)
     page = render(content).encode()
     write_files(
         {
@@ -46,6 +47,29 @@ def save(content: dict[str, Any], folder: str | Path) -> Saved:
         }
     )
     return Saved(folder / f"{stem}.json", folder / f"{stem}.html")
+
+
+def reference_folder() -> Path | None:
+    """The folder of results that are kept with the source code; None where this is not a checkout of it."""
+    root = Path(__file__).resolve().parents[1]
+    folder = root / "benchmarks" / "results"
+    return folder if (root / ".git").exists() and folder.is_dir() else None
+
+
+def save_reference(content: dict[str, Any], folder: Path) -> Path:
+    """Write the results of a GPU as `<benchmark>-<gpu>.json`, in place of those of an earlier run on such a GPU.
+
+    Raises:
+        StorageError: the folder cannot be written, or the disk is full.
+    """
+    gpu = re.sub(r"[^a-z0-9]+", "-", content["machine"]["gpus"][0]["name"].lower()).strip("-")
+    path = folder / f"{content['benchmark']}-{gpu}.json"
+    write_files({path: _writer(_document(content))})
+    return path
+
+
+def _document(content: dict[str, Any]) -> bytes:
+    return json.dumps(_finite(content), indent=1, allow_nan=False).encode() + b"\n"
 
 
 def _finite(value: Any) -> Any:

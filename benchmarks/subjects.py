@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,11 +41,8 @@ class Subjects:
 
     @classmethod
     def random(cls, config: XFMConfig, seed: int) -> Subjects:
-        """Random weights. Unlike in a fresh model nothing is zero, so that every term takes part in comparisons."""
-        with torch.device("meta"):
-            shapes = XFM(config, heads=HEADS).state_dict()
-        state = {name: _random(name, tensor.shape, seed) for name, tensor in shapes.items()}
-        return cls(config, state, f"random weights (seed {seed})", trained=False)
+        """The weights of `random_state`."""
+        return cls(config, random_state(config, HEADS, seed), f"random weights (seed {seed})", trained=False)
 
     @classmethod
     def load(cls, path: str | Path, preset: PresetName) -> Subjects:
@@ -102,6 +99,13 @@ class Subjects:
             if name.endswith(_TABLE)
         }
         return {**self._shared[dtype], **tables}
+
+
+def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[str, Tensor]:
+    """Random weights. Unlike in a fresh model nothing is zero, so that every term takes part in comparisons."""
+    with torch.device("meta"):
+        shapes = XFM(config, heads=heads).state_dict()
+    return {name: _random(name, tensor.shape, seed) for name, tensor in shapes.items()}
 
 
 def _task_heads(state: Mapping[str, Tensor], known: set[str]) -> list[str]:

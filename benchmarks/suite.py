@@ -155,7 +155,7 @@ def _short(dtype: torch.dtype) -> str:
 def _measure(options: Options, progress: Progress, document: Document, started: float, process_s: float) -> None:
     content = document.content
     sizes = Sizes.of(options.preset, quick=options.quick)
-    names, absent = _dtypes(options)
+    names, absent = choose_dtypes(options.dtypes)
     progress.begin(7 + (options.official is not None))
     progress.stage("photographs and captions")
     collection = photographs.bundled() if options.data is None else photographs.from_folder(options.data)
@@ -211,15 +211,19 @@ def _measure(options: Options, progress: Progress, document: Document, started: 
         content["official"] = run_official(options.official, subjects, collection, tokenizer, sizes)
 
 
-def _dtypes(options: Options) -> tuple[list[str], dict[str, str]]:
-    """The dtypes to measure, and those that this processor does not offer with the reason."""
-    if options.dtypes is not None:
-        unknown = [name for name in options.dtypes if name not in DTYPES]
-        if unknown or not options.dtypes:
+def choose_dtypes(asked: tuple[str, ...] | None) -> tuple[list[str], dict[str, str]]:
+    """The dtypes to measure on this processor, and those that it does not offer with the reason.
+
+    Raises:
+        UnavailableError: one that was asked for is unknown.
+    """
+    if asked is not None:
+        unknown = [name for name in asked if name not in DTYPES]
+        if unknown or not asked:
             raise UnavailableError(
                 f"dtype {', '.join(unknown) or 'none'!r} is unknown; choose from {', '.join(DTYPES)}"
             )
-        return list(dict.fromkeys(options.dtypes)), {}
+        return list(dict.fromkeys(asked)), {}
     if machine.has_native_bf16():
         return ["fp32", "bf16"], {}
     return ["fp32"], {"bf16": "not offered by this CPU (no AVX-512 BF16, AMX or ARM BF16); --dtype bf16 emulates it"}
@@ -228,18 +232,18 @@ def _dtypes(options: Options) -> tuple[list[str], dict[str, str]]:
 def _tokenizer(options: Options, collection: Collection) -> CaptionTokenizer:
     if options.tokenizer is not None:
         return CaptionTokenizer.from_files(options.tokenizer)
-    return CaptionTokenizer.train_on_texts(collection.captions, _config(options).vocab_size)
+    return CaptionTokenizer.train_on_texts(collection.captions, preset_config(options.preset).vocab_size)
 
 
-def _config(options: Options) -> XFMConfig:
-    # The tiny model's vocabulary would cut words into letters, and captions would not have their usual length.
-    return XFMConfig.preset(options.preset, **({"vocab_size": 2048} if options.preset == "tiny" else {}))
+def preset_config(preset: PresetName) -> XFMConfig:
+    """A preset with a vocabulary that gives captions their usual length: tiny's own would cut words into letters."""
+    return XFMConfig.preset(preset, **({"vocab_size": 2048} if preset == "tiny" else {}))
 
 
 def _subjects(options: Options) -> Subjects:
     if options.checkpoint is not None:
         return Subjects.load(options.checkpoint, options.preset)
-    return Subjects.random(_config(options), options.seed)
+    return Subjects.random(preset_config(options.preset), options.seed)
 
 
 def _check(
@@ -362,9 +366,9 @@ def _rows(
         shares = shares_of_peak(flops, fast.seconds, rates)
         same_dtype = measured.series.get(f"twin {name}", Series())
         row |= {
-            "fast": _samples(fast, scenario),
-            "twin": _samples(twin, scenario),
-            "twin_same_dtype": _samples(same_dtype, scenario) if same_dtype.seconds and name != "fp32" else None,
+            "fast": fast.summary(scenario.items),
+            "twin": twin.summary(scenario.items),
+            "twin_same_dtype": same_dtype.summary(scenario.items) if same_dtype.seconds and name != "fp32" else None,
             "ratio": twin.median / fast.median,
             "ratio_interval": list(ratio_interval(twin.seconds, fast.seconds)),
             "flops": flops,
@@ -405,13 +409,3 @@ def _row(scenario: Scenario, dtype: str, status: str) -> dict[str, Any]:
 
 def _absent(scenario: Scenario, dtype: str, reason: str) -> dict[str, Any]:
     return _row(scenario, dtype, "not offered") | {"reason": reason}
-
-
-def _samples(series: Series, scenario: Scenario) -> dict[str, Any]:
-    return {
-        "seconds": series.seconds,
-        "median_s": series.median,
-        "throughput": scenario.items / series.median,
-        "peak_bytes": max(series.peak_bytes),
-        "grown_bytes": max(series.grown_bytes),
-    }

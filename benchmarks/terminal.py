@@ -52,16 +52,17 @@ def print_report(content: dict[str, Any], console: Console) -> None:
         f"PyTorch {escape(machine['torch'])}"
     )
     if content["rows"]:
-        console.print(_table(content["rows"]))
+        console.print(_table(content["rows"], on_gpu=content.get("device") == "cuda"))
     for note in _notes(content):
         console.print(note, soft_wrap=True)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[dict[str, Any]], *, on_gpu: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("work", overflow="fold", ratio=1, min_width=26)
     table.add_column("dtype")
-    heads = ["xfm-fast", "official", "speed-up", "error", "of GEMM rate", "useful tokens/s", "peak memory"]
+    share = "MFU" if on_gpu else "of GEMM rate"
+    heads = ["xfm-fast", "official", "speed-up", "error", share, "useful tokens/s", "peak memory"]
     for head in heads:
         table.add_column(head, justify="right")
     for row in rows:
@@ -80,7 +81,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{twin['throughput']:,.4g}",
             f"[bold]{row['ratio']:.1f}x[/]{' †' if row['probe']['contended'] else ''}\n[dim]{spread}[/]",
             f"{row['parity']['error']:.0e}",
-            f"{row['share_of_peak']:.0%}",
+            "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}",
             f"{tokens['useful_per_s']:,.0f}\n[dim]off. {tokens['twin_useful_per_s']:,.0f}[/]" if tokens else "",
             f"{fast['peak_bytes'] / 1e9:.2f} GB\n[dim]off. {twin['peak_bytes'] / 1e9:.2f}[/]",
         )
@@ -119,7 +120,9 @@ def _circumstances(content: dict[str, Any]) -> Iterator[str]:
     counts = sorted({len(row["fast"]["seconds"]) for row in rows if row["status"] == "measured"})
     if counts:
         span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-        yield f"medians of {span} interleaved samples; official: fp32"
+        types = {row.get("twin_dtype", "fp32") for row in rows if row["status"] == "measured"}
+        yield f"medians of {span} interleaved samples; official: {', '.join(sorted(types))}"
+    yield from _memory(rows)
     model = content.get("model")
     if model:
         yield f"model: {model['preset']}, {model['parameters'] / 1e6:.0f}M parameters, {escape(model['origin'])}"
@@ -144,6 +147,20 @@ def _circumstances(content: dict[str, Any]) -> Iterator[str]:
     yield from _official(content)
     if content["interrupted"]:
         yield "[yellow]interrupted: the rows above are complete, the rest was not measured[/]"
+
+
+def _memory(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        memory = row.get("memory")
+        if not memory:
+            continue
+        fast, twin = memory["fast"], memory["twin"]
+        peaks = f"{fast['peak_bytes'] / 1e9:.2f} of {twin['peak_bytes'] / 1e9:.2f} GB"
+        beyond = f"{fast['activation_bytes'] / 1e9:.2f} of {twin['activation_bytes'] / 1e9:.2f} GB"
+        yield (
+            f"peak memory, {row['key']} {row['dtype']}: {memory['peak_ratio']:.0%} ({peaks}); beyond parameters and "
+            f"gradients {memory['activation_ratio']:.0%} ({beyond}); {row['memory_method']}"
+        )
 
 
 def _recall(recall: dict[str, float], key: str) -> str:

@@ -6,10 +6,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from xfm_fast import flops
+from xfm_fast.batches import PairBatch
 from xfm_fast.benchmarks.baselines import OfficialTwin
+from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import pretraining_losses
 from xfm_fast.packing import ImageGroups, Packing
 
 CONFIGS = [
@@ -91,6 +94,49 @@ def test_packed_counts_are_those_of_the_model(
         assert _measured(counter) == flops.matching_head(cfg, len(LENGTHS)).total
 
 
+def _pairs(cfg: XFMConfig, masked: list[int]) -> PairBatch:
+    """Four captions of LENGTHS, the first tokens of which are masked."""
+    slots = torch.arange(4).expand(len(LENGTHS), -1)
+    used = slots < torch.tensor(masked)[:, None]
+    ids = _ids(cfg)
+    return PairBatch(
+        image=torch.randn(len(LENGTHS), 3, cfg.image_size, cfg.image_size),
+        input_ids=ids,
+        attention_mask=MASK,
+        masked_input_ids=ids,
+        masked_positions=slots.masked_fill(~used, 0),
+        masked_labels=ids[:, :4].masked_fill(~used, -100),
+        patch_mask=torch.arange(cfg.num_patches).expand(len(LENGTHS), -1) < cfg.num_masking_patches,
+    )
+
+
+@each_config
+def test_training_steps_are_those_of_model_and_twin(cfg: XFMConfig) -> None:
+    """Forward and backward: ours does no product that the count leaves out, and neither does the official step."""
+    masked = [3, 2, 1, 4]
+    model, batch, own = XFM(cfg).eval(), _pairs(cfg, masked), torch.arange(len(LENGTHS))
+    with ops.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        # Every caption is drawn once.
+        losses = pretraining_losses(model, batch, hard_negatives=(own.roll(-1), own.roll(1)))
+        torch.stack(list(losses.values())).sum().backward()
+    assert _measured(counter) == flops.pretraining_step(cfg, LENGTHS, masked).total
+    with FlopCounterMode(display=False) as counter:
+        losses = OfficialTrainingTwin(model).losses(batch)
+        torch.stack(list(losses.values())).sum().backward()
+    assert _measured(counter) == flops.official_pretraining_step(cfg, len(LENGTHS), PADDED, slots=4).total
+
+
+def test_figures_of_the_training_step() -> None:
+    cfg = XFMConfig.preset("base")
+    official = flops.official_pretraining_step(cfg, 8, 30, 15)
+    needed = flops.pretraining_step(cfg, [14] * 8, [7] * 8)
+    # Two passes of the vision encoder over every image, whole and masked, are most of what is left.
+    assert 3 * flops.image_encoder(cfg, 16).total / needed.total == pytest.approx(0.78, abs=0.01)
+    assert official.total / needed.total == pytest.approx(1.39, abs=0.01)
+    longest = flops.pretraining_step(cfg, [30] * 8, [15] * 8)
+    assert needed.total < longest.total < official.total
+
+
 def test_hand_counts() -> None:
     cfg = XFMConfig.preset("tiny")
     # Tiny: 16 patches of 3·8·8 values, 17 tokens of width 64, MLP 256, 3 blocks.
@@ -120,5 +166,6 @@ def test_no_more_candidates_than_there_are() -> None:
 def test_counts_add_and_multiply() -> None:
     count = flops.Count(3, 4)
     assert count + flops.Count(1, 1) == flops.Count(4, 5)
+    assert count - flops.Count(1, 2) == flops.Count(2, 2)
     assert 2 * count == count * 2 == flops.Count(6, 8)
     assert sum([count, count], flops.Count()).total == 14

@@ -32,6 +32,9 @@ class Count:
     def __add__(self, other: Count) -> Count:
         return Count(self.linear + other.linear, self.attention + other.attention)
 
+    def __sub__(self, other: Count) -> Count:
+        return Count(self.linear - other.linear, self.attention - other.attention)
+
     def __mul__(self, times: int) -> Count:
         return Count(self.linear * times, self.attention * times)
 
@@ -94,6 +97,7 @@ def fusion(
     image_tokens: int | None = None,
     *,
     first_token_only: bool = False,
+    reads: Lengths | None = None,
     self_attended: bool = False,
 ) -> Count:
     """Texts with the memory of their image.
@@ -102,16 +106,18 @@ def fusion(
         lengths: tokens of each text.
         image_tokens: of every image.
         first_token_only: the last layer computes token 0 of each text alone.
+        reads: how many tokens of each text the last layer computes; by default all.
         self_attended: the texts come from `first_self_attention`.
     """
     memory = config.num_image_tokens if image_tokens is None else image_tokens
     sizes = _sizes(lengths)
+    last = [1] * len(sizes) if first_token_only else sizes if reads is None else _sizes(reads)
     count = Count()
     for number in range(config.fusion_layers):
-        first_only = first_token_only and number == config.fusion_layers - 1
-        queries = len(sizes) if first_only else sum(sizes)
+        read = last if number == config.fusion_layers - 1 else sizes
+        queries = sum(read)
         if number or not self_attended:
-            count += _self_attention(config, sizes, first_only=first_only)
+            count += _self_attention(config, sizes, read)
         count += linear(queries, config.text_width, 2 * config.text_width)
         count += Count(attention=4 * queries * memory * config.text_width)
         count += _feed_forward(config, queries)
@@ -129,14 +135,71 @@ def official_pairs(images: int, texts: int, k: int) -> int:
     return images * min(k, texts) + texts * min(k, images)
 
 
+def lm_head(config: XFMConfig, positions: int) -> Count:
+    """Hidden states to the vocabulary logits of masked language modelling."""
+    width = config.text_width
+    return linear(positions, width, width) + linear(positions, width, config.vocab_size)
+
+
+def pretraining_step(config: XFMConfig, lengths: Lengths, masked: Lengths) -> Count:
+    """What ITC, ITM, IMLM and MIM of B pairs need, forward and backward.
+
+    A product costs two more in the backward pass, one for the gradient of each operand. Less is needed where a gradient
+    stops: masked captions pass through the text encoder forward only, and neither pixels nor the text embeddings that
+    enter the fusion encoder receive one. Keys and values are projected once per image, the first self-attention of the
+    fusion encoder is done once per text, and its last layer only where a head reads: at token 0 of matching pairs, at
+    the masked positions of masked captions. What an implementation computes twice to save memory is its own affair.
+
+    Args:
+        lengths: tokens of each of the B captions. Negatives are counted as if every caption were drawn once.
+        masked: tokens to predict in each of them.
+    """
+    sizes, reads = _sizes(lengths), _sizes(masked)
+    pairs = len(sizes)
+    trained = _encoders_and_features(config, sizes)
+    trained += image_memory(config, pairs) + matching_head(config, 3 * pairs) + lm_head(config, sum(reads))
+    trained += 2 * first_self_attention(config, sizes) + fusion(config, sizes, reads=reads, self_attended=True)
+    trained += fusion(config, 3 * sizes, first_token_only=True, self_attended=True)
+    return 3 * trained + text_encoder(config, sizes) - _stopped(config, pairs, 2 * sum(sizes))
+
+
+def official_pretraining_step(config: XFMConfig, pairs: int, padded_length: int, slots: int) -> Count:
+    """The same losses of B pairs as the official code computes them: padded, with an image memory for every pair.
+
+    Args:
+        padded_length: tokens of every caption.
+        slots: positions of every caption that reach the vocabulary, used or not.
+    """
+    sizes = [padded_length] * pairs
+    trained = _encoders_and_features(config, sizes) + lm_head(config, slots * pairs)
+    # Three of the four passes end in the matching head, one in the vocabulary.
+    trained += official_fusion(config, 4 * pairs, padded_length) - matching_head(config, pairs)
+    similarity_again = linear(pairs, config.embed_dim, pairs)
+    forward_only = text_encoder(config, sizes) + similarity_again
+    return 3 * trained + forward_only - _stopped(config, pairs, 4 * sum(sizes))
+
+
+def _encoders_and_features(config: XFMConfig, sizes: list[int]) -> Count:
+    """B images whole and masked, B texts, their features and similarities."""
+    pairs = len(sizes)
+    encoders = image_encoder(config, 2 * pairs) + text_encoder(config, sizes)
+    return encoders + contrastive_features(config, pairs, pairs) + linear(pairs, config.embed_dim, pairs)
+
+
+def _stopped(config: XFMConfig, images: int, tokens: int) -> Count:
+    """Input gradients that nobody asks for: of pixels, whole and masked, and of text tokens in the fusion encoder."""
+    patches = linear(2 * images * config.num_patches, 3 * config.patch_size**2, config.vision_width)
+    return patches + linear(tokens, config.text_width, 3 * config.text_width)
+
+
 def _sizes(lengths: Lengths) -> list[int]:
     return lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
 
 
-def _self_attention(config: XFMConfig, sizes: list[int], *, first_only: bool = False) -> Count:
-    width, tokens = config.text_width, sum(sizes)
-    queries = len(sizes) if first_only else tokens
-    scores = tokens if first_only else sum(size**2 for size in sizes)
+def _self_attention(config: XFMConfig, sizes: list[int], reads: list[int] | None = None) -> Count:
+    reads = sizes if reads is None else reads
+    width, tokens, queries = config.text_width, sum(sizes), sum(reads)
+    scores = sum(read * size for read, size in zip(reads, sizes, strict=True))
     projections = linear(queries, width, 2 * width) + linear(tokens, width, 2 * width)
     return projections + Count(attention=4 * scores * width)
 

@@ -66,13 +66,13 @@ def test_every_row_is_measured_and_says_its_work(document: Document) -> None:
 
 def test_dtypes_without_hardware_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "has_native_bf16", lambda: False)
-    names, absent = suite._dtypes(Options())
+    names, absent = suite.choose_dtypes(None)
     assert names == ["fp32"]
     assert "not offered by this CPU" in absent["bf16"]
     monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
-    assert suite._dtypes(Options()) == (["fp32", "bf16"], {})
+    assert suite.choose_dtypes(None) == (["fp32", "bf16"], {})
     with pytest.raises(UnavailableError, match="fp8"):
-        suite._dtypes(Options(dtypes=("fp8",)))
+        suite.choose_dtypes(("fp8",))
 
 
 def test_results_are_saved_under_two_names(document: Document, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_interruption_keeps_finished_rows(moment: int, tmp_path: Path) -> None:
         if stages == moment + 1:
             raise KeyboardInterrupt
 
-    document = _run(Progress(stage=stop))
+    document = _run(Progress(stage=stop), dtypes=("fp32",))
     assert document.interrupted
     measured = [row for row in document.rows if row["status"] == "measured"]
     assert len(measured) == max(0, moment - 3)
@@ -203,7 +203,7 @@ def test_not_a_number_is_no_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_own_checkpoint(tmp_path: Path) -> None:
-    model = XFM(suite._config(Options(preset="tiny")))
+    model = XFM(suite.preset_config("tiny"))
     model.save_pretrained(tmp_path / "model")
     document = _run(checkpoint=tmp_path / "model", dtypes=("fp32",))
     assert document.ok
