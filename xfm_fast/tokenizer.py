@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -200,6 +201,10 @@ class CaptionTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def sha256(self) -> str:
+        """Identifies the vocabulary and how it is applied."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `tokenizer.json` that `from_files` reads."""
