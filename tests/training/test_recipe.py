@@ -107,7 +107,7 @@ UNKNOWN = {
     "updates=[[tekst], [regions, images], [pairs]]": "tekst is no stream of a recipe (did you mean text?)",
 }
 IMPOSSIBLE = {
-    "accumulate=7": "streams.text.batch_size=64 does not split into accumulate=7 equal micro-batches; use 63 or 70",
+    "accumulate=7": "streams.text.batch_size=32 does not split into accumulate=7 equal micro-batches; use 28 or 35",
     "schedule.warmup=5000": "schedule.warmup=5000 is longer than the run of steps=",
     "schedule.warmup=1.5": "schedule.warmup=1.5: give a whole number of steps, or a fraction of them below 1",
     "schedule.min_lr=1": "schedule.min_lr=1.0 exceeds optimizer.lr=",

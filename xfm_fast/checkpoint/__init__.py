@@ -13,7 +13,13 @@ from xfm_fast.checkpoint.names import (
 from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index
 from xfm_fast.checkpoint.reading import read_state_dict
 from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initialise, roberta_state
-from xfm_fast.checkpoint.storage import PretrainedFiles, load_pretrained_files, save_pretrained, write_files
+from xfm_fast.checkpoint.storage import (
+    PretrainedFiles,
+    load_pretrained_files,
+    save_pretrained,
+    write_files,
+    write_safetensors,
+)
 
 __all__ = [
     "HEAD_PREFIXES",
@@ -36,4 +42,5 @@ __all__ = [
     "to_ours",
     "underivable",
     "write_files",
+    "write_safetensors",
 ]

@@ -67,13 +67,13 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"folder {folder} cannot be made ({_reason(error)}); choose another folder") from error
-    writers: dict[Path, Callable[[BinaryIO], None]] = {
-        folder / MODEL_FILE: lambda file: _write_safetensors(file, module_state),
+    writers: dict[Path, Callable[[BinaryIO], object]] = {
+        folder / MODEL_FILE: lambda file: write_safetensors(file, module_state),
         folder / CONFIG_FILE: lambda file: _write(file, config.to_json().encode()),
     }
     if unused:
         dead = unused
-        writers[folder / UNUSED_FILE] = lambda file: _write_safetensors(file, dead)
+        writers[folder / UNUSED_FILE] = lambda file: write_safetensors(file, dead)
     write_files(writers)
     if not unused:
         try:
@@ -107,7 +107,7 @@ def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
     return PretrainedFiles(config, state, _read(unused) if unused.is_file() else None)
 
 
-def write_files(writers: Mapping[Path, Callable[[BinaryIO], None]]) -> None:
+def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     """Write several files so that each appears complete or not at all.
 
     Every writer fills a temporary file in the folder of its path, which is flushed to the disk; only when all have
@@ -145,7 +145,7 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], None]]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     """Stream `tensors` in the safetensors format.
 
     The library's writer is not used because it wraps a full disk into an error without a number, cannot flush to the

@@ -162,7 +162,9 @@ class PairItems:
 
     def collate(self, items: list[Pair], rng: np.random.Generator) -> PairBatch:
         images, texts, masks = zip(*items, strict=True)
-        return collate_pairs(images, texts, pad_token_id=self.tokenizer.pad_token_id, patch_masks=masks)
+        # Processes that share a global batch exchange texts, which then must be equally wide.
+        width = self.text.max_tokens
+        return collate_pairs(images, texts, pad_token_id=self.tokenizer.pad_token_id, patch_masks=masks, width=width)
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,10 @@ class RegionItems:
 
     def collate(self, items: list[Regions], rng: np.random.Generator) -> RegionBatch:
         samples, texts = zip(*items, strict=True)
-        return collate_regions(samples, texts, self.batch_size, rng, pad_token_id=self.tokenizer.pad_token_id)
+        width = self.regions.text.max_tokens
+        return collate_regions(
+            samples, texts, self.batch_size, rng, pad_token_id=self.tokenizer.pad_token_id, width=width
+        )
 
     @property
     def _cleaned(self) -> TextOptions:

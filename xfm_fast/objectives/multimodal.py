@@ -136,7 +136,7 @@ class Step:
                 negatives = sample_hard_negatives(*pairs, image_ids, everyone=everyone, generator=generator)
         tokens = packed.detach() if self.options.stop_gradient else packed
         if "itm" not in self.names:
-            return losses, Texts(tokens)
+            return losses, Texts(tokens) if whole else None
         if negatives is None:
             negatives = check_negatives(self.options.hard_negatives, self.texts, self.texts * self.world.size)
         table = TextTable.of(tokens, self.layout, self.world)

@@ -1,0 +1,129 @@
+"""`xfm-fast pretrain` and `xfm-fast gradflow`, from recipe to model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.training.small_runs import ROOT
+from xfm_fast.cli import app
+from xfm_fast.cli_training import INTERRUPTED
+from xfm_fast.models.xfm import XFM
+from xfm_fast.training.metrics import read_log
+
+RECIPE = """
+model: {preset: tiny, vision_depth: 1, text_layers: 1, fusion_layers: 1, vocab_size: 320}
+data: %s
+shapes: {train: 24, val: 2, test: 2}
+streams:
+  text: {kind: text, paths: texts_train.jsonl, batch_size: 4, max_tokens: 24}
+  regions: {kind: regions, paths: regions_train.jsonl, batch_size: 4, max_images: 3, max_tokens: 24}
+  images: {kind: images, paths: images_train.jsonl, batch_size: 4}
+  pairs: {kind: pairs, paths: pairs_train.jsonl, batch_size: 4, max_tokens: 24}
+updates: [[text], [regions, images], [pairs]]
+steps: 3
+device: cpu
+checkpoint: {folder: %s, every: 2}
+log: {every: 1}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE % (tmp_path / "world", tmp_path / "run"))
+    return path
+
+
+def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["pretrain", str(recipe)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "world/world.json").is_file()
+    assert (tmp_path / "run/tokenizer.json").is_file()
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3]
+    before = XFM.from_pretrained(tmp_path / "run/model")
+
+    again = CliRunner().invoke(app, ["pretrain", str(recipe), "steps=4", "optimizer.lr=1e-3"], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert "steps: 3 → 4" in again.output
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4]
+    after = XFM.from_pretrained(tmp_path / "run/model")
+    assert not before.vision_proj.weight.equal(after.vision_proj.weight)
+
+    report = CliRunner().invoke(app, ["gradflow", str(tmp_path / "run/model"), "--check", "--json"])
+    assert report.exit_code == 0
+    assert {row["loss"] for row in json.loads(report.output)["rows"]} >= {"itc", "itm", "imlm", "mim", "mlm"}
+
+
+def test_gradflow_of_a_recipe(recipe: Path) -> None:
+    good = CliRunner().invoke(app, ["gradflow", str(recipe), "--check"])
+    assert good.exit_code == 0
+    assert "imlm (pairs)" in good.output
+    bad = CliRunner().invoke(app, ["gradflow", str(recipe), "method.stop_gradient=false", "--check"])
+    assert bad.exit_code == 1
+    assert "reaches language" in bad.output
+    unchecked = CliRunner().invoke(app, ["gradflow", str(recipe), "method.stop_gradient=false"])
+    assert unchecked.exit_code == 0
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+
+
+def test_mistakes_are_one_line(recipe: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "xfm_fast.cli", "pretrain", str(recipe), "optimiser.lr=1"],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "did you mean optimizer" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_signal(recipe: Path, tmp_path: Path) -> None:
+    """Two processes under torchrun; SIGTERM ends them with a checkpoint, and one process goes on from there."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "-m", "xfm_fast.cli", "pretrain", str(recipe), "steps=100000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/log.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (log.exists() and len(read_log(log)) >= 3):
+        time.sleep(0.5)
+    # torchrun passes the signal on to its workers.
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    steps = read_log(log)[-1]["step"]
+    assert steps >= 3, told
+    assert (tmp_path / f"run/checkpoints/step-{int(steps):08d}").is_dir(), told
+    alone = subprocess.run(
+        [sys.executable, "-m", "xfm_fast.cli", "pretrain", str(recipe), f"steps={int(steps) + 2}"],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert "the checkpoint is of 2 processes and this run has 1" in alone.stderr
+    assert read_log(log)[-1]["step"] == steps + 2
+
+
+@pytest.mark.slow
+def test_signal_has_an_exit_code_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xfm_fast.cli", "pretrain", str(recipe), "steps=100000"]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/log.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (log.exists() and read_log(log)):
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, told
+    assert "the same command goes on from there" in told

@@ -1,0 +1,245 @@
+"""Two processes train as one does on the batches of both, and tell each other gradients once per update."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from tests.training.small_runs import (
+    Joined,
+    Noise,
+    in_processes,
+    join_group,
+    noise,
+    numbers,
+    process_of_a_run,
+    run,
+    settle_kernels,
+    small_recipe,
+    without_dropout,
+)
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import pretraining_losses
+from xfm_fast.training.checkpoints import newest
+from xfm_fast.training.distributed import Place, Spread, run_layers, take_place
+from xfm_fast.training.norms import ModelNorms, local
+
+
+def drawless(folder: Path, **changes: Any) -> Any:
+    """A recipe in which nothing is drawn: no dropout, no hard negatives."""
+    recipe = small_recipe(folder, model=without_dropout())
+    streams = {name: stream.model_dump() for name, stream in recipe.streams.items()}
+    streams["pairs"]["losses"] = ["itc", "imlm", "mim"]
+    streams["regions"]["losses"] = ["itc", "imlm", "bbox_l1", "bbox_giou"]
+    if batch_size := changes.pop("batch_size", None):
+        for stream in streams.values():
+            stream["batch_size"] = batch_size
+    settings = {"streams": streams, "model": without_dropout(), "steps": 3, "optimizer": {"lr": 1e-3, "clip_norm": 0.5}}
+    return small_recipe(folder, **(settings | changes))
+
+
+def on_all_batches(recipe: Any, world_size: int) -> dict[str, Any]:
+    """For one process, the batches of several, joined."""
+    return {
+        name: Joined(
+            [Noise(stream.kind, recipe.model, stream.batch_size // world_size, rank) for rank in range(world_size)]
+        )
+        for name, stream in recipe.streams.items()
+    }
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def parameters(folder: Path) -> dict[str, Tensor]:
+    model = XFM.from_pretrained(folder / "model")
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process on batches of 8."""
+    folder = tmp_path_factory.mktemp("alone")
+    settle_kernels()
+    recipe = drawless(folder, batch_size=8)
+    run(recipe, sources=on_all_batches(recipe, 2))
+    return folder
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_one(tmp_path: Path, alone: Path, parallel: str) -> None:
+    recipe = drawless(tmp_path / "run", parallel=parallel, checkpoint={"folder": str(tmp_path / "run"), "every": 2})
+    assert in_processes(process_of_a_run, 2, tmp_path / "meet", recipe, {}) == [0, 0]
+    # Adam divides small gradients by small numbers, rounding and all; a wrong gradient shows as 1e-3 a step.
+    assert_close(parameters(tmp_path / "run"), parameters(alone), 2e-5)
+    for ours, theirs in zip(numbers(tmp_path / "run"), numbers(alone), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")])
+@pytest.mark.slow
+def test_checkpoints_of_shards_and_of_wholes_serve_both(tmp_path: Path, before: str, after: str) -> None:
+    folder = tmp_path / "run"
+    settings: dict[str, Any] = {"steps": 6, "ema": 0.5, "checkpoint": {"folder": str(folder), "every": 3, "keep": 1}}
+    whole = {**settings, "checkpoint": {"folder": str(tmp_path / "whole"), "every": 3}}
+    assert in_processes(process_of_a_run, 2, tmp_path / "a", drawless(tmp_path / "whole", **whole), {}) == [0, 0]
+    recipe = drawless(folder, parallel=before, **settings)
+    assert in_processes(process_of_a_run, 2, tmp_path / "b", recipe, {"kill_at": 4}) == [-9, -9]
+    assert (newest(folder / "checkpoints").path / "sharded").is_dir() == (before == "fsdp")
+    recipe = drawless(folder, parallel=after, **settings)
+    assert in_processes(process_of_a_run, 2, tmp_path / "c", recipe, {}) == [0, 0]
+    assert_close(parameters(folder), parameters(tmp_path / "whole"), 5e-5)
+
+
+def count_reductions(rank: int, world_size: int, meeting_point: Path, folder: Path) -> None:
+    join_group(rank, world_size, meeting_point)
+    recipe = drawless(folder)
+    with take_place("cpu") as place:
+        torch.manual_seed(0)
+        spread = Spread(XFM(recipe.model), pretraining_losses, place, "ddp")
+        reductions = []
+
+        def counted(state, bucket):  # DDP refuses other annotations than its own
+            reductions.append(bucket.index())
+            return allreduce_hook(state, bucket)
+
+        spread.module.register_comm_hook(None, counted)  # type: ignore[operator]
+        sources = noise(recipe, rank)
+        per_update = []
+        for update in (["text"], ["pairs", "regions", "images", "pairs"], ["text"]):
+            spread.model.zero_grad()
+            reductions.clear()
+            for number, stream in enumerate(update, start=1):
+                with spread.synchronised(last=number == len(update)):
+                    loss, _ = spread(sources[stream].batch(number), recipe.losses_of(stream))
+                    loss.backward()
+                same = place.gather(float(ModelNorms(spread.model).gradients()[1].norm()))
+                assert (same[0] == same[1]) == (number == len(update))
+            per_update.append(len(reductions))
+            reached = {name.split(".")[0] for name, p in spread.model.named_parameters() if p.grad is not None}
+            assert ("vision_encoder" in reached) == (update != ["text"])
+        # One reduction of every bucket in every update, however many losses it has.
+        assert per_update[0] > 0
+        assert len(set(per_update)) == 1, per_update
+
+
+def test_gradients_travel_once_per_update(tmp_path: Path) -> None:
+    assert in_processes(count_reductions, 2, tmp_path / "meet", tmp_path) == [0, 0]
+
+
+def look_at_shards(rank: int, world_size: int, meeting_point: Path, folder: Path) -> None:
+    join_group(rank, world_size, meeting_point)
+    recipe = drawless(folder)
+    with take_place("cpu") as place:
+        torch.manual_seed(0)
+        model = XFM(recipe.model)
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        spread = Spread(model, pretraining_losses, place, "fsdp")
+        assert isinstance(spread.module, FSDPModule)
+        kept = sum(local(parameter).numel() for parameter in model.parameters())
+        assert kept < 0.52 * whole
+        assert [name for name, p in model.named_parameters() if not isinstance(p, DTensor)] == ["temp"]
+
+
+def test_every_process_keeps_its_part(tmp_path: Path) -> None:
+    assert in_processes(look_at_shards, 2, tmp_path / "meet", tmp_path) == [0, 0]
+
+
+def talk(rank: int, world_size: int, meeting_point: Path) -> None:
+    join_group(rank, world_size, meeting_point)
+    with take_place("auto") as place:
+        assert (place.rank, place.world_size, place.first) == (rank, 2, rank == 0)
+        assert place.gather(rank) == [0, 1]
+        assert place.any(rank == 1)
+        assert not place.any(False)
+        assert place.from_first(lambda: f"from {rank}") == "from 0"
+        assert place.mean_(torch.tensor([float(rank)])).item() == 0.5
+        with pytest.raises(ValueError, match="of the first"):
+            place.from_first(_fail)
+    assert dist.is_initialized()
+
+
+def _fail() -> None:
+    raise ValueError("of the first")
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    assert in_processes(talk, 2, tmp_path / "meet") == [0, 0]
+
+
+def gradients(model: XFM, recipe: Any, stream: str) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(1)
+    losses = pretraining_losses(model, noise(recipe)[stream].batch(0), losses=recipe.losses_of(stream))
+    loss = torch.stack([*losses.values()]).sum()
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return loss.detach(), [gradient for gradient in found if gradient is not None]
+
+
+@pytest.mark.parametrize("stream", ["text", "regions", "pairs"])
+def test_activation_checkpointing_changes_no_number(tmp_path: Path, stream: str) -> None:
+    """Not with dropout either."""
+    recipe = small_recipe(tmp_path)
+    model = XFM(recipe.model).train()
+    loss, plain = gradients(model, recipe, stream)
+    names = list(model.state_dict())
+    run_layers(model, activation_checkpointing=True)
+    assert list(model.state_dict()) == names
+    again, checkpointed = gradients(model, recipe, stream)
+    assert torch.equal(loss, again)
+    assert len(plain) == len(checkpointed)
+    assert all(map(torch.equal, plain, checkpointed))
+
+
+def test_activation_checkpointing_keeps_less(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    kept = []
+    for checkpointed in (False, True):
+        model = XFM(recipe.model).train()
+        run_layers(model, activation_checkpointing=checkpointed)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = pretraining_losses(model, noise(recipe)["images"].batch(0))["mim"]
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept.append(sum(size for pointer, size in saved.items() if pointer not in weights))
+        loss.backward()
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.slow
+def test_compiled_layers_agree(tmp_path: Path) -> None:
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    recipe = drawless(tmp_path)
+    model = XFM(recipe.model).train()
+    plain = {stream: gradients(model, recipe, stream) for stream in ("text", "images")}
+    run_layers(model, compiled=True, activation_checkpointing=True)
+    for stream, (loss, expected) in plain.items():
+        again, found = gradients(model, recipe, stream)
+        torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_alone_nothing_is_wrapped() -> None:
+    recipe = small_recipe(Path("nowhere"))
+    spread = Spread(XFM(recipe.model), pretraining_losses, Place(), "fsdp")
+    assert not spread.sharded
+    assert not isinstance(spread.module, FSDPModule)

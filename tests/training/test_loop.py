@@ -1,0 +1,262 @@
+"""The loop: updates, accumulation, precision, what it leaves behind; and the official trajectory, run by it."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.agreement import inputs_of, with_weights
+from tests.conftest import config, load_json
+from tests.training.small_runs import Joined, Noise, noise, numbers, run, small_recipe, without_dropout
+from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.errors import InputError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import pretraining_losses
+from xfm_fast.training import loop
+from xfm_fast.training.checkpoints import newest
+from xfm_fast.training.loop import train
+from xfm_fast.training.recipe import Recipe
+from xfm_fast.training.schedule import schedule_factor
+
+OFFICIAL_NAME = {
+    "itc": "loss_itc", "itm": "loss_itm", "imlm": "loss_mlm", "mim": "loss_mim", "mlm": "loss_mlm",
+    "bbox_l1": "loss_bbox", "bbox_giou": "loss_giou",
+}  # fmt: skip
+
+
+class Same:
+    """The same batch for ever."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.of = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def batch(self, number: int) -> Any:
+        return self.of
+
+
+def official_batches(case: str) -> tuple[dict[str, Same], dict[type, dict[str, Any]]]:
+    x = inputs_of(f"{case}/inputs", torch.float64)
+
+    def texts(prefix: str) -> dict[str, Any]:
+        return {
+            "input_ids": x[f"{prefix}text_ids"],
+            "attention_mask": x[f"{prefix}text_atts"],
+            "masked_input_ids": x[f"{prefix}text_ids_masked"],
+            "masked_positions": x[f"{prefix}masked_pos"],
+            "masked_labels": x[f"{prefix}masked_ids"],
+        }
+
+    def negatives(prefix: str) -> dict[str, Any]:
+        return {"hard_negatives": (x[f"{prefix}itm_image_neg_idx"], x[f"{prefix}itm_text_neg_idx"])}
+
+    regions = RegionBatch(
+        **texts("r_"), image=x["r_image"], image_index=x["r_idx_to_group_img"], region_mask=x["r_image_atts"],
+        boxes=x["r_target_bbox"], is_image=x["r_is_image"],
+    )  # fmt: skip
+    hidden = x["image_mask"].bool()
+    sources = {
+        "text": Same(TextBatch(**texts("t_"))),
+        "regions": Same(regions),
+        "images": Same(ImageBatch(image=x["image"], patch_mask=hidden)),
+        "pairs": Same(PairBatch(**texts(""), image=x["image"], patch_mask=hidden)),
+    }
+    return sources, {RegionBatch: negatives("r_"), PairBatch: negatives("")}
+
+
+@pytest.mark.parametrize("zero_grad", ["none", "zeros"])
+def test_the_loop_runs_the_official_trajectory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero_grad: str) -> None:
+    """Two steps of three updates on the official tiny model in fp64: losses, gradient norms, final weights."""
+    case = "tiny_a"
+    golden = load_json(f"{case}/train_trajectory")
+    official = golden["zero_grad_set_to_none" if zero_grad == "none" else "zero_grad_to_zeros"]
+    still = config(case, hidden_dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0)
+    model = with_weights(XFM(still), case, torch.float64)
+    sources, drawn = official_batches(case)
+
+    def given(model: XFM, batch: Batch, **options: Any) -> dict[str, Tensor]:
+        return pretraining_losses(model, batch, **drawn.get(type(batch), {}), **options)
+
+    monkeypatch.setattr(loop, "pretraining_losses", given)
+    # The official run began with the second learning rate, for the first is 0.
+    monkeypatch.setattr(
+        loop,
+        "schedule_factor",
+        lambda schedule, step, *, steps, lr: schedule_factor(schedule, step + 1, steps=8, lr=lr),
+    )
+    recipe = small_recipe(
+        tmp_path, model=still, steps=2, optimizer={"lr": 1e-3, "zero_grad": zero_grad}, schedule={"warmup": 2}
+    )
+    run(recipe, sources=sources, model=model)
+
+    expected = iter(official["steps"])
+    for line in numbers(tmp_path):
+        for streams in (["text"], ["regions", "images"], ["pairs"]):
+            step = next(expected)
+            assert line["lr"] == pytest.approx(step["lr"], rel=1e-12)
+            assert line[f"grad_norm/{'+'.join(streams)}"] == pytest.approx(step["grad_norm_before_clip"], rel=1e-8)
+            for stream in streams:
+                losses = step["losses"].get({"regions": "region", "images": "imagenet"}.get(stream), step["losses"])
+                for name, value in line.items():
+                    if name.startswith(f"loss/{stream}/"):
+                        assert value == pytest.approx(losses[OFFICIAL_NAME[name.split("/")[2]]], rel=1e-8), name
+    assert next(expected, None) is None
+    for name, parameter in model.named_parameters():
+        assert parameter.detach().norm().item() == pytest.approx(official["param_norm_after"][name], rel=1e-8), name
+
+
+def means_only(folder: Path, **changes: Any) -> Recipe:
+    """Losses that are means over the items of a batch: the mean over micro-batches is that of the whole batch."""
+    recipe = small_recipe(folder, model=without_dropout())
+    streams = {name: stream.model_dump() for name, stream in recipe.streams.items()}
+    del streams["regions"]
+    streams["pairs"]["losses"] = ["imlm", "mim"]
+    settings: dict[str, Any] = {"streams": streams, "updates": [["text"], ["images", "pairs"]], "steps": 3}
+    return small_recipe(folder, **({"model": without_dropout()} | settings | changes))
+
+
+def test_accumulation_is_exact(tmp_path: Path) -> None:
+    """Two micro-batches give the step that one batch of both gives."""
+    split = means_only(tmp_path / "split", accumulate=2)
+    whole = means_only(tmp_path / "whole")
+    models = {}
+    for name, recipe in (("split", split), ("whole", whole)):
+        torch.manual_seed(0)
+        models[name] = XFM(recipe.model).double()
+    halves = {name: Noise(s.kind, split.model, s.batch_size // 2) for name, s in split.streams.items()}
+
+    run(split, model=models["split"], sources={name: Wide(source) for name, source in halves.items()})
+    run(whole, model=models["whole"], sources={name: Wide(Joined([half], per=2)) for name, half in halves.items()})
+    for (name, a), b in zip(models["split"].named_parameters(), models["whole"].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    ours, theirs = numbers(tmp_path / "split"), numbers(tmp_path / "whole")
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+class Wide:
+    """Batches in double precision."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, number: int) -> Any:
+        batch = self.source.batch(number)
+        values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        wide = {n: v.double() for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return replace(batch, **wide)
+
+
+def steps_of(folder: Path) -> dict[str, int]:
+    """How often the optimizer has moved one parameter of each part."""
+    from safetensors.torch import load_file
+
+    state = load_file(newest(folder / "checkpoints").path / "training.safetensors")
+    names = {
+        "text": "text_encoder.roberta.embeddings.LayerNorm.weight",
+        "vision": "vision_encoder.fc_norm.weight",
+        "temp": "temp",
+        "mlm head": "text_encoder.lm_head.dense.weight",
+    }
+    return {part: int(state[f"optimizer/{name}/step"]) for part, name in names.items()}
+
+
+def test_updates_move_what_they_reach(tmp_path: Path) -> None:
+    """Three updates a step: text alone; regions and images together; pairs."""
+    run(small_recipe(tmp_path / "none", steps=4))
+    assert steps_of(tmp_path / "none") == {"text": 12, "vision": 8, "temp": 8, "mlm head": 4}
+    run(small_recipe(tmp_path / "zeros", steps=4, optimizer={"lr": 1e-3, "zero_grad": "zeros"}))
+    # Once there was a gradient, every update moves a parameter; in the first step text comes before vision.
+    assert steps_of(tmp_path / "zeros") == {"text": 12, "vision": 11, "temp": 11, "mlm head": 12}
+
+
+def test_weights_of_streams_multiply_their_losses(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "one", model=without_dropout(), steps=1)
+    streams = {name: stream.model_dump() for name, stream in recipe.streams.items()}
+    streams["text"]["weight"] = 0.25
+    run(recipe)
+    run(small_recipe(tmp_path / "quarter", model=without_dropout(), steps=1, streams=streams))
+    (whole,), (quarter,) = numbers(tmp_path / "one"), numbers(tmp_path / "quarter")
+    assert quarter["grad_norm/text"] == pytest.approx(whole["grad_norm/text"] / 4, rel=1e-5)
+    assert quarter["loss/text/mlm"] == whole["loss/text/mlm"]
+
+
+def test_learning_rates_follow_the_schedule(tmp_path: Path) -> None:
+    run(small_recipe(tmp_path, steps=4, optimizer={"lr": 1e-2}, schedule={"kind": "cosine", "warmup": 2}))
+    lines = numbers(tmp_path)
+    assert [line["lr"] for line in lines] == pytest.approx([0, 5e-3, 1e-2, 5e-3])
+    assert lines[0]["update_norm/all"] == 0
+    assert lines[1]["update_norm/all"] > 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"activation_checkpointing": True}, {"workers": 1}, {"log": {"every": 4}}], ids=lambda c: next(iter(c))
+)
+def test_how_a_run_is_run_changes_no_number(tmp_path: Path, change: dict[str, Any]) -> None:
+    plain = run(small_recipe(tmp_path / "plain", steps=4))
+    other = run(small_recipe(tmp_path / "other", steps=4, **change))
+    for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bf16_trains_fp32_weights(tmp_path: Path) -> None:
+    result = run(small_recipe(tmp_path / "bf16", steps=3, precision="bf16", model=without_dropout()))
+    run(small_recipe(tmp_path / "fp32", steps=3, model=without_dropout()))
+    assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
+    low, full = numbers(tmp_path / "bf16"), numbers(tmp_path / "fp32")
+    assert low[0]["loss/text/mlm"] != full[0]["loss/text/mlm"]
+    for name in ("loss/text/mlm", "loss/pairs/imlm", "loss/images/mim"):
+        assert low[-1][name] == pytest.approx(full[-1][name], rel=3e-2)
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
+    seen = []
+    result = run(
+        small_recipe(tmp_path, steps=5, ema=0.9), on_step=lambda step, model: seen.append((step, model.training))
+    )
+    assert seen == [(step, True) for step in range(1, 6)]
+    assert (result.step, result.interrupted) == (5, False)
+    assert result.metrics["loss/pairs/itc"] == numbers(tmp_path)[-1]["loss/pairs/itc"]
+    saved = XFM.from_pretrained(tmp_path / "model")
+    for (name, parameter), own in zip(saved.named_parameters(), result.model.parameters(), strict=True):
+        assert torch.equal(parameter, own), name
+    average = XFM.from_pretrained(tmp_path / "average")
+    assert not torch.equal(average.vision_proj.weight, saved.vision_proj.weight)
+    # A finished run has nothing more to do.
+    assert run(small_recipe(tmp_path, steps=5, ema=0.9)).step == 5
+
+
+def test_losses_fall(tmp_path: Path) -> None:
+    """On four batches over and over, everything that can be learnt by heart is."""
+
+    class Few(Noise):
+        def batch(self, number: int) -> Any:
+            return super().batch(number % 2)
+
+    recipe = small_recipe(tmp_path, steps=40, optimizer={"lr": 3e-3}, model=without_dropout(), log={"every": 10})
+    run(recipe, sources={name: Few(s.kind, recipe.model, s.batch_size) for name, s in recipe.streams.items()})
+    lines = numbers(tmp_path)
+    for name in ("loss/text/mlm", "loss/pairs/imlm", "loss/pairs/itc", "loss/images/mim", "loss/regions/bbox_l1"):
+        assert lines[-1][name] < 0.8 * lines[0][name], name
+
+
+def test_sources_must_cover_the_recipe(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    sources = noise(recipe)
+    del sources["pairs"]
+    with pytest.raises(InputError, match="lack the stream pairs"):
+        train(recipe, sources=sources)
+
+
+def test_the_loop_can_be_read(tmp_path: Path) -> None:
+    assert len(Path(loop.__file__).read_text().splitlines()) < 300

@@ -1,0 +1,210 @@
+"""What a run tells: log lines, norms, rates."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.small_runs import batch_of, numbers, run, small_recipe
+from xfm_fast import flops
+from xfm_fast.batches import PairBatch
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import StorageError, UnavailableError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.training import metrics, throughput
+from xfm_fast.training.distributed import Place
+from xfm_fast.training.metrics import Meter, RunLog, Value, mean_by_name, read_log
+from xfm_fast.training.norms import ModelNorms
+from xfm_fast.training.recipe_fields import LogRecipe
+from xfm_fast.training.synthetic_batches import synthetic_batch
+from xfm_fast.training.throughput import Work, size_of, training_flops
+
+
+def test_meter_reads_in_order_and_forgets() -> None:
+    meter = Meter()
+    meter.add(1, {"loss/a": torch.tensor(1.0), "loss/b": torch.tensor(2.0)})
+    meter.add(2, {"loss/a": torch.tensor(4.0, dtype=torch.bfloat16)})
+    values = meter.read(Place())
+    assert values == [Value(1, "loss/a", 1.0), Value(1, "loss/b", 2.0), Value(2, "loss/a", 4.0)]
+    assert mean_by_name(values) == {"loss/a": 2.5, "loss/b": 2.0}
+    assert meter.read(Place()) == []
+
+
+def test_log_lines_are_means_since_the_last_one(tmp_path: Path) -> None:
+    run(small_recipe(tmp_path / "every", steps=6))
+    run(small_recipe(tmp_path / "third", steps=6, log={"every": 3}, checkpoint={"folder": str(tmp_path / "third")}))
+    each, third = numbers(tmp_path / "every"), numbers(tmp_path / "third")
+    assert [line["step"] for line in third] == [3, 6]
+    assert [line["steps"] for line in third] == [3, 3]
+    for name in ("loss/pairs/itm", "loss/text/mlm", "grad_norm/regions+images"):
+        for number, line in enumerate(third):
+            mean = sum(part[name] for part in each[3 * number : 3 * number + 3]) / 3
+            assert line[name] == pytest.approx(mean, rel=1e-12)
+    # Norms that need work of their own are those of the step itself.
+    assert third[0]["update_norm/all"] == each[2]["update_norm/all"]
+    assert {name for name in third[0] if name.startswith("loss/")} == {
+        "loss/text/mlm", "loss/images/mim",
+        *(f"loss/regions/{loss}" for loss in ("itc", "itm", "imlm", "bbox_l1", "bbox_giou")),
+        *(f"loss/pairs/{loss}" for loss in ("itc", "itm", "imlm", "mim")),
+    }  # fmt: skip
+
+
+def test_norms_are_those_of_all_parameters() -> None:
+    model = XFM(small_recipe(Path("nowhere")).model).double()
+    norms = ModelNorms(model)
+    before, was = norms.copy(), torch.cat([p.detach().flatten() for p in model.parameters()])
+    model.vision_proj.weight.grad = torch.randn_like(model.vision_proj.weight)
+    model.text_encoder.roberta.embeddings.LayerNorm.weight.grad = torch.randn(64, dtype=torch.float64)
+    having, each = norms.gradients()
+    assert [norms.names[i] for i in having] == [n for n, p in model.named_parameters() if p.grad is not None]
+    parts = norms.by_part(each, having)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    expected = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    torch.testing.assert_close(parts["all"], expected)
+    torch.testing.assert_close(
+        parts["text_encoder"], model.text_encoder.roberta.embeddings.LayerNorm.weight.grad.norm()
+    )
+    assert parts["vision_encoder"] == 0
+    torch.testing.assert_close(norms.values()["all"], was.norm())
+
+    twin = [gradient.clone() for gradient in gradients]
+    norms.clip_(parts["all"], 0.5)
+    torch.testing.assert_close(
+        [p.grad for p in model.parameters() if p.grad is not None],
+        [gradient * (0.5 / (expected + 1e-6)) for gradient in twin],
+    )
+    norms.clip_(norms.gradients()[1].norm(), 100.0)
+    torch.testing.assert_close(norms.gradients()[1].norm(), torch.tensor(0.5, dtype=torch.float64), rtol=1e-5, atol=0)
+
+    with torch.no_grad():
+        model.temp.add_(0.25)
+    assert norms.updates(before)["all"] == pytest.approx(0.25)
+    assert norms.updates(before)["fusion_encoder"] == 0
+
+
+def test_boards_that_are_missing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    for recipe, package in ((LogRecipe(tensorboard=True), "tensorboard"), (LogRecipe(wandb="project"), "wandb")):
+        with pytest.raises(UnavailableError, match=f"pip install {package}"):
+            RunLog(tmp_path, recipe, Place(), steps=1, start=0, title="run")
+
+
+class Board(ModuleType):
+    """Stands for the packages that need not be installed."""
+
+    def __init__(self) -> None:
+        super().__init__("board")
+        self.calls: list[tuple[Any, ...]] = []
+        self.SummaryWriter = self._opened
+        self.init = self._opened
+
+    def _opened(self, *arguments: Any, **named: Any) -> Board:
+        self.calls.append(("open", named))
+        return self
+
+    def add_scalar(self, name: str, number: float, step: int) -> None:
+        self.calls.append((step, name, number))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append((step, values))
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+    def finish(self, exit_code: int) -> None:
+        self.calls.append(("finish", exit_code))
+
+
+def test_boards_receive_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorboard, wandb = Board(), Board()
+    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with RunLog(tmp_path, LogRecipe(tensorboard=True, wandb="mine"), Place(), steps=9, start=4, title="run") as log:
+        log.write(5, {"loss/pairs/itc": 0.5, "lr": 0.1})
+    assert tensorboard.calls[0] == ("open", {"purge_step": 5})
+    assert tensorboard.calls[1:] == [(5, "loss/pairs/itc", 0.5), (5, "lr", 0.1), ("close",)]
+    assert wandb.calls[0][1]["project"] == "mine"
+    assert wandb.calls[1:] == [(5, {"loss/pairs/itc": 0.5, "lr": 0.1}), ("finish", 0)]
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 5, "loss/pairs/itc": 0.5, "lr": 0.1}]
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", LogRecipe(), Place(rank=1, world_size=2), steps=1, start=0, title="run") as log:
+        log.say("nothing")
+        log.advance(1)
+        log.write(1, {"lr": 0.1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"checkpoint\.folder"):
+        RunLog(tmp_path / "file", LogRecipe(), Place(), steps=1, start=0, title="run")
+
+
+def test_operations_of_a_batch() -> None:
+    """Against sums written out: a backward pass is twice a forward pass, detached texts have none."""
+    recipe = small_recipe(Path("nowhere"))
+    config = recipe.model
+    text, images, pairs = (batch_of(recipe, stream) for stream in ("text", "images", "pairs"))
+    lengths = text.attention_mask.sum(1).tolist()
+    labelled = int((text.masked_labels != -100).sum())
+    vocabulary = flops.linear(labelled, config.text_width, config.text_width + config.vocab_size)
+    encoder = flops.text_encoder(config, lengths)
+    assert training_flops(config, text, ["mlm"]) == 3 * (encoder + vocabulary).total
+    image = flops.image_encoder(config, 4)
+    assert training_flops(config, images, ["mim"]) == 4 * image.total
+    assert size_of(images) == (4, 0)
+    assert size_of(text) == (0, sum(lengths))
+
+    lengths = pairs.attention_mask.sum(1).tolist()
+    reads = (pairs.masked_labels != -100).sum(1).tolist()
+    encoder = flops.text_encoder(config, lengths)
+    fusion = flops.first_self_attention(config, lengths) + flops.image_memory(config, 4)
+    fusion += flops.fusion(config, lengths, reads=reads, self_attended=True)
+    masked = training_flops(config, pairs, ["imlm"])
+    assert masked == (3 * image + encoder + 3 * fusion + 3 * vocabulary).total
+    assert training_flops(config, pairs, ["imlm"], stop_gradient=False) == masked + 2 * encoder.total
+    whole = training_flops(config, pairs, ["itc", "itm", "imlm", "mim"])
+    assert whole > training_flops(config, pairs, ["itc", "itm", "imlm"]) == whole - 3 * image.total
+
+
+def test_operations_are_those_of_the_exact_count() -> None:
+    """Up to the gradients of pixels and detached texts, which are little in a model of full size."""
+    config = XFMConfig.preset("base")
+    pairs = synthetic_batch("pairs", config, size=2, length=14)
+    assert isinstance(pairs, PairBatch)
+    reads = (pairs.masked_labels != -100).sum(1).tolist()
+    exact = flops.pretraining_step(config, pairs.attention_mask.sum(1), reads).total
+    counted = training_flops(config, pairs, ["itc", "itm", "imlm", "mim"])
+    assert exact <= counted < 1.01 * exact
+
+
+def test_rates_count_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "peak_flops_per_s", lambda device, precision: 1e9)
+    recipe = small_recipe(Path("nowhere"))
+    work = Work(recipe, Place(rank=0, world_size=2))
+    batch = batch_of(recipe, "pairs")
+    for step in range(2):
+        work.count("pairs", batch, in_detail=step == 1)
+    rates = work.rates(2, 4.0)
+    assert rates["seconds"] == 2.0
+    assert rates["images_per_s"] == 2 * 2 * 4 / 4.0
+    assert rates["tokens_per_s"] == 2 * 2 * int(batch.attention_mask.sum()) / 4.0
+    assert rates["mfu"] == training_flops(recipe.model, batch, recipe.losses_of("pairs")) / 2.0 / 1e9
+    assert work.rates(1, 1.0)["images_per_s"] == 0
+
+
+def test_lines_are_json(tmp_path: Path) -> None:
+    run(small_recipe(tmp_path, steps=1))
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    values = json.loads(line)
+    assert values["images_per_s"] > 0
+    assert 0 < values["mfu"] < 2

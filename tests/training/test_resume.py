@@ -1,0 +1,264 @@
+"""A run that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.small_runs import (
+    in_processes,
+    noise,
+    numbers,
+    process_of_a_run,
+    run,
+    small_recipe,
+    without_dropout,
+)
+from xfm_fast.checkpoint import load_pretrained_files
+from xfm_fast.errors import CheckpointError, ConfigError, StorageError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.training import checkpoints
+from xfm_fast.training.checkpoints import newest
+from xfm_fast.training.metrics import read_log
+from xfm_fast.training.recipe_changes import changes, position_after
+
+STEPS = 26
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert in_processes(process_of_a_run, 1, folder / "meet", small_recipe(folder, steps=STEPS), {}) == [0]
+    return folder
+
+
+def same_after_kill(folder: Path, whole: Path, options: dict[str, Any], from_step: int, **changes: Any) -> None:
+    recipe = small_recipe(folder, steps=STEPS, **changes)
+    assert in_processes(process_of_a_run, 1, folder / "meet", recipe, options) == [-9]
+    assert in_processes(process_of_a_run, 1, folder / "meet", recipe, {}) == [0]
+    assert len(numbers(whole, from_step)) >= 20
+    assert numbers(folder) == numbers(whole)
+    assert (folder / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_killed_between_checkpoints(tmp_path: Path, whole_run: Path) -> None:
+    """Step 5 is made again from the checkpoint of step 4, with dropout, and everything after it is the same."""
+    same_after_kill(tmp_path, whole_run, {"kill_at": 5}, 4, workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"kill_at": 1}, {"kill_at": 3}, {"kill_at": 4}, {"kill_in_checkpoint": 4}, {"kill_in_checkpoint": 8}]
+)
+def test_killed_anywhere(tmp_path: Path, whole_run: Path, options: dict[str, Any]) -> None:
+    same_after_kill(tmp_path, whole_run, options, 0)
+
+
+@pytest.mark.slow
+def test_killed_with_two_processes(tmp_path: Path) -> None:
+    kept = {}
+    for name, options in (("whole", {}), ("killed", {"kill_at": 5})):
+        folder = tmp_path / name
+        recipe = small_recipe(folder, steps=STEPS)
+        first = in_processes(process_of_a_run, 2, tmp_path / f"meet-{name}", recipe, options)
+        if options:
+            assert first == [-9, -9]
+            assert in_processes(process_of_a_run, 2, tmp_path / f"meet-again-{name}", recipe, {}) == [0, 0]
+        else:
+            assert first == [0, 0]
+        kept[name] = numbers(folder)
+    assert len(kept["whole"]) == STEPS
+    assert kept["killed"] == kept["whole"]
+
+
+def test_average_and_accumulation_resume_too(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ema": 0.9, "accumulate": 2, "model": without_dropout()}
+    result = run(small_recipe(tmp_path / "whole", steps=6, **options))
+    run(small_recipe(tmp_path / "parts", steps=4, **options))
+    resumed = run(small_recipe(tmp_path / "parts", steps=6, **options))
+    assert result.average is not None
+    assert resumed.average is not None
+    # The first part had a shorter schedule; what must agree is that the average is that of its own run.
+    assert newest(tmp_path / "parts/checkpoints").state["batches"]["pairs"] == 12
+    state = load_pretrained_files(tmp_path / "parts/average").state
+    for name, average in resumed.average.state_dict().items():
+        assert torch.equal(state[name], average)
+    assert not torch.equal(state["temp"], resumed.model.temp)
+
+
+def test_average_can_begin_later(tmp_path: Path) -> None:
+    run(small_recipe(tmp_path, steps=4))
+    before = XFM.from_pretrained(tmp_path / "model")
+    result = run(small_recipe(tmp_path, steps=5, ema=0.75))
+    assert result.average is not None
+    average, now = result.average.state_dict(), dict(result.model.named_parameters())
+    for name, parameter in before.named_parameters():
+        torch.testing.assert_close(average[name], parameter + 0.25 * (now[name] - parameter))
+
+
+def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    def send(step: int, _: XFM) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = small_recipe(tmp_path / "stopped", steps=7)
+    stopped = run(recipe, on_step=send)
+    # The signal comes when the third step is over, so one more is made.
+    assert (stopped.step, stopped.interrupted) == (4, True)
+    assert newest(tmp_path / "stopped/checkpoints").state["step"] == 4
+    assert not (tmp_path / "stopped/model").exists()
+    assert run(recipe).interrupted is False
+    run(small_recipe(tmp_path / "whole", steps=7))
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kept")
+    run(small_recipe(folder, steps=8))
+    return folder
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    return to
+
+
+@pytest.mark.parametrize("file", ["training.safetensors", "state.json", "model/model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "absent"])
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, two_checkpoints: Path, file: str, damage: str) -> None:
+    folder = copy_of(two_checkpoints, tmp_path) / "checkpoints"
+    path = folder / "step-00000008" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    if damage == "absent":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        path.write_bytes(content)
+    found = newest(folder)
+    assert found is not None
+    assert found.path.name == "step-00000004"
+    assert len(found.rejected) == 1
+    assert "step-00000008" in found.rejected[0]
+
+
+def test_torn_checkpoint_is_said_and_its_steps_made_again(
+    tmp_path: Path, two_checkpoints: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(two_checkpoints, tmp_path)
+    path = folder / "checkpoints/step-00000008/training.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    run(small_recipe(folder, steps=8))
+    told = capfd.readouterr().err
+    assert "training.safetensors has 1000 bytes instead of" in told
+    assert "going on from" in told
+    assert "step-00000004" in told
+    assert numbers(folder) == numbers(two_checkpoints)
+    assert newest(folder / "checkpoints").path.name == "step-00000008"
+
+
+def test_nothing_whole_is_an_error(tmp_path: Path, two_checkpoints: Path) -> None:
+    folder = copy_of(two_checkpoints, tmp_path)
+    for path in (folder / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole .*manifest.json is missing"):
+        run(small_recipe(folder, steps=9))
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    write = checkpoints.write_safetensors
+
+    def full(file: Any, tensors: Any) -> None:
+        if "00000008" in str(file.name):
+            file.write(b"begun")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, tensors)
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    with pytest.raises(StorageError, match=r"checkpoint of step 8 .*No space left on device"):
+        run(small_recipe(folder, steps=12))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    assert run(small_recipe(folder, steps=12)).step == 12
+    run(small_recipe(tmp_path / "whole", steps=12))
+    assert numbers(folder) == numbers(tmp_path / "whole")
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    run(small_recipe(tmp_path, steps=10, checkpoint={"folder": str(tmp_path), "every": 2, "keep": 3}))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008", "step-00000010"]
+
+
+def test_checkpoint_is_a_model(two_checkpoints: Path) -> None:
+    model = XFM.from_pretrained(two_checkpoints / "checkpoints/step-00000008/model")
+    final = XFM.from_pretrained(two_checkpoints / "model")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, final.get_parameter(name))
+
+
+def test_another_model_is_refused_by_field(tmp_path: Path, two_checkpoints: Path) -> None:
+    folder = copy_of(two_checkpoints, tmp_path)
+    other = {"preset": "tiny", "vision_depth": 1, "text_layers": 1, "fusion_layers": 2}
+    with pytest.raises(ConfigError, match=r"model\.fusion_layers: 1 → 2"):
+        run(small_recipe(folder, steps=9, model=other))
+
+
+def test_other_changes_are_named(tmp_path: Path, two_checkpoints: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = copy_of(two_checkpoints, tmp_path)
+    recipe = small_recipe(folder, steps=9, optimizer={"lr": 5e-4}, seed=3)
+    run(recipe, sources=noise(recipe))
+    told = capfd.readouterr().err
+    assert "steps: 8 → 9; optimizer.lr: 0.001 → 0.0005; seed: 0 → 3" in told
+    assert numbers(folder)[-1]["lr"] == pytest.approx(5e-4 * 1 / 9)
+
+
+def test_starting_over_does_not_mix_runs(tmp_path: Path, two_checkpoints: Path) -> None:
+    folder = copy_of(two_checkpoints, tmp_path)
+    with pytest.raises(ConfigError, match="holds step-00000008 of an earlier run"):
+        run(small_recipe(folder, steps=9), resume=False)
+
+
+def test_another_number_of_processes_is_said(tmp_path: Path, two_checkpoints: Path) -> None:
+    folder = copy_of(two_checkpoints, tmp_path)
+    recipe = small_recipe(folder, steps=10)
+    (told,) = changes(small_recipe(folder, steps=10).model_dump(mode="json"), recipe, 1, 2)
+    assert "the checkpoint is of 1 processes and this run has 2: an update now sees 2 instead of 1 times" in told
+    assert in_processes(process_of_a_run, 2, tmp_path / "meet", recipe, {}) == [0, 0]
+    # 8 batches of one process are 4 global batches of two; then 2 more steps.
+    assert newest(folder / "checkpoints").state["batches"]["pairs"] == 6
+    assert newest(folder / "checkpoints").state["world_size"] == 2
+
+
+def test_position_counts_items() -> None:
+    recipe = small_recipe(Path("nowhere"), accumulate=2)
+    before = json.loads(json.dumps(small_recipe(Path("nowhere")).model_dump(mode="json")))
+    # 7 batches of 4 items on 3 processes are 84 items; 2 processes take micro-batches of 2.
+    assert position_after(7, "pairs", before, recipe, 3, 2) == 21
+    assert position_after(7, "pairs", before, recipe, 3, 16) == 3
+
+
+def test_log_is_cut_where_the_run_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"):
+        run(small_recipe(tmp_path, steps=8), on_step=_raise_at_seven)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss/text')
+    run(small_recipe(tmp_path, steps=8))
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [*range(1, 9)]
+
+
+def _raise_at_seven(step: int, _: XFM) -> None:
+    if step == 7:
+        raise RuntimeError("stop")

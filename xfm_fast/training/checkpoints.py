@@ -1,0 +1,362 @@
+"""Checkpoints from which a run goes on as if it had never stopped; a damaged one is told from a whole one.
+
+A checkpoint is a folder `step-00001000`, made under another name, flushed to the disk and renamed, so that it is whole
+or not there:
+
+* `state.json`: step, position in every stream, loss scale, optimizer hyper-parameters, the recipe;
+* `model/`: what `save_pretrained` writes, so `XFM.from_pretrained` reads it;
+* `training.safetensors`: optimizer state, average of the weights, random state of every process;
+* `sharded/`: with FSDP, weights and optimizer state as `torch.distributed.checkpoint` writes them, for any number of
+  processes (all of which must see the folder);
+* `manifest.json`: size and SHA-256 of all the others.
+
+Loader workers have no state that could be lost: a batch is a function of its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from xfm_fast.checkpoint import read_state_dict, write_files, write_safetensors
+from xfm_fast.errors import CheckpointError, StorageError
+from xfm_fast.kernels.cpu.selection import selections, settle
+from xfm_fast.models.xfm import XFM
+from xfm_fast.training.distributed import Place
+from xfm_fast.training.randomness import random_state
+
+FORMAT_VERSION = 1
+MANIFEST, STATE, TENSORS, SHARDED, MODEL = "manifest.json", "state.json", "training.safetensors", "sharded", "model"
+_PREFIX = "step-"
+
+
+@dataclass
+class Progress:
+    """All that changes while a run goes on, besides random states.
+
+    Attributes:
+        step: global steps that are complete.
+        batches: micro-batches that each process has taken from each stream.
+        average: the moving average of the weights, by name; empty without one.
+    """
+
+    model: XFM
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    average: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    batches: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk.
+
+    Attributes:
+        state: content of `state.json`.
+        rejected: what is wrong with newer ones.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    rejected: tuple[str, ...] = ()
+
+
+def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Place, *, keep: int) -> Path:
+    """Write the checkpoint of this step, then delete all but the newest `keep`; called by all processes.
+
+    Raises:
+        StorageError: on every process, when one cannot write; earlier checkpoints are as they were.
+    """
+    final = folder / f"{_PREFIX}{progress.step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    random_states = place.gather(random_state(place.device))
+    kernels = place.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
+    tensors, groups, numbers = _optimizer_parts(progress.model, progress.optimizer)
+    tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
+    if any(isinstance(parameter, DTensor) for parameter in progress.model.parameters()):
+        tensors |= {f"model/{name}": tensor.detach() for name, tensor in progress.model.state_dict().items()}
+    shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    for rank, state in enumerate(random_states):
+        tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
+    state = {
+        "format": FORMAT_VERSION,
+        "step": progress.step,
+        "batches": progress.batches,
+        "world_size": place.world_size,
+        "scaler": progress.scaler.state_dict(),
+        "optimizer": {"groups": groups, "numbers": numbers},
+        "cpu_kernels": kernels,
+        "recipe": recipe,
+    }
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f".{_PREFIX}*"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+
+    def finish() -> None:
+        write_files(
+            {
+                temporary / TENSORS: lambda file: write_safetensors(file, tensors),
+                temporary / STATE: lambda file: file.write(json.dumps(state, indent=1).encode()),
+            }
+        )
+        if not shards:
+            progress.model.save_pretrained(temporary / MODEL)
+        _seal(temporary)
+        if final.exists():
+            final.rename(folder / f".{final.name}.old")
+        temporary.rename(final)
+        _flush(folder)
+
+    try:
+        place.from_first(begin)
+        if shards:
+            _save_shards(shards, temporary / SHARDED, place)
+        place.from_first(finish)
+    except (OSError, CheckpointException) as error:
+        if place.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(
+            f"the checkpoint of step {progress.step} could not be written to {folder} ({reason}); earlier checkpoints "
+            "are as they were: free space or set checkpoint.folder, then start the run again"
+        ) from error
+    if place.first:
+        _forget(folder, keep)
+    return final
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None where there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints but all are damaged, or one was written by a later version.
+    """
+    rejected: list[str] = []
+    for path in _steps(folder):
+        fault = _fault(path)
+        if fault is None:
+            state = json.loads((path / STATE).read_text())
+            if state["format"] > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{path} has format {state['format']}, this version of xfm-fast reads up to {FORMAT_VERSION}; "
+                    "upgrade xfm-fast"
+                )
+            return Checkpoint(path, state, tuple(rejected))
+        rejected.append(f"{path} is damaged: {fault}")
+    if rejected:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole ({'; '.join(rejected)}); delete the folder to start the run anew"
+        )
+    return None
+
+
+def load(checkpoint: Checkpoint, progress: Progress, place: Place) -> None:
+    """Set `progress` to what a checkpoint holds; random states are left to the caller (`random_states`).
+
+    Sharded and whole checkpoints load into sharded and whole models alike, for any number of processes.
+
+    Raises:
+        CheckpointError: the checkpoint is of a model or an optimizer with other parameters.
+    """
+    model, path = progress.model, checkpoint.path
+    own = dict(model.state_dict())
+    wanted = {f"model/{name}": tensor for name, tensor in own.items()}
+    wanted |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
+    read = _read(path, {**dict(model.named_parameters()), **own})
+    if not any(name.startswith("average/") for name in read):
+        # An average that the run did not have before begins now.
+        read |= {f"average/{name}": read[f"model/{name}"] for name in progress.average if f"model/{name}" in read}
+    if missing := [name for name in wanted if name not in read or read[name].shape != wanted[name].shape]:
+        raise CheckpointError(
+            f"{path} does not fit this run: {', '.join(sorted(missing)[:5])} is missing or has another shape; set "
+            "checkpoint.folder to a new folder"
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(_like(read[name], tensor))
+    _load_optimizer(progress, checkpoint, read)
+    progress.scaler.load_state_dict(checkpoint.state["scaler"])
+    progress.step = checkpoint.state["step"]
+    progress.batches = dict(checkpoint.state["batches"])
+
+
+def random_states(checkpoint: Checkpoint, place: Place) -> dict[str, Tensor] | None:
+    """The random state of this process; None when the checkpoint is of another number of processes.
+
+    The CPU's choice among implementations of a product, which is made by timing them, is taken over with it.
+    """
+    if checkpoint.state["world_size"] != place.world_size:
+        return None
+    for operation, dtype, chosen in checkpoint.state["cpu_kernels"][place.rank]:
+        settle(operation, getattr(torch, dtype), chosen)
+    prefix = f"random/{place.rank}/"
+    read = read_state_dict(checkpoint.path / TENSORS)
+    return {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
+
+
+def _optimizer_parts(model: XFM, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[list[str]], dict[str, Any]]:
+    """State tensors by parameter name, names of each group, and state that is no tensor."""
+    groups = _group_names(model, optimizer)
+    names = [name for group in groups for name in group]
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
+    return tensors, groups, numbers
+
+
+def _group_names(model: XFM, optimizer: Optimizer) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[str, Tensor]) -> None:
+    groups = _group_names(progress.model, progress.optimizer)
+    if groups != checkpoint.state["optimizer"]["groups"]:
+        raise CheckpointError(
+            f"{checkpoint.path} has other optimizer groups than this run; set checkpoint.folder to a new folder"
+        )
+    names = [name for group in groups for name in group]
+    parameters = dict(progress.model.named_parameters())
+    entries: dict[int, dict[str, Any]] = {}
+    for source in (read, checkpoint.state["optimizer"]["numbers"]):
+        for name, value in source.items():
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                parameter, _, key = rest.rpartition("/")
+                if isinstance(value, Tensor) and value.shape == parameters[parameter].shape:
+                    value = _like(value, parameters[parameter])
+                # The tensors of a file are views of it, and the optimizer writes into its own.
+                entries.setdefault(names.index(parameter), {})[key] = (
+                    value.clone() if isinstance(value, Tensor) else value
+                )
+    # Learning rates and the like come from the recipe, which the user may have changed on purpose.
+    progress.optimizer.load_state_dict(
+        {"state": entries, "param_groups": progress.optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _read(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    read = read_state_dict(path / TENSORS)
+    if (path / MODEL).is_dir():
+        read |= {
+            f"model/{name}": tensor for name, tensor in read_state_dict(path / MODEL / "model.safetensors").items()
+        }
+    if (path / SHARDED).is_dir():
+        metadata = dcp.FileSystemReader(path / SHARDED).read_metadata().state_dict_metadata
+        shards: dict[str, Any] = {}
+        for name, entry in metadata.items():
+            like = parameters[_parameter_of(name)]
+            same = tuple(getattr(entry, "size", ())) == tuple(like.shape)
+            shards[name] = torch.empty_like(like, requires_grad=False) if same else torch.empty(*entry.size)  # type: ignore[union-attr]
+        dcp.load(shards, checkpoint_id=path / SHARDED)
+        read |= shards
+    return read
+
+
+def _parameter_of(name: str) -> str:
+    kind, _, rest = name.partition("/")
+    return rest.rpartition("/")[0] if kind == "optimizer" else rest
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """`value` spread over processes as `target` is."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    return value
+
+
+def _save_shards(shards: dict[str, Any], path: Path, place: Place) -> None:
+    failure = ""
+    try:
+        dcp.save(shards, checkpoint_id=path)
+    except (OSError, CheckpointException) as error:
+        failure = str(error) or type(error).__name__
+    failures = [reason for reason in place.gather(failure) if reason]
+    if failures:
+        raise OSError(failures[0])
+
+
+def _seal(folder: Path) -> None:
+    """Put the manifest into a folder, and everything in it on the disk."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        else:
+            _flush(path)
+    content = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1).encode()
+    write_files({folder / MANIFEST: lambda file: file.write(content)})
+    _flush(folder)
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, entry in files.items():
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+        for name, entry in files.items():
+            if _digest(path / name) != entry["sha256"]:
+                return f"the content of {name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def _steps(folder: Path) -> Iterator[Path]:
+    """Folders of checkpoints, newest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    yield from sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+
+
+def _forget(folder: Path, keep: int) -> None:
+    """Delete old checkpoints; one that cannot be deleted is only in the way."""
+    for path in [*_steps(folder)][keep:]:
+        # A deletion that is interrupted must not look like a damaged checkpoint.
+        old = folder / f".{path.name}.old"
+        with suppress(OSError):
+            path.rename(old)
+    for old in folder.glob(f".{_PREFIX}*.old"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    # Not every system can open a folder.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

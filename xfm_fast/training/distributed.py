@@ -1,0 +1,234 @@
+"""The processes of a run: who this one is, how the model is spread over all of them, and how its layers are run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from xfm_fast.batches import Batch
+from xfm_fast.errors import UnavailableError
+from xfm_fast.kernels import derived
+from xfm_fast.models.layers import AttentionProjections, TransformerLayer
+from xfm_fast.models.vision import Block
+from xfm_fast.models.xfm import XFM
+
+T = TypeVar("T")
+
+Losses = Callable[..., dict[str, Tensor]]
+"""`losses(model, batch, losses=names)`, such as `pretraining_losses`."""
+
+# The model calls these instead of `forward`, so whatever wraps a layer has to wrap them.
+_ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
+    Block: ("forward",),
+    TransformerLayer: ("self_attention", "cross_attention", "feed_forward"),
+    AttentionProjections: ("project_query", "project_memory"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those of a run.
+
+    Attributes:
+        rank: of this process, from 0.
+        world_size: number of processes.
+        device: that this process computes on.
+        control: group on the CPU, for flags and small objects that must not wait for an accelerator; None for the
+            default one.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; all of them must ask."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank; all of them must ask."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """The mean over processes, in place, on the device of the run."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def from_first(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the first process, which alone runs it; an exception is raised on all of them."""
+        outcome: Any = (None, None)
+        if self.first:
+            try:
+                outcome = (action(), None)
+            except Exception as error:
+                if self.world_size == 1:
+                    raise
+                outcome = (None, error)
+        value, failure = self.gather(outcome)[0]
+        if failure is not None:
+            raise failure
+        return value
+
+
+@contextmanager
+def take_place(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Place]:
+    """This process's place: alone, or in the group that `torchrun` or the caller set up.
+
+    A group that the caller initialised is used and left as it is; one that is started here ends with the block.
+
+    Raises:
+        UnavailableError: `device="cuda"` without a GPU for this process.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UnavailableError(
+                f"process {local} of this machine has no GPU of its own: PyTorch finds {torch.cuda.device_count()}; "
+                "start as many processes as there are GPUs, or choose device=cpu"
+            )
+        torch.cuda.set_device(local)
+    target = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if started:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=target if kind == "cuda" else None)
+    try:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            yield Place(device=target)
+            return
+        control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        assert not isinstance(control, int)
+        yield Place(dist.get_rank(), dist.get_world_size(), target, control)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def run_layers(model: XFM, *, activation_checkpointing: bool = False, compiled: bool = False) -> None:
+    """Change how the layers of all encoders run, in place; parameters and results stay the same.
+
+    Args:
+        model: whose vision blocks and transformer layers are changed.
+        activation_checkpointing: keep the inputs of a layer's parts alone and compute the rest again in the backward
+            pass, with the same dropout.
+        compiled: run each part through `torch.compile`.
+    """
+    for module in model.modules():
+        if not isinstance(module, (Block, TransformerLayer)):
+            continue
+        for name in _ENTRANCES[type(module)]:
+            method = getattr(module, name, None)
+            if name == "cross_attention" and not hasattr(module, "crossattention"):
+                continue
+            if compiled:
+                method = torch.compile(method)
+            if activation_checkpointing:
+                method = partial(checkpoint, method, use_reentrant=False)
+            if compiled or activation_checkpointing:
+                setattr(module, name, method)
+
+
+def sum_of_losses(losses: Mapping[str, Tensor]) -> Tensor:
+    """The scalar that a batch is trained on."""
+    return torch.stack([*losses.values()]).sum()
+
+
+class _LossSum(nn.Module):
+    """The losses of a batch as one forward pass, which is what DDP and FSDP know how to watch."""
+
+    def __init__(self, model: XFM, losses: Losses) -> None:
+        super().__init__()
+        self.model = model
+        self._losses = losses
+
+    def forward(self, batch: Batch, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self._losses(self.model, batch, losses=names)
+        return sum_of_losses(losses), {name: loss.detach() for name, loss in losses.items()}
+
+
+class Spread:
+    """The model as one process or many, behind one call.
+
+    Gradients are averaged over processes in the last backward pass of an update and only there. DDP keeps a copy of
+    everything on every process. FSDP2 shards parameters, gradients and optimizer state: vision blocks are gathered
+    when they run; layers of the other encoders, which run in several parts, stay gathered until the backward pass.
+    """
+
+    def __init__(self, model: XFM, losses: Losses, place: Place, kind: Literal["ddp", "fsdp"]) -> None:
+        self.model = model
+        self.sharded = kind == "fsdp" and place.world_size > 1
+        self._place = place
+        # FSDP cannot shard a tensor without dimensions, such as the temperature.
+        self._scalars = [p for p in model.parameters() if self.sharded and p.ndim == 0]
+        module = _LossSum(model, losses)
+        if self.sharded:
+            _shard(module, place, set(self._scalars))
+        elif place.world_size > 1:
+            # A batch of text leaves two encoders out, so what is unused has to be found out in every update.
+            module = DistributedDataParallel(module, find_unused_parameters=True)
+        self.module: nn.Module = module
+
+    def __call__(self, batch: Batch, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the named losses of a batch, and each of them without a graph."""
+        return self.module(batch, names)
+
+    @contextmanager
+    def synchronised(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a sub-loss: whether its backward pass ends an update."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        quiet = isinstance(self.module, DistributedDataParallel) and not last
+        with self.module.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+            yield
+        if last:
+            for scalar in self._scalars:
+                if scalar.grad is not None:
+                    self._place.mean_(scalar.grad)
+
+    def stepped(self) -> None:
+        """To be called when the optimizer has moved the parameters."""
+        if self.sharded:
+            # FSDP writes gathered parameters without moving their version, by which cached tensors notice a change.
+            derived.clear()
+
+
+def _shard(module: _LossSum, place: Place, replicated: set[nn.Parameter]) -> None:
+    mesh = init_device_mesh(place.device.type, (place.world_size,))
+    layers = [part for part in module.modules() if isinstance(part, TransformerLayer)]
+    # A fusion layer's keys and values are computed long before the layer runs.
+    early = [layer.crossattention.self for layer in layers if hasattr(layer, "crossattention")]
+    for part in [*early, *layers, *(part for part in module.modules() if isinstance(part, Block))]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=isinstance(part, Block))
+        kind = next(kind for kind in _ENTRANCES if isinstance(part, kind))
+        for name in _ENTRANCES[kind]:
+            if name != "forward" and (name != "cross_attention" or hasattr(part, "crossattention")):
+                register_fsdp_forward_method(part, name)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=replicated)

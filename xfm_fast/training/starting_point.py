@@ -1,0 +1,148 @@
+"""What a recipe names outside of itself, made ready: initial weights, vocabulary, streams of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from xfm_fast.checkpoint import initialise
+from xfm_fast.checkpoint.storage import CONFIG_FILE
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.records import open_records
+from xfm_fast.data.regions import RegionOptions
+from xfm_fast.data.streams import BatchSource, image_source, pair_source, region_source, text_source
+from xfm_fast.data.text_masking import MaskingOptions
+from xfm_fast.data.texts import TextOptions
+from xfm_fast.errors import DataError, StorageError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.training.distributed import Place
+from xfm_fast.training.recipe import Recipe
+from xfm_fast.training.recipe_fields import CaptionedStream, ImageStream, Masking, PairStream, RegionStream, TextStream
+
+TOKENIZER_FILE = "tokenizer.json"
+# A vocabulary of a few thousand entries does not change with more.
+_TEXTS_TO_LEARN_FROM = 100_000
+
+
+def build_model(recipe: Recipe) -> XFM:
+    """The model of a recipe with its initial weights: those that `init` names, and random ones elsewhere.
+
+    Raises:
+        CheckpointError: a source of weights cannot be read or does not fit.
+    """
+    init = recipe.init
+    if init.checkpoint is not None:
+        if (Path(init.checkpoint) / CONFIG_FILE).is_file():
+            model = XFM.from_pretrained(init.checkpoint)
+            if model.config.image_size != recipe.model.image_size:
+                model.set_image_size(recipe.model.image_size)
+            return model
+        return XFM.from_official(init.checkpoint, recipe.model)
+    model = XFM(recipe.model)
+    if init.roberta or init.beit2:
+        initialise(model, roberta=init.roberta, beit2=init.beit2)
+    return model
+
+
+def open_sources(recipe: Recipe, place: Place) -> dict[str, BatchSource[Any]]:
+    """The streams of a recipe, as this process reads them.
+
+    The first process generates the shapes world where the recipe wants one and there is none, and learns the vocabulary
+    where the recipe says `tokenizer: train`, which then lies in the folder of the run.
+
+    Raises:
+        DataError, UnavailableError, ConfigError: as `Recipe.check_machine`, and data that cannot be read.
+        StorageError: the world or the vocabulary cannot be written.
+    """
+    place.from_first(recipe.make_world)
+    recipe.check_machine(world_size=place.world_size)
+    folder = Path(recipe.checkpoint.folder)
+    learnt = folder / TOKENIZER_FILE
+    if recipe.tokenizer == "train":
+        place.from_first(lambda: None if learnt.exists() else _learn_vocabulary(recipe, learnt))
+    tokenizer = CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
+    # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
+    return {
+        name: _source(recipe, name, number, tokenizer, folder, place)
+        for number, name in enumerate(recipe.streams)
+        if recipe.losses_of(name)
+    }
+
+
+def _source(
+    recipe: Recipe, name: str, number: int, tokenizer: CaptionTokenizer, folder: Path, place: Place
+) -> BatchSource[Any]:
+    stream = recipe.streams[name]
+    common: dict[str, Any] = {
+        "config": recipe.model,
+        "batch_size": recipe.micro_batch_size(name),
+        "seed": recipe.seed,
+        "window": stream.window,
+        "rank": place.rank,
+        "world_size": place.world_size,
+        "quarantine": Quarantine(folder / "quarantine" / f"{name}.jsonl", tolerate_bad=stream.bad_share),
+        "stream": number,
+    }
+    paths = recipe.paths_of(name)
+    match stream:
+        case TextStream():
+            text = TextOptions(stream.max_tokens, None, _masking(stream.masking))
+            return text_source(paths, tokenizer=tokenizer, text=text, **common)
+        case ImageStream():
+            return image_source(paths, augment=stream.augment, **common)
+        case RegionStream():
+            regions = RegionOptions(
+                max_regions=stream.max_regions,
+                least_visible=stream.least_visible,
+                careful_flip=stream.careful_flip,
+                augment=stream.augment,
+                text=_captions(stream),
+            )
+            images = recipe.micro_batch_images(name)
+            return region_source(paths, tokenizer=tokenizer, max_images=images, regions=regions, **common)
+        case PairStream():
+            return pair_source(paths, tokenizer=tokenizer, text=_captions(stream), augment=stream.augment, **common)
+    raise AssertionError(stream)
+
+
+def _captions(stream: CaptionedStream) -> TextOptions:
+    return TextOptions(stream.max_tokens, stream.max_words, _masking(stream.masking))
+
+
+def _masking(masking: Masking) -> MaskingOptions:
+    return MaskingOptions(**masking.model_dump())
+
+
+def _learn_vocabulary(recipe: Recipe, path: Path) -> None:
+    texts = list(islice(_texts(recipe), _TEXTS_TO_LEARN_FROM))
+    if not texts:
+        raise DataError("tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer")
+    tokenizer = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        tokenizer.save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({error.strerror or error}); free space") from error
+
+
+def _texts(recipe: Recipe) -> Iterator[str]:
+    for name, stream in recipe.streams.items():
+        if isinstance(stream, ImageStream):
+            continue
+        for rows in open_records(recipe.paths_of(name)).files:
+            for row in range(len(rows)):
+                try:
+                    record = rows.read(row)
+                except DataError:
+                    # Whether so many broken rows are tolerable is decided where they are used.
+                    continue
+                elements = record.get("elems") or []
+                for value in (record.get("desc"), record.get("caption"), *(each.get("caption") for each in elements)):
+                    for text in value if isinstance(value, list) else [value]:
+                        if isinstance(text, str) and text.strip():
+                            yield text.strip() if isinstance(stream, TextStream) else pre_caption(text)
