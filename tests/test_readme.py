@@ -15,6 +15,7 @@ import torch
 
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
+from xfm_fast.data.shapes import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,6 +69,8 @@ def test_command_line(command: str, tmp_path: Path) -> None:
         else:
             torch.save({"model": load_tensors("tiny_b/weights")}, tmp_path / words[1])
             words += ["--config", str(ROOT / "tests/data/golden/tiny_b/config.json")]
+    if words[:2] == ["data", "check"]:
+        write_world(tmp_path / "world", images={"train": 8, "val": 2, "test": 2})
     run = [sys.executable, "-m", "xfm_fast.cli", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300)
