@@ -1,0 +1,64 @@
+"""Who reads an exported ONNX file, and what that asks of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from xfm_fast.errors import UnavailableError
+from xfm_fast.export.attention import AttentionForm
+
+Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
+CONSUMERS: tuple[Consumer, ...] = get_args(Consumer)
+
+DType = Literal["fp32", "fp16", "bf16"]
+DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_ATTENTION_OPSET = 23
+_GELU_OPSET = 20
+_NEWEST_OPSET = 24
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How graphs are spelt for a consumer: the form of attention and the ONNX opset."""
+
+    form: AttentionForm
+    opset: int
+
+
+def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
+    """What to export for a consumer.
+
+    Args:
+        consumer: one of `CONSUMERS`.
+        dtype: fp32, fp16 or bf16.
+        opset: of ONNX; by default the newest that the consumer profits from. Below 23 attention is spelt as primitives.
+
+    Raises:
+        UnavailableError: a consumer or type that is not known, or an opset outside 20 to 24.
+    """
+    if consumer not in CONSUMERS:
+        raise UnavailableError(f"consumer {consumer!r} is unknown; choose from {', '.join(CONSUMERS)}")
+    if dtype not in DTYPES:
+        raise UnavailableError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    if opset is not None and not _GELU_OPSET <= opset <= _NEWEST_OPSET:
+        raise UnavailableError(
+            f"opset {opset} is not supported; choose {_GELU_OPSET} (the first with Gelu) to {_NEWEST_OPSET}, "
+            f"{_ATTENTION_OPSET} being the first with Attention"
+        )
+    preferred = _preferred(consumer, dtype)
+    if opset is None:
+        return preferred
+    return Profile(preferred.form if opset >= _ATTENTION_OPSET else "primitives", opset)
+
+
+def _preferred(consumer: str, dtype: str) -> Profile:
+    if consumer == "openvino" or (consumer == "tensorrt-rtx" and dtype == "fp32"):
+        # OpenVINO fuses the primitives itself; TensorRT for RTX has no fp32 kernel behind Attention.
+        return Profile("primitives", _GELU_OPSET)
+    if consumer == "tensorrt-rtx":
+        return Profile("opset23", _ATTENTION_OPSET)
+    return Profile("function", _ATTENTION_OPSET)

@@ -1,0 +1,354 @@
+"""What is exported: the model cut into graphs that a server composes, in shapes that compilers like.
+
+The four graphs `vision`, `text`, `image_memory` and `fusion` let a server reuse work: an image is encoded once, its
+memory is projected once, and every text that comes later pays for the fusion encoder alone. `match` is the whole way
+from pixels and ids to a score, for whoever wants one file.
+
+The graphs compute what `XFM` computes, with its parameters, but padded instead of packed: engines plan for shapes, and
+a packed batch has none. Padding is masked with a finite value, so that a row without any real token stays finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.errors import UnavailableError
+from xfm_fast.export.attention import AttentionForm, attention
+from xfm_fast.kernels.reference import relative_position_index
+from xfm_fast.models.heads import MLPHead
+from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
+from xfm_fast.models.vision import Block
+from xfm_fast.models.xfm import XFM
+
+GraphName = Literal["vision", "text", "image_memory", "fusion", "match"]
+GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
+
+_MASKED = -10000.0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension whose size is known only when the graph runs."""
+
+    name: str
+    least: int = 1
+
+
+BATCH, TEXTS, LENGTH = Axis("batch"), Axis("texts"), Axis("length")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, type and dimensions of an input or output; a dimension is a number or an `Axis`."""
+
+    name: str
+    dtype: Literal["compute", "int64"]
+    dims: tuple[int | Axis, ...]
+
+    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """The dimensions as numbers, given the sizes of the axes by name."""
+        return tuple(sizes[dim.name] if isinstance(dim, Axis) else dim for dim in self.dims)
+
+    @property
+    def axes(self) -> dict[int, Axis]:
+        """Position → axis of the dimensions that vary."""
+        return {place: dim for place, dim in enumerate(self.dims) if isinstance(dim, Axis)}
+
+
+class Graph(nn.Module):
+    """A part of the model with named inputs and outputs.
+
+    Attributes:
+        inputs, outputs: in the order of `forward`'s arguments and results.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    form: AttentionForm
+
+
+class VisionGraph(Graph):
+    """Pixels to image embeddings and the contrastive feature."""
+
+    def __init__(self, model: XFM, form: AttentionForm) -> None:
+        super().__init__()
+        config = model.config
+        self.pools = config.local_attn_depth <= 0
+        self.encoder, self.form = model.vision_encoder, form
+        self.projection = model.vision_proj if "contrastive" in model.heads else None
+        self.position_index: Tensor
+        index = relative_position_index((config.grid, config.grid)).flatten()
+        self.register_buffer("position_index", index, persistent=False)
+        size, tokens = config.image_size, config.num_image_tokens
+        self.inputs = (TensorSpec("pixels", "compute", (BATCH, 3, size, size)),)
+        self.outputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)
+        if self.projection is not None:
+            self.outputs += (TensorSpec("image_feature", "compute", (BATCH, config.embed_dim)),)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`, `[B, embed_dim]`."""
+        encoder = self.encoder
+        convolution = encoder.patch_embed.proj
+        patches = F.conv2d(pixels, convolution.weight, convolution.bias, stride=convolution.stride)
+        x = patches.flatten(2).transpose(1, 2)
+        x = torch.cat([encoder.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in encoder.blocks:
+            assert isinstance(block, Block)
+            x = self._block(block, x)
+        if self.pools:
+            x = _norm(encoder.fc_norm, x[:, 1:])
+            x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        else:
+            x = _norm(encoder.fc_norm, x)
+        return _with_feature(x, self.projection)
+
+    def _block(self, block: Block, x: Tensor) -> Tensor:
+        parts, tokens = block.attn, x.shape[1]
+        bias = torch.cat([parts.q_bias, torch.zeros_like(parts.q_bias), parts.v_bias])
+        qkv = F.linear(_norm(block.norm1, x), parts.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, parts.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        position = parts.relative_position_bias_table.t()[:, self.position_index].view(1, parts.heads, tokens, tokens)
+        context = attention(q, k, v, position, self.form).transpose(1, 2).flatten(2)
+        x = x + block.gamma_1 * parts.proj(context)
+        hidden = F.gelu(block.mlp.fc1(_norm(block.norm2, x)))
+        return x + block.gamma_2 * block.mlp.fc2(hidden)
+
+
+class TextGraph(Graph):
+    """Token ids to text embeddings and the contrastive feature. Padded positions hold what padding computes."""
+
+    def __init__(self, model: XFM, form: AttentionForm) -> None:
+        super().__init__()
+        config = model.config
+        self.encoder, self.form = model.text_encoder.roberta, form
+        self.projection = model.text_proj if "contrastive" in model.heads else None
+        self.inputs = (
+            TensorSpec("input_ids", "int64", (BATCH, LENGTH)),
+            TensorSpec("attention_mask", "int64", (BATCH, LENGTH)),
+        )
+        self.outputs = (TensorSpec("text_embeds", "compute", (BATCH, LENGTH, config.text_width)),)
+        if self.projection is not None:
+            self.outputs += (TensorSpec("text_feature", "compute", (BATCH, config.embed_dim)),)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """`[B, L]` ids and mask → `[B, L, text_width]`, `[B, embed_dim]`."""
+        embeddings = self.encoder.embeddings
+        x = F.embedding(input_ids, embeddings.word_embeddings.weight)
+        positions = embeddings.position_ids(input_ids)
+        x = x + F.embedding(positions, embeddings.position_embeddings.weight)
+        x = _norm(embeddings.LayerNorm, x + embeddings.token_type_embeddings.weight[0])
+        mask = _additive(attention_mask, x.dtype)
+        for layer in _layers(self.encoder.encoder):
+            x = _self_attention(layer, x, mask, self.form)
+            x = _feed_forward(layer, x)
+        return _with_feature(x, self.projection)
+
+
+class ImageMemoryGraph(Graph):
+    """Image embeddings to the keys and values of every fusion layer, in the layout that attention reads."""
+
+    def __init__(self, model: XFM, form: AttentionForm) -> None:
+        super().__init__()
+        config = model.config
+        _require_fusion(model)
+        self.heads, self.layers = config.text_heads, config.fusion_layers
+        # The projections alone, not the layers that they belong to: the graph weighs what it needs.
+        attentions = [layer.crossattention.self for layer in _layers(model.fusion_encoder.roberta.encoder)]
+        self.projections = nn.ModuleList([part for parts in attentions for part in (parts.key, parts.value)])
+        tokens = config.num_image_tokens
+        self.inputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)
+        self.outputs = (_memory_spec(model),)
+
+    def forward(self, image_embeds: Tensor) -> tuple[Tensor]:
+        """`[B, M, vision_width]` → `[B, layers, 2, H, M, D]`."""
+        parts = [part(image_embeds).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.projections]
+        return (torch.stack(parts, dim=1).unflatten(1, (self.layers, 2)),)
+
+
+class FusionGraph(Graph):
+    """T texts on each of B memories to fused embeddings, and what the model's heads make of token 0.
+
+    One memory for all texts is B = 1; a memory for every text is T = 1. The texts of a memory are one long query
+    sequence of the cross-attention, which has no mask between queries.
+    """
+
+    def __init__(self, model: XFM, form: AttentionForm, *, all_tokens: bool = False) -> None:
+        super().__init__()
+        config = model.config
+        _require_fusion(model)
+        self.stack, self.form, self.all_tokens = model.fusion_encoder.roberta.encoder, form, all_tokens
+        self.match_head = model.itm_head if "matching" in model.heads else None
+        self.box_head = model.bbox_head if "boxes" in model.heads else None
+        self.inputs = (
+            TensorSpec("text_embeds", "compute", (BATCH, TEXTS, LENGTH, config.text_width)),
+            TensorSpec("attention_mask", "int64", (BATCH, TEXTS, LENGTH)),
+            _memory_spec(model),
+        )
+        fused = (BATCH, TEXTS, LENGTH, config.text_width) if all_tokens else (BATCH, TEXTS, config.text_width)
+        self.outputs = (TensorSpec("fused", "compute", fused),)
+        if self.match_head is not None:
+            self.outputs += (TensorSpec("match_logits", "compute", (BATCH, TEXTS, 2)),)
+        if self.box_head is not None:
+            self.outputs += (TensorSpec("boxes", "compute", (BATCH, TEXTS, 4)),)
+
+    def forward(self, text_embeds: Tensor, attention_mask: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+        """`[B, T, L, width]`, `[B, T, L]`, `[B, layers, 2, H, M, D]` → fused, `[B, T, 2]`, `[B, T, 4]`.
+
+        `fused` is token 0 of every text, `[B, T, width]`, or all tokens `[B, T, L, width]`.
+        """
+        fused = self.fuse(text_embeds, attention_mask, memory)
+        first = fused[:, :, 0] if self.all_tokens else fused
+        results = (fused,)
+        if self.match_head is not None:
+            results += (self.match_logits(first),)
+        if self.box_head is not None:
+            results += (_head(self.box_head, first).sigmoid(),)
+        return results
+
+    def match_logits(self, first: Tensor) -> Tensor:
+        """Token 0 of every text, `[..., width]` → `[..., 2]`."""
+        assert self.match_head is not None
+        return _head(self.match_head, first)
+
+    def fuse(self, text_embeds: Tensor, attention_mask: Tensor, memory: Tensor) -> Tensor:
+        """The first result of `forward`."""
+        batch, texts, length, width = text_embeds.shape
+        x = text_embeds.reshape(batch * texts, length, width)
+        mask = _additive(attention_mask.reshape(batch * texts, length), x.dtype)
+        last = len(self.stack) - 1
+        for number, layer in enumerate(_layers(self.stack)):
+            first_only = number == last and not self.all_tokens
+            x = _self_attention(layer, x, mask, self.form, first_only=first_only)
+            x = self._cross_attention(layer.crossattention, x, memory[:, number], batch)
+            x = _feed_forward(layer, x)
+        if not self.all_tokens:
+            return x.reshape(batch, texts, width)
+        return x.reshape(batch, texts, length, width)
+
+    def _cross_attention(self, parts: Attention, x: Tensor, memory: Tensor, batch: int) -> Tensor:
+        q = parts.self.query(x).reshape(batch, -1, parts.self.heads, x.shape[-1] // parts.self.heads).transpose(1, 2)
+        context = attention(q, memory[:, 0], memory[:, 1], None, self.form)
+        return _residual_norm(parts.output, context.transpose(1, 2).reshape(x.shape), x)
+
+
+class MatchGraph(Graph):
+    """Pixels and ids to match scores: the whole model in one file."""
+
+    def __init__(self, model: XFM, form: AttentionForm) -> None:
+        super().__init__()
+        config = model.config
+        self.vision, self.text = VisionGraph(model, form), TextGraph(model, form)
+        self.memory, self.fusion = ImageMemoryGraph(model, form), FusionGraph(model, form)
+        self.inputs = (
+            TensorSpec("pixels", "compute", (BATCH, 3, config.image_size, config.image_size)),
+            TensorSpec("input_ids", "int64", (BATCH, TEXTS, LENGTH)),
+            TensorSpec("attention_mask", "int64", (BATCH, TEXTS, LENGTH)),
+        )
+        self.outputs = (TensorSpec("scores", "compute", (BATCH, TEXTS)),)
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        """`[B, 3, R, R]`, `[B, T, L]` ids and mask → `[B, T]`: the logit of "text describes image"."""
+        (memory,) = self.memory(self.vision(pixels)[0])
+        batch, texts, length = input_ids.shape
+        rows = (batch * texts, length)
+        embeds = self.text(input_ids.reshape(rows), attention_mask.reshape(rows))[0]
+        fused = self.fusion.fuse(embeds.reshape(batch, texts, length, -1), attention_mask, memory)
+        return (self.fusion.match_logits(fused)[..., 1],)
+
+
+def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool = False) -> Graph:
+    """One graph of a model, sharing its parameters, in evaluation mode.
+
+    A graph returns what the model has heads for: without the contrastive head `vision` and `text` have no feature, and
+    `fusion` has no match logits without the matching head, no boxes without that of boxes.
+
+    Args:
+        name: which one.
+        model: `match` needs its matching head.
+        form: how attention is spelt; see `AttentionForm`.
+        all_tokens: `fusion` returns every token instead of token 0.
+
+    Raises:
+        UnavailableError: the graph is unknown, or the model lacks an encoder or head that it needs.
+    """
+    if name not in GRAPHS:
+        raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(GRAPHS)}")
+    if name == "match" and "matching" not in model.heads:
+        raise UnavailableError(
+            "graph 'match' needs the 'matching' head, which this model was built without (it has: "
+            f"{', '.join(model.heads) or 'none'}); load it with heads=(..., 'matching')"
+        )
+    encoders = {"vision": ("vision",), "text": ("text",), "image_memory": ("fusion",), "fusion": ("fusion",)}
+    for encoder in encoders.get(name, ("vision", "text", "fusion")):
+        if not hasattr(model, f"{encoder}_encoder"):
+            raise UnavailableError(
+                f"graph {name!r} needs the {encoder} encoder, which this model was built without; "
+                f"build it with encoders=(..., {encoder!r})"
+            )
+    if name == "fusion":
+        return FusionGraph(model, form, all_tokens=all_tokens).eval()
+    kinds = {"vision": VisionGraph, "text": TextGraph, "image_memory": ImageMemoryGraph, "match": MatchGraph}
+    return kinds[name](model, form).eval()
+
+
+def _require_fusion(model: XFM) -> None:
+    if not model.config.fusion_layers:
+        raise UnavailableError("this model has no fusion layers (fusion_layers=0); export vision and text alone")
+
+
+def _memory_spec(model: XFM) -> TensorSpec:
+    config = model.config
+    heads = config.text_heads
+    dims = (BATCH, config.fusion_layers, 2, heads, config.num_image_tokens, config.text_width // heads)
+    return TensorSpec("memory", "compute", dims)
+
+
+def _layers(stack: LayerStack) -> list[TransformerLayer]:
+    return list(stack)
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _with_feature(embeds: Tensor, projection: nn.Linear | None) -> tuple[Tensor, ...]:
+    return (embeds,) if projection is None else (embeds, F.normalize(projection(embeds[:, 0]), dim=-1))
+
+
+def _head(head: MLPHead, x: Tensor) -> Tensor:
+    for part in head:
+        x = part(x)
+    return x
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[P, L]` of ones and zeros → `[P, 1, 1, L]` to be added to attention scores."""
+    return (1 - mask[:, None, None, :].to(dtype)) * _MASKED
+
+
+def _self_attention(
+    layer: TransformerLayer, x: Tensor, mask: Tensor, form: AttentionForm, *, first_only: bool = False
+) -> Tensor:
+    """`[P, L, width]` → the same, or `[P, 1, width]` for token 0 alone."""
+    parts = layer.attention.self
+    queries = x[:, :1] if first_only else x
+
+    def heads(projection: nn.Linear, source: Tensor) -> Tensor:
+        return projection(source).unflatten(-1, (parts.heads, -1)).transpose(1, 2)
+
+    q, k, v = heads(parts.query, queries), heads(parts.key, x), heads(parts.value, x)
+    context = attention(q, k, v, mask, form).transpose(1, 2).flatten(2)
+    return _residual_norm(layer.attention.output, context, queries)
+
+
+def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
+    return _residual_norm(layer.output, F.gelu(layer.intermediate.dense(x)), x)
+
+
+def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
+    return _norm(part.LayerNorm, part.dense(x) + residual)

@@ -1,0 +1,192 @@
+"""Quantise/dequantise nodes for 8-bit products, with scales from the user's own images and texts.
+
+int8 comes from ONNX Runtime's quantiser, which runs a graph in fp16 or fp32 on the CPU to see what its products are
+given. fp8, and int8 of bf16 graphs, come from NVIDIA's modelopt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.export.consumers import DTYPES, DType
+from xfm_fast.export.engines import Rewrite
+from xfm_fast.export.manifest import GraphRecord
+from xfm_fast.export.reference import Examples, graph_memory
+from xfm_fast.models.xfm import XFM
+
+Quantisation = Literal["int8", "fp8"]
+QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
+
+_TEXTS_AT_ONCE = 16
+
+
+def check_quantisation(kind: str, dtype: DType) -> Quantisation:
+    """See that graphs of a type can be quantised here, before one is exported.
+
+    Args:
+        kind: int8 or fp8.
+        dtype: what is not quantised is computed in.
+
+    Raises:
+        UnavailableError: an unknown kind, or the package that it needs is not installed; says which.
+    """
+    if kind not in QUANTISATIONS:
+        raise UnavailableError(f"quantisation {kind!r} is unknown; choose from {', '.join(QUANTISATIONS)}")
+    if _by_onnxruntime(kind, dtype):
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise UnavailableError("int8 needs onnxruntime, which is not installed; pip install 'xfm-fast[export]'")
+    elif importlib.util.find_spec("modelopt") is None:
+        other = " or use --quantize int8 with --dtype fp16" if kind == "fp8" else " or use --dtype fp16"
+        raise UnavailableError(
+            f"{kind} in {dtype} graphs needs modelopt, which is not installed; pip install 'nvidia-modelopt[onnx]',"
+            f"{other}, which needs onnxruntime alone"
+        )
+    return kind
+
+
+def quantising(model: XFM, examples: Examples, kind: Quantisation, dtype: DType) -> Rewrite:
+    """A rewrite of graphs for `engines.export_engines`.
+
+    Args:
+        model: that is exported; it computes what the later graphs are given.
+        examples: images and texts to calibrate on.
+        kind: int8 or fp8.
+        dtype: of the graphs.
+
+    Raises:
+        UnavailableError: see `check_quantisation`.
+    """
+    check_quantisation(kind, dtype)
+
+    def rewrite(record: GraphRecord, path: Path) -> None:
+        feeds = calibration_inputs(model, record, examples, dtype)
+        try:
+            if _by_onnxruntime(kind, dtype):
+                _with_onnxruntime(path, feeds)
+            else:
+                _with_modelopt(path, feeds, kind, dtype)
+        except (UnavailableError, OSError):
+            raise
+        except Exception as error:  # of the quantiser, which has no errors of its own
+            raise ExportError(
+                f"graph {record.name!r} could not be quantised to {kind} ({' '.join(str(error).split())[:300]}); build "
+                "it without --quantize"
+            ) from error
+
+    return rewrite
+
+
+@torch.no_grad()
+def calibration_inputs(
+    model: XFM, record: GraphRecord, examples: Examples, dtype: DType
+) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs of a graph, one image at a time: every image, and with it or after it all texts.
+
+    Yields:
+        Arrays by the names of the graph's inputs, in its types; bf16 comes as fp32.
+    """
+    floating = torch.float32 if dtype == "bf16" else DTYPES[dtype]
+    texts = [slice(first, first + _TEXTS_AT_ONCE) for first in range(0, len(examples.input_ids), _TEXTS_AT_ONCE)]
+
+    def arrays(**tensors: torch.Tensor) -> dict[str, np.ndarray]:
+        wanted = {tensor.name for tensor in record.inputs}
+        assert wanted == set(tensors), (wanted, set(tensors))
+        return {name: (t.to(floating) if t.is_floating_point() else t.long()).numpy() for name, t in tensors.items()}
+
+    if record.name == "text":
+        for part in texts:
+            yield arrays(input_ids=examples.input_ids[part], attention_mask=examples.attention_mask[part])
+        return
+    for number in range(len(examples.pixels)):
+        pixels = examples.pixels[number : number + 1]
+        if record.name == "vision":
+            yield arrays(pixels=pixels)
+            continue
+        if record.name == "match":
+            for part in texts:
+                ids, mask = examples.input_ids[part][None], examples.attention_mask[part][None]
+                yield arrays(pixels=pixels, input_ids=ids, attention_mask=mask)
+            continue
+        embeds = model.encode_image(pixels.to(model.dtype))
+        if record.name == "image_memory":
+            yield arrays(image_embeds=embeds)
+            continue
+        memory = graph_memory(model.image_memory(embeds))
+        for part in texts:
+            mask = examples.attention_mask[part]
+            embedded = model.encode_text(examples.input_ids[part], mask)
+            yield arrays(text_embeds=embedded[None], attention_mask=mask[None], memory=memory)
+
+
+def _by_onnxruntime(kind: str, dtype: DType) -> bool:
+    return kind == "int8" and dtype != "bf16"
+
+
+def _with_onnxruntime(path: Path, feeds: Iterator[dict[str, np.ndarray]]) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
+    from onnxruntime.quantization import quantize_static as quantize
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> Any:
+            return next(feeds, None)
+
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet():
+        made = Path(scratch) / path.name
+        quantize(
+            str(path),
+            str(made),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={
+                # TensorRT has symmetric scales only, int32 in no dequantisation, and wants outputs left as they are.
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "MatMulConstBOnly": True,
+                "QuantizeBias": False,
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            },
+        )
+        made.replace(path)
+
+
+def _with_modelopt(path: Path, feeds: Iterator[dict[str, np.ndarray]], kind: Quantisation, dtype: DType) -> None:
+    """NVIDIA's quantiser; it calibrates on all inputs stacked, so those of one shape are given."""
+    from modelopt.onnx.quantization import quantize  # pyright: ignore[reportMissingImports]
+
+    all_feeds = list(feeds)
+    alike = [feed for feed in all_feeds if all(feed[n].shape == a.shape for n, a in all_feeds[0].items())]
+    stacked = {name: np.concatenate([feed[name] for feed in alike]) for name in alike[0]}
+    quantize(
+        str(path),
+        quantize_mode=kind,
+        calibration_data=stacked,
+        calibration_method="max",
+        op_types_to_quantize=["MatMul"],
+        high_precision_dtype=dtype,
+        output_path=str(path),
+    )
+
+
+class _quiet:
+    """Without advice to run a pre-processing that our graphs do not need."""
+
+    def __enter__(self) -> None:
+        self._level = logging.root.level
+        logging.root.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.root.setLevel(self._level)

@@ -1,0 +1,139 @@
+"""8-bit engines: which inputs calibrate a graph, where the nodes go, and that the result builds and stays close."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.export import engines, quantisation
+from xfm_fast.export.engine_library import EngineOptions, load_library
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.reference import Examples, generated_examples
+from xfm_fast.models.xfm import XFM
+
+
+@pytest.fixture
+def examples(small_model: XFM) -> Examples:
+    return generated_examples(small_model.config, images=2, texts=20, longest=12)
+
+
+@pytest.mark.parametrize("name", ["vision", "text", "image_memory", "fusion", "match"])
+def test_inputs_of_calibration(small_model: XFM, examples: Examples, exported_fp16: Path, name: str) -> None:
+    record = Manifest.load(exported_fp16, check_files=False).graph(name)
+    feeds = list(quantisation.calibration_inputs(small_model, record, examples, "fp16"))
+    images, texts = len(examples.pixels), 2  # 20 texts, 16 at once
+    assert len(feeds) == {"text": texts, "vision": images, "image_memory": images}.get(name, images * texts)
+    for feed in feeds:
+        for tensor in record.inputs:
+            array = feed[tensor.name]
+            assert str(array.dtype) == tensor.dtype
+            assert len(array.shape) == len(tensor.dims)
+            fixed = [(size, dim) for size, dim in zip(array.shape, tensor.dims, strict=True) if isinstance(dim, int)]
+            assert all(size == dim for size, dim in fixed)
+    if name == "fusion":
+        memories = {feed["memory"].tobytes() for feed in feeds}
+        assert len(memories) == images
+
+
+@pytest.fixture
+def quantised(small_model: XFM, examples: Examples, exported_fp16: Path, tmp_path: Path) -> Path:
+    pytest.importorskip("onnxruntime")
+    record = Manifest.load(exported_fp16, check_files=False).graph("fusion")
+    path = tmp_path / "fusion.onnx"
+    shutil.copy(exported_fp16 / "fusion.onnx", path)
+    quantisation.quantising(small_model, examples, "int8", "fp16")(record, path)
+    return path
+
+
+def test_int8_products_stay_close(small_model: XFM, examples: Examples, exported_fp16: Path, quantised: Path) -> None:
+    import onnx
+    import onnxruntime as ort
+
+    assert [file.name for file in quantised.parent.iterdir()] == ["fusion.onnx"]
+    graph = onnx.load(quantised).graph
+    count = Counter(node.op_type for node in graph.node)
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    dequantised = {output for node in graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    assert products
+    assert all(set(node.input) <= dequantised for node in products)
+    assert count["QuantizeLinear"] < count["DequantizeLinear"]  # weights are stored in 8 bits
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            assert types.get(node.input[0], onnx.TensorProto.INT8) == onnx.TensorProto.INT8
+    record = Manifest.load(exported_fp16, check_files=False).graph("fusion")
+    feed = next(quantisation.calibration_inputs(small_model, record, examples, "fp16"))
+    found, expected = (
+        torch.from_numpy(ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["fused"], feed)[0]).float()
+        for path in (quantised, exported_fp16 / "fusion.onnx")
+    )
+    similar = torch.cosine_similarity(found, expected, dim=-1)
+    assert 0.97 < similar.min() < 1
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_int8_engine(quantised: Path, exported_fp16: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    record = Manifest.load(exported_fp16, check_files=False).graph("fusion")
+    library = load_library("tensorrt-rtx")
+    options = EngineOptions(targets=(80, 89, 120))
+    built = engines.build_engine(
+        library, quantised, tmp_path / "int8.engine", options, library.check(options, "int8"),
+        engines.graph_profiles(record, engines.DEFAULT_PROFILES),
+    )  # fmt: skip
+    engines.check_engine_file(built.path, library, expected_bytes=built.bytes)
+
+
+def test_what_cannot_be_quantised_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    missing = {"modelopt"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name))
+    assert quantisation.check_quantisation("int8", "fp16") == "int8"
+    for kind, dtype, message in (
+        ("int4", "fp16", "choose from int8, fp8"),
+        ("fp8", "fp16", r"pip install 'nvidia-modelopt\[onnx\]', or use --quantize int8 with --dtype fp16"),
+        ("int8", "bf16", "or use --dtype fp16"),
+    ):
+        with pytest.raises(UnavailableError, match=message):
+            quantisation.check_quantisation(kind, dtype)  # pyright: ignore[reportArgumentType]
+    missing.add("onnxruntime")
+    with pytest.raises(UnavailableError, match=r"pip install 'xfm-fast\[export\]'"):
+        quantisation.check_quantisation("int8", "fp16")
+
+
+def test_modelopt_is_given_the_users_images(
+    small_model: XFM, examples: Examples, exported_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for modelopt, which this checks no further than its documented arguments."""
+    given: dict[str, Any] = {}
+    module: Any = ModuleType("modelopt.onnx.quantization")
+    module.quantize = lambda path, **options: given.update(options, path=path)
+    for name in ("modelopt", "modelopt.onnx"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    record = Manifest.load(exported_fp16, check_files=False).graph("vision")
+    path = tmp_path / "vision.onnx"
+    rewrite = quantisation.quantising(small_model, examples, "fp8", "bf16")
+    rewrite(record, path)
+    assert (given["path"], given["output_path"], given["quantize_mode"]) == (str(path), str(path), "fp8")
+    assert given["high_precision_dtype"] == "bf16"
+    np.testing.assert_array_equal(given["calibration_data"]["pixels"], examples.pixels.numpy())
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("unsupported\nmodel")
+
+    module.quantize = broken
+    with pytest.raises(ExportError, match=r"graph 'vision' could not be quantised to fp8 \(unsupported model\)"):
+        rewrite(record, path)
