@@ -1,0 +1,382 @@
+"""`manifest.json`: what an export consists of, what it was made from, and whether it was found to agree with the model.
+
+Loading a manifest compares it with the files beside it, so that a truncated engine or an edited graph is named before
+anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xfm_fast import __version__
+from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import ExportError, StorageError
+from xfm_fast.export.attention import AttentionForm
+from xfm_fast.export.consumers import Consumer, DType
+from xfm_fast.export.graphs import GraphName
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+Status = Literal["verified", "failed", "unverified"]
+Kind = Literal["onnx", "tensorrt", "tensorrt-rtx", "aoti"]
+
+_CHUNK = 1 << 22
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FileRecord(_Record):
+    """A file of the export, by its name in the folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class AxisRecord(_Record):
+    """The sizes that a dynamic dimension may take."""
+
+    least: int = 1
+    most: int | None = None
+
+
+class TensorRecord(_Record):
+    """An input or output. A dimension is a number or the name of an axis of the graph."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    dims: list[int | str]
+
+
+class ProfileRecord(_Record):
+    """An optimisation profile of an engine: for every input the least, the best and the greatest shape."""
+
+    name: str
+    least: dict[str, list[int]]
+    best: dict[str, list[int]]
+    most: dict[str, list[int]]
+
+
+class GraphRecord(_Record):
+    """One graph: its file, and how it is called."""
+
+    name: GraphName
+    file: str
+    files: list[str] = Field(description="the file and what lies beside it, such as external weights")
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    axes: dict[str, AxisRecord]
+    build_seconds: float
+    profiles: list[ProfileRecord] = []
+
+
+class EngineTarget(_Record):
+    """Where engines run: they are bound to the library that built them and to the architectures it built for.
+
+    Attributes:
+        library: `tensorrt` or `tensorrt-rtx`.
+        version: of that library.
+        compute_capabilities: such as 89 for SM89.
+        version_compatible: whether later versions of the library run the engine too.
+        hardware_compatibility: of TensorRT, such as `ampere_plus`; None when bound to one architecture.
+    """
+
+    library: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    compute_capabilities: list[int]
+    version_compatible: bool = False
+    hardware_compatibility: str | None = None
+
+
+class Check(_Record):
+    """An output of a graph against the model, over all shapes that were run."""
+
+    graph: GraphName
+    output: str
+    shapes: list[list[int]]
+    max_error: float | None
+    mean_error: float | None
+    allowed: float
+    cosine: float | None = None
+    least_cosine: float | None = None
+    passed: bool
+
+
+class RankCheck(_Record):
+    """Whether re-ranking puts the candidates in the same order; `agreement.rank_agreement` defines the figures."""
+
+    graph: GraphName
+    candidates: int
+    agreement: float
+    identical: float
+    tie: float
+    least: float
+    passed: bool
+
+
+class VerificationRecord(_Record):
+    """How the export was compared with the model, and what came of it."""
+
+    runtime: str
+    examples: str
+    seconds: float
+    checks: list[Check]
+    ranks: list[RankCheck]
+
+
+class Manifest(_Record):
+    """An export. `load` reads one and compares it with the files; `save` writes it.
+
+    Attributes:
+        format: of the manifest itself.
+        kind: of the files.
+        source: where the weights come from, in words.
+        weights_sha256: of names and values of the parameters that were exported.
+        fixed: axes that have one size in every graph.
+        status: `verified` or `failed` once compared with the model; `reason` says more.
+        versions: of the packages that took part.
+        examples: what the reference was made from, in words.
+    """
+
+    format: int = FORMAT_VERSION
+    kind: Kind = "onnx"
+    created: str
+    xfm_fast: str
+    commit: str | None
+    source: str
+    weights_sha256: str
+    tokenizer_sha256: str | None
+    config: dict[str, Any]
+    dtype: DType
+    consumer: Consumer
+    opset: int
+    attention: AttentionForm
+    all_tokens: bool
+    fixed: dict[str, int]
+    versions: dict[str, str]
+    graphs: list[GraphRecord]
+    files: list[FileRecord]
+    target: EngineTarget | None = None
+    options: dict[str, Any] = Field(default={}, description="of the builder, as they were given")
+    status: Status = "unverified"
+    reason: str = ""
+    examples: str = ""
+    verification: VerificationRecord | None = None
+
+    @property
+    def xfm_config(self) -> XFMConfig:
+        """Sizes of the exported model."""
+        return XFMConfig(**self.config)
+
+    @property
+    def graph_names(self) -> tuple[GraphName, ...]:
+        return tuple(graph.name for graph in self.graphs)
+
+    def graph(self, name: str) -> GraphRecord:
+        """The record of a graph.
+
+        Raises:
+            ExportError: it was not exported.
+        """
+        for graph in self.graphs:
+            if graph.name == name:
+                return graph
+        raise ExportError(
+            f"graph {name!r} is not in this export (it has: {', '.join(self.graph_names) or 'none'}); export it with "
+            "--graphs"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json`, whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        content = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
+
+        def write(file: BinaryIO) -> None:
+            file.write(content)
+
+        write_files({folder / MANIFEST_FILE: write})
+
+    @classmethod
+    def load(cls, folder: str | Path, *, check_files: bool = True) -> Self:
+        """Read the manifest of an export and compare it with the files.
+
+        Args:
+            folder: of the export.
+            check_files: compare sizes and checksums too, which reads every file once.
+
+        Raises:
+            ExportError: there is no manifest, a later version wrote it, or it does not match the files; every file
+                that is missing, truncated or edited is named.
+        """
+        manifest = cls._read(Path(folder))
+        if check_files:
+            problems = list(mismatches(Path(folder), manifest.files))
+            if problems:
+                raise ExportError(
+                    f"{folder} is not what {MANIFEST_FILE} describes: {'; '.join(problems)}; copy the folder again or "
+                    "export again"
+                )
+        return manifest
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        path = folder / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ExportError(f"{folder} has no {MANIFEST_FILE}; give the folder of a finished export") from None
+        except OSError as error:
+            raise ExportError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
+        except ValueError as error:
+            raise ExportError(f"{path} is damaged ({error}); copy the folder again or export again") from None
+        written = content.get("format") if isinstance(content, dict) else None
+        if type(written) is not int:
+            raise ExportError(f"{path} is no manifest of xfm-fast (it has no format number); export again")
+        if written != FORMAT_VERSION:
+            by = content.get("xfm_fast", "an unknown version")
+            remedy = "upgrade xfm-fast" if written > FORMAT_VERSION else "export again"
+            raise ExportError(
+                f"{path} has format {written}, written by xfm-fast {by}; this version ({__version__}) reads format "
+                f"{FORMAT_VERSION}: {remedy}"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ExportError(f"{path} is damaged at {where} ({first['msg']}); export again") from None
+
+    def require_target(self, *, library_version: str, compute_capability: int | None) -> None:
+        """Compare an engine's target with this machine.
+
+        Args:
+            library_version: of the TensorRT that is installed.
+            compute_capability: of the GPU, such as 89; None leaves it out.
+
+        Raises:
+            ExportError: names what the engines were built for, what is here, and the remedy.
+        """
+        target = self.target
+        if target is None:
+            return
+        again = f"xfm-fast export {target.library}"
+        older = _numbers(library_version) < _numbers(target.version)
+        if library_version != target.version and (older or not target.version_compatible):
+            raise ExportError(
+                f"these engines were built by {target.library} {target.version} and this machine has "
+                f"{library_version}; install {target.library}=={target.version} or build again with {again}"
+            )
+        if compute_capability is None or compute_capability in target.compute_capabilities:
+            return
+        ampere_plus = target.hardware_compatibility == "ampere_plus" and compute_capability >= 80
+        if not ampere_plus:
+            built = ", ".join(f"SM{number}" for number in target.compute_capabilities)
+            raise ExportError(
+                f"these engines were built for {built} and this GPU is SM{compute_capability}; build for it with "
+                f"{again} --sm {compute_capability}"
+            )
+
+
+def new_manifest(**fields: Any) -> Manifest:
+    """A manifest with the time, version and commit of now."""
+    return Manifest(
+        created=datetime.now(UTC).isoformat(timespec="seconds"), xfm_fast=__version__, commit=commit(), **fields
+    )
+
+
+def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
+    """What differs between the records and the files, one phrase a file. Checksums are read only where sizes agree."""
+    for record in files:
+        path = folder / record.name
+        try:
+            if Path(record.name).name != record.name:
+                yield f"{record.name} is no file of this folder"
+                continue
+            size = path.stat().st_size
+            if size < record.bytes:
+                yield f"{record.name} is truncated ({size:,} of {record.bytes:,} bytes)"
+            elif size > record.bytes:
+                yield f"{record.name} was edited ({size:,} bytes instead of {record.bytes:,})"
+            elif sha256(path) != record.sha256:
+                yield f"{record.name} was edited (its size is right, its sha256 differs)"
+        except FileNotFoundError:
+            yield f"{record.name} is missing"
+        except OSError as error:
+            yield f"{record.name} cannot be read ({error.strerror or error})"
+
+
+def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
+    """Records of files in the folder, in alphabetical order, each name once.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    records = []
+    for name in sorted(set(names)):
+        path = folder / name
+        try:
+            records.append(FileRecord(name=name, bytes=path.stat().st_size, sha256=sha256(path)))
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read back ({error.strerror or error}); export again") from error
+    return records
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Installed versions of packages, those that are not installed left out."""
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout that xfm-fast runs from, `+` behind it where files were changed; None elsewhere."""
+    folder = Path(__file__).resolve().parent
+    try:
+        # An installed package may lie inside somebody else's repository, which does not track it.
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))

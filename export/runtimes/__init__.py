@@ -1,0 +1,131 @@
+"""What runs exported graphs: one module for each library, all with torch tensors in and out.
+
+The modules are not named like the packages that they import, so that neither can be mistaken for the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.export.manifest import GraphRecord, Manifest
+from xfm_fast.export.shape_slots import Slot
+
+RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+
+Precision = Literal["fp32", "bf16"]
+"""In which type OpenVINO computes an fp32 graph; bf16 trades digits for speed on processors that have it."""
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
+
+_MODULES: dict[RuntimeName, str] = {
+    "onnxruntime": "onnx_sessions",
+    "openvino": "openvino_models",
+    "tensorrt-rtx": "tensorrt_engines",
+    "tensorrt": "tensorrt_engines",
+}
+
+
+class LoadedGraph(Protocol):
+    """A graph that is ready to run."""
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """All outputs by name.
+
+        Args:
+            inputs: contiguous, of the graph's types, on the runtime's device.
+            slot: that takes them.
+            sizes: of the axes, which decide the shapes of the outputs.
+        """
+        ...
+
+
+class Runtime(Protocol):
+    """A library on a device.
+
+    Attributes:
+        description: of library, version and device.
+        device: of the tensors that go in and come out.
+        enqueues: whether calls return before the results are there, as on a GPU.
+    """
+
+    description: str
+    device: torch.device
+    enqueues: bool
+
+    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+        """Read a graph.
+
+        Raises:
+            ExportError: the library cannot load it.
+        """
+        ...
+
+
+def choose_runtime(manifest: Manifest) -> RuntimeName:
+    """The runtime of an export: that of its engines, or for ONNX files the one that they were written for.
+
+    Raises:
+        UnavailableError: nothing here runs exports of this kind.
+    """
+    if manifest.kind == "tensorrt" or manifest.kind == "tensorrt-rtx":
+        return manifest.kind
+    if manifest.kind != "onnx":
+        raise UnavailableError(
+            f"an export to {manifest.kind} is no matter of sessions, which run {', '.join(RUNTIMES)}"
+        )
+    preferred: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
+    if manifest.consumer == "openvino":
+        preferred = ("openvino", "onnxruntime")
+    installed = [name for name in preferred if importlib.util.find_spec(name) is not None]
+    return installed[0] if installed else preferred[0]
+
+
+def open_runtime(
+    name: str, manifest: Manifest, device: torch.device | str | None, precision: Precision | None
+) -> Runtime:
+    """A runtime for an export.
+
+    Args:
+        name: one of `RUNTIMES`.
+        manifest: of the export.
+        device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
+        precision: of OpenVINO.
+
+    Raises:
+        UnavailableError: the runtime is unknown or not installed, or lacks the device, type or precision.
+        ExportError: the export is of another kind, or its engines are for another version or GPU.
+    """
+    if name not in _MODULES:
+        raise UnavailableError(f"runtime {name!r} is unknown; choose from auto, {', '.join(RUNTIMES)}")
+    kind = "onnx" if name in ("onnxruntime", "openvino") else name
+    if manifest.kind != kind:
+        raise ExportError(
+            f"runtime {name!r} runs {kind} and this export holds {manifest.kind}; load it with runtime='auto', or "
+            f"export again with xfm-fast export {kind}"
+        )
+    if precision is not None and name != "openvino":
+        raise UnavailableError(f"precision={precision!r} is a matter of OpenVINO; {name} computes in the export's type")
+    module = importlib.import_module(f"xfm_fast.export.runtimes.{_MODULES[name]}")
+    return module.open_runtime(name, manifest, None if device is None else torch.device(device), precision)
+
+
+def empty_outputs(record: GraphRecord, shapes: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:
+    """Memory for the outputs of a graph, which the runtime writes into."""
+    return {
+        output.name: torch.empty(shapes[output.name], dtype=TORCH_DTYPES[output.dtype], device=device)
+        for output in record.outputs
+    }

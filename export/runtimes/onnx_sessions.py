@@ -1,0 +1,123 @@
+"""ONNX Runtime, on the CPU or through its CUDA provider.
+
+Inputs and outputs are bound where they lie: the runtime reads and writes the memory of torch tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.export.manifest import GraphRecord, Manifest
+from xfm_fast.export.runtimes import Precision, empty_outputs
+from xfm_fast.export.shape_slots import Slot, output_shapes
+
+# Element types of ONNX, which has one more than NumPy: bfloat16.
+_ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+
+
+def open_runtime(
+    name: str, manifest: Manifest, device: torch.device | None, precision: Precision | None
+) -> OnnxSessions:
+    """See `runtimes.open_runtime`."""
+    return OnnxSessions(manifest, device)
+
+
+class OnnxSessions:
+    """A `Runtime`. Its graphs may be run by several threads at the same time."""
+
+    def __init__(self, manifest: Manifest, device: torch.device | None) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UnavailableError("onnxruntime is not installed; pip install 'xfm-fast[export]'") from None
+        self._library: Any = onnxruntime
+        self.device = self._device(device)
+        self.enqueues = False
+        self.description = f"onnxruntime {onnxruntime.__version__}, {self.device.type.upper()}"
+        if manifest.dtype == "bf16" and self.device.type == "cpu":
+            raise UnavailableError(
+                "ONNX Runtime has no bf16 kernels for the CPU; export with --dtype fp32, or load on device='cuda'"
+            )
+
+    def _device(self, wanted: torch.device | None) -> torch.device:
+        provided = "CUDAExecutionProvider" in self._library.get_available_providers()
+        if wanted is None:
+            return torch.device("cuda:0" if provided and torch.cuda.is_available() else "cpu")
+        if wanted.type == "cpu":
+            return wanted
+        if wanted.type != "cuda":
+            raise UnavailableError(f"ONNX Runtime is used on cpu or cuda here, not on {wanted}")
+        if not provided or not torch.cuda.is_available():
+            lacking = "PyTorch finds no GPU" if provided else "this onnxruntime has no CUDA provider"
+            raise UnavailableError(
+                f"device {wanted} cannot be used: {lacking}; pip install onnxruntime-gpu, or use cpu"
+            )
+        return torch.device("cuda", wanted.index or 0)
+
+    def load(self, record: GraphRecord, path: Path) -> _OnnxGraph:
+        """See `Runtime.load`."""
+        try:
+            session = self._library.InferenceSession(str(path), self._options(record), providers=self._providers())
+        except Exception as error:  # the library's own classes, which share no public base
+            raise ExportError(
+                f"{self.description} does not load {path.name} ({_first_line(error)}); export it with --for "
+                "onnxruntime, or upgrade onnxruntime"
+            ) from error
+        return _OnnxGraph(session, record, self.device, self.description)
+
+    def _providers(self) -> list[Any]:
+        if self.device.type == "cpu":
+            return ["CPUExecutionProvider"]
+        return [("CUDAExecutionProvider", {"device_id": self.device.index}), "CPUExecutionProvider"]
+
+    def _options(self, record: GraphRecord) -> Any:
+        options = self._library.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_ENABLE_ALL
+        # As many threads as PyTorch, which knows of containers and OMP_NUM_THREADS.
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Every graph has threads of its own. They may spin between the operators of a run, but not after it, when the
+        # next graph needs the cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # A plan of the memory is kept for every combination of input shapes, and with dynamic ones these are many.
+        options.enable_mem_pattern = not record.axes
+        return options
+
+
+class _OnnxGraph:
+    """A `LoadedGraph`."""
+
+    def __init__(self, session: Any, record: GraphRecord, device: torch.device, description: str) -> None:
+        self._session, self._record, self._device, self._description = session, record, device, description
+        self._types = {tensor.name: _ELEMENT_TYPES[tensor.dtype] for tensor in (*record.inputs, *record.outputs)}
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
+        binding = self._session.io_binding()
+        where = (self._device.type, self._device.index or 0)
+        for name, value in inputs.items():
+            binding.bind_input(name, *where, self._types[name], [*value.shape], value.data_ptr())
+        for name, value in outputs.items():
+            binding.bind_output(name, *where, self._types[name], [*value.shape], value.data_ptr())
+        if self._device.type == "cuda":
+            # The provider runs on a stream of its own, which knows nothing of what PyTorch has still to finish.
+            torch.cuda.current_stream(self._device).synchronize()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
+            raise ExportError(
+                f"{self._description} failed in graph {self._record.name!r} on {shapes} ({_first_line(error)}); try "
+                "smaller batches"
+            ) from error
+        return outputs
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,93 @@
+"""OpenVINO on the CPU. Its tensors are views of the memory of torch tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.export.manifest import GraphRecord, Manifest
+from xfm_fast.export.runtimes import Precision, empty_outputs
+from xfm_fast.export.shape_slots import Slot, output_shapes
+
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def open_runtime(
+    name: str, manifest: Manifest, device: torch.device | None, precision: Precision | None
+) -> OpenVinoModels:
+    """See `runtimes.open_runtime`."""
+    return OpenVinoModels(manifest, device, precision)
+
+
+class OpenVinoModels:
+    """A `Runtime`. Calls of one graph by several threads follow each other."""
+
+    def __init__(self, manifest: Manifest, device: torch.device | None, precision: Precision | None) -> None:
+        try:
+            import openvino
+        except ImportError:
+            raise UnavailableError("openvino is not installed; pip install 'xfm-fast[openvino]'") from None
+        if device is not None and device.type != "cpu":
+            raise UnavailableError(f"OpenVINO is used on the CPU here, not on {device}; use device='cpu'")
+        if manifest.dtype == "bf16":
+            raise UnavailableError(
+                "OpenVINO reads no bf16 tensors from NumPy; export with --dtype fp32 and load with precision='bf16'"
+            )
+        if precision is not None and precision not in _HINTS:
+            raise UnavailableError(f"precision {precision!r} is unknown; choose from {', '.join(_HINTS)}")
+        self._library: Any = openvino
+        self._core: Any = openvino.Core()
+        capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in capabilities:
+            raise UnavailableError("this processor has no bf16 arithmetic; leave out precision='bf16'")
+        self._precision = precision or "fp32"
+        self.device = torch.device("cpu")
+        self.enqueues = False
+        self.description = f"openvino {openvino.__version__.split('-')[0]}, CPU, {self._precision}"
+
+    def load(self, record: GraphRecord, path: Path) -> _OpenVinoGraph:
+        """See `Runtime.load`."""
+        options = {
+            # The default is whatever is fastest, which on a processor with bf16 is not what was exported.
+            "INFERENCE_PRECISION_HINT": _HINTS[self._precision],
+            "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        try:
+            compiled = self._core.compile_model(str(path), "CPU", options)
+        except Exception as error:
+            raise ExportError(
+                f"{self.description} does not load {path.name} ({' '.join(str(error).split())[:300]}); export it with "
+                "--for openvino"
+            ) from error
+        return _OpenVinoGraph(self._library, compiled, record, self.description)
+
+
+class _OpenVinoGraph:
+    """A `LoadedGraph`."""
+
+    def __init__(self, library: Any, compiled: Any, record: GraphRecord, description: str) -> None:
+        self._library, self._record, self._description = library, record, description
+        self._request: Any = compiled.create_infer_request()
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        outputs = empty_outputs(self._record, output_shapes(self._record, sizes), torch.device("cpu"))
+        with self._lock:
+            for name, value in {**inputs, **outputs}.items():
+                self._request.set_tensor(name, self._library.Tensor(value.numpy(), shared_memory=True))
+            try:
+                self._request.infer()
+            except Exception as error:
+                shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
+                raise ExportError(
+                    f"{self._description} failed in graph {self._record.name!r} on {shapes} "
+                    f"({' '.join(str(error).split())[:300]}); try smaller batches"
+                ) from error
+        return outputs

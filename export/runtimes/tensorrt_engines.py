@@ -1,0 +1,286 @@
+"""TensorRT and TensorRT for RTX: engines that read and write torch tensors where they lie.
+
+Every profile has an execution context of its own, because switching profiles is slow. Shapes that an engine was tuned
+for with a single size of the batch are captured as CUDA graphs, again with contexts of their own: a captured graph
+keeps pointing at the state of the context that it was captured from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.errors import ExportError, StorageError, UnavailableError
+from xfm_fast.export.engine_library import Library, load_library, local_capability
+from xfm_fast.export.engines import check_engine_file
+from xfm_fast.export.manifest import GraphRecord, Manifest
+from xfm_fast.export.runtimes import TORCH_DTYPES, Precision, empty_outputs
+from xfm_fast.export.shape_slots import Slot, axes_of, graph_slots, output_shapes
+
+# Engines expect this of every address; views into a batch may start elsewhere.
+_ALIGNMENT = 256
+
+_log = logging.getLogger(__name__)
+
+
+def open_runtime(
+    name: str, manifest: Manifest, device: torch.device | None, precision: Precision | None
+) -> TensorRTEngines:
+    """See `runtimes.open_runtime`."""
+    library = load_library(name)  # pyright: ignore[reportArgumentType]
+    # A wrong version shows on a machine without a GPU too.
+    manifest.require_target(library_version=library.version, compute_capability=None)
+    if device is not None and device.type != "cuda":
+        raise UnavailableError(f"{library.label} runs on NVIDIA GPUs, not on {device}; use device='cuda'")
+    capability = local_capability()
+    if capability is None:
+        raise UnavailableError(
+            f"{library.label} needs an NVIDIA GPU and PyTorch finds none here; export to ONNX for this machine: "
+            "xfm-fast export onnx"
+        )
+    manifest.require_target(library_version=library.version, compute_capability=capability)
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    return TensorRTEngines(library, manifest, torch.device("cuda", index), torch.cuda)
+
+
+class TensorRTEngines:
+    """A `Runtime`. Calls of one graph by several threads follow each other.
+
+    Args:
+        library: TensorRT, or TensorRT for RTX.
+        manifest: of the export.
+        device: of the tensors.
+        cuda: `torch.cuda`, or what takes its place without a GPU.
+    """
+
+    def __init__(self, library: Library, manifest: Manifest, device: torch.device, cuda: Any) -> None:
+        self.library, self.manifest, self.device, self.cuda = library, manifest, device, cuda
+        self.enqueues = True
+        self.description = f"{library.consumer} {library.version}, {cuda.get_device_name(device)}"
+        self.errors: list[str] = []
+        # The runtime keeps no reference to it.
+        self._logger = _logger(library.trt, self.errors)
+        self._runtime: Any = library.trt.Runtime(self._logger)
+        if manifest.target is not None and manifest.target.version_compatible:
+            # Such an engine carries the runtime of the version that built it.
+            self._runtime.engine_host_code_allowed = True
+
+    def load(self, record: GraphRecord, path: Path) -> _Engine:
+        """See `Runtime.load`."""
+        sizes = {file.name: file.bytes for file in self.manifest.files}
+        check_engine_file(path, self.library, expected_bytes=sizes.get(path.name))
+        self.errors.clear()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ExportError(f"engine {path} cannot be read ({error.strerror or error})") from None
+        engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise ExportError(
+                f"{self.library.label} {self.library.version} does not load {path.name} ({said(self.errors)}); build "
+                f"it on this machine with xfm-fast export {self.library.consumer}"
+            )
+        return _Engine(self, engine, record, path)
+
+
+class _Engine:
+    """A `LoadedGraph`: a context for each profile, and CUDA graphs of the shapes that deserve one."""
+
+    def __init__(self, runtime: TensorRTEngines, engine: Any, record: GraphRecord, path: Path) -> None:
+        self._runtime, self._engine, self._record = runtime, engine, record
+        self._cuda, self._device = runtime.cuda, runtime.device
+        self._lock = threading.Lock()
+        # The legacy default stream would make every launch wait. One stream for all also keeps launches of a context
+        # in order, whichever stream their callers are on.
+        self._stream: Any = self._cuda.Stream(self._device)
+        self._kernels = _KernelCache(runtime.library, engine, path, self._cuda.get_device_capability(self._device))
+        slots = graph_slots(record)
+        self._contexts = [self._context(slot.number) for slot in slots]
+        self._captured: dict[tuple[int, tuple[tuple[str, int], ...]], _Captured] = {}
+        for slot in slots:
+            self._capture(slot)
+        self._kernels.save()
+
+    @property
+    def activation_bytes(self) -> int:
+        """GPU memory of one context."""
+        return int(self._engine.device_memory_size_v2)
+
+    @property
+    def captured(self) -> int:
+        """Shapes that run as a CUDA graph."""
+        return len(self._captured)
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        with self._lock:
+            captured = self._captured.get(_key(slot, sizes))
+            if captured is not None:
+                return captured.replay(inputs)
+            outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
+            current = self._cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            self._enqueue(self._contexts[slot.number], {n: _aligned(value) for n, value in inputs.items()}, outputs)
+            current.wait_stream(self._stream)
+            return outputs
+
+    def _context(self, profile: int) -> Any:
+        context = self._kernels.context()
+        if context is None:
+            raise ExportError(
+                f"graph {self._record.name!r} needs {self.activation_bytes / 1e6:.0f} MB of GPU memory for profile "
+                f"{profile}, which are not free ({said(self._runtime.errors)}); build it with smaller profiles"
+            )
+        if self._record.profiles:
+            context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+        return context
+
+    def _enqueue(self, context: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        self._runtime.errors.clear()
+        accepted = True
+        for name, value in inputs.items():
+            accepted &= bool(context.set_input_shape(name, tuple(value.shape)))
+            accepted &= bool(context.set_tensor_address(name, value.data_ptr()))
+        for name, value in outputs.items():
+            accepted &= bool(context.set_tensor_address(name, value.data_ptr()))
+        if not accepted or not context.execute_async_v3(self._stream.cuda_stream):
+            shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
+            raise ExportError(
+                f"{self._runtime.description} failed in graph {self._record.name!r} on {shapes} "
+                f"({said(self._runtime.errors)})"
+            )
+
+    def _capture(self, slot: Slot) -> None:
+        """Record the shape that a slot is tuned for, if requests of that very shape are to be expected."""
+        if not slot.ranges["batch"].single or not all(size.best or size.single for size in slot.ranges.values()):
+            return
+        sizes = {axis: allowed.best or allowed.least for axis, allowed in slot.ranges.items()}
+        inputs = {}
+        for tensor in self._record.inputs:
+            axes = axes_of(tensor)
+            rest = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
+            shape = [*(sizes[axis] for axis in axes), *rest]
+            inputs[tensor.name] = torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype], device=self._device)
+        outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
+        context = self._context(slot.number)
+        self._stream.wait_stream(self._cuda.current_stream(self._device))
+        # The first run of a shape does work that cannot be recorded.
+        self._enqueue(context, inputs, outputs)
+        self._stream.synchronize()
+        capturable = getattr(context, "is_stream_capturable", None)
+        if capturable is not None and not capturable(self._stream.cuda_stream):
+            return
+        graph = self._cuda.CUDAGraph()
+        try:
+            with self._cuda.graph(graph, stream=self._stream):
+                self._enqueue(context, inputs, outputs)
+        except (RuntimeError, ExportError) as error:
+            _log.info("graph %r runs without a CUDA graph at %s: %s", self._record.name, sizes, error)
+            return
+        self._captured[_key(slot, sizes)] = _Captured(self._cuda, self._device, context, graph, inputs, outputs)
+
+
+class _Captured:
+    """A CUDA graph with the memory that it reads and writes."""
+
+    def __init__(
+        self,
+        cuda: Any,
+        device: torch.device,
+        context: Any,
+        graph: Any,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+    ) -> None:
+        self._cuda, self._device, self._graph = cuda, device, graph
+        # Kept alive: the graph points into it.
+        self._context = context
+        self._inputs, self._outputs = inputs, outputs
+        self._free: Any = None
+
+    def replay(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy in, run, copy out, on the caller's stream, after whoever used this memory last."""
+        stream = self._cuda.current_stream(self._device)
+        if self._free is not None:
+            stream.wait_event(self._free)
+        for name, value in self._inputs.items():
+            value.copy_(inputs[name], non_blocking=True)
+        self._graph.replay()
+        results = {name: value.clone() for name, value in self._outputs.items()}
+        self._free = self._cuda.Event()
+        self._free.record(stream)
+        return results
+
+
+class _KernelCache:
+    """Contexts of an engine; for RTX with the kernels that earlier loads on this GPU compiled, in a file beside it."""
+
+    def __init__(self, library: Library, engine: Any, path: Path, capability: tuple[int, int]) -> None:
+        self._engine = engine
+        self._config: Any = None
+        self._cache: Any = None
+        if not hasattr(engine, "create_runtime_config") or library.consumer != "tensorrt-rtx":
+            return
+        major, minor = capability
+        self._path = path.with_name(f"{path.stem}.sm{major}{minor}.{library.version}.kernels")
+        self._config = engine.create_runtime_config()
+        self._cache = self._config.create_runtime_cache()
+        with contextlib.suppress(OSError):
+            self._stored = self._path.read_bytes()
+            self._cache.deserialize(self._stored)
+        self._config.set_runtime_cache(self._cache)
+
+    def context(self) -> Any:
+        """A new context; None where memory is lacking."""
+        if self._config is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(self._config)
+
+    def save(self) -> None:
+        """Write what was compiled. A folder that cannot be written costs the next load its time, nothing else."""
+        if self._cache is None:
+            return
+        content = bytes(memoryview(self._cache.serialize()))
+        if content == getattr(self, "_stored", None):
+            return
+
+        def write(file: BinaryIO) -> None:
+            file.write(content)
+
+        with contextlib.suppress(StorageError):
+            write_files({self._path: write})
+
+
+def said(errors: list[str]) -> str:
+    """What the library says."""
+    return " ".join(errors[0].split()) if errors else "it gives no reason"
+
+
+def _key(slot: Slot, sizes: Mapping[str, int]) -> tuple[int, tuple[tuple[str, int], ...]]:
+    return slot.number, tuple(sorted(sizes.items()))
+
+
+def _aligned(value: Tensor) -> Tensor:
+    return value.clone() if value.data_ptr() % _ALIGNMENT else value
+
+
+def _logger(trt: Any, errors: list[str]) -> Any:
+    serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in serious:
+                errors.append(msg)
+            _log.debug("%s", msg)
+
+    return Logger()

@@ -1,0 +1,289 @@
+"""An export against the model that it was made from, over the range of shapes, before anybody calls it done.
+
+What runs the export is any object with `run`; what it is compared with is the reference that lies in the folder. The
+outcome goes into the manifest. Nothing is deleted where it is bad: the files are there to be looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.errors import UnavailableError
+from xfm_fast.export.agreement import EIGHT_BIT, THRESHOLDS, Findings, Threshold, rank_agreement
+from xfm_fast.export.consumers import DTYPES
+from xfm_fast.export.manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
+from xfm_fast.export.reference import (
+    LONGEST,
+    REFERENCE_FILE,
+    Examples,
+    Reference,
+    generated_examples,
+    make_reference,
+)
+from xfm_fast.models.xfm import XFM
+
+
+class Runner(Protocol):
+    """What runs the graphs of an export.
+
+    Attributes:
+        description: of library, version and device, for the manifest.
+    """
+
+    description: str
+
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """One graph: inputs by name in its types, outputs by name."""
+        ...
+
+
+def verify_export(
+    folder: str | Path, model: XFM, examples: Examples | None = None, runner: Runner | None = None
+) -> Manifest:
+    """End an export: write the model's own results into its folder, then `verify`.
+
+    Args:
+        folder: of an export whose manifest lists all other files.
+        model: that was exported.
+        examples: photographs and captions; generated ones by default.
+        runner: see `verify`.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder, check_files=False)
+    longest = manifest.fixed.get("length", LONGEST)
+    examples = generated_examples(model.config, longest=longest) if examples is None else examples
+    make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens).save(folder)
+    others = [record for record in manifest.files if record.name != REFERENCE_FILE]
+    manifest.files = [*others, *record_files(folder, [REFERENCE_FILE])]
+    manifest.examples = examples.origin
+    manifest.save(folder)
+    return verify(folder, runner, check_files=False)
+
+
+def verify(folder: str | Path, runner: Runner | None = None, *, check_files: bool = True) -> Manifest:
+    """Compare an export with the reference in its folder and write the outcome into its manifest.
+
+    Args:
+        folder: of the export.
+        runner: runs its graphs; by default ONNX Runtime, for exports to ONNX.
+        check_files: compare the files with the manifest first.
+
+    Returns:
+        The manifest as written: `verified`, `failed`, or `unverified` with the reason that no runtime of this machine
+        can run the export.
+
+    Raises:
+        ExportError: the folder is not what its manifest says, or has no reference.
+        StorageError: the manifest cannot be written.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder, check_files=check_files)
+    reference = Reference.load(folder)
+    started = time.perf_counter()
+    manifest.verification = None
+    try:
+        runner = default_runner(folder, manifest) if runner is None else runner
+        comparison = compare(manifest, reference, runner)
+    except UnavailableError as error:
+        manifest.status, manifest.reason = "unverified", str(error)
+        manifest.save(folder)
+        return manifest
+    checks, ranks = comparison
+    manifest.verification = VerificationRecord(
+        runtime=runner.description,
+        examples=manifest.examples,
+        seconds=round(time.perf_counter() - started, 3),
+        checks=checks,
+        ranks=ranks,
+    )
+    bad = [f"{check.graph} {check.output}" for check in checks if not check.passed]
+    bad += [f"ranks by {check.graph}" for check in ranks if not check.passed]
+    manifest.status = "failed" if bad else "verified"
+    manifest.reason = f"differs from the model: {', '.join(bad)}" if bad else ""
+    manifest.save(folder)
+    return manifest
+
+
+def default_runner(folder: Path, manifest: Manifest) -> Runner:
+    """ONNX Runtime for an export to ONNX.
+
+    Raises:
+        UnavailableError: it is not installed, cannot run the type on a CPU, or the export is of another kind.
+    """
+    if manifest.kind != "onnx":
+        raise UnavailableError(f"an export to {manifest.kind} needs its own runtime to be verified; none was given")
+    from xfm_fast.export.onnx_runner import OnnxRunner
+
+    return OnnxRunner(folder, manifest)
+
+
+def threshold_of(manifest: Manifest) -> Threshold:
+    """What an export must reach."""
+    return EIGHT_BIT if manifest.options.get("arithmetic") else THRESHOLDS[manifest.dtype]
+
+
+def compare(manifest: Manifest, reference: Reference, runner: Runner) -> tuple[list[Check], list[RankCheck]]:
+    """Run every graph over the range of its shapes and compare all outputs with the reference."""
+    threshold = threshold_of(manifest)
+    checks: list[Check] = []
+    ranks: list[RankCheck] = []
+    for record in manifest.graphs:
+        found = Findings(record.name)
+        for case in cases(record, manifest, reference):
+            _run(record, case, manifest, reference, runner, found)
+        for output in found.outputs:
+            checks.append(found.check(output, threshold, reference, manifest.dtype))
+        if found.scores is not None:
+            agreement = rank_agreement(found.scores, reference.tensors["scores"], threshold.ties(reference))
+            if agreement is not None:
+                ranks.append(
+                    RankCheck(
+                        graph=record.name,
+                        candidates=agreement.candidates,
+                        agreement=agreement.agreeing,
+                        identical=agreement.identical,
+                        tie=threshold.ties(reference),
+                        least=threshold.ranks,
+                        passed=agreement.agreeing >= threshold.ranks,
+                    )
+                )
+    return checks, ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a graph: images `[B]` and texts `[B, T]` of the reference by number, and the padded length."""
+
+    images: Tensor
+    texts: Tensor
+    length: int
+
+
+def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iterator[Case]:
+    """Shapes from smallest to largest, every image with every text among them; fixed axes keep their size.
+
+    `fusion` sees one memory for many texts, a memory for each text, and many memories with many texts.
+    """
+    images, texts = reference.images, reference.texts
+    fixed = manifest.fixed
+    if record.name == "fusion" and not _has_memories(manifest):
+        images = 1
+    lengths = reference.tensors["attention_mask"].sum(1)
+
+    def case(image_rows: Tensor, text_rows: Tensor) -> Case:
+        return Case(image_rows, text_rows, fixed.get("length", int(lengths[text_rows].max())))
+
+    if record.name in ("vision", "image_memory"):
+        for size in _sizes(fixed.get("batch"), (1, 2, images)):
+            for rows in _chunks(images, size):
+                yield case(rows, torch.zeros(size, 1, dtype=torch.long))
+        return
+    if record.name == "text":
+        for size in _sizes(fixed.get("batch"), (1, 3, texts)):
+            for rows in _chunks(texts, size):
+                yield case(torch.zeros(size, dtype=torch.long), rows[:, None])
+        return
+    shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
+    for batch, count in dict.fromkeys((fixed.get("batch", b), fixed.get("texts", t)) for b, t in shapes):
+        for image_rows in _chunks(images, batch):
+            if count == 1 and fixed.get("texts") is None:
+                # A memory for each text: image b with a text of its own.
+                rows = torch.arange(batch)[:, None] + int(image_rows[0])
+                yield case(image_rows, rows % texts)
+                continue
+            for text_rows in _chunks(texts, count):
+                yield case(image_rows, text_rows.expand(batch, -1))
+
+
+def _has_memories(manifest: Manifest) -> bool:
+    """Whether the memory of every image can be had: the reference holds that of one alone."""
+    return "image_memory" in manifest.graph_names
+
+
+def _sizes(fixed: int | None, free: tuple[int, ...]) -> tuple[int, ...]:
+    return (fixed,) if fixed is not None else tuple(dict.fromkeys(free))
+
+
+def _chunks(count: int, size: int) -> Iterator[Tensor]:
+    """0 to count - 1 in pieces of one size; the last piece is filled up from the front."""
+    for start in range(0, count, size):
+        yield torch.arange(start, start + size) % count
+
+
+def _run(
+    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, runner: Runner, found: Findings
+) -> None:
+    dtype = DTYPES[manifest.dtype]
+    known = reference.tensors
+    inputs: dict[str, Tensor] = {}
+    names = [tensor.name for tensor in record.inputs]
+    rows = case.texts if "texts" in _axes(record) else case.texts[:, 0]
+    if "pixels" in names:
+        inputs["pixels"] = known["pixels"][case.images].to(dtype)
+    if "image_embeds" in names:
+        inputs["image_embeds"] = known["image_embeds"][case.images].to(dtype)
+    if "memory" in names:
+        inputs["memory"] = _memory(case, manifest, reference, runner)
+    if "input_ids" in names:
+        inputs["input_ids"] = _cut(known["input_ids"], rows, case.length, manifest.config["pad_token_id"])
+    if "text_embeds" in names:
+        inputs["text_embeds"] = _cut(known["text_embeds"], rows, case.length, 0).to(dtype)
+    if "attention_mask" in names:
+        inputs["attention_mask"] = _cut(known["attention_mask"], rows, case.length, 0)
+    outputs = runner.run(record.name, inputs)
+    shape = [*inputs[names[0]].shape]
+    images = case.images[:, None].expand_as(case.texts)
+    for tensor in record.outputs:
+        name, value = tensor.name, outputs[tensor.name].float().cpu()
+        if name in ("image_embeds", "image_feature"):
+            found.add(name, shape, value, known[name][case.images])
+        elif name == "memory":
+            # The reference holds the memory of image 0.
+            mine = value[case.images == 0]
+            found.add(name, shape, mine, known[name].expand_as(mine))
+        elif name == "text_feature":
+            found.add(name, shape, value, known[name][rows])
+        elif name == "text_embeds":
+            # Padded positions hold what padding computes; nobody reads them.
+            real = inputs["attention_mask"].bool()
+            found.add(name, shape, value[real], _cut(known[name], rows, case.length, 0)[real])
+        elif name == "fused" and manifest.all_tokens:
+            real = inputs["attention_mask"].bool()
+            found.add(name, shape, value[:, :, 0], known["fused"][images, case.texts])
+            first = (case.images == 0)[:, None, None] & real
+            truth = _cut(known["fused_tokens"][0], case.texts, case.length, 0)
+            found.add("fused_tokens", shape, value[first], truth[first])
+        else:
+            found.add(name, shape, value, known[name][images, case.texts])
+        if name in ("match_logits", "scores"):
+            found.add_scores(images, case.texts, value[..., 1] if name == "match_logits" else value, reference)
+
+
+def _axes(record: GraphRecord) -> set[str]:
+    return {"texts"} if record.name in ("fusion", "match") else set()
+
+
+def _memory(case: Case, manifest: Manifest, reference: Reference, runner: Runner) -> Tensor:
+    dtype = DTYPES[manifest.dtype]
+    if not _has_memories(manifest):
+        return reference.tensors["memory"].to(dtype).expand(len(case.images), -1, -1, -1, -1, -1).contiguous()
+    embeds = reference.tensors["image_embeds"][case.images].to(dtype)
+    return runner.run("image_memory", {"image_embeds": embeds})["memory"]
+
+
+def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
+    """Texts by number, `[T, L, ...]` → `[*rows.shape, length, ...]`, cut or padded to the length."""
+    chosen = values[rows][..., :length, :] if values.dim() > 2 else values[rows][..., :length]
+    lacking = length - chosen.shape[rows.dim()]
+    if not lacking:
+        return chosen.contiguous()
+    after = (0, 0) if values.dim() > 2 else ()
+    return F.pad(chosen, (*after, 0, lacking), value=padding)

@@ -1,0 +1,171 @@
+"""The graphs compute what the model computes: padded here, packed there, to the last digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import UnavailableError
+from xfm_fast.export.graphs import GRAPHS, GraphName, build
+from xfm_fast.export.reference import graph_memory
+from xfm_fast.models.xfm import XFM
+
+MakeModel = Callable[..., XFM]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+LENGTHS = (1, 7, 3, 12, 5, 12)
+
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+
+
+def _texts(model: XFM, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
+    length = max(lengths)
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(4, model.config.vocab_size, mask.shape)
+    ids[:, 0] = model.config.bos_token_id
+    return ids.masked_fill(mask == 0, model.config.pad_token_id), mask
+
+
+def _pixels(model: XFM, images: int) -> Tensor:
+    size = model.config.image_size
+    return torch.randn(images, 3, size, size, dtype=torch.float32).to(model.dtype)
+
+
+def _run(name: GraphName, model: XFM, *inputs: Tensor, all_tokens: bool = False) -> tuple[Tensor, ...]:
+    graph = build(name, model, "function", all_tokens=all_tokens)
+    with torch.no_grad():
+        results = graph(*inputs)
+    sizes = {}
+    for spec, value in zip((*graph.inputs, *graph.outputs), (*inputs, *results), strict=True):
+        for place, axis in spec.axes.items():
+            assert sizes.setdefault(axis.name, value.shape[place]) == value.shape[place], spec.name
+        assert value.shape == spec.shape(sizes), spec.name
+    return results
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[found.dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize("depth", [-1, 1], ids=["pooled", "local"])
+def test_vision(make_model: MakeModel, dtype: torch.dtype, depth: int) -> None:
+    model = make_model(local_attn_depth=depth).to(dtype)
+    pixels = _pixels(model, 3)
+    embeds, feature = _run("vision", model, pixels)
+    with torch.no_grad():
+        expected = model.encode_image(pixels)
+        _close(embeds, expected)
+        _close(feature, model.project_image(expected))
+
+
+@each_dtype
+def test_text_of_ragged_lengths(make_model: MakeModel, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    ids, mask = _texts(model)
+    embeds, feature = _run("text", model, ids, mask)
+    with torch.no_grad():
+        expected = model.encode_text(ids, mask)
+        _close(embeds[mask.bool()], expected[mask.bool()])
+        _close(feature, model.project_text(expected))
+
+
+@each_dtype
+def test_image_memory(make_model: MakeModel, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    embeds = torch.randn(2, model.config.num_image_tokens, model.config.vision_width, dtype=dtype)
+    (memory,) = _run("image_memory", model, embeds)
+    with torch.no_grad():
+        _close(memory, graph_memory(model.image_memory(embeds)))
+
+
+def _fusion_inputs(model: XFM, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids, mask = _texts(model)
+    embeds = torch.randn(images, model.config.num_image_tokens, model.config.vision_width, dtype=model.dtype)
+    with torch.no_grad():
+        return model.encode_text(ids, mask), mask, embeds
+
+
+@each_dtype
+@pytest.mark.parametrize("all_tokens", [False, True], ids=["first", "all"])
+@pytest.mark.parametrize(
+    ("images", "texts"), [(1, 6), (6, 1), (2, 3)], ids=["shared memory", "memory per text", "both"]
+)
+def test_fusion(make_model: MakeModel, dtype: torch.dtype, all_tokens: bool, images: int, texts: int) -> None:
+    model = make_model().to(dtype)
+    text_embeds, mask, image_embeds = _fusion_inputs(model, images)
+    with torch.no_grad():
+        memory = model.image_memory(image_embeds)
+        index = torch.arange(images).repeat_interleave(texts)
+        expected = model.fuse(text_embeds, mask, memory, index)
+        logits, boxes = model.match_logits(expected), model.predict_boxes(expected)
+    grouped = text_embeds.unflatten(0, (images, texts)), mask.unflatten(0, (images, texts))
+    fused, match_logits, found_boxes = _run("fusion", model, *grouped, graph_memory(memory), all_tokens=all_tokens)
+    if all_tokens:
+        _close(fused.flatten(0, 1)[mask.bool()], expected[mask.bool()])
+    else:
+        _close(fused.flatten(0, 1), expected[:, 0])
+    _close(match_logits.flatten(0, 1), logits)
+    _close(found_boxes.flatten(0, 1), boxes)
+
+
+@each_dtype
+def test_match_is_the_whole_way(make_model: MakeModel, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    pixels = _pixels(model, 2)
+    ids, mask = _texts(model)
+    (scores,) = _run("match", model, pixels, ids.view(2, 3, -1), mask.view(2, 3, -1))
+    with torch.no_grad():
+        memory = model.image_memory(model.encode_image(pixels))
+        fused = model.fuse(model.encode_text(ids, mask), mask, memory, torch.arange(2).repeat_interleave(3))
+        _close(scores.flatten(), model.match_logits(fused)[:, 1])
+
+
+def test_padding_changes_nothing(small_model: XFM) -> None:
+    ids, mask = _texts(small_model, (5, 2))
+    _, feature = _run("text", small_model, ids, mask)
+    wide = torch.nn.functional.pad(ids, (0, 30), value=1), torch.nn.functional.pad(mask, (0, 30))
+    _close(_run("text", small_model, *wide)[1], feature)
+
+
+def test_a_row_of_padding_stays_finite(small_model: XFM) -> None:
+    ids, mask = torch.ones(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)
+    assert all(value.isfinite().all() for value in _run("text", small_model, ids, mask))
+
+
+def test_graphs_share_the_parameters(small_model: XFM) -> None:
+    ours = {id(parameter) for parameter in small_model.parameters()}
+    for name in GRAPHS:
+        graph = build(name, small_model, "primitives")
+        assert {id(parameter) for parameter in graph.parameters()} <= ours
+
+
+def test_memory_graph_holds_keys_and_values_alone(small_model: XFM) -> None:
+    config = small_model.config
+    numbers = sum(p.numel() for p in build("image_memory", small_model, "function").parameters())
+    assert numbers == config.fusion_layers * 2 * config.text_width * (config.vision_width + 1)
+
+
+def test_outputs_follow_the_heads(small_model: XFM) -> None:
+    def outputs(name: GraphName, *heads: str) -> list[str]:
+        return [spec.name for spec in build(name, XFM(small_model.config, heads=heads), "function").outputs]  # pyright: ignore[reportArgumentType]
+
+    assert outputs("vision") == ["image_embeds"]
+    assert outputs("text", "contrastive") == ["text_embeds", "text_feature"]
+    assert outputs("fusion", "boxes") == ["fused", "boxes"]
+    assert outputs("fusion", "matching") == ["fused", "match_logits"]
+
+
+def test_what_a_model_cannot_give_is_named(small_model: XFM) -> None:
+    config = small_model.config
+    with pytest.raises(UnavailableError, match=r"'match' needs the 'matching' head.*has: boxes"):
+        build("match", XFM(config, heads=("boxes",)), "function")
+    with pytest.raises(UnavailableError, match="'fusion' needs the fusion encoder"):
+        build("fusion", XFM(config, heads=(), encoders=("vision",)), "function")
+    with pytest.raises(UnavailableError, match="no fusion layers"):
+        build("image_memory", XFM(config.replace(fusion_layers=0), heads=()), "function")
+    with pytest.raises(UnavailableError, match="'nonsense' is unknown; choose from vision"):
+        build("nonsense", small_model, "function")  # pyright: ignore[reportArgumentType]
