@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xfm_fast import cli_bench_kernels, cli_bench_training, cli_data, cli_export, cli_kernels, cli_training
+from xfm_fast import (
+    cli_bench_kernels,
+    cli_bench_training,
+    cli_data,
+    cli_export,
+    cli_kernels,
+    cli_reproduce,
+    cli_training,
+)
 from xfm_fast.errors import UnavailableError, XFMError
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ cli_kernels.register(app)
 cli_data.register(app)
 cli_export.register(app)
 cli_training.register(app)
+cli_reproduce.register(app)
 bench_app.command("kernels")(cli_bench_kernels.bench_kernels)
 bench_app.command("train-step")(cli_bench_training.bench_train_step)
 

@@ -1,7 +1,8 @@
 """Self-attention with BEiT's relative position bias (arXiv 2106.08254), in the manner of FlashAttention-2 (2307.08691).
 
 The bias is materialised once per layer, `[H, N, N_pad]`, divided by the scale and with -inf in the columns beyond N, so
-that the loop over keys needs neither the table nor a mask, and no arithmetic for the bias. All batch entries read it from the second-level cache.
+that the loop over keys needs neither the table nor a mask, and no arithmetic for the bias. All batch entries read it
+from the second-level cache.
 """
 
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
@@ -66,7 +67,7 @@ def forward_kernel(
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     full = tokens // BLOCK_N * BLOCK_N
-    for first in range(0, full, BLOCK_N):
+    for _ in range(0, full, BLOCK_N):
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), columns, columns,

@@ -101,7 +101,7 @@ def dq_kernel(
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
     full = tokens // BLOCK_N * BLOCK_N
-    for first in range(0, full, BLOCK_N):
+    for _ in range(0, full, BLOCK_N):
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
             bias_base + (bias_rows + columns[None, :]), columns, columns, 0, 0, 0, 0,

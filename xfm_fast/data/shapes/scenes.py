@@ -1,0 +1,168 @@
+"""Scenes of the shapes world: which objects there are, where they lie, and what a split may contain.
+
+A scene is a pure function of (seed, split, index). Generalisation to combinations is tested by construction: of the 48
+pairs of a colour and a shape, 8 occur in the test split only and 8 others in the validation split only, and every scene
+of these splits holds at least one of its own. Each colour and each shape is common in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from xfm_fast.errors import DataError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Pair = tuple[str, str]
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "black")
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
+SIZES = ("small", "large")
+TEXTURES = ("plain", "striped", "dotted")
+
+CANVAS = 64
+"""Side of the square that scenes are laid out in; boxes are whole units of it."""
+MARGIN = 8
+"""Least distance of two centres along an axis for one object to be left of, or above, the other."""
+
+PAIRS: frozenset[Pair] = frozenset((colour, shape) for colour in COLOURS for shape in SHAPES)
+HELD_OUT: dict[Split, frozenset[Pair]] = {
+    "train": frozenset(),
+    "val": frozenset((colour, SHAPES[(i + 3) % len(SHAPES)]) for i, colour in enumerate(COLOURS)),
+    "test": frozenset((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)),
+}
+"""Pairs of a colour and a shape that occur in this split alone."""
+_COMMON = tuple(sorted(PAIRS - HELD_OUT["val"] - HELD_OUT["test"]))
+_OWN = {split: tuple(sorted(HELD_OUT[split])) for split in SPLITS}
+
+_SIDES = {"small": (16, 18), "large": (23, 26)}
+_GAP = 2
+_GROUNDS = (165, 210)
+_COUNTS = (0.2, 0.75)  # one object below the first number, two below the second, else three
+_OWN_SHARE = 0.5
+_TWIN_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. Its box (x, y, side, side) is tight, in units of `CANVAS`."""
+
+    shape: str
+    colour: str
+    size: str
+    texture: str
+    x: int
+    y: int
+    side: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(x, y, w, h)."""
+        return self.x, self.y, self.side, self.side
+
+    @property
+    def looks(self) -> tuple[str, str, str, str]:
+        """All that can be said of it apart from its place."""
+        return self.size, self.colour, self.texture, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One to three objects on a grey ground of some brightness, all in the same uneven light."""
+
+    things: tuple[Thing, ...]
+    ground: int
+
+
+def allowed_pairs(split: Split) -> frozenset[Pair]:
+    """The pairs of a colour and a shape that pictures and texts of a split may contain."""
+    return frozenset(_COMMON) | HELD_OUT[split]
+
+
+def scene(seed: int, index: int, split: Split = "train") -> Scene:
+    """Scene `index` of a split of the world with this seed; the same arguments give the same scene on every machine.
+
+    Raises:
+        DataError: an unknown split, or a negative seed or index.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    if seed < 0 or index < 0:
+        raise DataError(f"seed={seed} and index={index} must not be negative")
+    key = np.random.SeedSequence([seed, SPLITS.index(split), index])
+    draws = _Draws(np.random.Generator(np.random.Philox(key)))
+    number = _number(draws.uniform())
+    looks = _looks(number, split, draws)
+    sides = [draws.between(*_SIDES[size]) for size, _, _, _ in looks]
+    places = _places(sides, draws)
+    things = tuple(
+        Thing(shape, colour, size, texture, x, y, side)
+        for (size, colour, texture, shape), side, (x, y) in zip(looks, sides, places, strict=True)
+    )
+    return Scene(things, ground=draws.between(*_GROUNDS))
+
+
+class _Draws:
+    """Uniform numbers in blocks: one call of the generator costs as much as a hundred numbers."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._generator = generator
+        self._block: list[float] = []
+
+    def uniform(self) -> float:
+        if not self._block:
+            self._block = self._generator.random(64).tolist()
+        return self._block.pop()
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number, both ends included."""
+        return low + int(self.uniform() * (high - low + 1))
+
+    def one_of(self, values: tuple[str, ...]) -> str:
+        return values[int(self.uniform() * len(values))]
+
+    def pair_of(self, pairs: tuple[Pair, ...]) -> Pair:
+        return pairs[int(self.uniform() * len(pairs))]
+
+
+def _number(draw: float) -> int:
+    return 1 + sum(draw >= bound for bound in _COUNTS)
+
+
+def _looks(number: int, split: Split, draws: _Draws) -> list[tuple[str, str, str, str]]:
+    own = _OWN[split]
+    looks: list[tuple[str, str, str, str]] = []
+    for place in range(number):
+        # The first object carries the split's own combination; twins give expressions something to disambiguate.
+        if place and draws.uniform() < _TWIN_SHARE:
+            looks.append(looks[-1])
+            continue
+        held = bool(own) and (place == 0 or draws.uniform() < _OWN_SHARE)
+        colour, shape = draws.pair_of(own if held else _COMMON)
+        looks.append((draws.one_of(SIZES), colour, draws.one_of(TEXTURES), shape))
+    # Which place in the list carries it must say nothing.
+    for i in range(number - 1, 0, -1):
+        j = draws.between(0, i)
+        looks[i], looks[j] = looks[j], looks[i]
+    return looks
+
+
+def _places(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
+    """Places without overlap, such that every two objects are clearly beside or above each other."""
+    while True:
+        places: list[tuple[int, int]] = []
+        for side in sides:
+            place = draws.between(1, CANVAS - 1 - side), draws.between(1, CANVAS - 1 - side)
+            if all(_apart(place, side, other, old) for other, old in zip(places, sides, strict=False)):
+                places.append(place)
+            else:
+                break
+        if len(places) == len(sides):
+            return places
+
+
+def _apart(a: tuple[int, int], side_a: int, b: tuple[int, int], side_b: int) -> bool:
+    return any(a[i] + side_a + _GAP <= b[i] or b[i] + side_b + _GAP <= a[i] for i in range(2))

@@ -1,0 +1,205 @@
+"""The ablations of the training method: the same run with and without stop-gradient and MIM guidance, seed by seed.
+
+Every run has a folder of its own and leaves `result.json` there, so a study that was interrupted goes on where it
+stopped, and one that is repeated with more seeds trains only what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.reproduce.evaluation import HeldOut, evaluate
+from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training.loop import train
+from xfm_fast.training.recipe import Recipe, load_recipe
+from xfm_fast.training.starting_point import TOKENIZER_FILE
+
+RECIPE = "pretrain_tiny_shapes"
+RESULT_FILE = "result.json"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "no-stop-gradient": ("method.stop_gradient=false",),
+    "no-mim-guidance": ("method.mim_guidance=false",),
+    "neither": ("method.stop_gradient=false", "method.mim_guidance=false"),
+}
+"""What each variant changes in the recipe."""
+TITLES = {
+    "full": "full method",
+    "no-stop-gradient": "without stop-gradient",
+    "no-mim-guidance": "without MIM guidance",
+    "neither": "without both",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        variant: of `VARIANTS`.
+        seed: of its initial weights and of the order of its data.
+        metrics: percent, see `evaluation.evaluate`.
+        cost: `steps` of the recipe; `seconds` and `cpu_seconds` of the process that finished the run, from its start or
+            last resumption, evaluation included.
+    """
+
+    variant: str
+    seed: int
+    metrics: dict[str, float]
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Finished runs, and those that are still missing."""
+
+    runs: tuple[Run, ...]
+    missing: tuple[tuple[str, int], ...]
+    recipe: str
+
+    def values(self, variant: str, metric: str) -> dict[int, float]:
+        """A metric of a variant by seed."""
+        return {run.seed: run.metrics[metric] for run in self.runs if run.variant == variant}
+
+    @property
+    def variants(self) -> list[str]:
+        """Those with a finished run, in the order of `VARIANTS`."""
+        return [variant for variant in VARIANTS if any(run.variant == variant for run in self.runs)]
+
+
+def run_ablations(
+    out: Path,
+    *,
+    seeds: int = 3,
+    variants: Sequence[str] = tuple(VARIANTS),
+    minutes: float | None = None,
+    recipe: str | Path = RECIPE,
+    overrides: Iterable[str] = (),
+    on_change: Callable[[Study], None] | None = None,
+) -> Study:
+    """Train and evaluate every variant with every seed.
+
+    Seeds come one after the other with all their variants, so that a study cut short compares like with like.
+
+    Args:
+        out: folder of the study: the world, a folder for every run.
+        seeds: 0, 1, ... of each variant.
+        variants: names out of `VARIANTS`.
+        minutes: no run begins later than this after the call; None for no limit.
+        recipe: what the variants change; it must have a `shapes` section.
+        overrides: `key=value` for the recipe of all runs.
+        on_change: called at the beginning and after every run with what is finished.
+
+    Returns:
+        What is finished; runs are missing if the time was up or a signal stopped the training.
+
+    Raises:
+        ConfigError: unknown variants, no seeds, or a recipe without a shapes world.
+        DataError: `out` holds runs of another recipe.
+    """
+    if seeds < 1 or not variants:
+        raise ConfigError(f"seeds={seeds} of {len(variants)} variants; at least one of each is needed")
+    if unknown := [variant for variant in variants if variant not in VARIANTS]:
+        raise ConfigError(f"variant {', '.join(unknown)} is unknown; choose from {', '.join(VARIANTS)}")
+    chosen = [variant for variant in VARIANTS if variant in variants]
+    plan = {
+        (variant, seed): _recipe(out, variant, seed, recipe, tuple(overrides))
+        for seed in range(seeds)
+        for variant in chosen
+    }
+    finished = {key: run for key, one in plan.items() if (run := _read(*key, one)) is not None}
+    begun = time.monotonic()
+
+    def study() -> Study:
+        missing = tuple(key for key in plan if key not in finished)
+        return Study(tuple(finished[key] for key in plan if key in finished), missing, str(recipe))
+
+    if on_change is not None:
+        on_change(study())
+    for key, one in plan.items():
+        if key in finished:
+            continue
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            break
+        run = _train(*key, one)
+        if run is None:
+            break
+        finished[key] = run
+        if on_change is not None:
+            on_change(study())
+    return study()
+
+
+def _folder(out: Path, variant: str, seed: int) -> Path:
+    return out / variant / f"seed-{seed}"
+
+
+def _recipe(out: Path, variant: str, seed: int, recipe: str | Path, overrides: tuple[str, ...]) -> Recipe:
+    # A seed gives all its variants the same initial weights and the same batches; the world is that of all runs.
+    own = (f"seed={seed}", f"data={out / 'world'}", f"checkpoint.folder={_folder(out, variant, seed)}")
+    made = load_recipe(recipe, (*overrides, *VARIANTS[variant], *own))
+    if made.shapes is None:
+        raise ConfigError(f"recipe {recipe} has no shapes world; the ablations are evaluated on its held-out scenes")
+    return made
+
+
+def _train(variant: str, seed: int, recipe: Recipe) -> Run | None:
+    """Train, from the newest checkpoint if there is one, and evaluate; None if a signal stopped it."""
+    assert recipe.shapes is not None
+    clocks = time.perf_counter(), time.process_time()
+    trained = train(recipe)
+    if trained.interrupted:
+        return None
+    folder = Path(recipe.checkpoint.folder)
+    tokenizer = CaptionTokenizer.from_files(
+        folder / TOKENIZER_FILE if recipe.tokenizer == "train" else Path(recipe.tokenizer)
+    )
+    held_out = HeldOut(recipe.shapes.seed, recipe.shapes.resolution)
+    metrics = evaluate(trained.model, tokenizer, held_out)
+    cost = {
+        "steps": float(trained.step),
+        "seconds": time.perf_counter() - clocks[0],
+        "cpu_seconds": time.process_time() - clocks[1],
+    }
+    run = Run(variant, seed, metrics, cost)
+    content = {"variant": variant, "seed": seed, "metrics": metrics, "cost": cost, "recipe": _identity(recipe)}
+    data = (json.dumps(content, indent=1) + "\n").encode()
+    write_files({folder / RESULT_FILE: lambda file: _write_all(file, data)})
+    return run
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    file.write(data)
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What a result depends on: not where it lies, nor how it is logged and loaded."""
+    described = recipe.model_dump(mode="json")
+    return {name: value for name, value in described.items() if name not in ("data", "checkpoint", "log", "workers")}
+
+
+def _read(variant: str, seed: int, recipe: Recipe) -> Run | None:
+    path = Path(recipe.checkpoint.folder) / RESULT_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        run = Run(variant, seed, dict(content["metrics"]), dict(content["cost"]))
+        described = content["recipe"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it, and the run is evaluated again") from None
+    wanted = _identity(recipe)
+    if described != wanted:
+        differing = sorted(name for name in wanted if described.get(name) != wanted[name])
+        raise DataError(
+            f"{path} comes from a recipe with other {', '.join(differing)}; choose another folder for this study, or "
+            "delete the run"
+        )
+    return run

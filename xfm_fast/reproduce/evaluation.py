@@ -1,0 +1,204 @@
+"""What a model trained on the shapes world can do on its held-out combinations, without any further training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xfm_fast.data.images import evaluation_transform
+from xfm_fast.data.shapes import SPLITS, Scene, Split, captions, render, scene
+from xfm_fast.data.shapes.language import main_relation
+from xfm_fast.data.shapes.scenes import COLOURS, SHAPES
+from xfm_fast.data.shapes.writing import region_elements
+from xfm_fast.models.xfm import XFM
+from xfm_fast.reproduce import probes
+from xfm_fast.tasks.grounding import grounding_accuracy
+from xfm_fast.tasks.recall import recall
+from xfm_fast.tasks.retrieval import Retriever
+from xfm_fast.tokenizer import CaptionTokenizer
+
+RELATIONS = ("left of", "right of", "above", "below")
+METRICS = {
+    "text_probe": "text probe",
+    "image_probe": "image probe",
+    "image_to_text_r1": "image → text R@1",
+    "text_to_image_r1": "text → image R@1",
+    "grounding": "box IoU > 0.5",
+}
+"""What the ablations compare, all in percent."""
+
+_BATCH = 64
+# Scenes of the training split that no run trains on; worlds are smaller than this.
+_UNSEEN = 10_000_000
+_PROBE_SCENES: dict[Split, int] = {"train": 1000, "val": 300, "test": 400}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The scenes that models are evaluated on.
+
+    Attributes:
+        seed: of the world.
+        resolution: of its images.
+        scenes: number of test scenes for retrieval and grounding.
+    """
+
+    seed: int
+    resolution: int
+    scenes: int = 100
+
+    @cached_property
+    def retrieval(self) -> list[Scene]:
+        """Test scenes, the first of every description: with two of the same, one of two right answers would count."""
+        found: dict[str, Scene] = {}
+        index = 0
+        while len(found) < self.scenes:
+            made = scene(self.seed, index, "test")
+            found.setdefault(captions(made)[0], made)
+            index += 1
+        return list(found.values())
+
+
+def evaluate(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict[str, float]:
+    """All numbers of a model, in percent; those of `METRICS`, and behind a slash what they are made of.
+
+    Nothing is trained but the linear probes, on frozen embeddings of scenes that the model has not seen. Retrieval is
+    the official zero-shot procedure: all candidates are scored by the matching head.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return (
+                _retrieval(model, tokenizer, held_out)
+                | _grounding(model, tokenizer, held_out)
+                | _text_probe(model, tokenizer, held_out)
+                | _image_probe(model, held_out)
+            )
+    finally:
+        model.train(training)
+
+
+def _pixels(model: XFM, scenes: Sequence[Scene], resolution: int) -> Iterator[Tensor]:
+    """Batches `[B, 3, R, R]`, as the evaluation of every task makes them from files."""
+    transform = evaluation_transform(model.config.image_size)
+    for start in range(0, len(scenes), _BATCH):
+        images = [Image.fromarray(render(made, resolution)) for made in scenes[start : start + _BATCH]]
+        yield torch.stack([transform(image) for image in images]).to(model.device)
+
+
+def _tokens(model: XFM, tokenizer: CaptionTokenizer, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    longest = model.config.max_text_length
+    for start in range(0, len(texts), _BATCH):
+        ids, mask = tokenizer.encode(texts[start : start + _BATCH], longest, pad_to_longest=True)
+        yield ids.to(model.device), mask.to(model.device)
+
+
+def _retrieval(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict[str, float]:
+    scenes = held_out.retrieval
+    retriever = Retriever(model)
+    images = retriever.embed_images(_pixels(model, scenes, held_out.resolution))
+    texts = retriever.embed_texts(_tokens(model, tokenizer, [captions(made)[0] for made in scenes]))
+    ranked = retriever.rerank(images, texts, k=len(scenes))
+    own = torch.arange(len(scenes))
+    similarity = (images.features @ texts.features.t()).cpu()
+    matched = recall(ranked.score_i2t.cpu(), ranked.score_t2i.cpu(), own)
+    contrastive = recall(similarity, similarity.t(), own)
+    return {
+        "image_to_text_r1": matched["txt_r1"],
+        "text_to_image_r1": matched["img_r1"],
+        "image_to_text_r1/contrastive": contrastive["txt_r1"],
+        "text_to_image_r1/contrastive": contrastive["img_r1"],
+    }
+
+
+def _grounding(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict[str, float]:
+    texts: list[str] = []
+    boxes: list[list[int]] = []
+    kinds: list[str] = []
+    owners: list[int] = []
+    for index, made in enumerate(held_out.retrieval):
+        for element in region_elements(made, held_out.resolution):
+            said = element["caption"]
+            by_looks = "attributes" in element
+            texts.append(f"{element['attributes']} {said}" if by_looks else said[0])
+            boxes.append(element["bb"])
+            kinds.append("attributes" if by_looks else "relations")
+            owners.append(index)
+    embeds = torch.cat([model.encode_image(p) for p in _pixels(model, held_out.retrieval, held_out.resolution)])
+    owner = torch.tensor(owners, device=model.device)
+    predicted, start = [], 0
+    for ids, mask in _tokens(model, tokenizer, texts):
+        images, index = owner[start : start + len(ids)].unique(return_inverse=True)
+        memory = model.image_memory(embeds[images])
+        fused = model.fuse(model.encode_text(ids, mask), mask, memory, index, first_token_only=True)
+        predicted.append(model.predict_boxes(fused).float().cpu())
+        start += len(ids)
+    sizes = torch.full((len(texts), 2), float(held_out.resolution))
+    found, reference = torch.cat(predicted), torch.tensor(boxes, dtype=torch.float32)
+    parts = grounding_accuracy(found, sizes, reference, kinds)
+    return {
+        "grounding": 100 * grounding_accuracy(found, sizes, reference)["all"],
+        **{f"grounding/{kind}": 100 * share for kind, share in parts.items()},
+    }
+
+
+def _probe_scenes(held_out: HeldOut, split: Split) -> list[Scene]:
+    first = _UNSEEN if split == "train" else 0
+    return [scene(held_out.seed, first + index, split) for index in range(_PROBE_SCENES[split])]
+
+
+def _text_probe(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict[str, float]:
+    """What token 0 of a caption says of the order and the attributes of what it names."""
+    rows: dict[str, probes.Rows] = {}
+    for split in SPLITS:
+        scenes = [made for made in _probe_scenes(held_out, split) if len(made.things) > 1]
+        # The first and the third paraphrase name the objects in the order of the scene.
+        texts = [captions(made)[index % 2 * 2] for index, made in enumerate(scenes)]
+        features = [model.encode_text(ids, mask)[:, 0] for ids, mask in _tokens(model, tokenizer, texts)]
+        targets = {
+            "relation": [RELATIONS.index(main_relation(*made.things[:2])) for made in scenes],
+            "first colour": [COLOURS.index(made.things[0].colour) for made in scenes],
+            "first shape": [SHAPES.index(made.things[0].shape) for made in scenes],
+        }
+        rows[split] = _rows(features, targets)
+    classes = {"relation": len(RELATIONS), "first colour": len(COLOURS), "first shape": len(SHAPES)}
+    return _probed("text_probe", probes.probe(rows["train"], rows["val"], rows["test"], classes), list(classes))
+
+
+def _image_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
+    """What the image token says of the number of objects and of the colours and shapes that are there."""
+    rows: dict[str, probes.Rows] = {}
+    for split in SPLITS:
+        scenes = _probe_scenes(held_out, split)
+        features = [model.encode_image(pixels)[:, 0] for pixels in _pixels(model, scenes, held_out.resolution)]
+        targets = {"count": [len(made.things) - 1 for made in scenes]}
+        for colour in COLOURS:
+            targets[f"colour {colour}"] = [any(t.colour == colour for t in made.things) for made in scenes]
+        for shape in SHAPES:
+            targets[f"shape {shape}"] = [any(t.shape == shape for t in made.things) for made in scenes]
+        rows[split] = _rows(features, targets)
+    classes = {task: 3 if task == "count" else 2 for task in rows["train"].targets}
+    return _probed(
+        "image_probe", probes.probe(rows["train"], rows["val"], rows["test"], classes), ["count", "colour", "shape"]
+    )
+
+
+def _rows(features: Sequence[Tensor], targets: dict[str, list[int]]) -> probes.Rows:
+    return probes.Rows(
+        torch.cat([*features]).float().cpu(), {task: torch.tensor(values).long() for task, values in targets.items()}
+    )
+
+
+def _probed(name: str, accuracies: dict[str, float], groups: Sequence[str]) -> dict[str, float]:
+    """Percent by group of tasks, and the mean of the groups."""
+    parts = {}
+    for group in groups:
+        members = [accuracy for task, accuracy in accuracies.items() if task == group or task.startswith(f"{group} ")]
+        parts[f"{name}/{group}"] = 100 * sum(members) / len(members)
+    return {name: sum(parts.values()) / len(parts), **parts}
