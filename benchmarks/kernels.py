@@ -62,8 +62,9 @@ def measure(case: Case, device: torch.device, gpu: roofline.GPU | None) -> list[
                 notes[name] = f"wrong: error {errors[name]:.1e} exceeds {allowed:.1e}"
                 continue
             forward[name] = lambda run=run: run(*case.inputs)
-            if name not in case.bounds or out.shape == truth.shape:
-                backward[name] = _backward(run, case.inputs)
+            differentiated = _backward(run, case.inputs)
+            if differentiated is not None:
+                backward[name] = differentiated
         except (RuntimeError, ValueError, TypeError, ImportError) as failure:
             notes[name] = str(failure).strip().splitlines()[0]
     rows: list[KernelRow] = []
@@ -109,10 +110,13 @@ def _leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t.detach().clone().requires_grad_() for t in inputs)
 
 
-def _backward(run: Run, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def _backward(run: Run, inputs: tuple[Tensor, ...]) -> Callable[[], object] | None:
+    """None for what has no gradient, such as a copy."""
     leaves = _leaves(inputs)
     with torch.enable_grad():
         out = run(*leaves)
+    if not out.requires_grad:
+        return None
     upstream = torch.ones_like(out)
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True, allow_unused=True)
 

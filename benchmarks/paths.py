@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from xfm_fast.benchmarks import machine
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.cpu import attention, products
+from xfm_fast.kernels.cpu import attention, gradients, products
 from xfm_fast.kernels.cpu.selection import Selection, selections
 
 _WIDTH, _HEADS, _WINDOW = 128, 2, (4, 4)
+# What the selections of these names time.
+_ATTENTION: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+    "attention": attention._plain_example,
+    "short attention": attention._short_example,
+    "biased attention": attention._biased_example,
+}
+_LINEAR: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+    "trained linear": gradients._linear_example,
+    "input gradient": gradients._input_example,
+}
 
 
 def choose_paths() -> list[dict[str, Any]]:
@@ -45,10 +56,12 @@ def _exercise(dtype: torch.dtype) -> None:
 def _example_flops(operation: str) -> int:
     """Operations of what the selection times."""
     if "attention" in operation:
-        example = attention._biased_example if operation.startswith("biased") else attention._plain_example
-        q, k, *_ = example(torch.float32)
+        q, k, *_ = _ATTENTION[operation](torch.float32)
         return 4 * q.numel() * k.shape[1]
-    x, weight, _ = products._example(torch.float32)
+    if operation == "weight gradient":
+        dout, x = gradients._weight_example(torch.float32)
+        return 2 * dout.numel() * x.shape[1]
+    x, weight, *_ = _LINEAR.get(operation, products._example)(torch.float32)
     return 2 * x.shape[0] * weight.numel()
 
 

@@ -30,7 +30,7 @@ from xfm_fast.packing import Packing, offsets
 # Padded tokens of a pass, the price of a pass in tokens, and the step of lengths. A pass reads all weights of an
 # encoder and cuts the memory into layers, which takes a CPU as long as some dozens of tokens. A GPU profits from few
 # shapes.
-_LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=48), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
+_LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ outcome goes into the manifest. Nothing is deleted where it is bad: the files ar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,17 +28,17 @@ from xfm_fast.export.reference import (
     generated_examples,
     make_reference,
 )
+from xfm_fast.export.shape_slots import Slot, graph_slots, largest
 from xfm_fast.models.xfm import XFM
 
 
 class Runner(Protocol):
-    """What runs the graphs of an export.
+    """What runs the graphs of an export."""
 
-    Attributes:
-        description: of library, version and device, for the manifest.
-    """
-
-    description: str
+    @property
+    def description(self) -> str:
+        """Of library, version and device, for the manifest."""
+        ...
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """One graph: inputs by name in its types, outputs by name."""
@@ -113,16 +113,24 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
 
 
 def default_runner(folder: Path, manifest: Manifest) -> Runner:
-    """ONNX Runtime for an export to ONNX.
+    """ONNX Runtime for an export to ONNX, a session for engines.
 
     Raises:
-        UnavailableError: it is not installed, cannot run the type on a CPU, or the export is of another kind.
+        UnavailableError: it is not installed, cannot run the type on a CPU, engines find no GPU here, or the export is
+            of another kind.
+        ExportError: engines are for another version or GPU, or cannot be loaded.
     """
-    if manifest.kind != "onnx":
-        raise UnavailableError(f"an export to {manifest.kind} needs its own runtime to be verified; none was given")
-    from xfm_fast.export.onnx_runner import OnnxRunner
+    if manifest.kind == "onnx":
+        from xfm_fast.export.onnx_runner import OnnxRunner
 
-    return OnnxRunner(folder, manifest)
+        return OnnxRunner(folder, manifest)
+    if manifest.kind in ("tensorrt", "tensorrt-rtx"):
+        from xfm_fast.export.session import Session
+
+        session = Session(folder, manifest.kind, verify_files=False)
+        session.warm_up()
+        return session
+    raise UnavailableError(f"an export to {manifest.kind} needs its own runtime to be verified; none was given")
 
 
 def threshold_of(manifest: Manifest) -> Threshold:
@@ -170,37 +178,44 @@ class Case:
 def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iterator[Case]:
     """Shapes from smallest to largest, every image with every text among them; fixed axes keep their size.
 
+    Profiles bound them: no more images and texts at a time, and no longer texts, than the engine takes.
     `fusion` sees one memory for many texts, a memory for each text, and many memories with many texts.
     """
-    images, texts = reference.images, reference.texts
-    fixed = manifest.fixed
+    images, fixed = reference.images, manifest.fixed
+    slots = graph_slots(record)
+    most_images = largest(slots, "batch") or images
     if record.name == "fusion" and not _has_memories(manifest):
         images = 1
     lengths = reference.tensors["attention_mask"].sum(1)
+    longest = largest(slots, "length") if "length" in slots[0].ranges else None
+    # The texts that fit, by number.
+    usable = (lengths <= (longest or lengths.max())).nonzero().flatten()
+    texts = len(usable)
 
     def case(image_rows: Tensor, text_rows: Tensor) -> Case:
         return Case(image_rows, text_rows, fixed.get("length", int(lengths[text_rows].max())))
 
     if record.name in ("vision", "image_memory"):
-        for size in _sizes(fixed.get("batch"), (1, 2, images)):
+        for size in _sizes(fixed.get("batch"), (1, 2, images), most_images):
             for rows in _chunks(images, size):
                 yield case(rows, torch.zeros(size, 1, dtype=torch.long))
         return
     if record.name == "text":
-        for size in _sizes(fixed.get("batch"), (1, 3, texts)):
+        for size in _sizes(fixed.get("batch"), (1, 3, texts), largest(slots, "batch") or texts):
             for rows in _chunks(texts, size):
-                yield case(torch.zeros(size, dtype=torch.long), rows[:, None])
+                yield case(torch.zeros(size, dtype=torch.long), usable[rows][:, None])
         return
     shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
-    for batch, count in dict.fromkeys((fixed.get("batch", b), fixed.get("texts", t)) for b, t in shapes):
+    bounded = (_bounded(slots, fixed.get("batch", b), fixed.get("texts", t)) for b, t in shapes)
+    for batch, count in dict.fromkeys(bounded):
         for image_rows in _chunks(images, batch):
             if count == 1 and fixed.get("texts") is None:
                 # A memory for each text: image b with a text of its own.
                 rows = torch.arange(batch)[:, None] + int(image_rows[0])
-                yield case(image_rows, rows % texts)
+                yield case(image_rows, usable[rows % texts])
                 continue
             for text_rows in _chunks(texts, count):
-                yield case(image_rows, text_rows.expand(batch, -1))
+                yield case(image_rows, usable[text_rows].expand(batch, -1))
 
 
 def _has_memories(manifest: Manifest) -> bool:
@@ -208,8 +223,15 @@ def _has_memories(manifest: Manifest) -> bool:
     return "image_memory" in manifest.graph_names
 
 
-def _sizes(fixed: int | None, free: tuple[int, ...]) -> tuple[int, ...]:
-    return (fixed,) if fixed is not None else tuple(dict.fromkeys(free))
+def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ...]:
+    return (fixed,) if fixed is not None else tuple(dict.fromkeys(min(size, most) for size in free))
+
+
+def _bounded(slots: Sequence[Slot], batch: int, count: int) -> tuple[int, int]:
+    """As many memories as a profile takes, and as many texts on each as it takes with them."""
+    batch = min(batch, largest(slots, "batch") or batch)
+    together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
+    return batch, min(count, largest(together, "texts") or count)
 
 
 def _chunks(count: int, size: int) -> Iterator[Tensor]:

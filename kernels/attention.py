@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import host, reference
 from .backend import Backend, named, resolve
-from .cpu import attention as cpu
-from .cpu import attention_backward as cpu_backward
+from .cpu import position, varlen
+from .cpu.attention import biased_attention
+from .cpu.tiles import Dropout, tiled_attention_backward
 from .derived import derived
 from .library import operator
 
@@ -147,7 +148,7 @@ def _flash_attention(
 
 
 def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    return derived(f"position bias {window}", (table,), lambda: reference.position_bias(table, window).contiguous())
+    return derived(f"position bias {window}", (table,), lambda: position.position_bias(table, window))
 
 
 def _padded_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
@@ -164,7 +165,7 @@ def _relpos_forward(
         from .triton.relpos_attention import relpos_attention_forward
 
         return relpos_attention_forward(q, k, v, _padded_bias(table, (height, width), q.dtype, scale), scale)
-    out = cpu.dense_attention(q, k, v, scale, _bias(table, (height, width)).to(q.dtype))
+    out = biased_attention(q, k, v, scale, _bias(table, (height, width)).to(q.dtype))
     return out, q.new_empty(0, dtype=torch.float32)
 
 
@@ -197,12 +198,9 @@ def _relpos_backward(
         dq, dk, dv, dtable = relpos_attention_backward(dout, q, k, v, bias, table.shape[0], window, scale, out, lse)
         return dq, dk, dv, dtable.to(table.dtype)
     bias = _bias(table, window).to(q.dtype)
-    dq, dk, dv, dbias = cpu_backward.dense_attention_backward(dout, q, k, v, scale, bias)
+    dq, dk, dv, dbias = tiled_attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
     assert dbias is not None
-    index = reference.relative_position_index(window).view(-1)
-    dtable = torch.zeros(table.shape, dtype=dbias.dtype)
-    dtable.index_add_(0, index, dbias.flatten(1).t().contiguous())
-    return dq, dk, dv, dtable.to(table.dtype)
+    return dq, dk, dv, position.table_gradient(dbias, window, table.shape[0]).to(table.dtype)
 
 
 def _relpos_backward_fake(
@@ -245,8 +243,8 @@ def _varlen_forward(
         offsets = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
         return varlen_attention_forward(q, k, v, *offsets, scale, dropout_p, seed, key_mask)
     bounds_q, bounds_k = _bounds(cu_seqlens_q, q, max_q, "q"), _bounds(cu_seqlens_k, k, max_k, "k")
-    dropout = None if seed is None else cpu.Dropout(dropout_p, seed)
-    out = cpu.varlen_attention(q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    out = varlen.varlen_attention(q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
     return out, q.new_empty(0, dtype=torch.float32)
 
 
@@ -291,8 +289,8 @@ def _varlen_backward(
         offsets = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
         return varlen_attention_backward(dout, q, k, v, *offsets, scale, dropout_p, seed, key_mask, out, lse)
     bounds_q, bounds_k = _bounds(cu_seqlens_q, q, max_q, "q"), _bounds(cu_seqlens_k, k, max_k, "k")
-    dropout = None if seed is None else cpu.Dropout(dropout_p, seed)
-    return cpu_backward.varlen_attention_backward(dout, q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    return varlen.varlen_attention_backward(dout, q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
 
 
 def _varlen_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

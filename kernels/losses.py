@@ -147,14 +147,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     h, w, b, target, ctx.ignore_index, ctx.label_smoothing, *ctx.needs, ctx.backend = inputs
     ctx.has_bias = b is not None
     ctx.mark_non_differentiable(*output[1:])
+    # Or else zeros are written for results that have no gradient.
+    ctx.set_materialize_grads(False)
     if ctx.backend == "cpu":
         ctx.save_for_backward(*output[1:])
     else:
         ctx.save_for_backward(h, w, b, target, output[1], output[2])
 
 
-def _gradient(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     rest = (None,) * 7
+    if dloss is None:
+        return (None, None, None, *rest)
     if ctx.backend == "cpu":
         gradients = tuple(g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
         if is_fake(dloss):
@@ -232,9 +236,12 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     h, w, b, target, ctx.ignore_index, ctx.backend = inputs
     ctx.save_for_backward(h, w, b, target, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _rows_gradient(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _rows_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
     needs = tuple(ctx.needs_input_grad[:3])
     gradients = _log_likelihood_grad(dout, *ctx.saved_tensors, ctx.ignore_index, *needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)

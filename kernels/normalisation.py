@@ -197,9 +197,13 @@ def _plain_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     x, weight, _, _ = inputs
     ctx.save_for_backward(x, weight, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
+    # Or else zeros are written for results that have no gradient.
+    ctx.set_materialize_grads(False)
 
 
-def _plain_gradient(ctx: Any, dnormed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _plain_gradient(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dnormed is None:
+        return (None,) * 4
     return (*_layer_norm_grad(dnormed, *ctx.saved_tensors), None)
 
 
@@ -353,9 +357,12 @@ def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     *saved, _, _, ctx.padding_idx, ctx.backend = inputs
     ctx.save_for_backward(*saved, output[1], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _embed_gradient(ctx: Any, dnormed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _embed_gradient(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dnormed is None:
+        return (None,) * 10
     gradients = _embed_layer_norm_grad(dnormed, *ctx.saved_tensors, ctx.padding_idx, ctx.backend)
     return (None, None, *gradients, None, None, None)
 

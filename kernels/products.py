@@ -1,4 +1,4 @@
-"""Linear layers with what follows them: checks of the moment, and PyTorch operations where a gradient is wanted."""
+"""Linear layers with what follows them: inference, gradients, registration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import Backend, resolve
+from .cpu import gradients as cpu_gradients
 from .cpu import products as cpu_products
 from .library import operator
 
@@ -26,10 +27,25 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
     return present[0].dtype in _CPU_DTYPES and all(t.dtype == present[0].dtype for t in present)
 
 
+def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
+    """Whether the operator with products of its own applies, which compilers could not look into."""
+    if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    present = [t for t in tensors if t is not None]
+    if torch.is_autocast_enabled("cpu"):
+        types = {torch.get_autocast_dtype("cpu")}
+        known = all(t.dtype in (torch.float32, torch.bfloat16) for t in present)
+    else:
+        types, known = {t.dtype for t in present}, True
+    return known and len(types) == 1 and types <= set(_CPU_DTYPES) and any(t.requires_grad for t in present)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu_products.linear(x, weight, bias)
+    if _trains_on_cpu(backend, x, weight, bias):
+        return _linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
@@ -67,7 +83,23 @@ def linear_residual(
     plain = row_scale is None and not dropout_p
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
         return cpu_products.linear_residual(x, weight, bias, residual, gamma)
+    if _trains_on_cpu(backend, x, weight, bias):
+        return _add_branch(_linear(x, weight, bias), residual, gamma, row_scale, dropout_p)
     return reference.linear_residual(x, weight, bias, residual, gamma, row_scale, dropout_p)
+
+
+def _add_branch(
+    out: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float
+) -> Tensor:
+    """`residual + row_scale · gamma · dropout(out)`, in one pass after the dropout."""
+    if dropout_p:
+        out = F.dropout(out, dropout_p)
+    if row_scale is None and gamma is None:
+        return residual + out
+    rows = None if row_scale is None else row_scale.view(-1, *[1] * (out.ndim - 1))
+    factor = gamma if rows is None else rows if gamma is None else rows * gamma
+    assert factor is not None
+    return torch.addcmul(residual, out, factor)
 
 
 def mlp_residual(
@@ -111,7 +143,7 @@ def _gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, ba
 
         out, kept = linear_gelu_forward(x, weight, bias, keep=keep)
     else:
-        kept = cpu_products.linear(x, weight, bias) if x.dtype in _CPU_DTYPES else F.linear(x, weight, bias)
+        kept = cpu_gradients.trained_linear(x, weight, bias) if x.dtype in _CPU_DTYPES else F.linear(x, weight, bias)
         out = F.gelu(kept)
     return out, x.new_empty(0) if kept is None or not keep else kept
 
@@ -141,12 +173,54 @@ def _gelu_backward(
         dx, dweight, dbias = linear_gelu_backward(dout, x, weight, bias, kept, needs)
     else:
         dkept = torch.ops.aten.gelu_backward(dout.contiguous(), kept)
-        rows = dkept.flatten(0, -2)
-        dx = dkept @ weight if need_x else None
-        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None
-        dbias = rows.sum(0) if need_bias else None
+        dx, dweight, dbias = _linear_gradients(dkept, x, weight, needs)
     dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in (dx, dweight, dbias))
     return dx, dweight, dbias
+
+
+def _linear_gradients(
+    dout: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """On CPU; None for what is not needed."""
+    if x.dtype in _CPU_DTYPES:
+        dx = cpu_gradients.input_gradient(dout, weight) if needs[0] else None
+        dweight = cpu_gradients.weight_gradient(dout, x) if needs[1] else None
+    else:
+        dx = dout @ weight if needs[0] else None
+        dweight = dout.flatten(0, -2).t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+    return dx, dweight, cpu_gradients.bias_gradient(dout) if needs[2] else None
+
+
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return cpu_gradients.trained_linear(x, weight, bias)
+
+
+def _linear_forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = _linear_gradients(dout, x, weight, (need_x, need_weight, need_bias))
+    dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in found)
+    return dx, dweight, dbias
+
+
+def _linear_backward_fake(
+    dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gelu_backward_fake(dout, x, weight, None, dout, need_x, need_weight, need_bias, "cpu")
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    needs = tuple(ctx.needs_input_grad[:3])
+    gradients = _linear_grad(dout, *ctx.saved_tensors, *needs)
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
 def _gelu_backward_fake(
@@ -171,14 +245,32 @@ def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     x, weight, bias, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight, bias, output[1])
     ctx.mark_non_differentiable(output[1])
+    # Or else zeros are written for the result that has no gradient.
+    ctx.set_materialize_grads(False)
 
 
-def _gelu_gradient(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _gelu_gradient(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None, None
     needs = tuple(ctx.needs_input_grad[:3])
     gradients = _linear_gelu_grad(dout, *ctx.saved_tensors, *needs, ctx.backend)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
 
 
+_linear_grad = operator(
+    "linear_backward(Tensor dout, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    _linear_backward_fake,
+)
+_linear = operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear_forward,
+    _linear_forward_fake,
+    setup_context=_linear_setup,
+    backward=_linear_gradient,
+    autocast=True,
+)
 _linear_gelu_grad = operator(
     "linear_gelu_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor kept, bool need_x, "
     "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",

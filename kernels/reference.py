@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import host
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
@@ -93,7 +95,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    bounds_q, bounds_k = host.integers(cu_seqlens_q), host.integers(cu_seqlens_k)
     outputs = []
     for i in range(len(bounds_q) - 1):
         queries = q[bounds_q[i] : bounds_q[i + 1]].transpose(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import host, reference
 
 
 @torch.no_grad()
@@ -56,12 +56,12 @@ def race(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def _check_rows(weights: Tensor, mask: Tensor) -> None:
     exhausted = mask.all(1)
-    if bool(exhausted.any()):
-        rows = exhausted.nonzero().flatten().tolist()
+    if host.any_true(exhausted):
+        rows = host.integers(host.true_places(exhausted))
         raise ValueError(
             f"{len(rows)} of {mask.shape[0]} rows exclude every column (the first is row {rows[0]}), so no negative "
             "can be drawn for them: put more than one image into the batch"
         )
     finite = weights.isfinite().all(1)
-    if not bool(finite.all()):
-        raise ValueError(f"similarity of row {int(finite.long().argmin())} holds NaN or infinity")
+    if not host.all_true(finite):
+        raise ValueError(f"similarity of row {host.integer(finite.long().argmin())} holds NaN or infinity")

@@ -90,8 +90,10 @@ def choose_runtime(manifest: Manifest) -> RuntimeName:
     preferred: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
     if manifest.consumer == "openvino":
         preferred = ("openvino", "onnxruntime")
-    installed = [name for name in preferred if importlib.util.find_spec(name) is not None]
-    return installed[0] if installed else preferred[0]
+    for name in preferred:
+        if importlib.util.find_spec(name) is not None:
+            return name
+    return preferred[0]
 
 
 def open_runtime(

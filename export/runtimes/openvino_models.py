@@ -39,6 +39,11 @@ class OpenVinoModels:
             raise UnavailableError(
                 "OpenVINO reads no bf16 tensors from NumPy; export with --dtype fp32 and load with precision='bf16'"
             )
+        if manifest.attention != "primitives":
+            raise ExportError(
+                f"this export spells attention as {manifest.attention}, which OpenVINO does not read; export it with "
+                "--for openvino"
+            )
         if precision is not None and precision not in _HINTS:
             raise UnavailableError(f"precision {precision!r} is unknown; choose from {', '.join(_HINTS)}")
         self._library: Any = openvino
@@ -63,8 +68,7 @@ class OpenVinoModels:
             compiled = self._core.compile_model(str(path), "CPU", options)
         except Exception as error:
             raise ExportError(
-                f"{self.description} does not load {path.name} ({' '.join(str(error).split())[:300]}); export it with "
-                "--for openvino"
+                f"{self.description} does not load {path.name} ({_reason(error)}); export it again with --for openvino"
             ) from error
         return _OpenVinoGraph(self._library, compiled, record, self.description)
 
@@ -88,6 +92,12 @@ class _OpenVinoGraph:
                 shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
                 raise ExportError(
                     f"{self._description} failed in graph {self._record.name!r} on {shapes} "
-                    f"({' '.join(str(error).split())[:300]}); try smaller batches"
+                    f"({_reason(error)}); try smaller batches"
                 ) from error
         return outputs
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the places in the library's source where it did."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check '")))[:300]

@@ -126,8 +126,10 @@ class _Engine:
                 return captured.replay(inputs)
             outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
             current = self._cuda.current_stream(self._device)
+            # Kept until the caller's stream waits for the engine's, so that nobody is given this memory before.
+            bound = {name: _aligned(value) for name, value in inputs.items()}
             self._stream.wait_stream(current)
-            self._enqueue(self._contexts[slot.number], {n: _aligned(value) for n, value in inputs.items()}, outputs)
+            self._enqueue(self._contexts[slot.number], bound, outputs)
             current.wait_stream(self._stream)
             return outputs
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import host
 from .selection import select
 
 # The logits of a block. Fewer rows would make the products slower, more rows gain nothing.
@@ -91,7 +92,7 @@ def linear_cross_entropy_forward(
 
 def linear_cross_entropy_backward(dloss: Tensor, gradients: Gradients) -> Gradients:
     """The gradients for a loss whose own gradient is `dloss`, a scalar. For 1 they are returned as they are."""
-    if float(dloss) == 1:
+    if host.number(dloss) == 1:
         return gradients
     dh, dw, db = (None if g is None else g * dloss.to(g.dtype) for g in gradients)
     return dh, dw, db
@@ -260,18 +261,18 @@ def _to_gradient(
 
 
 def _rows_inside(target: Tensor, part: slice) -> Tensor:
-    return ((target >= part.start) & (target < part.stop)).nonzero().flatten()
+    return host.true_places((target >= part.start) & (target < part.stop))
 
 
 def _aten_product(x: Tensor, y: Tensor) -> Tensor:
     return x @ y.t()
 
 
-def _onednn_product(x: Tensor, y: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+def _onednn_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
 
 
-_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"aten": _aten_product, "onednn": _onednn_product}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": _aten_product, "onednn": _onednn_product}
 
 
 def _chosen(role: str, dtype: torch.dtype) -> str:
@@ -291,8 +292,8 @@ def _example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: _Slices) -> Tensor:
     bias = None if b is None else b[part]
     if _chosen("vocabulary logits", h.dtype) == "onednn":
-        product = _onednn_product(h, w[part])
-        return product if bias is None else product.add_(bias)
+        # Inside the product the bias is added before the rounding to half precision.
+        return _onednn_product(h, w[part], None if bias is None else bias.contiguous())
     out = memory.next(h.shape[0], part.stop - part.start)
     if bias is None:
         return torch.mm(h, w[part].t(), out=out)
@@ -311,10 +312,10 @@ def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, *, first:
 
 
 def _check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    outside = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-    if bool(outside.any()):
+    outside = host.true_places(((target < 0) | (target >= vocabulary)) & (target != ignore_index))
+    if outside.numel():
         raise IndexError(
-            f"target {int(target[outside][0])} is outside the vocabulary of {vocabulary} entries "
+            f"target {host.integer(target.reshape(-1)[outside[0]])} is outside the vocabulary of {vocabulary} entries "
             f"(and is not ignore_index, {ignore_index})"
         )
 
@@ -326,9 +327,9 @@ def _counted_rows(
     _check_targets(target, vocabulary, ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     counted = targets != ignore_index
-    if bool(counted.all()):
+    if host.all_true(counted):
         return rows, targets, None
-    kept = counted.nonzero().flatten()
+    kept = host.true_places(counted)
     return rows[kept], targets[kept], kept
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import host
+
 
 class AddLayerNorm(NamedTuple):
     """Results of a forward: `normed` in the type of x, `summed` as wide as x and residual, statistics `[rows]`."""
@@ -90,15 +92,16 @@ def add_layer_norm_backward(
     ds, dweight, dbias = _normalise_backward(dnormed, summed, weight, mean, rstd)
     if dsummed is not None:
         ds = ds + dsummed
-    wide = _wide(summed)
-    branch, dgamma = ds, None
-    if row_scale is not None:
-        branch = branch * _per_row(row_scale, x)
-    kept = _kept(x, dropout_p, seed)
+    kept, dgamma = _kept(x, dropout_p, seed), None
     if gamma is not None:
-        dropped = x if kept is None else x * kept
-        dgamma = (branch.to(wide) * dropped).flatten(0, -2).sum(0).to(gamma.dtype)
-        branch = branch * gamma
+        products = ds.to(_wide(summed)) * (x if kept is None else x * kept)
+        if row_scale is None:
+            dgamma = products.flatten(0, -2).sum(0).to(gamma.dtype)
+        else:
+            sums = products.view(row_scale.shape[0], -1, x.shape[-1]).sum(1)
+            dgamma = (row_scale[:, None] * sums).sum(0).to(gamma.dtype)
+    factor = _factor(gamma, row_scale, x)
+    branch = ds if factor is None else ds * factor
     if kept is not None:
         branch = branch * kept
     dbias = dbias if has_bias else None
@@ -160,8 +163,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _per_row(row_scale: Tensor, x: Tensor) -> Tensor:
-    return row_scale.view(-1, *[1] * (x.ndim - 1))
+def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor | None:
+    """What the branch is multiplied with: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
+    if row_scale is None:
+        return gamma
+    rows = row_scale.view(-1, *[1] * (x.ndim - 1))
+    return rows if gamma is None else rows * gamma
 
 
 def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
@@ -172,7 +179,7 @@ def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
         raise ValueError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
     if dropout_p >= 1:
         return torch.zeros_like(x)
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(host.integer(seed))
     kept = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - dropout_p, generator=generator)
     return kept.mul_(1 / (1 - dropout_p))
 
@@ -185,18 +192,12 @@ def _sum(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    kept = _kept(x, dropout_p, seed)
+    kept, factor = _kept(x, dropout_p, seed), _factor(gamma, row_scale, x)
     branch = x if kept is None else x * kept
-    if row_scale is not None:
-        branch = branch * _per_row(row_scale, x)
     if residual is None:
-        return branch if gamma is None else (branch * gamma).to(x.dtype)
+        return branch if factor is None else (branch * factor).to(x.dtype)
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    if gamma is None:
-        return residual + branch.to(dtype)
-    if residual.dtype == branch.dtype == gamma.dtype:
-        return torch.addcmul(residual, branch, gamma)
-    return residual + (branch * gamma).to(dtype)
+    return (residual + branch if factor is None else torch.addcmul(residual, branch, factor)).to(dtype)
 
 
 def _normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

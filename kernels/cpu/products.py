@@ -1,8 +1,10 @@
-"""Linear layers on CPU for inference, fp32 and bf16; GELU and residual are fused where oneDNN does it faster."""
+"""Linear layers on CPU for inference, fp32 and bf16; GELU and residual are fused where oneDNN does it faster.
+
+oneDNN's linear layers ignore the stride of a bias, so they are given contiguous ones.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ..derived import derived
 from .selection import select
+from .workspace import scratch
 
 # Shape of the products that decide: packed caption tokens through a layer of the base width.
 _ROWS, _INPUTS, _OUTPUTS = 224, 768, 768
@@ -23,12 +26,17 @@ def _packed(weight: Tensor, rows: int) -> Tensor:
     return derived("onednn-packed", (weight,), lambda: reorder(weight.detach(), rows))
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` by oneDNN: x `[n, K]`, weight `[M, K]`, any strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "none", [], "")
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), _dense(bias), "none", [], "")
 
 
 def _aten_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,15 +44,15 @@ def _aten_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_then_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.aten.gelu_(_onednn_linear(x, weight, bias))
+    return torch.ops.aten.gelu_(onednn_linear(x, weight, bias))
 
 
 def _onednn_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "gelu", [], "none")
 
 
 def _packed_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), bias, "gelu", [], "none")
+    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), _dense(bias), "gelu", [], "none")
 
 
 def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -53,16 +61,16 @@ def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
 
 
 def _onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
 
 
 def _packed_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _packed(weight, x.shape[0]), bias, "add")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _packed(weight, x.shape[0]), _dense(bias), "add")
 
 
 _LINEAR: dict[str, Callable[..., Tensor]] = {
     "aten": F.linear,
-    "onednn": _onednn_linear,
+    "onednn": onednn_linear,
     "onednn-packed": _packed_linear,
 }
 _GELU: dict[str, Callable[..., Tensor]] = {
@@ -139,7 +147,7 @@ def mlp_residual(
     if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
         return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
-    hidden = _workspace(min(step, rows.shape[0]) * weight_in.shape[0], x.dtype).view(-1, weight_in.shape[0])
+    hidden = scratch("hidden", (min(step, rows.shape[0]), weight_in.shape[0]), x.dtype)
     out = torch.empty_like(sums)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
@@ -151,19 +159,6 @@ def mlp_residual(
             product = torch.addmm(bias_out, middle, weight_out.t(), out=out[part])
             torch.addcmul(sums[part], product, gamma, out=product)
     return out.view(residual.shape)
-
-
-_local = threading.local()
-
-
-def _workspace(numel: int, dtype: torch.dtype) -> Tensor:
-    """Scratch memory of this thread that outlives the call; what it holds is anybody's."""
-    buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("buffers", {})
-    if dtype not in buffers or buffers[dtype].numel() < numel:
-        # A tensor made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            buffers[dtype] = torch.empty(numel, dtype=dtype)
-    return buffers[dtype][:numel]
 
 
 def _rows(x: Tensor) -> Tensor:

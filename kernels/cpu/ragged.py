@@ -1,105 +1,177 @@
-"""How sequences of unequal lengths run on a CPU: short ones together in padded groups, long ones each on their own."""
+"""How sequences of unequal lengths run on a CPU: short ones side by side, similar ones together as a padded batch."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this many scores per head, many short sequences are one padded batch; beyond, each sequence is its own product.
-_SHORT_SCORES = 64 * 64
+from .. import host
+
+# What a group costs before its first score, in scores of one head: a group of its own has to save more.
+_GROUP_SCORES = 8 * 64 * 64
+# Padding may add this share of the scores that are there.
+_PADDING = 0.25
+# Tokens of a bundle. The products and softmax rows of one caption are too short to be quick; those of a few together,
+# each hidden from the others, are quick enough to pay for their hidden scores.
+_BUNDLE = 32
+
+
+class Side(NamedTuple):
+    """Where the tokens of a group lie on one side, queries or keys."""
+
+    sequences: int
+    longest: int
+    rows: slice | Tensor
+    """Packed rows of the padded slots, `[n · longest]`, a slot without a token repeating a real one; or a slice, where
+    the sequences are of one length and lie one after the other."""
+    slots: Tensor | None
+    """Padded slots that hold a token; None where all do."""
+
+    def padded(self, packed: Tensor, *, repeated: bool = True) -> Tensor:
+        """`[T, H, D]` → `[n, longest, H, D]`, a view where possible. Empty slots repeat a token, or are 0."""
+        if isinstance(self.rows, slice):
+            return packed[self.rows].unflatten(0, (self.sequences, self.longest))
+        found = packed.index_select(0, self.rows)
+        if not repeated and self.slots is not None:
+            found *= torch.zeros(len(found), dtype=found.dtype).index_fill_(0, self.slots, 1).view(-1, 1, 1)
+        return found.view(self.sequences, self.longest, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor, packed: Tensor) -> None:
+        """Write the tokens of `[n, longest, H, D]` to their rows of `[T, H, D]`, contiguous."""
+        if isinstance(self.rows, slice):
+            packed[self.rows].view(padded.shape).copy_(padded)
+        elif self.slots is None:
+            packed.index_copy_(0, self.rows, padded.flatten(0, 1))
+        else:
+            packed.index_copy_(0, self.rows[self.slots], padded.flatten(0, 1).index_select(0, self.slots))
 
 
 class Group(NamedTuple):
-    """Sequences that run together: where their tokens lie, and which padded slots hold one."""
+    """Sequences, or bundles of them, that run together."""
 
-    queries: Tensor  # [n * longest_q] positions in the packed tensor; padded slots repeat a real one
-    query_slots: Tensor  # [tokens] padded slots that hold a query, in packed order
-    query_tokens: Tensor  # [tokens] their positions in the packed tensor
-    keys: Tensor  # [n * longest_k]
-    key_slots: Tensor  # [tokens] padded slots that hold a key
-    key_tokens: Tensor  # [tokens] their positions in the packed tensor
-    key_padding: Tensor | None  # [n, longest_k], True where there is no key
-    sequences: int
+    queries: Side
+    keys: Side
+    mask: Tensor | None
+    """`[n, 1, 1 or longest queries, longest keys]` fp32: 0, or -inf for a key that a query does not see."""
 
 
 class Plan(NamedTuple):
-    """Every sequence with queries is in exactly one of the three."""
+    """Every sequence with queries and keys is in exactly one group."""
 
     groups: list[Group]
-    singles: list[tuple[slice, slice]]
-    empty: list[slice]
+    empty: bool
+    """Whether some sequence has queries but no keys."""
+    unread: bool
+    """Whether some sequence has keys but no queries."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the first group's queries are all queries, in their order."""
+        rows = self.groups[0].queries.rows
+        return not self.empty and isinstance(rows, slice) and len(self.groups) == 1
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a plan made by inference serves training too
-def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
-    """Short sequences of similar length in padded groups, long ones alone, those without keys apart."""
-    short: list[int] = []
-    singles: list[tuple[slice, slice]] = []
-    empty: list[slice] = []
-    lengths_q = [b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False)]
-    lengths_k = [b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)]
-    for i, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        queries, keys = slice(bounds_q[i], bounds_q[i + 1]), slice(bounds_k[i], bounds_k[i + 1])
-        if n and not m:
-            empty.append(queries)
-        elif n * m > _SHORT_SCORES:
-            singles.append((queries, keys))
-        elif n:
-            short.append(i)
+def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], bundled: bool) -> Plan:
+    """Groups of similar length: padded until that costs more scores than another group would.
+
+    Args:
+        bounds_q, bounds_k: S + 1 offsets of the S sequences.
+        bundled: whether neighbours of few tokens are joined to one sequence that a mask divides.
+    """
+    lengths = [(bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i]) for i in range(len(bounds_q) - 1)]
+    bundles = _bundles(lengths, _BUNDLE if bundled else 0)
+    sizes = [(sum(lengths[i][0] for i in b), sum(lengths[i][1] for i in b)) for b in bundles]
+    order = sorted(range(len(bundles)), key=lambda i: sizes[i][::-1])
     groups: list[Group] = []
-    short.sort(key=lambda i: (lengths_k[i], lengths_q[i]))
     start = 0
-    while start < len(short):
+    while start < len(order):
         stop, longest_q, work = start, 0, 0
-        while stop < len(short):
-            longest_q_next = max(longest_q, lengths_q[short[stop]])
-            work_next = work + lengths_q[short[stop]] * lengths_k[short[stop]]
-            padded = (stop + 1 - start) * longest_q_next * lengths_k[short[stop]]
-            # Padded scores may cost at most as much again as real ones; small groups are not worth splitting.
-            if padded > 2 * work_next and padded > 8 * _SHORT_SCORES:
+        while stop < len(order):
+            n, m = sizes[order[stop]]
+            longest, real = max(longest_q, n), work + n * m
+            excess = (stop + 1 - start) * longest * m - real
+            if excess > max(_PADDING * real, _GROUP_SCORES):
                 break
-            longest_q, work, stop = longest_q_next, work_next, stop + 1
-        members = short[start:stop]
-        groups.append(_group(members, bounds_q, bounds_k, longest_q, lengths_k[members[-1]]))
+            longest_q, work, stop = longest, real, stop + 1
+        # In packed order, so that neighbours of one length are one slice.
+        members = [bundles[i] for i in sorted(order[start:stop])]
+        queries, keys = _side(members, bounds_q), _side(members, bounds_k)
+        groups.append(Group(queries, keys, _mask(members, lengths, queries, keys)))
         start = stop
-    return Plan(groups, singles, empty)
+    return Plan(groups, any(n and not m for n, m in lengths), any(m and not n for n, m in lengths))
 
 
-def _group(
-    members: list[int], bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], longest_q: int, longest_k: int
-) -> Group:
-    def padded(bounds: tuple[int, ...], longest: int) -> tuple[Tensor, Tensor]:
-        first = torch.tensor([bounds[i] for i in members])[:, None]
-        length = torch.tensor([bounds[i + 1] - bounds[i] for i in members])[:, None]
-        offset = torch.arange(longest)[None, :]
-        real = offset < length
-        return first + offset.where(real, torch.zeros_like(offset)), real
+def _bundles(lengths: list[tuple[int, int]], most: int) -> list[list[int]]:
+    """Sequences with queries and keys, neighbours joined up to `most` tokens on either side.
 
-    queries, real_queries = padded(bounds_q, longest_q)
-    keys, real_keys = padded(bounds_k, longest_k)
-    query_slots, key_slots = (real.flatten().nonzero().flatten() for real in (real_queries, real_keys))
-    return Group(
-        queries.flatten(),
-        query_slots,
-        queries.flatten()[query_slots],
-        keys.flatten(),
-        key_slots,
-        keys.flatten()[key_slots],
-        None if bool(real_keys.all()) else ~real_keys,
-        len(members),
-    )
+    Sequences of one length make bundles of one size where their number allows it.
+    """
+    found: list[list[int]] = []
+    tokens = (0, 0)
+    for i, (n, m) in enumerate(lengths):
+        if not n or not m:
+            continue
+        tokens = (tokens[0] + n, tokens[1] + m)
+        if not found or max(tokens) > most:
+            found.append([])
+            tokens = (n, m)
+        found[-1].append(i)
+    if len(found) > 1 and len(set(lengths)) == 1:
+        # Even bundles need no padding: the largest number of sequences that divides theirs.
+        count = next(c for c in range(len(found[0]), 0, -1) if len(lengths) % c == 0)
+        if 2 * count > len(found[0]):
+            found = [list(range(i, i + count)) for i in range(0, len(lengths), count)]
+    return found
+
+
+def _side(members: list[list[int]], bounds: tuple[int, ...]) -> Side:
+    starts = [[bounds[i] for i in bundle] for bundle in members]
+    ends = [[bounds[i + 1] for i in bundle] for bundle in members]
+    sizes = [sum(ends[b]) - sum(starts[b]) for b in range(len(members))]
+    longest = max(sizes)
+    uniform = min(sizes) == longest
+    flat_starts, flat_ends = list(chain.from_iterable(starts)), list(chain.from_iterable(ends))
+    if uniform and flat_starts[1:] == flat_ends[:-1]:
+        return Side(len(members), longest, slice(flat_starts[0], flat_ends[-1]), None)
+    rows, real = torch.empty(len(members), longest, dtype=torch.long), torch.zeros(len(members), longest).bool()
+    for b, size in enumerate(sizes):
+        parts = [torch.arange(first, last) for first, last in zip(starts[b], ends[b], strict=True)]
+        rows[b, :size], real[b, :size] = torch.cat(parts), True
+        rows[b, size:] = rows[b, 0]
+    return Side(len(members), longest, rows.flatten(), None if uniform else host.true_places(real))
+
+
+def _mask(members: list[list[int]], lengths: list[tuple[int, int]], queries: Side, keys: Side) -> Tensor | None:
+    if all(len(bundle) == 1 for bundle in members):
+        if keys.slots is None:
+            return None
+        mask = torch.full((len(members), 1, 1, keys.longest), -torch.inf)
+        mask.view(-1)[keys.slots] = 0
+        return mask
+    mask = torch.full((len(members), 1, queries.longest, keys.longest), -torch.inf)
+    for b, bundle in enumerate(members):
+        row = column = 0
+        for i in bundle:
+            n, m = lengths[i]
+            mask[b, 0, row : row + n, column : column + m] = 0
+            row, column = row + n, column + m
+        # Slots without a query see some key, or their softmax would be NaN.
+        mask[b, 0, row:, 0] = 0
+    return mask
 
 
 def without_masked_keys(
     k: Tensor, v: Tensor, bounds_k: tuple[int, ...], key_mask: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """A key that nobody attends to is a key that is not there."""
-    kept = key_mask.nonzero().flatten()
+    kept = host.true_places(key_mask)
     before = F.pad(key_mask.long().cumsum(0), (1, 0))
-    bounds = tuple(before[torch.tensor(bounds_k)].tolist())
+    bounds = tuple(host.integers(before[torch.tensor(bounds_k)]))
     return k.index_select(0, kept), v.index_select(0, kept), bounds

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import host
+
 # A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
 _MARGIN = 0.96
 _ROUNDS = 7
@@ -62,6 +64,15 @@ def select(
 def selections() -> list[Selection]:
     """Every comparison made so far in this process."""
     return list(_selections.values())
+
+
+def settle(operation: str, dtype: torch.dtype, chosen: str) -> None:
+    """Take a candidate without comparing, for all of this process.
+
+    Candidates round differently, so a training run that goes on elsewhere has to go on with those it began with.
+    """
+    with _lock:
+        _selections[operation, dtype] = Selection(operation, dtype, chosen, {}, {})
 
 
 def _compare(
@@ -111,4 +122,4 @@ def _thread_seconds(candidates: dict[str, Callable[..., Tensor]], arguments: tup
 
 
 def _error(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth).abs().max() / truth.abs().max()).item()
+    return host.number((value.double() - truth).abs().max() / truth.abs().max())

@@ -205,7 +205,9 @@ def test_is_ready_when_warm(exported_fp32: Path, small_model: XFM) -> None:
 
 def test_one_graph_pads_and_trims_by_itself(session: Session, small_model: XFM) -> None:
     ids, mask = _texts(2, 5)
-    scores = session.run("match", {"pixels": _pixels(small_model, 1), "input_ids": ids[None], "attention_mask": mask[None]})
+    scores = session.run(
+        "match", {"pixels": _pixels(small_model, 1), "input_ids": ids[None], "attention_mask": mask[None]}
+    )
     assert scores["scores"].shape == (1, 2)
     with pytest.raises(InputError, match="inputs missing or unknown: attention_mask"):
         session.run("text", {"input_ids": ids})

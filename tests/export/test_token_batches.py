@@ -35,7 +35,9 @@ def test_every_text_is_in_one_pass_that_fits(lengths: list[int], budget: int, pr
         assert most is None or len(batch.rows) <= most
 
 
-@given(st.lists(st.sampled_from([3, 5, 6, 11, 13, 20]), min_size=1, max_size=25), st.integers(20, 90), st.integers(0, 40))
+@given(
+    st.lists(st.sampled_from([3, 5, 6, 11, 13, 20]), min_size=1, max_size=25), st.integers(20, 90), st.integers(0, 40)
+)
 def test_divides_as_the_search_over_all_divisions_does(lengths: list[int], budget: int, price: int) -> None:
     distinct = sorted(set(lengths))
 

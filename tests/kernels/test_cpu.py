@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_as_accurate
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.cpu import attention, products, selection
+from xfm_fast.kernels.cpu import attention, gradients, position, products, selection, tiles, workspace
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -23,10 +24,14 @@ def rejection(operation: str, dtype: torch.dtype) -> dict[str, str]:
     """Why this processor, or this PyTorch, cannot run an implementation."""
     candidates, example = {
         "attention": (attention._PLAIN, attention._plain_example),
+        "short attention": (attention._SHORT, attention._short_example),
         "biased attention": (attention._BIASED, attention._biased_example),
         "linear": (products._LINEAR, products._example),
         "linear_gelu": (products._GELU, products._example),
         "linear_residual": (products._RESIDUAL, products._residual_example),
+        "trained linear": (gradients._LINEAR, gradients._linear_example),
+        "input gradient": (gradients._INPUT, gradients._input_example),
+        "weight gradient": (gradients._WEIGHT, gradients._weight_example),
     }[operation]
     return selection._compare(operation, candidates, example, dtype).rejected
 
@@ -59,7 +64,7 @@ def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch
     batch, queries, keys, heads, width = shape
     q = torch.randn(batch, heads, queries, width).to(dtype).transpose(1, 2)
     k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
-    bias = torch.randn(heads, queries, keys).to(dtype) if biased else None
+    bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
     candidate = (attention._BIASED if biased else attention._PLAIN)[name]
     found = candidate(q, k, v, 0.3, bias)
     assert found.is_contiguous()
@@ -71,11 +76,130 @@ def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch
     [(12, 197, 197), (12, 577, 577), (12, 10_000, 577), (1, 5, 5), (3, 7, 10**7), (16, 1, 1)],
 )
 def test_tiles_fit(heads: int, queries: int, keys: int) -> None:
-    group, rows = attention.tile_shape(heads, queries, keys, 4)
-    assert 1 <= group <= heads
-    assert 1 <= rows <= queries
-    # One row of two heads is the smallest tile, whatever its size.
-    assert group * rows * keys * 4 <= attention._TILE_BYTES or rows == 1
+    for batch in (1, 8, 300):
+        entries, group, rows = tiles.tile_shape(batch, heads, queries, keys, 4)
+        assert 1 <= entries <= batch
+        assert 1 <= group <= heads
+        assert 1 <= rows <= queries
+        # One row of two heads is the smallest tile, whatever its size.
+        assert entries * group * rows * keys * 4 <= tiles._TILE_BYTES or (entries, rows) == (1, 1)
+
+
+def test_tiles_cover_every_score_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 4 * 5 * 40)
+    for shape in ((3, 7, 4, 8), (2, 50, 3, 8), (9, 2, 2, 8), (1, 1, 1, 8)):
+        counts = torch.zeros(shape[:3], dtype=torch.long)
+        opened = 0
+        for tile in tiles.tiles(torch.empty(shape), 5):
+            counts[tile.batch, tile.rows, tile.heads] += 1
+            opened += tile.first
+            assert opened == 1, "the rows of one tile end before those of the next begin"
+            opened -= tile.last
+        assert (counts == 1).all()
+
+
+def attention_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    given = [t.detach().clone().requires_grad_() for t in (q, k, v) if t is not None]
+    if bias is not None:
+        given.append(bias.detach().clone().requires_grad_())
+    with torch.enable_grad():
+        out = plain_attention(given[0], given[1], given[2], scale, given[3] if bias is not None else None)
+    return torch.autograd.grad(out, given, dout)
+
+
+@each_dtype
+@pytest.mark.parametrize("tile_bytes", [4 << 20, 3000, 100])
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+@pytest.mark.parametrize("biased", [False, True])
+@torch.no_grad()
+def test_gradients_of_tiles(
+    biased: bool, shape: tuple[int, ...], tile_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of all heads, of one head of several entries, and of a few rows; whatever scratch memory held before."""
+    monkeypatch.setattr(tiles, "_TILE_BYTES", tile_bytes)
+    batch, queries, keys, heads, width = shape
+    q, dout = torch.randn(2, batch, heads, queries, width).to(dtype).transpose(2, 3)
+    k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
+    bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
+    for buffer in getattr(workspace._local, "buffers", {}).values():
+        buffer.fill_(torch.nan)
+    found = tiles.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=biased)
+    for i, gradient in enumerate(found if biased else found[:3]):
+        assert gradient is not None
+        # The gradient of the bias is summed and returned in fp32.
+        value = gradient[None].to(dtype) if i == 3 else gradient
+        arguments = (dout, q, k, v, 0.3, bias)
+        assert_as_accurate(value, lambda *given, i=i: attention_gradients(*given)[i], *arguments)
+
+
+@each_dtype
+@torch.no_grad()
+def test_the_gradient_of_a_bias_adds_up_over_tiles_of_the_batch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v, dout = torch.randn(4, 6, 5, 2, 8).to(dtype)
+    bias = torch.randn(1, 2, 5, 5).to(dtype)
+    whole = tiles.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 2 * 5 * 5 * 2 * q.element_size())
+    parts = tiles.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
+    for a, b in zip(whole, parts, strict=True):
+        assert a is not None
+        assert b is not None
+        assert (a - b).abs().max() <= 4 * torch.finfo(dtype).eps * a.abs().max()
+
+
+@pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 5), (14, 14)])
+def test_position_bias_and_its_gradient(window: tuple[int, int]) -> None:
+    rows, tokens = (2 * window[0] - 1) * (2 * window[1] - 1) + 3, 1 + window[0] * window[1]
+    table = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
+    expected = reference.position_bias(table, window)
+    assert torch.equal(position.position_bias(table.detach(), window), expected)
+    dbias = torch.randn(3, tokens, tokens, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(expected, table, dbias)
+    torch.testing.assert_close(position.table_gradient(dbias, window, rows), gradient)
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 4), (5, 7, 3), (130, 64, 96), (65, 96, 64)])
+@torch.no_grad()
+def test_gradients_of_linear_layers(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    x, weight, dout = (torch.randn(s).to(dtype) for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    bias = torch.randn(2 * outputs).to(dtype)[::2]
+    ran = 0
+    cases: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        ("trained linear", reference.linear, (x, weight, bias)),
+        ("input gradient", lambda dout, weight: dout @ weight, (dout, weight)),
+        ("weight gradient", lambda dout, x: dout.t() @ x, (dout, x)),
+        ("weight gradient", lambda dout, x: dout.t() @ x, (dout.t().contiguous().t(), x)),
+    ]
+    for operation, definition, arguments in cases:
+        candidates: dict[str, Callable[..., Tensor]] = {
+            "trained linear": gradients._LINEAR,
+            "input gradient": gradients._INPUT,
+            "weight gradient": gradients._WEIGHT,
+        }[operation]
+        for name, candidate in candidates.items():
+            if name not in rejection(operation, dtype):
+                assert_as_accurate(candidate(*arguments), definition, *arguments)
+                ran += 1
+    assert ran >= 4
+
+
+def test_scratch_memory_is_shared_by_name_and_kept() -> None:
+    first = workspace.scratch("test", (3, 4), torch.float32)
+    assert first.is_contiguous()
+    assert workspace.scratch("test", (2, 2), torch.float32).data_ptr() == first.data_ptr()
+    assert workspace.scratch("test", (2, 2), torch.float64).data_ptr() != first.data_ptr()
+    assert workspace.scratch("other", (2, 2), torch.float32).data_ptr() != first.data_ptr()
+    with torch.inference_mode():
+        larger = workspace.scratch("test", (30, 40), torch.float32)
+    # Outside of inference mode it can still be written to.
+    workspace.scratch("test", (30, 40), torch.float32).fill_(1)
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(lambda: workspace.scratch("test", (3, 4), torch.float32)).result()
+    assert theirs.data_ptr() != larger.data_ptr()
 
 
 @each_dtype

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.accuracy import assert_accurate
 from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.cpu import selection
+from xfm_fast.kernels.cpu.ragged import plan_of
 
 WINDOW = (3, 5)
 OFFSETS_Q = torch.tensor([0, 4, 4, 5, 17], dtype=torch.int32)
@@ -164,6 +166,25 @@ def test_the_same_bits_twice(case: str) -> None:
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+
+
+@each_case
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nothing_waits_for_a_device(case: str, backend: ops.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops an accelerator is not called on CPU either, so a training step can be watched for it."""
+    function, inputs = CASES[case]
+    selection._selections.clear()
+    plan_of.cache_clear()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a tensor's value was asked for")
+
+    for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    arguments = inputs()
+    with ops.use_backend(backend):
+        out = function(*arguments)
+    torch.autograd.grad(out, arguments, torch.ones_like(out))
 
 
 @each_case
@@ -410,3 +431,70 @@ def test_definitions_are_what_they_say() -> None:
         qs, ks = slice(*OFFSETS_Q[i : i + 2].tolist()), slice(*OFFSETS_K[i : i + 2].tolist())
         part = torch.einsum("qhd,khd->hqk", q[qs] * 0.5, k[ks])
         torch.testing.assert_close(out[qs], torch.einsum("hqk,khd->qhd", part.softmax(-1), v[ks]))
+
+
+LINEAR = shaped((3, 5, 16), (24, 16), 24)
+
+
+def in_training(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return ops.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    "needed", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_opcheck_linear(needed: tuple[bool, ...]) -> None:
+    x, weight, bias = (t.detach().requires_grad_(n) for t, n in zip(LINEAR(), needed, strict=True))
+    opcheck(torch.ops.xfm_fast.linear.default, (x, weight, bias))
+    opcheck(torch.ops.xfm_fast.linear.default, (x.transpose(0, 1), weight, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_in_training_against_its_definition(biased: bool, dtype: torch.dtype) -> None:
+    def results(backend: ops.Backend, dtype: torch.dtype) -> list[Tensor]:
+        arguments = [t.detach().to(rounded).to(dtype).requires_grad_() for t in LINEAR()[: 2 + biased]]
+        with ops.use_backend(backend):
+            out = in_training(*arguments)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(rounded).to(dtype)
+        return [out.detach(), *torch.autograd.grad(out, arguments, weight)]
+
+    rounded = dtype
+    found, plain, truth = results("cpu", dtype), results("reference", dtype), results("cpu", torch.float64)
+    for name, *values in zip(("out", "dx", "dweight", "dbias"), found, plain, truth, strict=False):
+        assert_accurate(*values, name)
+
+
+def test_linear_takes_its_operator_where_a_gradient_is_wanted() -> None:
+    """And only there: compilers, exports and fp64 see PyTorch's own."""
+    arguments = LINEAR()
+    assert "xfm_fast" in str(in_training(*arguments).grad_fn)
+    assert "xfm_fast" not in str(in_training(*LINEAR(torch.float64)).grad_fn)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = in_training(*arguments)
+    assert out.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.float().sum(), arguments))
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert in_training(*arguments).dtype == torch.float16
+    torch._dynamo.reset()
+    compiled = torch.compile(in_training, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), in_training(*arguments))
+    with torch.no_grad():
+        assert in_training(*arguments).grad_fn is None
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_branch_in_training_against_its_definition(scaled: bool, dropped: bool) -> None:
+    """The residual sum behind a trained linear layer: one pass for what the definition does in four."""
+    x, weight, bias, residual, gamma = shaped((3, 5, 16), (24, 16), 24, (3, 5, 24), 24)()
+    rows = torch.tensor([0.0, 1.25, 1.25]) if dropped else None
+    arguments = [x, weight, bias, residual, *([gamma] if scaled else [])]
+
+    def results(backend: ops.Backend) -> list[Tensor]:
+        options = {"gamma": gamma if scaled else None, "row_scale": rows}
+        out = ops.linear_residual(x, weight, bias, residual, backend=backend, **options)
+        return [out, *torch.autograd.grad(out.sin().sum(), arguments)]
+
+    for ours, definition in zip(results("cpu"), results("reference"), strict=True):
+        torch.testing.assert_close(ours, definition)

@@ -77,12 +77,16 @@ def findings(study: Study) -> list[str]:
             )
         noise = [METRICS[metric] for metric in by_metric if metric not in clear]
         if noise:
-            lines.append(f"{TITLES[variant]}: no difference beyond noise in {', '.join(noise)}")
+            seeds = min(pair.count for pair in by_metric.values())
+            lines.append(
+                f"{TITLES[variant]}: nothing that {seeds} {'seed tells' if seeds == 1 else 'seeds tell'} from noise in "
+                + ", ".join(noise)
+            )
     if pairs := [pair for by_metric in compared.values() for pair in by_metric.values()]:
         seeds = min(pair.count for pair in pairs)
         lines.append(
             f"{len(pairs)} comparisons at 95% mark about {len(pairs) / 20:.1f} of them by chance alone"
-            + ("; one seed gives no interval, so nothing can be told from noise" if seeds == 1 else "")
+            + ("; one seed gives no interval, so it claims none" if seeds == 1 else "")
         )
     if study.missing:
         names = ", ".join(f"{TITLES[variant]} seed {seed}" for variant, seed in study.missing)

@@ -46,12 +46,20 @@ class PairScorer(Protocol):
         """The part of fusion that does not depend on the image, once per text: `[T, width]` → `[T, width]`."""
         ...
 
+    def preparation_flops(self, lengths: Tensor) -> flops.Count:
+        """What `prepare` costs for texts of these lengths."""
+        ...
+
     def memory(self, image_embeds: Tensor) -> Any:
         """What all texts of the images `[B, 1 + N, width]` share."""
         ...
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups) -> Tensor:
         """Match score of every prepared text with its image: `[P]`."""
+        ...
+
+    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
+        """What `scores` costs for texts of these lengths."""
         ...
 
     def fingerprint(self) -> str:
@@ -69,12 +77,18 @@ class ModelScorer:
     def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
         return self.model.fusion_encoder.first_self_attention(tokens, sequences)
 
+    def preparation_flops(self, lengths: Tensor) -> flops.Count:
+        return flops.first_self_attention(self.config, lengths)
+
     def memory(self, image_embeds: Tensor) -> ImageMemory:
         return self.model.image_memory(image_embeds)
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: ImageMemory, groups: ImageGroups) -> Tensor:
         fused = self.model.fusion_encoder(tokens, sequences, memory, groups, first_token_only=True, self_attended=True)
         return self.model.match_logits(fused[:, None])[:, 1]
+
+    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
+        return flops.fusion(self.config, lengths, image_tokens, first_token_only=True, self_attended=True)
 
     def fingerprint(self) -> str:
         checksum = 0
@@ -234,7 +248,7 @@ def _run(
     prepared = texts.tokens
     if done < candidates.pairs:
         prepared = _prepare(scorer, texts, budget)
-        spent += flops.first_self_attention(scorer.config, texts.lengths)
+        spent += scorer.preparation_flops(texts.lengths)
     for tile in _tiles(candidates, texts.lengths.cpu(), finished, budget, most):
         chosen = [piece.image for piece in tile]
         if chosen != memory_of:
@@ -247,7 +261,7 @@ def _run(
         tokens = prepared.index_select(0, ragged_rows(starts[selected], lengths))
         groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
         scored = scorer.scores(tokens, Sequences.from_lengths(lengths), memory, groups)
-        spent += flops.fusion(scorer.config, lengths, images.embeds.shape[1], first_token_only=True, self_attended=True)
+        spent += scorer.fusion_flops(lengths, groups, images.embeds.shape[1])
         scores[pairs] = scored.to("cpu", scores.dtype)
         done += len(pairs)
         if journal is not None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.mapped import create_mapped
 from xfm_fast.models.xfm import XFM
@@ -45,17 +47,45 @@ __all__ = [
 ]
 
 
+class RetrievalModel(Protocol):
+    """What retrieval needs of a model that is no `XFM`, such as a session over exported graphs."""
+
+    @property
+    def config(self) -> XFMConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode_image(self, pixels: Tensor) -> Tensor: ...
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
+
+    def project_image(self, image_embeds: Tensor) -> Tensor: ...
+
+    def project_text(self, text_embeds: Tensor) -> Tensor: ...
+
+    def pair_scorer(self) -> PairScorer:
+        """What pairs are scored with."""
+        ...
+
+
 class Retriever:
     """Embeds collections and searches them.
 
     Args:
-        model: an `XFM` with the contrastive and matching heads; it is put into evaluation mode.
+        model: an `XFM` with the contrastive and matching heads, which is put into evaluation mode, or an exported one
+            (`xfm_fast.export.session.Session`).
         token_budget: caption tokens per pass of the fusion encoder; chosen for the device by default.
     """
 
-    def __init__(self, model: XFM, *, token_budget: int | None = None) -> None:
-        self.model = model.eval()
-        self.scorer: PairScorer = ModelScorer(model)
+    def __init__(self, model: XFM | RetrievalModel, *, token_budget: int | None = None) -> None:
+        self.model = model
+        if isinstance(model, XFM):
+            model.eval()
+        self.scorer: PairScorer = ModelScorer(model) if isinstance(model, XFM) else model.pair_scorer()
         self.token_budget = token_budget
 
     @torch.inference_mode()

@@ -1,0 +1,421 @@
+"""Every runtime gives what the model gives; TensorRT's is driven through a stand-in that behaves as its API says."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import shutil
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from xfm_fast import XFM, Retriever
+from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.export import engine_library
+from xfm_fast.export.dynamic_int8 import quantize_int8
+from xfm_fast.export.engine_library import Library
+from xfm_fast.export.engine_profiles import graph_profiles, parse_profiles
+from xfm_fast.export.exporting import export_onnx
+from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
+from xfm_fast.export.reference import Reference
+from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
+from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
+from xfm_fast.export.session import Session
+from xfm_fast.export.verification import verify
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the stand-in for engines computes with onnxruntime")
+
+PROFILES = (
+    "latency:batch=1,texts=1..8..16,length=1..8..24",
+    "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24",
+)
+TYPES = {"float32": ctypes.c_float, "int64": ctypes.c_int64}
+
+
+class FakeCuda:
+    """As much of `torch.cuda` as the runtime uses, on CPU tensors. `log` holds what streams were told."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.capturing: Any = None
+        cuda = self
+
+        class Stream:
+            def __init__(self, device: Any = None, name: str = "engine") -> None:
+                self.name, self.cuda_stream = name, id(self)
+
+            def wait_stream(self, other: Any) -> None:
+                cuda.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event: Any) -> None:
+                cuda.log.append(f"{self.name} waits for an event")
+
+            def synchronize(self) -> None:
+                cuda.log.append(f"{self.name} synchronized")
+
+        class CUDAGraph:
+            def __init__(self) -> None:
+                self.work: list[Any] = []
+
+            def replay(self) -> None:
+                cuda.log.append("replay")
+                for work in self.work:
+                    work()
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                pass
+
+        self.Stream, self.CUDAGraph, self.Event = Stream, CUDAGraph, Event
+        self.caller = Stream(name="caller")
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self.caller
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+    def get_device_name(self, device: torch.device) -> str:
+        return "a stand-in"
+
+    def get_device_capability(self, device: torch.device) -> tuple[int, int]:
+        return (8, 9)
+
+
+class FakeContext:
+    """Runs an ONNX file on the memory that it was told of, if all that a context has to be told was said."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.profile: int | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        profile = self.engine.record.profiles[self.profile or 0]
+        self.shapes[name] = shape
+        limits = zip(profile.least[name], shape, profile.most[name], strict=True)
+        return all(least <= size <= most for least, size, most in limits)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self.engine.broken:
+            self.engine.logger.log(1, "Cask convolution failed")
+            return False
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        if self.engine.cuda.capturing is not None:
+            self.engine.cuda.capturing.work.append(lambda: self._run(shapes, addresses))
+        else:
+            self._run(shapes, addresses)
+        return True
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        self.engine.runs.append((self.profile, shapes))
+        record = self.engine.record
+        feeds = {t.name: _memory(addresses[t.name], shapes[t.name], t.dtype) for t in record.inputs}
+        results = self.engine.session.run([output.name for output in record.outputs], feeds)
+        for output, result in zip(record.outputs, results, strict=True):
+            _memory(addresses[output.name], result.shape, output.dtype)[...] = result
+
+
+class FakeEngine:
+    device_memory_size_v2 = 1 << 20
+
+    def __init__(self, cuda: FakeCuda, logger: Any, record: Any, onnx: str) -> None:
+        self.cuda, self.logger, self.record = cuda, logger, record
+        self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+        self.runs: list[tuple[int | None, dict[str, tuple[int, ...]]]] = []
+        self.contexts: list[FakeContext] = []
+        self.broken = False
+
+    def create_execution_context(self) -> FakeContext:
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+
+def _memory(address: int, shape: tuple[int, ...], dtype: str) -> Any:
+    kind = TYPES[dtype] * int(np.prod(shape))
+    return np.frombuffer(kind.from_address(address), dtype=dtype).reshape(shape)
+
+
+@pytest.fixture(scope="module")
+def engines(exported_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose engines name the ONNX files that the stand-in runs."""
+    folder = tmp_path_factory.mktemp("engines")
+    manifest = Manifest.load(exported_fp32)
+    records = []
+    for record in manifest.graphs:
+        (folder / f"{record.name}.engine").write_text(json.dumps([record.name, str(exported_fp32 / record.file)]))
+        profiles = graph_profiles(record, parse_profiles(PROFILES))
+        files = {"file": f"{record.name}.engine", "files": [f"{record.name}.engine"]}
+        records.append(record.model_copy(update=files | {"profiles": profiles}))
+    target = EngineTarget(library="tensorrt", version="10.14.1", compute_capabilities=[89])
+    names = [record.file for record in records]
+    (folder / "reference.safetensors").write_bytes((exported_fp32 / "reference.safetensors").read_bytes())
+    changes = {"kind": "tensorrt", "consumer": "tensorrt", "graphs": records, "target": target}
+    manifest.model_copy(update=changes | {"files": record_files(folder, names)}).save(folder)
+    return folder
+
+
+class Fakes:
+    """The stand-ins of one session."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.cuda, self.engines = FakeCuda(), {}
+        fakes, trt = self, types.ModuleType("tensorrt")
+
+        class ILogger:
+            INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self.logger = logger
+
+            def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
+                if not content.startswith(b"["):
+                    self.logger.log(1, "Magic tag does not match")
+                    return None
+                name, onnx = json.loads(content)
+                fakes.engines[name] = FakeEngine(fakes.cuda, self.logger, manifest.graph(name), onnx)
+                return fakes.engines[name]
+
+        trt.ILogger, trt.Runtime = ILogger, Runtime  # pyright: ignore[reportAttributeAccessIssue]
+        self.library = Library.__new__(Library)
+        self.library.trt, self.library.version = trt, "10.14.1"
+
+
+@pytest.fixture
+def fakes(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    made = Fakes(Manifest.load(engines))
+
+    def open_runtime(name: str, manifest: Manifest, device: Any, precision: Any) -> TensorRTEngines:
+        return TensorRTEngines(made.library, manifest, torch.device("cpu"), made.cuda)
+
+    monkeypatch.setattr(tensorrt_engines, "open_runtime", open_runtime)
+    return made
+
+
+def _texts(count: int, width: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    mask = (torch.arange(width) < torch.randint(1, width + 1, (count, 1), generator=generator)).long()
+    return torch.randint(4, 200, (count, width), generator=generator).masked_fill(mask == 0, 1), mask
+
+
+def _pixels(model: XFM, count: int) -> Tensor:
+    size = model.config.image_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+def _same_retrieval(model: XFM, session: Session, tolerance: float = 1e-4) -> None:
+    """More images and texts than any profile takes at once."""
+    pixels, (ids, mask) = _pixels(model, 7), _texts(41, 20)
+    found = []
+    for subject in (model, session):
+        retriever = Retriever(subject)
+        images, texts = retriever.embed_images([pixels]), retriever.embed_texts([(ids, mask)])
+        found.append(
+            (images.embeds, images.features, texts.tokens, texts.features, retriever.rerank(images, texts).scores)
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() < tolerance
+
+
+def test_engines_give_what_the_model_gives(engines: Path, small_model: XFM, fakes: Fakes) -> None:
+    session = Session.load(engines)
+    assert session.description == "tensorrt 10.14.1, a stand-in"
+    _same_retrieval(small_model, session)
+    used = {profile for profile, _ in fakes.engines["fusion"].runs}
+    assert used == {0, 1}
+
+
+def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small_model: XFM, fakes: Fakes) -> None:
+    session = Session.load(engines)
+    vision = fakes.engines["vision"]
+    assert [context.profile for context in vision.contexts] == [0, 1, 0]
+    fakes.cuda.log.clear()
+    one = session.encode_image(_pixels(small_model, 1))
+    assert fakes.cuda.log == ["replay"] or fakes.cuda.log == ["caller waits for an event", "replay"]
+    kept = one.clone()
+    other = session.encode_image(-_pixels(small_model, 1))
+    # The memory of a captured graph is used again; what was handed out is not.
+    assert torch.equal(one, kept)
+    assert not torch.equal(other, kept)
+    fakes.cuda.log.clear()
+    session.encode_image(_pixels(small_model, 3))
+    assert fakes.cuda.log == ["engine waits for caller", "caller waits for engine"]
+    assert vision.runs[-1] == (1, {"pixels": (3, 3, *[small_model.config.image_size] * 2)})
+
+
+def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: Fakes, monkeypatch) -> None:
+    session = Session.load(engines)
+    monkeypatch.setattr(tensorrt_engines, "_ALIGNMENT", 1)
+    pixels = _pixels(small_model, 4)
+    session.encode_image(pixels)
+    assert fakes.engines["vision"].contexts[1].addresses["pixels"] == pixels.data_ptr()
+    monkeypatch.setattr(tensorrt_engines, "_ALIGNMENT", 1 << 40)
+    session.encode_image(pixels)
+    assert fakes.engines["vision"].contexts[1].addresses["pixels"] != pixels.data_ptr()
+
+
+def test_a_request_outside_every_profile_is_named(engines: Path, small_model: XFM, fakes: Fakes) -> None:
+    session = Session.load(engines)
+    with pytest.raises(InputError, match=r"graph 'vision': batch is 7 and profile 'latency' takes exactly 1; profile "):
+        session.run("vision", {"pixels": _pixels(small_model, 7)})
+    ids, mask = torch.full((1, 30), 5), torch.ones(1, 30)
+    with pytest.raises(InputError, match=r"length is 30 and profile 'latency' takes 1 to 24"):
+        session.encode_text(ids, mask)
+    whole = {"pixels": _pixels(small_model, 2), "input_ids": ids[None, :, :4].expand(2, 9, 4)}
+    with pytest.raises(InputError, match=r"no profile takes batch 2, texts 9, length 4 together"):
+        session.run("match", whole | {"attention_mask": torch.ones(2, 9, 4)})
+
+
+def test_failures_of_the_library_are_told(engines: Path, small_model: XFM, fakes: Fakes, tmp_path: Path) -> None:
+    session = Session.load(engines)
+    fakes.engines["vision"].broken = True
+    with pytest.raises(ExportError, match=r"failed in graph 'vision' on pixels \[2, 3, .*Cask convolution failed"):
+        session.encode_image(_pixels(small_model, 2))
+    runtime = session.runtime
+    (tmp_path / "vision.engine").write_bytes(b"nonsense")
+    with pytest.raises(ExportError, match="truncated"):
+        runtime.load(session.manifest.graph("vision"), tmp_path / "vision.engine")
+    (tmp_path / "other.engine").write_bytes(b"nonsense")
+    with pytest.raises(ExportError, match=r"does not load other\.engine \(Magic tag does not match\); build it"):
+        runtime.load(session.manifest.graph("vision"), tmp_path / "other.engine")
+
+
+def test_engines_are_verified_through_a_session(engines: Path, fakes: Fakes, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(engines, tmp_path / "copy"))
+    assert Reference.load(folder).texts > 16, "more than a profile takes at once"
+    manifest = verify(folder)
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    record = manifest.verification
+    assert record is not None
+    assert record.runtime == "tensorrt 10.14.1, a stand-in"
+    texts = {tuple(shape[:3]) for check in record.checks if check.graph == "fusion" for shape in check.shapes}
+    assert {shape[:2] for shape in texts} >= {(1, 1), (1, 16), (4, 1), (4, 6)}
+    assert max(shape[2] for shape in texts) == 21
+    assert all(ranks.agreement >= 0.99 for ranks in record.ranks)
+
+
+def test_engines_of_another_version_or_machine_are_refused(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library.__new__(Library)
+    library.trt, library.version = None, "10.15.0"
+    monkeypatch.setattr(tensorrt_engines, "load_library", lambda name: library)
+    with pytest.raises(ExportError, match=r"built by tensorrt 10\.14\.1 and this machine has 10\.15\.0"):
+        Session(engines)
+    library.version = "10.14.1"
+    with pytest.raises(UnavailableError, match="TensorRT runs on NVIDIA GPUs, not on cpu"):
+        Session(engines, device="cpu")
+    monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: None)
+    with pytest.raises(UnavailableError, match="TensorRT needs an NVIDIA GPU and PyTorch finds none"):
+        Session(engines)
+    monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: 75)
+    with pytest.raises(ExportError, match=r"built for SM89 and this GPU is SM75"):
+        Session(engines)
+
+
+def test_a_missing_library_says_what_to_install(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(engine_library.importlib, "import_module", missing)
+    with pytest.raises(UnavailableError, match=r"TensorRT is not installed .*pip install 'xfm-fast\[tensorrt\]'"):
+        tensorrt_engines.open_runtime("tensorrt", Manifest.load(engines), None, None)
+
+
+def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
+    class Cache:
+        content = b""
+
+        def deserialize(self, content: bytes) -> None:
+            self.content = content
+
+        def serialize(self) -> bytes:
+            return self.content + b"+kernel"
+
+    config: Any = types.SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=lambda cache: None)
+    engine: Any = types.SimpleNamespace(
+        create_runtime_config=lambda: config, create_execution_context=lambda given: (given, "context")
+    )
+    library: Any = types.SimpleNamespace(consumer="tensorrt-rtx", version="1.7.1")
+    for expected in (b"+kernel", b"+kernel+kernel"):
+        kernels = tensorrt_engines._KernelCache(library, engine, tmp_path / "text.engine", (12, 0))
+        assert kernels.context() == (config, "context")
+        kernels.save()
+        assert (tmp_path / "text.sm120.1.7.1.kernels").read_bytes() == expected
+    # A folder that cannot be written is no failure.
+    tensorrt_engines._KernelCache(library, engine, tmp_path / "absent" / "text.engine", (12, 0)).save()
+
+
+def test_openvino_gives_what_the_model_gives(small_model: XFM, exported_fp32: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="optional")
+    export_onnx(small_model, tmp_path, consumer="openvino")
+    session = Session.load(tmp_path)
+    assert session.description.endswith("CPU, fp32")
+    _same_retrieval(small_model, session)
+    with pytest.raises(ExportError, match="spells attention as function, which OpenVINO does not read"):
+        Session.load(exported_fp32, "openvino")
+    with pytest.raises(UnavailableError, match="precision 'fp8' is unknown; choose from fp32, bf16"):
+        Session(tmp_path, precision="fp8")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnavailableError, match="OpenVINO is used on the CPU here, not on cuda"):
+        Session(tmp_path, device="cuda")
+
+
+def test_onnxruntime_says_what_it_lacks(exported_fp32: Path) -> None:
+    manifest = Manifest.load(exported_fp32)
+    assert choose_runtime(manifest) == "onnxruntime"
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(UnavailableError, match=r"device cuda:0 cannot be used: this onnxruntime has no CUDA"):
+            Session(exported_fp32, device="cuda:0")
+    with pytest.raises(UnavailableError, match="used on cpu or cuda here, not on mps"):
+        Session(exported_fp32, device="mps")
+
+
+def test_int8_costs_what_its_manifest_says(exported_fp32: Path, small_model: XFM, tmp_path: Path) -> None:
+    manifest = quantize_int8(exported_fp32, tmp_path / "int8")
+    assert manifest.status == "verified"
+    assert manifest.options["arithmetic"] == "int8"
+    assert manifest.verification is not None
+    checks = {check.output: check for check in manifest.verification.checks}
+    cosine = checks["image_embeds"].cosine
+    assert cosine is not None
+    assert 0.9 < cosine < 0.99999
+    size = {record.name: record.bytes for record in Manifest.load(exported_fp32).files}
+    smaller = {record.name: record.bytes for record in manifest.files}
+    assert smaller["fusion.onnx"] < 0.5 * size["fusion.onnx"]
+    session = Session.load(tmp_path / "int8")
+    pixels = _pixels(small_model, 2)
+    with torch.inference_mode():
+        found, expected = session.encode_image(pixels), small_model.encode_image(pixels)
+    error = float((found - expected).abs().max())
+    assert 1e-4 < error < checks["image_embeds"].allowed
+    assert verify(tmp_path / "int8").status == "verified"
+
+
+def test_int8_is_made_of_fp32_exports_alone(
+    exported_fp32: Path, exported_fp16: Path, engines: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="holds a fp16 export to onnx; int8 is made of fp32 ONNX files"):
+        quantize_int8(exported_fp16, tmp_path / "out")
+    with pytest.raises(ExportError, match="holds a fp32 export to tensorrt"):
+        quantize_int8(engines, tmp_path / "out")
+    with pytest.raises(InputError, match="name another folder for the int8 one"):
+        quantize_int8(exported_fp32, exported_fp32)
+    assert not (tmp_path / "out").exists()
