@@ -262,7 +262,7 @@ def test_unsupported_arguments_are_refused() -> None:
 
 
 MUTATIONS = {
-    "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 1.005 * SCALE"),
+    "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 1.01 * SCALE"),
     "wrong scale of dq": ("triton/varlen_backward.py", "dq_a * SCALE", "dq_a * 0.13"),
     "skipped last tile": ("triton/varlen_attention.py", "if full < length_k:", "if full > length_k:"),
     "skipped last tile of queries": ("triton/varlen_backward.py", "if full < length_q:", "if full > length_q:"),
