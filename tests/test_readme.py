@@ -16,6 +16,9 @@ import torch
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.data.shapes import write_world
+from xfm_fast.export.exporting import export_onnx
+from xfm_fast.export.verification import verify_export
+from xfm_fast.reproduce.ablations import TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,6 +74,10 @@ def test_command_line(command: str, tmp_path: Path) -> None:
             words += ["--config", str(ROOT / "tests/data/golden/tiny_b/config.json")]
     if words[:2] == ["data", "check"]:
         write_world(tmp_path / "world", images={"train": 8, "val": 2, "test": 2})
+    if words[:2] == ["export", "verify"]:
+        model = XFM(XFMConfig.preset("tiny")).eval()
+        export_onnx(model, tmp_path / words[2], consumer="onnxruntime", dtype="fp32", graphs=("image_memory",))
+        verify_export(tmp_path / words[2], model)
     run = [sys.executable, "-m", "xfm_fast.cli", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300)
@@ -96,6 +103,19 @@ def test_the_measured_table_is_that_of_the_committed_run() -> None:
         fast, official = (row[side]["throughput"] for side in ("fast", "twin"))
         numbers = f"| {fast:.3g} {row['unit']}/s | {official:.3g} | {row['ratio']:.1f}x | {row['share_of_peak']:.0%} |"
         assert f"| {row['name']} {numbers}" in README
+
+
+def test_the_ablations_are_those_of_the_committed_study() -> None:
+    document = json.loads((ROOT / "benchmarks/results/ablations-tiny-shapes.json").read_text(encoding="utf-8"))
+    for variant, title in TITLES.items():
+        runs = [run for run in document["runs"] if run["variant"] == variant]
+        assert runs
+        cells = [
+            ", ".join(f"{run['metrics'][metric]:.0f}" for run in runs)
+            for metric in ("image_to_text_r1", "text_to_image_r1", "grounding")
+        ]
+        minutes = sum(run["cost"]["cpu_seconds"] for run in runs) / len(runs) / 60
+        assert f"| {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |" in README
 
 
 def test_the_readme_has_the_sections_that_people_look_for() -> None:
