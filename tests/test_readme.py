@@ -105,6 +105,16 @@ def test_the_measured_table_is_that_of_the_committed_run() -> None:
         assert f"| {row['name']} {numbers}" in README
 
 
+def test_the_table_of_the_second_processor_is_that_of_its_run() -> None:
+    document = json.loads((ROOT / "benchmarks/results/cpu-amx-2threads.json").read_text(encoding="utf-8"))
+    rows = [row for row in document["rows"] if row["status"] == "measured"]
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
+    for row in rows:
+        fast, official = (row[side]["throughput"] for side in ("fast", "twin"))
+        numbers = f"| {fast:.3g} {row['unit']}/s | {official:.3g} | {row['ratio']:.1f}x | {row['share_of_peak']:.0%} |"
+        assert f"| {row['name']} | {row['dtype']} {numbers}" in README
+
+
 def test_the_ablations_are_those_of_the_committed_study() -> None:
     document = json.loads((ROOT / "benchmarks/results/ablations-tiny-shapes.json").read_text(encoding="utf-8"))
     for variant, title in TITLES.items():
