@@ -116,8 +116,9 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_an_accelerator_is_never_waited_for(accelerator: str, kind: str, given: bool, training: bool) -> None:
     """The whole path that a GPU takes, forward and backward, with negatives of a fixed capacity."""
     batch = BATCHES[kind]()
+    config = model_of("tiny_a").config
     with torch.device(accelerator):
-        model = XFM(model_of("tiny_a").config).double().train(training)
+        model = XFM(config).double().train(training)
     negatives = None
     if given and kind not in ("images", "texts"):
         first, second = negatives_of("tiny_a", batch)
