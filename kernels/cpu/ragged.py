@@ -140,12 +140,15 @@ def _side(members: list[list[int]], bounds: tuple[int, ...]) -> Side:
     flat_starts, flat_ends = list(chain.from_iterable(starts)), list(chain.from_iterable(ends))
     if uniform and flat_starts[1:] == flat_ends[:-1]:
         return Side(len(members), longest, slice(flat_starts[0], flat_ends[-1]), None)
-    rows, real = torch.empty(len(members), longest, dtype=torch.long), torch.zeros(len(members), longest).bool()
+    rows: list[int] = []
+    slots: list[int] = []
     for b, size in enumerate(sizes):
-        parts = [torch.arange(first, last) for first, last in zip(starts[b], ends[b], strict=True)]
-        rows[b, :size], real[b, :size] = torch.cat(parts), True
-        rows[b, size:] = rows[b, 0]
-    return Side(len(members), longest, rows.flatten(), None if uniform else host.true_places(real))
+        slots += range(len(rows), len(rows) + size)
+        for first, last in zip(starts[b], ends[b], strict=True):
+            rows += range(first, last)
+        rows += [starts[b][0]] * (longest - size)
+    # One tensor at the end: a plan is made for every batch of new lengths, and a tensor for each sequence shows there.
+    return Side(len(members), longest, torch.tensor(rows), None if uniform else torch.tensor(slots))
 
 
 def _mask(members: list[list[int]], lengths: list[tuple[int, int]], queries: Side, keys: Side) -> Tensor | None:
