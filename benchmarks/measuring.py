@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from xfm_fast.memory_use import PeakMemory
 
 # One layer's worth of work for the MLP of a base-size encoder.
 PROBE_SHAPE = (1280, 768, 3072)
@@ -76,49 +74,6 @@ class GemmProbe:
         """Best rate of a few products."""
         with torch.no_grad():
             return self._rate(self._candidates[self.library], repeats)
-
-
-class PeakMemory:
-    """Highest resident memory of this process inside the block, in bytes.
-
-    The kernel's own high-water mark is reset and read where the system allows it (Linux); elsewhere a thread samples
-    the resident size every few milliseconds, which can miss a short peak. `method` says which.
-    """
-
-    def __enter__(self) -> Self:
-        self._process = psutil.Process()
-        self.start = self._process.memory_info().rss
-        self.peak = self.start
-        self.method = "high-water mark"
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self.method = "sampled"
-            self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.004):
-            self.peak = max(self.peak, self._process.memory_info().rss)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.method == "sampled":
-            self._stop.set()
-            self._thread.join()
-            self.peak = max(self.peak, self._process.memory_info().rss)
-        else:
-            self.peak = max(self.start, _high_water_mark())
-
-
-def _high_water_mark() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 class Sample(NamedTuple):

@@ -15,16 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xfm_fast.batches import PairBatch
-from xfm_fast.benchmarks.measuring import PeakMemory
 from xfm_fast.benchmarks.training_subject import AUTOCAST, Procedure, TrainingSubject
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import UnavailableError
+from xfm_fast.memory_use import PeakMemory, resident_bytes
 
 _STEPS = 2
 _BATCH, _TASK = "batch.safetensors", "task.json"
@@ -121,7 +120,7 @@ def _measure(folder: Path) -> MemoryUse:
     config, device = XFMConfig(**task["config"]), torch.device("cpu")
     subject = TrainingSubject(config, batch, seed=task["seed"], device=device)
     subject.model.train(task["training"])
-    before = psutil.Process().memory_info().rss
+    before = resident_bytes()
     with PeakMemory() as memory:
         for _ in range(_STEPS):
             subject.step(task["procedure"], AUTOCAST[task["dtype"]])

@@ -15,7 +15,6 @@ from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export.consumers import DTYPES
 from xfm_fast.export.graphs import GraphName
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.memory_use import resident_bytes
 from xfm_fast.export.runtimes import TORCH_DTYPES, LoadedGraph, Precision, Runtime, choose_runtime, open_runtime
 from xfm_fast.export.shape_slots import (
     Slot,
@@ -27,6 +26,7 @@ from xfm_fast.export.shape_slots import (
     request_sizes,
     trim_tensor,
 )  # fmt: skip
+from xfm_fast.memory_use import resident_bytes
 
 _WARM_SIZES = {"batch": 1, "texts": 4, "length": 16}
 

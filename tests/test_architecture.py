@@ -20,6 +20,7 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "mapped": 1,
+    "memory_use": 1,
     "kernels": 1,
     "batches": 2,
     "packing": 2,

@@ -8,12 +8,12 @@ import torch
 
 from xfm_fast.benchmarks.measuring import (
     GemmProbe,
-    PeakMemory,
     contended,
     interleave,
     ratio_interval,
     shares_of_peak,
 )
+from xfm_fast.memory_use import PeakMemory
 
 
 def test_every_variant_runs_once_a_round_in_changing_order() -> None:
