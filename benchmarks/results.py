@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from xfm_fast.benchmarks.page import render
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import StorageError
 
 
@@ -38,12 +37,12 @@ def save(content: dict[str, Any], folder: str | Path) -> Saved:
     stem = _free_stem(folder, datetime.fromisoformat(content["date"]).strftime("%Y%m%dT%H%M%SZ"))
     document = _document(content)
     page = render(content).encode()
-    write_files(
+    write_bytes(
         {
-            folder / f"{stem}.json": _writer(document),
-            folder / f"{stem}.html": _writer(page),
-            folder / "latest.json": _writer(document),
-            folder / "latest.html": _writer(page),
+            folder / f"{stem}.json": document,
+            folder / f"{stem}.html": page,
+            folder / "latest.json": document,
+            folder / "latest.html": page,
         }
     )
     return Saved(folder / f"{stem}.json", folder / f"{stem}.html")
@@ -64,7 +63,7 @@ def save_reference(content: dict[str, Any], folder: Path) -> Path:
     """
     gpu = re.sub(r"[^a-z0-9]+", "-", content["machine"]["gpus"][0]["name"].lower()).strip("-")
     path = folder / f"{content['benchmark']}-{gpu}.json"
-    write_files({path: _writer(_document(content))})
+    write_bytes({path: _document(content)})
     return path
 
 
@@ -84,10 +83,3 @@ def _finite(value: Any) -> Any:
 def _free_stem(folder: Path, stem: str) -> str:
     candidates = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     return next((name for name in candidates if not (folder / f"{name}.json").exists()), stem)
-
-
-def _writer(data: bytes) -> Callable[[BinaryIO], None]:
-    def write(file: BinaryIO) -> None:
-        file.write(data)
-
-    return write

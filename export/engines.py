@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import manifest as manifests
 from xfm_fast.export.consumers import DType, profile
@@ -248,7 +248,7 @@ class _Build:
             raise self._failure(list(self.errors), "build", network)
         content = memoryview(blob)
         size = content.nbytes
-        write_files({engine: lambda file: _write(file, content)})
+        write_bytes({engine: content})
         self._keep_timings(config)
         return BuiltEngine(engine, size, time.perf_counter() - started)
 
@@ -298,7 +298,7 @@ class _Build:
             return
         timings = self.library.timing_cache(config)
         if timings is not None:
-            write_files({self.options.timing_cache: lambda file: _write(file, timings)})
+            write_bytes({self.options.timing_cache: timings})
 
     def _said(self) -> str:
         return " ".join(self.errors[0].split()) if self.errors else "it gives no reason"
@@ -362,7 +362,3 @@ def _nodes(onnx: Path) -> list[tuple[str, str, list[str]]]:
 
     graph = library.load(str(onnx), load_external_data=False).graph
     return [(node.name, node.op_type, [*node.input, *node.output]) for node in graph.node]
-
-
-def _write(file: BinaryIO, data: bytes | memoryview) -> None:
-    file.write(data)

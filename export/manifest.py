@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xfm_fast import __version__
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, StorageError
 from xfm_fast.export.attention import AttentionForm
@@ -31,8 +31,6 @@ MANIFEST_FILE = "manifest.json"
 
 Status = Literal["verified", "failed", "unverified"]
 Kind = Literal["onnx", "tensorrt", "tensorrt-rtx", "aoti"]
-
-_CHUNK = 1 << 22
 
 
 class _Record(BaseModel):
@@ -207,11 +205,7 @@ class Manifest(_Record):
             StorageError: it cannot be written.
         """
         content = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
-
-        def write(file: BinaryIO) -> None:
-            file.write(content)
-
-        write_files({folder / MANIFEST_FILE: write})
+        write_bytes({folder / MANIFEST_FILE: content})
 
     @classmethod
     def load(cls, folder: str | Path, *, check_files: bool = True) -> Self:
@@ -340,11 +334,8 @@ def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
 
 def sha256(path: Path) -> str:
     """Of a file's content, read in pieces."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -146,11 +145,7 @@ class Reference:
         """
         numbers = {f"{_ROUNDING}{name}": torch.tensor(value).double() for name, value in self.rounding.items()}
         content = self.tensors | numbers
-
-        def write(file: BinaryIO) -> None:
-            write_safetensors(file, content)
-
-        write_files({folder / REFERENCE_FILE: write})
+        write_files({folder / REFERENCE_FILE: lambda file: write_safetensors(file, content)})
 
     @classmethod
     def load(cls, folder: Path) -> Reference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def bench_kernels(
     from xfm_fast.benchmarks import machine
     from xfm_fast.benchmarks.kernel_cases import cases
     from xfm_fast.benchmarks.kernels import data_sheet, measure
-    from xfm_fast.checkpoint import write_files
+    from xfm_fast.checkpoint import write_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -47,11 +47,7 @@ def bench_kernels(
     if json_file is not None:
         document = {"schema": "xfm-fast kernels 1", "machine": machine.describe(), "dtype": name, "rows": rows}
         text = json.dumps(document | {"commit": machine.commit()}, indent=1, default=str) + "\n"
-
-        def write(file: BinaryIO) -> None:
-            file.write(text.encode())
-
-        write_files({json_file: write})
+        write_bytes({json_file: text.encode()})
         console.print(f"saved: {json_file}")
 
 

@@ -12,12 +12,12 @@ import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from xfm_fast.export.engine_library import Library, load_library, local_capability
 from xfm_fast.export.engines import check_engine_file
@@ -252,12 +252,8 @@ class _KernelCache:
         content = bytes(memoryview(self._cache.serialize()))
         if content == getattr(self, "_stored", None):
             return
-
-        def write(file: BinaryIO) -> None:
-            file.write(content)
-
         with contextlib.suppress(StorageError):
-            write_files({self._path: write})
+            write_bytes({self._path: content})
 
 
 def said(errors: list[str]) -> str:

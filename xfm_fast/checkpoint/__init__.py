@@ -17,6 +17,8 @@ from xfm_fast.checkpoint.storage import (
     PretrainedFiles,
     load_pretrained_files,
     save_pretrained,
+    sync_folder,
+    write_bytes,
     write_files,
     write_safetensors,
 )
@@ -38,9 +40,11 @@ __all__ = [
     "roberta_state",
     "save_pretrained",
     "select_heads",
+    "sync_folder",
     "to_official",
     "to_ours",
     "underivable",
+    "write_bytes",
     "write_files",
     "write_safetensors",
 ]

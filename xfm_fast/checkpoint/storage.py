@@ -132,7 +132,7 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
             os.replace(temporary, current)
             replaced.append(current.name)
         for folder in {path.parent for path in writers}:
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         changed = f"{', '.join(replaced)} is already the new one" if replaced else "nothing there was changed"
         raise StorageError(
@@ -143,6 +143,11 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
         for temporary in finished:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """`write_files` of contents that are in memory."""
+    write_files({path: lambda file, content=content: _write(file, content) for path, content in contents.items()})
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
@@ -190,8 +195,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only once the folder is on the disk; not every system can open a folder.
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a rename survives a power cut only then."""
+    # Not every system can open a folder.
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.reproduce.evaluation import HeldOut, evaluate
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -171,12 +171,8 @@ def _train(variant: str, seed: int, recipe: Recipe) -> Run | None:
     run = Run(variant, seed, metrics, cost)
     content = {"variant": variant, "seed": seed, "metrics": metrics, "cost": cost, "recipe": _identity(recipe)}
     data = (json.dumps(content, indent=1) + "\n").encode()
-    write_files({folder / RESULT_FILE: lambda file: _write_all(file, data)})
+    write_bytes({folder / RESULT_FILE: data})
     return run
-
-
-def _write_all(file: Any, data: bytes) -> None:
-    file.write(data)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

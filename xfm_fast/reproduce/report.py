@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.reproduce.ablations import TITLES, Study
 from xfm_fast.reproduce.evaluation import METRICS
 from xfm_fast.reproduce.intervals import Interval, mean_interval, paired_difference
@@ -161,12 +161,8 @@ def save(study: Study, folder: Path) -> list[Path]:
         folder / f"{STEM}.json": json.dumps(as_json(study), indent=1, allow_nan=False) + "\n",
         folder / f"{STEM}.svg": plot(study),
     }
-    write_files({path: lambda file, text=text: _write(file, text) for path, text in contents.items()})
+    write_bytes({path: text.encode() for path, text in contents.items()})
     return list(contents)
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode())
 
 
 def _cells(study: Study) -> list[list[str]]:

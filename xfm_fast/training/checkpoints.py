@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from xfm_fast.checkpoint import read_state_dict, write_files, write_safetensors
+from xfm_fast.checkpoint import read_state_dict, sync_folder, write_bytes, write_files, write_safetensors
 from xfm_fast.errors import CheckpointError, StorageError
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
@@ -124,7 +124,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
         if final.exists():
             final.rename(folder / f".{final.name}.old")
         temporary.rename(final)
-        _flush(folder)
+        sync_folder(folder)
 
     try:
         place.from_first(begin)
@@ -304,10 +304,10 @@ def _seal(folder: Path) -> None:
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
         else:
-            _flush(path)
+            sync_folder(path)
     content = json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1).encode()
-    write_files({folder / MANIFEST: lambda file: file.write(content)})
-    _flush(folder)
+    write_bytes({folder / MANIFEST: content})
+    sync_folder(folder)
 
 
 def _fault(path: Path) -> str | None:
@@ -350,13 +350,3 @@ def _digest(path: Path) -> str:
         digest = hashlib.file_digest(file, "sha256")
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    # Not every system can open a folder.
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from xfm_fast.checkpoint import write_files
+from xfm_fast.checkpoint import write_bytes
 from xfm_fast.errors import StorageError, UnavailableError
 from xfm_fast.training.distributed import Place
 from xfm_fast.training.recipe_fields import LogRecipe
@@ -187,4 +187,4 @@ def _keep_until(path: Path, step: int) -> None:
         return
     kept = [line for line in read_log(path) if line["step"] <= step]
     content = "".join(json.dumps(line) + "\n" for line in kept).encode()
-    write_files({path: lambda file: file.write(content)})
+    write_bytes({path: content})
