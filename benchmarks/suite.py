@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -85,6 +85,24 @@ class Document:
 
     content: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def begun(cls, options: object, command: Sequence[str], **what: str) -> Self:
+        """A document without results yet; `what` says which benchmark it is of, if not the suite."""
+        return cls(
+            {
+                "schema_version": SCHEMA_VERSION,
+                **what,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": list(command),
+                "options": _plain(vars(options)),
+                "interrupted": False,
+                "machine": machine.describe(),
+                "parity": [],
+                "rows": [],
+                "official": None,
+            }
+        )
+
     @property
     def rows(self) -> list[dict[str, Any]]:
         return self.content["rows"]
@@ -110,19 +128,7 @@ def run(options: Options, progress: Progress | None = None, command: Sequence[st
     process_s = time.time() - psutil.Process().create_time()
     torch.set_num_threads(options.threads or machine.default_threads())
     torch.manual_seed(options.seed)
-    document = Document(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": list(command),
-            "options": _plain(options),
-            "interrupted": False,
-            "machine": machine.describe(),
-            "parity": [],
-            "rows": [],
-            "official": None,
-        }
-    )
+    document = Document.begun(options, command)
     try:
         _measure(options, progress, document, started, process_s)
     except KeyboardInterrupt:
@@ -141,10 +147,10 @@ def run(options: Options, progress: Progress | None = None, command: Sequence[st
     return document
 
 
-def _plain(options: Options) -> dict[str, Any]:
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in vars(options).items()
+        for name, value in options.items()
     }
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ from xfm_fast.benchmarks.measuring import (
     sample_on_cuda,
     shares_of_peak,
 )
-from xfm_fast.benchmarks.suite import SCHEMA_VERSION, Document, Progress, choose_dtypes, preset_config
+from xfm_fast.benchmarks.suite import Document, Progress, choose_dtypes, preset_config
 from xfm_fast.benchmarks.training_memory import MemoryUse, cuda_memory_use, memory_use
 from xfm_fast.benchmarks.training_subject import AUTOCAST, Procedure, TrainingSubject, difference, pair_batch
 from xfm_fast.config import PresetName
@@ -109,21 +108,7 @@ def run(options: StepOptions, progress: Progress | None = None, command: Sequenc
     torch.set_num_threads(options.threads or machine.default_threads())
     torch.manual_seed(options.seed)
     plan, absent = _plan(options)
-    document = Document(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": "train-step",
-            "device": plan.device.type,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": list(command),
-            "options": {n: list(v) if isinstance(v, tuple) else v for n, v in vars(options).items()},
-            "interrupted": False,
-            "machine": machine.describe(),
-            "parity": [],
-            "rows": [],
-            "official": None,
-        }
-    )
+    document = Document.begun(options, command, benchmark="train-step", device=plan.device.type)
     try:
         _Run(options, plan, progress, document).measure(absent)
     except KeyboardInterrupt:

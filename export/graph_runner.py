@@ -15,15 +15,25 @@ from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export.consumers import DTYPES
 from xfm_fast.export.graphs import GraphName
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.runtimes import TORCH_DTYPES, LoadedGraph, Precision, Runtime, choose_runtime, open_runtime
+from xfm_fast.export.runtimes import (
+    TORCH_DTYPES,
+    LoadedGraph,
+    Precision,
+    Runtime,
+    choose_runtime,
+    empty_outputs,
+    open_runtime,
+)
 from xfm_fast.export.shape_slots import (
     Slot,
     axes_of,
     choose_slot,
     graph_slots,
     largest,
+    output_shapes,
     pad_tensor,
     request_sizes,
+    tensor_shape,
     trim_tensor,
 )  # fmt: skip
 from xfm_fast.memory_use import resident_bytes
@@ -119,11 +129,10 @@ class GraphRunner:
         sizes = slot.example(_WARM_SIZES) if sizes is None else sizes
         made = {}
         for tensor in self.manifest.graph(graph).inputs:
-            axes = axes_of(tensor)
-            rest = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
-            shape = [*(sizes[axis] for axis in axes), *rest]
             filling = {"attention_mask": 1, "input_ids": self.config.eos_token_id}.get(tensor.name, 0)
-            made[tensor.name] = torch.full(shape, filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device)
+            made[tensor.name] = torch.full(
+                tensor_shape(tensor, sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
+            )
         return made
 
     def synchronize(self) -> None:
@@ -190,12 +199,6 @@ class GraphRunner:
         return {output: torch.cat([made[output] for made in passes]) for output in passes[0]}
 
     def zeros(self, name: GraphName, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        made = {}
-        for output in self.manifest.graph(name).outputs:
-            axes = axes_of(output)
-            shape = [
-                *(sizes[axis] for axis in axes),
-                *(dim for dim in output.dims[len(axes) :] if isinstance(dim, int)),
-            ]
-            made[output.name] = torch.zeros(shape, dtype=TORCH_DTYPES[output.dtype], device=self.device)
-        return made
+        record = self.manifest.graph(name)
+        made = empty_outputs(record, output_shapes(record, sizes), self.device)
+        return {output: value.zero_() for output, value in made.items()}

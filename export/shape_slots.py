@@ -194,12 +194,14 @@ def trim_tensor(value: Tensor, axes: Sequence[str], sizes: Mapping[str, int]) ->
 
 def output_shapes(record: GraphRecord, sizes: Mapping[str, int]) -> dict[str, torch.Size]:
     """Shapes of the outputs of a graph at the given sizes."""
-    shapes = {}
-    for tensor in record.outputs:
-        axes = axes_of(tensor)
-        fixed = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
-        shapes[tensor.name] = torch.Size([*(sizes[axis] for axis in axes), *fixed])
-    return shapes
+    return {tensor.name: tensor_shape(tensor, sizes) for tensor in record.outputs}
+
+
+def tensor_shape(tensor: TensorRecord, sizes: Mapping[str, int]) -> torch.Size:
+    """Shape of an input or output at the given sizes of its axes."""
+    axes = axes_of(tensor)
+    fixed = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
+    return torch.Size([*(sizes[axis] for axis in axes), *fixed])
 
 
 def _refusal(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> str:

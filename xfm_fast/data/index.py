@@ -80,6 +80,31 @@ class FileIndex:
             raise unreadable(self.path, error) from None
 
 
+class IndexedFile:
+    """A data file whose index begins with the number of its rows.
+
+    Args:
+        path: the data file.
+        build, version: see `FileIndex`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], build: Callable[[Path], np.ndarray], version: int) -> None:
+        self.path = Path(path)
+        self._index = FileIndex(self.path, build, version)
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def modified(self) -> int:
+        """See `FileIndex.modified`."""
+        return self._index.modified
+
+    def __len__(self) -> int:
+        return int(self._index.values[0])
+
+
 def _places(path: Path) -> list[Path]:
     """Where the index of a file may lie: beside it, or in a cache folder when the data may not be changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xfm_fast.data.files import check_plain, read_range
-from xfm_fast.data.index import FileIndex
+from xfm_fast.data.index import IndexedFile
 from xfm_fast.errors import DataError
 
 # Nothing that a loader should hold in memory; usually a file whose line ends were lost.
@@ -23,7 +23,7 @@ _MARK = b"\xef\xbb\xbf"
 _SHORT = 8
 
 
-class LineFile:
+class LineFile(IndexedFile):
     """The rows of one file of line-delimited JSON. Blank lines are no rows.
 
     Args:
@@ -35,19 +35,7 @@ class LineFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._index = FileIndex(self.path, _scan, _VERSION)
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    @property
-    def modified(self) -> int:
-        return self._index.modified
-
-    def __len__(self) -> int:
-        return int(self._index.values[0])
+        super().__init__(path, _scan, _VERSION)
 
     def place(self, row: int) -> int:
         """The line of a row, counted from 1 and with blank lines, as editors count."""

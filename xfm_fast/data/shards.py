@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from xfm_fast.data.files import check_plain, read_range
-from xfm_fast.data.index import FileIndex
+from xfm_fast.data.index import IndexedFile
 from xfm_fast.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img", "image")
@@ -28,7 +28,7 @@ _VERSION = 1
 _COUNTS = 4
 
 
-class ShardFile:
+class ShardFile(IndexedFile):
     """The samples of one tar file as records, in the form of line-JSON rows.
 
     The fields of a sample's `.json` come first; an image file (`.jpg`, `.png`, ...) is put under `image_key` as bytes,
@@ -44,21 +44,9 @@ class ShardFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, image_key: str = "binary", caption_key: str = "desc") -> None:
-        self.path = Path(path)
+        super().__init__(path, _scan, _VERSION)
         self._image_key = image_key
         self._caption_key = caption_key
-        self._index = FileIndex(self.path, _scan, _VERSION)
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    @property
-    def modified(self) -> int:
-        return self._index.modified
-
-    def __len__(self) -> int:
-        return int(self._index.values[0])
 
     def place(self, row: int) -> str:
         """The key of a sample: the path that its files share."""
