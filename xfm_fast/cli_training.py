@@ -35,9 +35,15 @@ def pretrain(
 
 def gradflow(
     what: Annotated[
-        str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="Recipe, or a folder that save_pretrained wrote.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|CHECKPOINT",
+            help="Recipe, a run, a folder that save_pretrained wrote, or an official .th/.pth file.",
+        ),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for a recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value for a recipe, such as model.preset=tiny.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 where the method is violated.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

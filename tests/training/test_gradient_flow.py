@@ -11,6 +11,7 @@ from rich.console import Console
 
 from xfm_fast.batches import RegionBatch, TextBatch
 from xfm_fast.config import XFMConfig
+from xfm_fast.convert import to_official_file
 from xfm_fast.errors import CheckpointError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
@@ -179,3 +180,15 @@ def test_synthetic_batches_are_what_loaders_make(size: int) -> None:
         synthetic_batch("video", CONFIG)
     with pytest.raises(InputError, match="lengthen them"):
         synthetic_batch("text", CONFIG, length=4)
+
+
+def test_an_official_file_is_held_to_the_official_pretraining(model: XFM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "ours")
+    to_official_file(tmp_path / "ours", tmp_path / "official.th")
+    sizes = ["model={preset: tiny}", "streams.text.max_tokens=40"]
+    assert check(gradient_flow_of(tmp_path / "official.th", sizes)) == []
+    ablated = gradient_flow_of(tmp_path / "official.th", [*sizes, "method.stop_gradient=false"])
+    assert any("language" in line for line in check(ablated))
+    (tmp_path / "torn.th").write_bytes((tmp_path / "official.th").read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"torn\.th"):
+        gradient_flow_of(tmp_path / "torn.th", sizes)

@@ -19,6 +19,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.recipe import Recipe, load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
+from xfm_fast.training.starting_point import build_model
 from xfm_fast.training.synthetic_batches import synthetic_batch
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ REACHES: dict[LossName, frozenset[str]] = {
     "mim": frozenset({"vision"}),
 }
 """The parts that a loss trains in the method of X-FM (arXiv 2301.05065); gradients stop before all others."""
+
+_WEIGHT_FILES = (".th", ".pth", ".pt", ".bin", ".safetensors")
 
 _KINDS: dict[type, str] = {PairBatch: "pairs", RegionBatch: "regions", ImageBatch: "images", TextBatch: "text"}
 
@@ -186,12 +189,12 @@ def gradient_flow_of(
 
     Where gradients flow depends on the graph and not on what the batch shows, so batches of noise will do. A recipe is
     followed through the kinds of stream and the losses that it has, and so is a checkpoint of training, which holds its
-    recipe; a model alone is held to the whole method.
+    recipe; a model alone is held to the whole method, and an official file to that of the official pretraining.
 
     Args:
         recipe_or_checkpoint: name or path of a recipe; the folder of a run, of one of its checkpoints, or of
-            `save_pretrained`.
-        overrides: `key=value` for a recipe.
+            `save_pretrained`; an official checkpoint file.
+        overrides: `key=value` for a recipe; of an official file, for `pretrain_base_4m` begun from it.
         size: texts or images of a batch.
         seed: of the weights and batches.
 
@@ -200,6 +203,9 @@ def gradient_flow_of(
         CheckpointError: the folder holds no model, or one that cannot be read.
     """
     folder = Path(recipe_or_checkpoint)
+    if folder.suffix in _WEIGHT_FILES and folder.is_file():
+        recipe = load_recipe("pretrain_base_4m", (*overrides, f"init={{checkpoint: {json.dumps(str(folder))}}}"))
+        return _of_recipe(build_model(recipe), recipe, size=size, seed=seed)
     if not folder.is_dir():
         recipe = load_recipe(recipe_or_checkpoint, overrides)
         with torch.random.fork_rng(devices=[]):
