@@ -33,6 +33,7 @@ def add_layer_norm(
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    wide: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual sum and LayerNorm in one pass.
@@ -46,9 +47,11 @@ def add_layer_norm(
         row_scale: `[B]`, one factor per entry of the first dimension.
         dropout_p: probability of zeroing an element of x.
         seed: one int64 on the device of x that the dropout follows from; drawn from PyTorch's generator by default.
+        wide: give normed the type of the sum instead of that of x. In a post-norm layer normed is the next residual,
+            which under autocast is fp32 and must not be rounded at every branch; products take care of themselves.
 
     Returns:
-        (normed, summed), both `[..., M]`; normed in the type of x, summed as wide as its terms.
+        (normed, summed), both `[..., M]`; summed as wide as its terms, normed in the type of x unless `wide`.
 
     Raises:
         ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
@@ -66,11 +69,11 @@ def add_layer_norm(
         raise ValueError(f"dropout_p={dropout_p} is no probability below 1")
     chosen = resolve(backend, x, residual, weight, bias, gamma, row_scale)
     if chosen not in ("cpu", "triton"):
-        return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p)
+        return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, wide)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=x.device)
     drop = (dropout_p, seed if dropout_p else None)
-    normed, summed, *_ = _add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, *drop, chosen)
+    normed, summed, *_ = _add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, *drop, wide, chosen)
     return normed, summed
 
 
@@ -86,6 +89,7 @@ def linear_add_layer_norm(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
+    wide: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The end of a branch and the norm behind it: `add_layer_norm` of `x W^T + b`.
@@ -94,7 +98,7 @@ def linear_add_layer_norm(
 
     Args:
         x: `[..., K]`; weight: `[M, K]`; bias: `[M]`; residual: `[..., M]`.
-        norm_weight, norm_bias, eps, gamma, row_scale, dropout_p: as in `add_layer_norm`.
+        norm_weight, norm_bias, eps, gamma, row_scale, dropout_p, wide: as in `add_layer_norm`.
 
     Returns:
         (normed, summed), both `[..., M]`.
@@ -112,6 +116,7 @@ def linear_add_layer_norm(
         gamma=gamma,
         row_scale=row_scale,
         dropout_p=dropout_p,
+        wide=wide,
         backend=backend,
     )
 
@@ -217,15 +222,29 @@ def _add_forward(
     row_scale: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    wide: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     forward = _module(backend).add_layer_norm_forward
-    return tuple(forward(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, seed))
+    return tuple(forward(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, seed, wide=wide))
 
 
-def _add_forward_fake(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _add_forward_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    wide: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return x.new_empty(x.shape), summed, _statistics(summed), _statistics(summed)
+    normed = x.new_empty(x.shape, dtype=summed.dtype if wide else x.dtype)
+    return normed, summed, _statistics(summed), _statistics(summed)
 
 
 def _add_backward(
@@ -272,7 +291,7 @@ def _add_backward_fake(
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, _, _, gamma, row_scale, ctx.dropout_p, seed, ctx.backend = inputs
+    x, residual, weight, _, _, gamma, row_scale, ctx.dropout_p, seed, _, ctx.backend = inputs
     _, summed, mean, rstd = output
     ctx.save_for_backward(summed, weight, mean, rstd, x, gamma, row_scale, seed)
     ctx.residual_dtype = residual.dtype
@@ -289,7 +308,7 @@ def _add_gradient(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: 
     if not dresidual.numel():
         dresidual = dx
     dresidual = dresidual.to(ctx.residual_dtype)
-    return dx, dresidual, dweight, dbias, None, None if gamma is None else dgamma, None, None, None, None
+    return dx, dresidual, dweight, dbias, None, None if gamma is None else dgamma, *[None] * 5
 
 
 def _embed_module(backend: str) -> Any:
@@ -389,7 +408,7 @@ _add_layer_norm_grad = operator(
 )
 _add_layer_norm = operator(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? gamma, "
-    "Tensor? row_scale, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? row_scale, float dropout_p, Tensor? seed, bool wide, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _add_forward,
     _add_forward_fake,
     setup_context=_add_setup,

@@ -118,8 +118,12 @@ def add_layer_norm(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm in the type of x."""
+    """(normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm.
+
+    That has the type of x, ready for a product; `wide`, that of the sum, ready to be the next residual.
+    """
     branch = F.dropout(x, dropout_p)
     if gamma is not None:
         branch = branch * gamma
@@ -129,7 +133,8 @@ def add_layer_norm(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     summed = branch.to(dtype) if residual is None else residual + branch.to(dtype)
     weight, bias = weight.to(summed.dtype), None if bias is None else bias.to(summed.dtype)
-    return F.layer_norm(summed, (x.shape[-1],), weight, bias, eps).to(x.dtype), summed
+    normed = F.layer_norm(summed, (x.shape[-1],), weight, bias, eps)
+    return normed.to(dtype if wide else x.dtype), summed
 
 
 def embed_layer_norm(

@@ -16,7 +16,7 @@ from .. import host
 
 
 class AddLayerNorm(NamedTuple):
-    """Results of a forward: `normed` in the type of x, `summed` as wide as x and residual, statistics `[rows]`."""
+    """The forward: `normed` in the type of x or of the sum, `summed` as wide as its terms, statistics `[rows]`."""
 
     normed: Tensor
     summed: Tensor
@@ -54,6 +54,8 @@ def add_layer_norm_forward(
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    wide: bool = False,
 ) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
@@ -63,10 +65,11 @@ def add_layer_norm_forward(
         row_scale: `[B]`, one factor per entry of the first dimension.
         dropout_p: probability of zeroing an element of x; 1 zeroes all of them.
         seed: `[1]` int64 that decides which; required for dropout.
+        wide: whether `normed` has the type of the sum instead of that of x.
     """
     summed = _sum(x, residual, gamma, row_scale, dropout_p, seed)
     normed, mean, rstd = _normalise(summed, weight, bias, eps)
-    return AddLayerNorm(normed.to(x.dtype), summed, mean, rstd)
+    return AddLayerNorm(normed if wide else normed.to(x.dtype), summed, mean, rstd)
 
 
 def add_layer_norm_backward(

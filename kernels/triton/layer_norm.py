@@ -22,7 +22,7 @@ _DROPOUT_STEPS = 1 << 24
 
 
 class AddLayerNorm(NamedTuple):
-    """The forward: `normed` in the type of x, `summed` as wide as x and residual, fp32 statistics `[rows]`."""
+    """The forward: `normed` in the type of x or of `summed`, that as wide as its terms, fp32 statistics `[rows]`."""
 
     normed: Tensor
     summed: Tensor
@@ -65,6 +65,8 @@ def add_layer_norm_forward(
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    wide: bool = False,
 ) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
@@ -75,6 +77,7 @@ def add_layer_norm_forward(
         row_scale: `[B]`, one factor per entry of the first dimension.
         dropout_p: probability of zeroing an element of x; 1 zeroes all of them.
         seed: `[1]` int64 on the device that decides which; required for dropout.
+        wide: whether `normed` has the type of the sum instead of that of x.
 
     Returns:
         `summed` is x itself where nothing is added or multiplied.
@@ -82,7 +85,7 @@ def add_layer_norm_forward(
     width, rows = width_of(x), contiguous_rows(x)
     plain = residual is None and gamma is None and row_scale is None and not dropout_p
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=dtype if wide else x.dtype, device=x.device)
     summed = x if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     added = None if residual is None else contiguous_rows(residual)

@@ -32,11 +32,19 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, absent: tuple[str, ...] = (
     return {name: None if name in absent else value.to(dtype) for name, value in made.items()}
 
 
-def check(inputs: Inputs, dnormed: Tensor, dsummed: Tensor | None, kept: Tensor | None = None, **dropout: Any) -> None:
+def check(
+    inputs: Inputs,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    kept: Tensor | None = None,
+    *,
+    wide: bool = False,
+    **dropout: Any,
+) -> None:
     x, residual, weight, bias, gamma, row_scale = (inputs[name] for name in NAMES)
     assert x is not None
     assert weight is not None
-    forward = norms.add_layer_norm_forward(x, residual, weight, bias, EPS, gamma, row_scale, **dropout)
+    forward = norms.add_layer_norm_forward(x, residual, weight, bias, EPS, gamma, row_scale, **dropout, wide=wide)
     gradients = norms.add_layer_norm_backward(
         dnormed, dsummed, forward.summed, weight, forward.mean, forward.rstd, x, gamma, row_scale, **dropout,
         has_residual=residual is not None, has_bias=bias is not None,
@@ -51,7 +59,8 @@ def check(inputs: Inputs, dnormed: Tensor, dsummed: Tensor | None, kept: Tensor 
             assert branch is not None
             branch = branch if kept is None else branch * kept.to(branch.dtype)
             outputs = reference.add_layer_norm(
-                branch, leaves["residual"], leaves["weight"], leaves["bias"], EPS, leaves["gamma"], leaves["row_scale"]  # pyright: ignore[reportArgumentType]
+                branch, leaves["residual"], leaves["weight"], leaves["bias"], EPS, leaves["gamma"],  # pyright: ignore[reportArgumentType]
+                leaves["row_scale"], wide=wide,
             )  # fmt: skip
             if name in ("normed", "summed"):
                 return outputs[name == "summed"].detach()
@@ -84,10 +93,12 @@ def test_add_layer_norm(shape: tuple[int, ...], absent: tuple[str, ...], dtype: 
     check(inputs, dnormed, None)
 
 
-def test_a_residual_stream_in_fp32() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_residual_stream_in_fp32(wide: bool) -> None:
     inputs = make((5, 63), torch.bfloat16)
     inputs["residual"] = torch.randn(5, 63)
-    check(inputs, torch.randn(5, 63).bfloat16(), torch.randn(5, 63))
+    dnormed = torch.randn(5, 63).to(torch.float32 if wide else torch.bfloat16)
+    check(inputs, dnormed, torch.randn(5, 63), wide=wide)
 
 
 def test_strided_inputs() -> None:

@@ -303,9 +303,11 @@ def test_opcheck_of_the_others() -> None:
     seed = torch.tensor([3])
     strided = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     for arguments in (
-        (x, residual, weight, bias, 1e-5, None, None, 0.0, None, "cpu"),
-        (strided, residual, weight, bias, 1e-5, gamma, ROW_SCALE, 0.0, None, "cpu"),
-        (x, residual, weight, bias, 1e-5, gamma, None, 0.3, seed, "cpu"),
+        (x, residual, weight, bias, 1e-5, None, None, 0.0, None, False, "cpu"),
+        (strided, residual, weight, bias, 1e-5, gamma, ROW_SCALE, 0.0, None, False, "cpu"),
+        (x, residual, weight, bias, 1e-5, gamma, None, 0.3, seed, False, "cpu"),
+        (x.detach().bfloat16().requires_grad_(), residual, weight, bias, 1e-5, None, None, 0.0, None, False, "cpu"),
+        (x.detach().bfloat16().requires_grad_(), residual, weight, bias, 1e-5, None, None, 0.0, None, True, "cpu"),
     ):
         opcheck(operators.add_layer_norm.default, arguments)
     opcheck(operators.embed_layer_norm.default, (TOKENS, TOKENS % 7, *tables, 1e-5, 1, "cpu"))

@@ -53,14 +53,20 @@ def upstream(shape: tuple[int, ...], dtype: torch.dtype, summed_dtype: torch.dty
 
 
 def by_definition(
-    inputs: Inputs, dnormed: Tensor, dsummed: Tensor | None, kept: Tensor | None = None, eps: float = EPS
+    inputs: Inputs,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    kept: Tensor | None = None,
+    eps: float = EPS,
+    as_sum: bool = False,
 ) -> dict[str, Tensor]:
     leaves = {k: None if t is None else t.detach().clone().requires_grad_(k != "row_scale") for k, t in inputs.items()}
     x = leaves["x"]
     assert x is not None
     branch = x if kept is None else x * kept.to(x.dtype)
     normed, summed = reference.add_layer_norm(
-        branch, leaves["residual"], leaves["weight"], leaves["bias"], eps, leaves["gamma"], leaves["row_scale"]  # pyright: ignore[reportArgumentType]
+        branch, leaves["residual"], leaves["weight"], leaves["bias"], eps, leaves["gamma"],  # pyright: ignore[reportArgumentType]
+        leaves["row_scale"], wide=as_sum,
     )  # fmt: skip
     outputs, gradients = [normed], [dnormed.to(normed.dtype)]
     if dsummed is not None:
@@ -74,12 +80,18 @@ def by_definition(
 
 
 def by_kernel(
-    inputs: Inputs, dnormed: Tensor, dsummed: Tensor | None, module: Any = layer_norm, **dropout: Any
+    inputs: Inputs,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    module: Any = layer_norm,
+    *,
+    as_sum: bool = False,
+    **dropout: Any,
 ) -> dict[str, Tensor]:
     with poison():
         forward = module.add_layer_norm_forward(
             inputs["x"], inputs["residual"], inputs["weight"], inputs["bias"], EPS, inputs["gamma"],
-            inputs["row_scale"], **dropout,
+            inputs["row_scale"], **dropout, wide=as_sum,
         )  # fmt: skip
         gradients = module.add_layer_norm_backward(
             dnormed, dsummed, forward.summed, inputs["weight"], forward.mean, forward.rstd, inputs["x"],
@@ -94,9 +106,11 @@ def wide(inputs: Inputs) -> Inputs:
     return {k: None if t is None else t.double() for k, t in inputs.items()}
 
 
-def check(inputs: Inputs, dnormed: Tensor, dsummed: Tensor | None, module: Any = layer_norm) -> None:
-    found = by_kernel(inputs, dnormed, dsummed, module)
-    plain = by_definition(inputs, dnormed, dsummed)
+def check(
+    inputs: Inputs, dnormed: Tensor, dsummed: Tensor | None, module: Any = layer_norm, *, as_sum: bool = False
+) -> None:
+    found = by_kernel(inputs, dnormed, dsummed, module, as_sum=as_sum)
+    plain = by_definition(inputs, dnormed, dsummed, as_sum=as_sum)
     truth = by_definition(wide(inputs), dnormed, dsummed)
     assert found.keys() == plain.keys()
     for name, value in found.items():
@@ -148,6 +162,13 @@ def test_a_residual_stream_in_fp32() -> None:
     found = by_kernel(inputs, dnormed, dsummed)
     assert found["summed"].dtype == found["dresidual"].dtype == torch.float32
     assert found["normed"].dtype == found["dx"].dtype == torch.float16
+
+
+def test_a_post_norm_stream_in_fp32() -> None:
+    """The norm is the next residual and keeps the precision of this one; the branch stays as it is."""
+    inputs = make((5, 111), torch.float16, residual_dtype=torch.float32)
+    check(inputs, *upstream((5, 111), torch.float32, torch.float32), as_sum=True)
+    check(inputs, upstream((5, 111), torch.float32, torch.float32)[0], None, as_sum=True)
 
 
 @pytest.mark.parametrize("width", [1, 2, 2047, 4097, 8192])

@@ -60,7 +60,7 @@ class AttentionProjections(nn.Module):
 
 
 class ResidualNorm(nn.Module):
-    """The end of a post-norm branch: `LayerNorm(residual + dropout(dense(x)))`."""
+    """The end of a post-norm branch: `LayerNorm(residual + dropout(dense(x)))`, as wide as the residual."""
 
     def __init__(self, inputs: int, width: int, eps: float, dropout: float) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ResidualNorm(nn.Module):
         dense, norm = self.dense, self.LayerNorm
         dropout_p = self.dropout if self.training else 0.0
         return ops.linear_add_layer_norm(
-            x, dense.weight, dense.bias, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
+            x, dense.weight, dense.bias, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p, wide=True
         )[0]
 
 
