@@ -19,7 +19,7 @@ from xfm_fast.export.engine_locating import first_failing_layer
 from xfm_fast.export.engine_messages import describe_layers, explain, parser_errors
 from xfm_fast.export.engine_profiles import DEFAULT_PROFILES, ShapeProfile, graph_profiles
 from xfm_fast.export.engine_progress import BuildProgress, Interruption, Silent, monitor
-from xfm_fast.export.exporting import build_graphs, export_onnx, graph_interface, onnx_bytes, prepare_folder
+from xfm_fast.export.exporting import build_graphs, export_onnx, graph_bytes, graph_interface, prepare_folder
 from xfm_fast.export.graphs import GraphName
 from xfm_fast.export.manifest import MANIFEST_FILE, EngineTarget, GraphRecord, Manifest, ProfileRecord
 from xfm_fast.models.xfm import XFM
@@ -96,7 +96,7 @@ def export_engines(
     for name, graph in built.items():
         interface = graph_interface(graph, dtype, model, fixed or {})
         graph_profiles(GraphRecord(name=name, file="", files=[], build_seconds=0, **interface), profiles)
-    weights = sum(onnx_bytes(graph, model, dtype) for graph in built.values())
+    weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if keep_onnx else Path(scratch)

@@ -20,8 +20,9 @@ from xfm_fast.export import manifest as manifests
 from xfm_fast.export.consumers import DTYPES, Consumer, DType, Profile, profile
 from xfm_fast.export.graphs import GRAPHS, Axis, Graph, GraphName, TensorSpec, build
 from xfm_fast.export.manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord
-from xfm_fast.export.onnx_files import LARGEST_FILE, check_fixed, require_onnx, write_onnx
+from xfm_fast.export.onnx_files import LARGEST_FILE, require_onnx, write_onnx
 from xfm_fast.export.reference import reference_bytes
+from xfm_fast.export.tracing import check_fixed
 from xfm_fast.models.xfm import XFM
 
 DEFAULT_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
@@ -76,7 +77,7 @@ def export_onnx(
     spelling = profile(consumer, dtype, opset)
     require_onnx()
     built = build_graphs(model, spelling, graphs, fixed=fixed, all_tokens=all_tokens)
-    needed = sum(onnx_bytes(graph, model, dtype) for graph in built.values())
+    needed = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, needed + reference_bytes(model.config))
     content = manifests.new_manifest(
         source=source,
@@ -198,7 +199,7 @@ def in_dtype(graph: Graph, dtype: DType) -> Graph:
     return copy.deepcopy(graph).to(wanted)
 
 
-def onnx_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
+def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
     """An estimate of a graph's file: its parameters, and the position biases that export makes of the vision tables."""
     size = DTYPES[dtype].itemsize
     config = model.config

@@ -70,7 +70,7 @@ class GraphRunner:
     def __init__(
         self,
         folder: str | Path,
-        runtime: str = "auto",
+        runtime: str | Runtime = "auto",
         device: torch.device | str | None = None,
         *,
         precision: Precision | None = None,
@@ -79,8 +79,10 @@ class GraphRunner:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder, check_files=verify_files)
         self.config: XFMConfig = self.manifest.xfm_config
-        name = choose_runtime(self.manifest) if runtime == "auto" else runtime
-        self.runtime: Runtime = open_runtime(name, self.manifest, device, precision)
+        if isinstance(runtime, str):
+            name = choose_runtime(self.manifest) if runtime == "auto" else runtime
+            runtime = open_runtime(name, self.manifest, device, precision)
+        self.runtime: Runtime = runtime
         self.device: torch.device = self.runtime.device
         self.dtype: torch.dtype = DTYPES[self.manifest.dtype]
         self.loaded: dict[GraphName, LoadReport] = {}

@@ -166,8 +166,11 @@ class ImageMemoryGraph(Graph):
 
     def forward(self, image_embeds: Tensor) -> tuple[Tensor]:
         """`[B, M, vision_width]` → `[B, layers, 2, H, M, D]`."""
-        parts = [part(image_embeds).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.projections]
-        return (torch.stack(parts, dim=1).unflatten(1, (self.layers, 2)),)
+        # One product for all layers: its result is put in order once, where 24 results would be joined as well.
+        parts = [part for part in self.projections if isinstance(part, nn.Linear)]
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        projected = F.linear(image_embeds, weight, bias).unflatten(-1, (self.layers, 2, self.heads, -1))
+        return (projected.permute(0, 2, 3, 4, 1, 5).contiguous(),)
 
 
 class FusionGraph(Graph):

@@ -100,6 +100,24 @@ class EngineTarget(_Record):
     hardware_compatibility: str | None = None
 
 
+class PackageTarget(_Record):
+    """Where compiled packages run: they hold machine code, and call the libraries of one PyTorch.
+
+    Attributes:
+        torch: version that compiled them.
+        device: `cpu` or `cuda`.
+        architecture: of the processor, such as `x86_64`.
+        instructions: the extensions that the compiler could use, on a CPU.
+        compute_capability: of the GPU, such as 89 for SM89.
+    """
+
+    torch: str
+    device: Literal["cpu", "cuda"]
+    architecture: str
+    instructions: list[str] = []
+    compute_capability: int | None = None
+
+
 class Check(_Record):
     """An output of a graph against the model, over all shapes that were run."""
 
@@ -160,8 +178,8 @@ class Manifest(_Record):
     tokenizer_sha256: str | None
     config: dict[str, Any]
     dtype: DType
-    consumer: Consumer
-    opset: int
+    consumer: Consumer | Literal["aoti"]
+    opset: int | None
     attention: AttentionForm
     all_tokens: bool
     fixed: dict[str, int]
@@ -169,6 +187,7 @@ class Manifest(_Record):
     graphs: list[GraphRecord]
     files: list[FileRecord]
     target: EngineTarget | None = None
+    package: PackageTarget | None = None
     options: dict[str, Any] = Field(default={}, description="of the builder, as they were given")
     status: Status = "unverified"
     reason: str = ""

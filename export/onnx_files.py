@@ -8,25 +8,22 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xfm_fast import __version__
-from xfm_fast.errors import InputError, StorageError, UnavailableError
+from xfm_fast.errors import StorageError, UnavailableError
 from xfm_fast.export.attention import DOMAIN, OPERATOR
 from xfm_fast.export.consumers import DTYPES, DType, Profile
-from xfm_fast.export.graphs import Axis, Graph, TensorSpec
+from xfm_fast.export.graphs import Graph
+from xfm_fast.export.tracing import check_fixed, frozen, tracing_call
 
 LARGEST_FILE = 2**31 - 2**20
 """Protobuf reads no message of two gigabytes; larger graphs keep their weights beside the file."""
-
-_EXAMPLE_SIZES = {"batch": 2, "texts": 3, "length": 7}
-_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": 512}
 
 
 @dataclass(frozen=True)
@@ -42,29 +39,6 @@ class OnnxFile:
     path: Path
     files: tuple[Path, ...]
     opset: int
-
-
-def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, ...]:
-    """Inputs of a graph at the given sizes of its axes: noise, ids of every vocabulary, texts of falling length."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(_random(spec, sizes, dtype, generator) for spec in graph.inputs)
-
-
-def _random(spec: TensorSpec, sizes: Mapping[str, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    shape = spec.shape(dict(sizes))
-    if spec.name == "input_ids":
-        ids = torch.randint(4, 200, shape, generator=generator)
-        return ids.masked_fill(~_real(shape), 1)
-    if spec.name == "attention_mask":
-        return _real(shape).long()
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def _real(shape: tuple[int, ...]) -> Tensor:
-    """Which tokens of texts `[..., L]` are real: text n has n % L tokens less than the longest."""
-    length = shape[-1]
-    texts = torch.arange(torch.Size(shape[:-1]).numel()).view(*shape[:-1], 1)
-    return torch.arange(length).expand(shape) < (length - texts % length)
 
 
 def write_onnx(
@@ -136,30 +110,9 @@ def require_onnx() -> Any:
     return onnx
 
 
-def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
-    """Raise `InputError` for a fixed axis that none of the graphs has, or a size that is not positive."""
-    known = {axis.name for graph in graphs for spec in graph.inputs for axis in spec.axes.values()}
-    for name, size in fixed.items():
-        if name not in known:
-            raise InputError(f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(known)) or 'none'}")
-        if size < 1:
-            raise InputError(f"{name}={size} is no size; give a positive number")
-
-
 def _export(graph: Graph, profile: Profile, dtype: torch.dtype, fixed: Mapping[str, int]) -> Any:
-    inputs = random_inputs(graph, _EXAMPLE_SIZES | dict(fixed), dtype)
-    dims: dict[str, Any] = {}
-
-    def dimension(axis: Axis) -> Any:
-        if axis.name in fixed:
-            return None
-        return dims.setdefault(axis.name, torch.export.Dim(axis.name, min=axis.least, max=_LARGEST_SIZES[axis.name]))
-
-    shapes = tuple(
-        {place: dim for place, axis in spec.axes.items() if (dim := dimension(axis)) is not None}
-        for spec in graph.inputs
-    )
-    with _quiet(), _frozen(graph):
+    inputs, shapes = tracing_call(graph, dtype, fixed)
+    with _quiet(), frozen(graph):
         program = torch.onnx.export(
             graph,
             inputs,
@@ -172,19 +125,6 @@ def _export(graph: Graph, profile: Profile, dtype: torch.dtype, fixed: Mapping[s
         )
     assert program is not None
     return program.model_proto
-
-
-@contextlib.contextmanager
-def _frozen(graph: Graph) -> Iterator[None]:
-    """With parameters that need no gradient: what is derived from trainable ones does not export."""
-    trainable = [parameter for parameter in graph.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

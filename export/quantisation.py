@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def check_quantisation(kind: str, dtype: DType) -> Quantisation:
     elif importlib.util.find_spec("modelopt") is None:
         other = " or use --quantize int8 with --dtype fp16" if kind == "fp8" else " or use --dtype fp16"
         raise UnavailableError(
-            f"{kind} in {dtype} graphs needs modelopt, which is not installed; pip install 'nvidia-modelopt[onnx]',"
+            f"{kind} in {dtype} graphs needs modelopt, which is not installed; pip install 'xfm-fast[modelopt]',"
             f"{other}, which needs onnxruntime alone"
         )
     return kind
@@ -132,19 +133,15 @@ def _by_onnxruntime(kind: str, dtype: DType) -> bool:
 
 
 def _with_onnxruntime(path: Path, feeds: Iterator[dict[str, np.ndarray]]) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as quantize
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> Any:
-            return next(feeds, None)
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet():
         made = Path(scratch) / path.name
         quantize(
             str(path),
             str(made),
-            Reader(),
+            _reader(feeds),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
@@ -164,21 +161,83 @@ def _with_onnxruntime(path: Path, feeds: Iterator[dict[str, np.ndarray]]) -> Non
 
 
 def _with_modelopt(path: Path, feeds: Iterator[dict[str, np.ndarray]], kind: Quantisation, dtype: DType) -> None:
-    """NVIDIA's quantiser; it calibrates on all inputs stacked, so those of one shape are given."""
+    """NVIDIA's quantiser, which calibrates by ONNX Runtime on the CPU."""
     from modelopt.onnx.quantization import quantize  # pyright: ignore[reportMissingImports]
 
-    all_feeds = list(feeds)
-    alike = [feed for feed in all_feeds if all(feed[n].shape == a.shape for n, a in all_feeds[0].items())]
-    stacked = {name: np.concatenate([feed[name] for feed in alike]) for name in alike[0]}
-    quantize(
-        str(path),
-        quantize_mode=kind,
-        calibration_data=stacked,
-        calibration_method="max",
-        op_types_to_quantize=["MatMul"],
-        high_precision_dtype=dtype,
-        output_path=str(path),
-    )
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet():
+        source, made = Path(scratch) / path.name, Path(scratch) / f"quantised-{path.name}"
+        if dtype == "bf16":
+            # The quantiser narrows the graph again, after it has seen what the products are given.
+            widen(path, source)
+        else:
+            shutil.copyfile(path, source)
+        quantize(
+            str(source),
+            quantize_mode=kind,
+            calibration_data_reader=_reader(feeds),
+            calibration_method="max",
+            calibration_eps=["cpu"],
+            op_types_to_quantize=["MatMul"],
+            high_precision_dtype=dtype,
+            direct_io_types=True,
+            output_path=str(made),
+            log_level="ERROR",
+        )
+        made.replace(path)
+
+
+def widen(path: Path, out: Path) -> None:
+    """Write a copy of a bf16 graph that computes in fp32, which ONNX Runtime runs on a CPU. Weights keep their value.
+
+    Args:
+        path: of a graph whose weights lie in the file itself.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    model = onnx.load(str(path))
+    graph = model.graph
+
+    def widened(tensor: Any) -> None:
+        if tensor.data_type == narrow:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    for tensor in graph.initializer:
+        widened(tensor)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                widened(attribute.t)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type == narrow:
+            value.type.tensor_type.elem_type = wide
+    onnx.save(model, str(out))
+
+
+def _reader(feeds: Iterator[dict[str, np.ndarray]]) -> Any:
+    """The feeds as ONNX Runtime's calibration takes them, which may ask for them more than once."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    kept = list(feeds)
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rewind()
+
+        def rewind(self) -> None:
+            self._left = iter(kept)
+
+        def get_next(self) -> Any:
+            return next(self._left, None)
+
+        def get_first(self) -> Any:
+            return kept[0]
+
+    return Reader()
 
 
 class _quiet:

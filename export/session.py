@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.export.fusion_passes import FusionPass, PassLimits, plan_passes
 from xfm_fast.export.graph_runner import GraphRunner
-from xfm_fast.export.runtimes import Precision
+from xfm_fast.export.runtimes import Precision, Runtime
 from xfm_fast.export.session_scorer import SessionScorer
 from xfm_fast.export.shape_slots import choose_slot, largest, pad_tensor
 from xfm_fast.export.token_batches import token_batches
@@ -73,7 +73,7 @@ class Session(GraphRunner):
     def __init__(
         self,
         folder: str | Path,
-        runtime: str = "auto",
+        runtime: str | Runtime = "auto",
         device: torch.device | str | None = None,
         *,
         precision: Precision | None = None,

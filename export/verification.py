@@ -73,7 +73,7 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
 
     Args:
         folder: of the export.
-        runner: runs its graphs; by default ONNX Runtime, for exports to ONNX.
+        runner: runs its graphs; by default that of `default_runner`.
         check_files: compare the files with the manifest first.
 
     Returns:
@@ -113,24 +113,20 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
 
 
 def default_runner(folder: Path, manifest: Manifest) -> Runner:
-    """ONNX Runtime for an export to ONNX, a session for engines.
+    """A session over the runtime of the export: ONNX Runtime on the CPU for ONNX files, whoever they were written for.
 
     Raises:
-        UnavailableError: it is not installed, cannot run the type on a CPU, engines find no GPU here, or the export is
-            of another kind.
-        ExportError: engines are for another version or GPU, or cannot be loaded.
+        UnavailableError: it is not installed, cannot run the type on a CPU, or finds no GPU here.
+        ExportError: engines or packages are for another version or machine, or a graph cannot be loaded.
     """
+    from xfm_fast.export.session import Session
+
     if manifest.kind == "onnx":
-        from xfm_fast.export.onnx_runner import OnnxRunner
-
-        return OnnxRunner(folder, manifest)
-    if manifest.kind in ("tensorrt", "tensorrt-rtx"):
-        from xfm_fast.export.session import Session
-
+        session = Session(folder, "onnxruntime", "cpu", verify_files=False)
+    else:
         session = Session(folder, manifest.kind, verify_files=False)
-        session.warm_up()
-        return session
-    raise UnavailableError(f"an export to {manifest.kind} needs its own runtime to be verified; none was given")
+    session.warm_up()
+    return session
 
 
 def threshold_of(manifest: Manifest) -> Threshold:

@@ -105,8 +105,10 @@ def _say(message: str) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add `export` and its commands."""
-    from xfm_fast import cli_export_engines, cli_export_session
+    from xfm_fast import cli_export_engines, cli_export_packages, cli_export_serving, cli_export_session
 
     cli_export_engines.register(export_app)
+    cli_export_packages.register(export_app)
     cli_export_session.register(export_app)
+    cli_export_serving.register(export_app)
     app.add_typer(export_app, name="export")

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from xfm_fast.export.session_report import SessionReport, ShapeRow
 
-RUNTIME = typer.Option(help="auto, onnxruntime, openvino, tensorrt-rtx or tensorrt.")
+RUNTIME = typer.Option(help="auto, onnxruntime, openvino, tensorrt-rtx, tensorrt or aoti.")
 DEVICE = typer.Option(help="cpu, cuda or cuda:1. [a GPU where runtime and machine have one]")
 SECONDS = typer.Option(min=0.0, help="Spent on timing each shape of each graph.")
 

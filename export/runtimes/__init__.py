@@ -18,7 +18,7 @@ from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export.manifest import GraphRecord, Manifest
 from xfm_fast.export.shape_slots import Slot
 
-RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"]
+RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
 Precision = Literal["fp32", "bf16"]
@@ -36,6 +36,7 @@ _MODULES: dict[RuntimeName, str] = {
     "openvino": "openvino_models",
     "tensorrt-rtx": "tensorrt_engines",
     "tensorrt": "tensorrt_engines",
+    "aoti": "aoti_packages",
 }
 
 
@@ -76,17 +77,9 @@ class Runtime(Protocol):
 
 
 def choose_runtime(manifest: Manifest) -> RuntimeName:
-    """The runtime of an export: that of its engines, or for ONNX files the one that they were written for.
-
-    Raises:
-        UnavailableError: nothing here runs exports of this kind.
-    """
-    if manifest.kind == "tensorrt" or manifest.kind == "tensorrt-rtx":
-        return manifest.kind
+    """The runtime of an export: that of its engines or packages; of ONNX files the one that they were written for."""
     if manifest.kind != "onnx":
-        raise UnavailableError(
-            f"an export to {manifest.kind} is no matter of sessions, which run {', '.join(RUNTIMES)}"
-        )
+        return manifest.kind
     preferred: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
     if manifest.consumer == "openvino":
         preferred = ("openvino", "onnxruntime")

@@ -180,3 +180,19 @@ def test_base_model_on_photographs(tmp_path: Path, size: int) -> None:
     assert manifest.verification is not None
     assert all(check.max_error is not None and check.max_error <= 1e-4 for check in manifest.verification.checks)
     assert all(ranks.agreement >= 0.99 for ranks in manifest.verification.ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_base_model_in_half_precision(tmp_path: Path, dtype: str) -> None:
+    """fp16 stays within the band of its rounding; ONNX Runtime cannot run bf16 on a CPU, and the manifest says so."""
+    out = tmp_path / "out"
+    _run("onnx", "--preset", "base", "--image-size", "224", "--out", str(out), "--dtype", dtype)
+    manifest = Manifest.load(out)
+    if dtype == "bf16":
+        assert manifest.status == "unverified"
+        assert "no bf16 kernels for the CPU" in manifest.reason
+        return
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    assert manifest.verification is not None
+    assert all(ranks.agreement >= 0.99 for ranks in manifest.verification.ranks)

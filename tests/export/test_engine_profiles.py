@@ -9,8 +9,6 @@ from xfm_fast.export.engine_profiles import (
     DEFAULT_PROFILES,
     AxisRange,
     ShapeProfile,
-    check_request,
-    choose_profile,
     graph_profiles,
     parse_profile,
     parse_profiles,
@@ -108,27 +106,3 @@ def test_a_profile_must_fit_its_graph() -> None:
         graph_profiles(TEXT, [parse_profile("a:batch=1")])
     with pytest.raises(InputError, match=r"length=1\.\.65\.\.65 and graph 'text' accepts 1 to 64"):
         graph_profiles(TEXT, [parse_profile("a:batch=1,length=1..65")])
-
-
-def test_a_request_outside_the_profile_is_refused() -> None:
-    (profile,) = graph_profiles(TEXT, [parse_profile("bulk:batch=2..4..8,length=1..40")])
-    check_request(profile, shapes(2, 1))
-    check_request(profile, shapes(8, 40))
-    for shape, message in (
-        ((1, 40), r"input_ids is \[1, 40\]: dimension 0 is 1 and profile 'bulk' of this engine takes 2 to 8"),
-        ((9, 40), "dimension 0 is 9"),
-        ((2, 41), r"dimension 1 is 41 .* takes 1 to 40"),
-        ((2,), "has 1 dimensions; the engine takes 2"),
-    ):
-        with pytest.raises(InputError, match=message):
-            check_request(profile, shapes(*shape))
-    with pytest.raises(InputError, match="missing or unknown: attention_mask"):
-        check_request(profile, {"input_ids": (2, 1)})
-
-
-def test_the_narrowest_profile_that_admits_a_request_is_chosen() -> None:
-    profiles = graph_profiles(TEXT, parse_profiles(["bulk:batch=1..64,length=1..40", "latency:batch=1,length=1..40"]))
-    assert choose_profile(profiles, shapes(1, 13)) == 1
-    assert choose_profile(profiles, shapes(2, 13)) == 0
-    with pytest.raises(InputError, match=r"profile 'bulk' .* takes 1 to 64"):
-        choose_profile(profiles, shapes(65, 13))

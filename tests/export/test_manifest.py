@@ -21,7 +21,7 @@ from xfm_fast.export.consumers import profile
 from xfm_fast.export.exporting import (
     build_graphs,
     export_onnx,
-    onnx_bytes,
+    graph_bytes,
     parse_fixed,
     parse_graphs,
     prepare_folder,
@@ -229,7 +229,7 @@ def test_estimate_is_close_and_not_below(exported_fp32: Path, small_model: XFM) 
     for name, graph in build_graphs(small_model, profile("onnxruntime", "fp32"), GRAPHS).items():
         size = (exported_fp32 / f"{name}.onnx").stat().st_size
         room = exporting._ROOM_PER_GRAPH
-        assert size <= onnx_bytes(graph, small_model, "fp32") <= 1.2 * size + room
+        assert size <= graph_bytes(graph, small_model, "fp32") <= 1.2 * size + room
 
 
 def test_weights_are_told_apart(make_model: Callable[..., XFM]) -> None:

@@ -20,7 +20,8 @@ from xfm_fast.export.attention import AttentionForm
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
 from xfm_fast.export.exporting import in_dtype
 from xfm_fast.export.graphs import GraphName, build
-from xfm_fast.export.onnx_files import OnnxFile, random_inputs, write_onnx
+from xfm_fast.export.onnx_files import OnnxFile, write_onnx
+from xfm_fast.export.tracing import random_inputs
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="exports to ONNX need onnx")

@@ -102,7 +102,7 @@ def test_what_cannot_be_quantised_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantisation.check_quantisation("int8", "fp16") == "int8"
     for kind, dtype, message in (
         ("int4", "fp16", "choose from int8, fp8"),
-        ("fp8", "fp16", r"pip install 'nvidia-modelopt\[onnx\]', or use --quantize int8 with --dtype fp16"),
+        ("fp8", "fp16", r"pip install 'xfm-fast\[modelopt\]', or use --quantize int8 with --dtype fp16"),
         ("int8", "bf16", "or use --dtype fp16"),
     ):
         with pytest.raises(UnavailableError, match=message):
@@ -116,20 +116,33 @@ def test_modelopt_is_given_the_users_images(
     small_model: XFM, examples: Examples, exported_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for modelopt, which this checks no further than its documented arguments."""
+    pytest.importorskip("onnxruntime")
     given: dict[str, Any] = {}
+
+    def quantize(path: str, **options: Any) -> None:
+        given.update(options)
+        Path(options["output_path"]).write_bytes(b"quantised " + Path(path).read_bytes()[:8])
+
     module: Any = ModuleType("modelopt.onnx.quantization")
-    module.quantize = lambda path, **options: given.update(options, path=path)
+    module.quantize = quantize
     for name in ("modelopt", "modelopt.onnx"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     record = Manifest.load(exported_fp16, check_files=False).graph("vision")
-    path = tmp_path / "vision.onnx"
-    rewrite = quantisation.quantising(small_model, examples, "fp8", "bf16")
+    path = Path(shutil.copy(exported_fp16 / "vision.onnx", tmp_path / "vision.onnx"))
+    rewrite = quantisation.quantising(small_model, examples, "fp8", "fp16")
     rewrite(record, path)
-    assert (given["path"], given["output_path"], given["quantize_mode"]) == (str(path), str(path), "fp8")
-    assert given["high_precision_dtype"] == "bf16"
-    np.testing.assert_array_equal(given["calibration_data"]["pixels"], examples.pixels.numpy())
+    assert path.read_bytes() == b"quantised " + (exported_fp16 / "vision.onnx").read_bytes()[:8]
+    assert [file.name for file in tmp_path.iterdir()] == ["vision.onnx"]
+    assert (given["quantize_mode"], given["high_precision_dtype"], given["calibration_eps"]) == ("fp8", "fp16", ["cpu"])
+    reader = given["calibration_data_reader"]
+    pixels = examples.pixels.half().numpy()
+    np.testing.assert_array_equal(reader.get_first()["pixels"], pixels[:1])
+    for _ in range(2):
+        found = [feed["pixels"] for feed in iter(reader.get_next, None)]
+        np.testing.assert_array_equal(np.concatenate(found), pixels)
+        reader.rewind()
 
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("unsupported\nmodel")
@@ -137,3 +150,51 @@ def test_modelopt_is_given_the_users_images(
     module.quantize = broken
     with pytest.raises(ExportError, match=r"graph 'vision' could not be quantised to fp8 \(unsupported model\)"):
         rewrite(record, path)
+
+
+def test_bf16_graphs_are_widened_for_calibration(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    narrow = torch.from_numpy(weight).bfloat16()
+    stored = helper.make_tensor("w", TensorProto.BFLOAT16, (3, 4), narrow.view(torch.int16).numpy().tobytes(), raw=True)
+    nodes = [
+        helper.make_node("Cast", ["mask"], ["m"], to=TensorProto.BFLOAT16),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("Add", ["y", "m"], ["z"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.BFLOAT16, (2, 3)),
+        helper.make_tensor_value_info("mask", TensorProto.INT64, (2, 4)),
+    ]
+    outputs = [helper.make_tensor_value_info("z", TensorProto.BFLOAT16, (2, 4))]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [stored])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "n.onnx")
+    quantisation.widen(tmp_path / "n.onnx", tmp_path / "w.onnx")
+    (kept,) = onnx.load(tmp_path / "w.onnx").graph.initializer
+    np.testing.assert_array_equal(numpy_helper.to_array(kept), narrow.float().numpy())
+    x, mask = np.ones((2, 3), np.float32), np.ones((2, 4), np.int64)
+    session = ort.InferenceSession(tmp_path / "w.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x, "mask": mask})[0], x @ narrow.float().numpy() + 1, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype"), [("fp8", "bf16"), ("int8", "bf16"), ("fp8", "fp16")])
+def test_engine_by_modelopt(
+    small_model: XFM, examples: Examples, tmp_path: Path, kind: quantisation.Quantisation, dtype: str
+) -> None:
+    """NVIDIA's quantiser itself, and an engine of what it made."""
+    pytest.importorskip("modelopt.onnx.quantization", reason="needs xfm-fast[modelopt]")
+    pytest.importorskip("tensorrt_rtx")
+    onnx = pytest.importorskip("onnx")
+    manifest = engines.export_engines(
+        small_model, tmp_path, "tensorrt-rtx", dtype=dtype, graphs=("vision", "fusion"),  # pyright: ignore[reportArgumentType]
+        options=EngineOptions(targets=(89, 120)), arithmetic=kind, keep_onnx=True,
+        rewrite=quantisation.quantising(small_model, examples, kind, dtype),  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    assert [record.file for record in manifest.graphs] == ["vision.engine", "fusion.engine"]
+    for record in manifest.graphs:
+        graph = onnx.load(tmp_path / "onnx" / f"{record.name}.onnx").graph
+        assert sum(node.op_type == "QuantizeLinear" for node in graph.node) >= 12

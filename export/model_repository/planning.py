@@ -1,0 +1,252 @@
+"""Which models a repository will hold, decided before anything is written; what cannot be served is an error here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.export.graphs import GraphName
+from xfm_fast.export.manifest import AxisRecord, GraphRecord, Manifest
+from xfm_fast.export.model_repository.configs import ModelBackend, ServedDevice, graph_config, most_batch, rank_config
+from xfm_fast.export.model_repository.ranking import RankLimits
+from xfm_fast.export.model_repository.served_graphs import model_name
+from xfm_fast.export.shape_slots import graph_slots, largest
+from xfm_fast.tokenizer import CaptionTokenizer
+
+BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
+Pipeline = Literal["rank", "graphs"]
+
+RANK_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
+TOKENIZER_FILE = "tokenizer.json"
+
+# What the official evaluation cuts captions to.
+_OFFICIAL_TOKENS = 40
+_NAME = re.compile(r"[A-Za-z][\w-]*")
+
+
+@dataclass(frozen=True)
+class RepositoryOptions:
+    """What kind of repository to make.
+
+    Attributes:
+        backend: what runs the graphs: Triton's `tensorrt` or `onnxruntime`, or `python`, a `Session` in Triton's Python
+            backend; `auto` takes the first of them that runs the export.
+        pipeline: `rank` adds the model from images and captions to scores; `graphs` leaves it out.
+        prefix: of the names of the models.
+        device: where models run; `auto` is a GPU for engines, and what Triton finds for the others.
+        most_batch: rows of a batch, for graphs that take any number.
+        queue_delay: microseconds that a request may wait for others to share its batch.
+        instances: of each graph's model.
+        cache_bytes: of image memories that the rank model keeps between requests.
+        limits: of a rank request; `tokens` are cut to what the export takes.
+    """
+
+    backend: BackendChoice = "auto"
+    pipeline: Pipeline = "rank"
+    prefix: str = "xfm"
+    device: ServedDevice = "auto"
+    most_batch: int = 32
+    queue_delay: int = 500
+    instances: int = 1
+    cache_bytes: int = 1 << 30
+    limits: RankLimits = field(default_factory=RankLimits)
+
+    def check(self) -> None:
+        """Compare the options with what there is.
+
+        Raises:
+            UnavailableError: a backend, pipeline or device that is not known.
+            InputError: a number that is too small, or a prefix that cannot name models.
+        """
+        for name, value, choices in (
+            ("backend", self.backend, get_args(BackendChoice)),
+            ("pipeline", self.pipeline, get_args(Pipeline)),
+            ("device", self.device, get_args(ServedDevice)),
+        ):
+            if value not in choices:
+                raise UnavailableError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
+        if not _NAME.fullmatch(self.prefix):
+            raise InputError(f"prefix {self.prefix!r} cannot name models; use letters, digits, - and _")
+        limits = self.limits
+        for name, value, least in (
+            ("most_batch", self.most_batch, 1),
+            ("queue_delay", self.queue_delay, 0),
+            ("instances", self.instances, 1),
+            ("cache_bytes", self.cache_bytes, 0),
+            ("limits.images", limits.images, 1),
+            ("limits.captions", limits.captions, 1),
+            ("limits.image_bytes", limits.image_bytes, 1),
+            ("limits.caption_characters", limits.caption_characters, 1),
+            ("limits.tokens", limits.tokens, 3),
+        ):
+            if value < least:
+                raise InputError(f"{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model of the repository.
+
+    Attributes:
+        name: of its folder.
+        backend: what runs it.
+        config: content of `config.pbtxt`.
+        manifest: of the part of the export that lies in its version folder.
+        graphs: whose files lie there.
+        script: in `backends/`, the `model.py` of a Python model.
+    """
+
+    name: str
+    backend: ModelBackend
+    config: dict[str, Any]
+    manifest: Manifest
+    graphs: tuple[GraphRecord, ...]
+    script: str | None
+
+
+def plan_models(
+    manifest: Manifest, options: RepositoryOptions, tokenizer: CaptionTokenizer | None
+) -> list[PlannedModel]:
+    """The models of a repository.
+
+    Args:
+        manifest: of the export.
+        options: see there.
+        tokenizer: of the model; the rank pipeline needs it.
+
+    Raises:
+        ExportError: the export was found to differ from its model, lacks graphs of the pipeline, or is of a kind that
+            the backend does not run.
+        InputError: there is no tokenizer, or an option is off.
+        DataError: the tokenizer does not belong to the model.
+        UnavailableError: an option that is not known.
+    """
+    options.check()
+    if manifest.status == "failed":
+        raise ExportError(
+            f"this export differs from the model that it was made from ({manifest.reason}); before serving "
+            "it export it again, in another dtype or for another consumer"
+        )
+    backend = _backend(manifest, options)
+    device = _device(manifest, options.device)
+    models = [_graph_model(record, manifest, backend, options, device) for record in manifest.graphs]
+    if options.pipeline == "rank":
+        models.append(_rank_model(manifest, options, tokenizer, device))
+    return models
+
+
+def _backend(manifest: Manifest, options: RepositoryOptions) -> ModelBackend:
+    kind, wanted = manifest.kind, options.backend
+    native: dict[str, ModelBackend] = {"tensorrt": "tensorrt", "onnx": "onnxruntime"}
+    if wanted == "auto":
+        return native.get(kind, "python")
+    if wanted != "python" and native.get(kind) != wanted:
+        remedy = f"use {native[kind]} or python" if kind in native else "use the python backend"
+        raise ExportError(f"Triton's {wanted} backend does not run an export to {kind}; {remedy}")
+    return wanted
+
+
+def _device(manifest: Manifest, wanted: ServedDevice) -> ServedDevice:
+    """What compiled files are bound to, else what is wanted."""
+    bound: ServedDevice | None = None
+    if manifest.kind in ("tensorrt", "tensorrt-rtx"):
+        bound = "gpu"
+    elif manifest.package is not None:
+        bound = "gpu" if manifest.package.device == "cuda" else "cpu"
+    if bound is None:
+        return wanted
+    if wanted not in ("auto", bound):
+        raise ExportError(
+            f"this export to {manifest.kind} runs on a {bound.upper()} and the device asked for is {wanted}; choose "
+            f"{bound}, or make another export"
+        )
+    return bound
+
+
+def _graph_model(
+    record: GraphRecord, manifest: Manifest, backend: ModelBackend, options: RepositoryOptions, device: ServedDevice
+) -> PlannedModel:
+    name = model_name(options.prefix, record.name)
+    config = graph_config(
+        name,
+        record,
+        backend,
+        most=options.most_batch,
+        queue_delay=options.queue_delay,
+        instances=options.instances,
+        device=device,
+    )
+    files = [file for file in manifest.files if file.name in record.files]
+    part = manifest.model_copy(update={"graphs": [record], "files": files})
+    return PlannedModel(name, backend, config, part, (record,), "graph" if backend == "python" else None)
+
+
+def _rank_model(
+    manifest: Manifest, options: RepositoryOptions, tokenizer: CaptionTokenizer | None, device: ServedDevice
+) -> PlannedModel:
+    missing = [graph for graph in RANK_GRAPHS if graph not in manifest.graph_names]
+    if missing:
+        raise ExportError(
+            f"the rank pipeline needs the graphs {', '.join(RANK_GRAPHS)} and this export lacks {', '.join(missing)}; "
+            "export them with --graphs, or choose the pipeline 'graphs'"
+        )
+    if all(output.name != "match_logits" for output in manifest.graph("fusion").outputs):
+        raise ExportError(
+            "the rank pipeline needs match logits, and the model was exported without its 'matching' head; export a "
+            "model with it, or choose the pipeline 'graphs'"
+        )
+    if tokenizer is None:
+        raise InputError(
+            "the rank pipeline reads captions and no tokenizer was given; give the model's with --tokenizer, or choose "
+            "the pipeline 'graphs'"
+        )
+    tokenizer.check(manifest.xfm_config)
+    if manifest.tokenizer_sha256 not in (None, tokenizer.sha256()):
+        raise InputError(
+            f"the vocabulary in {tokenizer.origin} has sha256 {tokenizer.sha256()[:16]}… and the export was made with "
+            f"{str(manifest.tokenizer_sha256)[:16]}…; give the one that the model was trained with"
+        )
+    records = [_capped(manifest.graph(graph), options.most_batch) for graph in RANK_GRAPHS]
+    name = model_name(options.prefix, "rank")
+    config = rank_config(
+        name,
+        prefix=options.prefix,
+        tokenizer=TOKENIZER_FILE,
+        limits=_limits(manifest, records, options.limits),
+        cache_bytes=options.cache_bytes,
+        queue_delay=options.queue_delay,
+        device=device,
+    )
+    part = manifest.model_copy(update={"graphs": records, "files": []})
+    return PlannedModel(name, "python", config, part, (), "rank")
+
+
+def _capped(record: GraphRecord, most: int) -> GraphRecord:
+    """The graph as Triton serves it, which takes no more rows than `max_batch_size`."""
+    rows = most_batch(record, most)
+    if not rows or record.profiles:
+        return record
+    batch = AxisRecord(least=record.axes["batch"].least, most=rows)
+    return record.model_copy(update={"axes": record.axes | {"batch": batch}})
+
+
+def _limits(manifest: Manifest, records: Sequence[GraphRecord], wanted: RankLimits) -> RankLimits:
+    longest = [largest(graph_slots(record), "length") for record in records if record.name in ("text", "fusion")]
+    tokens = min(_OFFICIAL_TOKENS, wanted.tokens, manifest.xfm_config.max_text_length, *filter(None, longest))
+    if tokens < 3:
+        raise ExportError(
+            f"the graphs of this export take texts of {tokens} tokens, which hold no word between <s> and </s>; export "
+            "with a greater length"
+        )
+    return RankLimits(wanted.images, wanted.captions, wanted.image_bytes, wanted.caption_characters, tokens)
+
+
+def check_apart(folder: Path, out: Path) -> None:
+    """Raise `InputError` where the repository and the export would lie in each other."""
+    export, repository = folder.resolve(), out.resolve()
+    if export == repository or export in repository.parents or repository in export.parents:
+        raise InputError(f"{out} and the export {folder} lie in each other; choose a folder apart for the repository")

@@ -1,0 +1,73 @@
+"""`xfm-fast export aoti`: a package of each graph, compiled by PyTorch for this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from xfm_fast import cli_export
+
+if TYPE_CHECKING:
+    from xfm_fast.export.consumers import DType
+
+DEVICE = typer.Option(help="cpu or cuda: where the packages run, which is this machine.")
+FIXED = typer.Option(help="Axes of one size, such as batch=1,length=40. [all dynamic]")
+ALL_TOKENS = typer.Option("--all-tokens", help="fusion returns every token, not token 0.")
+
+
+def aoti(
+    out: Annotated[Path, cli_export.OUT],
+    checkpoint: Annotated[Path | None, cli_export.CHECKPOINT] = None,
+    preset: Annotated[str | None, cli_export.PRESET] = None,
+    config: Annotated[Path | None, cli_export.CONFIG] = None,
+    dtype: Annotated[str, cli_export.DTYPE] = "fp32",
+    graphs: Annotated[str, cli_export.GRAPHS] = "",
+    device: Annotated[str, DEVICE] = "cpu",
+    image_size: Annotated[int | None, cli_export.IMAGE_SIZE] = None,
+    fixed: Annotated[str, FIXED] = "",
+    all_tokens: Annotated[bool, ALL_TOKENS] = False,
+    tokenizer: Annotated[Path | None, cli_export.TOKENIZER] = None,
+    data: Annotated[Path | None, cli_export.DATA] = None,
+) -> None:
+    """Compile AOTInductor packages, run them, and compare them with the model."""
+    from xfm_fast import cli_export_model
+    from xfm_fast.export import exporting, package_target, packages, verification
+
+    # What is wrong with the options shows before a checkpoint is read.
+    names, sizes = exporting.parse_graphs(graphs), exporting.parse_fixed(fixed)
+    package_target.check_compiling(device, dtype)
+    subject = cli_export_model.load_subject(
+        checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer
+    )
+    longest = sizes.get("length", verification.LONGEST)
+    examples, note = cli_export_model.load_examples(subject, data, longest=longest)
+    if note:
+        typer.echo(f"xfm-fast: {note}", err=True)
+    packages.export_packages(
+        subject.model,
+        out,
+        dtype=cast("DType", dtype),
+        device=device,
+        graphs=names or None,
+        fixed=sizes,
+        all_tokens=all_tokens,
+        source=subject.source,
+        tokenizer_sha256=subject.tokenizer_sha256,
+        progress=_say,
+    )
+    _say("comparing with the model")
+    cli_export.finish(verification.verify_export(out, subject.model, examples), out)
+
+
+def _say(message: str) -> None:
+    """Progress, for whoever is watching."""
+    if sys.stderr.isatty():
+        typer.echo(f"xfm-fast: {message}", err=True)
+
+
+def register(export_app: typer.Typer) -> None:
+    """Add the command to `export`."""
+    export_app.command()(aoti)
