@@ -11,13 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xfm_fast.config import XFMConfig as XFMConfig
     from xfm_fast.models.xfm import XFM as XFM
+    from xfm_fast.replace import accelerate as accelerate
+    from xfm_fast.replace import accelerated as accelerated
     from xfm_fast.tasks.retrieval import Retriever as Retriever
 
 __version__ = "0.1.0"
 
-_HOMES = {"XFM": "xfm_fast.models.xfm", "XFMConfig": "xfm_fast.config", "Retriever": "xfm_fast.tasks.retrieval"}
+_HOMES = {
+    "XFM": "xfm_fast.models.xfm",
+    "XFMConfig": "xfm_fast.config",
+    "Retriever": "xfm_fast.tasks.retrieval",
+    "accelerate": "xfm_fast.replace",
+    "accelerated": "xfm_fast.replace",
+}
 
-__all__ = ["XFM", "Retriever", "XFMConfig", "__version__"]
+__all__ = ["XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,289 @@
+"""What holds for every model: the same objects, the report, selection, the way back, refusals."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from xfm_fast import accelerate, accelerated
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.replace import Fused, Rule, accelerating
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import is_fused, observed
+
+
+class Affine(nn.Module):
+    """Somebody's module: `scale · linear(x)`."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, features: Tensor, *, doubled: bool = False) -> Tensor:
+        """The original."""
+        out = self.scale * self.linear(features)
+        return 2 * out if doubled else out
+
+
+class Odd(Affine):
+    pass
+
+
+class FusedAffine(Fused):
+    bypassed: ClassVar[Any] = {"linear": nn.Linear}
+    calls: ClassVar[list[Settings]] = []
+    error = 0.0
+
+    def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
+        if not self.intact():
+            return super().forward(features, **kwargs)
+        self.calls.append(self.settings)
+        module: Any = self
+        out = module.scale * nn.functional.linear(features, module.linear.weight, module.linear.bias)
+        return out * (2 if kwargs.get("doubled") else 1) + self.error
+
+
+@pytest.fixture(autouse=True)
+def only_our_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules of one made-up family, in place of everybody's."""
+    odd = Rule("Odd", lambda m: isinstance(m, Odd), FusedAffine, "", lambda *_: "it is odd")
+    rule = Rule("FusedAffine", lambda m: isinstance(m, Affine), FusedAffine, "a call")
+    monkeypatch.setattr(accelerating, "rules", lambda: (odd, rule))
+    monkeypatch.setattr(FusedAffine, "error", 0.0)
+    FusedAffine.calls.clear()
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Affine(), nn.Sequential(Affine(), nn.ReLU()), Odd())
+
+
+def test_the_objects_stay_the_same() -> None:
+    made = model()
+    modules, parameters, state = list(made.modules()), list(made.parameters()), made.state_dict()
+    optimizer = torch.optim.SGD(made.parameters(), 0.1)
+    before = made(torch.ones(2, 5))
+    report = accelerate(made)
+    assert [*map(id, made.modules())] == [*map(id, modules)]
+    assert [*map(id, made.parameters())] == [*map(id, parameters)]
+    assert list(made.state_dict()) == list(state)
+    assert torch.equal(made(torch.ones(2, 5)), before)
+    assert len(FusedAffine.calls) == 3
+    made(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(made(torch.ones(2, 5)), before)
+    assert type(modules[1]).__name__ == "Affine"
+    assert isinstance(modules[1], Affine)
+    assert repr(made) == repr(model())
+    report.revert()
+    assert [type(module) for module in made.modules()] == [type(module) for module in model().modules()]
+    for module, other in zip(made.modules(), model().modules(), strict=True):
+        assert vars(module).keys() == vars(other).keys()
+
+
+def test_the_report_is_a_table() -> None:
+    report = accelerate(model())
+    assert [entry.path for entry in report.replaced] == ["0", "1.0", "2"]
+    assert report.left == []
+    assert "0 and 1 alike" in str(report)
+    assert "3 modules replaced, 0 left alone" in str(report)
+    assert "(the model)" in str(accelerate(Affine()))
+
+
+def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = Rule("FusedAffine", lambda m: type(m) is Odd, FusedAffine, "a call", lambda *_: "it is odd")
+    taking = Rule("FusedAffine", lambda m: type(m) is Affine, FusedAffine, "a call")
+    monkeypatch.setattr(accelerating, "rules", lambda: (refusing, taking))
+    made: Any = model()
+    made[0].forward = lambda features: features
+    report = accelerate(made)
+    assert {entry.path: entry.reason for entry in report.left} == {
+        "0": "its forward was replaced on the instance",
+        "2": "it is odd",
+    }
+    with pytest.raises(InputError, match="nothing of Odd can be replaced: Odd: it is odd"):
+        accelerate(Odd())
+
+
+def test_only_this_instance() -> None:
+    made, other = model(), model()
+    accelerate(made)
+    other(torch.ones(2, 5))
+    assert not FusedAffine.calls
+
+
+def test_for_the_time_of_a_block() -> None:
+    made = model()
+    with accelerated(made) as report:
+        assert len(report.replaced) == 3
+        assert is_fused(made[0])
+    with pytest.raises(RuntimeError, match="inside"), accelerated(made):
+        raise RuntimeError("inside")
+    assert not any(is_fused(module) for module in made.modules())
+
+
+def test_again_and_back_twice() -> None:
+    made = model()
+    accelerate(made, unpad=True)
+    report = accelerate(made, skip_logits=True)
+    assert len(report.replaced) == 3
+    made(torch.ones(2, 5))
+    assert FusedAffine.calls[0] == Settings(skip_logits=True)
+    report.revert()
+    report.revert()
+    assert type(made[0]) is Affine
+
+
+@pytest.mark.parametrize(
+    ("options", "paths"),
+    [
+        ({"include": "1"}, ["1.0"]),
+        ({"include": "1.*"}, ["1.0"]),
+        ({"include": ["0", "2"]}, ["0", "2"]),
+        ({"include": Odd}, ["2"]),
+        ({"include": "Od?"}, ["2"]),
+        ({"exclude": "1"}, ["0", "2"]),
+        ({"exclude": Odd}, ["0", "1.0"]),
+        ({"include": Affine, "exclude": ["0", Odd]}, ["1.0"]),
+    ],
+)
+def test_selection(options: dict[str, Any], paths: list[str]) -> None:
+    made = model()
+    assert [entry.path for entry in accelerate(made, **options).replaced] == paths
+    # What is fused already is selected by the same names.
+    assert [entry.path for entry in accelerate(made, **options).replaced] == paths
+
+
+def test_selections_and_models_without_anything() -> None:
+    with pytest.raises(InputError, match="include='nowhere' matches no module"):
+        accelerate(model(), include="nowhere")
+    with pytest.raises(InputError, match="nothing in ReLU is known to accelerate"):
+        accelerate(nn.ReLU())
+    with pytest.raises(InputError, match=r"takes a torch\.nn\.Module, not str"):
+        accelerate("model")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 5), (torch.ones(2, 5),), {"features": torch.ones(2, 5)}])
+def test_verified(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Affine().train()
+    report = accelerate(made, verify=given)
+    assert list(report.differences.values()) == [0.0]
+    assert "verified: output differs by 0.0e+00" in str(report)
+    assert made.training
+    report.revert()
+    monkeypatch.setattr(FusedAffine, "error", 0.5)
+    with pytest.raises(InputError, match="the output differs by"):
+        accelerate(made, verify=given)
+    assert type(made) is Affine
+
+
+def test_verified_outputs_have_names() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Affine()
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            y = self.part(x)
+            return {"states": y, "all": (x, {"last": y}), "count": torch.tensor(3), "none": None}
+
+    report = accelerate(Named(), verify=torch.ones(2, 5))
+    assert report.differences == {"states": 0.0, "all.0": 0.0, "all.1.last": 0.0}
+
+
+def test_a_failed_attempt_leaves_the_former_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = model()
+    accelerate(made, include="0")
+    monkeypatch.setattr(FusedAffine, "error", 0.5)
+    with pytest.raises(InputError, match="differs"):
+        accelerate(made, verify=torch.ones(2, 5), exclude="0")
+    assert [is_fused(made[0]), is_fused(made[1][0]), is_fused(made[2])] == [True, False, False]
+
+
+def test_observed_parts_are_called() -> None:
+    made = Affine()
+    accelerate(made)
+    for install in (
+        made.linear.register_forward_hook,
+        made.linear.register_forward_pre_hook,
+        made.linear.register_full_backward_hook,
+        nn.modules.module.register_module_forward_hook,
+    ):
+        seen: list[int] = []
+        handle = install(lambda *_, seen=seen: seen.append(1))
+        made(torch.ones(2, 5).requires_grad_()).sum().backward()
+        handle.remove()
+        assert seen, install
+    assert not FusedAffine.calls
+    made.linear.forward = nn.Identity().forward
+    made(torch.ones(2, 5))
+    del made.linear.forward
+    parametrizations.weight_norm(made.linear)
+    made(torch.ones(2, 5))
+    assert not FusedAffine.calls
+
+
+def test_hooks_on_the_fused_module_itself_fire() -> None:
+    made = Affine()
+    seen: list[int] = []
+    made.register_forward_hook(lambda *_: seen.append(1))
+    accelerate(made)
+    made(torch.ones(2, 5))
+    assert seen == [1]
+    assert FusedAffine.calls
+    assert observed(made)
+
+
+def test_the_signature_is_that_of_the_original() -> None:
+    made, other = Affine(), Odd()
+    signature, words = inspect.signature(made.forward), made.forward.__doc__
+    accelerate(made)
+    accelerate(other)
+    assert inspect.signature(made.forward) == signature
+    assert made.forward.__doc__ == words
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_fused_too(copied: Any) -> None:
+    made = model()
+    report = accelerate(made, unpad=True)
+    other = copied(made)
+    assert torch.equal(other(torch.ones(2, 5)), made(torch.ones(2, 5)))
+    assert len(FusedAffine.calls) == 6
+    assert FusedAffine.calls[0].unpad
+    report.revert()
+    assert is_fused(other[0])
+    accelerate(other).revert()
+    assert type(other[0]) is Affine
+
+
+def test_a_type_is_for_the_whole_model() -> None:
+    made = nn.Sequential(Affine(), nn.Linear(5, 5))
+    report = accelerate(made, dtype=torch.bfloat16)
+    assert made(torch.ones(2, 5)).dtype == torch.bfloat16
+    assert made[1].weight.dtype == torch.float32
+    report.revert()
+    assert type(made) is nn.Sequential
+    assert made(torch.ones(2, 5)).dtype == torch.float32
+
+
+def test_what_the_machine_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no type to compute in"):
+        accelerate(model(), dtype=torch.int32)
+    with pytest.raises(UnavailableError, match="float16 is for GPUs"):
+        accelerate(model(), dtype=torch.float16)
+    with pytest.raises(UnavailableError, match="flash_attn"):
+        accelerate(model(), kernels="flash_attn")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    for dtype, made in ((torch.bfloat16, model()), (None, model().bfloat16())):
+        with pytest.raises(UnavailableError, match="bfloat16 on this CPU is emulated"):
+            accelerate(made, dtype=dtype)
+        assert not is_fused(made[0])

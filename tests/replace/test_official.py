@@ -1,0 +1,332 @@
+"""The official modules, known by structure: the same outputs and gradients fused, and everything else left to them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.agreement import relative_error
+from tests.replace import official_replicas as replicas
+from xfm_fast import accelerate
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import ops
+from xfm_fast.replace.swapping import is_fused
+
+CLOSE = 1e-5
+LENGTHS = (9, 1, 4, 7)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _texts(width: int = 32, image_width: int = 24) -> dict[str, Tensor]:
+    real = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+    return {
+        "encoder_embeds": torch.randn(4, 9, width),
+        "attention_mask": real.long(),
+        "encoder_hidden_states": torch.randn(4, 6, image_width),
+        "encoder_attention_mask": (torch.rand(4, 6) < 0.7).long().index_fill(1, torch.tensor([0]), 1),
+    }
+
+
+def _run(model: nn.Module, *args: Any, keep: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+    """Output, where `keep` is True, and the gradients that a random direction of it gives."""
+    model.zero_grad()
+    out = model(*args, **kwargs)
+    out = getattr(out, "last_hidden_state", out)
+    read = out if keep is None else out[keep]
+    torch.manual_seed(1)
+    (read * torch.randn(read.shape)).sum().backward()
+    return read.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def _assert_same(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> None:
+    assert relative_error(found[0], wanted[0]) < CLOSE
+    assert len(found[1]) == len(wanted[1]) > 0
+    scale = max(float(g.abs().max()) for g in wanted[1])
+    # The gradient of a key's bias is zero but for rounding, so gradients are compared on one scale.
+    assert max(float((a - b).abs().max()) for a, b in zip(found[1], wanted[1], strict=True)) < CLOSE * scale
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Grows with every call of an op: what ran was the fused form."""
+    calls: list[int] = []
+    original = getattr(ops, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0].shape[-2] if args[0].ndim > 1 else 0)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(ops, name, counting)
+    return calls
+
+
+LAYERS = [replicas.TextLayer, replicas.TextLayerWithoutMode]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("unpad", [False, True])
+def test_text_and_fusion_layers_agree(
+    layer: type[replicas.TextLayer], unpad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replicas.TextModel(replicas.TextConfig(), layer)
+    texts = _texts()
+    real = texts["attention_mask"].bool() if unpad else None
+    wanted = _run(model, **texts, keep=real)
+    state = model.state_dict()
+    report = accelerate(model, unpad=unpad)
+    calls = _counted(monkeypatch, "linear_add_layer_norm")
+    found = _run(model, **texts, keep=real)
+    assert len(calls) >= 3 * 2
+    if unpad:
+        assert set(calls) == {sum(LENGTHS)}
+        assert not model(**texts).last_hidden_state[~texts["attention_mask"].bool()].any()
+    _assert_same(found, wanted)
+    assert {entry.fused for entry in report.replaced} >= {"OfficialTextLayer"}
+    assert model.state_dict().keys() == state.keys()
+    report.revert()
+    assert not any(is_fused(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("mode", ["text", "fusion"])
+def test_halves_of_an_encoder_agree(mode: str, unpad: bool) -> None:
+    model = replicas.TextModel(replicas.TextConfig())
+    texts = _texts()
+    if mode == "text":
+        del texts["encoder_hidden_states"], texts["encoder_attention_mask"]
+    real = texts["attention_mask"].bool()
+    wanted = _run(model, **texts, mode=mode, keep=real)
+    accelerate(model, unpad=unpad)
+    _assert_same(_run(model, **texts, mode=mode, keep=real), wanted)
+
+
+def test_tuples_are_unpadded_too() -> None:
+    model = replicas.TextModel(replicas.TextConfig())
+    texts = _texts()
+    wanted = model(**texts, return_dict=False)
+    accelerate(model, unpad=True)
+    found = model(**texts, return_dict=False)
+    real = texts["attention_mask"].bool()
+    assert isinstance(found, tuple)
+    assert relative_error(found[0][real], wanted[0][real]) < CLOSE
+
+
+def test_generation_keeps_its_keys_and_values() -> None:
+    model = replicas.TextModel(replicas.TextConfig()).eval()
+    texts = _texts()
+    with torch.no_grad():
+        wanted = model(**texts, use_cache=True)
+        accelerate(model, unpad=True)
+        found = model(**texts, use_cache=True)
+        for pair, other in zip(found.past_key_values, wanted.past_key_values, strict=True):
+            assert all(relative_error(a, b) < CLOSE for a, b in zip(pair, other, strict=True))
+        # One token more, behind the cache.
+        step = {"encoder_embeds": torch.randn(4, 1, 32), "attention_mask": torch.ones(4, 10)}
+        image = {"encoder_hidden_states": texts["encoder_hidden_states"]}
+        past = wanted.past_key_values
+        after = model(**step, **image, past_key_values=past).last_hidden_state
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if is_fused(module):
+            module.__class__ = type(module).__bases__[1]
+    assert torch.equal(after, plain(**step, **image, past_key_values=past).last_hidden_state)
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_calls_that_are_not_covered_run_the_original(unpad: bool) -> None:
+    model = replicas.TextModel(replicas.TextConfig()).eval()
+    texts = _texts()
+    layer, mask = model.encoder.layer[2], replicas.additive(texts["attention_mask"])
+    memory = (texts["encoder_hidden_states"], replicas.additive(texts["encoder_attention_mask"]))
+    x = texts["encoder_embeds"]
+    heads = torch.rand(1, 4, 1, 1)
+    with torch.no_grad():
+        wanted = [
+            layer(x, mask, None, *memory, None, True)[1],
+            layer(x, mask, heads, *memory)[0],
+            layer(x, mask)[0],
+            model(**texts, output_hidden_states=True).hidden_states[1],
+        ]
+        accelerate(model, unpad=unpad)
+        found = [
+            layer(x, mask, None, *memory, None, True)[1],
+            layer(x, mask, heads, *memory)[0],
+            layer(x, mask)[0],
+            model(**texts, output_hidden_states=True).hidden_states[1],
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(found[:3], wanted[:3], strict=True))
+        assert relative_error(found[3], wanted[3]) < CLOSE
+        layer.crossattention.self.save_attention = True
+        model(**texts)
+    assert layer.crossattention.self.attention_map is not None
+
+
+def test_a_causal_mask_is_honoured() -> None:
+    model = replicas.TextModel(replicas.TextConfig(fusion_layer=3)).eval()
+    x = torch.randn(2, 5, 32)
+    mask = (1 - torch.ones(5, 5).tril())[None, None].expand(2, -1, -1, -1) * -10000.0
+    wanted = model.encoder(x, attention_mask=mask).last_hidden_state
+    accelerate(model, unpad=True)
+    assert relative_error(model.encoder(x, attention_mask=mask).last_hidden_state, wanted) < CLOSE
+
+
+def test_stochastic_depth_of_texts_is_the_originals_own() -> None:
+    model = replicas.TextModel(replicas.TextConfig(drop_path=0.5), replicas.TextLayerWithoutMode)
+    texts = _texts()
+    torch.manual_seed(3)
+    wanted = model(**texts).last_hidden_state
+    accelerate(model, unpad=True)
+    torch.manual_seed(3)
+    assert torch.equal(model(**texts).last_hidden_state, wanted)
+
+
+def test_a_hook_inside_a_layer_goes_on_working() -> None:
+    model = replicas.TextModel(replicas.TextConfig()).eval()
+    accelerate(model, unpad=True)
+    seen: list[int] = []
+    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda *_: seen.append(1))
+    model(**_texts())
+    assert seen
+
+
+def test_activations_other_than_gelu_are_called() -> None:
+    model = replicas.TextModel(replicas.TextConfig())
+    for layer in model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = torch.tanh
+    texts = _texts()
+    wanted = _run(model, **texts)
+    accelerate(model)
+    _assert_same(_run(model, **texts), wanted)
+
+
+def test_relative_positions_are_left_alone() -> None:
+    model = replicas.TextModel(replicas.TextConfig())
+    for layer in model.encoder.layer:
+        layer.attention.self.position_embedding_type = "relative_key"
+    with pytest.raises(InputError, match="relative_key positions"):
+        accelerate(model.encoder, include="layer.*")
+
+
+def test_dropout_in_training_has_its_rate() -> None:
+    model = replicas.TextModel(replicas.TextConfig(dropout=0.5, layers=1, fusion_layer=9))
+    accelerate(model, unpad=True)
+    texts = {name: t for name, t in _texts().items() if not name.startswith("encoder_h")}
+    del texts["encoder_attention_mask"]
+    first, second = (model(**texts).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(*(model(**texts).last_hidden_state for _ in range(2)))
+
+
+@pytest.mark.parametrize("window", [(3, 4), None])
+@pytest.mark.parametrize("asked", ["plain", "shared", "region"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_vision_blocks_agree(
+    window: tuple[int, int] | None, asked: str, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = replicas.VisionBlock(32, 4, window, scaled=scaled)
+    x = torch.randn(2, 13, 32)
+    given: dict[str, Any] = {}
+    if asked == "shared":
+        given["rel_pos_bias"] = torch.randn(4, 13, 13)
+    if asked == "region":
+        visible = (torch.rand(2, 13) < 0.6).index_fill(1, torch.tensor([0]), True)
+        given["image_atts"] = replicas.additive(visible.long()).expand(-1, -1, 13, -1)
+    wanted = _run(block, x, **given)
+    accelerate(block)
+    calls = _counted(monkeypatch, "linear_add_layer_norm")
+    _assert_same(_run(block, x, **given), wanted)
+    assert calls
+    with torch.no_grad():
+        assert relative_error(block.eval()(x, **given), wanted[0]) < CLOSE
+
+
+def test_vision_blocks_fall_back_for_attention_maps() -> None:
+    block = replicas.VisionBlock(32, 4, (3, 4)).eval()
+    x = torch.randn(2, 13, 32)
+    wanted = block(x, return_attention=True), *block(x, return_qkv=True)
+    accelerate(block)
+    found = block(x, return_attention=True), *block(x, return_qkv=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_stochastic_depth_of_images_keeps_or_drops_whole_branches() -> None:
+    block = replicas.VisionBlock(32, 4, (3, 4), drop_path=0.5)
+    accelerate(block)
+    x = torch.randn(1, 13, 32).expand(64, -1, -1).contiguous()
+    out = block(x).detach()
+    # Attention kept or dropped, MLP kept or dropped.
+    kinds = torch.unique((out * 1e3).round(), dim=0)
+    assert 2 <= len(kinds) <= 4
+    assert (out == x).flatten(1).all(1).any()
+
+
+def test_positions_numbered_otherwise_are_left_alone() -> None:
+    block = replicas.VisionBlock(32, 4, (3, 4))
+    block.attn.relative_position_index.zero_()
+    with pytest.raises(InputError, match="not numbered as BEiT"):
+        accelerate(block, exclude="norm*")
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_compiled_blocks_agree(kind: str) -> None:
+    if kind == "text":
+        model: nn.Module = replicas.TextLayer(replicas.TextConfig(), 0)
+        given: tuple[Tensor, ...] = (torch.randn(2, 5, 32), replicas.additive(torch.ones(2, 5)))
+    else:
+        model, given = replicas.VisionBlock(32, 4, (2, 2)), (torch.randn(2, 5, 32),)
+    with torch.no_grad():
+        wanted = model(*given)
+        accelerate(model)
+        found = torch.compile(model, backend="aot_eager")(*given)
+    assert relative_error(found[0], wanted[0]) < CLOSE
+
+
+@pytest.mark.parametrize("how", ["dtype", "autocast"])
+def test_bfloat16_stays_within_its_rounding(how: str) -> None:
+    model = nn.ModuleDict(
+        {"text": replicas.TextModel(replicas.TextConfig()), "vision": replicas.VisionTransformer()}
+    ).eval()
+    texts, patches = _texts(), torch.randn(2, 13, 32)
+    with torch.no_grad():
+        wanted = (model["text"](**texts).last_hidden_state, model["vision"](patches))
+    accelerate(model, dtype=torch.bfloat16 if how == "dtype" else None)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            found = (model["text"](**texts).last_hidden_state, model["vision"](patches))
+        for out, truth in zip(found, wanted, strict=True):
+            assert 1e-6 < relative_error(out.float(), truth) < 0.05
+
+
+def test_the_table_of_positions_may_go_on_training() -> None:
+    model = replicas.VisionTransformer()
+    accelerate(model)
+    patches = torch.randn(2, 13, 32)
+    with torch.no_grad():
+        before = model(patches)
+        model.blocks[0].attn.relative_position_bias_table += 1.0 + torch.rand(1, 4) * torch.arange(38)[:, None]
+        after = model(patches)
+    assert relative_error(after, before) > 1e-3
+
+
+def test_copies_stay_fused_and_independent() -> None:
+    model = replicas.TextModel(replicas.TextConfig()).eval()
+    accelerate(model)
+    twin = copy.deepcopy(model)
+    assert is_fused(twin.encoder.layer[0])
+    texts = _texts()
+    assert torch.equal(twin(**texts).last_hidden_state, model(**texts).last_hidden_state)
+    assert (
+        F.mse_loss(
+            twin.encoder.layer[0].attention.self.query.weight, model.encoder.layer[0].attention.self.query.weight
+        )
+        == 0
+    )

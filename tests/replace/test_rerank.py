@@ -1,0 +1,273 @@
+"""Re-ranking with other people's cross-encoders: equal to running every pair through the untouched model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.agreement import relative_error
+from tests.replace import official_replicas as replicas
+from xfm_fast import accelerate
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import ops
+from xfm_fast.replace import Reranker
+
+CLOSE = 1e-5
+WIDTH, IMAGE_WIDTH = 32, 24
+Pairs = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _bert(width: int = IMAGE_WIDTH) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=61,
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        is_decoder=True,
+        add_cross_attention=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+    model = transformers.BertModel(config)
+    # Built with cross-attention, used in both directions.
+    model.config.is_decoder = False
+    return model
+
+
+def _blip() -> nn.Module:
+    blip = pytest.importorskip("transformers.models.blip.modeling_blip_text")
+    config = blip.BlipTextConfig(
+        vocab_size=61,
+        hidden_size=WIDTH,
+        encoder_hidden_size=IMAGE_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        bos_token_id=1,
+        sep_token_id=2,
+    )
+    return blip.BlipTextModel(config)
+
+
+def _albef() -> nn.Module:
+    return replicas.TextModel(replicas.TextConfig(fusion_layer=1))
+
+
+def _every_second() -> nn.Module:
+    """Cross-attention in some of the later layers only."""
+    model = replicas.TextModel(replicas.TextConfig(layers=4, fusion_layer=1))
+    del model.encoder.layer[2].crossattention
+    model.encoder.layer[2].has_cross_attention = False
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "bert": (_bert, WIDTH),
+    "blip": (_blip, IMAGE_WIDTH),
+    "albef": (_albef, IMAGE_WIDTH),
+    "every second layer": (_every_second, IMAGE_WIDTH),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def _made(name: str, images: int = 3) -> tuple[Any, nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    make, image_width = MODELS[name]
+    model, head = make().eval(), nn.Linear(WIDTH, 2)
+    real = torch.arange(9) < torch.tensor([9, 4, 1, 5, 6])[:, None]
+    given = {
+        "image_embeds": torch.randn(images, 7, image_width),
+        "input_ids": torch.randint(3, 61, (5, 9)),
+        "attention_mask": real.long(),
+        "image_index": torch.tensor([2, 0, 0, 2, 1]) % images,
+    }
+    return model, head, given
+
+
+def _pair_by_pair(
+    model: nn.Module, head: nn.Module, given: dict[str, Tensor], token_mask: Tensor | None = None
+) -> Tensor:
+    index = given["image_index"]
+    seen = None if token_mask is None else token_mask[index]
+    out = model(
+        given["input_ids"],
+        attention_mask=given["attention_mask"],
+        encoder_hidden_states=given["image_embeds"][index],
+        encoder_attention_mask=seen,
+    )
+    return head(out.last_hidden_state[:, 0])[:, 1]
+
+
+def _scores(reranker: Reranker, given: dict[str, Tensor], token_mask: Tensor | None = None) -> Tensor:
+    memory = reranker.image_memory(given["image_embeds"], token_mask)
+    return reranker.scores(memory, given["input_ids"], given["attention_mask"], given["image_index"])
+
+
+@each_model
+def test_scores_equal_those_of_single_pairs(name: str) -> None:
+    model, head, given = _made(name)
+    with torch.no_grad():
+        assert relative_error(_scores(Reranker(model, head), given), _pair_by_pair(model, head, given)) < CLOSE
+
+
+# BLIP of transformers 5 receives a mask of the image tokens and does not apply it.
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "blip"])
+def test_hidden_image_tokens_are_not_seen(name: str) -> None:
+    model, head, given = _made(name)
+    token_mask = (torch.rand(3, 7) < 0.5).long().index_fill(1, torch.tensor([3]), 1)
+    with torch.no_grad():
+        wanted = _pair_by_pair(model, head, given, token_mask)
+        assert relative_error(wanted, _pair_by_pair(model, head, given)) > 1e-3
+        assert relative_error(_scores(Reranker(model, head), given, token_mask), wanted) < CLOSE
+
+
+@each_model
+def test_gradients_equal_those_of_single_pairs(name: str) -> None:
+    model, head, given = _made(name)
+    parts = nn.ModuleList([model, head])
+    given["image_embeds"].requires_grad_()
+    results = []
+    for run in (lambda: _pair_by_pair(model, head, given), lambda: _scores(Reranker(model, head), given)):
+        parts.zero_grad()
+        given["image_embeds"].grad = None
+        (run() * torch.arange(1.0, 6.0)).sum().backward()
+        results.append([given["image_embeds"].grad, *(p.grad for p in parts.parameters() if p.grad is not None)])
+    wanted, found = results
+    scale = max(float(g.abs().max()) for g in wanted)
+    assert max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) < CLOSE * scale
+
+
+def test_work_is_shared_and_padding_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, head, given = _made("bert")
+    rows: list[int] = []
+    for name in ("linear", "linear_gelu"):
+        original = getattr(ops, name)
+
+        def seen(x: Tensor, *args, _original=original, **kwargs):
+            rows.append(x[..., 0].numel())
+            return _original(x, *args, **kwargs)
+
+        monkeypatch.setattr(ops, name, seen)
+    _scores(Reranker(model, head), given)
+    images, tokens, texts = 3 * 7, 25, 5
+    # Keys and values once an image and layer; then q/k/v, query and MLP a layer; in the last one, token 0 asks.
+    assert rows == [images] * 3 + [tokens] * 6 + [tokens, texts, texts, texts]
+
+
+def test_texts_may_come_embedded() -> None:
+    model, head, given = _made("albef")
+    reranker = Reranker(model, head)
+    with torch.no_grad():
+        memory = reranker.image_memory(given["image_embeds"])
+        wanted = _scores(reranker, given)
+        texts = {"attention_mask": given["attention_mask"], "image_index": given["image_index"]}
+        own = model(given["input_ids"], attention_mask=given["attention_mask"], mode="text").last_hidden_state
+        for embeds in (own, reranker.text_embeds(given["input_ids"], given["attention_mask"])):
+            assert relative_error(reranker.scores(memory, text_embeds=embeds, **texts), wanted) < CLOSE
+
+
+def test_a_fusion_encoder_of_its_own() -> None:
+    """X-FM's: it takes the embeddings of a text encoder and looks at the image in every layer."""
+    torch.manual_seed(0)
+    fusion, head = replicas.TextModel(replicas.TextConfig(fusion_layer=0)).eval(), nn.Linear(WIDTH, 2)
+    texts, images, mask = torch.randn(2, 5, WIDTH), torch.randn(1, 7, IMAGE_WIDTH), torch.ones(2, 5)
+    with torch.no_grad():
+        out = fusion(encoder_embeds=texts, attention_mask=mask, encoder_hidden_states=images.expand(2, -1, -1))
+        reranker = Reranker(fusion, head)
+        found = reranker.scores(reranker.image_memory(images), text_embeds=texts)
+    assert relative_error(found, head(out.last_hidden_state[:, 0])[:, 1]) < CLOSE
+
+
+def test_after_accelerate_and_for_a_model_around_the_encoder() -> None:
+    model, head, given = _made("albef")
+    whole = nn.ModuleDict({"text_encoder": model, "itm_head": head})
+    with torch.no_grad():
+        wanted = _pair_by_pair(model, head, given)
+        accelerate(whole, unpad=True)
+        assert relative_error(_scores(Reranker(whole, head), given), wanted) < CLOSE
+
+
+def test_in_bfloat16_with_parameters_in_float32() -> None:
+    model, head, given = _made("bert")
+    with torch.no_grad():
+        wanted = _pair_by_pair(model, head, given)
+        found = _scores(Reranker(model, head, dtype=torch.bfloat16), given)
+    assert 1e-6 < relative_error(found, wanted) < 0.05
+    assert found.dtype == torch.float32
+
+
+def test_a_head_with_one_output() -> None:
+    model, _, given = _made("albef")
+    head = nn.Linear(WIDTH, 1)
+    reranker = Reranker(model, head)
+    fused = reranker.fused(
+        reranker.image_memory(given["image_embeds"]),
+        given["input_ids"],
+        given["attention_mask"],
+        given["image_index"],
+    )
+    assert fused.shape == (5, WIDTH)
+    assert torch.allclose(_scores(reranker, given), head(fused)[:, 0])
+
+
+def test_no_texts_no_scores() -> None:
+    model, head, given = _made("albef")
+    empty = {name: t if name == "image_embeds" else t[:0] for name, t in given.items()}
+    assert _scores(Reranker(model, head), empty).shape == (0,)
+
+
+def test_what_cannot_be_re_ranked_says_why() -> None:
+    albef, head, given = _made("albef")
+    with pytest.raises(InputError, match="must hold one stack"):
+        Reranker(nn.ModuleList([albef, copy.deepcopy(albef)]), head)
+    with pytest.raises(InputError, match="must hold one stack"):
+        Reranker(nn.Linear(3, 3))
+    with pytest.raises(InputError, match="no layer of TextModel has a crossattention"):
+        Reranker(replicas.TextModel(replicas.TextConfig(fusion_layer=9)))
+    for change, message in (
+        (lambda layer: setattr(layer.attention.self, "position_embedding_type", "relative_key"), "relative_key"),
+        (lambda layer: setattr(layer, "intermediate_query", nn.Identity()), "query tokens"),
+        (lambda layer: layer.register_forward_hook(lambda *_: None), "it has hooks"),
+        (lambda layer: layer.output.dense.register_forward_hook(lambda *_: None), "output.dense has hooks"),
+    ):
+        model = copy.deepcopy(albef)
+        change(model.encoder.layer[1])
+        with pytest.raises(InputError, match=rf"encoder\.layer\.1 cannot be re-ranked with: .*{message}"):
+            Reranker(model)
+    dropping = replicas.TextModel(replicas.TextConfig(drop_path=0.1), replicas.TextLayerWithoutMode)
+    with pytest.raises(InputError, match="stochastic depth"):
+        _scores(Reranker(dropping, head), given)
+    _scores(Reranker(dropping.eval(), head), given)
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    model, head, given = _made("albef")
+    reranker = Reranker(model, head)
+    memory = reranker.image_memory(given["image_embeds"])
+    ids, mask, index = given["input_ids"], given["attention_mask"], given["image_index"]
+    with pytest.raises(InputError, match="give one of them"):
+        reranker.scores(memory)
+    with pytest.raises(InputError, match="image_index is needed: the memory holds 3 images for 5 texts"):
+        reranker.scores(memory, ids, mask)
+    with pytest.raises(InputError, match="image_index holds 3"):
+        reranker.scores(memory, ids, mask, index + 1)
+    with pytest.raises(InputError, match="hides token 0"):
+        reranker.scores(memory, ids, mask.flip(1), index)
+    with pytest.raises(InputError, match="all zeros"):
+        reranker.scores(memory, ids, mask * 0, index)
+    with pytest.raises(InputError, match=r"image_embeds are \[3, 7, 9\]"):
+        reranker.image_memory(torch.randn(3, 7, 9))
+    with pytest.raises(InputError, match=r"head=model\.itm_head"):
+        Reranker(model).scores(memory, ids, mask, index)
+    with pytest.raises(InputError, match=r"the head gave \[5, 7\]"):
+        Reranker(model, nn.Linear(WIDTH, 7)).scores(memory, ids, mask, index)
+    with pytest.raises(InputError, match="no embeddings"):
+        Reranker(model.encoder, head).scores(memory, ids, mask, index)

@@ -1,0 +1,257 @@
+"""PyTorch's own modules, fused: equal outputs and gradients in every arrangement that they have."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.agreement import relative_error
+from xfm_fast import accelerate
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import ops
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import is_fused, restore, swap
+from xfm_fast.replace.torch_modules import FusedLayerNorm
+
+CLOSE = 1e-5
+LENGTHS = torch.tensor([7, 1, 4])
+PADDING = torch.arange(7) >= LENGTHS[:, None]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what was multiplied by the fused forms."""
+    shapes: list[tuple[int, ...]] = []
+    for name in ("linear", "linear_gelu", "linear_add_layer_norm", "linear_residual"):
+        original = getattr(ops, name)
+
+        def seen(x: Tensor, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            shapes.append((*x.shape,))
+            return _original(x, *args, **kwargs)
+
+        monkeypatch.setattr(ops, name, seen)
+    return shapes
+
+
+def _run(model: nn.Module, call: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output, gradients of the inputs and of the parameters."""
+    model.zero_grad()
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+    out = call(model, *inputs)
+    torch.manual_seed(1)
+    (out * torch.randn(out.shape)).sum().backward()
+    leaves = (*inputs, *model.parameters())
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert len(gradients) == len(leaves)
+    return [out.detach(), *gradients]
+
+
+def _assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert relative_error(found[0], wanted[0]) < CLOSE
+    scale = max(float(g.abs().max()) for g in wanted[1:])
+    assert max(float((a - b).abs().max()) for a, b in zip(found[1:], wanted[1:], strict=True)) < CLOSE * scale
+
+
+MASKS: dict[str, dict[str, Tensor]] = {
+    "none": {},
+    "padding": {"key_padding_mask": PADDING},
+    "float padding": {"key_padding_mask": torch.randn(3, 7)},
+    "causal": {"attn_mask": torch.ones(7, 7).triu(1).bool()},
+    "per head": {"attn_mask": torch.randn(3 * 4, 7, 7)},
+    "both": {"attn_mask": torch.ones(7, 7).triu(1).bool(), "key_padding_mask": PADDING},
+}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_self_attention(batch_first: bool, mask: str, products: list[tuple[int, ...]]) -> None:
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first)
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x, x, x, need_weights=False, **MASKS[mask])[0]
+
+    x = (torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16),)
+    wanted = _run(attention, call, x)
+    accelerate(attention)
+    _assert_same(_run(attention, call, x), wanted)
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize("kind", ["shared", "apart", "widths", "without bias"])
+def test_cross_attention(kind: str, products: list[tuple[int, ...]]) -> None:
+    widths: dict[str, Any] = {"kdim": 12, "vdim": 10} if kind == "widths" else {}
+    attention = nn.MultiheadAttention(16, 4, batch_first=True, bias=kind != "without bias", **widths)
+    key, value = torch.randn(2, 5, 12 if widths else 16), torch.randn(2, 5, 10 if widths else 16)
+
+    def call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return module(query, key, key if kind == "shared" else value, need_weights=False)[0] + 0 * value.sum()
+
+    inputs = (torch.randn(2, 3, 16), key, value)
+    wanted = _run(attention, call, inputs)
+    accelerate(attention)
+    _assert_same(_run(attention, call, inputs), wanted)
+    assert len(products) == (3 if kind == "shared" else 4)
+
+
+def test_calls_for_weights_run_the_original(products: list[tuple[int, ...]]) -> None:
+    attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x = torch.randn(2, 3, 16)
+    wanted = attention(x, x, x), attention(x[0], x[0], x[0], need_weights=False)
+    accelerate(attention)
+    found = attention(x, x, x), attention(x[0], x[0], x[0], need_weights=False)
+    assert torch.equal(found[0][0], wanted[0][0])
+    assert torch.equal(found[0][1], wanted[0][1])
+    assert torch.equal(found[1][0], wanted[1][0])
+    assert not products
+
+
+@pytest.mark.parametrize("extra", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_added_keys_are_left_alone(extra: dict[str, bool]) -> None:
+    with pytest.raises(InputError, match="appends a key and a value"):
+        accelerate(nn.MultiheadAttention(16, 4, **extra))
+
+
+def _layer(
+    norm_first: bool, activation: Any = "gelu", batch_first: bool = True, dropout: float = 0.0
+) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(
+        16, 4, 32, dropout=dropout, activation=activation, norm_first=norm_first, batch_first=batch_first
+    )
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu", torch.tanh])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_encoder_layers(norm_first: bool, activation: Any, batch_first: bool, products: list[tuple[int, ...]]) -> None:
+    layer = _layer(norm_first, activation, batch_first)
+    x = (torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16),)
+    for masks in ({}, {"src_key_padding_mask": PADDING}, {"src_mask": torch.ones(7, 7).triu(1).bool()}):
+
+        def call(module: nn.Module, x: Tensor, masks: dict[str, Tensor] = masks) -> Tensor:
+            return module(x, **masks)
+
+        wanted = _run(layer, call, x)
+        report = accelerate(layer)
+        _assert_same(_run(layer, call, x), wanted)
+        report.revert()
+    assert len(products) >= 4 * 3
+    assert [entry.fused for entry in report.entries] == ["FusedTransformerEncoderLayer"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_unpadded_encoders(training: bool, norm: bool, batch_first: bool, products: list[tuple[int, ...]]) -> None:
+    final = nn.LayerNorm(16) if norm else None
+    encoder = nn.TransformerEncoder(_layer(False, batch_first=batch_first), 2, final, enable_nested_tensor=False)
+    encoder.train(training)
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        out = module(x, src_key_padding_mask=PADDING)
+        return (out if batch_first else out.transpose(0, 1))[~PADDING]
+
+    x = (torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16),)
+    wanted = _run(encoder, call, x)
+    accelerate(encoder, unpad=True)
+    _assert_same(_run(encoder, call, x), wanted)
+    assert {shape[-2] for shape in products} == {int(LENGTHS.sum())}
+    out = encoder(*x, src_key_padding_mask=PADDING)
+    assert not (out if batch_first else out.transpose(0, 1))[PADDING].any()
+
+
+def test_nested_tensors_go_pytorchs_way() -> None:
+    encoder = nn.TransformerEncoder(_layer(False), 2).eval()
+    x = torch.randn(3, 7, 16)
+    with torch.no_grad():
+        wanted = encoder(x, src_key_padding_mask=PADDING)
+        report = accelerate(encoder)
+        assert torch.equal(encoder(x, src_key_padding_mask=PADDING), wanted)
+    assert any("unpad=True" in entry.reason for entry in report.left if entry.reason)
+
+
+def test_hooks_on_a_layer_keep_the_padding() -> None:
+    encoder = nn.TransformerEncoder(_layer(False), 2, enable_nested_tensor=False)
+    accelerate(encoder, unpad=True)
+    seen: list[torch.Size] = []
+    encoder.layers[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    encoder(torch.randn(3, 7, 16), src_key_padding_mask=PADDING)
+    assert seen == [torch.Size([3, 7, 16])]
+
+
+def test_dropout_in_training() -> None:
+    layer = _layer(True, dropout=0.5)
+    accelerate(layer)
+    x = torch.randn(2, 3, 16)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_layer_norm_gains_on_gpus_only() -> None:
+    model = nn.Sequential(nn.LayerNorm(16), _layer(False))
+    report = accelerate(model)
+    # Norms inside a fused layer are computed with, not replaced.
+    assert [(entry.path, entry.reason) for entry in report.left] == [
+        ("0", "PyTorch's own is as fast here; a kernel replaces it on NVIDIA GPUs")
+    ]
+    with pytest.raises(InputError, match="normalises 2 dimensions"):
+        accelerate(nn.LayerNorm([4, 4]))
+    with pytest.raises(InputError, match="no weight or no bias"):
+        accelerate(nn.LayerNorm(4, elementwise_affine=False))
+
+
+def test_layer_norm_by_a_kernel() -> None:
+    """Where the rule takes it, which here it would not."""
+    norm = nn.LayerNorm(16)
+    nn.init.normal_(norm.weight)
+    x = (torch.randn(3, 16),)
+    wanted = _run(norm, lambda module, x: module(x), x)
+    swap(norm, FusedLayerNorm, Settings())
+    _assert_same(_run(norm, lambda module, x: module(x), x), wanted)
+    restore(norm)
+    swap(norm, FusedLayerNorm, Settings(dtype=torch.bfloat16))
+    with torch.no_grad():
+        found = norm(*x)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found.float(), wanted[0]) < 0.02
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_bfloat16_stays_within_its_rounding(norm_first: bool) -> None:
+    model = nn.TransformerEncoder(_layer(norm_first), 2, nn.LayerNorm(16), enable_nested_tensor=False).eval()
+    x = torch.randn(3, 7, 16)
+    wanted = model(x).detach()
+    for dtype in (torch.bfloat16, None):
+        report = accelerate(model, dtype=dtype)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+                assert 1e-6 < relative_error(model(x).float(), wanted) < 0.05
+        report.revert()
+
+
+def test_compiled_layers_agree() -> None:
+    layer = _layer(True)
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        wanted = layer(x)
+        accelerate(layer)
+        assert relative_error(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), wanted) < CLOSE
+
+
+def test_copies_and_state() -> None:
+    layer = _layer(False).eval()
+    keys = list(layer.state_dict())
+    accelerate(layer)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, 3, 16)
+    assert is_fused(twin)
+    assert list(twin.state_dict()) == keys
+    assert torch.equal(twin(x), layer(x))

@@ -1,0 +1,24 @@
+"""Fast modules to build models with: thin `torch.nn.Module`s over the operations of `xfm_fast.kernels`.
+
+They hold ordinary parameters, choose the implementation by device, and work in training, under autocast and
+`torch.compile`. `xfm_fast.kernels.ops.use_backend` picks a backend by name for a block of code.
+
+Example, a post-norm text layer on packed tokens:
+
+    >>> attention = PackedSelfAttention(768, heads=12, dropout=0.1)
+    >>> close = AddLayerNorm(768, dropout=0.1)
+    >>> x, _ = close(attention(x, cu_seqlens, longest), x)
+"""
+
+from xfm_fast.nn.attention import GroupedCrossAttention, PackedSelfAttention, RelPosAttention
+from xfm_fast.nn.pointwise import AddLayerNorm, GeluMLP
+from xfm_fast.nn.vocabulary import VocabularyLoss
+
+__all__ = [
+    "AddLayerNorm",
+    "GeluMLP",
+    "GroupedCrossAttention",
+    "PackedSelfAttention",
+    "RelPosAttention",
+    "VocabularyLoss",
+]

@@ -1,0 +1,211 @@
+"""`accelerate(model)`: fused modules in somebody else's model, and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.kernels.backend import Backend, resolve
+from xfm_fast.replace import verification
+from xfm_fast.replace.report import Entry, Report
+from xfm_fast.replace.rules import Rule, rules
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import Fused, find, fused_form, is_fused, original_class, restore, swap
+
+Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    kernels: Backend = "auto",
+    dtype: torch.dtype | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    unpad: bool = False,
+    skip_logits: bool = False,
+    verify: Any = None,
+) -> Report:
+    """Make the modules of a live model fast, in place and on this instance only.
+
+    Recognised are the transformers of Hugging Face and timm, those of the official X-FM and X²-VLM code, and PyTorch's
+    own. The modules stay the same objects with the same parameters, so state-dict keys, optimizers, hooks and wrappers
+    are unaffected. Calls that the fused form does not cover (attention weights as output, caches, adapters inside) run
+    the original code.
+
+    Args:
+        model: any module.
+        kernels: backend of the ops; one asked for by name never falls back.
+        dtype: compute in this type with the parameters as they are stored; None follows the inputs.
+        include: only modules under these: qualified names or class names (with * and ?), or classes.
+        exclude: leave these out, and what is in them.
+        unpad: leave padding out of whole encoders. Every real token's output is unchanged; at padding it is zero,
+            where the original leaves values without meaning.
+        skip_logits: masked-language heads in training mode return `logits=None` when they are given labels, so that
+            only the labelled positions meet the vocabulary. By default logits are returned as ever.
+        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor) that the model is
+            run on before and after, in evaluation mode.
+
+    Returns:
+        A report that prints as a table and can `revert()`.
+
+    Raises:
+        InputError: nothing to replace, a selection that matches nothing, or outputs that `verify` finds different. The
+            model is then as it was.
+        UnavailableError: the type or backend cannot run on the model's device.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
+    settings = Settings(kernels, dtype, unpad, skip_logits)
+    _check_machine(model, settings)
+    chosen = _chosen(model, include, exclude)
+    before = None if verify is None else verification.outputs(model, verify)
+    undo = [(module, fused_form(module), module.settings) for module in model.modules() if isinstance(module, Fused)]
+    for module, _, _ in undo:
+        restore(module)
+    try:
+        report = _replace(model, chosen, settings)
+        if before is not None:
+            after = verification.outputs(model, verify)
+            report.differences.update(verification.compare(before, after, verify, dtype))
+    except BaseException:
+        for module in model.modules():
+            if is_fused(module):
+                restore(module)
+        for module, form, former in undo:
+            swap(module, form, former)
+        raise
+    return report
+
+
+@contextmanager
+def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
+    """`accelerate(model, **options)` for the time of a block."""
+    report = accelerate(model, **options)
+    try:
+        yield report
+    finally:
+        report.revert()
+
+
+class _InOneType(Fused):
+    """The outermost model when a type to compute in was given: its unfused parts run under autocast."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        with torch.autocast(device.type, self.settings.dtype):
+            return super().forward(*args, **kwargs)
+
+
+def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> Report:
+    entries, replaced, known = [], [], rules()
+    inside: set[nn.Module] = set()
+    for path, module in chosen.items():
+        if module in inside:
+            continue
+        entry, rule = _decide(path, module, known, settings)
+        if entry is None:
+            continue
+        entries.append(entry)
+        if rule is not None:
+            replaced.append((module, rule.fused))
+            inside |= _computed_around(module, rule)
+    if not replaced:
+        raise InputError(_nothing(model, entries))
+    for module, fused in replaced:
+        swap(module, fused, settings)
+    report = Report(entries, _modules=[module for module, _ in replaced])
+    if settings.dtype is not None and not is_fused(model):
+        swap(model, _InOneType, settings)
+        report._modules.append(model)
+    return report
+
+
+def _computed_around(module: nn.Module, rule: Rule) -> set[nn.Module]:
+    """PyTorch's own norms and attentions in a fused module: it computes with their parameters and calls none."""
+    names = rule.fused.adapted(original_class(module)).get("bypassed", rule.fused.bypassed)
+    parts = {part for name in names if (part := find(module, name)) is not None}
+    return {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
+
+
+def _decide(
+    path: str, module: nn.Module, known: Sequence[Rule], settings: Settings
+) -> tuple[Entry | None, Rule | None]:
+    """The first rule that recognises a module and takes it; else the first reason against."""
+    left = None
+    for rule in known:
+        if not rule.recognises(module):
+            continue
+        reason = rule.refusal(module, settings)
+        if reason is None and "forward" in module.__dict__:
+            reason = "its forward was replaced on the instance"
+        entry = Entry(path, original_class(module).__name__, rule.name, rule.gain, reason)
+        if reason is None:
+            return entry, rule
+        left = left or entry
+    return left, None
+
+
+def _chosen(model: nn.Module, include: Selection | None, exclude: Selection | None) -> dict[str, nn.Module]:
+    """The modules that may be replaced, by path."""
+    modules = dict(model.named_modules())
+    wanted = modules if include is None else _under(modules, include, "include")
+    unwanted = {} if exclude is None else _under(modules, exclude, "exclude")
+    return {path: module for path, module in wanted.items() if path not in unwanted}
+
+
+def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -> dict[str, nn.Module]:
+    """Selected modules and everything in them."""
+    found: dict[str, nn.Module] = {}
+    for one in [selection] if isinstance(selection, (str, type)) else selection:
+        roots = [path for path, module in modules.items() if _matches(path, module, one)]
+        if not roots:
+            name = one if isinstance(one, str) else one.__name__
+            raise InputError(f"{argument}={name!r} matches no module of the model, neither by name nor by class")
+        for root in roots:
+            inside = f"{root}." if root else ""
+            found |= {path: module for path, module in modules.items() if path == root or path.startswith(inside)}
+    return {path: module for path, module in modules.items() if path in found}
+
+
+def _matches(path: str, module: nn.Module, wanted: str | type[nn.Module]) -> bool:
+    if isinstance(wanted, type):
+        return isinstance(module, wanted)
+    return fnmatchcase(path, wanted) or fnmatchcase(original_class(module).__name__, wanted)
+
+
+def _check_machine(model: nn.Module, settings: Settings) -> None:
+    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {None}
+    for device in devices:
+        try:
+            resolve(settings.backend, torch.empty(0, device=device))
+        except ValueError as error:
+            raise UnavailableError(str(error)) from None
+        if device.type == "cpu" and torch.bfloat16 in types and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise UnavailableError(
+                "bfloat16 on this CPU is emulated and slower than float32 (it lacks AVX-512 or AMX instructions); use "
+                "dtype=None with model.float()"
+            )
+        if device.type == "cpu" and settings.dtype is torch.float16:
+            raise UnavailableError("float16 is for GPUs; on a CPU use dtype=torch.bfloat16 or None")
+    if settings.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"dtype={settings.dtype} is no type to compute in; choose float32, bfloat16 or float16")
+
+
+def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
+    name = original_class(model).__name__
+    if entries:
+        reasons = dict.fromkeys(f"{entry.path or name}: {entry.reason}" for entry in entries)
+        return f"nothing of {name} can be replaced: " + "; ".join(list(reasons)[:5])
+    return (
+        f"nothing in {name} is known to accelerate. Recognised are encoders of transformers (RoBERTa, XLM-R, BERT, "
+        "BEiT, Data2Vec, ViT, DeiT, CLIP, BLIP), vision transformers of timm, the official X-FM and X²-VLM modules, "
+        "and torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.nn has modules to build with"
+    )

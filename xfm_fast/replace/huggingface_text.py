@@ -1,0 +1,400 @@
+"""Text encoders and decoders of transformers: BERT, RoBERTa and those that are built like them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.kernels import ops
+from xfm_fast.packing import Packing
+from xfm_fast.replace.packed_layers import (
+    Packed,
+    Padded,
+    packed_memory,
+    padded_memory,
+    plan,
+    run_layer,
+)
+from xfm_fast.replace.rules import Rule
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import Fused, is_fused, observed, original_class, why_not_bypassed
+
+# Layers whose forward is BERT's, and encoders whose forward is BERT's or RoBERTa's, by package of transformers.
+_LAYERS = {
+    "align": "AlignTextLayer",
+    "altclip": "AltRobertaLayer",
+    "bert": "BertLayer",
+    "bert_generation": "BertGenerationLayer",
+    "blip": "BlipTextLayer",
+    "camembert": "CamembertLayer",
+    "chinese_clip": "ChineseCLIPTextLayer",
+    "clap": "ClapTextLayer",
+    "data2vec": "Data2VecTextLayer",
+    "electra": "ElectraLayer",
+    "ernie": "ErnieLayer",
+    "layoutlm": "LayoutLMLayer",
+    "roberta": "RobertaLayer",
+    "roc_bert": "RoCBertLayer",
+    "xlm_roberta": "XLMRobertaLayer",
+}
+_MODELS = {
+    "bert": "BertModel",
+    "blip": "BlipTextModel",
+    "camembert": "CamembertModel",
+    "data2vec": "Data2VecTextModel",
+    "roberta": "RobertaModel",
+    "xlm_roberta": "XLMRobertaModel",
+}
+_EMBEDDINGS = {
+    "bert": "BertEmbeddings",
+    "blip": "BlipTextEmbeddings",
+    "camembert": "CamembertEmbeddings",
+    "data2vec": "Data2VecTextEmbeddings",
+    "roberta": "RobertaEmbeddings",
+    "xlm_roberta": "XLMRobertaEmbeddings",
+}
+# transformers takes BLIP's mask of the image and passes it to nobody; whoever gives one gets what the original does.
+_MEMORY_UNMASKED = ("BlipTextLayer", "BlipTextModel")
+# Attention by matrices: what these compute is one function, and the fused form computes it too.
+_PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
+# Arguments that ask for nothing the fused forms would not do.
+_WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
+
+
+def is_of(table: dict[str, str], module: nn.Module) -> bool:
+    """Whether a module's own class is one that the table names."""
+    kind = original_class(module)
+    package = kind.__module__.split(".")
+    return package[:2] == ["transformers", "models"] and len(package) > 2 and table.get(package[2]) == kind.__name__
+
+
+def parameter_names(original: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a class's forward that can be given by position."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY))
+
+
+def asked_beyond(call: dict[str, Any], understood: set[str]) -> bool:
+    """Whether a call has arguments that the fused form does not understand: they are left to the original."""
+    return any(
+        value is not None and value is not False and name not in understood and name not in _WITHOUT_EFFECT
+        for name, value in call.items()
+    )
+
+
+class FusedLayer(Fused):
+    """A whole layer: one product for query, key and value, and each branch's end in one pass with its norm."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+    returns_tuple: ClassVar[bool] = False
+    _understood: ClassVar[set[str]] = {
+        "hidden_states",
+        "attention_mask",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+    }
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        family = vars(sys.modules[original.__module__])
+        prefix = original.__name__.removesuffix("Layer")
+
+        def kinds(*names: str) -> tuple[type[nn.Module], ...]:
+            return tuple(family[prefix + name] for name in names if prefix + name in family)
+
+        expected: dict[str, tuple[type[nn.Module], ...]] = {"intermediate": kinds("Intermediate")}
+        for branch in ("attention", "crossattention"):
+            expected[branch] = kinds("Attention")
+            expected[f"{branch}.self"] = kinds("SelfAttention", "SdpaSelfAttention", "CrossAttention")
+            expected[f"{branch}.output"] = kinds("SelfOutput")
+            expected[f"{branch}.self.dropout"] = (nn.Dropout,)
+            for name in ("query", "key", "value"):
+                expected[f"{branch}.self.{name}"] = (nn.Linear,)
+        expected["output"] = kinds("Output")
+        expected["intermediate.dense"] = (nn.Linear,)
+        for end in ("attention.output", "crossattention.output", "output"):
+            expected |= {f"{end}.dense": (nn.Linear,), f"{end}.LayerNorm": (nn.LayerNorm,)}
+            expected[f"{end}.dropout"] = (nn.Dropout,)
+        names = parameter_names(original)
+        return {"bypassed": expected, "names": names, "returns_tuple": "output_attentions" in names}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        if asked_beyond(call, self._understood | {"output_hidden_states"}) or not self.intact():
+            return super().forward(*args, **kwargs)
+        x, mask = call["hidden_states"], call.get("attention_mask")
+        states, their_mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
+        if not getattr(self, "is_decoder", True):
+            states = None
+        covered = states is None or (hasattr(self, "crossattention") and self._covers_memory(their_mask))
+        if not covered or not self._covers(x, mask):
+            return super().forward(*args, **kwargs)
+        attention = self._attention()
+        causal = mask is None and x.shape[1] > 1 and _hides_later_keys(attention)
+        with self.settings.own_types(x.device):
+            memory = None if states is None else padded_memory(states, their_mask)
+            out = run_layer(self, x, Padded(mask, causal), self.settings, memory)
+        return (out,) if self.returns_tuple else out
+
+    def _attention(self) -> Any:
+        module: Any = self
+        return module.attention.self
+
+    def _covers(self, x: Tensor, mask: Any) -> bool:
+        """Whether attention is by matrices and its mask one that the fused form can take."""
+        implementation = _implementation(self._attention())
+        if implementation not in _PLAIN_ATTENTION or x.ndim != 3:
+            return False
+        return mask is None or self._covers_mask(mask)
+
+    def _covers_memory(self, mask: Any) -> bool:
+        return mask is None or (self._covers_mask(mask) and original_class(self).__name__ not in _MEMORY_UNMASKED)
+
+    def _covers_mask(self, mask: Any) -> bool:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return _implementation(self._attention()) == "xfm_fast"
+        # Eager attention adds a boolean mask as ones and zeros; whoever wants that gets it from the original.
+        boolean = _implementation(self._attention()) not in ("eager", None)
+        return isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean)
+
+
+def _implementation(attention: Any) -> str | None:
+    """Which of transformers' attention implementations a module calls."""
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None)
+
+
+def _hides_later_keys(attention: Any) -> bool:
+    """Whether attention without a mask is causal: so it is in transformers' SDPA unless a module says otherwise."""
+    if "SdpaSelfAttention" in original_class(attention).__name__:
+        return bool(attention.is_decoder)
+    return _implementation(attention) in ("sdpa", "xfm_fast") and bool(getattr(attention, "is_causal", True))
+
+
+def layer_refusal(module: nn.Module, settings: Settings) -> str | None:
+    """Why a layer stays as it is."""
+    layer: Any = module
+    attention = layer.attention.self
+    positions = getattr(attention, "position_embedding_type", "absolute")
+    if positions not in ("absolute", None):
+        return f"its attention has {positions} positions"
+    if layer.chunk_size_feed_forward:
+        return f"its feed-forward runs in chunks of {layer.chunk_size_feed_forward}"
+    implementation = _implementation(attention)
+    if implementation not in _PLAIN_ATTENTION:
+        return f"its attention implementation is {implementation}"
+    return why_not_bypassed(module, FusedLayer.adapted(original_class(module))["bypassed"])
+
+
+class FusedEmbeddings(Fused):
+    """Word, position and type embeddings with their LayerNorm in one pass."""
+
+    bypassed: ClassVar[Any] = {
+        "word_embeddings": nn.Embedding,
+        "position_embeddings": nn.Embedding,
+        "token_type_embeddings": nn.Embedding,
+        "LayerNorm": nn.LayerNorm,
+        "dropout": nn.Dropout,
+    }
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        return {"names": parameter_names(original)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call: dict[str, Any] = dict(zip(self.names, args, strict=False)) | kwargs
+        tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
+        plain = call.get("inputs_embeds") is None and call.get("token_type_ids") is None
+        if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
+            return super().forward(*args, **kwargs)
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = default_positions(self, tokens)
+        with self.settings.own_types(tokens.device):
+            return self.embed(tokens, positions.expand(tokens.shape))
+
+    def _exact(self) -> bool:
+        """The operation leaves the same row of both tables without gradient, and this is not BERT's way."""
+        module: Any = self
+        tables = (module.word_embeddings, module.position_embeddings)
+        if any(table.max_norm is not None or table.scale_grad_by_freq or table.sparse for table in tables):
+            return False
+        return not torch.is_grad_enabled() or tables[0].padding_idx == tables[1].padding_idx
+
+    def embed(
+        self, tokens: Tensor | None, positions: Tensor, types: Tensor | None = None, embeds: Tensor | None = None
+    ) -> Tensor:
+        """Ids, or word embeddings `embeds`, of any shape → embeddings, normalised and dropped out."""
+        module: Any = self
+        table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
+        word, position = module.word_embeddings, module.position_embeddings
+        if embeds is None and types is None and self._exact():
+            assert tokens is not None
+            row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
+            normed = ops.embed_layer_norm(
+                tokens,
+                positions,
+                word.weight,
+                position.weight,
+                row,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                padding_idx=word.padding_idx,
+                backend=self.settings.backend,
+            )
+        else:
+            summed = word(tokens) if embeds is None else embeds
+            if table is not None:
+                summed = summed + (table.weight[0] if types is None else table(types))
+            summed = summed + position(positions)
+            normed = F.layer_norm(summed, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return module.dropout(normed)
+
+
+def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
+    """`[P, L]` or `[1, L]`: those that BERT counts by place, or RoBERTa by tokens that are no padding."""
+    pad = getattr(embeddings, "padding_idx", None)
+    if pad is None:
+        return embeddings.position_ids[:, : tokens.shape[1]]
+    real = tokens.ne(pad)
+    return real.cumsum(1) * real + pad
+
+
+class UnpaddedModel(Fused):
+    """A whole encoder on packed tokens: padding is left out of the embeddings and every layer."""
+
+    names: ClassVar[tuple[str, ...]] = ()
+    _understood: ClassVar[set[str]] = {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "inputs_embeds",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+    }
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        return {"names": parameter_names(original)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        packed = self.packed(call)
+        if packed is None:
+            return self.padded(*args, **kwargs)
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+        x, packing = packed
+        states: Any = packing.unpad(x)
+        pooler: Any = self.pooler
+        out = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=states, pooler_output=None if pooler is None else pooler(states)
+        )
+        return out if wants_named(self, call) else out.to_tuple()
+
+    def padded(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the original, which computes padding too."""
+        return super().forward(*args, **kwargs)
+
+    def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
+        """Embeddings after the last layer, packed `[T, width]`, and their places; None for calls that keep padding."""
+        mask, memory_mask = call.get("attention_mask"), call.get("encoder_attention_mask")
+        given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        if asked_beyond(call, self._understood) or not self._can_pack(call):
+            return None
+        if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+            return None
+        masks = [m for m in (mask, memory_mask) if m is not None]
+        if mask is None or given is None or any(not isinstance(m, Tensor) or m.ndim != 2 for m in masks):
+            return None
+        if mask.shape != given.shape[:2]:
+            return None
+        planned = plan(mask, memory_mask, keep_first=self.pooler is not None)
+        if planned is None:
+            return None
+        packing, whole_memory = planned
+        if not whole_memory and original_class(self).__name__ in _MEMORY_UNMASKED:
+            return None
+        with self.settings.own_types(mask.device):
+            return self._run(call | {"encoder_attention_mask": None if whole_memory else memory_mask}, packing), packing
+
+    def _can_pack(self, call: dict[str, Any]) -> bool:
+        config: Any = self.config
+        recorded = any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states"))
+        if recorded or config._attn_implementation not in _PLAIN_ATTENTION:
+            return False
+        module: Any = self
+        layers = list(module.encoder.layer)
+        crosses = hasattr(layers[0], "crossattention") or not getattr(layers[0], "is_decoder", True)
+        if call.get("encoder_hidden_states") is not None and not crosses:
+            return False
+        if any(observed(part) for part in (module.embeddings, module.encoder, *layers)):
+            return False
+        fused = is_fused(module.embeddings) and module.embeddings.intact()
+        return fused and all(isinstance(layer, FusedLayer) and layer.intact() for layer in layers)
+
+    def _run(self, call: dict[str, Any], packing: Packing) -> Tensor:
+        module: Any = self
+        tokens, embeds, types = (call.get(name) for name in ("input_ids", "inputs_embeds", "token_type_ids"))
+        positions = call.get("position_ids")
+        if positions is None:
+            # Without ids, RoBERTa takes every token for a real one.
+            counted = call["attention_mask"].new_full(packing.shape, -1) if tokens is None else tokens
+            positions = default_positions(module.embeddings, counted)
+        positions = packing.pack(positions.expand(packing.shape))
+        tokens, embeds, types = (None if t is None else packing.pack(t) for t in (tokens, embeds, types))
+        x = module.embeddings.embed(tokens, positions, types, embeds)
+        cu, longest = packing.cu_seqlens, packing.longest
+        attend = Packed(cu, cu, longest, longest, packing.key_mask)
+        states = call.get("encoder_hidden_states")
+        memory = None
+        if states is not None and hasattr(module.encoder.layer[0], "crossattention"):
+            memory = packed_memory(states, call.get("encoder_attention_mask"), packing)
+        for layer in module.encoder.layer:
+            run = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory)
+            checkpoint = _checkpointing(module, layer)
+            x = run(x) if checkpoint is None else checkpoint(run, x)
+        return x
+
+
+def _checkpointing(model: Any, layer: Any) -> Callable[..., Tensor] | None:
+    """What keeps a layer's activations out of memory; transformers 4 has it on the encoder."""
+    for owner in (layer, model.encoder):
+        if getattr(owner, "gradient_checkpointing", False) and owner.training and torch.is_grad_enabled():
+            return owner._gradient_checkpointing_func
+    return None
+
+
+def wants_named(model: Any, call: dict[str, Any]) -> bool:
+    """Whether a call asks for outputs by name rather than as a tuple."""
+    asked = call.get("return_dict")
+    return getattr(model.config, "return_dict", True) if asked is None else asked
+
+
+def _model_refusal(module: nn.Module, settings: Settings) -> str | None:
+    if not settings.unpad:
+        return "its padding is computed; unpad=True leaves it out"
+    if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
+        return "a causal decoder keeps its padding"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("UnpaddedModel", partial(is_of, _MODELS), UnpaddedModel, "padding left out of all layers", _model_refusal),
+    Rule(
+        "FusedLayer",
+        partial(is_of, _LAYERS),
+        FusedLayer,
+        "one product for q, k, v; GELU, residual and norm fused",
+        layer_refusal,
+    ),
+    Rule("FusedEmbeddings", partial(is_of, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
+)

@@ -1,0 +1,276 @@
+"""Layers of Hugging Face's vision transformers: ViT and DeiT, BEiT and Data2Vec-Vision, and both towers of CLIP."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.replace.rules import Rule
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.vision_attention import Bias, PositionTable
+from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters, probability
+
+# Ways to the same numbers. Any other is a function that somebody registered, and has to be called.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# What models hand on to their layers that changes no number in them. (Attention weights are taken by hooks.)
+_WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
+# What a relative position bias depends on.
+_POSITIONS = ("interpolate_pos_encoding", "resolution")
+
+
+class Names(NamedTuple):
+    """Where a layer keeps its parts."""
+
+    norms: tuple[str, str]
+    qkv: tuple[str, str, str]
+    proj: str
+    fc1: str
+    activation: str
+    fc2: str
+    classes: dict[str, str]
+    """Parts that are the library's own, and their classes after the layer's prefix."""
+    dropouts: tuple[str, ...]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return *self.qkv, self.proj, self.fc1, self.fc2
+
+
+class _Layer(PreNormBlock):
+    """What the layers have in common; `names` is where they differ."""
+
+    names: ClassVar[Names]
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """The library's own classes, of the family that this layer belongs to."""
+        library, prefix = sys.modules[original.__module__], original.__name__.removesuffix("Layer")
+        prefix = prefix.removesuffix("Encoder")
+        bypassed: dict[str, Any] = dict.fromkeys(cls.names.norms, nn.LayerNorm)
+        bypassed |= dict.fromkeys(cls.names.linears, nn.Linear)
+        for name, suffixes in cls.names.classes.items():
+            bypassed[name] = tuple(getattr(library, prefix + suffix, _Absent) for suffix in suffixes.split())
+        bypassed |= dict.fromkeys(cls.names.dropouts, nn.Dropout)
+        bypassed["drop_path"] = (nn.Identity, getattr(library, f"{prefix}DropPath", _Absent))
+        return {"bypassed": bypassed, "erf_gelus": _gelu_classes()}
+
+    def parts(self, heads: int, attention_p: float, branch_p: tuple[float, float] = (0.0, 0.0)) -> Parts:
+        """The parts where `names` says.
+
+        Args:
+            heads: of the attention.
+            attention_p, branch_p: dropout of the attention weights and at the end of each branch.
+        """
+        names, layer = self.names, {name: self.get_submodule(name) for name in self.names.linears}
+        width: Any = layer[names.qkv[0]].out_features
+        drop = partial(row_scale, find(self, "drop_path"))
+        return Parts(
+            norms=(self.get_submodule(names.norms[0]), self.get_submodule(names.norms[1])),
+            qkv=tuple((layer[name].weight, layer[name].bias) for name in names.qkv),  # pyright: ignore[reportArgumentType]
+            heads=heads,
+            scale=(width // heads) ** -0.5,
+            proj=layer[names.proj],
+            fc1=layer[names.fc1],
+            fc2=layer[names.fc2],
+            hidden=self._hidden(layer[names.fc1]),
+            gammas=(_scale_of(self, "lambda_1"), _scale_of(self, "lambda_2")),
+            row_scales=(drop, drop),
+            attention_p=attention_p,
+            branch_p=branch_p,
+        )
+
+    def _hidden(self, fc1: nn.Module) -> Callable[..., Tensor] | None:
+        """The hidden layer, where it is not `gelu(fc1(x))`."""
+        if self.is_erf_gelu(self.names.activation):
+            return None
+        holder, name = self.names.activation.rsplit(".", 1)
+        activation = getattr(self.get_submodule(holder), name)
+        return lambda x, linear: activation(linear(fc1, x))
+
+
+class _Absent(nn.Module):
+    """Stands for a class that this version of the library lacks, so that nothing is one."""
+
+
+def _encoder_names(norms: tuple[str, str], attention: str, out: str) -> Names:
+    qkv = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
+    classes = {attention: "Attention", "mlp": "MLP"}
+    return Names(norms, qkv, f"{attention}.{out}", "mlp.fc1", "mlp.activation_fn", "mlp.fc2", classes, ("dropout",))
+
+
+class HuggingFaceViTLayer(_Layer):
+    """`ViTLayer` and `DeiTLayer`; with a relative position bias of its own, or shared as a mask, `BeitLayer`."""
+
+    names = _encoder_names(("layernorm_before", "layernorm_after"), "attention", "o_proj")
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        layer: Any = self
+        attention, positions = layer.attention, find(self, "relative_position_bias")
+        others = {name: value for name, value in kwargs.items() if name not in _POSITIONS}
+        if (
+            not (_plain(others) and _knows(attention) and _dense(attention_mask) and self.takes(hidden_states))
+            or (positions is not None and _boolean(attention_mask))
+            or (positions is not None and kwargs.get("resolution") is None)
+        ):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        bias: Bias = attention_mask
+        if positions is not None:
+            bias = _position_bias(positions, attention_mask, layer.patch_size, hidden_states.shape[1], kwargs)
+        attention_p = attention.attention_dropout if attention.training else 0.0
+        branch_p = probability(layer.dropout)
+        parts = self.parts(attention.num_attention_heads, attention_p, (branch_p, branch_p))
+        return self.compute(parts, hidden_states, bias)
+
+
+class HuggingFaceCLIPLayer(_Layer):
+    """`CLIPEncoderLayer` of images and of texts, which are causal."""
+
+    names = _encoder_names(("layer_norm1", "layer_norm2"), "self_attn", "out_proj")
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        layer: Any = self
+        attention, others = layer.self_attn, {name: value for name, value in kwargs.items() if name != "is_causal"}
+        if not (_plain(others) and _knows(attention) and _dense(attention_mask) and self.takes(hidden_states)):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        # A mask holds the causality too, and the eager function looks at nothing else.
+        causal = attention_mask is None and attention.config._attn_implementation != "eager"
+        return self.compute(
+            self.parts(attention.num_heads, attention.dropout if attention.training else 0.0),
+            hidden_states,
+            attention_mask,
+            causal=causal and bool(kwargs.get("is_causal")),
+        )
+
+
+class HuggingFaceData2VecLayer(_Layer):
+    """`Data2VecVisionLayer`, which keeps BEiT's parts as BERT does."""
+
+    names = Names(
+        ("layernorm_before", "layernorm_after"),
+        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        "attention.output.dense",
+        "intermediate.dense",
+        "intermediate.intermediate_act_fn",
+        "output.dense",
+        {
+            "attention": "Attention",
+            "attention.attention": "SelfAttention SdpaSelfAttention",
+            "attention.output": "SelfOutput",
+            "intermediate": "Intermediate",
+            "output": "Output",
+        },
+        ("attention.attention.dropout", "attention.output.dropout", "output.dropout"),
+    )
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        attention, shared = layer.attention.attention, kwargs.get("relative_position_bias")
+        known = (*_POSITIONS, *_WITHOUT_EFFECT, "relative_position_bias")
+        others = {name: value for name, value in kwargs.items() if name not in known}
+        others["asks for weights"] = kwargs.get("output_attentions")
+        positions = find(attention, "relative_position_bias")
+        if (
+            args
+            or not (_plain(others) and _dense(shared) and self.takes(hidden_states))
+            or (positions is not None and kwargs.get("resolution") is None)
+        ):
+            return super().forward(hidden_states, *args, **kwargs)
+        bias: Bias = shared
+        if positions is not None:
+            patch, tokens = attention.config.patch_size, hidden_states.shape[1]
+            bias = _position_bias(positions, shared, patch, tokens, kwargs)
+        attention_p = attention.dropout.p if attention.training else 0.0
+        branch_p = (probability(layer.attention.output.dropout), probability(layer.output.dropout))
+        return (self.compute(self.parts(attention.num_attention_heads, attention_p, branch_p), hidden_states, bias),)
+
+
+def row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
+    """Stochastic depth as one factor per entry, `[B]`: drawn as transformers draws it."""
+    share = getattr(drop_path, "drop_prob", 0.0)
+    if drop_path is None or not drop_path.training or not share:
+        return None
+    return torch.floor(torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + (1 - share)) / (1 - share)
+
+
+def _position_bias(
+    positions: nn.Module, other: Tensor | None, patch: int, tokens: int, call: Mapping[str, Any]
+) -> Bias:
+    """The relative position bias of a call, with another one added.
+
+    At the resolution of the table, resizing changes nothing. (It takes height for width, so a window has to be square.)
+    """
+    height, width = call["resolution"]
+    window, module = (height // patch, width // patch), positions
+    table: Any = module.relative_position_bias_table
+    own = PositionTable(table, window)
+    alike = window == tuple(module.window_size) and window[0] == window[1]  # pyright: ignore[reportArgumentType]
+    if other is None and alike and own.fits(tokens) and not observed(module):
+        return own
+    bias = module(window, call.get("interpolate_pos_encoding", False), dim_size=tokens)
+    return bias if other is None else bias + other
+
+
+def _scale_of(layer: nn.Module, name: str) -> Tensor | None:
+    # Where a configuration has no LayerScale, transformers puts the number 1 or None there.
+    scale = getattr(layer, name, None)
+    return scale if isinstance(scale, Tensor) else None
+
+
+def _plain(others: Mapping[str, Any]) -> bool:
+    """Whether a call has no further argument that says something, such as masks of heads."""
+    return all(value is None or value is False or name in _WITHOUT_EFFECT for name, value in others.items())
+
+
+def _knows(attention: Any) -> bool:
+    return attention.config._attn_implementation in _ATTENTION
+
+
+def _dense(mask: Any) -> bool:
+    """Whether a mask is none, or a tensor with an entry per query and key."""
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
+
+
+def _boolean(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.bool
+
+
+def _gelu_classes() -> tuple[type[nn.Module], ...]:
+    found = getattr(sys.modules.get("transformers.activations"), "GELUActivation", None)
+    return (nn.GELU,) if found is None else (nn.GELU, found)
+
+
+def _refusal(form: type[_Layer]) -> Callable[[nn.Module, Settings], str | None]:
+    def refusal(module: nn.Module, settings: Settings) -> str | None:
+        missing = [name for name in (*form.names.norms, *form.names.linears) if find(module, name) is None]
+        if missing:
+            return f"this version of transformers keeps {missing[0]} elsewhere"
+        expected = form.adapted(original_class(module))["bypassed"]
+        return why_not_bypassed(module, expected) or lacks_parameters(module, form.names.norms)
+
+    return refusal
+
+
+def _rule(form: type[_Layer], classes: str, gain: str) -> Rule:
+    names = classes.split()
+
+    def recognises(module: nn.Module) -> bool:
+        kind = original_class(module)
+        return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+
+    return Rule(form.__name__, recognises, form, gain, _refusal(form))
+
+
+_SUMS = "norms, GELU, LayerScale, DropPath and sums in the products"
+_BIAS = f"position bias expanded once; {_SUMS}"
+RULES: tuple[Rule, ...] = (
+    _rule(HuggingFaceViTLayer, "ViTLayer DeiTLayer", _SUMS),
+    _rule(HuggingFaceViTLayer, "BeitLayer", _BIAS),
+    _rule(HuggingFaceData2VecLayer, "Data2VecVisionLayer", _BIAS),
+    _rule(HuggingFaceCLIPLayer, "CLIPEncoderLayer", "norms and sums in the products"),
+)

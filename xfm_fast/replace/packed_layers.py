@@ -1,0 +1,293 @@
+"""BERT's post-norm layer in fused operations, on the parameters of a foreign module, with padding or without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.kernels import host, ops
+from xfm_fast.kernels.derived import derived
+from xfm_fast.models.layers import concatenated
+from xfm_fast.packing import Packing, offsets, on_host
+from xfm_fast.replace.settings import Settings
+
+Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
+
+
+@dataclass
+class Padded:
+    """Attention of a padded batch, `[B, L, H, D]`.
+
+    Attributes:
+        mask: as `scaled_dot_product_attention` takes it, or a padding mask `[B, L]` of the keys, or None.
+        causal: whether later keys are hidden; without a mask only.
+    """
+
+    mask: Tensor | None = None
+    causal: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        mask = self.mask
+        if mask is not None and mask.ndim == 2:
+            return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings)
+        if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
+            # The lowest number of a wide type would become infinite in a narrow one.
+            mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if mask is not None and mask.is_floating_point() and torch.is_grad_enabled():
+            # Where a mask leaves a query no key at all, the fused kernels' gradients are not those of this.
+            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(-1)
+            return (F.dropout(weights, dropout_p) @ v).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, self.causal)
+        return out.transpose(1, 2)
+
+
+@dataclass
+class Packed:
+    """Attention of packed sequences, `[T, H, D]`: queries with their own keys, or with those of a memory.
+
+    Attributes:
+        cu_q, cu_k, longest_q, longest_k, key_mask: as `ops.varlen_attention` takes them.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    key_mask: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        layout = (self.cu_q, self.cu_k, self.longest_q, self.longest_k)
+        return ops.varlen_attention(
+            q, k, v, *layout, dropout_p=dropout_p, key_mask=self.key_mask, backend=settings.backend
+        )
+
+
+@dataclass
+class Memory:
+    """What queries attend to in cross-attention.
+
+    Attributes:
+        states: `[..., width]`, projected to keys and values by every layer; or `[..., 2, H, D]`, projected already.
+        attend: the attention of queries over them.
+        shared: whether one memory serves a whole padded batch, whose queries then form a single sequence.
+        projected: whether the states are the keys and values of the layer that is run.
+    """
+
+    states: Tensor
+    attend: Attend
+    shared: bool = False
+    projected: bool = False
+
+
+def attend_to_real_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    dropout_p: float,
+    scale: float | None = None,
+    settings: Settings | None = None,
+) -> Tensor:
+    """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
+    # All layers of a model come with the same mask.
+    keys = derived("packed keys", (mask,), lambda: Packing.from_mask(mask))
+    texts, length = q.shape[:2]
+    out = ops.varlen_attention(
+        q.flatten(0, 1),
+        keys.pack(k),
+        keys.pack(v),
+        torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=q.device),
+        keys.cu_seqlens,
+        length,
+        keys.longest,
+        dropout_p=dropout_p,
+        scale=scale,
+        backend=None if settings is None else settings.backend,
+    )
+    return out.unflatten(0, (texts, length))
+
+
+def shares_one_memory(states: Tensor) -> bool:
+    """Whether `[B, N, width]` states are one memory that was expanded to B, so that it need be projected only once."""
+    return states.shape[0] > 1 and states.stride(0) == 0
+
+
+def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -> tuple[Packing, bool] | None:
+    """How to leave the padding out of a batch, with one look at the device.
+
+    Args:
+        mask: `[P, L]`, non-zero for real tokens.
+        memory_mask: `[P, N]`, of what the texts attend to.
+        keep_first: keep the first token of every text as a query where it is padding: poolers read it.
+
+    Returns:
+        The packing, and whether the memory's mask hides nothing. None where a text has no token at all: what softmax
+        makes of nothing is the original's own business.
+    """
+    if not mask.numel():
+        return None
+    mask = mask.bool()
+    kept = mask.clone() if keep_first else mask
+    if keep_first:
+        kept[:, 0] = True
+    lengths = kept.sum(1)
+    whole = mask.new_ones(()) if memory_mask is None else memory_mask.bool().all()
+    truths = (mask.any(1).all(), mask[:, 0].all(), whole)
+    facts = torch.stack([lengths.max(), lengths.sum(), *(truth.long() for truth in truths)])
+    longest, total, none_empty, first_real, whole_memory = host.integers(facts) if on_host(facts) else facts.tolist()
+    if not none_empty:
+        return None
+    flat = kept.flatten()
+    # A stable sort puts the kept places first, in order, and unlike `nonzero` it need not ask how many there are.
+    order = host.true_places if on_host(flat) else _kept_first
+    places = order(flat)[:total]
+    key_mask = None if first_real or not keep_first else mask.flatten()[places]
+    shape = (mask.shape[0], mask.shape[1])
+    packing = Packing(
+        positions=places, cu_seqlens=offsets(lengths), shape=shape, key_mask=key_mask, max_seqlen=int(longest)
+    )
+    return packing, bool(whole_memory)
+
+
+def _kept_first(kept: Tensor) -> Tensor:
+    return kept.logical_not().to(torch.uint8).argsort(stable=True)
+
+
+def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
+    """The memory `[P, N, width]` of packed texts; mask `[P, N]` is non-zero for what they may attend to."""
+    texts, length = states.shape[:2]
+    cu, device = packing.cu_seqlens, states.device
+    if mask is None and shares_one_memory(states):
+        tokens = packing.positions.shape[0]
+        queries, keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, length))
+        return Memory(states[0], Packed(queries, keys, tokens, length))
+    keys = torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=device)
+    key_mask = None if mask is None else mask.bool().flatten()
+    return Memory(states.flatten(0, 1), Packed(cu, keys, packing.longest, length, key_mask))
+
+
+def padded_memory(states: Tensor, mask: Tensor | None) -> Memory:
+    """The memory `[B, N, width]` of a padded batch."""
+    if mask is None and shares_one_memory(states):
+        return Memory(states[:1], Padded(), shared=True)
+    return Memory(states, Padded(mask))
+
+
+def run_layer(
+    layer: Any,
+    x: Tensor,
+    attend: Attend,
+    settings: Settings,
+    memory: Memory | None = None,
+    *,
+    reads: Tensor | None = None,
+) -> Tensor:
+    """Self-attention, cross-attention where there is a memory, MLP; residual and LayerNorm behind each.
+
+    The residual stays as wide as it comes in, whatever the products are computed in.
+
+    Args:
+        layer: has the submodules of `BertLayer`, by their names.
+        x: `[B, L, width]` or packed `[T, width]`, as `attend` expects.
+        reads: `[Q]` rows of packed x that somebody reads: the only ones to ask and to be computed.
+
+    Returns:
+        In the shape of x; `[Q, width]` with reads.
+    """
+    projections = layer.attention.self
+    if reads is None:
+        parts = (projections.query, projections.key, projections.value)
+        weight = concatenated("qkv weight", *(p.weight for p in parts))
+        bias = concatenated("qkv bias", *(p.bias for p in parts))
+        qkv = _linear(settings.operand(x), weight, bias, settings)
+        q, k, v = qkv.unflatten(-1, (3, projections.num_attention_heads, -1)).unbind(-3)
+    else:
+        k, v = keys_values(layer.attention, x, settings).unbind(-3)
+        x = x.index_select(0, reads)
+        q = _query(projections, x, settings)
+    x = _close(layer.attention.output, attend(q, k, v, _chance(projections), settings).flatten(-2), x, settings)
+    if memory is not None:
+        x = _cross_attention(layer.crossattention, x, memory, settings)
+    return _feed_forward(layer, x, settings)
+
+
+def keys_values(attention: Any, states: Tensor, settings: Settings) -> Tensor:
+    """`[..., width]` → keys and values `[..., 2, H, D]`, with one product."""
+    projections = attention.self
+    weight = concatenated("kv weight", projections.key.weight, projections.value.weight)
+    bias = concatenated("kv bias", projections.key.bias, projections.value.bias)
+    projected = _linear(settings.operand(states), weight, bias, settings)
+    return projected.unflatten(-1, (2, projections.num_attention_heads, -1))
+
+
+def _query(projections: Any, x: Tensor, settings: Settings) -> Tensor:
+    q = _linear(settings.operand(x), projections.query.weight, projections.query.bias, settings)
+    return q.unflatten(-1, (projections.num_attention_heads, -1))
+
+
+def _cross_attention(attention: Any, x: Tensor, memory: Memory, settings: Settings) -> Tensor:
+    projections = attention.self
+    states = memory.states if memory.projected else keys_values(attention, memory.states, settings)
+    k, v = states.unbind(-3)
+    q = _query(projections, x, settings)
+    if memory.shared:
+        context = memory.attend(q.flatten(0, 1)[None], k, v, _chance(projections), settings)[0]
+        context = context.unflatten(0, q.shape[:2])
+    else:
+        context = memory.attend(q, k, v, _chance(projections), settings)
+    return _close(attention.output, context.flatten(-2), x, settings)
+
+
+def _feed_forward(layer: Any, x: Tensor, settings: Settings) -> Tensor:
+    first, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+    if is_erf_gelu(activation):
+        weight, bias = settings.parameter(first.weight), settings.parameter(first.bias)
+        assert weight is not None
+        hidden = ops.linear_gelu(settings.operand(x), weight, bias, backend=settings.backend)
+    else:
+        hidden = activation(_linear(settings.operand(x), first.weight, first.bias, settings))
+    return _close(layer.output, hidden, x, settings)
+
+
+def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
+    """The end of a branch: product, dropout, residual, LayerNorm."""
+    dense, norm = end.dense, end.LayerNorm
+    weight = settings.parameter(dense.weight)
+    assert weight is not None
+    return ops.linear_add_layer_norm(
+        settings.operand(x),
+        weight,
+        settings.parameter(dense.bias),
+        residual,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        dropout_p=end.dropout.p if end.dropout.training else 0.0,
+        wide=True,
+        backend=settings.backend,
+    )[0]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings) -> Tensor:
+    converted = settings.parameter(weight)
+    assert converted is not None
+    return ops.linear(x, converted, settings.parameter(bias), backend=settings.backend)
+
+
+def _chance(projections: Any) -> float:
+    """Probability of dropping an attention weight."""
+    return projections.dropout.p if projections.training else 0.0
+
+
+def is_erf_gelu(activation: Any) -> bool:
+    """Whether an activation is the erf form of GELU: PyTorch's function or module, or transformers' wrapper of it."""
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "none"
+    # GELUActivation calls the function that it keeps here.
+    return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)

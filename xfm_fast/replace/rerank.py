@@ -1,0 +1,266 @@
+"""Image-memory re-ranking for cross-encoders that others wrote: ALBEF, X-VLM, X²-VLM, BLIP, BERT with cross-attention.
+
+Such a model scores a text and an image by passing the text through layers that attend to the image. Called pair by pair
+it projects the same image tokens to keys and values for every text, layer after layer, and that is most of its work.
+`Reranker` projects an image once, packs the texts without their padding, lets all texts of an image be one long query
+sequence of the cross-attention, and computes in the last layer what is read from it: token 0 of each text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.errors import InputError
+from xfm_fast.kernels.backend import Backend
+from xfm_fast.models.fusion import ImageMemory
+from xfm_fast.models.inputs import check_attention_mask, check_embeddings, check_image_index, check_token_mask
+from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
+from xfm_fast.replace.bert_structure import LAYER_PARTS, drops_paths, has_cross_attention, is_layer, why_not_plain
+from xfm_fast.replace.packed_layers import Memory, Packed, keys_values, run_layer
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import find, observed, original_class, why_not_bypassed
+
+
+class Reranker:
+    """Scores many texts against few images with somebody else's cross-encoder; equal to scoring every pair by itself.
+
+    The text encoder is any module that holds one stack of BERT-shaped layers, of which the last ones or all have a
+    `crossattention`: BertModel and RobertaModel of transformers built with `add_cross_attention`, its BlipTextModel,
+    the text and fusion encoders of ALBEF, BLIP, X-VLM, X²-VLM and X-FM. It is read, never changed, and its parameters
+    may go on training. Texts attend to themselves in both directions, as those models do when they match.
+
+    Example:
+        >>> reranker = Reranker(model.text_encoder, head=model.itm_head)
+        >>> memory = reranker.image_memory(model.visual_encoder(pixels))
+        >>> scores = reranker.scores(memory, input_ids, attention_mask, image_index)
+
+    Args:
+        text_encoder: the module described above, or one that contains it.
+        head: what turns token 0 `[P, width]` into logits; `scores` needs it.
+        kernels: backend of the ops; one asked for by name never falls back.
+        dtype: compute in this type with the parameters as they are stored; None follows the inputs.
+
+    Raises:
+        InputError: no such stack, or one with parts that cannot be computed around.
+    """
+
+    def __init__(
+        self,
+        text_encoder: nn.Module,
+        head: Callable[[Tensor], Tensor] | None = None,
+        *,
+        kernels: Backend = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.head = head
+        self._settings = Settings(kernels, dtype)
+        self._layers, self._embeddings = _stack(text_encoder)
+        crossing = [has_cross_attention(layer) for layer in self._layers]
+        if not any(crossing):
+            raise InputError(
+                f"no layer of {original_class(text_encoder).__name__} has a crossattention, so it cannot match texts "
+                "with images; build the model with cross-attention (add_cross_attention=True in transformers)"
+            )
+        first = crossing.index(True)
+        self._alone, self._fusing = self._layers[:first], self._layers[first:]
+        self._crossing = [layer for layer in self._fusing if has_cross_attention(layer)]
+        self._width = self._layers[0].attention.self.query.in_features
+        self._image_width = self._crossing[0].crossattention.self.key.in_features
+
+    def image_memory(self, image_embeds: Tensor, token_mask: Tensor | None = None) -> ImageMemory:
+        """Project images for every layer that looks at them.
+
+        Args:
+            image_embeds: `[B, M, image width]` tokens of B images.
+            token_mask: `[B, M]`, non-zero for tokens that texts may attend to; by default all.
+
+        Returns:
+            Keys and values, `[B, M, 2, H, D]` a layer.
+        """
+        check_embeddings(image_embeds, self._image_width, "image_embeds")
+        if token_mask is not None:
+            images, tokens = image_embeds.shape[:2]
+            token_mask = check_token_mask(token_mask, (images, tokens), "token_mask")
+        settings = self._settings
+        with settings.own_types(image_embeds.device):
+            layers = [keys_values(layer.crossattention, image_embeds, settings) for layer in self._crossing]
+        return ImageMemory(tuple(layers), token_mask)
+
+    def text_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Texts before they meet an image, to be reused for all images: embeddings and the layers without images.
+
+        Args:
+            input_ids: `[P, L]`.
+            attention_mask: `[P, L]`, non-zero for real tokens; by default all.
+
+        Returns:
+            `[P, L, width]`, zeros at padding.
+        """
+        packing = Packing.from_mask(_text_mask(attention_mask, input_ids.shape, input_ids.device))
+        with self._settings.own_types(input_ids.device):
+            return packing.unpad(self._embedded(input_ids, packing))
+
+    def fused(
+        self,
+        memory: ImageMemory,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        *,
+        text_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Token 0 of every text after the last layer.
+
+        Args:
+            memory: of B images, from `image_memory`.
+            input_ids: `[P, L]` one text a pair, or
+            text_embeds: `[P, L, width]`, from `text_embeds` or the model's own text encoder.
+            attention_mask: `[P, L]`, non-zero for real tokens, token 0 among them; by default all.
+            image_index: `[P]` the image of each text; may be left out when there is one image.
+
+        Returns:
+            `[P, width]`.
+
+        Raises:
+            InputError: arguments that do not fit together.
+        """
+        if (input_ids is None) == (text_embeds is None):
+            raise InputError("texts are given as input_ids or as text_embeds: give one of them")
+        if text_embeds is not None:
+            check_embeddings(text_embeds, self._width, "text_embeds")
+        texts = input_ids if text_embeds is None else text_embeds
+        assert texts is not None
+        mask = _text_mask(attention_mask, texts.shape[:2], texts.device)
+        index = self._image_index(image_index, memory, len(texts), texts.device)
+        if not len(texts):
+            return memory.layers[0].new_zeros(0, self._width)
+        groups = ImageGroups.from_index(index, memory.images)
+        packing = Packing.from_mask(mask, order=groups.order)
+        settings = self._settings
+        with settings.own_types(texts.device):
+            if text_embeds is None:
+                assert input_ids is not None
+                tokens = self._embedded(input_ids, packing)
+            else:
+                tokens = packing.pack(text_embeds)
+            return packing.restore(self._fuse(tokens, packing, memory, groups))
+
+    def scores(
+        self,
+        memory: ImageMemory,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        *,
+        text_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """What to rank pairs by: the head's logit that text and image belong together. Arguments as for `fused`.
+
+        Returns:
+            `[P]`: of a head with two outputs the second one ("they match", as ALBEF and its descendants have it), of a
+            head with one output that.
+        """
+        if self.head is None:
+            raise InputError("scores come from a matching head; give Reranker(text_encoder, head=model.itm_head)")
+        fused = self.fused(memory, input_ids, attention_mask, image_index, text_embeds=text_embeds)
+        own = next(self.head.parameters(), None) if isinstance(self.head, nn.Module) else None
+        # The type of the head's parameters, unless autocast chooses.
+        logits = self.head(fused if own is None else fused.to(own.dtype))
+        if logits.ndim != 2 or logits.shape[1] not in (1, 2):
+            raise InputError(f"the head gave {[*logits.shape]}; a matching head gives [P, 2] or [P, 1]")
+        return logits[:, -1]
+
+    def _image_index(self, given: Tensor | None, memory: ImageMemory, texts: int, device: torch.device) -> Tensor:
+        if given is not None:
+            return check_image_index(given, memory.images, texts, "texts")
+        if memory.images != 1:
+            raise InputError(f"image_index is needed: the memory holds {memory.images} images for {texts} texts")
+        return torch.zeros(texts, dtype=torch.long, device=device)
+
+    def _check_mode(self) -> None:
+        if any(drops_paths(layer) for layer in self._layers):
+            raise InputError("the text encoder is training with stochastic depth; call eval() on it to re-rank")
+
+    def _embedded(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        """Packed tokens after the layers that see no image: `[T, width]`."""
+        if self._embeddings is None:
+            raise InputError("this text encoder has no embeddings; give the texts as text_embeds")
+        x = packing.pack(self._embeddings(input_ids=input_ids))
+        self._check_mode()
+        attend = _within(packing)
+        for layer in self._alone:
+            x = run_layer(layer, x, attend, self._settings)
+        return x
+
+    def _fuse(self, x: Tensor, packing: Packing, memory: ImageMemory, groups: ImageGroups) -> Tensor:
+        """Packed tokens `[T, width]` → token 0 of each text `[P, width]`, in packed order."""
+        self._check_mode()
+        cu_keys, key_mask = memory.cu_keys, memory.key_mask
+        projected = 0
+        for layer in self._fusing:
+            asking: Sequences = packing
+            reads = None
+            if layer is self._fusing[-1]:
+                asking = Reads.first_tokens(packing)
+                reads = asking.rows
+            seen = None
+            if has_cross_attention(layer):
+                # All texts of an image are one query sequence: between queries, cross-attention has no mask.
+                cu_queries = groups.token_offsets(asking.cu_seqlens)
+                across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
+                seen = Memory(memory.keys_values(projected), across, projected=True)
+                projected += 1
+            x = run_layer(layer, x, _within(packing, asking), self._settings, seen, reads=reads)
+        return x
+
+
+def _within(packing: Packing, asking: Sequences | None = None) -> Packed:
+    """Attention of packed texts to themselves: all their tokens ask, or some."""
+    asking = packing if asking is None else asking
+    return Packed(asking.cu_seqlens, packing.cu_seqlens, asking.longest, packing.longest)
+
+
+def _text_mask(given: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    if len(shape) != 2:
+        raise InputError(f"input_ids are {[*shape]}; texts must be [P, L]")
+    if given is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    mask = check_attention_mask(given, [*shape])
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(mask[:, 0].all()):
+        raise InputError("attention_mask hides token 0 of a text, which the match is read from; pad on the right")
+    return mask
+
+
+def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
+    """The layers of a text encoder, and its embeddings where it has any."""
+    name = original_class(encoder).__name__
+    holders = [
+        (path, part)
+        for path, part in encoder.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) and all(is_layer(layer) for layer in part)
+    ]
+    if len(holders) != 1:
+        found = ", ".join(path for path, _ in holders) or "none"
+        raise InputError(
+            f"{name} must hold one stack of BERT-shaped layers (attention, crossattention, intermediate, output), and "
+            f"{found} was found; give the text encoder itself"
+        )
+    path, layers = holders[0]
+    for number, layer in enumerate(layers):
+        _check_layer(f"{path}.{number}", layer)
+    # The layers of a model are its `encoder.layer`; its embeddings stand beside the encoder.
+    *outer, _, _ = ["", *path.split(".")] if "." not in path else path.split(".")
+    beside = find(encoder, ".".join(outer)) if outer else encoder
+    return list(layers), None if beside is None or "." not in path else beside._modules.get("embeddings")
+
+
+def _check_layer(path: str, layer: nn.Module) -> None:
+    reason = why_not_plain(layer) or why_not_bypassed(layer, LAYER_PARTS)
+    if reason is None and observed(layer):
+        reason = "it has hooks"
+    if reason is not None:
+        raise InputError(f"layer {path} cannot be re-ranked with: {reason}")

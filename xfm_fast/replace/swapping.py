@@ -1,0 +1,155 @@
+"""A live module becomes a fused one by changing its class, so it stays the very same object.
+
+Parameters, buffers, hooks, optimizers, wrappers and state-dict keys cannot notice: nothing moves. The new class derives
+from the fused one and from the original, which is therefore still there as `super().forward` for every call that the
+fused computation does not cover. (PyTorch's `fully_shard` changes classes in the same way.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import cache, wraps
+from types import FunctionType
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.nn.modules import module as module_internals
+
+from xfm_fast.replace.settings import Settings
+
+Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
+
+_SETTINGS = "_xfm_fast"
+_CAPTURING = "transformers.utils.output_capturing"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+class Fused(nn.Module):
+    """Base of the fused forms of foreign modules. Subclasses define `forward`, and call `super().forward` to decline.
+
+    Attributes:
+        bypassed: submodules whose parameters the fused computation reads without calling them, by dotted name, with
+            the class that it takes each for (nn.Module: any). Where one of them is missing, it is ignored.
+    """
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = {}
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """Class attributes that depend on the class being fused: made once for it."""
+        return {}
+
+    @property
+    def settings(self) -> Settings:
+        return self.__dict__[_SETTINGS]
+
+    def intact(self) -> bool:
+        """Whether the bypassed submodules still are what they were taken for, and nobody observes them.
+
+        A hook, adapter, quantised layer or parametrization on one of them must go on working, so the original forward
+        runs then.
+        """
+        return why_not_bypassed(self, type(self).bypassed) is None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made here and cannot be looked up by name, so it is made again.
+        return _restored, (fused_form(self), original_class(self)), self.__dict__
+
+
+def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | None:
+    """Why the parts of a module must be called and cannot be computed around; None if they can."""
+    if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
+        return "global module hooks are installed"
+    for name, kinds in expected.items():
+        part = find(module, name)
+        if part is None:
+            continue
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if nn.Module not in kinds and original_class(part) not in kinds:
+            return f"{name} is a {type(part).__name__}"
+        if observed(part):
+            return f"{name} has hooks"
+    return None
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether somebody relies on this module being called: through hooks, or a `forward` put on the instance."""
+    if "forward" in module.__dict__:
+        return True
+    for name in _HOOKS:
+        hooks = getattr(module, name)
+        if hooks and not all(_idle(hook) for hook in hooks.values()):
+            return True
+    return False
+
+
+def _idle(hook: Any) -> bool:
+    """Whether a hook is one of those that transformers leaves behind after `output_attentions` was asked for once."""
+    if getattr(hook, "__module__", None) != _CAPTURING:
+        return False
+    collected = sys.modules[_CAPTURING]._active_collector.get()
+    kept = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
+    return collected is None or kept["key"].cell_contents not in collected
+
+
+def find(module: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of a dotted name, or None."""
+    found: Any = module
+    for step in name.split("."):
+        found = found._modules.get(step) if isinstance(found, nn.Module) else None
+    return found
+
+
+def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
+    """Give a module its fused form."""
+    module.__class__ = _combined(fused, type(module))
+    module.__dict__[_SETTINGS] = settings
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    module.__class__ = original_class(module)
+    del module.__dict__[_SETTINGS]
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module is in its fused form."""
+    return isinstance(module, Fused)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    return type(module).__bases__[1] if is_fused(module) else type(module)
+
+
+def fused_form(module: nn.Module) -> type[Fused]:
+    """The fused form that a module has."""
+    assert isinstance(module, Fused)
+    return type(module).__bases__[0]
+
+
+@cache
+def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    # Messages and reprs should go on naming the class that people know.
+    named = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    forward = fused.forward
+    if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
+        # Trainers read the names of a batch's columns from the signature, so every class needs a function of its own.
+        own = FunctionType(
+            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        own.__kwdefaults__ = forward.__kwdefaults__
+        named["forward"] = wraps(original.forward)(own)
+    return type(original.__name__, (fused, original), named | fused.adapted(original))
+
+
+def _restored(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
+    made = _combined(fused, original)
+    return made.__new__(made)

@@ -1,0 +1,210 @@
+"""Blocks of timm's vision transformers: ViT and DeiT, BEiT and BEiT-v2, EVA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import DropPath, LayerNorm
+from timm.layers.activations import GELU
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models import beit, eva, vision_transformer
+from torch import Tensor, nn
+
+from xfm_fast.kernels.derived import derived
+from xfm_fast.replace.rules import Rule
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import Kinds, find, original_class, why_not_bypassed
+from xfm_fast.replace.vision_attention import Bias, PositionTable
+from xfm_fast.replace.vision_block import Parts, PreNormBlock, called, lacks_parameters, probability
+
+_NORMS = (nn.LayerNorm, LayerNorm)
+_MAYBE_DROP_PATH = (nn.Identity, DropPath)
+_BYPASSED: dict[str, Any] = {
+    "norm1": _NORMS,
+    "norm2": _NORMS,
+    "attn.qkv": nn.Linear,
+    "attn.q_proj": nn.Linear,
+    "attn.k_proj": nn.Linear,
+    "attn.v_proj": nn.Linear,
+    "attn.attn_drop": nn.Dropout,
+    "attn.proj": nn.Linear,
+    "attn.proj_drop": nn.Dropout,
+    "drop_path1": _MAYBE_DROP_PATH,
+    "drop_path2": _MAYBE_DROP_PATH,
+    "mlp": (Mlp, GluMlp, SwiGLU),
+    "mlp.fc1": nn.Linear,
+    "mlp.fc1_g": nn.Linear,
+    "mlp.fc1_x": nn.Linear,
+    "mlp.fc2": nn.Linear,
+    "mlp.drop1": nn.Dropout,
+    "mlp.drop2": nn.Dropout,
+}
+
+
+class _TimmBlock(PreNormBlock):
+    """What timm's blocks have in common: the names of their parts."""
+
+    erf_gelus = (nn.GELU, GELU)
+
+    def parts(self, gammas: tuple[Tensor | None, Tensor | None], rope: Tensor | None = None) -> Parts:
+        block: Any = self
+        attn, mlp = block.attn, block.mlp
+        return Parts(
+            norms=(block.norm1, block.norm2),
+            qkv=_projections(attn),
+            heads=attn.num_heads,
+            scale=attn.scale,
+            proj=attn.proj,
+            fc1=getattr(mlp, "fc1", None),
+            fc2=mlp.fc2,
+            hidden=self._hidden(mlp),
+            gammas=gammas,
+            row_scales=(partial(row_scale, block.drop_path1), partial(row_scale, block.drop_path2)),
+            attention_p=probability(attn.attn_drop),
+            hidden_p=probability(mlp.drop1),
+            branch_p=(probability(attn.proj_drop), probability(mlp.drop2)),
+            adapt=_adaptation(attn, rope),
+            inner_norms=(_norm_of(attn), _norm_of(mlp)),
+        )
+
+    def _hidden(self, mlp: Any) -> Callable[..., Tensor] | None:
+        """The hidden layer, where it is not `gelu(fc1(x))`."""
+        kind = original_class(mlp)
+        if kind is SwiGLU:
+            return lambda x, linear: mlp.act(linear(mlp.fc1_g, x)) * linear(mlp.fc1_x, x)
+        if kind is GluMlp:
+            return lambda x, linear: _gated(mlp, linear(mlp.fc1, x))
+        if self.is_erf_gelu("mlp.act"):
+            return None
+        return lambda x, linear: mlp.act(linear(mlp.fc1, x))
+
+
+class ViTBlock(_TimmBlock):
+    """`timm.models.vision_transformer.Block`."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
+        "attn": vision_transformer.Attention,
+        "ls1": (nn.Identity, vision_transformer.LayerScale),
+        "ls2": (nn.Identity, vision_transformer.LayerScale),
+    }
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or _given(kwargs) or not self.takes(x):
+            return super().forward(x, *args, **kwargs)
+        block: Any = self
+        gammas = (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None))
+        return self.compute(self.parts(gammas), x)
+
+
+class BeitBlock(_TimmBlock):
+    """`timm.models.beit.Block`: the relative position bias is the layer's own or shared by all."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": beit.Attention}
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+        block: Any = self
+        table = block.attn.relative_position_bias_table
+        own = None if table is None else PositionTable(table, tuple(block.attn.window_size))
+        if _given(kwargs) or (own is not None and not own.fits(x.shape[1])) or not self.takes(x):
+            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias, **kwargs)
+        bias: Bias = own or shared_rel_pos_bias
+        if own is not None and shared_rel_pos_bias is not None:
+            bias = block.attn._get_rel_pos_bias() + shared_rel_pos_bias
+        return self.compute(self.parts((block.gamma_1, block.gamma_2)), x, bias)
+
+
+class EvaBlock(_TimmBlock):
+    """`timm.models.eva.EvaBlock`, with rotary positions where the model has them."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": (eva.EvaAttention, eva.AttentionRope)}
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if _given(kwargs) or not self.takes(x):
+            return super().forward(x, rope=rope, **kwargs)
+        block: Any = self
+        return self.compute(self.parts((block.gamma_1, block.gamma_2), rope), x)
+
+
+def row_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """Stochastic depth as one factor per entry, `[B]`: drawn as `DropPath` draws it."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
+        return None
+    kept = 1 - drop_path.drop_prob
+    factors = x.new_empty(x.shape[0]).bernoulli_(kept)
+    return factors.div_(kept) if kept > 0 and drop_path.scale_by_keep else factors
+
+
+def _projections(attn: Any) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Weight and bias to queries, keys and values, in one or in three."""
+    if attn.qkv is None:
+        return tuple((layer.weight, layer.bias) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+    if getattr(attn, "q_bias", None) is None:
+        return ((attn.qkv.weight, attn.qkv.bias),)
+    biases = (attn.q_bias, attn.k_bias, attn.v_bias)
+    if torch.is_grad_enabled() and any(b.requires_grad for b in biases):
+        return ((attn.qkv.weight, torch.cat(biases)),)
+    return ((attn.qkv.weight, derived("qkv bias", biases, lambda: torch.cat(biases))),)
+
+
+def _norm_of(part: nn.Module) -> nn.Module | None:
+    norm = find(part, "norm")
+    return None if norm is None or isinstance(norm, nn.Identity) else norm
+
+
+def _adaptation(attn: Any, rope: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Norms and rotation of queries and keys; None where there are none."""
+    norms = [norm for norm in (find(attn, "q_norm"), find(attn, "k_norm")) if not isinstance(norm, nn.Identity | None)]
+    if not norms and rope is None:
+        return None
+    prefix, half = getattr(attn, "num_prefix_tokens", 0), getattr(attn, "rotate_half", False)
+
+    def rotated(x: Tensor, rope: Tensor) -> Tensor:
+        tokens = apply_rot_embed_cat(x[:, prefix:].transpose(1, 2), rope, half=half).transpose(1, 2)
+        return torch.cat([x[:, :prefix], tokens.to(x.dtype)], dim=1)
+
+    def adapt(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if norms:
+            q, k = called(norms[0], q), called(norms[1], k)
+        return (q, k) if rope is None else (rotated(q, rope), rotated(k, rope))
+
+    return adapt
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=mlp.chunk_dim)
+    return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+
+
+def _given(kwargs: dict[str, Any]) -> bool:
+    """Whether a call has an argument that says something: masks, causality."""
+    return any(value is not None and value is not False for value in kwargs.values())
+
+
+def _refusal(form: type[_TimmBlock]) -> Callable[[nn.Module, Settings], str | None]:
+    def refusal(module: nn.Module, settings: Settings) -> str | None:
+        block: Any = module
+        reason = why_not_bypassed(module, form.bypassed) or lacks_parameters(module, ("norm1", "norm2"))
+        if reason is None and find(module, "attn.gate") is not None:
+            reason = "attn has a gate on its output"
+        if reason is None and getattr(block.attn, "num_kv_groups", 1) > 1:
+            reason = "attn shares keys and values among query heads"
+        return reason
+
+    return refusal
+
+
+def _rule(form: type[_TimmBlock], original: type[nn.Module], gain: str) -> Rule:
+    return Rule(form.__name__, lambda module: original_class(module) is original, form, gain, _refusal(form))
+
+
+RULES: tuple[Rule, ...] = (
+    _rule(
+        BeitBlock, beit.Block, "position bias expanded once; norms, GELU, LayerScale, DropPath and sums in the products"
+    ),
+    _rule(ViTBlock, vision_transformer.Block, "norms, GELU, LayerScale, DropPath and sums in the products"),
+    _rule(EvaBlock, eva.EvaBlock, "norms, GELU, LayerScale, DropPath and sums in the products"),
+)

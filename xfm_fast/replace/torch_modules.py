@@ -1,0 +1,321 @@
+"""PyTorch's own attention and encoder layers, and LayerNorm where a kernel beats PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.backend import resolve
+from xfm_fast.replace.packed_layers import Packed, is_erf_gelu, plan
+from xfm_fast.replace.rules import Rule
+from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import Fused, Kinds, find, observed, original_class, why_not_bypassed
+
+_ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
+_LAYER_PARTS: dict[str, Kinds] = {
+    "self_attn": nn.MultiheadAttention,
+    "self_attn.out_proj": NonDynamicallyQuantizableLinear,
+    "linear1": nn.Linear,
+    "dropout": nn.Dropout,
+    "linear2": nn.Linear,
+    "norm1": nn.LayerNorm,
+    "norm2": nn.LayerNorm,
+    "dropout1": nn.Dropout,
+    "dropout2": nn.Dropout,
+}
+
+
+class FusedMultiheadAttention(Fused):
+    """`torch.nn.MultiheadAttention` without attention weights as a result."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _ATTENTION_PARTS
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        given = [t for t in (query, key, value) if t.ndim == 3 and not t.is_nested]
+        if need_weights or len(given) < 3 or (is_causal and attn_mask is None) or not self.intact():
+            return super().forward(query, key, value, *rest)
+        module, settings = cast(Any, self), self.settings
+        with settings.own_types(query.device):
+            # Identity tells self-attention, so it has to be looked at before batch and sequence change places.
+            same = (key is query, value is key)
+            if not module.batch_first:
+                query = query.transpose(0, 1)
+                key = query if same[0] else key.transpose(0, 1)
+                value = key if same[1] else value.transpose(0, 1)
+            q, k, v = _project(module, query, key, value, settings)
+            mask = _merged(key_padding_mask, attn_mask, q, k.shape[1])
+            context = _attend(q, k, v, mask, module.dropout if self.training else 0.0)
+            out = _linear(context, module.out_proj.weight, module.out_proj.bias, settings)
+        return (out if module.batch_first else out.transpose(0, 1)), None
+
+
+class FusedTransformerEncoderLayer(Fused):
+    """`torch.nn.TransformerEncoderLayer`: one product for q, k, v; activation, residual and norm fused."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _LAYER_PARTS
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src.ndim != 3 or src.is_nested or (is_causal and src_mask is None) or not self.intact():
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        batch_first = cast(Any, self).self_attn.batch_first
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+            if not batch_first:
+                q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+            mask = _merged(src_key_padding_mask, src_mask, q, k.shape[1])
+            out = _attend(q, k, v, mask, dropout_p)
+            return out if batch_first else out.transpose(0, 1)
+
+        with self.settings.own_types(src.device):
+            return self.run(src, attend)
+
+    def run(self, x: Tensor, attend: Any) -> Tensor:
+        """The layer on `[..., width]` with an attention of q, k, v `[..., H, D]` to `[..., width]`."""
+        layer, settings = cast(Any, self), self.settings
+        attention = layer.self_attn
+        x = settings.operand(x)
+        normed = _norm(layer.norm1, x, settings) if layer.norm_first else x
+        q, k, v = _project(attention, normed, normed, normed, settings)
+        context = attend(q, k, v, attention.dropout if attention.training else 0.0, settings)
+        following = layer.norm2 if layer.norm_first else layer.norm1
+        normed, summed = ops.linear_add_layer_norm(
+            context,
+            *_stored(attention.out_proj.weight, attention.out_proj.bias, settings),
+            x,
+            *_stored(following.weight, following.bias, settings),
+            following.eps,
+            dropout_p=_chance(layer.dropout1),
+            wide=not layer.norm_first,
+            backend=settings.backend,
+        )
+        hidden = self._hidden(normed)
+        second = _stored(layer.linear2.weight, layer.linear2.bias, settings)
+        dropout_p = _chance(layer.dropout2)
+        if layer.norm_first:
+            return ops.linear_residual(hidden, *second, summed, dropout_p=dropout_p, backend=settings.backend)
+        return ops.linear_add_layer_norm(
+            hidden,
+            *second,
+            normed,
+            *_stored(layer.norm2.weight, layer.norm2.bias, settings),
+            layer.norm2.eps,
+            dropout_p=dropout_p,
+            wide=True,
+            backend=settings.backend,
+        )[0]
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        layer, settings = cast(Any, self), self.settings
+        first = _stored(layer.linear1.weight, layer.linear1.bias, settings)
+        if is_erf_gelu(layer.activation):
+            hidden = ops.linear_gelu(x, *first, backend=settings.backend)
+        else:
+            hidden = layer.activation(ops.linear(x, *first, backend=settings.backend))
+        return F.dropout(hidden, _chance(layer.dropout)) if _chance(layer.dropout) else hidden
+
+
+class UnpaddedTransformerEncoder(Fused):
+    """`torch.nn.TransformerEncoder` on packed tokens: padding is left out of all layers, and zero in the result."""
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        layers = self._layers()
+        hidden = src_key_padding_mask
+        if layers is None or hidden is None or hidden.dtype != torch.bool or mask is not None or src.ndim != 3:
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        batch_first = cast(Any, layers[0]).self_attn.batch_first
+        padded = src if batch_first else src.transpose(0, 1)
+        planned = plan(~hidden, keep_first=False) if hidden.shape == padded.shape[:2] else None
+        if planned is None:
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        packing, _ = planned
+        cu, longest = packing.cu_seqlens, packing.longest
+        packed = Packed(cu, cu, longest, longest)
+
+        def attend(*arguments: Any) -> Tensor:
+            return packed(*arguments).flatten(-2)
+
+        with self.settings.own_types(src.device):
+            x = packing.pack(padded)
+            for layer in layers:
+                x = layer.run(x, attend)
+        norm = cast(Any, self).norm
+        # Padding is put back behind the norm, which would make its bias of it.
+        out = packing.unpad(x if norm is None else norm(x))
+        return out if batch_first else out.transpose(0, 1)
+
+    def _layers(self) -> list[FusedTransformerEncoderLayer] | None:
+        """The layers, if they can be run on packed tokens now."""
+        layers = find(self, "layers")
+        norm = find(self, "norm")
+        if torch.compiler.is_compiling() or layers is None or (norm is not None and observed(norm)):
+            return None
+        fused = [layer for layer in layers.children() if isinstance(layer, FusedTransformerEncoderLayer)]
+        ready = all(layer.intact() and not observed(layer) for layer in fused)
+        return fused if fused and ready and len(fused) == len(list(layers.children())) else None
+
+
+class FusedLayerNorm(Fused):
+    """`torch.nn.LayerNorm` over one dimension, by a kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm, settings = cast(Any, self), self.settings
+        with settings.own_types(input.device):
+            return _norm(norm, settings.operand(input), settings)
+
+
+def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    """q, k, v `[..., H, D]` of a MultiheadAttention, with as few products as the inputs allow."""
+    heads, width, bias = attention.num_heads, attention.embed_dim, attention.in_proj_bias
+    query, key, value = (settings.operand(t) for t in (query, key, value))
+    packed = attention.in_proj_weight
+    if packed is None:
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        made = [_linear(x, w, b, settings) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+    elif key is query and value is key:
+        made = _linear(query, packed, bias, settings).chunk(3, -1)
+    else:
+        weights, both = (packed[:width], packed[width:]), (None, None) if bias is None else (bias[:width], bias[width:])
+        made = [_linear(query, weights[0], both[0], settings)]
+        if value is key:
+            made += _linear(key, weights[1], both[1], settings).chunk(2, -1)
+        else:
+            halves = (None, None) if both[1] is None else both[1].chunk(2)
+            for x, w, b in zip((key, value), weights[1].chunk(2), halves, strict=True):
+                made.append(_linear(x, w, b, settings))
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in made)
+    return q, k, v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """Attention of q `[B, L, H, D]` over k and v `[B, S, H, D]`: `[B, L, H·D]`."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p).transpose(1, 2).flatten(2)
+
+
+def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
+    """Both masks of PyTorch's convention (True hides) as one to be added to scores: broadcasts to `[B, H, L, S]`."""
+    added = None
+    if mask is not None:
+        added = _additive(mask, q.dtype)
+        added = added if mask.ndim == 2 else added.unflatten(0, (q.shape[0], -1))
+    if padding is not None:
+        hidden = _additive(padding, q.dtype).view(-1, 1, 1, keys)
+        added = hidden if added is None else added + hidden
+    return added
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
+    return ops.linear(x, *_stored(weight, bias, settings), backend=settings.backend)
+
+
+def _stored(weight: Tensor, bias: Tensor | None, settings: Settings) -> tuple[Tensor, Any]:
+    converted = settings.parameter(weight)
+    assert converted is not None
+    return converted, settings.parameter(bias)
+
+
+def _norm(norm: Any, x: Tensor, settings: Settings) -> Tensor:
+    return ops.layer_norm(x, *_stored(norm.weight, norm.bias, settings), norm.eps, backend=settings.backend)
+
+
+def _chance(dropout: Any) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _is(kind: type[nn.Module], module: nn.Module) -> bool:
+    return original_class(module) is kind
+
+
+def _attention_refusal(module: nn.Module, settings: Settings) -> str | None:
+    attention = cast(Any, module)
+    if attention.bias_k is not None:
+        return "add_bias_kv appends a key and a value"
+    if attention.add_zero_attn:
+        return "add_zero_attn appends a key and a value"
+    return why_not_bypassed(module, _ATTENTION_PARTS)
+
+
+def _layer_refusal(module: nn.Module, settings: Settings) -> str | None:
+    layer = cast(Any, module)
+    if layer.norm1.bias is None or layer.norm2.bias is None:
+        return "its norms have no bias"
+    return why_not_bypassed(module, _LAYER_PARTS) or _attention_refusal(layer.self_attn, settings)
+
+
+def _encoder_refusal(module: nn.Module, settings: Settings) -> str | None:
+    if not settings.unpad:
+        return "its padding goes PyTorch's way; unpad=True leaves it out in training too"
+    return None
+
+
+def _norm_refusal(module: nn.Module, settings: Settings) -> str | None:
+    norm = cast(nn.LayerNorm, module)
+    if norm.weight is None or norm.bias is None:
+        return "it has no weight or no bias"
+    if len(norm.normalized_shape) != 1:
+        return f"it normalises {len(norm.normalized_shape)} dimensions"
+    chosen = resolve(settings.backend, norm.weight)
+    return None if chosen == "triton" else "PyTorch's own is as fast here; a kernel replaces it on NVIDIA GPUs"
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "UnpaddedTransformerEncoder",
+        partial(_is, nn.TransformerEncoder),
+        UnpaddedTransformerEncoder,
+        "padding left out of all layers",
+        _encoder_refusal,
+    ),
+    Rule(
+        "FusedTransformerEncoderLayer",
+        partial(_is, nn.TransformerEncoderLayer),
+        FusedTransformerEncoderLayer,
+        "one product for q, k, v; activation, residual and norm fused",
+        _layer_refusal,
+    ),
+    Rule(
+        "FusedMultiheadAttention",
+        partial(_is, nn.MultiheadAttention),
+        FusedMultiheadAttention,
+        "one product for inputs that are the same (calls with need_weights=False)",
+        _attention_refusal,
+    ),
+    Rule("FusedLayerNorm", partial(_is, nn.LayerNorm), FusedLayerNorm, "one pass over memory", _norm_refusal),
+)
