@@ -17,7 +17,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench ablations test test-all check lint types audit format dist clean distclean
+.PHONY: help venv install bench readme ablations test test-all check lint types audit format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ install: $(VENV)/$(EXTRAS).stamp ## install the package for development
 
 bench: $(VENV)/bench.stamp ## measure this machine: make bench ARGS="--help"
 	$(BIN)/xfm-fast bench $(ARGS)
+
+readme: $(VENV)/$(EXTRAS).stamp ## write the README's tables anew from benchmarks/results
+	$(BIN)/python -m xfm_fast.benchmarks.readme_tables $(ARGS)
 
 ablations: $(VENV)/$(EXTRAS).stamp ## train the tiny model with and without the method, three seeds each
 	$(BIN)/xfm-fast reproduce ablations $(ARGS)

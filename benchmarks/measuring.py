@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -194,7 +195,7 @@ def interleave(
                 or (done < rounds and time.perf_counter() < deadline)
                 or (done < most_rounds and _room(started, done, min(budget_s, deadline - started)))
             ):
-                for name in _rotated(names, done):
+                for name in rotated(names, done):
                     on_step(f"{name}, round {done + 1}")
                     _record(out, name, sample(variants[name]))
                 probe_all()
@@ -209,7 +210,8 @@ def _room(started: float, done: int, budget_s: float) -> bool:
     return elapsed + elapsed / done <= budget_s
 
 
-def _rotated(names: list[str], shift: int) -> list[str]:
+def rotated(names: list[str], shift: int) -> list[str]:
+    """The order of a round: begun one further every time, and backwards every other time."""
     shift %= len(names)
     order = names[shift:] + names[:shift]
     return order if shift % 2 == 0 else order[::-1]
@@ -236,6 +238,24 @@ def ratio_interval(slow: Sequence[float], fast: Sequence[float], level: float = 
     ratios.sort()
     tail = (1 - level) / 2
     return ratios[int(tail * _RESAMPLES)], ratios[min(_RESAMPLES - 1, int((1 - tail) * _RESAMPLES))]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of the values does not exceed: one that was measured."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def bootstrap(
+    values: Sequence[float], statistic: Callable[[Sequence[float]], float], level: float = 0.95
+) -> tuple[float, float] | None:
+    """Interval of a statistic of independent samples by resampling; None for fewer than three."""
+    if len(values) < 3:
+        return None
+    draw = random.Random(0)
+    found = sorted(statistic(draw.choices(values, k=len(values))) for _ in range(_RESAMPLES // 2))
+    tail = (1 - level) / 2
+    return found[int(tail * len(found))], found[min(len(found) - 1, int((1 - tail) * len(found)))]
 
 
 def shares_of_peak(flops: int, seconds: Sequence[float], probes: Sequence[float]) -> list[float]:

@@ -305,9 +305,10 @@ def _timed(run: Callable[[], Any], rounds: int) -> tuple[Any, list[float]]:
     return result, seconds
 
 
-def _child(settings: dict[str, Any]) -> dict[str, Any]:
+def _prepared(settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The official model with the weights, and what had to be replaced for it."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
@@ -317,6 +318,14 @@ def _child(settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = _build(settings["config"], Path(folder)).eval()
     _load(model, load_file(settings["weights"]))
+    return model, replaced
+
+
+def _child(settings: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model, replaced = _prepared(settings)
     given, rounds = load_file(settings["inputs"]), settings["rounds"]
     with torch.no_grad():
         (embeds, _), image_s = _timed(lambda: model.get_vision_embeds(given["image"]), rounds)
@@ -346,6 +355,36 @@ def _child(settings: dict[str, Any]) -> dict[str, Any]:
     return {"images": image_s, "texts": text_s, "scores": score_s, "environment": environment}
 
 
+def _serve(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Answer requests that come as lines on standard input, until it ends; tensors travel by way of files."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model, replaced = _prepared(settings)
+    say({"ready": True, "replaced": replaced})
+    with torch.inference_mode():
+        for line in sys.stdin:
+            request = json.loads(line)
+            given = load_file(request["inputs"])
+            if request["work"] == "embed-image":
+                result = model.get_vision_embeds(given["pixels"])[0]
+            elif request["work"] == "embed-text":
+                result = model.get_text_embeds(given["ids"], given["mask"])
+            else:
+                images = given["images"][given["image_of"]]
+                fused = model.get_cross_embeds(
+                    image_embeds=images,
+                    image_atts=torch.ones(images.shape[:2], dtype=torch.long),
+                    text_ids=given["mask"],  # their shape alone is read where embeddings are given
+                    text_atts=given["mask"],
+                    text_embeds=given["embeds"],
+                )
+                result = model.itm_head(fused[:, 0, :])[:, 1]
+            save_file({"result": result.contiguous()}, request["outputs"])
+            say({"done": True})
+    return {"ended": True}
+
+
 def _child_main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("settings")
@@ -354,12 +393,16 @@ def _child_main() -> int:
     # The program's own output line keeps standard output; all that the clone prints goes to standard error.
     out = os.dup(1)
     os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        os.write(out, (json.dumps(message) + "\n").encode())
+
     try:
-        result: dict[str, Any] = _child(settings)
+        result: dict[str, Any] = _serve(settings, say) if settings.get("serve") else _child(settings)
     except BaseException as error:  # whatever fails in foreign code becomes one line
         result = {"error": f"{type(error).__name__}: {error}"[:500]}
     sys.stdout.flush()
-    os.write(out, (json.dumps(result) + "\n").encode())
+    say(result)
     return 0
 
 

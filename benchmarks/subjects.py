@@ -29,12 +29,14 @@ class Subjects:
     Attributes:
         origin: where the weights come from, for reports.
         trained: whether they come from a checkpoint.
+        device: of the models; set it before the first is built.
     """
 
     def __init__(self, config: XFMConfig, state: Mapping[str, Tensor], origin: str, *, trained: bool) -> None:
         self.config = config
         self.origin = origin
         self.trained = trained
+        self.device = torch.device("cpu")
         self._state = state
         self._shared: dict[torch.dtype, dict[str, nn.Parameter]] = {}
         self._models: dict[tuple[int, torch.dtype], XFM] = {}
@@ -88,13 +90,13 @@ class Subjects:
     def _parameters(self, config: XFMConfig, dtype: torch.dtype) -> dict[str, Tensor]:
         if dtype not in self._shared:
             self._shared[dtype] = {
-                name: nn.Parameter(tensor.to(dtype), requires_grad=False)
+                name: nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
                 for name, tensor in self._state.items()
                 if not name.endswith(_TABLE)
             }
         window = (config.grid, config.grid)
         tables = {
-            name: nn.Parameter(checkpoint.interpolate_table(tensor, window).to(dtype), requires_grad=False)
+            name: nn.Parameter(checkpoint.interpolate_table(tensor, window).to(self.device, dtype), requires_grad=False)
             for name, tensor in self._state.items()
             if name.endswith(_TABLE)
         }

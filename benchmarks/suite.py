@@ -94,7 +94,7 @@ class Document:
                 **what,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "command": list(command),
-                "options": _plain(vars(options)),
+                "options": plain_options(vars(options)),
                 "interrupted": False,
                 "machine": machine.describe(),
                 "parity": [],
@@ -147,7 +147,8 @@ def run(options: Options, progress: Progress | None = None, command: Sequence[st
     return document
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as values of JSON."""
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in options.items()
@@ -165,19 +166,11 @@ def _measure(options: Options, progress: Progress, document: Document, started: 
     progress.begin(7 + (options.official is not None))
     progress.stage("photographs and captions")
     collection = photographs.bundled() if options.data is None else photographs.from_folder(options.data)
-    tokenizer = _tokenizer(options, collection)
-    content["data"] = {
-        "origin": collection.origin,
-        "photos": len(collection.names),
-        "captions": len(collection.captions),
-        "skipped": [skipped._asdict() for skipped in collection.skipped],
-        "left_unread": collection.left_unread,
-        "tokenizer": tokenizer.origin,
-        "vocabulary": tokenizer.vocab_size,
-    }
+    tokenizer = make_tokenizer(options.preset, options.tokenizer, collection)
+    content["data"] = describe_data(collection, tokenizer)
     progress.stage("model")
     loading = time.perf_counter()
-    subjects = _subjects(options)
+    subjects = make_subjects(options.preset, options.checkpoint, options.seed)
     tokenizer.check(subjects.config)
     first_model = subjects.model(sizes.small_image, DTYPES[names[0]])
     load_s = time.perf_counter() - loading
@@ -235,10 +228,24 @@ def choose_dtypes(asked: tuple[str, ...] | None) -> tuple[list[str], dict[str, s
     return ["fp32"], {"bf16": "not offered by this CPU (no AVX-512 BF16, AMX or ARM BF16); --dtype bf16 emulates it"}
 
 
-def _tokenizer(options: Options, collection: Collection) -> CaptionTokenizer:
-    if options.tokenizer is not None:
-        return CaptionTokenizer.from_files(options.tokenizer)
-    return CaptionTokenizer.train_on_texts(collection.captions, preset_config(options.preset).vocab_size)
+def make_tokenizer(preset: PresetName, files: Path | None, collection: Collection) -> CaptionTokenizer:
+    """RoBERTa's from its files, or one trained on the captions."""
+    if files is not None:
+        return CaptionTokenizer.from_files(files)
+    return CaptionTokenizer.train_on_texts(collection.captions, preset_config(preset).vocab_size)
+
+
+def describe_data(collection: Collection, tokenizer: CaptionTokenizer) -> dict[str, Any]:
+    """Photographs, captions and tokens, for the head of a document."""
+    return {
+        "origin": collection.origin,
+        "photos": len(collection.names),
+        "captions": len(collection.captions),
+        "skipped": [skipped._asdict() for skipped in collection.skipped],
+        "left_unread": collection.left_unread,
+        "tokenizer": tokenizer.origin,
+        "vocabulary": tokenizer.vocab_size,
+    }
 
 
 def preset_config(preset: PresetName) -> XFMConfig:
@@ -246,10 +253,11 @@ def preset_config(preset: PresetName) -> XFMConfig:
     return XFMConfig.preset(preset, **({"vocab_size": 2048} if preset == "tiny" else {}))
 
 
-def _subjects(options: Options) -> Subjects:
-    if options.checkpoint is not None:
-        return Subjects.load(options.checkpoint, options.preset)
-    return Subjects.random(preset_config(options.preset), options.seed)
+def make_subjects(preset: PresetName, checkpoint: Path | None, seed: int) -> Subjects:
+    """Models with the weights of a checkpoint, or random ones."""
+    if checkpoint is not None:
+        return Subjects.load(checkpoint, preset)
+    return Subjects.random(preset_config(preset), seed)
 
 
 def _check(

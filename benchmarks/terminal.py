@@ -14,6 +14,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from xfm_fast.benchmarks.suite import Progress
+from xfm_fast.benchmarks.terminal_scenarios import print_comparison, print_scenarios
+
+__all__ = ["print_comparison", "print_report", "print_scenarios", "progress"]
 
 _LISTED = 8
 

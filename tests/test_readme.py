@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
+from xfm_fast.benchmarks.readme_tables import regenerated
 from xfm_fast.data.shapes import write_world
+from xfm_fast.errors import DataError
 from xfm_fast.export.exporting import export_onnx
 from xfm_fast.export.verification import verify_export
 from xfm_fast.reproduce.ablations import TITLES
@@ -95,24 +98,38 @@ def test_commands_in_running_text_exist(command: str) -> None:
         assert option in done.stdout
 
 
-def test_the_measured_table_is_that_of_the_committed_run() -> None:
-    document = json.loads((ROOT / "benchmarks/results/cpu-avx2-2threads.json").read_text(encoding="utf-8"))
+def test_the_tables_are_those_of_the_committed_results() -> None:
+    assert re.findall(r"<!-- bench:begin (\S+) -->", README), "the README has no generated table"
+    assert regenerated(ROOT / "README.md") == README, "a table is stale: run make readme"
+
+
+def test_a_stale_table_is_found_and_rewritten(tmp_path: Path) -> None:
+    file = "benchmarks/results/cpu-avx2-2threads.json"
+    (tmp_path / file).parent.mkdir(parents=True)
+    shutil.copy(ROOT / file, tmp_path / file)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n<!-- bench:begin {file} -->\n| old |\n<!-- bench:end -->\nafter\n", encoding="utf-8")
+    fresh = regenerated(readme)
+    document = json.loads((ROOT / file).read_text(encoding="utf-8"))
     rows = [row for row in document["rows"] if row["status"] == "measured"]
     assert len(rows) == 5
     for row in rows:
         fast, official = (row[side]["throughput"] for side in ("fast", "twin"))
-        numbers = f"| {fast:.3g} {row['unit']}/s | {official:.3g} | {row['ratio']:.1f}x | {row['share_of_peak']:.0%} |"
-        assert f"| {row['name']} {numbers}" in README
+        ratio = f"{row['ratio']:.1f}x{' †' if row['probe']['contended'] else ''}"
+        numbers = f"| {fast:.3g} {row['unit']}/s | {official:.3g} | {ratio} | {row['share_of_peak']:.0%} |"
+        assert f"| {row['name']} {numbers}" in fresh
+    assert fresh.startswith("before\n<!-- bench:begin")
+    assert fresh.endswith("<!-- bench:end -->\nafter\n")
+    assert "old" not in fresh
+    readme.write_text(fresh, encoding="utf-8")
+    assert regenerated(readme) == fresh
 
 
-def test_the_table_of_the_second_processor_is_that_of_its_run() -> None:
-    document = json.loads((ROOT / "benchmarks/results/cpu-amx-2threads.json").read_text(encoding="utf-8"))
-    rows = [row for row in document["rows"] if row["status"] == "measured"]
-    assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
-    for row in rows:
-        fast, official = (row[side]["throughput"] for side in ("fast", "twin"))
-        numbers = f"| {fast:.3g} {row['unit']}/s | {official:.3g} | {row['ratio']:.1f}x | {row['share_of_peak']:.0%} |"
-        assert f"| {row['name']} | {row['dtype']} {numbers}" in README
+def test_markers_that_do_not_pair_up_are_refused(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:begin results.json -->\n| old |\n", encoding="utf-8")
+    with pytest.raises(DataError, match="do not pair up"):
+        regenerated(readme)
 
 
 def test_the_ablations_are_those_of_the_committed_study() -> None:

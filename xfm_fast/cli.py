@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xfm_fast import (
+    cli_bench_drop_in,
     cli_bench_kernels,
+    cli_bench_reports,
+    cli_bench_scenario,
     cli_bench_training,
     cli_data,
     cli_export,
@@ -40,7 +43,10 @@ cli_export.register(app)
 cli_training.register(app)
 cli_reproduce.register(app)
 bench_app.command("kernels")(cli_bench_kernels.bench_kernels)
+bench_app.command("drop-in")(cli_bench_drop_in.bench_drop_in)
 bench_app.command("train-step")(cli_bench_training.bench_train_step)
+cli_bench_reports.register(bench_app)
+cli_bench_scenario.register(bench_app)
 
 _PRESETS = ("base", "tiny")
 

@@ -1,49 +1,22 @@
-"""The HTML report: one self-contained page with charts drawn as inline SVG, readable in light and dark."""
+"""The page of the suite and of the training step: fast against official, row by row."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-_STYLE = """
-:root { color-scheme: light dark; --ground: #fcfcfb; --panel: #ffffff; --ink: #1b1f24; --soft: #5b6470; --line: #e2e5e9;
-  --fast: #0f7b6c; --half: #6d4fc2; --twin: #c2641a; --bad: #b3261e; --good: #e4f3ef; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14171a; --panel: #1c2024; --ink: #e8eaed; --soft: #9aa4af;
-  --line: #31373d; --fast: #3fc6ae; --half: #a996f0; --twin: #f0a05a; --bad: #ff8a80; --good: #17332e; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
-h2 { font-size: 17px; margin: 0 0 4px; }
-p { margin: 0 0 12px; max-width: 76ch; } .soft { color: var(--soft); }
-section, .tile { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; }
-section { padding: 18px 20px; margin-top: 18px; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px; }
-.tile { padding: 12px 16px; flex: 1 1 150px; }
-.tile b { display: block; font-size: 26px; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: 13px; }
-.note { border-left: 3px solid var(--twin); padding: 2px 12px; margin: 14px 0 0; }
-.note.bad { border-color: var(--bad); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.wide td:first-child { min-width: 230px; }
-tr:last-child td { border-bottom: 0; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12.5px; }
-svg .soft { fill: var(--soft); } svg .value { font-weight: 600; font-variant-numeric: tabular-nums; }
-.grid { stroke: var(--line); } .axis { stroke: var(--soft); }
-.fp32 { fill: var(--fast); } .bf16 { fill: var(--half); } .twin { fill: var(--twin); } .track { fill: var(--line); }
-.whisker { stroke: var(--ink); stroke-width: 1.5; } .median { stroke: var(--ink); stroke-width: 2; }
-.key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin: 0 5px 0 14px; }
-.key:first-child { margin-left: 0; }
-.k-fp32 { background: var(--fast); } .k-bf16 { background: var(--half); } .k-twin { background: var(--twin); }
-.bad { color: var(--bad); } code { font-size: 13px; overflow-wrap: anywhere; }
-"""
+from xfm_fast.benchmarks.page.document import (
+    circumstances,
+    circumstances_line,
+    notes,
+    seconds,
+    section,
+    shell,
+    skipped,
+)
 
 _WIDTH, _LABEL, _RIGHT = 1000, 170, 90
 _PLOT = _WIDTH - _LABEL - _RIGHT
@@ -62,53 +35,41 @@ def render(content: dict[str, Any]) -> str:
         _shares(measured, content),
         _table(content),
         _official(content),
-        _facts(content),
-        _skipped(content),
+        circumstances(content, _paths(content)),
+        skipped(content),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>xfm-fast bench</title><style>{_STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
+    return shell("xfm-fast bench", body, kind="suite")
+
+
+def _paths(content: dict[str, Any]) -> list[tuple[str, str]]:
+    chosen = content.get("selections", [])
+    return [("paths", "; ".join(f"{s['operation']} {s['dtype']}: {s['chosen']}" for s in chosen))]
 
 
 def _title(content: dict[str, Any]) -> str:
-    machine = content["machine"]
-    threads = _count(machine["threads"], "thread")
-    circumstances = f"{machine['cpu']}, {threads}, PyTorch {machine['torch']}, {_when(content['date'])}"
-    return f"<h1>xfm-fast against the official algorithm</h1><p class=soft>{escape(circumstances)}</p>"
-
-
-def _when(date: str) -> str:
-    return date.replace("T", " ").replace("+00:00", " UTC")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"<h1>xfm-fast against the official algorithm</h1><p class=soft>{escape(circumstances_line(content))}</p>"
 
 
 def _notes(content: dict[str, Any]) -> str:
-    notes = []
+    found = []
     if content["interrupted"]:
-        notes.append(("bad", "The run was interrupted; the rows measured before are complete."))
-    notes += [
+        found.append(("bad", "The run was interrupted; the rows measured before are complete."))
+    found += [
         ("bad", f"{check['name']} ({check['dtype']}): error {check['error']:.1e} exceeds {check['band']:.1e}.")
         for check in content["parity"]
         if not check["passed"]
     ]
     if content["options"]["quick"]:
-        notes.append(("", "Short form: less work per row and fewer samples than the full measurement."))
+        found.append(("", "Short form: less work per row and fewer samples than the full measurement."))
     if any(row.get("probe", {}).get("contended") for row in content["rows"]):
-        notes.append(
+        found.append(
             ("", "Something else ran on this machine: rows marked † saw its matrix rate move by more than 10%.")
         )
     model = content.get("model")
     if model and not model["trained"]:
         nothing = ", retrieval quality means nothing" if any(row.get("recall") for row in content["rows"]) else ""
-        notes.append(("", f"The weights are random: speeds and parity are real{nothing}."))
-    return "".join(f'<p class="note {kind}">{escape(text)}</p>' for kind, text in notes)
+        found.append(("", f"The weights are random: speeds and parity are real{nothing}."))
+    return notes(found)
 
 
 def _tiles(rows: list[dict[str, Any]]) -> str:
@@ -142,12 +103,9 @@ def _legend(rows: list[dict[str, Any]], *, twin: bool) -> str:
     return f"<p class=soft>{keys}</p>"
 
 
-def _section(title: str, text: str, content: str) -> str:
-    return f"<section><h2>{title}</h2><p class=soft>{text}</p>{content}</section>"
-
-
 def _chart(rows: Sequence[str], height: int, label: str) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(rows)}</svg>'
+    drawn = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(rows)}</svg>'
+    return f'<div class=wide tabindex="0" role="region" aria-label="{escape(label)}">{drawn}</div>'
 
 
 def _axis(ticks: Iterable[tuple[float, str]], height: int) -> str:
@@ -182,7 +140,7 @@ def _speedups(rows: list[dict[str, Any]]) -> str:
             + f'<text class=value x="{max(high, _LABEL + width) + 8:.1f}" y="{y + 15}">{row["ratio"]:.1f}×</text>'
         )
     text = "Median time of the official algorithm in fp32 over median time of xfm-fast; the line is a 95% interval."
-    return _section("Speed-up", text, _legend(rows, twin=False) + _chart(parts, height, "speed-up of every row"))
+    return section("Speed-up", text, _legend(rows, twin=False) + _chart(parts, height, "speed-up of every row"))
 
 
 def _step(top: float) -> float:
@@ -202,7 +160,7 @@ def _samples(rows: list[dict[str, Any]]) -> str:
         return _LABEL + (_PLOT + _RIGHT - 20) * (math.log10(seconds) - low) / (high - low)
 
     height = 34 * len(rows) + 24
-    parts = [_axis([(place(10.0**power), _seconds(10.0**power)) for power in range(low, high + 1)], height)]
+    parts = [_axis([(place(10.0**power), seconds(10.0**power)) for power in range(low, high + 1)], height)]
     for number, row in enumerate(rows):
         y = 34 * number + 16
         parts.append(_name(row, y + 4))
@@ -214,11 +172,7 @@ def _samples(rows: list[dict[str, Any]]) -> str:
             ]
             parts.append(f'<line class=median x1="{middle:.1f}" x2="{middle:.1f}" y1="{y - 9}" y2="{y + 9}"/>')
     text = "Every timed run, on a logarithmic scale; the strokes are medians. Variants took turns in one process."
-    return _section("Samples", text, _legend(rows, twin=True) + _chart(parts, height, "all samples of every row"))
-
-
-def _seconds(value: float) -> str:
-    return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms" if value >= 1e-3 else f"{value * 1e6:g} µs"
+    return section("Samples", text, _legend(rows, twin=True) + _chart(parts, height, "all samples of every row"))
 
 
 def _memory(rows: list[dict[str, Any]]) -> str:
@@ -246,7 +200,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         "Highest memory of each procedure, in a process of its own on a CPU. The darker part is there before the step "
         "or belongs to the gradients; the lighter part is what the step itself takes."
     )
-    return _section("Peak memory", text, _legend(rows, twin=True) + _chart(parts, height, "peak memory of every row"))
+    return section("Peak memory", text, _legend(rows, twin=True) + _chart(parts, height, "peak memory of every row"))
 
 
 def _shares(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
@@ -272,7 +226,7 @@ def _shares(rows: list[dict[str, Any]], content: dict[str, Any]) -> str:
     if content.get("device") == "cuda":
         whose = "the rate that the data sheet gives"
     text = escape(f"Operations that the result needs, per second, over {whose} ({rates}).")
-    return _section("Share of the machine's matrix rate", text, _chart(parts, height, "share of peak of every row"))
+    return section("Share of the machine's matrix rate", text, _chart(parts, height, "share of peak of every row"))
 
 
 def _table(content: dict[str, Any]) -> str:
@@ -309,7 +263,7 @@ def _table(content: dict[str, Any]) -> str:
     head = "".join(f"<th{'' if i < 2 else ' class=n'}>{escape(text)}</th>" for i, text in enumerate(heads))
     table = f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     text = "Errors are the largest difference from the official algorithm relative to the largest value."
-    return _section("All rows", text, table)
+    return section("All rows", text, table)
 
 
 def _official(content: dict[str, Any]) -> str:
@@ -317,9 +271,9 @@ def _official(content: dict[str, Any]) -> str:
     if not official:
         return ""
     if official["status"] == "absent":
-        return _section("Official code", escape(f"Absent: {official['reason']}"), "")
+        return section("Official code", escape(f"Absent: {official['reason']}"), "")
     lines = "".join(
-        f"<tr><td>{escape(row['key'])}</td><td class=n>{_seconds(_median(row['seconds']))}</td>"
+        f"<tr><td>{escape(row['key'])}</td><td class=n>{seconds(statistics.median(row['seconds']))}</td>"
         f"<td class=n>{row['error']:.1e}</td></tr>"
         for row in official["rows"]
     )
@@ -329,61 +283,4 @@ def _official(content: dict[str, Any]) -> str:
         f"{official['transformers']}{replaced}). Errors are against the official algorithm as timed above."
     )
     head = "<thead><tr><th>work</th><th class=n>median</th><th class=n>error</th></tr></thead>"
-    return _section("Official code", text, f"<table>{head}<tbody>{lines}</tbody></table>")
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-
-
-def _facts(content: dict[str, Any]) -> str:
-    machine = content["machine"]
-    commit = machine["commit"] or "no git checkout"
-    facts = [
-        ("processor", f"{machine['cpu']} ({', '.join(machine['cpu_features'])})"),
-        (
-            "cores",
-            f"{machine['cores_physical']} physical, {machine['cores_logical']} logical, {machine['threads']} used",
-        ),
-        ("memory", f"{machine['memory_gb']} GB, {machine['memory_available_gb']} GB available at the start"),
-        ("system", f"{machine['system']}, Python {machine['python']}"),
-        ("PyTorch", f"{machine['torch']}, MKL {_yes(machine['mkl'])}, oneDNN {_yes(machine['onednn'])}"),
-        ("versions", ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)),
-        ("xfm-fast", f"{machine['xfm_fast']}, commit {commit}{', with changes' if machine['dirty'] else ''}"),
-    ]
-    if "model" in content:
-        model = content["model"]
-        facts.append(("model", f"{model['preset']}, {model['parameters'] / 1e6:.0f}M parameters, {model['origin']}"))
-    if "data" in content:
-        data = content["data"]
-        facts.append(("data", f"{data['photos']} photographs, {data['captions']} captions: {data['origin']}"))
-        facts.append(("tokenizer", f"{data['tokenizer']}, {data['vocabulary']} entries"))
-    if "cold_start" in content:
-        cold = content["cold_start"]
-        parts = [("imports", "process_to_suite_s"), ("weights", "load_s"), ("first image", "first_image_s")]
-        split = ", ".join(f"{name} {cold[key]:.1f}" for name, key in parts)
-        facts.append(("cold start", f"{cold['total_s']:.1f} s: {split}"))
-    facts += [
-        ("paths", "; ".join(f"{s['operation']} {s['dtype']}: {s['chosen']}" for s in content.get("selections", []))),
-        ("command", " ".join(content["command"])),
-        ("duration", f"{content.get('duration_s', 0):.0f} s"),
-    ]
-    lines = "".join(f"<tr><th>{name}</th><td>{escape(text)}</td></tr>" for name, text in facts if text)
-    return f"<section><h2>Circumstances</h2><table><tbody>{lines}</tbody></table></section>"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _skipped(content: dict[str, Any]) -> str:
-    skipped = content.get("data", {}).get("skipped", [])
-    if not skipped:
-        return ""
-    lines = "".join(
-        f"<tr><td>{escape(str(entry['what']))}</td><td>{escape(str(entry['reason']))}</td></tr>" for entry in skipped
-    )
-    return _section(
-        f"Skipped ({len(skipped)})", "Data that could not be used.", f"<table><tbody>{lines}</tbody></table>"
-    )
+    return section("Official code", text, f"<table>{head}<tbody>{lines}</tbody></table>")

@@ -1,0 +1,154 @@
+"""What every contender offers: the model's results by its own means, from the same weights and tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.models.xfm import XFM
+
+
+class Pairs(NamedTuple):
+    """Texts to be matched with images, both embedded.
+
+    Attributes:
+        images: `[B, 1 + N, vision_width]`.
+        embeds: `[P, L, text_width]`; mask: `[P, L]`.
+        image_of: `[P]` image of each text, ascending.
+    """
+
+    images: Tensor
+    embeds: Tensor
+    mask: Tensor
+    image_of: Tensor
+
+
+class SearchIndex(NamedTuple):
+    """Images that are searched: `embeds` `[I, 1 + N, vision_width]`, `features` `[I, embed_dim]`."""
+
+    embeds: Tensor
+    features: Tensor
+
+
+class Found(NamedTuple):
+    """The best images of every query after re-ranking: `indices` `[Q, k]`, `scores` `[Q, k]`, best first."""
+
+    indices: Tensor
+    scores: Tensor
+
+
+class Stages:
+    """A clock for the parts of a run: `with stages("fusion"): ...`. A part within a part is not counted twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._inner: list[float] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wait_for(self._device)
+        self._inner.append(0.0)
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            wait_for(self._device)
+            whole = time.perf_counter() - begun
+            inner = self._inner.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + whole - inner
+            if self._inner:
+                self._inner[-1] += whole
+
+
+class NoStages:
+    """The same without a clock, for runs that are timed as a whole."""
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        yield
+
+
+Clock = Stages | NoStages
+
+
+class Engine(Protocol):
+    """A model by one implementation, in one type, on one device. Results are those of `XFM` up to rounding.
+
+    An engine has the methods of the scenarios that its contender takes part in.
+    """
+
+    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`."""
+        ...
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
+        """`[B, L]` → `[B, L, text_width]`; padded positions hold anything."""
+        ...
+
+    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+        """Match score of every pair: `[P]`."""
+        ...
+
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+        """For every text `[Q, L]` the k most similar images, re-ranked."""
+        ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine, and what it took to get it: see `rows.Cost`."""
+
+    engine: Engine
+    build_s: float = 0.0
+    load_s: float = 0.0
+    artifact_bytes: int | None = None
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything that was enqueued on a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class ComposedSearch:
+    """Search made of the other methods: features of token 0, similarity, then every pair for itself, padded.
+
+    For engines that know encoders and re-ranking only. `model` gives the contrastive projection.
+    """
+
+    model: XFM
+    embed_texts: Callable[[Tensor, Tensor, Clock], Tensor]
+    rerank: Callable[[Pairs, Clock], Tensor]
+
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+        """See `Engine.search`."""
+        with clock("text encoder"):
+            embeds = self.embed_texts(input_ids, attention_mask, NoStages())
+        with clock("similarity and top-k"):
+            projection = self.model.text_proj
+            features = F.normalize(F.linear(embeds[:, 0], projection.weight, projection.bias), dim=-1)
+            best = (features @ index.features.t()).topk(min(k, len(index.features)), dim=1).indices
+        rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
+        with clock("re-ranking"):
+            every = Pairs(
+                index.embeds[best.flatten()],
+                embeds[rows],
+                attention_mask[rows],
+                torch.arange(best.numel(), device=best.device),
+            )
+            scores = self.rerank(every, NoStages()).view_as(best)
+        return ordered(best, scores)
+
+
+def ordered(indices: Tensor, scores: Tensor) -> Found:
+    """Candidates `[Q, k]` of every query, best first."""
+    scores, order = scores.sort(dim=1, descending=True)
+    return Found(indices.gather(1, order.to(indices.device)), scores)

@@ -1,0 +1,210 @@
+"""Modules of Hugging Face transformers and timm with the weights of an X-FM: the best plain alternatives to install.
+
+RoBERTa is the text encoder, BEiT the vision encoder up to its last norm, and BLIP's text encoder the fusion encoder,
+all exactly; what they lack (the mean image token, the matching head) is added in plain PyTorch. Texts are padded to the
+longest of a batch, as these libraries do it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.benchmarks.baselines import layer_norm, mlp_head
+from xfm_fast.benchmarks.contenders.engine import Clock, ComposedSearch, Pairs
+from xfm_fast.config import XFMConfig
+from xfm_fast.models.xfm import XFM
+
+_VISION, _TEXT, _FUSION = "vision_encoder.", "text_encoder.roberta.", "fusion_encoder.roberta.encoder."
+# Names of a BEiT block in transformers 5 and, behind them, in 4.
+_BEIT_BLOCK = {
+    "gamma_1": ("lambda_1", "lambda_1"),
+    "gamma_2": ("lambda_2", "lambda_2"),
+    "norm1": ("layernorm_before", "layernorm_before"),
+    "norm2": ("layernorm_after", "layernorm_after"),
+    "mlp.fc1": ("mlp.fc1", "intermediate.dense"),
+    "mlp.fc2": ("mlp.fc2", "output.dense"),
+    "attn.proj": ("attention.o_proj", "attention.output.dense"),
+    "attn.relative_position_bias_table": (
+        "relative_position_bias.relative_position_bias_table",
+        "attention.attention.relative_position_bias.relative_position_bias_table",
+    ),
+}
+_BEIT_QKV = (("q_proj", "k_proj", "v_proj"), ("attention.query", "attention.key", "attention.value"))
+
+
+class TransformersEngine(ComposedSearch):
+    """RoBERTa, BEiT and BLIP's text encoder of transformers.
+
+    Args:
+        model: whose weights are copied.
+        parts: which of `vision`, `text`, `fusion` to build.
+    """
+
+    def __init__(self, model: XFM, parts: frozenset[str]) -> None:
+        self.model = model
+        transformers: Any = importlib.import_module("transformers")
+        made = {
+            name: build(transformers, model).to(model.device, model.dtype).eval().requires_grad_(False)
+            for name, build in (("vision", _beit), ("text", _roberta), ("fusion", _blip_text))
+            if name in parts
+        }
+        self._vision, self._text, self._fusion = (made.get(name) for name in ("vision", "text", "fusion"))
+
+    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+        assert self._vision is not None
+        return finish_image(self.model, self._vision(pixels).last_hidden_state)
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
+        assert self._text is not None
+        longest = int(attention_mask.sum(1).max())
+        out = self._text(input_ids=input_ids[:, :longest], attention_mask=attention_mask[:, :longest])
+        return F.pad(out.last_hidden_state, (0, 0, 0, input_ids.shape[1] - longest))
+
+    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+        assert self._fusion is not None
+        longest = int(pairs.mask.sum(1).max())
+        mask = pairs.mask[:, None, None, :longest].to(pairs.embeds.dtype)
+        hidden = (1.0 - mask) * torch.finfo(mask.dtype).min
+        with clock("fusion, keys and values included"):
+            fused = self._fusion(
+                pairs.embeds[:, :longest], attention_mask=hidden, encoder_hidden_states=pairs.images[pairs.image_of]
+            ).last_hidden_state
+        with clock("matching head"):
+            return mlp_head(self.model.itm_head, fused[:, 0])[:, 1]
+
+
+class TimmEngine:
+    """BEiT of timm."""
+
+    def __init__(self, model: XFM) -> None:
+        config = model.config
+        beit: Any = importlib.import_module("timm.models.beit")
+        module = beit.Beit(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            num_classes=0,
+            embed_dim=config.vision_width,
+            depth=config.vision_depth,
+            num_heads=config.vision_heads,
+            mlp_ratio=config.vision_mlp_ratio,
+            norm_layer=partial(nn.LayerNorm, eps=config.vision_layer_norm_eps),
+            init_values=config.layer_scale_init,
+            use_abs_pos_emb=False,
+            use_rel_pos_bias=True,
+        )
+        state = {name: tensor for name, tensor in _vision_state(model).items() if name != "mask_token"}
+        _fill(module, state, "timm's Beit")
+        self._model = model
+        self._module = module.to(model.device, model.dtype).eval().requires_grad_(False)
+
+    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+        return finish_image(self._model, self._module.forward_features(pixels))
+
+
+def finish_image(model: XFM, tokens: Tensor) -> Tensor:
+    """The end of X-FM's vision encoder on the output of the last block: norm of the patches, their mean in front."""
+    patches = layer_norm(model.vision_encoder.fc_norm, tokens[:, 1:])
+    return torch.cat((patches.mean(1, keepdim=True), patches), dim=1)
+
+
+def _vision_state(model: XFM) -> dict[str, Tensor]:
+    return {n.removeprefix(_VISION): t for n, t in model.state_dict().items() if n.startswith(_VISION)}
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load weights and refuse a module that has others: its results would be its own."""
+    outcome = module.load_state_dict(dict(state), strict=False)
+    buffers = ("position_ids", "token_type_ids", "relative_position_index")
+    wrong = [name for name in (*outcome.missing_keys, *outcome.unexpected_keys) if not name.endswith(buffers)]
+    if wrong:
+        raise RuntimeError(f"{what} of this version has other parameters, such as {wrong[0]}")
+
+
+def _roberta(transformers: Any, model: XFM) -> nn.Module:
+    config = model.config
+    module = transformers.RobertaModel(_text_config(transformers.RobertaConfig, config), add_pooling_layer=False)
+    state = {n.removeprefix(_TEXT): t for n, t in model.state_dict().items() if n.startswith(_TEXT)}
+    _fill(module, state, "RobertaModel")
+    return module
+
+
+def _blip_text(transformers: Any, model: XFM) -> nn.Module:
+    blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
+    config = model.config
+    settings = _text_config(transformers.BlipTextConfig, config)
+    settings.num_hidden_layers, settings.is_decoder = config.fusion_layers, True
+    settings.encoder_hidden_size = config.vision_width
+    module = blip.BlipTextEncoder(settings)
+    state = {n.removeprefix(_FUSION): t for n, t in model.state_dict().items() if n.startswith(_FUSION)}
+    _fill(module, state, "BlipTextEncoder")
+    return module
+
+
+def _text_config(kind: Any, config: XFMConfig) -> Any:
+    return kind(
+        vocab_size=config.vocab_size,
+        hidden_size=config.text_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        intermediate_size=config.text_intermediate,
+        max_position_embeddings=config.max_positions,
+        type_vocab_size=config.type_vocab_size,
+        layer_norm_eps=config.text_layer_norm_eps,
+        hidden_act="gelu",
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+    )
+
+
+def _beit(transformers: Any, model: XFM) -> nn.Module:
+    config = model.config
+    settings = transformers.BeitConfig(
+        hidden_size=config.vision_width,
+        num_hidden_layers=config.vision_depth,
+        num_attention_heads=config.vision_heads,
+        intermediate_size=int(config.vision_width * config.vision_mlp_ratio),
+        layer_norm_eps=config.vision_layer_norm_eps,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        use_mask_token=True,
+        use_relative_position_bias=True,
+        use_mean_pooling=True,  # leaves the norm to the pooler, which is not built
+        layer_scale_init_value=config.layer_scale_init,
+        drop_path_rate=0.0,
+        hidden_act="gelu",
+    )
+    module = transformers.BeitModel(settings, add_pooling_layer=False)
+    newer = any(name.startswith("layers.") for name in module.state_dict())
+    _fill(module, _beit_names(_vision_state(model), newer=newer), "BeitModel")
+    return module
+
+
+def _beit_names(state: Mapping[str, Tensor], *, newer: bool) -> dict[str, Tensor]:
+    spelling = 0 if newer else 1
+    named: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        parts = name.split(".", 2)
+        if parts[0] != "blocks":
+            if not name.startswith("fc_norm"):
+                renamed = name.replace("patch_embed.proj", "patch_embeddings.projection")
+                named[f"embeddings.{renamed}"] = tensor
+            continue
+        block, inner = f"layers.{parts[1]}." if newer else f"encoder.layer.{parts[1]}.", parts[2]
+        q, k, v = (f"{block}attention.{part}" for part in _BEIT_QKV[spelling])
+        if inner == "attn.qkv.weight":
+            for target, part in zip((q, k, v), tensor.chunk(3), strict=True):
+                named[f"{target}.weight"] = part
+        elif inner in ("attn.q_bias", "attn.v_bias"):
+            named[f"{q if inner == 'attn.q_bias' else v}.bias"] = tensor
+        else:
+            stem = next(stem for stem in _BEIT_BLOCK if inner == stem or inner.startswith(f"{stem}."))
+            named[block + _BEIT_BLOCK[stem][spelling] + inner.removeprefix(stem)] = tensor
+    return named

@@ -1,0 +1,12 @@
+"""The HTML report: one self-contained page with charts as inline SVG, readable in light and dark, on any screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xfm_fast.benchmarks.page import scenarios, suite
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page of a results document, of whichever benchmark."""
+    return scenarios.render(content) if content["schema_version"] == 2 else suite.render(content)

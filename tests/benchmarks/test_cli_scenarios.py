@@ -1,0 +1,81 @@
+"""`xfm-fast bench scenario`, `sweep`, `coco` and `list` as a user meets them, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from xfm_fast.cli import app
+from xfm_fast.errors import UnavailableError
+
+pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
+TINY = ["--preset", "tiny", "--quick", "--threads", "1", "--baselines", "xfm-fast", "--dtype", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
+    command = ["bench", "scenario", "embed-text", "--mode", "offline", *TINY, "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "results: " in done.output
+    latest = json.loads((tmp_path / "latest.json").read_text())
+    assert (latest["schema_version"], latest["benchmark"]) == (2, "scenario")
+    assert [(row["contender"], row["mode"]) for row in latest["rows"]] == [
+        ("xfm-fast", "offline"),
+        ("official-algorithm", "offline"),
+    ]
+    assert (tmp_path / "latest.html").stat().st_size > 1000
+
+
+def test_a_sweep_is_printed_and_saved(tmp_path: Path) -> None:
+    command = ["bench", "sweep", "embed-text", "--over", "batch", "--values", "1,2", *TINY, "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    latest = json.loads((tmp_path / "latest.json").read_text())
+    assert [fit["points"] for fit in latest["fits"]] == [2, 2]
+
+
+def test_the_list_has_all_scenarios_and_baselines() -> None:
+    done = CliRunner().invoke(app, ["bench", "list"])
+    assert done.exit_code == 0, done.output
+    for name in ("embed-image", "embed-text", "rerank", "retrieve", "train-step", "kernels"):
+        assert name in done.output
+    for name in (
+        "official-algorithm",
+        "official-code",
+        "huggingface",
+        "timm",
+        "onnxruntime",
+        "openvino",
+        "tensorrt-rtx",
+    ):
+        assert name in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["scenario", "caption"], "choose from embed-image"),
+        (["scenario", "train-step"], "xfm-fast bench train-step"),
+        (["sweep", "kernels", "--over", "batch"], "xfm-fast bench kernels"),
+        (["scenario", "rerank", "--preset", "huge"], "choose one of base, tiny"),
+        (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], "choose from fp32, bf16"),
+        (["coco", "--preset", "tiny", "--device", "tpu"], "choose cpu or cuda"),
+    ],
+)
+def test_what_is_unknown_is_named(words: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["bench", *words])
+    assert isinstance(done.exception, UnavailableError)
+    assert message in str(done.exception)

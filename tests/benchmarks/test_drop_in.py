@@ -1,0 +1,115 @@
+"""`bench drop-in`: rows of models that are equal, differ, crash, or come from a package that is absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from xfm_fast import cli
+from xfm_fast.benchmarks import drop_in
+from xfm_fast.errors import InputError
+
+
+def layer_norms(layers: int) -> drop_in.Work:
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(layers)))
+    x = torch.randn(3, 5, 16)
+    return drop_in.Work(model, lambda m: m(x.to(next(m.parameters()).dtype)), 3)
+
+
+def crashing(layers: int) -> drop_in.Work:
+    raise RuntimeError("somebody else's model")
+
+
+def growing(layers: int) -> drop_in.Work:
+    """Gives another result on every call."""
+    work, calls = layer_norms(layers), []
+
+    def call(model: nn.Module) -> torch.Tensor:
+        calls.append(1)
+        return work.call(model) + len(calls)
+
+    return drop_in.Work(work.model, call, 3)
+
+
+def case(key: str, make: Any, package: str = "torch") -> drop_in.Case:
+    return drop_in.Case(key, f"the model {key}", package, "texts", {}, make)
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = (
+        case("good", layer_norms),
+        case("absent", layer_norms, "no_such_package"),
+        case("bad", crashing),
+        case("different", growing),
+        case("unknown", lambda layers: drop_in.Work(nn.ReLU(), lambda m: m(torch.ones(2)), 1)),
+    )
+    monkeypatch.setattr(drop_in, "CASES", made)
+
+
+@pytest.mark.usefixtures("cases")
+def test_every_row_says_what_became_of_it() -> None:
+    threads = torch.get_num_threads()
+    document = drop_in.run(drop_in.DropInOptions(quick=True, dtypes=("fp32",), threads=1))
+    torch.set_num_threads(threads)
+    rows = {row["key"]: row for row in document.rows}
+    assert {key: row["status"] for key, row in rows.items()} == {
+        "good": "measured",
+        "absent": "absent",
+        "bad": "failed",
+        "different": "parity failed",
+        "unknown": "failed",
+    }
+    good = rows["good"]
+    assert good["parity"]["error"] <= 1e-5
+    assert good["ratio"] == pytest.approx(good["original"]["median_s"] / good["fast"]["median_s"])
+    assert "replaced" in good["report"][-1]
+    assert "pip install no_such_package" in rows["absent"]["reason"]
+    assert "somebody else's model" in rows["bad"]["reason"]
+    assert "ratio" not in rows["different"]
+    assert "nothing in ReLU" in rows["unknown"]["reason"]
+    assert not document.ok
+
+
+def test_an_interruption_keeps_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(layers: int) -> drop_in.Work:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drop_in, "CASES", (case("good", layer_norms), case("late", interrupted)))
+    document = drop_in.run(drop_in.DropInOptions(quick=True, dtypes=("fp32",), threads=torch.get_num_threads()))
+    assert document.interrupted
+    assert [row["key"] for row in document.rows] == ["good"]
+
+
+def test_an_unknown_case() -> None:
+    with pytest.raises(InputError, match="'robert' is unknown; choose from roberta"):
+        drop_in.run(drop_in.DropInOptions(only=("robert",)))
+
+
+@pytest.mark.usefixtures("cases")
+def test_the_command_prints_and_saves(tmp_path: Path) -> None:
+    file, threads = tmp_path / "rows.json", torch.get_num_threads()
+    arguments = ["bench", "drop-in", "--quick", "--only", "good,bad", "--dtype", "fp32", "--json", str(file)]
+    result = CliRunner().invoke(cli.app, [*arguments, "--threads", str(threads)])
+    assert result.exit_code == 1
+    assert "the model good" in result.stdout
+    assert "failed: RuntimeError" in result.stdout
+    saved = json.loads(file.read_text())
+    assert saved["benchmark"] == "drop-in"
+    assert [row["key"] for row in saved["rows"]] == ["good", "bad"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", drop_in.CASES, ids=lambda made: made.key)
+def test_the_models_are_equal(made: drop_in.Case) -> None:
+    pytest.importorskip(made.package)
+    row = drop_in.run(
+        drop_in.DropInOptions(only=(made.key,), quick=True, dtypes=("fp32",), threads=torch.get_num_threads())
+    ).rows[0]
+    assert row["status"] == "measured"
