@@ -77,7 +77,7 @@ def test_command_line(command: str, tmp_path: Path) -> None:
             words += ["--config", str(ROOT / "tests/data/golden/tiny_b/config.json")]
     if words[:2] == ["data", "check"]:
         write_world(tmp_path / "world", images={"train": 8, "val": 2, "test": 2})
-    if words[:2] == ["export", "verify"]:
+    if words[:2] in (["export", "verify"], ["export", "model-repository"]):
         model = XFM(XFMConfig.preset("tiny")).eval()
         export_onnx(model, tmp_path / words[2], consumer="onnxruntime", dtype="fp32", graphs=("image_memory",))
         verify_export(tmp_path / words[2], model)
