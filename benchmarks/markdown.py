@@ -14,6 +14,8 @@ _OFFICIAL = "official-algorithm"
 
 def tables(content: dict[str, Any]) -> str:
     """The rows of a results document as one Markdown table, or two; ends with a line break."""
+    if content.get("benchmark") == "drop-in":
+        return _drop_in(content["rows"])
     if content["schema_version"] == 1:
         return _suite(content)
     parts = []
@@ -54,6 +56,28 @@ def _suite(content: dict[str, Any]) -> str:
             ]
         )
     return _table(heads, lines)
+
+
+def _drop_in(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if row["status"] != "measured":
+            continue
+        same = row["ratio_same_dtype"]
+        lines.append(
+            [
+                row["name"],
+                row["dtype"],
+                f"{row['original']['median_s'] * 1e3:,.0f} ms",
+                f"{row['fast']['median_s'] * 1e3:,.0f} ms",
+                f"{row['ratio']:.1f}x{' †' if row['probe']['contended'] else ''}",
+                "" if same is None else f"{same:.1f}x",
+                f"{row['parity']['error']:.0e}",
+            ]
+        )
+    return _table(
+        ["model and work", "dtype", "untouched fp32", "ours", "faster", "than the same dtype", "error"], lines
+    )
 
 
 def _scenarios(rows: list[dict[str, Any]]) -> str:

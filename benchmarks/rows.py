@@ -403,20 +403,28 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def read_json(path: str | Path) -> tuple[Any, Any]:
+    """What a results file holds, and the schema version that it names (None where it names none).
+
+    Raises:
+        DataError: the file cannot be read or is not JSON.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a results file that exists") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not JSON ({error}); name a file that xfm-fast bench wrote") from None
+    return content, content.get("schema_version") if isinstance(content, dict) else None
+
+
 def read_document(path: str | Path) -> Document:
     """A document of scenarios.
 
     Raises:
         DataError: the file cannot be read, is not JSON, or is of another schema; names the version found.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a results file that exists") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON ({error}); name a file that xfm-fast bench wrote") from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
+    content, version = read_json(path)
     if version != SCHEMA_VERSION:
         raise DataError(
             f"{path} has schema version {version!r}, and this xfm-fast reads documents of scenarios of version "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xfm_fast.benchmarks.rows import SCHEMA_VERSION, read_document
+from xfm_fast.benchmarks.rows import SCHEMA_VERSION, read_document, read_json
 from xfm_fast.errors import DataError
 
 _SUITE_SCHEMA = 1
@@ -50,14 +50,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: the file cannot be read, is not JSON, is of another schema, or is damaged.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a results file that exists") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON ({error}); name a file that xfm-fast bench wrote") from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
+    content, version = read_json(path)
     if version == SCHEMA_VERSION:
         return read_document(path).as_content()
     if version != _SUITE_SCHEMA:
@@ -95,9 +88,11 @@ def timed(content: dict[str, Any]) -> list[Timed]:
 def _of_suite(row: dict[str, Any]) -> list[Timed]:
     there = row["status"] == "measured"
     twin_dtype = row.get("twin_dtype", "fp32")
-    control = (row["key"], row["name"], _OFFICIAL, twin_dtype)
+    # What accelerate is compared with is the untouched model, not the official algorithm.
+    other, baseline = ("original", "untouched") if "original" in row else ("twin", _OFFICIAL)
+    control = (row["key"], row["name"], baseline, twin_dtype)
     reason, contended = row.get("reason", ""), there and row["probe"]["contended"]
-    sides = [("fast", _OURS, row["dtype"], control), ("twin", _OFFICIAL, twin_dtype, None)]
+    sides = [("fast", _OURS, row["dtype"], control), (other, baseline, twin_dtype, None)]
     return [
         Timed(
             (row["key"], row["name"], contender, dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ def bench_drop_in(
     from rich.console import Console
 
     from xfm_fast.benchmarks import drop_in, machine, terminal
+    from xfm_fast.benchmarks.terminal_drop_in import print_drop_in
     from xfm_fast.checkpoint.storage import write_bytes
 
     options = drop_in.DropInOptions(
@@ -40,7 +41,7 @@ def bench_drop_in(
         document = drop_in.run(options, progress, command=["xfm-fast", *sys.argv[1:]])
     # A pipe or a log file has no width; the table needs some.
     console = Console() if sys.stdout.isatty() else Console(width=140)
-    _print(document.content, console)
+    print_drop_in(document.content, console)
     if json_file is not None:
         text = json.dumps(document.content | {"commit": machine.commit()}, indent=1, default=str) + "\n"
         write_bytes({json_file: text.encode()})
@@ -49,33 +50,3 @@ def bench_drop_in(
         raise typer.Exit(130)
     failed = any(row["status"] == "failed" for row in document.rows)
     raise typer.Exit(1 if failed or not document.ok else 0)
-
-
-def _print(content: dict[str, Any], console: Any) -> None:
-    from rich import box
-    from rich.table import Table
-
-    facts = content["machine"]
-    title = f"accelerate(model) on {facts['cpu']}, {facts['threads']} threads, PyTorch {facts['torch']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model and work", overflow="fold")
-    table.add_column("dtype")
-    for head in ("untouched", "accelerated", "faster than fp32", "than the same type", "error"):
-        table.add_column(head, justify="right")
-    for row in content["rows"]:
-        if row["status"] != "measured":
-            table.add_row(row["name"], row["dtype"] or "", f"{row['status']}: {row['reason']}", style="dim")
-            continue
-        own = row["original_same_dtype"] or row["original"]
-        low, high = row["ratio_interval"]
-        same = "" if row["ratio_same_dtype"] is None else f"{row['ratio_same_dtype']:.1f}×"
-        table.add_row(
-            row["name"] + (", other work on the machine" if row["probe"]["contended"] else ""),
-            row["dtype"],
-            f"{own['median_s'] * 1e3:,.0f} ms",
-            f"{row['fast']['median_s'] * 1e3:,.0f} ms",
-            f"{row['ratio']:.1f}× ({low:.1f} to {high:.1f})",
-            same,
-            f"{row['parity']['error']:.0e}",
-        )
-    console.print(table)

@@ -29,20 +29,27 @@ def bench_report(
 
     from xfm_fast.benchmarks import markdown as tables
     from xfm_fast.benchmarks import page, stored, terminal
+    from xfm_fast.benchmarks.terminal_drop_in import print_drop_in
     from xfm_fast.checkpoint import write_bytes
 
     content = stored.load(results)
     if html is not None:
         if html.is_dir():
             raise InputError(f"--html {html} is a folder; name a file")
+        if stored.benchmark(content) == "drop-in":
+            raise InputError(f"{results} is of bench drop-in, which has no page; leave --html out, or use --markdown")
         write_bytes({html: page.render(content).encode()})
         typer.echo(f"saved: {html}")
     if markdown:
         typer.echo(tables.tables(content), nl=False)
     elif html is None:
         console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-        show = terminal.print_report if content["schema_version"] == 1 else terminal.print_scenarios
-        show(content, console)
+        if stored.benchmark(content) == "drop-in":
+            print_drop_in(content, console)
+        elif content["schema_version"] == 1:
+            terminal.print_report(content, console)
+        else:
+            terminal.print_scenarios(content, console)
 
 
 def bench_compare(

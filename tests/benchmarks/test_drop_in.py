@@ -103,6 +103,19 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     saved = json.loads(file.read_text())
     assert saved["benchmark"] == "drop-in"
     assert [row["key"] for row in saved["rows"]] == ["good", "bad"]
+    shown = CliRunner().invoke(cli.app, ["bench", "report", str(file)])
+    assert "the model good" in shown.stdout
+    assert "failed: RuntimeError" in shown.stdout
+    written = CliRunner().invoke(cli.app, ["bench", "report", str(file), "--markdown"]).stdout.splitlines()
+    assert len(written) == 3
+    assert written[2].startswith("| the model good | fp32 | ")
+    compared = CliRunner().invoke(cli.app, ["bench", "compare", str(file), str(file)])
+    assert compared.exit_code == 0, compared.output
+    assert "untouched" in compared.stdout
+    with pytest.raises(InputError, match="has no page"):
+        CliRunner().invoke(
+            cli.app, ["bench", "report", str(file), "--html", str(tmp_path / "page.html")], catch_exceptions=False
+        )
 
 
 @pytest.mark.slow
