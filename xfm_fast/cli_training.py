@@ -25,8 +25,10 @@ def pretrain(
     from xfm_fast.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    from xfm_fast.kernels.cpu.allocation import keep_freed_memory
     from xfm_fast.training.loop import train
 
+    keep_freed_memory()
     result = train(loaded)
     if result.interrupted:
         typer.echo(f"xfm-fast: stopped after step {result.step}; the same command goes on from there", err=True)

@@ -37,5 +37,8 @@ def _faults(mode: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
 def test_kept_memory_is_not_faulted_in_again() -> None:
-    """80 MB in pieces of 4 MB are 20,000 pages of 4 KB where they are returned and taken again."""
-    assert _faults("keep") < 500
+    """80 MB in pieces of 4 MB are 20,480 pages of 4 KB where they are returned and taken again.
+
+    What other allocations leave between them can cost a piece or two anew.
+    """
+    assert _faults("keep") < 20_480 // 5
