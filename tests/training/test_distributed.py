@@ -23,7 +23,7 @@ from tests.training.small_runs import (
     numbers,
     process_of_a_run,
     run,
-    settle_kernels,
+    settled_kernels,
     small_recipe,
     without_dropout,
 )
@@ -72,9 +72,9 @@ def parameters(folder: Path) -> dict[str, Tensor]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process on batches of 8."""
     folder = tmp_path_factory.mktemp("alone")
-    settle_kernels()
     recipe = drawless(folder, batch_size=8)
-    run(recipe, sources=on_all_batches(recipe, 2))
+    with settled_kernels():
+        run(recipe, sources=on_all_batches(recipe, 2))
     return folder
 
 
