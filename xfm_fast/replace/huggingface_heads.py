@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host, ops
 from xfm_fast.packing import Packing, on_host
-from xfm_fast.replace.huggingface_text import UnpaddedModel, is_of, parameter_names, wants_named
+from xfm_fast.replace.huggingface_text import UnpaddedModel, is_of, wants_named
 from xfm_fast.replace.packed_layers import is_erf_gelu
 from xfm_fast.replace.rules import Rule
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Fused, is_fused, observed, why_not_bypassed
+from xfm_fast.replace.swapping import CalledByName, Fused, is_fused, observed, why_not_bypassed
 
 _MODELS = {
     "bert": "BertForMaskedLM",
@@ -59,23 +59,18 @@ class VocabularyHead(Fused):
         module, settings = self._parts(), self.settings
         dense, norm, activation = module
         x = settings.operand(features)
-        weight, bias = settings.parameter(dense.weight), settings.parameter(dense.bias)
-        assert weight is not None
+        stored = settings.affine(dense.weight, dense.bias)
         if activation is None or is_erf_gelu(activation):
-            x = ops.linear_gelu(x, weight, bias, backend=settings.backend)
+            x = ops.linear_gelu(x, *stored, backend=settings.backend)
         else:
-            x = activation(ops.linear(x, weight, bias, backend=settings.backend))
-        scale, shift = settings.parameter(norm.weight), settings.parameter(norm.bias)
-        assert scale is not None
-        assert shift is not None
+            x = activation(ops.linear(x, *stored, backend=settings.backend))
+        scale, shift = settings.affine(norm.weight, norm.bias)
         return ops.layer_norm(x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend)
 
     def vocabulary(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, width]` and bias `[V]` in the type that is computed in."""
         module: Any = self
-        weight = self.settings.parameter(module.decoder.weight)
-        assert weight is not None
-        return weight, self.settings.parameter(module.decoder.bias)
+        return self.settings.affine(module.decoder.weight, module.decoder.bias)
 
     def logits(self, transformed: Tensor) -> Tensor:
         """`[..., width]` → `[..., V]`."""
@@ -90,21 +85,15 @@ class VocabularyHead(Fused):
         return module.dense, module.layer_norm, None
 
 
-class FusedMaskedLM(Fused):
+class FusedMaskedLM(CalledByName):
     """Encoder and head together: only positions with a label reach the loss, and padding no vocabulary.
 
     Logits are returned as the original returns them (their gradient too, should anybody use them), unless
     `skip_logits` was asked for.
     """
 
-    names: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {"names": parameter_names(original)}
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = self.arguments(args, kwargs)
         made = self._outputs(call) if self._covered(call) else None
         return super().forward(*args, **kwargs) if made is None else made
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ from xfm_fast.replace.packed_layers import (
 )
 from xfm_fast.replace.rules import Rule
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Fused, is_fused, observed, original_class, why_not_bypassed
+from xfm_fast.replace.swapping import CalledByName, is_fused, observed, original_class, why_not_bypassed
 
 # Layers whose forward is BERT's, and encoders whose forward is BERT's or RoBERTa's, by package of transformers.
 _LAYERS = {
@@ -75,12 +74,6 @@ def is_of(table: dict[str, str], module: nn.Module) -> bool:
     return package[:2] == ["transformers", "models"] and len(package) > 2 and table.get(package[2]) == kind.__name__
 
 
-def parameter_names(original: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of a class's forward that can be given by position."""
-    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY))
-
-
 def asked_beyond(call: dict[str, Any], understood: set[str]) -> bool:
     """Whether a call has arguments that the fused form does not understand: they are left to the original."""
     return any(
@@ -89,10 +82,9 @@ def asked_beyond(call: dict[str, Any], understood: set[str]) -> bool:
     )
 
 
-class FusedLayer(Fused):
+class FusedLayer(CalledByName):
     """A whole layer: one product for query, key and value, and each branch's end in one pass with its norm."""
 
-    names: ClassVar[tuple[str, ...]] = ()
     returns_tuple: ClassVar[bool] = False
     _understood: ClassVar[set[str]] = {
         "hidden_states",
@@ -122,11 +114,11 @@ class FusedLayer(Fused):
         for end in ("attention.output", "crossattention.output", "output"):
             expected |= {f"{end}.dense": (nn.Linear,), f"{end}.LayerNorm": (nn.LayerNorm,)}
             expected[f"{end}.dropout"] = (nn.Dropout,)
-        names = parameter_names(original)
-        return {"bypassed": expected, "names": names, "returns_tuple": "output_attentions" in names}
+        named = super().adapted(original)
+        return {**named, "bypassed": expected, "returns_tuple": "output_attentions" in named["names"]}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = self.arguments(args, kwargs)
         if asked_beyond(call, self._understood | {"output_hidden_states"}) or not self.intact():
             return super().forward(*args, **kwargs)
         x, mask = call["hidden_states"], call.get("attention_mask")
@@ -192,7 +184,7 @@ def layer_refusal(module: nn.Module, settings: Settings) -> str | None:
     return why_not_bypassed(module, FusedLayer.adapted(original_class(module))["bypassed"])
 
 
-class FusedEmbeddings(Fused):
+class FusedEmbeddings(CalledByName):
     """Word, position and type embeddings with their LayerNorm in one pass."""
 
     bypassed: ClassVar[Any] = {
@@ -202,14 +194,9 @@ class FusedEmbeddings(Fused):
         "LayerNorm": nn.LayerNorm,
         "dropout": nn.Dropout,
     }
-    names: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {"names": parameter_names(original)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call: dict[str, Any] = dict(zip(self.names, args, strict=False)) | kwargs
+        call = self.arguments(args, kwargs)
         tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
         plain = call.get("inputs_embeds") is None and call.get("token_type_ids") is None
         if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
@@ -268,10 +255,9 @@ def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
     return real.cumsum(1) * real + pad
 
 
-class UnpaddedModel(Fused):
+class UnpaddedModel(CalledByName):
     """A whole encoder on packed tokens: padding is left out of the embeddings and every layer."""
 
-    names: ClassVar[tuple[str, ...]] = ()
     _understood: ClassVar[set[str]] = {
         "input_ids",
         "attention_mask",
@@ -281,12 +267,8 @@ class UnpaddedModel(Fused):
         "encoder_attention_mask",
     }
 
-    @classmethod
-    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {"names": parameter_names(original)}
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = self.arguments(args, kwargs)
         packed = self.packed(call)
         if packed is None:
             return self.padded(*args, **kwargs)

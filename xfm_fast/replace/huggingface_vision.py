@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from xfm_fast.replace.rules import Rule
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.swapping import find, observed, original_class, probability, why_not_bypassed
 from xfm_fast.replace.vision_attention import Bias, PositionTable
-from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters, probability
+from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters
 
 # Ways to the same numbers. Any other is a function that somebody registered, and has to be called.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

@@ -35,7 +35,7 @@ from xfm_fast.replace.packed_layers import (
 )
 from xfm_fast.replace.rules import Rule
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Fused, Kinds, find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.swapping import CalledByName, Kinds, find, observed, original_class, why_not_bypassed
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -77,18 +77,13 @@ class _Keeping:
         return self._attend(q, k, v, dropout_p, settings)
 
 
-class OfficialTextLayer(Fused):
+class OfficialTextLayer(CalledByName):
     """A layer of the text or fusion encoder: fused products, attention and norms."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
-    names: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {"names": _argument_names(original)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = self.arguments(args, kwargs)
         x, mask = call["hidden_states"], call.get("attention_mask")
         if isinstance(mask, _PackedTexts):
             return run_layer(self, x[0], mask, self.settings, mask.memory if self._looks(call) else None)[None], None
@@ -122,17 +117,11 @@ class OfficialTextLayer(Fused):
         return all(m is None or (isinstance(m, Tensor) and m.ndim == 4 and m.is_floating_point()) for m in masks)
 
 
-class OfficialTextEncoder(Fused):
+class OfficialTextEncoder(CalledByName):
     """The layers of a text or fusion encoder on packed tokens: padding is taken out before and put back behind."""
 
-    names: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        return {"names": _argument_names(original)}
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = self.arguments(args, kwargs)
         texts = self._packed(call)
         if texts is None:
             return super().forward(*args, **kwargs)

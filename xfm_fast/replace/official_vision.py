@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from xfm_fast.kernels import reference
 from xfm_fast.kernels.derived import derived
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Kinds, find, original_class, why_not_bypassed
+from xfm_fast.replace.swapping import Kinds, find, original_class, probability, why_not_bypassed
 from xfm_fast.replace.vision_attention import Bias, PositionTable
-from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters, probability
+from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters
 
 _ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "image_atts")
 _PARTS: dict[str, Kinds] = {

@@ -15,6 +15,7 @@ from xfm_fast.kernels.derived import derived
 from xfm_fast.models.layers import concatenated
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.settings import Settings
+from xfm_fast.replace.swapping import probability
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
 
@@ -247,9 +248,8 @@ def _cross_attention(attention: Any, x: Tensor, memory: Memory, settings: Settin
 def _feed_forward(layer: Any, x: Tensor, settings: Settings) -> Tensor:
     first, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
     if is_erf_gelu(activation):
-        weight, bias = settings.parameter(first.weight), settings.parameter(first.bias)
-        assert weight is not None
-        hidden = ops.linear_gelu(settings.operand(x), weight, bias, backend=settings.backend)
+        stored = settings.affine(first.weight, first.bias)
+        hidden = ops.linear_gelu(settings.operand(x), *stored, backend=settings.backend)
     else:
         hidden = activation(_linear(settings.operand(x), first.weight, first.bias, settings))
     return _close(layer.output, hidden, x, settings)
@@ -258,26 +258,21 @@ def _feed_forward(layer: Any, x: Tensor, settings: Settings) -> Tensor:
 def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
     """The end of a branch: product, dropout, residual, LayerNorm."""
     dense, norm = end.dense, end.LayerNorm
-    weight = settings.parameter(dense.weight)
-    assert weight is not None
     return ops.linear_add_layer_norm(
         settings.operand(x),
-        weight,
-        settings.parameter(dense.bias),
+        *settings.affine(dense.weight, dense.bias),
         residual,
         norm.weight,
         norm.bias,
         norm.eps,
-        dropout_p=end.dropout.p if end.dropout.training else 0.0,
+        dropout_p=probability(end.dropout),
         wide=True,
         backend=settings.backend,
     )[0]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings) -> Tensor:
-    converted = settings.parameter(weight)
-    assert converted is not None
-    return ops.linear(x, converted, settings.parameter(bias), backend=settings.backend)
+    return ops.linear(x, *settings.affine(weight, bias), backend=settings.backend)
 
 
 def _chance(projections: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class Settings:
         """An activation in the type that is computed in."""
         return value if self.dtype is None or not value.is_floating_point() else value.to(self.dtype)
 
+    @overload
+    def parameter(self, value: Tensor) -> Tensor: ...
+    @overload
+    def parameter(self, value: Tensor | None) -> Tensor | None: ...
     def parameter(self, value: Tensor | None) -> Tensor | None:
         """A parameter in the type that is computed in; without gradients the conversion is done once and kept."""
         if value is None or self.dtype is None or value.dtype == self.dtype:
@@ -46,6 +51,10 @@ class Settings:
             return value.to(self.dtype)
         dtype = self.dtype
         return derived(f"as {dtype}", (value,), lambda: value.detach().to(dtype))
+
+    def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
+        """Weight and bias of a product or norm, each as `parameter` gives it; no bias stays None."""
+        return self.parameter(weight), self.parameter(bias)
 
     @contextmanager
     def own_types(self, device: torch.device) -> Iterator[None]:

@@ -7,6 +7,7 @@ fused computation does not cover. (PyTorch's `fully_shard` changes classes in th
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from functools import cache, wraps
@@ -63,6 +64,26 @@ class Fused(nn.Module):
         return _restored, (fused_form(self), original_class(self)), self.__dict__
 
 
+class CalledByName(Fused):
+    """A fused form that looks at the arguments of a call by name, whichever way they were given.
+
+    Attributes:
+        names: of the arguments of the original's forward that can be given by position.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+        by_position = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+        return {"names": tuple(p.name for p in parameters if p.kind in by_position)}
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call to `forward` by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
 def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | None:
     """Why the parts of a module must be called and cannot be computed around; None if they can."""
     if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
@@ -105,6 +126,11 @@ def find(module: nn.Module, name: str) -> nn.Module | None:
     for step in name.split("."):
         found = found._modules.get(step) if isinstance(found, nn.Module) else None
     return found
+
+
+def probability(dropout: nn.Module) -> float:
+    """Of a dropout module in its present mode."""
+    return dropout.p if dropout.training else 0.0  # pyright: ignore[reportReturnType]
 
 
 def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:

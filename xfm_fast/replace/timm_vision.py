@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from xfm_fast.kernels.derived import derived
 from xfm_fast.replace.rules import Rule
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Kinds, find, original_class, why_not_bypassed
+from xfm_fast.replace.swapping import Kinds, find, original_class, probability, why_not_bypassed
 from xfm_fast.replace.vision_attention import Bias, PositionTable
-from xfm_fast.replace.vision_block import Parts, PreNormBlock, called, lacks_parameters, probability
+from xfm_fast.replace.vision_block import Parts, PreNormBlock, called, lacks_parameters
 
 _NORMS = (nn.LayerNorm, LayerNorm)
 _MAYBE_DROP_PATH = (nn.Identity, DropPath)

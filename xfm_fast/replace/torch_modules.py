@@ -16,7 +16,7 @@ from xfm_fast.kernels.backend import resolve
 from xfm_fast.replace.packed_layers import Packed, is_erf_gelu, plan
 from xfm_fast.replace.rules import Rule
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Fused, Kinds, find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.swapping import Fused, Kinds, find, observed, original_class, probability, why_not_bypassed
 
 _ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
 _LAYER_PARTS: dict[str, Kinds] = {
@@ -104,24 +104,24 @@ class FusedTransformerEncoderLayer(Fused):
         following = layer.norm2 if layer.norm_first else layer.norm1
         normed, summed = ops.linear_add_layer_norm(
             context,
-            *_stored(attention.out_proj.weight, attention.out_proj.bias, settings),
+            *settings.affine(attention.out_proj.weight, attention.out_proj.bias),
             x,
-            *_stored(following.weight, following.bias, settings),
+            *settings.affine(following.weight, following.bias),
             following.eps,
-            dropout_p=_chance(layer.dropout1),
+            dropout_p=probability(layer.dropout1),
             wide=not layer.norm_first,
             backend=settings.backend,
         )
         hidden = self._hidden(normed)
-        second = _stored(layer.linear2.weight, layer.linear2.bias, settings)
-        dropout_p = _chance(layer.dropout2)
+        second = settings.affine(layer.linear2.weight, layer.linear2.bias)
+        dropout_p = probability(layer.dropout2)
         if layer.norm_first:
             return ops.linear_residual(hidden, *second, summed, dropout_p=dropout_p, backend=settings.backend)
         return ops.linear_add_layer_norm(
             hidden,
             *second,
             normed,
-            *_stored(layer.norm2.weight, layer.norm2.bias, settings),
+            *settings.affine(layer.norm2.weight, layer.norm2.bias),
             layer.norm2.eps,
             dropout_p=dropout_p,
             wide=True,
@@ -130,12 +130,12 @@ class FusedTransformerEncoderLayer(Fused):
 
     def _hidden(self, x: Tensor) -> Tensor:
         layer, settings = cast(Any, self), self.settings
-        first = _stored(layer.linear1.weight, layer.linear1.bias, settings)
+        first = settings.affine(layer.linear1.weight, layer.linear1.bias)
         if is_erf_gelu(layer.activation):
             hidden = ops.linear_gelu(x, *first, backend=settings.backend)
         else:
             hidden = layer.activation(ops.linear(x, *first, backend=settings.backend))
-        return F.dropout(hidden, _chance(layer.dropout)) if _chance(layer.dropout) else hidden
+        return F.dropout(hidden, probability(layer.dropout)) if probability(layer.dropout) else hidden
 
 
 class UnpaddedTransformerEncoder(Fused):
@@ -242,21 +242,11 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
-    return ops.linear(x, *_stored(weight, bias, settings), backend=settings.backend)
-
-
-def _stored(weight: Tensor, bias: Tensor | None, settings: Settings) -> tuple[Tensor, Any]:
-    converted = settings.parameter(weight)
-    assert converted is not None
-    return converted, settings.parameter(bias)
+    return ops.linear(x, *settings.affine(weight, bias), backend=settings.backend)
 
 
 def _norm(norm: Any, x: Tensor, settings: Settings) -> Tensor:
-    return ops.layer_norm(x, *_stored(norm.weight, norm.bias, settings), norm.eps, backend=settings.backend)
-
-
-def _chance(dropout: Any) -> float:
-    return dropout.p if dropout.training else 0.0
+    return ops.layer_norm(x, *settings.affine(norm.weight, norm.bias), norm.eps, backend=settings.backend)
 
 
 def _is(kind: type[nn.Module], module: nn.Module) -> bool:

@@ -56,7 +56,6 @@ def attention(
     if isinstance(bias, PositionTable):
         if not dropout_p:
             table = settings.parameter(bias.table)
-            assert table is not None
             return ops.relpos_attention(q, k, v, table, bias.window, scale=scale, backend=backend).flatten(2)
         bias = reference.position_bias(bias.table, bias.window)
     if bias is None and not causal and (q.device.type == "cpu" or backend is not None):

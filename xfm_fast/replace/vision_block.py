@@ -96,7 +96,7 @@ class PreNormBlock(Fused):
     def _project(normed: Tensor, parts: Parts, settings: Settings) -> tuple[Tensor, ...]:
         """Queries, keys and values `[B, N, H, D]`."""
         made = [
-            ops.linear(normed, *_stored(weight, bias, settings), backend=settings.backend) for weight, bias in parts.qkv
+            ops.linear(normed, *settings.affine(weight, bias), backend=settings.backend) for weight, bias in parts.qkv
         ]
         if len(made) == 1:
             return made[0].unflatten(-1, (3, parts.heads, -1)).unbind(2)
@@ -142,11 +142,6 @@ def lacks_parameters(module: nn.Module, norms: tuple[str, ...]) -> str | None:
     return None
 
 
-def probability(dropout: nn.Module) -> float:
-    """Of a dropout module in its present mode."""
-    return dropout.p if dropout.training else 0.0  # pyright: ignore[reportReturnType]
-
-
 def called(layer: nn.Module, x: Tensor) -> Tensor:
     """A part that runs as it is, in the type that it is stored in."""
     dtype = next((p.dtype for p in layer.parameters()), x.dtype)
@@ -168,14 +163,8 @@ def _types(settings: Settings, device: torch.device) -> Iterator[Settings]:
             yield replace(settings, dtype=None)
 
 
-def _stored(weight: Tensor, bias: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    converted = settings.parameter(weight)
-    assert converted is not None
-    return converted, settings.parameter(bias)
-
-
 def _linear(layer: nn.Module, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    return _stored(layer.weight, layer.bias, settings)  # pyright: ignore[reportArgumentType]
+    return settings.affine(layer.weight, layer.bias)  # pyright: ignore[reportArgumentType]
 
 
 def _apply(layer: nn.Module, x: Tensor, settings: Settings) -> Tensor:
