@@ -31,7 +31,7 @@ from xfm_fast.benchmarks.measuring import (
     sample_on_cuda,
     shares_of_peak,
 )
-from xfm_fast.benchmarks.suite import Document, Progress, choose_dtypes, preset_config
+from xfm_fast.benchmarks.suite import Document, Progress, choose_dtypes, describe_data, preset_config
 from xfm_fast.benchmarks.training_memory import MemoryUse, cuda_memory_use, memory_use
 from xfm_fast.benchmarks.training_subject import AUTOCAST, Procedure, TrainingSubject, difference, pair_batch
 from xfm_fast.config import PresetName
@@ -153,15 +153,7 @@ class _Run:
         collection = photographs.bundled()
         tokenizer = CaptionTokenizer.train_on_texts(collection.captions, self.config.vocab_size)
         self.batch = pair_batch(collection, tokenizer, self.config, plan.pairs, self.options.seed)
-        content["data"] = {
-            "origin": collection.origin,
-            "photos": len(collection.names),
-            "captions": len(collection.captions),
-            "skipped": [skipped._asdict() for skipped in collection.skipped],
-            "left_unread": collection.left_unread,
-            "tokenizer": tokenizer.origin,
-            "vocabulary": tokenizer.vocab_size,
-        }
+        content["data"] = describe_data(collection, tokenizer)
         lengths = self.batch.attention_mask.sum(1).tolist()
         masked = (self.batch.masked_labels != -100).sum(1).tolist()
         padded, slots = self.batch.input_ids.shape[1], self.batch.masked_labels.shape[1]

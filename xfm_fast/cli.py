@@ -21,7 +21,8 @@ from xfm_fast import (
     cli_reproduce,
     cli_training,
 )
-from xfm_fast.errors import UnavailableError, XFMError
+from xfm_fast.cli_choices import PRESETS, choice
+from xfm_fast.errors import XFMError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,8 +48,6 @@ bench_app.command("drop-in")(cli_bench_drop_in.bench_drop_in)
 bench_app.command("train-step")(cli_bench_training.bench_train_step)
 cli_bench_reports.register(bench_app)
 cli_bench_scenario.register(bench_app)
-
-_PRESETS = ("base", "tiny")
 
 
 def _show_version(wanted: bool) -> None:
@@ -106,7 +105,7 @@ def bench(
         _bench(
             console,
             out,
-            preset=_choice("preset", preset, _PRESETS),
+            preset=choice("preset", preset, PRESETS),
             quick=quick,
             checkpoint=checkpoint,
             data=data,
@@ -117,12 +116,6 @@ def bench(
             seed=seed,
         )
     )
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise UnavailableError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
-    return value
 
 
 def _bench(console: Console, out: Path, **settings: Any) -> int:
@@ -233,11 +226,11 @@ def convert(
     """Convert a checkpoint between the official form and ours; there and back is the identity."""
     from xfm_fast.convert import to_official_file, to_xfm_folder
 
-    target = _choice("target", to or ("official" if source.is_dir() else "xfm"), ("official", "xfm"))
+    target = choice("target", to or ("official" if source.is_dir() else "xfm"), ("official", "xfm"))
     if target == "official":
         report = to_official_file(source, destination, image_size=image_size, keep_unused=keep_unused)
     else:
-        sizes = _sizes(config, _choice("preset", preset, _PRESETS))
+        sizes = _sizes(config, choice("preset", preset, PRESETS))
         report = to_xfm_folder(source, destination, sizes, image_size=image_size, keep_unused=keep_unused)
     for line in report:
         typer.echo(line)

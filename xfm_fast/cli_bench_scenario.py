@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xfm_fast.cli_choices import PRESETS, choice
 from xfm_fast.errors import UnavailableError
 
 if TYPE_CHECKING:
     from xfm_fast.benchmarks.rows import Document
     from xfm_fast.benchmarks.scenario_setting import ScenarioOptions
 
-_PRESETS = ("base", "tiny")
 _SCENARIOS = ("embed-image", "embed-text", "rerank", "retrieve")
 _ELSEWHERE = {
     "train-step": "a step of pretraining, forward and backward: xfm-fast bench train-step",
@@ -211,11 +211,9 @@ def _options(
         if scenario in _ELSEWHERE:
             raise UnavailableError(f"scenario {scenario!r} is a command of its own: xfm-fast bench {scenario}")
         raise UnavailableError(f"scenario {scenario!r} is unknown; choose from {', '.join(_SCENARIOS)}")
-    if preset not in _PRESETS:
-        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(_PRESETS)}")
     return ScenarioOptions(
         scenario,
-        preset="tiny" if preset == "tiny" else "base",
+        preset=choice("preset", preset, PRESETS),
         baselines=_parts(baselines) if baselines else None,
         dtypes=None if dtype == "auto" else _parts(dtype),
         device=device or None,

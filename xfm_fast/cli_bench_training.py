@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from xfm_fast.errors import UnavailableError
-
-_PRESETS = ("base", "tiny")
+from xfm_fast.cli_choices import PRESETS, choice
 
 
 def bench_train_step(
@@ -39,10 +37,8 @@ def bench_train_step(
 
     from xfm_fast.benchmarks import results, terminal, training_step
 
-    if preset not in _PRESETS:
-        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(_PRESETS)}")
     options = training_step.StepOptions(
-        preset="tiny" if preset == "tiny" else "base",
+        preset=choice("preset", preset, PRESETS),
         quick=quick,
         dtypes=tuple(part.strip() for part in dtype.split(",")) if dtype else None,
         threads=threads,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -23,6 +22,8 @@ CONFIG = typer.Option(help="Official YAML, or a JSON of sizes, of a checkpoint f
 OUT = typer.Option(help="Folder that receives the files and manifest.json.")
 DTYPE = typer.Option(help="fp32, fp16 or bf16.")
 GRAPHS = typer.Option(help="vision, text, image_memory, fusion, match, with commas. [all but match]")
+FIXED = typer.Option(help="Axes of one size, such as batch=1,length=40. [all dynamic]")
+ALL_TOKENS = typer.Option("--all-tokens", help="fusion returns every token, not token 0.")
 IMAGE_SIZE = typer.Option(min=1, help="Interpolate position tables to this size.")
 TOKENIZER = typer.Option(help="RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json.")
 DATA = typer.Option(help="Folder of images with captions to verify on, instead of the photographs.")
@@ -43,8 +44,8 @@ def onnx(
         int | None, typer.Option(help="Of ONNX, 20 to 24; by default what the consumer profits from.")
     ] = None,
     image_size: Annotated[int | None, IMAGE_SIZE] = None,
-    fixed: Annotated[str, typer.Option(help="Axes of one size, such as batch=1,length=40. [all dynamic]")] = "",
-    all_tokens: Annotated[bool, typer.Option("--all-tokens", help="fusion returns every token, not token 0.")] = False,
+    fixed: Annotated[str, FIXED] = "",
+    all_tokens: Annotated[bool, ALL_TOKENS] = False,
     tokenizer: Annotated[Path | None, TOKENIZER] = None,
     data: Annotated[Path | None, DATA] = None,
 ) -> None:
@@ -59,10 +60,7 @@ def onnx(
     subject = cli_export_model.load_subject(
         checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer
     )
-    longest = sizes.get("length", verification.LONGEST)
-    examples, note = cli_export_model.load_examples(subject, data, longest=longest)
-    if note:
-        typer.echo(f"xfm-fast: {note}", err=True)
+    examples = cli_export_model.examples_for(subject, data, sizes)
     exporting.export_onnx(
         subject.model,
         out,
@@ -74,9 +72,9 @@ def onnx(
         all_tokens=all_tokens,
         source=subject.source,
         tokenizer_sha256=subject.tokenizer_sha256,
-        progress=_say,
+        progress=cli_export_model.say,
     )
-    _say("comparing with the model")
+    cli_export_model.say("comparing with the model")
     finish(verification.verify_export(out, subject.model, examples), out)
 
 
@@ -95,12 +93,6 @@ def finish(manifest: Manifest, folder: Path) -> None:
     cli_export_model.print_manifest(manifest, folder)
     if manifest.status == "failed":
         raise typer.Exit(1)
-
-
-def _say(message: str) -> None:
-    """Progress, for whoever is watching."""
-    if sys.stderr.isatty():
-        typer.echo(f"xfm-fast: {message}", err=True)
 
 
 def register(app: typer.Typer) -> None:

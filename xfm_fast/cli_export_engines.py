@@ -30,8 +30,6 @@ QUANTIZE = typer.Option(help="int8 or fp8: products in 8 bits, with scales from 
 LEVEL = typer.Option("--level", min=0, max=5, help="How long the builder may search; by default its own.")
 KEEP = typer.Option("--keep-onnx", help="Leave the graphs that the engines are built from in OUT/onnx.")
 OPSET = typer.Option(help="Of ONNX, 20 to 24; by default what the builder profits from.")
-FIXED = typer.Option(help="Axes of one size, such as batch=1,length=40. [all dynamic]")
-ALL_TOKENS = typer.Option("--all-tokens", help="fusion returns every token, not token 0.")
 VERBOSE = typer.Option("--verbose", help="Show the builder's own messages.")
 
 
@@ -44,8 +42,8 @@ def tensorrt(
     graphs: Annotated[str, cli_export.GRAPHS] = "",
     opset: Annotated[int | None, OPSET] = None,
     image_size: Annotated[int | None, cli_export.IMAGE_SIZE] = None,
-    fixed: Annotated[str, FIXED] = "",
-    all_tokens: Annotated[bool, ALL_TOKENS] = False,
+    fixed: Annotated[str, cli_export.FIXED] = "",
+    all_tokens: Annotated[bool, cli_export.ALL_TOKENS] = False,
     profile: Annotated[list[str] | None, PROFILE] = None,
     sm: Annotated[str, SM] = "",
     timing_cache: Annotated[
@@ -94,8 +92,8 @@ def tensorrt_rtx(
     graphs: Annotated[str, cli_export.GRAPHS] = "",
     opset: Annotated[int | None, OPSET] = None,
     image_size: Annotated[int | None, cli_export.IMAGE_SIZE] = None,
-    fixed: Annotated[str, FIXED] = "",
-    all_tokens: Annotated[bool, ALL_TOKENS] = False,
+    fixed: Annotated[str, cli_export.FIXED] = "",
+    all_tokens: Annotated[bool, cli_export.ALL_TOKENS] = False,
     profile: Annotated[list[str] | None, PROFILE] = None,
     sm: Annotated[str, SM] = "",
     quantize: Annotated[str, QUANTIZE] = "",
@@ -162,10 +160,7 @@ def _export(
     subject = cli_export_model.load_subject(
         checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer
     )
-    longest = sizes.get("length", verification.LONGEST)
-    examples, note = cli_export_model.load_examples(subject, data, longest=longest)
-    if note:
-        typer.echo(f"xfm-fast: {note}", err=True)
+    examples = cli_export_model.examples_for(subject, data, sizes)
     rewrite = None
     if quantize:
         rewrite = quantisation.quantising(subject.model, examples, quantize, dtype)  # pyright: ignore[reportArgumentType]

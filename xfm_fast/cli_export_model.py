@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xfm_fast.errors import DataError, InputError, UnavailableError
+import typer
+
+from xfm_fast.cli_choices import PRESETS, choice
+from xfm_fast.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
     from xfm_fast.export.reference import Examples
     from xfm_fast.models.xfm import XFM
     from xfm_fast.tokenizer import CaptionTokenizer
-
-PRESETS = ("base", "tiny")
 
 _PHOTOS, _CAPTIONS = 4, 48
 
@@ -67,8 +68,8 @@ def load_subject(
     """
     if (checkpoint is None) == (preset is None):
         raise InputError("name either --checkpoint (its weights) or --preset (random weights), one of the two")
-    if preset is not None and preset not in PRESETS:
-        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if preset is not None:
+        choice("preset", preset, PRESETS)
     if config is not None and (checkpoint is None or checkpoint.is_dir()):
         raise InputError("--config gives the sizes of an official checkpoint file; leave it out here")
     if checkpoint is None:
@@ -132,6 +133,22 @@ def _resized(config: XFMConfig, image_size: int | None) -> XFMConfig:
         return config
     # Masking is of no concern to an export, and its numbers need not fit every size.
     return config.replace(image_size=image_size, num_masking_patches=1, min_num_patches=1)
+
+
+def say(message: str) -> None:
+    """Progress, for whoever is watching."""
+    if sys.stderr.isatty():
+        typer.echo(f"xfm-fast: {message}", err=True)
+
+
+def examples_for(subject: Subject, data: Path | None, sizes: Mapping[str, int]) -> Examples:
+    """What an export with these fixed sizes is compared on; says so where it is not photographs."""
+    from xfm_fast.export import verification
+
+    examples, note = load_examples(subject, data, longest=sizes.get("length", verification.LONGEST))
+    if note:
+        typer.echo(f"xfm-fast: {note}", err=True)
+    return examples
 
 
 def load_examples(subject: Subject, data: Path | None, *, longest: int) -> tuple[Examples, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from xfm_fast.export.consumers import DType
 
 DEVICE = typer.Option(help="cpu or cuda: where the packages run, which is this machine.")
-FIXED = typer.Option(help="Axes of one size, such as batch=1,length=40. [all dynamic]")
-ALL_TOKENS = typer.Option("--all-tokens", help="fusion returns every token, not token 0.")
 
 
 def aoti(
@@ -27,8 +24,8 @@ def aoti(
     graphs: Annotated[str, cli_export.GRAPHS] = "",
     device: Annotated[str, DEVICE] = "cpu",
     image_size: Annotated[int | None, cli_export.IMAGE_SIZE] = None,
-    fixed: Annotated[str, FIXED] = "",
-    all_tokens: Annotated[bool, ALL_TOKENS] = False,
+    fixed: Annotated[str, cli_export.FIXED] = "",
+    all_tokens: Annotated[bool, cli_export.ALL_TOKENS] = False,
     tokenizer: Annotated[Path | None, cli_export.TOKENIZER] = None,
     data: Annotated[Path | None, cli_export.DATA] = None,
 ) -> None:
@@ -42,10 +39,7 @@ def aoti(
     subject = cli_export_model.load_subject(
         checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer
     )
-    longest = sizes.get("length", verification.LONGEST)
-    examples, note = cli_export_model.load_examples(subject, data, longest=longest)
-    if note:
-        typer.echo(f"xfm-fast: {note}", err=True)
+    examples = cli_export_model.examples_for(subject, data, sizes)
     packages.export_packages(
         subject.model,
         out,
@@ -56,16 +50,10 @@ def aoti(
         all_tokens=all_tokens,
         source=subject.source,
         tokenizer_sha256=subject.tokenizer_sha256,
-        progress=_say,
+        progress=cli_export_model.say,
     )
-    _say("comparing with the model")
+    cli_export_model.say("comparing with the model")
     cli_export.finish(verification.verify_export(out, subject.model, examples), out)
-
-
-def _say(message: str) -> None:
-    """Progress, for whoever is watching."""
-    if sys.stderr.isatty():
-        typer.echo(f"xfm-fast: {message}", err=True)
 
 
 def register(export_app: typer.Typer) -> None:

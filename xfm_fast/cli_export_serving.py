@@ -38,6 +38,7 @@ def model_repository(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier repository.")] = False,
 ) -> None:
     """Write a model repository of NVIDIA's Triton Inference Server from an export."""
+    from xfm_fast import cli_export_model
     from xfm_fast.export.model_repository.planning import RepositoryOptions
     from xfm_fast.export.model_repository.ranking import RankLimits
     from xfm_fast.export.model_repository.writing import check_free, write_model_repository
@@ -57,13 +58,10 @@ def model_repository(
     options.check()
     check_free(out, overwrite)
     vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
-    receipt = write_model_repository(folder, out, options, tokenizer=vocabulary, overwrite=overwrite, progress=_say)
+    receipt = write_model_repository(
+        folder, out, options, tokenizer=vocabulary, overwrite=overwrite, progress=cli_export_model.say
+    )
     _print(receipt, out)
-
-
-def _say(message: str) -> None:
-    if sys.stderr.isatty():
-        typer.echo(f"xfm-fast: {message}", err=True)
 
 
 def _print(receipt: Receipt, out: Path) -> None:
