@@ -11,6 +11,7 @@ import torch
 
 from tests.training.small_runs import Noise, batch_of, noise, run, small_recipe
 from xfm_fast.errors import NonFiniteError, XFMError
+from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.guard import Guard
@@ -49,6 +50,25 @@ def test_bad_parameter_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(NonFiniteError, match=r"step 6: loss .*: parameter itm_head.0.weight is not finite"):
         run(small_recipe(tmp_path), on_step=poison)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_packed_weights_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN is the faster library, weights without gradients are kept in a layout that nothing can look into."""
+    monkeypatch.setattr(selection, "_selections", {})
+    for operation in ("linear", "linear_gelu", "linear_residual"):
+        selection.settle(operation, torch.float32, "onednn-packed")
+    recipe = small_recipe(tmp_path)
+    model = XFM(recipe.model)
+    guard, batches = exploding(model, recipe)
+
+    def rerun(_: str, batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model.encode_image(batch.image)
+        return (hidden - hidden.abs().max() - 1).log().mean()
+
+    with pytest.raises(NonFiniteError, match=r"the forward operation aten\.log\.default .* is the first"):
+        guard.check([Value(3, "loss/images/mim", float("nan"))], batches, rerun)
 
 
 def exploding(model: XFM, recipe: Any) -> tuple[Guard, dict[str, Any]]:

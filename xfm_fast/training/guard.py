@@ -124,7 +124,8 @@ class _FirstNonFinite(TorchDispatchMode):
 
 
 def _is_bad(value: object) -> bool:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    # A weight packed for oneDNN cannot be looked into; the parameter that it comes from can.
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
         return False
     return bool((value.isnan() | value.isposinf()).any())
 
