@@ -4,6 +4,10 @@ PyTorch sends fp32 products to MKL, which is the best choice on some processors 
 oneDNN does on others; no flag tells them apart. So the candidates are timed, interleaved, on a product of the model's
 own width. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
 
+Candidates round differently, and where they are close the clock may choose another one in the next process. Under
+`torch.use_deterministic_algorithms(True)` nothing is timed and the first candidate runs, so that results repeat to the
+bit from process to process.
+
 The clock is the processor time of one thread: on a busy machine wall time says who was interrupted, and two threads
 wait for each other's interruptions.
 """
@@ -50,6 +54,8 @@ def select(
     dtype: torch.dtype,
 ) -> str:
     """Name of the fastest of `candidates`, of which the first is trusted, on the arguments that are made for it."""
+    if torch.are_deterministic_algorithms_enabled():
+        return next(iter(candidates))
     key = (operation, dtype)
     found = _selections.get(key)
     if found is None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.determinism import deterministic_algorithms
 from tests.kernels.accuracy import assert_as_accurate
 from xfm_fast.kernels import reference
 from xfm_fast.kernels.cpu import attention, gradients, position, products, selection, tiles, workspace
@@ -304,3 +305,18 @@ def test_a_choice_is_made_once_per_operation_dtype_and_threads() -> None:
         assert selection.select("test: once", candidates, example, dtype) in candidates
     assert calls == 2
     assert [s.dtype for s in selection.selections() if s.operation == "test: once"] == [torch.float32, torch.bfloat16]
+
+
+def test_deterministic_algorithms_are_the_trusted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock said before, and without asking it."""
+    monkeypatch.setattr(selection, "_selections", {})
+    candidates: dict[str, Callable[..., Tensor]] = {"trusted": slow, "fast": lambda x: x * 2}
+
+    def example(dtype: torch.dtype) -> tuple[Tensor]:
+        return (torch.linspace(1, 2, 100_000, dtype=dtype),)
+
+    assert selection.select("test", candidates, example, torch.float32) == "fast"
+    with deterministic_algorithms():
+        assert selection.select("test", candidates, example, torch.float32) == "trusted"
+        assert selection.select("other", candidates, example, torch.float32) == "trusted"
+    assert [s.operation for s in selection.selections()] == ["test"]

@@ -162,6 +162,7 @@ def test_resumes_after_a_kill(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_pat
         import os, signal, sys, torch
         from xfm_fast import XFM, XFMConfig
         from xfm_fast.tasks.retrieval import rerank
+        torch.use_deterministic_algorithms(True)
         torch.manual_seed(0)
         model = XFM(XFMConfig.preset("tiny")).eval()
         with torch.inference_mode():

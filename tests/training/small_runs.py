@@ -5,8 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.kernels.cpu import selection
 from xfm_fast.training import checkpoints
 from xfm_fast.training.loop import TrainResult, train
 from xfm_fast.training.metrics import read_log
@@ -146,24 +144,12 @@ def in_processes(target: Callable[..., None], world_size: int, *arguments: Any, 
     return [process.exitcode or 0 for process in processes]
 
 
-@contextmanager
-def settled_kernels() -> Iterator[None]:
-    """Which products a CPU computes how is timed anew in every process, and on a busy machine with changing result.
-
-    In this block every operation takes its first candidate.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_selections", {})
-        patch.setattr(selection, "_MARGIN", 0.0)  # no challenger can be that much faster
-        yield
-
-
 def join_group(rank: int, world_size: int, meeting_point: Path) -> None:
     """Become one of the processes of a gloo group."""
     torch.set_num_threads(1)
     # A process of the server would start loader workers in its own way, which imports PyTorch in each.
     multiprocessing.set_start_method("fork", force=True)
-    selection._MARGIN = 0.0  # as in settled_kernels, until the process ends
+    torch.use_deterministic_algorithms(True)
     if world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world_size,

@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from tests.determinism import deterministic_algorithms
 from tests.training.small_runs import (
     Joined,
     Noise,
@@ -23,7 +24,6 @@ from tests.training.small_runs import (
     numbers,
     process_of_a_run,
     run,
-    settled_kernels,
     small_recipe,
     without_dropout,
 )
@@ -73,7 +73,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process on batches of 8."""
     folder = tmp_path_factory.mktemp("alone")
     recipe = drawless(folder, batch_size=8)
-    with settled_kernels():
+    with deterministic_algorithms():
         run(recipe, sources=on_all_batches(recipe, 2))
     return folder
 

@@ -47,7 +47,8 @@ class ScoreJournal:
         if found and not self._header.startswith(found):
             raise DataError(
                 f"{self.path} holds the scores of other work (other weights, embeddings or k); "
-                "delete it to start anew or name another folder"
+                "delete it to start anew or name another folder. Embeddings that are computed again, not kept in a "
+                "file, can differ in the last bit: torch.use_deterministic_algorithms(True) in both runs prevents it"
             )
         self._file.seek(0)
         self._file.truncate()
