@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,8 @@ _COMPARED_WHOLE = 1 << 15
 _SAMPLES = 16
 
 # By identity: hashing a tensor through a weak dictionary takes longer than the products of a small model.
-_entries: dict[int, tuple[weakref.ref[Tensor], dict[str, tuple[Any, Tensor, Any]]]] = {}
+_Entries = dict[int, tuple[weakref.ref[Tensor], dict[str, tuple[Any, Tensor, Any]]]]
+_entries: _Entries = {}
 
 
 def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
@@ -48,14 +50,15 @@ def _entries_of(owner: Tensor) -> dict[str, tuple[Any, Tensor, Any]]:
     key = id(owner)
     found = _entries.get(key)
     if found is None or found[0]() is not owner:
-        found = _entries[key] = (weakref.ref(owner, lambda dead: _forget(key, dead)), {})
+        found = _entries[key] = (weakref.ref(owner, partial(_forget, _entries, key)), {})
     return found[1]
 
 
-def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
+def _forget(entries: _Entries, key: int, dead: weakref.ref[Tensor]) -> None:
+    # The entries are an argument: tensors that outlive this module find its globals cleared when the interpreter ends.
     # Another tensor may have taken the identity of the dead one meanwhile.
-    if key in _entries and _entries[key][0] is dead:
-        del _entries[key]
+    if key in entries and entries[key][0] is dead:
+        del entries[key]
 
 
 def _values(source: Tensor) -> Tensor:
