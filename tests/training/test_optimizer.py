@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.conftest import load_json
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.models.xfm import XFM
-from xfm_fast.training.optimizer import AdamW, optimizer_groups
+from xfm_fast.training.optimizer import AdamW, Moments, adam_in_one_pass, adam_in_passes, optimizer_groups
 from xfm_fast.training.recipe_fields import OptimizerRecipe
 
 
@@ -97,6 +98,28 @@ def test_rule_and_what_happens_without_a_gradient(zero_grad: str) -> None:
     for parameter, twin in zip(parameters, plain, strict=True):
         expected = torch.tensor(twin.values, dtype=torch.float64)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("move", [adam_in_passes, adam_in_one_pass])
+def test_error_is_that_of_rounding(move: Callable[..., None]) -> None:
+    """In fp32, for parameters of different ages, against the same numbers in fp64."""
+    torch.manual_seed(3)
+    shapes, ages = [(63, 111), (5,), (), (2, 3, 4)], [0.0, 7.0, 7.0, 400.0]
+    exact = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    columns = [[torch.randn(shape, dtype=torch.float64).mul(0.1).float() for shape in shapes] for _ in range(3)]
+    gradients, first, second = columns[0], columns[1], [each.square() for each in columns[2]]
+    values = [value.float() for value in exact]
+    exact = [value.double() for value in values]
+    steps, exact_steps = ([torch.tensor(age) for age in ages] for _ in range(2))
+    g, m, v = ([each.double() for each in column] for column in (gradients, first, second))
+    adam_in_passes(exact, Moments(g, m, v, exact_steps), LR, BETAS, EPS)
+    versions = [each._version for each in (*values, *first, *second)]
+    move(values, Moments(gradients, first, second, steps), LR, BETAS, EPS)
+    assert [step.item() for step in steps] == [age + 1 for age in ages]
+    for found, expected in zip((*values, *first, *second), (*exact, *m, *v), strict=True):
+        assert (found.double() - expected).abs().max() <= 2 * torch.finfo(torch.float32).eps * expected.abs().max()
+    # By their versions cached tensors notice that a parameter was moved.
+    assert all(t._version > v for t, v in zip((*values, *first, *second), versions, strict=True))
 
 
 def test_rule_is_not_that_of_torch() -> None:

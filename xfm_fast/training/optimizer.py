@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.kernels import host
 from xfm_fast.training.recipe_fields import OptimizerRecipe
 
 LARGE_LR = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
@@ -133,23 +136,15 @@ class AdamW(Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self._state_of(parameter) for parameter in parameters]
-        steps: list[Tensor] = [state["step"] for state in states]
         values = [_local(parameter) for parameter in parameters]
-        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        first = [_local(state["exp_avg"]) for state in states]
-        second = [_local(state["exp_avg_sq"]) for state in states]
-        beta1, beta2 = group["betas"]
-
-        torch._foreach_add_(steps, 1)
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
-        denominators = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominators, group["eps"])
-        # One size for each parameter, since not every update reaches all; in fp64, as Python floats would be.
-        taken = torch.stack(steps).double()
-        sizes = -group["lr"] * (1 - beta2**taken).sqrt() / (1 - beta1**taken)
-        torch._foreach_addcdiv_(values, first, denominators, sizes)
+        moments = Moments(
+            gradients=[_local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            first=[_local(state["exp_avg"]) for state in states],
+            second=[_local(state["exp_avg_sq"]) for state in states],
+            steps=[state["step"] for state in states],
+        )
+        move = adam_in_one_pass if values[0].device.type == "cpu" else adam_in_passes
+        move(values, moments, group["lr"], group["betas"], group["eps"])
         if group["weight_decay"]:
             torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
 
@@ -165,3 +160,49 @@ class AdamW(Optimizer):
 def _local(tensor: Tensor) -> Tensor:
     """Adam works element by element, so each rank updates what it holds and no rank asks another."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Moments(NamedTuple):
+    """What Adam knows of n parameters."""
+
+    gradients: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    steps: list[Tensor]
+    """Steps taken before this one: fp32 scalars on the host."""
+
+
+def adam_in_passes(values: list[Tensor], moments: Moments, lr: float, betas: tuple[float, float], eps: float) -> None:
+    """Adam's step of values and moments, in place: six passes over all of them, with room for one more copy."""
+    gradients, first, second, steps = moments
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(first, gradients, 1 - betas[0])
+    torch._foreach_mul_(second, betas[1])
+    torch._foreach_addcmul_(second, gradients, gradients, value=1 - betas[1])
+    denominators = torch._foreach_sqrt(second)
+    torch._foreach_add_(denominators, eps)
+    # One size for each parameter, since not every update reaches all; in fp64, as Python floats would be.
+    taken = torch.stack(steps).double()
+    sizes = -lr * (1 - betas[1] ** taken).sqrt() / (1 - betas[0] ** taken)
+    torch._foreach_addcdiv_(values, first, denominators, sizes)
+
+
+def adam_in_one_pass(values: list[Tensor], moments: Moments, lr: float, betas: tuple[float, float], eps: float) -> None:
+    """The same by PyTorch's fused kernel, in a third of the time on CPU and without the copy.
+
+    PyTorch adds ε to the bias-corrected √v. Divided by that correction beforehand, it is the ε of this rule; it then
+    depends on the step, so parameters that took equally many go together.
+    """
+    alike: dict[int, list[int]] = defaultdict(list)
+    for place, taken in enumerate(host.integers(torch.stack(moments.steps).long())):
+        alike[taken + 1].append(place)
+    for taken, places in alike.items():
+        gradients, first, second, steps = ([column[place] for place in places] for column in moments)
+        adam(
+            [values[place] for place in places], gradients, first, second, [], steps, fused=True,
+            amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=0.0,
+            eps=eps / math.sqrt(1 - betas[1] ** taken), maximize=False,
+        )  # fmt: skip
+    # Unlike other operations in place, the fused ones leave the versions as they are by which cached tensors see a
+    # change.
+    torch.autograd.graph.increment_version([*values, *moments.first, *moments.second])
