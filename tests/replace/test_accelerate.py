@@ -66,6 +66,25 @@ def model() -> nn.Sequential:
     return nn.Sequential(Affine(), nn.Sequential(Affine(), nn.ReLU()), Odd())
 
 
+def test_a_forward_left_on_the_instance() -> None:
+    """transformers 4 records outputs by a `forward` on the instance, and leaves the class's own there afterwards."""
+    made, x = model(), torch.ones(2, 5)
+    wanted = made(x)
+    first: Any = made[0]
+    first.forward = first.forward
+    report = accelerate(made)
+    made(x)
+    assert len(FusedAffine.calls) == 3
+    first.forward = first.forward
+    assert not observed(first)
+    report.revert()
+    assert torch.equal(made(x), wanted)
+    assert len(FusedAffine.calls) == 3
+    first.forward = lambda features: 2 * features
+    assert observed(first)
+    assert "replaced on the instance" in str(accelerate(made))
+
+
 def test_the_objects_stay_the_same() -> None:
     made = model()
     modules, parameters, state = list(made.modules()), list(made.parameters()), made.state_dict()

@@ -13,7 +13,19 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from tests.replace.text_models import LENGTHS, SIZES, assert_equal, batch, copies, forbid, make  # noqa: E402
+from tests.replace.text_models import (  # noqa: E402
+    CAUSAL_BOUND,
+    CAUSAL_DTYPE,
+    LENGTHS,
+    ONLY_EAGER,
+    SIZES,
+    TRANSFORMERS,
+    assert_equal,
+    batch,
+    copies,
+    forbid,
+    make,
+)
 from xfm_fast import accelerate, accelerated  # noqa: E402
 from xfm_fast.replace import huggingface_text, register_attention  # noqa: E402
 from xfm_fast.replace.swapping import original_class  # noqa: E402
@@ -89,6 +101,10 @@ def test_masks_of_four_dimensions(attention: str) -> None:
     accelerate(fast, unpad=True)
     given = batch()
     allowed = (torch.rand(len(LENGTHS), 1, max(LENGTHS), max(LENGTHS)) < 0.7) | torch.eye(max(LENGTHS)).bool()
+    if TRANSFORMERS == 4:
+        # Which makes the fourth dimension itself.
+        assert_equal(model, fast, given | {"attention_mask": allowed[:, 0].long()})
+        return
     added = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
     assert_equal(model, fast, given | {"attention_mask": added})
     # Eager attention adds ones and zeros, SDPA masks: whichever it is, it stays.
@@ -120,18 +136,36 @@ def test_tuples_are_returned_where_asked_for() -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM"])
 def test_decoders_with_cross_attention(name: str, attention: str) -> None:
-    model, fast = copies(make(name, attention=attention, is_decoder=True, add_cross_attention=True))
+    model, fast = copies(make(name, CAUSAL_DTYPE, attention, is_decoder=True, add_cross_attention=True))
     report = accelerate(fast, unpad=True)
     assert "causal" in str(report)
-    states = torch.randn(len(LENGTHS), 7, SIZES["hidden_size"], dtype=torch.float64)
+    states = torch.randn(len(LENGTHS), 7, SIZES["hidden_size"], dtype=CAUSAL_DTYPE)
     kept = torch.rand(len(LENGTHS), 7) < 0.6
     kept[:, 0] = True
     for memory in ({}, {"encoder_hidden_states": states}):
-        assert_equal(model, fast, batch() | memory | {"use_cache": False})
-        assert_equal(model, fast, {"input_ids": batch()["input_ids"]} | memory | {"use_cache": False})
+        assert_equal(model, fast, batch() | memory | {"use_cache": False}, CAUSAL_BOUND)
+        assert_equal(model, fast, {"input_ids": batch()["input_ids"]} | memory | {"use_cache": False}, CAUSAL_BOUND)
     masked = {"encoder_hidden_states": states, "encoder_attention_mask": kept.long(), "use_cache": False}
-    assert_equal(model, fast, batch() | masked)
-    assert_equal(model, fast, batch() | {"encoder_hidden_states": states[:1].expand_as(states), "use_cache": False})
+    assert_equal(model, fast, batch() | masked, CAUSAL_BOUND)
+    shared = {"encoder_hidden_states": states[:1].expand_as(states), "use_cache": False}
+    assert_equal(model, fast, batch() | shared, CAUSAL_BOUND)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("unpad", [False, True])
+def test_cross_attention_in_both_directions(unpad: bool, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("BertModel", attention=attention, is_decoder=True, add_cross_attention=True)
+    model.config.is_decoder = False
+    model, fast = copies(model)
+    accelerate(fast, unpad=unpad)
+    states = torch.randn(len(LENGTHS), 7, SIZES["hidden_size"], dtype=torch.float64)
+    kept = torch.ones(len(LENGTHS), 7, dtype=torch.long)
+    kept[1, 3:] = 0
+    given = batch() | {"encoder_hidden_states": states}
+    for memory in (given, given | {"encoder_attention_mask": kept}):
+        assert_equal(model, fast, memory, only_real=True)
+    only_fused(monkeypatch, fast, "BertLayer", *(["BertModel"] if unpad else []))
+    fast(**given)
 
 
 def test_generation_with_a_cache() -> None:
@@ -165,7 +199,7 @@ def test_wrong_calls_fail_as_they_did(unpad: bool) -> None:
     states = torch.randn(len(LENGTHS), 7, SIZES["hidden_size"], dtype=torch.float64)
     ids = batch()["input_ids"]
     embedded = torch.randn(*ids.shape, SIZES["hidden_size"], dtype=torch.float64)
-    model = make("BertModel", is_decoder=True)
+    model = make("BertModel", CAUSAL_DTYPE, is_decoder=True)
     text = make("BlipTextModel", attention="eager", is_decoder=False)
     accelerate(model, unpad=unpad)
     accelerate(text, unpad=unpad)
@@ -185,7 +219,8 @@ def test_every_layer_of_the_table(package: str) -> None:
     namespace = pytest.importorskip(f"transformers.models.{package}.modeling_{file}")
     kind = getattr(namespace, name)
     configs = {"BlipText": "BlipTextConfig", "AltRoberta": "AltCLIPTextConfig"}
-    prefix, attention = name.removesuffix("Layer"), "eager" if package == "blip" else "sdpa"
+    prefix = name.removesuffix("Layer")
+    attention = "eager" if package == "blip" or prefix in ONLY_EAGER else "sdpa"
     config = getattr(namespace, configs.get(prefix, f"{prefix}Config"))(**SIZES, attn_implementation=attention)
     layer = (kind(config, 0) if package == "blip" else kind(config)).double().eval()
     fast = copy.deepcopy(layer)
@@ -346,22 +381,24 @@ def test_unsupported_layers_say_why() -> None:
 @pytest.mark.parametrize("name", ["BertModel", "BertLMHeadModel", "ViTModel"])
 def test_attention_interface(name: str) -> None:
     register_attention()
+    decodes, dtype, bound = "LMHead" in name, torch.float64, 1e-12
     if name == "ViTModel":
         sizes = {"image_size": 12, "patch_size": 4, "hidden_size": 24, "num_attention_heads": 2}
         config = transformers.ViTConfig(**sizes, num_hidden_layers=2, intermediate_size=30)
         model, given = transformers.ViTModel(config).double(), {"pixel_values": torch.randn(2, 3, 12, 12).double()}
     else:
-        model, given = make(name, is_decoder="LMHead" in name, add_cross_attention="LMHead" in name), batch("holes")
-        if "LMHead" in name:
+        dtype, bound = (CAUSAL_DTYPE, CAUSAL_BOUND) if decodes else (dtype, bound)
+        model, given = make(name, dtype, is_decoder=decodes, add_cross_attention=decodes), batch("holes")
+        if decodes:
             # As long as the texts, so that only the attention itself can tell them apart.
-            states = torch.randn(*given["input_ids"].shape, SIZES["hidden_size"], dtype=torch.float64)
+            states = torch.randn(*given["input_ids"].shape, SIZES["hidden_size"], dtype=dtype)
             given |= {"encoder_hidden_states": states, "encoder_attention_mask": given["attention_mask"].flip(1)}
             given["use_cache"] = False
     fast = copy.deepcopy(model)
     fast.set_attn_implementation("xfm_fast")
-    assert_equal(model, fast, given, only_real=True)
+    assert_equal(model, fast, given, bound, only_real=True)
     accelerate(fast)
-    assert_equal(model, fast, given, only_real=True)
+    assert_equal(model, fast, given, bound, only_real=True)
 
 
 def test_wrapped_for_distributed_training(tmp_path: Any) -> None:

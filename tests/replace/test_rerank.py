@@ -121,6 +121,8 @@ def test_scores_equal_those_of_single_pairs(name: str) -> None:
 # BLIP of transformers 5 receives a mask of the image tokens and does not apply it.
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "blip"])
 def test_hidden_image_tokens_are_not_seen(name: str) -> None:
+    if name == "bert" and pytest.importorskip("transformers").__version__.startswith("4."):
+        pytest.skip("BERT of transformers 4 applies a mask of the image tokens in decoders only")
     model, head, given = _made(name)
     token_mask = (torch.rand(3, 7) < 0.5).long().index_fill(1, torch.tensor([3]), 1)
     with torch.no_grad():

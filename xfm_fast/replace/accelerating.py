@@ -16,7 +16,16 @@ from xfm_fast.replace import verification
 from xfm_fast.replace.report import Entry, Report
 from xfm_fast.replace.rules import Rule, rules
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Fused, find, fused_form, is_fused, original_class, restore, swap
+from xfm_fast.replace.swapping import (
+    Fused,
+    find,
+    forward_replaced,
+    fused_form,
+    is_fused,
+    original_class,
+    restore,
+    swap,
+)
 
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 
@@ -143,7 +152,7 @@ def _decide(
         if not rule.recognises(module):
             continue
         reason = rule.refusal(module, settings)
-        if reason is None and "forward" in module.__dict__:
+        if reason is None and forward_replaced(module):
             reason = "its forward was replaced on the instance"
         entry = Entry(path, original_class(module).__name__, rule.name, rule.gain, reason)
         if reason is None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
+from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
 from xfm_fast.replace.packed_layers import (
     Packed,
@@ -55,7 +56,7 @@ _EMBEDDINGS = {
     "bert": "BertEmbeddings",
     "blip": "BlipTextEmbeddings",
     "camembert": "CamembertEmbeddings",
-    "data2vec": "Data2VecTextEmbeddings",
+    "data2vec": "Data2VecTextEmbeddings Data2VecTextForTextEmbeddings",
     "roberta": "RobertaEmbeddings",
     "xlm_roberta": "XLMRobertaEmbeddings",
 }
@@ -67,11 +68,16 @@ _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
 
 
+def _transformers_version() -> int:
+    return int(sys.modules["transformers"].__version__.split(".")[0])
+
+
 def is_of(table: dict[str, str], module: nn.Module) -> bool:
-    """Whether a module's own class is one that the table names."""
+    """Whether a module's own class is one that the table names, where names of several versions stand together."""
     kind = original_class(module)
     package = kind.__module__.split(".")
-    return package[:2] == ["transformers", "models"] and len(package) > 2 and table.get(package[2]) == kind.__name__
+    known = package[:2] == ["transformers", "models"] and len(package) > 2
+    return known and kind.__name__ in table.get(package[2], "").split()
 
 
 def asked_beyond(call: dict[str, Any], understood: set[str]) -> bool:
@@ -125,6 +131,8 @@ class FusedLayer(CalledByName):
         states, their_mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if not getattr(self, "is_decoder", True):
             states = None
+        if original_class(self).__name__ in _MEMORY_UNMASKED and _hides_nothing(their_mask):
+            their_mask = None
         covered = states is None or (hasattr(self, "crossattention") and self._covers_memory(their_mask))
         if not covered or not self._covers(x, mask):
             return super().forward(*args, **kwargs)
@@ -155,6 +163,14 @@ class FusedLayer(CalledByName):
         # Eager attention adds a boolean mask as ones and zeros; whoever wants that gets it from the original.
         boolean = _implementation(self._attention()) not in ("eager", None)
         return isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean)
+
+
+def _hides_nothing(mask: Any) -> bool:
+    """Whether an additive mask is all zeros; transformers 4 makes BLIP one where none was given."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point() or torch.compiler.is_compiling():
+        return False
+    # All layers of a model come with the same mask, and on an accelerator a look at it waits.
+    return derived("hides nothing", (mask,), lambda: not mask.any())
 
 
 def _implementation(attention: Any) -> str | None:
@@ -303,10 +319,14 @@ class UnpaddedModel(CalledByName):
         if planned is None:
             return None
         packing, whole_memory = planned
-        if not whole_memory and original_class(self).__name__ in _MEMORY_UNMASKED:
+        if not whole_memory and self._forgets_memory_masks():
             return None
         with self.settings.own_types(mask.device):
             return self._run(call | {"encoder_attention_mask": None if whole_memory else memory_mask}, packing), packing
+
+    def _forgets_memory_masks(self) -> bool:
+        """Whether the original hands no mask of the memory on: in transformers 4 only decoders do."""
+        return original_class(self).__name__ in _MEMORY_UNMASKED or _transformers_version() < 5
 
     def _can_pack(self, call: dict[str, Any]) -> bool:
         config: Any = self.config

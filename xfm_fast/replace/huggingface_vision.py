@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from xfm_fast.replace.rules import Rule
 from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import find, observed, original_class, probability, why_not_bypassed
+from xfm_fast.replace.swapping import CalledByName, find, observed, original_class, probability, why_not_bypassed
 from xfm_fast.replace.vision_attention import Bias, PositionTable
 from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters
 
@@ -42,32 +43,46 @@ class Names(NamedTuple):
         return *self.qkv, self.proj, self.fc1, self.fc2
 
 
-class _Layer(PreNormBlock):
-    """What the layers have in common; `names` is where they differ."""
+class _Layer(PreNormBlock, CalledByName):
+    """What the layers have in common.
 
-    names: ClassVar[Names]
+    Attributes:
+        layout: where they differ.
+        returns_tuple: whether the layer returns its output in a tuple, and behind it attention weights if asked.
+    """
+
+    layout: ClassVar[Names]
+    returns_tuple: ClassVar[bool] = False
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
         """The library's own classes, of the family that this layer belongs to."""
         library, prefix = sys.modules[original.__module__], original.__name__.removesuffix("Layer")
         prefix = prefix.removesuffix("Encoder")
-        bypassed: dict[str, Any] = dict.fromkeys(cls.names.norms, nn.LayerNorm)
-        bypassed |= dict.fromkeys(cls.names.linears, nn.Linear)
-        for name, suffixes in cls.names.classes.items():
+        bypassed: dict[str, Any] = dict.fromkeys(cls.layout.norms, nn.LayerNorm)
+        bypassed |= dict.fromkeys(cls.layout.linears, nn.Linear)
+        for name, suffixes in cls.layout.classes.items():
             bypassed[name] = tuple(getattr(library, prefix + suffix, _Absent) for suffix in suffixes.split())
-        bypassed |= dict.fromkeys(cls.names.dropouts, nn.Dropout)
+        bypassed |= dict.fromkeys(cls.layout.dropouts, nn.Dropout)
         bypassed["drop_path"] = (nn.Identity, getattr(library, f"{prefix}DropPath", _Absent))
-        return {"bypassed": bypassed, "erf_gelus": _gelu_classes()}
+        named = super().adapted(original)
+        tuples = "output_attentions" in named["names"]
+        return {**named, "bypassed": bypassed, "erf_gelus": _gelu_classes(), "returns_tuple": tuples}
+
+    def asks_only_for(self, call: Mapping[str, Any], known: tuple[str, ...]) -> bool:
+        """Whether a call has no argument beside the known ones that says something, such as masks of heads."""
+        if self.returns_tuple and call.get("output_attentions"):
+            return False
+        return _plain({name: value for name, value in call.items() if name not in known})
 
     def parts(self, heads: int, attention_p: float, branch_p: tuple[float, float] = (0.0, 0.0)) -> Parts:
-        """The parts where `names` says.
+        """The parts where `layout` says.
 
         Args:
             heads: of the attention.
             attention_p, branch_p: dropout of the attention weights and at the end of each branch.
         """
-        names, layer = self.names, {name: self.get_submodule(name) for name in self.names.linears}
+        names, layer = self.layout, {name: self.get_submodule(name) for name in self.layout.linears}
         width: Any = layer[names.qkv[0]].out_features
         drop = partial(row_scale, find(self, "drop_path"))
         return Parts(
@@ -87,9 +102,9 @@ class _Layer(PreNormBlock):
 
     def _hidden(self, fc1: nn.Module) -> Callable[..., Tensor] | None:
         """The hidden layer, where it is not `gelu(fc1(x))`."""
-        if self.is_erf_gelu(self.names.activation):
+        if self.is_erf_gelu(self.layout.activation):
             return None
-        holder, name = self.names.activation.rsplit(".", 1)
+        holder, name = self.layout.activation.rsplit(".", 1)
         activation = getattr(self.get_submodule(holder), name)
         return lambda x, linear: activation(linear(fc1, x))
 
@@ -107,7 +122,7 @@ def _encoder_names(norms: tuple[str, str], attention: str, out: str) -> Names:
 class HuggingFaceViTLayer(_Layer):
     """`ViTLayer` and `DeiTLayer`; with a relative position bias of its own, or shared as a mask, `BeitLayer`."""
 
-    names = _encoder_names(("layernorm_before", "layernorm_after"), "attention", "o_proj")
+    layout = _encoder_names(("layernorm_before", "layernorm_after"), "attention", "o_proj")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         layer: Any = self
@@ -129,29 +144,36 @@ class HuggingFaceViTLayer(_Layer):
 
 
 class HuggingFaceCLIPLayer(_Layer):
-    """`CLIPEncoderLayer` of images and of texts, which are causal."""
+    """`CLIPEncoderLayer` of images and of texts, which are causal: transformers 4 gives the causal mask separately."""
 
-    names = _encoder_names(("layer_norm1", "layer_norm2"), "self_attn", "out_proj")
+    layout = _encoder_names(("layer_norm1", "layer_norm2"), "self_attn", "out_proj")
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
         layer: Any = self
-        attention, others = layer.self_attn, {name: value for name, value in kwargs.items() if name != "is_causal"}
-        if not (_plain(others) and _knows(attention) and _dense(attention_mask) and self.takes(hidden_states)):
-            return super().forward(hidden_states, attention_mask, **kwargs)
+        attention, x = layer.self_attn, call["hidden_states"]
+        masks = [mask for mask in map(call.get, ("attention_mask", "causal_attention_mask")) if mask is not None]
+        known = ("hidden_states", "attention_mask", "causal_attention_mask", "is_causal")
+        plain = self.asks_only_for(call, known) and all(_dense(mask) for mask in masks)
+        if len(masks) > 1 and any(_boolean(mask) for mask in masks):
+            plain = False
+        if not (plain and _knows(attention) and self.takes(x)):
+            return super().forward(*args, **kwargs)
         # A mask holds the causality too, and the eager function looks at nothing else.
-        causal = attention_mask is None and attention.config._attn_implementation != "eager"
-        return self.compute(
+        causal = not masks and attention.config._attn_implementation != "eager"
+        out = self.compute(
             self.parts(attention.num_heads, attention.dropout if attention.training else 0.0),
-            hidden_states,
-            attention_mask,
-            causal=causal and bool(kwargs.get("is_causal")),
+            x,
+            reduce(add, masks) if masks else None,
+            causal=causal and bool(call.get("is_causal")),
         )
+        return (out,) if self.returns_tuple else out
 
 
-class HuggingFaceData2VecLayer(_Layer):
-    """`Data2VecVisionLayer`, which keeps BEiT's parts as BERT does."""
+class HuggingFaceBertNamedLayer(_Layer):
+    """Layers that keep their parts as BERT does: all of these models in transformers 4, Data2Vec-Vision in 5 too."""
 
-    names = Names(
+    layout = Names(
         ("layernorm_before", "layernorm_after"),
         ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
         "attention.output.dense",
@@ -159,7 +181,7 @@ class HuggingFaceData2VecLayer(_Layer):
         "intermediate.intermediate_act_fn",
         "output.dense",
         {
-            "attention": "Attention",
+            "attention": "Attention SdpaAttention",
             "attention.attention": "SelfAttention SdpaSelfAttention",
             "attention.output": "SelfOutput",
             "intermediate": "Intermediate",
@@ -168,26 +190,31 @@ class HuggingFaceData2VecLayer(_Layer):
         ("attention.attention.dropout", "attention.output.dropout", "output.dropout"),
     )
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
         layer: Any = self
-        attention, shared = layer.attention.attention, kwargs.get("relative_position_bias")
-        known = (*_POSITIONS, *_WITHOUT_EFFECT, "relative_position_bias")
-        others = {name: value for name, value in kwargs.items() if name not in known}
-        others["asks for weights"] = kwargs.get("output_attentions")
+        attention, x, shared = layer.attention.attention, call["hidden_states"], call.get("relative_position_bias")
         positions = find(attention, "relative_position_bias")
         if (
-            args
-            or not (_plain(others) and _dense(shared) and self.takes(hidden_states))
-            or (positions is not None and kwargs.get("resolution") is None)
+            not self.asks_only_for(call, (*_POSITIONS, "hidden_states", "relative_position_bias"))
+            or not (_knows(attention) and _dense(shared) and self.takes(x))
+            or (positions is not None and call.get("resolution") is None)
         ):
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         bias: Bias = shared
         if positions is not None:
-            patch, tokens = attention.config.patch_size, hidden_states.shape[1]
-            bias = _position_bias(positions, shared, patch, tokens, kwargs)
-        attention_p = attention.dropout.p if attention.training else 0.0
+            bias = _position_bias(positions, shared, attention.config.patch_size, x.shape[1], call)
         branch_p = (probability(layer.attention.output.dropout), probability(layer.output.dropout))
-        return (self.compute(self.parts(attention.num_attention_heads, attention_p, branch_p), hidden_states, bias),)
+        parts = self.parts(attention.num_attention_heads, _attention_dropout(attention), branch_p)
+        out = self.compute(parts, x, bias)
+        return (out,) if self.returns_tuple else out
+
+
+def _attention_dropout(attention: Any) -> float:
+    """Of BERT-named attention: ViT has the number where BEiT has a module."""
+    if find(attention, "dropout") is not None:
+        return attention.dropout.p if attention.training else 0.0
+    return attention.dropout_prob if attention.training else 0.0
 
 
 def row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
@@ -247,11 +274,11 @@ def _gelu_classes() -> tuple[type[nn.Module], ...]:
 
 def _refusal(form: type[_Layer]) -> Callable[[nn.Module, Settings], str | None]:
     def refusal(module: nn.Module, settings: Settings) -> str | None:
-        missing = [name for name in (*form.names.norms, *form.names.linears) if find(module, name) is None]
+        missing = [name for name in (*form.layout.norms, *form.layout.linears) if find(module, name) is None]
         if missing:
             return f"this version of transformers keeps {missing[0]} elsewhere"
         expected = form.adapted(original_class(module))["bypassed"]
-        return why_not_bypassed(module, expected) or lacks_parameters(module, form.names.norms)
+        return why_not_bypassed(module, expected) or lacks_parameters(module, form.layout.norms)
 
     return refusal
 
@@ -261,7 +288,8 @@ def _rule(form: type[_Layer], classes: str, gain: str) -> Rule:
 
     def recognises(module: nn.Module) -> bool:
         kind = original_class(module)
-        return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+        known = kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+        return known and find(module, form.layout.qkv[0]) is not None
 
     return Rule(form.__name__, recognises, form, gain, _refusal(form))
 
@@ -271,6 +299,7 @@ _BIAS = f"position bias expanded once; {_SUMS}"
 RULES: tuple[Rule, ...] = (
     _rule(HuggingFaceViTLayer, "ViTLayer DeiTLayer", _SUMS),
     _rule(HuggingFaceViTLayer, "BeitLayer", _BIAS),
-    _rule(HuggingFaceData2VecLayer, "Data2VecVisionLayer", _BIAS),
+    _rule(HuggingFaceBertNamedLayer, "ViTLayer DeiTLayer", _SUMS),
+    _rule(HuggingFaceBertNamedLayer, "BeitLayer Data2VecVisionLayer", _BIAS),
     _rule(HuggingFaceCLIPLayer, "CLIPEncoderLayer", "norms and sums in the products"),
 )

@@ -102,13 +102,23 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
 
 def observed(module: nn.Module) -> bool:
     """Whether somebody relies on this module being called: through hooks, or a `forward` put on the instance."""
-    if "forward" in module.__dict__:
+    if forward_replaced(module):
         return True
     for name in _HOOKS:
         hooks = getattr(module, name)
         if hooks and not all(_idle(hook) for hook in hooks.values()):
             return True
     return False
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether a `forward` on the instance hides that of its class."""
+    return "forward" in module.__dict__ and not _own_forward_left_behind(module)
+
+
+def _own_forward_left_behind(module: nn.Module) -> bool:
+    """Whether the instance holds its class's own forward, as transformers 4 leaves it after outputs were recorded."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
 
 
 def _idle(hook: Any) -> bool:
@@ -135,12 +145,16 @@ def probability(dropout: nn.Module) -> float:
 
 def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
     """Give a module its fused form."""
+    if _own_forward_left_behind(module):
+        del module.__dict__["forward"]
     module.__class__ = _combined(fused, type(module))
     module.__dict__[_SETTINGS] = settings
 
 
 def restore(module: nn.Module) -> None:
     """Give a module its own class back."""
+    if _own_forward_left_behind(module):
+        del module.__dict__["forward"]
     module.__class__ = original_class(module)
     del module.__dict__[_SETTINGS]
 
