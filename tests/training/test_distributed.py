@@ -27,10 +27,12 @@ from tests.training.small_runs import (
     small_recipe,
     without_dropout,
 )
+from xfm_fast.errors import DataError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.distributed import Place, Spread, run_layers, take_place
+from xfm_fast.training.loop import train
 from xfm_fast.training.norms import ModelNorms, local
 
 
@@ -179,6 +181,41 @@ def _fail() -> None:
 
 def test_processes_agree(tmp_path: Path) -> None:
     assert in_processes(talk, 2, tmp_path / "meet") == [0, 0]
+
+
+class Ending:
+    """Batches of noise, up to one that cannot be made."""
+
+    def __init__(self, batches: Noise, last: int) -> None:
+        self.batches, self.last = batches, last
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def batch(self, number: int) -> Any:
+        if number > self.last:
+            raise DataError("pairs.jsonl: 4 of 300 rows are broken")
+        return self.batches.batch(number)
+
+
+def broken_on_one(rank: int, world_size: int, meeting_point: Path, recipes: dict[int, Any]) -> None:
+    join_group(rank, world_size, meeting_point)
+    told = "pairs.jsonl: 4 of 300 rows are broken"
+    for last, recipe in recipes.items():
+        sources = noise(recipe, rank)
+        if rank == 1:
+            sources["pairs"] = Ending(sources["pairs"], last)
+        with pytest.raises(XFMError) as error:
+            train(recipe, sources=sources)
+        assert str(error.value) == (told if rank == 1 else f"process 1 of 2 has failed: {told}")
+        assert isinstance(error.value, DataError) == (rank == 1)
+
+
+def test_data_that_break_on_one_process_stop_all(tmp_path: Path) -> None:
+    """At the start or later: nobody waits in an exchange for the one that has stopped, and all say why."""
+    recipes = {last: small_recipe(tmp_path / f"until{last}") for last in (-1, 4)}
+    assert in_processes(broken_on_one, 2, tmp_path / "meet", recipes) == [0, 0]
+    assert [path.name for path in tmp_path.glob("until*/checkpoints/*")] == ["step-00000004"]
 
 
 def gradients(model: XFM, recipe: Any, stream: str) -> tuple[Tensor, list[Tensor]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from xfm_fast.batches import Batch
-from xfm_fast.errors import UnavailableError
+from xfm_fast.errors import UnavailableError, XFMError
 from xfm_fast.kernels import derived
 from xfm_fast.models.layers import AttentionProjections, TransformerLayer
 from xfm_fast.models.vision import Block
@@ -74,6 +74,28 @@ class Place:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` gives here, if it succeeds on every process; all of them must ask.
+
+        Where it fails on some only, the others would wait in the next exchange for them.
+
+        Raises:
+            Exception: what this process's `action` raised.
+            XFMError: says what another's did.
+        """
+        if self.world_size == 1:
+            return action()
+        failure: Exception | None = None
+        try:
+            value = action()
+        except Exception as error:
+            failure, value = error, None
+        if self.any(failure is not None):
+            told = None if failure is None else str(failure) or type(failure).__name__
+            rank, reason = next((r, reason) for r, reason in enumerate(self.gather(told)) if reason is not None)
+            raise failure or XFMError(f"process {rank} of {self.world_size} has failed: {reason}")
+        return cast("T", value)
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """The mean over processes, in place, on the device of the run."""

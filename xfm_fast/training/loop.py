@@ -143,7 +143,7 @@ def train(
             pin = place.device.type == "cuda"
             loader = load_batches(sources[stream], start=start, workers=recipe.workers, pin_memory=pin)
             stack.callback(loader.close)  # type: ignore[attr-defined]
-            loaders[stream] = _begun(loader) if progress.step < recipe.steps else loader
+            loaders[stream] = place.together(partial(_begun, loader)) if progress.step < recipe.steps else loader
         # Starting workers draws random numbers, which must not depend on how many there are.
         set_random_state(randomness, place.device)
 
@@ -173,7 +173,7 @@ def train(
                 batches: dict[str, Batch] = {}
                 finite = True
                 for number, (stream, _) in enumerate(losses, start=1):
-                    batch = next(loaders[stream])
+                    batch = place.together(partial(next, loaders[stream]))
                     progress.batches[stream] += 1
                     work.count(stream, batch, in_detail=log_now)
                     batch = batches[stream] = batch.to(place.device)
