@@ -209,14 +209,52 @@ def test_how_a_run_is_run_changes_no_number(tmp_path: Path, change: dict[str, An
         assert torch.equal(a, b)
 
 
-def test_bf16_trains_fp32_weights(tmp_path: Path) -> None:
-    result = run(small_recipe(tmp_path / "bf16", steps=3, precision="bf16", model=without_dropout()))
+def in_fp16(recipe: Recipe) -> Recipe:
+    """Recipes refuse it without a GPU, but the CPU can do it."""
+    return recipe.model_copy(update={"precision": "fp16"})
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains_fp32_weights(tmp_path: Path, precision: str) -> None:
+    recipe = small_recipe(tmp_path / "half", steps=3, model=without_dropout())
+    result = run(recipe.model_copy(update={"precision": precision}))
     run(small_recipe(tmp_path / "fp32", steps=3, model=without_dropout()))
     assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
-    low, full = numbers(tmp_path / "bf16"), numbers(tmp_path / "fp32")
+    low, full = numbers(tmp_path / "half"), numbers(tmp_path / "fp32")
     assert low[0]["loss/text/mlm"] != full[0]["loss/text/mlm"]
-    for name in ("loss/text/mlm", "loss/pairs/imlm", "loss/images/mim"):
+    for name in ("loss/text/mlm", "loss/pairs/imlm", "loss/images/mim", "grad_norm/text"):
         assert low[-1][name] == pytest.approx(full[-1][name], rel=3e-2)
+
+
+def test_fp16_leaves_out_what_overflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a scale that is far too large: it is halved until gradients fit, and weights rest meanwhile."""
+    monkeypatch.setattr(loop, "_LARGEST_LOSS_SCALE", 2.0**22)
+    run(in_fp16(small_recipe(tmp_path, updates=[["text", "regions", "images", "pairs"]], steps=16)))
+    lines = numbers(tmp_path)
+    scales = [2.0**22, *(line["loss_scale"] for line in lines)]
+    rested = [after < before for before, after in zip(scales, scales[1:], strict=False)]
+    assert rested[0]
+    assert not rested[-1]
+    assert [line["update_norm/all"] == 0 for line in lines] == rested
+    assert all(after in (before, before / 2) for before, after in zip(scales, scales[1:], strict=False))
+    # Losses are those of whole numbers: only their gradients were scaled.
+    assert lines[0]["loss/text/mlm"] == pytest.approx(lines[-1]["loss/text/mlm"], rel=0.1)
+
+
+def test_fp16_resumes_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_LARGEST_LOSS_SCALE", 2.0**22)
+
+    def stop(step: int, _: XFM) -> None:
+        if step == 6:
+            raise InterruptedError
+
+    whole, parts = (in_fp16(small_recipe(tmp_path / name)) for name in ("whole", "parts"))
+    run(whole)
+    with pytest.raises(InterruptedError):
+        run(parts, on_step=stop)
+    run(parts)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "whole")[3]["loss_scale"] < 2.0**22
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
