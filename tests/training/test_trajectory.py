@@ -15,7 +15,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.optimizer import AdamW, optimizer_groups
 from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
-from xfm_fast.training.schedule import make_schedule
+from xfm_fast.training.schedule import schedule_factor
 
 ALLOWED = 1e-8
 RECIPE = OptimizerRecipe(lr=1e-3, weight_decay=0.01, lr_mult=2, betas=(0.9, 0.98), eps=1e-8, clip_norm=1.0)
@@ -69,12 +69,13 @@ def test_two_steps(case: str, zero_grad: Literal["none", "zeros"]) -> None:
     optimizer = AdamW(
         optimizer_groups(model, RECIPE), lr=RECIPE.lr, betas=RECIPE.betas, eps=RECIPE.eps, zero_grad=zero_grad
     )
-    scheduler = make_schedule(optimizer, ScheduleRecipe(warmup=2), steps=8, lr=RECIPE.lr)
-    # The official run began with the second learning rate, for the first is 0.
-    optimizer.step()
-    scheduler.step()
+    peak = [group["lr"] for group in optimizer.param_groups]
     expected = iter(official["steps"])
-    for _ in range(2):
+    # The official run began with the second learning rate, for the first is 0.
+    for number in (1, 2):
+        factor = schedule_factor(ScheduleRecipe(warmup=2), number, steps=8, lr=RECIPE.lr)
+        for group, lr in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = lr * factor
         for update in (["text"], ["region", "imagenet"], ["image"]):
             step = next(expected)
             assert step["step"] == "+".join(update)
@@ -94,7 +95,6 @@ def test_two_steps(case: str, zero_grad: Literal["none", "zeros"]) -> None:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             assert relative(norm.item(), step["grad_norm_before_clip"]) < ALLOWED, step["step"]
             optimizer.step()
-        scheduler.step()
     assert next(expected, None) is None
     for name, parameter in model.named_parameters():
         truth = official["param_norm_after"][name]

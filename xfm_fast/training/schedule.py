@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
 from xfm_fast.training.recipe_fields import ScheduleRecipe
 
 
@@ -28,11 +25,3 @@ def schedule_factor(schedule: ScheduleRecipe, step: int, *, steps: int, lr: floa
         left = (1 - math.cos(math.pi * left)) / 2
     floor = schedule.min_lr / lr
     return floor + (1 - floor) * left
-
-
-def make_schedule(optimizer: Optimizer, schedule: ScheduleRecipe, *, steps: int, lr: float) -> LambdaLR:
-    """A scheduler to be stepped once per step of the run; its state is the step alone, the shape comes from the recipe.
-
-    Arguments as for `schedule_factor`.
-    """
-    return LambdaLR(optimizer, lambda step: schedule_factor(schedule, step, steps=steps, lr=lr))
