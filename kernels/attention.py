@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import host, reference
+from . import checks, reference
 from .backend import Backend, named, resolve
 from .cpu import position, varlen
 from .cpu.attention import biased_attention
@@ -48,9 +48,9 @@ def relpos_attention(
     Raises:
         ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
     """
-    _check_relpos(q, k, v, table, window, key_mask)
+    checks.relpos_arguments(q, k, v, table, window, scale, key_mask)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    chosen = resolve(backend, q, k, v, table, key_mask)
+    chosen = resolve(backend, q, k, v, table, key_mask, has_flash=True)
     if chosen == "flash_attn":
         raise ValueError("backend 'flash_attn' has no position bias; use 'auto', 'triton' or 'cpu'")
     if chosen == "reference" and named(backend):
@@ -96,17 +96,17 @@ def varlen_attention(
         `[Tq, H, D]`.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together, offsets that do not describe the tensors (checked
-            where that needs no synchronisation: on CPU), or a backend that cannot run here.
+        ValueError: shapes, types or devices that do not fit together, a backend that cannot run here, or offsets that
+            do not describe the tensors (looked at on CPU and within `check_contents()`).
     """
-    _check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p} is no probability below 1")
+    checks.varlen_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, seed, key_mask)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    chosen = resolve(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask)
+    chosen = resolve(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, has_flash=True)
     if chosen == "triton" and not named(backend) and q.shape[-1] not in _TRITON_HEAD_DIMS:
         chosen = "reference"
     if chosen == "reference":
+        checks.offsets_of(cu_seqlens_q, q, max_q, "q")
+        checks.offsets_of(cu_seqlens_k, k, max_k, "k")
         return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask)
     if chosen == "flash_attn":
         return _flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, key_mask)
@@ -143,6 +143,9 @@ def _flash_attention(
         raise ValueError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
+    if checks.looked_at(q):
+        checks.offsets_of(cu_seqlens_q, q, max_q, "q")
+        checks.offsets_of(cu_seqlens_k, k, max_k, "k")
     offsets = (cu_seqlens_q.int(), cu_seqlens_k.int())
     return flash_attn_varlen_func(q, k, v, *offsets, max_q, max_k, dropout_p=dropout_p, softmax_scale=scale)
 
@@ -240,9 +243,13 @@ def _varlen_forward(
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_forward
 
+        if checks.looked_at(q):
+            checks.offsets_of(cu_seqlens_q, q, max_q, "q")
+            checks.offsets_of(cu_seqlens_k, k, max_k, "k")
         offsets = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
         return varlen_attention_forward(q, k, v, *offsets, scale, dropout_p, seed, key_mask)
-    bounds_q, bounds_k = _bounds(cu_seqlens_q, q, max_q, "q"), _bounds(cu_seqlens_k, k, max_k, "k")
+    bounds_q = checks.offsets_of(cu_seqlens_q, q, max_q, "q")
+    bounds_k = checks.offsets_of(cu_seqlens_k, k, max_k, "k")
     dropout = None if seed is None else Dropout(dropout_p, seed)
     out = varlen.varlen_attention(q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
     return out, q.new_empty(0, dtype=torch.float32)
@@ -288,7 +295,8 @@ def _varlen_backward(
 
         offsets = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
         return varlen_attention_backward(dout, q, k, v, *offsets, scale, dropout_p, seed, key_mask, out, lse)
-    bounds_q, bounds_k = _bounds(cu_seqlens_q, q, max_q, "q"), _bounds(cu_seqlens_k, k, max_k, "k")
+    bounds_q = checks.offsets_of(cu_seqlens_q, q, max_q, "q")
+    bounds_k = checks.offsets_of(cu_seqlens_k, k, max_k, "k")
     dropout = None if seed is None else Dropout(dropout_p, seed)
     return varlen.varlen_attention_backward(dout, q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
 
@@ -343,58 +351,3 @@ _varlen = operator(
     backward=_varlen_gradient,
     autocast=True,
 )
-
-
-def _check_relpos(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], key_mask: Tensor | None
-) -> None:
-    if not q.ndim == k.ndim == v.ndim == 4 or not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    _check_dtypes(q, k, v)
-    height, width = window
-    if q.shape[1] != 1 + height * width:
-        raise ValueError(
-            f"q has {q.shape[1]} tokens; a {height}x{width} window with a class token has {1 + height * width}"
-        )
-    rows = (2 * height - 1) * (2 * width - 1) + 3
-    if table.shape != (rows, q.shape[2]):
-        raise ValueError(
-            f"table is {[*table.shape]}; a {height}x{width} window with {q.shape[2]} heads needs "
-            f"[{rows}, {q.shape[2]}]: interpolate it when the resolution changes"
-        )
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
-        raise ValueError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
-
-
-def _check_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, key_mask: Tensor | None
-) -> None:
-    if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    _check_dtypes(q, k, v)
-    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(f"cu_seqlens_q has {cu_seqlens_q.numel()} offsets and cu_seqlens_k {cu_seqlens_k.numel()}")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
-        raise ValueError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool [{k.shape[0]}]")
-
-
-def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point type")
-
-
-def _bounds(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:
-    bounds = tuple(host.integers(offsets))
-    if bounds[0] != 0 or bounds[-1] != packed.shape[0]:
-        raise ValueError(
-            f"cu_seqlens_{name} runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {packed.shape[0]}"
-        )
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    if min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens_{name} decreases; offsets must not")
-    if max(lengths, default=0) > longest:
-        raise ValueError(f"max_{name}={longest} is smaller than the longest sequence, {max(lengths)}")
-    return bounds

@@ -37,24 +37,34 @@ def use_backend(name: Backend) -> Iterator[None]:
         _chosen.name = outside
 
 
-def resolve(backend: Backend | None, *tensors: Tensor | None) -> Backend:
+def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = False) -> Backend:
     """The backend that runs an operation on these tensors: one of `reference`, `cpu`, `triton`, `flash_attn`.
+
+    Args:
+        has_flash: whether the operation is an attention. In a block of `flash_attn`, the others run as with `auto`.
 
     Raises:
         ValueError: tensors on several devices, or a backend asked for by name that cannot run here. `auto` falls back
             to `reference` instead.
     """
     name = _chosen.name if backend is None else _known(backend)
+    if name == "flash_attn" and not has_flash:
+        if backend is not None:
+            raise ValueError("backend 'flash_attn' has attention of packed sequences only; use 'auto' or another one")
+        name = "auto"
     present = [t.device for t in tensors if t is not None]
     device = present[0]
     for other in present:
         if other != device:
             raise ValueError(f"tensors live on {device} and {other}; move them to one device")
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     if name == "auto":
         if device.type == "cpu":
             return "cpu"
-        return "triton" if _why_not("triton", device.type, device.index) is None else "reference"
+        return "reference" if wide or _why_not("triton", device.type, device.index) is not None else "triton"
     why_not = _why_not(name, device.type, device.index)
+    if wide and name == "triton" and why_not is None:
+        why_not = "a tensor is float64 and the kernels compute in fp32 at most"
     if why_not is not None:
         raise ValueError(f"backend {name!r} was asked for by name, but {why_not}; use 'auto' or another one")
     return name

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from . import reference
+from . import checks, reference
 from .backend import Backend, resolve
 from .cpu import losses as cpu
 from .library import operator
@@ -39,9 +39,10 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or devices that do not fit together, or a backend that cannot run here.
-        IndexError: a target outside the vocabulary, on CPU; on a GPU the loss is then NaN.
+        IndexError: a target outside the vocabulary, on CPU and within `check_contents()`; or else the loss is NaN.
     """
-    _check(h, w, b, target)
+    checks.vocabulary_arguments(h, w, b, target)
+    target = target.long()
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing={label_smoothing} lies outside [0, 1]")
     chosen = resolve(backend, h, w, b, target)
@@ -69,23 +70,16 @@ def token_log_likelihood(
 
     Returns:
         `[...]`, at least fp32.
+
+    Raises:
+        ValueError, IndexError: as in `linear_cross_entropy`; on a GPU a row whose target is outside is NaN.
     """
-    _check(h, w, b, target)
+    checks.vocabulary_arguments(h, w, b, target)
+    target = target.long()
     chosen = resolve(backend, h, w, b, target)
     if chosen not in ("cpu", "triton"):
         return reference.token_log_likelihood(h, w, b, target, ignore_index)
     return _log_likelihood(h, w, b, target, ignore_index, chosen)[0]
-
-
-def _check(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> None:
-    if w.ndim != 2 or h.shape[-1:] != w.shape[1:] or h.shape[:-1] != target.shape:
-        raise ValueError(
-            f"h is {[*h.shape]}, w {[*w.shape]} and target {[*target.shape]}; they must be [..., K], [V, K] and [...]"
-        )
-    if b is not None and b.shape != w.shape[:1]:
-        raise ValueError(f"b is {[*b.shape]}; it must be [{w.shape[0]}]")
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"target is {target.dtype}; labels are integers")
 
 
 def _module(backend: str) -> Any:
@@ -117,6 +111,8 @@ def _forward(
         needs = (need_h, need_w, need_b)
         loss, gradients = cpu.linear_cross_entropy_forward(h, w, b, target, ignore_index, label_smoothing, needs)
         return loss, *(_present(g, h) for g in gradients)  # pyright: ignore[reportReturnType]
+    if checks.looked_at(target):
+        checks.targets_inside(target, w.shape[0], ignore_index)
     loss, statistics = _module(backend).linear_cross_entropy_forward(h, w, b, target, ignore_index, label_smoothing)
     return loss, statistics.maximum, statistics.log_sum, h.new_empty(0)
 
@@ -220,6 +216,8 @@ def _gradients_like(
 def _rows_forward(
     h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton" and checks.looked_at(target):
+        checks.targets_inside(target, w.shape[0], ignore_index)
     out, statistics = _module(backend).token_log_likelihood_forward(h, w, b, target, ignore_index)
     return out, statistics.maximum, statistics.log_sum
 

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .backend import Backend, resolve
+from . import checks, reference
+from .backend import Backend, named, resolve
 from .cpu import norms as cpu
 from .library import operator
 from .products import linear, linear_residual, runs_cpu_inference
 
+# As `triton.layer_norm.LARGEST_WIDTH`, which cannot be imported where Triton is absent.
+_WIDEST = 8192
+
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
     """LayerNorm over the last dimension, statistics in fp32 for half precision. x `[..., M]` → `[..., M]`."""
-    _check_width(x, weight, bias)
-    if resolve(backend, x, weight, bias) != "triton":
+    checks.norm_arguments(x, weight, bias, eps)
+    if _resolve(backend, x, weight, bias) != "triton":
         return reference.layer_norm(x, weight, bias, eps)
     return _layer_norm(x, weight, bias, eps)[0]
 
@@ -56,18 +59,10 @@ def add_layer_norm(
     Raises:
         ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
     """
-    _check_width(x, weight, bias)
-    if residual.shape != x.shape:
-        raise ValueError(f"x is {[*x.shape]} and residual {[*residual.shape]}; they must agree")
-    if gamma is not None and gamma.shape != weight.shape:
-        raise ValueError(f"gamma is {[*gamma.shape]}; it must be {[*weight.shape]}")
-    if row_scale is not None and (x.ndim < 2 or row_scale.shape != x.shape[:1]):
-        raise ValueError(
-            f"row_scale is {[*row_scale.shape]}; x {[*x.shape]} needs one factor per entry: [{x.shape[0]}]"
-        )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p} is no probability below 1")
-    chosen = resolve(backend, x, residual, weight, bias, gamma, row_scale)
+    checks.norm_arguments(x, weight, bias, eps)
+    checks.branch_arguments(x.shape, residual, gamma, row_scale, dropout_p)
+    checks.dropout(dropout_p, seed)
+    chosen = _resolve(backend, x, residual, weight, bias, gamma, row_scale, seed)
     if chosen not in ("cpu", "triton"):
         return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, wide)
     if dropout_p and seed is None:
@@ -143,25 +138,25 @@ def embed_layer_norm(
 
     Returns:
         `[..., M]`. The gradients of the tables are deterministic.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
+        IndexError: an id outside its table, on CPU and within `check_contents()`; or else its row is NaN.
     """
-    if tokens.shape != positions.shape or word.ndim != 2 or position.ndim != 2 or word.shape[1] != position.shape[1]:
-        raise ValueError(
-            f"tokens {[*tokens.shape]}, positions {[*positions.shape]}, word {[*word.shape]} and position "
-            f"{[*position.shape]} do not fit; they must be [...], [...], [V, M] and [P, M]"
-        )
-    _check_width(word, weight, bias)
-    chosen = resolve(backend, tokens, positions, word, position, type_row, weight, bias)
+    checks.embedding_arguments(tokens, positions, word, position, type_row, padding_idx)
+    checks.norm_arguments(word, weight, bias, eps)
+    chosen = _resolve(backend, word, tokens, positions, position, type_row, weight, bias)
     tables = (word, position, type_row, weight, bias)
     if chosen not in ("cpu", "triton"):
         return reference.embed_layer_norm(tokens, positions, *tables, eps, padding_idx)
     return _embed_layer_norm(tokens, positions, *tables, eps, padding_idx, chosen)[0]
 
 
-def _check_width(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
-        raise ValueError(
-            f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
-        )
+def _resolve(backend: Backend | None, rows: Tensor, *others: Tensor | None) -> Backend:
+    """As `resolve`; rows wider than a tile are not for the kernels, unless these are asked for by name."""
+    chosen = resolve(backend, rows, *others)
+    wide = not 1 <= rows.shape[-1] <= _WIDEST
+    return "reference" if chosen == "triton" and wide and not named(backend) else chosen
 
 
 def _module(backend: str) -> Any:
@@ -331,6 +326,9 @@ def _embed_forward(
     padding_idx: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if checks.looked_at(tokens):
+        checks.ids_inside(tokens, word.shape[0], "tokens")
+        checks.ids_inside(positions, position.shape[0], "positions")
     forward = _embed_module(backend).embed_layer_norm_forward
     return forward(tokens, positions, word, position, type_row, weight, bias, eps)
 

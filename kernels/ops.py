@@ -3,12 +3,16 @@
 Every operation has a definition in `reference.py`. The backend `auto` takes the fastest implementation for the device;
 the others are asked for by name, for a call (`backend=`) or for a block (`with use_backend(...)`), and a backend asked
 for by name never falls back silently.
+
+What shapes, types and devices make impossible is refused always; offsets, labels and ids on a GPU are looked at within
+`with check_contents():`, since that makes every operation wait for the device.
 """
 
 from __future__ import annotations
 
 from .attention import relpos_attention, varlen_attention
 from .backend import Backend, use_backend
+from .checks import check_contents
 from .losses import linear_cross_entropy, token_log_likelihood
 from .normalisation import add_layer_norm, embed_layer_norm, layer_norm, linear_add_layer_norm
 from .products import linear, linear_gelu, linear_residual, mlp_residual
@@ -17,6 +21,7 @@ from .sampling import sample_hard_negatives
 __all__ = [
     "Backend",
     "add_layer_norm",
+    "check_contents",
     "embed_layer_norm",
     "layer_norm",
     "linear",

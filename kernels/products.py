@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
 from .backend import Backend, resolve
 from .cpu import gradients as cpu_gradients
 from .cpu import products as cpu_products
@@ -42,6 +42,7 @@ def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
+    checks.linear_arguments(x, weight, bias)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu_products.linear(x, weight, bias)
     if _trains_on_cpu(backend, x, weight, bias):
@@ -51,6 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`gelu(x W^T + b)` with the erf form of GELU. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
+    checks.linear_arguments(x, weight, bias)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu_products.linear_gelu(x, weight, bias)
     chosen = resolve(backend, x, weight, bias)
@@ -80,6 +82,8 @@ def linear_residual(
         row_scale: `[B]`, one factor per entry of the first dimension: stochastic depth.
         dropout_p: probability of zeroing an element of the branch.
     """
+    checks.linear_arguments(x, weight, bias)
+    checks.branch_arguments((*x.shape[:-1], weight.shape[0]), residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
         return cpu_products.linear_residual(x, weight, bias, residual, gamma)
@@ -121,6 +125,8 @@ def mlp_residual(
         x, residual: `[..., M]`; weight_in: `[F, M]`; bias_in: `[F]`; weight_out: `[M, F]`; bias_out: `[M]`.
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
+    checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
+    checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
     if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
         return cpu_products.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)

@@ -82,7 +82,7 @@ def relpos_attention(
     scores = (q * scale) @ k.transpose(-1, -2) + position_bias(table, window)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def varlen_attention(
@@ -160,7 +160,7 @@ def linear_cross_entropy(
 
     The logits have the type of the product, the loss at least fp32.
     """
-    logits = F.linear(h, w, b).flatten(0, -2)
+    logits = F.linear(h, w, b).reshape(-1, w.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     summed = F.cross_entropy(
         logits, target.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
@@ -170,7 +170,7 @@ def linear_cross_entropy(
 
 def token_log_likelihood(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100) -> Tensor:
     """`log softmax(h w^T + b)[target]`, row by row; 0 where the target is `ignore_index`."""
-    logits = F.linear(h, w, b).flatten(0, -2)
+    logits = F.linear(h, w, b).reshape(-1, w.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(logits, target.flatten(), ignore_index=ignore_index, reduction="none").view(target.shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import host, reference
+from . import checks, host, reference
 
 
 @torch.no_grad()
@@ -22,8 +22,9 @@ def sample_hard_negatives(
         similarity: `[B, C]`, already divided by the temperature; half precision is widened to fp32.
         mask: `[B, C]` boolean, True for what must not be drawn from a row.
         generator: source of the randomness, on the device of `similarity`. Equal states draw equal columns.
-        check: look at the contents on accelerators too, which synchronises with the host. On CPU, outside of
-            compilation, they are always looked at. Unchecked, a row with nothing to draw yields an arbitrary column.
+        check: look at the contents on accelerators too, which synchronises with the host, as within
+            `check_contents()`. On CPU, outside of compilation, they are always looked at. Unchecked, a row with nothing
+            to draw yields an arbitrary column.
 
     Returns:
         `[B]` int64 columns.
@@ -42,7 +43,7 @@ def sample_hard_negatives(
             raise ValueError(f"similarity is {[*similarity.shape]}: there is no column to draw")
         return torch.empty(0, dtype=torch.long, device=similarity.device)
     weights = reference.hard_negative_weights(similarity, mask)
-    if not torch.compiler.is_compiling() and (check or similarity.device.type == "cpu"):
+    if not torch.compiler.is_compiling() and (check or checks.looked_at(similarity)):
         _check_rows(weights, mask)
     return race(weights, generator)
 

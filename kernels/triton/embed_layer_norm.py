@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .layer_norm import backward_config, forward_config, width_of
 from .layer_norm_kernels import normalise, normalise_backward
-from .rows import contiguous_rows, first_stage_programs, launch_options, ordered_sum
+from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 from .spec import KernelSpec, LaunchConfig
 
 _SEGMENTS = LaunchConfig({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}, num_warps=4, num_stages=1)
@@ -202,9 +202,9 @@ def embed_layer_norm_forward(
             *_ids(tokens, positions),
             word.contiguous(),
             position.contiguous(),
-            type_row,
-            weight,
-            bias,
+            dense(type_row),
+            dense(weight),
+            dense(bias),
             normed,
             mean,
             rstd,
@@ -243,8 +243,8 @@ def embed_layer_norm_backward(
         position_rows,
         word.contiguous(),
         position.contiguous(),
-        type_row,
-        weight,
+        dense(type_row),
+        dense(weight),
         mean,
         rstd,
         ds,

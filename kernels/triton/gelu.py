@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import contiguous_rows, first_stage_programs, launch_options, ordered_sum
+from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 from .spec import KernelSpec, LaunchConfig
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -93,7 +93,7 @@ def bias_gelu_forward(y: Tensor, bias: Tensor | None, *, overwrite: bool = False
     if rows.numel():
         config = _fitted(FORWARD, width)
         bias_gelu_forward_kernel[_grid(config, triton.cdiv(count, config.tiles["ROWS"]), width)](
-            rows, bias, out, rows.stride(0), count, **launch_options(config, WIDTH=width)
+            rows, dense(bias), out, rows.stride(0), count, **launch_options(config, WIDTH=width)
         )
     return out
 
@@ -111,7 +111,7 @@ def bias_gelu_backward(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Te
     bias_gelu_backward_kernel[_grid(config, programs, width)](
         upstream,
         rows,
-        bias,
+        dense(bias),
         dy,
         partials,
         upstream.stride(0),

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from .layer_norm_kernels import add_layer_norm_backward_kernel, add_layer_norm_forward_kernel
-from .rows import contiguous_rows, first_stage_programs, launch_options, ordered_sum
+from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 from .spec import KernelSpec, LaunchConfig
 
 LARGEST_WIDTH = 8192
@@ -95,10 +95,10 @@ def add_layer_norm_forward(
         add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
             rows,
             added,
-            weight,
-            bias,
-            gamma,
-            row_scale,
+            dense(weight),
+            dense(bias),
+            dense(gamma),
+            dense(row_scale),
             seed if dropout_p else None,
             normed,
             None if plain else summed,
@@ -152,9 +152,9 @@ def add_layer_norm_backward(
         skipped,
         sums,
         rows if gamma is not None else None,
-        weight,
-        gamma,
-        row_scale,
+        dense(weight),
+        dense(gamma),
+        dense(row_scale),
         seed if dropout_p else None,
         mean,
         rstd,

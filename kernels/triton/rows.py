@@ -25,6 +25,11 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """`[M]` with its elements side by side, as the kernels address them: a column of a matrix is copied."""
+    return None if vector is None else vector.contiguous()
+
+
 def launch_options(config: LaunchConfig, **constants: Any) -> dict[str, Any]:
     """Constants, tiles, warps and stages, as a launch takes them."""
     return {**constants, **config.tiles, "num_warps": config.num_warps, "num_stages": config.num_stages}

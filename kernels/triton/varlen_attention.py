@@ -148,8 +148,9 @@ def varlen_attention_forward(
     if q.numel():
         constants, config = _constants("varlen_forward", q, max_q, scale, dropout_p, key_mask)
         tiles = total // config.tiles["BLOCK_M"] + sequences
+        offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
         forward_kernel[(tiles * heads,)](
-            q, k, v, cu_seqlens_q, cu_seqlens_k, _bytes(key_mask, q), q if seed is None else seed, out, lse,
+            q, k, v, *offsets, _bytes(key_mask, q), q if seed is None else seed, out, lse,
             *_strides(q, k, v, out), sequences, tiles, total, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -188,7 +189,7 @@ def varlen_attention_backward(
     heads, sequences = q.shape[1], cu_seqlens_q.numel() - 1
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     delta, row_lse = (t[0] for t in backward_statistics(out[None], dout[None], lse[None]))
-    offsets = (cu_seqlens_q, cu_seqlens_k)
+    offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     inputs = (q, k, v, dout, *offsets, _bytes(key_mask, q), q if seed is None else seed, row_lse, delta)
     sizes = (*_strides(q, k, v, dout), sequences)
     if k.numel():
@@ -229,7 +230,7 @@ def _check(
     if any(t.device != q.device for t in (k, v, cu_q, cu_k, seed, mask) if t is not None):
         raise ValueError("q, k, v, cu_seqlens, seed and key_mask must lie on one device")
     for name, offsets in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64) or not offsets.is_contiguous():
+        if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
     if cu_q.numel() != cu_k.numel() or not cu_q.numel():
         raise ValueError(f"cu_seqlens_q has {cu_q.numel()} offsets, cu_seqlens_k {cu_k.numel()}; both need S + 1")

@@ -437,47 +437,6 @@ def test_the_criterion_catches(name: str) -> None:
         assert_as_accurate(wrong, definition, *arguments)
 
 
-def refused_varlen(**changes: Any) -> None:
-    q, k, v, cu_q, cu_k, max_q, max_k = packed_inputs("texts", torch.float32)
-    given = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_q": max_q, "max_k": max_k}
-    ops.varlen_attention(**(given | changes))
-
-
-def refused_relpos(**changes: Any) -> None:
-    q, k, v, table = attention_inputs((2, 3), torch.float32)
-    ops.relpos_attention(**({"q": q, "k": k, "v": v, "table": table, "window": (2, 3)} | changes))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: refused_varlen(q=torch.randn(23, 48)), r"q must be \[Tq, H, D\]"),
-        (lambda: refused_varlen(v=torch.randn(22, 3, 16)), r"\[22, 3, 16\]"),
-        (lambda: refused_varlen(cu_seqlens_q=torch.tensor([0.0, 23.0])), r"cu_seqlens_q is torch.float32"),
-        (lambda: refused_varlen(cu_seqlens_k=torch.tensor([0, 23])), "5 offsets and cu_seqlens_k 2"),
-        (
-            lambda: refused_varlen(cu_seqlens_q=torch.tensor([0, 3, 15, 16, 22])),
-            "from 0 to 22; it must run from 0 to 23",
-        ),
-        (lambda: refused_varlen(cu_seqlens_k=torch.tensor([0, 16, 15, 16, 23])), "cu_seqlens_k decreases"),
-        (lambda: refused_varlen(max_q=11), "max_q=11 is smaller than the longest sequence, 12"),
-        (lambda: refused_varlen(key_mask=torch.ones(23)), r"key_mask is torch.float32 \[23\]"),
-        (lambda: refused_varlen(key_mask=torch.ones(22, dtype=torch.bool)), r"it must be bool \[23\]"),
-        (lambda: refused_relpos(q=torch.randn(2, 7, 3, 8)), r"must all be \[B, N, H, D\]"),
-        (lambda: refused_relpos(window=(3, 3)), "q has 7 tokens; a 3x3 window with a class token has 10"),
-        (lambda: refused_relpos(table=torch.randn(18, 2)), r"needs \[18, 3\]: interpolate"),
-        (lambda: refused_relpos(key_mask=torch.ones(2, 6, dtype=torch.bool)), r"it must be bool \[2, 7\]"),
-        (
-            lambda: refused_relpos(backend="gpu"),
-            "backend 'gpu' is unknown; choose one of auto, reference, cpu, triton, flash_attn",
-        ),
-    ],
-)
-def test_refused(call: Callable[[], None], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_backend_of_a_block() -> None:
     x, weight = torch.randn(2, 4), torch.randn(3, 4)
     with pytest.raises(ValueError, match="backend 'fast' is unknown"), ops.use_backend("fast"):  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ def test_nor_when_masks_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
     """A device without values, whose kernels are known by the shapes of their results: whoever asks gets an error."""
     for module in (attention, kernel_losses, normalisation, products):
-        monkeypatch.setattr(module, "resolve", lambda *_: "triton")
+        monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
     monkeypatch.setattr(attention, "_TRITON_HEAD_DIMS", (16,))
     # Autocast does not know such a device.
     monkeypatch.setattr(XFM, "_cast", lambda _, pixels: pixels)

@@ -1,0 +1,254 @@
+"""What the operations refuse: arguments that do not fit together, before a kernel turns them into garbage.
+
+Shapes, types and devices are looked at always. Contents (offsets, labels, ids) are looked at where that waits for
+nothing: on CPU. On a GPU it would stop the host at every call, so it is asked for, to find a fault:
+
+    with ops.check_contents():
+        model(batch)
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import InputError
+
+from . import host
+
+
+class _Switch(threading.local):
+    on: bool = False
+
+
+_switch = _Switch()
+
+
+@contextmanager
+def check_contents() -> Iterator[None]:
+    """Within the block, look at offsets, labels and ids on GPUs too. Every operation then waits for the device."""
+    outside, _switch.on = _switch.on, True
+    try:
+        yield
+    finally:
+        _switch.on = outside
+
+
+def looked_at(tensor: Tensor) -> bool:
+    """Whether the contents of a tensor are to be checked."""
+    return _switch.on or tensor.device.type == "cpu"
+
+
+def relpos_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    window: tuple[int, int],
+    scale: float | None,
+    key_mask: Tensor | None,
+) -> None:
+    """What `relpos_attention` is given."""
+    if not q.ndim == k.ndim == v.ndim == 4 or not q.shape == k.shape == v.shape:
+        raise InputError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+    _attention(q, k, v, scale)
+    if not isinstance(window, tuple | list) or len(window) != 2 or min(window) < 1:
+        raise InputError(f"window is {window}; it must be two positive numbers of patches, (height, width)")
+    height, width = window
+    if q.shape[1] != 1 + height * width:
+        raise InputError(
+            f"q has {q.shape[1]} tokens; a {height}x{width} window with a class token has {1 + height * width}"
+        )
+    rows = (2 * height - 1) * (2 * width - 1) + 3
+    if table.shape != (rows, q.shape[2]) or not table.is_floating_point():
+        raise InputError(
+            f"table is {table.dtype} {[*table.shape]}; a {height}x{width} window with {q.shape[2]} heads needs floating"
+            f" point [{rows}, {q.shape[2]}]: interpolate it when the resolution changes"
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
+        raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
+
+
+def varlen_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    key_mask: Tensor | None,
+) -> None:
+    """What `varlen_attention` is given, but for the contents of its offsets."""
+    if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+        raise InputError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+    _attention(q, k, v, scale)
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise InputError(
+            f"cu_seqlens_q has {cu_seqlens_q.numel()} offsets and cu_seqlens_k {cu_seqlens_k.numel()}; both need S + 1"
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
+        raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool [{k.shape[0]}]")
+    dropout(dropout_p, seed)
+
+
+def dropout(dropout_p: float, seed: Tensor | None) -> None:
+    """A probability, and what decides which elements it concerns."""
+    if not 0 <= dropout_p < 1:
+        raise InputError(f"dropout_p={dropout_p} is no probability below 1")
+    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
+        shown = f"{seed.dtype} {[*seed.shape]}" if isinstance(seed, Tensor) else repr(seed)
+        raise InputError(f"seed is {shown}; it must be one int64 on the device of the other tensors")
+
+
+def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:
+    """The values of `cu_seqlens_<name>`, which describe a packed tensor `[T, ...]` of sequences up to `longest`."""
+    bounds = tuple(host.integers(offsets))
+    if bounds[0] != 0 or bounds[-1] != packed.shape[0]:
+        raise InputError(
+            f"cu_seqlens_{name} runs from {bounds[0]} to {bounds[-1]}; it must run from 0 to {packed.shape[0]}"
+        )
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    if min(lengths, default=0) < 0:
+        raise InputError(f"cu_seqlens_{name} decreases; offsets must not")
+    if max(lengths, default=0) > longest:
+        raise InputError(f"max_{name}={longest} is smaller than the longest sequence, {max(lengths)}")
+    return bounds
+
+
+def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What a linear layer is given."""
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise InputError(f"x is {[*x.shape]} and weight {[*weight.shape]}; they must be [..., K] and [M, K]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias is {[*bias.shape]}; it must be [{weight.shape[0]}]")
+    _one_type(x=x, weight=weight, bias=bias)
+
+
+def mlp_arguments(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
+) -> None:
+    """The two linear layers of an MLP."""
+    linear_arguments(x, weight_in, bias_in)
+    if weight_out.ndim != 2 or weight_out.shape[1] != weight_in.shape[0]:
+        raise InputError(
+            f"weight_in is {[*weight_in.shape]} and weight_out {[*weight_out.shape]}; they must be [F, M] and [M, F]"
+        )
+    if bias_out is not None and bias_out.shape != weight_out.shape[:1]:
+        raise InputError(f"bias_out is {[*bias_out.shape]}; it must be [{weight_out.shape[0]}]")
+    _one_type(x=x, weight_out=weight_out, bias_out=bias_out)
+
+
+def branch_arguments(
+    out: tuple[int, ...], residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float
+) -> None:
+    """What a branch of shape `[..., M]` is scaled with and added to."""
+    if residual.shape != out:
+        raise InputError(f"the branch is {[*out]} and residual {[*residual.shape]}; they must agree")
+    if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
+        raise InputError(f"gamma is {gamma.dtype} {[*gamma.shape]}; it must be floating point [{out[-1]}]")
+    if row_scale is not None and (len(out) < 2 or row_scale.shape != out[:1] or not row_scale.is_floating_point()):
+        raise InputError(
+            f"row_scale is {row_scale.dtype} {[*row_scale.shape]}; a branch {[*out]} needs one factor per entry of its "
+            f"first dimension: floating point {[*out[:1]]}"
+        )
+    dropout(dropout_p, None)
+
+
+def norm_arguments(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """What a LayerNorm is given."""
+    if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
+        raise InputError(
+            f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
+        )
+    if not x.is_floating_point() or not weight.is_floating_point() or not bias.is_floating_point():
+        raise InputError(f"x, weight, bias are {x.dtype}, {weight.dtype}, {bias.dtype}; they must be floating point")
+    if not 0 <= eps < math.inf:
+        raise InputError(f"eps={eps}; it must be finite and not negative")
+
+
+def embedding_arguments(
+    tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, type_row: Tensor, padding_idx: int | None
+) -> None:
+    """Ids and tables, but for the ids' values."""
+    if tokens.shape != positions.shape or word.ndim != 2 or position.ndim != 2 or word.shape[1] != position.shape[1]:
+        raise InputError(
+            f"tokens {[*tokens.shape]}, positions {[*positions.shape]}, word {[*word.shape]} and position "
+            f"{[*position.shape]} do not fit; they must be [...], [...], [V, M] and [P, M]"
+        )
+    if type_row.shape != word.shape[1:]:
+        raise InputError(f"type_row is {[*type_row.shape]}; it must be [{word.shape[1]}]")
+    for name, ids in (("tokens", tokens), ("positions", positions)):
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"{name} is {ids.dtype}; ids must be int32 or int64")
+    smaller = min(word.shape[0], position.shape[0])
+    if padding_idx is not None and not 0 <= padding_idx < smaller:
+        raise InputError(f"padding_idx={padding_idx} is no row of both tables; the smaller one has {smaller}")
+
+
+def ids_inside(ids: Tensor, rows: int, name: str) -> None:
+    """Refuse ids outside a table of `rows` rows.
+
+    Raises:
+        IndexError: as PyTorch does for an index outside a tensor.
+    """
+    outside = ((ids < 0) | (ids >= rows)).reshape(-1)
+    if host.any_true(outside):
+        first = host.integer(ids.reshape(-1)[host.true_places(outside)[0]])
+        raise IndexError(f"{name} hold {first}, outside a table of {rows} rows: compare the tokenizer with the model")
+
+
+def vocabulary_arguments(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> None:
+    """What a loss over a vocabulary is given, but for the labels' values."""
+    if w.ndim != 2 or h.shape[-1:] != w.shape[1:] or h.shape[:-1] != target.shape or 0 in w.shape:
+        raise InputError(
+            f"h is {[*h.shape]}, w {[*w.shape]} and target {[*target.shape]}; they must be [..., K], [V, K] and [...]"
+        )
+    if b is not None and b.shape != w.shape[:1]:
+        raise InputError(f"b is {[*b.shape]}; it must be [{w.shape[0]}]")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise InputError(f"target is {target.dtype}; labels are integers")
+    if not h.is_floating_point():
+        raise InputError(f"h is {h.dtype}; it must be floating point")
+    _one_type(h=h, w=w, b=b)
+
+
+def targets_inside(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Refuse labels outside the vocabulary.
+
+    Raises:
+        IndexError: as PyTorch does for an index outside a tensor.
+    """
+    outside = host.true_places(((target < 0) | (target >= vocabulary)) & (target != ignore_index))
+    if outside.numel():
+        raise IndexError(
+            f"target {host.integer(target.reshape(-1)[outside[0]])} is outside the vocabulary of {vocabulary} entries "
+            f"(and is not ignore_index, {ignore_index})"
+        )
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise InputError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point type")
+    if not q.shape[-1]:
+        raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
+    if scale is not None and not math.isfinite(scale):
+        raise InputError(f"scale={scale}; it must be finite")
+
+
+def _one_type(**tensors: Tensor | None) -> None:
+    """Refuse a product of several types, unless autocast is there to convert them."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    first = next(iter(present.values()))
+    if any(t.dtype != first.dtype for t in present.values()) and not torch.is_autocast_enabled(first.device.type):
+        names, types = ", ".join(present), ", ".join(str(t.dtype) for t in present.values())
+        raise InputError(f"{names} are {types}; convert them to one type, or run them under torch.autocast")

@@ -1,0 +1,300 @@
+"""Arguments that do not fit are refused by name, on every backend that runs without a GPU, and never become garbage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.triton_testing import HAS_TRITON
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import backend as backends
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.backend import resolve
+
+NAN = float("nan")
+Arguments = dict[str, Any]
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def _offsets(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _relpos() -> Arguments:
+    q = _random(2, 5, 2, 32)
+    return {"q": q, "k": q + 1, "v": q - 1, "table": _random(12, 2), "window": (2, 2)}
+
+
+def _varlen() -> Arguments:
+    return {
+        "q": _random(7, 2, 32),
+        "k": _random(9, 2, 32),
+        "v": _random(9, 2, 32),
+        "cu_seqlens_q": _offsets(0, 3, 7),
+        "cu_seqlens_k": _offsets(0, 4, 9),
+        "max_q": 4,
+        "max_k": 5,
+    }
+
+
+def _norm() -> Arguments:
+    return {"x": _random(3, 4, 16), "residual": _random(3, 4, 16), "weight": _random(16), "bias": _random(16), "eps": 0}
+
+
+def _plain_norm() -> Arguments:
+    return {name: value for name, value in _norm().items() if name != "residual"}
+
+
+def _embedding() -> Arguments:
+    tables = {"word": _random(4, 16), "position": _random(3, 16), "type_row": _random(16)}
+    ids = {"tokens": torch.tensor([[1, 2], [3, 0]]), "positions": torch.tensor([[0, 1], [2, 1]])}
+    return ids | tables | {"weight": _random(16), "bias": _random(16), "eps": 1e-5}
+
+
+def _linear() -> Arguments:
+    return {"x": _random(3, 8), "weight": _random(6, 8), "bias": _random(6)}
+
+
+def _branch() -> Arguments:
+    return _linear() | {"residual": _random(3, 6)}
+
+
+def _mlp() -> Arguments:
+    x = _random(3, 8)
+    inner = {"weight_in": _random(12, 8), "bias_in": _random(12)}
+    return {"x": x, "residual": x} | inner | {"weight_out": _random(8, 12), "bias_out": _random(8)}
+
+
+def _vocabulary() -> Arguments:
+    labels = torch.tensor([0, 3, 10, -100, 2])
+    return {"h": _random(5, 8), "w": _random(11, 8), "b": _random(11), "target": labels}
+
+
+OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
+    "relpos": (ops.relpos_attention, _relpos),
+    "varlen": (ops.varlen_attention, _varlen),
+    "add norm": (ops.add_layer_norm, _norm),
+    "norm": (ops.layer_norm, _plain_norm),
+    "embedding": (ops.embed_layer_norm, _embedding),
+    "linear": (ops.linear, _linear),
+    "gelu": (ops.linear_gelu, _linear),
+    "branch": (ops.linear_residual, _branch),
+    "mlp": (ops.mlp_residual, _mlp),
+    "loss": (ops.linear_cross_entropy, _vocabulary),
+    "likelihood": (ops.token_log_likelihood, _vocabulary),
+}
+
+# (operations, changed arguments, a part of the message)
+REFUSED: list[tuple[str, Arguments, str]] = [
+    ("relpos", {"q": _random(5, 2, 32)}, r"q, k, v must all be \[B, N, H, D\]; got \[5, 2, 32\]"),
+    ("relpos", dict.fromkeys("qkv", _random(2, 5, 2, 0)), "its heads need at least one dimension"),
+    ("relpos", dict.fromkeys("qkv", torch.ones(2, 5, 2, 32, dtype=torch.long)), "one floating-point type"),
+    ("relpos", {"k": _random(2, 5, 2, 32).half()}, "one floating-point type"),
+    ("relpos", {"window": (3, 2)}, "q has 5 tokens; a 3x2 window with a class token has 7"),
+    ("relpos", {"window": (2, 2, 2)}, r"window is \(2, 2, 2\); it must be two positive numbers"),
+    ("relpos", {"window": (-2, -2)}, r"window is \(-2, -2\); it must be two positive numbers"),
+    ("relpos", {"window": 2}, "window is 2; it must be two positive numbers"),
+    ("relpos", {"table": _random(11, 2)}, r"table is torch.float32 \[11, 2\]; .* \[12, 2\]: interpolate it"),
+    ("relpos", {"table": torch.ones(12, 2, dtype=torch.long)}, r"table is torch.int64 \[12, 2\]"),
+    ("relpos", {"scale": NAN}, "scale=nan; it must be finite"),
+    ("relpos", {"key_mask": torch.ones(2, 5)}, r"key_mask is torch.float32 \[2, 5\]; it must be bool"),
+    ("varlen", {"q": _random(1, 7, 2, 32)}, r"q must be \[Tq, H, D\]"),
+    ("varlen", {"k": _random(9, 2, 64), "v": _random(9, 2, 64)}, r"q must be \[Tq, H, D\]"),
+    ("varlen", {"v": _random(8, 2, 32)}, r"\[8, 2, 32\]"),
+    ("varlen", {"cu_seqlens_q": _offsets(0, 8, 7), "max_q": 8}, "cu_seqlens_q decreases"),
+    ("varlen", {"cu_seqlens_k": _offsets(0, 10, 9), "max_k": 10}, "cu_seqlens_k decreases"),
+    ("varlen", {"cu_seqlens_q": _offsets(0, 3, 6)}, "cu_seqlens_q runs from 0 to 6; it must run from 0 to 7"),
+    ("varlen", {"cu_seqlens_q": _offsets(1, 3, 7)}, "cu_seqlens_q runs from 1 to 7"),
+    ("varlen", {"cu_seqlens_k": _offsets(0, 4, 99), "max_k": 95}, "cu_seqlens_k runs from 0 to 99"),
+    ("varlen", {"cu_seqlens_q": torch.tensor([0, 3, 7], dtype=torch.int16)}, "cu_seqlens_q is torch.int16"),
+    ("varlen", {"cu_seqlens_k": _offsets(0, 9)}, "3 offsets and cu_seqlens_k 2; both need S"),
+    ("varlen", {"cu_seqlens_q": _offsets()}, r"cu_seqlens_q is torch.int32 \[0\]"),
+    ("varlen", {"max_q": 3}, "max_q=3 is smaller than the longest sequence, 4"),
+    ("varlen", {"max_k": 4}, "max_k=4 is smaller than the longest sequence, 5"),
+    ("varlen", {"key_mask": torch.ones(7, dtype=torch.bool)}, r"key_mask is torch.bool \[7\]; it must be bool \[9\]"),
+    ("varlen", {"seed": torch.tensor([1, 2]), "dropout_p": 0.1}, r"seed is torch.int64 \[2\]; it must be one int64"),
+    ("varlen", {"seed": torch.tensor([1.5]), "dropout_p": 0.1}, "seed is torch.float32"),
+    ("varlen", {"seed": 3, "dropout_p": 0.1}, "seed is 3; it must be one int64"),
+    ("varlen|add norm|branch|mlp", {"dropout_p": 1.0}, "dropout_p=1.0 is no probability below 1"),
+    ("varlen|add norm|branch|mlp", {"dropout_p": NAN}, "dropout_p=nan is no probability below 1"),
+    ("add norm", {"residual": _random(4, 16)}, r"the branch is \[3, 4, 16\] and residual \[4, 16\]"),
+    ("branch", {"residual": _random(1, 6)}, r"the branch is \[3, 6\] and residual \[1, 6\]"),
+    ("mlp", {"residual": _random(1, 8)}, r"the branch is \[3, 8\] and residual \[1, 8\]"),
+    ("add norm|branch|mlp", {"gamma": _random(1)}, r"gamma is torch.float32 \[1\]; it must be floating point \["),
+    ("add norm|branch|mlp", {"row_scale": _random(2)}, r"row_scale is torch.float32 \[2\]; .* floating point \[3\]"),
+    ("add norm|norm", {"weight": _random(15)}, r"weight \[15\], bias \[16\]; the last must be \[M\]"),
+    ("add norm|norm|embedding", {"eps": -1.0}, "eps=-1.0; it must be finite and not negative"),
+    ("add norm|norm|embedding", {"eps": math.inf}, "eps=inf"),
+    ("norm", {"x": torch.ones(3, 16, dtype=torch.long)}, "x, weight, bias are torch.int64, .*must be floating point"),
+    ("embedding", {"tokens": torch.zeros(2, 3, dtype=torch.long)}, r"tokens \[2, 3\], positions \[2, 2\]"),
+    ("embedding", {"tokens": torch.zeros(2, 2)}, "tokens is torch.float32; ids must be int32 or int64"),
+    ("embedding", {"type_row": _random(1, 16)}, r"type_row is \[1, 16\]; it must be \[16\]"),
+    ("embedding", {"padding_idx": 3}, "padding_idx=3 is no row of both tables; the smaller one has 3"),
+    ("linear|gelu|branch", {"weight": _random(6, 7)}, r"x is \[3, 8\] and weight \[6, 7\]"),
+    ("linear|gelu|branch", {"weight": _random(2, 6, 8)}, r"x is \[3, 8\] and weight \[2, 6, 8\]"),
+    ("linear|gelu|branch", {"weight": _random(8)}, r"x is \[3, 8\] and weight \[8\]"),
+    ("linear|gelu|branch", {"bias": _random(1)}, r"bias is \[1\]; it must be \[6\]"),
+    ("linear|gelu|branch", {"x": _random(3, 8).bfloat16()}, "x, weight, bias are torch.bfloat16, torch.float32"),
+    ("mlp", {"weight_out": _random(8, 11)}, r"weight_in is \[12, 8\] and weight_out \[8, 11\]"),
+    ("mlp", {"bias_out": _random(12)}, r"bias_out is \[12\]; it must be \[8\]"),
+    ("loss|likelihood", {"w": _random(11, 7)}, r"h is \[5, 8\], w \[11, 7\]"),
+    ("loss|likelihood", {"w": _random(0, 8), "b": None}, r"w \[0, 8\]"),
+    ("loss|likelihood", {"b": _random(4)}, r"b is \[4\]; it must be \[11\]"),
+    ("loss|likelihood", {"b": _random(11).double()}, "h, w, b are .*torch.float64; convert them to one type"),
+    ("loss|likelihood", {"target": torch.zeros(4, dtype=torch.long)}, r"target \[4\]"),
+    ("loss|likelihood", {"target": torch.zeros(5)}, "target is torch.float32; labels are integers"),
+    ("loss", {"label_smoothing": NAN}, "label_smoothing=nan lies outside"),
+]
+CALLS = [(name, changes, message) for names, changes, message in REFUSED for name in names.split("|")]
+OUTSIDE: list[tuple[str, Arguments, str]] = [
+    ("embedding", {"tokens": torch.full((2, 2), 4)}, "4"),
+    ("embedding", {"tokens": torch.full((2, 2), -1)}, "-1"),
+    ("embedding", {"positions": torch.full((2, 2), 3)}, "3"),
+    ("loss", {"target": torch.full((5,), 11)}, "11"),
+    ("likelihood", {"target": torch.full((5,), -1)}, "-1"),
+]
+
+each_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        "auto",
+        "reference",
+        pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")),
+    ],
+)
+
+
+def _call(name: str, changes: Arguments, backend: ops.Backend) -> Any:
+    operation, arguments = OPERATIONS[name]
+    return operation(**(arguments() | changes), backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_unchanged_arguments_fit(name: str, backend: ops.Backend) -> None:
+    found = _call(name, {}, backend)
+    assert all(t.isfinite().all() for t in (found if isinstance(found, tuple) else (found,)))
+
+
+@each_backend
+@pytest.mark.parametrize(("name", "changes", "message"), CALLS)
+def test_refused(name: str, changes: Arguments, message: str, backend: ops.Backend) -> None:
+    with pytest.raises(ValueError, match=message):
+        _call(name, changes, backend)
+
+
+@each_backend
+@pytest.mark.parametrize(("name", "changes", "value"), OUTSIDE)
+def test_ids_outside_a_table(name: str, changes: Arguments, value: str, backend: ops.Backend) -> None:
+    with pytest.raises(IndexError, match=value if backend != "reference" else None):
+        _call(name, changes, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("tensor", ["cu_seqlens_k", "key_mask", "seed"])
+def test_tensors_on_several_devices(tensor: str, backend: ops.Backend) -> None:
+    elsewhere = {
+        "cu_seqlens_k": _offsets(0, 4, 9).to("meta"),
+        "key_mask": torch.ones(9, dtype=torch.bool, device="meta"),
+        "seed": torch.zeros(1, dtype=torch.long, device="meta"),
+    }
+    with pytest.raises(ValueError, match="tensors live on cpu and meta"):
+        _call("varlen", {tensor: elsewhere[tensor], "dropout_p": 0.1}, backend)
+
+
+def test_autocast_converts_what_would_be_refused() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _call("gelu", {"x": _random(3, 8).bfloat16()}, "auto").dtype == torch.bfloat16
+
+
+@each_backend
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_every_integer_type(kind: torch.dtype, backend: ops.Backend) -> None:
+    labels = torch.tensor([0, 3, 10, 1, 2])
+    expected = _call("likelihood", {"target": labels}, backend)
+    torch.testing.assert_close(_call("likelihood", {"target": labels.to(kind)}, backend), expected, rtol=0, atol=0)
+
+
+def _columns(value: Any) -> Any:
+    """The same values, every other element of memory whose rest is NaN or out of range."""
+    if not isinstance(value, Tensor) or value.ndim != 1:
+        return value
+    wide = torch.full((len(value), 2), NAN if value.is_floating_point() else 99).to(value.dtype)
+    wide[:, 0] = value
+    return wide[:, 0]
+
+
+@each_backend
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_vectors_need_not_be_contiguous(name: str, backend: ops.Backend) -> None:
+    """Parameters, offsets and labels may be columns of a matrix; what lies between must not be read."""
+    operation, make = OPERATIONS[name]
+    scales = {"gamma": _random(16), "row_scale": _random(3)} if name == "add norm" else {}
+
+    def gradients(arguments: Arguments) -> list[Tensor]:
+        # Factors of stochastic depth have no gradient.
+        leaves = [
+            t.requires_grad_()
+            for n, t in arguments.items()
+            if isinstance(t, Tensor) and t.is_floating_point() and n != "row_scale"
+        ]
+        found = operation(**arguments, backend=backend)
+        out = found[0] if isinstance(found, tuple) else found
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+    plain = {n: t.clone() if isinstance(t, Tensor) else t for n, t in (make() | scales).items()}
+    strided = {n: _columns(t) for n, t in plain.items()}
+    expected = gradients({n: t.clone() if isinstance(t, Tensor) else t for n, t in plain.items()})
+    for found, right in zip(gradients(strided), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+def test_contents_on_a_gpu_are_looked_at_within_a_block_only() -> None:
+    """Told by tensors without contents: looking at them is an error."""
+    from xfm_fast.kernels import checks
+
+    elsewhere = torch.zeros(3, device="meta")
+    assert not checks.looked_at(elsewhere)
+    with ops.check_contents():
+        assert checks.looked_at(elsewhere)
+        with ops.check_contents():
+            pass
+        assert checks.looked_at(elsewhere)
+    assert not checks.looked_at(elsewhere)
+
+
+def test_float64_is_not_for_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` must not compute it in fp32 on a GPU."""
+    monkeypatch.setattr(backends, "_why_not", lambda name, device, index: None)
+    x = torch.zeros(2, device="meta")
+    assert resolve("auto", x) == "triton"
+    assert resolve("auto", x, x.double()) == "reference"
+    with pytest.raises(ValueError, match="a tensor is float64 and the kernels compute in fp32 at most"):
+        resolve("triton", x.double())
+
+
+def test_rows_wider_than_a_tile_are_not_for_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_why_not", lambda name, device, index: None)
+    x, weight = torch.zeros(1, 8193, device="meta"), torch.zeros(8193, device="meta")
+    assert ops.layer_norm(x, weight, weight, 1e-5).shape == x.shape
+    assert ops.add_layer_norm(x, x, weight, weight, 1e-5)[0].shape == x.shape
+
+
+def test_a_block_of_flash_attention_leaves_the_other_operations_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ops.use_backend("flash_attn"):
+        assert _call("gelu", {}, None).shape == (3, 6)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend 'flash_attn' has attention of packed sequences only"):
+        _call("gelu", {}, "flash_attn")
+
+
+def test_refusals_are_errors_that_a_user_can_mend() -> None:
+    with pytest.raises(InputError):
+        _call("linear", {"bias": _random(1)}, "auto")
