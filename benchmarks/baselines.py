@@ -82,8 +82,8 @@ class OfficialTwin:
         x = F.dropout(layer_norm(embeddings.LayerNorm, x), embeddings.dropout, embeddings.training)
         mask = _additive(attention_mask, x.dtype)
         for layer in _layers(encoder.encoder):
-            x = _self_attention(layer, x, mask)
-            x = _feed_forward(layer, x)
+            x = self._self_attention(layer, x, mask)
+            x = self._feed_forward(layer, x)
         return x
 
     def fuse_pairs(
@@ -106,9 +106,9 @@ class OfficialTwin:
         image_mask = _additive(token_mask, text_embeds.dtype)
         x = text_embeds
         for layer in _layers(self.model.fusion_encoder.roberta.encoder):
-            x = _self_attention(layer, x, text_mask)
+            x = self._self_attention(layer, x, text_mask)
             x = _attend(cast(Attention, layer.crossattention), x, image_embeds, image_mask)
-            x = _feed_forward(layer, x)
+            x = self._feed_forward(layer, x)
         return x
 
     def match_logits(self, fused: Tensor) -> Tensor:
@@ -208,6 +208,13 @@ class OfficialTwin:
         context = scores.softmax(dim=-1) @ v
         return F.linear(context.transpose(1, 2).reshape(batch, tokens, -1), attention.proj.weight, attention.proj.bias)
 
+    def _self_attention(self, layer: TransformerLayer, x: Tensor, mask: Tensor) -> Tensor:
+        return _attend(layer.attention, x, x, mask)
+
+    def _feed_forward(self, layer: TransformerLayer, x: Tensor) -> Tensor:
+        dense = layer.intermediate.dense
+        return _residual_norm(layer.output, F.gelu(F.linear(x, dense.weight, dense.bias)), x)
+
 
 def _layers(stack: LayerStack) -> Iterator[TransformerLayer]:
     return (cast(TransformerLayer, layer) for layer in stack.layer)
@@ -244,10 +251,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1.0 - mask[:, None, None, :].to(dtype)) * _MASKED
 
 
-def _self_attention(layer: TransformerLayer, x: Tensor, mask: Tensor) -> Tensor:
-    return _attend(layer.attention, x, x, mask)
-
-
 def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
     """Queries from x `[P, L, width]`, keys and values from memory `[P, M, ...]`, then output projection and norm."""
     projections = attention.self
@@ -266,11 +269,6 @@ def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Te
     context = torch.matmul(weights, value)
     context = context.permute(0, 2, 1, 3).contiguous()
     return _residual_norm(attention.output, context.view(*context.shape[:2], -1), x)
-
-
-def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
-    dense = layer.intermediate.dense
-    return _residual_norm(layer.output, F.gelu(F.linear(x, dense.weight, dense.bias)), x)
 
 
 def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from xfm_fast.benchmarks.baselines import OfficialTwin
-from xfm_fast.benchmarks.contenders.engine import Clock, Found, Pairs, SearchIndex, ordered
+from xfm_fast.benchmarks.contenders.engine import Clock, Found, NoStages, Pairs, SearchIndex, ordered
+from xfm_fast.benchmarks.contenders.parts import Part, parts_under
 from xfm_fast.models.xfm import XFM
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
@@ -19,21 +20,33 @@ class OfficialEngine:
 
     Args:
         model: whose tensors are read.
-        compiled: what is done to the functions first.
+        compiled: what is done to the functions first; an encoder then is one part.
     """
 
-    def __init__(self, model: XFM, compiled: Compile = lambda function: function) -> None:
+    def __init__(self, model: XFM, compiled: Compile | None = None) -> None:
         twin = OfficialTwin(model)
-        self._twin = twin
-        self._images = compiled(twin.encode_image)
-        self._texts = compiled(twin.encode_text)
-        self._fuse = compiled(twin.fuse_pairs)
+        self._twin, self._eager = twin, compiled is None
+        change: Compile = compiled or (lambda function: function)
+        self._images = change(twin.encode_image)
+        self._texts = change(twin.encode_text)
+        self._fuse = change(twin.fuse_pairs)
 
     def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
-        return self._images(pixels)
+        parts = (
+            Part(self._twin, "_embed_patches", "patch embedding"),
+            Part(self._twin, "_window_attention", "attention with its projections"),
+            Part(self._twin, "_vision_block", "MLP and norms"),
+        )
+        with parts_under(clock if self._eager else NoStages(), parts, "final norm and pooling"):
+            return self._images(pixels)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
-        return self._texts(input_ids, attention_mask)
+        parts = (
+            Part(self._twin, "_self_attention", "self-attention with its projections"),
+            Part(self._twin, "_feed_forward", "MLP"),
+        )
+        with parts_under(clock if self._eager else NoStages(), parts, "embeddings"):
+            return self._texts(input_ids, attention_mask)
 
     def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
         scores = []

@@ -113,6 +113,29 @@ def test_stages_share_a_run_and_are_not_counted_twice(
     assert nested.seconds["outer"] < nested.seconds["inner"]
 
 
+@pytest.mark.parametrize("scenario", ["embed-image", "embed-text"])
+@pytest.mark.parametrize("name", [OURS, OFFICIAL])
+def test_encoders_are_split_into_their_parts(
+    name: str, scenario: str, material: Material, workloads: dict[str, Workload], tmp_path: Path
+) -> None:
+    clock, workload = Stages(CPU), workloads[scenario]
+    with torch.inference_mode():
+        engine = NAMES[name].build(Setup(material.subjects, scenario, SIZE, "fp32", CPU, tmp_path)).engine
+        answer = workload.prepare(engine, torch.float32)
+        before, timed, after = answer([0, 1], NoStages()), answer([0, 1], clock), answer([0, 1], NoStages())
+    assert torch.equal(before, timed)
+    assert torch.equal(before, after)
+    expected = {
+        "embed-image": ["patch embedding", "attention", "norms", "final norm and pooling"],
+        "embed-text": ["self-attention", "MLP", "packing" if name == OURS else "embeddings"],
+    }
+    assert all(any(part in stage for stage in clock.seconds) for part in expected[scenario])
+    assert len(clock.seconds) == (3 if (name, scenario) == (OFFICIAL, "embed-text") else 4)
+    # Nothing stays wrapped.
+    model = material.subjects.model(SIZE, torch.float32)
+    assert not any({"forward", "self_attention", "feed_forward"} & vars(part).keys() for part in model.modules())
+
+
 def test_operations_of_a_run_add_up(material: Material, workloads: dict[str, Workload], tmp_path: Path) -> None:
     found = operation_shares(lambda: _answer(NAMES[OFFICIAL], workloads["embed-text"], material, tmp_path, [0]), CPU)
     assert sum(share.share for share in found) == pytest.approx(1)
