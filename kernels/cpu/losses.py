@@ -17,13 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import host
+from .. import checks, host
 from .selection import select
+from .workspace import scratch
 
 # The logits of a block. Fewer rows would make the products slower, more rows gain nothing.
 _BLOCK_BYTES = 56 << 20
-# Vocabulary entries of a slice: the passes over it find it in cache.
+# Vocabulary entries of a slice.
 _SLICE = 4096
+# Logits that the passes over a slice take at once, for each thread: widened to fp32 they stay in the core's own cache.
+_TILE = 1 << 18
+# In half precision, the gradient of the vocabulary may be rounded at every block of rows, if these are no more. Or else
+# an fp32 copy of it collects them, which takes more memory than the logits do and a good part of the time.
+_ROUNDED_BLOCKS = 4
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 Needs = tuple[bool, bool, bool]
@@ -59,7 +65,7 @@ def linear_cross_entropy_forward(
     Returns:
         The mean over the rows that count, at least fp32 (0 when none does), and (dh, dw, db) for a loss with
         gradient 1, None where not needed. Working memory: about 60 MB of logits, and an fp32 `[V, K]` when dw of half
-        precision comes from more than one block.
+        precision comes from more blocks of rows than four.
 
     Raises:
         IndexError: a target outside the vocabulary.
@@ -67,7 +73,7 @@ def linear_cross_entropy_forward(
     rows, targets, kept = _counted_rows(h, target, w.shape[0], ignore_index)
     weight = 1 / max(rows.shape[0], 1)
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
-    gradients = _Accumulators(rows, w, b, needs, len(blocks))
+    gradients = _Accumulators(rows, w, b, needs, len(blocks), weight)
     slices = _vocabulary_slices(w.shape[0])
     memory = _Slices(rows, blocks, slices if any(needs) else slices[:1])
     total = torch.zeros((), dtype=gradients.dtype)
@@ -82,10 +88,9 @@ def linear_cross_entropy_forward(
                 logits.append(piece)
         statistics = running.statistics()
         total += running.losses(statistics, label_smoothing, w.shape[0]).sum()
-        coefficients = torch.full((h_block.shape[0],), weight, dtype=gradients.dtype)
         # The last slice is the one that cache still holds.
         for part in reversed(slices if any(needs) else []):
-            gradient = _to_gradient(logits.pop(), statistics, t_block, coefficients, part, label_smoothing, w.shape[0])
+            gradient = _to_gradient(logits.pop(), statistics, t_block, None, part, label_smoothing, w.shape[0])
             gradients.add(gradient, block, part)
     return total * weight, gradients.finish(h, kept)
 
@@ -113,7 +118,7 @@ def token_log_likelihood_forward(
     Raises:
         IndexError: a target outside the vocabulary.
     """
-    _check_targets(target, w.shape[0], ignore_index)
+    checks.targets_inside(target, w.shape[0], ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     dtype = torch.promote_types(h.dtype, torch.float32)
     out = torch.empty(rows.shape[0], dtype=dtype)
@@ -144,7 +149,7 @@ def token_log_likelihood_backward(
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     coefficients = -dout.reshape(-1).to(statistics.maximum.dtype).masked_fill(targets == ignore_index, 0)
     blocks = _row_blocks(rows, _SLICE)
-    gradients = _Accumulators(rows, w, b, needs, len(blocks))
+    gradients = _Accumulators(rows, w, b, needs, len(blocks), 1.0)
     slices = _vocabulary_slices(w.shape[0]) if any(needs) else []
     memory = _Slices(rows, blocks, slices[:1])
     for part in slices:
@@ -177,23 +182,26 @@ class _Running:
 
     def __init__(self, rows: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.scratch = torch.empty(0, dtype=dtype)
         self.target_logit = torch.zeros(rows, dtype=dtype)
         self.total = torch.zeros(rows, dtype=dtype)
         self.maxima: list[Tensor] = []
         self.sums: list[Tensor] = []
 
     def add(self, logits: Tensor, target: Tensor, part: slice, label_smoothing: float) -> None:
-        wide = logits.to(self.dtype)
-        # Of a slice of nothing but -inf, differences to the maximum would be NaN.
-        maximum = wide.amax(1).clamp_min_(torch.finfo(self.dtype).min)
-        self.maxima.append(maximum)
-        self.scratch.resize_(wide.shape)
-        self.sums.append(torch.sub(wide, maximum[:, None], out=self.scratch).exp_().sum(1))
+        maxima, sums = (torch.empty(logits.shape[0], dtype=self.dtype) for _ in range(2))
+        for tile in _tiles(logits):
+            wide = _widened(logits[tile], self.dtype)
+            # Of a slice of nothing but -inf, differences to the maximum would be NaN.
+            maximum = wide.amax(1).clamp_min_(torch.finfo(self.dtype).min)
+            maxima[tile] = maximum
+            if label_smoothing:
+                self.total[tile] += wide.sum(1)
+            exponents = scratch("vocabulary exponents", tuple(wide.shape), self.dtype)
+            sums[tile] = torch.sub(wide, maximum[:, None], out=exponents).exp_().sum(1)
+        self.maxima.append(maxima)
+        self.sums.append(sums)
         inside = _rows_inside(target, part)
-        self.target_logit[inside] = wide[inside, target[inside] - part.start]
-        if label_smoothing:
-            self.total += wide.sum(1)
+        self.target_logit[inside] = logits[inside, target[inside] - part.start].to(self.dtype)
 
     def statistics(self) -> RowStatistics:
         maxima = torch.stack(self.maxima)
@@ -209,24 +217,28 @@ class _Running:
 
 
 class _Accumulators:
-    """The three gradients, summed over blocks of rows and slices of the vocabulary, in at least fp32."""
+    """The three gradients: `scale` times the sums over blocks of rows and slices of the vocabulary."""
 
-    def __init__(self, h: Tensor, w: Tensor, b: Tensor | None, needs: Needs, blocks: int) -> None:
-        self.h, self.w, self.b = h, w, b
+    def __init__(self, h: Tensor, w: Tensor, b: Tensor | None, needs: Needs, blocks: int, scale: float) -> None:
+        self.h, self.w, self.b, self.scale = h, w, b, scale
         self.dtype = torch.promote_types(h.dtype, torch.float32)
-        # One block of rows is summed inside the product, which is as wide; several need a wider place to meet.
-        make = torch.empty_like if blocks else torch.zeros_like
-        self.dw = make(w, dtype=w.dtype if blocks <= 1 else self.dtype) if needs[1] else None
+        # The rows of a block are summed inside the product, which is as wide as fp32, and with the blocks before where
+        # the product can add to its result.
+        adds = _chosen("vocabulary dw", h.dtype) == "aten"
+        dtype = w.dtype if blocks <= (_ROUNDED_BLOCKS if adds else 1) else self.dtype
+        self.dw = (torch.empty_like if blocks else torch.zeros_like)(w, dtype=dtype) if needs[1] else None
         self.dh = torch.zeros_like(h, dtype=self.dtype) if needs[0] else None
         self.db = torch.zeros_like(b, dtype=self.dtype) if needs[2] and b is not None else None
 
     def add(self, gradient: Tensor, block: slice, part: slice) -> None:
         if self.dh is not None:
-            _add_product(self.dh[block], gradient, self.w[part].t(), "vocabulary dh")
+            _add_product(self.dh[block], gradient, self.w[part].t(), "vocabulary dh", self.scale)
         if self.dw is not None:
-            _add_product(self.dw[part], gradient.t(), self.h[block].t(), "vocabulary dw", first=block.start == 0)
+            first = block.start == 0
+            _add_product(self.dw[part], gradient.t(), self.h[block].t(), "vocabulary dw", self.scale, first=first)
         if self.db is not None:
-            self.db[part] += gradient.sum(0, dtype=self.dtype)
+            for tile in _tiles(gradient):
+                self.db[part] += _widened(gradient[tile], self.dtype).sum(0)
 
     def finish(self, h: Tensor, kept: Tensor | None) -> Gradients:
         dh, dw, db = self.dh, self.dw, self.db
@@ -236,7 +248,7 @@ class _Accumulators:
                 dh = dh.new_zeros(h.numel() // h.shape[-1], h.shape[-1]).index_copy_(0, kept, dh)
             dh = dh.view(h.shape)
         dw = None if dw is None else dw.to(self.w.dtype)
-        db = None if db is None or self.b is None else db.to(self.b.dtype)
+        db = None if db is None or self.b is None else (db * self.scale).to(self.b.dtype)
         return dh, dw, db
 
 
@@ -244,20 +256,46 @@ def _to_gradient(
     logits: Tensor,
     statistics: RowStatistics,
     target: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     part: slice,
     label_smoothing: float,
     vocabulary: int,
 ) -> Tensor:
-    """`coefficient · (softmax - smoothed target)` of a slice of logits, which it overwrites where their type allows."""
-    wide = logits.to(statistics.maximum.dtype)
-    wide.sub_(statistics.maximum[:, None]).sub_(statistics.log_sum[:, None]).exp_()
-    if label_smoothing:
-        wide.sub_(label_smoothing / vocabulary)
-    wide.mul_(coefficients[:, None])
+    """A slice of logits becomes `coefficient · (softmax - smoothed target)`; None for coefficients of 1."""
     inside = _rows_inside(target, part)
-    wide[inside, target[inside] - part.start] -= (1 - label_smoothing) * coefficients[inside]
-    return wide.to(logits.dtype)
+    columns = target[inside] - part.start
+
+    def gradient(wide: Tensor, rows: slice | Tensor) -> Tensor:
+        wide.sub_(statistics.maximum[rows, None]).sub_(statistics.log_sum[rows, None]).exp_()
+        if label_smoothing:
+            wide.sub_(label_smoothing / vocabulary)
+        return wide
+
+    # Where the target is, 1 is subtracted before the rounding to half precision.
+    dtype = statistics.maximum.dtype
+    picked = gradient(logits[inside, columns].to(dtype)[:, None], inside)[:, 0] - (1 - label_smoothing)
+    if coefficients is not None:
+        picked *= coefficients[inside]
+    for tile in _tiles(logits):
+        wide = gradient(_widened(logits[tile], dtype), tile)
+        if coefficients is not None:
+            wide.mul_(coefficients[tile, None])
+        if wide.dtype != logits.dtype:
+            logits[tile] = wide
+    logits[inside, columns] = picked.to(logits.dtype)
+    return logits
+
+
+def _tiles(logits: Tensor) -> list[slice]:
+    """Rows of a slice that are passed over together."""
+    return _even(logits.shape[0], max(1, torch.get_num_threads() * _TILE // logits.shape[1]))
+
+
+def _widened(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits themselves, or a copy in scratch memory if they are narrower."""
+    if logits.dtype == dtype:
+        return logits
+    return scratch("vocabulary logits", tuple(logits.shape), dtype).copy_(logits)
 
 
 def _rows_inside(target: Tensor, part: slice) -> Tensor:
@@ -300,31 +338,22 @@ def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: _Slices
     return torch.addmm(bias, h, w[part].t(), out=out)
 
 
-def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, *, first: bool = False) -> None:
-    """`accumulator += x y^T`; the first time, what it held before does not count."""
+def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: float, *, first: bool = False) -> None:
+    """`accumulator += scale · x y^T`; the first time, what it held before does not count."""
     name = _chosen(role, x.dtype)
     if name == "aten" and accumulator.dtype == x.dtype:
-        accumulator.addmm_(x, y.t(), beta=0 if first else 1)
+        accumulator.addmm_(x, y.t(), beta=0 if first else 1, alpha=scale)
     elif first:
-        accumulator.copy_(_PRODUCTS[name](x, y))
+        accumulator.copy_(_PRODUCTS[name](x, y)).mul_(scale)
     else:
-        accumulator.add_(_PRODUCTS[name](x, y))
-
-
-def _check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    outside = host.true_places(((target < 0) | (target >= vocabulary)) & (target != ignore_index))
-    if outside.numel():
-        raise IndexError(
-            f"target {host.integer(target.reshape(-1)[outside[0]])} is outside the vocabulary of {vocabulary} entries "
-            f"(and is not ignore_index, {ignore_index})"
-        )
+        accumulator.add_(_PRODUCTS[name](x, y), alpha=scale)
 
 
 def _counted_rows(
     h: Tensor, target: Tensor, vocabulary: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows `[M', K]` and targets that count, and their numbers if some do not."""
-    _check_targets(target, vocabulary, ignore_index)
+    checks.targets_inside(target, vocabulary, ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     counted = targets != ignore_index
     if host.all_true(counted):
