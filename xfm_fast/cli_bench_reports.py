@@ -36,8 +36,6 @@ def bench_report(
     if html is not None:
         if html.is_dir():
             raise InputError(f"--html {html} is a folder; name a file")
-        if stored.benchmark(content) == "drop-in":
-            raise InputError(f"{results} is of bench drop-in, which has no page; leave --html out, or use --markdown")
         write_bytes({html: page.render(content).encode()})
         typer.echo(f"saved: {html}")
     if markdown:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from xfm_fast.benchmarks.page import scenarios, suite
+from xfm_fast.benchmarks.page import drop_in, scenarios, suite
 
 
 def render(content: dict[str, Any]) -> str:
     """The page of a results document, of whichever benchmark."""
+    if content.get("benchmark") == "drop-in":
+        return drop_in.render(content)
     return scenarios.render(content) if content["schema_version"] == 2 else suite.render(content)

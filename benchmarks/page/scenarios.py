@@ -20,6 +20,7 @@ from xfm_fast.benchmarks.page.document import (
     skipped,
     table,
 )
+from xfm_fast.benchmarks.page.headline import Candidate, best_of, tile
 from xfm_fast.benchmarks.page.plots import Palette, Row, marks, measured
 
 _TITLES = {"scenario": "scenarios", "sweep": "cost as work grows", "coco": "a whole retrieval evaluation"}
@@ -72,17 +73,17 @@ def _remarks(content: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _tiles(content: dict[str, Any]) -> str:
-    best: dict[tuple[str, str], tuple[float, Row]] = {}
+    found: dict[tuple[str, str], list[Candidate]] = {}
     for row in measured(content["rows"]):
         for other in row["against"]:
-            key = (row["scenario"], row["mode"])
-            if other["contender"] == _OFFICIAL and other["ratio"] > best.get(key, (0.0, row))[0]:
-                best[key] = (other["ratio"], row)
-    tiles = [
-        f"<div class=tile><b>{ratio:.1f}×</b>{escape(scenario)}, {escape(mode)}"
-        f"<br><span>{escape(_figure(row))} in {row['dtype']}, against the official algorithm</span></div>"
-        for (scenario, mode), (ratio, row) in best.items()
-    ]
+            if (other["contender"], other["dtype"]) == (_OFFICIAL, "fp32"):
+                candidate = Candidate(other["ratio"], other["low"], other["high"], "†" in marks(row), row)
+                found.setdefault((row["scenario"], row["mode"]), []).append(candidate)
+    tiles = []
+    for (scenario, mode), candidates in found.items():
+        best = best_of(candidates)
+        about = f"{_figure(best.row)} in {best.row['dtype']}, against the official algorithm in fp32"
+        tiles.append(tile(best, f"{scenario}, {mode}", about))
     if content["coco"]:
         tiles.append(
             f"<div class=tile><b>{content['coco']['speed_up']['value']:.1f}×</b>whole evaluation"

@@ -17,6 +17,7 @@ from xfm_fast.benchmarks.page.document import (
     shell,
     skipped,
 )
+from xfm_fast.benchmarks.page.headline import Candidate, best_of, tile
 
 _WIDTH, _LABEL, _RIGHT = 1000, 170, 90
 _PLOT = _WIDTH - _LABEL - _RIGHT
@@ -73,17 +74,18 @@ def _notes(content: dict[str, Any]) -> str:
 
 
 def _tiles(rows: list[dict[str, Any]]) -> str:
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        best[row["key"]] = (
-            row if row["key"] not in best or row["ratio"] > best[row["key"]]["ratio"] else best[row["key"]]
-        )
-    tiles = "".join(
-        f"<div class=tile><b>{row['ratio']:.1f}×</b>{escape(_short(row['name']))}"
-        f"<br><span>{row['fast']['throughput']:,.4g} {escape(row['unit'])}/s in {row['dtype']}</span></div>"
-        for row in best.values()
-    )
-    return f"<div class=tiles>{tiles}</div>" if tiles else ""
+    made = []
+    for key in dict.fromkeys(row["key"] for row in rows):
+        best = best_of(_candidate(row) for row in rows if row["key"] == key)
+        rate = f"{best.row['fast']['throughput']:,.4g} {best.row['unit']}/s in {best.row['dtype']}"
+        made.append(tile(best, _short(best.row["name"]), rate))
+    return f"<div class=tiles>{''.join(made)}</div>" if made else ""
+
+
+def _candidate(row: dict[str, Any]) -> Candidate:
+    enough = min(len(row["fast"]["seconds"]), len(row["twin"]["seconds"])) > 2
+    low, high = row["ratio_interval"] if enough else (None, None)
+    return Candidate(row["ratio"], low, high, row["probe"]["contended"], row)
 
 
 def _short(name: str) -> str:

@@ -324,3 +324,41 @@ def _document(benchmark: Benchmark, dtypes: tuple[str, ...] = ("fp32",)) -> Docu
         ],
         duration_s=412.0,
     )
+
+
+def drop_in() -> dict[str, Any]:
+    """Results of `bench drop-in`: two models, one of them contended, one that failed, and a type that is absent."""
+
+    def side(*seconds: float) -> dict[str, Any]:
+        middle = statistics.median(seconds)
+        return {
+            "seconds": list(seconds), "median_s": middle, "throughput": 32 / middle, "peak_bytes": 1_400_000_000,
+            "grown_bytes": 90_000_000,
+        }  # fmt: skip
+
+    def row(key: str, name: str, dtype: str, times: float, contended: bool = False) -> dict[str, Any]:
+        original, fast = side(0.98, 1.0, 1.04), side(0.97 / times, 1 / times, 1.1 / times)
+        same = side(0.5, 0.51, 0.55) if dtype == "bf16" else None
+        return {
+            "key": key, "name": name, "unit": "texts", "dtype": dtype, "status": "measured", "items": 32,
+            "parity": {"error": 3e-6, "band": 1e-5}, "fast": fast, "original": original, "original_same_dtype": same,
+            "ratio": times, "ratio_interval": [0.9 * times, 1.05 * times],
+            "ratio_same_dtype": None if same is None else 0.51 * times,
+            "probe": {"library": "MKL", "flops_per_s": [1e11, 1.5e11], "median_flops_per_s": 1.2e11,
+                      "contended": contended},
+            "memory_method": "resident set",
+            "report": ["module           class         replaced by", "encoder.layer.0  RobertaLayer  FusedLayer"],
+        }  # fmt: skip
+
+    texts, images = "RoBERTa-base, 32 captions of 10-16 tokens padded to 40", "BEiT-v2-B/16 at 224 px, 8 images"
+    failed = {"key": "bert-rerank", "name": "BERT-base cross-encoder", "unit": "pairs", "dtype": None}
+    return {
+        "schema_version": 1, "benchmark": "drop-in", "date": "2026-01-02T03:04:05+00:00", "device": "cpu",
+        "command": ["xfm-fast", "bench", "drop-in"], "options": {"quick": False}, "interrupted": False,
+        "machine": MACHINE, "parity": [], "duration_s": 100.0,
+        "rows": [
+            row("roberta", texts, "fp32", 3.1), row("roberta", texts, "bf16", 9.8), row("beit", images, "fp32", 1.2),
+            row("beit", images, "bf16", 4.4, contended=True),
+            failed | {"status": "failed", "reason": "ImportError: no such class in this version of transformers"},
+        ],
+    }  # fmt: skip

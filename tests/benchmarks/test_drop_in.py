@@ -112,10 +112,12 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     compared = CliRunner().invoke(cli.app, ["bench", "compare", str(file), str(file)])
     assert compared.exit_code == 0, compared.output
     assert "untouched" in compared.stdout
-    with pytest.raises(InputError, match="has no page"):
-        CliRunner().invoke(
-            cli.app, ["bench", "report", str(file), "--html", str(tmp_path / "page.html")], catch_exceptions=False
-        )
+    page = tmp_path / "page.html"
+    assert CliRunner().invoke(cli.app, ["bench", "report", str(file), "--html", str(page)]).exit_code == 0
+    text = page.read_text()
+    for said in ("the model good", "failed. RuntimeError", "without an interval", "What was replaced"):
+        assert said in text
+    assert text.count("<svg viewBox") == 1
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from tests.benchmarks import example_documents
 from xfm_fast.benchmarks import markdown, results, terminal
 from xfm_fast.benchmarks.page import render
 from xfm_fast.benchmarks.page.charts import Bar, bars, linear_axis, log_axis, number, si
+from xfm_fast.benchmarks.page.headline import Candidate, best_of, tile
 from xfm_fast.benchmarks.page.plots import Palette, scaling
 from xfm_fast.benchmarks.rows import read_document
 from xfm_fast.cli import app
@@ -204,3 +205,30 @@ def test_the_results_of_the_checkout_can_all_be_shown(tmp_path: Path) -> None:
         content = json.loads(file.read_text(encoding="utf-8"))
         assert render(content).startswith("<!doctype html>")
         assert markdown.tables(content).startswith("| work")
+
+
+def _candidate(ratio: float, low: float | None, *, contended: bool = False) -> Candidate:
+    return Candidate(ratio, low, None if low is None else 2 * ratio - low, contended, {})
+
+
+def test_a_headline_is_no_lucky_pair() -> None:
+    steady, wild = _candidate(3.0, 2.9), _candidate(5.0, 1.2)
+    assert best_of([wild, steady]) is steady
+    assert best_of([_candidate(9.0, 8.9, contended=True), wild]) is wild
+    assert best_of([_candidate(9.0, None), wild]) is wild
+    alone = _candidate(9.0, None, contended=True)
+    assert best_of([alone, _candidate(2.0, None, contended=True)]) is alone
+    text = tile(alone, "texts", "32 texts/s")
+    assert "9.0× †" in text
+    assert "without an interval" in text
+    assert "95% interval 2.9 to 3.1" in tile(steady, "texts", "32 texts/s")
+
+
+def test_the_page_of_drop_in_heads_with_what_was_not_contended() -> None:
+    page = render(example_documents.drop_in())
+    tiles = page[page.index("<div class=tiles>") : page.index("<h2>Speed-up")]
+    assert "9.8×" in tiles
+    assert "1.2×" in tiles
+    assert "4.4×" not in tiles
+    assert "4.40× †" in page
+    assert "no such class in this version" in page
