@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.objectives.steps import gradients, rows, total
+from tests.objectives.steps import gradients, image_codes, rows, total
 from tests.objectives.test_step_twin import drawn, model_with, pair_batch, pixels, region_batch, texts
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
@@ -20,7 +20,10 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 
 PAIRS, IMAGES = 8, 4
-CASES = ("pairs", "pairs with ids", "regions", "local regions", "texts", "images", "pairs with hidden patches only")
+CASES = (
+    "pairs", "pairs with ids", "pairs with codes", "regions", "local regions", "texts", "images",
+    "pairs with hidden patches only",
+)  # fmt: skip
 Result = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]
 
 
@@ -55,6 +58,8 @@ def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, An
 
 def losses_of(model: XFM, case: str, batch: Batch, negatives: Any, **options: Any) -> dict[str, Tensor]:
     only = {"mim"} if case.endswith("only") else None
+    if case.endswith("codes"):
+        options["image_codes"] = image_codes(model.config)
     return pretraining_losses(model, batch, hard_negatives=None if only else negatives, losses=only, **options)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from xfm_fast.batches import IGNORED
 from xfm_fast.errors import InputError
@@ -73,6 +76,29 @@ def masked_code_loss(
         return ops.linear_cross_entropy(masked_embeds[:, 1:], weight, bias, targets, ignore_index=IGNORED)
     except IndexError as error:
         raise InputError(f"codes lie outside of the {weight.shape[0]} codes of the head: {error}") from None
+
+
+class ImageCodes(nn.Module):
+    """What masked image modelling predicts where nothing guides it: codes of the image itself.
+
+    Args:
+        tokenizer: the caller's; makes `[B, 3, R, R]` normalised pixels to `[B, N]` integers below `codes`. It is called
+            without gradient, and is no part of the parameters and the state of this module.
+        width: of the vision encoder.
+        codes: V, the size of the codebook.
+    """
+
+    def __init__(self, tokenizer: Callable[[Tensor], Tensor], *, width: int, codes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, codes)
+        # As an attribute a tokenizer that is a module would be trained and saved.
+        self._tokenizer = (tokenizer,)
+
+    def forward(self, masked_embeds: Tensor, image: Tensor, patch_mask: Tensor) -> Tensor:
+        """`masked_code_loss` of the codes of `image` `[B, 3, R, R]`; the others are as there."""
+        with torch.no_grad():
+            codes = self._tokenizer[0](image)
+        return masked_code_loss(masked_embeds, codes, patch_mask, self.head.weight, self.head.bias)
 
 
 def _check_patches(masked_embeds: Tensor, patch_mask: Tensor) -> None:

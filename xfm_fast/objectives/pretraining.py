@@ -16,7 +16,7 @@ from xfm_fast.kernels import host
 from xfm_fast.models import inputs as model_inputs
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives.gathering import World
-from xfm_fast.objectives.images import masked_image_terms
+from xfm_fast.objectives.images import ImageCodes, masked_image_terms
 from xfm_fast.objectives.inputs import check_pairs, check_regions, losses_of
 from xfm_fast.objectives.language import masked_token_loss
 from xfm_fast.objectives.multimodal import Options, Step, region_memory
@@ -34,6 +34,7 @@ def pretraining_losses(
     group: dist.ProcessGroup | None = None,
     official_itc_gradient: bool = False,
     stop_gradient: bool = True,
+    image_codes: ImageCodes | None = None,
 ) -> dict[str, Tensor]:
     """The losses of X-FM (arXiv 2301.05065) on one batch.
 
@@ -65,6 +66,7 @@ def pretraining_losses(
             official gathering does.
         stop_gradient: False lets ITM, IMLM and the box losses through to the language encoder: the ablation of the
             method, not fine-tuning.
+        image_codes: what `mim` predicts instead of what the encoder makes of the whole image: MIM without guidance.
 
     Returns:
         Scalars by name.
@@ -78,10 +80,10 @@ def pretraining_losses(
     world = World.of(group)
     options = Options(hard_negatives, generator, official_itc_gradient, stop_gradient)
     if isinstance(batch, ImageBatch):
-        return _image_only(model, batch, patch_mask, world) if names else {}
+        return _image_only(model, batch, patch_mask, world, image_codes) if names else {}
     if isinstance(batch, PairBatch):
         check_pairs(batch)
-        return _pairs(Step(model, batch.prepare(), names, world, options), patch_mask)
+        return _pairs(Step(model, batch.prepare(), names, world, options), patch_mask, image_codes)
     if isinstance(batch, RegionBatch):
         check_regions(batch)
         return _regions(Step(model, batch.prepare(), names, world, options))
@@ -107,11 +109,20 @@ def _targets(layout: TextLayout) -> Reads:
     return Reads(cu_seqlens=layout.cu_targets, max_seqlen=layout.most_targets, rows=starts + layout.targets)
 
 
-def _image_only(model: XFM, batch: ImageBatch, patch_mask: Tensor | None, world: World) -> dict[str, Tensor]:
+def _image_only(
+    model: XFM, batch: ImageBatch, patch_mask: Tensor | None, world: World, codes: ImageCodes | None
+) -> dict[str, Tensor]:
     mask = _hidden_patches(model.config, batch, patch_mask)
+    if codes is not None:
+        return {"mim": _code_loss(model, batch.image, mask, world, codes)}
     with torch.no_grad():
         target = model.encode_image(batch.image)
     return {"mim": _image_loss(model, batch.image, target, mask, world)}
+
+
+def _code_loss(model: XFM, image: Tensor, mask: Tensor, world: World, codes: ImageCodes) -> Tensor:
+    counts = world.counts(hidden=mask.bool().sum())
+    return world.mean(codes(model.encode_image(image, mask), image, mask), counts["hidden"])
 
 
 def _image_loss(model: XFM, image: Tensor, target: Tensor, mask: Tensor, world: World) -> Tensor:
@@ -134,7 +145,7 @@ def _hidden_patches(config: XFMConfig, batch: PairBatch | ImageBatch, given: Ten
     return torch.from_numpy(np.stack(drawn)).to(batch.image.device, non_blocking=True)
 
 
-def _pairs(step: Step, patch_mask: Tensor | None) -> dict[str, Tensor]:
+def _pairs(step: Step, patch_mask: Tensor | None, codes: ImageCodes | None) -> dict[str, Tensor]:
     model, batch, names = step.model, step.batch, step.names
     assert isinstance(batch, PairBatch)
     with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
@@ -143,7 +154,10 @@ def _pairs(step: Step, patch_mask: Tensor | None) -> dict[str, Tensor]:
     if "mim" in names:
         # Between draw and fusion: the host needs the draw only then.
         mask = _hidden_patches(model.config, batch, patch_mask)
-        losses["mim"] = _image_loss(model, batch.image, image, mask, step.world)
+        if codes is None:
+            losses["mim"] = _image_loss(model, batch.image, image, mask, step.world)
+        else:
+            losses["mim"] = _code_loss(model, batch.image, mask, step.world, codes)
     if step.fuses:
         losses |= step.fuse(texts, model.image_memory(image))
     return losses

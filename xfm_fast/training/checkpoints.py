@@ -32,7 +32,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from xfm_fast.checkpoint import read_state_dict, sync_folder, write_bytes, write_files, write_safetensors
+from xfm_fast.checkpoint import (
+    read_state_dict,
+    save_pretrained,
+    sync_folder,
+    write_bytes,
+    write_files,
+    write_safetensors,
+)
 from xfm_fast.errors import CheckpointError, StorageError
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
@@ -42,6 +49,8 @@ from xfm_fast.training.randomness import random_state
 FORMAT_VERSION = 1
 MANIFEST, STATE, TENSORS, SHARDED, MODEL = "manifest.json", "state.json", "training.safetensors", "sharded", "model"
 _PREFIX = "step-"
+CODES = "image_codes"
+"""Submodule of a model in training whose MIM predicts codes; see `xfm_fast.objectives.ImageCodes`."""
 
 
 @dataclass
@@ -88,8 +97,10 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
     kernels = place.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
     tensors, groups, numbers = _optimizer_parts(progress.model, progress.optimizer)
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    if any(isinstance(parameter, DTensor) for parameter in progress.model.parameters()):
-        tensors |= {f"model/{name}": tensor.detach() for name, tensor in progress.model.state_dict().items()}
+    weights = progress.model.state_dict()
+    whole = of_the_model(weights)
+    sharded = any(isinstance(parameter, DTensor) for parameter in progress.model.parameters())
+    tensors |= {f"model/{name}": tensor.detach() for name, tensor in weights.items() if sharded or name not in whole}
     shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in shards}
     for rank, state in enumerate(random_states):
@@ -119,7 +130,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
             }
         )
         if not shards:
-            progress.model.save_pretrained(temporary / MODEL)
+            save_pretrained(whole, progress.model.config, temporary / MODEL)
         _seal(temporary)
         if final.exists():
             final.rename(folder / f".{final.name}.old")
@@ -142,6 +153,11 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
     if place.first:
         _forget(folder, keep)
     return final
+
+
+def of_the_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what a model has in training only."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{CODES}.")}
 
 
 def newest(folder: Path) -> Checkpoint | None:

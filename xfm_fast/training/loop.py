@@ -24,7 +24,7 @@ from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints
-from xfm_fast.training.checkpoints import Progress
+from xfm_fast.training.checkpoints import CODES, Progress, of_the_model
 from xfm_fast.training.distributed import Place, Spread, run_layers, sum_of_losses, take_place
 from xfm_fast.training.ema import WeightAverage
 from xfm_fast.training.guard import Guard
@@ -36,7 +36,7 @@ from xfm_fast.training.randomness import random_state, seed_everything, set_rand
 from xfm_fast.training.recipe import Recipe
 from xfm_fast.training.recipe_changes import changes, position_after
 from xfm_fast.training.schedule import schedule_factor
-from xfm_fast.training.starting_point import build_model, open_sources
+from xfm_fast.training.starting_point import build_model, image_codes, open_sources
 from xfm_fast.training.throughput import Work
 
 T = TypeVar("T")
@@ -71,6 +71,7 @@ def train(
     resume: bool = True,
     sources: Mapping[str, BatchSource[Any]] | None = None,
     model: XFM | None = None,
+    image_tokenizer: Callable[[Tensor], Tensor] | None = None,
     on_step: Callable[[int, XFM], None] | None = None,
 ) -> TrainResult:
     """Run a recipe, alone or as one process of those that `torchrun` started.
@@ -85,6 +86,8 @@ def train(
         sources: batches of every stream, of this process; by default what the recipe's paths hold. Batches have
             `recipe.micro_batch_size(stream)` items.
         model: to train; by default one with the recipe's sizes and `init`. It stays on the device of the run.
+        image_tokenizer: what makes the codes of `method.image_codes`, instead of a codebook of patches: `[B, 3, R, R]`
+            normalised pixels → `[B, N]` integers.
         on_step: called with the number of complete steps and the model (with FSDP a sharded one) after every step, on
             every process. It need not leave the random state as it found it, but must do the same in every run that is
             to give the same numbers.
@@ -107,12 +110,18 @@ def train(
         # The same initial weights on every process, then dropout of its own on each.
         seed_everything(recipe.seed)
         model = (build_model(recipe) if model is None else model).to(place.device).train()
+        codes = image_codes(recipe, place, image_tokenizer)
+        if codes is not None:
+            # With the model its head is trained, spread and kept; what is saved as the model leaves it out.
+            model.add_module(CODES, codes)
+            stack.callback(delattr, model, CODES)
         run_layers(model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile)
         method = recipe.method
         losses_of = partial(
             pretraining_losses,
             stop_gradient=method.stop_gradient,
             official_itc_gradient=method.official_itc_gradient,
+            image_codes=codes,
         )
         spread = Spread(model, losses_of, place, recipe.parallel)
         options = recipe.optimizer
@@ -268,5 +277,5 @@ def _begun(batches: Iterator[T]) -> Iterator[T]:
 
 
 def _export(state: Mapping[str, Tensor], config: XFMConfig, folder: Path, place: Place) -> None:
-    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in of_the_model(state).items()}
     place.from_first(lambda: save_pretrained(whole, config, folder))

@@ -133,7 +133,9 @@ class Recipe(Section):
     def losses_of(self, stream: str) -> tuple[LossName, ...]:
         """The losses that a stream gives in this run: its own or those of its kind, less what `method` takes away."""
         chosen = self.streams[stream].losses or LOSSES_OF_KIND[self.streams[stream].kind]
-        return chosen if self.method.mim_guidance else tuple(loss for loss in chosen if loss != "mim")
+        if self.method.mim_guidance or self.method.image_codes:
+            return chosen
+        return tuple(loss for loss in chosen if loss != "mim")
 
     @property
     def active_updates(self) -> tuple[tuple[str, ...], ...]:
@@ -216,6 +218,8 @@ class Recipe(Section):
         places = {"init.roberta": self.init.roberta, "init.beit2": self.init.beit2}
         places |= {"init.checkpoint": self.init.checkpoint}
         places |= {"tokenizer": None if self.tokenizer == "train" else self.tokenizer}
+        codes = self.method.image_codes
+        places |= {"method.image_codes.source": None if codes is None or codes.source == "train" else codes.source}
         for key, place in places.items():
             if place is not None and not Path(place).exists():
                 raise DataError(f"{key}: there is no {place}; give {key}=<path>")

@@ -172,6 +172,16 @@ class ScheduleRecipe(Section):
         return self.warmup if isinstance(self.warmup, int) else int(self.warmup * steps)
 
 
+class ImageCodesRecipe(Section):
+    """A codebook of patches, whose codes masked image modelling predicts where nothing guides it."""
+
+    source: str = Field(
+        default="train",
+        description="safetensors file with `centres` [codes, 3·P·P], or `train`: learn one from the streams' images",
+    )
+    codes: int = Field(default=256, gt=1, description="size of a codebook that is learnt, or of a tokenizer of yours")
+
+
 class Method(Section):
     """The training method of X-FM (arXiv 2301.05065), with what its ablations take away."""
 
@@ -183,9 +193,18 @@ class Method(Section):
         description="MIM towards the unmasked output of the encoder that vision-language training shapes; false leaves "
         "MIM out of every stream: the target is the guidance, on images without captions too",
     )
+    image_codes: ImageCodesRecipe | None = Field(
+        default=None, description="with mim_guidance=false: MIM stays, and predicts codes of the image itself"
+    )
     official_itc_gradient: bool = Field(
         default=False, description="1 / world size of the contrastive gradient, as the official gathering gives"
     )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.mim_guidance and self.image_codes:
+            raise ValueError("image_codes take the place of the guidance; set method.mim_guidance=false")
+        return self
 
 
 class CheckpointRecipe(Section):

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from xfm_fast.checkpoint import initialise
 from xfm_fast.checkpoint.storage import CONFIG_FILE
+from xfm_fast.data.items import ImageField
+from xfm_fast.data.order import item_generator, permuted
+from xfm_fast.data.patch_codes import PatchCodebook
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
 from xfm_fast.data.regions import RegionOptions
 from xfm_fast.data.streams import BatchSource, image_source, pair_source, region_source, text_source
 from xfm_fast.data.text_masking import MaskingOptions
 from xfm_fast.data.texts import TextOptions
-from xfm_fast.errors import DataError, StorageError
+from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import ImageCodes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training.distributed import Place
 from xfm_fast.training.recipe import Recipe
-from xfm_fast.training.recipe_fields import CaptionedStream, ImageStream, Masking, PairStream, RegionStream, TextStream
+from xfm_fast.training.recipe_fields import (
+    LOSSES_OF_KIND,
+    CaptionedStream,
+    ImageStream,
+    Masking,
+    PairStream,
+    RegionStream,
+    TextStream,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
-# A vocabulary of a few thousand entries does not change with more.
+CODEBOOK_FILE = "image_codes.safetensors"
+# A vocabulary of a few thousand entries does not change with more, nor does a codebook.
 _TEXTS_TO_LEARN_FROM = 100_000
+_IMAGES_TO_LEARN_FROM = 2_000
 
 
 def build_model(recipe: Recipe) -> XFM:
@@ -45,6 +62,38 @@ def build_model(recipe: Recipe) -> XFM:
     if init.roberta or init.beit2:
         initialise(model, roberta=init.roberta, beit2=init.beit2)
     return model
+
+
+def image_codes(recipe: Recipe, place: Place, tokenizer: Callable[[Tensor], Tensor] | None = None) -> ImageCodes | None:
+    """What MIM predicts in this run where it is not guided, on the device of the run; None where it is.
+
+    The first process learns the codebook where the recipe says so, which then lies in the folder of the run.
+
+    Args:
+        tokenizer: instead of the codebook: `[B, 3, R, R]` normalised pixels → `[B, N]` integers below
+            `method.image_codes.codes`.
+
+    Raises:
+        InputError: a tokenizer for a recipe without `method.image_codes`.
+        CheckpointError, DataError: the codebook cannot be read, or the images are too few to learn one.
+        StorageError: it cannot be written.
+    """
+    wanted, config = recipe.method.image_codes, recipe.model
+    if wanted is None:
+        if tokenizer is not None:
+            raise InputError(
+                "an image tokenizer was given, but MIM predicts no codes; set method.mim_guidance=false and "
+                "method.image_codes.codes to the size of its codebook"
+            )
+        return None
+    if tokenizer is not None:
+        return ImageCodes(tokenizer, width=config.vision_width, codes=wanted.codes).to(place.device)
+    path = Path(wanted.source)
+    if wanted.source == "train":
+        path = Path(recipe.checkpoint.folder) / CODEBOOK_FILE
+        place.from_first(lambda: None if path.exists() else _learn_codebook(recipe, wanted.codes, path))
+    codebook = PatchCodebook.load(path, config.patch_size).to(place.device)
+    return ImageCodes(codebook, width=config.vision_width, codes=len(codebook.centres)).to(place.device)
 
 
 def open_sources(recipe: Recipe, place: Place) -> dict[str, BatchSource[Any]]:
@@ -121,13 +170,43 @@ def _learn_vocabulary(recipe: Recipe, path: Path) -> None:
     if not texts:
         raise DataError("tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer")
     tokenizer = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
+    with _whole_file(path) as temporary:
+        tokenizer.save(temporary)
+
+
+def _learn_codebook(recipe: Recipe, codes: int, path: Path) -> None:
+    images = islice(_images(recipe), _IMAGES_TO_LEARN_FROM)
+    codebook = PatchCodebook.learn(images, recipe.model.patch_size, codes, seed=recipe.seed)
+    with _whole_file(path) as temporary:
+        codebook.save(temporary)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when all is written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        tokenizer.save(temporary)
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written ({error.strerror or error}); free space") from error
+
+
+def _images(recipe: Recipe) -> Iterator[Tensor]:
+    """Whole images of the streams, in an order of their own, resized."""
+    field = ImageField()
+    for name in (name for name, stream in recipe.streams.items() if "mim" in LOSSES_OF_KIND[stream.kind]):
+        records = open_records(recipe.paths_of(name))
+        for place in range(len(records)):
+            rows, row = records.locate(permuted(place, len(records), recipe.seed))
+            try:
+                yield field.transformed(
+                    rows.read(row), recipe.model.image_size, False, item_generator(recipe.seed, 0, 0, place)
+                )
+            except DataError:
+                # Whether so many broken rows are tolerable is decided where they are used.
+                continue
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

@@ -44,7 +44,11 @@ class Work:
         if in_detail:
             recipe = self._recipe
             self._flops += training_flops(
-                recipe.model, batch, recipe.losses_of(stream), stop_gradient=recipe.method.stop_gradient
+                recipe.model,
+                batch,
+                recipe.losses_of(stream),
+                stop_gradient=recipe.method.stop_gradient,
+                guided=recipe.method.image_codes is None,
             )
 
     def rates(self, steps: int, seconds: float) -> dict[str, float]:
@@ -73,11 +77,14 @@ def size_of(batch: Batch) -> tuple[int, int]:
     return images, tokens
 
 
-def training_flops(config: XFMConfig, batch: Batch, losses: Iterable[str], *, stop_gradient: bool = True) -> int:
+def training_flops(
+    config: XFMConfig, batch: Batch, losses: Iterable[str], *, stop_gradient: bool = True, guided: bool = True
+) -> int:
     """Operations that the losses of a batch on the CPU and their gradients need.
 
     A backward pass counts as two forward passes. Text passes whose result is detached have none, and neither has the
-    unmasked pass of images that nothing but MIM reads. Of the fusion encoder, the first self-attention is needed once
+    unmasked pass of images that nothing but MIM reads; MIM that predicts codes needs none (`guided=False`; making them,
+    and their head, are not counted). Of the fusion encoder, the first self-attention is needed once
     for each text, and the last layer where a head reads.
     """
     wanted = set(losses)
@@ -87,7 +94,7 @@ def training_flops(config: XFMConfig, batch: Batch, losses: Iterable[str], *, st
         seen = flops.image_encoder(config, images)
         if wanted - {"mim"}:
             trained += seen
-        else:
+        elif guided:
             forward += seen
         if "mim" in wanted:
             trained += seen
