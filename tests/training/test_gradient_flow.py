@@ -12,7 +12,7 @@ from rich.console import Console
 from xfm_fast.batches import RegionBatch, TextBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.convert import to_official_file
-from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.gradient_flow import PARTS, REACHES, check, gradient_flow, gradient_flow_of
@@ -135,6 +135,8 @@ def test_of_a_model(model: XFM, tmp_path: Path) -> None:
     assert all(line.startswith("itc") and "gives vision no gradient" in line for line in found)
     with pytest.raises(CheckpointError, match="holds no model"):
         gradient_flow_of(tmp_path.parent)
+    with pytest.raises(ConfigError, match="steps=3 would change a recipe"):
+        gradient_flow_of(tmp_path, ["steps=3"])
 
 
 def test_of_a_run(model: XFM, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ IMPOSSIBLE = {
     "updates=[[text, text], [regions, images], [pairs]]": "updates name stream text 2 times",
     "precision=fp8": "precision='fp8': Input should be 'fp32', 'bf16' or 'fp16'",
     "optimizer.betas=[0.9, 1]": "optimizer.betas: both must lie in [0, 1)",
+    "optimizer.betas=[0.9]": "optimizer.betas has too few values; give at least 2",
     "init={checkpoint: a, beit2: b}": "init: checkpoint fills the encoders too",
     "checkpoint.folder=null": "checkpoint.folder",
     "model.image_size=65": "image_size=65 is no multiple of patch_size=8; use 64 or 72",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.checkpoint.storage import CONFIG_FILE
-from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses
 from xfm_fast.training.recipe import Recipe, load_recipe
@@ -203,10 +203,10 @@ def gradient_flow_of(
         seed: of the weights and batches.
 
     Raises:
-        ConfigError: there is no such recipe, or an override is wrong.
+        ConfigError: there is no such recipe, or an override is wrong or has nothing to change.
         CheckpointError: the folder holds no model, or one that cannot be read.
     """
-    folder = Path(recipe_or_checkpoint)
+    folder, overrides = Path(recipe_or_checkpoint), tuple(overrides)
     if folder.suffix in _WEIGHT_FILES and folder.is_file():
         recipe = load_recipe("pretrain_base_4m", (*overrides, f"init={{checkpoint: {json.dumps(str(folder))}}}"))
         return _of_recipe(build_model(recipe), recipe, size=size, seed=seed)
@@ -216,6 +216,11 @@ def gradient_flow_of(
             torch.manual_seed(seed)
             model = XFM(recipe.model)
         return _of_recipe(model, recipe, size=size, seed=seed)
+    if overrides:
+        raise ConfigError(
+            f"{' '.join(overrides)} would change a recipe, but {folder} holds weights that were made by one; leave "
+            "overrides out, or give the recipe"
+        )
     found = _model_in(folder)
     model = XFM.from_pretrained(found)
     state = found.parent / "state.json"
