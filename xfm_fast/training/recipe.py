@@ -347,8 +347,8 @@ def _explain(error: ValidationError) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             lines.append(_unknown(where, _fields_at(location)))
-        elif problem["type"] == "missing" and isinstance(location[-1], int):
-            lines.append(f"{'.'.join(map(str, location[:-1]))} has too few values; give at least {location[-1] + 1}")
+        elif problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):
+            lines.append(f"{where.rpartition('.')[0]} has too few values; give at least {place + 1}")
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing; add it to the recipe or as {where}=...")
         elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
