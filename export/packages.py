@@ -39,6 +39,9 @@ from xfm_fast.models.xfm import XFM
 _COPIES = 3
 # Attention is decomposed by PyTorch here and not by the graphs.
 _SPELLING = Profile("primitives", 0)
+# What depends on weights alone (the joined projections of the image memory, position biases from their tables) is
+# computed when a package is loaded, and not at every call.
+_COMPILER = {"aot_inductor.use_runtime_constant_folding": True}
 
 
 def export_packages(
@@ -134,11 +137,11 @@ def write_package(
 
     try:
         # Whatever the compiler writes goes where room was found, and is gone afterwards.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, _quiet():
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, _quiet(), frozen(graph):
             program = traced(graph, dtype, device, fixed or {})
             made = Path(scratch) / path.name
             with fresh_cache(dir=scratch):
-                aoti_compile_and_package(program, package_path=str(made))
+                aoti_compile_and_package(program, package_path=str(made), inductor_configs=_COMPILER)
             made.replace(path)
     except OSError as error:
         raise StorageError(

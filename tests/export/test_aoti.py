@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XF
         (expected,) = graph(embeds)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(session.image_memory(embeds).tensor, expected, rtol=0, atol=1e-5)
+
+
+def test_weights_are_joined_once(memory_package: Path) -> None:
+    """Of 24 projections one is made when the package is loaded: the compiler marks what it computes then."""
+    with zipfile.ZipFile(memory_package / "image_memory.pt2") as package:
+        (source,) = [name for name in package.namelist() if name.endswith(".wrapper.cpp")]
+        assert "from_folded = true" in package.read(source).decode()
 
 
 def test_linear_layers_stay_operators(small_model: XFM) -> None:
