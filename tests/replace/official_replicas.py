@@ -219,6 +219,83 @@ class TextEmbeddings(nn.Module):
         return self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(places))
 
 
+class WholeEmbeddings(nn.Module):
+    """Embeddings as the official encoders have them: positions by RoBERTa's count of real tokens, or by place."""
+
+    position_ids: Tensor
+
+    def __init__(self, config: TextConfig, pad: int | None, scale: float = 1.0) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocabulary, config.width, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(40, config.width, padding_idx=pad)
+        self.token_type_embeddings = nn.Embedding(2, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(0.1)
+        self.scale = scale
+        self.register_buffer("position_ids", torch.arange(40).expand((1, -1)))
+        if pad is not None:
+            self.padding_idx = pad
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        shape = words.shape[:2]
+        if position_ids is None:
+            position_ids = self.position_ids[:, past_key_values_length : past_key_values_length + shape[1]]
+            if hasattr(self, "padding_idx") and input_ids is not None:
+                real = input_ids.ne(self.padding_idx).int()
+                position_ids = ((torch.cumsum(real, 1) + past_key_values_length) * real).long() + self.padding_idx
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(shape, dtype=torch.long)
+        x = self.scale * words + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(x + self.position_embeddings(position_ids)))
+
+
+class LanguageHead(nn.Module):
+    """RoBERTa's head, with the bias under two names."""
+
+    def __init__(self, config: TextConfig, approximate: str = "none") -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.layer_norm = nn.LayerNorm(config.width)
+        self.decoder = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.bias = nn.Parameter(torch.randn(config.vocabulary))
+        self.decoder.bias = self.bias
+        self.approximate = approximate
+
+    def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
+        return self.decoder(self.layer_norm(F.gelu(self.dense(features), approximate=self.approximate)))
+
+
+class Transform(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.transform_act_fn = F.gelu
+        self.LayerNorm = nn.LayerNorm(config.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+
+
+class PredictionHead(nn.Module):
+    """BERT's head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.transform = Transform(config)
+        self.decoder = nn.Linear(config.width, config.vocabulary)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
 class TextModel(nn.Module):
     """A text or fusion encoder: from ids, or from the embeddings of another encoder."""
 

@@ -21,6 +21,7 @@ _FAMILIES = (
     ("xfm_fast.replace.huggingface_heads", "transformers"),
     ("xfm_fast.replace.timm_vision", "timm"),
     ("xfm_fast.replace.official", None),
+    ("xfm_fast.replace.official_vocabulary", None),
     ("xfm_fast.replace.torch_modules", None),
 )
 
