@@ -12,7 +12,8 @@ from . import checks, reference
 from .backend import Backend, named, resolve
 from .cpu import position, varlen
 from .cpu.attention import biased_attention
-from .cpu.tiles import Dropout, tiled_attention_backward
+from .cpu.dropout import Dropout
+from .cpu.tiles import tiled_attention_backward
 from .derived import derived
 from .library import operator
 

@@ -12,6 +12,7 @@ from . import checks, reference
 from .backend import Backend, resolve
 from .cpu import gradients as cpu_gradients
 from .cpu import products as cpu_products
+from .cpu.dropout import Dropout
 from .library import operator
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -97,7 +98,8 @@ def _add_branch(
 ) -> Tensor:
     """`residual + row_scale · gamma · dropout(out)`, in one pass after the dropout."""
     if dropout_p:
-        out = F.dropout(out, dropout_p)
+        dropout = Dropout(dropout_p, torch.randint(1 << 62, (1,)))
+        out = out * torch.mul(dropout.mask(tuple(out.shape), out.dtype), 1 / dropout.kept)
     if row_scale is None and gamma is None:
         return residual + out
     rows = None if row_scale is None else row_scale.view(-1, *[1] * (out.ndim - 1))

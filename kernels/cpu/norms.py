@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import host
+from .dropout import Dropout
 
 
 class AddLayerNorm(NamedTuple):
@@ -182,9 +182,8 @@ def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
         raise ValueError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
     if dropout_p >= 1:
         return torch.zeros_like(x)
-    generator = torch.Generator().manual_seed(host.integer(seed))
-    kept = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1 - dropout_p, generator=generator)
-    return kept.mul_(1 / (1 - dropout_p))
+    dropout = Dropout(dropout_p, seed)
+    return dropout.mask(tuple(x.shape), x.dtype).mul_(1 / dropout.kept)
 
 
 def _sum(

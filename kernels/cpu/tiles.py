@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import host
+from .dropout import Dropout
 from .workspace import scratch
 
 # Scores of one tile; half of a typical per-core share of the last-level cache leaves room for keys and values.
@@ -53,33 +53,11 @@ def tiles(q: Tensor, keys: int) -> Iterator[Tile]:
                 yield Tile(*parts, slice(r, min(r + rows, queries)), r == 0, r + rows >= queries)
 
 
-class Dropout:
-    """Dropout masks that follow from a seed and the order in which they are asked for.
-
-    Args:
-        probability: of zeroing an attention weight.
-        seed: one integer.
-    """
-
-    def __init__(self, probability: float, seed: Tensor) -> None:
-        self.kept = 1 - probability
-        self.generator = torch.Generator().manual_seed(host.integer(seed))
-
-    def factors(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Zeros where a weight is dropped, and the inverse of the kept share elsewhere."""
-        found = scratch("dropout", shape, dtype)
-        return found.bernoulli_(self.kept, generator=self.generator).mul_(1 / self.kept)
-
-
-def head_major(name: str, x: Tensor, scale: float = 1.0) -> Tensor:
-    """`[b, n, h, D]` of any strides → `scale` times it as a contiguous `[b·h, n, D]`, in the scratch memory `name`."""
+def head_major(name: str, x: Tensor) -> Tensor:
+    """`[b, n, h, D]` of any strides → a contiguous `[b·h, n, D]` in the scratch memory `name`."""
     batch, rows, heads, width = x.shape
     place = scratch(name, (batch, heads, rows, width), x.dtype)
-    if scale == 1:
-        place.copy_(x.transpose(1, 2))
-    else:
-        torch.mul(x.transpose(1, 2), scale, out=place)
-    return place.view(batch * heads, rows, width)
+    return place.copy_(x.transpose(1, 2)).view(batch * heads, rows, width)
 
 
 def token_major(x: Tensor, like: Tensor) -> Tensor:
@@ -88,23 +66,29 @@ def token_major(x: Tensor, like: Tensor) -> Tensor:
     return x.view(batch, heads, rows, width).transpose(1, 2)
 
 
-def tile_weights(q: Tensor, k: Tensor, tile: Tile, bias: Tensor | None) -> Tensor:
+def product(name: str, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale · x y` of batches of matrices, in the scratch memory `name`. (`bmm` would take a tenth longer.)"""
+    place = scratch(name, (x.shape[0], x.shape[1], y.shape[2]), x.dtype)
+    return torch.baddbmm(place, x, y, beta=0, alpha=scale, out=place)
+
+
+def tile_weights(q: Tensor, k: Tensor, scale: float, tile: Tile, bias: Tensor | None) -> Tensor:
     """Softmax of the scores of a tile, `[b·h, r, Nk]` in scratch memory.
 
     Args:
-        q, k: `[b·h, r, D]`, already scaled, and `[b·h, Nk, D]`.
-        bias: as in `tiled_attention`.
+        q, k: `[b·h, r, D]` and `[b·h, Nk, D]`.
+        scale, bias: as in `tiled_attention`.
     """
+    if bias is None:
+        scores = product("scores", q, k.transpose(1, 2), scale)
+        return torch.softmax(scores, -1, out=scores)
     shape = (tile.batch.stop - tile.batch.start, tile.heads.stop - tile.heads.start, q.shape[1], k.shape[1])
     scores = scratch("scores", shape, q.dtype)
     flat = scores.view(q.shape[0], *shape[2:])
-    if bias is None:
-        torch.bmm(q, k.transpose(1, 2), out=flat)
-    else:
-        # Inside the product the bias is added before the rounding to half precision.
-        parts = zip((tile.batch, tile.heads, tile.rows), bias.shape, strict=False)
-        scores.copy_(bias[tuple(slice(None) if size == 1 else part for part, size in parts)])
-        flat.baddbmm_(q, k.transpose(1, 2))
+    # Inside the product the bias is added before the rounding to half precision.
+    parts = zip((tile.batch, tile.heads, tile.rows), bias.shape, strict=False)
+    scores.copy_(bias[tuple(slice(None) if size == 1 else part for part, size in parts)])
+    flat.baddbmm_(q, k.transpose(1, 2), alpha=scale)
     return torch.softmax(flat, -1, out=flat)
 
 
@@ -125,18 +109,17 @@ def tiled_attention(
         dropout: of the weights.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
+    rescale = 1.0 if dropout is None else 1 / dropout.kept
     keys = values = q
     for tile in tiles(q, k.shape[1]):
         where = (tile.batch, tile.rows, tile.heads)
         if tile.first:
             keys = head_major("keys", k[tile.batch, :, tile.heads])
             values = head_major("values", v[tile.batch, :, tile.heads])
-        queries = head_major("queries", q[where], scale)
-        weights = tile_weights(queries, keys, tile, bias)
+        weights = tile_weights(head_major("queries", q[where]), keys, scale, tile, bias)
         if dropout is not None:
-            weights *= dropout.factors(tuple(weights.shape), weights.dtype)
-        product = torch.bmm(weights, values, out=scratch("product", tuple(queries.shape), q.dtype))
-        out[where] = token_major(product, out[where])
+            weights *= dropout.mask(tuple(weights.shape), weights.dtype)
+        out[where] = token_major(product("attended", weights, values, rescale), out[where])
     return out
 
 
@@ -163,42 +146,46 @@ def tiled_attention_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     scores = (q.shape[2], q.shape[1], k.shape[1])
     dbias = torch.empty(scores, dtype=torch.promote_types(q.dtype, torch.float32)) if bias_gradient else None
+    rescale = 1.0 if dropout is None else 1 / dropout.kept
     keys = values = q
     for tile in tiles(q, k.shape[1]):
         where, whole = (tile.batch, tile.rows, tile.heads), (tile.batch, slice(None), tile.heads)
         if tile.first:
             keys, values = head_major("keys", k[whole]), head_major("values", v[whole])
-        queries, upstream = head_major("queries", q[where], scale), head_major("upstream", dout[where])
-        weights = tile_weights(queries, keys, tile, bias)
-        shape = tuple(weights.shape)
-        dscores = torch.bmm(upstream, values.transpose(1, 2), out=scratch("dscores", shape, q.dtype))
-        if dropout is None:
-            _accumulate(dv[whole], weights, upstream, tile, "dv")
-        else:
-            factors = dropout.factors(shape, q.dtype)
-            dscores *= factors
-            _accumulate(dv[whole], factors.mul_(weights), upstream, tile, "dv")
+        queries, upstream = head_major("queries", q[where]), head_major("upstream", dout[where])
+        weights = tile_weights(queries, keys, scale, tile, bias)
+        dscores, kept = product("dscores", upstream, values.transpose(1, 2), rescale), weights
+        if dropout is not None:
+            mask = dropout.mask(tuple(weights.shape), q.dtype)
+            dscores *= mask
+            kept = mask.mul_(weights)
+        _accumulate(dv[whole], kept, upstream, rescale, tile, "dv")
         torch.ops.aten._softmax_backward_data.out(dscores, weights, -1, q.dtype, grad_input=dscores)
-        product = scratch("product", tuple(queries.shape), q.dtype)
-        torch.baddbmm(product, dscores, keys, beta=0, alpha=scale, out=product)
-        dq[where] = token_major(product, dq[where])
-        _accumulate(dk[whole], dscores, queries, tile, "dk")
+        dq[where] = token_major(product("attended", dscores, keys, scale), dq[where])
+        _accumulate(dk[whole], dscores, queries, scale, tile, "dk")
         if dbias is not None:
-            # Summed in fp32 also where the result is rounded to half precision, which is faster than to ask for fp32.
-            part = dscores.view(-1, tile.heads.stop - tile.heads.start, *shape[1:]).sum(0)
-            if tile.batch.start == 0:
-                dbias[tile.heads, tile.rows] = part
-            else:
-                dbias[tile.heads, tile.rows] += part
+            _accumulate_bias(dbias[tile.heads, tile.rows], dscores, first=tile.batch.start == 0)
     return dq, dk, dv, dbias
 
 
-def _accumulate(gradient: Tensor, scores: Tensor, rows: Tensor, tile: Tile, name: str) -> None:
-    """Add `scores^T rows` of a tile to the gradient of its keys or values, which all of the tile's rows share."""
-    shape = (scores.shape[0], scores.shape[2], rows.shape[2])
-    part = torch.bmm(scores.transpose(1, 2), rows, out=scratch("part", shape, rows.dtype))
+def _accumulate(gradient: Tensor, scores: Tensor, rows: Tensor, scale: float, tile: Tile, name: str) -> None:
+    """Add `scale · scores^T rows` of a tile to the gradient of its keys or values, which all of its rows share."""
+    part = product("part", scores.transpose(1, 2), rows, scale)
     if not (tile.first and tile.last):
-        total = scratch(name, shape, torch.promote_types(rows.dtype, torch.float32))
+        total = scratch(name, tuple(part.shape), torch.promote_types(rows.dtype, torch.float32))
         part = total.copy_(part) if tile.first else total.add_(part)
     if tile.last:
         gradient.copy_(token_major(part, gradient))
+
+
+def _accumulate_bias(gradient: Tensor, dscores: Tensor, *, first: bool) -> None:
+    """Add the score gradients `[b·h, r, Nk]` of a tile's batch entries, one after the other, to `[h, r, Nk]`."""
+    for entry in dscores.view(-1, *gradient.shape):
+        if first:
+            gradient.copy_(entry)
+        elif entry.dtype == gradient.dtype:
+            gradient += entry
+        else:
+            # Converted apart: a sum of two types takes three times as long.
+            gradient += scratch("widened", tuple(entry.shape), gradient.dtype).copy_(entry)
+        first = False

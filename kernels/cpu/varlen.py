@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import host
 from .attention import choice, plain_attention
+from .dropout import Dropout
 from .ragged import plan_of, without_masked_keys
-from .tiles import Dropout, tiled_attention, tiled_attention_backward
+from .tiles import tiled_attention, tiled_attention_backward
 
 
 def varlen_attention(
