@@ -65,10 +65,21 @@ def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype) -
     q, k, v = _tensors(device, dtype, *[(batch, tokens, heads, width)] * 3)
     (table,) = _tensors(device, dtype, ((2 * window - 1) ** 2 + 3, heads))
     shape = (window, window)
+    index = reference.relative_position_index(shape, device).view(-1)
+    kept = reference.position_bias(table, shape)[None].contiguous()
+
+    def bias_of(table: Tensor) -> Tensor:
+        """As whoever writes this model has it: the index is a buffer, and inference computes the bias once."""
+        return table[index].view(1, tokens, tokens, heads).permute(0, 3, 1, 2) if torch.is_grad_enabled() else kept
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scores = (q * width**-0.5) @ k.transpose(-1, -2) + bias_of(table)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
 
     def fused(backend: SDPBackend | None, biased: bool) -> Run:
         def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-            bias = reference.position_bias(table, shape)[None].contiguous() if biased else None
+            bias = bias_of(table).contiguous() if biased else None
             heads_first = (t.transpose(1, 2) for t in (q, k, v))
             if backend is None:
                 return F.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
@@ -77,11 +88,11 @@ def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype) -
 
         return run
 
-    others: dict[str, Run] = {"eager": lambda *a: reference.relpos_attention(*a, shape, width**-0.5)}
+    others: dict[str, Run] = {"eager": eager}
     bounds: dict[str, Run] = {}
     if device.type == "cuda":
         others |= {f"SDPA {name} + bias": fused(backend, True) for name, backend in _SDPA.items()}
-        others["FlexAttention + bias"] = _flex(window)
+        others["FlexAttention + bias"] = _flex(index.view(tokens, tokens))
         bounds["flash without bias"] = fused(SDPBackend.FLASH_ATTENTION, False)
     else:
         others["SDPA + bias"] = fused(None, True)
@@ -98,14 +109,12 @@ def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype) -
     )
 
 
-def _flex(window: int) -> Run:
+def _flex(index: Tensor) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        index = reference.relative_position_index((window, window), q.device)
-
         def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + table[index[query, key], head]
 
@@ -125,6 +134,8 @@ def _varlen(
     others: dict[str, Run] = {"eager, a sequence at a time": lambda *a: reference.varlen_attention(*a, *offsets, scale)}
     if bool((offsets[0].diff() == longest[0]).all()) and bool((offsets[1].diff() == longest[1]).all()):
         others["SDPA"] = lambda q, k, v: _padded_sdpa(q, k, v, offsets[0].numel() - 1)
+    if q.is_cuda:
+        others["torch varlen_attn"] = lambda *a: _torch_varlen(*a, *offsets, *longest)
     if q.is_cuda and available("flash_attn"):
         others["flash-attn"] = lambda *a: ops.varlen_attention(*a, *offsets, *longest, backend="flash_attn")
     return Case(
@@ -136,6 +147,14 @@ def _varlen(
         lambda *a: reference.varlen_attention(*a, *offsets, scale),
         others,
     )
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:
+    # Not in every PyTorch: the row then says so.
+    from torch.nn.attention.varlen import varlen_attn
+
+    out: Any = varlen_attn(q, k, v, *lengths)
+    return out
 
 
 def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
