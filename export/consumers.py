@@ -18,6 +18,7 @@ DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16
 
 _ATTENTION_OPSET = 23
 _GELU_OPSET = 20
+_BF16_OPSET = 22
 _NEWEST_OPSET = 24
 
 
@@ -38,7 +39,8 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
         opset: of ONNX; by default the newest that the consumer profits from. Below 23 attention is spelt as primitives.
 
     Raises:
-        UnavailableError: a consumer or type that is not known, or an opset outside 20 to 24.
+        UnavailableError: a consumer or type that is not known, an opset outside 20 to 24, or a type that the consumer
+            or opset does not have.
     """
     if consumer not in CONSUMERS:
         raise UnavailableError(f"consumer {consumer!r} is unknown; choose from {', '.join(CONSUMERS)}")
@@ -48,6 +50,14 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
         raise UnavailableError(
             f"opset {opset} is not supported; choose {_GELU_OPSET} (the first with Gelu) to {_NEWEST_OPSET}, "
             f"{_ATTENTION_OPSET} being the first with Attention"
+        )
+    if dtype == "bf16" and consumer == "openvino":
+        raise UnavailableError(
+            "OpenVINO takes no bf16 tensors; export with --dtype fp32 and load the session with precision='bf16'"
+        )
+    if dtype == "bf16" and opset is not None and opset < _BF16_OPSET:
+        raise UnavailableError(
+            f"opset {opset} has no bf16 convolution; choose {_BF16_OPSET} to {_NEWEST_OPSET}, or --dtype fp16"
         )
     preferred = _preferred(consumer, dtype)
     if opset is None:
