@@ -59,6 +59,8 @@ def made(kind: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa",
     name, own = MODELS[kind]
     sizes = SIZES if name == "CLIPText" else SIZES | {"image_size": IMAGE, "patch_size": 8}
     model = getattr(transformers, f"{name}Model")
+    # In transformers 4 some models have no choice of attention implementations.
+    attention = attention if model._supports_sdpa else "eager"
     return randomised(model(model.config_class(**sizes | own | options, attn_implementation=attention)), dtype)
 
 

@@ -26,17 +26,14 @@ LENGTHS = (11, 3, 6, 1, 8)
 TRANSFORMERS = int(transformers.__version__.split(".")[0])
 # The causal masks of transformers 4 overflow in float64.
 CAUSAL_DTYPE, CAUSAL_BOUND = (torch.float64, 1e-12) if TRANSFORMERS > 4 else (torch.float32, 1e-5)
-# Models that had no choice of attention implementations in transformers 4.
-ONLY_EAGER = (
-    ("Data2VecText", "AltRoberta", "BertGeneration", "Electra", "Ernie", "RoCBert") if TRANSFORMERS == 4 else ()
-)
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any) -> Any:
     """A model by its class name, in training mode (without dropout there is no other difference)."""
     torch.manual_seed(0)
-    attention = "eager" if name.startswith(ONLY_EAGER) else attention
     kind = getattr(transformers, name)
+    # In transformers 4 some models have no choice of attention implementations.
+    attention = attention if kind._supports_sdpa else "eager"
     config = kind.config_class(**SIZES | changes, attn_implementation=attention)
     model = kind(config).to(dtype).train()
     with torch.no_grad():

@@ -196,7 +196,10 @@ def layer_refusal(module: nn.Module, settings: Settings) -> str | None:
     implementation = _implementation(attention)
     if implementation not in _PLAIN_ATTENTION:
         return f"its attention implementation is {implementation}"
-    return why_not_bypassed(module, FusedLayer.adapted(original_class(module))["bypassed"])
+    adapted = FusedLayer.adapted(original_class(module))
+    if "past_key_value" in adapted["names"] and getattr(layer, "is_decoder", True):
+        return "in this version of transformers a decoder's layer returns keys and values"
+    return why_not_bypassed(module, adapted["bypassed"])
 
 
 class UnpaddedModel(CalledByName):

@@ -115,7 +115,7 @@ class _Absent(nn.Module):
 
 def _encoder_names(norms: tuple[str, str], attention: str, out: str) -> Names:
     qkv = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
-    classes = {attention: "Attention", "mlp": "MLP"}
+    classes = {attention: "Attention SdpaAttention", "mlp": "MLP"}
     return Names(norms, qkv, f"{attention}.{out}", "mlp.fc1", "mlp.activation_fn", "mlp.fc2", classes, ("dropout",))
 
 
@@ -255,7 +255,9 @@ def _plain(others: Mapping[str, Any]) -> bool:
 
 
 def _knows(attention: Any) -> bool:
-    return attention.config._attn_implementation in _ATTENTION
+    # Before transformers had a choice in the configuration, the class of the attention was the choice.
+    config = getattr(attention, "config", None)
+    return config is None or config._attn_implementation in _ATTENTION
 
 
 def _dense(mask: Any) -> bool:
