@@ -3,7 +3,9 @@
 import base64
 import json
 import multiprocessing
+import os
 import pickle
+import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,25 @@ def test_errors_of_workers_are_those_of_the_reader(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="rows are broken") as caught:
             next(load_batches(_pairs(data), workers=workers))
         assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_workers(tmp_path: Path, sent: signal.Signals) -> None:
+    """The main process ends the run when its step is done, and for that needs batches."""
+    source = _sources(tmp_path)["pairs"]
+    plain, loaded = load_batches(source), load_batches(source, workers=2)
+    assert _same(next(loaded), next(plain))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, sent)
+    # More than what was made ahead.
+    assert all(_same(next(loaded), next(plain)) for _ in range(8))
+    loaded.close()  # type: ignore[attr-defined]
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 def test_broken_rows_are_replaced_and_listed(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ reproduced here, nor could it be: it depends on the number of workers and on the
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from itertools import count
+from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -314,6 +316,14 @@ def _begin_worker(_: int) -> None:
     # One core a worker: the tokenizer would otherwise start threads, and warn of the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    # Schedulers send a signal to all processes of a run. What it means is for the main one to say, which still needs
+    # batches for the step that it is in.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _pass_over_once)
+
+
+def _pass_over_once(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _kind(kind: int, stream: int) -> int:
