@@ -108,7 +108,7 @@ def convert(
 
     if to not in ("webdataset", "lines"):
         raise DataError(f"to {to!r} is unknown; choose webdataset or lines")
-    bad = Quarantine(quarantine, tolerate_bad=tolerate_bad)
+    bad = Quarantine(quarantine, tolerate_bad=tolerate_bad, setting="--tolerate-bad")
     if to == "webdataset":
         done = to_shards(
             source, destination, image_key=image_key, caption_key=caption_key, image_root=image_root, quarantine=bad,

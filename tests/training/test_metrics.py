@@ -135,6 +135,18 @@ def test_boards_receive_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_log(tmp_path / "log.jsonl") == [{"step": 5, "loss/pairs/itc": 0.5, "lr": 0.1}]
 
 
+def test_a_run_keeps_its_name_on_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that goes on extends its own curves, and never those of another run in a folder of the same name."""
+    wandb = Board()
+    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder in ("a/run", "a/run", "b/run"):
+        with RunLog(tmp_path / folder, LogRecipe(wandb="mine"), Place(), steps=9, start=4, title="run"):
+            pass
+    first, again, other = (call[1]["id"] for call in wandb.calls if call[0] == "open")
+    assert first == again != other
+
+
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
     with RunLog(tmp_path / "run", LogRecipe(), Place(rank=1, world_size=2), steps=1, start=0, title="run") as log:
         log.say("nothing")

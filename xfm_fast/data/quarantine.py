@@ -30,12 +30,19 @@ class Quarantine:
             workers of one loader still count together.
         tolerate_bad: largest share of broken rows in each file. One broken row alone never stops a run, so in files of
             fewer than 200 rows it takes two to be over 1%.
+        setting: where a user sets this share, for the message that it is exceeded.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, tolerate_bad: float = 0.01) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        tolerate_bad: float = 0.01,
+        setting: str = "tolerate_bad",
+    ) -> None:
         if not 0 <= tolerate_bad <= 1:
             raise DataError(f"tolerate_bad={tolerate_bad} is no share of rows; use one from 0 to 1")
-        self.tolerate_bad = tolerate_bad
+        self.tolerate_bad, self._setting = tolerate_bad, setting
         self._temporary = path is None
         if path is None:
             handle, path = tempfile.mkstemp(prefix="xfm-fast-quarantine-", suffix=".jsonl")
@@ -45,7 +52,7 @@ class Quarantine:
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tolerate_bad": self.tolerate_bad, "path": self.path, "_temporary": self._temporary}
+        return {name: self.__dict__[name] for name in ("tolerate_bad", "path", "_setting", "_temporary")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -103,7 +110,7 @@ class Quarantine:
                 f"{rows.name}: {bad} of {of} rows are broken, more than the {self.tolerate_bad:.2%} that are "
                 f"tolerated; the last: {error}. "
                 + ("" if self._temporary else f"They are listed in {self.path}. ")
-                + "Mend the file (xfm-fast data check lists what is wrong) or raise tolerate_bad"
+                + f"Mend the file (xfm-fast data check lists what is wrong) or raise {self._setting}"
             )
 
     def _forget(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -116,7 +117,7 @@ class RunLog:
         if recipe.wandb:
             import wandb
 
-            self._wandb = wandb.init(project=recipe.wandb, name=title, id=title, resume="allow", dir=folder)
+            self._wandb = wandb.init(project=recipe.wandb, name=title, id=_identity(folder), resume="allow", dir=folder)
         # Into a file or a pipe, a line at every log step says more than a bar that redraws itself.
         self._console = Console(stderr=True)
         if self._console.is_terminal:
@@ -180,6 +181,14 @@ def read_log(path: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return lines
+
+
+def _identity(folder: Path) -> str:
+    """What Weights & Biases knows the run in this folder by: of one that goes on the same, of any other another one."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_bytes({path: secrets.token_hex(8).encode()})
+    return path.read_text()
 
 
 def _keep_until(path: Path, step: int) -> None:

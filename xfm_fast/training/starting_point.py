@@ -132,7 +132,11 @@ def _source(
         "window": stream.window,
         "rank": place.rank,
         "world_size": place.world_size,
-        "quarantine": Quarantine(folder / "quarantine" / f"{name}.jsonl", tolerate_bad=stream.bad_share),
+        "quarantine": Quarantine(
+            folder / "quarantine" / f"{name}.jsonl",
+            tolerate_bad=stream.bad_share,
+            setting=f"streams.{name}.bad_share",
+        ),
         "stream": number,
     }
     paths = recipe.paths_of(name)
