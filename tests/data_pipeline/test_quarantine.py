@@ -67,7 +67,9 @@ def test_the_limit(tmp_path: Path, rows: int, tolerate: float, allowed: int) -> 
         quarantine.add(file, allowed, ERROR)
     assert "q.jsonl" in str(caught.value)
     assert str(caught.value).endswith("or raise tolerate_bad")
-    elsewhere = pickle.loads(pickle.dumps(Quarantine(tmp_path / "q.jsonl", setting="streams.pairs.bad_share")))
+    elsewhere = pickle.loads(
+        pickle.dumps(Quarantine(quarantine.path, tolerate_bad=tolerate, setting="streams.pairs.bad_share"))
+    )
     with pytest.raises(DataError, match=r"or raise streams\.pairs\.bad_share$"):
         elsewhere.add(file, allowed, ERROR)
 
