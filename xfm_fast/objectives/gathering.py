@@ -40,7 +40,9 @@ class World:
             return rows.detach()
         rows = rows.detach().contiguous()
         everyone = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        dist.all_gather_into_tensor(everyone, rows, group=self.group)
+        # Newer versions of PyTorch have another name for it and warn of this one.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(everyone, rows, group=self.group)
         return everyone
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
