@@ -30,14 +30,25 @@ Timer = Callable[[Callable[[], Any]], float]
 """Seconds that a call takes."""
 
 Workload = Callable[[str, int, str], Callable[[], Any]]
-"""(kernel, head dimension, dtype) → a call that runs the kernel at one of the model's shapes."""
+"""(kernel, head dimension or width, dtype) → a call that runs the kernel at one of the model's shapes."""
+
+# Kernels that pass over rows, and how wide X-FM base makes these.
+_WIDTHS = {
+    "add_layer_norm_forward": 768,
+    "add_layer_norm_backward": 768,
+    "bias_gelu_forward": 3072,
+    "bias_gelu_backward": 3072,
+}
+# Rows of 8 images of 384 pixels.
+_ROWS = 8 * 577
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration found for one kernel, type and head dimension.
+    """The configuration found for one kernel, type and size.
 
     Attributes:
+        size: head dimension of an attention kernel, width of the rows of another one.
         seconds: time of the call that was measured; `before`: with the configuration in use until now.
         rejected: candidates that the audit turned down.
         timed: candidates that were timed.
@@ -45,7 +56,7 @@ class Choice:
 
     kernel: str
     dtype: str
-    head_dim: int
+    size: int
     config: LaunchConfig
     seconds: float
     before: float
@@ -53,19 +64,28 @@ class Choice:
     timed: int
 
 
-def tunable(spec: KernelSpec) -> bool:
-    """Whether the kernel's configuration depends on the head dimension, and so is one that a table may hold."""
-    return all("head_dim" in variant for variant in spec.variants) and _is_tiled(
-        spec.config(spec.variants[0], "bf16", 80)
-    )
+def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
+    """What a kernel is tuned for: these head dimensions, or the model's width; nothing if no table holds it."""
+    if spec.name in _WIDTHS:
+        return [_WIDTHS[spec.name]]
+    attention = all("head_dim" in variant for variant in spec.variants)
+    tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) == {"BLOCK_M", "BLOCK_N"}
+    return list(head_dims) if tiled else []
 
 
-def _is_tiled(config: LaunchConfig) -> bool:
-    return set(config.tiles) == {"BLOCK_M", "BLOCK_N"}
-
-
-def candidates(kernel: str) -> list[LaunchConfig]:
-    """The grid: tiles of 32 to 128 rows, or 16 to 64 for kernels of short sequences; 2 to 8 warps; 2 to 4 stages."""
+def candidates(kernel: str, size: int) -> list[LaunchConfig]:
+    """The grid of an attention kernel: tiles of 32 to 128 rows, or 16 to 64 if sequences are short; 2 to 8 warps; 2 to
+    4 stages. Of a kernel over rows: 1 to 8 of them a step, 1 to 16 warps, and a norm takes whole rows.
+    """
+    if kernel in _WIDTHS:
+        whole = 1 << (size - 1).bit_length()
+        blocks = [whole] if "norm" in kernel else [b for b in (256, 512, 1024, 2048) if b <= whole]
+        return [
+            LaunchConfig({"BLOCK": block, "ROWS": rows}, num_warps, 1)
+            for block, rows, num_warps in itertools.product(blocks, (1, 2, 4, 8), (1, 2, 4, 8, 16))
+            # A thread holds 4 elements at least, of which a load takes as many as it can, and 64 at most.
+            if 4 <= block * rows // (32 * num_warps) <= 64
+        ]
     short = kernel.endswith("_short")
     sizes, warps = ((16, 32, 64), (1, 2, 4)) if short else ((32, 64, 128), (4, 8))
     return [
@@ -81,7 +101,7 @@ def acceptable(row: Row) -> bool:
 
 def search(
     spec: KernelSpec,
-    head_dim: int,
+    size: int,
     dtype: str,
     arch: int,
     *,
@@ -91,32 +111,34 @@ def search(
     jobs: int | None = None,
     cache_dir: Path | None = None,
 ) -> Choice:
-    """The best configuration of one kernel for one head dimension and type.
+    """The best configuration of one kernel for one size and type.
 
     Args:
+        size: head dimension of an attention kernel, width of the rows of another one.
         timer: measures a call, such as `gpu_timer`.
         workload: makes the call, such as `model_workload` does.
         grid: configurations to try besides the one in use; by default `candidates`.
         jobs, cache_dir: of the audit.
 
     Raises:
-        ValueError: the kernel has no form of this head dimension, or none of the configurations is acceptable.
+        ValueError: the kernel has no form of this size, or none of the configurations is acceptable.
     """
-    forms = [variant for variant in spec.variants if variant["head_dim"] == head_dim]
+    axis = "width" if spec.name in _WIDTHS else "head_dim"
+    forms = [variant for variant in spec.variants if variant[axis] == size]
     if not forms:
-        raise ValueError(f"kernel {spec.name} has no form for head dimension {head_dim}")
+        raise ValueError(f"kernel {spec.name} has no form for {axis} {size}")
 
     def examine(variants: list[Mapping[str, Any]], configs: list[LaunchConfig]) -> list[Row]:
         made = [Form(spec, variant, arch, dtype, config) for config in configs for variant in variants]
         return compile_rows(made, jobs=jobs, cache_dir=cache_dir)
 
     in_use = spec.config(forms[0], dtype, arch)
-    configs = [in_use, *(c for c in (candidates(spec.name) if grid is None else grid) if c != in_use)]
+    configs = [in_use, *(c for c in (candidates(spec.name, size) if grid is None else grid) if c != in_use)]
     good = [c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
-    run = workload(spec.name, head_dim, dtype)
+    run = workload(spec.name, size, dtype)
     times: list[tuple[float, int]] = []
     for number, config in enumerate(good):
-        with using(spec.name, head_dim, dtype, arch, config):
+        with using(spec.name, size, dtype, arch, config):
             times.append((timer(run), number))
     before = next((seconds for seconds, number in times if good[number] == in_use), float("inf"))
     ranked = sorted((seconds if good[n] == in_use else seconds / (1 - MARGIN), n) for seconds, n in times)
@@ -124,17 +146,17 @@ def search(
         if all(map(acceptable, examine(forms, [good[number]]))):
             seconds = next(s for s, n in times if n == number)
             return Choice(
-                spec.name, dtype, head_dim, good[number], seconds, before, len(configs) - len(good), len(good)
+                spec.name, dtype, size, good[number], seconds, before, len(configs) - len(good), len(good)
             )  # fmt: skip
-    raise ValueError(f"kernel {spec.name} at head dimension {head_dim}: every configuration spills or does not fit")
+    raise ValueError(f"kernel {spec.name} at {axis} {size}: every configuration spills or does not fit")
 
 
 @contextmanager
-def using(kernel: str, head_dim: int, dtype: str, arch: int, config: LaunchConfig) -> Iterator[None]:
+def using(kernel: str, size: int, dtype: str, arch: int, config: LaunchConfig) -> Iterator[None]:
     """Within the block, launches of the kernel take this configuration: it stands in the table that they read."""
     table = launch._tuned(arch)
     rows = table.setdefault(kernel, {})
-    key = f"{dtype}/{head_dim}"
+    key = f"{dtype}/{size}"
     old = rows.get(key)
     rows[key] = _entry(config)
     launch.config_for.cache_clear()
@@ -159,7 +181,7 @@ def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING)
     table: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
     for choice in choices:
         measured = f"{choice.seconds * 1e6:.1f} µs, {gpu}"
-        table.setdefault(choice.kernel, {})[f"{choice.dtype}/{choice.head_dim}"] = {
+        table.setdefault(choice.kernel, {})[f"{choice.dtype}/{choice.size}"] = {
             **_entry(choice.config),
             "measured": measured,
         }
@@ -181,9 +203,12 @@ def gpu_timer(call: Callable[[], Any]) -> float:
     return float(do_bench(call, warmup=25, rep=100, return_mode="median")) / 1e3  # type: ignore[arg-type]
 
 
-def model_workload(kernel: str, head_dim: int, dtype: str, device: str = "cuda") -> Callable[[], Any]:
+def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any]:
     """A call that runs the kernel at the model's shapes: 8 images of 384 pixels, 256 captions, or 256 captions' 3,328
     tokens that look at an image. Backward kernels are timed as a part of their whole backward pass.
+
+    Args:
+        size: head dimension of an attention kernel, width of the rows of another one.
 
     Raises:
         ValueError: no shape is known for the kernel.
@@ -196,10 +221,12 @@ def model_workload(kernel: str, head_dim: int, dtype: str, device: str = "cuda")
 
     family, _, part = kernel.partition("_")
     if family == "relpos":
-        return _relpos(noise, head_dim, forward=part == "forward")
+        return _relpos(noise, size, forward=part == "forward")
     if family == "varlen":
         lengths = ([13] * 256, [13] * 256) if part.endswith("_short") else ([3328], [577])
-        return _varlen(noise, head_dim, *lengths, part)
+        return _varlen(noise, size, *lengths, part)
+    if kernel in _WIDTHS:
+        return _rows(noise, size, kernel)
     raise ValueError(f"no shape is known at which to time kernel {kernel}")
 
 
@@ -214,6 +241,20 @@ def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool)
         return lambda: module.relpos_attention_forward(q, k, v, bias, scale)
     out, lse = module.relpos_attention_forward(q, k, v, bias, scale)
     return lambda: module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse)
+
+
+def _rows(noise: Callable[..., torch.Tensor], width: int, kernel: str) -> Callable[[], Any]:
+    from .triton import gelu, layer_norm
+
+    x, other, weight, bias = noise(_ROWS, width), noise(_ROWS, width), noise(width), noise(width)
+    if kernel == "bias_gelu_forward":
+        return lambda: gelu.bias_gelu_forward(x, bias)
+    if kernel == "bias_gelu_backward":
+        return lambda: gelu.bias_gelu_backward(other, x, bias)
+    if kernel == "add_layer_norm_forward":
+        return lambda: layer_norm.add_layer_norm_forward(x, other, weight, bias, 1e-5)
+    _, summed, mean, rstd = layer_norm.add_layer_norm_forward(x, other, weight, bias, 1e-5)
+    return lambda: layer_norm.add_layer_norm_backward(other, x, summed, weight, mean, rstd, x)
 
 
 def _varlen(

@@ -100,7 +100,7 @@ def audit(
 def tune(
     kernel: Annotated[list[str] | None, typer.Option(help="Kernel, by name; may be repeated. [all]")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bf16 or fp16; may be repeated. [bf16]")] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help="Head dimension; may be repeated. [64]")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Of the attention kernels; may be repeated. [64]")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compiling processes; by default one for each core.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the table. [that of the kernels]")] = None,
 ) -> None:
@@ -125,17 +125,17 @@ def tune(
     if number < 80:
         raise UnavailableError(f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer")
     choices = []
-    for spec in filter(library.tunable, specs):
+    for spec in specs:
         for kind in dtype or ["bf16"]:
-            for width in head_dim or [64]:
+            for size in library.sizes(spec, head_dim or [64]):
                 choice = library.search(
-                    spec, width, kind, number,
+                    spec, size, kind, number,
                     timer=library.gpu_timer, workload=library.model_workload, jobs=jobs,
                 )  # fmt: skip
                 choices.append(choice)
                 times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
                 tried = f"{choice.timed} timed, {choice.rejected} rejected"
-                typer.echo(f"{spec.name} {kind} head dimension {width}: {times}; {tried}")
+                typer.echo(f"{spec.name} {kind} {size}: {times}; {tried}")
     if not choices:
         raise InputError("none of these kernels has a configuration to tune")
     typer.echo(f"saved: {library.write(choices, number, name, out or library.TUNING)}")

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import row_config, tuned_config
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 from .spec import KernelSpec, LaunchConfig
 
@@ -91,7 +92,7 @@ def bias_gelu_forward(y: Tensor, bias: Tensor | None, *, overwrite: bool = False
     count, width = rows.shape
     out = y if overwrite and y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if rows.numel():
-        config = _fitted(FORWARD, width)
+        config = row_config("bias_gelu_forward", y, _fitted(FORWARD, width))
         bias_gelu_forward_kernel[_grid(config, triton.cdiv(count, config.tiles["ROWS"]), width)](
             rows, dense(bias), out, rows.stride(0), count, **launch_options(config, WIDTH=width)
         )
@@ -103,7 +104,7 @@ def bias_gelu_backward(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Te
     rows, upstream = contiguous_rows(y), contiguous_rows(dout)
     count, width = rows.shape
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    config = _fitted(BACKWARD, width)
+    config = row_config("bias_gelu_backward", y, _fitted(BACKWARD, width))
     programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), y.device)
     partials = None
     if bias is not None:
@@ -163,7 +164,9 @@ def _spec(
         variants=({"width": 768}, {"width": 3072}),
         types=types,
         constants=lambda variant, dtype, config: {"WIDTH": variant["width"], **config.tiles},
-        config=lambda variant, dtype, arch: _fitted(config, variant["width"]),
+        config=lambda variant, dtype, arch: (
+            tuned_config(name, variant["width"], dtype, arch) or _fitted(config, variant["width"])
+        ),
         tensor_core=False,
     )
 

@@ -4,6 +4,7 @@ A table is `kernels/tuning/sm_<arch>.json`:
 
     {"relpos_forward": {"bf16/64": {"tiles": {"BLOCK_M": 128, "BLOCK_N": 64}, "num_warps": 8, "num_stages": 3}}}
 
+The number is the head dimension of an attention kernel, or the width of the rows of another one.
 Nothing is tuned while a program runs.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from .spec import TRITON_TYPE, LaunchConfig
 
@@ -48,6 +50,12 @@ def _tuned(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def tuned_config(kernel: str, size: int, dtype: str, arch: int) -> LaunchConfig | None:
+    """What the architecture's table says of a kernel for this head dimension or width of rows, if it says anything."""
+    row = _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}")
+    return None if row is None else LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"])
+
+
 @cache
 def config_for(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
     """The configuration of a kernel: the tuned one of this architecture if there is one, else the heuristic one.
@@ -57,10 +65,13 @@ def config_for(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfi
         dtype: Triton's name, such as `"bf16"`.
         arch: 80, 86, 89, 90, 100, 120, …
     """
-    row = _tuned(arch).get(kernel, {}).get(f"{dtype}/{head_dim}")
-    if row is None:
-        return heuristic_config(kernel, head_dim, dtype, arch)
-    return LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"])
+    return tuned_config(kernel, head_dim, dtype, arch) or heuristic_config(kernel, head_dim, dtype, arch)
+
+
+def row_config(kernel: str, x: Tensor, heuristic: LaunchConfig) -> LaunchConfig:
+    """The configuration of a kernel for the rows of x `[..., M]`: the tuned one if there is one, else the given one."""
+    dtype = TRITON_TYPE.get(str(x.dtype).removeprefix("torch."), "")
+    return tuned_config(kernel, x.shape[-1], dtype, architecture(x.device)) or heuristic
 
 
 # (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to

@@ -7,12 +7,14 @@ in a fixed order. What dropout zeroes follows from (seed, row, column), so it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from .launch import row_config, tuned_config
 from .layer_norm_kernels import add_layer_norm_backward_kernel, add_layer_norm_forward_kernel
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 from .spec import KernelSpec, LaunchConfig
@@ -89,7 +91,7 @@ def add_layer_norm_forward(
     summed = x if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     added = None if residual is None else contiguous_rows(residual)
-    config = forward_config(width)
+    config = row_config("add_layer_norm_forward", x, forward_config(width))
     drop_below, keep_scale = _dropout(dropout_p, seed)
     if rows.shape[0]:
         add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
@@ -142,7 +144,7 @@ def add_layer_norm_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     apart = has_residual and (scaled or x.dtype != summed.dtype)
     dresidual = torch.empty(x.shape, dtype=summed.dtype, device=x.device) if apart else None
-    config = backward_config(width)
+    config = row_config("add_layer_norm_backward", x, backward_config(width))
     programs = first_stage_programs(triton.cdiv(rows.shape[0], config.tiles["ROWS"]), x.device)
     outputs = 2 if gamma is None else 3
     partials = torch.empty(outputs, programs, width, dtype=torch.float32, device=x.device)
@@ -257,6 +259,13 @@ def _backward_types(variant: Any, dtype: str) -> dict[str, str]:
     return present | dict.fromkeys(scalars, "i32") | {"keep_scale": "fp32"}
 
 
+def _shipped(kernel: str, heuristic: Callable[[int], LaunchConfig]) -> Callable[[Any, str, int], LaunchConfig]:
+    def config(variant: Any, dtype: str, arch: int) -> LaunchConfig:
+        return tuned_config(kernel, variant["width"], dtype, arch) or heuristic(variant["width"])
+
+    return config
+
+
 _VARIANTS = tuple(
     {"width": width, "residual": residual, "gamma": gamma, "dropout": dropout}
     for width, residual, gamma, dropout in (
@@ -278,7 +287,7 @@ KERNELS: list[KernelSpec] = [
         variants=_VARIANTS,
         types=_forward_types,
         constants=_forward_constants,
-        config=lambda variant, dtype, arch: forward_config(variant["width"]),
+        config=_shipped("add_layer_norm_forward", forward_config),
         tensor_core=False,
     ),
     KernelSpec(
@@ -287,7 +296,7 @@ KERNELS: list[KernelSpec] = [
         variants=_VARIANTS,
         types=_backward_types,
         constants=lambda variant, dtype, config: _variant_constants(variant, _backward_absent(variant), config),
-        config=lambda variant, dtype, arch: backward_config(variant["width"]),
+        config=_shipped("add_layer_norm_backward", backward_config),
         tensor_core=False,
     ),
 ]

@@ -487,7 +487,7 @@ class TestTuning:
 
         choice, _ = self._search(spec, monkeypatch, {64: 2.0, 128: 1.0}, set())
         tune.write([choice], 90, "a GPU", tmp_path)
-        path = tune.write([replace(choice, head_dim=32)], 90, "a GPU", tmp_path)
+        path = tune.write([replace(choice, size=32)], 90, "a GPU", tmp_path)
         assert path.name == "sm_90.json"
         assert json.loads(path.read_text())["toy"].keys() == {"bf16/64", "bf16/32"}
         monkeypatch.setattr(launch, "_TUNING", tmp_path)
@@ -498,7 +498,11 @@ class TestTuning:
         finally:
             launch._tuned.cache_clear()
 
-    def test_candidates_are_distinct(self) -> None:
-        for kernel in ("relpos_forward", "varlen_forward_short"):
-            grid = tune.candidates(kernel)
-            assert len({repr(config) for config in grid}) == len(grid) > 30
+    @pytest.mark.parametrize("kernel", ["relpos_forward", "varlen_forward_short", "bias_gelu_forward"])
+    def test_candidates_are_distinct(self, kernel: str) -> None:
+        grid = tune.candidates(kernel, 3072)
+        assert len({repr(config) for config in grid}) == len(grid) > 30
+
+    @pytest.mark.parametrize(("width", "block"), [(768, 1024), (1024, 1024), (1, 1)])
+    def test_a_norm_takes_whole_rows(self, width: int, block: int) -> None:
+        assert {config.tiles["BLOCK"] for config in tune.candidates("add_layer_norm_forward", width)} <= {block}
