@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -243,6 +244,8 @@ class Spread:
 
 
 def _shard(module: _LossSum, place: Place, replicated: set[nn.Parameter]) -> None:
+    # It warns of writing into what a layer returns, which no layer here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(place.device.type, (place.world_size,))
     layers = [part for part in module.modules() if isinstance(part, TransformerLayer)]
     # A fusion layer's keys and values are computed long before the layer runs.
