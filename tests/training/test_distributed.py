@@ -30,8 +30,9 @@ from tests.training.small_runs import (
 from xfm_fast.errors import DataError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.training.checkpoints import newest
+from xfm_fast.training.checkpoints import load_weights, newest
 from xfm_fast.training.distributed import Place, Spread, run_layers, take_place
+from xfm_fast.training.gradient_flow import check, gradient_flow_of
 from xfm_fast.training.loop import train
 from xfm_fast.training.norms import ModelNorms, local
 
@@ -90,6 +91,13 @@ def test_two_processes_are_one(tmp_path: Path, alone: Path, parallel: str) -> No
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name
+    # One process reads the checkpoint, in shards or not.
+    found = newest(tmp_path / "run/checkpoints")
+    assert found is not None
+    model = XFM(recipe.model)
+    load_weights(found.path, model)
+    assert_close(dict(model.named_parameters()), parameters(tmp_path / "run"), 0)
+    assert check(gradient_flow_of(found.path)) == check(gradient_flow_of(tmp_path / "run")) == []
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")])

@@ -64,6 +64,8 @@ def test_a_tokenizer_of_the_users(tmp_path: Path) -> None:
     heads = [read_state_dict(tmp_path / f"whole/checkpoints/step-{step:08d}/training.safetensors") for step in (4, 8)]
     assert {f"model/{name}" for name in HEAD} <= heads[0].keys()
     assert not torch.equal(*(head["model/image_codes.head.weight"] for head in heads))
+    with pytest.raises(CheckpointError, match="other optimizer groups"):
+        run(small_recipe(tmp_path / "whole", ema=0.5))
 
 
 def codes_from(file: Path, folder: Path, **changes: Any) -> Recipe:
@@ -83,6 +85,9 @@ def test_a_head_in_shards(tmp_path: Path) -> None:
     assert in_processes(process_of_a_run, 2, tmp_path / "c", recipe, {}) == [0, 0]
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     XFM.from_pretrained(tmp_path / "parts/model")
+    assert check(gradient_flow_of(tmp_path / "parts")) == []
+    with pytest.raises(CheckpointError, match="other optimizer groups"):
+        run(small_recipe(tmp_path / "parts", **settings))
 
 
 def test_a_codebook_is_learnt_once(tmp_path: Path) -> None:

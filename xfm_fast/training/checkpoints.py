@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -272,7 +273,22 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
     )
 
 
-def _read(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_weights(path: Path, model: XFM) -> None:
+    """Give a model that is not sharded the weights of a checkpoint, whatever it was written by.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    own = model.state_dict()
+    read = _read(path, own, only="model/")
+    if missing := [n for n in own if f"model/{n}" not in read or read[f"model/{n}"].shape != own[n].shape]:
+        raise CheckpointError(f"{path} does not fit the model: {', '.join(missing[:5])} is missing or of another shape")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(read[f"model/{name}"])
+
+
+def _read(path: Path, parameters: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
     read = read_state_dict(path / TENSORS)
     if (path / MODEL).is_dir():
         read |= {
@@ -282,10 +298,15 @@ def _read(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         metadata = dcp.FileSystemReader(path / SHARDED).read_metadata().state_dict_metadata
         shards: dict[str, Any] = {}
         for name, entry in metadata.items():
-            like = parameters[_parameter_of(name)]
-            same = tuple(getattr(entry, "size", ())) == tuple(like.shape)
-            shards[name] = torch.empty_like(like, requires_grad=False) if same else torch.empty(*entry.size)  # type: ignore[union-attr]
-        dcp.load(shards, checkpoint_id=path / SHARDED)
+            if not name.startswith(only):
+                continue
+            like = parameters.get(_parameter_of(name))
+            same = like is not None and tuple(getattr(entry, "size", ())) == tuple(like.shape)
+            shards[name] = torch.empty_like(like, requires_grad=False) if same else torch.empty(*entry.size)  # type: ignore[union-attr, arg-type]
+        with warnings.catch_warnings():
+            # One process alone reads all shards, which is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(shards, checkpoint_id=path / SHARDED)
         read |= shards
     return read
 

@@ -17,6 +17,7 @@ from xfm_fast.checkpoint.storage import CONFIG_FILE
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses
+from xfm_fast.training.checkpoints import MODEL, SHARDED, STATE, load_weights
 from xfm_fast.training.recipe import Recipe, load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
 from xfm_fast.training.starting_point import build_model
@@ -222,23 +223,29 @@ def gradient_flow_of(
             "overrides out, or give the recipe"
         )
     found = _model_in(folder)
+    if (found / SHARDED).is_dir():
+        recipe = _recipe_of(found)
+        model = XFM(recipe.model)
+        load_weights(found, model)
+        return _of_recipe(model, recipe, size=size, seed=seed)
     model = XFM.from_pretrained(found)
-    state = found.parent / "state.json"
-    if state.is_file():
-        return _of_recipe(model, Recipe(**json.loads(state.read_text())["recipe"]), size=size, seed=seed)
+    if (found.parent / STATE).is_file():
+        return _of_recipe(model, _recipe_of(found.parent), size=size, seed=seed)
     batches = [synthetic_batch(kind, model.config, size=size, seed=seed) for kind in LOSSES_OF_KIND]
     return gradient_flow(model, batches)
 
 
 def _model_in(folder: Path) -> Path:
-    """The folder of `save_pretrained`: itself, or that in a checkpoint, or that in the newest checkpoint of a run."""
+    """The folder of `save_pretrained`, or a sharded checkpoint: itself, in a checkpoint, or in the newest of a run."""
     steps = sorted(folder.glob("checkpoints/step-*"), reverse=True)
-    for place in (folder, *(step / "model" for step in steps), folder / "model"):
-        if (place / CONFIG_FILE).is_file():
+    for place in (folder, *(part for step in steps for part in (step / MODEL, step)), folder / MODEL):
+        if (place / CONFIG_FILE).is_file() or (place / SHARDED).is_dir():
             return place
-    raise CheckpointError(
-        f"{folder} holds no model; give a recipe, a folder of save_pretrained, or a run whose checkpoints have model/"
-    )
+    raise CheckpointError(f"{folder} holds no model; give a recipe, a folder of save_pretrained, or a run")
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    return Recipe(**json.loads((checkpoint / STATE).read_text())["recipe"])
 
 
 def _of_recipe(model: XFM, recipe: Recipe, *, size: int, seed: int) -> GradientFlow:
