@@ -41,10 +41,18 @@ class Side(NamedTuple):
             found *= torch.zeros(len(found), dtype=found.dtype).index_fill_(0, self.slots, 1).view(-1, 1, 1)
         return found.view(self.sequences, self.longest, *packed.shape[1:])
 
-    def unpad(self, padded: Tensor, packed: Tensor) -> None:
-        """Write the tokens of `[n, longest, H, D]` to their rows of `[T, H, D]`, contiguous."""
+    def place(self, packed: Tensor) -> Tensor:
+        """`[n, longest, H, D]` to write results to: a view of `[T, H, D]` where possible, which `unpad` completes."""
         if isinstance(self.rows, slice):
-            packed[self.rows].view(padded.shape).copy_(padded)
+            return packed[self.rows].unflatten(0, (self.sequences, self.longest))
+        return packed.new_empty(self.sequences, self.longest, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor, packed: Tensor) -> None:
+        """Write the tokens of `[n, longest, H, D]`, unless they are in their `place`, to their rows of `[T, H, D]`."""
+        if isinstance(self.rows, slice):
+            rows = packed[self.rows]
+            if rows.data_ptr() != padded.data_ptr():
+                rows.view(padded.shape).copy_(padded)
         elif self.slots is None:
             packed.index_copy_(0, self.rows, padded.flatten(0, 1))
         else:

@@ -133,17 +133,19 @@ def tiled_attention_backward(
     dropout: Dropout | None = None,
     *,
     bias_gradient: bool = False,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `tiled_attention`; the weights are computed again, so that none outlives the forward pass.
 
     Args:
         dout: `[B, Nq, H, D]`; the rest as in the forward pass. `dropout` replays its masks.
         bias_gradient: whether the gradient of a bias `[1, H, Nq, Nk]` is wanted.
+        into: where dq, dk, dv are written, of any strides; new tensors by default.
 
     Returns:
         dq, dk, dv, and the gradient of the bias `[H, Nq, Nk]` in fp32 (fp64 for fp64), summed over the batch in order.
     """
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    dq, dk, dv = into or [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
     scores = (q.shape[2], q.shape[1], k.shape[1])
     dbias = torch.empty(scores, dtype=torch.promote_types(q.dtype, torch.float32)) if bias_gradient else None
     rescale = 1.0 if dropout is None else 1 / dropout.kept

@@ -76,7 +76,8 @@ def varlen_attention_backward(
     for group in plan.groups:
         upstream = group.queries.padded(dout, repeated=False)
         padded = (upstream, group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
-        found = tiled_attention_backward(*padded, scale, group.mask, dropout)[:3]
-        for side, gradient, part in zip((group.queries, group.keys, group.keys), found, whole, strict=True):
+        into = (group.queries.place(whole[0]), group.keys.place(whole[1]), group.keys.place(whole[2]))
+        tiled_attention_backward(*padded, scale, group.mask, dropout, into=into)
+        for side, gradient, part in zip((group.queries, group.keys, group.keys), into, whole, strict=True):
             side.unpad(gradient, part)
     return whole[0], whole[1], whole[2]
