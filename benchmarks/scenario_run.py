@@ -89,12 +89,12 @@ class _Run:
             measured[mode]()
 
     def _warm_up(self) -> None:
-        """Every request alone, and a batch: libraries prepare for shapes when they first see them."""
+        """Requests of every shape alone, and a batch: libraries prepare for shapes when they first see them."""
         for entrant in self._running():
             self.setting.progress.step(f"{entrant.key}, warm-up")
             try:
                 answer = entrant.answer(self.workload)
-                for number in range(self.workload.requests):
+                for number in self.workload.distinct():
                     answer([number])
                 answer(self.workload.batch(self.setting.scale.batch))
             except Exception as error:  # whatever a library raises becomes a row that says so

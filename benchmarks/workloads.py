@@ -64,6 +64,13 @@ class Workload:
         """Numbers of `size` requests from `start` on."""
         return [(start + i) % self.requests for i in range(size)]
 
+    def distinct(self) -> list[int]:
+        """Numbers of requests of every shape, one of each."""
+        found: dict[tuple[int, ...], int] = {}
+        for number in range(self.requests):
+            found.setdefault(tuple(sorted(self.lengths([number]))), number)
+        return list(found.values())
+
     def tokens(self, numbers: Sequence[int], schedule: Schedule) -> tuple[int, int] | None:
         """Text tokens of requests: those of the texts, and those that a schedule computes for them."""
         lengths = self.lengths(numbers)

@@ -136,6 +136,12 @@ def test_encoders_are_split_into_their_parts(
     assert not any({"forward", "self_attention", "feed_forward"} & vars(part).keys() for part in model.modules())
 
 
+def test_requests_of_one_shape_count_once(workloads: dict[str, Workload]) -> None:
+    assert workloads["embed-image"].distinct() == workloads["rerank"].distinct() == [0]
+    text = workloads["embed-text"]
+    assert len(text.distinct()) == len({text.lengths([number])[0] for number in range(text.requests)}) > 1
+
+
 def test_operations_of_a_run_add_up(material: Material, workloads: dict[str, Workload], tmp_path: Path) -> None:
     found = operation_shares(lambda: _answer(NAMES[OFFICIAL], workloads["embed-text"], material, tmp_path, [0]), CPU)
     assert sum(share.share for share in found) == pytest.approx(1)
