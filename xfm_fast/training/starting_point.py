@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from xfm_fast.checkpoint import initialise
-from xfm_fast.checkpoint.storage import CONFIG_FILE
+from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
+from xfm_fast.checkpoint.storage import CONFIG_FILE, MODEL_FILE
 from xfm_fast.data.items import ImageField
 from xfm_fast.data.order import item_generator, permuted
 from xfm_fast.data.patch_codes import PatchCodebook
@@ -52,12 +52,12 @@ def build_model(recipe: Recipe) -> XFM:
     """
     init = recipe.init
     if init.checkpoint is not None:
-        if (Path(init.checkpoint) / CONFIG_FILE).is_file():
-            model = XFM.from_pretrained(init.checkpoint)
-            if model.config.image_size != recipe.model.image_size:
-                model.set_image_size(recipe.model.image_size)
-            return model
-        return XFM.from_official(init.checkpoint, recipe.model)
+        if not (Path(init.checkpoint) / CONFIG_FILE).is_file():
+            return XFM.from_official(init.checkpoint, recipe.model)
+        # Our names are the official ones. The sizes are the recipe's, by which data and masks are made, and so is what
+        # may differ: the resolution, dropout, the temperature's bounds.
+        heads = heads_in(load_pretrained_files(init.checkpoint).state)
+        return XFM.from_official(Path(init.checkpoint) / MODEL_FILE, recipe.model, heads=heads)
     model = XFM(recipe.model)
     if init.roberta or init.beit2:
         initialise(model, roberta=init.roberta, beit2=init.beit2)
