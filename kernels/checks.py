@@ -241,7 +241,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         raise InputError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point type")
     if not q.shape[-1]:
         raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
-    if scale is not None and not math.isfinite(scale):
+    # A comparison, which compilers can trace, and not isfinite, which they cannot.
+    if scale is not None and not -math.inf < scale < math.inf:
         raise InputError(f"scale={scale}; it must be finite")
 
 

@@ -257,6 +257,19 @@ def test_vectors_need_not_be_contiguous(name: str, backend: ops.Backend) -> None
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_checks_are_no_obstacle_to_a_compiler(name: str) -> None:
+    """Whose sizes and factors are symbols."""
+    operation, make = OPERATIONS[name]
+    options = {"relpos": {"scale": 0.3}, "varlen": {"scale": 0.3}, "loss": {"label_smoothing": 0.1}}
+    arguments = make() | options.get(name, {})
+    compiled = torch.compile(operation, fullgraph=True, dynamic=True, backend="eager")
+    found, expected = compiled(**arguments), operation(**arguments)
+    if isinstance(expected, tuple):
+        found, expected = found[0], expected[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_contents_on_a_gpu_are_looked_at_within_a_block_only() -> None:
     """Told by tensors without contents: looking at them is an error."""
     from xfm_fast.kernels import checks
