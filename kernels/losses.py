@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def _forward_fake(
         kept = [t if t is not None and need else None for t, need in ((h, need_h), (w, need_w), (b, need_b))]
         saved = [h.new_empty(0) if t is None else t.new_empty(t.shape) for t in kept]
         return loss, saved[0], saved[1], saved[2]
-    rows = h.shape[:-1].numel()
+    rows = math.prod(h.shape[:-1])
     return loss, h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(0)
 
 
@@ -226,7 +227,7 @@ def _rows_forward_fake(
     h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(h.dtype, torch.float32)
-    rows = h.shape[:-1].numel()
+    rows = math.prod(h.shape[:-1])
     return h.new_empty(target.shape, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -170,7 +171,8 @@ def _module(backend: str) -> Any:
 def _statistics(x: Tensor) -> Tensor:
     """Room for one statistic per row."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[:-1].numel(), dtype=wide)
+    # Not `Size.numel`, which makes numbers of symbols: every number of tokens would be compiled anew.
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=wide)
 
 
 def _plain_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
