@@ -108,8 +108,10 @@ def varlen_attention(
     if chosen == "reference":
         checks.offsets_of(cu_seqlens_q, q, max_q, "q")
         checks.offsets_of(cu_seqlens_k, k, max_k, "k")
-        return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask)
+        return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask, seed)
     if chosen == "flash_attn":
+        if dropout_p and seed is not None:
+            raise ValueError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
         return _flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, key_mask)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=q.device)

@@ -65,7 +65,7 @@ def add_layer_norm(
     checks.dropout(dropout_p, seed)
     chosen = _resolve(backend, x, residual, weight, bias, gamma, row_scale, seed)
     if chosen not in ("cpu", "triton"):
-        return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, wide)
+        return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, wide, seed)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=x.device)
     drop = (dropout_p, seed if dropout_p else None)

@@ -5,11 +5,21 @@ These functions are differentiable, run on any device and dtype, and are meant t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
+
+
+def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Dropout by PyTorch's generator, or by one of its own that follows from the seed."""
+    if seed is None:
+        return lambda x: F.dropout(x, probability)
+    generator = torch.Generator(device).manual_seed(host.integer(seed))
+    return lambda x: x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,7 +104,9 @@ def varlen_attention(
     scale: float,
     dropout_p: float = 0.0,
     key_mask: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
+    drop = _dropout(dropout_p, seed, q.device)
     bounds_q, bounds_k = host.integers(cu_seqlens_q), host.integers(cu_seqlens_k)
     outputs = []
     for i in range(len(bounds_q) - 1):
@@ -105,7 +117,7 @@ def varlen_attention(
             scores = scores.masked_fill(~key_mask[bounds_k[i] : bounds_k[i + 1]], -torch.inf)
         # A sequence without any key to attend to yields zeros.
         weights = torch.nan_to_num(scores.softmax(-1)) if key_mask is not None else scores.softmax(-1)
-        outputs.append((F.dropout(weights, dropout_p) @ values).transpose(0, 1))
+        outputs.append((drop(weights) @ values).transpose(0, 1))
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
 
 
@@ -119,12 +131,13 @@ def add_layer_norm(
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     wide: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm.
 
     That has the type of x, ready for a product; `wide`, that of the sum, ready to be the next residual.
     """
-    branch = F.dropout(x, dropout_p)
+    branch = _dropout(dropout_p, seed, x.device)(x)
     if gamma is not None:
         branch = branch * gamma
     if row_scale is not None:

@@ -308,6 +308,24 @@ def test_a_block_of_flash_attention_leaves_the_other_operations_alone(monkeypatc
         _call("gelu", {}, "flash_attn")
 
 
+@each_backend
+@pytest.mark.parametrize("name", ["varlen", "add norm"])
+def test_dropout_follows_from_its_seed(name: str, backend: ops.Backend) -> None:
+    def run(seed: int) -> Tensor:
+        found = _call(name, {"dropout_p": 0.5, "seed": torch.tensor([seed])}, backend)
+        return found[1] if isinstance(found, tuple) else found
+
+    assert torch.equal(run(3), run(3))
+    assert not torch.equal(run(3), run(4))
+    assert not torch.equal(run(3), _call(name, {}, backend)[1 if name == "add norm" else slice(None)])
+
+
+def test_flash_attention_takes_no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_why_not", lambda name, device, index: None)
+    with pytest.raises(ValueError, match="draws its dropout itself and takes no seed"):
+        _call("varlen", {"dropout_p": 0.5, "seed": torch.tensor([3])}, "flash_attn")
+
+
 def test_refusals_are_errors_that_a_user_can_mend() -> None:
     with pytest.raises(InputError):
         _call("linear", {"bias": _random(1)}, "auto")
