@@ -66,6 +66,14 @@ def model() -> nn.Sequential:
     return nn.Sequential(Affine(), nn.Sequential(Affine(), nn.ReLU()), Odd())
 
 
+def test_only_norms_that_gain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Rule("Norm", lambda m: isinstance(m, nn.LayerNorm), FusedAffine, "", lambda *_: "as fast here")
+    monkeypatch.setattr(accelerating, "rules", lambda: (slow,))
+    foreign = nn.Sequential(nn.LayerNorm(5), nn.ReLU(), nn.LayerNorm(5))
+    with pytest.raises(InputError, match=r"known to accelerate \(0 and 1 alike: as fast here\)\. Recognised are"):
+        accelerate(foreign)
+
+
 def test_a_forward_left_on_the_instance() -> None:
     """transformers 4 records outputs by a `forward` on the instance, and leaves the class's own there afterwards."""
     made, x = model(), torch.ones(2, 5)

@@ -210,11 +210,19 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
 
 def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
     name = original_class(model).__name__
-    if entries:
-        reasons = dict.fromkeys(f"{entry.path or name}: {entry.reason}" for entry in entries)
-        return f"nothing of {name} can be replaced: " + "; ".join(list(reasons)[:5])
+    paths: dict[str, list[str]] = {}
+    for entry in entries:
+        paths.setdefault(entry.reason or "", []).append(entry.path or name)
+    reasons = [
+        f"{alike[0]}{f' and {len(alike) - 1} alike' if len(alike) > 1 else ''}: {reason}"
+        for reason, alike in paths.items()
+    ]
+    why = "; ".join(reasons[:5])
+    if any(entry.class_name != "LayerNorm" for entry in entries):
+        return f"nothing of {name} can be replaced: {why}"
     return (
-        f"nothing in {name} is known to accelerate. Recognised are encoders of transformers (RoBERTa, XLM-R, BERT, "
-        "BEiT, Data2Vec, ViT, DeiT, CLIP, BLIP), vision transformers of timm, the official X-FM and X²-VLM modules, "
-        "and torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.nn has modules to build with"
+        f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}. Recognised are encoders of "
+        "transformers (RoBERTa, XLM-R, BERT, BEiT, Data2Vec, ViT, DeiT, CLIP, BLIP), vision transformers of timm, the "
+        "official X-FM and X²-VLM modules, and torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; "
+        "xfm_fast.nn has modules to build with"
     )
