@@ -44,8 +44,8 @@ def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
     arithmetic = source.options.get("arithmetic") or source.dtype
     if source.kind != "onnx" or arithmetic != "fp32":
         raise ExportError(
-            f"{folder} holds a {arithmetic} export to {source.kind}; int8 is made of fp32 ONNX files: xfm-fast export "
-            "onnx --dtype fp32"
+            f"{folder} holds an export to {source.kind} in {arithmetic}; int8 is made of fp32 ONNX files: xfm-fast "
+            "export onnx --dtype fp32"
         )
     Reference.load(folder)
     prepare_folder(out, sum(record.bytes for record in source.files))

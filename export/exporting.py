@@ -220,6 +220,8 @@ def prepare_folder(folder: Path, needed: int) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         free = shutil.disk_usage(folder).free
+    except FileExistsError as error:
+        raise StorageError(f"{folder} is a file and no folder; choose another name with --out") from error
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be written ({error.strerror or error}); choose another folder with --out"
@@ -248,11 +250,14 @@ def parse_graphs(text: str) -> tuple[GraphName, ...]:
 
     Raises:
         UnavailableError: an unknown one.
+        InputError: the list is not blank and names none.
     """
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
         if name not in GRAPHS:
             raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(GRAPHS)}")
+    if text.strip() and not names:
+        raise InputError(f"--graphs {text!r} names no graph; choose from {', '.join(GRAPHS)}")
     return names  # pyright: ignore[reportReturnType]
 
 

@@ -7,6 +7,8 @@ everything else is decomposed, so that the compiler fuses it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import tempfile
 import time
 import warnings
@@ -144,14 +146,20 @@ def write_package(
                 aoti_compile_and_package(program, package_path=str(made), inductor_configs=_COMPILER)
             made.replace(path)
     except OSError as error:
-        raise StorageError(
-            f"{path} could not be written ({error.strerror or error}); free space or choose another folder"
-        ) from error
+        raise _not_written(path, error.strerror or str(error)) from error
     except Exception as error:  # the compiler's own classes, which share no public base
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):
+            # The C++ compiler's last words, somewhere in its output.
+            raise _not_written(path, full) from error
         raise ExportError(
             f"PyTorch {torch.__version__} does not compile {path.stem} for {device} in {dtype} ({_first_line(error)}); "
             "export it to ONNX, or upgrade PyTorch"
         ) from error
+
+
+def _not_written(path: Path, reason: str) -> StorageError:
+    return StorageError(f"{path} could not be written ({reason}); free space or choose another folder")
 
 
 def traced(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) -> torch.export.ExportedProgram:

@@ -22,6 +22,7 @@ from xfm_fast.export.consumers import DTYPES, DType
 from xfm_fast.export.engines import Rewrite
 from xfm_fast.export.manifest import GraphRecord
 from xfm_fast.export.reference import Examples, graph_memory
+from xfm_fast.export.widening import widen
 from xfm_fast.models.xfm import XFM
 
 Quantisation = Literal["int8", "fp8"]
@@ -184,38 +185,6 @@ def _with_modelopt(path: Path, feeds: Iterator[dict[str, np.ndarray]], kind: Qua
             log_level="ERROR",
         )
         made.replace(path)
-
-
-def widen(path: Path, out: Path) -> None:
-    """Write a copy of a bf16 graph that computes in fp32, which ONNX Runtime runs on a CPU. Weights keep their value.
-
-    Args:
-        path: of a graph whose weights lie in the file itself.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    model = onnx.load(str(path))
-    graph = model.graph
-
-    def widened(tensor: Any) -> None:
-        if tensor.data_type == narrow:
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-    for tensor in graph.initializer:
-        widened(tensor)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                widened(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
-                attribute.i = wide
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = wide
-    onnx.save(model, str(out))
 
 
 def _reader(feeds: Iterator[dict[str, np.ndarray]]) -> Any:

@@ -115,16 +115,21 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
 def default_runner(folder: Path, manifest: Manifest) -> Runner:
     """A session over the runtime of the export: ONNX Runtime on the CPU for ONNX files, whoever they were written for.
 
+    It computes bf16 graphs in fp32, the only way there is without a GPU.
+
     Raises:
-        UnavailableError: it is not installed, cannot run the type on a CPU, or finds no GPU here.
+        UnavailableError: it is not installed, or finds no GPU here.
         ExportError: engines or packages are for another version or machine, or a graph cannot be loaded.
     """
+    from xfm_fast.export.runtimes.widened_onnx import WidenedOnnx
     from xfm_fast.export.session import Session
 
-    if manifest.kind == "onnx":
-        session = Session(folder, "onnxruntime", "cpu", verify_files=False)
-    else:
+    if manifest.kind != "onnx":
         session = Session(folder, manifest.kind, verify_files=False)
+    elif manifest.dtype == "bf16":
+        session = Session(folder, WidenedOnnx(manifest), verify_files=False)
+    else:
+        session = Session(folder, "onnxruntime", "cpu", verify_files=False)
     session.warm_up()
     return session
 

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from xfm_fast import XFM, Retriever, cli
-from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from xfm_fast.export import package_target, packages
 from xfm_fast.export.exporting import build_graphs
 from xfm_fast.export.graphs import GRAPHS
@@ -179,6 +179,13 @@ def test_what_the_compiler_refuses_is_an_error(
     with pytest.raises(ExportError, match=r"does not compile image_memory for cpu in fp32 \(cannot lower\)"):
         export_packages(small_model, tmp_path, graphs=("image_memory",))
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("C++ compile error\nas: fatal error: a.o: No space left on device")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", full)
+    with pytest.raises(StorageError, match=r"image_memory\.pt2 could not be written \(No space left on device\)"):
+        export_packages(small_model, tmp_path, graphs=("image_memory",))
 
 
 @pytest.mark.slow

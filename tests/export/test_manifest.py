@@ -303,6 +303,10 @@ class TestBeforeAnythingIsExported:
 
 def test_room_is_needed_for_what_is_written(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file is a file and no folder; choose another name with --out"):
+        prepare_folder(tmp_path / "file", 1)
+    (tmp_path / "file").unlink()
     prepare_folder(tmp_path / "a" / "b", 1)
     assert (tmp_path / "a" / "b").is_dir()
     with pytest.raises(StorageError, match="GB free and the export needs about"):

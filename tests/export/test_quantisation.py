@@ -152,10 +152,12 @@ def test_modelopt_is_given_the_users_images(
         rewrite(record, path)
 
 
-def test_bf16_graphs_are_widened_for_calibration(tmp_path: Path) -> None:
+def test_bf16_graphs_are_widened(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     ort = pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper, numpy_helper
+
+    from xfm_fast.export.widening import widen
 
     weight = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
     narrow = torch.from_numpy(weight).bfloat16()
@@ -172,7 +174,7 @@ def test_bf16_graphs_are_widened_for_calibration(tmp_path: Path) -> None:
     outputs = [helper.make_tensor_value_info("z", TensorProto.BFLOAT16, (2, 4))]
     graph = helper.make_graph(nodes, "g", inputs, outputs, [stored])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "n.onnx")
-    quantisation.widen(tmp_path / "n.onnx", tmp_path / "w.onnx")
+    widen(tmp_path / "n.onnx", tmp_path / "w.onnx")
     (kept,) = onnx.load(tmp_path / "w.onnx").graph.initializer
     np.testing.assert_array_equal(numpy_helper.to_array(kept), narrow.float().numpy())
     x, mask = np.ones((2, 3), np.float32), np.ones((2, 4), np.int64)

@@ -412,9 +412,9 @@ def test_int8_costs_what_its_manifest_says(exported_fp32: Path, small_model: XFM
 def test_int8_is_made_of_fp32_exports_alone(
     exported_fp32: Path, exported_fp16: Path, engines: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match="holds a fp16 export to onnx; int8 is made of fp32 ONNX files"):
+    with pytest.raises(ExportError, match="holds an export to onnx in fp16; int8 is made of fp32 ONNX files"):
         quantize_int8(exported_fp16, tmp_path / "out")
-    with pytest.raises(ExportError, match="holds a fp32 export to tensorrt"):
+    with pytest.raises(ExportError, match="holds an export to tensorrt in fp32"):
         quantize_int8(engines, tmp_path / "out")
     with pytest.raises(InputError, match="name another folder for the int8 one"):
         quantize_int8(exported_fp32, exported_fp32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from xfm_fast.errors import ExportError, InputError
+from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export.agreement import THRESHOLDS, Threshold, rank_agreement
 from xfm_fast.export.consumers import DTYPES, DType, profile
-from xfm_fast.export.exporting import build_graphs, graph_interface, in_dtype
+from xfm_fast.export.exporting import build_graphs, export_onnx, graph_interface, in_dtype
 from xfm_fast.export.graphs import GRAPHS, Graph, GraphName
 from xfm_fast.export.manifest import GraphRecord, Manifest, new_manifest
 from xfm_fast.export.reference import Reference, generated_examples, make_examples, make_reference
+from xfm_fast.export.session import Session
 from xfm_fast.export.verification import verify, verify_export
 from xfm_fast.models.xfm import XFM
 
@@ -306,12 +309,51 @@ def test_a_wrong_weight_in_a_file_is_found(exported_fp32: Path, tmp_path: Path) 
     assert verify(folder).status == "verified"
 
 
-def test_bf16_is_not_called_verified_without_a_runtime(small_model: XFM, tmp_path: Path) -> None:
+def test_bf16_graphs_are_compared_in_fp32(small_model: XFM, tmp_path: Path) -> None:
+    """Within the band of bf16, with all five graphs; a graph that lost a weight is found."""
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    manifest = verify_export(write_export(tmp_path, small_model, "bf16"), small_model)
-    assert manifest.status == "unverified"
-    assert manifest.reason.startswith("ONNX Runtime has no bf16 kernels for the CPU")
-    assert manifest.verification is None
+    export_onnx(small_model, tmp_path, consumer="tensorrt", dtype="bf16", graphs=GRAPHS)
+    manifest = verify_export(tmp_path, small_model)
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    assert manifest.verification is not None
+    assert manifest.verification.runtime.endswith("CPU, bf16 graphs computed in fp32")
+    errors = {check.output: check.max_error for check in manifest.verification.checks}
+    # Rounded weights alone make more than the errors of fp32.
+    assert all(error is not None and error > 1e-4 for error in errors.values())
+    with pytest.raises(UnavailableError, match="ONNX Runtime has no bf16 kernels for the CPU"):
+        Session.load(tmp_path)
+    loaded = onnx.load(str(tmp_path / "fusion.onnx"))
+    bias = next(tensor for tensor in loaded.graph.initializer if tensor.name.endswith("LayerNorm.bias"))
+    bias.raw_data = bytes(len(bias.raw_data))
+    onnx.save(loaded, str(tmp_path / "fusion.onnx"))
+    manifest = verify(tmp_path, check_files=False)
+    assert manifest.status == "failed"
+    assert "fusion fused" in manifest.reason
+
+
+def test_no_room_for_the_copy_in_fp32(small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("xfm_fast.export.runtimes.widened_onnx.widen", full)
+    folder = write_export(tmp_path, small_model, "bf16")
+    with pytest.raises(
+        StorageError, match=r"could not be copied in fp32 to .* \(No space left on device\); free space"
+    ):
+        verify_export(folder, small_model)
+
+
+def test_without_a_runtime_nothing_is_called_verified(
+    small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    manifest = verify_export(write_export(tmp_path, small_model), small_model)
+    assert (manifest.status, manifest.verification) == ("unverified", None)
+    assert manifest.reason == "onnxruntime is not installed; pip install 'xfm-fast[export]'"
 
 
 def test_export_without_a_reference(small_model: XFM, tmp_path: Path) -> None:
