@@ -65,12 +65,12 @@ class Choice:
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
-    """What a kernel is tuned for: these head dimensions, or the model's width; nothing if no table holds it."""
+    """What a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
     if spec.name in _WIDTHS:
         return [_WIDTHS[spec.name]]
     attention = all("head_dim" in variant for variant in spec.variants)
     tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) == {"BLOCK_M", "BLOCK_N"}
-    return list(head_dims) if tiled else []
+    return [d for d in head_dims if any(v["head_dim"] == d for v in spec.variants)] if tiled else []
 
 
 def candidates(kernel: str, size: int) -> list[LaunchConfig]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from xfm_fast.kernels.audit import Row
     from xfm_fast.kernels.audit.targets import Verdict
     from xfm_fast.kernels.triton.spec import KernelSpec
+    from xfm_fast.kernels.tune import Choice
 
 
 def audit(
@@ -106,8 +107,10 @@ def tune(
 ) -> None:
     """Search the kernels' launch configurations on this machine's GPU and write them to kernels/tuning.
 
-    Configurations that spill are rejected by the audit before any is timed.
+    Configurations that spill are rejected by the audit before any is timed. Every result is saved as it is found.
     """
+    if unknown := set(dtype or ()) - {"bf16", "fp16"}:
+        raise InputError(f"--dtype {', '.join(sorted(unknown))} is unknown; choose bf16 or fp16")
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -124,21 +127,34 @@ def tune(
     name = torch.cuda.get_device_name()
     if number < 80:
         raise UnavailableError(f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer")
-    choices = []
+    path = None
     for spec in specs:
         for kind in dtype or ["bf16"]:
             for size in library.sizes(spec, head_dim or [64]):
-                choice = library.search(
-                    spec, size, kind, number,
-                    timer=library.gpu_timer, workload=library.model_workload, jobs=jobs,
-                )  # fmt: skip
-                choices.append(choice)
+                try:
+                    choice = library.search(
+                        spec, size, kind, number,
+                        timer=library.gpu_timer, workload=library.model_workload, jobs=jobs,
+                    )  # fmt: skip
+                except ValueError as error:
+                    typer.echo(f"not tuned: {error}", err=True)
+                    continue
+                path = _written(choice, number, name, out or library.TUNING)
                 times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
                 tried = f"{choice.timed} timed, {choice.rejected} rejected"
                 typer.echo(f"{spec.name} {kind} {size}: {times}; {tried}")
-    if not choices:
-        raise InputError("none of these kernels has a configuration to tune")
-    typer.echo(f"saved: {library.write(choices, number, name, out or library.TUNING)}")
+    if path is None:
+        raise InputError("none of these kernels has a configuration to tune at these head dimensions")
+    typer.echo(f"saved: {path}")
+
+
+def _written(choice: Choice, arch: int, gpu: str, folder: Path) -> Path:
+    from xfm_fast.kernels import tune as library
+
+    try:
+        return library.write([choice], arch, gpu, folder)
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
 
 
 def _kernels(names: list[str] | None) -> list[KernelSpec]:

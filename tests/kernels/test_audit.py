@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.kernels.triton_testing import HAS_TRITON, compiling_environment
 
@@ -414,6 +415,45 @@ def test_tuning_without_a_gpu_says_so() -> None:
     assert "NVIDIA GPU" in done.stderr
 
 
+def test_tuning_names_an_unknown_type() -> None:
+    done = _cli("tune", "--dtype", "fp8")
+    assert done.returncode == 2
+    assert "--dtype fp8 is unknown; choose bf16 or fp16" in done.stderr
+
+
+def test_tuning_saves_what_it_finds_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU that is not there, with a search that finds nothing for one kernel and is interrupted at another."""
+    from xfm_fast import cli_kernels
+    from xfm_fast.kernels.triton import launch
+
+    # The command removes it; afterwards it is what it was.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13")
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+
+    def search(spec: Any, size: int, dtype: str, arch: int, **_: Any) -> tune.Choice:
+        if spec.name == "varlen_dq":
+            raise ValueError("kernel varlen_dq: every configuration spills")
+        if spec.name == "varlen_forward":
+            raise KeyboardInterrupt
+        return tune.Choice(spec.name, dtype, size, LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}), 1.0, 2.0, 0, 1)
+
+    monkeypatch.setattr(tune, "search", search)
+    with pytest.raises(KeyboardInterrupt):
+        cli_kernels.tune(kernel=None, dtype=None, head_dim=[64, 80], jobs=None, out=tmp_path)
+    table = json.loads((tmp_path / "sm_90.json").read_text())
+    assert table["relpos_forward"].keys() == {"bf16/64", "bf16/80"}
+    # Forms with a mask exist for one head dimension, a norm for one width.
+    assert table["varlen_dkdv_masked"].keys() == {"bf16/64"}
+    assert table["add_layer_norm_forward"].keys() == {"bf16/768"}
+    assert "varlen_dq" not in table
+    assert "not tuned: kernel varlen_dq" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_shipped_kernels_are_as_good_as_accepted(tmp_path: Path) -> None:
     done = _cli("audit", "--cache", str(tmp_path))
@@ -497,6 +537,10 @@ class TestTuning:
             assert launch.config_for("toy", 64, "bf16", 90) == choice.config
         finally:
             launch._tuned.cache_clear()
+
+    def test_kernels_are_tuned_for_what_they_have(self, spec: Any) -> None:
+        assert tune.sizes(spec, [32, 48, 64]) == [32, 64]
+        assert tune.sizes(replace(spec, name="bias_gelu_forward"), [64]) == [3072]
 
     @pytest.mark.parametrize("kernel", ["relpos_forward", "varlen_forward_short", "bias_gelu_forward"])
     def test_candidates_are_distinct(self, kernel: str) -> None:
