@@ -5,6 +5,8 @@ EXTRAS  ?= dev
 ARGS    ?=
 WORKERS ?= 2
 BIN     := $(VENV)/bin
+# transformers 4 keeps its parts elsewhere than 5, and an environment holds one of them.
+OLDER   := .venv-transformers4
 
 # The first interpreter that is new enough and can make environments. python3 leads: it is the one the user chose.
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
@@ -17,7 +19,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme ablations test test-all check lint types audit format dist clean distclean
+.PHONY: help venv install bench readme ablations test test-older test-all check lint types audit format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,7 +44,12 @@ ablations: $(VENV)/$(EXTRAS).stamp ## train the tiny model with and without the 
 test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/$(EXTRAS).stamp ## run every test
+test-older: ## run the tests of accelerate with transformers 4, in an environment of its own
+	$(MAKE) install VENV=$(OLDER) EXTRAS=dev
+	$(OLDER)/bin/python -m pip install --quiet "transformers>=4.57,<5"
+	$(MAKE) test VENV=$(OLDER) EXTRAS=dev ARGS="tests/replace $(ARGS)"
+
+test-all: $(VENV)/$(EXTRAS).stamp test-older ## run every test
 	$(PYTEST) $(ARGS)
 
 check: lint types audit ## run every check that is not a test
@@ -70,7 +77,7 @@ clean: ## remove builds and caches
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well
-	rm -rf .venv
+	rm -rf .venv $(OLDER)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { \
