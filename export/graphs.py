@@ -223,19 +223,21 @@ class FusionGraph(Graph):
         batch, texts, length, width = text_embeds.shape
         x = text_embeds.reshape(batch * texts, length, width)
         mask = _additive(attention_mask.reshape(batch * texts, length), x.dtype)
+        # Keys and values of all layers side by side, so that runtimes that copy what they cut copy it once.
+        memory = memory.flatten(1, 2)
         last = len(self.stack) - 1
         for number, layer in enumerate(_layers(self.stack)):
             first_only = number == last and not self.all_tokens
             x = _self_attention(layer, x, mask, self.form, first_only=first_only)
-            x = self._cross_attention(layer.crossattention, x, memory[:, number], batch)
+            x = self._cross_attention(layer.crossattention, x, memory[:, 2 * number], memory[:, 2 * number + 1], batch)
             x = _feed_forward(layer, x)
         if not self.all_tokens:
             return x.reshape(batch, texts, width)
         return x.reshape(batch, texts, length, width)
 
-    def _cross_attention(self, parts: Attention, x: Tensor, memory: Tensor, batch: int) -> Tensor:
+    def _cross_attention(self, parts: Attention, x: Tensor, keys: Tensor, values: Tensor, batch: int) -> Tensor:
         q = parts.self.query(x).reshape(batch, -1, parts.self.heads, x.shape[-1] // parts.self.heads).transpose(1, 2)
-        context = attention(q, memory[:, 0], memory[:, 1], None, self.form)
+        context = attention(q, keys, values, None, self.form)
         return _residual_norm(parts.output, context.transpose(1, 2).reshape(x.shape), x)
 
 

@@ -124,6 +124,14 @@ def test_shape_inference_knows_every_output(written: Callable[..., OnnxFile]) ->
     assert dims["boxes"] == ["batch", "texts", 4]
 
 
+def test_the_memory_is_cut_once(model: XFM, written: Callable[..., OnnxFile]) -> None:
+    """Runtimes copy what they cut: keys and values of all layers come from the same tensor, none from a piece of it."""
+    graph = onnx.load(str(written("fusion").path)).graph
+    cuts = [node.input[0] for node in graph.node if node.op_type == "Gather"]
+    assert len(cuts) == 2 * model.config.fusion_layers
+    assert len({*cuts}) == 1
+
+
 def test_fixed_axes_are_numbers(model: XFM, written: Callable[..., OnnxFile]) -> None:
     file = written("text", fixed={"batch": 1, "length": 12})
     loaded = onnx.load(str(file.path))
