@@ -506,7 +506,7 @@ def test_no_room_and_no_folder_are_seen_first(
     exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="is a file and no folder"):
         write_model_repository(exported_fp32, tmp_path / "file" / "models", tokenizer=tokenizer)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
