@@ -1,0 +1,137 @@
+"""What a module accepts of a state dict, and how the rest is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.checkpoint.states import assert_same
+from tests.conftest import config, load_tensors
+from xfm_fast.checkpoint import HEAD_PREFIXES, load_into, select_heads
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError
+from xfm_fast.models.xfm import ALL_HEADS, XFM, Head
+
+
+def test_load_into(tiny: tuple[XFMConfig, dict[str, Tensor]]) -> None:
+    cfg, state = tiny
+    model = XFM(cfg)
+    result = load_into(model, state, what="tiny_b")
+    assert not result.fresh
+    assert not result.surplus
+    assert_same(dict(model.state_dict()), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_values_take_the_dtype_of_the_module(dtype: torch.dtype) -> None:
+    layer = nn.Linear(3, 2)
+    state = {name: value.detach().to(dtype) for name, value in nn.Linear(3, 2).state_dict().items()}
+    load_into(layer, state, what="cast")
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight.detach(), state["weight"].float())
+
+
+def test_everything_that_does_not_fit_is_in_one_error(tiny: tuple[XFMConfig, dict[str, Tensor]]) -> None:
+    cfg, state = tiny
+    model = XFM(cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    broken = dict(state)
+    del broken["itm_head.0.weight"]
+    broken["cls_head.0.weight"] = torch.zeros(2, 2)
+    broken["bbox_head.0.weight"] = torch.zeros(5, 5)
+    broken["bbox_head.0.bias"] = torch.zeros(64, dtype=torch.int64)
+    broken["vision_proj.bias"] = torch.full((24,), float("nan"))
+    broken["text_proj.bias"] = torch.full((24,), float("-inf"))
+    with pytest.raises(CheckpointError) as error:
+        load_into(model, broken, what="checkpoint broken.th")
+    text = str(error.value)
+    for part in (
+        "checkpoint broken.th does not fit",
+        "missing (1):\n    itm_head.0.weight",
+        "unexpected (1):\n    cls_head.0.weight",
+        "bbox_head.0.weight: [5, 5], the model has [64, 32]",
+        "bbox_head.0.bias: int64, the model has float32",
+        "NaN or infinite (2):",
+        "diverged",
+    ):
+        assert part in text
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_long_lists_are_capped(tiny: tuple[XFMConfig, dict[str, Tensor]]) -> None:
+    cfg, _ = tiny
+    with pytest.raises(CheckpointError, match=r"\.\.\. and \d{3} more") as error:
+        load_into(XFM(cfg), {}, what="nothing")
+    assert len(str(error.value).splitlines()) < 20
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"image_size": 56}, "image_size=40"),
+        ({"image_size": 20, "patch_size": 4, "num_masking_patches": 9}, "patch_size=8"),
+        ({"vision_width": 96}, "vision_width=48"),
+        ({"vision_heads": 6}, "vision_heads=3"),
+        ({"text_width": 64}, "text_width=32"),
+        ({"text_intermediate": 96}, "text_intermediate=80"),
+        ({"vocab_size": 200}, "vocab_size=173"),
+        ({"max_positions": 40}, "max_positions=31"),
+        ({"embed_dim": 16}, "embed_dim=24"),
+        ({"text_layers": 3}, "text_layers=4"),
+        ({"text_layers": 5}, "text_layers=4"),
+        ({"vision_depth": 1}, "vision_depth=2"),
+        ({"fusion_layers": 1}, "fusion_layers=2"),
+        ({"learnable_temperature": False}, "learnable_temperature=True"),
+    ],
+)
+def test_the_remedy_names_the_field(
+    tiny: tuple[XFMConfig, dict[str, Tensor]], change: dict[str, Any], advice: str
+) -> None:
+    cfg, state = tiny
+    with pytest.raises(CheckpointError) as error:
+        load_into(XFM(cfg.replace(**change)), state, what="tiny_b")
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize("head", ALL_HEADS)
+def test_heads_that_one_side_lacks(tiny: tuple[XFMConfig, dict[str, Tensor]], head: Head) -> None:
+    cfg, state = tiny
+    others: list[Head] = [name for name in ALL_HEADS if name != head]
+    with pytest.raises(CheckpointError, match=f"no '{head}' head .*heads="):
+        load_into(XFM(cfg), select_heads(state, others), what="partial")
+    with pytest.raises(CheckpointError, match=f"without the '{head}' head"):
+        load_into(XFM(cfg, heads=others), state, what="full")
+    assert load_into(XFM(cfg, heads=others), select_heads(state, others), what="partial").fresh == []
+
+
+def test_fresh_and_surplus_are_reported(tiny: tuple[XFMConfig, dict[str, Tensor]]) -> None:
+    cfg, state = tiny
+    model = XFM(cfg, heads=("contrastive",))
+    state = {name: value for name, value in state.items() if name != "temp"}
+    others = [prefix for head in ("mlm", "imlm", "matching", "boxes") for prefix in HEAD_PREFIXES[head]]
+    result = load_into(model, state, what="x", fresh=("temp",), surplus=others)
+    assert result.fresh == ["temp"]
+    assert set(result.surplus) == set(state) - set(model.state_dict())
+
+
+def test_an_official_state_dict_is_recognised() -> None:
+    with pytest.raises(CheckpointError, match="from_official"):
+        load_into(XFM(config("tiny_b")), load_tensors("tiny_b/weights"), what="raw")
+
+
+def test_a_module_without_memory() -> None:
+    with torch.device("meta"):
+        layer = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="to_empty"):
+        load_into(layer, nn.Linear(2, 2).state_dict(), what="x")
+
+
+def test_tensors_without_plain_values() -> None:
+    state = {"weight": torch.eye(2).to_sparse(), "bias": torch.empty(2, device="meta")}
+    with pytest.raises(CheckpointError, match="wrong type") as error:
+        load_into(nn.Linear(2, 2), state, what="x")
+    assert "sparse_coo" in str(error.value)
+    assert "without values" in str(error.value)

@@ -1,0 +1,228 @@
+"""Official names there and back, and the rule that stands in for the base model's weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.checkpoint.states import WORDS, assert_same, assert_same_shapes, meta
+from tests.conftest import CASES, base_inputs, base_shapes, base_state, config, load_json, load_tensors, official_keys
+from xfm_fast.checkpoint import HEAD_PREFIXES, heads_in, load_into, select_heads, to_official, to_ours, underivable
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError
+from xfm_fast.models.xfm import ALL_HEADS, XFM, Head
+
+TABLE = "vision_encoder.blocks.0.attn.relative_position_bias_table"
+FINE_TUNING = [
+    "XFMForRetrieval",
+    "XFMForVQA",
+    "XFMForNLVR",
+    "XFMForGrounding",
+    "XFMForGroundingDomainPretrain",
+    "XFMForClassification_imagenet",
+    "XFMForClassification_glue_mrpc",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(case: str) -> None:
+    official, cfg = load_tensors(f"{case}/weights"), config(case)
+    state, report = to_ours(official, cfg)
+    assert_same(to_official(state, cfg, unused=report.unused), official)
+    assert report.naming == "pretraining"
+    assert not report.renamed
+    assert not report.interpolated
+    assert state.keys().isdisjoint(report.unused)
+    assert set(report.duplicates) == {
+        f"{part}_encoder.{head}.decoder.{kind}"
+        for part in ("text", "fusion")
+        for head, kind in (("lm_head", "weight"), ("lm_head", "bias"), ("lm_cap_head", "bias"))
+    }
+    assert ("fusion_proj.weight" in report.unused) == (cfg.vision_width != cfg.text_width)
+    assert f"{report.unused_parameters:,} parameters" in str(report)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fine_tuning_names_there_and_back(case: str) -> None:
+    pretraining, cfg = load_tensors(f"{case}/weights"), config(case)
+    official = {
+        name.replace("text_encoder.roberta.", "text_encoder."): value
+        for name, value in pretraining.items()
+        if not name.startswith(("text_encoder.lm_", "bbox_head."))
+    } | {"cls_head.0.weight": torch.randn(3, 2)}
+    state, report = to_ours(official, cfg)
+    assert report.naming == "fine-tuning"
+    assert "names changed" in str(report)
+    assert_same(to_official(state, cfg, unused=report.unused, naming=report.naming), official)
+
+
+def test_text_decoder_there_and_back() -> None:
+    cfg = config("tiny_b")
+    extra = {
+        name.removeprefix("vqa/"): value
+        for name, value in load_tensors("tiny_b/ft_extra_weights").items()
+        if name.startswith("vqa/")
+    }
+    part = "text_decoder"
+    extra[f"{part}.lm_head.decoder.weight"] = extra[f"{part}.roberta.embeddings.word_embeddings.weight"]
+    extra[f"{part}.lm_head.decoder.bias"] = extra[f"{part}.lm_head.bias"]
+    extra[f"{part}.roberta.embeddings.position_ids"] = torch.arange(cfg.max_positions)[None]
+    state, report = to_ours(extra, cfg)
+    assert len(state) == len(extra) - 3
+    assert not report.unused
+    assert_same(to_official(state, cfg), extra)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ours_is_what_the_model_has(case: str) -> None:
+    cfg = config(case)
+    state, _ = to_ours(load_tensors(f"{case}/weights"), cfg)
+    model = XFM(cfg)
+    assert_same_shapes(state, model.state_dict())
+    assert heads_in(state) == ALL_HEADS == tuple(HEAD_PREFIXES)
+    choices: list[tuple[Head, ...]] = [(), ("contrastive",), ("mlm", "boxes"), ("imlm", "matching")]
+    for heads in choices:
+        assert_same_shapes(select_heads(state, heads), XFM(cfg, heads=heads).state_dict())
+
+
+def test_without_dead_weights_the_rest_is_derived(caplog: pytest.LogCaptureFixture) -> None:
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    state, report = to_ours(official, cfg)
+    back = to_official(state, cfg)
+    lost = underivable(state, cfg)
+    assert set(back) == set(official) - set(lost)
+    assert set(lost) == set(report.unused) | {f"{part}_encoder.lm_cap_head.decoder.bias" for part in ("text", "fusion")}
+    assert f"{len(lost)} official weights" in caplog.text
+    assert_same(back, {name: official[name] for name in back})
+    floating = to_official(state, cfg, unused=report.unused, integer_buffers=False)
+    assert set(floating) == {name for name, value in official.items() if value.is_floating_point()}
+
+
+def test_base_keys() -> None:
+    official, cfg = meta(official_keys()), XFMConfig.preset("base")
+    state, report = to_ours(official, cfg)
+    counted = load_json("official_keys_base")["parameter_counts"]["_all"]["total"]
+    assert counted - report.unused_parameters == sum(value.numel() for value in state.values())
+    with torch.device("meta"):
+        model = XFM(cfg)
+    assert_same_shapes(state, model.state_dict())
+    assert_same_shapes(to_official(state, cfg, unused=report.unused), official)
+
+
+@pytest.mark.parametrize("model", FINE_TUNING)
+def test_fine_tuning_keys(model: str) -> None:
+    keys = official_keys(model)
+    change = load_json(f"official_keys_{model}")
+    assert len(keys) == change["n_keys"]
+    cfg = XFMConfig.preset(
+        "base",
+        image_size=change["config"]["image_res"],
+        text_layers=change["config"]["text_num_hidden_layers"],
+        fusion_layers=change["config"]["fusion_num_hidden_layers"],
+    )
+    official = meta(keys)
+    state, report = to_ours(official, cfg)
+    assert report.naming == "fine-tuning"
+    assert_same_shapes(to_official(state, cfg, unused=report.unused, naming=report.naming), official)
+    with torch.device("meta"):
+        own = XFM(cfg, heads=heads_in(state)).state_dict()
+    added = {name for name in state if name.startswith(("cls_head.", "text_decoder."))}
+    assert set(state) - added == set(own)
+
+
+def test_tables_are_interpolated_to_the_configuration() -> None:
+    official = load_tensors("tiny_b/weights")
+    cfg = config("tiny_b", image_size=56)
+    state, report = to_ours(official, cfg)
+    assert set(report.interpolated.values()) == {(5, 7)}
+    assert len(report.interpolated) == cfg.vision_depth
+    assert "from 5x5 to 7x7" in str(report)
+    wanted = load_tensors("tiny_b/ft_outputs")["retrieval/interpolated_table_block0"]
+    torch.testing.assert_close(state[TABLE].double(), wanted, rtol=0, atol=1e-6)
+    load_into(XFM(cfg), state, what="interpolated")
+    assert to_official(state, cfg)["vision_encoder.blocks.1.attn.relative_position_index"].shape == (50, 50)
+
+
+def test_tied_names_that_disagree() -> None:
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    other = "fusion_encoder.lm_head.decoder.weight"
+    official[other] = official[other] + 1
+    with pytest.raises(CheckpointError, match=r"fusion_encoder\.lm_head\.decoder\.weight") as error:
+        to_ours(official, cfg)
+    assert "fusion_encoder.roberta.embeddings.word_embeddings.weight" in str(error.value)
+
+
+def test_dead_tied_names_may_disagree() -> None:
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    official["text_encoder.lm_cap_head.decoder.bias"] = torch.ones(cfg.vocab_size)
+    state, report = to_ours(official, cfg)
+    assert_same(to_official(state, cfg, unused=report.unused), official)
+
+
+def test_only_the_second_name_of_a_tied_tensor() -> None:
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    value = official.pop(WORDS)
+    state, _ = to_ours(official, cfg)
+    assert torch.equal(state[WORDS], value)
+
+
+def test_a_name_in_both_forms() -> None:
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    official["text_encoder.embeddings.word_embeddings.weight"] = official[WORDS]
+    with pytest.raises(CheckpointError, match="two names of one tensor"):
+        to_ours(official, cfg)
+
+
+def test_a_table_that_fits_no_window() -> None:
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    official[TABLE] = torch.zeros(85, 3)
+    with pytest.raises(CheckpointError, match=r"blocks\.0.*85 rows"):
+        to_ours(official, cfg)
+
+
+def test_unused_must_be_dead() -> None:
+    cfg = config("tiny_b")
+    with pytest.raises(CheckpointError, match=r"itm_head\.0\.weight"):
+        to_official({}, cfg, unused={"itm_head.0.weight": torch.zeros(1)})
+
+
+def test_conversion_copies_nothing() -> None:
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    state, report = to_ours(official, cfg)
+    back = to_official(state, cfg, unused=report.unused)
+    assert all(value is official[name] for name, value in state.items())
+    assert back["text_encoder.lm_head.decoder.weight"] is back[WORDS]
+
+
+@given(st.data())
+def test_any_part_of_a_checkpoint_comes_back(data: st.DataObject) -> None:
+    """Whatever is left out, nothing that was there changes."""
+    official, cfg = load_tensors("tiny_b/weights"), config("tiny_b")
+    names = sorted(official)
+    part = {name: official[name] for name in data.draw(st.lists(st.sampled_from(names), unique=True, max_size=60))}
+    state, report = to_ours(part, cfg)
+    back = to_official(state, cfg, unused=report.unused)
+    dropped = {name for name in part if name not in back}
+    assert all(not official[name].is_floating_point() or "decoder" in name for name in dropped)
+    assert all(torch.equal(back[name], value) for name, value in part.items() if name in back)
+
+
+def test_base_inputs_follow_the_rule() -> None:
+    inputs = base_inputs()
+    for name, value in load_tensors("base/inputs").items():
+        made = inputs[name.split("[")[0]]
+        assert torch.equal(made[:, :, :4, :4] if "[" in name else made, value), name
+
+
+def test_base_weights_follow_the_rule() -> None:
+    shapes, check = base_shapes(), load_json("base/weights_check")
+    small = {name: entry for name, entry in check.items() if json.dumps(entry["shape"]).count("50265") == 0}
+    state = base_state({name: shapes[name] for name in small})
+    for name, entry in small.items():
+        assert list(state[name].shape) == entry["shape"]
+        assert state[name].reshape(-1)[:4].tolist() == entry["first4"][: state[name].numel()]
+        assert state[name].double().sum().item() == pytest.approx(entry["sum"], abs=1e-3)
