@@ -37,8 +37,12 @@ class PatchCodebook:
         """The codes of `[B, 3, R, R]` normalised pixels: `[B, N]` int64."""
         patches = patches_of(image.to(self.centres.dtype), self.patch_size)
         with torch.autocast(image.device.type, enabled=False):
-            # The squares of the pixels are the same for all centres.
-            return (self.centres.square().sum(1) - 2 * patches @ self.centres.t()).argmin(-1)
+            return self._nearest(patches)
+
+    def _nearest(self, patches: Tensor) -> Tensor:
+        """Numbers of the centres that `[..., 3 * P * P]` are nearest to."""
+        # The squares of the pixels are the same for all centres.
+        return (self.centres.square().sum(1) - 2 * patches @ self.centres.t()).argmin(-1)
 
     def to(self, device: torch.device) -> Self:
         """The codebook on another device."""
@@ -68,7 +72,7 @@ class PatchCodebook:
             )
         book = cls(distinct[torch.randperm(len(distinct), generator=draw)[:codes]])
         for _ in range(_ROUNDS):
-            nearest = (book.centres.square().sum(1) - 2 * points @ book.centres.t()).argmin(-1)
+            nearest = book._nearest(points)
             counts = torch.bincount(nearest, minlength=codes)[:, None]
             sums = torch.zeros_like(book.centres).index_add_(0, nearest, points)
             # A centre that nothing is nearest to stays where it is.
