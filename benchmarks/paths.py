@@ -20,6 +20,7 @@ _ATTENTION: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "biased attention": attention._biased_example,
 }
 _LINEAR: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+    **products.EXAMPLES,
     "trained linear": gradients._linear_example,
     "input gradient": gradients._input_example,
 }
@@ -61,7 +62,7 @@ def _example_flops(operation: str) -> int:
     if operation == "weight gradient":
         dout, x = gradients._weight_example(torch.float32)
         return 2 * dout.numel() * x.shape[1]
-    x, weight, *_ = _LINEAR.get(operation, products._example)(torch.float32)
+    x, weight, *_ = _LINEAR.get(operation, products.EXAMPLES["linear"])(torch.float32)
     return 2 * x.shape[0] * weight.numel()
 
 

@@ -6,6 +6,7 @@ oneDNN's linear layers ignore the stride of a bias, so they are given contiguous
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,21 @@ from torch import Tensor
 
 from ..derived import derived
 from .selection import select
+from .slices import multiply
 from .workspace import scratch
 
-# Shape of the products that decide: packed caption tokens through a layer of the base width.
-_ROWS, _INPUTS, _OUTPUTS = 224, 768, 768
+# Shape of the products that decide: packed caption tokens through a layer of the base width, and a single caption.
+_ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS = 224, 13, 768, 768
+# Below these rows products are chosen apart: MKL's fp32 ones take up to twice as long there as 16 rows.
+_FEW = 16
 _HIDDEN_BYTES = 6 << 20
 
 
 def _packed(weight: Tensor, rows: int) -> Tensor:
     """The weight in the blocked layout that oneDNN multiplies without reordering it at every call."""
+    if weight.is_inference():
+        # Without a version it would be packed again and again.
+        return weight
     reorder = torch.ops.mkldnn._reorder_linear_weight
     return derived("onednn-packed", (weight,), lambda: reorder(weight.detach(), rows))
 
@@ -86,43 +93,65 @@ _RESIDUAL: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_ROWS, _INPUTS, generator=generator)
+    x = torch.randn(rows, _INPUTS, generator=generator)
     weight = torch.randn(_OUTPUTS, _INPUTS, generator=generator) / _INPUTS**0.5
     return x.to(dtype), weight.to(dtype), torch.randn(_OUTPUTS, generator=generator).to(dtype)
 
 
-def _residual_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x, weight, bias = _example(dtype)
-    return x, weight, bias, torch.randn(_ROWS, _OUTPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
+def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
+    x, weight, bias = _example(dtype, rows)
+    return x, weight, bias, torch.randn(rows, _OUTPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+_CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
+_MANY = {"linear": _example, "linear_gelu": _example, "linear_residual": _residual_example}
+EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
+    **_MANY,
+    **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
+}
+"""What is timed to choose each operation."""
+
+
+def _choose(operation: str, rows: int, dtype: torch.dtype) -> str:
+    candidates = _CANDIDATES[operation]
+    name = select(operation, candidates, EXAMPLES[operation], dtype)
+    if rows >= _FEW or "packed" in name:
+        return name
+    # A second copy of all weights is too much for the little that it saves here.
+    light = {name: candidate for name, candidate in candidates.items() if "packed" not in name}
+    few = f"{operation} of few rows"
+    return select(few, light, EXAMPLES[few], dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`."""
-    name = select("linear", _LINEAR, _example, x.dtype)
-    return _LINEAR[name](_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    rows = _rows(x)
+    name = _choose("linear", rows.shape[0], x.dtype)
+    return multiply(_LINEAR[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
-    name = select("linear_gelu", _GELU, _example, x.dtype)
-    return _GELU[name](_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    rows = _rows(x)
+    name = _choose("linear_gelu", rows.shape[0], x.dtype)
+    return multiply(_GELU[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the addition is fused."""
-    name = select("linear_residual", _RESIDUAL, _residual_example, x.dtype)
     rows, sums = _rows(x), _rows(residual)
+    name = _choose("linear_residual", rows.shape[0], x.dtype)
     if gamma is None:
-        out = _RESIDUAL[name](rows, weight, bias, sums)
+        out = multiply(_RESIDUAL[name], rows, weight, bias, sums)
     elif name == "aten":
-        product = F.linear(rows, weight, bias)
+        product = multiply(F.linear, rows, weight, bias)
         out = torch.addcmul(sums, product, gamma, out=product)
     else:
         scaled_weight = derived("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
         scaled_bias = None if bias is None else derived("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
-        out = _RESIDUAL[name](rows, scaled_weight, scaled_bias, sums)
+        out = multiply(_RESIDUAL[name], rows, scaled_weight, scaled_bias, sums)
     return out.view(residual.shape)
 
 
@@ -142,8 +171,7 @@ def mlp_residual(
     where to put their result, so they run whole.)
     """
     rows, sums = _rows(x), _rows(residual)
-    first = select("linear_gelu", _GELU, _example, x.dtype)
-    second = select("linear_residual", _RESIDUAL, _residual_example, x.dtype)
+    first, second = (_choose(operation, rows.shape[0], x.dtype) for operation in ("linear_gelu", "linear_residual"))
     if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
         return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))

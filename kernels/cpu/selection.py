@@ -89,7 +89,8 @@ def _compare(
 ) -> Selection:
     trusted_name, trusted = next(iter(candidates.items()))
     rejected: dict[str, str] = {}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # Weights made in inference mode would be packed at every call, which those of a model are not.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         arguments = make_arguments(dtype)
         wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
         truth = trusted(*wide)

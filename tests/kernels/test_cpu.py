@@ -307,6 +307,49 @@ def test_a_choice_is_made_once_per_operation_dtype_and_threads() -> None:
     assert [s.dtype for s in selection.selections() if s.operation == "test: once"] == [torch.float32, torch.bfloat16]
 
 
+@torch.inference_mode()
+def test_a_comparison_in_inference_mode_is_on_weights_of_a_model() -> None:
+    """Inference tensors are packed at every call, which would count against whoever packs."""
+
+    def candidate(x: Tensor) -> Tensor:
+        if x.is_inference():
+            raise RuntimeError("an inference tensor")
+        return x * 2
+
+    found = compare({"trusted": lambda x: x * 2, "packs": candidate})
+    assert not found.rejected
+
+
+@torch.inference_mode()
+def test_a_weight_without_a_version_is_not_packed() -> None:
+    weight = torch.randn(5, 8)
+    assert weight.is_inference()
+    assert products._packed(weight, 3) is weight
+
+
+@torch.inference_mode()
+def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[str]] = {}
+    chosen = "aten"
+
+    def select(operation: str, candidates: dict[str, Any], example: Callable[..., Any], dtype: torch.dtype) -> str:
+        asked[operation] = list(candidates)
+        assert example(dtype)[0].shape[0] == (13 if operation.endswith("few rows") else 224)
+        return "onednn" if operation.endswith("few rows") else chosen
+
+    monkeypatch.setattr(products, "select", select)
+    for operation, candidates in products._CANDIDATES.items():
+        chosen = "aten"
+        assert products._choose(operation, 16, torch.float32) == "aten"
+        assert f"{operation} of few rows" not in asked
+        assert products._choose(operation, 15, torch.float32) == "onednn"
+        assert asked[operation] == list(candidates)
+        assert asked[f"{operation} of few rows"] == [name for name in candidates if name != "onednn-packed"]
+        # Packed weights are there already.
+        chosen = "onednn-packed"
+        assert products._choose(operation, 15, torch.float32) == "onednn-packed"
+
+
 def test_deterministic_algorithms_are_the_trusted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clock said before, and without asking it."""
     monkeypatch.setattr(selection, "_selections", {})
