@@ -21,6 +21,8 @@ from .tiles import tiled_attention
 
 # Up to this many scores, a sequence is a short one: its products are too small for a library to be quick at them.
 _SHORT_SCORES = 64 * 64
+# So few short sequences are less work than the calls of explicit products.
+_FEW = 4
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
@@ -48,6 +50,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     Returns:
         `[B, Nq, H, D]`, contiguous.
     """
+    if q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
+        return _fused(q, k, v, scale, mask)
     name = choice(q.shape[1], k.shape[1], q.dtype)
     # Of the candidates, the one that goes head by head adds one bias to all batch entries.
     return (tiled_attention if name == "onednn" and mask is not None else _PLAIN[name])(q, k, v, scale, mask)

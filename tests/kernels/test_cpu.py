@@ -350,6 +350,24 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
         assert products._choose(operation, 15, torch.float32) == "onednn-packed"
 
 
+def test_a_few_short_sequences_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is quicker for many."""
+    taken: list[tuple[int, int]] = []
+
+    def tiled(q: Tensor, *_: Any) -> Tensor:
+        taken.append((q.shape[0], q.shape[1]))
+        return torch.zeros(q.shape)
+
+    monkeypatch.setattr(attention, "choice", lambda *_: "tiled")
+    monkeypatch.setitem(attention._PLAIN, "tiled", tiled)
+    for batch, length in ((1, 13), (4, 64), (5, 13), (1, 65)):
+        q, k, v = torch.randn(batch, length, 3, 2, 8).unbind(2)
+        found = attention.plain_attention(q, k, v, 0.3)
+        if (batch, length) not in taken:
+            assert_as_accurate(found, plain_attention, q, k, v, 0.3, None)
+    assert taken == [(5, 13), (1, 65)]
+
+
 def test_deterministic_algorithms_are_the_trusted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clock said before, and without asking it."""
     monkeypatch.setattr(selection, "_selections", {})
