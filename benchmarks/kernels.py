@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xfm_fast.benchmarks.kernel_cases import Case, Run
+from xfm_fast.benchmarks.kernel_cases import Case, Run, cases
+from xfm_fast.benchmarks.suite import Document, Progress
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import roofline
 
 _ROUNDS = 7
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """What to measure.
+
+    Attributes:
+        dtype: fp32, fp16 or bf16; None for bf16 on a GPU and fp32 on a CPU.
+        small: shapes of milliseconds, to see that everything runs.
+    """
+
+    dtype: str | None = None
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,29 @@ class KernelRow:
     def as_dict(self) -> dict[str, object]:
         """For a JSON document."""
         return asdict(self)
+
+
+def run(options: KernelOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
+    """Measure every case on the GPU, or on the CPU without one. Ctrl-C keeps the cases that are complete.
+
+    Raises:
+        InputError: an unknown type.
+    """
+    progress = progress or Progress()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if name not in _DTYPES:
+        raise InputError(f"--dtype {name!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    document = Document.begun(options, command, benchmark="kernels", device=device.type)
+    made = cases(device, _DTYPES[name], small=options.small)
+    progress.begin(len(made))
+    try:
+        for case in made:
+            progress.stage(case.name)
+            document.rows.extend(row.as_dict() | {"dtype": name} for row in measure(case, device, data_sheet(device)))
+    except KeyboardInterrupt:
+        document.content["interrupted"] = True
+    return document
 
 
 def measure(case: Case, device: torch.device, gpu: roofline.GPU | None) -> list[KernelRow]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from xfm_fast.benchmarks.page.document import duration, seconds
 from xfm_fast.benchmarks.page.plots import marks, measured
+from xfm_fast.benchmarks.stored import kernel_ratio
 from xfm_fast.benchmarks.terminal_scenarios import result
 
 _OFFICIAL = "official-algorithm"
@@ -16,6 +17,8 @@ def tables(content: dict[str, Any]) -> str:
     """The rows of a results document as one Markdown table, or two; ends with a line break."""
     if content.get("benchmark") == "drop-in":
         return _drop_in(content["rows"])
+    if content.get("benchmark") == "kernels":
+        return _kernels(content["rows"])
     if content["schema_version"] == 1:
         return _suite(content)
     parts = []
@@ -80,25 +83,47 @@ def _drop_in(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if not row["seconds"]:
+            continue
+        ratio = kernel_ratio(row, rows)
+        lines.append(
+            [
+                row["case"],
+                row["direction"],
+                row["contender"],
+                row["dtype"],
+                seconds(row["seconds"]),
+                "" if ratio is None else f"{ratio:.2f}x",
+                "" if row["error"] is None else f"{row['error']:.0e}",
+            ]
+        )
+    return _table(["operation", "direction", "contender", "dtype", "time", "xfm-fast is", "error"], lines)
+
+
 def _scenarios(rows: list[dict[str, Any]]) -> str:
-    heads = ["work", "mode", "contender", "dtype", "result", "p99", "xfm-fast is", "error"]
     ours = [row for row in measured(rows) if row["contender"] == "xfm-fast"]
     lines = []
     for row in measured(rows):
         latency, parity = row["latency"], row["parity"]
         lines.append(
-            [
-                row["name"],
-                row["mode"],
-                row["label"],
-                row["dtype"],
-                f"{result(row)} {marks(row)}".rstrip(),
-                seconds(latency["p99"]["value"]) if latency else "",
-                _ratios(row, ours),
-                "" if parity is None or parity["error"] is None else f"{parity['error']:.0e}",
-            ]
+            {
+                "work": row["name"],
+                "mode": row["mode"],
+                "contender": row["label"],
+                "dtype": row["dtype"],
+                "result": f"{result(row)} {marks(row)}".rstrip(),
+                "p99": seconds(latency["p99"]["value"]) if latency else "",
+                "xfm-fast is": "" if row["contender"] == "xfm-fast" else _ratios(row, ours),
+                "error": "" if parity is None or parity["error"] is None else f"{parity['error']:.0e}",
+            }
         )
-    return _table(heads, lines)
+    # Only single requests have a latency.
+    timed = any(line["p99"] for line in lines)
+    heads = ["work", "mode", "contender", "dtype", "result", *(["p99"] if timed else []), "xfm-fast is", "error"]
+    return _table(heads, [[line[head] for head in heads] for line in lines])
 
 
 def _ratios(row: dict[str, Any], ours: list[dict[str, Any]]) -> str:

@@ -1,8 +1,9 @@
-"""Results documents read back, of the suite (schema 1) and of scenarios (schema 2), and the samples of their rows."""
+"""Results documents read back, of the suite and its like (schema 1) and of scenarios (schema 2), and their samples."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ def load(path: str | Path) -> dict[str, Any]:
         return read_document(path).as_content()
     if version != _SUITE_SCHEMA:
         raise DataError(
-            f"{path} has schema version {version!r}, and this xfm-fast reads {_SUITE_SCHEMA} (bench, bench train-step) "
-            f"and {SCHEMA_VERSION} (bench scenario, sweep, coco); measure again, or use the xfm-fast that wrote it"
+            f"{path} has schema version {version!r}, and this xfm-fast reads {_SUITE_SCHEMA} (bench, bench train-step, "
+            f"drop-in, kernels) and {SCHEMA_VERSION} (bench scenario, sweep, coco); measure again, or use the xfm-fast "
+            "that wrote it"
         )
     lacking = {"date", "command", "options", "interrupted", "machine", "parity", "rows"} - set(content)
     if lacking:
@@ -65,7 +67,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def benchmark(content: dict[str, Any]) -> str:
-    """Which benchmark a document is of: `suite`, `train-step`, `scenario`, `sweep`, `coco`."""
+    """Which benchmark a document is of: `suite`, `train-step`, `drop-in`, `kernels`, `scenario`, `sweep`, `coco`."""
     return content.get("benchmark", "suite")
 
 
@@ -78,11 +80,38 @@ def timed(content: dict[str, Any]) -> list[Timed]:
     try:
         if content["schema_version"] == SCHEMA_VERSION:
             return [_of_scenario(row) for row in content["rows"]]
+        if benchmark(content) == "kernels":
+            return [_of_kernel(row) for row in content["rows"]]
         rows = [one for row in content["rows"] for one in _of_suite(row)]
     except (KeyError, TypeError) as error:
         raise DataError(f"a row of {benchmark(content)} results is damaged ({error}); measure again") from None
     # Rows of several types share the official side, which is fp32 and comes with the first of them.
     return list({one.key: one for one in reversed(rows)}.values())[::-1]
+
+
+def kernel_ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+    """How many times as fast as this row of `bench kernels` our operation is; None for itself, and without a time."""
+    work = ("case", "direction", "dtype")
+    ours = next(r for r in rows if r["contender"] == _OURS and all(r[name] == row[name] for name in work))
+    if row is ours or not row["seconds"] or not ours["seconds"]:
+        return None
+    return row["seconds"] / ours["seconds"]
+
+
+def _of_kernel(row: dict[str, Any]) -> Timed:
+    work, contender = (row["case"], row["direction"]), row["contender"]
+    return Timed(
+        (*work, contender, row["dtype"]),
+        ", ".join(work),
+        contender,
+        row["dtype"],
+        (*work, "eager", row["dtype"]) if contender != "eager" else None,
+        tuple(row["samples"]),
+        None,
+        "measured" if row["seconds"] else "failed",
+        row["note"],
+        False,
+    )
 
 
 def _of_suite(row: dict[str, Any]) -> list[Timed]:

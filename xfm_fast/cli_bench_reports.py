@@ -30,6 +30,7 @@ def bench_report(
     from xfm_fast.benchmarks import markdown as tables
     from xfm_fast.benchmarks import page, stored, terminal
     from xfm_fast.benchmarks.terminal_drop_in import print_drop_in
+    from xfm_fast.benchmarks.terminal_kernels import print_kernels
     from xfm_fast.checkpoint import write_bytes
 
     content = stored.load(results)
@@ -44,6 +45,8 @@ def bench_report(
         console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
         if stored.benchmark(content) == "drop-in":
             print_drop_in(content, console)
+        elif stored.benchmark(content) == "kernels":
+            print_kernels(content, console)
         elif content["schema_version"] == 1:
             terminal.print_report(content, console)
         else:

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from xfm_fast.benchmarks import kernels, markdown, stored
 from xfm_fast.benchmarks.kernel_cases import Case, cases
 from xfm_fast.benchmarks.kernels import measure
+from xfm_fast.benchmarks.page import render
+from xfm_fast.cli import app
 from xfm_fast.kernels import roofline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,8 +74,62 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "relpos_attention" in done.stdout
     document = json.loads((tmp_path / "rows.json").read_text())
-    assert {"machine", "commit", "dtype", "rows"} <= document.keys()
+    assert {"machine", "commit", "command", "date", "rows"} <= document.keys()
     assert all(row["seconds"] > 0 for row in document["rows"] if row["contender"] == "xfm-fast")
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "cases", lambda *_, **__: SMALL[:2])
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_results_are_shown_again_and_compared(tmp_path: Path) -> None:
+    def wrong(*inputs: torch.Tensor) -> torch.Tensor:
+        return SMALL[0].ours(*inputs) * 1.001
+
+    SMALL[0].others["wrong & odd"] = wrong
+    try:
+        content = kernels.run(kernels.KernelOptions(small=True), command=["xfm-fast", "bench", "kernels"]).content
+    finally:
+        del SMALL[0].others["wrong & odd"]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(content, default=str), encoding="utf-8")
+    loaded = stored.load(path)
+    eager = next(row for row in loaded["rows"] if row["contender"] == "eager" and row["direction"] == "forward")
+    ours = next(row for row in loaded["rows"] if row["contender"] == "xfm-fast")
+    ratio = stored.kernel_ratio(eager, loaded["rows"])
+    assert ratio == eager["seconds"] / ours["seconds"]
+    assert stored.kernel_ratio(ours, loaded["rows"]) is None
+    page, table = render(loaded), markdown.tables(loaded)
+    for row in loaded["rows"]:
+        assert row["case"] in page
+        assert (row["seconds"] is None) == (f"| {row['case']} | {row['direction']} | {row['contender']} |" not in table)
+    assert f"{ratio:.2f}×" in page
+    assert f"{ratio:.2f}x" in table
+    assert "wrong &amp; odd: wrong: error" in page
+    shown = CliRunner().invoke(app, ["bench", "report", str(path)])
+    assert f"{ratio:.2f}x" in shown.output, shown.output
+    compared = CliRunner().invoke(app, ["bench", "compare", str(path), str(path)])
+    assert compared.exit_code == 0, compared.output
+    assert "no difference" in compared.output
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_an_interrupted_run_keeps_whole_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def once(case: Case, device: torch.device, gpu: roofline.GPU | None) -> list[kernels.KernelRow]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(case.name)
+        return measure(case, device, gpu)
+
+    monkeypatch.setattr(kernels, "measure", once)
+    document = kernels.run(kernels.KernelOptions(small=True))
+    assert document.interrupted
+    assert {row["case"] for row in document.rows} == {SMALL[0].name}
+    assert "interrupted" in render(document.content)
 
 
 def test_an_unknown_dtype_is_one_line() -> None:
