@@ -31,7 +31,7 @@ def bench_kernels(
     with terminal.progress(Console(stderr=True)) as progress:
         document = kernels.run(options, progress, command=["xfm-fast", *sys.argv[1:]])
     # A pipe or a log file has no width; the table needs some.
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     print_kernels(document.content, console)
     if json_file is not None:
         text = json.dumps(document.content | {"commit": machine.commit()}, indent=1, default=str) + "\n"

@@ -86,8 +86,9 @@ def _pages() -> dict[str, str]:
         "sweep": example_documents.sweep().as_content(),
         "coco": example_documents.coco().as_content(),
         "drop-in": example_documents.drop_in(),
-        "suite": json.loads((ROOT / "benchmarks/results/cpu-amx-2threads.json").read_text(encoding="utf-8")),
     }
+    for name, file in {"suite": "cpu-amx-2threads", "kernels": "kernels-cpu-amx-2threads"}.items():
+        documents[name] = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text(encoding="utf-8"))
     return {name: render(content) for name, content in documents.items()}
 
 
@@ -127,7 +128,7 @@ def test_nothing_complains(seen: tuple[str, dict[str, Any], str]) -> None:
 def test_every_width_and_scheme_was_seen(seen: tuple[str, dict[str, Any], str]) -> None:
     scheme, report, _ = seen
     assert sorted((one["name"], one["width"]) for one in report["found"]) == sorted(
-        (name, width) for name in ("scenarios", "sweep", "coco", "drop-in", "suite") for width in WIDTHS
+        (name, width) for name in ("scenarios", "sweep", "coco", "drop-in", "suite", "kernels") for width in WIDTHS
     )
     grounds = {one["ground"] for one in report["found"]}
     assert {one["dark"] for one in report["found"]} == {scheme == "dark"}
@@ -135,7 +136,7 @@ def test_every_width_and_scheme_was_seen(seen: tuple[str, dict[str, Any], str]) 
 
 
 def test_charts_are_drawn(seen: tuple[str, dict[str, Any], str]) -> None:
-    charts = {"scenarios": 9 + 3 + 3 + 3 + 2 + 4, "sweep": 2, "coco": 0, "drop-in": 2, "suite": 3}
+    charts = {"scenarios": 9 + 3 + 3 + 3 + 2 + 4, "sweep": 2, "coco": 0, "drop-in": 2, "suite": 3, "kernels": 15}
     for one in seen[1]["found"]:
         assert one["empty"] == []
         assert one["charts"] >= charts[one["name"]], one["name"]
