@@ -77,7 +77,10 @@ def _speedups(rows: list[Row]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    heads = ["operation", "direction", "contender", "dtype", "time", "xfm-fast is", "rate", "traffic", "of the floor"]
+    # Only of a GPU that is known.
+    floors = any(row["share_of_floor"] is not None for row in rows)
+    heads = ["operation", "direction", "contender", "dtype", "time", "xfm-fast is", "rate", "traffic"]
+    heads += [*(["of the floor"] if floors else []), "error"]
     lines = []
     for row in rows:
         if not row["seconds"]:
@@ -88,16 +91,15 @@ def _table(rows: list[Row]) -> str:
             "" if ratio is None else f"{ratio:.2f}×",
             si(row["flops_per_s"], "FLOP/s"),
             si(row["bytes_per_s"], "B/s"),
-            "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}",
+            *(["" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}"] if floors else []),
             "" if row["error"] is None else f"{row['error']:.1e}",
         ]
         lines.append(line([row["case"], row["direction"], row["contender"], row["dtype"]], numbers))
     if not lines:
         return ""
-    text = (
-        "Errors are against the definition in fp64, relative to the largest value. The floor is that of a data sheet."
-    )
-    return section("All rows", text, table([*heads, "error"], lines, words=4))
+    text = "Errors are against the definition in fp64, relative to the largest value."
+    text += " The floor is that of the GPU's data sheet." if floors else ""
+    return section("All rows", text, table(heads, lines, words=4))
 
 
 def _missing(rows: list[Row]) -> str:
