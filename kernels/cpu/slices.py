@@ -39,7 +39,7 @@ def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *
     """
     rows, threads = x.shape[0], torch.get_num_threads()
     most = _ROWS * threads
-    if x.dtype == torch.float32 or threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
+    if x.element_size() != 2 or threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
         return product(x, weight, bias, *others)
     sliced = partial(_sliced, product, _even_step(rows, most))
     key = (product, weight.shape, x.dtype, rows // _BUCKET, threads)

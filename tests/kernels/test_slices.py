@@ -109,16 +109,17 @@ def test_a_size_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_never_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32, few rows, a single thread, and whoever wants every run alike: nothing is even timed."""
+    """Wider types, few rows, a single thread, and whoever wants every run alike: nothing is even timed."""
     asked = clock(monkeypatch, whole=1.0, sliced=0.5)
     product = Counted()
     slices.multiply(product, *arguments(200, torch.float32))
+    slices.multiply(product, *arguments(200, torch.float64))
     slices.multiply(product, *arguments(64))
     with deterministic_algorithms():
         slices.multiply(product, *arguments(200))
     torch.set_num_threads(1)
     slices.multiply(product, *arguments(200))
-    assert product.rows == [200, 64, 200, 200]
+    assert product.rows == [200, 200, 64, 200, 200]
     assert not asked
 
 
