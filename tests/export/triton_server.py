@@ -112,4 +112,4 @@ def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
 
 
 def _tail(log: Path) -> str:
-    return log.read_bytes().decode(errors="replace")[-6000:]
+    return log.read_bytes().decode(errors="replace")[-20_000:]
