@@ -72,12 +72,12 @@ def run(options: KernelOptions, progress: Progress | None = None, command: Seque
     if name not in _DTYPES:
         raise InputError(f"--dtype {name!r} is unknown; choose one of {', '.join(_DTYPES)}")
     document = Document.begun(options, command, benchmark="kernels", device=device.type)
-    made = cases(device, _DTYPES[name], small=options.small)
+    made, gpu = cases(device, _DTYPES[name], small=options.small), data_sheet(device)
     progress.begin(len(made))
     try:
         for case in made:
             progress.stage(case.name)
-            document.rows.extend(row.as_dict() | {"dtype": name} for row in measure(case, device, data_sheet(device)))
+            document.rows.extend(row.as_dict() | {"dtype": name} for row in measure(case, device, gpu))
     except KeyboardInterrupt:
         document.content["interrupted"] = True
     return document

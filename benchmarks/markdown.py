@@ -7,7 +7,7 @@ from typing import Any
 
 from xfm_fast.benchmarks.page.document import duration, seconds
 from xfm_fast.benchmarks.page.plots import marks, measured
-from xfm_fast.benchmarks.stored import kernel_ratio
+from xfm_fast.benchmarks.stored import benchmark, kernel_ratio
 from xfm_fast.benchmarks.terminal_scenarios import result
 
 _OFFICIAL = "official-algorithm"
@@ -15,9 +15,10 @@ _OFFICIAL = "official-algorithm"
 
 def tables(content: dict[str, Any]) -> str:
     """The rows of a results document as one Markdown table, or two; ends with a line break."""
-    if content.get("benchmark") == "drop-in":
+    kind = benchmark(content)
+    if kind == "drop-in":
         return _drop_in(content["rows"])
-    if content.get("benchmark") == "kernels":
+    if kind == "kernels":
         return _kernels(content["rows"])
     if content["schema_version"] == 1:
         return _suite(content)

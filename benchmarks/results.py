@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from xfm_fast.benchmarks import machine
 from xfm_fast.benchmarks.page import render
 from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import StorageError
@@ -65,6 +66,15 @@ def save_reference(content: dict[str, Any], folder: Path) -> Path:
     path = folder / f"{content['benchmark']}-{gpu}.json"
     write_bytes({path: _document(content)})
     return path
+
+
+def save_as(content: dict[str, Any], path: Path) -> None:
+    """Write a document alone, under a name of the user's choice, with the commit that it was measured at.
+
+    Raises:
+        StorageError: the file cannot be written, or the disk is full.
+    """
+    write_bytes({path: _document(content | {"commit": machine.commit()})})
 
 
 def _document(content: dict[str, Any]) -> bytes:

@@ -89,10 +89,15 @@ def timed(content: dict[str, Any]) -> list[Timed]:
     return list({one.key: one for one in reversed(rows)}.values())[::-1]
 
 
+def our_kernel(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of `bench kernels` that this one is an alternative to."""
+    work = ("case", "direction", "dtype")
+    return next(r for r in rows if r["contender"] == _OURS and all(r[name] == row[name] for name in work))
+
+
 def kernel_ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
     """How many times as fast as this row of `bench kernels` our operation is; None for itself, and without a time."""
-    work = ("case", "direction", "dtype")
-    ours = next(r for r in rows if r["contender"] == _OURS and all(r[name] == row[name] for name in work))
+    ours = our_kernel(row, rows)
     if row is ours or not row["seconds"] or not ours["seconds"]:
         return None
     return row["seconds"] / ours["seconds"]

@@ -8,15 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from xfm_fast.benchmarks.page.document import circumstances_line
 from xfm_fast.benchmarks.stored import kernel_ratio
 
 
 def print_kernels(content: dict[str, Any], console: Console) -> None:
     """Prints the rows of `bench kernels`."""
-    facts = content["machine"]
-    gpus = ", ".join(gpu["name"] for gpu in facts.get("gpus", [])) if content["device"] == "cuda" else ""
-    title = f"kernels on {gpus or facts['cpu']}, {facts['threads']} threads, PyTorch {facts['torch']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"kernels on {circumstances_line(content)}", title_justify="left", box=box.SIMPLE_HEAD)
     for head in ("operation", "direction", "contender", "dtype"):
         table.add_column(head, overflow="fold")
     for head in ("ms", "ours is", "TFLOP/s", "GB/s", "of the floor", "error"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +25,8 @@ def bench_drop_in(
     """
     from rich.console import Console
 
-    from xfm_fast.benchmarks import drop_in, machine, terminal
+    from xfm_fast.benchmarks import drop_in, results, terminal
     from xfm_fast.benchmarks.terminal_drop_in import print_drop_in
-    from xfm_fast.checkpoint.storage import write_bytes
 
     options = drop_in.DropInOptions(
         only=tuple(part.strip() for part in only.split(",")) if only else None,
@@ -43,8 +41,7 @@ def bench_drop_in(
     console = Console() if sys.stdout.isatty() else Console(width=140)
     print_drop_in(document.content, console)
     if json_file is not None:
-        text = json.dumps(document.content | {"commit": machine.commit()}, indent=1, default=str) + "\n"
-        write_bytes({json_file: text.encode()})
+        results.save_as(document.content, json_file)
         console.print(f"saved: {json_file}", soft_wrap=True)
     if document.interrupted:
         raise typer.Exit(130)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,9 +22,8 @@ def bench_kernels(
     """
     from rich.console import Console
 
-    from xfm_fast.benchmarks import kernels, machine, terminal
+    from xfm_fast.benchmarks import kernels, results, terminal
     from xfm_fast.benchmarks.terminal_kernels import print_kernels
-    from xfm_fast.checkpoint.storage import write_bytes
 
     options = kernels.KernelOptions(dtype=dtype or None, small=small)
     with terminal.progress(Console(stderr=True)) as progress:
@@ -34,8 +32,7 @@ def bench_kernels(
     console = Console() if sys.stdout.isatty() else Console(width=160)
     print_kernels(document.content, console)
     if json_file is not None:
-        text = json.dumps(document.content | {"commit": machine.commit()}, indent=1, default=str) + "\n"
-        write_bytes({json_file: text.encode()})
+        results.save_as(document.content, json_file)
         console.print(f"saved: {json_file}", soft_wrap=True)
     if document.interrupted:
         raise typer.Exit(130)

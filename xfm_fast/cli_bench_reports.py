@@ -43,9 +43,10 @@ def bench_report(
         typer.echo(tables.tables(content), nl=False)
     elif html is None:
         console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-        if stored.benchmark(content) == "drop-in":
+        kind = stored.benchmark(content)
+        if kind == "drop-in":
             print_drop_in(content, console)
-        elif stored.benchmark(content) == "kernels":
+        elif kind == "kernels":
             print_kernels(content, console)
         elif content["schema_version"] == 1:
             terminal.print_report(content, console)

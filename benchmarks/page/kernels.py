@@ -20,10 +20,9 @@ from xfm_fast.benchmarks.page.document import (
     shell,
     table,
 )
-from xfm_fast.benchmarks.stored import kernel_ratio
+from xfm_fast.benchmarks.stored import kernel_ratio, our_kernel
 
 Row = dict[str, Any]
-_OURS = "xfm-fast"
 
 
 def render(content: dict[str, Any]) -> str:
@@ -54,13 +53,11 @@ def _remarks(content: dict[str, Any]) -> Iterable[tuple[str, str]]:
 def _speedups(rows: list[Row]) -> str:
     made = []
     for work in dict.fromkeys((row["case"], row["direction"], row["dtype"]) for row in rows):
-        group = [row for row in rows if (row["case"], row["direction"], row["dtype"]) == work]
-        ours = next(row for row in group if row["contender"] == _OURS)
         found = []
-        for row in group:
+        for row in (row for row in rows if (row["case"], row["direction"], row["dtype"]) == work):
             ratio = kernel_ratio(row, rows)
             if ratio is not None:
-                low, high = ratio_interval(row["samples"], ours["samples"])
+                low, high = ratio_interval(row["samples"], our_kernel(row, rows)["samples"])
                 text = f"{ratio:.2f}×"
                 found.append(Bar(f"against {row['contender']}", ratio, text, "s0", low, high, seconds(row["seconds"])))
         if found:

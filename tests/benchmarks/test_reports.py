@@ -144,6 +144,17 @@ def test_markdown_says_how_many_times_as_fast() -> None:
     assert f"{against['ratio']:.1f}x (fp32)" in line
 
 
+def test_markdown_leaves_out_what_says_nothing() -> None:
+    """Latencies where no request was alone, and how many times as fast xfm-fast is as itself."""
+    content = example_documents.scenarios().as_content()
+    assert "| p99 |" in markdown.tables(content)
+    for line in markdown.tables(content).splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[2] != "xfm-fast" or cells[-2] == ""
+    content["rows"] = [row for row in content["rows"] if row["mode"] == "offline"]
+    assert "p99" not in markdown.tables(content)
+
+
 def test_saved_documents_are_shown_again(content: dict[str, Any], tmp_path: Path) -> None:
     saved = results.save(content, tmp_path / "out")
     assert read_document(saved.document).as_content() == content

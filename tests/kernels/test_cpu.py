@@ -209,11 +209,7 @@ def test_scratch_memory_is_shared_by_name_and_kept() -> None:
 @pytest.mark.parametrize("operation", ["linear", "linear_gelu", "linear_residual"])
 @torch.inference_mode()
 def test_products(operation: str, bias: bool, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    candidates: dict[str, Callable[..., Tensor]] = {
-        "linear": products._LINEAR,
-        "linear_gelu": products._GELU,
-        "linear_residual": products._RESIDUAL,
-    }[operation]
+    candidates = products._CANDIDATES[operation]
     definition: Callable[..., Tensor] = {
         "linear": reference.linear,
         "linear_gelu": reference.linear_gelu,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.determinism import deterministic_algorithms
 from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.test_cpu import usable
 from xfm_fast.kernels import reference
 from xfm_fast.kernels.cpu import products, slices
 
@@ -70,23 +71,27 @@ def test_slices_are_even_and_cover_every_row(rows: int, monkeypatch: pytest.Monk
     assert_as_accurate(found, lambda x, w, b, r: F.linear(x, w, b) + r, *given)
 
 
-@pytest.mark.parametrize("operation", ["linear", "linear_gelu", "linear_residual"])
+CANDIDATES = [(operation, name) for operation, found in products._CANDIDATES.items() for name in found]
+
+
+@pytest.mark.parametrize(("operation", "name"), CANDIDATES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@torch.inference_mode()
-def test_sliced_operations(operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sliced_operations(operation: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    usable(operation, name, dtype)
     asked = clock(monkeypatch, whole=1.0, sliced=0.5)
-    monkeypatch.setattr(products, "select", lambda *_: "aten")
-    x, weight, bias, residual = arguments(130, dtype)
-    x = x.view(2, 65, 24)
-    residual = residual.view(2, 65, 8)
-    gamma = torch.rand(8).to(dtype)
-    if operation == "linear_residual":
-        for scale in (None, gamma):
-            found = products.linear_residual(x, weight, bias, residual, scale)
-            assert_as_accurate(found, reference.linear_residual, x, weight, bias, residual, scale, None)
-    else:
-        found = getattr(products, operation)(x, weight, bias)
-        assert_as_accurate(found, getattr(reference, operation), x, weight, bias)
+    monkeypatch.setattr(products, "select", lambda *_: name)
+    with torch.no_grad():
+        x, weight, bias, residual = arguments(130, dtype)
+        x = x.view(2, 65, 24)
+        residual = residual.view(2, 65, 8)
+        gamma = torch.rand(8).to(dtype)
+        if operation == "linear_residual":
+            for scale in (None, gamma):
+                found = products.linear_residual(x, weight, bias, residual, scale)
+                assert_as_accurate(found, reference.linear_residual, x, weight, bias, residual, scale, None)
+        else:
+            found = getattr(products, operation)(x, weight, bias)
+            assert_as_accurate(found, getattr(reference, operation), x, weight, bias)
     assert asked
 
 
