@@ -1,7 +1,7 @@
 """The package that is built from the checkout: what it holds, what it must not hold, and that it can be imported.
 
-`xfm_fast/kernels`, `export` and `benchmarks` are links to folders beside `xfm_fast`. Builds go through them, so that
-the wheel and the source distribution hold plain files; the same folders must not become packages of their own.
+`kernels`, `export` and `benchmarks` lie beside `xfm_fast` and are installed inside it; they must not become packages of
+their own. The links of their names in `xfm_fast` serve a checkout alone: builds do without them.
 """
 
 import os
@@ -31,6 +31,7 @@ class Builds:
     sdist: Path
     wheel: Path
     wheel_from_sdist: Path
+    wheel_without_links: Path
     unpacked: Path  # the wheel's content
 
 
@@ -51,7 +52,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     base = tmp_path_factory.mktemp("packaging")
     source = base / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     for name in ("xfm_fast", *LINKED):
@@ -66,9 +67,19 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
         archive.extractall(base / "unpacked-sdist", filter="data")
     (tree,) = (base / "unpacked-sdist").iterdir()
     wheel_from_sdist = _build("wheel", tree, base / "wheel-from-sdist")
+    wheel_without_links = _build("wheel", _without_links(source, base / "no-links"), base / "wheel-without-links")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(base / "unpacked")
-    return Builds(source, sdist, wheel, wheel_from_sdist, base / "unpacked")
+    return Builds(source, sdist, wheel, wheel_from_sdist, wheel_without_links, base / "unpacked")
+
+
+def _without_links(source: Path, tree: Path) -> Path:
+    """The tree as an unpacked ZIP has it: each link is a text file that holds the link's target."""
+    shutil.copytree(source, tree, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    for name in LINKED:
+        (tree / "xfm_fast" / name).unlink()
+        (tree / "xfm_fast" / name).write_text(f"../{name}")
+    return tree
 
 
 def _contents(wheel: Path) -> dict[str, int]:
@@ -78,7 +89,7 @@ def _contents(wheel: Path) -> dict[str, int]:
 
 def _payload(tree: Path) -> Iterator[str]:
     for folder, _, files in os.walk(tree / "xfm_fast", followlinks=True):
-        if Path(folder).name == "micro":  # pytest-benchmark's, for a checkout
+        if Path(folder).name in ("micro", "results"):  # pytest-benchmark's and measured rows: for a checkout
             continue
         for name in files:
             if name == "py.typed" or Path(name).suffix in DATA_SUFFIXES | {".py"}:
@@ -117,14 +128,27 @@ def test_sdist_holds_plain_files_only(builds: Builds) -> None:
         members = archive.getmembers()
     assert not [member.name for member in members if not (member.isfile() or member.isdir())]
     roots = {member.name.split("/")[1] for member in members if "/" in member.name}
-    assert roots >= {"xfm_fast", "pyproject.toml", "LICENSE", "CHANGELOG.md"}
-    assert not roots & {*LINKED, "tests"}
+    assert roots >= {"xfm_fast", *LINKED, "pyproject.toml", "setup.py", "LICENSE", "CHANGELOG.md"}
+    assert "tests" not in roots
 
 
-def test_wheel_built_from_the_sdist_is_the_same(builds: Builds) -> None:
-    direct, detour = _contents(builds.wheel), _contents(builds.wheel_from_sdist)
+@pytest.mark.parametrize("other", ["wheel_from_sdist", "wheel_without_links"])
+def test_every_way_builds_the_same_wheel(builds: Builds, other: str) -> None:
+    direct, detour = _contents(builds.wheel), _contents(getattr(builds, other))
     assert sorted(direct) == sorted(detour)
     assert {name for name in direct if direct[name] != detour[name]} == set()
+
+
+def test_checkout_without_links_is_not_imported_in_silence(tmp_path: Path) -> None:
+    package = tmp_path / "xfm_fast"
+    package.mkdir()
+    shutil.copy(ROOT / "xfm_fast" / "__init__.py", package)
+    (package / "kernels").write_text("../kernels")
+    # Without site-packages, where an installation would say where the folders are.
+    command = [sys.executable, "-S", "-c", "import xfm_fast"]
+    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install --editable" in done.stderr.splitlines()[-1]
 
 
 def test_wheel_imports_away_from_the_checkout(builds: Builds, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Names are imported when they are first used, so that the command line answers be
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from xfm_fast.tasks.retrieval import Retriever as Retriever
 
 __version__ = "0.1.0"
+
+# The folder lies beside this one and is reached by a link, or by where an installation says that it is.
+if find_spec(f"{__name__}.kernels") is None:
+    raise ImportError(
+        f"{__file__} lies in a checkout that is not installed and whose links to kernels, export and benchmarks are no "
+        "links (an unpacked ZIP, or Windows without core.symlinks): run pip install --editable . in the checkout"
+    )
 
 _HOMES = {
     "XFM": "xfm_fast.models.xfm",
