@@ -1,4 +1,7 @@
-"""Text encoders and decoders of transformers: BERT, RoBERTa and those that are built like them."""
+"""Text models of transformers, BERT, RoBERTa and those built like them: layers, whole encoders, masked-language heads.
+
+For models that let one choose their attention there is also `attn_implementation="xfm_fast"`: over real keys only.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from xfm_fast.errors import UnavailableError
+from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
-from xfm_fast.packing import Packing
-from xfm_fast.replace.packed_layers import (
+from xfm_fast.packing import Packing, on_host
+from xfm_fast.replace.bert_layer import (
+    FusedEmbeddings,
     Packed,
     Padded,
+    VocabularyHead,
+    attend_to_real_keys,
+    default_positions,
     packed_memory,
     padded_memory,
     plan,
     run_layer,
 )
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import CalledByName, is_fused, observed, original_class, why_not_bypassed
-from xfm_fast.replace.text_embeddings import FusedEmbeddings, default_positions
+from xfm_fast.replace.swap import CalledByName, Rule, Settings, is_fused, observed, original_class, why_not_bypassed
 
 # Layers whose forward is BERT's, and encoders whose forward is BERT's or RoBERTa's, by package of transformers.
 _LAYERS = {
@@ -43,6 +49,8 @@ _LAYERS = {
     "roc_bert": "RoCBertLayer",
     "xlm_roberta": "XLMRobertaLayer",
 }
+
+
 _MODELS = {
     "bert": "BertModel",
     "blip": "BlipTextModel",
@@ -51,6 +59,8 @@ _MODELS = {
     "roberta": "RobertaModel",
     "xlm_roberta": "XLMRobertaModel",
 }
+
+
 _EMBEDDINGS = {
     "bert": "BertEmbeddings",
     "blip": "BlipTextEmbeddings",
@@ -59,12 +69,102 @@ _EMBEDDINGS = {
     "roberta": "RobertaEmbeddings",
     "xlm_roberta": "XLMRobertaEmbeddings",
 }
+
+
+_MASKED_LM = {
+    "bert": "BertForMaskedLM",
+    "camembert": "CamembertForMaskedLM",
+    "data2vec": "Data2VecTextForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+    "xlm_roberta": "XLMRobertaForMaskedLM",
+}
+
+
+_BERT_HEADS = {"bert": "BertLMPredictionHead", "blip": "BlipTextLMPredictionHead"}
+
+
+_ROBERTA_HEADS = {
+    "camembert": "CamembertLMHead",
+    "data2vec": "Data2VecTextLMHead",
+    "roberta": "RobertaLMHead",
+    "xlm_roberta": "XLMRobertaLMHead",
+}
+
+
 # transformers takes BLIP's mask of the image and passes it to nobody; whoever gives one gets what the original does.
 _MEMORY_UNMASKED = ("BlipTextLayer", "BlipTextModel")
+
+
 # Attention by matrices: what these compute is one function, and the fused form computes it too.
 _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
+
+
 # Arguments that ask for nothing the fused forms would not do.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
+
+
+_IGNORED = -100
+
+
+NAME = "xfm_fast"
+
+
+def register_attention(name: str = NAME) -> str:
+    """Make an attention implementation known to transformers: `from_pretrained(..., attn_implementation="xfm_fast")`.
+
+    Masks of padding stay `[B, N]`, and keys at padding are left out; causal masks, grouped heads and what else there is
+    run as in `"sdpa"`. Registering twice does no harm.
+
+    Returns:
+        The name, for `attn_implementation` and `model.set_attn_implementation`.
+
+    Raises:
+        UnavailableError: transformers is absent, or older than 4.53, which has no interface for masks.
+    """
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError as error:
+        raise UnavailableError(
+            f"transformers with an attention interface is needed ({error}); pip install 'transformers>=4.53'"
+        ) from None
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, padding_mask)
+    return name
+
+
+def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of a batch, as transformers asks for it: `[B, N]` for padding alone, otherwise that of `"sdpa"`."""
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    mask = kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("kv_offset")
+    if plain and mask is not None and mask.ndim == 2 and mask.shape[1] == kwargs.get("kv_length"):
+        return mask
+    return sdpa_mask(*args, **kwargs)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention `[B, H, L, D]` → `[B, L, H, D]`, as transformers calls it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    grouped = query.shape[1] != key.shape[1]
+    special = grouped or any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
+    if attention_mask is not None and attention_mask.ndim == 2:
+        if not special:
+            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+            return attend_to_real_keys(q, k, v, attention_mask, dropout, scaling), None
+        attention_mask = attention_mask.bool()[:, None, None, :]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
 def _transformers_version() -> int:
@@ -320,6 +420,118 @@ def _model_refusal(module: nn.Module, settings: Settings) -> str | None:
     return None
 
 
+class FusedMaskedLM(CalledByName):
+    """Encoder and head together: only positions with a label reach the loss, and padding no vocabulary.
+
+    Logits are returned as the original returns them (their gradient too, should anybody use them), unless
+    `skip_logits` was asked for.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        made = self._outputs(call) if self._covered(call) else None
+        return super().forward(*args, **kwargs) if made is None else made
+
+    def _head(self) -> Any:
+        module: Any = self
+        return module.cls.predictions if hasattr(module, "cls") else module.lm_head
+
+    def _covered(self, call: dict[str, Any]) -> bool:
+        """Whether labels can be looked at, and nobody observes the head."""
+        module: Any = self
+        head = self._head()
+        watched = [head, *([module.cls] if hasattr(module, "cls") else [])]
+        if any(observed(part) for part in watched) or not is_fused(head) or not head.intact():
+            return False
+        labels = call.get("labels")
+        if labels is None:
+            return self.settings.unpad
+        tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        if tokens is None or not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
+            return False
+        # The mean of no labels at all is for the original to return.
+        return labels.device == tokens.device and _any(labels.ne(_IGNORED))
+
+    def _outputs(self, call: dict[str, Any]) -> Any:
+        from transformers.modeling_outputs import MaskedLMOutput
+
+        labels, head = call.get("labels"), self._head()
+        inputs = {name: value for name, value in call.items() if name not in ("labels", "return_dict")}
+        module: Any = self
+        base = getattr(module, module.base_model_prefix)
+        run, states, packing, recorded = base, None, None, {}
+        if isinstance(base, UnpaddedModel) and not observed(base):
+            packed = None
+            if labels is not None and _labels_padding(labels, call.get("attention_mask")):
+                run = base.padded
+            else:
+                packed = base.packed(inputs)
+            if packed is not None:
+                states, packing = packed
+        if states is None:
+            if labels is None:
+                return None
+            outputs = run(**inputs, return_dict=True)
+            states = outputs.last_hidden_state.flatten(0, 1)
+            recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        labelled = None if labels is None else _labelled(labels, packing)
+        with self.settings.own_types(states.device):
+            loss, logits = self._loss_and_logits(head, states, labelled)
+        if logits is not None:
+            padded: Any = logits
+            shape = None if labels is None else labels.shape
+            logits = packing.unpad(padded) if packing is not None else padded.unflatten(0, shape)
+        out = MaskedLMOutput(loss=loss, logits=logits, **recorded)
+        return out if wants_named(self, call) else out.to_tuple()
+
+    def _loss_and_logits(
+        self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """States `[T, width]`; rows that have a label, and the labels."""
+        skip = self.settings.skip_logits and self.training and labelled is not None
+        transformed = None if skip else head.transformed(states)
+        logits = None if transformed is None else head.logits(transformed)
+        if labelled is None:
+            return None, logits
+        rows, targets = labelled
+        chosen = states.index_select(0, rows) if transformed is None else transformed.index_select(0, rows)
+        chosen = head.transformed(chosen) if transformed is None else chosen
+        weight, bias = head.vocabulary()
+        loss = ops.linear_cross_entropy(chosen, weight, bias, targets, backend=self.settings.backend)
+        return loss.to(states.dtype if states.dtype == torch.float64 else loss.dtype), logits
+
+
+def _any(mask: Tensor) -> bool:
+    return host.any_true(mask) if on_host(mask) else bool(mask.any())
+
+
+def _labels_padding(labels: Tensor, mask: Any) -> bool:
+    """Whether there are labels at padding: they count in the loss, whatever they are good for."""
+    return isinstance(mask, Tensor) and mask.shape == labels.shape and _any(labels.ne(_IGNORED) & mask.eq(0))
+
+
+def _labelled(labels: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """Rows with a label, in packed order where there is a packing, and their labels."""
+    flat = labels.flatten() if packing is None else packing.pack(labels)
+    counted = flat.ne(_IGNORED)
+    rows = host.true_places(counted) if on_host(counted) else counted.nonzero().flatten()
+    return rows, flat.index_select(0, rows)
+
+
+def _masked_lm_refusal(module: nn.Module, settings: Settings) -> str | None:
+    model: Any = module
+    head = model.cls.predictions if hasattr(model, "cls") else model.lm_head
+    return why_not_bypassed(head, VocabularyHead.bypassed)
+
+
+def _head_refusal(module: nn.Module, settings: Settings) -> str | None:
+    return why_not_bypassed(module, VocabularyHead.bypassed)
+
+
+def _is_head(module: nn.Module) -> bool:
+    return is_of(_BERT_HEADS, module) or is_of(_ROBERTA_HEADS, module)
+
+
 RULES: tuple[Rule, ...] = (
     Rule("UnpaddedModel", partial(is_of, _MODELS), UnpaddedModel, "padding left out of all layers", _model_refusal),
     Rule(
@@ -330,4 +542,12 @@ RULES: tuple[Rule, ...] = (
         layer_refusal,
     ),
     Rule("FusedEmbeddings", partial(is_of, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
+    Rule(
+        "FusedMaskedLM",
+        partial(is_of, _MASKED_LM),
+        FusedMaskedLM,
+        "loss over labelled positions only, without their logits in full",
+        _masked_lm_refusal,
+    ),
+    Rule("VocabularyHead", _is_head, VocabularyHead, "GELU fused; faster product with the vocabulary", _head_refusal),
 )

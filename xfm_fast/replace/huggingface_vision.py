@@ -11,11 +11,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import CalledByName, find, observed, original_class, probability, why_not_bypassed
-from xfm_fast.replace.vision_attention import Bias, PositionTable
-from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Rule,
+    Settings,
+    find,
+    observed,
+    original_class,
+    probability,
+    why_not_bypassed,
+)
+from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, lacks_parameters
 
 # Ways to the same numbers. Any other is a function that somebody registered, and has to be called.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

@@ -19,10 +19,18 @@ from xfm_fast.kernels.backend import Backend
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.inputs import check_attention_mask, check_embeddings, check_image_index, check_token_mask
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
-from xfm_fast.replace.bert_structure import LAYER_PARTS, drops_paths, has_cross_attention, is_layer, why_not_plain
-from xfm_fast.replace.packed_layers import Memory, Packed, keys_values, run_layer
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.bert_layer import (
+    LAYER_PARTS,
+    Memory,
+    Packed,
+    drops_paths,
+    has_cross_attention,
+    is_layer,
+    keys_values,
+    run_layer,
+    why_not_plain,
+)
+from xfm_fast.replace.swap import Settings, find, observed, original_class, why_not_bypassed
 
 
 class Reranker:

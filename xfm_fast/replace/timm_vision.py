@@ -15,11 +15,8 @@ from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
 from xfm_fast.kernels.derived import derived
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Kinds, find, original_class, probability, why_not_bypassed
-from xfm_fast.replace.vision_attention import Bias, PositionTable
-from xfm_fast.replace.vision_block import Parts, PreNormBlock, called, lacks_parameters
+from xfm_fast.replace.swap import Kinds, Rule, Settings, find, original_class, probability, why_not_bypassed
+from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, called, lacks_parameters
 
 _NORMS = (nn.LayerNorm, LayerNorm)
 _MAYBE_DROP_PATH = (nn.Identity, DropPath)

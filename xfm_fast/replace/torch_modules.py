@@ -13,10 +13,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import resolve
-from xfm_fast.replace.packed_layers import Packed, is_erf_gelu, plan
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Fused, Kinds, find, observed, original_class, probability, why_not_bypassed
+from xfm_fast.replace.bert_layer import Packed, is_erf_gelu, plan
+from xfm_fast.replace.swap import (
+    Fused,
+    Kinds,
+    Rule,
+    Settings,
+    find,
+    observed,
+    original_class,
+    probability,
+    why_not_bypassed,
+)
 
 _ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
 _LAYER_PARTS: dict[str, Kinds] = {

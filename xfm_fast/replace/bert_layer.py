@@ -1,10 +1,14 @@
-"""BERT's post-norm layer in fused operations, on the parameters of a foreign module, with padding or without it."""
+"""The post-norm layer of BERT and its two ends (embeddings, vocabulary head) in fused operations, on foreign modules.
+
+Layers are known by the names of their parts, whatever their classes: BERT's code named them (arXiv 1810.04805), and
+RoBERTa, ALBEF, X-VLM, X²-VLM, BLIP and X-FM kept the names. They run with padding or without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +18,83 @@ from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.models.layers import concatenated
 from xfm_fast.packing import Packing, offsets, on_host
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import probability
+from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability
+
+_BRANCH: dict[str, Kinds] = {
+    "self": nn.Module,
+    "self.query": nn.Linear,
+    "self.key": nn.Linear,
+    "self.value": nn.Linear,
+    "self.dropout": nn.Dropout,
+    "output": nn.Module,
+    "output.dense": nn.Linear,
+    "output.dropout": nn.Dropout,
+    "output.LayerNorm": nn.LayerNorm,
+    "output.drop_path": nn.Module,
+}
+
+
+_MLP: dict[str, Kinds] = {
+    "intermediate": nn.Module,
+    "intermediate.dense": nn.Linear,
+    "output": nn.Module,
+    "output.dense": nn.Linear,
+    "output.dropout": nn.Dropout,
+    "output.LayerNorm": nn.LayerNorm,
+    "output.drop_path": nn.Module,
+}
+
+
+def _branch(name: str) -> dict[str, Kinds]:
+    return {name: nn.Module, **{f"{name}.{part}": kind for part, kind in _BRANCH.items()}}
+
+
+# Parts of a layer by dotted name, with their classes; nn.Module where any will do.
+LAYER_PARTS: dict[str, Kinds] = _branch("attention") | _branch("crossattention") | _MLP
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has the parts of such a layer, with cross-attention or without."""
+    crosses = has_cross_attention(module)
+    # Stochastic depth is X²-VLM's addition.
+    required = (name for name in LAYER_PARTS if not name.endswith("drop_path"))
+    needed = (name for name in required if crosses or not name.startswith("crossattention"))
+    return (
+        all(find(module, name) is not None for name in needed)
+        and hasattr(find(module, "attention.self"), "num_attention_heads")
+        and hasattr(find(module, "intermediate"), "intermediate_act_fn")
+    )
+
+
+def has_cross_attention(layer: nn.Module) -> bool:
+    """Whether a layer looks at images, or could."""
+    return find(layer, "crossattention") is not None
+
+
+def drops_paths(layer: nn.Module) -> bool:
+    """Whether stochastic depth is in force, which X²-VLM draws for a position of all texts at once."""
+    parts = (find(layer, f"{name}output.drop_path") for name in ("attention.", "crossattention.", ""))
+    return any(part is not None and part.training and getattr(part, "drop_prob", None) for part in parts)
+
+
+def why_not_plain(layer: nn.Module) -> str | None:
+    """Why the attention of a layer is not that of BERT; None if it is."""
+    for name in ("attention.self", "crossattention.self"):
+        positions = getattr(find(layer, name), "position_embedding_type", None)
+        if positions not in ("absolute", None):
+            return f"its attention has {positions} positions"
+    if hasattr(layer, "intermediate_query"):
+        return "it attends with query tokens beside the text"
+    return None
+
+
+def is_erf_gelu(activation: Any) -> bool:
+    """Whether an activation is the erf form of GELU: PyTorch's function or module, or transformers' wrapper of it."""
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "none"
+    # GELUActivation calls the function that it keeps here.
+    return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)
+
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
 
@@ -280,9 +359,132 @@ def _chance(projections: Any) -> float:
     return projections.dropout.p if projections.training else 0.0
 
 
-def is_erf_gelu(activation: Any) -> bool:
-    """Whether an activation is the erf form of GELU: PyTorch's function or module, or transformers' wrapper of it."""
-    if isinstance(activation, nn.GELU):
-        return activation.approximate == "none"
-    # GELUActivation calls the function that it keeps here.
-    return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)
+class FusedEmbeddings(CalledByName):
+    """Word, position and type embeddings with their LayerNorm in one pass."""
+
+    bypassed: ClassVar[Any] = {
+        "word_embeddings": nn.Embedding,
+        "position_embeddings": nn.Embedding,
+        "token_type_embeddings": nn.Embedding,
+        "LayerNorm": nn.LayerNorm,
+        "dropout": nn.Dropout,
+    }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
+        plain = call.get("inputs_embeds") is None and _all_first(call.get("token_type_ids"))
+        if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
+            return super().forward(*args, **kwargs)
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = default_positions(self, tokens)
+        with self.settings.own_types(tokens.device):
+            return self.embed(tokens, positions.expand(tokens.shape))
+
+    def _exact(self) -> bool:
+        """The operation leaves the same row of both tables without gradient, and this is not BERT's way."""
+        module: Any = self
+        tables = (module.word_embeddings, module.position_embeddings)
+        if any(table.max_norm is not None or table.scale_grad_by_freq or table.sparse for table in tables):
+            return False
+        return not torch.is_grad_enabled() or tables[0].padding_idx == tables[1].padding_idx
+
+    def embed(
+        self, tokens: Tensor | None, positions: Tensor, types: Tensor | None = None, embeds: Tensor | None = None
+    ) -> Tensor:
+        """Ids, or word embeddings `embeds`, of any shape → embeddings, normalised and dropped out."""
+        module: Any = self
+        table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
+        word, position = module.word_embeddings, module.position_embeddings
+        if embeds is None and types is None and self._exact():
+            assert tokens is not None
+            row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
+            normed = ops.embed_layer_norm(
+                tokens,
+                positions,
+                word.weight,
+                position.weight,
+                row,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                padding_idx=word.padding_idx,
+                backend=self.settings.backend,
+            )
+        else:
+            summed = word(tokens) if embeds is None else embeds
+            if table is not None:
+                summed = summed + (table.weight[0] if types is None else table(types))
+            summed = summed + position(positions)
+            normed = F.layer_norm(summed, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return module.dropout(normed)
+
+
+def _all_first(types: Tensor | None) -> bool:
+    """Whether every token is of the first type. On an accelerator a look would wait, so there only None is known."""
+    if types is None:
+        return True
+    return types.device.type == "cpu" and not torch.compiler.is_compiling() and not host.any_true(types.ne(0))
+
+
+def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
+    """`[P, L]` or `[1, L]`: those that BERT counts by place, or RoBERTa by tokens that are no padding."""
+    pad = getattr(embeddings, "padding_idx", None)
+    if pad is None:
+        return embeddings.position_ids[:, : tokens.shape[1]]
+    real = tokens.ne(pad)
+    return real.cumsum(1) * real + pad
+
+
+class VocabularyHead(CalledByName):
+    """Dense, GELU, LayerNorm and the product with the vocabulary."""
+
+    bypassed: ClassVar[Any] = {
+        "dense": nn.Linear,
+        "layer_norm": nn.LayerNorm,
+        "transform.dense": nn.Linear,
+        "transform.LayerNorm": nn.LayerNorm,
+        "decoder": nn.Linear,
+    }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        features = self.arguments(args, kwargs).get(self.names[0])
+        if features is None or not self.intact():
+            return super().forward(*args, **kwargs)
+        with self.settings.own_types(features.device):
+            return self.logits(self.transformed(features))
+
+    def intact(self) -> bool:
+        transform = self._modules.get("transform")
+        return super().intact() and (transform is None or not observed(transform))
+
+    def transformed(self, features: Tensor) -> Tensor:
+        """`[..., width]` → what meets the vocabulary."""
+        module, settings = self._parts(), self.settings
+        dense, norm, activation = module
+        x = settings.operand(features)
+        stored = settings.affine(dense.weight, dense.bias)
+        if activation is None or is_erf_gelu(activation):
+            x = ops.linear_gelu(x, *stored, backend=settings.backend)
+        else:
+            x = activation(ops.linear(x, *stored, backend=settings.backend))
+        scale, shift = settings.affine(norm.weight, norm.bias)
+        return ops.layer_norm(x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend)
+
+    def vocabulary(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, width]` and bias `[V]` in the type that is computed in."""
+        module: Any = self
+        return self.settings.affine(module.decoder.weight, module.decoder.bias)
+
+    def logits(self, transformed: Tensor) -> Tensor:
+        """`[..., width]` → `[..., V]`."""
+        weight, bias = self.vocabulary()
+        return ops.linear(transformed, weight, bias, backend=self.settings.backend)
+
+    def _parts(self) -> tuple[Any, Any, Any]:
+        """Product, norm and activation; RoBERTa's head calls the function, BERT's keeps a module."""
+        module: Any = self
+        if "transform" in self._modules:
+            return module.transform.dense, module.transform.LayerNorm, module.transform.transform_act_fn
+        return module.dense, module.layer_norm, None

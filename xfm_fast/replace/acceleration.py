@@ -1,29 +1,32 @@
-"""`accelerate(model)`: fused modules in somebody else's model, and out again."""
+"""`accelerate(model)`: fused modules in a live model, verified, with a report that takes them out again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.backend import Backend, resolve
-from xfm_fast.replace import verification
-from xfm_fast.replace.report import Entry, Report
-from xfm_fast.replace.rules import Rule, rules
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import (
+from xfm_fast.replace.swap import (
+    BANDS,
     Fused,
+    Rule,
+    Settings,
     find,
     forward_replaced,
     fused_form,
     is_fused,
     original_class,
     restore,
+    rules,
     swap,
 )
 
@@ -74,15 +77,15 @@ def accelerate(
     settings = Settings(kernels, dtype, unpad, skip_logits)
     _check_machine(model, settings)
     chosen = _chosen(model, include, exclude)
-    before = None if verify is None else verification.outputs(model, verify)
+    before = None if verify is None else _outputs(model, verify)
     undo = [(module, fused_form(module), module.settings) for module in model.modules() if isinstance(module, Fused)]
     for module, _, _ in undo:
         restore(module)
     try:
         report = _replace(model, chosen, settings)
         if before is not None:
-            after = verification.outputs(model, verify)
-            report.differences.update(verification.compare(before, after, verify, dtype))
+            after = _outputs(model, verify)
+            report.differences.update(_compared(before, after, verify, dtype))
     except BaseException:
         for module in model.modules():
             if is_fused(module):
@@ -101,6 +104,75 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
         yield report
     finally:
         report.revert()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module that a rule recognised.
+
+    Attributes:
+        path: its qualified name in the model; empty for the model itself.
+        class_name: its own class.
+        fused: name of the fused form.
+        gain: what the fused form saves.
+        reason: why it was left as it was; None if it was replaced.
+    """
+
+    path: str
+    class_name: str
+    fused: str
+    gain: str
+    reason: str | None = None
+
+
+@dataclass
+class Report:
+    """The modules of a model that were recognised: what was replaced, what was not and why. Printing it gives a table.
+
+    Attributes:
+        entries: in the order of `model.named_modules()`.
+        differences: largest difference of each output that `verify` compared, relative to the output's largest value.
+    """
+
+    entries: list[Entry]
+    differences: dict[str, float] = field(default_factory=dict)
+    _modules: list[nn.Module] = field(default_factory=list, repr=False)
+
+    @property
+    def replaced(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.reason is None]
+
+    @property
+    def left(self) -> list[Entry]:
+        """Recognised and not replaced."""
+        return [entry for entry in self.entries if entry.reason is not None]
+
+    def revert(self) -> None:
+        """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm."""
+        for module in self._modules:
+            if is_fused(module):
+                restore(module)
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "replaced by", "why, or what it saves")]
+        for (_, class_name, fused, gain, reason), alike in groupby(sorted(self._grouped()), key=lambda row: row[:5]):
+            paths = [row[5] for row in alike]
+            place = paths[0] or "(the model)"
+            if len(paths) > 1:
+                place += f" and {len(paths) - 1} alike"
+            rows.append((place, class_name, "left alone" if reason else fused, reason or gain))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
+        lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
+        return "\n".join(lines)
+
+    def _grouped(self) -> Iterator[tuple[int, str, str, str, str, str]]:
+        first: dict[tuple[str, str, str | None], int] = {}
+        for place, entry in enumerate(self.entries):
+            order = first.setdefault((entry.class_name, entry.fused, entry.reason), place)
+            yield order, entry.class_name, entry.fused, entry.gain, entry.reason or "", entry.path
 
 
 class _InOneType(Fused):
@@ -226,3 +298,74 @@ def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
         "official X-FM and X²-VLM modules, and torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; "
         "xfm_fast.nn has modules to build with"
     )
+
+
+def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The floating-point outputs of a model by name, in evaluation mode and without gradients.
+
+    Args:
+        batch: keyword arguments as a mapping, positional arguments as a tuple or list, or the only argument.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(batch, Mapping):
+                made = model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                made = model(*batch)
+            else:
+                made = model(batch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return {name: leaf for name, leaf in _leaves(made, "") if leaf.is_floating_point()}
+
+
+def _leaves(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested mappings (transformers' outputs among them), sequences and registered containers."""
+    if isinstance(made, Tensor):
+        yield name, made
+    elif isinstance(made, Mapping):
+        for key, value in made.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        parts = made if isinstance(made, (tuple, list)) else pytree.tree_leaves(made)
+        for number, value in enumerate(parts):
+            if value is not made:
+                yield from _leaves(value, f"{name}.{number}" if name else str(number))
+
+
+def _compared(
+    before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """Relative difference of each output.
+
+    Padding is left out of outputs with one entry per token: what is there has no meaning.
+
+    Raises:
+        InputError: an output is missing, has another shape, or differs by more than rounding.
+    """
+    differences = {}
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    for name, wanted in before.items():
+        found = after.get(name)
+        label = f"output {name!r}" if name else "the output"
+        if found is None or found.shape != wanted.shape:
+            raise InputError(
+                f"{label} was {tuple(wanted.shape)} and is {None if found is None else tuple(found.shape)} after "
+                "acceleration; the model was put back as it was"
+            )
+        if isinstance(mask, Tensor) and mask.ndim == 2 and wanted.shape[: mask.ndim] == mask.shape:
+            wanted, found = wanted[mask.bool()], found[mask.bool()]
+        band = BANDS.get(dtype or wanted.dtype, BANDS[torch.float32])
+        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
+        differences[name] = error / scale if scale else error
+        if not differences[name] <= band:
+            raise InputError(
+                f"{label} differs by {differences[name]:.1e} of its largest value after acceleration, more than "
+                f"rounding in {dtype or wanted.dtype} explains ({band:.0e}); the model was put back as it was. "
+                "exclude=… leaves modules out"
+            )
+    return differences

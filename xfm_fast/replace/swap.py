@@ -9,27 +9,95 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, wraps
+from importlib import import_module
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
-from xfm_fast.replace.settings import Settings
+from xfm_fast.kernels.backend import Backend
+from xfm_fast.kernels.derived import derived
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 
+
+# Relative to the largest value of an output. Rounding differs wherever a sum is taken in another order.
+BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
+
+
 _SETTINGS = "_xfm_fast"
+
+
 _CAPTURING = "transformers.utils.output_capturing"
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How fused modules compute.
+
+    Attributes:
+        kernels: the backend of every op; "auto" chooses for the device.
+        dtype: compute in this type whatever the parameters are stored in; None keeps the types of the inputs.
+        unpad: leave padding out of whole encoders; their outputs are zero there.
+        skip_logits: masked-language heads in training return no logits when they are given labels.
+    """
+
+    kernels: Backend = "auto"
+    dtype: torch.dtype | None = None
+    unpad: bool = False
+    skip_logits: bool = False
+
+    @property
+    def backend(self) -> Backend | None:
+        """What the ops take: None leaves the choice to the device and to `use_backend`."""
+        return None if self.kernels == "auto" else self.kernels
+
+    def operand(self, value: Tensor) -> Tensor:
+        """An activation in the type that is computed in."""
+        return value if self.dtype is None or not value.is_floating_point() else value.to(self.dtype)
+
+    @overload
+    def parameter(self, value: Tensor) -> Tensor: ...
+    @overload
+    def parameter(self, value: Tensor | None) -> Tensor | None: ...
+    def parameter(self, value: Tensor | None) -> Tensor | None:
+        """A parameter in the type that is computed in; without gradients the conversion is done once and kept."""
+        if value is None or self.dtype is None or value.dtype == self.dtype:
+            return value
+        if torch.is_grad_enabled() and value.requires_grad:
+            return value.to(self.dtype)
+        dtype = self.dtype
+        return derived(f"as {dtype}", (value,), lambda: value.detach().to(dtype))
+
+    def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
+        """Weight and bias of a product or norm, each as `parameter` gives it; no bias stays None."""
+        return self.parameter(weight), self.parameter(bias)
+
+    @contextmanager
+    def own_types(self, device: torch.device) -> Iterator[None]:
+        """Fused modules choose their types themselves: without gradients that is quicker than autocast."""
+        if self.dtype is None or torch.is_grad_enabled():
+            yield
+            return
+        with torch.autocast(device.type, enabled=False):
+            yield
 
 
 class Fused(nn.Module):
@@ -82,6 +150,42 @@ class CalledByName(Fused):
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call to `forward` by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
+    """Give a module its fused form."""
+    if _own_forward_left_behind(module):
+        del module.__dict__["forward"]
+    module.__class__ = _combined(fused, type(module))
+    module.__dict__[_SETTINGS] = settings
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if _own_forward_left_behind(module):
+        del module.__dict__["forward"]
+    module.__class__ = original_class(module)
+    del module.__dict__[_SETTINGS]
+
+
+@cache
+def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    # Messages and reprs should go on naming the class that people know.
+    named = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    forward = fused.forward
+    if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
+        # Trainers read the names of a batch's columns from the signature, so every class needs a function of its own.
+        own = FunctionType(
+            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        own.__kwdefaults__ = forward.__kwdefaults__
+        named["forward"] = wraps(original.forward)(own)
+    return type(original.__name__, (fused, original), named | fused.adapted(original))
+
+
+def _restored(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
+    made = _combined(fused, original)
+    return made.__new__(made)
 
 
 def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | None:
@@ -143,22 +247,6 @@ def probability(dropout: nn.Module) -> float:
     return dropout.p if dropout.training else 0.0  # pyright: ignore[reportReturnType]
 
 
-def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
-    """Give a module its fused form."""
-    if _own_forward_left_behind(module):
-        del module.__dict__["forward"]
-    module.__class__ = _combined(fused, type(module))
-    module.__dict__[_SETTINGS] = settings
-
-
-def restore(module: nn.Module) -> None:
-    """Give a module its own class back."""
-    if _own_forward_left_behind(module):
-        del module.__dict__["forward"]
-    module.__class__ = original_class(module)
-    del module.__dict__[_SETTINGS]
-
-
 def is_fused(module: nn.Module) -> bool:
     """Whether a module is in its fused form."""
     return isinstance(module, Fused)
@@ -175,21 +263,46 @@ def fused_form(module: nn.Module) -> type[Fused]:
     return type(module).__bases__[0]
 
 
+# Families in the order in which they are asked; each module has a tuple RULES. The package named second must be
+# imported already for the family to be looked at: no model of it can exist otherwise.
+_FAMILIES = (
+    ("xfm_fast.replace.huggingface_text", "transformers"),
+    ("xfm_fast.replace.huggingface_vision", "transformers"),
+    ("xfm_fast.replace.timm_vision", "timm"),
+    ("xfm_fast.replace.official", None),
+    ("xfm_fast.replace.torch_modules", None),
+)
+
+
+def accepted(module: nn.Module, settings: Settings) -> str | None:
+    """A rule's `refusal` that refuses nothing."""
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of foreign module and its fused form.
+
+    Attributes:
+        name: what the fused form is called in the report.
+        recognises: whether a module is of the kind, by class or by structure.
+        fused: the fused form.
+        gain: what is saved, in a few words.
+        refusal: why a module of the kind must stay as it is; None if it need not.
+    """
+
+    name: str
+    recognises: Callable[[nn.Module], bool]
+    fused: type[Fused]
+    gain: str
+    refusal: Callable[[nn.Module, Settings], str | None] = accepted
+
+
+def rules() -> tuple[Rule, ...]:
+    """All rules whose packages are in use."""
+    return tuple(rule for name, package in _FAMILIES if package is None or package in sys.modules for rule in _of(name))
+
+
 @cache
-def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
-    # Messages and reprs should go on naming the class that people know.
-    named = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    forward = fused.forward
-    if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
-        # Trainers read the names of a batch's columns from the signature, so every class needs a function of its own.
-        own = FunctionType(
-            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        own.__kwdefaults__ = forward.__kwdefaults__
-        named["forward"] = wraps(original.forward)(own)
-    return type(original.__name__, (fused, original), named | fused.adapted(original))
-
-
-def _restored(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
-    made = _combined(fused, original)
-    return made.__new__(made)
+def _of(family: str) -> tuple[Rule, ...]:
+    return import_module(family).RULES
