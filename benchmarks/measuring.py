@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.memory_use import PeakMemory
+from xfm_fast.memory import PeakMemory
 
 # One layer's worth of work for the MLP of a base-size encoder.
 PROBE_SHAPE = (1280, 768, 3072)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from xfm_fast.benchmarks import markdown
 from xfm_fast.benchmarks.stored import load
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import DataError
 
 REGION = re.compile(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from xfm_fast.benchmarks import machine
 from xfm_fast.benchmarks.page import render
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import StorageError
 
 

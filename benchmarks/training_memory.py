@@ -23,7 +23,7 @@ from xfm_fast.batches import PairBatch
 from xfm_fast.benchmarks.training_subject import AUTOCAST, Procedure, TrainingSubject
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import UnavailableError
-from xfm_fast.memory_use import PeakMemory, resident_bytes
+from xfm_fast.memory import PeakMemory, resident_bytes
 
 _STEPS = 2
 _BATCH, _TASK = "batch.safetensors", "task.json"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import manifest as manifests
 from xfm_fast.export.consumers import DType, profile

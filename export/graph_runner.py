@@ -36,7 +36,7 @@ from xfm_fast.export.shape_slots import (
     tensor_shape,
     trim_tensor,
 )  # fmt: skip
-from xfm_fast.memory_use import resident_bytes
+from xfm_fast.memory import resident_bytes
 
 _WARM_SIZES = {"batch": 1, "texts": 4, "length": 16}
 

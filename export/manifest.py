@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xfm_fast import __version__
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, StorageError
 from xfm_fast.export.attention import AttentionForm

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xfm_fast.checkpoint.storage import write_files, write_safetensors
+from xfm_fast.checkpoint.files import write_files, write_safetensors
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError
 from xfm_fast.export.consumers import DTYPES, DType

@@ -15,7 +15,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.export.graphs import GraphName
 from xfm_fast.export.session import Session
 from xfm_fast.export.shape_slots import Slot
-from xfm_fast.memory_use import PeakMemory
+from xfm_fast.memory import PeakMemory
 
 LEAST_RUNS = 10
 """Percentiles of fewer runs say nothing."""

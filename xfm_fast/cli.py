@@ -224,7 +224,7 @@ def convert(
     ] = True,
 ) -> None:
     """Convert a checkpoint between the official form and ours; there and back is the identity."""
-    from xfm_fast.convert import to_official_file, to_xfm_folder
+    from xfm_fast.models.convert import to_official_file, to_xfm_folder
 
     target = choice("target", to or ("official" if source.is_dir() else "xfm"), ("official", "xfm"))
     if target == "official":

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xfm_fast import __version__
-from xfm_fast.checkpoint.storage import sync_folder, write_bytes
+from xfm_fast.checkpoint.files import sync_folder, write_bytes
 from xfm_fast.errors import InputError, StorageError
 from xfm_fast.export import manifest as manifests
 from xfm_fast.export.exporting import prepare_folder

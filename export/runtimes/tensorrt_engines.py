@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from xfm_fast.export.engine_library import Library, load_library, local_capability
 from xfm_fast.export.engines import check_engine_file

@@ -13,7 +13,7 @@ from xfm_fast.benchmarks.measuring import (
     ratio_interval,
     shares_of_peak,
 )
-from xfm_fast.memory_use import PeakMemory
+from xfm_fast.memory import PeakMemory
 
 
 def test_every_variant_runs_once_a_round_in_changing_order() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.export.fake_tensorrt import make_tensorrt
-from xfm_fast.checkpoint import storage
+from xfm_fast.checkpoint import files
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export import engine_library, engine_locating, engines
 from xfm_fast.export.engine_library import EngineOptions, load_library, parse_targets
@@ -337,7 +337,7 @@ def test_a_disk_that_fills_while_the_engine_is_written(
         file.write(bytes(data)[:3])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage, "_write", full)
+    monkeypatch.setattr(files, "_write", full)
     with pytest.raises(StorageError, match="No space left"):
         engines.build_engine(
             load_library("tensorrt"), exported_fp16 / "text.onnx", tmp_path / "t.engine", EngineOptions(), (89,), []

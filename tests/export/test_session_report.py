@@ -13,7 +13,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.export.session import Session
 from xfm_fast.export.session_report import LEAST_RUNS, measure_session, report_shapes
 from xfm_fast.export.shape_slots import SizeRange, Slot
-from xfm_fast.memory_use import PeakMemory, resident_bytes
+from xfm_fast.memory import PeakMemory, resident_bytes
 
 pytest.importorskip("onnxruntime", reason="sessions over ONNX files need onnxruntime")
 

@@ -15,7 +15,7 @@ from xfm_fast.batches import IGNORED, Batch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import negatives as negatives_module
+from xfm_fast.objectives import fusion_pass as negatives_module
 from xfm_fast.objectives import pretraining_losses
 
 LENGTH, SLOTS = 9, 4
@@ -159,7 +159,7 @@ def test_a_fixed_capacity_for_negatives_changes_nothing(count: int, seed: int, r
     model = model_with()
     batch = region_batch(count, 2, model.config, seed) if regions else pair_batch(count, model.config, seed, ids=False)
     with pytest.MonkeyPatch.context() as context:
-        context.setattr("xfm_fast.objectives.negatives.fixed_capacity", lambda *_: True)
+        context.setattr("xfm_fast.objectives.fusion_pass.fixed_capacity", lambda *_: True)
         assert_same(model, batch, drawn(count, seed))
 
 
@@ -175,7 +175,7 @@ def test_what_is_packed_beyond_a_text_may_hold_anything() -> None:
     model = model_with()
     batch = pair_batch(3, model.config, 3, ids=False)
     with pytest.MonkeyPatch.context() as context:
-        context.setattr("xfm_fast.objectives.negatives.fixed_capacity", lambda *_: True)
+        context.setattr("xfm_fast.objectives.fusion_pass.fixed_capacity", lambda *_: True)
         alone = pretraining_losses(model, batch, hard_negatives=drawn(3, 3), losses={"itm"})["itm"]
         beside = pretraining_losses(model, batch, hard_negatives=drawn(3, 3), losses={"itm", "imlm"})["itm"]
     assert alone.item() == pytest.approx(beside.item(), rel=1e-12)

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from xfm_fast.batches import RegionBatch, TextBatch
 from xfm_fast.config import XFMConfig
-from xfm_fast.convert import to_official_file
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
+from xfm_fast.models.convert import to_official_file
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.gradient_flow import PARTS, REACHES, check, gradient_flow, gradient_flow_of

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from xfm_fast.checkpoint.files import read_state_dict
 from xfm_fast.checkpoint.loading import load_into
 from xfm_fast.checkpoint.names import TABLE, fit_table, merge_tied
 from xfm_fast.checkpoint.position_table import window_of
-from xfm_fast.checkpoint.reading import read_state_dict
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.files import write_files
 from xfm_fast.data.files import Paths
 from xfm_fast.data.items import ImageField
 from xfm_fast.data.quarantine import Quarantine

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from xfm_fast.checkpoint.storage import write_files
+from xfm_fast.checkpoint.files import write_files
 from xfm_fast.data.files import unreadable
 from xfm_fast.errors import StorageError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.reproduce.evaluation import HeldOut, evaluate
 from xfm_fast.tokenizer import CaptionTokenizer

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.reproduce.ablations import TITLES, Study
 from xfm_fast.reproduce.evaluation import METRICS
 from xfm_fast.reproduce.intervals import Interval, mean_interval, paired_difference

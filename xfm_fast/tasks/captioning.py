@@ -15,8 +15,7 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
-from xfm_fast.models.decoder import DecoderMemory, TextDecoder
-from xfm_fast.models.generation import generate
+from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.task_model import TaskModel
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.mapped import create_mapped
+from xfm_fast.memory import create_mapped
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import Packing
 from xfm_fast.tasks.candidates import top_candidates
@@ -184,7 +184,7 @@ def rerank(
     """Re-rank the union of both directions' top-k pairs, each pair once, image by image.
 
     Args:
-        image_embeds: `[I, 1 + N, vision_width]` from `encode_image`; may be memory-mapped (`xfm_fast.mapped`).
+        image_embeds: `[I, 1 + N, vision_width]` from `encode_image`; may be memory-mapped (`xfm_fast.memory`).
         text_embeds: `[T, L, text_width]` from `encode_text`.
         attention_mask: `[T, L]`, non-zero for real tokens.
         model: with the contrastive and matching heads.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.checkpoint.storage import CONFIG_FILE
+from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
-from xfm_fast.checkpoint.storage import CONFIG_FILE, MODEL_FILE
+from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
 from xfm_fast.data.items import ImageField
 from xfm_fast.data.order import item_generator, permuted
 from xfm_fast.data.patch_codes import PatchCodebook

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.convert import to_official_file, to_xfm_folder
 from xfm_fast.errors import CheckpointError, InputError, StorageError
+from xfm_fast.models.convert import to_official_file, to_xfm_folder
 from xfm_fast.models.xfm import XFM
 
 
