@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from xfm_fast.kernels.reference import relative_position_index
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
-from xfm_fast.models.vision import Block, WindowAttention
+from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
+from xfm_fast.nn import RelPosAttention
 
 _MASKED = -10000.0
 _NOT_SCORED = -100.0
@@ -194,7 +195,7 @@ class OfficialTwin:
         hidden = F.linear(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
         return x + _drop_path(block, block.gamma_2 * hidden)
 
-    def _window_attention(self, attention: WindowAttention, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _window_attention(self, attention: RelPosAttention, x: Tensor, mask: Tensor | None) -> Tensor:
         batch, tokens, _ = x.shape
         bias = torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias))
         qkv = F.linear(x, attention.qkv.weight, bias)

@@ -74,7 +74,7 @@ class MemoryEngine(OurEngine):
 def _image_parts(model: XFM) -> Iterator[Part]:
     yield Part(model.vision_encoder.patch_embed, "forward", "patch embedding")
     for block in model.vision_encoder.blocks:
-        yield Part(block.attn, "forward", "attention with its q, k and v")
+        yield Part(block.attn, "attend", "attention with its q, k and v")
         yield Part(block, "forward", "output projection, MLP and norms")
 
 

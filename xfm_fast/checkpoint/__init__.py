@@ -13,6 +13,7 @@ from xfm_fast.checkpoint.files import (
 from xfm_fast.checkpoint.loading import LoadResult, load_into
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
+    Head,
     LoadReport,
     heads_in,
     select_heads,
@@ -25,6 +26,7 @@ from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initi
 
 __all__ = [
     "HEAD_PREFIXES",
+    "Head",
     "InitialisationReport",
     "LoadReport",
     "LoadResult",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.heads import LMHead
-from xfm_fast.models.layers import Embeddings, LayerStack, initialise_text
-from xfm_fast.models.text import text_layer
+from xfm_fast.models.layers import initialise_text
+from xfm_fast.models.text import TextTransformer
 from xfm_fast.packing import ImageGroups, Packing
 
 # Rows of vocabulary logits that exist at a time when only likelihoods are wanted: 200 MB in fp32 at base size.
@@ -103,23 +103,6 @@ class SharedPrefix:
         """The prefix stays as it is."""
 
 
-class DecoderTransformer(nn.Module):
-    """Embeddings and layers, under the official name `roberta`."""
-
-    def __init__(self, config: XFMConfig, layers: int, memory_width: int) -> None:
-        super().__init__()
-        self.embeddings = Embeddings(
-            config.vocab_size,
-            config.max_positions,
-            config.type_vocab_size,
-            config.text_width,
-            config.pad_token_id,
-            config.text_layer_norm_eps,
-            config.hidden_dropout,
-        )
-        self.encoder = LayerStack([text_layer(config, memory_width) for _ in range(layers)])
-
-
 class TextDecoder(nn.Module):
     """Causal language model over a memory; the vocabulary matrix of its head is its word embedding.
 
@@ -131,7 +114,7 @@ class TextDecoder(nn.Module):
 
     def __init__(self, config: XFMConfig, layers: int, memory_width: int) -> None:
         super().__init__()
-        self.roberta = DecoderTransformer(config, layers, memory_width)
+        self.roberta = TextTransformer(config, layers, memory_width)
         self.lm_head = LMHead(config.text_width, config.vocab_size, config.text_layer_norm_eps)
         initialise_text(self)
 
@@ -188,9 +171,7 @@ class TextDecoder(nn.Module):
                 k, v = past.extend(number, k, v)
             context = _attention(q, k, v, layer.attention.self.dropout_p, visible)
             x = layer.attention.output(packing.pack(context), x)
-            x = layer.cross_attention(
-                x, memory.layers[number], cu_queries, memory.cu_seqlens, x.shape[0], memory.longest
-            )
+            x = layer.cross_attention(x, memory.layers[number], cu_queries, memory.cu_seqlens, memory.longest)
             x = layer.feed_forward(x)
         if past is not None:
             past.advance(input_ids.shape[1])
@@ -433,7 +414,11 @@ def generate(
         if not hypotheses[state].done:
             for tokens, score in zip(running, scores[state].tolist(), strict=True):
                 hypotheses[state].add(tokens, score)
-    return _padded([state.best() for state in hypotheses], max_length, pad_token_id, eos_token_id, prompt_ids)
+    sequences = [state.best() for state in hypotheses]
+    ended = [[*tokens, eos_token_id] if len(tokens) < max_length else tokens for tokens in sequences]
+    longest = max(map(len, ended), default=0)
+    rows = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in ended]
+    return prompt_ids.new_tensor(rows).view(states, longest)
 
 
 def _check(
@@ -504,10 +489,3 @@ def _choose(
         hypothesis.update_done(scores[state][0], ids.shape[1])
         chosen += going_on
     return chosen
-
-
-def _padded(sequences: list[list[int]], max_length: int, pad: int, eos: int, like: Tensor) -> Tensor:
-    ended = [[*tokens, eos] if len(tokens) < max_length else tokens for tokens in sequences]
-    longest = max(map(len, ended), default=0)
-    rows = [tokens + [pad] * (longest - len(tokens)) for tokens in ended]
-    return torch.tensor(rows, dtype=like.dtype, device=like.device).view(len(rows), longest)
