@@ -183,9 +183,9 @@ class TextTable:
 
 
 def fixed_capacity(device: torch.device, world: World) -> bool:
-    """Whether texts drawn as negatives take up as much as the longest text, so that no size depends on the draw.
+    """True if texts drawn as negatives take up as much as the longest text, so that no size depends on the draw.
 
-    So it is on an accelerator, where the host would have to wait for the draw. Several processes have no such bound
+    That is so on an accelerator, where the host would have to wait for the draw. Several processes have no such bound
     (any number of texts may draw an image of the same process): there the draw is copied to the host while other work
     is under way.
     """
@@ -202,7 +202,7 @@ def matching_pairs(layout: TextLayout, table: TextTable, negatives: HardNegative
         world: the processes.
 
     Returns:
-        What makes the pairs, to be called as late as possible: the draw may still be on its way to the host.
+        A function that makes the pairs, to be called as late as possible: the draw may be on its way to the host.
     """
     if fixed_capacity(table.starts.device, world):
         return partial(_bounded_pairs, layout, table, negatives)

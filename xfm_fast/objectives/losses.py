@@ -135,7 +135,11 @@ class HardNegatives(NamedTuple):
 
 @torch.no_grad()
 def hard_negative_weights(
-    image_features: Tensor, text_features: Tensor, temperature: Tensor | float, image_ids: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    temperature: Tensor | float,
+    image_ids: Tensor | None = None,
+    everyone: AllPairs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unnormalised probabilities with which negatives are drawn; the more similar, the likelier.
 
@@ -144,16 +148,23 @@ def hard_negative_weights(
         temperature: of the softmax.
         image_ids: `[B]`; pairs with equal ids are never each other's negative. Without ids only the pair itself is
             excluded.
+        everyone: the G pairs of all processes, among which negatives are found; by default the given B.
 
     Returns:
-        Two `[B, B]` tensors without gradient: row b of the first weighs the images for text b, row b of the second
+        Two `[B, G]` tensors without gradient: row b of the first weighs the images for text b, row b of the second
         the texts for image b. Entries are `softmax + 1e-5`, and zero where excluded.
 
     Raises:
         InputError: shapes that do not describe B pairs.
     """
     check_features(image_features, text_features, image_ids)
-    return _weights(image_features, text_features, temperature, image_ids, None)
+    if everyone is None:
+        everyone = AllPairs(image_features, text_features, 0, image_ids)
+    excluded = everyone.same_image(image_ids, image_features.shape[0])
+    of_images = text_features @ everyone.image_features.t() / temperature
+    of_texts = image_features @ everyone.text_features.t() / temperature
+    images, texts = (reference.hard_negative_weights(s, excluded) for s in (of_images, of_texts))
+    return images, texts
 
 
 @torch.no_grad()
@@ -180,43 +191,21 @@ def sample_hard_negatives(
         InputError: a pair has nothing to be drawn from: the batch holds one pair, or, with ids, texts of a single
             image. On an accelerator the second case is asserted on the device, since looking would synchronise.
     """
-    check_features(image_features, text_features, image_ids)
-    weights = _weights(image_features, text_features, temperature, image_ids, everyone)
+    weights = hard_negative_weights(image_features, text_features, temperature, image_ids, everyone)
     if weights[0].shape[1] < 2:
         raise InputError(
             f"{weights[0].shape[1]} pair(s) hold no negative; hard negatives need a batch of at least 2 pairs"
         )
     if image_ids is not None:
-        _assert_negatives(weights[0], image_ids)
+        # The exclusion is symmetric, so a text without images is an image without texts.
+        filled = (weights[0] > 0).any(1)
+        message = "every pair shares its image with all others; put texts of at least two images into a batch"
+        if filled.device.type != "cpu":
+            torch._assert_async(filled.all(), message)
+        elif not host.all_true(filled):
+            pair = host.integer(filled.long().argmin())
+            raise InputError(f"pair {pair} (image id {host.integer(image_ids[pair])}) has no negative: {message}")
     return HardNegatives(*(race(w, generator) for w in weights))
-
-
-def _weights(
-    image_features: Tensor,
-    text_features: Tensor,
-    temperature: Tensor | float,
-    image_ids: Tensor | None,
-    everyone: AllPairs | None,
-) -> tuple[Tensor, Tensor]:
-    """`[B, G]` weights of images for texts, and of texts for images."""
-    if everyone is None:
-        everyone = AllPairs(image_features, text_features, 0, image_ids)
-    excluded = everyone.same_image(image_ids, image_features.shape[0])
-    of_images = text_features @ everyone.image_features.t() / temperature
-    of_texts = image_features @ everyone.text_features.t() / temperature
-    images, texts = (reference.hard_negative_weights(s, excluded) for s in (of_images, of_texts))
-    return images, texts
-
-
-def _assert_negatives(weights: Tensor, image_ids: Tensor) -> None:
-    # The exclusion is symmetric, so a text without images is an image without texts.
-    filled = (weights > 0).any(1)
-    message = "every pair shares its image with all others; put texts of at least two images into a batch"
-    if weights.device.type != "cpu":
-        torch._assert_async(filled.all(), message)
-    elif not host.all_true(filled):
-        pair = host.integer(filled.long().argmin())
-        raise InputError(f"pair {pair} (image id {host.integer(image_ids[pair])}) has no negative: {message}")
 
 
 def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -323,7 +312,7 @@ def masked_code_loss(
 
 
 class ImageCodes(nn.Module):
-    """What masked image modelling predicts where nothing guides it: codes of the image itself.
+    """The target of masked image modelling where nothing guides it: codes of the image itself.
 
     Args:
         tokenizer: the caller's; makes `[B, 3, R, R]` normalised pixels to `[B, N]` integers below `codes`. It is called

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch, TextLayout
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.block_masks import block_mask
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import host
@@ -112,109 +111,82 @@ def pretraining_losses(
     """
     names = losses_of(batch, losses)
     world = World.of(group)
-    options = Options(hard_negatives, generator, official_itc_gradient, stop_gradient)
+    options = Options(hard_negatives, patch_mask, generator, official_itc_gradient, stop_gradient, image_codes)
     if isinstance(batch, ImageBatch):
-        return _image_only(model, batch, patch_mask, world, image_codes) if names else {}
+        return {"mim": _image_loss(model, batch, None, world, options)} if names else {}
     if isinstance(batch, PairBatch):
         check_pairs(batch)
-        return _pairs(Step(model, batch.prepare(), names, world, options), patch_mask, image_codes)
+        step = Step(model, batch.prepare(), names, world, options)
+        # Alone, `mim` takes the whole image as a target, which has no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
+            image = model.encode_image(batch.image)
+        found, texts = step.contrast(image, batch.image_ids)
+        if "mim" in names:
+            # Between draw and fusion: the host needs the draw only then.
+            found["mim"] = _image_loss(model, batch, image, world, options)
+        return found | step.fuse(texts, model.image_memory(image)) if step.fuses else found
     if isinstance(batch, RegionBatch):
         check_regions(batch)
-        return _regions(Step(model, batch.prepare(), names, world, options))
-    return _text_only(model, batch.prepare(), world) if names else {}
+        batch = batch.prepare()
+        step = Step(model, batch, names, world, options)
+        own, images = model.encode_region_tokens(batch.image, batch.image_index, batch.region_mask)
+        found, texts = step.contrast(own, None)
+        if step.fuses:
+            found |= step.fuse(texts, region_memory(model, batch, own, images, boxes=step.boxes))
+        return found
+    return {"mlm": _text_loss(model, batch.prepare(), world)} if names else {}
 
 
-def _text_only(model: XFM, batch: TextBatch, world: World) -> dict[str, Tensor]:
+def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
+    """`mlm`, whose last layer computes the masked positions alone."""
     model.require_head("mlm")
-    layout = batch.layout
+    layout, encoder = batch.layout, model.text_encoder
     assert layout is not None
     model_inputs.check_tokens(batch.masked_input_ids, batch.attention_mask, model.config)
-    encoder = model.text_encoder
-    hidden = encoder(batch.masked_input_ids, layout.packing, reads=_targets(layout))
-    loss = masked_token_loss(
-        encoder.lm_head.transform(hidden), encoder.word_embeddings, encoder.lm_head.bias, layout.labels
-    )
-    counts = world.counts(targets=(layout.labels != IGNORED).sum())
-    return {"mlm": world.mean(loss, counts["targets"])}
-
-
-def _targets(layout: TextLayout) -> Reads:
     starts = torch.repeat_interleave(layout.starts, layout.target_counts, output_size=layout.labels.shape[0])
-    return Reads(cu_seqlens=layout.cu_targets, max_seqlen=layout.most_targets, rows=starts + layout.targets)
+    reads = Reads(cu_seqlens=layout.cu_targets, max_seqlen=layout.most_targets, rows=starts + layout.targets)
+    hidden = encoder.lm_head.transform(encoder(batch.masked_input_ids, layout.packing, reads=reads))
+    loss = masked_token_loss(hidden, encoder.word_embeddings, encoder.lm_head.bias, layout.labels)
+    return world.mean(loss, world.counts(targets=(layout.labels != IGNORED).sum())["targets"])
 
 
-def _image_only(
-    model: XFM, batch: ImageBatch, patch_mask: Tensor | None, world: World, codes: ImageCodes | None
-) -> dict[str, Tensor]:
-    mask = _hidden_patches(model.config, batch, patch_mask)
+def _image_loss(
+    model: XFM, batch: PairBatch | ImageBatch, target: Tensor | None, world: World, options: Options
+) -> Tensor:
+    """`mim`: of codes where there are some, else of `target`, the embeddings of whole images (computed if None)."""
+    config, codes = model.config, options.image_codes
+    mask = batch.patch_mask if options.patch_mask is None else options.patch_mask
+    if mask is None:
+        # The host draws, from its own generator, so that no device has to be waited for.
+        rng = np.random.default_rng(host.integer(torch.randint(1 << 62, ())))
+        drawn = [
+            block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
+            for _ in range(len(batch.image))
+        ]
+        mask = torch.from_numpy(np.stack(drawn)).to(batch.image.device, non_blocking=True)
+    if target is None and codes is None:
+        with torch.no_grad():
+            target = model.encode_image(batch.image)
+    embeds = model.encode_image(batch.image, mask)
+    counts = world.counts(hidden=mask.bool().sum(), images=torch.full((), len(embeds), device=embeds.device))
     if codes is not None:
-        return {"mim": _code_loss(model, batch.image, mask, world, codes)}
-    with torch.no_grad():
-        target = model.encode_image(batch.image)
-    return {"mim": _image_loss(model, batch.image, target, mask, world)}
-
-
-def _code_loss(model: XFM, image: Tensor, mask: Tensor, world: World, codes: ImageCodes) -> Tensor:
-    counts = world.counts(hidden=mask.bool().sum())
-    return world.mean(codes(model.encode_image(image, mask), image, mask), counts["hidden"])
-
-
-def _image_loss(model: XFM, image: Tensor, target: Tensor, mask: Tensor, world: World) -> Tensor:
-    patches, token = masked_image_terms(model.encode_image(image, mask), target, mask)
-    counts = world.counts(hidden=mask.bool().sum(), images=torch.full((), image.shape[0], device=image.device))
+        return world.mean(codes(embeds, batch.image, mask), counts["hidden"])
+    assert target is not None
+    patches, token = masked_image_terms(embeds, target, mask)
     loss = world.mean(patches, counts["hidden"])
-    return loss if model.config.mim_patches_only else loss + world.mean(token, counts["images"])
-
-
-def _hidden_patches(config: XFMConfig, batch: PairBatch | ImageBatch, given: Tensor | None) -> Tensor:
-    mask = batch.patch_mask if given is None else given
-    if mask is not None:
-        return mask
-    # The host draws, from its own generator, so that no device has to be waited for.
-    rng = np.random.default_rng(host.integer(torch.randint(1 << 62, ())))
-    drawn = [
-        block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
-        for _ in range(len(batch.image))
-    ]
-    return torch.from_numpy(np.stack(drawn)).to(batch.image.device, non_blocking=True)
-
-
-def _pairs(step: Step, patch_mask: Tensor | None, codes: ImageCodes | None) -> dict[str, Tensor]:
-    model, batch, names = step.model, step.batch, step.names
-    assert isinstance(batch, PairBatch)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
-        image = model.encode_image(batch.image)
-    losses, texts = step.contrast(image, batch.image_ids)
-    if "mim" in names:
-        # Between draw and fusion: the host needs the draw only then.
-        mask = _hidden_patches(model.config, batch, patch_mask)
-        if codes is None:
-            losses["mim"] = _image_loss(model, batch.image, image, mask, step.world)
-        else:
-            losses["mim"] = _code_loss(model, batch.image, mask, step.world, codes)
-    if step.fuses:
-        losses |= step.fuse(texts, model.image_memory(image))
-    return losses
-
-
-def _regions(step: Step) -> dict[str, Tensor]:
-    model, batch = step.model, step.batch
-    assert isinstance(batch, RegionBatch)
-    own, images = model.encode_region_tokens(batch.image, batch.image_index, batch.region_mask)
-    losses, texts = step.contrast(own, None)
-    if step.fuses:
-        losses |= step.fuse(texts, region_memory(model, batch, own, images, boxes=step.boxes))
-    return losses
+    return loss if config.mim_patches_only else loss + world.mean(token, counts["images"])
 
 
 @dataclass(frozen=True)
 class Options:
-    """How losses are computed; see `pretraining_losses`."""
+    """The arguments of `pretraining_losses` that say how losses are computed."""
 
-    hard_negatives: tuple[Tensor, Tensor] | None = None
-    generator: torch.Generator | None = None
-    official_itc_gradient: bool = False
-    stop_gradient: bool = True
+    hard_negatives: tuple[Tensor, Tensor] | None
+    patch_mask: Tensor | None
+    generator: torch.Generator | None
+    official_itc_gradient: bool
+    stop_gradient: bool
+    image_codes: ImageCodes | None
 
 
 @dataclass(frozen=True)
@@ -254,14 +226,7 @@ class Step:
                 model.require_head(head)
         if self.draws:
             model.require_head("contrastive")
-        self.counts = self._counts()
-        if hasattr(model, "temp"):
-            with torch.no_grad():
-                model.temp.clamp_(model.config.min_temperature, model.config.max_temperature)
-
-    def _counts(self) -> dict[str, Tensor]:
-        """Of every process; those that decide the sizes of messages are equal."""
-        batch, device = self.batch, self.batch.input_ids.device
+        # Those counts of the processes have to be equal that decide the sizes of what they send each other.
         sizes = {
             "texts": self.texts,
             "tokens per padded text": batch.input_ids.shape[1],
@@ -269,11 +234,13 @@ class Step:
         }
         targets = (self.layout.labels != IGNORED).sum()
         boxes = (~batch.is_image.bool()).sum() if isinstance(batch, RegionBatch) else torch.zeros_like(targets)
-        filled = {name: torch.full((), size, device=device) for name, size in sizes.items()}
-        counts = self.world.counts(**filled, targets=targets, boxes=boxes)
-        if not self.names.isdisjoint({"itc", "itm"}):
-            check_equal({name: counts[name] for name in sizes})
-        return counts
+        filled = {name: torch.full((), size, device=targets.device) for name, size in sizes.items()}
+        self.counts = world.counts(**filled, targets=targets, boxes=boxes)
+        if not names.isdisjoint({"itc", "itm"}):
+            check_equal({name: self.counts[name] for name in sizes})
+        if hasattr(model, "temp"):
+            with torch.no_grad():
+                model.temp.clamp_(model.config.min_temperature, model.config.max_temperature)
 
     def contrast(self, image_tokens: Tensor, image_ids: Tensor | None) -> tuple[dict[str, Tensor], Texts | None]:
         """Encode the texts, compute `itc`, and draw the negatives of `itm`.
@@ -298,13 +265,15 @@ class Step:
                 image, text = (ScaleGradient.apply(f, 1 / self.world.size) for f in (image, text))
             # A later step clamps the temperature in place; a graph that is still waiting for its backward keeps a copy.
             pairs = (image, text, self.model.temp.clone())
-            everyone = self._gathered(image, text, image_ids)
-            if "itc" in self.names:
-                losses["itc"] = (
-                    contrastive_loss(*pairs, image_ids)
-                    if everyone is None
-                    else contrastive_rows(*pairs, everyone, image_ids)
-                )
+            everyone = None
+            if self.world.size > 1:
+                images, texts = self.world.gather_with_gradient(torch.cat([image, text], dim=1)).chunk(2, dim=1)
+                ids = None if image_ids is None else self.world.gather(image_ids)
+                everyone = AllPairs(images, texts, self.world.rank * self.texts, ids)
+            if "itc" in self.names and everyone is None:
+                losses["itc"] = contrastive_loss(*pairs, image_ids)
+            elif "itc" in self.names:
+                losses["itc"] = contrastive_rows(*pairs, everyone, image_ids)
             if self.draws:
                 generator = self.options.generator
                 negatives = sample_hard_negatives(*pairs, image_ids, everyone=everyone, generator=generator)
@@ -322,13 +291,6 @@ class Step:
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
             return self.model.text_encoder(ids, packing, reads=Reads.first_tokens(packing) if first_only else None)
 
-    def _gathered(self, image: Tensor, text: Tensor, image_ids: Tensor | None) -> AllPairs | None:
-        if self.world.size == 1:
-            return None
-        images, texts = self.world.gather_with_gradient(torch.cat([image, text], dim=1)).chunk(2, dim=1)
-        ids = None if image_ids is None else self.world.gather(image_ids)
-        return AllPairs(images, texts, self.world.rank * self.texts, ids)
-
     def fuse(self, texts: Texts | None, memory: ImageMemory | PackedMemory) -> dict[str, Tensor]:
         """`itm`, `imlm` and the box losses, from one pass of the fusion encoder."""
         parts: list[Pairs] = []
@@ -341,7 +303,22 @@ class Step:
             if self.boxes:
                 parts.append(self._boxed(texts.table))
         if "imlm" in self.names:
-            parts.append(self._masked(sum(table.shape[0] for table in tables)))
+            # Masked texts lie behind the others and meet their own image.
+            behind = sum(table.shape[0] for table in tables)
+            layout = self.layout
+            parts.append(
+                Pairs(
+                    starts=layout.starts + behind,
+                    lengths=layout.lengths,
+                    groups=torch.arange(self.texts, device=layout.lengths.device),
+                    read_starts=layout.cu_targets[:-1].long() + 1,
+                    read_counts=layout.target_counts,
+                    tokens=layout.tokens,
+                    reads=layout.labels.shape[0],
+                    longest=layout.packing.longest,
+                    most_reads=layout.most_targets,
+                )
+            )
             detach = self.options.stop_gradient and self.model.config.detach_text_for_mlm
             tables.append(self._encode(self.batch.masked_input_ids, graph=not detach))
             places = torch.cat([places, self.layout.targets])
@@ -352,7 +329,13 @@ class Step:
         pieces = iter(read.split([part.reads for part in parts]))
         losses = {}
         if "itm" in self.names:
-            losses["itm"] = self._matching_loss(next(pieces))
+            logits = self.model.match_logits(next(pieces)[:, None])
+            matches = torch.arange(logits.shape[0], device=logits.device) < self.texts
+            if self.world.size == 1:
+                losses["itm"] = matching_loss(logits, matches)
+            else:
+                # 3B pairs per process on average; how many lie here is a matter of which images were drawn.
+                losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (3 * self.texts)
         if self.boxes:
             losses |= self._box_losses(next(pieces))
         if "imlm" in self.names:
@@ -371,29 +354,6 @@ class Step:
         images = batch.image_index.long()[boxed] + self.texts
         longest, tokens = layout.packing.longest, batch.regions.boxed_tokens
         return Pairs.first_token(starts[boxed], lengths[boxed], images, tokens=tokens, longest=longest)
-
-    def _masked(self, before: int) -> Pairs:
-        """Masked texts, which lie behind `before` other tokens, with their own image; read where they are masked."""
-        layout = self.layout
-        return Pairs(
-            starts=layout.starts + before,
-            lengths=layout.lengths,
-            groups=torch.arange(self.texts, device=layout.lengths.device),
-            read_starts=layout.cu_targets[:-1].long() + 1,
-            read_counts=layout.target_counts,
-            tokens=layout.tokens,
-            reads=layout.labels.shape[0],
-            longest=layout.packing.longest,
-            most_reads=layout.most_targets,
-        )
-
-    def _matching_loss(self, fused: Tensor) -> Tensor:
-        logits = self.model.match_logits(fused[:, None])
-        matches = torch.arange(logits.shape[0], device=logits.device) < self.texts
-        if self.world.size == 1:
-            return matching_loss(logits, matches)
-        # 3B pairs per process on average; how many lie here is a matter of which images were drawn.
-        return F.cross_entropy(logits, matches.long(), reduction="sum") / (3 * self.texts)
 
     def _box_losses(self, fused: Tensor) -> dict[str, Tensor]:
         batch = self.batch

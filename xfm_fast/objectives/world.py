@@ -1,4 +1,4 @@
-"""What the processes of a step tell each other: features with their gradients, detached texts, and counts."""
+"""The processes that share a global batch, and their messages: features with gradients, detached texts, and counts."""
 
 from __future__ import annotations
 
