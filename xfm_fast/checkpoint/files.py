@@ -27,11 +27,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError
 
 FORMAT_VERSION = 1
-
-
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
-
-
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -44,19 +40,11 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
 # Where training programs keep the weights inside what they save, in the order in which they are looked for.
 _NESTINGS = ("model", "module", "state_dict")
-
-
 # Prefixes that DistributedDataParallel and torch.compile put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
-
-
 _AGAIN = "download or copy it again and compare checksums"
-
-
 _FOREIGN = (
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\x89PNG", "a PNG image"),

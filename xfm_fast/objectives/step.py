@@ -36,8 +36,6 @@ from xfm_fast.objectives.world import ScaleGradient, World, check_equal
 from xfm_fast.packing import Reads
 
 BOXES = ("bbox_l1", "bbox_giou")
-
-
 APPLICABLE: dict[type, tuple[str, ...]] = {
     PairBatch: ("itc", "itm", "imlm", "mim"),
     RegionBatch: ("itc", "itm", "imlm", "bbox_l1", "bbox_giou"),

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -76,7 +75,11 @@ def accelerate(
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
     settings = Settings(kernels, dtype, unpad, skip_logits)
     _check_machine(model, settings)
-    chosen = _chosen(model, include, exclude)
+    chosen = dict(model.named_modules())
+    excluded = {} if exclude is None else _under(chosen, exclude, "exclude")
+    if include is not None:
+        chosen = _under(chosen, include, "include")
+    chosen = {path: module for path, module in chosen.items() if path not in excluded}
     before = None if verify is None else _outputs(model, verify)
     undo = [(module, fused_form(module), module.settings) for module in model.modules() if isinstance(module, Fused)]
     for module, _, _ in undo:
@@ -155,8 +158,11 @@ class Report:
 
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "why, or what it saves")]
-        for (_, class_name, fused, gain, reason), alike in groupby(sorted(self._grouped()), key=lambda row: row[:5]):
-            paths = [row[5] for row in alike]
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        for entry in self.entries:
+            kind = (entry.class_name, entry.fused, entry.gain, entry.reason or "")
+            groups.setdefault(kind, []).append(entry.path)
+        for (class_name, fused, gain, reason), paths in groups.items():
             place = paths[0] or "(the model)"
             if len(paths) > 1:
                 place += f" and {len(paths) - 1} alike"
@@ -167,12 +173,6 @@ class Report:
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
         return "\n".join(lines)
-
-    def _grouped(self) -> Iterator[tuple[int, str, str, str, str, str]]:
-        first: dict[tuple[str, str, str | None], int] = {}
-        for place, entry in enumerate(self.entries):
-            order = first.setdefault((entry.class_name, entry.fused, entry.reason), place)
-            yield order, entry.class_name, entry.fused, entry.gain, entry.reason or "", entry.path
 
 
 class _InOneType(Fused):
@@ -196,7 +196,10 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
         entries.append(entry)
         if rule is not None:
             replaced.append((module, rule.fused))
-            inside |= _computed_around(module, rule)
+            # It computes with the parameters of PyTorch's own norms and attentions in it and calls none of them.
+            names = rule.fused.adapted(original_class(module)).get("bypassed", rule.fused.bypassed)
+            parts = {part for name in names if (part := find(module, name)) is not None}
+            inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
     if not replaced:
         raise InputError(_nothing(model, entries))
     for module, fused in replaced:
@@ -208,13 +211,6 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
     return report
 
 
-def _computed_around(module: nn.Module, rule: Rule) -> set[nn.Module]:
-    """PyTorch's own norms and attentions in a fused module: it computes with their parameters and calls none."""
-    names = rule.fused.adapted(original_class(module)).get("bypassed", rule.fused.bypassed)
-    parts = {part for name in names if (part := find(module, name)) is not None}
-    return {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
-
-
 def _decide(
     path: str, module: nn.Module, known: Sequence[Rule], settings: Settings
 ) -> tuple[Entry | None, Rule | None]:
@@ -223,7 +219,7 @@ def _decide(
     for rule in known:
         if not rule.recognises(module):
             continue
-        reason = rule.refusal(module, settings)
+        reason = rule.reason_against(module, settings)
         if reason is None and forward_replaced(module):
             reason = "its forward was replaced on the instance"
         entry = Entry(path, original_class(module).__name__, rule.name, rule.gain, reason)
@@ -233,19 +229,15 @@ def _decide(
     return left, None
 
 
-def _chosen(model: nn.Module, include: Selection | None, exclude: Selection | None) -> dict[str, nn.Module]:
-    """The modules that may be replaced, by path."""
-    modules = dict(model.named_modules())
-    wanted = modules if include is None else _under(modules, include, "include")
-    unwanted = {} if exclude is None else _under(modules, exclude, "exclude")
-    return {path: module for path, module in wanted.items() if path not in unwanted}
-
-
 def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -> dict[str, nn.Module]:
     """Selected modules and everything in them."""
     found: dict[str, nn.Module] = {}
     for one in [selection] if isinstance(selection, (str, type)) else selection:
-        roots = [path for path, module in modules.items() if _matches(path, module, one)]
+        if isinstance(one, type):
+            roots = [path for path, module in modules.items() if isinstance(module, one)]
+        else:
+            named = {path: (path, original_class(module).__name__) for path, module in modules.items()}
+            roots = [path for path, names in named.items() if any(fnmatchcase(name, one) for name in names)]
         if not roots:
             name = one if isinstance(one, str) else one.__name__
             raise InputError(f"{argument}={name!r} matches no module of the model, neither by name nor by class")
@@ -253,12 +245,6 @@ def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -
             inside = f"{root}." if root else ""
             found |= {path: module for path, module in modules.items() if path == root or path.startswith(inside)}
     return {path: module for path, module in modules.items() if path in found}
-
-
-def _matches(path: str, module: nn.Module, wanted: str | type[nn.Module]) -> bool:
-    if isinstance(wanted, type):
-        return isinstance(module, wanted)
-    return fnmatchcase(path, wanted) or fnmatchcase(original_class(module).__name__, wanted)
 
 
 def _check_machine(model: nn.Module, settings: Settings) -> None:

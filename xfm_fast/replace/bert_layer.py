@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.models.layers import concatenated
 from xfm_fast.packing import Packing, offsets, on_host
-from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability
+from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability, why_not_bypassed
 
 _BRANCH: dict[str, Kinds] = {
     "self": nn.Module,
@@ -32,8 +32,6 @@ _BRANCH: dict[str, Kinds] = {
     "output.LayerNorm": nn.LayerNorm,
     "output.drop_path": nn.Module,
 }
-
-
 _MLP: dict[str, Kinds] = {
     "intermediate": nn.Module,
     "intermediate.dense": nn.Linear,
@@ -54,7 +52,7 @@ LAYER_PARTS: dict[str, Kinds] = _branch("attention") | _branch("crossattention")
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has the parts of such a layer, with cross-attention or without."""
+    """True if a module has the parts of such a layer, with cross-attention or without."""
     crosses = has_cross_attention(module)
     # Stochastic depth is X²-VLM's addition.
     required = (name for name in LAYER_PARTS if not name.endswith("drop_path"))
@@ -67,18 +65,18 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def has_cross_attention(layer: nn.Module) -> bool:
-    """Whether a layer looks at images, or could."""
+    """True if a layer looks at images, or could."""
     return find(layer, "crossattention") is not None
 
 
 def drops_paths(layer: nn.Module) -> bool:
-    """Whether stochastic depth is in force, which X²-VLM draws for a position of all texts at once."""
+    """True if stochastic depth is in force, which X²-VLM draws for a position of all texts at once."""
     parts = (find(layer, f"{name}output.drop_path") for name in ("attention.", "crossattention.", ""))
     return any(part is not None and part.training and getattr(part, "drop_prob", None) for part in parts)
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
-    """Why the attention of a layer is not that of BERT; None if it is."""
+    """The reason why the attention of a layer is not that of BERT; None if it is."""
     for name in ("attention.self", "crossattention.self"):
         positions = getattr(find(layer, name), "position_embedding_type", None)
         if positions not in ("absolute", None):
@@ -86,14 +84,6 @@ def why_not_plain(layer: nn.Module) -> str | None:
     if hasattr(layer, "intermediate_query"):
         return "it attends with query tokens beside the text"
     return None
-
-
-def is_erf_gelu(activation: Any) -> bool:
-    """Whether an activation is the erf form of GELU: PyTorch's function or module, or transformers' wrapper of it."""
-    if isinstance(activation, nn.GELU):
-        return activation.approximate == "none"
-    # GELUActivation calls the function that it keeps here.
-    return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
@@ -150,7 +140,7 @@ class Packed:
 
 @dataclass
 class Memory:
-    """What queries attend to in cross-attention.
+    """The memory that queries attend to in cross-attention.
 
     Attributes:
         states: `[..., width]`, projected to keys and values by every layer; or `[..., 2, H, D]`, projected already.
@@ -194,12 +184,12 @@ def attend_to_real_keys(
 
 
 def shares_one_memory(states: Tensor) -> bool:
-    """Whether `[B, N, width]` states are one memory that was expanded to B, so that it need be projected only once."""
+    """True if `[B, N, width]` states are one memory that was expanded to B, so that it need be projected only once."""
     return states.shape[0] > 1 and states.stride(0) == 0
 
 
 def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -> tuple[Packing, bool] | None:
-    """How to leave the padding out of a batch, with one look at the device.
+    """The packing that leaves the padding out of a batch, found with one look at the device.
 
     Args:
         mask: `[P, L]`, non-zero for real tokens.
@@ -225,18 +215,14 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
         return None
     flat = kept.flatten()
     # A stable sort puts the kept places first, in order, and unlike `nonzero` it need not ask how many there are.
-    order = host.true_places if on_host(flat) else _kept_first
-    places = order(flat)[:total]
+    order = host.true_places(flat) if on_host(flat) else flat.logical_not().to(torch.uint8).argsort(stable=True)
+    places = order[:total]
     key_mask = None if first_real or not keep_first else mask.flatten()[places]
     shape = (mask.shape[0], mask.shape[1])
     packing = Packing(
         positions=places, cu_seqlens=offsets(lengths), shape=shape, key_mask=key_mask, max_seqlen=int(longest)
     )
     return packing, bool(whole_memory)
-
-
-def _kept_first(kept: Tensor) -> Tensor:
-    return kept.logical_not().to(torch.uint8).argsort(stable=True)
 
 
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
@@ -275,7 +261,7 @@ def run_layer(
     Args:
         layer: has the submodules of `BertLayer`, by their names.
         x: `[B, L, width]` or packed `[T, width]`, as `attend` expects.
-        reads: `[Q]` rows of packed x that somebody reads: the only ones to ask and to be computed.
+        reads: `[Q]` rows of packed x that are read: the only ones to ask and to be computed.
 
     Returns:
         In the shape of x; `[Q, width]` with reads.
@@ -285,7 +271,7 @@ def run_layer(
         parts = (projections.query, projections.key, projections.value)
         weight = concatenated("qkv weight", *(p.weight for p in parts))
         bias = concatenated("qkv bias", *(p.bias for p in parts))
-        qkv = _linear(settings.operand(x), weight, bias, settings)
+        qkv = settings.linear(x, weight, bias)
         q, k, v = qkv.unflatten(-1, (3, projections.num_attention_heads, -1)).unbind(-3)
     else:
         k, v = keys_values(layer.attention, x, settings).unbind(-3)
@@ -293,8 +279,16 @@ def run_layer(
         q = _query(projections, x, settings)
     x = _close(layer.attention.output, attend(q, k, v, _chance(projections), settings).flatten(-2), x, settings)
     if memory is not None:
-        x = _cross_attention(layer.crossattention, x, memory, settings)
-    return _feed_forward(layer, x, settings)
+        cross = layer.crossattention
+        states = memory.states if memory.projected else keys_values(cross, memory.states, settings)
+        k, v = states.unbind(-3)
+        q = _query(cross.self, x, settings)
+        # One memory for a whole padded batch: its queries form a single sequence.
+        asked = q.flatten(0, 1)[None] if memory.shared else q
+        context = memory.attend(asked, k, v, _chance(cross.self), settings).view(q.shape)
+        x = _close(cross.output, context.flatten(-2), x, settings)
+    hidden = settings.activated(x, layer.intermediate.dense, layer.intermediate.intermediate_act_fn)
+    return _close(layer.output, hidden, x, settings)
 
 
 def keys_values(attention: Any, states: Tensor, settings: Settings) -> Tensor:
@@ -302,36 +296,12 @@ def keys_values(attention: Any, states: Tensor, settings: Settings) -> Tensor:
     projections = attention.self
     weight = concatenated("kv weight", projections.key.weight, projections.value.weight)
     bias = concatenated("kv bias", projections.key.bias, projections.value.bias)
-    projected = _linear(settings.operand(states), weight, bias, settings)
-    return projected.unflatten(-1, (2, projections.num_attention_heads, -1))
+    return settings.linear(states, weight, bias).unflatten(-1, (2, projections.num_attention_heads, -1))
 
 
 def _query(projections: Any, x: Tensor, settings: Settings) -> Tensor:
-    q = _linear(settings.operand(x), projections.query.weight, projections.query.bias, settings)
+    q = settings.linear(x, projections.query.weight, projections.query.bias)
     return q.unflatten(-1, (projections.num_attention_heads, -1))
-
-
-def _cross_attention(attention: Any, x: Tensor, memory: Memory, settings: Settings) -> Tensor:
-    projections = attention.self
-    states = memory.states if memory.projected else keys_values(attention, memory.states, settings)
-    k, v = states.unbind(-3)
-    q = _query(projections, x, settings)
-    if memory.shared:
-        context = memory.attend(q.flatten(0, 1)[None], k, v, _chance(projections), settings)[0]
-        context = context.unflatten(0, q.shape[:2])
-    else:
-        context = memory.attend(q, k, v, _chance(projections), settings)
-    return _close(attention.output, context.flatten(-2), x, settings)
-
-
-def _feed_forward(layer: Any, x: Tensor, settings: Settings) -> Tensor:
-    first, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
-    if is_erf_gelu(activation):
-        stored = settings.affine(first.weight, first.bias)
-        hidden = ops.linear_gelu(settings.operand(x), *stored, backend=settings.backend)
-    else:
-        hidden = activation(_linear(settings.operand(x), first.weight, first.bias, settings))
-    return _close(layer.output, hidden, x, settings)
 
 
 def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
@@ -348,10 +318,6 @@ def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
         wide=True,
         backend=settings.backend,
     )[0]
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, settings: Settings) -> Tensor:
-    return ops.linear(x, *settings.affine(weight, bias), backend=settings.backend)
 
 
 def _chance(projections: Any) -> float:
@@ -373,7 +339,10 @@ class FusedEmbeddings(CalledByName):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
         tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
-        plain = call.get("inputs_embeds") is None and _all_first(call.get("token_type_ids"))
+        types = call.get("token_type_ids")
+        # All tokens are of the first type; on an accelerator a look would wait, so there only None is known.
+        first_type = types is None or (on_host(types) and not host.any_true(types.ne(0)))
+        plain = call.get("inputs_embeds") is None and first_type
         if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
             return super().forward(*args, **kwargs)
         positions = call.get("position_ids")
@@ -421,13 +390,6 @@ class FusedEmbeddings(CalledByName):
         return module.dropout(normed)
 
 
-def _all_first(types: Tensor | None) -> bool:
-    """Whether every token is of the first type. On an accelerator a look would wait, so there only None is known."""
-    if types is None:
-        return True
-    return types.device.type == "cpu" and not torch.compiler.is_compiling() and not host.any_true(types.ne(0))
-
-
 def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
     """`[P, L]` or `[1, L]`: those that BERT counts by place, or RoBERTa by tokens that are no padding."""
     pad = getattr(embeddings, "padding_idx", None)
@@ -455,20 +417,23 @@ class VocabularyHead(CalledByName):
         with self.settings.own_types(features.device):
             return self.logits(self.transformed(features))
 
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_bypassed(module, cls.bypassed)
+
     def intact(self) -> bool:
         transform = self._modules.get("transform")
         return super().intact() and (transform is None or not observed(transform))
 
     def transformed(self, features: Tensor) -> Tensor:
-        """`[..., width]` → what meets the vocabulary."""
-        module, settings = self._parts(), self.settings
-        dense, norm, activation = module
-        x = settings.operand(features)
-        stored = settings.affine(dense.weight, dense.bias)
-        if activation is None or is_erf_gelu(activation):
-            x = ops.linear_gelu(x, *stored, backend=settings.backend)
+        """`[..., width]` → the states that meet the vocabulary."""
+        module, settings = cast(Any, self), self.settings
+        if "transform" in self._modules:
+            dense, norm, activation = (getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn"))
         else:
-            x = activation(ops.linear(x, *stored, backend=settings.backend))
+            # RoBERTa's head calls the function where BERT's keeps a module.
+            dense, norm, activation = module.dense, module.layer_norm, F.gelu
+        x = settings.activated(features, dense, activation)
         scale, shift = settings.affine(norm.weight, norm.bias)
         return ops.layer_norm(x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend)
 
@@ -481,10 +446,3 @@ class VocabularyHead(CalledByName):
         """`[..., width]` → `[..., V]`."""
         weight, bias = self.vocabulary()
         return ops.linear(transformed, weight, bias, backend=self.settings.backend)
-
-    def _parts(self) -> tuple[Any, Any, Any]:
-        """Product, norm and activation; RoBERTa's head calls the function, BERT's keeps a module."""
-        module: Any = self
-        if "transform" in self._modules:
-            return module.transform.dense, module.transform.LayerNorm, module.transform.transform_act_fn
-        return module.dense, module.layer_norm, None

@@ -6,9 +6,8 @@ For models that let one choose their attention there is also `attn_implementatio
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,16 @@ from xfm_fast.replace.bert_layer import (
     plan,
     run_layer,
 )
-from xfm_fast.replace.swap import CalledByName, Rule, Settings, is_fused, observed, original_class, why_not_bypassed
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Rule,
+    Settings,
+    asks_beyond,
+    is_fused,
+    observed,
+    original_class,
+    why_not_bypassed,
+)
 
 # Layers whose forward is BERT's, and encoders whose forward is BERT's or RoBERTa's, by package of transformers.
 _LAYERS = {
@@ -49,8 +57,6 @@ _LAYERS = {
     "roc_bert": "RoCBertLayer",
     "xlm_roberta": "XLMRobertaLayer",
 }
-
-
 _MODELS = {
     "bert": "BertModel",
     "blip": "BlipTextModel",
@@ -59,8 +65,6 @@ _MODELS = {
     "roberta": "RobertaModel",
     "xlm_roberta": "XLMRobertaModel",
 }
-
-
 _EMBEDDINGS = {
     "bert": "BertEmbeddings",
     "blip": "BlipTextEmbeddings",
@@ -69,8 +73,6 @@ _EMBEDDINGS = {
     "roberta": "RobertaEmbeddings",
     "xlm_roberta": "XLMRobertaEmbeddings",
 }
-
-
 _MASKED_LM = {
     "bert": "BertForMaskedLM",
     "camembert": "CamembertForMaskedLM",
@@ -78,34 +80,21 @@ _MASKED_LM = {
     "roberta": "RobertaForMaskedLM",
     "xlm_roberta": "XLMRobertaForMaskedLM",
 }
-
-
-_BERT_HEADS = {"bert": "BertLMPredictionHead", "blip": "BlipTextLMPredictionHead"}
-
-
-_ROBERTA_HEADS = {
+_HEADS = {
+    "bert": "BertLMPredictionHead",
+    "blip": "BlipTextLMPredictionHead",
     "camembert": "CamembertLMHead",
     "data2vec": "Data2VecTextLMHead",
     "roberta": "RobertaLMHead",
     "xlm_roberta": "XLMRobertaLMHead",
 }
-
-
-# transformers takes BLIP's mask of the image and passes it to nobody; whoever gives one gets what the original does.
+# transformers takes BLIP's mask of the image and drops it; calls with one run the original.
 _MEMORY_UNMASKED = ("BlipTextLayer", "BlipTextModel")
-
-
 # Attention by matrices: what these compute is one function, and the fused form computes it too.
 _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
-
-
 # Arguments that ask for nothing the fused forms would not do.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
-
-
 _IGNORED = -100
-
-
 NAME = "xfm_fast"
 
 
@@ -167,24 +156,12 @@ def attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
-def _transformers_version() -> int:
-    return int(sys.modules["transformers"].__version__.split(".")[0])
-
-
 def is_of(table: dict[str, str], module: nn.Module) -> bool:
-    """Whether a module's own class is one that the table names, where names of several versions stand together."""
+    """True if a module's own class is one that the table names, where names of several versions stand together."""
     kind = original_class(module)
     package = kind.__module__.split(".")
     known = package[:2] == ["transformers", "models"] and len(package) > 2
     return known and kind.__name__ in table.get(package[2], "").split()
-
-
-def asked_beyond(call: dict[str, Any], understood: set[str]) -> bool:
-    """Whether a call has arguments that the fused form does not understand: they are left to the original."""
-    return any(
-        value is not None and value is not False and name not in understood and name not in _WITHOUT_EFFECT
-        for name, value in call.items()
-    )
 
 
 class FusedLayer(CalledByName):
@@ -222,50 +199,60 @@ class FusedLayer(CalledByName):
         named = super().adapted(original)
         return {**named, "bypassed": expected, "returns_tuple": "output_attentions" in named["names"]}
 
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        layer: Any = module
+        attention = layer.attention.self
+        positions = getattr(attention, "position_embedding_type", "absolute")
+        if positions not in ("absolute", None):
+            return f"its attention has {positions} positions"
+        if layer.chunk_size_feed_forward:
+            return f"its feed-forward runs in chunks of {layer.chunk_size_feed_forward}"
+        implementation = _implementation(attention)
+        if implementation not in _PLAIN_ATTENTION:
+            return f"its attention implementation is {implementation}"
+        adapted = cls.adapted(original_class(module))
+        if "past_key_value" in adapted["names"] and getattr(layer, "is_decoder", True):
+            return "in this version of transformers a decoder's layer returns keys and values"
+        return why_not_bypassed(module, adapted["bypassed"])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        if asked_beyond(call, self._understood | {"output_hidden_states"}) or not self.intact():
+        if asks_beyond(call, self._understood | _WITHOUT_EFFECT | {"output_hidden_states"}) or not self.intact():
             return super().forward(*args, **kwargs)
         x, mask = call["hidden_states"], call.get("attention_mask")
         states, their_mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if not getattr(self, "is_decoder", True):
             states = None
-        if original_class(self).__name__ in _MEMORY_UNMASKED and _hides_nothing(their_mask):
+        unmasked = original_class(self).__name__ in _MEMORY_UNMASKED
+        if unmasked and _hides_nothing(their_mask):
             their_mask = None
-        covered = states is None or (hasattr(self, "crossattention") and self._covers_memory(their_mask))
-        if not covered or not self._covers(x, mask):
+        attention = cast(Any, self).attention.self
+        covered = _implementation(attention) in _PLAIN_ATTENTION and x.ndim == 3 and _covers_mask(attention, mask)
+        if states is not None:
+            covered &= hasattr(self, "crossattention") and _covers_mask(attention, their_mask)
+            covered &= not unmasked or their_mask is None
+        if not covered:
             return super().forward(*args, **kwargs)
-        attention = self._attention()
         causal = mask is None and x.shape[1] > 1 and _hides_later_keys(attention)
         with self.settings.own_types(x.device):
             memory = None if states is None else padded_memory(states, their_mask)
             out = run_layer(self, x, Padded(mask, causal), self.settings, memory)
         return (out,) if self.returns_tuple else out
 
-    def _attention(self) -> Any:
-        module: Any = self
-        return module.attention.self
 
-    def _covers(self, x: Tensor, mask: Any) -> bool:
-        """Whether attention is by matrices and its mask one that the fused form can take."""
-        implementation = _implementation(self._attention())
-        if implementation not in _PLAIN_ATTENTION or x.ndim != 3:
-            return False
-        return mask is None or self._covers_mask(mask)
-
-    def _covers_memory(self, mask: Any) -> bool:
-        return mask is None or (self._covers_mask(mask) and original_class(self).__name__ not in _MEMORY_UNMASKED)
-
-    def _covers_mask(self, mask: Any) -> bool:
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return _implementation(self._attention()) == "xfm_fast"
-        # Eager attention adds a boolean mask as ones and zeros; whoever wants that gets it from the original.
-        boolean = _implementation(self._attention()) not in ("eager", None)
-        return isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean)
+def _covers_mask(attention: Any, mask: Any) -> bool:
+    """True if the fused form takes a mask as the attention's implementation does."""
+    implementation = _implementation(attention)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return implementation == "xfm_fast"
+    # Eager attention adds a boolean mask as ones and zeros, which is left to the original.
+    boolean = implementation not in ("eager", None)
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean))
 
 
 def _hides_nothing(mask: Any) -> bool:
-    """Whether an additive mask is all zeros; transformers 4 makes BLIP one where none was given."""
+    """True if an additive mask is all zeros; transformers 4 makes BLIP one where none was given."""
     if not isinstance(mask, Tensor) or not mask.is_floating_point() or torch.compiler.is_compiling():
         return False
     # All layers of a model come with the same mask, and on an accelerator a look at it waits.
@@ -278,32 +265,22 @@ def _implementation(attention: Any) -> str | None:
 
 
 def _hides_later_keys(attention: Any) -> bool:
-    """Whether attention without a mask is causal: so it is in transformers' SDPA unless a module says otherwise."""
+    """True if attention without a mask is causal: so it is in transformers' SDPA unless a module says otherwise."""
     if "SdpaSelfAttention" in original_class(attention).__name__:
         return bool(attention.is_decoder)
     return _implementation(attention) in ("sdpa", "xfm_fast") and bool(getattr(attention, "is_causal", True))
 
 
-def layer_refusal(module: nn.Module, settings: Settings) -> str | None:
-    """Why a layer stays as it is."""
-    layer: Any = module
-    attention = layer.attention.self
-    positions = getattr(attention, "position_embedding_type", "absolute")
-    if positions not in ("absolute", None):
-        return f"its attention has {positions} positions"
-    if layer.chunk_size_feed_forward:
-        return f"its feed-forward runs in chunks of {layer.chunk_size_feed_forward}"
-    implementation = _implementation(attention)
-    if implementation not in _PLAIN_ATTENTION:
-        return f"its attention implementation is {implementation}"
-    adapted = FusedLayer.adapted(original_class(module))
-    if "past_key_value" in adapted["names"] and getattr(layer, "is_decoder", True):
-        return "in this version of transformers a decoder's layer returns keys and values"
-    return why_not_bypassed(module, adapted["bypassed"])
-
-
 class UnpaddedModel(CalledByName):
     """A whole encoder on packed tokens: padding is left out of the embeddings and every layer."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        if not settings.unpad:
+            return "its padding is computed; unpad=True leaves it out"
+        if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
+            return "a causal decoder keeps its padding"
+        return None
 
     _understood: ClassVar[set[str]] = {
         "input_ids",
@@ -337,7 +314,7 @@ class UnpaddedModel(CalledByName):
         """Embeddings after the last layer, packed `[T, width]`, and their places; None for calls that keep padding."""
         mask, memory_mask = call.get("attention_mask"), call.get("encoder_attention_mask")
         given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-        if asked_beyond(call, self._understood) or not self._can_pack(call):
+        if asks_beyond(call, self._understood | _WITHOUT_EFFECT) or not self._can_pack(call):
             return None
         if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
             return None
@@ -350,14 +327,13 @@ class UnpaddedModel(CalledByName):
         if planned is None:
             return None
         packing, whole_memory = planned
-        if not whole_memory and self._forgets_memory_masks():
-            return None
+        # Where its mask hides part of the memory, BLIP forgets it, and in transformers 4 all but decoders do.
+        if not whole_memory:
+            version = int(sys.modules["transformers"].__version__.split(".")[0])
+            if version < 5 or original_class(self).__name__ in _MEMORY_UNMASKED:
+                return None
         with self.settings.own_types(mask.device):
             return self._run(call | {"encoder_attention_mask": None if whole_memory else memory_mask}, packing), packing
-
-    def _forgets_memory_masks(self) -> bool:
-        """Whether the original hands no mask of the memory on: in transformers 4 only decoders do."""
-        return original_class(self).__name__ in _MEMORY_UNMASKED or _transformers_version() < 5
 
     def _can_pack(self, call: dict[str, Any]) -> bool:
         config: Any = self.config
@@ -393,53 +369,37 @@ class UnpaddedModel(CalledByName):
             memory = packed_memory(states, call.get("encoder_attention_mask"), packing)
         for layer in module.encoder.layer:
             run = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory)
-            checkpoint = _checkpointing(module, layer)
-            x = run(x) if checkpoint is None else checkpoint(run, x)
+            # transformers 5 keeps activations out of memory layer by layer, transformers 4 for the whole encoder.
+            owners = [o for o in (layer, module.encoder) if getattr(o, "gradient_checkpointing", False) and o.training]
+            x = owners[0]._gradient_checkpointing_func(run, x) if owners and torch.is_grad_enabled() else run(x)
         return x
 
 
-def _checkpointing(model: Any, layer: Any) -> Callable[..., Tensor] | None:
-    """What keeps a layer's activations out of memory; transformers 4 has it on the encoder."""
-    for owner in (layer, model.encoder):
-        if getattr(owner, "gradient_checkpointing", False) and owner.training and torch.is_grad_enabled():
-            return owner._gradient_checkpointing_func
-    return None
-
-
 def wants_named(model: Any, call: dict[str, Any]) -> bool:
-    """Whether a call asks for outputs by name rather than as a tuple."""
+    """True if a call asks for outputs by name rather than as a tuple."""
     asked = call.get("return_dict")
     return getattr(model.config, "return_dict", True) if asked is None else asked
-
-
-def _model_refusal(module: nn.Module, settings: Settings) -> str | None:
-    if not settings.unpad:
-        return "its padding is computed; unpad=True leaves it out"
-    if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
-        return "a causal decoder keeps its padding"
-    return None
 
 
 class FusedMaskedLM(CalledByName):
     """Encoder and head together: only positions with a label reach the loss, and padding no vocabulary.
 
-    Logits are returned as the original returns them (their gradient too, should anybody use them), unless
-    `skip_logits` was asked for.
+    Logits are returned as the original returns them, with a gradient, unless `skip_logits` was asked for.
     """
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_bypassed(_head_of(module), VocabularyHead.bypassed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
         made = self._outputs(call) if self._covered(call) else None
         return super().forward(*args, **kwargs) if made is None else made
 
-    def _head(self) -> Any:
-        module: Any = self
-        return module.cls.predictions if hasattr(module, "cls") else module.lm_head
-
     def _covered(self, call: dict[str, Any]) -> bool:
-        """Whether labels can be looked at, and nobody observes the head."""
+        """True if labels can be looked at, and nothing observes the head."""
         module: Any = self
-        head = self._head()
+        head = _head_of(self)
         watched = [head, *([module.cls] if hasattr(module, "cls") else [])]
         if any(observed(part) for part in watched) or not is_fused(head) or not head.intact():
             return False
@@ -455,14 +415,16 @@ class FusedMaskedLM(CalledByName):
     def _outputs(self, call: dict[str, Any]) -> Any:
         from transformers.modeling_outputs import MaskedLMOutput
 
-        labels, head = call.get("labels"), self._head()
+        labels, head = call.get("labels"), _head_of(self)
         inputs = {name: value for name, value in call.items() if name not in ("labels", "return_dict")}
         module: Any = self
         base = getattr(module, module.base_model_prefix)
         run, states, packing, recorded = base, None, None, {}
         if isinstance(base, UnpaddedModel) and not observed(base):
-            packed = None
-            if labels is not None and _labels_padding(labels, call.get("attention_mask")):
+            packed, mask = None, call.get("attention_mask")
+            masked = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
+            # Labels at padding count in the loss, whatever they are good for.
+            if masked and _any(labels.ne(_IGNORED) & mask.eq(0)):
                 run = base.padded
             else:
                 packed = base.packed(inputs)
@@ -474,7 +436,12 @@ class FusedMaskedLM(CalledByName):
             outputs = run(**inputs, return_dict=True)
             states = outputs.last_hidden_state.flatten(0, 1)
             recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        labelled = None if labels is None else _labelled(labels, packing)
+        labelled = None
+        if labels is not None:
+            flat = labels.flatten() if packing is None else packing.pack(labels)
+            counted = flat.ne(_IGNORED)
+            rows = host.true_places(counted) if on_host(counted) else counted.nonzero().flatten()
+            labelled = rows, flat.index_select(0, rows)
         with self.settings.own_types(states.device):
             loss, logits = self._loss_and_logits(head, states, labelled)
         if logits is not None:
@@ -501,53 +468,23 @@ class FusedMaskedLM(CalledByName):
         return loss.to(states.dtype if states.dtype == torch.float64 else loss.dtype), logits
 
 
+def _head_of(model: Any) -> Any:
+    return model.cls.predictions if hasattr(model, "cls") else model.lm_head
+
+
 def _any(mask: Tensor) -> bool:
     return host.any_true(mask) if on_host(mask) else bool(mask.any())
 
 
-def _labels_padding(labels: Tensor, mask: Any) -> bool:
-    """Whether there are labels at padding: they count in the loss, whatever they are good for."""
-    return isinstance(mask, Tensor) and mask.shape == labels.shape and _any(labels.ne(_IGNORED) & mask.eq(0))
-
-
-def _labelled(labels: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
-    """Rows with a label, in packed order where there is a packing, and their labels."""
-    flat = labels.flatten() if packing is None else packing.pack(labels)
-    counted = flat.ne(_IGNORED)
-    rows = host.true_places(counted) if on_host(counted) else counted.nonzero().flatten()
-    return rows, flat.index_select(0, rows)
-
-
-def _masked_lm_refusal(module: nn.Module, settings: Settings) -> str | None:
-    model: Any = module
-    head = model.cls.predictions if hasattr(model, "cls") else model.lm_head
-    return why_not_bypassed(head, VocabularyHead.bypassed)
-
-
-def _head_refusal(module: nn.Module, settings: Settings) -> str | None:
-    return why_not_bypassed(module, VocabularyHead.bypassed)
-
-
-def _is_head(module: nn.Module) -> bool:
-    return is_of(_BERT_HEADS, module) or is_of(_ROBERTA_HEADS, module)
-
-
 RULES: tuple[Rule, ...] = (
-    Rule("UnpaddedModel", partial(is_of, _MODELS), UnpaddedModel, "padding left out of all layers", _model_refusal),
-    Rule(
-        "FusedLayer",
-        partial(is_of, _LAYERS),
-        FusedLayer,
-        "one product for q, k, v; GELU, residual and norm fused",
-        layer_refusal,
-    ),
+    Rule("UnpaddedModel", partial(is_of, _MODELS), UnpaddedModel, "padding left out of all layers"),
+    Rule("FusedLayer", partial(is_of, _LAYERS), FusedLayer, "one product for q, k, v; GELU, residual and norm fused"),
     Rule("FusedEmbeddings", partial(is_of, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
     Rule(
         "FusedMaskedLM",
         partial(is_of, _MASKED_LM),
         FusedMaskedLM,
         "loss over labelled positions only, without their logits in full",
-        _masked_lm_refusal,
     ),
-    Rule("VocabularyHead", _is_head, VocabularyHead, "GELU fused; faster product with the vocabulary", _head_refusal),
+    Rule("VocabularyHead", partial(is_of, _HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host, reference
-from xfm_fast.kernels.derived import derived
+from xfm_fast.nn.attention import qkv_bias
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.bert_layer import (
     LAYER_PARTS,
@@ -42,6 +42,7 @@ from xfm_fast.replace.swap import (
     Kinds,
     Rule,
     Settings,
+    asks_beyond,
     find,
     observed,
     original_class,
@@ -50,7 +51,7 @@ from xfm_fast.replace.swap import (
     swap,
     why_not_bypassed,
 )
-from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, lacks_parameters
+from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, lacks_parameters, row_scale
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -61,22 +62,13 @@ _LAYER_ARGUMENTS = {
     "past_key_value",
     "output_attentions",
 }
-
-
 _ENCODER_ARGUMENTS = _LAYER_ARGUMENTS - {"past_key_value"} | {"past_key_values", "use_cache", "output_hidden_states"}
-
-
+_TENSORS = {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
 # Modes in which a layer that can look at an image does.
 _LOOKING = ("multi_modal", "multimodal", "fusion")
-
-
 # The code masks by adding -10000, newer libraries the lowest number of the type: e to the power of either is 0.
 _HIDDEN = -1000.0
-
-
 _BLOCK_ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "image_atts")
-
-
 _BLOCK_PARTS: dict[str, Kinds] = {
     "norm1": nn.LayerNorm,
     "attn": nn.Module,
@@ -91,32 +83,22 @@ _BLOCK_PARTS: dict[str, Kinds] = {
     "mlp.fc2": nn.Linear,
     "mlp.drop": nn.Dropout,
 }
-
-
 # Of the attention, beside its submodules.
 _BLOCK_ATTENTION = ("num_heads", "scale", "q_bias", "v_bias", "window_size", "relative_position_bias_table")
-
-
 _EMBEDDINGS = {"word_embeddings", "position_embeddings", "LayerNorm", "dropout"}
-
-
 _ROBERTA_HEAD, _BERT_HEAD = {"dense", "layer_norm", "decoder"}, {"transform", "decoder"}
-
-
 _TRANSFORM = {"dense", "LayerNorm"}
-
-
 _TRIED_TOKENS = 5
 
 
 def _foreign(module: nn.Module) -> bool:
-    """Libraries with rules of their own call their layers differently."""
+    """True for modules of no library that has rules of its own: those call their layers differently."""
     return original_class(module).__module__.partition(".")[0] not in ("transformers", "timm", "xfm_fast")
 
 
 @dataclass(frozen=True)
 class _PackedTexts:
-    """What the packed texts of an encoder attend to; it travels where the layers get their attention mask."""
+    """The attention of an encoder's packed texts; it travels where the layers get their attention mask."""
 
     packing: Packing
     memory: Memory | None
@@ -127,7 +109,7 @@ class _PackedTexts:
 
 
 class _Keeping:
-    """Attention that keeps keys and values, which a layer returns for whoever generates."""
+    """Attention that keeps keys and values, which a layer returns for generation."""
 
     def __init__(self, attend: Padded) -> None:
         self._attend = attend
@@ -142,6 +124,10 @@ class OfficialTextLayer(CalledByName):
     """A layer of the text or fusion encoder: fused products, attention and norms."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_plain(module) or why_not_bypassed(module, LAYER_PARTS)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
@@ -162,14 +148,11 @@ class OfficialTextLayer(CalledByName):
         return has_cross_attention(self) and call.get("encoder_hidden_states") is not None
 
     def _covers(self, call: dict[str, Any]) -> bool:
-        understood = ("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "mode")
-        if any(value is not None and value is not False for name, value in call.items() if name not in understood):
-            return False
-        if drops_paths(self):
+        if asks_beyond(call, _TENSORS | {"mode"}) or drops_paths(self):
             return False
         states, masks = call.get("encoder_hidden_states"), (call.get("attention_mask"),)
         if has_cross_attention(self):
-            # Whether a layer without an image is an error or runs alone is for the original to say.
+            # A layer without an image is an error or runs alone: the original decides.
             if not isinstance(states, Tensor) or ("mode" in self.names and call.get("mode") not in _LOOKING):
                 return False
             if getattr(find(self, "crossattention.self"), "save_attention", False):
@@ -180,6 +163,10 @@ class OfficialTextLayer(CalledByName):
 
 class OfficialTextEncoder(CalledByName):
     """The layers of a text or fusion encoder on packed tokens: padding is taken out before and put back behind."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return None if settings.unpad else "its padding is computed; unpad=True leaves it out"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
@@ -196,8 +183,14 @@ class OfficialTextEncoder(CalledByName):
         return out
 
     def _packed(self, call: dict[str, Any]) -> _PackedTexts | None:
-        """How to pack the texts of a call; None for calls that keep their padding."""
-        if torch.compiler.is_compiling() or self._asks_beyond(call):
+        """The packed texts of a call; None for calls that keep their padding."""
+        # A list of masks of heads says something if it holds one.
+        head_masks = any(mask is not None for mask in call.get("head_mask") or ())
+        if (
+            torch.compiler.is_compiling()
+            or head_masks
+            or asks_beyond(call, _TENSORS | {"mode", "return_dict", "head_mask"})
+        ):
             return None
         states = call.get("encoder_hidden_states")
         if states is not None and not isinstance(states, Tensor):
@@ -216,15 +209,6 @@ class OfficialTextEncoder(CalledByName):
         memory = None if states is None else packed_memory(states, None if all_seen else seen, packing)
         return _PackedTexts(packing, memory)
 
-    @staticmethod
-    def _asks_beyond(call: dict[str, Any]) -> bool:
-        understood = {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
-        understood |= {"mode", "return_dict", "head_mask"}
-        masks = call.get("head_mask")
-        if masks is not None and any(mask is not None for mask in masks):
-            return True
-        return any(value is not None and value is not False for name, value in call.items() if name not in understood)
-
     def _plain_layers(self) -> bool:
         layers = find(self, "layer")
         assert layers is not None
@@ -238,8 +222,8 @@ class OfficialTextEncoder(CalledByName):
         )
 
 
-def _argument_names(original: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(original.forward).parameters)[1:]
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(original_class(module).forward).parameters)[1:]
 
 
 def _visible(mask: Any) -> Tensor | None:
@@ -256,28 +240,31 @@ def _is_text_layer(module: nn.Module) -> bool:
     # Layers of transformers' kind know whether they decode, and return keys and values only then.
     if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
         return False
-    return set(_argument_names(original_class(module))) >= _LAYER_ARGUMENTS
+    return set(_argument_names(module)) >= _LAYER_ARGUMENTS
 
 
 def _is_text_encoder(module: nn.Module) -> bool:
     layers = find(module, "layer")
     if not isinstance(layers, nn.ModuleList) or not len(layers) or not all(_is_text_layer(layer) for layer in layers):
         return False
-    return set(_argument_names(original_class(module))) >= _ENCODER_ARGUMENTS
-
-
-def _layer_refusal(module: nn.Module, settings: Settings) -> str | None:
-    return why_not_plain(module) or why_not_bypassed(module, LAYER_PARTS)
-
-
-def _encoder_refusal(module: nn.Module, settings: Settings) -> str | None:
-    return None if settings.unpad else "its padding is computed; unpad=True leaves it out"
+    return set(_argument_names(module)) >= _ENCODER_ARGUMENTS
 
 
 class OfficialVisionBlock(PreNormBlock):
     """A pre-norm block with a bias on queries and values, a position table, LayerScale and stochastic depth."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _BLOCK_PARTS
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        reason = lacks_parameters(module, ("norm1", "norm2")) or why_not_bypassed(module, _BLOCK_PARTS)
+        attention = cast(Any, find(module, "attn"))
+        if reason is None and attention.relative_position_bias_table is not None:
+            window = tuple(attention.window_size)
+            index = attention.relative_position_index
+            if not torch.equal(index.cpu(), reference.relative_position_index(window)):
+                return "its positions are not numbered as BEiT numbers them"
+        return reason
 
     def forward(
         self,
@@ -290,7 +277,9 @@ class OfficialVisionBlock(PreNormBlock):
         attention = cast(Any, self.attn)
         table = attention.relative_position_bias_table
         bias: Bias = None if table is None else PositionTable(table, tuple(attention.window_size))
-        covered = not return_attention and not return_qkv and self.takes(x) and not self._drops_hidden()
+        # Where the MLP drops out depends on the version of the code.
+        drops_hidden = probability(cast(Any, self.mlp).drop)
+        covered = not return_attention and not return_qkv and self.takes(x) and not drops_hidden
         if not covered or (isinstance(bias, PositionTable) and not bias.fits(x.shape[1])):
             return super().forward(x, rel_pos_bias, return_attention, return_qkv, image_atts)
         added = [given for given in (rel_pos_bias, image_atts) if given is not None]
@@ -303,9 +292,10 @@ class OfficialVisionBlock(PreNormBlock):
     def _parts(self) -> Parts:
         block = cast(Any, self)
         attention, mlp = block.attn, block.mlp
+        bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
         return Parts(
             norms=(block.norm1, block.norm2),
-            qkv=((attention.qkv.weight, _qkv_bias(attention)),),
+            qkv=((attention.qkv.weight, bias),),
             heads=attention.num_heads,
             scale=attention.scale,
             proj=attention.proj,
@@ -313,63 +303,25 @@ class OfficialVisionBlock(PreNormBlock):
             fc2=mlp.fc2,
             hidden=None if self.is_erf_gelu("mlp.act") else lambda normed, linear: mlp.act(linear(mlp.fc1, normed)),
             gammas=(block.gamma_1, block.gamma_2),
-            row_scales=(partial(_row_scale, block.drop_path),) * 2,
+            row_scales=(partial(row_scale, block.drop_path),) * 2,
             attention_p=probability(attention.attn_drop),
             branch_p=(probability(attention.proj_drop), 0.0),
         )
 
-    def _drops_hidden(self) -> bool:
-        """Where the MLP drops out depends on the version of the code."""
-        return bool(probability(cast(Any, self.mlp).drop))
-
 
 def _is_vision_block(module: nn.Module) -> bool:
-    """Whether a module is such a block."""
-    if original_class(module).__module__.partition(".")[0] in ("transformers", "timm", "xfm_fast"):
-        return False
-    if any(find(module, name) is None for name in _BLOCK_PARTS) or not hasattr(module, "gamma_1"):
+    if (
+        not _foreign(module)
+        or any(find(module, name) is None for name in _BLOCK_PARTS)
+        or not hasattr(module, "gamma_1")
+    ):
         return False
     attention, drop_path = find(module, "attn"), find(module, "drop_path")
     named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
-    names = tuple(inspect.signature(original_class(module).forward).parameters)[1:]
+    names = _argument_names(module)
     return (
         named and names == _BLOCK_ARGUMENTS and (isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob"))
     )
-
-
-def _block_refusal(module: nn.Module, settings: Settings) -> str | None:
-    """Why a block must stay as it is."""
-    reason = lacks_parameters(module, ("norm1", "norm2")) or why_not_bypassed(module, _BLOCK_PARTS)
-    attention = cast(Any, find(module, "attn"))
-    if reason is None and attention.relative_position_bias_table is not None:
-        window = tuple(attention.window_size)
-        index = attention.relative_position_index
-        if not torch.equal(index.cpu(), reference.relative_position_index(window)):
-            return "its positions are not numbered as BEiT numbers them"
-    return reason
-
-
-def _qkv_bias(attention: Any) -> Tensor | None:
-    """Keys have no bias: a constant added to every score of a query changes nothing."""
-    q_bias, v_bias = attention.q_bias, attention.v_bias
-    if q_bias is None:
-        return None
-
-    def compute() -> Tensor:
-        return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-
-    if torch.is_grad_enabled() and q_bias.requires_grad:
-        return compute()
-    return derived("qkv bias", (q_bias, v_bias), compute)
-
-
-def _row_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """Stochastic depth as one factor per entry: `[B]`."""
-    dropped = getattr(drop_path, "drop_prob", None)
-    if not drop_path.training or not dropped:
-        return None
-    kept = 1 - dropped
-    return x.new_empty(x.shape[0]).bernoulli_(kept).div_(kept)
 
 
 def _looks_like_embeddings(module: nn.Module) -> bool:
@@ -387,36 +339,44 @@ def _looks_like_head(module: nn.Module) -> bool:
     return _foreign(module) and named
 
 
-def _embeddings_refusal(module: nn.Module, settings: Settings) -> str | None:
-    reason = why_not_bypassed(module, FusedEmbeddings.bypassed)
-    if reason is not None:
-        return reason
-    words, places = find(module, "word_embeddings"), find(module, "position_embeddings")
-    assert isinstance(words, nn.Embedding)
-    assert isinstance(places, nn.Embedding)
-    # Paddings among them: RoBERTa counts positions without them.
-    count = min(_TRIED_TOKENS, words.num_embeddings, places.num_embeddings // 2)
-    ids = torch.arange(count, device=words.weight.device)[None].flip(1)
-    return _tried(module, FusedEmbeddings, settings, words.weight, ids)
+class OfficialEmbeddings(FusedEmbeddings):
+    """Embeddings known by the names of their parts, and tried out."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        reason = why_not_bypassed(module, cls.bypassed)
+        if reason is not None:
+            return reason
+        words, places = find(module, "word_embeddings"), find(module, "position_embeddings")
+        assert isinstance(words, nn.Embedding)
+        assert isinstance(places, nn.Embedding)
+        # Paddings among them: RoBERTa counts positions without them.
+        count = min(_TRIED_TOKENS, words.num_embeddings, places.num_embeddings // 2)
+        ids = torch.arange(count, device=words.weight.device)[None].flip(1)
+        return _tried(module, cls, settings, words.weight, ids)
 
 
-def _head_refusal(module: nn.Module, settings: Settings) -> str | None:
-    transform = find(module, "transform")
-    reason = why_not_bypassed(module, VocabularyHead.bypassed)
-    if reason is None and transform is not None and observed(transform):
-        reason = "transform has hooks"
-    if reason is not None:
-        return reason
-    dense: Any = find(module, "dense") if transform is None else find(module, "transform.dense")
-    weight = dense.weight
-    generator = torch.Generator().manual_seed(0)
-    # Wide enough that another activation, or another form of GELU, shows.
-    features = 3 * torch.randn(2, dense.in_features, generator=generator)
-    return _tried(module, VocabularyHead, settings, weight, features.to(weight.device, weight.dtype))
+class OfficialVocabularyHead(VocabularyHead):
+    """A vocabulary head known by the names of its parts, and tried out."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        transform = find(module, "transform")
+        reason = why_not_bypassed(module, cls.bypassed)
+        if reason is None and transform is not None and observed(transform):
+            reason = "transform has hooks"
+        if reason is not None:
+            return reason
+        dense: Any = find(module, "dense") if transform is None else find(module, "transform.dense")
+        weight = dense.weight
+        generator = torch.Generator().manual_seed(0)
+        # Wide enough that another activation, or another form of GELU, shows.
+        features = 3 * torch.randn(2, dense.in_features, generator=generator)
+        return _tried(module, cls, settings, weight, features.to(weight.device, weight.dtype))
 
 
 def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor) -> str | None:
-    """Why a fused form may not stand for a module: it computes something else from an example."""
+    """The reason why a fused form may not stand for a module: it computes something else from an example."""
     if weight.device.type == "meta":
         return "its parameters have no values yet, so it cannot be tried out"
     modes = {part: part.training for part in module.modules()}
@@ -442,39 +402,29 @@ def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Te
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        "OfficialTextEncoder",
-        _is_text_encoder,
-        OfficialTextEncoder,
-        "padding left out of all layers",
-        _encoder_refusal,
-    ),
+    Rule("OfficialTextEncoder", _is_text_encoder, OfficialTextEncoder, "padding left out of all layers"),
     Rule(
         "OfficialTextLayer",
         _is_text_layer,
         OfficialTextLayer,
         "one product for q, k, v; GELU, residual and norm fused",
-        _layer_refusal,
     ),
     Rule(
         "OfficialVisionBlock",
         _is_vision_block,
         OfficialVisionBlock,
         "position table expanded once, GELU, residual, LayerScale and norm fused",
-        _block_refusal,
     ),
     Rule(
         "OfficialEmbeddings",
         _looks_like_embeddings,
-        FusedEmbeddings,
+        OfficialEmbeddings,
         "three tables and LayerNorm in one pass",
-        _embeddings_refusal,
     ),
     Rule(
         "OfficialVocabularyHead",
         _looks_like_head,
-        VocabularyHead,
+        OfficialVocabularyHead,
         "GELU fused; faster product with the vocabulary",
-        _head_refusal,
     ),
 )

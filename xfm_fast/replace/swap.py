@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -18,28 +18,20 @@ from types import FunctionType
 from typing import Any, ClassVar, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
+from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.derived import derived
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
-
-
 # Relative to the largest value of an output. Rounding differs wherever a sum is taken in another order.
 BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
-
-
 _SETTINGS = "_xfm_fast"
-
-
 _CAPTURING = "transformers.utils.output_capturing"
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -50,7 +42,7 @@ _GLOBAL_HOOKS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How fused modules compute.
+    """The wishes of the caller of `accelerate`, as every fused module reads them.
 
     Attributes:
         kernels: the backend of every op; "auto" chooses for the device.
@@ -66,7 +58,7 @@ class Settings:
 
     @property
     def backend(self) -> Backend | None:
-        """What the ops take: None leaves the choice to the device and to `use_backend`."""
+        """The backend as the ops take it: None leaves the choice to the device and to `use_backend`."""
         return None if self.kernels == "auto" else self.kernels
 
     def operand(self, value: Tensor) -> Tensor:
@@ -89,6 +81,17 @@ class Settings:
     def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
         """Weight and bias of a product or norm, each as `parameter` gives it; no bias stays None."""
         return self.parameter(weight), self.parameter(bias)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + b` in the type that is computed in."""
+        return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
+
+    def activated(self, x: Tensor, dense: Any, activation: Any) -> Tensor:
+        """`activation(dense(x))`, in one pass where the activation is the erf form of GELU."""
+        if is_erf_gelu(activation):
+            affine = self.affine(dense.weight, dense.bias)
+            return ops.linear_gelu(self.operand(x), *affine, backend=self.backend)
+        return activation(self.linear(x, dense.weight, dense.bias))
 
     @contextmanager
     def own_types(self, device: torch.device) -> Iterator[None]:
@@ -115,12 +118,17 @@ class Fused(nn.Module):
         """Class attributes that depend on the class being fused: made once for it."""
         return {}
 
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        """The reason why a module that a rule recognises must stay as it is; None if it need not."""
+        return None
+
     @property
     def settings(self) -> Settings:
         return self.__dict__[_SETTINGS]
 
     def intact(self) -> bool:
-        """Whether the bypassed submodules still are what they were taken for, and nobody observes them.
+        """True if the bypassed submodules still are what they were taken for, and nothing observes them.
 
         A hook, adapter, quantised layer or parametrization on one of them must go on working, so the original forward
         runs then.
@@ -189,7 +197,7 @@ def _restored(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
 
 
 def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | None:
-    """Why the parts of a module must be called and cannot be computed around; None if they can."""
+    """The reason why the parts of a module must be called and cannot be computed around; None if they can."""
     if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are installed"
     for name, kinds in expected.items():
@@ -205,28 +213,24 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
 
 
 def observed(module: nn.Module) -> bool:
-    """Whether somebody relies on this module being called: through hooks, or a `forward` put on the instance."""
+    """True if something relies on this module being called: hooks, or a `forward` put on the instance."""
     if forward_replaced(module):
         return True
-    for name in _HOOKS:
-        hooks = getattr(module, name)
-        if hooks and not all(_idle(hook) for hook in hooks.values()):
-            return True
-    return False
+    return any(not _idle(hook) for name in _HOOKS for hook in getattr(module, name).values())
 
 
 def forward_replaced(module: nn.Module) -> bool:
-    """Whether a `forward` on the instance hides that of its class."""
+    """True if a `forward` on the instance hides that of its class."""
     return "forward" in module.__dict__ and not _own_forward_left_behind(module)
 
 
 def _own_forward_left_behind(module: nn.Module) -> bool:
-    """Whether the instance holds its class's own forward, as transformers 4 leaves it after outputs were recorded."""
+    """True if the instance holds its class's own forward, as transformers 4 leaves it after outputs were recorded."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
 
 
 def _idle(hook: Any) -> bool:
-    """Whether a hook is one of those that transformers leaves behind after `output_attentions` was asked for once."""
+    """True for hooks that transformers leaves behind after `output_attentions` was asked for once."""
     if getattr(hook, "__module__", None) != _CAPTURING:
         return False
     collected = sys.modules[_CAPTURING]._active_collector.get()
@@ -243,13 +247,26 @@ def find(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def probability(dropout: nn.Module) -> float:
-    """Of a dropout module in its present mode."""
+    """The probability of a dropout module in its present mode."""
     return dropout.p if dropout.training else 0.0  # pyright: ignore[reportReturnType]
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module is in its fused form."""
+    """True if a module is in its fused form."""
     return isinstance(module, Fused)
+
+
+def asks_beyond(call: Mapping[str, Any], understood: Collection[str]) -> bool:
+    """True if a call has an argument that says something beside those that are understood."""
+    return any(value is not None and value is not False and name not in understood for name, value in call.items())
+
+
+def is_erf_gelu(activation: Any) -> bool:
+    """True for the erf form of GELU: PyTorch's function or module, or transformers' wrapper of it."""
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "none"
+    # GELUActivation calls the function that it keeps here.
+    return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -274,11 +291,6 @@ _FAMILIES = (
 )
 
 
-def accepted(module: nn.Module, settings: Settings) -> str | None:
-    """A rule's `refusal` that refuses nothing."""
-    return None
-
-
 @dataclass(frozen=True)
 class Rule:
     """One kind of foreign module and its fused form.
@@ -288,21 +300,21 @@ class Rule:
         recognises: whether a module is of the kind, by class or by structure.
         fused: the fused form.
         gain: what is saved, in a few words.
-        refusal: why a module of the kind must stay as it is; None if it need not.
+        refusal: why a module of the kind must stay as it is, in place of what the fused form says about that.
     """
 
     name: str
     recognises: Callable[[nn.Module], bool]
     fused: type[Fused]
     gain: str
-    refusal: Callable[[nn.Module, Settings], str | None] = accepted
+    refusal: Callable[[nn.Module, Settings], str | None] | None = None
+
+    def reason_against(self, module: nn.Module, settings: Settings) -> str | None:
+        """The reason why a module of the kind must stay as it is; None if it need not."""
+        return (self.refusal or self.fused.refusal)(module, settings)
 
 
 def rules() -> tuple[Rule, ...]:
     """All rules whose packages are in use."""
-    return tuple(rule for name, package in _FAMILIES if package is None or package in sys.modules for rule in _of(name))
-
-
-@cache
-def _of(family: str) -> tuple[Rule, ...]:
-    return import_module(family).RULES
+    families = [name for name, package in _FAMILIES if package is None or package in sys.modules]
+    return tuple(rule for name in families for rule in import_module(name).RULES)

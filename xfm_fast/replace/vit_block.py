@@ -23,7 +23,7 @@ class PositionTable(NamedTuple):
     window: tuple[int, int]
 
     def fits(self, tokens: int) -> bool:
-        """Whether a sequence is this window of patches behind one class token."""
+        """True if a sequence is this window of patches behind one class token."""
         height, width = self.window
         return tokens == 1 + height * width and self.table.shape[0] == (2 * height - 1) * (2 * width - 1) + 3
 
@@ -62,7 +62,13 @@ def attention(
             return ops.relpos_attention(q, k, v, table, bias.window, scale=scale, backend=backend).flatten(2)
         bias = reference.position_bias(bias.table, bias.window)
     if bias is None and not causal and (q.device.type == "cpu" or backend is not None):
-        return _as_one_sequence_each(q, k, v, scale, settings, dropout_p)
+        # The operator for packed sequences takes the quickest of several implementations, also for sequences alike.
+        batch, tokens = q.shape[:2]
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        layout = (offsets, offsets, tokens, tokens)
+        out = ops.varlen_attention(q, k, v, *layout, dropout_p=dropout_p, scale=scale, backend=backend)
+        return out.view(batch, tokens, -1)
     if isinstance(bias, Tensor) and not dropout_p and _shared_on_cpu(q, k, v, bias):
         _, tokens, heads, _ = q.shape
         shared = bias.to(q.dtype).expand(1, heads, tokens, tokens)[0]
@@ -74,21 +80,8 @@ def attention(
     return out.transpose(1, 2).flatten(2)
 
 
-def _as_one_sequence_each(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, settings: Settings, dropout_p: float
-) -> Tensor:
-    """The operator for packed sequences takes the quickest of several implementations, also for sequences alike."""
-    batch, tokens = q.shape[:2]
-    offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    out = ops.varlen_attention(
-        q, k, v, offsets, offsets, tokens, tokens, dropout_p=dropout_p, scale=scale, backend=settings.backend
-    )
-    return out.view(batch, tokens, -1)
-
-
 def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
-    """Whether the kernel for a bias that all batch entries share applies: on CPU, for what needs no gradient."""
+    """True if the kernel for a bias that all batch entries share applies: on CPU, for what needs no gradient."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, bias)):
@@ -97,7 +90,7 @@ def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
 
 
 class Parts(NamedTuple):
-    """What a block computes with, as it is at the moment of a call.
+    """The parts that a block computes with, as they are at the moment of a call.
 
     Attributes:
         norms: before attention and before the MLP.
@@ -144,7 +137,7 @@ class PreNormBlock(Fused):
     erf_gelus: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU,)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the fused computation applies to a tensor now."""
+        """True if the fused computation applies to a tensor now."""
         return x.ndim == 3 and x.numel() > 0 and self.intact()
 
     def compute(self, parts: Parts, x: Tensor, bias: Bias = None, *, causal: bool = False) -> Tensor:
@@ -153,7 +146,11 @@ class PreNormBlock(Fused):
             first, second = parts.norms
             x = settings.operand(x)
             normed = ops.layer_norm(x, *_norm(first, settings), backend=settings.backend)
-            q, k, v = self._project(normed, parts, settings)
+            made = [settings.linear(normed, weight, bias) for weight, bias in parts.qkv]
+            if len(made) == 1:
+                q, k, v = made[0].unflatten(-1, (3, parts.heads, -1)).unbind(2)
+            else:
+                q, k, v = (each.unflatten(-1, (parts.heads, -1)) for each in made)
             if parts.adapt is not None:
                 q, k = (t.to(v.dtype) for t in parts.adapt(q, k))
             context = attention(q, k, v, parts.scale, bias, settings, dropout_p=parts.attention_p, causal=causal)
@@ -172,16 +169,6 @@ class PreNormBlock(Fused):
             return self._mlp(normed, x, parts, settings)
 
     @staticmethod
-    def _project(normed: Tensor, parts: Parts, settings: Settings) -> tuple[Tensor, ...]:
-        """Queries, keys and values `[B, N, H, D]`."""
-        made = [
-            ops.linear(normed, *settings.affine(weight, bias), backend=settings.backend) for weight, bias in parts.qkv
-        ]
-        if len(made) == 1:
-            return made[0].unflatten(-1, (3, parts.heads, -1)).unbind(2)
-        return tuple(each.unflatten(-1, (parts.heads, -1)) for each in made)
-
-    @staticmethod
     def _mlp(normed: Tensor, x: Tensor, parts: Parts, settings: Settings) -> Tensor:
         branch: dict[str, Any] = {
             "gamma": settings.parameter(parts.gammas[1]),
@@ -191,7 +178,7 @@ class PreNormBlock(Fused):
         }
         fc2 = _linear(parts.fc2, settings)
         if parts.hidden is not None:
-            hidden = parts.hidden(normed, lambda layer, x: _apply(layer, x, settings))
+            hidden = parts.hidden(normed, lambda layer, x: settings.linear(x, layer.weight, layer.bias))
         else:
             assert parts.fc1 is not None
             fc1 = _linear(parts.fc1, settings)
@@ -205,7 +192,7 @@ class PreNormBlock(Fused):
         return ops.linear_residual(hidden, *fc2, x, **branch)
 
     def is_erf_gelu(self, name: str) -> bool:
-        """Whether a part is the erf form of GELU, and may be computed around."""
+        """True if a part is the erf form of GELU, and may be computed around."""
         part = find(self, name)
         if part is None or getattr(part, "approximate", "none") != "none":
             return False
@@ -213,12 +200,21 @@ class PreNormBlock(Fused):
 
 
 def lacks_parameters(module: nn.Module, norms: tuple[str, ...]) -> str | None:
-    """Why norms cannot be fused: they are not affine."""
+    """The reason why norms cannot be fused, if they are not affine."""
     for name in norms:
         norm = find(module, name)
         if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
             return f"{name} has no weight or no bias"
     return None
+
+
+def row_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """Stochastic depth as one factor per entry, `[B]`, drawn as timm and BEiT draw it; None for none."""
+    dropped: Any = getattr(drop_path, "drop_prob", None)
+    if not drop_path.training or not dropped:
+        return None
+    factors = x.new_empty(x.shape[0]).bernoulli_(1 - dropped)
+    return factors.div_(1 - dropped) if dropped < 1 and getattr(drop_path, "scale_by_keep", True) else factors
 
 
 def called(layer: nn.Module, x: Tensor) -> Tensor:
@@ -244,10 +240,6 @@ def _types(settings: Settings, device: torch.device) -> Iterator[Settings]:
 
 def _linear(layer: nn.Module, settings: Settings) -> tuple[Tensor, Tensor | None]:
     return settings.affine(layer.weight, layer.bias)  # pyright: ignore[reportArgumentType]
-
-
-def _apply(layer: nn.Module, x: Tensor, settings: Settings) -> Tensor:
-    return ops.linear(x, *_linear(layer, settings), backend=settings.backend)
 
 
 def _norm(layer: nn.Module, settings: Settings) -> tuple[Any, Any, float]:
