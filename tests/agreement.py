@@ -21,7 +21,7 @@ _EPS_FLOOR = 4
 @cache
 def tensors(name: str) -> dict[str, Tensor]:
     """`load_tensors`, once per process; not to be written to."""
-    # Whoever asks first may be in inference mode; a later test may want gradients.
+    # The first call may come in inference mode; a later test may want gradients.
     with torch.inference_mode(False):
         return load_tensors(name)
 

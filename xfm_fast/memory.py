@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -52,14 +53,8 @@ class PeakMemory:
             self._thread.join()
             self.peak = max(self.peak, resident_bytes())
         else:
-            self.peak = max(self.start, _high_water_mark())
-
-
-def _high_water_mark() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+            marks = re.findall(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+            self.peak = max([self.start, *(int(mark) * 1024 for mark in marks)])
 
 
 def create_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -101,7 +101,7 @@ def test_nor_when_masks_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device without values, whose kernels are known by the shapes of their results: whoever asks gets an error."""
+    """A device without values, whose kernels are known by the shapes of their results: to ask for one is an error."""
     for module in (attention, kernel_losses, normalisation, products):
         monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
     monkeypatch.setattr(attention, "_TRITON_HEAD_DIMS", (16,))

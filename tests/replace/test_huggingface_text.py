@@ -1,4 +1,4 @@
-"""Text encoders of transformers: fused layers and encoders without padding against the untouched models."""
+"""Text models of transformers: fused layers, encoders without padding and masked-language heads against the originals."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,22 +71,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: missing, empty, truncated, unsafe or foreign file, or one that holds something else.
     """
     path = Path(path)
-    head = _first_bytes(path)
-    kind = _kind(path, head)
-    if kind != "safetensors":
-        content = _load_torch(path, mmap=kind == "zip")
-    else:
-        try:
-            content = load_file(path)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is a damaged or truncated safetensors file "
-                f"({_first_line(error)}); {_AGAIN}"
-            ) from None
-    return _as_state_dict(content, path)
+    form = _format(path)
+    if form != "safetensors":
+        return _as_state_dict(_load_torch(path, mmap=form == "zip"), path)
+    try:
+        return _as_state_dict(load_file(path), path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is a damaged or truncated safetensors file "
+            f"({_first_line(error)}); {_AGAIN}"
+        ) from None
 
 
-def _first_bytes(path: Path) -> bytes:
+def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
+    """The format of a checkpoint by its first bytes, whatever its name."""
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a folder, not a checkpoint file; name the file in it, or use from_pretrained for a folder that "
@@ -101,10 +99,6 @@ def _first_bytes(path: Path) -> bytes:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from None
     if not head:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes); {_AGAIN}")
-    return head
-
-
-def _kind(path: Path, head: bytes) -> str:
     for magic, name in _FOREIGN:
         if head.startswith(magic):
             raise CheckpointError(f"{path} is {name}; give a .safetensors file or a PyTorch checkpoint")
@@ -309,9 +303,10 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     """
     # Wide types first keeps every tensor aligned to its own size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {
-        "__metadata__": {"xfm_fast_format": str(FORMAT_VERSION), "xfm_fast": _package_version()}
-    }
+    package = "unknown"
+    with suppress(PackageNotFoundError):
+        package = version("xfm-fast")
+    header: dict[str, object] = {"__metadata__": {"xfm_fast_format": str(FORMAT_VERSION), "xfm_fast": package}}
     offset = 0
     for name in names:
         tensor = tensors[name]
@@ -355,13 +350,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _package_version() -> str:
-    try:
-        return version("xfm-fast")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _reason(error: OSError) -> str:

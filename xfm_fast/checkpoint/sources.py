@@ -28,7 +28,7 @@ _ROBERTA_DROPPED = (".pooler.", ".position_ids", ".token_type_ids")
 
 @dataclass
 class InitialisationReport:
-    """What `initialise` filled, and what it did not."""
+    """The parameters that `initialise` filled, and those that it did not."""
 
     loaded: list[str] = field(default_factory=list)
     """Parameters that received pretrained values."""

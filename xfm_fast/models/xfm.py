@@ -350,12 +350,16 @@ def record_hidden_states(model: XFM) -> Iterator[HiddenStates]:
         True
     """
     states = HiddenStates()
+
+    def after_block(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        states.vision.append(out)
+
     with ExitStack() as undo:
         if hasattr(model, "vision_encoder"):
             blocks = model.vision_encoder.blocks
             undo.callback(blocks[0].register_forward_pre_hook(lambda _, args: states.vision.append(args[0])).remove)
             for block in blocks:
-                undo.callback(block.register_forward_hook(lambda _, __, out: states.vision.append(out)).remove)
+                undo.callback(block.register_forward_hook(after_block).remove)
         for name in ("text", "fusion"):
             if hasattr(model, f"{name}_encoder"):
                 _record_texts(getattr(model, f"{name}_encoder"), getattr(states, name), undo)
@@ -365,7 +369,7 @@ def record_hidden_states(model: XFM) -> Iterator[HiddenStates]:
 def _record_texts(encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo: ExitStack) -> None:
     packings: list[Sequences] = []
 
-    def keep(packed: Tensor) -> None:
+    def keep(module: nn.Module, args: object, packed: Tensor) -> None:
         packing = packings[-1]
         # A last layer that computes only what is read has no place for it in a padded batch.
         if isinstance(packing, Packing) and packed.shape[0] == packing.positions.shape[0]:
@@ -373,12 +377,12 @@ def _record_texts(encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo
 
     def recorded(feed_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         out = feed_forward(x)
-        keep(out)
+        keep(encoder, (), out)
         return out
 
     undo.callback(encoder.register_forward_pre_hook(lambda _, args: packings.append(args[1])).remove)
     if isinstance(encoder, TextEncoder):
-        undo.callback(encoder.roberta.embeddings.register_forward_hook(lambda _, __, out: keep(out)).remove)
+        undo.callback(encoder.roberta.embeddings.register_forward_hook(keep).remove)
     for layer in encoder.roberta.encoder:
         # Hooks see whole modules only, and a layer of texts is called by its parts, of which this is the last.
         own = vars(layer)

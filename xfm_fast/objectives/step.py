@@ -268,10 +268,12 @@ class Step:
                 images, texts = self.world.gather_with_gradient(torch.cat([image, text], dim=1)).chunk(2, dim=1)
                 ids = None if image_ids is None else self.world.gather(image_ids)
                 everyone = AllPairs(images, texts, self.world.rank * self.texts, ids)
-            if "itc" in self.names and everyone is None:
-                losses["itc"] = contrastive_loss(*pairs, image_ids)
-            elif "itc" in self.names:
-                losses["itc"] = contrastive_rows(*pairs, everyone, image_ids)
+            if "itc" in self.names:
+                losses["itc"] = (
+                    contrastive_loss(*pairs, image_ids)
+                    if everyone is None
+                    else contrastive_rows(*pairs, everyone, image_ids)
+                )
             if self.draws:
                 generator = self.options.generator
                 negatives = sample_hard_negatives(*pairs, image_ids, everyone=everyone, generator=generator)

@@ -422,9 +422,9 @@ class FusedMaskedLM(CalledByName):
         run, states, packing, recorded = base, None, None, {}
         if isinstance(base, UnpaddedModel) and not observed(base):
             packed, mask = None, call.get("attention_mask")
-            masked = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
+            alike = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
             # Labels at padding count in the loss, whatever they are good for.
-            if masked and _any(labels.ne(_IGNORED) & mask.eq(0)):
+            if alike and _any(cast(Tensor, labels).ne(_IGNORED) & cast(Tensor, mask).eq(0)):
                 run = base.padded
             else:
                 packed = base.packed(inputs)

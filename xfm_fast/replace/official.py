@@ -287,9 +287,9 @@ class OfficialVisionBlock(PreNormBlock):
             if isinstance(bias, PositionTable):
                 bias = reference.position_bias(bias.table, bias.window)
             bias = cast(Tensor, sum(added, start=0 if bias is None else bias))
-        return self.compute(self._parts(), x, bias)
+        return self.compute(self.parts(), x, bias)
 
-    def _parts(self) -> Parts:
+    def parts(self) -> Parts:
         block = cast(Any, self)
         attention, mlp = block.attn, block.mlp
         bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)

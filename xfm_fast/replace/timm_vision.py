@@ -100,7 +100,7 @@ class _TimmBlock(PreNormBlock):
             return lambda x, linear: mlp.act(linear(mlp.fc1_g, x)) * linear(mlp.fc1_x, x)
         if kind is GluMlp:
 
-            def gated(x: Tensor, linear: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+            def gated(x: Tensor, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
                 first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
                 return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
 

@@ -115,7 +115,7 @@ class Parts(NamedTuple):
     proj: nn.Module
     fc2: nn.Module
     fc1: nn.Module | None = None
-    hidden: Callable[[Tensor, Callable[[nn.Module, Tensor], Tensor]], Tensor] | None = None
+    hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
     gammas: tuple[Tensor | None, Tensor | None] = (None, None)
     row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()
     attention_p: float = 0.0
