@@ -69,12 +69,12 @@ class Reads(Sequences):
 
 @dataclass(frozen=True, kw_only=True)
 class Packing(Sequences):
-    """The places of the tokens of a padded batch `[P, L]` in a packed sequence. `pack` and `unpad` move data.
+    """The positions of a padded batch `[P, L]` whose tokens are packed. `pack` and `unpad` move data.
 
     Attributes:
         positions: `[T]` flat positions in the padded batch, in packed order.
         shape: (P, L) of the padded batch.
-        order: `[P]` the text at each place of the packed sequence; None when they keep their order.
+        order: `[P]` the text at each position of the packed sequence; None when they keep their order.
     """
 
     positions: Tensor

@@ -1,4 +1,4 @@
-"""Text models of transformers: fused layers, encoders without padding and masked-language heads against the originals."""
+"""Text models of transformers, their fused layers, unpadded encoders and heads against the untouched models."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class Pairs:
         starts: `[P]` int64 rows of the texts' first tokens in a table of token embeddings.
         lengths: `[P]` int64 tokens that a text takes up.
         groups: `[P]` int64 groups of the memory.
-        read_starts, read_counts: `[P]` int64 which entries of a table of places are read of a text. Its entry 0 holds
-            the place 0: the first token.
+        read_starts, read_counts: `[P]` int64 which entries of a table of positions are read of a text. Its entry 0
+            holds position 0: the first token.
         tokens, reads: sums of `lengths` and `read_counts`.
         longest, most_reads: bounds of them.
         real: `[P]` int64 tokens that are attended to, where a text may take up more; None where all are.
@@ -101,7 +101,7 @@ def fuse_pairs(
     encoder: FusionEncoder,
     table: Tensor,
     pairs: Pairs,
-    places: Tensor,
+    positions: Tensor,
     memory: ImageMemory | PackedMemory,
     texts: Sequences | None = None,
 ) -> Tensor:
@@ -111,7 +111,7 @@ def fuse_pairs(
         encoder: the fusion encoder.
         table: `[S, width]` token embeddings, those of a text one after the other.
         pairs: which texts with which groups.
-        places: `[...]` int64 places within a text that are read; see `Pairs.read_starts`.
+        positions: `[...]` int64 positions within a text that are read; see `Pairs.read_starts`.
         memory: keys and values of the groups.
         texts: how the table divides into texts; the first self-attention, which does not depend on the image, is then
             done once per text of the table, and not for every pair. In training its dropout is shared, too.
@@ -130,7 +130,7 @@ def fuse_pairs(
         within = ragged_rows(torch.zeros_like(lengths), lengths, pairs.tokens)
         key_mask = within < torch.repeat_interleave(pairs.real[order], lengths, output_size=pairs.tokens)
     sequences = Sequences(cu_seqlens=cu_seqlens, key_mask=key_mask, max_seqlen=pairs.longest)
-    read = places.index_select(0, ragged_rows(pairs.read_starts[order], read_counts, pairs.reads))
+    read = positions.index_select(0, ragged_rows(pairs.read_starts[order], read_counts, pairs.reads))
     read = read + torch.repeat_interleave(cu_seqlens[:-1].long(), read_counts, output_size=pairs.reads)
     number = memory.cu_keys.shape[0]
     cu_texts = torch.searchsorted(groups, torch.arange(number, device=groups.device))
@@ -144,8 +144,8 @@ def fuse_pairs(
         self_attended=texts is not None,
         reads=Reads(cu_seqlens=cu_reads, max_seqlen=pairs.most_reads, rows=read),
     )
-    place_of = torch.empty_like(order).index_copy(0, order, torch.arange(order.shape[0], device=order.device))
-    return fused.index_select(0, ragged_rows(cu_reads[:-1].long()[place_of], pairs.read_counts, pairs.reads))
+    rank_of = torch.empty_like(order).index_copy(0, order, torch.arange(order.shape[0], device=order.device))
+    return fused.index_select(0, ragged_rows(cu_reads[:-1].long()[rank_of], pairs.read_counts, pairs.reads))
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ class TextTable:
         row = torch.arange(texts, device=packed.device) * length
         padded = packed.new_zeros(texts * length, packed.shape[1])
         padded = padded.index_copy(0, ragged_rows(row, layout.lengths, layout.tokens), packed)
-        everyone = torch.arange(texts * world.size, device=packed.device) * length
+        starts = torch.arange(texts * world.size, device=packed.device) * length
         tokens = world.gather_with_gradient(padded) if packed.requires_grad else world.gather(padded)
-        return cls(tokens, everyone, world.gather(layout.lengths), world.rank * texts)
+        return cls(tokens, starts, world.gather(layout.lengths), world.rank * texts)
 
     def own(self, texts: int) -> tuple[Tensor, Tensor]:
         """Starts and lengths of this process's texts."""

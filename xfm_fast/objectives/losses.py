@@ -46,7 +46,7 @@ def contrastive_rows(
     image_features: Tensor,
     text_features: Tensor,
     temperature: Tensor | float,
-    everyone: AllPairs,
+    gathered: AllPairs,
     image_ids: Tensor | None = None,
 ) -> Tensor:
     """This process's rows of `contrastive_loss` over the pairs of all processes: two `[B, G]` products, never `[G, G]`.
@@ -54,7 +54,7 @@ def contrastive_rows(
     Args:
         image_features, text_features: `[B, E]` of this process.
         temperature: divides the similarities.
-        everyone: the pairs of all processes.
+        gathered: the pairs of all processes.
         image_ids: `[B]`; see `contrastive_loss`.
 
     Returns:
@@ -64,15 +64,15 @@ def contrastive_rows(
         InputError: shapes that do not describe pairs.
     """
     check_features(image_features, text_features, image_ids)
-    check_features(everyone.image_features, everyone.text_features, everyone.image_ids)
+    check_features(gathered.image_features, gathered.text_features, gathered.image_ids)
     rows = image_features.shape[0]
     if image_ids is None:
-        targets = torch.arange(everyone.first, everyone.first + rows, device=image_features.device)
+        targets = torch.arange(gathered.first, gathered.first + rows, device=image_features.device)
     else:
-        same = everyone.same_image(image_ids, rows).to(image_features.dtype)
+        same = gathered.same_image(image_ids, rows).to(image_features.dtype)
         targets = same / same.sum(1, keepdim=True)
-    to_texts = image_features @ everyone.text_features.t() / temperature
-    to_images = text_features @ everyone.image_features.t() / temperature
+    to_texts = image_features @ gathered.text_features.t() / temperature
+    to_images = text_features @ gathered.image_features.t() / temperature
     return (F.cross_entropy(to_texts, targets) + F.cross_entropy(to_images, targets)) / 2
 
 
@@ -139,7 +139,7 @@ def hard_negative_weights(
     text_features: Tensor,
     temperature: Tensor | float,
     image_ids: Tensor | None = None,
-    everyone: AllPairs | None = None,
+    gathered: AllPairs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unnormalised probabilities with which negatives are drawn; the more similar, the likelier.
 
@@ -148,7 +148,7 @@ def hard_negative_weights(
         temperature: of the softmax.
         image_ids: `[B]`; pairs with equal ids are never each other's negative. Without ids only the pair itself is
             excluded.
-        everyone: the G pairs of all processes, among which negatives are found; by default the given B.
+        gathered: the G pairs of all processes, among which negatives are found; by default the given B.
 
     Returns:
         Two `[B, G]` tensors without gradient: row b of the first weighs the images for text b, row b of the second
@@ -158,11 +158,11 @@ def hard_negative_weights(
         InputError: shapes that do not describe B pairs.
     """
     check_features(image_features, text_features, image_ids)
-    if everyone is None:
-        everyone = AllPairs(image_features, text_features, 0, image_ids)
-    excluded = everyone.same_image(image_ids, image_features.shape[0])
-    of_images = text_features @ everyone.image_features.t() / temperature
-    of_texts = image_features @ everyone.text_features.t() / temperature
+    if gathered is None:
+        gathered = AllPairs(image_features, text_features, 0, image_ids)
+    excluded = gathered.same_image(image_ids, image_features.shape[0])
+    of_images = text_features @ gathered.image_features.t() / temperature
+    of_texts = image_features @ gathered.text_features.t() / temperature
     images, texts = (reference.hard_negative_weights(s, excluded) for s in (of_images, of_texts))
     return images, texts
 
@@ -174,7 +174,7 @@ def sample_hard_negatives(
     temperature: Tensor | float,
     image_ids: Tensor | None = None,
     *,
-    everyone: AllPairs | None = None,
+    gathered: AllPairs | None = None,
     generator: torch.Generator | None = None,
 ) -> HardNegatives:
     """Draw one negative image per text and one negative text per image, in one batched step.
@@ -184,14 +184,14 @@ def sample_hard_negatives(
     the host.
 
     Args:
-        everyone: the pairs of all processes, among which negatives are drawn and numbered; by default the given ones.
+        gathered: the pairs of all processes, among which negatives are drawn and numbered; by default the given ones.
         generator: source of the randomness, on the device of the features.
 
     Raises:
         InputError: a pair has nothing to be drawn from: the batch holds one pair, or, with ids, texts of a single
             image. On an accelerator the second case is asserted on the device, since looking would synchronise.
     """
-    weights = hard_negative_weights(image_features, text_features, temperature, image_ids, everyone)
+    weights = hard_negative_weights(image_features, text_features, temperature, image_ids, gathered)
     if weights[0].shape[1] < 2:
         raise InputError(
             f"{weights[0].shape[1]} pair(s) hold no negative; hard negatives need a batch of at least 2 pairs"

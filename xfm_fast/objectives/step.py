@@ -263,20 +263,20 @@ class Step:
                 image, text = (ScaleGradient.apply(f, 1 / self.world.size) for f in (image, text))
             # A later step clamps the temperature in place; a graph that is still waiting for its backward keeps a copy.
             pairs = (image, text, self.model.temp.clone())
-            everyone = None
+            gathered = None
             if self.world.size > 1:
                 images, texts = self.world.gather_with_gradient(torch.cat([image, text], dim=1)).chunk(2, dim=1)
                 ids = None if image_ids is None else self.world.gather(image_ids)
-                everyone = AllPairs(images, texts, self.world.rank * self.texts, ids)
+                gathered = AllPairs(images, texts, self.world.rank * self.texts, ids)
             if "itc" in self.names:
                 losses["itc"] = (
                     contrastive_loss(*pairs, image_ids)
-                    if everyone is None
-                    else contrastive_rows(*pairs, everyone, image_ids)
+                    if gathered is None
+                    else contrastive_rows(*pairs, gathered, image_ids)
                 )
             if self.draws:
                 generator = self.options.generator
-                negatives = sample_hard_negatives(*pairs, image_ids, everyone=everyone, generator=generator)
+                negatives = sample_hard_negatives(*pairs, image_ids, gathered=gathered, generator=generator)
         tokens = packed.detach() if self.options.stop_gradient else packed
         if "itm" not in self.names:
             return losses, Texts(tokens) if whole else None
@@ -295,7 +295,7 @@ class Step:
         """`itm`, `imlm` and the box losses, from one pass of the fusion encoder."""
         parts: list[Pairs] = []
         tables: list[Tensor] = []
-        places = torch.zeros(1, dtype=torch.long, device=self.batch.input_ids.device)
+        positions = torch.zeros(1, dtype=torch.long, device=self.batch.input_ids.device)
         if texts is not None:
             tables.append(texts.tokens if texts.table is None else texts.table.tokens)
             if texts.matching is not None:
@@ -321,11 +321,11 @@ class Step:
             )
             detach = self.options.stop_gradient and self.model.config.detach_text_for_mlm
             tables.append(self._encode(self.batch.masked_input_ids, graph=not detach))
-            places = torch.cat([places, self.layout.targets])
+            positions = torch.cat([positions, self.layout.targets])
         # With several processes a table holds the texts of all, most of which this one has no pair with.
         each_once = self.layout.packing.repeated(len(tables)) if self.world.size == 1 else None
         encoder, table = self.model.fusion_encoder, torch.cat(tables)
-        read = fuse_pairs(encoder, table, Pairs.joined(parts), places, memory, each_once)
+        read = fuse_pairs(encoder, table, Pairs.joined(parts), positions, memory, each_once)
         pieces = iter(read.split([part.reads for part in parts]))
         losses = {}
         if "itm" in self.names:

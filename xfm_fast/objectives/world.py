@@ -39,11 +39,11 @@ class World:
         if self.size == 1:
             return rows.detach()
         rows = rows.detach().contiguous()
-        everyone = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+        gathered = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         # Newer versions of PyTorch have another name for it and warn of this one.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(everyone, rows, group=self.group)
-        return everyone
+        gather(gathered, rows, group=self.group)
+        return gathered
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
         """`gather` whose gradient is the true one: the sum of what all processes have for this one's rows."""
@@ -51,8 +51,8 @@ class World:
 
     def counts(self, **local: Tensor) -> dict[str, Tensor]:
         """Integers of every process, each `[W]`, in one message."""
-        everyone = self.gather(torch.stack([count.long() for count in local.values()])[None])
-        return dict(zip(local, everyone.unbind(1), strict=True))
+        gathered = self.gather(torch.stack([count.long() for count in local.values()])[None])
+        return dict(zip(local, gathered.unbind(1), strict=True))
 
     def mean(self, mean: Tensor, counts: Tensor) -> Tensor:
         """A mean over this process's targets, weighed so that the mean over processes is the mean over all targets.
@@ -90,7 +90,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # A sum over everyone of features alone is small, and unlike a reduce-scatter every backend has it.
+        # A sum over all processes of features alone is small, and unlike a reduce-scatter every backend has it.
         total = gradients[0].contiguous()
         if total is gradients[0]:
             total = total.clone()

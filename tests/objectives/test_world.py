@@ -93,10 +93,10 @@ def test_rows_are_all_that_a_process_computes() -> None:
 
     from xfm_fast.objectives import AllPairs, contrastive_rows, sample_hard_negatives
 
-    own, everyone = torch.randn(2, 2, 5), torch.randn(2, 16, 5)
+    own, gathered = torch.randn(2, 2, 5), torch.randn(2, 16, 5)
     with Shapes():
-        pairs = AllPairs(everyone[0], everyone[1], 4)
+        pairs = AllPairs(gathered[0], gathered[1], 4)
         contrastive_rows(own[0], own[1], 0.1, pairs)
-        sample_hard_negatives(own[0], own[1], 0.1, everyone=pairs)
+        sample_hard_negatives(own[0], own[1], 0.1, gathered=pairs)
     assert (2, 16) in seen
     assert (16, 16) not in seen
