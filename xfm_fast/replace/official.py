@@ -125,6 +125,13 @@ class OfficialTextLayer(CalledByName):
 
     bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
 
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        # Layers of transformers' kind know whether they decode, and return keys and values only then.
+        if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
+            return False
+        return set(_argument_names(module)) >= _LAYER_ARGUMENTS
+
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         return why_not_plain(module) or why_not_bypassed(module, LAYER_PARTS)
@@ -163,6 +170,17 @@ class OfficialTextLayer(CalledByName):
 
 class OfficialTextEncoder(CalledByName):
     """The layers of a text or fusion encoder on packed tokens: padding is taken out before and put back behind."""
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        layers = find(module, "layer")
+        if (
+            not isinstance(layers, nn.ModuleList)
+            or not len(layers)
+            or not all(OfficialTextLayer.recognises(layer) for layer in layers)
+        ):
+            return False
+        return set(_argument_names(module)) >= _ENCODER_ARGUMENTS
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -236,24 +254,27 @@ def _visible(mask: Any) -> Tensor | None:
     return visible if (host.all_true(clean) if on_host(clean) else bool(clean)) else None
 
 
-def _is_text_layer(module: nn.Module) -> bool:
-    # Layers of transformers' kind know whether they decode, and return keys and values only then.
-    if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
-        return False
-    return set(_argument_names(module)) >= _LAYER_ARGUMENTS
-
-
-def _is_text_encoder(module: nn.Module) -> bool:
-    layers = find(module, "layer")
-    if not isinstance(layers, nn.ModuleList) or not len(layers) or not all(_is_text_layer(layer) for layer in layers):
-        return False
-    return set(_argument_names(module)) >= _ENCODER_ARGUMENTS
-
-
 class OfficialVisionBlock(PreNormBlock):
     """A pre-norm block with a bias on queries and values, a position table, LayerScale and stochastic depth."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _BLOCK_PARTS
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        if (
+            not _foreign(module)
+            or any(find(module, name) is None for name in _BLOCK_PARTS)
+            or not hasattr(module, "gamma_1")
+        ):
+            return False
+        attention, drop_path = find(module, "attn"), find(module, "drop_path")
+        named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
+        names = _argument_names(module)
+        return (
+            named
+            and names == _BLOCK_ARGUMENTS
+            and (isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob"))
+        )
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -309,38 +330,14 @@ class OfficialVisionBlock(PreNormBlock):
         )
 
 
-def _is_vision_block(module: nn.Module) -> bool:
-    if (
-        not _foreign(module)
-        or any(find(module, name) is None for name in _BLOCK_PARTS)
-        or not hasattr(module, "gamma_1")
-    ):
-        return False
-    attention, drop_path = find(module, "attn"), find(module, "drop_path")
-    named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
-    names = _argument_names(module)
-    return (
-        named and names == _BLOCK_ARGUMENTS and (isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob"))
-    )
-
-
-def _looks_like_embeddings(module: nn.Module) -> bool:
-    parts = set(module._modules) - {"token_type_embeddings"}
-    counts = hasattr(module, "padding_idx") or "position_ids" in module._buffers
-    return _foreign(module) and parts == _EMBEDDINGS and counts
-
-
-def _looks_like_head(module: nn.Module) -> bool:
-    parts = set(module._modules)
-    transform = find(module, "transform")
-    named = parts == _ROBERTA_HEAD or (
-        parts == _BERT_HEAD and transform is not None and set(transform._modules) >= _TRANSFORM
-    )
-    return _foreign(module) and named
-
-
 class OfficialEmbeddings(FusedEmbeddings):
     """Embeddings known by the names of their parts, and tried out."""
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        parts = set(module._modules) - {"token_type_embeddings"}
+        counts = hasattr(module, "padding_idx") or "position_ids" in module._buffers
+        return _foreign(module) and parts == _EMBEDDINGS and counts
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -358,6 +355,15 @@ class OfficialEmbeddings(FusedEmbeddings):
 
 class OfficialVocabularyHead(VocabularyHead):
     """A vocabulary head known by the names of its parts, and tried out."""
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        parts = set(module._modules)
+        transform = find(module, "transform")
+        named = parts == _ROBERTA_HEAD or (
+            parts == _BERT_HEAD and transform is not None and set(transform._modules) >= _TRANSFORM
+        )
+        return _foreign(module) and named
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -402,28 +408,28 @@ def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Te
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("OfficialTextEncoder", _is_text_encoder, OfficialTextEncoder, "padding left out of all layers"),
+    Rule("OfficialTextEncoder", OfficialTextEncoder.recognises, OfficialTextEncoder, "padding left out of all layers"),
     Rule(
         "OfficialTextLayer",
-        _is_text_layer,
+        OfficialTextLayer.recognises,
         OfficialTextLayer,
         "one product for q, k, v; GELU, residual and norm fused",
     ),
     Rule(
         "OfficialVisionBlock",
-        _is_vision_block,
+        OfficialVisionBlock.recognises,
         OfficialVisionBlock,
         "position table expanded once, GELU, residual, LayerScale and norm fused",
     ),
     Rule(
         "OfficialEmbeddings",
-        _looks_like_embeddings,
+        OfficialEmbeddings.recognises,
         OfficialEmbeddings,
         "three tables and LayerNorm in one pass",
     ),
     Rule(
         "OfficialVocabularyHead",
-        _looks_like_head,
+        OfficialVocabularyHead.recognises,
         OfficialVocabularyHead,
         "GELU fused; faster product with the vocabulary",
     ),
