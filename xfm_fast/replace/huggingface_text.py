@@ -274,14 +274,6 @@ def _hides_later_keys(attention: Any) -> bool:
 class UnpaddedModel(CalledByName):
     """A whole encoder on packed tokens: padding is left out of the embeddings and every layer."""
 
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        if not settings.unpad:
-            return "its padding is computed; unpad=True leaves it out"
-        if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
-            return "a causal decoder keeps its padding"
-        return None
-
     _understood: ClassVar[set[str]] = {
         "input_ids",
         "attention_mask",
@@ -290,6 +282,14 @@ class UnpaddedModel(CalledByName):
         "encoder_hidden_states",
         "encoder_attention_mask",
     }
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        if not settings.unpad:
+            return "its padding is computed; unpad=True leaves it out"
+        if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
+            return "a causal decoder keeps its padding"
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
