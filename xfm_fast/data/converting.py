@@ -21,8 +21,7 @@ from xfm_fast.checkpoint.storage import write_files
 from xfm_fast.data.files import Paths
 from xfm_fast.data.items import ImageField
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.records import open_records
-from xfm_fast.data.shards import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile
+from xfm_fast.data.records import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile, open_records
 from xfm_fast.errors import DataError, StorageError
 
 SAMPLES_PER_SHARD = 10_000

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xfm_fast.data.text_masking import MaskingOptions, mask_tokens
+from xfm_fast.data.masking import MaskingOptions, mask_tokens
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 

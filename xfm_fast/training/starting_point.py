@@ -13,13 +13,13 @@ from torch import Tensor
 from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
 from xfm_fast.checkpoint.storage import CONFIG_FILE, MODEL_FILE
 from xfm_fast.data.items import ImageField
+from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.order import item_generator, permuted
 from xfm_fast.data.patch_codes import PatchCodebook
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
 from xfm_fast.data.regions import RegionOptions
 from xfm_fast.data.streams import BatchSource, image_source, pair_source, region_source, text_source
-from xfm_fast.data.text_masking import MaskingOptions
 from xfm_fast.data.texts import TextOptions
 from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.models.xfm import XFM

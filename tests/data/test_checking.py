@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.data_pipeline.record_files import (
+from tests.data.record_files import (
     base64_picture,
     pairs,
     picture,
@@ -17,8 +17,7 @@ from tests.data_pipeline.record_files import (
     write_lines,
     write_tar,
 )
-from xfm_fast.data.check_report import Report
-from xfm_fast.data.checking import TASKS, Options, check
+from xfm_fast.data.checking import TASKS, Options, Report, check
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.streams import image_source, pair_source, region_source, text_source
 from xfm_fast.errors import DataError

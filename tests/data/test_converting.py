@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data_pipeline.record_files import base64_picture, pairs, picture, region, write_lines, write_tar
+from tests.data.record_files import base64_picture, pairs, picture, region, write_lines, write_tar
 from xfm_fast.data import converting
 from xfm_fast.data.converting import to_lines, to_shards
 from xfm_fast.data.quarantine import Quarantine

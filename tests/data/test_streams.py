@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.data_pipeline.record_files import (
+from tests.data.record_files import (
     base64_picture,
     pair,
     pairs,
@@ -27,10 +27,10 @@ from tests.data_pipeline.record_files import (
 )
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.data.images import decode_pixels
+from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.regions import RegionOptions
 from xfm_fast.data.streams import Stream, image_source, load_batches, pair_source, region_source, text_source
-from xfm_fast.data.text_masking import MaskingOptions
 from xfm_fast.data.texts import TextOptions
 from xfm_fast.data.transforms import normalise, resize_crop
 from xfm_fast.errors import ConfigError, DataError

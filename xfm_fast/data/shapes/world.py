@@ -16,8 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from xfm_fast.data.shapes.language import VOCABULARY, captions, full, references
-from xfm_fast.data.shapes.questions import ANSWERS, questions, statements
+from xfm_fast.data.shapes.language import ANSWERS, VOCABULARY, captions, full, questions, references, statements
 from xfm_fast.data.shapes.rendering import pixel_box, render
 from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, scene
 from xfm_fast.errors import DataError, StorageError

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xfm_fast.data.text_masking import MaskingOptions
+from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.texts import (
     CAPTIONS,
     PREFIXES,
