@@ -401,7 +401,7 @@ def test_no_samples_and_twofold_members(tmp_path: Path) -> None:
 def test_the_index_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tar(tmp_path / "a.tar", _members(2))
     expected = _samples(ShardFile(path))
-    monkeypatch.setattr(records, "_scan_lines", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr(records, "_scan_shard", lambda path: pytest.fail("scanned again"))
     assert _samples(ShardFile(path)) == expected
     assert (tmp_path / ".a.tar.index").is_file()
 

@@ -103,36 +103,6 @@ class CaptioningRecord(Annotation):
 Record = TypeVar("Record", bound=Annotation)
 
 
-def retrieval_records(paths: Paths) -> list[RetrievalRecord]:
-    """Training files of retrieval; raises `DataError` naming the file and the element that is wrong."""
-    return read_annotations(paths, RetrievalRecord)
-
-
-def retrieval_test_records(paths: Paths) -> list[RetrievalTestRecord]:
-    """Evaluation files of retrieval; raises `DataError`."""
-    return read_annotations(paths, RetrievalTestRecord)
-
-
-def nlvr2_records(paths: Paths) -> list[NLVR2Record]:
-    """Files of NLVR2; raises `DataError`."""
-    return read_annotations(paths, NLVR2Record)
-
-
-def vqa_records(paths: Paths) -> list[VQARecord]:
-    """Files of questions, with or without answers; raises `DataError`."""
-    return read_annotations(paths, VQARecord)
-
-
-def grounding_records(paths: Paths) -> list[GroundingRecord]:
-    """Files of referring expressions; raises `DataError`."""
-    return read_annotations(paths, GroundingRecord)
-
-
-def captioning_records(paths: Paths) -> list[CaptioningRecord]:
-    """Files of captioning, with or without captions; raises `DataError`."""
-    return read_annotations(paths, CaptioningRecord)
-
-
 def read_annotations(paths: Paths, kind: type[Record]) -> list[Record]:
     """The elements of all files, one after another.
 

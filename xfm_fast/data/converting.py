@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 
 from xfm_fast.checkpoint.storage import write_files
 from xfm_fast.data.files import Paths
-from xfm_fast.data.items import ImageField
+from xfm_fast.data.images import image_source
+from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile, open_records
 from xfm_fast.errors import DataError, StorageError
@@ -83,9 +84,9 @@ def to_shards(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and would be overwritten; choose another folder or remove it")
     done = Conversion([])
-    image = ImageField(image_key, image_root)
+    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
     samples = (
-        (row, _members(record, image, caption_key))
+        (row, _members(record, image_key, caption_key))
         for row, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine())
     )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -149,11 +150,14 @@ def to_lines(
     if file.exists():
         raise DataError(f"{file} exists and would be overwritten; choose another name or remove it")
     done = Conversion([file])
-    image = ImageField(image_key, image_root)
+    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
 
     def write(out: BinaryIO) -> None:
         for _, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine()):
-            out.write(json.dumps(_as_text(record, image), separators=(",", ":")).encode() + b"\n")
+            value = record.get(image_key)
+            if isinstance(value, bytes):
+                record[image_key] = base64.b64encode(value).decode()
+            out.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
             done.rows += 1
         if not done.rows:
             raise DataError("no row can be used, so there is nothing to convert")
@@ -167,21 +171,21 @@ def to_lines(
 
 
 def _good_rows(
-    data: Paths, done: Conversion, image: ImageField, caption_key: str, quarantine: Quarantine
+    data: Paths, done: Conversion, image: ImageOptions, caption_key: str, quarantine: Quarantine
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    for rows in open_records(data, image_key=image.key, caption_key=caption_key).files:
+    number, key = 0, image.image_key
+    for rows in open_records(data, image_key=key, caption_key=caption_key).files:
         for row in range(len(rows)):
             try:
                 record = dict(rows.read(row))
                 # Paths become images, and base64 is tried, so that broken ones stay behind.
-                value = record.get(image.key)
-                for each in value if isinstance(value, list) else [value] if value is not None else []:
-                    image.source(each)
-                if image.root is not None and value is not None:
-                    several = isinstance(value, list)
-                    read = [_content(image.source(each)) for each in (value if several else [value])]
-                    record[image.key] = [base64.b64encode(each).decode() for each in read] if several else read[0]
+                value = record.get(key)
+                several = isinstance(value, list)
+                values = value if several else [] if value is None else [value]
+                sources = [image_source(each, image) for each in values]
+                if image.image_root is not None and value is not None:
+                    read = [_content(source) for source in sources]
+                    record[key] = [base64.b64encode(each).decode() for each in read] if several else read[0]
                 if isinstance(rows, ShardFile):
                     known = ("json", *IMAGE_SUFFIXES, *TEXT_SUFFIXES)
                     done.ignored.update(suffix for suffix in rows.suffixes(row) if suffix not in known)
@@ -202,15 +206,15 @@ def _content(source: Path | bytes) -> bytes:
         raise DataError(f"image {source} cannot be read ({error.strerror}); check the path") from None
 
 
-def _members(record: dict[str, Any], image: ImageField, caption_key: str) -> dict[str, bytes]:
+def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[str, bytes]:
     """The files of a sample."""
     fields = dict(record)
     members: dict[str, bytes] = {}
-    value = fields.get(image.key)
+    value = fields.get(image_key)
     content = value if isinstance(value, bytes) else _exact_bytes(value)
     if content:
         members[_suffix(content)] = content
-        del fields[image.key]
+        del fields[image_key]
     caption = fields.get(caption_key)
     if isinstance(caption, str):
         # Half a surrogate pair, which JSON can say, is no text that a file could hold.
@@ -231,13 +235,6 @@ def _exact_bytes(value: Any) -> bytes | None:
     except ValueError:
         return None
     return content if binascii.b2a_base64(content, newline=False).decode() == value else None
-
-
-def _as_text(record: dict[str, Any], image: ImageField) -> dict[str, Any]:
-    value = record.get(image.key)
-    if isinstance(value, bytes):
-        return record | {image.key: base64.b64encode(value).decode()}
-    return record
 
 
 def _suffix(content: bytes) -> str:

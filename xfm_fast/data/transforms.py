@@ -96,6 +96,11 @@ def normalise(pixels: Tensor, mean: tuple[float, float, float] = MEAN, std: tupl
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
 
 
+def whole_image(picture: Picture, size: int) -> Tensor:
+    """Normalised pixels `[3, size, size]` of all of a picture: without augmentation."""
+    return normalise(resize_crop(picture, (0, 0, *picture_size(picture)), size))
+
+
 @lru_cache
 def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     double = [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std)]
