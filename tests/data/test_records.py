@@ -217,7 +217,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     # Scanning 5 GiB of zeros is slow; the index is made as a scan would.
     starts = np.array([3, 0, 9, (5 << 30) + 3, path.stat().st_size], np.int64)
     file = LineFile(path)
-    file._index._build = lambda path: starts
+    file._build = lambda path: starts
     assert file.read(2) == {"a": 3}
     with pytest.raises(DataError, match="over the limit"):
         file.read(1)

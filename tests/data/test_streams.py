@@ -1,4 +1,4 @@
-"""Batches by their number: the same whoever asks, every row once an epoch, broken rows replaced."""
+"""Batches by their number: the same in every process, every row once an epoch, broken rows replaced."""
 
 import base64
 import json

@@ -1,1 +1,1 @@
-"""From files to tensors: decoding, transforms and the readers of the official formats."""
+"""Reading data: files, rows, options, items and batches of streams; decoding, transforms, checks and conversions."""

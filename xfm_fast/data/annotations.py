@@ -17,17 +17,11 @@ from xfm_fast.errors import DataError
 _SHOWN = 3
 
 
-def _listed(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-def _truth(value: object) -> object:
-    return {"True": True, "False": False}.get(value, value) if isinstance(value, str) else value
-
-
 Text = Annotated[str, Field(min_length=1)]
 Identity = int | Text
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+Texts = Annotated[
+    tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
 
 
 class Annotation(BaseModel):
@@ -56,7 +50,7 @@ class NLVR2Record(Annotation):
 
     images: Annotated[tuple[Text, ...], Field(min_length=2, max_length=2)]
     sentence: Text
-    label: Annotated[bool, BeforeValidator(_truth)]
+    label: bool
 
 
 class VQARecord(Annotation):

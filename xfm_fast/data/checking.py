@@ -58,7 +58,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Options:
-    """How files are read, and what the estimates are for.
+    """The way that files are read, and the run that estimates are for.
 
     Attributes:
         config: of the model; its image size counts.
@@ -242,20 +242,17 @@ class _StreamReader(_Reader):
             for value in values:
                 size = self.count_image(image_source(value, stream), decode=len(values) > 1)
         if isinstance(stream, RegionOptions):
-            self._count_regions(record, size, stream)
+            captions, elements, skipped = every_region_text(record, *size, stream)
+            for each in chain(captions, *elements):
+                self.count_text(each, stream)
+            self.report.unusable_regions += len(skipped)
+            self.report.regions[len(elements)] += 1
         elif isinstance(stream, TextOptions):
             if not isinstance(text, tuple):
                 for each in every_text(text, language=stream.language):
                     self.count_text(each, stream)
             elif self.options.tokenizer is not None:
                 self.count_tokens(len(text) + 2, stream)
-
-    def _count_regions(self, record: Mapping[str, Any], size: tuple[int, int], stream: RegionOptions) -> None:
-        captions, elements, skipped = every_region_text(record, *size, stream)
-        for text in chain(captions, *elements):
-            self.count_text(text, stream)
-        self.report.unusable_regions += len(skipped)
-        self.report.regions[len(elements)] += 1
 
 
 class _AnnotationReader(_Reader):
@@ -308,7 +305,7 @@ class FileCount:
 
 @dataclass
 class Report:
-    """What `check` found.
+    """The findings of a check.
 
     Attributes:
         task: what the files were checked for.
@@ -363,16 +360,16 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether training on these files would run through."""
+        """True if training on these files would run through."""
         return not self.over_limit and self.broken < self.rows
 
     @property
     def hours_per_epoch(self) -> float | None:
-        """Of one worker."""
+        """The hours that one worker takes for an epoch."""
         return None if self.seconds_per_item is None else self.seconds_per_item * (self.rows - self.broken) / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as JSON values."""
         widths = [width for (width, _), times in self.sizes.items() for _ in range(times)]
         heights = [height for (_, height), times in self.sizes.items() for _ in range(times)]
         return {

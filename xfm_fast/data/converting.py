@@ -1,4 +1,4 @@
-"""Line JSON to WebDataset shards and back. What is read from either is the same, to the byte of every image."""
+"""Line JSON to WebDataset shards and back. Either is read as the same rows, to the byte of every image."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import binascii
 import io
 import json
 import os
-import secrets
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xfm_fast.checkpoint.storage import write_files
-from xfm_fast.data.files import Paths
+from xfm_fast.data.files import Paths, new_folder
 from xfm_fast.data.images import image_source
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.quarantine import Quarantine
@@ -33,7 +31,7 @@ _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp
 
 @dataclass
 class Conversion:
-    """What was written.
+    """The files and rows that were written.
 
     Attributes:
         files: in order.
@@ -89,9 +87,7 @@ def to_shards(
         (row, _members(record, image_key, caption_key))
         for row, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine())
     )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(folder, f"shards in {folder}") as temporary:
         pending = next(samples, None)
         while pending is not None:
             path = temporary / f"{len(done.files):06d}.tar"
@@ -102,7 +98,9 @@ def to_shards(
                 ):
                     row, members = pending
                     for suffix, content in members.items():
-                        _add(shard, f"{row:09d}.{suffix}", content)
+                        member = tarfile.TarInfo(f"{row:09d}.{suffix}")
+                        member.size, member.mode = len(content), 0o644
+                        shard.addfile(member, io.BytesIO(content))
                     count += 1
                     pending = next(samples, None)
                 done.rows += count
@@ -111,19 +109,6 @@ def to_shards(
             done.files.append(folder / path.name)
         if not done.files:
             raise DataError("no row can be used, so there is nothing to convert")
-        # An empty folder may be in the way; a full one makes the renaming fail.
-        with suppress(OSError):
-            folder.rmdir()
-        os.rename(temporary, folder)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"shards in {folder} could not be written ({error.strerror or error}); nothing was left there: free space "
-            "or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return done
 
 
@@ -213,7 +198,9 @@ def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[s
     value = fields.get(image_key)
     content = value if isinstance(value, bytes) else _exact_bytes(value)
     if content:
-        members[_suffix(content)] = content
+        webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+        known = (suffix for magic, suffix in _MAGIC.items() if content.startswith(magic))
+        members["webp" if webp else next(known, "img")] = content
         del fields[image_key]
     caption = fields.get(caption_key)
     if isinstance(caption, str):
@@ -235,16 +222,3 @@ def _exact_bytes(value: Any) -> bytes | None:
     except ValueError:
         return None
     return content if binascii.b2a_base64(content, newline=False).decode() == value else None
-
-
-def _suffix(content: bytes) -> str:
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    return next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), "img")
-
-
-def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    member.mode = 0o644
-    shard.addfile(member, io.BytesIO(content))

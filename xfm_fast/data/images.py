@@ -1,4 +1,4 @@
-"""From records and files to pixels: decoding that refuses what would poison a result, and the official test view."""
+"""Images of records and files as pixels: decoding refuses what would poison a result."""
 
 from __future__ import annotations
 

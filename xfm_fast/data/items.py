@@ -1,11 +1,10 @@
-"""From a record and random numbers to one item of a batch, and from items to the batch: one class for each stream."""
+"""Items of batches, each made of a record and random numbers, and batches of items: one class for each stream."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from xfm_fast.data.options import (
 )
 from xfm_fast.data.regions import RegionSample, elements_of, sample_regions
 from xfm_fast.data.texts import EncodedText, encode_pair_text, encode_text, text_of
-from xfm_fast.data.transforms import TrainingTransform, pretraining_transform, whole_image
+from xfm_fast.data.transforms import pretraining_transform, whole_image
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -37,7 +36,7 @@ BatchT = TypeVar("BatchT", bound=Batch, covariant=True)
 
 @dataclass(frozen=True)
 class Items(ABC, Generic[Options, Item, BatchT]):
-    """How records of a kind become items, and items a batch.
+    """The way from records of a kind to items, and from items to a batch.
 
     Attributes:
         options: of the stream.
@@ -162,13 +161,9 @@ ITEMS: dict[str, Callable[..., Items[Any, Any, Any]]] = {
 
 def _picture(record: Mapping[str, Any], options: ImageOptions, config: XFMConfig, rng: np.random.Generator) -> Picture:
     pixels = record_pixels(record, options, rng)
-    image = _transform(config.image_size)(pixels, rng) if options.augment else whole_image(pixels, config.image_size)
+    size = config.image_size
+    image = pretraining_transform(size)(pixels, rng) if options.augment else whole_image(pixels, size)
     return Picture(image, block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng))
-
-
-@lru_cache
-def _transform(size: int) -> TrainingTransform:
-    return pretraining_transform(size)
 
 
 def collate_texts(
@@ -246,7 +241,9 @@ def collate_regions(
     owner = np.repeat(np.arange(len(samples)), counts)
     if not len(owner):
         raise DataError(f"none of {len(samples)} images has a usable region; raise max_images or correct the data")
-    kept = np.sort(_exactly(batch_size, len(owner), rng))
+    # Distinct ones, or as evenly repeated as can be.
+    whole, rest = divmod(batch_size, len(owner))
+    kept = np.sort(np.concatenate([np.tile(np.arange(len(owner)), whole), rng.permutation(len(owner))[:rest]]))
     used, image_index = np.unique(owner[kept], return_inverse=True)
     flat = [text for each in texts for text in each]
     chosen = torch.from_numpy(kept)
@@ -258,12 +255,6 @@ def collate_regions(
         boxes=torch.cat([sample.boxes for sample in samples])[chosen],
         is_image=torch.cat([sample.is_image for sample in samples])[chosen],
     )
-
-
-def _exactly(wanted: int, available: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Random indices below `available`: distinct ones, or as evenly repeated as can be."""
-    whole, rest = divmod(wanted, available)
-    return np.concatenate([np.tile(np.arange(available), whole), rng.permutation(available)[:rest]])
 
 
 def _patch_masks(masks: Sequence[NDArray[np.bool_]] | None, images: int) -> Tensor | None:

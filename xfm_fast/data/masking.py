@@ -1,4 +1,4 @@
-"""What masked modelling hides: tokens of a text, single or in short runs; patches of an image, in rectangles."""
+"""Masks of masked modelling: tokens of a text, single or in short runs; patches of an image, in rectangles."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from xfm_fast.errors import InputError
 
 ATTEMPTS = 10
-"""How often a rectangle is drawn before the rest is filled with single patches."""
+"""Draws of a rectangle before the rest is filled with single patches."""
 _LOWEST_ASPECT = math.log(0.3)
 
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """How much is masked. Images' captions: `MaskingOptions(0.5, 15)`; text alone: `MaskingOptions(0.15, 20)`.
+    """The amount of masking. Images' captions: `MaskingOptions(0.5, 15)`; text alone: `MaskingOptions(0.15, 20)`.
 
     Attributes:
         probability: share of a text's tokens, special tokens counted in.
@@ -46,7 +46,7 @@ class MaskingOptions:
             raise InputError(f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]")
 
     def count(self, length: int) -> int:
-        """How many of `length` tokens are masked: at least one, at most `most` and all but the first token."""
+        """The number of masked tokens among `length`: at least one, at most `most` and all but the first token."""
         return min(self.most, max(1, round(length * self.probability)), length - 1)
 
 
@@ -56,7 +56,7 @@ class MaskedText(NamedTuple):
     ids: list[int]
     """The tokens that the model reads."""
     positions: list[int]
-    """Where to predict, ascending."""
+    """The places to predict at, ascending."""
     labels: list[int]
     """The original ids there."""
 
@@ -199,5 +199,5 @@ def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> N
 
 @lru_cache
 def _columns(grid: int) -> list[int]:
-    """For every height a column of that many patches, at the left upper corner."""
+    """A column of patches for every height, at the left upper corner."""
     return [sum(1 << (row * grid) for row in range(height)) for height in range(grid)]

@@ -1,4 +1,4 @@
-"""How the rows of a stream become batches: every option said once, for recipes, streams and checks alike."""
+"""Options of streams, each said once, for recipes, readers and checks alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Options(BaseModel):
 
 
 class TextOptions(Options):
-    """How a text becomes ids. The defaults are those of captions and regions in pretraining."""
+    """The way of a text to ids. The defaults are those of captions and regions in pretraining."""
 
     max_tokens: int = Field(default=30, ge=3, description="`<s>` and `</s>` counted in")
     max_words: int | None = Field(
@@ -31,7 +31,7 @@ class TextOptions(Options):
 
 
 class ImageOptions(Options):
-    """Where the image of a record is, and what is done to it."""
+    """The image of a record: where it is, and what is done to it."""
 
     image_key: str = Field(
         default="binary",
@@ -45,7 +45,7 @@ class ImageOptions(Options):
 
 
 class RegionOptions(TextOptions, ImageOptions):
-    """How regions are drawn. The defaults are those of pretraining; grounding pretraining sets `careful_flip`."""
+    """The choice of regions of an image, as in pretraining; for grounding pretraining sets `careful_flip`."""
 
     max_images: int = Field(default=80, gt=0, description="images of a batch, at most")
     max_regions: int = Field(default=5, gt=0, description="captions of an image, its own counted in, at most")
@@ -56,7 +56,7 @@ class RegionOptions(TextOptions, ImageOptions):
 
 
 class StreamOptions(Options):
-    """What streams of every kind have."""
+    """Options that streams of every kind have."""
 
     shuffle: bool = Field(default=True, description="an order of its own for each epoch; else rows come as they lie")
     window: int | None = Field(

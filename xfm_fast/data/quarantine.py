@@ -100,7 +100,7 @@ class Quarantine:
         self._check(rows, error)
 
     def count(self, rows: Rows) -> int:
-        """How many rows of a file are known to be broken."""
+        """The number of rows of a file that are known to be broken."""
         return self._counts[rows.name, rows.modified]
 
     def _check(self, rows: Rows, error: Exception) -> None:

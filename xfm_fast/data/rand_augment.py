@@ -24,7 +24,7 @@ from xfm_fast.errors import ConfigError
 MOST = 10.0
 """The level at which an operation is strongest."""
 GREY = (128, 128, 128)
-"""What the official operations fill with."""
+"""The colour that the official operations fill with."""
 IMAGENET_FILL = (124, 116, 104)
 """The mean colour of ImageNet."""
 
@@ -34,7 +34,7 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Warping:
-    """How images are moved: interpolation, and the colour of what comes in from outside.
+    """A way to move images: interpolation, and the colour of what comes in from outside.
 
     Attributes:
         centre: added to the places about which images are turned and sheared. OpenCV counts from the centre of a pixel,

@@ -42,18 +42,18 @@ class Rows(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call the file."""
+        """The name that messages give the file."""
         ...
 
     @property
     def modified(self) -> int:
-        """When the file was last changed, in nanoseconds."""
+        """The time of its last change, in nanoseconds."""
         ...
 
     def __len__(self) -> int: ...
 
     def place(self, row: int) -> int | str:
-        """What messages call a row: its line, the key of a sample, or an index from 0 in a list."""
+        """The name that messages give a row: its line, the key of a sample, or an index from 0 in a list."""
         ...
 
     def raw(self, row: int) -> bytes:
@@ -82,7 +82,7 @@ class LineFile(IndexedFile):
     def place(self, row: int) -> int:
         """The line of a row, counted from 1 and with blank lines, as editors count."""
         count = len(self)
-        values = self._index.values
+        values = self.index
         return int(values[2 + count + row]) if len(values) > 2 + count else row + 1
 
     def raw(self, row: int) -> bytes:
@@ -91,7 +91,7 @@ class LineFile(IndexedFile):
         Raises:
             DataError: the line is too long to be one.
         """
-        start, end = (int(value) for value in self._index.values[1 + row : 3 + row])
+        start, end = (int(value) for value in self.index[1 + row : 3 + row])
         if end - start > MOST_LINE_BYTES:
             raise DataError(
                 f"the line has {end - start:,} bytes, over the limit of {MOST_LINE_BYTES:,}; check its line ends"
@@ -116,13 +116,9 @@ class LineFile(IndexedFile):
                 f"the line is no JSON{place} ({said}); expected one object a line, such as {{...}}"
             ) from None
         if not isinstance(record, dict):
-            raise DataError(f"the line holds a JSON {_kind(record)} instead of an object {{...}}")
+            names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+            raise DataError(f"the line holds a JSON {names.get(type(record), 'null')} instead of an object {{...}}")
         return record
-
-
-def _kind(value: object) -> str:
-    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
 
 
 def _scan_lines(path: Path) -> np.ndarray:
@@ -187,7 +183,7 @@ class ShardFile(IndexedFile):
 
     def place(self, row: int) -> str:
         """The key of a sample: the path that its files share."""
-        values = self._index.values
+        values = self.index
         rows, members, keys, _ = (int(count) for count in values[:_COUNTS])
         start = _COUNTS + (rows + 1) + 3 * members
         first, last = (int(value) for value in values[start + row : start + row + 2])
@@ -195,7 +191,7 @@ class ShardFile(IndexedFile):
         return text[first:last].tobytes().decode("utf-8", "surrogateescape")
 
     def suffixes(self, row: int) -> list[str]:
-        """What the names of a sample's files end in."""
+        """The ends of the names of a sample's files."""
         return [suffix for suffix, _, _ in self._files(row)]
 
     def members(self, row: int) -> dict[str, bytes]:
@@ -214,7 +210,7 @@ class ShardFile(IndexedFile):
 
     def _files(self, row: int) -> list[tuple[str, int, int]]:
         """Suffix, place in the shard and size of each file of a sample."""
-        values = self._index.values
+        values = self.index
         rows, count, keys, _ = (int(count) for count in values[:_COUNTS])
         first, last = (int(value) for value in values[_COUNTS + row : _COUNTS + row + 2])
         table = values[_COUNTS + rows + 1 : _COUNTS + rows + 1 + 3 * count].reshape(3, count)[:, first:last]
@@ -397,15 +393,7 @@ def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "d
     paths = find_files(data)  # type: ignore[arg-type]
     return RecordSet(
         [
-            ShardFile(path, image_key=image_key, caption_key=caption_key) if is_shard(path) else LineFile(path)
+            ShardFile(path, image_key=image_key, caption_key=caption_key) if ".tar" in path.suffixes else LineFile(path)
             for path in paths
         ]
     )
-
-
-def is_shard(path: Path) -> bool:
-    """Whether a file is read as a WebDataset shard, which its name says."""
-    return ".tar" in path.suffixes
-
-
-# Nothing that a loader should hold in memory; usually a file whose line ends were lost.

@@ -1,4 +1,4 @@
-"""From what a record says to the ids that a step of pretraining reads: one text, cleaned, cut and masked."""
+"""One text of a record: chosen, cleaned, cut and masked, as the ids that a step of pretraining reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 PREFIXES = ("A image of ", "The image contains ", "We can see ", "A picture of ")
-"""What the official code puts before a caption that belongs to a list of images (its spelling)."""
+"""The official code puts one of these before a caption that belongs to a list of images (its spelling)."""
 
 IDS_KEY = "input_ids"
 """Field of a record with the token ids of its text, which then is not cleaned and not tokenised."""
@@ -26,7 +26,7 @@ class EncodedText(NamedTuple):
     """`<s> tokens </s>`, not padded."""
     masked_ids: list[int]
     positions: list[int]
-    """Where to predict, ascending."""
+    """The places to predict at, ascending."""
     labels: list[int]
     """The original ids there."""
 
@@ -92,7 +92,7 @@ def _words(value: Any) -> str:
 
 
 def clean_text(text: str, options: TextOptions) -> str:
-    """What the tokenizer reads.
+    """The text that the tokenizer reads.
 
     Raises:
         DataError: nothing is left.

@@ -1,4 +1,4 @@
-"""From a decoded image to normalised pixels, with the official parameters of every use.
+"""Views of decoded images as normalised pixels, with the official parameters of every use.
 
 A training transform is a function of the image and a NumPy generator: `transform(image, rng)`. Global random states are
 neither read nor changed, so any item of an epoch can be made again alone.
@@ -147,13 +147,14 @@ class TrainingTransform:
         return normalise(pixels, self.mean, self.std)
 
 
+@lru_cache
 def pretraining_transform(size: int) -> TrainingTransform:
-    """Of image-text pairs and images alone. Captions play no part in the flip."""
+    """The view of image-text pairs and of images alone. Captions play no part in the flip."""
     return TrainingTransform(size, (0.2, 1.0), augment=RandAugment())
 
 
 def finetuning_transform(size: int) -> TrainingTransform:
-    """Of retrieval, NLVR2 (each of the two images), captioning and VQA.
+    """The view of retrieval, NLVR2 (each of the two images), captioning and VQA.
 
     For VQA call it with `may_flip=not mentions_side(question, *answers)`. (The official code flips before the crop
     there, which gives the same distribution.)
@@ -166,7 +167,7 @@ _COLOURS = RandAugment("colour")
 
 @dataclass(frozen=True)
 class RegionTransform:
-    """What follows the crop around a region: flip, resize (aspect not kept), colour operations, normalisation.
+    """The steps after the crop around a region: flip, resize (aspect not kept), colour operations, normalisation.
 
     Boxes stay valid: `flip` is the caller's, and no operation moves a pixel.
     """
@@ -179,7 +180,7 @@ class RegionTransform:
 
 
 def mentions_side(*texts: str | Iterable[str]) -> bool:
-    """Whether 'left' or 'right' is anywhere in the texts, in either case: a flipped image would make them false."""
+    """True if 'left' or 'right' is anywhere in the texts, in either case: a flipped image would make them false."""
     lower = (text.lower() for given in texts for text in ((given,) if isinstance(given, str) else given))
     return any("left" in text or "right" in text for text in lower)
 
@@ -218,7 +219,7 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class ImageNetTransform:
-    """What ImageNet fine-tuning trains on: `view`, then `erase`."""
+    """The view of ImageNet fine-tuning: `view`, then `erase`."""
 
     view: TrainingTransform
     erase: RandomErasing = RandomErasing()

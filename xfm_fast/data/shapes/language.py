@@ -53,7 +53,7 @@ class Reference:
         return " ".join((*self.adjectives.split(), self.shape or "object"))
 
     def fits(self, thing: Thing) -> bool:
-        """Whether the attributes are those of the object; the relation is not looked at."""
+        """True if the attributes are those of the object; the relation is not looked at."""
         wanted = (self.size, self.colour, self.texture, self.shape)
         return all(want in (None, has) for want, has in zip(wanted, thing.looks, strict=True))
 
@@ -71,7 +71,7 @@ class Reference:
 
 
 def holds(relation: str, a: Thing, b: Thing) -> bool:
-    """Whether a is left of, right of, above or below b: their centres differ by `MARGIN` or more that way."""
+    """True if a is left of, right of, above or below b: their centres differ by `MARGIN` or more that way."""
     axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
     return sign * (_doubled_centre(b, axis) - _doubled_centre(a, axis)) >= 2 * MARGIN
 
@@ -203,7 +203,7 @@ def _counts(both: tuple[Scene, Scene]) -> Iterator[tuple[str, bool]]:
     for total in (left + right, left + right % 3 + 1):
         yield f"there are {NUMBERS[total]} objects in total", total == left + right
     for count in sorted({left, right}):
-        yield f"both images contain exactly {_objects(count)}", left == right == count
+        yield f"both images contain exactly {NUMBERS[count]} object{'s' * (count > 1)}", left == right == count
 
 
 def _contents(both: tuple[Scene, Scene], split: Split) -> Iterator[tuple[str, bool]]:
@@ -222,10 +222,6 @@ def _contents(both: tuple[Scene, Scene], split: Split) -> Iterator[tuple[str, bo
             if pairs:
                 colour, shape = pairs[_choice(both, f"{side} {truth}", len(pairs))]
                 yield f"the {side} image contains {with_article(f'{colour} {shape}')}", truth
-
-
-def _objects(count: int) -> str:
-    return f"{NUMBERS[count]} {'object' if count == 1 else 'objects'}"
 
 
 def _pairs(scene: Scene, split: Split) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -94,7 +94,8 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
         raise DataError(f"seed={seed} and index={index} must not be negative")
     key = np.random.SeedSequence([seed, SPLITS.index(split), index])
     draws = _Draws(np.random.Generator(np.random.Philox(key)))
-    number = _number(draws.uniform())
+    drawn = draws.uniform()
+    number = 1 + sum(drawn >= bound for bound in _COUNTS)
     looks = _looks(number, split, draws)
     sides = [draws.between(*_SIDES[size]) for size, _, _, _ in looks]
     places = _places(sides, draws)
@@ -126,10 +127,6 @@ class _Draws:
 
     def pair_of(self, pairs: tuple[Pair, ...]) -> Pair:
         return pairs[int(self.uniform() * len(pairs))]
-
-
-def _number(draw: float) -> int:
-    return 1 + sum(draw >= bound for bound in _COUNTS)
 
 
 def _looks(number: int, split: Split, draws: _Draws) -> list[tuple[str, str, str, str]]:
