@@ -20,7 +20,7 @@ from tests.data.record_files import (
 from xfm_fast.data.checking import TASKS, Options, Report, check
 from xfm_fast.data.options import STREAM_KINDS, PairStreamOptions
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.streams import open_stream
+from xfm_fast.data.streams import Stream
 from xfm_fast.errors import DataError
 
 
@@ -82,7 +82,7 @@ def test_broken_rows_are_those_that_training_skips(tmp_path: Path, task: str) ->
     assert not report.ok
     listed = Quarantine(tmp_path / "q.jsonl", tolerate_bad=1)
     chosen: dict[str, Any] = {"text": {"max_tokens": 40}, "regions": {"max_images": 2 * len(rows)}}
-    stream = open_stream(
+    stream = Stream(
         data, STREAM_KINDS[task](**chosen.get(task, {})), config=tiny_config(), tokenizer=tiny_tokenizer(),
         batch_size=2 * len(rows), seed=0, quarantine=listed,
     )  # fmt: skip

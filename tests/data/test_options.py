@@ -32,7 +32,7 @@ def test_options_are_immutable_and_closed() -> None:
     with pytest.raises(ValidationError):
         PairStreamOptions(max_token=3)  # type: ignore[call-arg]
     with pytest.raises(ValidationError):
-        PairStreamOptions().max_tokens = 3  # type: ignore[misc]
+        PairStreamOptions().max_tokens = 3
     assert PairStreamOptions(masking={"probability": 0.2, "most": 3}).masking == MaskingOptions(0.2, 3)  # type: ignore[arg-type]
 
 
@@ -66,9 +66,5 @@ def test_tokenized_regions_are_put_together_again(tmp_path: Path) -> None:
 
 def test_the_published_recipe_reads_the_regions_of_the_official_files() -> None:
     streams = load_recipe("pretrain_base_4m").streams
-    assert {name: options.tokenized for name, options in streams.items() if hasattr(options, "tokenized")} == {
-        "text": False,
-        "regions": True,
-        "pairs": False,
-    }
+    assert [name for name, options in streams.items() if getattr(options, "tokenized", False)] == ["regions"]
     assert isinstance(streams["regions"], RegionStreamOptions)

@@ -30,7 +30,7 @@ from xfm_fast.data.images import decode_pixels
 from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.streams import Stream, load_batches, open_stream
+from xfm_fast.data.streams import Stream, load_batches
 from xfm_fast.data.transforms import normalise, resize_crop
 from xfm_fast.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ SHORT: dict[str, Any] = {"max_tokens": 40, "masking": MaskingOptions(0.15, 5)}
 def _open(kind: str, data: Any, **given: Any) -> Stream[Any]:
     given = {"tokenizer": TOKENIZER, "config": CONFIG, "batch_size": 4, "seed": 1, **given}
     options = {name: given.pop(name) for name in STREAM_KINDS[kind].model_fields if name in given}
-    return open_stream(data, STREAM_KINDS[kind](**options), **given)
+    return Stream(data, STREAM_KINDS[kind](**options), **given)
 
 
 def _pairs(data: Any, **given: Any) -> Stream[PairBatch]:

@@ -25,7 +25,7 @@ from xfm_fast.data.items import ITEMS, BatchT, Items
 from xfm_fast.data.options import AnyStreamOptions, TextOptions
 from xfm_fast.data.order import item_generator, replacement, shuffled
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.records import Data, RecordSet, open_records
+from xfm_fast.data.records import Data, open_records
 from xfm_fast.errors import ConfigError, DataError, XFMError
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -56,36 +56,58 @@ class Stream(Generic[BatchT]):
     takes its place.
 
     Args:
-        records: the rows.
-        items: how they become items and batches, by which options.
+        data: files of line JSON, WebDataset shards (see `find_files`), or a list of records.
+        options: of the kind of stream.
+        config: of the model.
+        tokenizer: of its vocabulary; images alone do without.
+        batch_size: pairs, images or texts of one rank. Texts about regions are a random selection of those of
+            `max_images` images, repeated if there are too few.
         seed: of the order and of all random numbers.
         rank: which part of every global batch.
         world_size: parts of a global batch.
         number: distinguishes streams of the same kind and seed.
-        quarantine: counts and lists broken rows; None for a list of its own.
+        quarantine: counts broken rows, and lists them in a file.
+
+    Raises:
+        DataError: files cannot be read, or the vocabulary is not the model's.
+        ConfigError: the options do not go with the model, or describe no batches.
     """
 
     def __init__(
         self,
-        records: RecordSet,
-        items: Items[Any, Any, BatchT],
+        data: Data,
+        options: AnyStreamOptions,
         *,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         number: int = 0,
-        quarantine: Quarantine | None = None,
+        quarantine: Quarantine | str | os.PathLike[str] | None = None,
     ) -> None:
-        options = items.options
-        if items.rows < 1 or not 0 <= rank < world_size or seed < 0:
+        if isinstance(options, TextOptions):
+            if tokenizer is None:
+                raise ConfigError(f"a stream of {options.kind} needs a tokenizer; give that of the model")
+            tokenizer.check(config)
+            if options.max_tokens > config.max_text_length:
+                raise ConfigError(
+                    f"max_tokens={options.max_tokens} is more than the {config.max_text_length} positions of the "
+                    "model; use fewer"
+                )
+        self.items: Items[Any, Any, BatchT] = ITEMS[options.kind](options, config, tokenizer, batch_size)
+        rows = self.items.rows
+        if rows < 1 or not 0 <= rank < world_size or seed < 0:
             raise ConfigError(
-                f"rows={items.rows}, rank={rank} of world_size={world_size}, seed={seed} describe no batches; rows "
-                "must be at least 1, seed at least 0 and rank below world_size"
+                f"rows={rows}, rank={rank} of world_size={world_size}, seed={seed} describe no batches; rows must be "
+                "at least 1, seed at least 0 and rank below world_size"
             )
-        self.records = records
-        self.items = items
-        self.quarantine = quarantine or Quarantine(tolerate_bad=options.bad_share)
-        self._rows, self._rank, self._stride = items.rows, rank, items.rows * world_size
+        self.records = open_records(data, **options.record_keys)
+        if not isinstance(quarantine, Quarantine):
+            quarantine = Quarantine(quarantine, tolerate_bad=options.bad_share)
+        self.quarantine = quarantine
+        self._rows, self._rank, self._stride = rows, rank, rows * world_size
         # Streams with one seed draw different numbers.
         self._seed, self._kind = seed, list(ITEMS).index(options.kind) + len(ITEMS) * number
         self._shuffle, self._window = options.shuffle, options.window
@@ -118,56 +140,6 @@ class Stream(Generic[BatchT]):
                 last = error
                 self.quarantine.add(rows, row, error)
         raise DataError(f"none of {of} rows can be used; the last was refused because {last}")
-
-
-def open_stream(
-    data: Data,
-    options: AnyStreamOptions,
-    *,
-    config: XFMConfig,
-    tokenizer: CaptionTokenizer | None = None,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    number: int = 0,
-    quarantine: Quarantine | str | os.PathLike[str] | None = None,
-) -> Stream[Any]:
-    """The batches of some files, as the options say.
-
-    Args:
-        data: files of line JSON, WebDataset shards (see `find_files`), or a list of records.
-        options: of the kind of stream.
-        config: of the model.
-        tokenizer: of its vocabulary; images alone do without.
-        batch_size: pairs, images or texts of one rank. Texts about regions are a random selection of those of
-            `max_images` images, repeated if there are too few.
-        seed: of the order and of all random numbers.
-        rank: which part of every global batch.
-        world_size: parts of a global batch.
-        number: distinguishes streams of the same kind and seed.
-        quarantine: where broken rows are listed.
-
-    Raises:
-        DataError: files cannot be read, or the vocabulary is not the model's.
-        ConfigError: the options do not go with the model.
-    """
-    if isinstance(options, TextOptions):
-        if tokenizer is None:
-            raise ConfigError(f"a stream of {options.kind} needs a tokenizer; give that of the model")
-        tokenizer.check(config)
-        if options.max_tokens > config.max_text_length:
-            raise ConfigError(
-                f"max_tokens={options.max_tokens} is more than the {config.max_text_length} positions of the model; "
-                "use fewer"
-            )
-    if not isinstance(quarantine, Quarantine):
-        quarantine = Quarantine(quarantine, tolerate_bad=options.bad_share)
-    items = ITEMS[options.kind](options, config, tokenizer, batch_size)
-    return Stream(
-        open_records(data, **options.record_keys), items,
-        seed=seed, rank=rank, world_size=world_size, number=number, quarantine=quarantine,
-    )  # fmt: skip
 
 
 def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[B]:

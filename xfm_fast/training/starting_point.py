@@ -18,7 +18,7 @@ from xfm_fast.data.order import item_generator, permuted
 from xfm_fast.data.patch_codes import PatchCodebook
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
-from xfm_fast.data.streams import BatchSource, open_stream
+from xfm_fast.data.streams import BatchSource, Stream
 from xfm_fast.data.transforms import whole_image
 from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.models.xfm import XFM
@@ -126,7 +126,7 @@ def _source(
         tolerate_bad=options.bad_share,
         setting=f"streams.{name}.bad_share",
     )
-    return open_stream(
+    return Stream(
         recipe.paths_of(name), options, config=recipe.model, tokenizer=tokenizer,
         batch_size=recipe.micro_batch_size(name), seed=recipe.seed, rank=place.rank, world_size=place.world_size,
         number=number, quarantine=quarantine,

@@ -81,7 +81,7 @@ def _light(resolution: int) -> NDArray[np.int16]:
 def _mask(
     shape: str, texture: str, colour: str, width: int, height: int
 ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """The share of an object in each pixel `[h, w, 3]`, and the weight (of `_WHOLE`) of the ground there `[h, w, 1]`."""
+    """The share of an object in each pixel `[h, w, 3]`, and the weight, of `_WHOLE`, of the ground `[h, w, 1]`."""
     rows, columns = (np.arange(n * _SAMPLES) + 0.5 for n in (height, width))
     v, u = 2 * rows / (height * _SAMPLES) - 1, 2 * columns / (width * _SAMPLES) - 1
     inside = _inside(shape, u[None, :], v[:, None])
