@@ -35,7 +35,7 @@ def _plain(path: Path) -> list[tuple[int, object]]:
 
 
 def _all(file: LineFile) -> list[tuple[int, object]]:
-    return [(file.place(row), file.read(row)) for row in range(len(file))]
+    return [(file.label(row), file.read(row)) for row in range(len(file))]
 
 
 objects = st.dictionaries(st.text(max_size=5), st.one_of(st.text(max_size=30), st.integers(), st.none()), max_size=4)
@@ -86,7 +86,7 @@ def test_index_is_kept_beside_the_data_and_checked(tmp_path: Path, monkeypatch: 
     write_lines(path, [{"a": 1}, "", {"a": 234567890}])
     os.utime(path, ns=(1, 1))
     assert [row for _, row in _all(LineFile(path))] == [{"a": 1}, {"a": 234567890}]
-    assert LineFile(path).place(1) == 3
+    assert LineFile(path).label(1) == 3
 
 
 def test_index_goes_to_the_cache_where_data_are_read_only(
@@ -258,7 +258,7 @@ def _members(count: int) -> dict[str, bytes]:
 
 
 def _samples(file: ShardFile) -> list[tuple[str, dict[str, bytes]]]:
-    return [(file.place(row), file.members(row)) for row in range(len(file))]
+    return [(file.label(row), file.members(row)) for row in range(len(file))]
 
 
 def _webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
@@ -281,7 +281,7 @@ def test_samples_become_records(tmp_path: Path) -> None:
     file = ShardFile(path, image_key="img", caption_key="text")
     assert len(file) == 3
     assert file.read(2) == {"id": 2, "img": picture(2), "text": "picture 2"}
-    assert file.place(2) == "0002"
+    assert file.label(2) == "0002"
     assert file.suffixes(1) == ["jpg", "txt", "json"]
     assert _samples(file) == _webdataset(path)
 
@@ -414,5 +414,5 @@ def test_shards_of_the_webdataset_library(tmp_path: Path) -> None:
                 {"__key__": f"k/{number}", "jpg": picture(number), "txt": f"text {number}", "json": {"n": number}}
             )
     file = ShardFile(tmp_path / "a.tar")
-    assert [file.place(row) for row in range(3)] == ["k/0", "k/1", "k/2"]
+    assert [file.label(row) for row in range(3)] == ["k/0", "k/1", "k/2"]
     assert file.read(1) == {"n": 1, "binary": picture(1), "desc": "text 1"}

@@ -120,7 +120,7 @@ def check(
             except DataError as error:
                 counts.broken += 1
                 if len(report.problems) < options.most_problems:
-                    report.problems.append(Problem(rows.name, rows.place(row), str(error)))
+                    report.problems.append(Problem(rows.name, rows.label(row), str(error)))
             done += 1
             if done % 100 == 0 or done == len(records):
                 progress(done, len(records))

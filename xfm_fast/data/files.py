@@ -216,7 +216,7 @@ class IndexedFile:
         return self._found
 
     def _load(self) -> np.ndarray:
-        places = _places(self.path)
+        paths = _index_paths(self.path)
         try:
             with open(self.path, "rb") as data:
                 # Ranks that start together scan a file once: the first holds the lock, the others find its index.
@@ -226,31 +226,31 @@ class IndexedFile:
                     fcntl.flock(data, fcntl.LOCK_EX)
                 status = os.fstat(data.fileno())
                 head = np.array([self._version, status.st_size, status.st_mtime_ns], np.int64)
-                for place in places:
-                    if (found := _read(place, head)) is not None:
+                for path in paths:
+                    if (found := _read(path, head)) is not None:
                         return found
                 made = np.concatenate([head, self._build(self.path)])
-                for place in places:
+                for path in paths:
                     with suppress(StorageError, OSError):
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        write_files({place: lambda file: np.save(file, made)})
-                        if (found := _read(place, head)) is not None:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_files({path: lambda file: np.save(file, made)})
+                        if (found := _read(path, head)) is not None:
                             return found
                 return made
         except OSError as error:
             raise unreadable(self.path, error) from None
 
 
-def _places(path: Path) -> list[Path]:
+def _index_paths(path: Path) -> list[Path]:
     """The files that an index may lie in: beside it, or in a cache folder when the data may not be changed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     return [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
 
 
-def _read(place: Path, head: np.ndarray) -> np.ndarray | None:
+def _read(path: Path, head: np.ndarray) -> np.ndarray | None:
     try:
-        found = np.load(place, mmap_mode="r", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     valid = found.dtype == np.int64 and found.ndim == 1 and np.array_equal(found[:_HEAD], head)

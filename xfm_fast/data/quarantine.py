@@ -65,12 +65,12 @@ class Quarantine:
             DataError: the file that it is of has more broken rows than are tolerated.
             StorageError: the list cannot be written.
         """
-        key = (rows.name, rows.place(row), rows.modified)
+        key = (rows.name, rows.label(row), rows.modified)
         if key in self._known:
             return
         entry = {
             "file": rows.name,
-            "row": rows.place(row),
+            "row": rows.label(row),
             "reason": str(error)[:_REASON],
             "excerpt": _excerpt(rows, row),
             "modified": rows.modified,

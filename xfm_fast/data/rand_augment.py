@@ -29,7 +29,7 @@ IMAGENET_FILL = (124, 116, 104)
 """The mean colour of ImageNet."""
 
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
-Place = tuple[float, float]
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Warping:
     fill: tuple[int, int, int]
     centre: float = 0.0
 
-    def _apply(self, image: Image.Image, a: float, b: float, d: float, e: float, about: Place) -> Image.Image:
+    def _apply(self, image: Image.Image, a: float, b: float, d: float, e: float, about: Point) -> Image.Image:
         """Take the pixel at (x, y) from (a·x + b·y, d·x + e·y), both relative to `about`."""
         x, y = about[0] + self.centre, about[1] + self.centre
         matrix = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)

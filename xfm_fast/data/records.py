@@ -52,7 +52,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def place(self, row: int) -> int | str:
+    def label(self, row: int) -> int | str:
         """The name that messages give a row: its line, the key of a sample, or an index from 0 in a list."""
         ...
 
@@ -79,7 +79,7 @@ class LineFile(IndexedFile):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, _scan_lines, _LINES_VERSION)
 
-    def place(self, row: int) -> int:
+    def label(self, row: int) -> int:
         """The line of a row, counted from 1 and with blank lines, as editors count."""
         count = len(self)
         values = self.index
@@ -181,7 +181,7 @@ class ShardFile(IndexedFile):
         self._image_key = image_key
         self._caption_key = caption_key
 
-    def place(self, row: int) -> str:
+    def label(self, row: int) -> str:
         """The key of a sample: the path that its files share."""
         values = self.index
         rows, members, keys, _ = (int(count) for count in values[:_COUNTS])
@@ -344,7 +344,7 @@ class ListRows:
     def __len__(self) -> int:
         return len(self._records)
 
-    def place(self, row: int) -> int:
+    def label(self, row: int) -> int:
         return row
 
     def raw(self, row: int) -> bytes:

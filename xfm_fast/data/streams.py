@@ -160,9 +160,15 @@ def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pi
             batch = source.batch(number).prepare()
             yield batch.pin_memory() if pin_memory else batch
     loader = DataLoader(
-        _Numbered(source), sampler=_From(start), batch_size=None, collate_fn=_unchanged, num_workers=workers,
-        pin_memory=pin_memory, prefetch_factor=2, worker_init_fn=_begin_worker,
-    )  # fmt: skip
+        _BatchDataset(source),
+        batch_size=None,
+        sampler=_CountingSampler(start),
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        worker_init_fn=_begin_worker,
+        prefetch_factor=2,
+    )
     for batch in loader:
         if isinstance(batch, _Failure):
             raise batch.error
@@ -176,7 +182,7 @@ class _Failure:
         self.error = error
 
 
-class _Numbered(Dataset[Any]):
+class _BatchDataset(Dataset[Any]):
     def __init__(self, source: BatchSource[Any]) -> None:
         self._source = source
 
@@ -187,7 +193,7 @@ class _Numbered(Dataset[Any]):
             return _Failure(error)
 
 
-class _From(Sampler[int]):
+class _CountingSampler(Sampler[int]):
     def __init__(self, start: int) -> None:
         self._start = start
 
