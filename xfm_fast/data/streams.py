@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from itertools import count
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from xfm_fast.batches import Batch
 from xfm_fast.config import XFMConfig
@@ -162,7 +163,7 @@ def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pi
     loader = DataLoader(
         _BatchDataset(source),
         batch_size=None,
-        sampler=_CountingSampler(start),
+        sampler=range(start, sys.maxsize),
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
@@ -170,16 +171,9 @@ def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pi
         prefetch_factor=2,
     )
     for batch in loader:
-        if isinstance(batch, _Failure):
-            raise batch.error
+        if isinstance(batch, XFMError):
+            raise batch
         yield batch
-
-
-class _Failure:
-    """An error on its way out of a worker; the loader itself would bury it in a traceback."""
-
-    def __init__(self, error: XFMError) -> None:
-        self.error = error
 
 
 class _BatchDataset(Dataset[Any]):
@@ -190,15 +184,8 @@ class _BatchDataset(Dataset[Any]):
         try:
             return self._source.batch(number).prepare()
         except XFMError as error:
-            return _Failure(error)
-
-
-class _CountingSampler(Sampler[int]):
-    def __init__(self, start: int) -> None:
-        self._start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return count(self._start)
+            # Raised in a worker, it would be buried in the loader's traceback.
+            return error
 
 
 def _unchanged(batch: Any) -> Any:
