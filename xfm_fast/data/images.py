@@ -136,7 +136,12 @@ def image_source(value: Any, options: ImageOptions) -> Path | bytes:
 
 def _content(source: Source, name: str | None) -> tuple[str, bytes]:
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
-    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"image {name} does not exist; check the path") from None
+    except OSError as error:
+        raise DataError(f"image {name} cannot be read ({error.strerror}); check that it is a readable file") from None
     if not data:
         raise DataError(f"image {name} is empty (0 bytes); download or copy it again")
     return name, data
@@ -163,15 +168,6 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
             raise DataError(
                 f"image {name} ({len(data)} bytes) is damaged or truncated ({error}); download or copy it again"
             ) from None
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"image {name} does not exist; check the path") from None
-    except OSError as error:
-        raise DataError(f"image {name} cannot be read ({error.strerror}); check that it is a readable file") from None
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -68,11 +68,14 @@ class Quarantine:
         key = (rows.name, rows.label(row), rows.modified)
         if key in self._known:
             return
+        raw = b""
+        with suppress(DataError):
+            raw = rows.raw(row)
         entry = {
             "file": rows.name,
             "row": rows.label(row),
             "reason": str(error)[:_REASON],
-            "excerpt": _excerpt(rows, row),
+            "excerpt": raw[:_EXCERPT].decode("utf-8", "replace") + ("..." if len(raw) > _EXCERPT else ""),
             "modified": rows.modified,
         }
         try:
@@ -133,14 +136,6 @@ class Quarantine:
                     if key not in self._known:
                         self._known.add(key)
                         self._counts[key[0], key[2]] += 1
-
-
-def _excerpt(rows: Rows, row: int) -> str:
-    try:
-        raw = rows.raw(row)
-    except DataError:
-        return ""
-    return raw[:_EXCERPT].decode("utf-8", "replace") + ("..." if len(raw) > _EXCERPT else "")
 
 
 def _remove(path: str, process: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 from xfm_fast.data.shapes.scenes import COLOURS, MARGIN, SHAPES, SIZES, TEXTURES, Scene, Split, Thing, allowed_pairs
 
@@ -178,7 +178,8 @@ def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, boo
             for claimed in (relation, OPPOSITE[relation]):
                 x, y = (Reference(colour=thing.colour, shape=thing.shape) for thing in (a, b))
                 sentence = f"in the {side} image {with_article(x.noun)} is {claimed} {with_article(y.noun)}"
-                made.append((sentence, _some_related(scene, x, claimed, y)))
+                fitting = product(filter(x.fits, scene.things), filter(y.fits, scene.things))
+                made.append((sentence, any(one is not other and holds(claimed, one, other) for one, other in fitting)))
     return made
 
 
@@ -228,12 +229,6 @@ def _pairs(scene: Scene, split: Split) -> tuple[list[tuple[str, str]], list[tupl
     """Pairs of a colour and a shape that the scene has, and those of the split that it lacks."""
     present = {(thing.colour, thing.shape) for thing in scene.things}
     return sorted(present), sorted(allowed_pairs(split) - present)
-
-
-def _some_related(scene: Scene, x: Reference, relation: str, y: Reference) -> bool:
-    return any(
-        a is not b and x.fits(a) and y.fits(b) and holds(relation, a, b) for a in scene.things for b in scene.things
-    )
 
 
 def _pick(scenes: Sequence[Scene], purpose: str, values: Sequence[str]) -> str:
