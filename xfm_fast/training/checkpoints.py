@@ -7,10 +7,13 @@ or not there:
 * `model/`: what `save_pretrained` writes, so `XFM.from_pretrained` reads it;
 * `training.safetensors`: optimizer state, average of the weights, random state of every process;
 * `sharded/`: with FSDP, weights and optimizer state as `torch.distributed.checkpoint` writes them, for any number of
-  processes (all of which must see the folder);
+  processes (all of which must see the folder); opened only where `state.json` says that it is there;
 * `manifest.json`: size and SHA-256 of all the others.
 
 Loader workers have no state that could be lost: a batch is a function of its number.
+
+A checkpoint is not trusted: reading one runs nothing that is in it, whatever its files name. The manifest tells damage
+and not forgery, for an attacker writes the digests too. The processes of a run trust each other.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,9 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -46,6 +46,7 @@ from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Place
 from xfm_fast.training.randomness import random_state
+from xfm_fast.training.shards import read_shards, write_shards
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, TENSORS, SHARDED, MODEL = "manifest.json", "state.json", "training.safetensors", "sharded", "model"
@@ -114,6 +115,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
         "scaler": progress.scaler.state_dict(),
         "optimizer": {"groups": groups, "numbers": numbers},
         "cpu_kernels": kernels,
+        "sharded": bool(shards),
         "recipe": recipe,
     }
 
@@ -141,9 +143,11 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
     try:
         place.from_first(begin)
         if shards:
-            _save_shards(shards, temporary / SHARDED, place)
+            failures = place.gather(write_shards(shards, temporary / SHARDED))
+            if reason := next(filter(None, failures), None):
+                raise OSError(reason)
         place.from_first(finish)
-    except (OSError, CheckpointException) as error:
+    except OSError as error:
         if place.first:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
@@ -198,7 +202,7 @@ def load(checkpoint: Checkpoint, progress: Progress, place: Place) -> None:
     own = dict(model.state_dict())
     wanted = {f"model/{name}": tensor for name, tensor in own.items()}
     wanted |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    read = _read(path, {**dict(model.named_parameters()), **own})
+    read = _read(path, {**dict(model.named_parameters()), **own}, sharded=_is_sharded(checkpoint.state, path))
     if not any(name.startswith("average/") for name in read):
         # An average that the run did not have before begins now.
         read |= {f"average/{name}": read[f"model/{name}"] for name in progress.average if f"model/{name}" in read}
@@ -273,6 +277,25 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
     )
 
 
+def is_sharded(path: Path) -> bool:
+    """Whether the weights of a checkpoint lie in `sharded/`, by its `state.json`; of no checkpoint they do not.
+
+    Raises:
+        CheckpointError: `state.json` is damaged.
+    """
+    try:
+        return _is_sharded(json.loads((path / STATE).read_text()), path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be read ({error}); take another checkpoint") from None
+
+
+def _is_sharded(state: Mapping[str, Any], path: Path) -> bool:
+    # Earlier checkpoints do not say it; those that were sharded have no model beside the shards.
+    return bool(state.get("sharded", not (path / MODEL).is_dir()))
+
+
 def load_weights(path: Path, model: XFM) -> None:
     """Give a model that is not sharded the weights of a checkpoint, whatever it was written by.
 
@@ -280,7 +303,7 @@ def load_weights(path: Path, model: XFM) -> None:
         CheckpointError: it is of another model.
     """
     own = model.state_dict()
-    read = _read(path, own, only="model/")
+    read = _read(path, own, sharded=is_sharded(path), only="model/")
     if missing := [n for n in own if f"model/{n}" not in read or read[f"model/{n}"].shape != own[n].shape]:
         raise CheckpointError(f"{path} does not fit the model: {', '.join(missing[:5])} is missing or of another shape")
     with torch.no_grad():
@@ -288,27 +311,16 @@ def load_weights(path: Path, model: XFM) -> None:
             tensor.copy_(read[f"model/{name}"])
 
 
-def _read(path: Path, parameters: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
+def _read(path: Path, parameters: Mapping[str, Tensor], *, sharded: bool, only: str = "") -> dict[str, Tensor]:
     read = read_state_dict(path / TENSORS)
-    if (path / MODEL).is_dir():
-        read |= {
-            f"model/{name}": tensor for name, tensor in read_state_dict(path / MODEL / "model.safetensors").items()
-        }
-    if (path / SHARDED).is_dir():
-        metadata = dcp.FileSystemReader(path / SHARDED).read_metadata().state_dict_metadata
-        shards: dict[str, Any] = {}
-        for name, entry in metadata.items():
-            if not name.startswith(only):
-                continue
-            like = parameters.get(_parameter_of(name))
-            same = like is not None and tuple(getattr(entry, "size", ())) == tuple(like.shape)
-            shards[name] = torch.empty_like(like, requires_grad=False) if same else torch.empty(*entry.size)  # type: ignore[union-attr, arg-type]
-        with warnings.catch_warnings():
-            # One process alone reads all shards, which is meant.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(shards, checkpoint_id=path / SHARDED)
-        read |= shards
-    return read
+    if not sharded:
+        weights = read_state_dict(path / MODEL / "model.safetensors")
+        return read | {f"model/{name}": tensor for name, tensor in weights.items()}
+
+    def like(name: str) -> Tensor | None:
+        return parameters.get(_parameter_of(name)) if name.startswith(only) else None
+
+    return read | read_shards(path / SHARDED, like)
 
 
 def _parameter_of(name: str) -> str:
@@ -321,17 +333,6 @@ def _like(value: Tensor, target: Tensor) -> Tensor:
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return value
-
-
-def _save_shards(shards: dict[str, Any], path: Path, place: Place) -> None:
-    failure = ""
-    try:
-        dcp.save(shards, checkpoint_id=path)
-    except (OSError, CheckpointException) as error:
-        failure = str(error) or type(error).__name__
-    failures = [reason for reason in place.gather(failure) if reason]
-    if failures:
-        raise OSError(failures[0])
 
 
 def _seal(folder: Path) -> None:

@@ -17,7 +17,7 @@ from xfm_fast.checkpoint.storage import CONFIG_FILE
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses
-from xfm_fast.training.checkpoints import MODEL, SHARDED, STATE, load_weights
+from xfm_fast.training.checkpoints import MODEL, STATE, is_sharded, load_weights
 from xfm_fast.training.recipe import Recipe, load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
 from xfm_fast.training.starting_point import build_model
@@ -223,7 +223,7 @@ def gradient_flow_of(
             "overrides out, or give the recipe"
         )
     found = _model_in(folder)
-    if (found / SHARDED).is_dir():
+    if is_sharded(found):
         recipe = _recipe_of(found)
         model = XFM(recipe.model)
         load_weights(found, model)
@@ -239,7 +239,7 @@ def _model_in(folder: Path) -> Path:
     """The folder of `save_pretrained`, or a sharded checkpoint: itself, in a checkpoint, or in the newest of a run."""
     steps = sorted(folder.glob("checkpoints/step-*"), reverse=True)
     for place in (folder, *(part for step in steps for part in (step / MODEL, step)), folder / MODEL):
-        if (place / CONFIG_FILE).is_file() or (place / SHARDED).is_dir():
+        if (place / CONFIG_FILE).is_file() or is_sharded(place):
             return place
     raise CheckpointError(f"{folder} holds no model; give a recipe, a folder of save_pretrained, or a run")
 
