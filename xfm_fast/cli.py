@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -250,13 +254,28 @@ def _one_line(error: XFMError) -> str:
 
 def main() -> None:
     """Entry point: errors that a user can mend are one message on standard error and exit code 2."""
+    code: str | int | None = 0
     try:
         app()
     except XFMError as error:
         typer.echo(_one_line(error), err=True)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # One of several processes, whose threads may wait for the interpreter while it is taken down: it ends at once,
+        # when all is written and the modules have had their say.
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.training.small_runs import ROOT
+from xfm_fast import cli
 from xfm_fast.cli import app
 from xfm_fast.cli_training import INTERRUPTED
+from xfm_fast.errors import ConfigError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.metrics import read_log
 
@@ -88,13 +91,70 @@ def test_mistakes_are_one_line(recipe: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def torchrun(*arguments: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "-m", "xfm_fast.cli", "pretrain", *arguments,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_end_when_all_is_written(recipe: Path, tmp_path: Path, parallel: str) -> None:
+    for number in range(4):
+        folder = tmp_path / f"{parallel}{number}"
+        command = torchrun(str(recipe), "steps=1", f"parallel={parallel}", f"checkpoint.folder={folder}")
+        subprocess.run(command, env=environment(), cwd=ROOT, timeout=180, check=True)
+        assert (folder / "model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_processes_end_when_one_fails(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    ended = subprocess.run(
+        torchrun(str(recipe)), env=environment(), cwd=ROOT, timeout=180, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "exitcode  : 2" in ended.stderr, ended.stderr
+    assert "Traceback" not in ended.stderr.split("torch/distributed")[0], ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(None, 0), (SystemExit(75), 75), (SystemExit(), 0), (SystemExit("a message"), 1), (KeyboardInterrupt(), 130),
+     (ConfigError("wrong"), 2), (ValueError("a bug"), 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], failure: BaseException | None, code: int,
+    world_size: str,
+) -> None:  # fmt: skip
+    """The same for one process, which leaves as ever, and for one of several, which does not wait for its threads."""
+
+    def fail() -> None:
+        if failure is not None:
+            raise failure
+
+    def leave(code: int) -> None:
+        raise SystemExit(f"at once: {code}")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    if world_size == "1":
+        assert end.value.code == (code if not isinstance(failure, SystemExit) else failure.code)
+    else:
+        assert end.value.code == f"at once: {code}"
+    assert ("ValueError: a bug" in capfd.readouterr().err) == (type(failure) is ValueError)
+
+
 @pytest.mark.slow
 def test_torchrun_and_a_signal(recipe: Path, tmp_path: Path) -> None:
     """Two processes under torchrun; SIGTERM ends them with a checkpoint, and one process goes on from there."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", "-m", "xfm_fast.cli", "pretrain", str(recipe), "steps=100000",
-    ]  # fmt: skip
+    command = torchrun(str(recipe), "steps=100000")
     process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run/log.jsonl"
     deadline = time.monotonic() + 180

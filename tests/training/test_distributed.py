@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +192,26 @@ def _fail() -> None:
 
 def test_processes_agree(tmp_path: Path) -> None:
     assert in_processes(talk, 2, tmp_path / "meet") == [0, 0]
+
+
+def begin_and_end(rank: int, world_size: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    # A thread that waits for the interpreter gets it when this one rests and not before.
+    sys.setswitchinterval(1000)
+    for number in range(20):
+        with take_place("cpu") as place:
+            assert place.gather((number, rank)) == [(number, 0), (number, 1)]
+        assert not dist.is_initialized()
+
+
+def test_groups_end_and_begin_again() -> None:
+    """A thread of gloo that waits to let go of tensors stops nobody from ending."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    assert in_processes(begin_and_end, 2, port, timeout=60) == [0, 0]
 
 
 class Ending:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +33,7 @@ T = TypeVar("T")
 Losses = Callable[..., dict[str, Tensor]]
 """`losses(model, batch, losses=names)`, such as `pretraining_losses`."""
 
+_GROUPS = count()
 # The model calls these instead of `forward`, so whatever wraps a layer has to wrap them.
 _ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
     Block: ("forward",),
@@ -142,7 +146,15 @@ def take_place(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Place]:
     target = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if started:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=target if kind == "cuda" else None)
+        store, rank, world_size = _meeting_point()
+        # Under a prefix of its own, for a second group must not find the addresses of the first one.
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=dist.PrefixStore(f"group {next(_GROUPS)}", store),
+            rank=rank,
+            world_size=world_size,
+            device_id=target if kind == "cuda" else None,
+        )
     try:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             yield Place(device=target)
@@ -152,7 +164,26 @@ def take_place(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Place]:
         yield Place(dist.get_rank(), dist.get_world_size(), target, control)
     finally:
         if started:
-            dist.destroy_process_group()
+            _end_groups()
+
+
+@cache
+def _meeting_point() -> tuple[dist.Store, int, int]:
+    """The store of those that a launcher started, this process's rank, and their number."""
+    return next(iter(rendezvous("env://")))
+
+
+def _end_groups() -> None:
+    """Leave all groups, and keep those of gloo in memory for ever.
+
+    The destructor of a gloo group joins its threads and holds the GIL meanwhile, which one of them may be waiting for
+    to let go of the tensors of the last exchange: then the process never ends (PyTorch 2.9 to 2.13). A reference that
+    no Python object owns outlives the interpreter, so the destructor never runs.
+    """
+    for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
+        if "gloo" in str(backend):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    dist.destroy_process_group()
 
 
 def run_layers(model: XFM, *, activation_checkpointing: bool = False, compiled: bool = False) -> None:
