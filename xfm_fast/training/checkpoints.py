@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -44,8 +46,7 @@ from xfm_fast.checkpoint import (
 from xfm_fast.errors import CheckpointError, StorageError
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
-from xfm_fast.training.distributed import Place
-from xfm_fast.training.randomness import random_state
+from xfm_fast.training.distributed import Processes
 from xfm_fast.training.shards import read_shards, write_shards
 
 FORMAT_VERSION = 1
@@ -79,7 +80,7 @@ class Checkpoint:
 
     Attributes:
         state: content of `state.json`.
-        rejected: what is wrong with newer ones.
+        rejected: newer ones that are damaged, a sentence each.
     """
 
     path: Path
@@ -87,7 +88,7 @@ class Checkpoint:
     rejected: tuple[str, ...] = ()
 
 
-def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Place, *, keep: int) -> Path:
+def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes: Processes, *, keep: int) -> Path:
     """Write the checkpoint of this step, then delete all but the newest `keep`; called by all processes.
 
     Raises:
@@ -95,8 +96,8 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
     """
     final = folder / f"{_PREFIX}{progress.step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    random_states = place.gather(random_state(place.device))
-    kernels = place.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
+    random_states = processes.gather(random_state(processes.device))
+    kernels = processes.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
     tensors, groups, numbers = _optimizer_parts(progress.model, progress.optimizer)
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
     weights = progress.model.state_dict()
@@ -111,7 +112,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
         "format": FORMAT_VERSION,
         "step": progress.step,
         "batches": progress.batches,
-        "world_size": place.world_size,
+        "world_size": processes.world_size,
         "scaler": progress.scaler.state_dict(),
         "optimizer": {"groups": groups, "numbers": numbers},
         "cpu_kernels": kernels,
@@ -141,27 +142,32 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
         sync_folder(folder)
 
     try:
-        place.from_first(begin)
+        processes.from_first(begin)
         if shards:
-            failures = place.gather(write_shards(shards, temporary / SHARDED))
+            failures = processes.gather(write_shards(shards, temporary / SHARDED))
             if reason := next(filter(None, failures), None):
                 raise OSError(reason)
-        place.from_first(finish)
+        processes.from_first(finish)
     except OSError as error:
-        if place.first:
+        if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(
             f"the checkpoint of step {progress.step} could not be written to {folder} ({reason}); earlier checkpoints "
             "are as they were: free space or set checkpoint.folder, then start the run again"
         ) from error
-    if place.first:
-        _forget(folder, keep)
+    if processes.first:
+        for path in [*_steps(folder)][keep:]:
+            # A deletion that is interrupted must not look like a damaged checkpoint.
+            with suppress(OSError):
+                path.rename(folder / f".{path.name}.old")
+        for old in folder.glob(f".{_PREFIX}*.old"):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def of_the_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without what a model has in training only."""
+    """A state dict without the parts that a model has in training only."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{CODES}.")}
 
 
@@ -190,8 +196,8 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load(checkpoint: Checkpoint, progress: Progress, place: Place) -> None:
-    """Set `progress` to what a checkpoint holds; random states are left to the caller (`random_states`).
+def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> None:
+    """Set `progress` to the state of a checkpoint; random states are left to the caller (`random_states`).
 
     Sharded and whole checkpoints load into sharded and whole models alike, for any number of processes.
 
@@ -220,16 +226,16 @@ def load(checkpoint: Checkpoint, progress: Progress, place: Place) -> None:
     progress.batches = dict(checkpoint.state["batches"])
 
 
-def random_states(checkpoint: Checkpoint, place: Place) -> dict[str, Tensor] | None:
+def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Tensor] | None:
     """The random state of this process; None when the checkpoint is of another number of processes.
 
     The CPU's choice among implementations of a product, which is made by timing them, is taken over with it.
     """
-    if checkpoint.state["world_size"] != place.world_size:
+    if checkpoint.state["world_size"] != processes.world_size:
         return None
-    for operation, dtype, chosen in checkpoint.state["cpu_kernels"][place.rank]:
+    for operation, dtype, chosen in checkpoint.state["cpu_kernels"][processes.rank]:
         settle(operation, getattr(torch, dtype), chosen)
-    prefix = f"random/{place.rank}/"
+    prefix = f"random/{processes.rank}/"
     read = read_state_dict(checkpoint.path / TENSORS)
     return {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
 
@@ -278,7 +284,7 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether the weights of a checkpoint lie in `sharded/`, by its `state.json`; of no checkpoint they do not.
+    """True where `state.json` says that the weights of a checkpoint lie in `sharded/`; False for other folders.
 
     Raises:
         CheckpointError: `state.json` is damaged.
@@ -318,18 +324,17 @@ def _read(path: Path, parameters: Mapping[str, Tensor], *, sharded: bool, only: 
         return read | {f"model/{name}": tensor for name, tensor in weights.items()}
 
     def like(name: str) -> Tensor | None:
-        return parameters.get(_parameter_of(name)) if name.startswith(only) else None
+        # model/NAME, average/NAME, optimizer/NAME/KEY
+        kind, _, rest = name.partition("/")
+        return (
+            parameters.get(rest.rpartition("/")[0] if kind == "optimizer" else rest) if name.startswith(only) else None
+        )
 
     return read | read_shards(path / SHARDED, like)
 
 
-def _parameter_of(name: str) -> str:
-    kind, _, rest = name.partition("/")
-    return rest.rpartition("/")[0] if kind == "optimizer" else rest
-
-
 def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` spread over processes as `target` is."""
+    """`value`, sharded over processes as `target` is."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return value
@@ -349,7 +354,7 @@ def _seal(folder: Path) -> None:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words."""
+    """The damage of a checkpoint in words; None where it is whole."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name, entry in files.items():
@@ -372,19 +377,46 @@ def _steps(folder: Path) -> Iterator[Path]:
     yield from sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
 
 
-def _forget(folder: Path, keep: int) -> None:
-    """Delete old checkpoints; one that cannot be deleted is only in the way."""
-    for path in [*_steps(folder)][keep:]:
-        # A deletion that is interrupted must not look like a damaged checkpoint.
-        old = folder / f".{path.name}.old"
-        with suppress(OSError):
-            path.rename(old)
-    for old in folder.glob(f".{_PREFIX}*.old"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def seed_everything(seed: int, *parts: int) -> None:
+    """Start all generators from a seed and numbers such as rank and step; equal arguments give equal streams."""
+    words = np.random.SeedSequence([seed, *parts]).generate_state(3, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1] >> np.uint64(32)))
+    torch.manual_seed(int(words[2] >> np.uint64(1)))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Everything that decides which random numbers come next, for CPU and `device`."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "python": torch.tensor([version, *numbers]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss]),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Continue where `random_state` was taken."""
+    version, *numbers = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(numbers), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, float(state["numpy_gauss"])))
+    torch.set_rng_state(state["torch"].clone())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].clone(), device)

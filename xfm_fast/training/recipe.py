@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -104,9 +104,10 @@ class Recipe(Section):
             raise ValueError("precision=fp16 has no loss scaling on device=cpu; use bf16 or fp32")
         for name, stream in self.streams.items():
             if stream.batch_size % self.accumulate:
+                lower = stream.batch_size // self.accumulate * self.accumulate
                 raise ValueError(
                     f"streams.{name}.batch_size={stream.batch_size} does not split into accumulate={self.accumulate} "
-                    f"equal micro-batches; use {_nearest_multiple(stream.batch_size, self.accumulate)}"
+                    f"equal micro-batches; use {f'{lower} or ' if lower else ''}{lower + self.accumulate}"
                 )
             longest = getattr(stream, "max_tokens", 0)
             if longest > self.model.max_text_length:
@@ -193,7 +194,7 @@ class Recipe(Section):
         )
 
     def check_machine(self, *, world_size: int = 1) -> None:
-        """What can only be known where the run starts: the data, the device, the size of the group.
+        """Check all that can only be known where the run starts: the data, the device, the size of the group.
 
         Raises:
             DataError: a path that does not exist, by its stream.
@@ -309,11 +310,6 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def _nearest_multiple(value: int, divisor: int) -> str:
-    lower = value // divisor * divisor
-    return f"{lower} or {lower + divisor}" if lower else str(divisor)
-
-
 def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
@@ -359,3 +355,64 @@ def _explain(error: ValidationError) -> str:
         else:
             lines.append(f"{where}={problem['input']!r}: {message}")
     return "; ".join(lines)
+
+
+# With these changed, the weights and the state of the optimizer would mean something else.
+_FIXED = ("model.", "optimizer.zero_grad")
+# These change how a run is run or watched, not what it computes.
+_HARMLESS = ("checkpoint.", "log.", "workers", "data")
+
+
+def changes(before: Mapping[str, Any], recipe: Recipe, world_before: int, world_now: int) -> list[str]:
+    """The differences from the run that a checkpoint belongs to, in words.
+
+    Args:
+        before: the recipe of the checkpoint, as `model_dump(mode="json")` gives it.
+        recipe: of now.
+        world_before, world_now: processes.
+
+    Raises:
+        ConfigError: the model is another one; names its fields and both values.
+    """
+    old, new = dict(_flat(before)), dict(_flat(recipe.model_dump(mode="json")))
+    differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    said = {name: f"{name}: {old.get(name)} → {new.get(name)}" for name in differing}
+    if fixed := [said[name] for name in differing if name.startswith(_FIXED)]:
+        raise ConfigError(
+            f"the checkpoint in checkpoint.folder={recipe.checkpoint.folder} is of another run ({'; '.join(fixed)}); "
+            "set these as they were, or set checkpoint.folder to a new folder"
+        )
+    notes = []
+    if told := [said[name] for name in differing if not name.startswith(_HARMLESS)]:
+        notes.append(f"the recipe has changed since the checkpoint: {'; '.join(told)}")
+    if world_before != world_now:
+        notes.append(
+            f"the checkpoint is of {world_before} processes and this run has {world_now}: an update now sees "
+            f"{world_now} instead of {world_before} times streams.*.batch_size, every stream goes on behind the items "
+            "already seen (to within a batch) in the same order, and dropout and negatives are drawn anew from seed, "
+            "rank and step"
+        )
+    return notes
+
+
+def position_after(
+    batches: int, stream: str, before: Mapping[str, Any], recipe: Recipe, world_before: int, world_now: int
+) -> int:
+    """The batch at which a stream goes on, so that no item comes twice and less than a batch is left out.
+
+    Args:
+        batches: that each of `world_before` processes took with the recipe `before`.
+        stream: its name.
+        before, recipe: old and new recipe.
+        world_before, world_now: processes.
+    """
+    size = before["streams"][stream]["batch_size"] // before["accumulate"] * world_before
+    return -(-batches * size // (recipe.micro_batch_size(stream) * world_now))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

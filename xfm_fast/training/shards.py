@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes, in the files of `torch.distributed.checkpoint`; no file is trusted.
+"""Tensors that are sharded over processes, in the files of `torch.distributed.checkpoint`; no file is trusted.
 
 PyTorch's table of contents, `.metadata`, is a pickle, and PyTorch's reader runs what a pickle names. A checkpoint may
 come from anywhere, and the digests in its manifest with it. So the table is read into inert records here: only names
@@ -36,7 +36,7 @@ _ANOTHER = "delete that checkpoint to go on from an earlier one, or set checkpoi
 
 
 def write_shards(tensors: dict[str, Any], folder: Path) -> str:
-    """Write what this process holds of some tensors; all processes must call it.
+    """Write the parts of some tensors that this process holds; all processes must call it.
 
     Returns:
         Why it failed, in words; empty where all is written.
@@ -49,7 +49,7 @@ def write_shards(tensors: dict[str, Any], folder: Path) -> str:
 
 
 def read_shards(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-    """Tensors of a folder by name, each spread over processes as `like(name)` is; all processes must call it.
+    """Tensors of a folder by name, each sharded over processes as `like(name)` is; all processes must call it.
 
     Names for which `like` has nothing are left out.
 

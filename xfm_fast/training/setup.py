@@ -1,4 +1,4 @@
-"""What a recipe names outside of itself, made ready: initial weights, vocabulary, streams of data."""
+"""The setup of a run: initial weights, vocabulary, codebook and streams of data, as its recipe names them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
-from xfm_fast.training.distributed import Place
+from xfm_fast.training.distributed import Processes
 from xfm_fast.training.recipe import Recipe
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
@@ -64,8 +64,10 @@ def build_model(recipe: Recipe) -> XFM:
     return model
 
 
-def image_codes(recipe: Recipe, place: Place, tokenizer: Callable[[Tensor], Tensor] | None = None) -> ImageCodes | None:
-    """What MIM predicts in this run where it is not guided, on the device of the run; None where it is.
+def image_codes(
+    recipe: Recipe, processes: Processes, tokenizer: Callable[[Tensor], Tensor] | None = None
+) -> ImageCodes | None:
+    """The codes that MIM predicts where it is not guided, on the device of the run; None where it is.
 
     The first process learns the codebook where the recipe says so, which then lies in the folder of the run.
 
@@ -87,16 +89,24 @@ def image_codes(recipe: Recipe, place: Place, tokenizer: Callable[[Tensor], Tens
             )
         return None
     if tokenizer is not None:
-        return ImageCodes(tokenizer, width=config.vision_width, codes=wanted.codes).to(place.device)
+        return ImageCodes(tokenizer, width=config.vision_width, codes=wanted.codes).to(processes.device)
     path = Path(wanted.source)
     if wanted.source == "train":
         path = Path(recipe.checkpoint.folder) / CODEBOOK_FILE
-        place.from_first(lambda: None if path.exists() else _learn_codebook(recipe, wanted.codes, path))
-    codebook = PatchCodebook.load(path, config.patch_size).to(place.device)
-    return ImageCodes(codebook, width=config.vision_width, codes=len(codebook.centres)).to(place.device)
+
+        def learn() -> None:
+            if not path.exists():
+                images = islice(_images(recipe), _IMAGES_TO_LEARN_FROM)
+                learnt = PatchCodebook.learn(images, config.patch_size, wanted.codes, seed=recipe.seed)
+                with _whole_file(path) as temporary:
+                    learnt.save(temporary)
+
+        processes.from_first(learn)
+    codebook = PatchCodebook.load(path, config.patch_size).to(processes.device)
+    return ImageCodes(codebook, width=config.vision_width, codes=len(codebook.centres)).to(processes.device)
 
 
-def open_sources(recipe: Recipe, place: Place) -> dict[str, BatchSource[Any]]:
+def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[Any]]:
     """The streams of a recipe, as this process reads them.
 
     The first process generates the shapes world where the recipe wants one and there is none, and learns the vocabulary
@@ -106,23 +116,23 @@ def open_sources(recipe: Recipe, place: Place) -> dict[str, BatchSource[Any]]:
         DataError, UnavailableError, ConfigError: as `Recipe.check_machine`, and data that cannot be read.
         StorageError: the world or the vocabulary cannot be written.
     """
-    place.from_first(recipe.make_world)
-    recipe.check_machine(world_size=place.world_size)
+    processes.from_first(recipe.make_world)
+    recipe.check_machine(world_size=processes.world_size)
     folder = Path(recipe.checkpoint.folder)
     learnt = folder / TOKENIZER_FILE
     if recipe.tokenizer == "train":
-        place.from_first(lambda: None if learnt.exists() else _learn_vocabulary(recipe, learnt))
+        processes.from_first(lambda: None if learnt.exists() else _learn_vocabulary(recipe, learnt))
     tokenizer = CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
     # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
     return {
-        name: _source(recipe, name, number, tokenizer, folder, place)
+        name: _source(recipe, name, number, tokenizer, folder, processes)
         for number, name in enumerate(recipe.streams)
         if recipe.losses_of(name)
     }
 
 
 def _source(
-    recipe: Recipe, name: str, number: int, tokenizer: CaptionTokenizer, folder: Path, place: Place
+    recipe: Recipe, name: str, number: int, tokenizer: CaptionTokenizer, folder: Path, processes: Processes
 ) -> BatchSource[Any]:
     stream = recipe.streams[name]
     common: dict[str, Any] = {
@@ -130,8 +140,8 @@ def _source(
         "batch_size": recipe.micro_batch_size(name),
         "seed": recipe.seed,
         "window": stream.window,
-        "rank": place.rank,
-        "world_size": place.world_size,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
         "quarantine": Quarantine(
             folder / "quarantine" / f"{name}.jsonl",
             tolerate_bad=stream.bad_share,
@@ -178,13 +188,6 @@ def _learn_vocabulary(recipe: Recipe, path: Path) -> None:
         tokenizer.save(temporary)
 
 
-def _learn_codebook(recipe: Recipe, codes: int, path: Path) -> None:
-    images = islice(_images(recipe), _IMAGES_TO_LEARN_FROM)
-    codebook = PatchCodebook.learn(images, recipe.model.patch_size, codes, seed=recipe.seed)
-    with _whole_file(path) as temporary:
-        codebook.save(temporary)
-
-
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when all is written."""
@@ -202,11 +205,11 @@ def _images(recipe: Recipe) -> Iterator[Tensor]:
     field = ImageField()
     for name in (name for name, stream in recipe.streams.items() if "mim" in LOSSES_OF_KIND[stream.kind]):
         records = open_records(recipe.paths_of(name))
-        for place in range(len(records)):
-            rows, row = records.locate(permuted(place, len(records), recipe.seed))
+        for index in range(len(records)):
+            rows, row = records.locate(permuted(index, len(records), recipe.seed))
             try:
                 yield field.transformed(
-                    rows.read(row), recipe.model.image_size, False, item_generator(recipe.seed, 0, 0, place)
+                    rows.read(row), recipe.model.image_size, False, item_generator(recipe.seed, 0, 0, index)
                 )
             except DataError:
                 # Whether so many broken rows are tolerable is decided where they are used.

@@ -1,4 +1,4 @@
-"""Runs whose masked image modelling predicts codes: recipe, codebook, head, checkpoints."""
+"""Where the weights of a run come from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,47 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.training.gradient_flow import check, gradient_flow_of
 from xfm_fast.training.loop import train
 from xfm_fast.training.recipe import Recipe, load_recipe
-from xfm_fast.training.starting_point import CODEBOOK_FILE
+from xfm_fast.training.setup import CODEBOOK_FILE, build_model
+
+SIZES: dict[str, Any] = {"preset": "tiny", "vision_depth": 1, "text_layers": 1, "fusion_layers": 1}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> XFM:
+    model = XFM(small_recipe(tmp_path).model)
+    model.save_pretrained(tmp_path / "saved")
+    return model
+
+
+def begun(folder: Path, **sizes: Any) -> XFM:
+    return build_model(small_recipe(folder, model=SIZES | sizes, init={"checkpoint": str(folder / "saved")}))
+
+
+def test_a_folder_gives_the_weights_and_the_recipe_the_rest(saved: XFM, tmp_path: Path) -> None:
+    """What the folder's own configuration says of dropout and the like is of the run that wrote it."""
+    model = begun(tmp_path, hidden_dropout=0.3, num_masking_patches=5)
+    assert (model.config.hidden_dropout, model.config.num_masking_patches) == (0.3, 5)
+    for (name, ours), theirs in zip(model.named_parameters(), saved.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_folder_at_another_resolution(saved: XFM, tmp_path: Path) -> None:
+    model = begun(tmp_path, image_size=48)
+    saved.set_image_size(48)
+    assert model.config.image_size == 48
+    for (name, ours), theirs in zip(model.named_parameters(), saved.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_folder_of_another_model_is_refused(saved: XFM, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"text_encoder\.roberta\.encoder\.layer\.1"):
+        begun(tmp_path, text_layers=2)
+
+
+def test_a_folder_without_all_heads(tmp_path: Path) -> None:
+    XFM(small_recipe(tmp_path).model, heads=("contrastive", "mlm")).save_pretrained(tmp_path / "saved")
+    assert begun(tmp_path).heads == ("mlm", "contrastive")
+
 
 CODES = {"mim_guidance": False, "image_codes": {"codes": 4}}
 HEAD = {"image_codes.head.weight", "image_codes.head.bias"}
