@@ -47,7 +47,7 @@ class CaptioningModel(TaskModel):
         return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
 
     def encode(self, pixels: Tensor) -> DecoderMemory:
-        """What the decoder reads of images `[B, 3, R, R]`, projected once for all steps and beams."""
+        """The decoder's memory of images `[B, 3, R, R]`, projected once for all steps and beams."""
         return self.text_decoder.memory(self.encode_image(pixels))
 
     def token_losses(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xfm_fast.errors import InputError
-from xfm_fast.reproduce.intervals import mean_interval, paired_difference
+from xfm_fast.reproduce.report import mean_interval, paired_difference
 
 
 def test_the_textbook_example() -> None:
