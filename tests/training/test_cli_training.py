@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import signal
@@ -15,10 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.training.small_runs import ROOT
-from xfm_fast import cli
 from xfm_fast.cli import app
 from xfm_fast.cli_training import INTERRUPTED
-from xfm_fast.errors import ConfigError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.metrics import read_log
 
@@ -119,36 +116,41 @@ def test_processes_end_when_one_fails(recipe: Path, tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr.split("torch/distributed")[0], ended.stderr
 
 
+# Says on its way out whether handlers have run, and whether the interpreter is taken down.
+WITNESSED = """
+import atexit, os, runpy, sys
+class Witness:
+    def __del__(self, write=os.write):
+        write(1, b"taken down")
+sys.witness = Witness()
+atexit.register(print, "handlers ran")
+sys.argv = ["xfm-fast", *%r]
+%s
+runpy.run_module("xfm_fast.cli", run_name="__main__")
+"""
+FAULTY = "import xfm_fast.training.recipe as recipe; recipe.load_recipe = lambda *_: [][0]"
+
+
 @pytest.mark.parametrize(
-    ("failure", "code"),
-    [(None, 0), (SystemExit(75), 75), (SystemExit(), 0), (SystemExit("a message"), 1), (KeyboardInterrupt(), 130),
-     (ConfigError("wrong"), 2), (ValueError("a bug"), 1)],
-)  # fmt: skip
-@pytest.mark.parametrize("world_size", ["1", "2"])
-def test_exit_codes(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], failure: BaseException | None, code: int,
-    world_size: str,
-) -> None:  # fmt: skip
+    ("arguments", "before", "code"),
+    [
+        (["--version"], "", 0),
+        (["pretrain", "nowhere"], "", 2),
+        (["gradflow", "pretrain_tiny_shapes", "method.stop_gradient=false", "--check"], "", 1),
+        (["pretrain", "any"], FAULTY, 1),
+    ],
+)
+def test_exit_codes(arguments: list[str], before: str, code: int) -> None:
     """The same for one process, which leaves as ever, and for one of several, which does not wait for its threads."""
-
-    def fail() -> None:
-        if failure is not None:
-            raise failure
-
-    def leave(code: int) -> None:
-        raise SystemExit(f"at once: {code}")
-
-    monkeypatch.setattr(cli, "app", fail)
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    if world_size == "1":
-        assert end.value.code == (code if not isinstance(failure, SystemExit) else failure.code)
-    else:
-        assert end.value.code == f"at once: {code}"
-    assert ("ValueError: a bug" in capfd.readouterr().err) == (type(failure) is ValueError)
+    for world_size, taken_down in (("1", True), ("2", False)):
+        ended = subprocess.run(
+            [sys.executable, "-c", WITNESSED % (arguments, before)], env=environment() | {"WORLD_SIZE": world_size},
+            cwd=ROOT, timeout=180, check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ended.returncode == code, ended.stderr
+        assert "handlers ran" in ended.stdout
+        assert ("taken down" in ended.stdout) == taken_down
+        assert ("IndexError" in ended.stderr) == bool(before)
 
 
 @pytest.mark.slow

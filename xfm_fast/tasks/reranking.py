@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -223,67 +224,57 @@ def score_candidates(
     progress: Progress | None,
 ) -> RerankResult:
     """Score every candidate pair once; see `xfm_fast.tasks.retrieval.rerank` for the arguments."""
-    if resume is None:
-        return _run(scorer, images, texts, candidates, token_budget, None, progress)
-    fingerprint = _fingerprint(scorer, images, texts, candidates)
-    with ScoreJournal(Path(resume) / "scores.bin", fingerprint, _score_dtype(texts)) as journal:
-        return _run(scorer, images, texts, candidates, token_budget, journal, progress)
-
-
-def _run(
-    scorer: PairScorer,
-    images: ImageIndex,
-    texts: TextIndex,
-    candidates: Candidates,
-    token_budget: int | None,
-    journal: ScoreJournal | None,
-    progress: Progress | None,
-) -> RerankResult:
-    device = texts.tokens.device
-    budget = _TOKEN_BUDGET.get(device.type, _TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
-    per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
-    most = max(1, _MEMORY_BYTES // per_image)
-    scores = torch.full((candidates.pairs,), UNSCORED, dtype=_score_dtype(texts))
-    finished: set[int] = set()
-    if journal is not None:
-        finished = _restore(journal, candidates, scores)
-    resumed = int(candidates.cu_pairs.diff()[sorted(finished)].sum()) if finished else 0
-    done = resumed
-    starts = offsets(texts.lengths)[:-1].long()
-    memory, memory_of = None, None
-    spent = flops.Count()
-    prepared = texts.tokens
-    if done < candidates.pairs:
-        prepared = _prepare(scorer, texts, budget)
-        spent += scorer.preparation_flops(texts.lengths)
-    for tile in _tiles(candidates, texts.lengths.cpu(), finished, budget, most):
-        chosen = [piece.image for piece in tile]
-        if chosen != memory_of:
-            # A slice of mapped embeddings is read as it lies, while an index copies rows one by one.
-            adjoining = chosen[-1] - chosen[0] == len(chosen) - 1
-            rows = slice(chosen[0], chosen[-1] + 1) if adjoining else torch.tensor(chosen)
-            memory = scorer.memory(images.embeds[rows].to(device))
-            memory_of = chosen
-            spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
-        pairs = torch.cat([torch.arange(piece.start, piece.stop) for piece in tile])
-        selected = candidates.texts[pairs].to(device)
-        lengths = texts.lengths[selected]
-        tokens = prepared.index_select(0, ragged_rows(starts[selected], lengths))
-        groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
-        scored = scorer.scores(tokens, Sequences.from_lengths(lengths), memory, groups)
-        spent += scorer.fusion_flops(lengths, groups, images.embeds.shape[1])
-        scores[pairs] = scored.to("cpu", scores.dtype)
-        done += len(pairs)
+    with ExitStack() as stack:
+        journal = None
+        if resume is not None:
+            fingerprint = _fingerprint(scorer, images, texts, candidates)
+            path = Path(resume) / "scores.bin"
+            journal = stack.enter_context(ScoreJournal(path, fingerprint, _score_dtype(texts)))
+        device = texts.tokens.device
+        budget = _TOKEN_BUDGET.get(device.type, _TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
+        per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
+        most = max(1, _MEMORY_BYTES // per_image)
+        scores = torch.full((candidates.pairs,), UNSCORED, dtype=_score_dtype(texts))
+        finished: set[int] = set()
         if journal is not None:
-            for piece in tile:
-                first, last = int(candidates.cu_pairs[piece.image]), int(candidates.cu_pairs[piece.image + 1])
-                # An image is recorded when its last pair is scored.
-                if piece.stop == last:
-                    journal.append(piece.image, scores[first:last])
-            journal.sync()
-        if progress is not None:
-            progress(done, candidates.pairs)
-    return RerankResult(candidates, scores, _receipt(scorer.config, images, texts, candidates, resumed, spent))
+            finished = _restore(journal, candidates, scores)
+        resumed = int(candidates.cu_pairs.diff()[sorted(finished)].sum()) if finished else 0
+        done = resumed
+        starts = offsets(texts.lengths)[:-1].long()
+        memory, memory_of = None, None
+        spent = flops.Count()
+        prepared = texts.tokens
+        if done < candidates.pairs:
+            prepared = _prepare(scorer, texts, budget)
+            spent += scorer.preparation_flops(texts.lengths)
+        for tile in _tiles(candidates, texts.lengths.cpu(), finished, budget, most):
+            chosen = [piece.image for piece in tile]
+            if chosen != memory_of:
+                # A slice of mapped embeddings is read as it lies, while an index copies rows one by one.
+                adjoining = chosen[-1] - chosen[0] == len(chosen) - 1
+                rows = slice(chosen[0], chosen[-1] + 1) if adjoining else torch.tensor(chosen)
+                memory = scorer.memory(images.embeds[rows].to(device))
+                memory_of = chosen
+                spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
+            pairs = torch.cat([torch.arange(piece.start, piece.stop) for piece in tile])
+            selected = candidates.texts[pairs].to(device)
+            lengths = texts.lengths[selected]
+            tokens = prepared.index_select(0, ragged_rows(starts[selected], lengths))
+            groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
+            scored = scorer.scores(tokens, Sequences.from_lengths(lengths), memory, groups)
+            spent += scorer.fusion_flops(lengths, groups, images.embeds.shape[1])
+            scores[pairs] = scored.to("cpu", scores.dtype)
+            done += len(pairs)
+            if journal is not None:
+                for piece in tile:
+                    first, last = int(candidates.cu_pairs[piece.image]), int(candidates.cu_pairs[piece.image + 1])
+                    # An image is recorded when its last pair is scored.
+                    if piece.stop == last:
+                        journal.append(piece.image, scores[first:last])
+                journal.sync()
+            if progress is not None:
+                progress(done, candidates.pairs)
+        return RerankResult(candidates, scores, _receipt(scorer.config, images, texts, candidates, resumed, spent))
 
 
 def _score_dtype(texts: TextIndex) -> torch.dtype:

@@ -98,7 +98,14 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
     temporary = folder / f".{final.name}.tmp"
     random_states = processes.gather(random_state(processes.device))
     kernels = processes.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
-    tensors, groups, numbers = _optimizer_parts(progress.model, progress.optimizer)
+    groups = _group_names(progress.model, progress.optimizer)
+    names = [name for group in groups for name in group]
+    # Optimizer state by the name of its parameter; what is no tensor goes into `state.json`.
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, entries in progress.optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
     weights = progress.model.state_dict()
     whole = of_the_model(weights)
@@ -238,18 +245,6 @@ def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Ten
     prefix = f"random/{processes.rank}/"
     read = read_state_dict(checkpoint.path / TENSORS)
     return {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
-
-
-def _optimizer_parts(model: XFM, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[list[str]], dict[str, Any]]:
-    """State tensors by parameter name, names of each group, and state that is no tensor."""
-    groups = _group_names(model, optimizer)
-    names = [name for group in groups for name in group]
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for index, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
-    return tensors, groups, numbers
 
 
 def _group_names(model: XFM, optimizer: Optimizer) -> list[list[str]]:

@@ -169,15 +169,16 @@ def _contents(table: Any) -> Metadata:
         # Whatever is no tensor would be another pickle, which PyTorch opens without a check; none is ever written.
         values = _state(entry, "TensorStorageMetadata")
         size, dtype = _size(values["size"]), _state(values["properties"], "TensorProperties", tuple)[0]
-        chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in values["chunks"]]
-        chunks = [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks]
-        inside = all(
-            offset >= 0 <= length and offset + length <= end
-            for chunk in chunks
-            for offset, length, end in zip(chunk.offsets, chunk.sizes, size, strict=True)
-        )
-        # What no chunk fills would stay as the memory happened to be.
-        if not inside or sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
+        chunks, inside, filled = [], True, 0
+        for chunk in values["chunks"]:
+            state = _state(chunk, "ChunkStorageMetadata")
+            offsets, sizes = _size(state["offsets"]), _size(state["sizes"])
+            bounds = zip(offsets, sizes, size, strict=True)
+            inside &= all(offset >= 0 <= length and offset + length <= end for offset, length, end in bounds)
+            filled += sizes.numel()
+            chunks.append(ChunkStorageMetadata(offsets, sizes))
+        # Memory that no chunk fills would stay as it happened to be.
+        if not inside or filled != size.numel():
             raise ValueError(f"the chunks of {name} do not make it up")
         tensors[_of_type(name, str)] = TensorStorageMetadata(
             TensorProperties(dtype=_of_type(dtype, torch.dtype)), size, chunks
