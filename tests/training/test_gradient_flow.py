@@ -22,6 +22,7 @@ from xfm_fast.convert import to_official_file
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import box_giou_loss, box_l1_loss, pretraining_losses
+from xfm_fast.training.distributed import end_groups
 from xfm_fast.training.gradient_flow import PARTS, REACHES, check, gradient_flow, gradient_flow_of, synthetic_batch
 from xfm_fast.training.recipe import load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
@@ -286,7 +287,7 @@ def _process(rank: int, world_size: int, folder: str) -> None:
         if rank == 0:
             torch.save(found, f"{folder}/gradients")
     finally:
-        dist.destroy_process_group()
+        end_groups()
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
         yield Processes(dist.get_rank(), dist.get_world_size(), target, control)
     finally:
         if started:
-            _end_groups()
+            end_groups()
 
 
 @cache
@@ -176,11 +176,11 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
     return next(iter(rendezvous("env://")))
 
 
-def _end_groups() -> None:
+def end_groups() -> None:
     """Leave all groups, and keep those of gloo in memory for ever.
 
     The destructor of a gloo group joins its threads and holds the GIL meanwhile, which one of them may be waiting for
-    to let go of the tensors of the last exchange: then the process never ends (PyTorch 2.9 to 2.13). A reference that
+    to let go of the tensors of the last exchange: then the process never ends (seen with PyTorch 2.13). A reference that
     no Python object owns outlives the interpreter, so the destructor never runs.
     """
     for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
