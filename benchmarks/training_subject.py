@@ -15,8 +15,8 @@ from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
 from xfm_fast.benchmarks.photographs import Collection
 from xfm_fast.benchmarks.subjects import random_state
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.block_masks import block_mask
-from xfm_fast.data.collation import collate_pairs
+from xfm_fast.data.items import collate_pairs
+from xfm_fast.data.masking import block_mask
 from xfm_fast.data.texts import CAPTIONS, encode_pair_text
 from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.objectives import pretraining_losses

@@ -74,7 +74,7 @@ def test_command_line(command: str, tmp_path: Path) -> None:
             XFM(config).save_pretrained(tmp_path / "folder")
         else:
             torch.save({"model": load_tensors("tiny_b/weights")}, tmp_path / words[1])
-            words += ["--config", str(ROOT / "tests/data/golden/tiny_b/config.json")]
+            words += ["--config", str(ROOT / "tests/golden/tiny_b/config.json")]
     if words[:2] == ["data", "check"]:
         write_world(tmp_path / "world", images={"train": 8, "val": 2, "test": 2})
     if words[:2] in (["export", "verify"], ["export", "model-repository"]):

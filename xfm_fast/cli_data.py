@@ -15,7 +15,7 @@ from xfm_fast.errors import DataError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xfm_fast.data.check_report import Report
+    from xfm_fast.data.checking import Report
 
 data_app = typer.Typer(
     help="Check data files against a task, convert them, write the shapes world.", no_args_is_help=True

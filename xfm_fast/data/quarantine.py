@@ -65,12 +65,12 @@ class Quarantine:
             DataError: the file that it is of has more broken rows than are tolerated.
             StorageError: the list cannot be written.
         """
-        key = (rows.name, rows.place(row), rows.modified)
+        key = (rows.name, rows.label(row), rows.modified)
         if key in self._known:
             return
         entry = {
             "file": rows.name,
-            "row": rows.place(row),
+            "row": rows.label(row),
             "reason": str(error)[:_REASON],
             "excerpt": _excerpt(rows, row),
             "modified": rows.modified,
@@ -100,7 +100,7 @@ class Quarantine:
         self._check(rows, error)
 
     def count(self, rows: Rows) -> int:
-        """How many rows of a file are known to be broken."""
+        """The number of rows of a file that are known to be broken."""
         return self._counts[rows.name, rows.modified]
 
     def _check(self, rows: Rows, error: Exception) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch, TextLayout
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.block_masks import block_mask
+from xfm_fast.data.masking import block_mask
 from xfm_fast.kernels import host
 from xfm_fast.models import inputs as model_inputs
 from xfm_fast.models.xfm import XFM

@@ -19,7 +19,7 @@ from xfm_fast.data.images import evaluation_transform
 from xfm_fast.data.shapes import SPLITS, Scene, Split, captions, render, scene
 from xfm_fast.data.shapes.language import main_relation
 from xfm_fast.data.shapes.scenes import COLOURS, SHAPES
-from xfm_fast.data.shapes.writing import region_elements
+from xfm_fast.data.shapes.world import region_elements
 from xfm_fast.errors import InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.grounding import grounding_accuracy

@@ -180,8 +180,8 @@ def end_groups() -> None:
     """Leave all groups, and keep those of gloo in memory for ever.
 
     The destructor of a gloo group joins its threads and holds the GIL meanwhile, which one of them may be waiting for
-    to let go of the tensors of the last exchange: then the process never ends (seen with PyTorch 2.13). A reference that
-    no Python object owns outlives the interpreter, so the destructor never runs.
+    to let go of the tensors of the last exchange: then the process never ends (seen with PyTorch 2.13). A reference
+    that no Python object owns outlives the interpreter, so the destructor never runs.
     """
     for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
         if "gloo" in str(backend):

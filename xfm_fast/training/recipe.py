@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import glob
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.options import AnyStreamOptions, ImageOptions
 from xfm_fast.errors import ConfigError, DataError, UnavailableError
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
@@ -153,6 +155,15 @@ class Recipe(Section):
         source = self.streams[stream]
         assert isinstance(source, RegionStream)
         return -(-source.max_images // self.accumulate)
+
+    def options_of(self, stream: str) -> AnyStreamOptions:
+        """The options of a stream, as one rank reads a micro-batch of it."""
+        options, changed = self.streams[stream], {}
+        if isinstance(options, ImageOptions) and options.image_root is not None:
+            changed["image_root"] = Path(self.data) / options.image_root
+        if isinstance(options, RegionStream):
+            changed["max_images"] = self.micro_batch_images(stream)
+        return options.model_copy(update=changed)
 
     def paths_of(self, stream: str) -> list[Path]:
         """The files and folders of a stream; patterns are expanded in sorted order.
@@ -322,15 +333,15 @@ def _unknown(key: str, known: Iterable[str], what: str = "key") -> str:
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """The keys that exist in the section where an unknown one was found."""
-    section: type[BaseModel] = Recipe
+    section: Any = Recipe
     if location[0] == "streams":
         section = STREAM_OF_KIND[str(location[2])]
         location = location[3:]
     for part in location[:-1]:
         inner = section.model_fields[str(part)].annotation
         options = [inner, *get_args(inner)]
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(section.model_fields)
+        section = next(option for option in options if hasattr(option, "model_fields") or is_dataclass(option))
+    return [field.name for field in fields(section)] if is_dataclass(section) else list(section.model_fields)
 
 
 def _explain(error: ValidationError) -> str:
@@ -341,7 +352,7 @@ def _explain(error: ValidationError) -> str:
         shown = [*location[:2], *location[3:]] if location[:1] == ("streams",) and len(location) > 2 else [*location]
         where = ".".join(str(part) for part in shown)
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(_unknown(where, _fields_at(location)))
         elif problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):
             lines.append(f"{where.rpartition('.')[0]} has too few values; give at least {place + 1}")

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
 from xfm_fast.checkpoint.storage import CONFIG_FILE, MODEL_FILE
-from xfm_fast.data.items import ImageField
+from xfm_fast.data.images import record_pixels
+from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.order import item_generator, permuted
 from xfm_fast.data.patch_codes import PatchCodebook
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
-from xfm_fast.data.regions import RegionOptions
-from xfm_fast.data.streams import BatchSource, image_source, pair_source, region_source, text_source
-from xfm_fast.data.text_masking import MaskingOptions
-from xfm_fast.data.texts import TextOptions
+from xfm_fast.data.streams import BatchSource, Stream
+from xfm_fast.data.transforms import whole_image
 from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes
@@ -29,10 +28,7 @@ from xfm_fast.training.distributed import Processes
 from xfm_fast.training.recipe import Recipe
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
-    CaptionedStream,
     ImageStream,
-    Masking,
-    PairStream,
     RegionStream,
     TextStream,
 )
@@ -123,60 +119,22 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
     if recipe.tokenizer == "train":
         processes.from_first(lambda: None if learnt.exists() else _learn_vocabulary(recipe, learnt))
     tokenizer = CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
+    sources: dict[str, BatchSource[Any]] = {}
     # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
-    return {
-        name: _source(recipe, name, number, tokenizer, folder, processes)
-        for number, name in enumerate(recipe.streams)
-        if recipe.losses_of(name)
-    }
-
-
-def _source(
-    recipe: Recipe, name: str, number: int, tokenizer: CaptionTokenizer, folder: Path, processes: Processes
-) -> BatchSource[Any]:
-    stream = recipe.streams[name]
-    common: dict[str, Any] = {
-        "config": recipe.model,
-        "batch_size": recipe.micro_batch_size(name),
-        "seed": recipe.seed,
-        "window": stream.window,
-        "rank": processes.rank,
-        "world_size": processes.world_size,
-        "quarantine": Quarantine(
-            folder / "quarantine" / f"{name}.jsonl",
-            tolerate_bad=stream.bad_share,
-            setting=f"streams.{name}.bad_share",
-        ),
-        "stream": number,
-    }
-    paths = recipe.paths_of(name)
-    match stream:
-        case TextStream():
-            text = TextOptions(stream.max_tokens, None, _masking(stream.masking))
-            return text_source(paths, tokenizer=tokenizer, text=text, **common)
-        case ImageStream():
-            return image_source(paths, augment=stream.augment, **common)
-        case RegionStream():
-            regions = RegionOptions(
-                max_regions=stream.max_regions,
-                least_visible=stream.least_visible,
-                careful_flip=stream.careful_flip,
-                augment=stream.augment,
-                text=_captions(stream),
+    for number, name in enumerate(recipe.streams):
+        if recipe.losses_of(name):
+            options = recipe.options_of(name)
+            quarantine = Quarantine(
+                folder / "quarantine" / f"{name}.jsonl",
+                tolerate_bad=options.bad_share,
+                setting=f"streams.{name}.bad_share",
             )
-            images = recipe.micro_batch_images(name)
-            return region_source(paths, tokenizer=tokenizer, max_images=images, regions=regions, **common)
-        case PairStream():
-            return pair_source(paths, tokenizer=tokenizer, text=_captions(stream), augment=stream.augment, **common)
-    raise AssertionError(stream)
-
-
-def _captions(stream: CaptionedStream) -> TextOptions:
-    return TextOptions(stream.max_tokens, stream.max_words, _masking(stream.masking))
-
-
-def _masking(masking: Masking) -> MaskingOptions:
-    return MaskingOptions(**masking.model_dump())
+            sources[name] = Stream(
+                recipe.paths_of(name), options, config=recipe.model, tokenizer=tokenizer, number=number,
+                batch_size=recipe.micro_batch_size(name), seed=recipe.seed, quarantine=quarantine,
+                rank=processes.rank, world_size=processes.world_size,
+            )  # fmt: skip
+    return sources
 
 
 def _learn_vocabulary(recipe: Recipe, path: Path) -> None:
@@ -202,25 +160,26 @@ def _whole_file(path: Path) -> Iterator[Path]:
 
 def _images(recipe: Recipe) -> Iterator[Tensor]:
     """Whole images of the streams, in an order of their own, resized."""
-    field = ImageField()
     for name in (name for name, stream in recipe.streams.items() if "mim" in LOSSES_OF_KIND[stream.kind]):
-        records = open_records(recipe.paths_of(name))
+        options = recipe.options_of(name)
+        assert isinstance(options, ImageOptions)
+        records = open_records(recipe.paths_of(name), **options.record_keys)
         for index in range(len(records)):
             rows, row = records.locate(permuted(index, len(records), recipe.seed))
             try:
-                yield field.transformed(
-                    rows.read(row), recipe.model.image_size, False, item_generator(recipe.seed, 0, 0, index)
-                )
+                pixels = record_pixels(rows.read(row), options, item_generator(recipe.seed, 0, 0, index))
+                yield whole_image(pixels, recipe.model.image_size)
             except DataError:
                 # Whether so many broken rows are tolerable is decided where they are used.
                 continue
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
-    for name, stream in recipe.streams.items():
-        if isinstance(stream, ImageStream):
+    for name, options in recipe.streams.items():
+        if isinstance(options, ImageStream):
             continue
-        for rows in open_records(recipe.paths_of(name)).files:
+        key = "desc" if isinstance(options, RegionStream) else options.caption_key
+        for rows in open_records(recipe.paths_of(name), **options.record_keys).files:
             for row in range(len(rows)):
                 try:
                     record = rows.read(row)
@@ -228,7 +187,8 @@ def _texts(recipe: Recipe) -> Iterator[str]:
                     # Whether so many broken rows are tolerable is decided where they are used.
                     continue
                 elements = record.get("elems") or []
-                for value in (record.get("desc"), record.get("caption"), *(each.get("caption") for each in elements)):
+                for value in (record.get(key), record.get("caption"), *(each.get("caption") for each in elements)):
                     for text in value if isinstance(value, list) else [value]:
                         if isinstance(text, str) and text.strip():
-                            yield text.strip() if isinstance(stream, TextStream) else pre_caption(text)
+                            text = text.replace(" ##", "") if options.tokenized else text
+                            yield text.strip() if isinstance(options, TextStream) else pre_caption(text)

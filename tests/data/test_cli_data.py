@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from tests.data_pipeline.record_files import pairs, tiny_tokenizer, write_lines
+from tests.data.record_files import pairs, tiny_tokenizer, write_lines
 from xfm_fast import cli_data
 from xfm_fast.errors import DataError
 

@@ -7,17 +7,14 @@ import hashlib
 import io
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from xfm_fast.data.shapes.language import VOCABULARY, captions, full, references
-from xfm_fast.data.shapes.questions import ANSWERS, questions, statements
+from xfm_fast.data.files import new_folder
+from xfm_fast.data.shapes.language import ANSWERS, VOCABULARY, captions, full, questions, references, statements
 from xfm_fast.data.shapes.rendering import pixel_box, render
 from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, scene
 from xfm_fast.errors import DataError, StorageError
@@ -63,39 +60,26 @@ def write_world(
     wanted = {"format": FORMAT_VERSION, "seed": seed, "resolution": resolution, "images": counts}
     if (existing := _existing(folder, wanted)) is not None:
         return existing
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        digests = {"answers.json": _write(temporary / "answers.json", _json_array(ANSWERS))}
-        numbers: dict[str, int] = {}
-        for split, count in counts.items():
-            for name, (lines, digest) in _write_split(temporary, seed, split, count, resolution).items():
-                digests[name], numbers[name] = digest, lines
-        world = wanted | {
-            "rows": numbers,
-            "vocabulary": list(VOCABULARY),
-            "answers": list(ANSWERS),
-            "held_out": {split: sorted(" ".join(pair) for pair in HELD_OUT[split]) for split in SPLITS},
-            "sha256": digests,
-        }
-        _write(temporary / WORLD_FILE, (json.dumps(world, indent=1) + "\n").encode())
-        # An empty folder may be in the way; a full one makes the renaming fail.
-        with suppress(OSError):
-            folder.rmdir()
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            # Another process may have written the same world meanwhile.
-            if (existing := _existing(folder, wanted)) is None:
-                raise
-            return existing
-    except OSError as error:
-        raise StorageError(
-            f"world {folder} could not be written ({error.strerror or error}); nothing was left there: free space or "
-            "choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder, f"world {folder}") as temporary:
+            digests = {"answers.json": _write(temporary / "answers.json", _json_array(ANSWERS))}
+            numbers: dict[str, int] = {}
+            for split, count in counts.items():
+                for name, (lines, digest) in _write_split(temporary, seed, split, count, resolution).items():
+                    digests[name], numbers[name] = digest, lines
+            world = wanted | {
+                "rows": numbers,
+                "vocabulary": list(VOCABULARY),
+                "answers": list(ANSWERS),
+                "held_out": {split: sorted(" ".join(pair) for pair in HELD_OUT[split]) for split in SPLITS},
+                "sha256": digests,
+            }
+            _write(temporary / WORLD_FILE, (json.dumps(world, indent=1) + "\n").encode())
+    except StorageError:
+        # Another process may have written the same world meanwhile.
+        if (existing := _existing(folder, wanted)) is None:
+            raise
+        return existing
     return world
 
 
@@ -143,7 +127,10 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
         rows["pairs"].append({"binary": binary, "desc": said, "image_id": index})
         if elements:
             rows["regions"].append({"binary": binary, "caption": said, "elems": elements})
-        arrays["vqa"] += _vqa(made, split, path, len(arrays["vqa"]))
+        arrays["vqa"] += [
+            {"image": path, "question": question, "answer": [answer], "question_id": number, "dataset": "vqa"}
+            for number, (question, answer) in enumerate(questions(made, split), len(arrays["vqa"]))
+        ]
         arrays["nlvr"].append(_nlvr(before, made, split, [paths[index - 1], path], index))
         arrays["grounding"] += _grounding(made, path, resolution, len(arrays["grounding"]))
         if split == "train":
@@ -158,7 +145,7 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
         rows["texts"].append({"desc": captions(scene(seed, 2 * count + index, split))[index % 4]})
     written: dict[str, tuple[int, str]] = {}
     for name, lines in rows.items():
-        data = b"".join(_json_line(line) for line in lines)
+        data = b"".join((json.dumps(line, separators=(",", ":")) + "\n").encode() for line in lines)
         written[f"{name}_{split}.jsonl"] = len(lines), _write(folder / f"{name}_{split}.jsonl", data)
     for name, array in arrays.items():
         written[f"{name}_{split}.json"] = len(array), _write(folder / f"{name}_{split}.json", _json_array(array))
@@ -190,13 +177,6 @@ def region_elements(made: Scene, resolution: int = CANVAS) -> list[dict[str, Any
     return elements
 
 
-def _vqa(made: Scene, split: Split, path: str, first: int) -> list[dict[str, Any]]:
-    return [
-        {"image": path, "question": question, "answer": [answer], "question_id": first + number, "dataset": "vqa"}
-        for number, (question, answer) in enumerate(questions(made, split))
-    ]
-
-
 def _nlvr(left: Scene, right: Scene, split: Split, paths: list[str], index: int) -> dict[str, Any]:
     """A statement about two consecutive scenes; true and false ones alternate."""
     wanted = index % 2 == 0
@@ -213,10 +193,6 @@ def _grounding(made: Scene, path: str, resolution: int, first: int) -> list[dict
         text = f"{element['attributes']} {said}" if "attributes" in element else said[first % len(said)]
         found.append({"image": path, "text": text, "bbox": element["bb"], "ref_id": first + len(found)})
     return found
-
-
-def _json_line(row: Any) -> bytes:
-    return (json.dumps(row, separators=(",", ":")) + "\n").encode()
 
 
 def _json_array(rows: Iterable[Any]) -> bytes:

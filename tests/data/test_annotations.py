@@ -2,20 +2,29 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xfm_fast.data.annotations import (
-    captioning_records,
-    grounding_records,
-    nlvr2_records,
-    retrieval_records,
-    retrieval_test_records,
-    vqa_records,
+    CaptioningRecord,
+    GroundingRecord,
+    NLVR2Record,
+    RetrievalRecord,
+    RetrievalTestRecord,
+    VQARecord,
+    read_annotations,
 )
 from xfm_fast.errors import DataError
+
+retrieval_records = partial(read_annotations, kind=RetrievalRecord)
+retrieval_test_records = partial(read_annotations, kind=RetrievalTestRecord)
+nlvr2_records = partial(read_annotations, kind=NLVR2Record)
+vqa_records = partial(read_annotations, kind=VQARecord)
+grounding_records = partial(read_annotations, kind=GroundingRecord)
+captioning_records = partial(read_annotations, kind=CaptioningRecord)
 
 
 def _write(path: Path, content: Any) -> Path:

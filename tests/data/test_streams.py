@@ -1,4 +1,4 @@
-"""Batches by their number: the same whoever asks, every row once an epoch, broken rows replaced."""
+"""Batches by their number: the same in every process, every row once an epoch, broken rows replaced."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.data_pipeline.record_files import (
+from tests.data.record_files import (
     base64_picture,
     pair,
     pairs,
@@ -27,28 +27,31 @@ from tests.data_pipeline.record_files import (
 )
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.data.images import decode_pixels
+from xfm_fast.data.masking import MaskingOptions
+from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.regions import RegionOptions
-from xfm_fast.data.streams import Stream, image_source, load_batches, pair_source, region_source, text_source
-from xfm_fast.data.text_masking import MaskingOptions
-from xfm_fast.data.texts import TextOptions
+from xfm_fast.data.streams import Stream, load_batches
 from xfm_fast.data.transforms import normalise, resize_crop
 from xfm_fast.errors import ConfigError, DataError
 
 CONFIG, TOKENIZER = tiny_config(), tiny_tokenizer()
 
 
-def _pairs(data: Any, **options: Any) -> Stream[PairBatch]:
-    return pair_source(data, **{"tokenizer": TOKENIZER, "config": CONFIG, "batch_size": 4, "seed": 1, **options})
+SHORT: dict[str, Any] = {"max_tokens": 40, "masking": MaskingOptions(0.15, 5)}
 
 
-def _texts(data: Any, **options: Any) -> Stream[TextBatch]:
-    return text_source(
-        data, **{"tokenizer": TOKENIZER, "config": CONFIG, "batch_size": 4, "seed": 1, **SHORT, **options}
-    )
+def _open(kind: str, data: Any, **given: Any) -> Stream[Any]:
+    given = {"tokenizer": TOKENIZER, "config": CONFIG, "batch_size": 4, "seed": 1, **given}
+    options = {name: given.pop(name) for name in STREAM_KINDS[kind].model_fields if name in given}
+    return Stream(data, STREAM_KINDS[kind](**options), **given)
 
 
-SHORT: dict[str, Any] = {"text": TextOptions(40, None, MaskingOptions(0.15, 5))}
+def _pairs(data: Any, **given: Any) -> Stream[PairBatch]:
+    return _open("pairs", data, **given)
+
+
+def _texts(data: Any, **given: Any) -> Stream[TextBatch]:
+    return _open("text", data, **SHORT | given)
 
 
 def _numbers(batch: TextBatch) -> list[int]:
@@ -71,12 +74,11 @@ def _sources(tmp_path: Path) -> dict[str, Stream[Any]]:
     regions = write_lines(tmp_path / "regions.jsonl", (region(number) for number in range(12)))
     pictures = write_lines(tmp_path / "pairs.jsonl", pairs(12))
     texts = write_lines(tmp_path / "texts.jsonl", _numbered(12))
-    common = {"config": CONFIG, "batch_size": 4, "seed": 1}
     return {
-        "pairs": pair_source(pictures, tokenizer=TOKENIZER, **common),
-        "regions": region_source(regions, tokenizer=TOKENIZER, max_images=3, **common),
-        "images": image_source(pictures, **common),
-        "text": text_source(texts, tokenizer=TOKENIZER, **common, **SHORT),
+        "pairs": _pairs(pictures),
+        "regions": _open("regions", regions, max_images=3),
+        "images": _open("images", pictures, tokenizer=None),
+        "text": _texts(texts),
     }
 
 
@@ -156,7 +158,7 @@ def test_ranks_share_the_global_batch(tmp_path: Path) -> None:
 
 def test_streams_with_one_seed_differ() -> None:
     data = pairs(4)
-    first, second = _pairs(data), _pairs(data, stream=1)
+    first, second = _pairs(data), _pairs(data, number=1)
     assert not torch.equal(first.batch(0).image, second.batch(0).image)
     assert not torch.equal(first.batch(0).image, _pairs(data, seed=2).batch(0).image)
 
@@ -349,10 +351,7 @@ def test_ids_that_were_made_before_are_not_made_again() -> None:
 
 
 def test_regions_without_augmentation_keep_boxes_and_image(tmp_path: Path) -> None:
-    source = region_source(
-        [region(3)], tokenizer=TOKENIZER, config=CONFIG, batch_size=3, max_images=1, seed=0,
-        regions=RegionOptions(augment=False),
-    )  # fmt: skip
+    source = _open("regions", [region(3)], batch_size=3, max_images=1, seed=0, augment=False)
     batch = source.batch(0)
     assert batch.is_image.sum() == 1
     pixels = decode_pixels(picture(3))
@@ -367,7 +366,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rows=0"):
         _texts(_numbered(4), batch_size=0)
     with pytest.raises(ConfigError, match="max_tokens=128"):
-        _texts(_numbered(4), text=TextOptions(max_tokens=128))
+        _texts(_numbered(4), max_tokens=128)
+    with pytest.raises(ConfigError, match="a stream of pairs needs a tokenizer"):
+        _pairs(pairs(1), tokenizer=None)
     with pytest.raises(DataError, match="entries and the model"):
         _pairs(pairs(1), config=tiny_config(vocab_size=200))
     for nothing in ([], tmp_path, ""):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.data_pipeline.record_files import (
+from tests.data.record_files import (
     base64_picture,
     pairs,
     picture,
@@ -17,10 +17,10 @@ from tests.data_pipeline.record_files import (
     write_lines,
     write_tar,
 )
-from xfm_fast.data.check_report import Report
-from xfm_fast.data.checking import TASKS, Options, check
+from xfm_fast.data.checking import TASKS, Options, Report, check
+from xfm_fast.data.options import STREAM_KINDS, PairStreamOptions
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.streams import image_source, pair_source, region_source, text_source
+from xfm_fast.data.streams import Stream
 from xfm_fast.errors import DataError
 
 
@@ -81,18 +81,12 @@ def test_broken_rows_are_those_that_training_skips(tmp_path: Path, task: str) ->
     assert [problem.row for problem in report.problems] == list(range(1, len(rows)))
     assert not report.ok
     listed = Quarantine(tmp_path / "q.jsonl", tolerate_bad=1)
-    common: dict[str, Any] = {"config": tiny_config(), "batch_size": 2 * len(rows), "seed": 0, "quarantine": listed}
-    words: dict[str, Any] = {"tokenizer": tiny_tokenizer()}
-    if task == "pairs":
-        pair_source(data, **common, **words).batch(0)
-    elif task == "images":
-        image_source(data, **common).batch(0)
-    elif task == "text":
-        from xfm_fast.data.texts import TextOptions
-
-        text_source(data, **common, **words, text=TextOptions(max_tokens=40, max_words=None)).batch(0)
-    else:
-        region_source(data, **common, **words, max_images=2 * len(rows)).batch(0)
+    chosen: dict[str, Any] = {"text": {"max_tokens": 40}, "regions": {"max_images": 2 * len(rows)}}
+    stream = Stream(
+        data, STREAM_KINDS[task](**chosen.get(task, {})), config=tiny_config(), tokenizer=tiny_tokenizer(),
+        batch_size=2 * len(rows), seed=0, quarantine=listed,
+    )  # fmt: skip
+    stream.batch(0)
     skipped = {json.loads(line)["row"] for line in (tmp_path / "q.jsonl").read_text().splitlines()}
     assert skipped == set(range(1, len(rows)))
 
@@ -102,6 +96,43 @@ def test_unusable_regions_do_not_break_a_row(tmp_path: Path) -> None:
     row["elems"].append({"bb": [1, 1, 500, 500], "caption": "too large"})
     report = _check(write_lines(tmp_path / "a.jsonl", [row]), "regions")
     assert (report.broken, report.unusable_regions, report.regions) == (0, 1, {2: 1})
+
+
+def test_what_another_draw_would_find_is_checked_too(tmp_path: Path) -> None:
+    good = pairs(1)[0]
+    rows = [
+        good, {**good, "desc": ["a cat", "?!"]}, {**good, "desc": {"en": "a cat", "it": ""}},
+        {**good, "binary": [good["binary"], base64.b64encode(picture(0, size=(99, 99))[:500]).decode()]},
+    ]  # fmt: skip
+    report = _check(write_lines(tmp_path / "a.jsonl", rows), "pairs", tolerate_bad=1)
+    assert [problem.row for problem in report.problems] == [2, 3, 4]
+
+
+def test_regions_just_outside_the_image_are_those_that_training_cannot_crop_around(tmp_path: Path) -> None:
+    rows = [{**region(0), "elems": [{"bb": [1, 2, width, 5], "caption": "a cat"}]} for width in (39, 40)]
+    report = _check(write_lines(tmp_path / "a.jsonl", rows), "regions", tolerate_bad=1)
+    assert [problem.row for problem in report.problems] == [2]
+    assert "lies inside the 40x30 image" in report.problems[0].reason
+
+
+def test_ids_are_judged_by_their_vocabulary_alone(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", [{"input_ids": ids} for ids in ([5, 6, 7], [5, 10**6], [])])
+    assert _check(data, "text").broken == 0
+    report = _check(data, "text", tokenizer=tiny_tokenizer(), tolerate_bad=1)
+    assert [problem.row for problem in report.problems] == [2, 3]
+    assert report.tokens == {5: 1}
+
+
+def test_fields_and_folders_are_those_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(picture(0))
+    data = write_lines(tmp_path / "a.jsonl", [{"file": "0.jpg", "said": "a cat sk ##ate ##board"}])
+    fields: dict[str, Any] = {"image_key": "file", "caption_key": "said", "image_root": tmp_path / "images"}
+    assert _check(data, "pairs", **fields).words == {5: 1}
+    assert _check(data, "pairs", **fields, tokenized=True).words == {3: 1}
+    assert Options(tiny_config(), **fields, tokenized=True).stream("pairs") == PairStreamOptions(
+        **fields, tokenized=True
+    )
 
 
 def test_the_limit_is_that_of_training(tmp_path: Path) -> None:

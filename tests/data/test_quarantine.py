@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_pipeline.record_files import write_lines
-from xfm_fast.data.line_json import LineFile
+from tests.data.record_files import write_lines
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.records import ListRows
+from xfm_fast.data.records import LineFile, ListRows
 from xfm_fast.errors import DataError, StorageError
 
 ERROR = DataError("broken for a test")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.batches import RegionBatch, TextBatch
-from xfm_fast.data.block_masks import block_mask
-from xfm_fast.data.collation import collate_images, collate_pairs, collate_regions, collate_texts
+from xfm_fast.data.items import collate_images, collate_pairs, collate_regions, collate_texts
+from xfm_fast.data.masking import block_mask
 from xfm_fast.data.regions import RegionSample
 from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import DataError, InputError

@@ -1,19 +1,26 @@
-"""Which tokens masked language modelling hides, and behind what: an exact number of them, single or in short runs."""
+"""Masks of masked modelling: tokens of a text, single or in short runs; patches of an image, in rectangles."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xfm_fast.errors import InputError
+
+ATTEMPTS = 10
+"""Draws of a rectangle before the rest is filled with single patches."""
+_LOWEST_ASPECT = math.log(0.3)
 
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """How much is masked. Images' captions: `MaskingOptions(0.5, 15)`; text alone: `MaskingOptions(0.15, 20)`.
+    """The amount of masking. Images' captions: `MaskingOptions(0.5, 15)`; text alone: `MaskingOptions(0.15, 20)`.
 
     Attributes:
         probability: share of a text's tokens, special tokens counted in.
@@ -39,7 +46,7 @@ class MaskingOptions:
             raise InputError(f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]")
 
     def count(self, length: int) -> int:
-        """How many of `length` tokens are masked: at least one, at most `most` and all but the first token."""
+        """The number of masked tokens among `length`: at least one, at most `most` and all but the first token."""
         return min(self.most, max(1, round(length * self.probability)), length - 1)
 
 
@@ -49,7 +56,7 @@ class MaskedText(NamedTuple):
     ids: list[int]
     """The tokens that the model reads."""
     positions: list[int]
-    """Where to predict, ascending."""
+    """The places to predict at, ascending."""
     labels: list[int]
     """The original ids there."""
 
@@ -139,3 +146,58 @@ def _fitting(chosen: list[int], units: list[tuple[int, int]], wanted: int, rng: 
             kept.append(chosen[place])
             total += length
     return kept
+
+
+def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A mask with exactly `count` ones (BEiT, arXiv 2106.08254).
+
+    Rectangles are added while patches are wanted: area uniform between `least` and the number still wanted, log of the
+    aspect ratio uniform in ±log(0.3), place uniform. A rectangle counts if it is smaller than the grid in both
+    directions, hides at least one patch more and no more than wanted; if `ATTEMPTS` in a row do not, uniformly random
+    patches make up the rest.
+
+    Args:
+        grid: patches per side.
+        count: patches to hide.
+        least: smallest area that is drawn.
+
+    Returns:
+        `[grid * grid]`, row by row.
+
+    Raises:
+        InputError: more patches are to be hidden than there are, or the smallest area is not positive.
+    """
+    if not 0 <= count <= grid * grid:
+        raise InputError(f"count={count} patches cannot be hidden among {grid * grid}; lower it")
+    if least < 1:
+        raise InputError(f"least={least} is no area of a rectangle; use at least 1")
+    # The grid is one integer, a bit per patch: overlap and union of rectangles are then single operations.
+    columns = _columns(grid)
+    mask, remaining = 0, count
+    while remaining:
+        for area_draw, aspect_draw, top_draw, left_draw in rng.random((ATTEMPTS, 4)).tolist():
+            area = least + area_draw * (remaining - least)
+            aspect = math.exp(_LOWEST_ASPECT * (1 - 2 * aspect_draw))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= grid or width >= grid:
+                continue
+            top, left = int(top_draw * (grid - height + 1)), int(left_draw * (grid - width + 1))
+            rectangle = (((1 << width) - 1) * columns[height]) << (top * grid + left)
+            new = (rectangle & ~mask).bit_count()
+            if 0 < new <= remaining:
+                mask |= rectangle
+                remaining -= new
+                break
+        else:
+            break
+    bits = np.frombuffer(mask.to_bytes((grid * grid + 7) // 8, "little"), dtype=np.uint8)
+    out = np.unpackbits(bits, count=grid * grid, bitorder="little").view(np.bool_)
+    if remaining:
+        out[rng.choice(np.flatnonzero(~out), remaining, replace=False)] = True
+    return out
+
+
+@lru_cache
+def _columns(grid: int) -> list[int]:
+    """A column of patches for every height, at the left upper corner."""
+    return [sum(1 << (row * grid) for row in range(height)) for height in range(grid)]

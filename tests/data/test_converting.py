@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data_pipeline.record_files import base64_picture, pairs, picture, region, write_lines, write_tar
-from xfm_fast.data import converting
+from tests.data.record_files import base64_picture, pairs, picture, region, write_lines, write_tar
 from xfm_fast.data.converting import to_lines, to_shards
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
@@ -139,7 +138,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(converting, "_add", full)
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(StorageError, match="No space left"):
         to_shards(lines, tmp_path / "shards")
     (tmp_path / "file").touch()

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xfm_fast.data.options import RegionOptions, TextOptions
 from xfm_fast.data.regions import (
     Rectangle,
-    RegionOptions,
     RegionSample,
     crop_around,
     patch_mask,
@@ -23,7 +23,6 @@ from xfm_fast.data.regions import (
     sample_regions,
     visible_part,
 )
-from xfm_fast.data.texts import CAPTIONS, TextOptions
 from xfm_fast.errors import DataError
 
 SIZE, PATCH = 32, 8
@@ -231,10 +230,10 @@ def test_texts_come_with_attributes_and_clean() -> None:
     }
     sample = _sample(record, np.zeros((10, 10, 3), np.uint8), 0)
     assert sample.texts == ("a photo", "big cat")
-    short = _sample(record, np.zeros((10, 10, 3), np.uint8), 0, text=TextOptions(max_words=1))
+    short = _sample(record, np.zeros((10, 10, 3), np.uint8), 0, max_words=1)
     assert short.texts == ("a", "big")
     tokenized = {"elems": [{"bb": [0, 0, 9, 9], "caption": "skate ##board ##er"}]}
-    sample = _sample(tokenized, np.zeros((10, 10, 3), np.uint8), 0, text=TextOptions(tokenized=True))
+    sample = _sample(tokenized, np.zeros((10, 10, 3), np.uint8), 0, tokenized=True)
     assert sample.texts == ("skateboarder",)
 
 
@@ -377,4 +376,6 @@ def test_grounding_boxes_outside_are_refused(box: list[float]) -> None:
 
 
 def test_the_defaults_are_those_of_pretraining() -> None:
-    assert RegionOptions() == RegionOptions(5, 0.5, False, CAPTIONS)
+    assert RegionOptions() == RegionOptions(
+        max_regions=5, least_visible=0.5, careful_flip=False, **TextOptions().model_dump()
+    )

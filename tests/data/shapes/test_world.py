@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from xfm_fast.data.shapes import SPLITS, Split, captions, pixel_box, references, render, scene, write_world
-from xfm_fast.data.shapes import writing as writing_module
+from xfm_fast.data.shapes import world as world_module
 from xfm_fast.errors import DataError, StorageError
 
 COUNTS: dict[Split, int] = {"train": 24, "val": 8, "test": 8}
@@ -143,18 +143,18 @@ def test_an_interrupted_world_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         path.write_bytes(data)
         return ""
 
-    monkeypatch.setattr(writing_module, "_write", full_disk)
+    monkeypatch.setattr(world_module, "_write", full_disk)
     with pytest.raises(StorageError, match="No space left"):
         write_world(tmp_path / "world", images={"train": 9})
     assert not list(tmp_path.iterdir())
 
 
-def test_whoever_comes_second_takes_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_writer_takes_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process finishes the same world, or another one, between the first look and the renaming."""
     made = write_world(tmp_path / "world", images={"val": 2})
     looks = iter([None])
-    look = writing_module._existing
-    monkeypatch.setattr(writing_module, "_existing", lambda *given: next(looks, look(*given)))
+    look = world_module._existing
+    monkeypatch.setattr(world_module, "_existing", lambda *given: next(looks, look(*given)))
     assert write_world(tmp_path / "world", images={"val": 2}) == made
     looks = iter([None])
     with pytest.raises(DataError, match="another shapes world"):

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from xfm_fast.data.classification_transforms import IMAGENET_MEAN
 from xfm_fast.data.rand_augment import GREY, IMAGENET_FILL, OPERATIONS, Operation, RandAugment
+from xfm_fast.data.transforms import IMAGENET_MEAN
 from xfm_fast.errors import ConfigError
 
 Pixels = NDArray[np.uint8]

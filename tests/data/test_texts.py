@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xfm_fast.data.text_masking import MaskingOptions
+from xfm_fast.data.masking import MaskingOptions
+from xfm_fast.data.options import TextOptions, TextStreamOptions
 from xfm_fast.data.texts import (
-    CAPTIONS,
     PREFIXES,
-    TEXTS,
-    TextOptions,
     choose_text,
     encode_pair_text,
     encode_text,
@@ -19,6 +17,7 @@ from xfm_fast.data.texts import (
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer
 
+CAPTIONS, TEXTS = TextOptions(), TextStreamOptions()
 SENTENCES = ["a cat on a mat", "the dog and the cat", "a picture of two dogs"]
 
 
@@ -32,8 +31,22 @@ def _rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_the_official_options() -> None:
-    assert TextOptions(30, 30, MaskingOptions(0.5, 15, 0.2, 3, False), None, False) == CAPTIONS
-    assert TextOptions(128, None, MaskingOptions(0.15, 20, 0.2, 3, False), None, False) == TEXTS
+    assert (
+        TextOptions(
+            max_tokens=30, max_words=30, masking=MaskingOptions(0.5, 15, 0.2, 3, False), language=None, tokenized=False
+        )
+        == CAPTIONS
+    )
+    assert (
+        TextStreamOptions(
+            max_tokens=128,
+            max_words=None,
+            masking=MaskingOptions(0.15, 20, 0.2, 3, False),
+            language=None,
+            tokenized=False,
+        )
+        == TEXTS
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +95,7 @@ def test_captions_are_cleaned_cut_and_masked(tokenizer: CaptionTokenizer) -> Non
 def test_text_alone_is_not_cleaned(tokenizer: CaptionTokenizer) -> None:
     encoded = encode_text("  A cat, on a mat!  ", tokenizer, TEXTS, _rng())
     assert tokenizer.decode(encoded.ids) == "A cat, on a mat!"
-    tokenized = TextOptions(128, None, tokenized=True)
+    tokenized = TextOptions(max_tokens=128, max_words=None, tokenized=True)
     assert tokenizer.decode(encode_text("skate ##board", tokenizer, tokenized, _rng()).ids) == "skateboard"
     with pytest.raises(DataError, match="text is empty"):
         encode_text("  ", tokenizer, TEXTS, _rng())

@@ -16,25 +16,23 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import v2
 
-from xfm_fast.data.classification_transforms import (
+from xfm_fast.data.images import MEAN, STD
+from xfm_fast.data.rand_augment import OPERATIONS, RandAugment
+from xfm_fast.data.transforms import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
     RandomErasing,
-    imagenet_evaluation_transform,
-    imagenet_training_transform,
-    probe_evaluation_transform,
-    probe_training_transform,
-)
-from xfm_fast.data.images import MEAN, STD
-from xfm_fast.data.rand_augment import OPERATIONS, RandAugment
-from xfm_fast.data.transforms import (
     RegionTransform,
     TrainingTransform,
     finetuning_transform,
+    imagenet_evaluation_transform,
+    imagenet_training_transform,
     mentions_side,
     normalise,
     pretraining_transform,
+    probe_evaluation_transform,
+    probe_training_transform,
     random_crop_box,
     resize_crop,
 )
