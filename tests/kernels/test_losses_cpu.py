@@ -13,19 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.conftest import each_library
 from xfm_fast.kernels import reference
 from xfm_fast.kernels.cpu import losses, workspace
 
+pytestmark = [pytest.mark.usefixtures("library"), each_library("aten", "onednn")]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]
 NAMES = ("out", "dh", "dw", "db")
-
-
-@pytest.fixture(params=["aten", "onednn"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each library in its turn, where it knows the type; not the one that this machine happens to run faster."""
-    known = {torch.float32} | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
-    monkeypatch.setattr(losses, "_chosen", lambda role, dtype: request.param if dtype in known else "aten")
 
 
 @pytest.fixture
@@ -96,7 +91,7 @@ def compare(found: list[Tensor | None], arguments: Arguments, scalar: Any, facto
 @each_dtype
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 32, 211), (5, 63, 40), (37, 111, 300), (90, 24, 300)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.usefixtures("small_blocks", "products")
+@pytest.mark.usefixtures("small_blocks")
 def test_loss(rows: int, width: int, vocabulary: int, smoothing: float, dtype: torch.dtype) -> None:
     arguments = make(rows, width, vocabulary, dtype)
     arguments[3][2::5] = -100
@@ -104,7 +99,7 @@ def test_loss(rows: int, width: int, vocabulary: int, smoothing: float, dtype: t
 
 
 @each_dtype
-@pytest.mark.usefixtures("small_blocks", "products")
+@pytest.mark.usefixtures("small_blocks")
 def test_rows(dtype: torch.dtype) -> None:
     arguments = make(60, 40, 211, dtype)
     arguments[3][4::6] = 7

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.accuracy import assert_accurate
+from tests.kernels.accuracy import assert_accurate, draws
+from tests.kernels.conftest import each_library
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.ragged import plan_of
@@ -125,6 +126,8 @@ def test_opcheck_relpos() -> None:
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_library("aten", "onednn", "tiled", "transposed")
+@pytest.mark.usefixtures("library")
 def test_gradients_against_the_definition(case: str, dtype: torch.dtype) -> None:
     function, inputs = CASES[case]
 
@@ -137,14 +140,11 @@ def test_gradients_against_the_definition(case: str, dtype: torch.dtype) -> None
         return [out.detach(), *torch.autograd.grad(out, arguments, weight)]
 
     rounded = dtype
-    for name, ours, same, truth in zip(
-        ("out", "dq", "dk", "dv", "dtable"),
-        gradients(dtype, "cpu"),
-        gradients(dtype, "reference"),
-        gradients(torch.float64, "reference"),
-        strict=False,
-    ):
-        assert_accurate(ours, same, truth, name)
+    plain = draws(lambda: gradients(dtype, "reference"))
+    truth = gradients(torch.float64, "reference")
+    for i, (ours, true) in enumerate(zip(gradients(dtype, "cpu"), truth, strict=True)):
+        assert ours.dtype == plain[0][i].dtype
+        assert_accurate(ours, [p[i] for p in plain], true, f"result {i}")
 
 
 @each_case
@@ -421,6 +421,8 @@ def test_opcheck_linear(needed: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [True, False])
+@each_library("aten", "onednn", "transposed")
+@pytest.mark.usefixtures("library")
 def test_linear_in_training_against_its_definition(biased: bool, dtype: torch.dtype) -> None:
     def results(backend: ops.Backend, dtype: torch.dtype) -> list[Tensor]:
         arguments = [t.detach().to(rounded).to(dtype).requires_grad_() for t in LINEAR()[: 2 + biased]]
@@ -430,9 +432,11 @@ def test_linear_in_training_against_its_definition(biased: bool, dtype: torch.dt
         return [out.detach(), *torch.autograd.grad(out, arguments, weight)]
 
     rounded = dtype
-    found, plain, truth = results("cpu", dtype), results("reference", dtype), results("cpu", torch.float64)
-    for name, *values in zip(("out", "dx", "dweight", "dbias"), found, plain, truth, strict=False):
-        assert_accurate(*values, name)
+    plain, truth = draws(lambda: results("reference", dtype)), results("cpu", torch.float64)
+    names = ("out", "dx", "dweight", "dbias")
+    for name, found, true, *same in zip(names, results("cpu", dtype), truth, *plain, strict=False):
+        assert found.dtype == same[0].dtype
+        assert_accurate(found, same, true, name)
 
 
 def test_linear_takes_its_operator_where_a_gradient_is_wanted() -> None:
@@ -455,6 +459,8 @@ def test_linear_takes_its_operator_where_a_gradient_is_wanted() -> None:
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dropped", [True, False])
+@each_library("aten", "onednn", "transposed")
+@pytest.mark.usefixtures("library")
 def test_a_branch_in_training_against_its_definition(scaled: bool, dropped: bool) -> None:
     """The residual sum behind a trained linear layer: one pass for what the definition does in four."""
     x, weight, bias, residual, gamma = shaped((3, 5, 16), (24, 16), 24, (3, 5, 24), 24)()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.conftest import each_library
 from xfm_fast.kernels import derived as derived_module
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.backend import resolve
@@ -60,6 +61,8 @@ def test_position_index_by_its_definition(window: tuple[int, int]) -> None:
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("window", WINDOWS)
+@each_library("aten", "tiled", "onednn")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention(window: tuple[int, int], dtype: torch.dtype, backend: ops.Backend) -> None:
     q, k, v, table = attention_inputs(window, dtype)
@@ -69,6 +72,8 @@ def test_relpos_attention(window: tuple[int, int], dtype: torch.dtype, backend: 
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "width"), [(1, 64), (2, 80), (5, 7)])
+@each_library("aten", "tiled", "onednn")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention_of_other_heads(heads: int, width: int, dtype: torch.dtype) -> None:
     q, k, v, table = attention_inputs((3, 4), dtype, heads=heads, width=width)
@@ -78,6 +83,8 @@ def test_relpos_attention_of_other_heads(heads: int, width: int, dtype: torch.dt
 
 @each_backend
 @each_dtype
+@each_library("aten", "tiled", "onednn")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention_with_hidden_keys(dtype: torch.dtype, backend: ops.Backend) -> None:
     q, k, v, table = attention_inputs((3, 5), dtype)
@@ -128,6 +135,8 @@ def packed_inputs(
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("name", LENGTHS)
+@each_library("aten", "tiled", "onednn")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention(name: str, dtype: torch.dtype, backend: ops.Backend) -> None:
     q, k, v, cu_q, cu_k, max_q, max_k = packed_inputs(name, dtype)
@@ -140,6 +149,8 @@ def test_varlen_attention(name: str, dtype: torch.dtype, backend: ops.Backend) -
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "width"), [(1, 64), (2, 80), (5, 7)])
+@each_library("aten", "tiled", "onednn")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention_of_other_heads(heads: int, width: int, dtype: torch.dtype) -> None:
     q, k, v, cu_q, cu_k, max_q, max_k = packed_inputs("long among short", dtype, heads=heads, width=width)
@@ -149,6 +160,8 @@ def test_varlen_attention_of_other_heads(heads: int, width: int, dtype: torch.dt
 
 @each_dtype
 @pytest.mark.parametrize("name", ["texts", "groups over images", "long among short"])
+@each_library("aten", "tiled", "onednn")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention_with_hidden_keys(name: str, dtype: torch.dtype) -> None:
     q, k, v, cu_q, cu_k, max_q, max_k = packed_inputs(name, dtype)
@@ -173,6 +186,8 @@ def test_varlen_attention_of_views() -> None:
 @pytest.mark.parametrize(
     ("shape", "outputs"), [((5, 7), 3), ((2, 3, 24), 17), ((1, 64), 128), ((0, 8), 4), ((63, 111), 50)]
 )
+@each_library("aten", "onednn", "onednn-packed", "onednn+gelu")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_linear_layers(shape: tuple[int, ...], outputs: int, dtype: torch.dtype, backend: ops.Backend) -> None:
     x, weight = torch.randn(shape).to(dtype), torch.randn(outputs, shape[-1]).to(dtype)
@@ -187,6 +202,8 @@ def test_linear_layers(shape: tuple[int, ...], outputs: int, dtype: torch.dtype,
 
 
 @each_dtype
+@each_library("aten", "onednn", "onednn-packed", "onednn+gelu")
+@pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_linear_layers_of_views(dtype: torch.dtype) -> None:
     x, weight = torch.randn(24, 2, 5).to(dtype).permute(1, 2, 0), torch.randn(24, 9).to(dtype).t()
@@ -269,6 +286,8 @@ HIDDEN = torch.tensor([[True, True, False, True, False, True, True], [True, Fals
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", CASES)
+@each_library("aten", "onednn", "tiled", "transposed")
+@pytest.mark.usefixtures("library")
 def test_gradients_of_the_trainable_path(name: str, dtype: torch.dtype) -> None:
     fast, definition, arguments = CASES[name](dtype)
     found = gradients(fast, arguments)
@@ -355,6 +374,8 @@ def test_derived_tensors_die_with_their_parameter() -> None:
 
 
 @pytest.mark.parametrize("change", [changed_by_optimizer, changed_by_load_state_dict, changed_by_assignment])
+@each_library("aten", "onednn", "onednn-packed")
+@pytest.mark.usefixtures("library")
 @torch.no_grad()
 def test_packed_weights_follow_their_parameters(change: Callable[[nn.Linear], None]) -> None:
     """The same through an operation: whichever implementation is chosen, no stale weight is multiplied."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.conftest import each_library
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu.ragged import Group, Plan, plan_of
 
@@ -120,6 +121,8 @@ def gradients_of(function, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tens
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", MIXES)
+@each_library("aten", "tiled", "onednn")
+@pytest.mark.usefixtures("library")
 def test_attention_and_gradients(name: str, masked: bool, dtype: torch.dtype) -> None:
     arguments = packed(name, dtype)
     mask = torch.rand(len(arguments[1]), generator=torch.Generator().manual_seed(2)) < 0.7 if masked else None
@@ -162,13 +165,3 @@ def test_dropout_keeps_the_mean() -> None:
     q, k, v, cu_q, cu_k = packed("captions", torch.float32)
     outs = [attend(q, k, v, cu_q, cu_k, dropout_p=0.3, seed=torch.tensor([s])) for s in range(400)]
     torch.testing.assert_close(torch.stack(outs).mean(0), attend(q, k, v, cu_q, cu_k), rtol=0, atol=0.3)
-
-
-@pytest.mark.parametrize("name", MIXES)
-def test_the_fused_kernel_and_the_tiles_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both choices of the forward pass, whichever this machine would make."""
-    arguments = packed(name, torch.float32)
-    for choice in ("aten", "tiled"):
-        monkeypatch.setattr("xfm_fast.kernels.cpu.attention.select", lambda *_, choice=choice: choice)
-        found = attend(*arguments)
-        assert_as_accurate(found, lambda *given: reference.varlen_attention(*given, 0.4), *arguments)

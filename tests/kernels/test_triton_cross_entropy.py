@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.triton_testing import assert_close_to_truth, interpreted_kernels, poison
+from tests.kernels.accuracy import assert_accurate, draws, widened
+from tests.kernels.triton_testing import interpreted_kernels, poison
 
 interpreted_kernels()
 
@@ -64,16 +65,14 @@ def rows_by_kernel(arguments: Arguments, dout: Tensor, ignore_index: int = -100)
     return [t for t in (out, *gradients) if t is not None]
 
 
-def widened(arguments: Arguments) -> Arguments:
-    h, w, b, target = arguments
-    return h.double(), w.double(), None if b is None else b.double(), target
-
-
-def compare(found: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> None:
+def compare(found: list[Tensor], arguments: Arguments, dout: Tensor, *options: Any) -> None:
+    plain = draws(lambda: by_definition(arguments, dout, *options))
+    truth = by_definition(widened(arguments), dout, *options)
     assert len(found) == len(truth)
-    for name, value, reference_value, true_value in zip(("out", "dh", "dw", "db"), found, plain, truth, strict=False):
-        assert value.dtype == reference_value.dtype, name
-        assert_close_to_truth(value, reference_value, true_value, name=name)
+    for i, (value, true_value) in enumerate(zip(found, truth, strict=True)):
+        name = ("out", "dh", "dw", "db")[i]
+        assert value.dtype == plain[0][i].dtype, name
+        assert_accurate(value, [p[i] for p in plain], true_value, name)
 
 
 def check_loss(
@@ -81,15 +80,13 @@ def check_loss(
 ) -> None:
     dloss = torch.tensor(0.7)
     found = loss_by_kernel(arguments, dloss, ignore_index, smoothing, module)
-    options = (reference.linear_cross_entropy, ignore_index, smoothing)
-    compare(found, by_definition(arguments, dloss, *options), by_definition(widened(arguments), dloss, *options))
+    compare(found, arguments, dloss, reference.linear_cross_entropy, ignore_index, smoothing)
 
 
 def check_rows(arguments: Arguments, ignore_index: int = -100) -> None:
     dout = torch.randn(arguments[3].shape)
     found = rows_by_kernel(arguments, dout, ignore_index)
-    options = (reference.token_log_likelihood, ignore_index)
-    compare(found, by_definition(arguments, dout, *options), by_definition(widened(arguments), dout, *options))
+    compare(found, arguments, dout, reference.token_log_likelihood, ignore_index)
 
 
 @each_dtype

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.triton_testing import assert_close_to_truth, interpreted_kernels, poison
+from tests.kernels.accuracy import assert_accurate, widened
+from tests.kernels.triton_testing import interpreted_kernels, poison
 
 interpreted_kernels()
 
@@ -115,7 +116,7 @@ def check(
     assert found.keys() == plain.keys()
     for name, value in found.items():
         assert value.dtype == plain[name].dtype, name
-        assert_close_to_truth(value, plain[name], truth[name], name=name)
+        assert_accurate(value, [plain[name]], truth[name], name)
 
 
 @each_dtype
@@ -194,10 +195,10 @@ def test_layer_norm_alone() -> None:
         gradients = layer_norm.layer_norm_backward(dnormed, x, weight, mean, rstd)
     inputs: Inputs = {"x": x, "residual": None, "weight": weight, "bias": bias, "gamma": None, "row_scale": None}
     plain, truth = by_definition(inputs, dnormed, None), by_definition(wide(inputs), dnormed, None)
-    assert_close_to_truth(normed, plain["normed"], truth["normed"], name="normed")
+    assert_accurate(normed, [plain["normed"]], truth["normed"], "normed")
     for name, value in zip(("dx", "dweight", "dbias"), gradients, strict=True):
         assert value is not None
-        assert_close_to_truth(value, plain[name], truth[name], name=name)
+        assert_accurate(value, [plain[name]], truth[name], name)
 
 
 def test_constant_rows_far_from_zero() -> None:
@@ -282,7 +283,7 @@ def test_dropout_of_forward_and_backward_agree(width: int) -> None:
     kept = factors(*shape, 0.4, 7)
     plain, truth = by_definition(inputs, dnormed, dsummed, kept), by_definition(wide(inputs), dnormed, dsummed, kept)
     for name, value in found.items():
-        assert_close_to_truth(value, plain[name], truth[name], name=name)
+        assert_accurate(value, [plain[name]], truth[name], name)
 
 
 def test_dropout_needs_a_seed() -> None:
@@ -322,13 +323,11 @@ def check_embedding(
 ) -> None:
     found = embedding_by_kernel(arguments, dnormed, padding, module)
     plain = embedding_by_definition(arguments, dnormed, padding)
-    truth = embedding_by_definition(
-        tuple(t.double() if t.is_floating_point() else t for t in arguments), dnormed, padding
-    )
+    truth = embedding_by_definition(widened(arguments), dnormed, padding)
     names = ("normed", "dword", "dposition", "dtype_row", "dweight", "dbias")
     for name, value, reference_value, true_value in zip(names, found, plain, truth, strict=True):
         assert value.dtype == reference_value.dtype, name
-        assert_close_to_truth(value, reference_value, true_value, name=name)
+        assert_accurate(value, [reference_value], true_value, name)
 
 
 @each_dtype

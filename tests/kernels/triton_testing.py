@@ -1,4 +1,4 @@
-"""How Triton kernels are tested without a GPU: the interpreter, an error criterion, poisoned memory.
+"""How Triton kernels are tested without a GPU: the interpreter, poisoned memory, seeded bugs.
 
 Import this module before anything that imports Triton. `triton.jit` decides when it decorates whether a function is
 compiled or interpreted, and Triton's own library is decorated when Triton is imported, so one process can do only one
@@ -54,41 +54,6 @@ def compiling_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)
     }
-
-
-def assert_close_to_truth(actual: Tensor, reference_same_precision: Tensor, truth_fp64: Tensor, *, name: str) -> None:
-    """The largest error of a kernel is at most twice that of plain PyTorch in the same precision, plus a rounding band.
-
-    Both errors are taken against the same computation in fp64. The band is for results that PyTorch happens to hit
-    exactly: at the largest magnitude of the truth, one unit in the last place of the coarser type of `actual` and the
-    reference (its own rounding) and eight of fp32 (intermediate results, which are rounded in another order). Where the
-    truth is not finite, `actual` must be the same infinity (or NaN).
-
-    Args:
-        actual: what the kernel computed.
-        reference_same_precision: PyTorch's result from inputs of the same precision.
-        truth_fp64: PyTorch's result from those inputs converted to fp64.
-        name: what is compared, for the message.
-    """
-    assert actual.shape == truth_fp64.shape, f"{name}: shape {[*actual.shape]} instead of {[*truth_fp64.shape]}"
-    assert reference_same_precision.shape == truth_fp64.shape, f"{name}: the reference has another shape"
-    assert truth_fp64.dtype == torch.float64, f"{name}: the truth is {truth_fp64.dtype}"
-    if not actual.numel():
-        return
-    finite = truth_fp64.isfinite()
-    computed = actual.double()
-    torch.testing.assert_close(computed[~finite], truth_fp64[~finite], rtol=0, atol=0, equal_nan=True)
-    if not finite.any():
-        return
-    truth = truth_fp64[finite]
-    error = (computed[finite] - truth).abs().max().item()
-    reference_error = (reference_same_precision.double()[finite] - truth).abs().max().item()
-    unit = max(torch.finfo(t.dtype).eps for t in (actual, reference_same_precision))
-    band = (unit + 8 * torch.finfo(torch.float32).eps) * truth.abs().max().item()
-    # Written so that a NaN error fails.
-    assert error <= 2 * reference_error + band, (
-        f"{name}: error {error:.3e} exceeds twice PyTorch's {reference_error:.3e} plus the rounding band {band:.3e}"
-    )
 
 
 @contextmanager
