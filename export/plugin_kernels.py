@@ -22,9 +22,8 @@ import triton.language as tl
 from xfm_fast.errors import ExportError
 from xfm_fast.kernels.triton import relpos_attention as relpos
 from xfm_fast.kernels.triton import varlen_attention as varlen
-from xfm_fast.kernels.triton.attention_common import dot_precision, split_head_dim
-from xfm_fast.kernels.triton.launch import config_for, tail_size
-from xfm_fast.kernels.triton.spec import LaunchConfig
+from xfm_fast.kernels.triton.attention_tiles import dot_precision, split_head_dim
+from xfm_fast.kernels.triton.launch import LaunchConfig, config_for, tail_size
 
 PLAIN_SHARED = 48 * 1024
 """Bytes of shared memory that any launch may have. More takes a call before it, which TensorRT does not promise."""

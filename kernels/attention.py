@@ -10,10 +10,9 @@ from torch import Tensor
 
 from . import checks, reference
 from .backend import Backend, named, resolve
-from .cpu import position, varlen
-from .cpu.attention import biased_attention
-from .cpu.dropout import Dropout
-from .cpu.tiles import tiled_attention_backward
+from .cpu import attention, varlen
+from .cpu.attention import biased_attention, tiled_attention_backward
+from .cpu.workspace import Dropout
 from .derived import derived
 from .library import operator
 
@@ -154,7 +153,7 @@ def _flash_attention(
 
 
 def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    return derived(f"position bias {window}", (table,), lambda: position.position_bias(table, window))
+    return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table, window))
 
 
 def _padded_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
@@ -206,7 +205,7 @@ def _relpos_backward(
     bias = _bias(table, window).to(q.dtype)
     dq, dk, dv, dbias = tiled_attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
     assert dbias is not None
-    return dq, dk, dv, position.table_gradient(dbias, window, table.shape[0]).to(table.dtype)
+    return dq, dk, dv, attention.table_gradient(dbias, window, table.shape[0]).to(table.dtype)
 
 
 def _relpos_backward_fake(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import checks, reference
 from .backend import Backend, resolve
-from .cpu import gradients as cpu_gradients
+from .cpu import products as cpu_gradients
 from .cpu import products as cpu_products
-from .cpu.dropout import Dropout
+from .cpu.workspace import Dropout
 from .library import operator
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)

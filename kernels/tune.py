@@ -20,7 +20,7 @@ import torch
 
 from .audit import Form, Row, compile_rows
 from .triton import launch
-from .triton.spec import TRITON_TYPE, KernelSpec, LaunchConfig
+from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
 
 TUNING = Path(__file__).resolve().parent / "tuning"
 # What is slower by less than this may be the same: timings vary by as much. The configuration in use then stays.

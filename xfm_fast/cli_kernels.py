@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from xfm_fast.kernels.audit import Row
     from xfm_fast.kernels.audit.targets import Verdict
-    from xfm_fast.kernels.triton.spec import KernelSpec
+    from xfm_fast.kernels.triton.launch import KernelSpec
     from xfm_fast.kernels.tune import Choice
 
 

@@ -25,7 +25,7 @@ def pretrain(
     from xfm_fast.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from xfm_fast.kernels.cpu.allocation import keep_freed_memory
+    from xfm_fast.kernels.cpu.workspace import keep_freed_memory
     from xfm_fast.training.loop import train
 
     keep_freed_memory()

@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from ..triton.spec import CompileRequest
+from ..triton.launch import CompileRequest
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..triton.spec import KernelSpec, LaunchConfig
+from ..triton.launch import KernelSpec, LaunchConfig
 from . import sass
 from .architectures import ARCHITECTURES, limits, occupancy
 from .compiling import Figures, Task, compile_all

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import Dropout
+from .workspace import Dropout
 
 
 class AddLayerNorm(NamedTuple):

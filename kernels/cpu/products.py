@@ -1,12 +1,13 @@
-"""Linear layers on CPU for inference, fp32 and bf16; GELU and residual are fused where oneDNN does it faster.
-
-oneDNN's linear layers ignore the stride of a bias, so they are given contiguous ones.
+"""Linear layers on CPU, fp32 and bf16: for inference, with GELU and residual fused where oneDNN does it faster; for
+training, where the weight changes at every step, with their gradients; and 16-bit products in slices of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,180 @@ from torch import Tensor
 
 from ..derived import derived
 from .selection import select
-from .slices import multiply
 from .workspace import scratch
+
+Product = Callable[..., Tensor]
+"""From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
 # Shape of the products that decide: packed caption tokens through a layer of the base width, and a single caption.
 _ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS = 224, 13, 768, 768
 # Below these rows products are chosen apart: MKL's fp32 ones of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
+# Shapes of the products that decide: two images through a layer of a base-size encoder, and as many as a weight's
+# gradient sums over in one step of it.
+_TRAINED_ROWS, _SUMMED, _WIDTH = 394, 1576, 768
+# Rows that are transposed at once. The columns of wider blocks collide in cache.
+_BLOCK = 64
+# Rows of a slice for each thread: enough to keep it busy, and always divided well.
+_SLICE_ROWS = 208
+# Row counts this close share an answer; slices are cut to whole AMX tiles.
+_BUCKET, _AMX_TILE = 64, 16
+_ROUNDS = 4
+_SLICES_MARGIN = 0.85
+_slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` for x `[..., K]`, weight `[M, K]`."""
+    rows = _rows(x)
+    name = _choose("linear", rows.shape[0], x.dtype)
+    return multiply(_LINEAR[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`gelu(x W^T + b)`, erf form."""
+    rows = _rows(x)
+    name = _choose("linear_gelu", rows.shape[0], x.dtype)
+    return multiply(_GELU[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
+    """`residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the addition is fused."""
+    rows, sums = _rows(x), _rows(residual)
+    name = _choose("linear_residual", rows.shape[0], x.dtype)
+    if gamma is None:
+        out = multiply(_RESIDUAL[name], rows, weight, bias, sums)
+    elif name == "aten":
+        product = multiply(F.linear, rows, weight, bias)
+        out = torch.addcmul(sums, product, gamma, out=product)
+    else:
+        scaled_weight = derived("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
+        scaled_bias = None if bias is None else derived("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
+        out = multiply(_RESIDUAL[name], rows, scaled_weight, scaled_bias, sums)
+    return out.view(residual.shape)
+
+
+def mlp_residual(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time.
+
+    The hidden layer is four times as wide as the rest. Whole, it is a buffer that the allocator returns to the system
+    and faults in again, page by page, in every layer; a slice of it stays in cache. (oneDNN products cannot be told
+    where to put their result, so they run whole.)
+    """
+    rows, sums = _rows(x), _rows(residual)
+    first, second = (_choose(operation, rows.shape[0], x.dtype) for operation in ("linear_gelu", "linear_residual"))
+    if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
+        return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
+    step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
+    hidden = scratch("hidden", (min(step, rows.shape[0]), weight_in.shape[0]), x.dtype)
+    out = torch.empty_like(sums)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        middle = hidden[: rows[part].shape[0]]
+        torch.ops.aten.gelu_(torch.addmm(bias_in, rows[part], weight_in.t(), out=middle))
+        if gamma is None:
+            torch.add(sums[part], bias_out, out=out[part]).addmm_(middle, weight_out.t())
+        else:
+            product = torch.addmm(bias_out, middle, weight_out.t(), out=out[part])
+            torch.addcmul(sums[part], product, gamma, out=product)
+    return out.view(residual.shape)
+
+
+def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` for x `[..., K]`, weight `[M, K]`; nothing is kept of the weight."""
+    name = select("trained linear", _TRAINED, _trained_example, x.dtype)
+    return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
+    """`dout W`: `[..., M]`, `[M, K]` → `[..., K]`."""
+    name = select("input gradient", _INPUT, _input_example, dout.dtype)
+    return _INPUT[name](dout.reshape(-1, dout.shape[-1]), weight).view(*dout.shape[:-1], weight.shape[1])
+
+
+def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
+    """`dout^T x`, summed over all rows: `[..., M]`, `[..., K]` → `[M, K]`."""
+    name = select("weight gradient", _WEIGHT, _weight_example, dout.dtype)
+    return _WEIGHT[name](dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1]))
+
+
+def bias_gradient(dout: Tensor) -> Tensor:
+    """`[..., M]` → `[M]`."""
+    return dout.reshape(-1, dout.shape[-1]).sum(0)
+
+
+def _choose(operation: str, rows: int, dtype: torch.dtype) -> str:
+    candidates = _CANDIDATES[operation]
+    name = select(operation, candidates, EXAMPLES[operation], dtype)
+    if rows >= _FEW or "packed" in name:
+        return name
+    # A second copy of all weights is too much for the little that it saves here.
+    light = {light: candidate for light, candidate in candidates.items() if "packed" not in light}
+    few = f"{operation} of few rows"
+    return select(few, light, EXAMPLES[few], dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+    """`product(x, weight, bias, *others)`, whole or a slice of rows at a time: whichever this CPU runs faster.
+
+    With AMX, oneDNN divides a product among the threads by a model of the caches, which at some sizes prefers a single
+    thread and leaves the others idle: on two threads, 832 rows through the second layer of a base-size MLP take 1.7
+    times as long as in slices. Where that happens depends on all sizes and on the threads, so it is measured, once for
+    each. Few rows are always divided well.
+
+    The clock is a wall clock, which alone sees idle threads. It sees interruptions too, so the best of several rounds
+    counts, and slices have to win by a margin that little else than an idle thread explains.
+
+    Under `torch.use_deterministic_algorithms(True)` nothing is timed and the product runs whole.
+    """
+    rows, threads = x.shape[0], torch.get_num_threads()
+    most = _SLICE_ROWS * threads
+    if x.element_size() != 2 or threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
+        return product(x, weight, bias, *others)
+    sliced = partial(_sliced, product, _even_step(rows, most))
+    key = (product, weight.shape, x.dtype, rows // _BUCKET, threads)
+    if key not in _slices_win:
+        whole_seconds, sliced_seconds = _best_seconds((product, sliced), (x, weight, bias, *others))
+        _slices_win[key] = sliced_seconds < _SLICES_MARGIN * whole_seconds
+    return (sliced if _slices_win[key] else product)(x, weight, bias, *others)
+
+
+def _even_step(rows: int, most: int) -> int:
+    """Rows of a slice, so that slices are of one size and no longer than `most`, which is a number of whole tiles."""
+    slices = -(-rows // most)
+    return -(-rows // (slices * _AMX_TILE)) * _AMX_TILE
+
+
+def _sliced(product: Product, step: int, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for start in range(0, x.shape[0], step):
+        part = slice(start, start + step)
+        out[part] = product(x[part], weight, bias, *(other[part] for other in others))
+    return out
+
+
+def _best_seconds(products: Sequence[Product], arguments: tuple[Any, ...]) -> list[float]:
+    """The best time of each, taken in turns."""
+    best = [float("inf")] * len(products)
+    for _ in range(_ROUNDS):
+        for i, product in enumerate(products):
+            start = time.perf_counter()
+            product(*arguments)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
 
 
 def _packed(weight: Tensor, rows: int) -> Tensor:
@@ -34,6 +201,7 @@ def _packed(weight: Tensor, rows: int) -> Tensor:
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:
+    # oneDNN ignores the stride of a bias.
     return None if bias is None else bias.contiguous()
 
 
@@ -111,83 +279,62 @@ EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     **_MANY,
     **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
 }
+
+
 """What is timed to choose each operation."""
 
 
-def _choose(operation: str, rows: int, dtype: torch.dtype) -> str:
-    candidates = _CANDIDATES[operation]
-    name = select(operation, candidates, EXAMPLES[operation], dtype)
-    if rows >= _FEW or "packed" in name:
-        return name
-    # A second copy of all weights is too much for the little that it saves here.
-    light = {light: candidate for light, candidate in candidates.items() if "packed" not in light}
-    few = f"{operation} of few rows"
-    return select(few, light, EXAMPLES[few], dtype)
+def _transpose(x: Tensor, place: Tensor) -> Tensor:
+    """`[n, m]` into a contiguous `[m, n]`."""
+    for start in range(0, x.shape[0], _BLOCK):
+        place[:, start : start + _BLOCK] = x[start : start + _BLOCK].t()
+    return place
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`."""
-    rows = _rows(x)
-    name = _choose("linear", rows.shape[0], x.dtype)
-    return multiply(_LINEAR[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+def _aten_input(dout: Tensor, weight: Tensor) -> Tensor:
+    return dout @ weight
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`gelu(x W^T + b)`, erf form."""
-    rows = _rows(x)
-    name = _choose("linear_gelu", rows.shape[0], x.dtype)
-    return multiply(_GELU[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+def _onednn_input(dout: Tensor, weight: Tensor) -> Tensor:
+    return onednn_linear(dout, weight.t(), None)
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
-    """`residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the addition is fused."""
-    rows, sums = _rows(x), _rows(residual)
-    name = _choose("linear_residual", rows.shape[0], x.dtype)
-    if gamma is None:
-        out = multiply(_RESIDUAL[name], rows, weight, bias, sums)
-    elif name == "aten":
-        product = multiply(F.linear, rows, weight, bias)
-        out = torch.addcmul(sums, product, gamma, out=product)
-    else:
-        scaled_weight = derived("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
-        scaled_bias = None if bias is None else derived("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
-        out = multiply(_RESIDUAL[name], rows, scaled_weight, scaled_bias, sums)
-    return out.view(residual.shape)
+def _aten_weight(dout: Tensor, x: Tensor) -> Tensor:
+    return dout.t() @ x
 
 
-def mlp_residual(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    residual: Tensor,
-    gamma: Tensor | None,
-) -> Tensor:
-    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time.
-
-    The hidden layer is four times as wide as the rest. Whole, it is a buffer that the allocator returns to the system
-    and faults in again, page by page, in every layer; a slice of it stays in cache. (oneDNN products cannot be told
-    where to put their result, so they run whole.)
-    """
-    rows, sums = _rows(x), _rows(residual)
-    first, second = (_choose(operation, rows.shape[0], x.dtype) for operation in ("linear_gelu", "linear_residual"))
-    if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
-        return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
-    step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
-    hidden = scratch("hidden", (min(step, rows.shape[0]), weight_in.shape[0]), x.dtype)
-    out = torch.empty_like(sums)
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
-        middle = hidden[: rows[part].shape[0]]
-        torch.ops.aten.gelu_(torch.addmm(bias_in, rows[part], weight_in.t(), out=middle))
-        if gamma is None:
-            torch.add(sums[part], bias_out, out=out[part]).addmm_(middle, weight_out.t())
-        else:
-            product = torch.addmm(bias_out, middle, weight_out.t(), out=out[part])
-            torch.addcmul(sums[part], product, gamma, out=product)
-    return out.view(residual.shape)
+def _transposed_weight(dout: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> Tensor:
+    """The narrower of the two is transposed first: libraries do that less well inside of a half-precision product."""
+    narrow, wide = (dout, x) if dout.shape[1] <= x.shape[1] else (x, dout)
+    found = product(_transpose(narrow, scratch("transposed", (narrow.shape[1], narrow.shape[0]), x.dtype)), wide)
+    return found if narrow is dout else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _onednn_weight(dout: Tensor, x: Tensor) -> Tensor:
+    return _transposed_weight(dout, x, _onednn_input)
+
+
+_TRAINED: dict[str, Callable[..., Tensor]] = {"aten": F.linear, "onednn": onednn_linear}
+_INPUT: dict[str, Callable[..., Tensor]] = {"aten": _aten_input, "onednn": _onednn_input}
+_WEIGHT: dict[str, Callable[..., Tensor]] = {
+    "aten": _aten_weight,
+    "transposed": _transposed_weight,
+    "onednn": _onednn_weight,
+}
+
+
+def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple((torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype) for shape in shapes)
+
+
+def _trained_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH), (_WIDTH,))
+
+
+def _input_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH))
+
+
+def _weight_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _random(dtype, (_SUMMED, _WIDTH), (_SUMMED, _WIDTH))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .spec import KernelSpec, LaunchConfig
+from .launch import KernelSpec, LaunchConfig
 
 # Programs of a first stage: enough to fill a device, few enough for their partial sums to be little of the traffic.
 _PROGRAMS_PER_PROCESSOR = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.cpu.dropout import Dropout
+from xfm_fast.kernels.cpu.workspace import Dropout
 
 SHAPE = (3, 333, 1001)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.conftest import each_library
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.cpu.ragged import Group, Plan, plan_of
+from xfm_fast.kernels.cpu.varlen import Group, Plan, plan_of
 
 Bounds = tuple[int, ...]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.conftest import load_tensors
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.sampling import sample_hard_negatives
+from xfm_fast.kernels.losses import sample_hard_negatives
 
 
 def seeded(seed: int) -> torch.Generator:

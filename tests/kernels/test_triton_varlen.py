@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.triton_testing import mutated, poison
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.triton import varlen_attention, varlen_tiles
-from xfm_fast.kernels.triton.spec import LaunchConfig
+from xfm_fast.kernels.triton import varlen_attention
+from xfm_fast.kernels.triton.launch import LaunchConfig
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -154,7 +154,7 @@ def test_every_tile_size_gives_the_result(tiles: tuple[int, int], monkeypatch: p
 
 
 def test_more_sequences_than_one_read_of_the_offsets_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen_tiles, "_CHUNK", 4)
+    monkeypatch.setattr(varlen_attention, "_CHUNK", 4)
     check(case([1, 0, 40, 3, 0, 0, 0, 2, 5], [3, 2, 1, 0, 0, 4, 0, 2, 9], 1, 32, torch.float16))
 
 
@@ -276,9 +276,9 @@ def test_unsupported_arguments_are_refused() -> None:
 
 MUTATIONS = {
     "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 1.01 * SCALE"),
-    "wrong scale of dq": ("triton/varlen_backward.py", "dq_a * SCALE", "dq_a * 0.13"),
+    "wrong scale of dq": ("triton/varlen_attention.py", "dq_a * SCALE", "dq_a * 0.13"),
     "skipped last tile": ("triton/varlen_attention.py", "if full < length_k:", "if full > length_k:"),
-    "skipped last tile of queries": ("triton/varlen_backward.py", "if full < length_q:", "if full > length_q:"),
+    "skipped last tile of queries": ("triton/varlen_attention.py", "if full < length_q:", "if full > length_q:"),
     "length of keys off by one": (
         "triton/varlen_attention.py",
         "length_k = (tl.load(cu_k_ptr + s + 1) -",
@@ -289,7 +289,9 @@ MUTATIONS = {
         "first_k = tl.load(cu_k_ptr + s).to(tl.int64)",
         "first_k = tl.maximum(tl.load(cu_k_ptr + s).to(tl.int64), 1) - 1",
     ),
-    "keys of another sequence": ("triton/varlen_backward.py", "tl.load(cu_q_ptr + s)", "tl.load(cu_k_ptr + s)"),
+    "keys of another sequence": (
+        "triton/varlen_attention.py", "tl.load(cu_q_ptr + s).to(tl.int64)", "tl.load(cu_k_ptr + s).to(tl.int64)",
+    ),
     "forgotten mask": ("triton/attention_tiles.py", "tl.where(allowed[None, :],", "tl.where(inside[None, :],"),
     "other weights dropped in the backward pass": (
         "triton/attention_tiles.py", "head, queries[None, :], keys", "head + 1, queries[None, :], keys",

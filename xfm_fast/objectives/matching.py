@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import host, reference
-from xfm_fast.kernels.sampling import race
+from xfm_fast.kernels.losses import race
 from xfm_fast.objectives.contrastive import AllPairs, check_features
 
 
