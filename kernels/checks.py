@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,19 +45,36 @@ def looked_at(tensor: Tensor) -> bool:
     return _switch.on or tensor.device.type == "cpu"
 
 
-def relpos_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    window: tuple[int, int],
-    scale: float | None,
-    key_mask: Tensor | None,
-) -> None:
-    """What `relpos_attention` is given."""
+class Packed(NamedTuple):
+    """The arguments of `varlen_attention` besides q, k and v, in the order of its operator."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    scale: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The offsets as numbers, which describe q and k or are refused."""
+        found = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
+        return found, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Operands of attention within one sequence."""
     if not q.ndim == k.ndim == v.ndim == 4 or not q.shape == k.shape == v.shape:
         raise InputError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    _attention(q, k, v, scale)
+    _one_attention_type(q, k, v)
+
+
+def relpos_arguments(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], key_mask: Tensor | None
+) -> None:
+    """Arguments of `relpos_attention`."""
+    self_attention(q, k, v)
     if not isinstance(window, tuple | list) or len(window) != 2 or min(window) < 1:
         raise InputError(f"window is {window}; it must be two positive numbers of patches, (height, width)")
     height, width = window
@@ -74,21 +92,12 @@ def relpos_arguments(
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
 
 
-def varlen_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    key_mask: Tensor | None,
-) -> None:
-    """What `varlen_attention` is given, but for the contents of its offsets."""
+def varlen_arguments(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> None:
+    """Arguments of `varlen_attention`, but for the contents of its offsets."""
+    cu_seqlens_q, cu_seqlens_k, key_mask = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.key_mask
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise InputError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    _attention(q, k, v, scale)
+    _one_attention_type(q, k, v)
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
             raise InputError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
@@ -98,7 +107,7 @@ def varlen_arguments(
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool [{k.shape[0]}]")
-    dropout(dropout_p, seed)
+    dropout(packed.dropout_p, packed.seed)
 
 
 def dropout(dropout_p: float, seed: Tensor | None) -> None:
@@ -108,6 +117,23 @@ def dropout(dropout_p: float, seed: Tensor | None) -> None:
     if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
         shown = f"{seed.dtype} {[*seed.shape]}" if isinstance(seed, Tensor) else repr(seed)
         raise InputError(f"seed is {shown}; it must be one int64 on the device of the other tensors")
+
+
+def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
+    """The seed, without which a backward pass could not drop what the forward pass dropped."""
+    if seed is None:
+        raise InputError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+    return seed
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor of the products q kᵀ: 1/sqrt(D) by default."""
+    if not q.ndim or not q.shape[-1]:
+        raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
+    # A comparison, which compilers can trace, and not isfinite, which they cannot.
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise InputError(f"scale={scale}; it must be finite")
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
 
 
 def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:
@@ -236,14 +262,9 @@ def targets_inside(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+def _one_attention_type(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise InputError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point type")
-    if not q.shape[-1]:
-        raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
-    # A comparison, which compilers can trace, and not isfinite, which they cannot.
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise InputError(f"scale={scale}; it must be finite")
 
 
 def _one_type(**tensors: Tensor | None) -> None:

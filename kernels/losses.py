@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from . import checks, host, reference
+from . import checks, reference
 from .backend import Backend, resolve
 from .cpu import losses as cpu
 from .library import operator
@@ -83,64 +85,11 @@ def token_log_likelihood(
     return _log_likelihood(h, w, b, target, ignore_index, chosen)[0]
 
 
-@torch.no_grad()
-def sample_hard_negatives(
-    similarity: Tensor, mask: Tensor, generator: torch.Generator | None = None, *, check: bool = False
-) -> Tensor:
-    """Draw one column per row, the more similar the likelier; all rows in one batched step.
-
-    Column c of row r is drawn with a probability proportional to `softmax(similarity[r])[c] + 1e-5`, or never where
-    the mask excludes it (X-FM's rule; see `reference.hard_negative_weights`). The draw is an exponential race: the
-    largest of `weight / Exp(1)` has the distribution of `torch.multinomial`, which would check its weights on the host.
-
-    Args:
-        similarity: `[B, C]`, already divided by the temperature; half precision is widened to fp32.
-        mask: `[B, C]` boolean, True for what must not be drawn from a row.
-        generator: source of the randomness, on the device of `similarity`. Equal states draw equal columns.
-        check: look at the contents on accelerators too, which synchronises with the host, as within
-            `check_contents()`. On CPU, outside of compilation, they are always looked at. Unchecked, a row with nothing
-            to draw yields an arbitrary column.
-
-    Returns:
-        `[B]` int64 columns.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit; a row with nothing left to draw; NaN or infinite similarities.
-    """
-    if similarity.ndim != 2 or not similarity.is_floating_point():
-        raise ValueError(f"similarity is {similarity.dtype} {[*similarity.shape]}; it must be floating point [B, C]")
-    if mask.dtype != torch.bool or mask.shape != similarity.shape:
-        raise ValueError(f"mask is {mask.dtype} {[*mask.shape]}; it must be bool {[*similarity.shape]}")
-    if mask.device != similarity.device:
-        raise ValueError(f"mask lives on {mask.device} and similarity on {similarity.device}")
-    if not similarity.shape[1]:
-        if similarity.shape[0]:
-            raise ValueError(f"similarity is {[*similarity.shape]}: there is no column to draw")
-        return torch.empty(0, dtype=torch.long, device=similarity.device)
-    weights = reference.hard_negative_weights(similarity, mask)
-    if not torch.compiler.is_compiling() and (check or checks.looked_at(similarity)):
-        _check_rows(weights, mask)
-    return race(weights, generator)
-
-
 def race(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One column per row of weights `[B, C]`, drawn in proportion to them by an exponential race: `[B]`."""
     arrivals = torch.empty_like(weights).exponential_(generator=generator)
     # An arrival of exactly zero would win, or be NaN, whatever its weight.
     return (weights / arrivals.clamp_min(torch.finfo(weights.dtype).tiny)).argmax(1)
-
-
-def _check_rows(weights: Tensor, mask: Tensor) -> None:
-    exhausted = mask.all(1)
-    if host.any_true(exhausted):
-        rows = host.integers(host.true_places(exhausted))
-        raise ValueError(
-            f"{len(rows)} of {mask.shape[0]} rows exclude every column (the first is row {rows[0]}), so no negative "
-            "can be drawn for them: put more than one image into the batch"
-        )
-    finite = weights.isfinite().all(1)
-    if not host.all_true(finite):
-        raise ValueError(f"similarity of row {host.integer(finite.long().argmin())} holds NaN or infinity")
 
 
 def _module(backend: str) -> Any:
@@ -157,45 +106,27 @@ def _present(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _forward(
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *needs, backend = rest
+    arguments = (h, w, b, target, ignore_index, label_smoothing)
     if backend == "cpu":
-        needs = (need_h, need_w, need_b)
-        loss, gradients = cpu.linear_cross_entropy_forward(h, w, b, target, ignore_index, label_smoothing, needs)
+        loss, gradients = cpu.linear_cross_entropy_forward(*arguments, needs)
         return loss, *(_present(g, h) for g in gradients)  # pyright: ignore[reportReturnType]
     if checks.looked_at(target):
         checks.targets_inside(target, w.shape[0], ignore_index)
-    loss, statistics = _module(backend).linear_cross_entropy_forward(h, w, b, target, ignore_index, label_smoothing)
+    loss, statistics = _module(backend).linear_cross_entropy_forward(*arguments)
     return loss, statistics.maximum, statistics.log_sum, h.new_empty(0)
 
 
 def _forward_fake(
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, *needs, backend = rest
     wide = torch.promote_types(h.dtype, torch.float32)
     loss = h.new_empty((), dtype=wide)
     if backend == "cpu":
-        kept = [t if t is not None and need else None for t, need in ((h, need_h), (w, need_w), (b, need_b))]
-        saved = [h.new_empty(0) if t is None else t.new_empty(t.shape) for t in kept]
-        return loss, saved[0], saved[1], saved[2]
+        return loss, *_gradients_like(h, w, b, needs)
     rows = math.prod(h.shape[:-1])
     return loss, h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(0)
 
@@ -227,48 +158,22 @@ def _gradient(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 
 
 def _backward(
-    dloss: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
+    name: str, dout: Tensor, h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module, needs = _module(backend), (need_h, need_w, need_b)
+    maximum, log_sum, *options, need_h, need_w, need_b, backend = rest
+    module = _module(backend)
     statistics = module.RowStatistics(maximum, log_sum)
-    arguments = (dloss, h, w, b, target, statistics, ignore_index, label_smoothing, needs)
-    dh, dw, db = module.linear_cross_entropy_backward(*arguments)
+    needs = (need_h, need_w, need_b)
+    dh, dw, db = getattr(module, name)(dout, h, w, b, target, statistics, *options, needs)
     return _present(dh, h), _present(dw, h), _present(db, h)
 
 
-def _backward_fake(
-    dloss: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(dloss: Tensor, h: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_h, need_w, need_b, _ = rest
     return _gradients_like(h, w, b, (need_h, need_w, need_b))
 
 
-def _gradients_like(
-    h: Tensor, w: Tensor, b: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_like(h: Tensor, w: Tensor, b: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     kept = [t if t is not None and need else None for t, need in zip((h, w, b), needs, strict=True)]
     made = [h.new_empty(0) if t is None else t.new_empty(t.shape) for t in kept]
     return made[0], made[1], made[2]
@@ -306,48 +211,11 @@ def _rows_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)
 
 
-def _rows_backward(
-    dout: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    module, needs = _module(backend), (need_h, need_w, need_b)
-    statistics = module.RowStatistics(maximum, log_sum)
-    dh, dw, db = module.token_log_likelihood_backward(dout, h, w, b, target, statistics, ignore_index, needs)
-    return _present(dh, h), _present(dw, h), _present(db, h)
-
-
-def _rows_backward_fake(
-    dout: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_like(h, w, b, (need_h, need_w, need_b))
-
-
 _cross_entropy_grad = operator(
     "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor w, Tensor? b, Tensor target, Tensor maximum, "
     "Tensor log_sum, int ignore_index, float label_smoothing, bool need_h, bool need_w, bool need_b, str backend) "
     "-> (Tensor, Tensor, Tensor)",
-    _backward,
+    partial(_backward, "linear_cross_entropy_backward"),
     _backward_fake,
 )
 _cross_entropy = operator(
@@ -362,8 +230,8 @@ _cross_entropy = operator(
 _log_likelihood_grad = operator(
     "token_log_likelihood_backward(Tensor dout, Tensor h, Tensor w, Tensor? b, Tensor target, Tensor maximum, "
     "Tensor log_sum, int ignore_index, bool need_h, bool need_w, bool need_b, str backend) -> (Tensor, Tensor, Tensor)",
-    _rows_backward,
-    _rows_backward_fake,
+    partial(_backward, "token_log_likelihood_backward"),
+    _backward_fake,
 )
 _log_likelihood = operator(
     "token_log_likelihood(Tensor h, Tensor w, Tensor? b, Tensor target, int ignore_index, str backend) "

@@ -12,10 +12,8 @@ from . import checks, reference
 from .backend import Backend, named, resolve
 from .cpu import norms as cpu
 from .library import operator
+from .limits import LARGEST_WIDTH
 from .products import linear, linear_residual, runs_cpu_inference
-
-# As `triton.layer_norm.LARGEST_WIDTH`, which cannot be imported where Triton is absent.
-_WIDEST = 8192
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
@@ -156,7 +154,7 @@ def embed_layer_norm(
 def _resolve(backend: Backend | None, rows: Tensor, *others: Tensor | None) -> Backend:
     """As `resolve`; rows wider than a tile are not for the kernels, unless these are asked for by name."""
     chosen = resolve(backend, rows, *others)
-    wide = not 1 <= rows.shape[-1] <= _WIDEST
+    wide = not 1 <= rows.shape[-1] <= LARGEST_WIDTH
     return "reference" if chosen == "triton" and wide and not named(backend) else chosen
 
 
@@ -209,78 +207,30 @@ def _plain_gradient(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor |
     return (*_layer_norm_grad(dnormed, *ctx.saved_tensors), None)
 
 
-def _add_forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    wide: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = _module(backend).add_layer_norm_forward
-    return tuple(forward(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, seed, wide=wide))
+def _add_forward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *arguments, wide, backend = given
+    return tuple(_module(backend).add_layer_norm_forward(*arguments, wide=wide))
 
 
-def _add_forward_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    wide: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _add_forward_fake(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, wide, _ = rest
     summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     normed = x.new_empty(x.shape, dtype=summed.dtype if wide else x.dtype)
     return normed, summed, _statistics(summed), _statistics(summed)
 
 
-def _add_backward(
-    dnormed: Tensor,
-    dsummed: Tensor | None,
-    summed: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = _module(backend).add_layer_norm_backward
-    found = backward(dnormed, dsummed, summed, weight, mean, rstd, x, gamma, row_scale, dropout_p, seed)
+def _add_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *arguments, backend = given
+    found = _module(backend).add_layer_norm_backward(*arguments)
     # An operator's results must not share memory: an empty tensor says that dresidual is dx.
     shared = found.dresidual.data_ptr() == found.dx.data_ptr()
     dresidual = found.dx.new_empty(0) if shared else found.dresidual
-    dgamma = weight.new_empty(0) if found.dgamma is None else found.dgamma
+    dgamma = found.dweight.new_empty(0) if found.dgamma is None else found.dgamma
     return found.dx, dresidual, found.dweight, found.dbias, dgamma
 
 
-def _add_backward_fake(
-    dnormed: Tensor,
-    dsummed: Tensor | None,
-    summed: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _add_backward_fake(dnormed: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, summed, weight, _, _, x, gamma, row_scale, dropout_p, _, _ = given
     plain = gamma is None and row_scale is None and not dropout_p and x.dtype == summed.dtype
     dresidual = x.new_empty(0) if plain else summed.new_empty(summed.shape)
     dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
@@ -317,22 +267,13 @@ def _embed_module(backend: str) -> Any:
 
 
 def _embed_forward(
-    tokens: Tensor,
-    positions: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_row: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    padding_idx: int | None,
-    backend: str,
+    tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     if checks.looked_at(tokens):
         checks.ids_inside(tokens, word.shape[0], "tokens")
         checks.ids_inside(positions, position.shape[0], "positions")
-    forward = _embed_module(backend).embed_layer_norm_forward
-    return forward(tokens, positions, word, position, type_row, weight, bias, eps)
+    *norm, _, backend = rest
+    return _embed_module(backend).embed_layer_norm_forward(tokens, positions, word, position, *norm)
 
 
 def _embed_forward_fake(tokens: Tensor, positions: Tensor, word: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,34 +281,13 @@ def _embed_forward_fake(tokens: Tensor, positions: Tensor, word: Tensor, *_: Any
     return normed, _statistics(normed), _statistics(normed)
 
 
-def _embed_backward(
-    dnormed: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_row: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    padding_idx: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = _embed_module(backend).embed_layer_norm_backward
-    tables = (word, position, type_row, weight)
-    return tuple(backward(dnormed, tokens, positions, *tables, mean, rstd, padding_idx))
+def _embed_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *arguments, backend = given
+    return tuple(_embed_module(backend).embed_layer_norm_backward(*arguments))
 
 
-def _embed_backward_fake(
-    dnormed: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_row: Tensor,
-    weight: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _embed_backward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, word, position, type_row, weight, *_ = given
     tables = [t.new_empty(t.shape) for t in (word, position, type_row, weight, weight)]
     return tables[0], tables[1], tables[2], tables[3], tables[4]
 

@@ -11,7 +11,7 @@ Two arrangements, because the product of rows with the vocabulary is all the cos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ _TILE = 1 << 18
 _ROUNDED_BLOCKS = 4
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
-Needs = tuple[bool, bool, bool]
+Needs = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 

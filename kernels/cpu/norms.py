@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from .workspace import Dropout
 
 
@@ -178,8 +179,7 @@ def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
     """What dropout multiplies x with, the same for the same seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
-    if seed is None:
-        raise ValueError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+    seed = checks.seed_of(dropout_p, seed)
     if dropout_p >= 1:
         return torch.zeros_like(x)
     dropout = Dropout(dropout_p, seed)

@@ -26,6 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
+from xfm_fast.errors import InputError
+
+from ..limits import HEAD_DIMS
 from .launch import KernelSpec, LaunchConfig
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,7 +36,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 
-HEAD_DIMS = (32, 64, 80, 96, 128)
 # Offsets within a tile are 32-bit; a tile has at most this many rows.
 _LARGEST_TILE = 256
 _STATISTICS_BLOCK = 64
@@ -243,10 +245,10 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     one that is padded to 128.
 
     Raises:
-        ValueError: the head dimension is not one of `HEAD_DIMS`.
+        InputError: the head dimension is not one of `HEAD_DIMS`.
     """
     if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head dimension {head_dim} is not supported; the Triton kernels have {HEAD_DIMS}")
+        raise InputError(f"head dimension {head_dim} is not supported; the Triton kernels have {HEAD_DIMS}")
     first = 1 << (head_dim.bit_length() - 1)
     return first, head_dim - first
 
@@ -262,10 +264,10 @@ def positive_scale(scale: float) -> float:
     """The scale, if the online softmax can work with it.
 
     Raises:
-        ValueError: the scale is zero, negative or not finite.
+        InputError: the scale is zero, negative or not finite.
     """
     if not 0 < scale < float("inf"):
-        raise ValueError(f"scale is {scale}; it must be positive and finite")
+        raise InputError(f"scale is {scale}; it must be positive and finite")
     return float(scale)
 
 

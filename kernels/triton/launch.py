@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
 _TUNING = Path(__file__).resolve().parent.parent / "tuning"
 TRITON_TYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _INTEGERS = {"i32", "i64", "u32", "u64"}
@@ -115,11 +117,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     """Triton's name of a compute type: `bf16`.
 
     Raises:
-        TypeError: the kernels do not compute in this type.
+        InputError: the kernels do not compute in this type.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in TRITON_TYPE:
-        raise TypeError(f"the Triton kernels compute in {', '.join(TRITON_TYPE)}; got {name}")
+        raise InputError(f"the Triton kernels compute in {', '.join(TRITON_TYPE)}; got {name}")
     return TRITON_TYPE[name]
 
 

@@ -15,10 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
+from .. import checks
+from ..limits import LARGEST_WIDTH
 from .launch import KernelSpec, LaunchConfig, row_config, tuned_config
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 
-LARGEST_WIDTH = 8192
 _DROPOUT_STEPS = 1 << 24
 
 
@@ -357,7 +360,7 @@ def layer_norm_backward(
 def width_of(x: Tensor) -> int:
     """Length of the rows of x, if a tile can hold them."""
     if not 1 <= x.shape[-1] <= LARGEST_WIDTH:
-        raise ValueError(f"x is {[*x.shape]}; the Triton LayerNorm takes rows of 1 to {LARGEST_WIDTH} elements")
+        raise InputError(f"x is {[*x.shape]}; the Triton LayerNorm takes rows of 1 to {LARGEST_WIDTH} elements")
     return x.shape[-1]
 
 
@@ -367,8 +370,8 @@ def _rows_per_scale(x: Tensor, row_scale: Tensor | None) -> int:
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float]:
     """Of 2^24 equally likely values, those below the first are dropped; the others are multiplied by the second."""
-    if dropout_p and seed is None:
-        raise ValueError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+    if dropout_p:
+        checks.seed_of(dropout_p, seed)
     return round(dropout_p * _DROPOUT_STEPS), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 

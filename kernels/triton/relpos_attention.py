@@ -19,8 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
+from .. import checks
+from ..limits import HEAD_DIMS
 from .attention_tiles import (
-    HEAD_DIMS,
     LOG2E,
     STATISTICS_SPEC,
     addressable,
@@ -286,11 +289,10 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
         out `[B, N, H, D]` contiguous, and the logsumexp of the scores, natural, `[B, H, N]` fp32.
 
     Raises:
-        ValueError: a shape, stride, scale or head dimension that the kernels do not support.
-        TypeError: a type that they do not compute in.
+        InputError: a shape, stride, type, scale or head dimension that the kernels do not support.
     """
-    batch, tokens, heads, head_dim = q.shape
     _check(q, k, v, bias)
+    batch, tokens, heads, head_dim = q.shape
     q, k, v = (addressable(t) for t in (q, k, v))
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
@@ -332,11 +334,11 @@ def relpos_attention_backward(
     Returns:
         dq, dk, dv `[B, N, H, D]` in the type of q, and dtable `[table_rows, H]` in fp32.
     """
-    batch, tokens, heads, _ = q.shape
     _check(q, k, v, bias)
+    batch, tokens, heads, _ = q.shape
     height, width = window
     if tokens != 1 + height * width or table_rows != (2 * height - 1) * (2 * width - 1) + 3:
-        raise ValueError(f"window {window} does not go with {tokens} tokens and a table of {table_rows} rows")
+        raise InputError(f"window {window} does not go with {tokens} tokens and a table of {table_rows} rows")
     q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     if not q.numel():
@@ -372,16 +374,11 @@ def relpos_attention_backward(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> None:
-    if q.ndim != 4 or not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v must have one type; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device == bias.device:
-        raise ValueError(f"q, k, v, bias lie on {q.device}, {k.device}, {v.device}, {bias.device}")
+    checks.self_attention(q, k, v)
     if bias.ndim != 3 or bias.shape[:2] != (q.shape[2], q.shape[1]) or not bias.is_contiguous():
-        raise ValueError(f"bias is {[*bias.shape]}; it must be contiguous [{q.shape[2]}, {q.shape[1]}, N_pad]")
+        raise InputError(f"bias is {[*bias.shape]}; it must be contiguous [{q.shape[2]}, {q.shape[1]}, N_pad]")
     if bias.dtype != bias_dtype(q.dtype):
-        raise TypeError(f"bias is {bias.dtype}; for {q.dtype} it must be {bias_dtype(q.dtype)}, see materialise_bias")
+        raise InputError(f"bias is {bias.dtype}; for {q.dtype} it must be {bias_dtype(q.dtype)}, see materialise_bias")
 
 
 def _constants(kernel: str, q: Tensor, scale: float) -> tuple[dict[str, Any], LaunchConfig]:
@@ -404,7 +401,7 @@ def _tail(bias: Tensor, tokens: int, block: int) -> int:
     tail = tail_size(tokens, block)
     needed = triton.cdiv(tokens, block) * block
     if bias.shape[2] < needed:
-        raise ValueError(f"bias has {bias.shape[2]} columns for {tokens} tokens; tiles of {block} need {needed}")
+        raise InputError(f"bias has {bias.shape[2]} columns for {tokens} tokens; tiles of {block} need {needed}")
     return tail
 
 

@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
+from ..checks import Packed
+from ..limits import HEAD_DIMS
 from .attention_tiles import (
-    HEAD_DIMS,
     LOG2E,
     addressable,
     argument_types,
@@ -257,52 +259,35 @@ def dq_kernel(
     store_pieces(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, D_A, D_B)
 
 
-def varlen_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    key_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v of every sequence over its own keys.
 
     Args:
         q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last
             dimension is not contiguous is copied.
-        cu_seqlens_q, cu_seqlens_k: `[S + 1]` int32 or int64 offsets from 0 to Tq and Tk. Lengths may be zero.
-        max_q, max_k: upper bounds of the lengths; they choose between small and large tiles.
-        scale: of the products, positive.
-        dropout_p: probability of dropping an attention weight, 0 ≤ p < 1.
-        seed: int64 tensor of one element on the device; needed when dropout_p > 0. Whether a weight is kept depends on
-            the seed, the head, the position of the query in `q` and of the key in its sequence, and on nothing else.
-        key_mask: `[Tk]` boolean, False for keys that nobody attends to.
+        packed: offsets, of lengths that may be zero; upper bounds of the lengths, which choose between small and large
+            tiles; a positive scale; and a seed where weights are dropped. Whether a weight is kept depends on the seed,
+            the head, the position of the query in `q` and of the key in its sequence, and on nothing else.
 
     Returns:
         out `[Tq, H, D]` contiguous, zeros for queries without keys; and the logsumexp of the scores, natural, `[H, Tq]`
         fp32, -inf for queries without keys.
 
     Raises:
-        ValueError: a shape, scale, probability or head dimension that the kernels do not support.
-        TypeError: a type that they do not compute in.
+        InputError: a shape, type, scale, probability or head dimension that the kernels do not support.
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, dropout_p)
+    checks.varlen_arguments(q, k, v, packed)
     q, k, v = (addressable(t) for t in (q, k, v))
     total, heads, _ = q.shape
-    sequences = cu_seqlens_q.numel() - 1
+    sequences = packed.cu_seqlens_q.numel() - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     if q.numel():
-        constants, config = _constants("varlen_forward", q, max_q, scale, dropout_p, key_mask)
+        constants, config = _constants("varlen_forward", q, packed.max_q, packed)
         tiles = total // config.tiles["BLOCK_M"] + sequences
-        offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+        offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
         forward_kernel[(tiles * heads,)](
-            q, k, v, *offsets, _bytes(key_mask, q), q if seed is None else seed, out, lse,
+            q, k, v, *offsets, _bytes(packed.key_mask, q), q if packed.seed is None else packed.seed, out, lse,
             *_strides(q, k, v, out), sequences, tiles, total, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -310,20 +295,7 @@ def varlen_attention_forward(
 
 
 def varlen_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `varlen_attention_forward`. The same bits every time: no atomics.
 
@@ -336,23 +308,24 @@ def varlen_attention_backward(
     Returns:
         dq `[Tq, H, D]`, dk, dv `[Tk, H, D]`, in the type of q.
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, dropout_p)
+    checks.varlen_arguments(q, k, v, packed)
     q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
-    heads, sequences = q.shape[1], cu_seqlens_q.numel() - 1
+    heads, sequences = q.shape[1], packed.cu_seqlens_q.numel() - 1
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     delta, row_lse = (t[0] for t in backward_statistics(out[None], dout[None], lse[None]))
-    offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-    inputs = (q, k, v, dout, *offsets, _bytes(key_mask, q), q if seed is None else seed, row_lse, delta)
+    offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
+    chance = q if packed.seed is None else packed.seed
+    inputs = (q, k, v, dout, *offsets, _bytes(packed.key_mask, q), chance, row_lse, delta)
     sizes = (*_strides(q, k, v, dout), sequences)
     if k.numel():
-        constants, config = _constants("varlen_dkdv", q, max_k, scale, dropout_p, key_mask)
+        constants, config = _constants("varlen_dkdv", q, packed.max_k, packed)
         tiles = k.shape[0] // config.tiles["BLOCK_N"] + sequences
         dkdv_kernel[(tiles * heads,)](
             *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if q.numel():
-        constants, config = _constants("varlen_dq", q, max_q, scale, dropout_p, key_mask)
+        constants, config = _constants("varlen_dq", q, packed.max_q, packed)
         tiles = q.shape[0] // config.tiles["BLOCK_M"] + sequences
         dq_kernel[(tiles * heads,)](
             *inputs, dq, *sizes, tiles, q.shape[0], heads, **constants,
@@ -362,34 +335,8 @@ def varlen_attention_backward(
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The probability in units of 2⁻³², as the kernels compare it with random bits.
-
-    Raises:
-        ValueError: the probability is not in [0, 1).
-    """
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and less than 1")
+    """The probability in units of 2⁻³², as the kernels compare it with random bits."""
     return min(round(dropout_p * 2**32), 2**32 - 1)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, seed: Tensor | None, mask: Tensor | None, p: float
-) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"q must be [Tq, H, D], k and v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v must have one type; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if any(t.device != q.device for t in (k, v, cu_q, cu_k, seed, mask) if t is not None):
-        raise ValueError("q, k, v, cu_seqlens, seed and key_mask must lie on one device")
-    for name, offsets in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
-    if cu_q.numel() != cu_k.numel() or not cu_q.numel():
-        raise ValueError(f"cu_seqlens_q has {cu_q.numel()} offsets, cu_seqlens_k {cu_k.numel()}; both need S + 1")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:1]):
-        raise ValueError(f"key_mask is {mask.dtype} {[*mask.shape]}; it must be bool [{k.shape[0]}]")
-    if dropout_threshold(p) and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError("dropout needs a seed: an int64 tensor of one element")
 
 
 def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -400,18 +347,18 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
-def _constants(
-    kernel: str, q: Tensor, longest: int, scale: float, dropout_p: float, key_mask: Tensor | None
-) -> tuple[dict[str, Any], LaunchConfig]:
+def _constants(kernel: str, q: Tensor, longest: int, packed: Packed) -> tuple[dict[str, Any], LaunchConfig]:
     dtype, head_dim = dtype_name(q.dtype), q.shape[-1]
-    threshold = dropout_threshold(dropout_p)
+    threshold, masked = dropout_threshold(packed.dropout_p), packed.key_mask is not None
+    if threshold:
+        checks.seed_of(packed.dropout_p, packed.seed)
     # The tile that a program owns is the one that short sequences would leave empty.
     if longest <= SHORT:
         kernel = f"{kernel}_short"
-    elif threshold or key_mask is not None:
+    elif threshold or masked:
         kernel = f"{kernel}_{'dropout' if threshold else 'masked'}"
     config = config_for(kernel, head_dim, dtype, architecture(q.device))
-    return _kernel_constants(head_dim, dtype, positive_scale(scale), threshold, key_mask is not None, config), config
+    return _kernel_constants(head_dim, dtype, positive_scale(packed.scale), threshold, masked, config), config
 
 
 def _kernel_constants(

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.triton_testing import mutated, poison
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
+from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.triton import varlen_attention
 from xfm_fast.kernels.triton.launch import LaunchConfig
 
@@ -53,10 +55,10 @@ def case(
 
 def run(c: Case, module: Any = varlen_attention, scale: float | None = None) -> tuple[Tensor, ...]:
     scale = c.q.shape[-1] ** -0.5 if scale is None else scale
-    args = (c.q, c.k, c.v, c.cu_q, c.cu_k, *c.longest, scale, c.dropout_p, c.seed, c.key_mask)
+    packed = Packed(c.cu_q, c.cu_k, *c.longest, scale, c.dropout_p, c.seed, c.key_mask)
     with poison():
-        out, lse = module.varlen_attention_forward(*args)
-        return out, *module.varlen_attention_backward(c.dout, *args, out, lse), lse
+        out, lse = module.varlen_attention_forward(c.q, c.k, c.v, packed)
+        return out, *module.varlen_attention_backward(c.dout, c.q, c.k, c.v, out, lse, packed), lse
 
 
 def philox_keep(seed: int, head: int, queries: Tensor, keys: Tensor, p: float) -> Tensor:
@@ -219,8 +221,8 @@ def kept_weights(seed: int, p: float, queries: int = 64, keys: int = 64, heads: 
     q, k = torch.zeros(queries, heads, 64), torch.zeros(keys, heads, 64)
     v = torch.eye(64)[:keys, None, :].expand(keys, heads, 64)
     cu_q, cu_k = torch.tensor([0, queries]), torch.tensor([0, keys])
-    forward = varlen_attention.varlen_attention_forward
-    out, _ = forward(q, k, v, cu_q, cu_k, queries, keys, 1.0, p, torch.tensor([seed]))
+    packed = Packed(cu_q, cu_k, queries, keys, 1.0, p, torch.tensor([seed]))
+    out, _ = varlen_attention.varlen_attention_forward(q, k, v, packed)
     torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (keys * (1 - p))))
     return out != 0
 
@@ -256,21 +258,21 @@ def test_dropout_forward_and_backward(dtype: torch.dtype) -> None:
 
 def test_unsupported_arguments_are_refused() -> None:
     c = case([3], [4], 1, 32, torch.float32)
-    with pytest.raises(ValueError, match=r"q must be \[Tq, H, D\]"):
+    with pytest.raises(InputError, match=r"q must be \[Tq, H, D\]"):
         run(c._replace(k=c.k[:, :, :16]))
-    with pytest.raises(TypeError, match="one type"):
+    with pytest.raises(InputError, match="one floating-point type"):
         run(c._replace(k=c.k.half()))
-    with pytest.raises(ValueError, match="int32 or int64"):
+    with pytest.raises(InputError, match="int32 or int64"):
         run(c._replace(cu_q=c.cu_q.float()))
-    with pytest.raises(ValueError, match=r"both need S \+ 1"):
+    with pytest.raises(InputError, match=r"both need S \+ 1"):
         run(c._replace(cu_q=torch.tensor([0, 1, 3])))
-    with pytest.raises(ValueError, match=r"bool \[4\]"):
+    with pytest.raises(InputError, match=r"bool \[4\]"):
         run(c._replace(key_mask=torch.ones(3, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="needs a seed"):
+    with pytest.raises(InputError, match="needs a seed"):
         run(c._replace(dropout_p=0.1))
-    with pytest.raises(ValueError, match="less than 1"):
+    with pytest.raises(InputError, match="no probability below 1"):
         run(c._replace(dropout_p=1.0))
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(InputError, match="scale"):
         run(c, scale=float("nan"))
 
 
