@@ -95,7 +95,7 @@ def varlen_attention(
         max_q, max_k: upper bounds of the lengths.
         dropout_p: probability of dropping an attention weight.
         scale: of the products; 1/sqrt(D) by default.
-        key_mask: `[Tk]` boolean, False for keys that nobody attends to.
+        key_mask: `[Tk]` boolean, False for keys that are hidden from all queries.
         seed: one int64 on the device of q that the dropout follows from; drawn from PyTorch's generator by default.
 
     Returns:

@@ -74,7 +74,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
 
 
 def named(backend: Backend | None) -> bool:
-    """Whether the caller asked for one backend, so that nothing else may run in its place."""
+    """True if the caller asked for one backend, so that nothing else may run in its place."""
     return (_chosen.name if backend is None else backend) != "auto"
 
 
@@ -86,7 +86,7 @@ def _known(name: Backend) -> Backend:
 
 @torch.compiler.assume_constant_result
 def _why_not(name: Backend, device: str, index: int | None) -> str | None:
-    """What keeps a backend from running on a device; None when nothing does."""
+    """The reason why a backend cannot run on a device, or None."""
     if name == "reference":
         return None
     if name == "cpu":

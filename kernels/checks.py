@@ -1,4 +1,4 @@
-"""What the operations refuse: arguments that do not fit together, before a kernel turns them into garbage.
+"""Refusals of the operations: arguments that do not fit together, before a kernel turns them into garbage.
 
 Shapes, types and devices are looked at always. Contents (offsets, labels, ids) are looked at where that waits for
 nothing: on CPU. On a GPU it would stop the host at every call, so it is asked for, to find a fault:
@@ -41,7 +41,7 @@ def check_contents() -> Iterator[None]:
 
 
 def looked_at(tensor: Tensor) -> bool:
-    """Whether the contents of a tensor are to be checked."""
+    """True if the contents of a tensor are to be checked."""
     return _switch.on or tensor.device.type == "cpu"
 
 
@@ -152,7 +152,7 @@ def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tupl
 
 
 def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """What a linear layer is given."""
+    """Arguments of a linear layer."""
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
         raise InputError(f"x is {[*x.shape]} and weight {[*weight.shape]}; they must be [..., K] and [M, K]")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -177,7 +177,7 @@ def mlp_arguments(
 def branch_arguments(
     out: tuple[int, ...], residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float
 ) -> None:
-    """What a branch of shape `[..., M]` is scaled with and added to."""
+    """The factors of a branch of shape `[..., M]`, and the residual that it is added to."""
     if residual.shape != out:
         raise InputError(f"the branch is {[*out]} and residual {[*residual.shape]}; they must agree")
     if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
@@ -191,7 +191,7 @@ def branch_arguments(
 
 
 def norm_arguments(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """What a LayerNorm is given."""
+    """Arguments of a LayerNorm."""
     if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
         raise InputError(
             f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
@@ -234,7 +234,7 @@ def ids_inside(ids: Tensor, rows: int, name: str) -> None:
 
 
 def vocabulary_arguments(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> None:
-    """What a loss over a vocabulary is given, but for the labels' values."""
+    """Arguments of a loss over a vocabulary, but for the labels' values."""
     if w.ndim != 2 or h.shape[-1:] != w.shape[1:] or h.shape[:-1] != target.shape or 0 in w.shape:
         raise InputError(
             f"h is {[*h.shape]}, w {[*w.shape]} and target {[*target.shape]}; they must be [..., K], [V, K] and [...]"

@@ -19,7 +19,7 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """Whether the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
+    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     present = [t for t in tensors if t is not None]
@@ -29,7 +29,7 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
 
 
 def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """Whether the operator with products of its own applies, which compilers could not look into."""
+    """True where the operator with products of its own applies, which compilers could not look into."""
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     present = [t for t in tensors if t is not None]

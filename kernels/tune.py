@@ -65,7 +65,7 @@ class Choice:
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
-    """What a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
+    """The sizes a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
     if spec.name in _WIDTHS:
         return [_WIDTHS[spec.name]]
     attention = all("head_dim" in variant for variant in spec.variants)
@@ -95,7 +95,7 @@ def candidates(kernel: str, size: int) -> list[LaunchConfig]:
 
 
 def acceptable(row: Row) -> bool:
-    """Whether a compilation may be shipped: it compiles, fits and does not spill."""
+    """True for a compilation that may be shipped: it compiles, fits and does not spill."""
     return not row.error and not row.stack_bytes and row.occupancy > 0 and row.shared_bytes <= row.shared_limit
 
 

@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Figures:
-    """What compiling one kernel for one architecture showed; `error` is set and all else empty where it failed."""
+    """The outcome of compiling one kernel for one architecture; `error` is set and all else empty where it failed."""
 
     registers: int = 0
     stack_bytes: int = 0

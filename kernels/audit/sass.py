@@ -39,7 +39,7 @@ class Instruction:
 
     @property
     def tensor_core(self) -> bool:
-        """Whether it multiplies matrices."""
+        """True for an instruction that multiplies matrices."""
         return bool(_TENSOR_CORE.fullmatch(self.opcode))
 
     @property
@@ -72,13 +72,13 @@ class Loop:
 
     @property
     def works(self) -> bool:
-        """Whether it reads or multiplies; loops that wait for a barrier do neither."""
+        """True for a loop that reads or multiplies; loops that wait for a barrier do neither."""
         return bool(self.tensor_core or self.loads)
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the disassembler says about one kernel."""
+    """The machine code of one kernel, as the disassembler shows it."""
 
     registers: int
     stack_bytes: int

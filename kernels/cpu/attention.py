@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     heads: slice
     rows: slice
     first: bool
-    """Whether these are the first rows of their batch entries and heads."""
+    """These are the first rows of their batch entries and heads."""
     last: bool
 
 

@@ -171,7 +171,7 @@ class _Slices:
         self.places = h.new_empty(len(slices), rows * width)
 
     def next(self, rows: int, width: int) -> Tensor:
-        """The slice that was handed out longest ago; what it holds is anybody's."""
+        """The slice that was handed out longest ago; its contents are arbitrary."""
         place = self.places[self.first % self.places.shape[0], : rows * width]
         self.first += 1
         return place.view(rows, width)

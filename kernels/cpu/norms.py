@@ -168,7 +168,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """What the branch is multiplied with: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
+    """The factor of the branch: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
     if row_scale is None:
         return gamma
     rows = row_scale.view(-1, *[1] * (x.ndim - 1))
@@ -176,7 +176,7 @@ def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor
 
 
 def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
-    """What dropout multiplies x with, the same for the same seed: 0 or 1/(1-p)."""
+    """The factor that dropout gives every element of x, the same for the same seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
     seed = checks.seed_of(dropout_p, seed)

@@ -281,7 +281,7 @@ EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
 }
 
 
-"""What is timed to choose each operation."""
+"""Operands that are timed to choose each operation."""
 
 
 def _transpose(x: Tensor, place: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def varlen_attention(
         q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; any strides.
         bounds_q, bounds_k: S + 1 offsets of the S sequences in q and in k.
         dropout: of attention weights.
-        key_mask: `[Tk]`, False for keys that nobody attends to.
+        key_mask: `[Tk]`, False for keys that are hidden from all queries.
 
     Returns:
         `[Tq, H, D]`; zeros for a sequence without keys.
@@ -97,7 +97,7 @@ def varlen_attention_backward(
 def without_masked_keys(
     k: Tensor, v: Tensor, bounds_k: tuple[int, ...], key_mask: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """A key that nobody attends to is a key that is not there."""
+    """Keys, values and offsets without the hidden keys: one that no query sees need not be there."""
     kept = host.true_places(key_mask)
     before = F.pad(key_mask.long().cumsum(0), (1, 0))
     bounds = tuple(host.integers(before[torch.tensor(bounds_k)]))
@@ -156,13 +156,13 @@ class Plan(NamedTuple):
 
     groups: list[Group]
     empty: bool
-    """Whether some sequence has queries but no keys."""
+    """Some sequence has queries but no keys."""
     unread: bool
-    """Whether some sequence has keys but no queries."""
+    """Some sequence has keys but no queries."""
 
     @property
     def whole(self) -> bool:
-        """Whether the first group's queries are all queries, in their order."""
+        """True if the first group's queries are all queries, in their order."""
         rows = self.groups[0].queries.rows
         return not self.empty and isinstance(rows, slice) and len(self.groups) == 1
 

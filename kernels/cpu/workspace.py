@@ -17,10 +17,10 @@ _local = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Contiguous memory of this thread, as large as the largest that was asked for; what it holds is anybody's.
+    """Contiguous memory of this thread, as large as the largest that was asked for; its contents are arbitrary.
 
     Args:
-        name: two tensors of one name and type share their memory, so whoever needs both at once gives two names.
+        name: two tensors of one name and type share their memory, so a caller that needs both at once gives two names.
     """
     buffers: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
     numel, key = prod(shape), (name, dtype)

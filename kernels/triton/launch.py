@@ -45,7 +45,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """What to compile: `ASTSource(r.kernel, r.signature, r.constexprs, r.attrs)`, with `options=r.options`."""
+    """A compilation to make: `ASTSource(r.kernel, r.signature, r.constexprs, r.attrs)`, with `options=r.options`."""
 
     kernel: Any
     signature: dict[str, str]
@@ -132,7 +132,7 @@ def _tuned(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def tuned_config(kernel: str, size: int, dtype: str, arch: int) -> LaunchConfig | None:
-    """What the architecture's table says of a kernel for this head dimension or width of rows, if it says anything."""
+    """The entry of the architecture's table for a kernel and its head dimension or width of rows, if there is one."""
     row = _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}")
     return None if row is None else LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"])
 

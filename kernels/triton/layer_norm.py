@@ -369,7 +369,7 @@ def _rows_per_scale(x: Tensor, row_scale: Tensor | None) -> int:
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float]:
-    """Of 2^24 equally likely values, those below the first are dropped; the others are multiplied by the second."""
+    """(threshold, factor): of 2^24 equally likely values, those below the first are dropped, others take the second."""
     if dropout_p:
         checks.seed_of(dropout_p, seed)
     return round(dropout_p * _DROPOUT_STEPS), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0

@@ -1,4 +1,4 @@
-"""What the row-wise kernels share: rows they can address, and sums over rows in two ordered stages, without atomics."""
+"""The common part of row-wise kernels: addressable rows, and sums over rows in two ordered stages, without atomics."""
 
 from __future__ import annotations
 

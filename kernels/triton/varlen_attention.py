@@ -190,7 +190,7 @@ def dkdv_kernel(
     dk_a = dk_a * SCALE
     dk_b = dk_b * SCALE
     if HAS_MASK:
-        # Rows of dk and dv are independent: keys that nobody attends to are struck out at the end, at no cost before.
+        # Rows of dk and dv are independent: hidden keys are struck out at the end, at no cost before.
         allowed = (tl.load(mask_ptr + token + columns, mask=inside, other=0) != 0)[:, None]
         dk_a = tl.where(allowed, dk_a, 0.0)
         dk_b = tl.where(allowed, dk_b, 0.0)
