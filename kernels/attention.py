@@ -17,7 +17,7 @@ from .cpu import attention, varlen
 from .cpu.attention import biased_attention, tiled_attention_backward
 from .cpu.workspace import Dropout
 from .derived import derived
-from .library import operator
+from .library import like, operator
 from .limits import HEAD_DIMS
 
 _PACKED = (
@@ -201,12 +201,6 @@ def _relpos_backward(
     return dq, dk, dv, attention.table_gradient(dbias, window, table.shape[0]).to(table.dtype)
 
 
-def _relpos_backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), table.new_empty(table.shape)
-
-
 def _relpos_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, table, *ctx.rest = inputs
     ctx.save_for_backward(q, k, v, table, *output)
@@ -253,10 +247,6 @@ def _varlen_backward(
     return varlen.varlen_attention_backward(dout, q, k, v, *bounds, packed.scale, dropout, packed.key_mask)
 
 
-def _varlen_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _varlen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, key_mask, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seed, key_mask)
@@ -277,7 +267,7 @@ _relpos_grad = operator(
     "relpos_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor table, Tensor out, Tensor lse, "
     "int height, int width, float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _relpos_backward,
-    _relpos_backward_fake,
+    like(1, 2, 3, 4),
 )
 _relpos = operator(
     "relpos_attention(Tensor q, Tensor k, Tensor v, Tensor table, int height, int width, float scale, str backend) "
@@ -292,7 +282,7 @@ _varlen_grad = operator(
     "varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_PACKED}, str backend) -> (Tensor, Tensor, Tensor)",
     _varlen_backward,
-    _varlen_backward_fake,
+    like(1, 2, 3),
 )
 _varlen = operator(
     f"varlen_attention(Tensor q, Tensor k, Tensor v, {_PACKED}, str backend) -> (Tensor, Tensor)",

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, reference
 from .backend import Backend, named, resolve
 from .cpu import norms as cpu
-from .library import operator
+from .library import like, operator
 from .limits import LARGEST_WIDTH
 from .products import linear, linear_residual, runs_cpu_inference
 
@@ -189,10 +189,6 @@ def _plain_backward(
     return dx, dweight, dbias
 
 
-def _plain_backward_fake(dnormed: Tensor, x: Tensor, weight: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-
-
 def _plain_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _ = inputs
     ctx.save_for_backward(x, weight, output[1], output[2])
@@ -286,12 +282,6 @@ def _embed_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     return tuple(_embed_module(backend).embed_layer_norm_backward(*arguments))
 
 
-def _embed_backward_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, _, _, word, position, type_row, weight, *_ = given
-    tables = [t.new_empty(t.shape) for t in (word, position, type_row, weight, weight)]
-    return tables[0], tables[1], tables[2], tables[3], tables[4]
-
-
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *saved, _, _, ctx.padding_idx, ctx.backend = inputs
     ctx.save_for_backward(*saved, output[1], output[2])
@@ -310,7 +300,7 @@ _layer_norm_grad = operator(
     "layer_norm_backward(Tensor dnormed, Tensor x, Tensor weight, Tensor mean, Tensor rstd) "
     "-> (Tensor, Tensor, Tensor)",
     _plain_backward,
-    _plain_backward_fake,
+    like(1, 2, 2),
 )
 _layer_norm = operator(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
@@ -339,7 +329,7 @@ _embed_layer_norm_grad = operator(
     "Tensor type_row, Tensor weight, Tensor mean, Tensor rstd, int? padding_idx, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _embed_backward,
-    _embed_backward_fake,
+    like(3, 4, 5, 6, 6),
 )
 _embed_layer_norm = operator(
     "embed_layer_norm(Tensor tokens, Tensor positions, Tensor word, Tensor position, Tensor type_row, Tensor weight, "

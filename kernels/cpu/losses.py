@@ -302,15 +302,11 @@ def _rows_inside(target: Tensor, part: slice) -> Tensor:
     return host.true_places((target >= part.start) & (target < part.stop))
 
 
-def _aten_product(x: Tensor, y: Tensor) -> Tensor:
-    return x @ y.t()
-
-
 def _onednn_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
 
 
-_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": _aten_product, "onednn": _onednn_product}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
 
 
 def _chosen(role: str, dtype: torch.dtype) -> str:

@@ -192,7 +192,7 @@ def _best_seconds(products: Sequence[Product], arguments: tuple[Any, ...]) -> li
 
 
 def _packed(weight: Tensor, rows: int) -> Tensor:
-    """The weight in the blocked layout that oneDNN multiplies without reordering it at every call."""
+    """A weight in the blocked layout that oneDNN multiplies without reordering it at every call."""
     if weight.is_inference():
         # Without a version it would be packed again and again.
         return weight
@@ -205,29 +205,14 @@ def _dense(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` by oneDNN: x `[n, K]`, weight `[M, K]`, any strides."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "none", [], "")
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """`x W^T + b` by oneDNN, or its GELU: x `[n, K]`, weight `[M, K]`, any strides."""
+    after = ("gelu", [], "none") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), *after)
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), _dense(bias), "none", [], "")
-
-
-def _aten_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.aten.gelu_(F.linear(x, weight, bias))
-
-
-def _onednn_then_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.aten.gelu_(onednn_linear(x, weight, bias))
-
-
-def _onednn_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "gelu", [], "none")
-
-
-def _packed_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), _dense(bias), "gelu", [], "none")
+def _onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
 
 
 def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -235,29 +220,22 @@ def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     return (residual.clone() if bias is None else residual + bias).addmm_(x, weight.t())
 
 
-def _onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
-
-
-def _packed_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _packed(weight, x.shape[0]), _dense(bias), "add")
-
-
-_LINEAR: dict[str, Callable[..., Tensor]] = {
+# Which is faster differs from processor to processor, so these are compared where they run. The first is trusted.
+_LINEAR: dict[str, Product] = {
     "aten": F.linear,
     "onednn": onednn_linear,
-    "onednn-packed": _packed_linear,
+    "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b),
 }
-_GELU: dict[str, Callable[..., Tensor]] = {
-    "aten": _aten_gelu,
-    "onednn+gelu": _onednn_then_gelu,
-    "onednn": _onednn_gelu,
-    "onednn-packed": _packed_gelu,
+_GELU: dict[str, Product] = {
+    "aten": lambda x, w, b: torch.ops.aten.gelu_(F.linear(x, w, b)),
+    "onednn+gelu": lambda x, w, b: torch.ops.aten.gelu_(onednn_linear(x, w, b)),
+    "onednn": partial(onednn_linear, gelu=True),
+    "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b, gelu=True),
 }
-_RESIDUAL: dict[str, Callable[..., Tensor]] = {
+_RESIDUAL: dict[str, Product] = {
     "aten": _aten_residual,
     "onednn": _onednn_residual,
-    "onednn-packed": _packed_residual,
+    "onednn-packed": lambda x, w, b, residual: _onednn_residual(x, _packed(w, x.shape[0]), b, residual),
 }
 
 
@@ -279,8 +257,6 @@ EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     **_MANY,
     **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
 }
-
-
 """Operands that are timed to choose each operation."""
 
 
@@ -291,16 +267,8 @@ def _transpose(x: Tensor, place: Tensor) -> Tensor:
     return place
 
 
-def _aten_input(dout: Tensor, weight: Tensor) -> Tensor:
-    return dout @ weight
-
-
 def _onednn_input(dout: Tensor, weight: Tensor) -> Tensor:
     return onednn_linear(dout, weight.t(), None)
-
-
-def _aten_weight(dout: Tensor, x: Tensor) -> Tensor:
-    return dout.t() @ x
 
 
 def _transposed_weight(dout: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> Tensor:
@@ -310,16 +278,12 @@ def _transposed_weight(dout: Tensor, x: Tensor, product: Callable[[Tensor, Tenso
     return found if narrow is dout else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
 
 
-def _onednn_weight(dout: Tensor, x: Tensor) -> Tensor:
-    return _transposed_weight(dout, x, _onednn_input)
-
-
-_TRAINED: dict[str, Callable[..., Tensor]] = {"aten": F.linear, "onednn": onednn_linear}
-_INPUT: dict[str, Callable[..., Tensor]] = {"aten": _aten_input, "onednn": _onednn_input}
-_WEIGHT: dict[str, Callable[..., Tensor]] = {
-    "aten": _aten_weight,
+_TRAINED: dict[str, Product] = {"aten": F.linear, "onednn": onednn_linear}
+_INPUT: dict[str, Product] = {"aten": torch.mm, "onednn": _onednn_input}
+_WEIGHT: dict[str, Product] = {
+    "aten": lambda dout, x: dout.t() @ x,
     "transposed": _transposed_weight,
-    "onednn": _onednn_weight,
+    "onednn": lambda dout, x: _transposed_weight(dout, x, _onednn_input),
 }
 
 

@@ -104,7 +104,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
     """A device without values, whose kernels are known by the shapes of their results: whoever asks gets an error."""
     for module in (attention, kernel_losses, norms, products):
         monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
-    monkeypatch.setattr(attention, "_TRITON_HEAD_DIMS", (16,))
+    monkeypatch.setattr(attention, "HEAD_DIMS", (16,))
     # Autocast does not know such a device.
     monkeypatch.setattr(XFM, "_cast", lambda _, pixels: pixels)
     return "meta"
