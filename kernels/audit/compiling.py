@@ -192,7 +192,7 @@ def _plain(constexprs: dict[str, Any]) -> dict[str, str]:
 @cache
 def _audit_source() -> str:
     """A hash of what turns machine code into figures."""
-    files = (Path(__file__).with_name(name) for name in ("compiling.py", "worker.py", "sass.py", "tiles.py"))
+    files = (Path(__file__).with_name(name) for name in ("compiling.py", "worker.py", "sass.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -124,7 +124,9 @@ def tiled_attention(
         dropout: of the weights.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
+    # Multiplied into the product that follows, which costs nothing there.
     rescale = 1.0 if dropout is None else 1 / dropout.kept
+    # Placeholders: the first tile of a group of heads copies their keys and values, the others of the group reuse them.
     keys = values = q
     for tile in tiles(q, k.shape[1]):
         where = (tile.batch, tile.rows, tile.heads)
@@ -171,12 +173,14 @@ def tiled_attention_backward(
             keys, values = head_major("keys", k[whole]), head_major("values", v[whole])
         queries, upstream = head_major("queries", q[where]), head_major("upstream", dout[where])
         weights = tile_weights(queries, keys, scale, tile, bias)
+        # Before the mask, as in the forward pass: both draw the same bits only if they ask in the same order.
         dscores, kept = product("dscores", upstream, values.transpose(1, 2), rescale), weights
         if dropout is not None:
             mask = dropout.mask(tuple(weights.shape), q.dtype)
             dscores *= mask
             kept = mask.mul_(weights)
         _accumulate(dv[whole], kept, upstream, rescale, tile, "dv")
+        # In place: two tensors of a tile's scores would not stay in cache.
         torch.ops.aten._softmax_backward_data.out(dscores, weights, -1, q.dtype, grad_input=dscores)
         dq[where] = token_major(product("attended", dscores, keys, scale), dq[where])
         _accumulate(dk[whole], dscores, queries, scale, tile, "dk")
@@ -227,6 +231,7 @@ def tile_weights(q: Tensor, k: Tensor, scale: float, tile: Tile, bias: Tensor | 
 def _accumulate(gradient: Tensor, scores: Tensor, rows: Tensor, scale: float, tile: Tile, name: str) -> None:
     """Add `scale · scores^T rows` of a tile to the gradient of its keys or values, which all of its rows share."""
     part = product("part", scores.transpose(1, 2), rows, scale)
+    # Tiles of rows add up in fp32; a tile that is alone needs neither the sum nor the copy.
     if not (tile.first and tile.last):
         total = scratch(name, tuple(part.shape), torch.promote_types(rows.dtype, torch.float32))
         part = total.copy_(part) if tile.first else total.add_(part)

@@ -75,6 +75,7 @@ def linear_cross_entropy_forward(
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
     gradients = _Accumulators(rows, w, b, needs, len(blocks), weight)
     slices = _vocabulary_slices(w.shape[0])
+    # For a gradient the logits of all slices are kept until the row's normaliser is known; or else one place is enough.
     memory = _Slices(rows, blocks, slices if any(needs) else slices[:1])
     total = torch.zeros((), dtype=gradients.dtype)
     for block in blocks:
@@ -153,6 +154,7 @@ def token_log_likelihood_backward(
     slices = _vocabulary_slices(w.shape[0]) if any(needs) else []
     memory = _Slices(rows, blocks, slices[:1])
     for part in slices:
+        # Slices outside, blocks inside: a slice of the vocabulary is read from memory once, its gradient written once.
         for block in blocks:
             here = RowStatistics(*(s[block] for s in statistics))
             logits = _logits(rows[block], w, b, part, memory)

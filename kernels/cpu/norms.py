@@ -199,6 +199,7 @@ def _sum(
     if residual is None:
         return branch if factor is None else (branch * factor).to(x.dtype)
     dtype = torch.promote_types(x.dtype, residual.dtype)
+    # `addcmul` reads and writes once where a product and a sum would twice.
     return (residual + branch if factor is None else torch.addcmul(residual, branch, factor)).to(dtype)
 
 

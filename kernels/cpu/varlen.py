@@ -179,6 +179,7 @@ def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], bundled: bool)
     lengths = [(bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i]) for i in range(len(bounds_q) - 1)]
     bundles = _bundles(lengths, _BUNDLE if bundled else 0)
     sizes = [(sum(lengths[i][0] for i in b), sum(lengths[i][1] for i in b)) for b in bundles]
+    # Keys ascend, so that the longest of a group are those of its last member.
     order = sorted(range(len(bundles)), key=lambda i: sizes[i][::-1])
     groups: list[Group] = []
     start = 0

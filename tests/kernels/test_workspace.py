@@ -1,6 +1,9 @@
-"""Masks of dropout on CPU: reproducible, of the right share, and independent of each other."""
+"""Dropout masks on CPU: reproducible, of the right share, independent of each other; and freed memory that is kept."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,3 +67,40 @@ def test_a_branch_in_training_keeps_its_mean() -> None:
     torch.manual_seed(0)
     again = ops.linear_residual(x, weight, None, torch.zeros(4000, 50), dropout_p=0.25)
     assert torch.equal(again, out)
+
+
+_SCRIPT = """
+import resource, sys
+import torch
+from xfm_fast.kernels.cpu.workspace import keep_freed_memory
+
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    raise SystemExit(3)
+for _ in range(3):
+    del_me = [torch.ones(1 << 20) for _ in range(4)]
+    del del_me
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    del_me = [torch.ones(1 << 20) for _ in range(4)]
+    del del_me
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _faults(mode: str) -> int:
+    run = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, mode], capture_output=True, text=True, check=False, timeout=120
+    )
+    if run.returncode == 3:
+        pytest.skip("the C library of this system has no such options")
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    """80 MB in pieces of 4 MB are 20,480 pages of 4 KB where they are returned and taken again.
+
+    What other allocations leave between them can cost a piece or two anew.
+    """
+    assert _faults("keep") < 20_480 // 5
