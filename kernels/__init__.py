@@ -3,5 +3,3 @@
 Importing this package imports nothing of it: `kernels.reference` is for machines without Triton, and `kernels.triton`
 decides on import whether its kernels are compiled or interpreted.
 """
-
-__all__ = ["ops", "reference"]

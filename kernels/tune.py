@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .audit import Form, Row, compile_rows
+from .checks import Packed
 from .triton import launch
 from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
 
@@ -272,8 +273,8 @@ def _varlen(
     mask = torch.ones(k.shape[0], dtype=torch.bool, device=q.device) if "masked" in part else None
     seed = torch.zeros(1, dtype=torch.int64, device=q.device)
     dropout = 0.1 if "dropout" in part else 0.0
-    arguments = (q, k, v, cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
+    packed = Packed(cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
     if part.startswith("forward"):
-        return lambda: module.varlen_attention_forward(*arguments)
-    out, lse = module.varlen_attention_forward(*arguments)
-    return lambda: module.varlen_attention_backward(dout, *arguments, out, lse)
+        return lambda: module.varlen_attention_forward(q, k, v, packed)
+    out, lse = module.varlen_attention_forward(q, k, v, packed)
+    return lambda: module.varlen_attention_backward(dout, q, k, v, out, lse, packed)

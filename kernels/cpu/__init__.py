@@ -1,3 +1,1 @@
 """The CPU path: oneDNN or MKL products, whichever this machine runs faster, and attention built from them."""
-
-__all__ = ["attention", "losses", "norms", "products", "selection", "varlen", "workspace"]

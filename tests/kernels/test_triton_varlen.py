@@ -54,7 +54,7 @@ def case(
 
 
 def run(c: Case, module: Any = varlen_attention, scale: float | None = None) -> tuple[Tensor, ...]:
-    scale = c.q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(c.q.shape[-1] ** -0.5) if scale is None else scale
     packed = Packed(c.cu_q, c.cu_k, *c.longest, scale, c.dropout_p, c.seed, c.key_mask)
     with poison():
         out, lse = module.varlen_attention_forward(c.q, c.k, c.v, packed)
