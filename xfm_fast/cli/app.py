@@ -2,10 +2,10 @@
 
 The parser is derived by cyclopts from the configs that the library functions take: frozen dataclasses (or pydantic
 models) whose annotations are the types and choices and whose docstring is the help. Of the two kept libraries that do
-so, tyro builds the parsers of all commands at once, and thereby imports all that they import, PyTorch included, before
-it answers `--help`; it has neither positional lists in front of a last positional nor an answer to a misspelt command.
-cyclopts imports a command when it is asked for, completes in four shells, groups the help, and answers what is misspelt
-with the nearest name. What it lacks is `read_values`.
+so, tyro wants the functions of all commands, and so imports what they import, PyTorch included, before it answers
+`--help`; it names no nearest command for a misspelt one, and a list of positionals before a last one swallows that when
+an option follows. cyclopts imports a command when it is asked for, completes in four shells, groups the help, and
+answers what is misspelt with the nearest name. What it lacks is `read_values`.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _usage(error: CycloptsError) -> str:
     """What is wrong with a command line, in one line, with the nearest name where one is near."""
+    from pydantic import ValidationError
+
     error.verbose = False
     text = str(error)
     if isinstance(error, UnknownCommandError):
@@ -142,7 +144,7 @@ def _usage(error: CycloptsError) -> str:
         word = error.unused_tokens[0]
         near = get_close_matches(word, [*error.app] if error.app else [], n=1)
         text = f'Unexpected "{word}".' + (f' Did you mean "{near[0]}"?' if near else "")
-    elif (pydantic := sys.modules.get("pydantic")) and isinstance(error.__cause__, pydantic.ValidationError):
+    elif isinstance(error.__cause__, ValidationError):
         # The argument is an option, or `*`, a whole model, whose field it then is.
         wrong, option = error.__cause__.errors()[0], error.argument.name if error.argument else "*"
         if option == "*":
