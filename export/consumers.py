@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export.attention import AttentionForm
+
+from .graphs import AttentionForm
 
 Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
 CONSUMERS: tuple[Consumer, ...] = get_args(Consumer)

@@ -51,7 +51,8 @@ def onnx(
 ) -> None:
     """Write ONNX files, run them, and compare them with the model."""
     from xfm_fast import cli_export_model
-    from xfm_fast.export import consumers, exporting, verification
+    from xfm_fast.export import consumers, verification
+    from xfm_fast.export import onnx as exporting
 
     # What is wrong with the options shows before a checkpoint is read.
     names, sizes = exporting.parse_graphs(graphs), exporting.parse_fixed(fixed)

@@ -17,8 +17,8 @@ from xfm_fast.errors import InputError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from xfm_fast.export.engine_library import EngineConsumer, EngineOptions
-    from xfm_fast.export.engine_progress import BuildProgress
+    from xfm_fast.export.engines.build import BuildProgress
+    from xfm_fast.export.engines.library import EngineConsumer, EngineOptions
 
 SM = typer.Option(help="Compute capabilities to build for, such as 80,89,120. [this machine's GPU]")
 PROFILE = typer.Option(
@@ -67,7 +67,7 @@ def tensorrt(
     verbose: Annotated[bool, VERBOSE] = False,
 ) -> None:
     """Build TensorRT engines for the GPU of this machine."""
-    from xfm_fast.export.engine_library import EngineOptions, parse_hardware_compatibility, parse_targets
+    from xfm_fast.export.engines.library import EngineOptions, parse_hardware_compatibility, parse_targets
 
     options = EngineOptions(
         targets=parse_targets(sm),
@@ -104,7 +104,7 @@ def tensorrt_rtx(
     verbose: Annotated[bool, VERBOSE] = False,
 ) -> None:
     """Build engines of TensorRT for RTX, on any machine, for the GPUs that are named."""
-    from xfm_fast.export.engine_library import EngineOptions, parse_targets
+    from xfm_fast.export.engines.library import EngineOptions, parse_targets
 
     _export(
         "tensorrt-rtx", EngineOptions(targets=parse_targets(sm), optimization_level=level), out, checkpoint=checkpoint,
@@ -137,24 +137,24 @@ def _export(
     verbose: bool,
 ) -> None:
     from xfm_fast import cli_export_model
-    from xfm_fast.export import consumers, engines, exporting, quantisation, verification
-    from xfm_fast.export import plugins as plugin_library
-    from xfm_fast.export.engine_library import load_library
-    from xfm_fast.export.engine_profiles import parse_profiles
-    from xfm_fast.export.engine_rewriting import with_plugins
+    from xfm_fast.export import consumers, engines, onnx, quantise, verification
+    from xfm_fast.export.engines import plugins as plugin_library
+    from xfm_fast.export.engines.library import load_library
+    from xfm_fast.export.engines.plugin_graphs import with_plugins
+    from xfm_fast.export.engines.profiles import parse_profiles
 
     # What is wrong with the options shows before a checkpoint is read.
-    names, sizes, shapes = exporting.parse_graphs(graphs), exporting.parse_fixed(fixed), parse_profiles(profiles)
+    names, sizes, shapes = onnx.parse_graphs(graphs), onnx.parse_fixed(fixed), parse_profiles(profiles)
     consumers.profile(consumer, dtype, opset)
     if plugins and quantize:
         raise InputError("--plugins and --quantize change the same products; choose one of them")
-    exporting.require_onnx()
+    onnx.require_onnx()
     library = load_library(consumer)
     targets = library.check(options, dtype)
     if quantize:
-        if quantize in quantisation.QUANTISATIONS:
+        if quantize in quantise.QUANTISATIONS:
             library.check(options, quantize)
-        quantisation.check_quantisation(quantize, dtype)  # pyright: ignore[reportArgumentType]
+        quantise.check_quantisation(quantize, dtype)  # pyright: ignore[reportArgumentType]
     if plugins:
         plugin_library.check_plugins(library)
     subject = cli_export_model.load_subject(
@@ -163,7 +163,7 @@ def _export(
     examples = cli_export_model.examples_for(subject, data, sizes)
     rewrite = None
     if quantize:
-        rewrite = quantisation.quantising(subject.model, examples, quantize, dtype)  # pyright: ignore[reportArgumentType]
+        rewrite = quantise.quantising(subject.model, examples, quantize, dtype)  # pyright: ignore[reportArgumentType]
     if plugins:
         rewrite = with_plugins(library, targets[0], shapes)
     with _showing(verbose) as progress:
@@ -205,7 +205,7 @@ class _Bars:
 @contextmanager
 def _showing(verbose: bool) -> Iterator[BuildProgress]:
     """Bars where somebody watches, or the builder's messages."""
-    from xfm_fast.export.engine_progress import Silent
+    from xfm_fast.export.engines.build import Silent
 
     if verbose:
         from rich.console import Console

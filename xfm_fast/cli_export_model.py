@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from xfm_fast.benchmarks.photographs import Collection
     from xfm_fast.config import XFMConfig
+    from xfm_fast.export.expected import Examples
     from xfm_fast.export.manifest import Manifest
-    from xfm_fast.export.reference import Examples
     from xfm_fast.models.xfm import XFM
     from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -160,7 +160,7 @@ def load_examples(subject: Subject, data: Path | None, *, longest: int) -> tuple
         longest: tokens of the longest text.
     """
     from xfm_fast.benchmarks import photographs
-    from xfm_fast.export.reference import generated_examples
+    from xfm_fast.export.expected import generated_examples
 
     config = subject.model.config
     if data is not None:
@@ -173,7 +173,7 @@ def load_examples(subject: Subject, data: Path | None, *, longest: int) -> tuple
 
 
 def _examples(collection: Collection, subject: Subject, longest: int) -> Examples:
-    from xfm_fast.export.reference import make_examples
+    from xfm_fast.export.expected import make_examples
     from xfm_fast.tokenizer import CaptionTokenizer
 
     config, tokenizer = subject.model.config, subject.tokenizer

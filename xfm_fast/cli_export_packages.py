@@ -31,10 +31,12 @@ def aoti(
 ) -> None:
     """Compile AOTInductor packages, run them, and compare them with the model."""
     from xfm_fast import cli_export_model
-    from xfm_fast.export import exporting, package_target, packages, verification
+    from xfm_fast.export import aoti as package_target
+    from xfm_fast.export import aoti as packages
+    from xfm_fast.export import onnx, verification
 
     # What is wrong with the options shows before a checkpoint is read.
-    names, sizes = exporting.parse_graphs(graphs), exporting.parse_fixed(fixed)
+    names, sizes = onnx.parse_graphs(graphs), onnx.parse_fixed(fixed)
     package_target.check_compiling(device, dtype)
     subject = cli_export_model.load_subject(
         checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer

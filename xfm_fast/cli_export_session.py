@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from xfm_fast.export.session_report import SessionReport, ShapeRow
+    from xfm_fast.export.session.report import SessionReport, ShapeRow
 
 RUNTIME = typer.Option(help="auto, onnxruntime, openvino, tensorrt-rtx, tensorrt or aoti.")
 DEVICE = typer.Option(help="cpu, cuda or cuda:1. [a GPU where runtime and machine have one]")
@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Load an export and measure every graph: rates, latencies, transfers, loading, artifacts, memory."""
     from xfm_fast.export.session import Session
-    from xfm_fast.export.session_report import measure_session
+    from xfm_fast.export.session.report import measure_session
 
     session = Session.load(folder, runtime, device)
     found = measure_session(session, seconds=seconds, progress=_say)
@@ -42,7 +42,7 @@ def int8(
 ) -> None:
     """Quantise an fp32 export to int8 for the CPU, and measure what that costs in accuracy."""
     from xfm_fast import cli_export
-    from xfm_fast.export.dynamic_int8 import quantize_int8
+    from xfm_fast.export.quantise import quantize_int8
 
     cli_export.finish(quantize_int8(folder, out), out)
 

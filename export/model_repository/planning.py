@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export.graphs import GraphName
-from xfm_fast.export.manifest import AxisRecord, GraphRecord, Manifest
-from xfm_fast.export.model_repository.configs import ModelBackend, ServedDevice, graph_config, most_batch, rank_config
-from xfm_fast.export.model_repository.ranking import RankLimits
-from xfm_fast.export.model_repository.served_graphs import model_name
-from xfm_fast.export.shape_slots import graph_slots, largest
 from xfm_fast.tokenizer import CaptionTokenizer
+
+from ..graphs import GraphName
+from ..manifest import AxisRecord, GraphRecord, Manifest
+from ..slots import graph_slots, largest
+from .configs import ModelBackend, ServedDevice, graph_config, most_batch, rank_config
+from .ranking import RankLimits
+from .served_graphs import model_name
 
 BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
 Pipeline = Literal["rank", "graphs"]

@@ -15,12 +15,11 @@ from typer.testing import CliRunner
 
 from xfm_fast import XFM, Retriever, cli
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
-from xfm_fast.export import package_target, packages
-from xfm_fast.export.exporting import build_graphs
+from xfm_fast.export import aoti
+from xfm_fast.export.aoti import check_compiling, check_package, export_packages, instructions, local_target, traced
 from xfm_fast.export.graphs import GRAPHS
 from xfm_fast.export.manifest import Manifest, PackageTarget
-from xfm_fast.export.package_target import check_compiling, check_package, instructions, local_target
-from xfm_fast.export.packages import export_packages, traced
+from xfm_fast.export.onnx import build_graphs
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import verify, verify_export
 
@@ -79,7 +78,7 @@ def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XF
     done = subprocess.run([sys.executable, "-c", _FRESH, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt", weights_only=True)["memory"]
-    (graph,) = build_graphs(small_model, packages._SPELLING, ("image_memory",)).values()
+    (graph,) = build_graphs(small_model, aoti._SPELLING, ("image_memory",)).values()
     with torch.no_grad():
         (expected,) = graph(embeds)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -94,7 +93,7 @@ def test_weights_are_joined_once(memory_package: Path) -> None:
 
 
 def test_linear_layers_stay_operators(small_model: XFM) -> None:
-    for graph in build_graphs(small_model, packages._SPELLING, ("vision", "image_memory")).values():
+    for graph in build_graphs(small_model, aoti._SPELLING, ("vision", "image_memory")).values():
         program = traced(graph, "fp32", "cpu", {})
         called = {node.target for node in program.graph.nodes if node.op == "call_function"}
         assert torch.ops.xfm_fast.linear.default in called
@@ -158,7 +157,7 @@ def test_errors_come_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.
     assert "this GPU (SM75) has no bf16 arithmetic; use --dtype fp16" in _run(
         *given, "--device", "cuda", "--dtype", "bf16"
     )
-    monkeypatch.setattr(package_target, "_computes", lambda dtype: dtype == "bf16")
+    monkeypatch.setattr(aoti, "_computes", lambda dtype: dtype == "bf16")
     assert "no fp16 arithmetic and would emulate it; use --dtype fp32 or bf16" in _run(*given, "--dtype", "fp16")
 
     def absent() -> str:

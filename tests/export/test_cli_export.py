@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from xfm_fast import cli, cli_export_model
 from xfm_fast.checkpoint import to_official
 from xfm_fast.errors import InputError, UnavailableError, XFMError
-from xfm_fast.export import exporting
+from xfm_fast.export import onnx
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.models.xfm import XFM
 
@@ -65,7 +65,7 @@ def test_verify_shows_a_table(copied: Path) -> None:
 
 
 def test_failed_verification_keeps_the_files(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xfm_fast.export.agreement import THRESHOLDS, Threshold
+    from xfm_fast.export.verification import THRESHOLDS, Threshold
 
     strict = Threshold(absolute=0, rounding=0, cosine=2, tie=0, ranks=0.99)
     monkeypatch.setitem(THRESHOLDS, "fp32", strict)
@@ -106,7 +106,7 @@ def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt
     def refuse(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("exported")
 
-    monkeypatch.setattr(exporting, "write_onnx", refuse)
+    monkeypatch.setattr(onnx, "write_onnx", refuse)
     assert message in _run("onnx", "--out", str(tmp_path / "out"), *options, expect=2)
     assert not (tmp_path / "out").exists()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.export.fake_tensorrt import make_tensorrt
+from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast import cli
 from xfm_fast.export.manifest import Manifest
 
@@ -71,7 +71,7 @@ def test_tensorrt_without_tensorrt(
     assert run(monkeypatch, *command) == 2
     assert "pip install 'xfm-fast[tensorrt]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt())
-    monkeypatch.setattr("xfm_fast.export.engine_library.local_capability", lambda: 89)
+    monkeypatch.setattr("xfm_fast.export.engines.library.local_capability", lambda: 89)
     for more, message in (
         (("--hardware-compatible", "all"), "choose from ampere_plus, same_compute_capability"),
         (("--plugins", "--quantize", "int8"), "choose one of them"),
@@ -105,8 +105,8 @@ def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
     pytest.importorskip("tensorrt_rtx")
     from xfm_fast.cli_export_model import load_subject
-    from xfm_fast.export.engine_library import EngineOptions
     from xfm_fast.export.engines import export_engines
+    from xfm_fast.export.engines.library import EngineOptions
 
     model = load_subject(None, "base").model
     manifest = export_engines(

@@ -16,9 +16,12 @@ import torch
 
 from xfm_fast import __version__
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
-from xfm_fast.export import exporting, manifest
+from xfm_fast.export import manifest
+from xfm_fast.export import onnx as exporting
 from xfm_fast.export.consumers import profile
-from xfm_fast.export.exporting import (
+from xfm_fast.export.graphs import GRAPHS
+from xfm_fast.export.manifest import EngineTarget, FileRecord, Manifest, new_manifest, record_files
+from xfm_fast.export.onnx import (
     build_graphs,
     export_onnx,
     graph_bytes,
@@ -27,8 +30,6 @@ from xfm_fast.export.exporting import (
     prepare_folder,
     weights_sha256,
 )
-from xfm_fast.export.graphs import GRAPHS
-from xfm_fast.export.manifest import EngineTarget, FileRecord, Manifest, new_manifest, record_files
 from xfm_fast.models.xfm import XFM
 
 
