@@ -11,10 +11,10 @@ import errno
 import os
 import platform
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,20 +22,14 @@ from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from xfm_fast.kernels import ops  # noqa: F401, which registers the operators
 from xfm_fast.models.xfm import XFM
 
-from . import manifest as manifests
-from .consumers import DTYPES, DType, Profile
-from .expected import reference_bytes
-from .graphs import Graph, GraphName, frozen, tracing_call
-from .manifest import MANIFEST_FILE, GraphRecord, Manifest, PackageTarget
-from .onnx import (
-    Progress,
-    build_graphs,
-    graph_bytes,
-    graph_interface,
-    in_dtype,
-    prepare_folder,
-    weights_sha256,
-)
+from .consumers import DTYPES, DType, Profile, data_type
+from .expected import Examples
+from .graphs import Graph, frozen, tracing_call
+from .manifest import GraphRecord, Manifest, PackageTarget, package_versions
+from .pipeline import Progress, export_graphs, silent
+from .request import PackageRequest, completed
+
+DEVICES = ("cpu", "cuda")
 
 # While one is compiled its weights lie in a library, in an object file and in the package.
 _COPIES = 3
@@ -49,25 +43,22 @@ _COMPILER = {"aot_inductor.use_runtime_constant_folding": True}
 def export_packages(
     model: XFM,
     folder: str | Path,
+    request: PackageRequest | None = None,
     *,
-    dtype: DType = "fp32",
-    device: str = "cpu",
-    graphs: Sequence[GraphName] | None = None,
-    fixed: Mapping[str, int] | None = None,
-    all_tokens: bool = False,
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
-    progress: Progress = lambda message: None,
+    examples: Examples | None = None,
+    progress: Progress = silent,
+    **changes: Any,
 ) -> Manifest:
     """Compile graphs of a model to `<graph>.pt2`, and write `manifest.json` beside them.
-
-    The manifest says `unverified`; `verification.verify_export` compares the packages with the model.
 
     Args:
         model: is left as it is.
         folder: made if it is not there. Packages of the same name in it are replaced.
-        device: `cpu` or `cuda`, of this machine: packages are bound to the processor and GPU that compiled them.
-        dtype, graphs, fixed, all_tokens, source, tokenizer_sha256, progress: as in `exporting.export_onnx`.
+        request: which graphs, and their form. Packages are bound to the processor and GPU that compiled them.
+        source, tokenizer_sha256, examples, progress: see `pipeline.export_graphs`.
+        changes: fields of the request.
 
     Raises:
         UnavailableError: a device, type or graph that is unknown or that this machine or model does not offer.
@@ -75,50 +66,21 @@ def export_packages(
         StorageError: the folder cannot be written, or has no room for the files.
         ExportError: there is no C++ compiler, or a graph cannot be compiled.
     """
-    folder, fixed = Path(folder), dict(fixed or {})
-    check_compiling(device, dtype)
-    built = build_graphs(model, _SPELLING, graphs, fixed=fixed, all_tokens=all_tokens)
-    sizes = [graph_bytes(graph, model, dtype) for graph in built.values()]
-    prepare_folder(folder, sum(sizes) + _COPIES * max(sizes) + reference_bytes(model.config))
-    content = manifests.new_manifest(
-        kind="aoti",
-        source=source,
-        weights_sha256=weights_sha256(model, built.values()),
-        tokenizer_sha256=tokenizer_sha256,
-        config=model.config.model_dump(),
-        dtype=dtype,
-        consumer="aoti",
-        opset=None,
-        attention=_SPELLING.form,
-        all_tokens=all_tokens,
-        fixed=fixed,
-        versions=manifests.package_versions("torch", "triton"),
-        graphs=[],
-        files=[],
-        package=local_target(device),
-        reason="it was not compared with the model",
-    )
-    # From here on the files change, and an earlier manifest no longer describes them.
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    for name, graph in built.items():
-        progress(f"compiling {name}")
-        started = time.perf_counter()
-        axes = {axis.name for spec in graph.inputs for axis in spec.axes.values()}
-        constant = {axis: size for axis, size in fixed.items() if axis in axes}
-        path = folder / f"{name}.pt2"
-        write_package(in_dtype(graph, dtype), path, dtype, device, fixed=constant)
-        content.graphs.append(
-            GraphRecord(
-                name=name,
-                file=path.name,
-                files=[path.name],
-                build_seconds=round(time.perf_counter() - started, 3),
-                **graph_interface(graph, dtype, model, constant),
-            )
-        )
-    content.files = manifests.record_files(folder, [record.file for record in content.graphs])
-    content.save(folder)
-    return content
+    request = completed(request, PackageRequest, changes)
+    check_compiling(request.device, request.dtype)
+
+    def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
+        progress(f"compiling {record.name}")
+        path = Path(folder, record.file)
+        write_package(graph, path, content.dtype, request.device, fixed=graph.own_sizes(content.fixed))
+        return [path.name]
+
+    return export_graphs(
+        model, Path(folder), request, _SPELLING, write, suffix=".pt2",
+        room=lambda sizes: sum(sizes) + _COPIES * max(sizes), kind="aoti", consumer="aoti", opset=None,
+        versions=package_versions("torch", "triton"), package=local_target(request.device), source=source,
+        tokenizer_sha256=tokenizer_sha256, examples=examples, progress=progress,
+    )  # fmt: skip
 
 
 def write_package(
@@ -201,8 +163,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-DEVICES = ("cpu", "cuda")
-
 _BF16_CAPABILITY = 80
 # Extensions that compilers make use of for arithmetic, by the names that Linux gives them on x86-64.
 _EXTENSIONS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse", "vaes", "vpclmul")
@@ -248,8 +208,7 @@ def check_compiling(device: str, dtype: str) -> None:
     """
     if device not in DEVICES:
         raise UnavailableError(f"device {device!r} is unknown; choose from {', '.join(DEVICES)}")
-    if dtype not in DTYPES:
-        raise UnavailableError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    data_type(dtype)
     if device == "cuda":
         _check_gpu(dtype)
     elif dtype != "fp32" and not _computes(dtype):

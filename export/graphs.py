@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,7 @@ from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, Transfor
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 
-GraphName = Literal["vision", "text", "image_memory", "fusion", "match"]
-GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
+from .request import GRAPHS, GraphName
 
 _MASKED = -10000.0
 
@@ -71,6 +70,11 @@ class Graph(nn.Module):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     form: AttentionForm
+
+    def own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of those axes that this graph has."""
+        axes = {axis.name for spec in self.inputs for axis in spec.axes.values()}
+        return {axis: size for axis, size in sizes.items() if axis in axes}
 
 
 class VisionGraph(Graph):

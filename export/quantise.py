@@ -21,12 +21,12 @@ import torch
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from . import manifest as manifests
 from .consumers import DTYPES, DType
-from .expected import REFERENCE_FILE, Examples, Reference, graph_memory
-from .manifest import MANIFEST_FILE, GraphRecord, Manifest
-from .onnx import Rewrite, prepare_folder, widen
-from .verification import verify
+from .expected import Examples, Reference, graph_memory
+from .manifest import GraphRecord, Manifest, package_versions
+from .onnx import Rewrite, widen
+from .pipeline import fill_folder, prepare_folder
+from .verification import compare_with_reference, keep_reference
 
 Quantisation = Literal["int8", "fp8"]
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
@@ -140,7 +140,7 @@ def _with_onnxruntime(path: Path, feeds: Iterator[dict[str, np.ndarray]]) -> Non
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as quantize
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet_calibration():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet():
         made = Path(scratch) / path.name
         quantize(
             str(path),
@@ -168,7 +168,7 @@ def _with_modelopt(path: Path, feeds: Iterator[dict[str, np.ndarray]], kind: Qua
     """NVIDIA's quantiser, which calibrates by ONNX Runtime on the CPU."""
     from modelopt.onnx.quantization import quantize  # pyright: ignore[reportMissingImports]
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet_calibration():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet():
         source, made = Path(scratch) / path.name, Path(scratch) / f"quantised-{path.name}"
         if dtype == "bf16":
             # The quantiser narrows the graph again, after it has seen what the products are given.
@@ -212,17 +212,6 @@ def _reader(feeds: Iterator[dict[str, np.ndarray]]) -> Any:
     return Reader()
 
 
-class _quiet_calibration:
-    """Without advice to run a pre-processing that our graphs do not need."""
-
-    def __enter__(self) -> None:
-        self._level = logging.root.level
-        logging.root.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.root.setLevel(self._level)
-
-
 def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
     """Write an int8 copy of an fp32 export into a folder of its own, and measure what it costs.
 
@@ -250,32 +239,26 @@ def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
             f"{folder} holds an export to {source.kind} in {arithmetic}; int8 is made of fp32 ONNX files: xfm-fast "
             "export onnx --dtype fp32"
         )
-    Reference.load(folder)
+    reference = Reference.load(folder)
     prepare_folder(out, sum(record.bytes for record in source.files))
-    # From here on the files change, and an earlier manifest no longer describes them.
-    (out / MANIFEST_FILE).unlink(missing_ok=True)
-    graphs = [_quantized(record, folder, out) for record in source.graphs]
-    try:
-        shutil.copyfile(folder / REFERENCE_FILE, out / REFERENCE_FILE)
-    except OSError as error:
-        raise StorageError(f"{out / REFERENCE_FILE} cannot be written ({error.strerror or error})") from error
-    names = [REFERENCE_FILE, *(name for graph in graphs for name in graph.files)]
     result = source.model_copy(
         update={
-            "graphs": graphs,
-            "files": manifests.record_files(out, names),
-            "versions": source.versions | manifests.package_versions("onnxruntime"),
+            "versions": source.versions | package_versions("onnxruntime"),
             "options": source.options | {"arithmetic": "int8", "quantisation": "dynamic, int8 weights by channel"},
             "status": "unverified",
             "reason": "it was not compared with the model",
             "verification": None,
         }
     )
-    result.save(out)
-    return verify(out, check_files=False)
+
+    def compare(content: Manifest) -> None:
+        keep_reference(content, out, reference)
+        compare_with_reference(content, out, reference)
+
+    return fill_folder(result, out, source.graphs, lambda record: _quantized(record, folder, out), compare)
 
 
-def _quantized(record: GraphRecord, folder: Path, out: Path) -> GraphRecord:
+def _quantized(record: GraphRecord, folder: Path, out: Path) -> list[str]:
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError:
@@ -302,13 +285,12 @@ def _quantized(record: GraphRecord, folder: Path, out: Path) -> GraphRecord:
             f"ONNX Runtime cannot quantise graph {record.name!r} ({' '.join(str(error).split())[:300]}); "
             "serve it in fp32"
         ) from error
-    written = [record.file, *([f"{record.file}.data"] if external else [])]
-    return record.model_copy(update={"files": written})
+    return [record.file, *([f"{record.file}.data"] if external else [])]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice to preprocess graphs, which were optimised when they were exported."""
+    """Without the advice of quantisers to preprocess graphs, which were optimised when they were exported."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

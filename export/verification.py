@@ -42,7 +42,7 @@ class Runner(Protocol):
 def verify_export(
     folder: str | Path, model: XFM, examples: Examples | None = None, runner: Runner | None = None
 ) -> Manifest:
-    """End an export: write the model's own results into its folder, then `verify`.
+    """End an export: write the model's own results into its folder, and compare the export with them.
 
     Args:
         folder: of an export whose manifest lists all other files.
@@ -52,14 +52,30 @@ def verify_export(
     """
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=False)
+    try:
+        compare_with_model(manifest, folder, model, examples, runner)
+    finally:
+        manifest.save(folder)
+    return manifest
+
+
+def compare_with_model(
+    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None, runner: Runner | None = None
+) -> None:
+    """Enter into a manifest how its export compares with the model, whose own results are written into the folder."""
     longest = manifest.fixed.get("length", LONGEST)
     examples = generated_examples(model.config, longest=longest) if examples is None else examples
-    make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens).save(folder)
+    reference = make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens)
+    manifest.examples = examples.origin
+    keep_reference(manifest, folder, reference)
+    compare_with_reference(manifest, folder, reference, runner)
+
+
+def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> None:
+    """Write the reference into the folder of an export, and into the list of its files."""
+    reference.save(folder)
     others = [record for record in manifest.files if record.name != REFERENCE_FILE]
     manifest.files = [*others, *record_files(folder, [REFERENCE_FILE])]
-    manifest.examples = examples.origin
-    manifest.save(folder)
-    return verify(folder, runner, check_files=False)
 
 
 def verify(folder: str | Path, runner: Runner | None = None, *, check_files: bool = True) -> Manifest:
@@ -80,17 +96,22 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
     """
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=check_files)
-    reference = Reference.load(folder)
+    compare_with_reference(manifest, folder, Reference.load(folder), runner)
+    manifest.save(folder)
+    return manifest
+
+
+def compare_with_reference(
+    manifest: Manifest, folder: Path, reference: Reference, runner: Runner | None = None
+) -> None:
+    """Enter into a manifest how the files of its export compare with a reference."""
     started = time.perf_counter()
-    manifest.verification = None
     try:
         runner = default_runner(folder, manifest) if runner is None else runner
-        comparison = compare(manifest, reference, runner)
+        checks, ranks = compare(manifest, reference, runner)
     except UnavailableError as error:
-        manifest.status, manifest.reason = "unverified", str(error)
-        manifest.save(folder)
-        return manifest
-    checks, ranks = comparison
+        manifest.status, manifest.reason, manifest.verification = "unverified", str(error), None
+        return
     manifest.verification = VerificationRecord(
         runtime=runner.description,
         examples=manifest.examples,
@@ -102,8 +123,6 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
     bad += [f"ranks by {check.graph}" for check in ranks if not check.passed]
     manifest.status = "failed" if bad else "verified"
     manifest.reason = f"differs from the model: {', '.join(bad)}" if bad else ""
-    manifest.save(folder)
-    return manifest
 
 
 def default_runner(folder: Path, manifest: Manifest) -> Runner:
@@ -119,11 +138,11 @@ def default_runner(folder: Path, manifest: Manifest) -> Runner:
     from .session import Session
 
     if manifest.kind != "onnx":
-        session = Session(folder, manifest.kind, verify_files=False)
+        session = Session(folder, manifest.kind, manifest=manifest)
     elif manifest.dtype == "bf16":
-        session = Session(folder, WidenedOnnx(manifest), verify_files=False)
+        session = Session(folder, WidenedOnnx(manifest), manifest=manifest)
     else:
-        session = Session(folder, "onnxruntime", "cpu", verify_files=False)
+        session = Session(folder, "onnxruntime", "cpu", manifest=manifest)
     session.warm_up()
     return session
 

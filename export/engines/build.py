@@ -5,23 +5,34 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from xfm_fast.checkpoint.storage import write_bytes
-from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .. import manifest as manifests
-from ..consumers import DType, profile
-from ..graphs import GraphName
-from ..manifest import MANIFEST_FILE, EngineTarget, GraphRecord, Manifest, ProfileRecord
-from ..onnx import Rewrite, build_graphs, export_onnx, graph_bytes, graph_interface, prepare_folder
-from .library import EngineConsumer, EngineOptions, Library, load_library
+from ..consumers import Profile, data_type, profile
+from ..expected import Examples, generated_examples
+from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord
+from ..onnx import Rewrite, export_onnx, require_onnx
+from ..pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder
+from ..quantise import QUANTISATIONS, check_quantisation, quantising
+from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed, joined
+from ..verification import compare_with_model
+from .library import (
+    EngineConsumer,
+    EngineOptions,
+    Library,
+    load_library,
+    parse_hardware_compatibility,
+    parse_targets,
+)
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
-from .profiles import DEFAULT_PROFILES, ShapeProfile, graph_profiles
+from .plugins import check_plugins
+from .profiles import DEFAULT_PROFILES, ShapeProfile, graph_profiles, parse_profiles
 
 ONNX_FOLDER = "onnx"
 """In the folder of the engines: the graphs that they were built from, where they are kept."""
@@ -46,35 +57,26 @@ def export_engines(
     model: XFM,
     folder: str | Path,
     consumer: EngineConsumer,
+    request: EngineRequest | None = None,
     *,
-    dtype: DType = "bf16",
-    graphs: Sequence[GraphName] | None = None,
-    opset: int | None = None,
-    fixed: Mapping[str, int] | None = None,
-    all_tokens: bool = False,
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
-    profiles: Sequence[ShapeProfile] = DEFAULT_PROFILES,
-    options: EngineOptions | None = None,
-    arithmetic: Literal["int8", "fp8"] | None = None,
-    rewrite: Rewrite | None = None,
-    plugins: bool = False,
-    keep_onnx: bool = False,
+    examples: Examples | None = None,
     progress: BuildProgress | None = None,
+    **changes: Any,
 ) -> Manifest:
     """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json` beside them.
 
     Args:
-        model, dtype, graphs, opset, fixed, all_tokens, source, tokenizer_sha256: as in `exporting.export_onnx`.
+        model: is left as it is.
         folder: made if it is not there.
         consumer: which library builds.
-        profiles: sizes that the engines accept.
-        options: of the build.
-        arithmetic: in which type `rewrite` makes the products compute, so that the targets are checked for it.
-        rewrite: changes graphs before they are built, as quantisation and plugins do.
-        plugins: the graphs hold plugins, which are registered.
-        keep_onnx: leave the graphs in `folder/onnx`.
+        request: which graphs, their form, and how the engines are built.
+        source, tokenizer_sha256: see `pipeline.export_graphs`.
+        examples: calibrate 8-bit products, and compare the engines with the model; without, the manifest says
+            `unverified`, and generated ones calibrate.
         progress: is told how far the build is.
+        changes: fields of the request.
 
     Raises:
         UnavailableError: the library is missing, or it or the targets do not offer what was asked for.
@@ -82,31 +84,97 @@ def export_engines(
         StorageError: the folder cannot be written, or has no room.
         ExportError: the library cannot build a graph; names the layer and the remedy.
     """
-    folder, options, progress = Path(folder), options or EngineOptions(), progress or Silent()
-    library = load_library(consumer)
-    targets = library.check(options, dtype)
-    if arithmetic is not None:
-        library.check(options, arithmetic)
-    spelling = profile(consumer, dtype, opset)
-    built = build_graphs(model, spelling, graphs, fixed=fixed, all_tokens=all_tokens)
-    for name, graph in built.items():
-        interface = graph_interface(graph, dtype, model, fixed or {})
-        graph_profiles(GraphRecord(name=name, file="", files=[], build_seconds=0, **interface), profiles)
+    folder, progress = Path(folder), progress or Silent()
+    request = completed(request, EngineRequest, changes)
+    library, targets, spelling = check_request(consumer, request)
+    profiles, dtype, fixed = parse_profiles(request.profile), data_type(request.dtype), request.sizes
+    built = build_graphs(model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens)
+    for record in graph_records(built, dtype, model, fixed):
+        graph_profiles(record, profiles)
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
+    rewrite = _rewrite(request, model, library, targets[0], profiles, examples)
+    wanted = OnnxRequest(request.dtype, request.graphs, request.fixed, request.all_tokens, consumer, request.opset)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
-        onnx = folder / ONNX_FOLDER if keep_onnx else Path(scratch)
-        exported = export_onnx(
-            model, onnx, consumer=consumer, dtype=dtype, graphs=graphs, opset=opset, fixed=fixed,
-            all_tokens=all_tokens, source=source, tokenizer_sha256=tokenizer_sha256,
-        )  # fmt: skip
-        if rewrite is not None:
-            for record in exported.graphs:
+        onnx = folder / ONNX_FOLDER if request.keep_onnx else Path(scratch)
+        exported = export_onnx(model, onnx, wanted, source=source, tokenizer_sha256=tokenizer_sha256)
+        for record in exported.graphs:
+            if rewrite is not None:
                 rewrite(record, onnx / record.file)
+
+        def compare(content: Manifest) -> None:
+            if examples is not None:
+                compare_with_model(content, folder, model, examples)
+
         return build_engines(
-            exported, onnx, folder, library, targets, profiles=profiles, options=options,
-            arithmetic=arithmetic, plugins=plugins, progress=progress,
+            exported, onnx, folder, library, targets, profiles=profiles, options=engine_options(request),
+            arithmetic=request.quantize or None, plugins=isinstance(request, TensorRTRequest) and request.plugins,
+            progress=progress, compare=compare,
         )  # fmt: skip
+
+
+def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Library, tuple[int, ...], Profile]:
+    """What can be seen to be wrong before a checkpoint is read.
+
+    Returns:
+        The library that builds, the compute capabilities that it builds for, and the spelling of the graphs.
+
+    Raises:
+        UnavailableError: something is not installed, not known, or not offered by the library or the targets.
+        InputError: a list that is not understood, or options that exclude each other.
+    """
+    options = engine_options(request)
+    parse_profiles(request.profile)
+    plugins = isinstance(request, TensorRTRequest) and request.plugins
+    spelling = profile(consumer, request.dtype, request.opset)
+    if plugins and request.quantize:
+        raise InputError("--plugins and --quantize change the same products; choose one of them")
+    require_onnx()
+    library = load_library(consumer)
+    targets = library.check(options, request.dtype)
+    if request.quantize:
+        if request.quantize in QUANTISATIONS:
+            library.check(options, request.quantize)
+        check_quantisation(request.quantize, data_type(request.dtype))
+    if plugins:
+        check_plugins(library)
+    return library, targets, spelling
+
+
+def engine_options(request: EngineRequest) -> EngineOptions:
+    """The build that a request asks for.
+
+    Raises:
+        UnavailableError: targets or a kind of compatibility that are not understood.
+    """
+    options = EngineOptions(targets=parse_targets(joined(request.sm)), optimization_level=request.level)
+    if not isinstance(request, TensorRTRequest):
+        return options
+    return replace(
+        options,
+        timing_cache=request.timing_cache,
+        version_compatible=request.version_compatible,
+        hardware_compatibility=parse_hardware_compatibility(request.hardware_compatible),
+    )
+
+
+def _rewrite(
+    request: EngineRequest,
+    model: XFM,
+    library: Library,
+    target: int,
+    profiles: Sequence[ShapeProfile],
+    examples: Examples | None,
+) -> Rewrite | None:
+    """The change of the graphs before they are built, if one was asked for."""
+    if request.quantize:
+        kind, dtype = check_quantisation(request.quantize, data_type(request.dtype)), data_type(request.dtype)
+        return quantising(model, examples or generated_examples(model.config), kind, dtype)
+    if isinstance(request, TensorRTRequest) and request.plugins:
+        from .plugin_graphs import with_plugins
+
+        return with_plugins(library, target, profiles)
+    return None
 
 
 def build_engines(
@@ -118,9 +186,10 @@ def build_engines(
     *,
     profiles: Sequence[ShapeProfile] = DEFAULT_PROFILES,
     options: EngineOptions | None = None,
-    arithmetic: Literal["int8", "fp8"] | None = None,
+    arithmetic: str | None = None,
     plugins: bool = False,
     progress: BuildProgress | None = None,
+    compare: Callable[[Manifest], None] = lambda content: None,
 ) -> Manifest:
     """Build an engine of every graph of an ONNX export.
 
@@ -128,30 +197,33 @@ def build_engines(
         exported: the export's manifest; onnx: its folder.
         folder: that receives the engines, existing.
         library: that builds; targets: what its `check` returned.
-        profiles, options, arithmetic, plugins, progress: as in `export_engines`.
+        profiles: sizes that the engines accept.
+        options: of the build.
+        arithmetic: int8 or fp8, where the products of the graphs are in it.
+        plugins: the graphs hold plugins, which are registered.
+        progress: is told how far the build is.
+        compare: see `pipeline.fill_folder`.
 
     Raises:
         InputError, StorageError, ExportError: as in `export_engines`.
     """
     options, progress = options or EngineOptions(), progress or Silent()
     shapes = {record.name: graph_profiles(record, profiles) for record in exported.graphs}
-    # From here on the files change, and an earlier manifest no longer describes them.
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    records = []
-    for number, record in enumerate(exported.graphs, 1):
-        progress.graph(record.name, number, len(exported.graphs))
-        engine = build_engine(
-            library, onnx / record.file, folder / f"{record.name}.engine", options, targets, shapes[record.name],
-            graph=record.name, plugins=plugins, progress=progress,
+    numbers = {record.name: number for number, record in enumerate(exported.graphs, 1)}
+
+    def write(record: GraphRecord) -> list[str]:
+        progress.graph(record.name, numbers[record.name], len(numbers))
+        engine = folder / f"{record.name}.engine"
+        build_engine(
+            library, onnx / record.file, engine, options, targets, record.profiles, graph=record.name, plugins=plugins,
+            progress=progress,
         )  # fmt: skip
-        files = {"file": engine.path.name, "files": [engine.path.name], "build_seconds": round(engine.seconds, 3)}
-        records.append(record.model_copy(update=files | {"profiles": shapes[record.name]}))
+        return [engine.name]
+
     content = exported.model_copy(
         update={
             "kind": library.consumer,
             "consumer": library.consumer,
-            "graphs": records,
-            "files": manifests.record_files(folder, [record.file for record in records]),
             "versions": exported.versions | {library.consumer: library.version},
             "target": EngineTarget(
                 library=library.consumer,
@@ -168,8 +240,8 @@ def build_engines(
             },
         }
     )
-    content.save(folder)
-    return content
+    records = [record.model_copy(update={"profiles": shapes[record.name]}) for record in exported.graphs]
+    return fill_folder(content, folder, records, write, compare)
 
 
 def build_engine(

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ..manifest import GraphRecord, TensorRecord
+from ..request import RankLimits, ServedDevice
 from ..slots import Slot, graph_slots, largest, tensor_shape
-from .ranking import RankLimits
 
 ModelBackend = Literal["tensorrt", "onnxruntime", "python"]
-ServedDevice = Literal["auto", "cpu", "gpu"]
 
 _DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
 _KINDS: dict[ServedDevice, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}

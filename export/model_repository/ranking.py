@@ -22,6 +22,7 @@ from xfm_fast.errors import DataError, InputError, NonFiniteError, XFMError
 from xfm_fast.packing import Packing, ragged_rows
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
+from ..request import RankLimits
 from ..session import Session, SessionMemory
 
 # Pillow reads formats that run other programs; from strangers only these are taken.
@@ -29,24 +30,6 @@ _TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
 _DECODING_THREADS = 8
 # Memories that lie side by side in a pass; more of them gain little and take much room.
 _IMAGES_PER_TILE = 16
-
-
-@dataclass(frozen=True)
-class RankLimits:
-    """What a request may ask for.
-
-    Attributes:
-        images, captions: of a request.
-        image_bytes: of an encoded image.
-        caption_characters: of a caption, before the official cut to 30 words and `tokens` tokens.
-        tokens: of a caption, special tokens included.
-    """
-
-    images: int = 16
-    captions: int = 1024
-    image_bytes: int = 32 << 20
-    caption_characters: int = 2000
-    tokens: int = 40
 
 
 class Query(NamedTuple):

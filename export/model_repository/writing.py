@@ -19,13 +19,13 @@ from xfm_fast.tokenizer import CaptionTokenizer
 
 from .. import manifest as manifests
 from ..manifest import FileRecord, Kind, Manifest, Status
-from ..onnx import prepare_folder
+from ..pipeline import prepare_folder
+from ..request import RepositoryOptions
 from . import backends
 from .configs import render
 from .planning import (
     TOKENIZER_FILE,
     PlannedModel,
-    RepositoryOptions,
     check_apart,
     plan_models,
 )

@@ -76,9 +76,10 @@ class GraphRunner:
         *,
         precision: Precision | None = None,
         verify_files: bool = True,
+        manifest: Manifest | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder, check_files=verify_files)
+        self.manifest = Manifest.load(self.folder, check_files=verify_files) if manifest is None else manifest
         self.config: XFMConfig = self.manifest.xfm_config
         if isinstance(runtime, str):
             name = choose_runtime(self.manifest) if runtime == "auto" else runtime

@@ -23,6 +23,7 @@ from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.models import inputs as checks
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 
+from ..manifest import Manifest
 from ..runtimes import Precision, Runtime
 from ..slots import choose_slot, largest, pad_tensor
 from .passes import FusionPass, PassLimits, plan_passes, token_batches
@@ -79,8 +80,9 @@ class Session(GraphRunner):
         *,
         precision: Precision | None = None,
         verify_files: bool = True,
+        manifest: Manifest | None = None,
     ) -> None:
-        super().__init__(folder, runtime, device, precision=precision, verify_files=verify_files)
+        super().__init__(folder, runtime, device, precision=precision, verify_files=verify_files, manifest=manifest)
         self.limits = _LIMITS["cpu" if self.device.type == "cpu" else "cuda"]
         # What a graph computed beside an embedding, for as long as the embedding lives.
         self._carried: Any = WeakTensorKeyDictionary()

@@ -19,7 +19,8 @@ from xfm_fast.export import aoti
 from xfm_fast.export.aoti import check_compiling, check_package, export_packages, instructions, local_target, traced
 from xfm_fast.export.graphs import GRAPHS
 from xfm_fast.export.manifest import Manifest, PackageTarget
-from xfm_fast.export.onnx import build_graphs
+from xfm_fast.export.pipeline import build_graphs
+from xfm_fast.export.request import ModelSource
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import verify, verify_export
 
@@ -147,7 +148,7 @@ def _run(*arguments: str) -> str:
 
 def test_errors_come_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["--preset", "tiny", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr("xfm_fast.cli.export_model.load_subject", lambda *_, **__: pytest.fail("a model was read"))
+    monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was read"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs an NVIDIA GPU and PyTorch finds none here" in _run(*given, "--device", "cuda")
     assert "device 'tpu' is unknown; choose from cpu, cuda" in _run(*given, "--device", "tpu")
@@ -217,13 +218,13 @@ def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Pa
 @pytest.mark.slow
 def test_base_model_in_bf16(tmp_path: Path) -> None:
     """The one runtime that computes in bf16 on a CPU and gives it back, at base size: within the band of rounding."""
-    from xfm_fast.cli.export_model import load_subject
+    from xfm_fast.cli.export import load_subject
 
     try:
         check_compiling("cpu", "bf16")
     except UnavailableError as error:
         pytest.skip(str(error))
-    model = load_subject(None, "base").model
+    model = load_subject(ModelSource(preset="base")).model
     export_packages(model, tmp_path, dtype="bf16")
     manifest = verify_export(tmp_path, model)
     assert (manifest.status, manifest.reason) == ("verified", "")

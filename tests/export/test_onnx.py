@@ -18,7 +18,8 @@ from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
 from xfm_fast.export.graphs import AttentionForm, GraphName, build, random_inputs
-from xfm_fast.export.onnx import OnnxFile, in_dtype, write_onnx
+from xfm_fast.export.onnx import OnnxFile, write_onnx
+from xfm_fast.export.pipeline import in_dtype
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="exports to ONNX need onnx")

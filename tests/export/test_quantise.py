@@ -194,8 +194,7 @@ def test_engine_by_modelopt(
     onnx = pytest.importorskip("onnx")
     manifest = engines.export_engines(
         small_model, tmp_path, "tensorrt-rtx", dtype=dtype, graphs=("vision", "fusion"),  # pyright: ignore[reportArgumentType]
-        options=EngineOptions(targets=(89, 120)), arithmetic=kind, keep_onnx=True,
-        rewrite=quantise.quantising(small_model, examples, kind, dtype),  # pyright: ignore[reportArgumentType]
+        sm="89,120", quantize=kind, keep_onnx=True, examples=examples,
     )  # fmt: skip
     assert [record.file for record in manifest.graphs] == ["vision.engine", "fusion.engine"]
     for record in manifest.graphs:

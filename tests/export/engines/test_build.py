@@ -50,7 +50,7 @@ def bf16_engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> 
     rtx()
     folder = tmp_path_factory.mktemp("engines") / "bf16"
     engines.export_engines(
-        small_model, folder, "tensorrt-rtx", dtype="bf16", options=EngineOptions(targets=TARGETS), keep_onnx=True,
+        small_model, folder, "tensorrt-rtx", dtype="bf16", sm=",".join(map(str, TARGETS)), keep_onnx=True,
         source="a small model",
     )  # fmt: skip
     return folder
@@ -309,13 +309,12 @@ def test_a_folder_that_is_full_or_cannot_be_written(
     small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rtx()
-    options = EngineOptions(targets=(89,))
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        engines.export_engines(small_model, tmp_path / "file" / "out", "tensorrt-rtx", options=options)
+        engines.export_engines(small_model, tmp_path / "file" / "out", "tensorrt-rtx", sm="89")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1, 1))
     with pytest.raises(StorageError, match="free space"):
-        engines.export_engines(small_model, tmp_path / "out", "tensorrt-rtx", options=options)
+        engines.export_engines(small_model, tmp_path / "out", "tensorrt-rtx", sm="89")
 
 
 def test_profiles_are_checked_before_anything_is_exported(
@@ -325,8 +324,7 @@ def test_profiles_are_checked_before_anything_is_exported(
     monkeypatch.setattr(engines, "export_onnx", lambda *_, **__: pytest.fail("a graph was exported"))
     with pytest.raises(InputError, match="accepts 1 to"):
         engines.export_engines(
-            small_model, tmp_path, "tensorrt-rtx", options=EngineOptions(targets=(89,)),
-            profiles=parse_profiles(["a:batch=1,texts=1,length=1..999"]),
+            small_model, tmp_path, "tensorrt-rtx", sm="89", profile=["a:batch=1,texts=1,length=1..999"]
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from tests.cli.runner import invoke
+from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast.checkpoint import to_official
-from xfm_fast.cli import export_model
+from xfm_fast.cli import export as commands
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.export import onnx
 from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.request import ModelSource
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -109,7 +112,7 @@ def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt
 
 
 def test_random_weights_leave_nothing_zero() -> None:
-    model = export_model.load_subject(None, "tiny", image_size=48).model
+    model = commands.load_subject(ModelSource(preset="tiny", image_size=48)).model
     assert model.config.image_size == 48
     assert not [name for name, value in model.named_parameters() if not value.abs().max() > 0]
 
@@ -132,25 +135,25 @@ def test_checkpoints_of_either_form(make_model: Callable[..., XFM], tmp_path: Pa
     )  # fmt: skip
     state = to_official(model.state_dict(), config)
     torch.save({"model": state}, tmp_path / "official.th")
-    ours = export_model.load_subject(tmp_path / "ours", None)
-    official = export_model.load_subject(tmp_path / "official.th", None, config=tmp_path / "sizes.json")
+    ours = commands.load_subject(ModelSource(tmp_path / "ours"))
+    official = commands.load_subject(ModelSource(tmp_path / "official.th", config=tmp_path / "sizes.json"))
     assert (ours.source, official.source) == ("checkpoint ours", "checkpoint official.th")
     for subject in (ours, official):
         assert {*subject.model.heads} == {"contrastive", "matching", "boxes"}
         for name, value in subject.model.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
-    larger = export_model.load_subject(tmp_path / "ours", None, image_size=48)
+    larger = commands.load_subject(ModelSource(tmp_path / "ours", image_size=48))
     assert larger.model.config.image_size == 48
     with pytest.raises(InputError, match="--config gives the sizes of an official checkpoint"):
-        export_model.load_subject(tmp_path / "ours", None, config=tmp_path / "sizes.json")
+        commands.load_subject(ModelSource(tmp_path / "ours", config=tmp_path / "sizes.json"))
     with pytest.raises(UnavailableError, match="preset 'small' is unknown"):
-        export_model.load_subject(None, "small")
+        commands.load_subject(ModelSource(preset="small"))
 
 
 def test_examples_are_photographs_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("skimage")
-    subject = export_model.load_subject(None, "tiny")
-    examples, note = export_model.load_examples(subject, None, longest=40)
+    subject = commands.load_subject(ModelSource(preset="tiny"))
+    examples, note = commands.load_examples(subject, None, {"length": 40})
     assert note == ""
     assert "photographs" in examples.origin
     assert examples.pixels.shape[1:] == (3, 32, 32)
@@ -161,8 +164,8 @@ def test_examples_are_generated_where_there_are_none(monkeypatch: pytest.MonkeyP
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    subject = export_model.load_subject(None, "tiny")
-    examples, note = export_model.load_examples(subject, None, longest=40)
+    subject = commands.load_subject(ModelSource(preset="tiny"))
+    examples, note = commands.load_examples(subject, None, {"length": 40})
     assert "generated" in examples.origin
     assert "no photographs" in note
 
@@ -190,3 +193,95 @@ def test_base_model_in_half_precision(tmp_path: Path, dtype: str) -> None:
     assert (manifest.status, manifest.reason) == ("verified", "")
     assert manifest.verification is not None
     assert all(ranks.agreement >= 0.99 for ranks in manifest.verification.ranks)
+
+
+def rtx(out: Path, *more: str) -> tuple[str, ...]:
+    return ("export", "tensorrt-rtx", "--out", str(out), "--preset", "tiny", "--sm", "80,89,120", *more)
+
+
+def test_engines_from_the_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ("--graphs", "image_memory", "--dtype", "fp16", "--profile", "latency:batch=1..1..2")
+    done = invoke(rtx(tmp_path, *arguments))
+    assert done.exit_code == 0, done.output
+    manifest = Manifest.load(tmp_path)
+    assert manifest.status == ("verified" if torch.cuda.is_available() else "unverified")
+    assert manifest.graph("image_memory").profiles[0].most == {"image_embeds": [2, 17, 64]}
+    assert "image_memory.engine" in done.stdout
+    assert {"image_memory.engine", "manifest.json"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sm", "75"), "SM75 has no bf16"),
+        (("--sm", "90"), "does not build for SM90"),
+        (("--profile", "a:batch=1..9..8"), "tuned for 9"),
+        (("--opset", "12"), "opset 12 is not supported"),
+        (("--dtype", "fp8"), "dtype 'fp8' is unknown"),
+        (("--quantize", "fp8"), "SM80 has no fp8"),
+        (("--graphs", "visoin"), "graph 'visoin' is unknown"),
+    ],
+)
+def test_bad_options_are_refused_at_once(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was made"))
+    done = invoke(rtx(tmp_path, *arguments))
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_tensorrt_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("export", "tensorrt", "--out", str(tmp_path), "--preset", "tiny")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    done = invoke(command)
+    assert done.exit_code == 2
+    assert "pip install 'xfm-fast[tensorrt]'" in done.stderr
+    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt())
+    monkeypatch.setattr("xfm_fast.export.engines.library.local_capability", lambda: 89)
+    for more, message in (
+        (("--hardware-compatible", "all"), "choose from ampere_plus, same_compute_capability"),
+        (("--plugins", "--quantize", "int8"), "choose one of them"),
+        (("--sm", "80"), "not for SM80"),
+    ):
+        done = invoke([*command, *more])
+        assert done.exit_code == 2
+        assert message in done.stderr
+
+
+def test_bars_follow_the_builder() -> None:
+    from rich.progress import Progress
+
+    from xfm_fast.cli.export import Bars
+
+    bars = Progress(disable=True)
+    shown: Any = Bars(bars)
+    shown.graph("vision", 1, 2)
+    shown.phase("Building engine", 0, 6, 0)
+    shown.phase("Optimizing graph", 3, 30, 1)
+    assert [(task.description.strip(), task.completed, task.total) for task in bars.tasks] == [
+        ("graph vision", 0, 2), ("Building engine", 0, 6), ("Optimizing graph", 3, 30),
+    ]  # fmt: skip
+    shown.phase("Computing profile costs", 1, 5, 1)
+    shown.graph("text", 2, 2)
+    assert [(task.description, task.completed) for task in bars.tasks] == [("graph text", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
+    """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
+    pytest.importorskip("tensorrt_rtx")
+    from xfm_fast.export import export_engines
+
+    model = commands.load_subject(ModelSource(preset="base")).model
+    manifest = export_engines(
+        model, tmp_path, "tensorrt-rtx", dtype=dtype, sm="80,89,120"
+    )  # fmt: skip
+    megabytes = {record.name.removesuffix(".engine"): record.bytes / 1e6 for record in manifest.files}
+    assert set(megabytes) == {"vision", "text", "image_memory", "fusion"}
+    for name, size in (("vision", 172), ("text", 249), ("image_memory", 28), ("fusion", 227)):
+        assert size * 0.9 < megabytes[name] < size * 1.4, megabytes
