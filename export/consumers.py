@@ -8,12 +8,13 @@ from typing import Literal, get_args
 import torch
 
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export.attention import AttentionForm
+
+from .graphs import AttentionForm
+from .request import DType
 
 Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
 CONSUMERS: tuple[Consumer, ...] = get_args(Consumer)
 
-DType = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _ATTENTION_OPSET = 23
@@ -44,8 +45,7 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
     """
     if consumer not in CONSUMERS:
         raise UnavailableError(f"consumer {consumer!r} is unknown; choose from {', '.join(CONSUMERS)}")
-    if dtype not in DTYPES:
-        raise UnavailableError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    data_type(dtype)
     if opset is not None and not _GELU_OPSET <= opset <= _NEWEST_OPSET:
         raise UnavailableError(
             f"opset {opset} is not supported; choose {_GELU_OPSET} (the first with Gelu) to {_NEWEST_OPSET}, "
@@ -72,3 +72,14 @@ def _preferred(consumer: str, dtype: str) -> Profile:
     if consumer == "tensorrt-rtx":
         return Profile("opset23", _ATTENTION_OPSET)
     return Profile("function", _ATTENTION_OPSET)
+
+
+def data_type(name: str) -> DType:
+    """A type by its name.
+
+    Raises:
+        UnavailableError: it is unknown.
+    """
+    if name not in DTYPES:
+        raise UnavailableError(f"dtype {name!r} is unknown; choose from {', '.join(DTYPES)}")
+    return name  # pyright: ignore[reportReturnType]

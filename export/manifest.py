@@ -22,9 +22,9 @@ from xfm_fast import __version__
 from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, StorageError
-from xfm_fast.export.attention import AttentionForm
-from xfm_fast.export.consumers import Consumer, DType
-from xfm_fast.export.graphs import GraphName
+
+from .consumers import Consumer, DType
+from .graphs import AttentionForm, GraphName
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

@@ -19,7 +19,7 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.readme_tables import regenerated
 from xfm_fast.data.shapes import write_world
 from xfm_fast.errors import DataError
-from xfm_fast.export.exporting import export_onnx
+from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.verification import verify_export
 from xfm_fast.reproduce.ablations import TITLES
 

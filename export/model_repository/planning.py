@@ -2,89 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export.graphs import GraphName
-from xfm_fast.export.manifest import AxisRecord, GraphRecord, Manifest
-from xfm_fast.export.model_repository.configs import ModelBackend, ServedDevice, graph_config, most_batch, rank_config
-from xfm_fast.export.model_repository.ranking import RankLimits
-from xfm_fast.export.model_repository.served_graphs import model_name
-from xfm_fast.export.shape_slots import graph_slots, largest
+from xfm_fast.errors import ExportError, InputError
 from xfm_fast.tokenizer import CaptionTokenizer
 
-BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
-Pipeline = Literal["rank", "graphs"]
+from ..graphs import GraphName
+from ..manifest import AxisRecord, GraphRecord, Manifest
+from ..request import RankLimits, RepositoryOptions, ServedDevice
+from ..slots import graph_slots, largest
+from .configs import ModelBackend, graph_config, most_batch, rank_config
+from .served_graphs import model_name
 
 RANK_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
 TOKENIZER_FILE = "tokenizer.json"
 
 # What the official evaluation cuts captions to.
 _OFFICIAL_TOKENS = 40
-_NAME = re.compile(r"[A-Za-z][\w-]*")
-
-
-@dataclass(frozen=True)
-class RepositoryOptions:
-    """What kind of repository to make.
-
-    Attributes:
-        backend: what runs the graphs: Triton's `tensorrt` or `onnxruntime`, or `python`, a `Session` in Triton's Python
-            backend; `auto` takes the first of them that runs the export.
-        pipeline: `rank` adds the model from images and captions to scores; `graphs` leaves it out.
-        prefix: of the names of the models.
-        device: where models run; `auto` is a GPU for engines, and what Triton finds for the others.
-        most_batch: rows of a batch, for graphs that take any number.
-        queue_delay: microseconds that a request may wait for others to share its batch.
-        instances: of each graph's model.
-        cache_bytes: of image memories that the rank model keeps between requests.
-        limits: of a rank request; `tokens` are cut to what the export takes.
-    """
-
-    backend: BackendChoice = "auto"
-    pipeline: Pipeline = "rank"
-    prefix: str = "xfm"
-    device: ServedDevice = "auto"
-    most_batch: int = 32
-    queue_delay: int = 500
-    instances: int = 1
-    cache_bytes: int = 1 << 30
-    limits: RankLimits = field(default_factory=RankLimits)
-
-    def check(self) -> None:
-        """Compare the options with what there is.
-
-        Raises:
-            UnavailableError: a backend, pipeline or device that is not known.
-            InputError: a number that is too small, or a prefix that cannot name models.
-        """
-        for name, value, choices in (
-            ("backend", self.backend, get_args(BackendChoice)),
-            ("pipeline", self.pipeline, get_args(Pipeline)),
-            ("device", self.device, get_args(ServedDevice)),
-        ):
-            if value not in choices:
-                raise UnavailableError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
-        if not _NAME.fullmatch(self.prefix):
-            raise InputError(f"prefix {self.prefix!r} cannot name models; use letters, digits, - and _")
-        limits = self.limits
-        for name, value, least in (
-            ("most_batch", self.most_batch, 1),
-            ("queue_delay", self.queue_delay, 0),
-            ("instances", self.instances, 1),
-            ("cache_bytes", self.cache_bytes, 0),
-            ("limits.images", limits.images, 1),
-            ("limits.captions", limits.captions, 1),
-            ("limits.image_bytes", limits.image_bytes, 1),
-            ("limits.caption_characters", limits.caption_characters, 1),
-            ("limits.tokens", limits.tokens, 3),
-        ):
-            if value < least:
-                raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)

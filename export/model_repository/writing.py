@@ -15,19 +15,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from xfm_fast import __version__
 from xfm_fast.checkpoint.storage import sync_folder, write_bytes
 from xfm_fast.errors import InputError, StorageError
-from xfm_fast.export import manifest as manifests
-from xfm_fast.export.exporting import prepare_folder
-from xfm_fast.export.manifest import FileRecord, Kind, Manifest, Status
-from xfm_fast.export.model_repository import backends
-from xfm_fast.export.model_repository.planning import (
+from xfm_fast.tokenizer import CaptionTokenizer
+
+from .. import manifest as manifests
+from ..manifest import FileRecord, Kind, Manifest, Status
+from ..pipeline import prepare_folder
+from ..request import RepositoryOptions
+from . import backends
+from .configs import render
+from .planning import (
     TOKENIZER_FILE,
     PlannedModel,
-    RepositoryOptions,
     check_apart,
     plan_models,
 )
-from xfm_fast.export.model_repository.protobuf_text import render
-from xfm_fast.tokenizer import CaptionTokenizer
 
 FORMAT_VERSION = 1
 RECEIPT_FILE = "repository.json"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.shape_slots import Slot
+
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot
 
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
@@ -114,7 +115,7 @@ def open_runtime(
         )
     if precision is not None and name != "openvino":
         raise UnavailableError(f"precision={precision!r} is a matter of OpenVINO; {name} computes in the export's type")
-    module = importlib.import_module(f"xfm_fast.export.runtimes.{_MODULES[name]}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     return module.open_runtime(name, manifest, None if device is None else torch.device(device), precision)
 
 

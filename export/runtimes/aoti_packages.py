@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.package_target import check_package, local_target
-from xfm_fast.export.runtimes import Precision
-from xfm_fast.export.shape_slots import Slot
 
 # A package names the operators that it calls; this registers them.
 from xfm_fast.kernels import ops  # noqa: F401
+
+from ..aoti import check_package, local_target
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot
+from . import Precision
 
 
 def open_runtime(

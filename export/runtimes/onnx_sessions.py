@@ -5,6 +5,7 @@ Inputs and outputs are bound where they lie: the runtime reads and writes the me
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.runtimes import Precision, empty_outputs
-from xfm_fast.export.shape_slots import Slot, output_shapes
+from xfm_fast.errors import ExportError, StorageError, UnavailableError
+
+from ..manifest import GraphRecord, Manifest, TensorRecord
+from ..onnx import widen
+from ..slots import Slot, output_shapes
+from . import LoadedGraph, Precision, empty_outputs
 
 # Element types of ONNX, which has one more than NumPy: bfloat16.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -121,3 +124,44 @@ class _OnnxGraph:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class WidenedOnnx:
+    """A `Runtime`."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._wide = OnnxSessions(manifest.model_copy(update={"dtype": "fp32"}), torch.device("cpu"))
+        self.device, self.enqueues = self._wide.device, self._wide.enqueues
+        self.description = f"{self._wide.description}, bf16 graphs computed in fp32"
+
+    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+        """See `Runtime.load`."""
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch) / path.name
+                widen(path, out)
+                return _WidenedGraph(self._wide.load(_widened(record), out))
+        except OSError as error:
+            raise StorageError(
+                f"{path.name} could not be copied in fp32 to {tempfile.gettempdir()} ({error.strerror or error}); free "
+                "space there, or set TMPDIR to another folder"
+            ) from error
+
+
+class _WidenedGraph:
+    """A `LoadedGraph` with bf16 outside and fp32 inside."""
+
+    def __init__(self, wide: LoadedGraph) -> None:
+        self._wide = wide
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        given = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+        return {name: value.bfloat16() for name, value in self._wide.run(given, slot, sizes).items()}
+
+
+def _widened(record: GraphRecord) -> GraphRecord:
+    def wide(tensors: list[TensorRecord]) -> list[TensorRecord]:
+        narrow = {"bfloat16": "float32"}
+        return [tensor.model_copy(update={"dtype": narrow.get(tensor.dtype, tensor.dtype)}) for tensor in tensors]
+
+    return record.model_copy(update={"inputs": wide(record.inputs), "outputs": wide(record.outputs)})

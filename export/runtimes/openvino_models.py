@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.runtimes import Precision, empty_outputs
-from xfm_fast.export.shape_slots import Slot, output_shapes
+
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot, output_shapes
+from . import Precision, empty_outputs
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 

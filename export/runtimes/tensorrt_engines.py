@@ -19,11 +19,12 @@ from torch import Tensor
 
 from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
-from xfm_fast.export.engine_library import Library, load_library, local_capability
-from xfm_fast.export.engines import check_engine_file
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.runtimes import TORCH_DTYPES, Precision, empty_outputs
-from xfm_fast.export.shape_slots import Slot, axes_of, graph_slots, output_shapes
+
+from ..engines import check_engine_file
+from ..engines.library import Library, load_library, local_capability
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot, axes_of, graph_slots, output_shapes
+from . import TORCH_DTYPES, Precision, empty_outputs
 
 # Engines expect this of every address; views into a batch may start elsewhere.
 _ALIGNMENT = 256
