@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from xfm_fast.benchmarks.baselines import OfficialTwin
 from xfm_fast.benchmarks.contenders.engine import wait_for
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.contenders.registry import DTYPES, OFFICIAL
 from xfm_fast.benchmarks.receipts import Sizes, receipt
 from xfm_fast.benchmarks.rows import Coco, Evaluation, Interval, Parity, finite

@@ -14,9 +14,9 @@ import torch
 from xfm_fast.benchmarks.contenders.engine import Built, Clock, NoStages, wait_for
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialEngine
 from xfm_fast.benchmarks.contenders.registry import DTYPES, OFFICIAL, Contender, Setup
+from xfm_fast.benchmarks.material.subjects import Subjects
 from xfm_fast.benchmarks.rounds import one_line
 from xfm_fast.benchmarks.rows import Cost, Parity, finite
-from xfm_fast.benchmarks.subjects import Subjects
 from xfm_fast.benchmarks.suite import FP32_BAND
 from xfm_fast.benchmarks.workloads import Answer, Workload
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from xfm_fast.benchmarks import machine, photographs
+from xfm_fast.benchmarks import machine
 from xfm_fast.benchmarks.contenders.registry import ALL, DTYPES, choose
 from xfm_fast.benchmarks.entrants import Entrant, EntryList
+from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.probes import MachineProbes
 from xfm_fast.benchmarks.rows import Baseline, Benchmark, Document
 from xfm_fast.benchmarks.suite import (

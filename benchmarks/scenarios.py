@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from xfm_fast import flops
-from xfm_fast.benchmarks.photographs import Collection
-from xfm_fast.benchmarks.subjects import Subjects
+from xfm_fast.benchmarks.material.photographs import Collection
+from xfm_fast.benchmarks.material.subjects import Subjects
 from xfm_fast.config import PresetName
 from xfm_fast.tasks.retrieval import Retriever
 from xfm_fast.tokenizer import CaptionTokenizer

@@ -13,7 +13,11 @@ from typing import Any, Self
 import psutil
 import torch
 
-from xfm_fast.benchmarks import machine, photographs
+from xfm_fast.benchmarks import machine
+from xfm_fast.benchmarks.contenders.clone_program import run_official
+from xfm_fast.benchmarks.material import photographs
+from xfm_fast.benchmarks.material.photographs import Collection
+from xfm_fast.benchmarks.material.subjects import Subjects
 from xfm_fast.benchmarks.measuring import (
     PROBE_SHAPE,
     GemmProbe,
@@ -24,8 +28,6 @@ from xfm_fast.benchmarks.measuring import (
     ratio_interval,
     shares_of_peak,
 )
-from xfm_fast.benchmarks.official import run_official
-from xfm_fast.benchmarks.photographs import Collection
 from xfm_fast.benchmarks.scenarios import (
     Retrieval,
     Scenario,
@@ -36,7 +38,6 @@ from xfm_fast.benchmarks.scenarios import (
     reranking,
     texts,
 )
-from xfm_fast.benchmarks.subjects import Subjects
 from xfm_fast.config import PresetName, XFMConfig
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels.cpu.selection import selections

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from xfm_fast import flops
-from xfm_fast.benchmarks import machine, photographs
+from xfm_fast.benchmarks import machine
 from xfm_fast.benchmarks.kernels import data_sheet
+from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.measuring import (
     PROBE_SHAPE,
     GemmProbe,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast.batches import PairBatch
-from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
-from xfm_fast.benchmarks.photographs import Collection
-from xfm_fast.benchmarks.subjects import random_state
+from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.material.photographs import Collection
+from xfm_fast.benchmarks.material.subjects import random_state
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.block_masks import block_mask
 from xfm_fast.data.collation import collate_pairs

@@ -17,10 +17,10 @@ from torch import Tensor
 from xfm_fast import flops
 from xfm_fast.benchmarks.contenders.engine import Clock, Engine, Found, Pairs, SearchIndex
 from xfm_fast.benchmarks.contenders.registry import Schedule
-from xfm_fast.benchmarks.photographs import Collection
+from xfm_fast.benchmarks.material.photographs import Collection
+from xfm_fast.benchmarks.material.subjects import Subjects
 from xfm_fast.benchmarks.rows import Point
 from xfm_fast.benchmarks.scenarios import MAX_TOKENS, Comparison, Texts, relative_error
-from xfm_fast.benchmarks.subjects import Subjects
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.tokenizer import CaptionTokenizer

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from xfm_fast.benchmarks.photographs import Collection
+    from xfm_fast.benchmarks.material.photographs import Collection
     from xfm_fast.config import XFMConfig
     from xfm_fast.export.manifest import Manifest
     from xfm_fast.export.reference import Examples
@@ -90,7 +90,7 @@ def load_subject(
 def _random(preset: str | None, image_size: int | None) -> XFM:
     import torch
 
-    from xfm_fast.benchmarks.subjects import random_state
+    from xfm_fast.benchmarks.material.subjects import random_state
     from xfm_fast.config import XFMConfig
     from xfm_fast.models.xfm import XFM
 
@@ -159,7 +159,7 @@ def load_examples(subject: Subject, data: Path | None, *, longest: int) -> tuple
             are not installed.
         longest: tokens of the longest text.
     """
-    from xfm_fast.benchmarks import photographs
+    from xfm_fast.benchmarks.material import photographs
     from xfm_fast.export.reference import generated_examples
 
     config = subject.model.config

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xfm_fast.benchmarks import official
-from xfm_fast.benchmarks.contenders.engine import Built, Clock, ComposedSearch, Pairs
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
+
+from . import clone_program
+from .engine import Built, Clock, ComposedSearch, Pairs
 
 _PATIENCE_S = 60
 
@@ -50,7 +51,7 @@ class OfficialCodeEngine(ComposedSearch):
             "config": model.config.model_dump(),
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(official.__file__).resolve()), json.dumps(settings)],
+            [sys.executable, str(Path(clone_program.__file__).resolve()), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

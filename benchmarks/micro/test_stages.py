@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.subjects import random_state
+from xfm_fast.benchmarks.material.subjects import random_state
 from xfm_fast.config import PresetName
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import ALL_HEADS

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from xfm_fast import flops
-from xfm_fast.benchmarks import photographs
 from xfm_fast.benchmarks.contenders.engine import Clock, NoStages, Stages
 from xfm_fast.benchmarks.contenders.registry import ALL, DTYPES, OFFICIAL, OFFICIAL_CODE, OURS, Contender, Setup, choose
+from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.operations import kind_of, operation_shares
 from xfm_fast.benchmarks.suite import FP32_BAND, make_subjects, make_tokenizer
 from xfm_fast.benchmarks.workloads import Material, Workload, embed_image, embed_text, padded, rerank, retrieve

@@ -10,7 +10,7 @@ import torch
 from xfm_fast.benchmarks.contenders.engine import NoStages, Pairs, SearchIndex
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialEngine
 from xfm_fast.benchmarks.contenders.official_code import OfficialCodeEngine
-from xfm_fast.benchmarks.subjects import Subjects
+from xfm_fast.benchmarks.material.subjects import Subjects
 from xfm_fast.benchmarks.suite import preset_config
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM

@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import CASES, config, load_json
 from xfm_fast.batches import ImageBatch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.benchmarks.baselines import _drop_path
-from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.contenders.official_algorithm import _drop_path
+from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.vision import Block

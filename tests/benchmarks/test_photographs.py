@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xfm_fast.benchmarks import photographs
-from xfm_fast.benchmarks.photographs import bundled, from_folder
+from xfm_fast.benchmarks.material import photographs
+from xfm_fast.benchmarks.material.photographs import bundled, from_folder
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from xfm_fast import flops
 from xfm_fast.benchmarks import coco, results, scenario_run, scenario_setting, sweep_run
-from xfm_fast.benchmarks.baselines import OfficialTwin
 from xfm_fast.benchmarks.contenders import registry
 from xfm_fast.benchmarks.contenders.engine import Built
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.contenders.ours import OurEngine
 from xfm_fast.benchmarks.contenders.registry import OFFICIAL, OURS, Contender
 from xfm_fast.benchmarks.receipts import Sizes, receipt

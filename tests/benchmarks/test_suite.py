@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from xfm_fast.benchmarks import machine, results, suite, terminal
-from xfm_fast.benchmarks.baselines import OfficialTwin
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.page import render
 from xfm_fast.benchmarks.suite import Document, Options, Progress
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from xfm_fast.benchmarks import photographs, results, terminal, training_step
+from xfm_fast.benchmarks import results, terminal, training_step
+from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.measuring import Measurement, Series, sample_on_cuda
-from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
 from xfm_fast.benchmarks.page import render
 from xfm_fast.benchmarks.suite import Document, Progress, preset_config
 from xfm_fast.benchmarks.training_memory import MemoryUse, cuda_memory_use, memory_use

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xfm_fast.benchmarks.photographs import Collection
+    from xfm_fast.benchmarks.material.photographs import Collection
+    from xfm_fast.benchmarks.material.subjects import Subjects
     from xfm_fast.benchmarks.scenarios import Sizes
-    from xfm_fast.benchmarks.subjects import Subjects
     from xfm_fast.tokenizer import CaptionTokenizer
 
 _TIMEOUT_S = 900

@@ -8,9 +8,10 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.benchmarks.baselines import OfficialTwin, layer_norm, mlp_head
 from xfm_fast.errors import InputError
 from xfm_fast.models.heads import LMHead
+
+from .official_algorithm import OfficialTwin, layer_norm, mlp_head
 
 _IGNORED = -100
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast import checkpoint
-from xfm_fast.benchmarks.baselines import OfficialTwin
 from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import PresetName, XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.xfm import XFM, Head
+
+from ..contenders.official_algorithm import OfficialTwin
 
 HEADS: tuple[Head, ...] = ("contrastive", "matching")
 _TABLE = ".relative_position_bias_table"
@@ -40,6 +41,11 @@ class Subjects:
         self._state = state
         self._shared: dict[torch.dtype, dict[str, nn.Parameter]] = {}
         self._models: dict[tuple[int, torch.dtype], XFM] = {}
+
+    @classmethod
+    def chosen(cls, preset: PresetName, checkpoint_path: Path | None, seed: int) -> Subjects:
+        """Weights of a checkpoint, or random ones where there is none."""
+        return cls.random(preset_config(preset), seed) if checkpoint_path is None else cls.load(checkpoint_path, preset)
 
     @classmethod
     def random(cls, config: XFMConfig, seed: int) -> Subjects:
@@ -101,6 +107,11 @@ class Subjects:
             if name.endswith(_TABLE)
         }
         return {**self._shared[dtype], **tables}
+
+
+def preset_config(preset: PresetName) -> XFMConfig:
+    """A preset with a vocabulary that gives captions their usual length: tiny's own would cut words into letters."""
+    return XFMConfig.preset(preset, **({"vocab_size": 2048} if preset == "tiny" else {}))
 
 
 def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xfm_fast.benchmarks.baselines import OfficialTwin
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.checkpoint import load_into, to_ours
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
