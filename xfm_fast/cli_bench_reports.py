@@ -23,35 +23,29 @@ def bench_report(
     results: Annotated[Path, typer.Argument(help="JSON file that xfm-fast bench wrote.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a README or an issue.")] = False,
     html: Annotated[Path | None, typer.Option(help="File that receives a self-contained page with charts.")] = None,
+    png: Annotated[Path | None, typer.Option(help="File that receives a picture of 1200 by 630 to share.")] = None,
 ) -> None:
-    """Show saved results: a table here, Markdown, or a page."""
+    """Show saved results: a table here, Markdown, a page, or a picture."""
     from rich.console import Console
 
-    from xfm_fast.benchmarks import markdown as tables
-    from xfm_fast.benchmarks import page, stored, terminal
-    from xfm_fast.benchmarks.terminal_drop_in import print_drop_in
-    from xfm_fast.benchmarks.terminal_kernels import print_kernels
+    from xfm_fast.benchmarks import record, report
     from xfm_fast.checkpoint import write_bytes
 
-    content = stored.load(results)
+    document = record.load(results)
+    for name, path in (("--html", html), ("--png", png)):
+        if path is not None and path.is_dir():
+            raise InputError(f"{name} {path} is a folder; name a file")
+    if png is not None:
+        report.png(document, png)
+        typer.echo(f"saved: {png}")
     if html is not None:
-        if html.is_dir():
-            raise InputError(f"--html {html} is a folder; name a file")
-        write_bytes({html: page.render(content).encode()})
+        beside = png.name if png is not None and png.parent.resolve() == html.parent.resolve() else None
+        write_bytes({html: report.html(document, image=beside).encode()})
         typer.echo(f"saved: {html}")
     if markdown:
-        typer.echo(tables.tables(content), nl=False)
-    elif html is None:
-        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-        kind = stored.benchmark(content)
-        if kind == "drop-in":
-            print_drop_in(content, console)
-        elif kind == "kernels":
-            print_kernels(content, console)
-        elif content["schema_version"] == 1:
-            terminal.print_report(content, console)
-        else:
-            terminal.print_scenarios(content, console)
+        typer.echo(report.markdown(document), nl=False)
+    elif html is None and png is None:
+        report.terminal(document, Console() if sys.stdout.isatty() else Console(width=_WIDTH))
 
 
 def bench_compare(
@@ -68,8 +62,8 @@ def bench_compare(
     """
     from rich.console import Console
 
-    from xfm_fast.benchmarks import compare, stored, terminal
+    from xfm_fast.benchmarks import record, report
 
-    found = compare.compare(stored.load(a), stored.load(b))
-    terminal.print_comparison(found, Console() if sys.stdout.isatty() else Console(width=_WIDTH))
+    found = report.compare(record.load(a), record.load(b))
+    report.print_changes(found, Console() if sys.stdout.isatty() else Console(width=_WIDTH))
     raise typer.Exit(1 if found.worse else 0)

@@ -1,4 +1,4 @@
-"""Documents of scenarios, sweeps and an evaluation as the benchmarks write them, made up and quick."""
+"""Documents of every benchmark as they are written, made up and quick."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import random
 import statistics
 from typing import Any, Literal
 
-from xfm_fast.benchmarks.rows import (
+from xfm_fast.benchmarks.record import (
     Baseline,
     Benchmark,
     Coco,
+    ColdStart,
     Comparison,
     Conditions,
     Cost,
+    Data,
     Document,
     Efficiency,
     Evaluation,
@@ -21,6 +23,7 @@ from xfm_fast.benchmarks.rows import (
     Latency,
     Memory,
     Mode,
+    Model,
     Parity,
     Point,
     Probe,
@@ -28,6 +31,8 @@ from xfm_fast.benchmarks.rows import (
     Row,
     Server,
     Share,
+    Skip,
+    Status,
     Tokens,
     Trial,
 )
@@ -85,7 +90,7 @@ def _row(scenario: str, mode: Mode, contender: str, dtype: str, pace: float, cou
         return Interval(value=value, low=value * 0.97, high=value * 1.04)
 
     row = Row(
-        scenario=scenario,
+        work=scenario,
         mode=mode,
         contender=contender,
         label=LABELS[contender],
@@ -212,7 +217,10 @@ def _compared(row: Row, group: list[Row]) -> Row:
             continue
         ratio = statistics.median(times(other)) / statistics.median(times(row))
         interval = {"low": 0.98 * ratio, "high": 1.03 * ratio}
-        against.append(Comparison(contender=other.contender, dtype=other.dtype, ratio=ratio, **interval))
+        same = other.dtype == row.dtype
+        against.append(
+            Comparison(contender=other.contender, dtype=other.dtype, like_for_like=same, ratio=ratio, **interval)
+        )
     return row.model_copy(update={"against": against})
 
 
@@ -225,7 +233,7 @@ def sweep() -> Document:
             rows.append(row.model_copy(update={"x": float(batch), "name": f"embed {batch} images of 384 px"}))
         fits.append(
             Fit(
-                scenario="embed-image",
+                work="embed-image",
                 contender=contender,
                 dtype="fp32",
                 over="batch",
@@ -294,30 +302,29 @@ def _document(benchmark: Benchmark, dtypes: tuple[str, ...] = ("fp32",)) -> Docu
         options={"preset": "base", "quick": False},
         device="cpu",
         machine=MACHINE,
-        model={
-            "preset": "base",
-            "origin": "random weights (seed 0)",
-            "trained": False,
-            "parameters": 327_000_000,
-            "config": {},
-        },
-        data={
-            "origin": "eighteen photographs",
-            "photos": 18,
-            "captions": 90,
-            "skipped": [],
-            "left_unread": 0,
-            "tokenizer": "a vocabulary trained on 90 captions",
-            "vocabulary": 1163,
-        },
-        cold_start={"process_to_suite_s": 2.1, "load_s": 1.0, "first_call_s": 0.5, "total_s": 3.6},
+        model=Model(
+            preset="base",
+            origin="random weights (seed 0)",
+            trained=False,
+            meaningful_recall=False,
+            parameters=327_000_000,
+            config={},
+        ),
+        data=Data(
+            origin="eighteen photographs",
+            photos=18,
+            captions=90,
+            tokenizer="a vocabulary trained on 90 captions",
+            vocabulary=1163,
+        ),
+        cold_start=ColdStart(process_s=2.1, load_s=1.0, first_call_s=0.5),
         probes=probes,
         baselines=[
-            Baseline(contender="xfm-fast", label="xfm-fast", scenarios=["embed-image"], present=True, version="0.1.0"),
+            Baseline(contender="xfm-fast", label="xfm-fast", works=["embed-image"], present=True, version="0.1.0"),
             Baseline(
                 contender="tensorrt",
                 label="TensorRT",
-                scenarios=["embed-image"],
+                works=["embed-image"],
                 present=False,
                 reason="the package tensorrt is not installed",
             ),
@@ -326,39 +333,121 @@ def _document(benchmark: Benchmark, dtypes: tuple[str, ...] = ("fp32",)) -> Docu
     )
 
 
-def drop_in() -> dict[str, Any]:
-    """Results of `bench drop-in`: two models, one of them contended, one that failed, and a type that is absent."""
+def pair(
+    work: str,
+    name: str,
+    unit: str,
+    times: dict[str, float],
+    *,
+    reference: str = "official-algorithm",
+    label: str = "official algorithm, eager",
+    contended: tuple[str, ...] = (),
+    **more: Any,
+) -> list[Row]:
+    """Rows of xfm-fast in each type, so many times as fast as the reference in fp32, which is measured in all types."""
+    conditions = Conditions(gemm_flops_per_s=[1e11, 1.1e11], copy_bytes_per_s=[], contended=False, drift=1.0)
 
-    def side(*seconds: float) -> dict[str, Any]:
-        middle = statistics.median(seconds)
-        return {
-            "seconds": list(seconds), "median_s": middle, "throughput": 32 / middle, "peak_bytes": 1_400_000_000,
-            "grown_bytes": 90_000_000,
-        }  # fmt: skip
+    def row(contender: str, label: str, dtype: str, middle: float) -> Row:
+        seconds = [0.97 * middle, middle, 1.04 * middle]
+        rate = Interval(value=32 / middle, low=32 / seconds[-1], high=32 / seconds[0])
+        return Row(
+            work=work,
+            contender=contender,
+            label=label,
+            dtype=dtype,
+            name=name,
+            status="measured",
+            unit=unit,
+            items=32,
+            parity=Parity(error=3e-6, band=1e-5, passed=True, against=f"{reference} fp32"),
+            throughput=rate,
+            seconds=seconds,
+            memory=Memory(peak_bytes=1_400_000_000, grown_bytes=90_000_000, method="high-water mark"),
+            conditions=conditions.model_copy(update={"contended": dtype in contended}),
+        ).model_copy(update=more)
 
-    def row(key: str, name: str, dtype: str, times: float, contended: bool = False) -> dict[str, Any]:
-        original, fast = side(0.98, 1.0, 1.04), side(0.97 / times, 1 / times, 1.1 / times)
-        same = side(0.5, 0.51, 0.55) if dtype == "bf16" else None
-        return {
-            "key": key, "name": name, "unit": "texts", "dtype": dtype, "status": "measured", "items": 32,
-            "parity": {"error": 3e-6, "band": 1e-5}, "fast": fast, "original": original, "original_same_dtype": same,
-            "ratio": times, "ratio_interval": [0.9 * times, 1.05 * times],
-            "ratio_same_dtype": None if same is None else 0.51 * times,
-            "probe": {"library": "MKL", "flops_per_s": [1e11, 1.5e11], "median_flops_per_s": 1.2e11,
-                      "contended": contended},
-            "memory_method": "resident set",
-            "report": ["module           class         replaced by", "encoder.layer.0  RobertaLayer  FusedLayer"],
-        }  # fmt: skip
+    others = {dtype: row(reference, label, dtype, 1.0 if dtype == "fp32" else 0.5) for dtype in times}
+    rows = []
+    for dtype, factor in times.items():
+        own = row("xfm-fast", "xfm-fast" if reference == "official-algorithm" else "accelerated", dtype, 1 / factor)
+        against = []
+        for kind in dict.fromkeys(("fp32", dtype)):
+            ratio = factor * (1.0 if kind == "fp32" else 0.5)
+            interval = {"low": 0.9 * ratio, "high": 1.05 * ratio}
+            same = kind == dtype
+            against.append(Comparison(contender=reference, dtype=kind, like_for_like=same, ratio=ratio, **interval))
+        rows.append(own.model_copy(update={"against": against}))
+    return [*rows, *others.values()]
 
-    texts, images = "RoBERTa-base, 32 captions of 10-16 tokens padded to 40", "BEiT-v2-B/16 at 224 px, 8 images"
-    failed = {"key": "bert-rerank", "name": "BERT-base cross-encoder", "unit": "pairs", "dtype": None}
-    return {
-        "schema_version": 1, "benchmark": "drop-in", "date": "2026-01-02T03:04:05+00:00", "device": "cpu",
-        "command": ["xfm-fast", "bench", "drop-in"], "options": {"quick": False}, "interrupted": False,
-        "machine": MACHINE, "parity": [], "duration_s": 100.0,
-        "rows": [
-            row("roberta", texts, "fp32", 3.1), row("roberta", texts, "bf16", 9.8), row("beit", images, "fp32", 1.2),
-            row("beit", images, "bf16", 4.4, contended=True),
-            failed | {"status": "failed", "reason": "ImportError: no such class in this version of transformers"},
-        ],
-    }  # fmt: skip
+
+def _absent(row: Row, status: Status, reason: str, **more: Any) -> Row:
+    kept = {"status": status, "reason": reason, "parity": None, "throughput": None, "seconds": [], "against": []}
+    return row.model_copy(update=kept | {"memory": None, "conditions": None} | more)
+
+
+def suite() -> Document:
+    """Two kinds of work in two types; a third type is not offered, and one row differs from the official results."""
+    rows = pair("embed-text", "embed 32 captions (10-13 of 40 tokens)", "texts", {"fp32": 3.0, "bf16": 10.2})
+    rerank = pair("rerank", "re-rank 1 image of 384 px x 64 captions", "pairs", {"fp32": 13.9, "bf16": 46.7})
+    recall = {f"{way}_r{depth}": 50.0 for way in ("txt", "img") for depth in (1, 5, 10)}
+    rerank[0] = rerank[0].model_copy(update={"recall": recall})
+    rows += rerank
+    rows.append(_absent(rows[0], "not offered", "this processor has no fp16", dtype="fp16"))
+    rows.append(_absent(rows[0], "parity failed", "error 2.0e-02 exceeds 1.0e-05", work="odd", name="odd work"))
+    skipped = [{"what": "<b>.jpg", "reason": "no image & no caption"}]
+    made = _document("suite", ("fp32", "bf16"))
+    assert made.data is not None
+    data = made.data.model_copy(update={"skipped": [Skip(**skip) for skip in skipped]})
+    return made.model_copy(update={"rows": rows, "data": data, "baselines": []})
+
+
+def train_step() -> Document:
+    """A step in two types, with its memory."""
+    rows = pair("train-step", "training step, 8 pairs of 224 px", "pairs", {"fp32": 1.4, "bf16": 4.2})
+    for place, row in enumerate(rows):
+        use = Memory(
+            peak_bytes=5_000_000_000 if row.ours else 10_000_000_000,
+            grown_bytes=2_000_000_000 if row.ours else 3_000_000_000,
+            method="high-water mark",
+            before_bytes=1_800_000_000,
+            parameter_bytes=1_400_000_000,
+            gradient_bytes=1_400_000_000,
+        )
+        rows[place] = row.model_copy(update={"memory": use})
+    return _document("train-step", ("fp32", "bf16")).model_copy(update={"rows": rows, "baselines": []})
+
+
+def drop_in() -> Document:
+    """Two models in two types, one of them contended, and one that failed."""
+    plain = {"reference": "untouched", "label": "untouched"}
+    report = ["module           class         replaced by", "encoder.layer.0  RobertaLayer  FusedLayer"]
+    texts = "RoBERTa-base, 32 captions of 10-16 tokens padded to 40"
+    rows = pair("roberta", texts, "texts", {"fp32": 3.1, "bf16": 9.8}, replaced=report, **plain)
+    images = "BEiT-v2-B/16 at 224 px, 8 images"
+    rows += pair("beit", images, "images", {"fp32": 1.2, "bf16": 4.4}, contended=("bf16",), **plain)
+    reason = "ImportError: no such class in this version of transformers"
+    rows.append(_absent(rows[0], "failed", reason, work="bert", name="BERT-base cross-encoder", replaced=[]))
+    return _document("drop-in").model_copy(update={"rows": rows, "model": None, "data": None, "baselines": []})
+
+
+def kernels() -> Document:
+    """An operation in two directions, with an alternative that is wrong and one that bounds the time."""
+    rows: list[Row] = []
+    for direction, factor in (("forward", 1.24), ("backward", 0.92)):
+        made = pair("attention", "attention 8 x 197", "calls", {"fp32": factor}, reference="eager", label="eager",
+                    direction=direction)  # fmt: skip
+        made[0] = made[0].model_copy(update={"label": "xfm-fast"})
+        alone = made[1].model_copy(update={"contender": "copy", "label": "copy", "bounds": True, "parity": None})
+        rows += [*made, alone, _absent(made[1], "failed", "wrong: error 1e-2", contender="odd", label="wrong & odd")]
+    return _document("kernels").model_copy(update={"rows": rows, "model": None, "data": None, "baselines": []})
+
+
+DOCUMENTS = {
+    "suite": suite,
+    "scenario": scenarios,
+    "sweep": sweep,
+    "coco": coco,
+    "train-step": train_step,
+    "drop-in": drop_in,
+    "kernels": kernels,
+}

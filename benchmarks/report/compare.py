@@ -8,11 +8,12 @@ medians differ by more than 2%. Where so few samples were taken that no outcome 
 search and *not tested*. None of these is ever called faster or slower.
 
 Samples of one run share its circumstances. Two runs may differ because the machine does: that is why the ratio of the
-official algorithm, measured beside xfm-fast in both, is given too.
+reference, measured beside xfm-fast in both, is given too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,8 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from xfm_fast.benchmarks.stored import Timed, benchmark, timed
 from xfm_fast.errors import DataError
+
+from ..record import OURS, Document, Row
+from .table import Column, Table, build, span, work
 
 SIGNIFICANCE = 0.05
 SMALLEST_EFFECT = 0.02
@@ -38,7 +41,7 @@ class Change:
         ratio: how many times as fast B is: median time of A over that of B, or requests a second of B over A's.
         low, high: bootstrap interval of 95% of the ratio; None without samples.
         p: adjusted p-value; None where no test was made.
-        control: ratio of the official algorithm at the same work, if both documents have it.
+        control: ratio of the reference at the same work, if both documents have it.
         verdict: `lost` where only A has numbers, `new` where only B has.
         reason: why there are no numbers.
     """
@@ -58,12 +61,12 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """The ratio over that of the official algorithm: what is left when the machine's own change is taken out."""
+        """The ratio over that of the reference: what is left when the machine's own change is taken out."""
         return None if self.ratio is None or not self.control else self.ratio / self.control
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Changes:
     """Two documents compared.
 
     Attributes:
@@ -77,21 +80,57 @@ class Comparison:
     @property
     def worse(self) -> list[Change]:
         """Rows of xfm-fast that became slower or lost their numbers."""
-        return [c for c in self.changes if c.contender == "xfm-fast" and c.verdict in ("slower", "lost")]
+        return [c for c in self.changes if c.contender == OURS and c.verdict in ("slower", "lost")]
+
+    @property
+    def rule(self) -> str:
+        """How to read the table."""
+        return (
+            "B is: times as fast as A. faster, slower: Mann-Whitney U, p below "
+            f"{SIGNIFICANCE:g} after Benjamini-Hochberg, and medians more than {SMALLEST_EFFECT:.0%} apart. reference: "
+            "the same ratio of the official algorithm, the untouched model or the eager operation"
+        )
+
+    @property
+    def summary(self) -> str:
+        """How many rows of xfm-fast came to which verdict."""
+        ours = [change.verdict for change in self.changes if change.contender == OURS]
+        counts = ", ".join(f"{ours.count(verdict)} {verdict}" for verdict in dict.fromkeys(ours))
+        return f"{OURS}: {counts or 'no row in both'}"
+
+    def table(self) -> Table:
+        """Every row; those of baselines are the machine's own change."""
+
+        def times(ratio: float | None) -> str:
+            return "" if ratio is None else f"{ratio:.2f}×"
+
+        def chance(change: Change) -> str:
+            return "" if change.p is None else f"{change.p:.3f}" if change.p >= 0.001 else "<0.001"
+
+        columns = [
+            Column("work", lambda change: change.name, number=False),
+            Column("contender", lambda change: change.contender, number=False),
+            Column("dtype", lambda change: change.dtype, number=False),
+            Column("B is", lambda change: times(change.ratio)),
+            Column("verdict", lambda change: change.verdict, number=False),
+            Column("95% interval", lambda change: span(change.low, change.high)),
+            Column("p", chance),
+            Column("samples", lambda c: f"{c.samples[0]} + {c.samples[1]}" if any(c.samples) else "", detail=True),
+            Column("reference", lambda change: times(change.control)),
+            Column("beyond it", lambda change: times(change.relative), detail=True),
+        ]
+        return build("", self.changes, columns)
 
 
-def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
-    """Compare two documents of the same benchmark (`stored.load`).
+def compare(a: Document, b: Document) -> Changes:
+    """Compare two documents of the same benchmark.
 
     Raises:
         DataError: they are of different benchmarks, or no row is in both.
     """
-    if (benchmark(a), a["schema_version"]) != (benchmark(b), b["schema_version"]):
-        raise DataError(
-            f"A is a document of {benchmark(a)} (schema {a['schema_version']}) and B of {benchmark(b)} (schema "
-            f"{b['schema_version']}); compare two of the same benchmark"
-        )
-    before, after = ({row.key: row for row in timed(content)} for content in (a, b))
+    if a.benchmark != b.benchmark:
+        raise DataError(f"A is a document of {a.benchmark} and B of {b.benchmark}; compare two of the same benchmark")
+    before, after = ({row.key: row for row in document.rows} for document in (a, b))
     if not before.keys() & after.keys():
         raise DataError(
             "no row of A is in B: they measured other work, sizes or types; repeat one with the options of the other"
@@ -103,16 +142,17 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
     changes = []
     for key in dict.fromkeys([*before, *after]):
         one, other = before.get(key), after.get(key)
-        if one is None or other is None or not (_measured(one) and _measured(other)):
+        if one is None or other is None or not (one.measured and other.measured):
             changes += _missing(one, other)
             continue
         ratio = ratios[key]
         low, high = _interval(one.samples, other.samples)
         p = float(adjusted[key]) if key in adjusted else None
+        reference = b.reference_row(other)
         changes.append(
             Change(
                 key,
-                other.name,
+                work(other).rpartition(", ")[0],
                 other.contender,
                 other.dtype,
                 _verdict(one, other, ratio, p),
@@ -120,47 +160,42 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
                 low,
                 high,
                 p,
-                ratios.get(other.control) if other.control else None,
+                ratios.get(reference.key) if reference is not None and reference is not other else None,
                 (len(one.samples), len(other.samples)),
             )
         )
-    return Comparison(benchmark(a), changes, _flags(a, b))
+    return Changes(a.benchmark, changes, _flags(a, b))
 
 
-def _measured(row: Timed) -> bool:
-    return row.status in ("measured", "partial") and bool(row.samples or row.qps)
-
-
-def _missing(one: Timed | None, other: Timed | None) -> list[Change]:
+def _missing(one: Row | None, other: Row | None) -> list[Change]:
     """A row that has numbers on one side; nothing where it has them on neither."""
-    had, has = (row is not None and _measured(row) for row in (one, other))
+    had, has = (row is not None and row.measured for row in (one, other))
     row = other or one
     if row is None or had == has:
         return []
-    gone = f"B: {other.status}. {other.reason}".strip() if other is not None and had else "not in B" if had else ""
+    gone = (
+        f"B: {other.status}. {other.reason or ''}".strip() if other is not None and had else "not in B" if had else ""
+    )
     return [Change(row.key, row.name, row.contender, row.dtype, "lost" if had else "new", reason=gone)]
 
 
-def _ratio(one: Timed, other: Timed) -> float | None:
+def _ratio(one: Row, other: Row) -> float | None:
     if one.samples and other.samples:
         return float(np.median(one.samples) / np.median(other.samples))
-    return other.qps / one.qps if one.qps and other.qps else None
+    if one.server and other.server and one.server.max_qps and other.server.max_qps:
+        return other.server.max_qps / one.server.max_qps
+    return None
 
 
-def _decidable(one: Timed, other: Timed) -> bool:
+def _decidable(one: Row, other: Row) -> bool:
     """Whether any outcome could be significant: the smallest two-sided p-value is 2 over the number of orders."""
     m, n = len(one.samples), len(other.samples)
     if not m or not n or one.contended or other.contended:
         return False
-    orders = np.exp(_log_factorial(m + n) - _log_factorial(m) - _log_factorial(n))
-    return bool(2 / orders < SIGNIFICANCE)
+    return 2 / math.comb(m + n, m) < SIGNIFICANCE
 
 
-def _log_factorial(n: int) -> float:
-    return float(np.log(np.arange(1, n + 1)).sum())
-
-
-def _verdict(one: Timed, other: Timed, ratio: float | None, p: float | None) -> Verdict:
+def _verdict(one: Row, other: Row, ratio: float | None, p: float | None) -> Verdict:
     if one.contended or other.contended:
         return "contended"
     if not one.samples or not other.samples:
@@ -182,24 +217,19 @@ def _interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | t
     return float(low), float(high)
 
 
-def _flags(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    one, other = a["machine"], b["machine"]
-    found = []
-    for name, key in (("processor", "cpu"), ("threads", "threads"), ("cores", "cores_allowed"), ("GPUs", "gpus")):
-        if one.get(key) != other.get(key):
-            found.append(f"other machine: {name} {_plain(one.get(key))} and {_plain(other.get(key))}")
-    for key in ("torch", "python", "xfm_fast", "commit"):
-        if one.get(key) != other.get(key):
-            found.append(f"other {key}: {_plain(one.get(key))} and {_plain(other.get(key))}")
+def _flags(a: Document, b: Document) -> list[str]:
+    one, other = a.machine, b.machine
+    names = {"processor": "cpu", "threads": "threads", "cores": "cores_allowed", "GPUs": "gpus"}
+    pairs = [(f"machine: {name}", one.get(key), other.get(key)) for name, key in names.items()]
+    pairs += [(f"{key}:", one.get(key), other.get(key)) for key in ("torch", "python", "xfm_fast", "commit")]
     versions = (one.get("versions", {}), other.get("versions", {}))
-    for package in sorted(set(versions[0]) | set(versions[1])):
-        found_there = [version.get(package) for version in versions]
-        if found_there[0] != found_there[1]:
-            found.append(f"other {package}: {_plain(found_there[0])} and {_plain(found_there[1])}")
-    for name, machine, content in (("A", one, a), ("B", other, b)):
-        if machine.get("dirty"):
+    packages = sorted({*versions[0], *versions[1]})
+    pairs += [(f"{package}:", versions[0].get(package), versions[1].get(package)) for package in packages]
+    found = [f"other {name} {_plain(was)} and {_plain(became)}" for name, was, became in pairs if was != became]
+    for name, document in (("A", a), ("B", b)):
+        if document.machine.get("dirty"):
             found.append(f"{name} was measured on a changed checkout")
-        if content["interrupted"]:
+        if document.interrupted:
             found.append(f"{name} was interrupted: its last rows are partial or missing")
     return found
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xfm_fast.benchmarks.page import render
 
 from tests.benchmarks import example_documents
-from xfm_fast.benchmarks.page import render
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = (360, 768, 1280)

@@ -1,7 +1,7 @@
 """The README's tables of measurements, written from the committed results they name.
 
-    python -m xfm_fast.benchmarks.readme_tables           # rewrite them: make readme
-    python -m xfm_fast.benchmarks.readme_tables --check   # exit code 1 where one is stale
+    python -m xfm_fast.benchmarks.report.readme           # rewrite them: make readme
+    python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
 README. A further table needs its two markers and nothing else.
@@ -13,10 +13,11 @@ import re
 import sys
 from pathlib import Path
 
-from xfm_fast.benchmarks import markdown
-from xfm_fast.benchmarks.stored import load
 from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import DataError
+
+from ..record import load
+from .markdown import markdown
 
 REGION = re.compile(
     r"(?P<begin><!-- bench:begin (?P<file>\S+) -->\n)(?P<table>.*?)(?P<end><!-- bench:end -->)", re.DOTALL
@@ -38,14 +39,14 @@ def regenerated(readme: Path) -> str:
         )
 
     def table(region: re.Match[str]) -> str:
-        return region["begin"] + markdown.tables(load(readme.parent / region["file"])) + region["end"]
+        return region["begin"] + markdown(load(readme.parent / region["file"])) + region["end"]
 
     return REGION.sub(table, text)
 
 
 def main(arguments: list[str]) -> int:
     """Rewrite the README of this checkout, or with `--check` say whether that would change it."""
-    readme = Path(__file__).resolve().parents[1] / "README.md"
+    readme = Path(__file__).resolve().parents[2] / "README.md"
     text = regenerated(readme)
     stale = text != readme.read_text(encoding="utf-8")
     if "--check" in arguments:
