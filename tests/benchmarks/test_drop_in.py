@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from xfm_fast import cli
+from tests.cli.runner import invoke
 from xfm_fast.benchmarks import drop_in
 from xfm_fast.errors import InputError
 
@@ -96,24 +95,24 @@ def test_an_unknown_case() -> None:
 def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     file, threads = tmp_path / "rows.json", torch.get_num_threads()
     arguments = ["bench", "drop-in", "--quick", "--only", "good,bad", "--dtype", "fp32", "--json", str(file)]
-    result = CliRunner().invoke(cli.app, [*arguments, "--threads", str(threads)])
+    result = invoke([*arguments, "--threads", str(threads)])
     assert result.exit_code == 1
     assert "the model good" in result.stdout
     assert "failed: RuntimeError" in result.stdout
     saved = json.loads(file.read_text())
     assert saved["benchmark"] == "drop-in"
     assert [row["key"] for row in saved["rows"]] == ["good", "bad"]
-    shown = CliRunner().invoke(cli.app, ["bench", "report", str(file)])
+    shown = invoke(["bench", "report", str(file)])
     assert "the model good" in shown.stdout
     assert "failed: RuntimeError" in shown.stdout
-    written = CliRunner().invoke(cli.app, ["bench", "report", str(file), "--markdown"]).stdout.splitlines()
+    written = invoke(["bench", "report", str(file), "--markdown"]).stdout.splitlines()
     assert len(written) == 3
     assert written[2].startswith("| the model good | fp32 | ")
-    compared = CliRunner().invoke(cli.app, ["bench", "compare", str(file), str(file)])
+    compared = invoke(["bench", "compare", str(file), str(file)])
     assert compared.exit_code == 0, compared.output
     assert "untouched" in compared.stdout
     page = tmp_path / "page.html"
-    assert CliRunner().invoke(cli.app, ["bench", "report", str(file), "--html", str(page)]).exit_code == 0
+    assert invoke(["bench", "report", str(file), "--html", str(page)]).exit_code == 0
     text = page.read_text()
     for said in ("the model good", "failed. RuntimeError", "without an interval", "What was replaced"):
         assert said in text

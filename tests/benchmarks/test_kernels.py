@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from tests.cli.runner import invoke
 from xfm_fast.benchmarks import kernels, markdown, results, stored
 from xfm_fast.benchmarks.kernel_cases import Case, cases
 from xfm_fast.benchmarks.kernels import measure
 from xfm_fast.benchmarks.page import render
-from xfm_fast.cli import app
 from xfm_fast.kernels import roofline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,9 +107,9 @@ def test_results_are_shown_again_and_compared(tmp_path: Path, monkeypatch: pytes
     assert f"{ratio:.2f}×" in page
     assert f"{ratio:.2f}x" in table
     assert "wrong &amp; odd: wrong: error" in page
-    shown = CliRunner().invoke(app, ["bench", "report", str(path)])
+    shown = invoke(["bench", "report", str(path)])
     assert f"{ratio:.2f}x" in shown.output, shown.output
-    compared = CliRunner().invoke(app, ["bench", "compare", str(path), str(path)])
+    compared = invoke(["bench", "compare", str(path), str(path)])
     assert compared.exit_code == 0, compared.output
     assert "no difference" in compared.output
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from xfm_fast import cli, cli_export_model
+from tests.cli.runner import invoke
 from xfm_fast.checkpoint import to_official
-from xfm_fast.errors import InputError, UnavailableError, XFMError
+from xfm_fast.cli import export_model
+from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.export import exporting
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.models.xfm import XFM
@@ -27,10 +27,7 @@ pytest.importorskip("onnxruntime", reason="verification needs onnxruntime")
 
 def _run(*arguments: str, expect: int = 0) -> str:
     """The output of a command that ends with the expected code, as the entry point would make of it."""
-    done = CliRunner().invoke(cli.app, ["export", *arguments])
-    if isinstance(done.exception, XFMError):
-        assert expect == 2, done.exception
-        return str(done.exception)
+    done = invoke(["export", *arguments])
     assert done.exit_code == expect, done.output
     return done.output
 
@@ -112,7 +109,7 @@ def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt
 
 
 def test_random_weights_leave_nothing_zero() -> None:
-    model = cli_export_model.load_subject(None, "tiny", image_size=48).model
+    model = export_model.load_subject(None, "tiny", image_size=48).model
     assert model.config.image_size == 48
     assert not [name for name, value in model.named_parameters() if not value.abs().max() > 0]
 
@@ -135,25 +132,25 @@ def test_checkpoints_of_either_form(make_model: Callable[..., XFM], tmp_path: Pa
     )  # fmt: skip
     state = to_official(model.state_dict(), config)
     torch.save({"model": state}, tmp_path / "official.th")
-    ours = cli_export_model.load_subject(tmp_path / "ours", None)
-    official = cli_export_model.load_subject(tmp_path / "official.th", None, config=tmp_path / "sizes.json")
+    ours = export_model.load_subject(tmp_path / "ours", None)
+    official = export_model.load_subject(tmp_path / "official.th", None, config=tmp_path / "sizes.json")
     assert (ours.source, official.source) == ("checkpoint ours", "checkpoint official.th")
     for subject in (ours, official):
         assert {*subject.model.heads} == {"contrastive", "matching", "boxes"}
         for name, value in subject.model.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
-    larger = cli_export_model.load_subject(tmp_path / "ours", None, image_size=48)
+    larger = export_model.load_subject(tmp_path / "ours", None, image_size=48)
     assert larger.model.config.image_size == 48
     with pytest.raises(InputError, match="--config gives the sizes of an official checkpoint"):
-        cli_export_model.load_subject(tmp_path / "ours", None, config=tmp_path / "sizes.json")
+        export_model.load_subject(tmp_path / "ours", None, config=tmp_path / "sizes.json")
     with pytest.raises(UnavailableError, match="preset 'small' is unknown"):
-        cli_export_model.load_subject(None, "small")
+        export_model.load_subject(None, "small")
 
 
 def test_examples_are_photographs_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("skimage")
-    subject = cli_export_model.load_subject(None, "tiny")
-    examples, note = cli_export_model.load_examples(subject, None, longest=40)
+    subject = export_model.load_subject(None, "tiny")
+    examples, note = export_model.load_examples(subject, None, longest=40)
     assert note == ""
     assert "photographs" in examples.origin
     assert examples.pixels.shape[1:] == (3, 32, 32)
@@ -164,8 +161,8 @@ def test_examples_are_generated_where_there_are_none(monkeypatch: pytest.MonkeyP
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    subject = cli_export_model.load_subject(None, "tiny")
-    examples, note = cli_export_model.load_examples(subject, None, longest=40)
+    subject = export_model.load_subject(None, "tiny")
+    examples, note = export_model.load_examples(subject, None, longest=40)
     assert "generated" in examples.origin
     assert "no photographs" in note
 

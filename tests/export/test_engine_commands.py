@@ -58,7 +58,7 @@ def test_bad_options_are_refused_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr("xfm_fast.cli_export_model.load_subject", lambda *_, **__: pytest.fail("a model was made"))
+    monkeypatch.setattr("xfm_fast.cli.export_model.load_subject", lambda *_, **__: pytest.fail("a model was made"))
     assert run(monkeypatch, *rtx(tmp_path, *arguments)) == 2
     assert message in capsys.readouterr().err
 
@@ -84,7 +84,7 @@ def test_tensorrt_without_tensorrt(
 def test_bars_follow_the_builder() -> None:
     from rich.progress import Progress
 
-    from xfm_fast.cli_export_engines import _Bars
+    from xfm_fast.cli.export_engines import _Bars
 
     bars = Progress(disable=True)
     shown: Any = _Bars(bars)
@@ -104,7 +104,7 @@ def test_bars_follow_the_builder() -> None:
 def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
     pytest.importorskip("tensorrt_rtx")
-    from xfm_fast.cli_export_model import load_subject
+    from xfm_fast.cli.export_model import load_subject
     from xfm_fast.export.engine_library import EngineOptions
     from xfm_fast.export.engines import export_engines
 

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
+from tests.cli.runner import invoke
 from tests.export import pbtxt, triton_client, triton_server
 from tests.export.fake_triton import FakeServer, Tensor
-from xfm_fast.cli import app
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError, ExportError, InputError, StorageError, UnavailableError, XFMError
 from xfm_fast.export import manifest as manifests
@@ -518,13 +517,14 @@ def test_no_room_and_no_folder_are_seen_first(
 def test_command(exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
     arguments = ["export", "model-repository", str(exported_fp32), "--out", str(tmp_path / "models")]
-    done = CliRunner().invoke(app, [*arguments, "--tokenizer", str(tmp_path), "--backend", "python", "--prefix", "a"])
+    done = invoke([*arguments, "--tokenizer", str(tmp_path), "--backend", "python", "--prefix", "a"])
     assert done.exit_code == 0, done.output
     assert "a_rank" in done.output
     assert "tritonserver --model-repository=" in done.output
     assert Receipt.load(tmp_path / "models").tokenizer_sha256 == tokenizer.sha256()
-    done = CliRunner().invoke(app, [*arguments, "--overwrite"])
-    assert isinstance(done.exception, InputError)
+    done = invoke([*arguments, "--overwrite"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("xfm-fast: ")
     assert Receipt.load(tmp_path / "models").models[0].name.startswith("a_")
 
 

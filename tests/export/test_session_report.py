@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from xfm_fast import cli
+from tests.cli.runner import invoke
 from xfm_fast.errors import InputError
 from xfm_fast.export.session import Session
 from xfm_fast.export.session_report import LEAST_RUNS, measure_session, report_shapes
@@ -75,17 +74,17 @@ def test_peaks_that_are_over_are_seen(without_mark: bool, monkeypatch: pytest.Mo
 
 def test_command(exported_fp32: Path) -> None:
     arguments = ["export", "report", str(exported_fp32), "--seconds", "0"]
-    shown = CliRunner().invoke(cli.app, arguments)
+    shown = invoke(arguments)
     assert shown.exit_code == 0, shown.output
     for word in ("onnxruntime", "vision", "image_memory", "p99", "load s", "peak MB"):
         assert word in shown.output
     assert "enqueue" not in shown.output
-    as_json = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    as_json = invoke([*arguments, "--json"])
     assert json.loads(as_json.output)["dtype"] == "fp32"
 
 
 def test_int8_command(exported_fp32: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(cli.app, ["export", "int8", str(exported_fp32), "--out", str(tmp_path / "int8")])
+    done = invoke(["export", "int8", str(exported_fp32), "--out", str(tmp_path / "int8")])
     assert done.exit_code == 0, done.output
     assert "verified" in done.output
     assert Session(tmp_path / "int8").manifest.options["arithmetic"] == "int8"

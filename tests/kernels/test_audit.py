@@ -418,14 +418,14 @@ def test_tuning_without_a_gpu_says_so() -> None:
 def test_tuning_names_an_unknown_type() -> None:
     done = _cli("tune", "--dtype", "fp8")
     assert done.returncode == 2
-    assert "--dtype fp8 is unknown; choose bf16 or fp16" in done.stderr
+    assert 'Invalid value "fp8" for --dtype. Choose from: "bf16", "fp16".' in done.stderr
 
 
 def test_tuning_saves_what_it_finds_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a GPU that is not there, with a search that finds nothing for one kernel and is interrupted at another."""
-    from xfm_fast import cli_kernels
+    from xfm_fast.cli import kernels
     from xfm_fast.kernels.triton import launch
 
     # The command removes it; afterwards it is what it was.
@@ -444,7 +444,7 @@ def test_tuning_saves_what_it_finds_and_goes_on(
 
     monkeypatch.setattr(tune, "search", search)
     with pytest.raises(KeyboardInterrupt):
-        cli_kernels.tune(kernel=None, dtype=None, head_dim=[64, 80], jobs=None, out=tmp_path)
+        kernels.tune(options=kernels.TuneOptions(head_dim=(64, 80), out=tmp_path))
     table = json.loads((tmp_path / "sm_90.json").read_text())
     assert table["relpos_forward"].keys() == {"bf16/64", "bf16/80"}
     # Forms with a mask exist for one head dimension, a norm for one width.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from xfm_fast.cli_choices import PRESETS, choice
+from xfm_fast.cli.options import PRESETS, choice
 from xfm_fast.errors import DataError, InputError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xfm_fast.cli_choices import PRESETS, choice
+from xfm_fast.cli.options import PRESETS, choice
 from xfm_fast.errors import UnavailableError
 
 if TYPE_CHECKING:

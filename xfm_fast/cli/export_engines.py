@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xfm_fast import cli_export
+from xfm_fast.cli import export
 from xfm_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ VERBOSE = typer.Option("--verbose", help="Show the builder's own messages.")
 
 
 def tensorrt(
-    out: Annotated[Path, cli_export.OUT],
-    checkpoint: Annotated[Path | None, cli_export.CHECKPOINT] = None,
-    preset: Annotated[str | None, cli_export.PRESET] = None,
-    config: Annotated[Path | None, cli_export.CONFIG] = None,
+    out: Annotated[Path, export.OUT],
+    checkpoint: Annotated[Path | None, export.CHECKPOINT] = None,
+    preset: Annotated[str | None, export.PRESET] = None,
+    config: Annotated[Path | None, export.CONFIG] = None,
     dtype: Annotated[str, DTYPE] = "bf16",
-    graphs: Annotated[str, cli_export.GRAPHS] = "",
+    graphs: Annotated[str, export.GRAPHS] = "",
     opset: Annotated[int | None, OPSET] = None,
-    image_size: Annotated[int | None, cli_export.IMAGE_SIZE] = None,
-    fixed: Annotated[str, cli_export.FIXED] = "",
-    all_tokens: Annotated[bool, cli_export.ALL_TOKENS] = False,
+    image_size: Annotated[int | None, export.IMAGE_SIZE] = None,
+    fixed: Annotated[str, export.FIXED] = "",
+    all_tokens: Annotated[bool, export.ALL_TOKENS] = False,
     profile: Annotated[list[str] | None, PROFILE] = None,
     sm: Annotated[str, SM] = "",
     timing_cache: Annotated[
@@ -62,8 +62,8 @@ def tensorrt(
     quantize: Annotated[str, QUANTIZE] = "",
     level: Annotated[int | None, LEVEL] = None,
     keep_onnx: Annotated[bool, KEEP] = False,
-    tokenizer: Annotated[Path | None, cli_export.TOKENIZER] = None,
-    data: Annotated[Path | None, cli_export.DATA] = None,
+    tokenizer: Annotated[Path | None, export.TOKENIZER] = None,
+    data: Annotated[Path | None, export.DATA] = None,
     verbose: Annotated[bool, VERBOSE] = False,
 ) -> None:
     """Build TensorRT engines for the GPU of this machine."""
@@ -84,23 +84,23 @@ def tensorrt(
 
 
 def tensorrt_rtx(
-    out: Annotated[Path, cli_export.OUT],
-    checkpoint: Annotated[Path | None, cli_export.CHECKPOINT] = None,
-    preset: Annotated[str | None, cli_export.PRESET] = None,
-    config: Annotated[Path | None, cli_export.CONFIG] = None,
+    out: Annotated[Path, export.OUT],
+    checkpoint: Annotated[Path | None, export.CHECKPOINT] = None,
+    preset: Annotated[str | None, export.PRESET] = None,
+    config: Annotated[Path | None, export.CONFIG] = None,
     dtype: Annotated[str, DTYPE] = "bf16",
-    graphs: Annotated[str, cli_export.GRAPHS] = "",
+    graphs: Annotated[str, export.GRAPHS] = "",
     opset: Annotated[int | None, OPSET] = None,
-    image_size: Annotated[int | None, cli_export.IMAGE_SIZE] = None,
-    fixed: Annotated[str, cli_export.FIXED] = "",
-    all_tokens: Annotated[bool, cli_export.ALL_TOKENS] = False,
+    image_size: Annotated[int | None, export.IMAGE_SIZE] = None,
+    fixed: Annotated[str, export.FIXED] = "",
+    all_tokens: Annotated[bool, export.ALL_TOKENS] = False,
     profile: Annotated[list[str] | None, PROFILE] = None,
     sm: Annotated[str, SM] = "",
     quantize: Annotated[str, QUANTIZE] = "",
     level: Annotated[int | None, LEVEL] = None,
     keep_onnx: Annotated[bool, KEEP] = False,
-    tokenizer: Annotated[Path | None, cli_export.TOKENIZER] = None,
-    data: Annotated[Path | None, cli_export.DATA] = None,
+    tokenizer: Annotated[Path | None, export.TOKENIZER] = None,
+    data: Annotated[Path | None, export.DATA] = None,
     verbose: Annotated[bool, VERBOSE] = False,
 ) -> None:
     """Build engines of TensorRT for RTX, on any machine, for the GPUs that are named."""
@@ -136,7 +136,7 @@ def _export(
     data: Path | None,
     verbose: bool,
 ) -> None:
-    from xfm_fast import cli_export_model
+    from xfm_fast.cli import export_model
     from xfm_fast.export import consumers, engines, exporting, quantisation, verification
     from xfm_fast.export import plugins as plugin_library
     from xfm_fast.export.engine_library import load_library
@@ -157,10 +157,8 @@ def _export(
         quantisation.check_quantisation(quantize, dtype)  # pyright: ignore[reportArgumentType]
     if plugins:
         plugin_library.check_plugins(library)
-    subject = cli_export_model.load_subject(
-        checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer
-    )
-    examples = cli_export_model.examples_for(subject, data, sizes)
+    subject = export_model.load_subject(checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer)
+    examples = export_model.examples_for(subject, data, sizes)
     rewrite = None
     if quantize:
         rewrite = quantisation.quantising(subject.model, examples, quantize, dtype)  # pyright: ignore[reportArgumentType]
@@ -173,7 +171,7 @@ def _export(
             options=options, arithmetic=quantize or None, rewrite=rewrite, plugins=plugins, keep_onnx=keep_onnx,  # pyright: ignore[reportArgumentType]
             progress=progress,
         )  # fmt: skip
-    cli_export.finish(verification.verify_export(out, subject.model, examples), out)
+    export.finish(verification.verify_export(out, subject.model, examples), out)
 
 
 class _Bars:

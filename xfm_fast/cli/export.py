@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from xfm_fast.cli.bridge import bridge
+
 if TYPE_CHECKING:
     from xfm_fast.export.consumers import Consumer, DType
     from xfm_fast.export.manifest import Manifest
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 export_app = typer.Typer(
     help="Export to ONNX and engines, verified against the model. Exit code 1: the export differs from the model.",
     no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 CHECKPOINT = typer.Option(help="Official .th/.pth, .safetensors, or a folder that save_pretrained wrote.")
@@ -50,17 +54,15 @@ def onnx(
     data: Annotated[Path | None, DATA] = None,
 ) -> None:
     """Write ONNX files, run them, and compare them with the model."""
-    from xfm_fast import cli_export_model
+    from xfm_fast.cli import export_model
     from xfm_fast.export import consumers, exporting, verification
 
     # What is wrong with the options shows before a checkpoint is read.
     names, sizes = exporting.parse_graphs(graphs), exporting.parse_fixed(fixed)
     consumers.profile(consumer, dtype, opset)
     exporting.require_onnx()
-    subject = cli_export_model.load_subject(
-        checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer
-    )
-    examples = cli_export_model.examples_for(subject, data, sizes)
+    subject = export_model.load_subject(checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer)
+    examples = export_model.examples_for(subject, data, sizes)
     exporting.export_onnx(
         subject.model,
         out,
@@ -72,9 +74,9 @@ def onnx(
         all_tokens=all_tokens,
         source=subject.source,
         tokenizer_sha256=subject.tokenizer_sha256,
-        progress=cli_export_model.say,
+        progress=export_model.say,
     )
-    cli_export_model.say("comparing with the model")
+    export_model.say("comparing with the model")
     finish(verification.verify_export(out, subject.model, examples), out)
 
 
@@ -88,19 +90,21 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder of an export.")])
 
 def finish(manifest: Manifest, folder: Path) -> None:
     """Show the outcome of an export; exit code 1 when it differs from the model."""
-    from xfm_fast import cli_export_model
+    from xfm_fast.cli import export_model
 
-    cli_export_model.print_manifest(manifest, folder)
+    export_model.print_manifest(manifest, folder)
     if manifest.status == "failed":
         raise typer.Exit(1)
 
 
-def register(app: typer.Typer) -> None:
-    """Add `export` and its commands."""
-    from xfm_fast import cli_export_engines, cli_export_packages, cli_export_serving, cli_export_session
+def _commands() -> typer.Typer:
+    from xfm_fast.cli import export_engines, export_packages, export_serving, export_session
 
-    cli_export_engines.register(export_app)
-    cli_export_packages.register(export_app)
-    cli_export_session.register(export_app)
-    cli_export_serving.register(export_app)
-    app.add_typer(export_app, name="export")
+    export_engines.register(export_app)
+    export_packages.register(export_app)
+    export_session.register(export_app)
+    export_serving.register(export_app)
+    return export_app
+
+
+app = bridge(_commands(), "export")

@@ -1,4 +1,4 @@
-"""`xfm-fast pretrain` and `xfm-fast gradflow`, from recipe to model."""
+"""`xfm-fast pretrain` and `gradflow`, from recipe to model, and `reproduce ablations`: output, files, exit codes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.cli.runner import invoke
 from tests.training.small_runs import ROOT
-from xfm_fast.cli import app
-from xfm_fast.cli_training import INTERRUPTED
+from xfm_fast.cli.options import UNFINISHED
 from xfm_fast.models.xfm import XFM
+from xfm_fast.reproduce import ablations
+from xfm_fast.reproduce.ablations import VARIANTS, Run
+from xfm_fast.reproduce.evaluation import METRICS
 from xfm_fast.training.metrics import read_log
 
 RECIPE = """
@@ -44,33 +47,33 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["pretrain", str(recipe)], catch_exceptions=False)
+    result = invoke(["pretrain", str(recipe)])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "world/world.json").is_file()
     assert (tmp_path / "run/tokenizer.json").is_file()
     assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3]
     before = XFM.from_pretrained(tmp_path / "run/model")
 
-    again = CliRunner().invoke(app, ["pretrain", str(recipe), "steps=4", "optimizer.lr=1e-3"], catch_exceptions=False)
+    again = invoke(["pretrain", str(recipe), "steps=4", "optimizer.lr=1e-3"])
     assert again.exit_code == 0
     assert "steps: 3 → 4" in again.output
     assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4]
     after = XFM.from_pretrained(tmp_path / "run/model")
     assert not before.vision_proj.weight.equal(after.vision_proj.weight)
 
-    report = CliRunner().invoke(app, ["gradflow", str(tmp_path / "run/model"), "--check", "--json"])
+    report = invoke(["gradflow", str(tmp_path / "run/model"), "--check", "--json"])
     assert report.exit_code == 0
     assert {row["loss"] for row in json.loads(report.output)["rows"]} >= {"itc", "itm", "imlm", "mim", "mlm"}
 
 
 def test_gradflow_of_a_recipe(recipe: Path) -> None:
-    good = CliRunner().invoke(app, ["gradflow", str(recipe), "--check"])
+    good = invoke(["gradflow", str(recipe), "--check"])
     assert good.exit_code == 0
     assert "imlm (pairs)" in good.output
-    bad = CliRunner().invoke(app, ["gradflow", str(recipe), "method.stop_gradient=false", "--check"])
+    bad = invoke(["gradflow", str(recipe), "method.stop_gradient=false", "--check"])
     assert bad.exit_code == 1
     assert "reaches language" in bad.output
-    unchecked = CliRunner().invoke(app, ["gradflow", str(recipe), "method.stop_gradient=false"])
+    unchecked = invoke(["gradflow", str(recipe), "method.stop_gradient=false"])
     assert unchecked.exit_code == 0
 
 
@@ -125,5 +128,40 @@ def test_signal_has_an_exit_code_of_its_own(recipe: Path, tmp_path: Path) -> Non
         time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED, told
+    assert process.returncode == UNFINISHED, told
     assert "the same command goes on from there" in told
+
+
+@pytest.fixture
+def pretended_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(variant: str, seed: int, recipe: Any) -> Run | None:
+        if variant == "neither" and seed == 1:
+            return None
+        return Run(variant, seed, dict.fromkeys(METRICS, 70.0 + seed), {"steps": 1, "seconds": 1, "cpu_seconds": 60})
+
+    monkeypatch.setattr(ablations, "_train", pretend)
+
+
+def test_a_finished_study(pretended_runs: None, tmp_path: Path) -> None:
+    result = invoke(["reproduce", "ablations", "--seeds", "1", "--variants", "full, neither", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "full method" in result.output
+    assert "neither confirms nor refutes" in " ".join(result.output.split())
+    content = json.loads((tmp_path / "ablations.json").read_text())
+    assert [run["variant"] for run in content["runs"]] == ["full", "neither"]
+
+
+def test_a_stopped_study_keeps_what_is_finished(pretended_runs: None, tmp_path: Path) -> None:
+    result = invoke(["reproduce", "ablations", "--seeds", "2", "--out", str(tmp_path)])
+    assert result.exit_code == UNFINISHED
+    assert "1 runs are missing" in result.output
+    content = json.loads((tmp_path / "ablations.json").read_text())
+    assert len(content["runs"]) == 2 * len(VARIANTS) - 1
+    assert content["missing"] == [{"variant": "neither", "seed": 1}]
+
+
+def test_an_unknown_variant_is_refused(pretended_runs: None, tmp_path: Path) -> None:
+    result = invoke(["reproduce", "ablations", "--variants", "half", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "variant half is unknown" in result.stderr
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from xfm_fast.cli_choices import PRESETS, choice
+from xfm_fast.cli.options import PRESETS, choice
 
 
 def bench_train_step(

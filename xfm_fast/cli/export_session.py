@@ -41,10 +41,10 @@ def int8(
     out: Annotated[Path, typer.Option(help="Folder that receives the int8 export.")],
 ) -> None:
     """Quantise an fp32 export to int8 for the CPU, and measure what that costs in accuracy."""
-    from xfm_fast import cli_export
+    from xfm_fast.cli import export
     from xfm_fast.export.dynamic_int8 import quantize_int8
 
-    cli_export.finish(quantize_int8(folder, out), out)
+    export.finish(quantize_int8(folder, out), out)
 
 
 def _say(message: str) -> None:

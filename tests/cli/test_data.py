@@ -3,28 +3,12 @@
 import json
 from pathlib import Path
 
-import pytest
-import typer
-from typer.testing import CliRunner, Result
-
+from tests.cli.runner import Done, invoke
 from tests.data_pipeline.record_files import pairs, tiny_tokenizer, write_lines
-from xfm_fast import cli_data
-from xfm_fast.errors import DataError
-
-app = typer.Typer()
-cli_data.register(app)
 
 
-@app.callback()
-def _root() -> None:
-    pass
-
-
-def _run(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, ["data", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def _run(*arguments: object) -> Done:
+    return invoke(["data", *arguments])
 
 
 def test_a_good_file(tmp_path: Path) -> None:
@@ -76,12 +60,14 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", pairs(1))
-    with pytest.raises(DataError, match="choose webdataset or lines"):
-        _run("convert", lines, tmp_path / "b", "--to", "parquet")
-    with pytest.raises(DataError, match="task 'walking' is unknown"):
-        _run("check", lines, "--task", "walking")
-    with pytest.raises(DataError, match="matches no file"):
-        _run("check", tmp_path / "absent", "--task", "pairs")
+    for command, message in (
+        (("convert", lines, tmp_path / "b", "--to", "parquet"), 'Choose from: "webdataset", "lines"'),
+        (("check", lines, "--task", "walking"), "task 'walking' is unknown"),
+        (("check", tmp_path / "absent", "--task", "pairs"), "matches no file"),
+    ):
+        done = _run(*command)
+        assert done.exit_code == 2
+        assert message in done.stderr
 
 
 def test_a_world_passes_its_checks(tmp_path: Path) -> None:

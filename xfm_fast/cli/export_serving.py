@@ -38,7 +38,7 @@ def model_repository(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier repository.")] = False,
 ) -> None:
     """Write a model repository of NVIDIA's Triton Inference Server from an export."""
-    from xfm_fast import cli_export_model
+    from xfm_fast.cli import export_model
     from xfm_fast.export.model_repository.planning import RepositoryOptions
     from xfm_fast.export.model_repository.ranking import RankLimits
     from xfm_fast.export.model_repository.writing import check_free, write_model_repository
@@ -59,7 +59,7 @@ def model_repository(
     check_free(out, overwrite)
     vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
     receipt = write_model_repository(
-        folder, out, options, tokenizer=vocabulary, overwrite=overwrite, progress=cli_export_model.say
+        folder, out, options, tokenizer=vocabulary, overwrite=overwrite, progress=export_model.say
     )
     _print(receipt, out)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from xfm_fast import cli_export
+from xfm_fast.cli import export
 
 if TYPE_CHECKING:
     from xfm_fast.export.consumers import DType
@@ -16,30 +16,28 @@ DEVICE = typer.Option(help="cpu or cuda: where the packages run, which is this m
 
 
 def aoti(
-    out: Annotated[Path, cli_export.OUT],
-    checkpoint: Annotated[Path | None, cli_export.CHECKPOINT] = None,
-    preset: Annotated[str | None, cli_export.PRESET] = None,
-    config: Annotated[Path | None, cli_export.CONFIG] = None,
-    dtype: Annotated[str, cli_export.DTYPE] = "fp32",
-    graphs: Annotated[str, cli_export.GRAPHS] = "",
+    out: Annotated[Path, export.OUT],
+    checkpoint: Annotated[Path | None, export.CHECKPOINT] = None,
+    preset: Annotated[str | None, export.PRESET] = None,
+    config: Annotated[Path | None, export.CONFIG] = None,
+    dtype: Annotated[str, export.DTYPE] = "fp32",
+    graphs: Annotated[str, export.GRAPHS] = "",
     device: Annotated[str, DEVICE] = "cpu",
-    image_size: Annotated[int | None, cli_export.IMAGE_SIZE] = None,
-    fixed: Annotated[str, cli_export.FIXED] = "",
-    all_tokens: Annotated[bool, cli_export.ALL_TOKENS] = False,
-    tokenizer: Annotated[Path | None, cli_export.TOKENIZER] = None,
-    data: Annotated[Path | None, cli_export.DATA] = None,
+    image_size: Annotated[int | None, export.IMAGE_SIZE] = None,
+    fixed: Annotated[str, export.FIXED] = "",
+    all_tokens: Annotated[bool, export.ALL_TOKENS] = False,
+    tokenizer: Annotated[Path | None, export.TOKENIZER] = None,
+    data: Annotated[Path | None, export.DATA] = None,
 ) -> None:
     """Compile AOTInductor packages, run them, and compare them with the model."""
-    from xfm_fast import cli_export_model
+    from xfm_fast.cli import export_model
     from xfm_fast.export import exporting, package_target, packages, verification
 
     # What is wrong with the options shows before a checkpoint is read.
     names, sizes = exporting.parse_graphs(graphs), exporting.parse_fixed(fixed)
     package_target.check_compiling(device, dtype)
-    subject = cli_export_model.load_subject(
-        checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer
-    )
-    examples = cli_export_model.examples_for(subject, data, sizes)
+    subject = export_model.load_subject(checkpoint, preset, config=config, image_size=image_size, tokenizer=tokenizer)
+    examples = export_model.examples_for(subject, data, sizes)
     packages.export_packages(
         subject.model,
         out,
@@ -50,10 +48,10 @@ def aoti(
         all_tokens=all_tokens,
         source=subject.source,
         tokenizer_sha256=subject.tokenizer_sha256,
-        progress=cli_export_model.say,
+        progress=export_model.say,
     )
-    cli_export_model.say("comparing with the model")
-    cli_export.finish(verification.verify_export(out, subject.model, examples), out)
+    export_model.say("comparing with the model")
+    export.finish(verification.verify_export(out, subject.model, examples), out)
 
 
 def register(export_app: typer.Typer) -> None:

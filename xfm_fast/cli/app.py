@@ -1,0 +1,145 @@
+"""The tree of commands, and the one place where a command line becomes a call, a message and an exit code.
+
+The parser is derived by cyclopts from the configs that the library functions take: frozen dataclasses (or pydantic
+models) whose annotations are the types and choices and whose docstring is the help. Of the two kept libraries that do
+so, tyro builds the parsers of all commands at once, and thereby imports all that they import, PyTorch included, before
+it answers `--help`; it has neither positional lists in front of a last positional nor an answer to a misspelt command.
+cyclopts imports a command when it is asked for, completes in four shells, groups the help, and answers what is misspelt
+with the nearest name. What it lacks is a few lines here: tuples take commas, bounds are checked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import (
+    App,
+    CoercionError,
+    CycloptsError,
+    Parameter,
+    UnknownCommandError,
+    UnusedCliTokensError,
+    default_name_transform,
+)
+
+from xfm_fast import __version__
+from xfm_fast.cli import console, data, kernels, options, train
+from xfm_fast.cli.options import DATA, MEASURE, SERVE, TRAIN
+from xfm_fast.errors import XFMError
+
+if TYPE_CHECKING:
+    from cyclopts import ArgumentCollection
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def read_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Split the values of options that are tuples at commas; refuse a fraction where a whole number is asked for."""
+    for argument in arguments:
+        if options.mentions(argument.hint, tuple):
+            argument.tokens[:] = [
+                token.evolve(value=part.strip()) if token.keyword else token
+                for token in argument.tokens
+                for part in (token.value.split(",") if token.keyword else [token.value])
+                if part.strip()
+            ]
+        if options.mentions(argument.hint, int) and not options.mentions(argument.hint, float):
+            for token in argument.tokens:
+                # cyclopts would take 2.5 for 2.
+                if "." in token.value:
+                    raise CoercionError(argument=argument, token=token, target_type=int)
+
+
+app = App(
+    name="xfm-fast",
+    help="X-FM, exact and fast: measure it, train it, export it, see what this machine offers.",
+    version_flags=(),
+    config=read_values,
+    default_parameter=Parameter(negative=(), validator=options.check_bounds, show_default=options.shown),
+    group_parameters=options.OPTIONS,
+    exit_on_error=False,
+    print_error=False,
+    suppress_keyboard_interrupt=False,
+)
+
+# These groups bring much with them and are imported when one of their commands is asked for, hence their help is here.
+app.command(
+    "xfm_fast.cli.bench:app",
+    name="bench",
+    group=MEASURE,
+    help="""Measure this machine: fast against official, in one process, on real photographs.
+
+    Without a sub-command the whole suite runs. Results go to a JSON file and a self-contained HTML page.""",
+)
+app.command(
+    "xfm_fast.cli.export:app",
+    name="export",
+    group=SERVE,
+    help="Export to ONNX and engines, verified against the model. Exit code 1: the export differs from the model.",
+)
+for command in (kernels.info, kernels.audit, kernels.tune):
+    app.command(command, group=MEASURE)
+for command in (train.pretrain, train.gradflow):
+    app.command(command, group=TRAIN)
+app.command(train.reproduce)
+app.command(data.data)
+app.command(data.convert, group=DATA)
+app.register_install_completion_command(help="Install completion for your shell; --shell names another one.")
+
+
+@app.command(name="--version")
+def version() -> None:
+    """Print the version and exit."""
+    print(f"xfm-fast {__version__}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: runs a command line, by default that of the process, and exits with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of a command line. Errors that a user can mend are one message on standard error and code 2."""
+    try:
+        command, bound, _ = app.parse_args(arguments)
+        code: Any = command(*bound.args, **bound.kwargs)
+    except CycloptsError as error:
+        console.note(_usage(error))
+        return USAGE_ERROR
+    except XFMError as error:
+        console.note(str(error))
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if getattr(command, "__name__", "") == "help_print" and not {"--help", "-h"} & set(arguments):
+        # A group without a command, which shows what there is.
+        return USAGE_ERROR
+    return code or 0
+
+
+def _usage(error: CycloptsError) -> str:
+    """What is wrong with a command line, in one line, with the nearest name where one is near."""
+    error.verbose = False
+    text = str(error)
+    if isinstance(error, UnknownCommandError):
+        # It ends with the commands that there are.
+        return text
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        word = error.unused_tokens[0]
+        near = get_close_matches(word, [*error.app] if error.app else [], n=1)
+        text = f'Unexpected "{word}".' + (f' Did you mean "{near[0]}"?' if near else "")
+    elif (found := sys.modules.get("pydantic")) and isinstance(error.__cause__, found.ValidationError):
+        text = ""
+        for each in error.__cause__.errors():
+            name = f"--{default_name_transform(str(each['loc'][0]))}" if each["loc"] else _name(error)
+            text += f'Invalid value "{each["input"]}" for {name}: {each["msg"]}. '
+    chain = " ".join(["xfm-fast", *(error.command_chain or ())])
+    return f"{text.rstrip()} See {chain} --help"
+
+
+def _name(error: CycloptsError) -> str:
+    return error.argument.name if error.argument else "an option"
