@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from tests.benchmarks.report import examples
+from tests.cli.runner import invoke
 from xfm_fast.benchmarks.record import Document, load
 from xfm_fast.benchmarks.report import Changes, compare, print_changes
 from xfm_fast.benchmarks.report.compare import Change
-from xfm_fast.cli import app
 from xfm_fast.errors import DataError
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
@@ -200,14 +199,13 @@ def test_exit_codes(tmp_path: Path) -> None:
     for name, pace in (("fast", 1.0), ("slow", 1.3)):
         paths[name] = str(tmp_path / f"{name}.json")
         Path(paths[name]).write_bytes(examples.scenarios(pace).encoded())
-    run = CliRunner()
-    better = run.invoke(app, ["bench", "compare", paths["slow"], paths["fast"]])
+    better = invoke(["bench", "compare", paths["slow"], paths["fast"]])
     assert better.exit_code == 0, better.output
     assert "faster" in better.output
-    worse = run.invoke(app, ["bench", "compare", paths["fast"], paths["slow"]])
+    worse = invoke(["bench", "compare", paths["fast"], paths["slow"]])
     assert worse.exit_code == 1
     assert "12 slower" in worse.output
-    refused = run.invoke(app, ["bench", "compare", paths["fast"], str(tmp_path / "none.json")])
+    refused = invoke(["bench", "compare", paths["fast"], str(tmp_path / "none.json")])
     assert isinstance(refused.exception, DataError)  # main() makes it one line and exit code 2
 
 

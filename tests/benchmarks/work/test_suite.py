@@ -1,6 +1,5 @@
 """The suite from end to end on the tiny model: results, page, table, and what happens when it is stopped or refused."""
 
-import copy
 import errno
 import json
 import os
@@ -12,16 +11,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from xfm_fast.benchmarks import machine, results, suite, terminal
+from xfm_fast.benchmarks import machine, record, report
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
-from xfm_fast.benchmarks.page import render
-from xfm_fast.benchmarks.suite import Document, Options, Progress
+from xfm_fast.benchmarks.material.subjects import preset_config
+from xfm_fast.benchmarks.measure import Progress
+from xfm_fast.benchmarks.options import SuiteOptions
+from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE, OURS, Document, Row, Skip
+from xfm_fast.benchmarks.work import suite
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
-KEYS = ["image-32", "image-48", "text", "rerank", "retrieval"]
+WORKS = [("embed-image", 32), ("embed-image", 48), ("embed-text", None), ("rerank", 48), ("retrieval", 48)]
 VOID = ("meta", "line", "rect", "circle", "br", "link")
 
 
@@ -34,57 +36,92 @@ def _one_thread() -> Any:
 
 def _run(progress: Progress | None = None, **changes: Any) -> Document:
     settings: dict[str, Any] = {"preset": "tiny", "quick": True, "threads": 1, **changes}
-    return suite.run(Options(**settings), progress, command=["xfm-fast", "bench"])
+    return suite.run(SuiteOptions(**settings), progress, command=["xfm-fast", "bench"])
+
+
+def _save(document: Document, folder: Path) -> record.Saved:
+    return record.save(document, folder, report.html(document))
 
 
 @pytest.fixture(scope="module")
 def document() -> Document:
-    return _run(dtypes=("fp32", "bf16"))
+    return _run(dtype=("fp32", "bf16"))
+
+
+def _ours(document: Document) -> list[Row]:
+    return [row for row in document.rows if row.ours]
 
 
 def test_every_row_is_measured_and_says_its_work(document: Document) -> None:
     assert document.ok
     assert not document.interrupted
-    assert [(row["key"], row["dtype"]) for row in document.rows] == [(k, d) for k in KEYS for d in ("fp32", "bf16")]
+    assert document.benchmark == "suite"
+    assert [(row.work, row.point.image_size, row.contender, row.dtype) for row in document.rows] == [
+        (*work, *who) for work in WORKS for who in ((OURS, "fp32"), (OURS, "bf16"), (OFFICIAL, "fp32"))
+    ]
     for row in document.rows:
-        fast, twin = row["fast"], row["twin"]
-        assert row["status"] == "measured"
-        assert row["parity"]["error"] <= row["parity"]["band"]
-        assert len(fast["seconds"]) == len(twin["seconds"]) == len(row["shares_of_peak"]) >= 1
-        assert row["ratio"] == pytest.approx(twin["median_s"] / fast["median_s"])
-        assert row["ratio_interval"][0] <= row["ratio_interval"][1]
-        assert fast["throughput"] == pytest.approx(row["items"] / fast["median_s"])
-        assert len(row["probe"]["flops_per_s"]) == len(fast["seconds"]) + 1
-        assert 0 < row["flops"] <= row["official_flops"]
-    names = " / ".join(row["name"] for row in document.rows)
+        assert row.status == "measured"
+        assert row.parity is not None
+        assert row.parity.error is not None
+        assert row.parity.band is not None
+        assert row.parity.error <= row.parity.band
+        assert row.throughput is not None
+        assert row.throughput.value == pytest.approx(row.items / (row.median_s or 0))
+        assert row.conditions is not None
+        assert len(row.conditions.gemm_flops_per_s) == len(row.seconds) + 1 >= 2
+        assert row.efficiency is not None
+        assert row.efficiency.mfu is not None
+        assert row.memory is not None
+    for row in _ours(document):
+        official, against = document.reference_row(row), document.headline(row)
+        assert official is not None
+        assert official.efficiency is not None
+        assert against is not None
+        assert len(row.seconds) == len(official.seconds)
+        assert against.ratio == pytest.approx((official.median_s or 0) / (row.median_s or 1))
+        assert against.low is None or against.low <= (against.high or 0)
+        assert row.efficiency is not None
+        assert 0 < (row.efficiency.flops or 0) <= (official.efficiency.flops or 0)
+    names = " / ".join(row.name for row in document.rows)
     assert "embed 2 images of 32 px" in names
     assert "16 captions" in names
-    text = next(row for row in document.rows if row["key"] == "text")
-    assert text["tokens"]["padded"] == 8 * 40
-    assert 80 <= text["tokens"]["useful"] <= 8 * 16
+    text = next(row for row in document.rows if row.work == "embed-text" and row.contender == OFFICIAL)
+    assert text.tokens is not None
+    assert text.tokens.padded == 8 * 40
+    assert 80 <= text.tokens.useful <= 8 * 16
+    assert all((row.recall is not None) == (row.work == "retrieval") for row in document.rows)
 
 
 def test_dtypes_without_hardware_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "has_native_bf16", lambda: False)
-    names, absent = suite.choose_dtypes(None)
+    names, absent = machine.choose_dtypes(("auto",))
     assert names == ["fp32"]
     assert "not offered by this CPU" in absent["bf16"]
     monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
-    assert suite.choose_dtypes(None) == (["fp32", "bf16"], {})
+    assert machine.choose_dtypes(()) == (["fp32", "bf16"], {})
     with pytest.raises(UnavailableError, match="fp8"):
-        suite.choose_dtypes(("fp8",))
+        machine.choose_dtypes(("fp8",))
+
+
+def test_a_type_without_hardware_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_native_bf16", lambda: False)
+    document = _run()
+    assert document.ok
+    missing = [row for row in document.rows if row.status == "not offered"]
+    assert [(row.contender, row.dtype) for row in missing] == [(OURS, "bf16")] * len(WORKS)
+    assert all("not offered by this CPU" in (row.reason or "") for row in missing)
 
 
 def test_results_are_saved_under_two_names(document: Document, tmp_path: Path) -> None:
-    saved = results.save(document.content, tmp_path / "deep" / "out")
+    saved = _save(document, tmp_path / "deep" / "out")
     read = json.loads(saved.document.read_text())
-    assert read["schema_version"] == 1
-    assert [row["key"] for row in read["rows"]] == [row["key"] for row in document.rows]
+    assert read["schema_version"] == 3
+    assert [row["work"] for row in read["rows"]] == [row.work for row in document.rows]
     assert {"cpu", "torch", "python", "commit", "threads", "memory_gb", "system"} <= read["machine"].keys()
     folder = saved.document.parent
     assert (folder / "latest.json").read_bytes() == saved.document.read_bytes()
     assert (folder / "latest.html").read_bytes() == saved.page.read_bytes()
-    again = results.save(document.content, folder)
+    again = _save(document, folder)
     assert again.document != saved.document
     assert len(list(folder.iterdir())) == 6
 
@@ -108,7 +145,7 @@ class _Balance(HTMLParser):
 
 
 def test_page_is_well_formed_and_needs_nothing_from_elsewhere(document: Document) -> None:
-    page = render(document.content)
+    page = report.html(document)
     parser = _Balance()
     parser.feed(page)
     assert not parser.open
@@ -122,16 +159,17 @@ def test_page_is_well_formed_and_needs_nothing_from_elsewhere(document: Document
 
 
 def test_page_escapes_what_users_name(document: Document) -> None:
-    content = copy.deepcopy(document.content)
-    content["data"]["skipped"] = [{"what": "<script>x</script>", "reason": "a & b"}]
-    page = render(content)
+    content = document.model_copy(deep=True)
+    assert content.data is not None
+    content.data.skipped = [Skip(what="<script>x</script>", reason="a & b")]
+    page = report.html(content)
     assert "<script>" not in page
     assert "a &amp; b" in page
 
 
 def test_table_shows_every_row(document: Document) -> None:
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    terminal.print_report(document.content, console)
+    report.terminal(document, console)
     text = console.export_text()
     assert "re-rank 1 image" in text
     assert "speed-up" in text
@@ -149,18 +187,17 @@ def test_interruption_keeps_finished_rows(moment: int, tmp_path: Path) -> None:
         if stages == moment + 1:
             raise KeyboardInterrupt
 
-    document = _run(Progress(stage=stop), dtypes=("fp32",))
+    document = _run(Progress(stage=stop), dtype=("fp32",))
     assert document.interrupted
-    measured = [row for row in document.rows if row["status"] == "measured"]
-    assert len(measured) == max(0, moment - 3)
-    saved = results.save(document.content, tmp_path)
+    assert len([row for row in _ours(document) if row.status == "measured"]) == max(0, moment - 3)
+    saved = _save(document, tmp_path)
     assert json.loads(saved.document.read_text())["interrupted"] is True
     assert "interrupted" in saved.page.read_text()
-    terminal.print_report(document.content, Console(quiet=True))
+    report.terminal(document, Console(quiet=True))
 
 
 def test_full_disk_leaves_nothing_behind(document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results.save(document.content, tmp_path)
+    _save(document, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(handle: int) -> None:
@@ -168,14 +205,14 @@ def test_full_disk_leaves_nothing_behind(document: Document, tmp_path: Path, mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left"):
-        results.save(document.content, tmp_path)
+        _save(document, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_folder_that_cannot_be_made(document: Document, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="--out"):
-        results.save(document.content, tmp_path / "file" / "out")
+        _save(document, tmp_path / "file" / "out")
 
 
 def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,30 +222,30 @@ def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return right(self, input_ids, attention_mask) * 1.001
 
     monkeypatch.setattr(OfficialTwin, "encode_text", wrong)
-    document = _run(dtypes=("fp32",))
+    document = _run(dtype=("fp32",))
     assert not document.ok
-    assert not document.rows
-    failed = [check["key"] for check in document.content["parity"] if not check["passed"]]
-    assert failed == ["text"]
-    assert "exceeds" in render(document.content)
+    assert not document.measured
+    assert [(row.work, row.status) for row in document.rows] == [("embed-text", "parity failed")]
+    assert "exceeds" in report.html(document)
 
 
 def test_not_a_number_is_no_parity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = XFM.match_logits
     monkeypatch.setattr(XFM, "match_logits", lambda self, fused: right(self, fused) * float("nan"))
-    document = _run(dtypes=("fp32",))
+    document = _run(dtype=("fp32",))
     assert not document.ok
-    saved = results.save(document.content, tmp_path)
-    assert json.loads(saved.document.read_text())["parity"][-1]["error"] is None
+    saved = _save(document, tmp_path)
+    assert json.loads(saved.document.read_text())["rows"][-1]["parity"]["error"] is None
 
 
 def test_own_checkpoint(tmp_path: Path) -> None:
-    model = XFM(suite.preset_config("tiny"))
+    model = XFM(preset_config("tiny"))
     model.save_pretrained(tmp_path / "model")
-    document = _run(checkpoint=tmp_path / "model", dtypes=("fp32",))
+    document = _run(checkpoint=tmp_path / "model", dtype=("fp32",))
     assert document.ok
-    assert document.content["model"]["trained"]
-    assert not document.content["model"]["meaningful_recall"]
+    assert document.model is not None
+    assert document.model.trained
+    assert not document.model.meaningful_recall
 
 
 def test_foreign_checkpoint(tmp_path: Path) -> None:
@@ -217,11 +254,17 @@ def test_foreign_checkpoint(tmp_path: Path) -> None:
         _run(checkpoint=tmp_path / "foreign.pth")
 
 
+def _clone(document: Document) -> Row:
+    return next(row for row in document.rows if row.contender == OFFICIAL_CODE)
+
+
 def test_official_clone_that_is_none(tmp_path: Path) -> None:
-    document = _run(official=tmp_path, dtypes=("fp32",))
-    assert document.content["official"]["status"] == "absent"
-    assert "no models/xfm.py" in document.content["official"]["reason"]
-    assert "Absent" in render(document.content)
+    document = _run(official=tmp_path, dtype=("fp32",))
+    assert document.ok
+    row = _clone(document)
+    assert row.status == "failed"
+    assert "no models/xfm.py" in (row.reason or "")
+    assert "no models/xfm.py" in report.html(document)
 
 
 def test_official_clone_that_does_not_import(tmp_path: Path) -> None:
@@ -229,7 +272,7 @@ def test_official_clone_that_does_not_import(tmp_path: Path) -> None:
     (tmp_path / "models" / "__init__.py").write_text("")
     (tmp_path / "models" / "xfm.py").write_text("")
     (tmp_path / "models" / "beit2.py").write_text("print('noise')\nimport a_module_that_does_not_exist\n")
-    official = _run(official=tmp_path, dtypes=("fp32",)).content["official"]
-    assert official["status"] == "absent"
-    assert "\n" not in official["reason"]
-    assert "Error" in official["reason"]
+    row = _clone(_run(official=tmp_path, dtype=("fp32",)))
+    assert row.status == "failed"
+    assert "\n" not in (row.reason or "")
+    assert "Error" in (row.reason or "")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from xfm_fast.benchmarks.rows import Trial
-from xfm_fast.benchmarks.server import RateSearch, Served, poisson_arrivals, serve
+from xfm_fast.benchmarks.record import Trial
+from xfm_fast.benchmarks.work.scenario import RateSearch, Served, poisson_arrivals, serve
 
 
 class _Machine:

@@ -8,18 +8,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks import kernels, markdown, results, stored
-from xfm_fast.benchmarks.kernel_cases import Case, cases
-from xfm_fast.benchmarks.kernels import measure
-from xfm_fast.benchmarks.page import render
+from xfm_fast.benchmarks import record, report
+from xfm_fast.benchmarks.options import KernelOptions
+from xfm_fast.benchmarks.record import Row
+from xfm_fast.benchmarks.work import kernels
+from xfm_fast.benchmarks.work.kernels import Case, cases, measure
 from xfm_fast.kernels import roofline
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 SMALL = cases(CPU, torch.float32, small=True)
 
@@ -28,14 +30,17 @@ SMALL = cases(CPU, torch.float32, small=True)
 def test_every_contender_is_right_and_timed(case: Case) -> None:
     rows = measure(case, CPU, roofline.H100)
     for row in rows:
-        if row.contender in case.bounds:
-            assert row.error is None
+        assert row.bounds == (row.contender in case.bounds)
+        if row.bounds:
+            assert row.parity is None
             continue
-        assert row.seconds is not None, row.note
+        assert row.median_s is not None, row.reason
         assert len(row.samples) >= 5
-        assert row.share_of_floor is not None
-        assert row.error is not None
-        assert row.error < 1e-5
+        assert row.efficiency is not None
+        assert row.efficiency.share_of_floor is not None
+        assert row.parity is not None
+        assert row.parity.error is not None
+        assert row.parity.error < 1e-5
     directions = {row.direction for row in rows}
     assert directions == ({"forward", "backward"} if case.backward_work else {"forward and backward"})
 
@@ -50,11 +55,11 @@ def test_a_wrong_contender_is_not_timed() -> None:
     )
     rows = {(row.contender, row.direction): row for row in measure(case, CPU, None)}
     for direction in ("forward", "backward"):
-        assert rows["wrong", direction].seconds is None
-        assert rows["wrong", direction].note.startswith("wrong: error 1")
-        assert rows["broken", direction].seconds is None
-        assert "size" in rows["broken", direction].note
-        assert rows["xfm-fast", direction].seconds is not None
+        assert not rows["wrong", direction].seconds
+        assert str(rows["wrong", direction].reason).startswith("wrong: error 1")
+        assert not rows["broken", direction].seconds
+        assert "size" in str(rows["broken", direction].reason)
+        assert rows["xfm-fast", direction].seconds
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -73,8 +78,9 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "relpos_attention" in done.stdout
     document = json.loads((tmp_path / "rows.json").read_text())
-    assert {"machine", "commit", "command", "date", "rows"} <= document.keys()
-    assert all(row["seconds"] > 0 for row in document["rows"] if row["contender"] == "xfm-fast")
+    assert {"machine", "command", "date", "rows"} <= document.keys()
+    assert "commit" in document["machine"]
+    assert all(min(row["seconds"]) > 0 for row in document["rows"] if row["contender"] == "xfm-fast")
 
 
 @pytest.fixture
@@ -91,24 +97,26 @@ def test_results_are_shown_again_and_compared(tmp_path: Path, monkeypatch: pytes
     # Its error is no number, which JSON cannot hold.
     monkeypatch.setitem(SMALL[0].others, "of another shape", lambda *inputs: SMALL[0].ours(*inputs)[:1])
     path = tmp_path / "rows.json"
-    results.save_as(
-        kernels.run(kernels.KernelOptions(small=True), command=["xfm-fast", "bench", "kernels"]).content, path
-    )
-    loaded = stored.load(path)
-    eager = next(row for row in loaded["rows"] if row["contender"] == "eager" and row["direction"] == "forward")
-    ours = next(row for row in loaded["rows"] if row["contender"] == "xfm-fast")
-    ratio = stored.kernel_ratio(eager, loaded["rows"])
-    assert ratio == eager["seconds"] / ours["seconds"]
-    assert stored.kernel_ratio(ours, loaded["rows"]) is None
-    page, table = render(loaded), markdown.tables(loaded)
-    for row in loaded["rows"]:
-        assert row["case"] in page
-        assert (row["seconds"] is None) == (f"| {row['case']} | {row['direction']} | {row['contender']} |" not in table)
+    record.save_as(kernels.run(KernelOptions(small=True), command=["xfm-fast", "bench", "kernels"]), path)
+    loaded = record.load(path)
+    ours = next(row for row in loaded.rows if row.ours and row.direction == "forward")
+    eager, against = loaded.reference_row(ours), loaded.headline(ours)
+    assert eager is not None
+    assert against is not None
+    assert (eager.contender, eager.direction) == ("eager", "forward")
+    assert against.ratio == (eager.median_s or 0) / (ours.median_s or 1)
+    assert not eager.against
+    ratio, page, table = against.ratio, report.html(loaded), report.markdown(loaded)
+    for row in loaded.rows:
+        assert row.name in page
+    assert {row.status for row in loaded.rows if row.contender in ("wrong & odd", "of another shape")} == {
+        "parity failed"
+    }
     assert f"{ratio:.2f}×" in page
-    assert f"{ratio:.2f}x" in table
-    assert "wrong &amp; odd: wrong: error" in page
+    assert f"{ratio:.2f}×" in table
+    assert "wrong &amp; odd" in page
     shown = invoke(["bench", "report", str(path)])
-    assert f"{ratio:.2f}x" in shown.output, shown.output
+    assert f"{ratio:.2f}×" in shown.output, shown.output
     compared = invoke(["bench", "compare", str(path), str(path)])
     assert compared.exit_code == 0, compared.output
     assert "no difference" in compared.output
@@ -118,17 +126,17 @@ def test_results_are_shown_again_and_compared(tmp_path: Path, monkeypatch: pytes
 def test_an_interrupted_run_keeps_whole_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def once(case: Case, device: torch.device, gpu: roofline.GPU | None) -> list[kernels.KernelRow]:
+    def once(case: Case, device: torch.device, gpu: roofline.GPU | None, *others: Any) -> list[Row]:
         if done:
             raise KeyboardInterrupt
         done.append(case.name)
-        return measure(case, device, gpu)
+        return measure(case, device, gpu, *others)
 
     monkeypatch.setattr(kernels, "measure", once)
-    document = kernels.run(kernels.KernelOptions(small=True))
+    document = kernels.run(KernelOptions(small=True))
     assert document.interrupted
-    assert {row["case"] for row in document.rows} == {SMALL[0].name}
-    assert "interrupted" in render(document.content)
+    assert {row.name for row in document.rows} == {SMALL[0].name}
+    assert "interrupted" in report.html(document)
 
 
 def test_an_unknown_dtype_is_one_line() -> None:
@@ -136,5 +144,5 @@ def test_an_unknown_dtype_is_one_line() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
-    assert "--dtype 'int4' is unknown; choose one of fp32, fp16, bf16" in done.stderr
+    assert 'Invalid value "int4" for --dtype. Choose from: "fp32", "fp16", "bf16"' in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +14,26 @@ import torch
 from PIL import Image
 
 from xfm_fast import flops
-from xfm_fast.benchmarks import coco, results, scenario_run, scenario_setting, sweep_run
+from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.contenders import registry
 from xfm_fast.benchmarks.contenders.engine import Built
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.contenders.ours import OurEngine
-from xfm_fast.benchmarks.contenders.registry import OFFICIAL, OURS, Contender
-from xfm_fast.benchmarks.receipts import Sizes, receipt
-from xfm_fast.benchmarks.rows import Document, Row, read_document
-from xfm_fast.benchmarks.scenario_setting import Scale, ScenarioOptions
-from xfm_fast.benchmarks.suite import Progress, preset_config
-from xfm_fast.errors import ConfigError, DataError, InputError, UnavailableError
+from xfm_fast.benchmarks.contenders.registry import Contender
+from xfm_fast.benchmarks.material.subjects import preset_config
+from xfm_fast.benchmarks.measure import Progress
+from xfm_fast.benchmarks.options import CocoOptions, ModelOptions, ScenarioOptions, SweepOptions
+from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Row, load
+from xfm_fast.benchmarks.work import coco, scenario, setting, sweep
+from xfm_fast.benchmarks.work.coco import Sizes, receipt
+from xfm_fast.benchmarks.work.setting import Scale
+from xfm_fast.benchmarks.work.sweep import fit_power_law
+from xfm_fast.errors import ConfigError, InputError, UnavailableError
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
-TINY = ScenarioOptions("rerank", preset="tiny", quick=True, threads=1, baselines=(OURS,), dtypes=("fp32",))
+FEW: dict[str, Any] = {"preset": "tiny", "quick": True, "threads": 1, "dtype": ("fp32",)}
+TINY = ScenarioOptions(**FEW, baselines=(OURS,))
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +41,8 @@ def _little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two rounds of two requests, and trials of a tenth of a second."""
     threads, whole = torch.get_num_threads(), Scale.of
 
-    def less(options: ScenarioOptions, device: torch.device) -> Scale:
-        found = whole(options, device)
+    def less(work: str, options: ModelOptions, device: torch.device) -> Scale:
+        found = whole(work, options, device)
         return replace(found, requests=3, rounds=2, block=2, budget_s=0.1, trial_s=0.1, trials=3, texts=4, batch=2)
 
     monkeypatch.setattr(Scale, "of", less)
@@ -50,14 +55,14 @@ def _by_contender(document: Document, mode: str) -> dict[str, Row]:
 
 
 def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
-    document = scenario_run.run(replace(TINY, baselines=("torch-eager",)), command=["xfm-fast", "bench"])
+    document = scenario.run("rerank", replace(TINY, baselines=("torch-eager",)), command=["xfm-fast", "bench"])
     assert document.ok
     assert not document.interrupted
     assert len(document.rows) == 9
     assert {b.contender: b.present for b in document.baselines}[OFFICIAL]
     assert next(b for b in document.baselines if b.contender == "timm").reason == "has no rerank"
     for row in document.rows:
-        assert (row.status, row.scenario, row.dtype) == ("measured", "rerank", "fp32")
+        assert (row.status, row.work, row.dtype) == ("measured", "rerank", "fp32")
         assert row.parity is not None
         assert row.parity.passed
         assert row.conditions is not None
@@ -96,13 +101,13 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert 1 <= len(row.server.trials) <= 3
         assert row.server.max_qps == max((t.rate for t in row.server.trials if t.held), default=0)
         assert "official-algorithm" in row.server.bound_origin
-    saved = results.save(document.as_content(), tmp_path)
-    assert read_document(saved.document) == document
+    saved = record.save(document, tmp_path, report.html(document))
+    assert load(saved.document) == document
 
 
 def _with(monkeypatch: pytest.MonkeyPatch, contender: Contender) -> None:
     known = (*registry.ALL, contender)
-    for module in (registry, scenario_setting):
+    for module in (registry, setting):
         monkeypatch.setattr(module, "ALL", known)
 
 
@@ -122,8 +127,8 @@ def test_a_baseline_that_breaks_is_a_failed_row_and_the_run_goes_on(monkeypatch:
 
     _with(monkeypatch, Contender("never", "never", never))
     _with(monkeypatch, Contender("later", "later", lambda setup: Built(_BreaksLater(setup.model)), schedule="ours"))
-    options = replace(TINY, baselines=("never", "later"))
-    document = scenario_run.run(options, ["offline", "single-stream"])
+    options = replace(TINY, baselines=("never", "later"), mode=("offline", "single-stream"))
+    document = scenario.run("rerank", options)
     assert document.ok
     single, offline = (_by_contender(document, mode) for mode in ("single-stream", "offline"))
     assert single["never"].status == offline["never"].status == "failed"
@@ -140,19 +145,19 @@ def test_what_differs_from_the_official_algorithm_has_no_speed(monkeypatch: pyte
             return super().rerank(pairs, clock) * 1.001
 
     _with(monkeypatch, Contender("wrong", "wrong", lambda setup: Built(Wrong(setup.model)), schedule="ours"))
-    document = scenario_run.run(replace(TINY, baselines=("wrong",)), ["offline"])
+    document = scenario.run("rerank", replace(TINY, baselines=("wrong",), mode=("offline",)))
     row = _by_contender(document, "offline")["wrong"]
     assert (row.status, row.throughput) == ("parity failed", None)
     assert "exceeds" in str(row.reason)
     assert document.ok
     right = OfficialTwin.match_logits
     monkeypatch.setattr(OfficialTwin, "match_logits", lambda self, fused: right(self, fused) * 1.001)
-    document = scenario_run.run(TINY, ["offline"])
+    document = scenario.run("rerank", replace(TINY, mode=("offline",)))
     assert not document.ok
     assert _by_contender(document, "offline")[OURS].status == "parity failed"
 
 
-@pytest.mark.parametrize(("step", "samples"), [("official-algorithm fp32, round 1", 1), ("xfm-fast fp32, round 1", 0)])
+@pytest.mark.parametrize(("step", "samples"), [("official-algorithm fp32, 1 of 2", 1), ("xfm-fast fp32, 1 of 2", 0)])
 def test_interruption_keeps_what_was_measured_and_marks_it(step: str, samples: int, tmp_path: Path) -> None:
     seen: list[str] = []
 
@@ -161,7 +166,7 @@ def test_interruption_keeps_what_was_measured_and_marks_it(step: str, samples: i
         if what == step and sum(name == step for name in seen) == 2:
             raise KeyboardInterrupt
 
-    document = scenario_run.run(TINY, ["single-stream", "offline"], progress=Progress(step=stop))
+    document = scenario.run("rerank", replace(TINY, mode=("single-stream", "offline")), Progress(step=stop))
     assert document.interrupted
     single, offline = (_by_contender(document, mode) for mode in ("single-stream", "offline"))
     assert {row.status for row in single.values()} == {"measured"}
@@ -169,8 +174,7 @@ def test_interruption_keeps_what_was_measured_and_marks_it(step: str, samples: i
     assert "interrupted" in str(offline[OURS].reason)
     assert len(offline[OURS].seconds) == samples
     assert (offline[OURS].throughput is not None) == bool(samples)
-    read = read_document(results.save(document.as_content(), tmp_path).document)
-    assert read.interrupted
+    assert load(record.save(document, tmp_path, report.html(document)).document).interrupted
 
 
 def test_an_interrupted_server_keeps_its_trials() -> None:
@@ -182,49 +186,52 @@ def test_an_interrupted_server_keeps_its_trials() -> None:
         if trials == 3:
             raise KeyboardInterrupt
 
-    document = scenario_run.run(TINY, ["server"], progress=Progress(step=stop))
+    document = scenario.run("rerank", replace(TINY, mode=("server",)), Progress(step=stop))
     assert document.interrupted
     server = [row.server for row in document.rows if row.server is not None]
     assert sum(len(found.trials) for found in server) == 2
     assert {row.status for row in document.rows} == {"partial"}
 
 
+def _sweep(over: Any, *values: str) -> SweepOptions:
+    return SweepOptions(**FEW, baselines=(OURS,), over=over, values=values)
+
+
 def test_a_sweep_has_an_exponent_for_everyone() -> None:
-    document = sweep_run.run(TINY, "texts", ["2", "4", "8"])
+    document = sweep.run("rerank", _sweep("texts", "2", "4", "8", "16"))
     assert document.benchmark == "sweep"
-    assert [row.x for row in document.rows if row.contender == OURS] == [2, 4, 8]
-    assert [row.point.texts for row in document.rows if row.contender == OURS] == [2, 4, 8]
-    assert {(fit.contender, fit.points) for fit in document.fits} == {(OURS, 3), (OFFICIAL, 3)}
+    assert [row.x for row in document.rows if row.contender == OURS] == [2, 4, 8, 16]
+    assert [row.point.texts for row in document.rows if row.contender == OURS] == [2, 4, 8, 16]
+    assert {(fit.contender, fit.points) for fit in document.fits} == {(OURS, 4), (OFFICIAL, 4)}
     assert all(fit.low is not None and fit.low <= fit.exponent for fit in document.fits)
-    lengths = sweep_run.run(replace(TINY, scenario="embed-text"), "lengths", ["fixed-4", "uniform-16"])
+    lengths = sweep.run("embed-text", _sweep("lengths", "fixed-4", "uniform-16"))
+    assert lengths.fits == []
     # Three requests of the seven lengths: 4, 8 and 12.
     assert [row.x for row in lengths.rows if row.contender == OURS] == [4, 8]
 
 
 @pytest.mark.parametrize(
-    ("scenario", "axis", "values", "error", "message"),
+    ("work", "axis", "values", "error", "message"),
     [
-        ("embed-text", "resolution", None, InputError, "choose from batch, lengths"),
+        ("embed-text", "resolution", [], InputError, "choose from batch, lengths"),
         ("rerank", "texts", ["4"], InputError, "two different values"),
         ("rerank", "texts", ["4", "none"], InputError, "no number above zero"),
         ("rerank", "resolution", ["32", "33"], ConfigError, "multiple of patch_size"),
-        ("caption", "batch", None, UnavailableError, "choose from embed-image"),
+        ("caption", "batch", [], UnavailableError, "choose from embed-image"),
     ],
 )
-def test_sweeps_that_cannot_be(
-    scenario: str, axis: str, values: list[str] | None, error: type[Exception], message: str
-) -> None:
+def test_sweeps_that_cannot_be(work: str, axis: str, values: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        sweep_run.run(replace(TINY, scenario=scenario), axis, values)
+        sweep.run(work, _sweep(axis, *values))
 
 
 def test_options_that_cannot_be() -> None:
     with pytest.raises(UnavailableError, match="choose from single-stream, offline, server"):
-        scenario_run.run(TINY, ["batch"])
+        scenario.run("rerank", replace(TINY, mode=("batch",)))  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="above zero"):
-        scenario_run.run(TINY, ["server"], p99_s=0.0)
+        scenario.run("rerank", replace(TINY, mode=("server",), p99_ms=0.0))
     with pytest.raises(UnavailableError, match="choose from xfm-fast"):
-        scenario_run.run(replace(TINY, baselines=("keras",)))
+        scenario.run("rerank", replace(TINY, baselines=("keras",)))
 
 
 def test_the_receipt_ends_at_what_ours_spends() -> None:
@@ -245,7 +252,7 @@ def test_the_receipt_ends_at_what_ours_spends() -> None:
 
 
 def test_the_evaluation_is_projected_from_its_parts() -> None:
-    document = coco.run(TINY)
+    document = coco.run(CocoOptions(**FEW))
     found = document.coco
     assert found is not None
     assert (found.images, found.texts, found.k) == (5000, 25010, 256)
@@ -263,7 +270,7 @@ def test_the_evaluation_of_own_images_is_run(tmp_path: Path) -> None:
     for number in range(5):
         Image.fromarray(noise.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.jpg")
         (tmp_path / f"{number}.txt").write_text(f"picture {number} of noise\nanother caption with number {number}\n")
-    document = coco.run(replace(TINY, data=tmp_path, k=3))
+    document = coco.run(CocoOptions(**FEW, data=tmp_path, k=3))
     found = document.coco
     assert document.ok
     assert found is not None
@@ -279,31 +286,26 @@ def test_the_evaluation_of_own_images_is_run(tmp_path: Path) -> None:
     assert set(found.recall) >= {"txt_r1", "img_r10"}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema_version": 1}, "schema version 1"),
-        ({"schema_version": 99}, "schema version 99"),
-        ({"rows": [{"scenario": "rerank"}]}, "damaged: rows"),
-        ({"surprise": 1}, "damaged: surprise"),
-    ],
-)
-def test_documents_of_another_schema_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    content = {
-        "schema_version": 2, "benchmark": "scenario", "date": "2026-01-01T00:00:00+00:00", "command": [],
-        "options": {}, "device": "cpu", "machine": {},
-    }  # fmt: skip
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(content))
-    assert read_document(path).rows == []
-    path.write_text(json.dumps(content | change))
-    with pytest.raises(DataError, match=message):
-        read_document(path)
+def test_an_exact_law_is_found_exactly() -> None:
+    law = fit_power_law([1, 2, 5, 9], [3 * x**1.7 for x in (1, 2, 5, 9)])
+    assert law is not None
+    assert law.exponent == pytest.approx(1.7)
+    assert (law.low, law.high) == (pytest.approx(1.7), pytest.approx(1.7))
+    assert law.r2 == pytest.approx(1)
 
 
-def test_files_that_are_no_documents(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        read_document(tmp_path / "none.json")
-    (tmp_path / "cut.json").write_text('{"schema_version": 2, "rows"')
-    with pytest.raises(DataError, match="not JSON"):
-        read_document(tmp_path / "cut.json")
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    draw = random.Random(0)
+    held = 0
+    for _ in range(400):
+        x = [1, 2, 4, 8, 16]
+        law = fit_power_law(x, [value**0.8 * draw.lognormvariate(0, 0.1) for value in x])
+        assert law is not None
+        held += law.low <= 0.8 <= law.high
+    assert 0.91 <= held / 400 <= 0.985
+
+
+def test_fewer_than_four_points_have_no_exponent() -> None:
+    assert fit_power_law([1, 2, 4], [1, 2, 4]) is None
+    assert fit_power_law([3, 3, 3, 3], [1, 2, 3, 4]) is None
+    assert fit_power_law([1, 2, 4, 8], [1, 2, 4, 8]) is not None

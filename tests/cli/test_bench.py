@@ -27,9 +27,9 @@ def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
     command = ["bench", "scenario", "embed-text", "--mode", "offline", *TINY, "--out", str(tmp_path)]
     done = invoke(command)
     assert done.exit_code == 0, done.output
-    assert "results: " in done.output
+    assert "saved: " in done.output
     latest = json.loads((tmp_path / "latest.json").read_text())
-    assert (latest["schema_version"], latest["benchmark"]) == (2, "scenario")
+    assert (latest["schema_version"], latest["benchmark"]) == (3, "scenario")
     assert [(row["contender"], row["mode"]) for row in latest["rows"]] == [
         ("xfm-fast", "offline"),
         ("official-algorithm", "offline"),
@@ -37,12 +37,13 @@ def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
     assert (tmp_path / "latest.html").stat().st_size > 1000
 
 
-def test_a_sweep_is_printed_and_saved(tmp_path: Path) -> None:
-    command = ["bench", "sweep", "embed-text", "--over", "batch", "--values", "1,2", *TINY, "--out", str(tmp_path)]
+@pytest.mark.parametrize(("values", "points"), [("1,2", []), ("1,2,3,4", [4, 4])])
+def test_a_sweep_is_printed_and_saved(values: str, points: list[int], tmp_path: Path) -> None:
+    command = ["bench", "sweep", "embed-text", "--over", "batch", "--values", values, *TINY, "--out", str(tmp_path)]
     done = invoke(command)
     assert done.exit_code == 0, done.output
     latest = json.loads((tmp_path / "latest.json").read_text())
-    assert [fit["points"] for fit in latest["fits"]] == [2, 2]
+    assert [fit["points"] for fit in latest["fits"]] == points
 
 
 def test_the_list_has_all_scenarios_and_baselines() -> None:
@@ -68,9 +69,9 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
         (["scenario", "caption"], "choose from embed-image"),
         (["scenario", "train-step"], "xfm-fast bench train-step"),
         (["sweep", "kernels", "--over", "batch"], "xfm-fast bench kernels"),
-        (["scenario", "rerank", "--preset", "huge"], "choose one of base, tiny"),
-        (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], "choose from fp32, bf16"),
-        (["coco", "--preset", "tiny", "--device", "tpu"], "choose cpu or cuda"),
+        (["scenario", "rerank", "--preset", "huge"], 'Choose from: "base", "tiny"'),
+        (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
+        (["coco", "--preset", "tiny", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
     ],
 )
 def test_what_is_unknown_is_named(words: list[str], message: str) -> None:
