@@ -1,9 +1,10 @@
-"""The official code itself as a baseline, run from a user's clone in a process of its own.
+"""The program that runs the official code from a user's clone, in a process and an interpreter of its own.
 
-Run as a program, this file is that process: it imports the clone, times the retrieval model on tensors from a file,
-and writes one JSON line. The clone's top-level modules are called `models` and `utils`, it prints while it constructs
-itself, and it was written for the libraries of 2021; so it gets its own interpreter, stand-ins for what it imports but
-does not use in evaluation, and for what newer libraries no longer offer. Nothing is written into the clone.
+It imports the clone, loads weights into its retrieval model, and answers requests that come as lines of JSON on
+standard input; tensors travel by way of files (`official_code` is the other end). The clone's top-level modules are
+called `models` and `utils`, it prints while it constructs itself, and it was written for the libraries of 2021; so it
+gets stand-ins for what it imports but does not use in evaluation, and for what newer libraries no longer offer. Nothing
+is written into the clone.
 """
 
 from __future__ import annotations
@@ -14,104 +15,19 @@ import importlib.machinery
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from xfm_fast.benchmarks.material.photographs import Collection
-    from xfm_fast.benchmarks.material.subjects import Subjects
-    from xfm_fast.benchmarks.scenarios import Sizes
-    from xfm_fast.tokenizer import CaptionTokenizer
-
-_TIMEOUT_S = 900
 _TRANSFORMERS_HELPERS = (
     "apply_chunking_to_forward",
     "find_pruneable_heads_and_indices",
     "prune_linear_layer",
 )
-
-
-def run_official(
-    clone: Path, subjects: Subjects, collection: Collection, tokenizer: CaptionTokenizer, sizes: Sizes
-) -> dict[str, Any]:
-    """Time the clone on the work of the rows, in fp32 and on the same weights, and compare its results with the twin's.
-
-    Returns:
-        `{"status": "measured", "rows": [...], ...}` or `{"status": "absent", "reason": one line}`.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from xfm_fast.benchmarks.scenarios import encode, relative_error
-
-    if not (clone / "models" / "xfm.py").is_file():
-        return _absent(f"{clone} has no models/xfm.py; name a clone of the official repository")
-    image_size, dtype = sizes.large_image, torch.float32
-    model, twin = subjects.model(image_size, dtype), subjects.twin(image_size, dtype)
-    given = {
-        "image": collection.pixels((i % len(collection.names) for i in range(sizes.large_batch)), image_size),
-        **dict(zip(("text_ids", "text_atts"), encode(collection, tokenizer, sizes.texts), strict=True)),
-        **dict(zip(("rerank_ids", "rerank_atts"), encode(collection, tokenizer, sizes.captions), strict=True)),
-    }
-    config = model.config
-    with tempfile.TemporaryDirectory(prefix="xfm-official-") as folder:
-        weights, inputs, outputs = (Path(folder) / f"{name}.safetensors" for name in ("weights", "inputs", "outputs"))
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
-        save_file({name: tensor.contiguous() for name, tensor in given.items()}, inputs)
-        settings = {
-            "clone": str(clone.resolve()),
-            "weights": str(weights),
-            "inputs": str(inputs),
-            "outputs": str(outputs),
-            "threads": torch.get_num_threads(),
-            "rounds": sizes.rounds,
-            "config": config.model_dump(),
-        }
-        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(settings)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired:
-            return _absent(f"it did not finish within {_TIMEOUT_S} s")
-        result = _last_line(done.stdout)
-        if result is None or "error" in result:
-            reason = f"process ended with status {done.returncode}" if result is None else result["error"]
-            return _absent(reason)
-        theirs = load_file(outputs)
-    with torch.no_grad():
-        images = twin.encode_image(given["image"])
-        captions = twin.encode_text(given["text_ids"], given["text_atts"])
-        candidates = twin.encode_text(given["rerank_ids"], given["rerank_atts"])
-        scores = twin.rerank_image(images[0], candidates, given["rerank_atts"])
-    real = given["text_atts"].bool()
-    errors = {
-        f"image-{image_size}": relative_error(theirs["images"], images),
-        "text": relative_error(theirs["texts"][real], captions[real]),
-        "rerank": relative_error(theirs["scores"], scores),
-    }
-    rows = [
-        {"key": key, "seconds": seconds, "error": errors[key]}
-        for key, seconds in zip(errors, (result["images"], result["texts"], result["scores"]), strict=True)
-    ]
-    return {"status": "measured", "clone": str(clone), "rows": rows, **result["environment"]}
-
-
-def _absent(reason: str) -> dict[str, Any]:
-    return {"status": "absent", "reason": " ".join(reason.split())}
-
-
-def _last_line(text: str) -> dict[str, Any] | None:
-    lines = text.strip().splitlines()
-    try:
-        return json.loads(lines[-1]) if lines else None
-    except json.JSONDecodeError:
-        return None
 
 
 def _module(name: str, **members: Any) -> types.ModuleType:
@@ -295,16 +211,6 @@ def _load(model: Any, state: dict[str, Any]) -> None:
         raise KeyError(f"{len(lacking)} weights have no source, such as {lacking[0]}")
 
 
-def _timed(run: Callable[[], Any], rounds: int) -> tuple[Any, list[float]]:
-    result = run()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - start)
-    return result, seconds
-
-
 def _prepared(settings: dict[str, Any]) -> tuple[Any, list[str]]:
     """The official model with the weights, and what had to be replaced for it."""
     import torch
@@ -321,41 +227,7 @@ def _prepared(settings: dict[str, Any]) -> tuple[Any, list[str]]:
     return model, replaced
 
 
-def _child(settings: dict[str, Any]) -> dict[str, Any]:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    model, replaced = _prepared(settings)
-    given, rounds = load_file(settings["inputs"]), settings["rounds"]
-    with torch.no_grad():
-        (embeds, _), image_s = _timed(lambda: model.get_vision_embeds(given["image"]), rounds)
-        texts, text_s = _timed(lambda: model.get_text_embeds(given["text_ids"], given["text_atts"]), rounds)
-        candidates = model.get_text_embeds(given["rerank_ids"], given["rerank_atts"])
-
-        def rerank() -> Any:
-            memory = embeds[0].repeat(len(candidates), 1, 1)
-            everything = torch.ones(memory.shape[:2], dtype=torch.long)
-            fused = model.get_cross_embeds(
-                image_embeds=memory,
-                image_atts=everything,
-                text_ids=given["rerank_ids"],
-                text_atts=given["rerank_atts"],
-                text_embeds=candidates,
-            )
-            return model.itm_head(fused[:, 0, :])[:, 1]
-
-        scores, score_s = _timed(rerank, rounds)
-    results = {"images": embeds, "texts": texts, "scores": scores}
-    save_file({name: tensor.contiguous() for name, tensor in results.items()}, settings["outputs"])
-    environment = {
-        "transformers": importlib.metadata.version("transformers"),
-        "torch": torch.__version__,
-        "replaced": replaced,
-    }
-    return {"images": image_s, "texts": text_s, "scores": score_s, "environment": environment}
-
-
-def _serve(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _serve(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     """Answer requests that come as lines on standard input, until it ends; tensors travel by way of files."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -382,7 +254,6 @@ def _serve(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> d
                 result = model.itm_head(fused[:, 0, :])[:, 1]
             save_file({"result": result.contiguous()}, request["outputs"])
             say({"done": True})
-    return {"ended": True}
 
 
 def _child_main() -> int:
@@ -398,7 +269,8 @@ def _child_main() -> int:
         os.write(out, (json.dumps(message) + "\n").encode())
 
     try:
-        result: dict[str, Any] = _serve(settings, say) if settings.get("serve") else _child(settings)
+        _serve(settings, say)
+        result = {"ended": True}
     except BaseException as error:  # whatever fails in foreign code becomes one line
         result = {"error": f"{type(error).__name__}: {error}"[:500]}
     sys.stdout.flush()

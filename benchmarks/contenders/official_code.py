@@ -1,6 +1,6 @@
 """The official code from a user's clone, in a process of its own that stays and answers requests one after the other.
 
-See `benchmarks.official` for why it needs one. Tensors travel by way of files in memory or on disk, and that is part of
+See `clone_program` for why it needs one. Tensors travel by way of files in memory or on disk, and that is part of
 the time: some milliseconds, where the official model takes seconds.
 """
 
@@ -44,7 +44,6 @@ class OfficialCodeEngine(ComposedSearch):
         weights = self._folder / "weights.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
         settings = {
-            "serve": True,
             "clone": str(clone.resolve()),
             "weights": str(weights),
             "threads": torch.get_num_threads(),
