@@ -23,11 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TRANSFORMERS_HELPERS = (
-    "apply_chunking_to_forward",
-    "find_pruneable_heads_and_indices",
-    "prune_linear_layer",
-)
+_TRANSFORMERS_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 
 
 def _module(name: str, **members: Any) -> types.ModuleType:
@@ -95,12 +91,7 @@ def _modernise_transformers() -> bool:
     base.init_weights = initialise
     configuration: Any = importlib.import_module("transformers.configuration_utils")
     settings = getattr(configuration, "PreTrainedConfig", None) or configuration.PretrainedConfig
-    defaults = {
-        "chunk_size_feed_forward": 0,
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "use_cache": True,
-    }
+    defaults = {"chunk_size_feed_forward": 0, "is_decoder": False, "add_cross_attention": False, "use_cache": True}
     for name, value in defaults.items():
         if not hasattr(settings, name):
             setattr(settings, name, value)

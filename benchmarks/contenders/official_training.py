@@ -29,11 +29,7 @@ class OfficialTrainingTwin(OfficialTwin):
     """
 
     def losses(
-        self,
-        batch: Batch,
-        *,
-        hard_negatives: tuple[Tensor, Tensor] | None = None,
-        patch_mask: Tensor | None = None,
+        self, batch: Batch, *, hard_negatives: tuple[Tensor, Tensor] | None = None, patch_mask: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The scalar losses of a batch, under the names that `pretraining_losses` gives them.
 
@@ -116,12 +112,7 @@ class OfficialTrainingTwin(OfficialTwin):
         return images, texts
 
     def _matching(
-        self,
-        text: Tensor,
-        attention_mask: Tensor,
-        image: Tensor,
-        token_mask: Tensor | None,
-        negatives: Negatives,
+        self, text: Tensor, attention_mask: Tensor, image: Tensor, token_mask: Tensor | None, negatives: Negatives
     ) -> Tensor:
         other_images, other_texts = negatives
         positive = self.fuse_pairs(text, attention_mask, image, token_mask)[:, 0, :]

@@ -115,9 +115,8 @@ def run(options: CocoOptions, progress: Progress | None = None, command: Sequenc
     scale = Scale.of("retrieve", options, device)
     progress = progress or Progress()
     progress.begin(3 if options.data is None else 4)
-    with opened(
-        options, "coco", progress, command, device=device, image_size=scale.image_size, most_photos=options.images
-    ) as setting:
+    with opened(options, "coco", device, progress, command) as setting:
+        setting.prepare(scale.image_size, options.images)
         setting.document.coco = _Evaluations(setting, options, scale).measure()
     return setting.finish()
 

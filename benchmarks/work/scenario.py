@@ -62,7 +62,8 @@ def run(
     progress = progress or Progress()
     chosen = [mode for mode in MODES if not options.mode or mode in options.mode]
     progress.begin(3 + len(chosen))
-    with opened(options, "scenario", progress, command, device=device, image_size=scale.image_size) as setting:
+    with opened(options, "scenario", device, progress, command) as setting:
+        setting.prepare(scale.image_size)
         setting.document.options["scenario"] = work
         _Scenario(work, setting, scale, options).measure(chosen)
     return setting.finish()

@@ -94,37 +94,46 @@ class Scale:
 
 
 class Setting:
-    """A run that has begun: see `opened`.
+    """A run that has begun: see `opened`. `prepare` comes first.
 
     Attributes:
         document: grows while measuring.
-        process_s, load_s: of a cold start: from the start of the process until here, and for the weights.
     """
 
     def __init__(
-        self, options: ModelOptions, benchmark: Benchmark, device: torch.device, image_size: int, most_photos: int,
-        progress: Progress, command: Sequence[str], scratch: Path,
+        self, options: ModelOptions, benchmark: Benchmark, device: torch.device, progress: Progress,
+        command: Sequence[str], scratch: Path,
     ) -> None:  # fmt: skip
-        self._begun = time.perf_counter()
-        self.process_s = time.time() - psutil.Process().create_time()
+        self._begun, self._scratch = time.perf_counter(), scratch
+        self._process_s = time.time() - psutil.Process().create_time()
         self.options, self.device, self.progress = options, device, progress
-        self._scratch = scratch
         self.dtypes, self.absent_dtypes = machine.choose_dtypes(options.dtype, device)
         torch.set_num_threads(options.threads or machine.default_threads())
         torch.manual_seed(options.seed)
         self.document = Document.begun(benchmark, vars(options), command, device.type)
-        progress.stage("photographs and captions")
-        folder = options.data
+
+    def prepare(self, image_size: int, most_photos: int = photographs.MOST_PHOTOS) -> None:
+        """Read photographs and captions, load the weights, try the probes.
+
+        Args:
+            image_size: of the first model that is needed.
+            most_photos: of a folder of the user's.
+
+        Raises:
+            XFMError: the checkpoint or the data cannot be used.
+        """
+        options, folder = self.options, self.options.data
+        self.progress.stage("photographs and captions")
         collection = photographs.bundled() if folder is None else photographs.from_folder(folder, most_photos)
         tokenizer = make_tokenizer(options.preset, options.tokenizer, collection)
         self.document.data = described(collection, tokenizer)
-        progress.stage("model")
+        self.progress.stage("model")
         loading = time.perf_counter()
         subjects = Subjects.chosen(options.preset, options.checkpoint, options.seed)
-        subjects.device = device
+        subjects.device = self.device
         tokenizer.check(subjects.config)
         model = subjects.model(image_size, DTYPES[self.dtypes[0]])
-        self.load_s = time.perf_counter() - loading
+        self._load_s = time.perf_counter() - loading
         self.document.model = Model(
             preset=options.preset,
             origin=subjects.origin,
@@ -134,8 +143,8 @@ class Setting:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
         self.material = Material(subjects, collection, tokenizer, options.seed)
-        self.meter = EnergyMeter(device)
-        self.probes = MachineProbes(self.dtypes, device)
+        self.meter = EnergyMeter(self.device)
+        self.probes = MachineProbes(self.dtypes, self.device)
         self.document.probes = self.probes.describe()
 
     def entrants(
@@ -165,7 +174,7 @@ class Setting:
         check(entrants, workload, self.material.subjects, self.progress.step)
         if self.document.cold_start is None:
             first = next((e.cost.first_call_s for e in entrants if e.ours and e.cost), 0.0)
-            self.document.cold_start = ColdStart(process_s=self.process_s, load_s=self.load_s, first_call_s=first)
+            self.document.cold_start = ColdStart(process_s=self._process_s, load_s=self._load_s, first_call_s=first)
 
     def measure(
         self,
@@ -281,24 +290,15 @@ def _single_requests(answer: Callable[..., Any], count: int) -> Block:
 
 @contextmanager
 def opened(
-    options: ModelOptions,
-    benchmark: Benchmark,
-    progress: Progress | None,
-    command: Sequence[str],
-    *,
-    device: torch.device,
-    image_size: int,
-    most_photos: int = photographs.MOST_PHOTOS,
+    options: ModelOptions, benchmark: Benchmark, device: torch.device, progress: Progress, command: Sequence[str]
 ) -> Iterator[Setting]:
     """Begin a run. Ctrl-C inside the block ends the block, and the document says so.
 
     Raises:
-        XFMError: an option, the checkpoint or the data cannot be used.
+        XFMError: an option cannot be used.
     """
     with tempfile.TemporaryDirectory(prefix="xfm-bench-", ignore_cleanup_errors=True) as scratch:
-        setting = Setting(
-            options, benchmark, device, image_size, most_photos, progress or Progress(), command, Path(scratch)
-        )
+        setting = Setting(options, benchmark, device, progress, command, Path(scratch))
         try:
             yield setting
         except KeyboardInterrupt:

@@ -61,8 +61,8 @@ def run(options: SuiteOptions, progress: Progress | None = None, command: Sequen
     started, sizes = time.perf_counter(), Sizes.of(options.preset, quick=options.quick)
     progress = progress or Progress()
     progress.begin(8)
-    cpu = torch.device("cpu")
-    with opened(options, "suite", progress, command, device=cpu, image_size=sizes.small_image) as setting:
+    with opened(options, "suite", torch.device("cpu"), progress, command) as setting:
+        setting.prepare(sizes.small_image)
         entrants = {
             sizes.small_image: _entrants(setting, "embed-image", sizes.small_image, None),
             sizes.large_image: _entrants(setting, "rerank", sizes.large_image, options.official),

@@ -62,7 +62,8 @@ def run(
     scale = Scale.of(work, options, device)
     progress = progress or Progress()
     progress.begin(2 + len(points))
-    with opened(options, "sweep", progress, command, device=device, image_size=scale.image_size) as setting:
+    with opened(options, "sweep", device, progress, command) as setting:
+        setting.prepare(scale.image_size)
         setting.document.options["scenario"] = work
         _measure(work, setting, scale, options, points)
     document = setting.finish()

@@ -411,14 +411,7 @@ def _finite(value: Tensor) -> float:
 
 
 def memory_use(
-    procedure: Procedure,
-    config: XFMConfig,
-    batch: PairBatch,
-    dtype: str,
-    *,
-    training: bool,
-    seed: int,
-    threads: int,
+    procedure: Procedure, config: XFMConfig, batch: PairBatch, dtype: str, *, training: bool, seed: int, threads: int
 ) -> Memory:
     """Run two steps of one procedure in a new process and see how much memory it takes.
 
