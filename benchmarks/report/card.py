@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH, _HEIGHT, _MARGIN, _TOP, _BOTTOM = 1200, 630, 64, 158, 84
-_INK, _SOFT, _OURS, _OTHER, _GROUND = "#1a1e22", "#5c6570", "#0b5d52", "#a9b0b8", "#fbfbfa"
+_INK, _SOFT, _OURS, _OTHER, _GROUND = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b", "#fbfbfa"
 _FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
 _MOST_PANELS, _LEAST_PITCH = 4, 46.0
 
