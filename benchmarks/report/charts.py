@@ -193,7 +193,8 @@ def _bar(row: Row, base: Row | None) -> Bar:
     text = f"{number(value)} {unit}{agrees} {marks(row)}".rstrip()
     end = "" if factor is None else "1×" if row is base else times(factor)
     name = row.label.split(",")[0] if row is base else textwrap.shorten(row.label, _LONGEST_NAME, placeholder=" …")
-    return Bar(f"{name}, {row.dtype}", here, end, text, row.contender.startswith(OURS), low, high)
+    name = f"{name}, {row.dtype}{' (a bound)' if row.bounds else ''}"
+    return Bar(name, here, end, text, row.contender.startswith(OURS), low, high)
 
 
 def evaluation(document: Document) -> list[Bars]:
@@ -205,7 +206,7 @@ def evaluation(document: Document) -> list[Bars]:
         Bar(
             f"{run.procedure}, {run.dtype}",
             1 / run.total_s.value,
-            times(runs[-1].total_s.value / run.total_s.value),
+            "1×" if run is runs[-1] else times(runs[-1].total_s.value / run.total_s.value),
             f"{duration(run.total_s.value)}, {run.kind}",
             run.procedure == OURS,
         )

@@ -419,12 +419,21 @@ def train_step() -> Document:
 
 def drop_in() -> Document:
     """Two models in two types, one of them contended, and one that failed."""
-    plain = {"reference": "untouched", "label": "untouched"}
     report = ["module           class         replaced by", "encoder.layer.0  RobertaLayer  FusedLayer"]
     texts = "RoBERTa-base, 32 captions of 10-16 tokens padded to 40"
-    rows = pair("roberta", texts, "texts", {"fp32": 3.1, "bf16": 9.8}, replaced=report, **plain)
+    rows = pair(
+        "roberta", texts, "texts", {"fp32": 3.1, "bf16": 9.8}, reference="untouched", label="untouched", replaced=report
+    )
     images = "BEiT-v2-B/16 at 224 px, 8 images"
-    rows += pair("beit", images, "images", {"fp32": 1.2, "bf16": 4.4}, contended=("bf16",), **plain)
+    rows += pair(
+        "beit",
+        images,
+        "images",
+        {"fp32": 1.2, "bf16": 4.4},
+        reference="untouched",
+        label="untouched",
+        contended=("bf16",),
+    )
     reason = "ImportError: no such class in this version of transformers"
     rows.append(_absent(rows[0], "failed", reason, work="bert", name="BERT-base cross-encoder", replaced=[]))
     return _document("drop-in").model_copy(update={"rows": rows, "model": None, "data": None, "baselines": []})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from email.message import Message
 from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
@@ -85,9 +86,8 @@ def test_pages_tell_those_who_are_shown_a_link(document: Document, monkeypatch: 
     for said in ("og:title", "og:description", 'og:image" content="card.png"', "summary_large_image"):
         assert said in page
     assert "og:image" not in report.html(document)
-    message = metadata.metadata("pytest")
-    del message["Project-URL"]
-    message["Project-URL"] = "Source, https://example.org/project"  # pyright: ignore[reportIndexIssue]
+    message = Message()
+    message["Project-URL"] = "Source, https://example.org/project"
     monkeypatch.setattr(metadata, "metadata", lambda name: message)
     assert '<a class="home" href="https://example.org/project">' in report.html(document)
 
