@@ -430,7 +430,6 @@ def drop_in() -> Document:
         "images",
         {"fp32": 1.2, "bf16": 4.4},
         reference="untouched",
-        label="untouched",
         contended=("bf16",),
     )
     reason = "ImportError: no such class in this version of transformers"
