@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH, _HEIGHT, _MARGIN, _TOP, _BOTTOM = 1200, 630, 64, 158, 84
-_INK, _SOFT, _OURS, _OTHER, _GROUND = "#1a1e22", "#5c6570", "#0b5d52", "#a9b0b8", "#fbfbfa"
+_INK, _SOFT, _OURS, _OTHER, _GROUND = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b", "#fbfbfa"
 _FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
-_MOST_PANELS, _LEAST_PITCH = 4, 46.0
+_MOST_PANELS, _LEAST_PITCH, _MOST_PITCH = 4, 46.0, 62.0
 
 
 def png(document: Document, path: Path) -> None:
@@ -47,14 +47,18 @@ def png(document: Document, path: Path) -> None:
         picture.text(left, 0.815, findings.TITLES[document.benchmark], fontsize=27, weight="bold")
         picture.text(left, 0.055, findings.place(document), **soft)
         across = min(len(panels), 2)
-        down = -(-len(panels) // across)
-        gap, height = 56, (_HEIGHT - _TOP - _BOTTOM) / down
+        down, gap = -(-len(panels) // across), 56
         width = (_WIDTH - 2 * _MARGIN - gap * (across - 1)) / across
+        # A little room that few bars leave goes above them.
+        height = (_HEIGHT - _TOP - _BOTTOM) / down
+        spare = height - 48 - max(len(p.bars) if isinstance(p, charts.Bars) else 99 for p in panels) * _MOST_PITCH
+        top = _TOP + max(spare, 0) / 3
         for place, panel in enumerate(panels):
             row, column = divmod(place, across)
-            corner = (_MARGIN + column * (width + gap), _HEIGHT - _TOP - (row + 1) * height)
-            size = (width / _WIDTH, (height - 48) / _HEIGHT)
-            axes = picture.add_axes((corner[0] / _WIDTH, corner[1] / _HEIGHT, *size), facecolor=_GROUND)
+            left, bottom = _MARGIN + column * (width + gap), _HEIGHT - top - (row + 1) * height
+            inset = 0 if isinstance(panel, charts.Bars) else 50
+            box = ((left + inset) / _WIDTH, (bottom + inset) / _HEIGHT, (width - inset) / _WIDTH)
+            axes = picture.add_axes((*box, (height - 48 - inset) / _HEIGHT), facecolor=_GROUND)
             title = textwrap.shorten(panel.title.split(" (")[0], 90 // across, placeholder=" …")
             axes.set_title(title, loc="left", fontsize=15, weight="bold", pad=10)
             _bars(axes, panel, height - 48) if isinstance(panel, charts.Bars) else _plot(axes, panel)
@@ -81,8 +85,8 @@ def _bars(axes: Axes, panel: charts.Bars, height: float) -> None:
     room = max(2, int(height // _LEAST_PITCH))
     kept = sorted(panel.bars, key=lambda bar: (not bar.ours, bar.factor != "1×", -bar.value))[:room]
     shown = [bar for bar in panel.bars if bar in kept]
-    pitch = min(max(height / len(shown), _LEAST_PITCH), 72.0)
-    size, right = pitch / 4, {"ha": "right", "transform": axes.get_yaxis_transform()}
+    pitch = min(max(height / len(shown), _LEAST_PITCH), _MOST_PITCH)
+    size, right = min(pitch / 4, 14.0), {"ha": "right", "transform": axes.get_yaxis_transform()}
     for place, bar in enumerate(shown):
         colour = _OURS if bar.ours else _INK
         axes.barh(place, bar.value, height=0.4, color=_OURS if bar.ours else _OTHER)
@@ -101,6 +105,9 @@ def _plot(axes: Axes, panel: charts.Plot) -> None:
         axes.plot(*zip(*one.points, strict=True), "os^D"[one.shape], color=colour, label=one.name)
         if one.line:
             axes.plot(*zip(*one.line, strict=True), "--" if one.dashed else "-", color=colour)
-    axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel="seconds of a run")
+    axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel=panel.y_label)
+    axes.set_xticks(panel.x.ticks, [panel.tick(value, panel.x_unit) for value in panel.x.ticks])
+    axes.set_yticks(panel.y.ticks, [panel.tick(value, panel.y_unit) for value in panel.y.ticks])
+    axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from .table import FEWEST_POINTS, duration, marks, number, pace, seconds, si, sp
 
 # The longest bar leaves room for the factor at its end.
 LONGEST_BAR = 76.0
+_LONGEST_NAME = 28
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,9 @@ def _bar(row: Row, base: Row | None) -> Bar:
     agrees = " ✓" if row.parity and row.parity.passed and row is not base else ""
     text = f"{number(value)} {unit}{agrees} {marks(row)}".rstrip()
     end = "" if factor is None else "1×" if row is base else times(factor)
-    return Bar(row.title, here, end, text, row.contender.startswith(OURS), low, high)
+    name = row.label.split(",")[0] if row is base else textwrap.shorten(row.label, _LONGEST_NAME, placeholder=" …")
+    name = f"{name}, {row.dtype}{' (a bound)' if row.bounds else ''}"
+    return Bar(name, here, end, text, row.contender.startswith(OURS), low, high)
 
 
 def evaluation(document: Document) -> list[Bars]:
@@ -202,7 +206,7 @@ def evaluation(document: Document) -> list[Bars]:
         Bar(
             f"{run.procedure}, {run.dtype}",
             1 / run.total_s.value,
-            times(runs[-1].total_s.value / run.total_s.value),
+            "1×" if run is runs[-1] else times(runs[-1].total_s.value / run.total_s.value),
             f"{duration(run.total_s.value)}, {run.kind}",
             run.procedure == OURS,
         )
@@ -223,14 +227,13 @@ def memory(document: Document) -> list[Bars]:
                 row.title,
                 use.peak_bytes,
                 f"{use.peak_bytes / most:.0%}",
-                f"{use.peak_bytes / 1e9:.2f} GB, {use.grown_bytes / 1e9:.2f} its own",
+                f"{use.peak_bytes / 1e9:.2f} GB",
                 row.ours,
             )
             for row in ordered
             if (use := row.memory)
         ]
-        about = "peak of a process; its own: beyond what was there before, and beyond the gradients"
-        found.append(Bars(group[0].name, about, bars))
+        found.append(Bars(group[0].name, "shorter is better; shares of the largest", bars))
     return found
 
 

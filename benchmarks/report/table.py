@@ -153,13 +153,20 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+def _own(row: Row) -> str:
+    """Memory that a training step takes beyond what was there before it and beyond the gradients."""
+    if row.memory is None or row.memory.gradient_bytes is None:
+        return ""
+    return f"{row.memory.grown_bytes / 1e9:.2f}"
+
+
 # Everything that is told of a contender at its work beyond how fast it is.
 _MEASURES = [
     Column("error", _error),
     Column("of matrix rate", _of("efficiency", lambda e: _percent(e.mfu))),
     Column("of the floor", _of("efficiency", lambda e: _percent(e.share_of_floor))),
     Column("peak GB", _of("memory", lambda m: f"{m.peak_bytes / 1e9:.2f}"), detail=True),
-    Column("step's own GB", lambda row: _own(row), detail=True),
+    Column("step's own GB", _own, detail=True),
     Column("tokens/s", _of("tokens", lambda t: f"{t.useful_per_s:,.0f}"), detail=True),
     Column("with padding", _of("tokens", lambda t: f"{t.padded_per_s:,.0f}"), detail=True),
     Column("TFLOP/s", lambda row: f"{row.flops_per_s / 1e12:.3g}" if row.flops_per_s else "", detail=True),
@@ -177,13 +184,6 @@ _MEASURES = [
     ),
     Column("J/item", _of("energy", lambda e: f"{e.joules_per_item:.3g}"), detail=True),
 ]
-
-
-def _own(row: Row) -> str:
-    """Memory that a training step takes beyond what was there before it and beyond the gradients."""
-    if row.memory is None or row.memory.gradient_bytes is None:
-        return ""
-    return f"{row.memory.grown_bytes / 1e9:.2f}"
 
 
 def _results(document: Document) -> Table:

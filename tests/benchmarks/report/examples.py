@@ -340,11 +340,12 @@ def pair(
     times: dict[str, float],
     *,
     reference: str = "official-algorithm",
-    label: str = "official algorithm, eager",
     contended: tuple[str, ...] = (),
     **more: Any,
 ) -> list[Row]:
     """Rows of xfm-fast in each type, so many times as fast as the reference in fp32, which is measured in all types."""
+    label = {"official-algorithm": "official algorithm, eager"}.get(reference, reference)
+    name_of_ours = "accelerated" if reference == "untouched" else "xfm-fast"
     conditions = Conditions(gemm_flops_per_s=[1e11, 1.1e11], copy_bytes_per_s=[], contended=False, drift=1.0)
 
     def row(contender: str, label: str, dtype: str, middle: float) -> Row:
@@ -369,7 +370,7 @@ def pair(
     others = {dtype: row(reference, label, dtype, 1.0 if dtype == "fp32" else 0.5) for dtype in times}
     rows = []
     for dtype, factor in times.items():
-        own = row("xfm-fast", "xfm-fast" if reference == "official-algorithm" else "accelerated", dtype, 1 / factor)
+        own = row("xfm-fast", name_of_ours, dtype, 1 / factor)
         against = []
         for kind in dict.fromkeys(("fp32", dtype)):
             ratio = factor * (1.0 if kind == "fp32" else 0.5)
@@ -419,12 +420,18 @@ def train_step() -> Document:
 
 def drop_in() -> Document:
     """Two models in two types, one of them contended, and one that failed."""
-    plain = {"reference": "untouched", "label": "untouched"}
     report = ["module           class         replaced by", "encoder.layer.0  RobertaLayer  FusedLayer"]
     texts = "RoBERTa-base, 32 captions of 10-16 tokens padded to 40"
-    rows = pair("roberta", texts, "texts", {"fp32": 3.1, "bf16": 9.8}, replaced=report, **plain)
+    rows = pair("roberta", texts, "texts", {"fp32": 3.1, "bf16": 9.8}, reference="untouched", replaced=report)
     images = "BEiT-v2-B/16 at 224 px, 8 images"
-    rows += pair("beit", images, "images", {"fp32": 1.2, "bf16": 4.4}, contended=("bf16",), **plain)
+    rows += pair(
+        "beit",
+        images,
+        "images",
+        {"fp32": 1.2, "bf16": 4.4},
+        reference="untouched",
+        contended=("bf16",),
+    )
     reason = "ImportError: no such class in this version of transformers"
     rows.append(_absent(rows[0], "failed", reason, work="bert", name="BERT-base cross-encoder", replaced=[]))
     return _document("drop-in").model_copy(update={"rows": rows, "model": None, "data": None, "baselines": []})
@@ -434,9 +441,7 @@ def kernels() -> Document:
     """An operation in two directions, with an alternative that is wrong and one that bounds the time."""
     rows: list[Row] = []
     for direction, factor in (("forward", 1.24), ("backward", 0.92)):
-        made = pair("attention", "attention 8 x 197", "calls", {"fp32": factor}, reference="eager", label="eager",
-                    direction=direction)  # fmt: skip
-        made[0] = made[0].model_copy(update={"label": "xfm-fast"})
+        made = pair("attention", "attention 8 x 197", "calls", {"fp32": factor}, reference="eager", direction=direction)
         alone = made[1].model_copy(update={"contender": "copy", "label": "copy", "bounds": True, "parity": None})
         rows += [*made, alone, _absent(made[1], "failed", "wrong: error 1e-2", contender="odd", label="wrong & odd")]
     return _document("kernels").model_copy(update={"rows": rows, "model": None, "data": None, "baselines": []})

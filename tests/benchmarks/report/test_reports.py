@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from email.message import Message
 from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
@@ -84,9 +85,8 @@ def test_pages_tell_those_who_are_shown_a_link(document: Document, monkeypatch: 
     for said in ("og:title", "og:description", 'og:image" content="card.png"', "summary_large_image"):
         assert said in page
     assert "og:image" not in report.html(document)
-    message = metadata.metadata("pytest")
-    del message["Project-URL"]
-    message["Project-URL"] = "Source, https://example.org/project"  # pyright: ignore[reportIndexIssue]
+    message = Message()
+    message["Project-URL"] = "Source, https://example.org/project"
     monkeypatch.setattr(metadata, "metadata", lambda name: message)
     assert '<a class="home" href="https://example.org/project">' in report.html(document)
 
@@ -124,7 +124,7 @@ def test_bars_are_sorted_and_of_one_type() -> None:
     assert [bar.factor for bar in like.bars if bar.label.startswith("official")] == ["1×"]
     # The official algorithm was not run in bf16: it stands beside with its own type.
     other = next(chart for chart in made if chart.about.startswith("bf16"))
-    assert [bar.label for bar in other.bars] == ["xfm-fast, bf16", "official algorithm, plain PyTorch, fp32"]
+    assert [bar.label for bar in other.bars] == ["xfm-fast, bf16", "official algorithm, fp32"]
 
 
 def test_every_speed_up_names_its_types_and_the_like_for_like_ratio_stands_beside_it() -> None:
@@ -305,7 +305,7 @@ def test_pictures_have_the_size_that_links_show(document: Document, tmp_path: Pa
         colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None
     # xfm-fast is dark and others are grey.
-    assert {(11, 93, 82), (169, 176, 184)} <= {colour for _, colour in colours} or document.benchmark == "sweep"
+    assert {(11, 93, 82), (138, 146, 155)} <= {colour for _, colour in colours} or document.benchmark == "sweep"
 
 
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
