@@ -119,6 +119,7 @@ def test_bars_are_sorted_and_of_one_type() -> None:
         values = [bar.value for bar in chart.bars]
         assert values == sorted(values, reverse=True)
         assert [bar.label.startswith("xfm-fast") for bar in chart.bars] == [bar.ours for bar in chart.bars]
+        assert chart.width(values[0]) > charts.LONGEST_BAR / 2
     like = next(chart for chart in made if chart.about.startswith("fp32"))
     assert like.about == "fp32; factors over official algorithm, plain PyTorch, fp32"
     assert {bar.label.rpartition(", ")[2] for bar in like.bars} == {"fp32"}
