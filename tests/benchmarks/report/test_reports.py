@@ -228,7 +228,7 @@ def test_the_terminals_tables_fit_with_whole_words(document: Document, width: in
 
 
 def test_a_terminal_without_room_shows_fewer_columns() -> None:
-    narrow, wide = (_shown(examples.scenarios(), width) for width in (60, 200))
+    narrow, wide = (_shown(examples.scenarios(), width) for width in (60, 260))
     assert "xfm-fast" in narrow
     assert "build /" not in narrow
     assert "build /" in wide
