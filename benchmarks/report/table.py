@@ -188,7 +188,8 @@ def _results(document: Document) -> Table:
     columns = _beside(document) if others == {document.reference} else _among(document)
     if others == {document.reference}:
         rows = [row for row in rows if row.ours]
-    return build("All rows", rows, [Column("work", work, number=False), *columns, *_MEASURES], about)
+    size = f" ({document.model.preset} size)" if document.model else ""
+    return build("All rows", rows, [Column(f"work{size}", work, number=False), *columns, *_MEASURES], about)
 
 
 def _beside(document: Document) -> list[Column]:
