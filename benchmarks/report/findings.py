@@ -76,7 +76,10 @@ def headlines(document: Document) -> list[Headline]:
     if document.coco:
         whole = document.coco.speed_up
         interval = span(whole.low, whole.high)
-        about = f"{document.coco.images:,} images, {document.coco.texts:,} texts, against the official algorithm"
+        official = next((f", {run.dtype}" for run in document.coco.evaluations if run.procedure != OURS), "")
+        about = (
+            f"{document.coco.images:,} images, {document.coco.texts:,} texts, against the official algorithm{official}"
+        )
         made.append(
             Headline(times(whole.value), "whole evaluation", about, f"95% interval {interval}" if interval else "")
         )

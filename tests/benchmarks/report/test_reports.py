@@ -188,6 +188,7 @@ def test_the_terminal_says_everything_that_was_measured() -> None:
     sweep = _shown(examples.sweep())
     assert re.search(r"requests together +0.93 +0.91 to 0.95", sweep)
     whole = _shown(examples.coco())
+    assert findings.headlines(examples.coco())[0].about.endswith("against the official algorithm, fp32")
     assert "13.0×" in whole
     assert "13.9 days" in whole
     assert "193 PFLOP" in whole
