@@ -183,12 +183,11 @@ def _bar(row: Row, base: Row | None) -> Bar:
     compared = (c for c in row.against if base is not None and (c.contender, c.dtype) == (base.contender, base.dtype))
     found = next(compared, None)
     factor = found.ratio if found else here / pace(base) if base is not None and pace(base) else None
-    low, high = (found.low, found.high) if found else (None, None)
-    if found and low and high:
-        # The interval of the factor comes from samples that took turns; the bar's length is told in speed.
-        low, high = here * low / found.ratio, here * high / found.ratio
-    elif row.throughput:
-        low, high = row.throughput.low, row.throughput.high
+    # Intervals are told in the bar's own unit; that of a factor comes from samples that took turns.
+    known = (found.low, found.high, found.ratio) if found else (None, None, 0.0)
+    if None in known and row.throughput:
+        known = (row.throughput.low, row.throughput.high, row.throughput.value)
+    low, high = (None if end is None else here * end / known[2] for end in known[:2])
     agrees = " ✓" if row.parity and row.parity.passed and row is not base else ""
     text = f"{number(value)} {unit}{agrees} {marks(row)}".rstrip()
     end = "" if factor is None else "1×" if row is base else times(factor)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from ..record import OURS, Comparison, Document, Row
-from .table import marks, number, si, span, speed, times
+from .table import marks, number, si, span, speed, times, work
 
 TITLES = {
     "suite": "Fast against official",
@@ -76,7 +76,10 @@ def headlines(document: Document) -> list[Headline]:
     if document.coco:
         whole = document.coco.speed_up
         interval = span(whole.low, whole.high)
-        about = f"{document.coco.images:,} images, {document.coco.texts:,} texts, against the official algorithm"
+        official = next((f", {run.dtype}" for run in document.coco.evaluations if run.procedure != OURS), "")
+        about = (
+            f"{document.coco.images:,} images, {document.coco.texts:,} texts, against the official algorithm{official}"
+        )
         made.append(
             Headline(times(whole.value), "whole evaluation", about, f"95% interval {interval}" if interval else "")
         )
@@ -89,7 +92,7 @@ def remarks(document: Document) -> Iterator[tuple[str, str]]:
         yield "bad", "The run was interrupted: rows marked * hold the samples until then, later ones are missing."
     for row in document.rows:
         if row.status in ("failed", "parity failed") and not row.bounds:
-            yield "bad", f"{row.title}, {row.name}: {row.status}: {row.reason or 'no reason is known'}"
+            yield "bad", f"{row.title}, {work(row)}: {row.status}: {row.reason or 'no reason is known'}"
     if document.coco and document.coco.parity and not document.coco.parity.passed:
         yield "bad", "The whole evaluation's scores differ from the official ones by more than their type allows."
     if document.options.get("quick") or document.options.get("small"):

@@ -48,7 +48,8 @@ def html(document: Document, *, image: str | None = None) -> str:
 
 
 def _sections(document: Document) -> list[Section]:
-    bounds = " A product alone and a copy bound the time, they are no alternatives." if _has_bounds(document) else ""
+    bounded = any(row.bounds for row in document.rows)
+    bounds = " A bound computes less than the work: it is no alternative." if bounded else ""
     return [
         Section(
             "Speed",
@@ -81,7 +82,3 @@ def _sections(document: Document) -> list[Section]:
             charts.roofs(document),
         ),
     ]
-
-
-def _has_bounds(document: Document) -> bool:
-    return any(row.bounds for row in document.rows)

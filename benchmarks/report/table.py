@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..record import OURS, Coco, Document, Row, Share
+from ..record import OURS, Coco, Comparison, Document, Row, Share
 
 FEWEST_POINTS = 4
 """A line through fewer says nothing about how cost grows."""
@@ -153,20 +153,13 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _own(row: Row) -> str:
-    """Memory that a training step takes beyond what was there before it and beyond the gradients."""
-    if row.memory is None or row.memory.gradient_bytes is None:
-        return ""
-    return f"{row.memory.grown_bytes / 1e9:.2f}"
-
-
 # Everything that is told of a contender at its work beyond how fast it is.
 _MEASURES = [
     Column("error", _error),
     Column("of matrix rate", _of("efficiency", lambda e: _percent(e.mfu))),
     Column("of the floor", _of("efficiency", lambda e: _percent(e.share_of_floor))),
     Column("peak GB", _of("memory", lambda m: f"{m.peak_bytes / 1e9:.2f}"), detail=True),
-    Column("step's own GB", _own, detail=True),
+    Column("grown GB", _of("memory", lambda m: f"{m.grown_bytes / 1e9:.2f}"), detail=True),
     Column("tokens/s", _of("tokens", lambda t: f"{t.useful_per_s:,.0f}"), detail=True),
     Column("with padding", _of("tokens", lambda t: f"{t.padded_per_s:,.0f}"), detail=True),
     Column("TFLOP/s", lambda row: f"{row.flops_per_s / 1e12:.3g}" if row.flops_per_s else "", detail=True),
@@ -195,7 +188,8 @@ def _results(document: Document) -> Table:
     columns = _beside(document) if others == {document.reference} else _among(document)
     if others == {document.reference}:
         rows = [row for row in rows if row.ours]
-    return build("All rows", rows, [Column("work", work, number=False), *columns, *_MEASURES], about)
+    size = f" ({document.model.preset} size)" if document.model else ""
+    return build("All rows", rows, [Column(f"work{size}", work, number=False), *columns, *_MEASURES], about)
 
 
 def _beside(document: Document) -> list[Column]:
@@ -239,26 +233,31 @@ def _beside(document: Document) -> list[Column]:
 def _among(document: Document) -> list[Column]:
     """Columns of documents of several contenders: how many times as fast xfm-fast is, in each of its types."""
 
-    def ratio(row: Row, dtype: str) -> str:
+    def compared(row: Row, dtype: str) -> Comparison | None:
         ours = document.beside(row, OURS, dtype)
         found = (c for c in (ours.against if ours else []) if (c.contender, c.dtype) == (row.contender, row.dtype))
-        return next((f"{times(c.ratio)}" for c in found), "")
+        return None if row.ours else next(found, None)
 
-    dtypes = dict.fromkeys(row.dtype for row in document.measured if row.ours)
-    ours = [
-        Column(f"{OURS} {dtype} is", lambda row, dtype=dtype: "" if row.ours else ratio(row, dtype)) for dtype in dtypes
-    ]
+    def ratio(dtype: str) -> Callable[[Row], str]:
+        return lambda row: times(found.ratio) if (found := compared(row, dtype)) else ""
+
+    def interval(dtype: str) -> Callable[[Row], str]:
+        return lambda row: span(found.low, found.high) if (found := compared(row, dtype)) else ""
 
     def quantile(name: str) -> Callable[[Row], str]:
         return _of("latency", lambda latency: number(getattr(latency, name).value * 1e3))
 
+    dtypes = dict.fromkeys(row.dtype for row in document.measured if row.ours)
     return [
         Column("contender", lambda row: row.label, number=False),
         Column("dtype", lambda row: row.dtype, number=False),
         Column("speed", _speed),
+        # The speed of single requests is their p50.
+        Column("p50 ms", lambda row: quantile("p50")(row) if row.server else "", detail=True),
         Column("p90 ms", quantile("p90"), detail=True),
         Column("p99 ms", quantile("p99")),
-        *ours,
+        *(Column(f"{OURS} {dtype} is", ratio(dtype)) for dtype in dtypes),
+        *(Column(f"95% interval, {dtype}", interval(dtype), detail=True) for dtype in dtypes),
     ]
 
 

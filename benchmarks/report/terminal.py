@@ -84,7 +84,7 @@ def _least(column: Column, texts: Sequence[str], *, comfort: int = 0) -> int:
     if column.number:
         return max(map(len, [*column.head.split(), *texts]))
     least = max(len(word) for text in (column.head, *texts) for word in text.split())
-    return max(least, min(max(map(len, texts)), _NARROWEST_WORK if column.head == "work" else comfort))
+    return max(least, min(max(map(len, texts)), _NARROWEST_WORK if column.head.startswith("work") else comfort))
 
 
 def _fitting(shown: Table, width: int) -> list[int]:

@@ -58,6 +58,8 @@ const look = (name, width, frame) => {
       const h = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
       if (w > 2 && h > 4) out.colliding.push(label + ": " + texts[i].textContent + " / " + texts[j].textContent);
     }
+    for (const bar of svg.querySelectorAll(".bar"))
+      if (bar.getBoundingClientRect().width < 2) out.empty.push(label);
     for (const mark of svg.querySelectorAll(".bar, .mark:not(.hollow)"))
       if (contrast(view.getComputedStyle(mark).fill, ground(svg)) < 3) { out.faint.push(label + ": a mark"); break; }
   }

@@ -118,6 +118,7 @@ def test_bars_are_sorted_and_of_one_type() -> None:
         values = [bar.value for bar in chart.bars]
         assert values == sorted(values, reverse=True)
         assert [bar.label.startswith("xfm-fast") for bar in chart.bars] == [bar.ours for bar in chart.bars]
+        assert chart.width(values[0]) > charts.LONGEST_BAR / 2
     like = next(chart for chart in made if chart.about.startswith("fp32"))
     assert like.about == "fp32; factors over official algorithm, plain PyTorch, fp32"
     assert {bar.label.rpartition(", ")[2] for bar in like.bars} == {"fp32"}
@@ -186,6 +187,7 @@ def test_the_terminal_says_everything_that_was_measured() -> None:
     sweep = _shown(examples.sweep())
     assert re.search(r"requests together +0.93 +0.91 to 0.95", sweep)
     whole = _shown(examples.coco())
+    assert findings.headlines(examples.coco())[0].about.endswith("against the official algorithm, fp32")
     assert "13.0×" in whole
     assert "13.9 days" in whole
     assert "193 PFLOP" in whole
@@ -226,7 +228,7 @@ def test_the_terminals_tables_fit_with_whole_words(document: Document, width: in
 
 
 def test_a_terminal_without_room_shows_fewer_columns() -> None:
-    narrow, wide = (_shown(examples.scenarios(), width) for width in (60, 200))
+    narrow, wide = (_shown(examples.scenarios(), width) for width in (60, 260))
     assert "xfm-fast" in narrow
     assert "build /" not in narrow
     assert "build /" in wide
