@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it: help, mistakes and completion of every command; processes of its own."""
 
 import json
 import os
@@ -7,16 +7,21 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cyclopts import App
 from PIL import Image
 from torch import Tensor
 
 import xfm_fast
+from tests.cli.runner import invoke
+from xfm_fast.cli.app import app
+from xfm_fast.cli.kernels import AuditOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["bench", "--preset", "tiny", "--quick", "--threads", "1"]
@@ -135,3 +140,138 @@ def test_convert_reports(
     back = _run("convert", "ours", "back.th", cwd=tmp_path)
     assert back.returncode == 0, back.stderr
     assert "wrote back.th" in back.stdout
+
+
+def _commands(group: App = app, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], App]]:
+    """Every command and group with its words, completion among them."""
+    if group.help_flags:
+        yield path, group
+    for name in group:
+        if name not in ("--help", "-h", "--version"):
+            yield from _commands(group[name], (*path, name))
+
+
+COMMANDS = dict(_commands())
+each_command = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+
+
+@each_command
+def test_help_fits_a_terminal_and_breaks_no_word(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = invoke([*path, "--help"])
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    shown = set(done.stdout.split())
+    if COMMANDS[path].default_command is None:
+        return
+    for argument in COMMANDS[path].assemble_argument_collection(parse_docstring=True):
+        if not argument.children:
+            assert argument.parameter.help, f"{argument.name} has no help"
+            assert set(argument.parameter.help.split()) <= shown
+            assert argument.name in shown or not argument.field_info.is_keyword
+
+
+@each_command
+def test_wrong_usage_is_one_line(path: tuple[str, ...]) -> None:
+    for wrong in ("--no-such-option", "--helpp", "--no-such-option=1"):
+        done = invoke([*path, wrong])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.startswith("xfm-fast: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["inof"], '"info"'),
+        (["exprot", "onnx"], '"export"'),
+        (["data", "chek"], '"check"'),
+        (["reproduce", "ablation"], '"ablations"'),
+        (["info", "--jsom"], "--json"),
+        (["data", "shapes", "out", "--trian", "3"], "--train"),
+        (["tune", "--dtype", "fp61"], '"fp16"'),
+    ],
+)
+def test_the_nearest_name_is_said(arguments: list[str], nearest: str) -> None:
+    done = invoke(arguments)
+    assert done.exit_code == 2
+    assert f"Did you mean {nearest}?" in done.stderr
+
+
+def _parsed(arguments: list[str]) -> Any:
+    return app.parse_args(arguments)[1].arguments["options"]
+
+
+def test_tuples_take_commas_and_may_be_repeated() -> None:
+    options = _parsed(["audit", "--arch", "90, 120", "--kernel", "a,b", "--kernel", "c"])
+    assert options == AuditOptions(arch=(90, 120), kernel=("a", "b", "c"))
+    assert _parsed(["audit", "--all", "--kernel", ""]) == AuditOptions(all=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "--jobs", "0"], 'Invalid value "0" for --jobs: Input should be greater than or equal to 1.'),
+        (["audit", "--jobs", "2.5"], 'Invalid value for --jobs: unable to convert "2.5" into int.'),
+        (["audit", "--arch", "90,ninety"], 'unable to convert "ninety" into int'),
+        (["data", "check", "a", "--task", "text", "--tolerate-bad", "2"], 'Invalid value "2.0" for --tolerate-bad'),
+        (["data", "check", "a"], "--task requires an argument"),
+        (["data", "shapes"], "OUT requires an argument"),
+        (["convert", "a", "b", "c"], 'Unexpected "c".'),
+        (["convert", "a", "b", "--preset"], "--preset requires an argument"),
+        (["convert", "a", "b", "--preset", "tiny", "--preset", "base"], "--preset specified multiple times"),
+    ],
+)
+def test_values_that_are_wrong(arguments: list[str], message: str) -> None:
+    done = invoke(arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.rstrip().endswith("--help")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["reproduce"], ["export"]])
+def test_a_group_without_a_command_shows_what_there_is(group: list[str]) -> None:
+    done = invoke(group)
+    assert done.exit_code == 2
+    assert "Usage: xfm-fast" in done.stdout
+
+
+def test_interruption_has_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xfm_fast.benchmarks.machine.describe", interrupt)
+    assert invoke(["info"]).exit_code == 130
+
+
+def test_a_reader_that_has_enough() -> None:
+    command = f"{sys.executable} -m xfm_fast --help | true; exit ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1)
+        assert done.stderr == ""
+
+
+def test_both_modules_are_the_command() -> None:
+    for module in ("xfm_fast", "xfm_fast.cli"):
+        command = [sys.executable, "-m", module, "inof"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert 'Did you mean "info"?' in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed(shell: str, tmp_path: Path) -> None:
+    """The script completes commands, options and choices, as far as the shell is here to say so."""
+    script = tmp_path / "completion"
+    done = invoke(["--install-completion", "--shell", shell, "--output", script])
+    assert done.exit_code == 0, done.output
+    text = script.read_text()
+    assert all(word in text for word in ("reproduce", "ablations", "tolerate-bad", "webdataset"))
+    if shell == "bash":
+        typed = "COMP_WORDS=(xfm-fast data convert --to ''); COMP_CWORD=4"
+        ask = f"source {script}; {typed}; _xfm_fast; echo ${{COMPREPLY[*]}}"
+        completed = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert completed.stdout.split() == ["webdataset", "lines"]

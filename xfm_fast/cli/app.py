@@ -2,14 +2,15 @@
 
 The parser is derived by cyclopts from the configs that the library functions take: frozen dataclasses (or pydantic
 models) whose annotations are the types and choices and whose docstring is the help. Of the two kept libraries that do
-so, tyro builds the parsers of all commands at once, and thereby imports all that they import, PyTorch included, before
-it answers `--help`; it has neither positional lists in front of a last positional nor an answer to a misspelt command.
-cyclopts imports a command when it is asked for, completes in four shells, groups the help, and answers what is misspelt
-with the nearest name. What it lacks is a few lines here: tuples take commas, bounds are checked.
+so, tyro wants the functions of all commands, and so imports what they import, PyTorch included, before it answers
+`--help`; it names no nearest command for a misspelt one, and a list of positionals before a last one swallows that when
+an option follows. cyclopts imports a command when it is asked for, completes in four shells, groups the help, and
+answers what is misspelt with the nearest name. What it lacks is `read_values`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -33,12 +34,16 @@ from xfm_fast.errors import XFMError
 if TYPE_CHECKING:
     from cyclopts import ArgumentCollection
 
+BROKEN_PIPE = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
 def read_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Split the values of options that are tuples at commas; refuse a fraction where a whole number is asked for."""
+    """Split the values of tuples at commas, refuse a fraction for a whole number, and have bounds checked."""
+    # cyclopts lets it check bounds such as `Annotated[int, Ge(1)]`, once it is imported.
+    import pydantic  # noqa: F401
+
     for argument in arguments:
         if options.mentions(argument.hint, tuple):
             argument.tokens[:] = [
@@ -59,7 +64,7 @@ app = App(
     help="X-FM, exact and fast: measure it, train it, export it, see what this machine offers.",
     version_flags=(),
     config=read_values,
-    default_parameter=Parameter(negative=(), validator=options.check_bounds, show_default=options.shown),
+    default_parameter=Parameter(negative=(), show_default=options.shown),
     group_parameters=options.OPTIONS,
     exit_on_error=False,
     print_error=False,
@@ -107,6 +112,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         command, bound, _ = app.parse_args(arguments)
         code: Any = command(*bound.args, **bound.kwargs)
+        sys.stdout.flush()
     except CycloptsError as error:
         console.note(_usage(error))
         return USAGE_ERROR
@@ -115,6 +121,10 @@ def run(arguments: Sequence[str]) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has enough, as in `xfm-fast info | head`; what is left to flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     if getattr(command, "__name__", "") == "help_print" and not {"--help", "-h"} & set(arguments):
         # A group without a command, which shows what there is.
         return USAGE_ERROR
@@ -123,6 +133,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _usage(error: CycloptsError) -> str:
     """What is wrong with a command line, in one line, with the nearest name where one is near."""
+    from pydantic import ValidationError
+
     error.verbose = False
     text = str(error)
     if isinstance(error, UnknownCommandError):
@@ -132,14 +144,11 @@ def _usage(error: CycloptsError) -> str:
         word = error.unused_tokens[0]
         near = get_close_matches(word, [*error.app] if error.app else [], n=1)
         text = f'Unexpected "{word}".' + (f' Did you mean "{near[0]}"?' if near else "")
-    elif (found := sys.modules.get("pydantic")) and isinstance(error.__cause__, found.ValidationError):
-        text = ""
-        for each in error.__cause__.errors():
-            name = f"--{default_name_transform(str(each['loc'][0]))}" if each["loc"] else _name(error)
-            text += f'Invalid value "{each["input"]}" for {name}: {each["msg"]}. '
+    elif isinstance(error.__cause__, ValidationError):
+        # The argument is an option, or `*`, a whole model, whose field it then is.
+        wrong, option = error.__cause__.errors()[0], error.argument.name if error.argument else "*"
+        if option == "*":
+            option = f"--{default_name_transform(str(wrong['loc'][0]))}"
+        text = f'Invalid value "{wrong["input"]}" for {option}: {wrong["msg"]}.'
     chain = " ".join(["xfm-fast", *(error.command_chain or ())])
-    return f"{text.rstrip()} See {chain} --help"
-
-
-def _name(error: CycloptsError) -> str:
-    return error.argument.name if error.argument else "an option"
+    return f"{text} See {chain} --help"

@@ -193,8 +193,9 @@ def shapes(out: Path, /, *, options: Flat[WorldOptions] = WorldOptions()) -> Non
     """
     from xfm_fast.data.shapes import write_world
 
-    images = {"train": options.train, "val": options.val, "test": options.test}
-    world = write_world(out, seed=options.seed, images=images)
+    world = write_world(
+        out, seed=options.seed, images={"train": options.train, "val": options.val, "test": options.test}
+    )
     print(f"{out}: {sum(world['rows'].values()):,} rows in {len(world['rows'])} files")
 
 

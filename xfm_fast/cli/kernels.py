@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,50 +25,54 @@ if TYPE_CHECKING:
     from xfm_fast.kernels.audit import Row
     from xfm_fast.kernels.audit.targets import Verdict
     from xfm_fast.kernels.triton.spec import KernelSpec
-    from xfm_fast.kernels.tune import Choice
 
 
 @dataclass(frozen=True)
-class AuditOptions:
-    """The kernels that are compiled, and what their figures are held against.
+class KernelOptions:
+    """The kernels that are compiled.
+
+    Attributes:
+        kernel: Kernel, by name; may be repeated. [all]
+        jobs: Compiling processes; by default one for each core.
+    """
+
+    kernel: tuple[str, ...] = ()
+    jobs: Annotated[int | None, Ge(1)] = None
+
+
+@dataclass(frozen=True)
+class AuditOptions(KernelOptions):
+    """What the kernels are compiled for, and what their figures are held against.
 
     Attributes:
         arch: Architecture, such as 90; may be repeated. [all four]
-        kernel: Kernel, by name; may be repeated. [all]
         json: File that receives the rows.
         all: Every form of every kernel, not a third of them.
         accept: Make these figures the accepted ones.
-        jobs: Compiling processes; by default one for each core.
         cache: Folder of cached figures. [~/.cache/xfm-fast/audit]
         ratchet: File of accepted figures. [kernels/audit_ratchet.json]
     """
 
     arch: tuple[int, ...] = ()
-    kernel: tuple[str, ...] = ()
     json: Path | None = None
     all: bool = False
     accept: bool = False
-    jobs: Annotated[int | None, Ge(1)] = None
     cache: Path | None = None
     ratchet: Path | None = None
 
 
 @dataclass(frozen=True)
-class TuneOptions:
+class TuneOptions(KernelOptions):
     """The kernels whose launch configurations are searched.
 
     Attributes:
-        kernel: Kernel, by name; may be repeated. [all]
         dtype: May be repeated.
         head_dim: Of the attention kernels; may be repeated.
-        jobs: Compiling processes; by default one for each core.
         out: Folder of the table. [that of the kernels]
     """
 
-    kernel: tuple[str, ...] = ()
     dtype: tuple[Literal["bf16", "fp16"], ...] = ("bf16",)
     head_dim: tuple[int, ...] = (64,)
-    jobs: Annotated[int | None, Ge(1)] = None
     out: Path | None = None
 
 
@@ -76,9 +81,7 @@ def info(*, as_json: Json = False) -> None:
     from xfm_fast.benchmarks import machine
     from xfm_fast.benchmarks.paths import choose_paths
 
-    facts = machine.describe()
-    packages = machine.optional_packages()
-    paths = choose_paths()
+    facts, packages, paths = machine.describe(), machine.optional_packages(), choose_paths()
     if as_json:
         print(json.dumps({"machine": facts, "packages": machine.as_dict(packages), "paths": paths}, indent=1))
     else:
@@ -91,17 +94,12 @@ def _print_info(facts: dict[str, Any], packages: list[Package], paths: list[dict
     from xfm_fast.benchmarks.machine import cpu_features
 
     console = stdout(120)
-
-    features = ", ".join(
-        f"{name} {'[green]yes[/]' if there else '[dim]no[/]'}" for name, there in cpu_features().items()
-    )
+    features = (f"{name} {'[green]yes[/]' if there else '[dim]no[/]'}" for name, there in cpu_features().items())
     hardware = table("machine", "", "")
     hardware.add_row("processor", f"{escape(facts['cpu'])} ({facts['architecture']})")
-    hardware.add_row("features", features)
-    hardware.add_row(
-        "cores",
-        f"{facts['cores_physical']} physical, {facts['cores_logical']} logical; PyTorch takes {facts['threads']}",
-    )
+    hardware.add_row("features", ", ".join(features))
+    cores = f"{facts['cores_physical']} physical, {facts['cores_logical']} logical"
+    hardware.add_row("cores", f"{cores}; PyTorch takes {facts['threads']}")
     hardware.add_row("memory", f"{facts['memory_gb']} GB, {facts['memory_available_gb']} GB available")
     gpus = [f"{g['name']}, {g['memory_gb']} GB, compute capability {g['compute_capability']}" for g in facts["gpus"]]
     hardware.add_row("GPU", escape("; ".join(gpus)) or "[dim]none that PyTorch can use[/]")
@@ -113,23 +111,16 @@ def _print_info(facts: dict[str, Any], packages: list[Package], paths: list[dict
     console.print(hardware)
     optional = table("optional packages", "package", "version", "")
     for package in packages:
-        there = package.version is not None
-        optional.add_row(
-            package.name,
-            escape(package.version or "absent"),
-            escape(package.detail if there else package.remedy),
-            style=None if there else "dim",
-        )
+        version, remark = (package.version, package.detail) if package.version else ("absent", package.remedy)
+        optional.add_row(package.name, escape(version), escape(remark), style=None if package.version else "dim")
     console.print(optional)
     chosen = table("paths on this CPU", "operation", "dtype", "path", "measured")
     for path in paths:
-        rates = ", ".join(
-            f"{name} {rate / 1e9:,.0f}" for name, rate in sorted(path["flops_per_s"].items(), key=lambda item: -item[1])
-        )
-        left_out = "; ".join(f"{name} left out: {why}" for name, why in path["rejected"].items())
-        measured = f"GFLOP/s: {rates}" if rates else "no alternative to compare with"
-        detail = escape(f"{measured}; {left_out}" if left_out else measured)
-        chosen.add_row(path["operation"], path["dtype"], escape(path["chosen"]), detail)
+        fastest_first = sorted(path["flops_per_s"].items(), key=lambda item: -item[1])
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in fastest_first)
+        remarks = [f"GFLOP/s: {rates}" if rates else "no alternative to compare with"]
+        remarks += [f"{name} left out: {why}" for name, why in path["rejected"].items()]
+        chosen.add_row(path["operation"], path["dtype"], escape(path["chosen"]), escape("; ".join(remarks)))
     console.print(chosen)
     if not facts["native_bf16"]:
         console.print("bf16 is not native to this CPU: xfm-fast runs it when asked, slower than fp32")
@@ -142,14 +133,14 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     audit is compiled, the rest comes from the cache.
     """
     specs = _kernels(options.kernel)
+    from xfm_fast.checkpoint import write_bytes
     from xfm_fast.kernels import audit as library
     from xfm_fast.kernels.audit import ratchet, targets
     from xfm_fast.kernels.audit.architectures import LIMITS
 
     if unknown := set(options.arch) - set(LIMITS):
-        raise InputError(
-            f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {', '.join(map(str, LIMITS))}"
-        )
+        known = ", ".join(map(str, LIMITS))
+        raise InputError(f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}")
     arches = options.arch or library.ARCHITECTURES
     begun = time.perf_counter()
     forms = library.shipped_forms(specs, arches)
@@ -165,12 +156,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     rows = library.compile_rows(chosen, jobs=options.jobs, cache_dir=options.cache, progress=progress)
     seconds = time.perf_counter() - begun
     if options.json is not None:
-        try:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {options.json}: {error.strerror}") from error
-
+        write_bytes({options.json: (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode()})
     shown = stdout(220)
     _print_rows(rows, shown)
     _print_floors(shown)
@@ -195,7 +181,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     _print_lines("better than accepted; xfm-fast audit --accept keeps it so", comparison.better, shown)
     _print_lines("worse than accepted", comparison.worse, shown)
     if comparison.worse:
-        command = " ".join(["xfm-fast audit --accept", *(["--all"] if options.all else [])])
+        command = "xfm-fast audit --accept" + " --all" * options.all
         shown.print(f"{len(comparison.worse)} figures are worse, new or missing. If that is meant: {command}")
         return 1
     return 0
@@ -222,7 +208,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     name = torch.cuda.get_device_name()
     if number < 80:
         raise UnavailableError(f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer")
-    path = None
+    path, folder = None, options.out or library.TUNING
     for spec in specs:
         for kind in options.dtype:
             for size in library.sizes(spec, options.head_dim):
@@ -234,22 +220,17 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
                 except ValueError as error:
                     print(f"not tuned: {error}", file=sys.stderr)
                     continue
-                path = _written(choice, number, name, options.out or library.TUNING)
+                try:
+                    path = library.write([choice], number, name, folder)
+                except OSError as error:
+                    remedy = "name another folder with --out"
+                    raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
                 times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
                 tried = f"{choice.timed} timed, {choice.rejected} rejected"
                 print(f"{spec.name} {kind} {size}: {times}; {tried}")
     if path is None:
         raise InputError("none of these kernels has a configuration to tune at these head dimensions")
     print(f"saved: {path}")
-
-
-def _written(choice: Choice, arch: int, gpu: str, folder: Path) -> Path:
-    from xfm_fast.kernels import tune as library
-
-    try:
-        return library.write([choice], arch, gpu, folder)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
 
 
 def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
@@ -262,10 +243,11 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
     from xfm_fast.kernels.audit import shipped_kernels
 
     specs = shipped_kernels()
-    if unknown := set(names) - {spec.name for spec in specs}:
-        raise InputError(
-            f"unknown kernel: {', '.join(sorted(unknown))}; known: {', '.join(spec.name for spec in specs)}"
-        )
+    known = [spec.name for spec in specs]
+    if unknown := sorted(set(names) - set(known)):
+        near = get_close_matches(unknown[0], known, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"unknown kernel: {', '.join(unknown)}{meant}; known: {', '.join(known)}")
     return [spec for spec in specs if not names or spec.name in names]
 
 
