@@ -123,7 +123,8 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     text = page.read_text()
     for said in ("the model good", "failed: RuntimeError", "without an interval", "What was replaced"):
         assert said in text
-    assert text.count("<svg viewBox") == 1
+    assert '<svg role="img" aria-label="the model good' in text
+    assert "the model bad, " not in text
 
 
 @pytest.mark.slow
