@@ -16,7 +16,7 @@ import torch
 
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.readme_tables import regenerated
+from xfm_fast.benchmarks.report.readme import regenerated
 from xfm_fast.data.shapes import write_world
 from xfm_fast.errors import DataError
 from xfm_fast.export.onnx import export_onnx

@@ -98,11 +98,7 @@ def _mlp_residual(size: Size, draw: Draw) -> Operation:
 
 
 def _vocabulary(size: Size, draw: Draw) -> tuple[tuple[Tensor, ...], Tensor]:
-    inputs = (
-        draw(size.labels, WIDTH),
-        draw(size.vocabulary, WIDTH) / WIDTH**0.5,
-        draw(size.vocabulary),
-    )
+    inputs = (draw(size.labels, WIDTH), draw(size.vocabulary, WIDTH) / WIDTH**0.5, draw(size.vocabulary))
     target = torch.randint(size.vocabulary, (size.labels,), device=inputs[0].device)
     target[::IGNORED_SHARE] = -100
     return inputs, target

@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.subjects import random_state
+from xfm_fast.benchmarks.material.subjects import random_state
 from xfm_fast.config import PresetName
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import ALL_HEADS
@@ -197,14 +197,8 @@ def _loss_inputs(subject: Subject) -> dict[str, tuple[Callable[..., Tensor], tup
     return {
         "contrastive": (lambda a, b: contrastive_loss(a, b, 0.07, subject.image_index), features),
         "matching": (lambda logits: matching_loss(logits, pairs), (model.match_logits(subject.fused),)),
-        "masked_token": (
-            lambda h: masked_token_loss(h, words, None, labels),
-            (subject.texts[:, 1 : 1 + MASKED],),
-        ),
-        "masked_image": (
-            lambda x: masked_image_loss(x, subject.images, _patch_mask(subject)),
-            (subject.images + 0.1,),
-        ),
+        "masked_token": (lambda h: masked_token_loss(h, words, None, labels), (subject.texts[:, 1 : 1 + MASKED],)),
+        "masked_image": (lambda x: masked_image_loss(x, subject.images, _patch_mask(subject)), (subject.images + 0.1,)),
         "box_l1": (lambda found: box_l1_loss(found, boxes[1]), (boxes[0],)),
         "box_giou": (lambda found: box_giou_loss(found, boxes[1]), (boxes[0],)),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.objectives.steps import gradients, total
 from xfm_fast.batches import IGNORED, Batch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import negatives as negatives_module
