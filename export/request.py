@@ -115,7 +115,7 @@ class EngineRequest(ExportRequest):
         dtype: bf16, fp16 or fp32.
         opset: Of ONNX, 20 to 24; by default what the builder profits from.
         profile: Sizes that an engine accepts, name:axis=least..best..most, such as
-            latency:batch=1,texts=1..8..64,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
+            latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
             to 64]
         sm: Compute capabilities to build for, such as 80,89,120. [this machine's GPU]
         quantize: int8 or fp8: products in 8 bits, with scales from --data or the photographs.

@@ -144,8 +144,7 @@ def test_convert_reports(
 
 def _commands(group: App = app, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], App]]:
     """Every command and group with its words, completion among them."""
-    if group.help_flags:
-        yield path, group
+    yield path, group
     for name in group:
         if name not in ("--help", "-h", "--version"):
             yield from _commands(group[name], (*path, name))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from xfm_fast.benchmarks.photographs import Collection
+    from xfm_fast.benchmarks.material.photographs import Collection
     from xfm_fast.config import XFMConfig
     from xfm_fast.export.engines.build import BuildProgress
     from xfm_fast.export.engines.library import EngineConsumer
@@ -262,7 +262,7 @@ def load_subject(source: ModelSource) -> Subject:
 def _random(preset: Any, image_size: int | None) -> XFM:
     import torch
 
-    from xfm_fast.benchmarks.subjects import random_state
+    from xfm_fast.benchmarks.material.subjects import random_state
     from xfm_fast.config import XFMConfig
     from xfm_fast.models.xfm import XFM
 
@@ -315,7 +315,7 @@ def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int])
             are not installed.
         sizes: of the axes that the export fixes.
     """
-    from xfm_fast.benchmarks import photographs
+    from xfm_fast.benchmarks.material import photographs
     from xfm_fast.export.expected import LONGEST, generated_examples
 
     longest = sizes.get("length", LONGEST)

@@ -6,8 +6,6 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from cyclopts import App, Group, Parameter
 
-from xfm_fast.errors import UnavailableError
-
 UNFINISHED = 75
 """Exit code of work that stopped half way (EX_TEMPFAIL): the same command goes on from there."""
 
@@ -39,17 +37,3 @@ def shown(default: Any) -> str | None:
     if isinstance(default, bool) or default in (None, "", (), []):
         return None
     return ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
-
-
-PRESETS = ("base", "tiny")
-
-
-def choice(name: str, value: str, choices: tuple[str, ...]) -> Any:
-    """The value, if it is one of the choices.
-
-    Raises:
-        UnavailableError: it is not; names them.
-    """
-    if value not in choices:
-        raise UnavailableError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")
-    return value
