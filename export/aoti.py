@@ -6,13 +6,12 @@ everything else is decomposed, so that the compiler fuses it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,13 @@ from .graphs import Graph, frozen, tracing_call
 from .manifest import GraphRecord, Manifest, PackageTarget, package_versions
 from .pipeline import Progress, export_graphs, silent
 from .request import PackageRequest, completed
+from .runtimes import first_line
 
 DEVICES = ("cpu", "cuda")
 
+_BF16_CAPABILITY = 80
+# Extensions that compilers make use of for arithmetic, by the names that Linux gives them on x86-64.
+_EXTENSIONS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse", "vaes", "vpclmul")
 # While one is compiled its weights lie in a library, in an object file and in the package.
 _COPIES = 3
 # Attention is decomposed by PyTorch here and not by the graphs.
@@ -101,7 +104,11 @@ def write_package(
 
     try:
         # Whatever the compiler writes goes where room was found, and is gone afterwards.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, _quiet(), frozen(graph):
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch,
+            warnings.catch_warnings(action="ignore"),  # about the compiler's own code
+            frozen(graph),
+        ):
             program = traced(graph, dtype, device, fixed or {})
             made = Path(scratch) / path.name
             with fresh_cache(dir=scratch):
@@ -115,7 +122,7 @@ def write_package(
             # The C++ compiler's last words, somewhere in its output.
             raise _not_written(path, full) from error
         raise ExportError(
-            f"PyTorch {torch.__version__} does not compile {path.stem} for {device} in {dtype} ({_first_line(error)}); "
+            f"PyTorch {torch.__version__} does not compile {path.stem} for {device} in {dtype} ({first_line(error)}); "
             "export it to ONNX, or upgrade PyTorch"
         ) from error
 
@@ -149,23 +156,6 @@ def keep_operators(program: torch.export.ExportedProgram) -> None:
             x, weight, bias = (*node.args, None)[:3]
             node.target, node.args = torch.ops.xfm_fast.linear.default, (x, weight, bias)
     program.graph_module.recompile()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings about the compiler's own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-_BF16_CAPABILITY = 80
-# Extensions that compilers make use of for arithmetic, by the names that Linux gives them on x86-64.
-_EXTENSIONS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse", "vaes", "vpclmul")
 
 
 def local_target(device: str) -> PackageTarget:
@@ -210,13 +200,25 @@ def check_compiling(device: str, dtype: str) -> None:
         raise UnavailableError(f"device {device!r} is unknown; choose from {', '.join(DEVICES)}")
     data_type(dtype)
     if device == "cuda":
-        _check_gpu(dtype)
+        if not torch.cuda.is_available():
+            raise UnavailableError("--device cuda needs an NVIDIA GPU and PyTorch finds none here; use --device cpu")
+        major, minor = torch.cuda.get_device_capability()
+        if dtype == "bf16" and 10 * major + minor < _BF16_CAPABILITY:
+            raise UnavailableError(f"this GPU (SM{major}{minor}) has no bf16 arithmetic; use --dtype fp16")
     elif dtype != "fp32" and not _computes(dtype):
         others = [name for name in ("fp32", "bf16", "fp16") if name != dtype and (name == "fp32" or _computes(name))]
         raise UnavailableError(
             f"this processor has no {dtype} arithmetic and would emulate it; use --dtype {' or '.join(others)}"
         )
-    _check_compiler()
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # of a private module, whose classes move
+        raise ExportError(
+            "compiling a package needs a C++ compiler and none is found here; install g++ or clang++, or name one in "
+            "the environment variable CXX"
+        ) from error
 
 
 def check_package(target: PackageTarget, here: PackageTarget) -> None:
@@ -249,30 +251,10 @@ def check_package(target: PackageTarget, here: PackageTarget) -> None:
         )
 
 
-def _check_gpu(dtype: str) -> None:
-    if not torch.cuda.is_available():
-        raise UnavailableError("--device cuda needs an NVIDIA GPU and PyTorch finds none here; use --device cpu")
-    major, minor = torch.cuda.get_device_capability()
-    if dtype == "bf16" and 10 * major + minor < _BF16_CAPABILITY:
-        raise UnavailableError(f"this GPU (SM{major}{minor}) has no bf16 arithmetic; use --dtype fp16")
-
-
 def _computes(dtype: str) -> bool:
-    """Whether the products of a type run in it on this processor."""
+    """True where the products of a type run in it on this processor."""
     probe = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}[dtype]
     try:
         return bool(getattr(torch.ops.mkldnn, probe)())
     except (AttributeError, RuntimeError):
         return False
-
-
-def _check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception as error:  # of a private module, whose classes move
-        raise ExportError(
-            "compiling a package needs a C++ compiler and none is found here; install g++ or clang++, or name one in "
-            "the environment variable CXX"
-        ) from error

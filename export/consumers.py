@@ -1,4 +1,4 @@
-"""Who reads an exported ONNX file, and what that asks of it."""
+"""Consumers: the readers of an exported ONNX file, and the spelling that each of them asks for."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _NEWEST_OPSET = 24
 
 @dataclass(frozen=True)
 class Profile:
-    """How graphs are spelt for a consumer: the form of attention and the ONNX opset."""
+    """The spelling of graphs for a consumer: the form of attention and the ONNX opset."""
 
     form: AttentionForm
     opset: int
 
 
 def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
-    """What to export for a consumer.
+    """The spelling that a consumer profits from.
 
     Args:
         consumer: one of `CONSUMERS`.
@@ -59,19 +59,15 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
         raise UnavailableError(
             f"opset {opset} has no bf16 convolution; choose {_BF16_OPSET} to {_NEWEST_OPSET}, or --dtype fp16"
         )
-    preferred = _preferred(consumer, dtype)
+    preferred = Profile("function", _ATTENTION_OPSET)
+    if consumer == "openvino" or (consumer == "tensorrt-rtx" and dtype == "fp32"):
+        # OpenVINO fuses the primitives itself; TensorRT for RTX has no fp32 kernel behind Attention.
+        preferred = Profile("primitives", _GELU_OPSET)
+    elif consumer == "tensorrt-rtx":
+        preferred = Profile("opset23", _ATTENTION_OPSET)
     if opset is None:
         return preferred
     return Profile(preferred.form if opset >= _ATTENTION_OPSET else "primitives", opset)
-
-
-def _preferred(consumer: str, dtype: str) -> Profile:
-    if consumer == "openvino" or (consumer == "tensorrt-rtx" and dtype == "fp32"):
-        # OpenVINO fuses the primitives itself; TensorRT for RTX has no fp32 kernel behind Attention.
-        return Profile("primitives", _GELU_OPSET)
-    if consumer == "tensorrt-rtx":
-        return Profile("opset23", _ATTENTION_OPSET)
-    return Profile("function", _ATTENTION_OPSET)
 
 
 def data_type(name: str) -> DType:

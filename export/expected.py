@@ -1,4 +1,4 @@
-"""What the model itself says about a few images and texts: the judge of an export, kept beside it.
+"""The expected results: what the model itself says about a few images and texts, kept beside an export to judge it.
 
 The reference is a file of the export, so that engines can be judged on a machine that has neither the checkpoint nor
 the photographs. It holds the fp32 results of the padding-free model, and how far the same model is from them when it

@@ -94,7 +94,7 @@ def export_onnx(
 
 
 def check_spelling(request: OnnxRequest) -> Profile:
-    """How the graphs of a request are spelt, seen before a checkpoint is read.
+    """The spelling of the graphs of a request, seen before a checkpoint is read.
 
     Raises:
         UnavailableError: see `consumers.profile`; or `onnx` or its exporter is not installed.
@@ -106,7 +106,7 @@ def check_spelling(request: OnnxRequest) -> Profile:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What was written.
+    """A file that was written.
 
     Attributes:
         path: of the model; with external data, `path.name + ".data"` lies beside it.
@@ -152,7 +152,9 @@ def write_onnx(
     if profile.form == "function":
         _add_attention_function(model, profile.opset)
     _clean(model, path.stem, metadata or {})
-    size = _bytes(model)
+    weights = sum(len(part.raw_data) for part in model.graph.initializer)
+    # Protobuf cannot say the size of a message beyond two gigabytes; weights are nearly all of it.
+    size = weights if weights > LARGEST_FILE else model.ByteSize()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             written = Path(scratch) / path.name
@@ -207,13 +209,12 @@ def _export(graph: Graph, profile: Profile, dtype: torch.dtype, fixed: Mapping[s
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's messages about dimensions that it renames."""
+    """Silence the exporter's messages about dimensions that it renames."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
@@ -233,12 +234,6 @@ def _add_attention_function(model: Any, opset: int) -> None:
     model.functions.append(function)
     if all(known.domain != DOMAIN for known in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-
-
-def _bytes(model: Any) -> int:
-    """Size of the serialised model, which protobuf itself cannot say beyond two gigabytes."""
-    weights = sum(len(part.raw_data) for part in model.graph.initializer)
-    return weights + (0 if weights > LARGEST_FILE else model.ByteSize() - weights)
 
 
 def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:

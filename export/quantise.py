@@ -290,7 +290,7 @@ def _quantized(record: GraphRecord, folder: Path, out: Path) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice of quantisers to preprocess graphs, which were optimised when they were exported."""
+    """Silence the advice of quantisers to preprocess graphs, which were optimised when they were exported."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

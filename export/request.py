@@ -20,7 +20,7 @@ GraphName = Literal["vision", "text", "image_memory", "fusion", "match"]
 GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
 DEFAULT_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
-"""What a server composes; `match`, the whole model in one file, is exported on request."""
+"""The graphs that a server composes; `match`, the whole model in one file, is exported on request."""
 
 DType = Literal["fp32", "fp16", "bf16"]
 
@@ -31,7 +31,7 @@ ServedDevice = Literal["auto", "cpu", "gpu"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model to export comes from, and what its export is compared on.
+    """The origin of a model to export, and of the examples that its export is compared on.
 
     Attributes:
         checkpoint: Official .th/.pth, .safetensors, or a folder that save_pretrained wrote.
@@ -89,7 +89,7 @@ class OnnxRequest(ExportRequest):
 
     Attributes:
         consumer: onnxruntime, tensorrt, tensorrt-rtx or openvino: who reads the files.
-        opset: Of ONNX, 20 to 24; by default what the consumer profits from.
+        opset: Opset of ONNX, 20 to 24; by default what the consumer profits from.
     """
 
     consumer: str = "onnxruntime"
@@ -113,7 +113,7 @@ class EngineRequest(ExportRequest):
 
     Attributes:
         dtype: bf16, fp16 or fp32.
-        opset: Of ONNX, 20 to 24; by default what the builder profits from.
+        opset: Opset of ONNX, 20 to 24; by default what the builder profits from.
         profile: Sizes that an engine accepts, name:axis=least..best..most, such as
             latency:batch=1,texts=1..8..64,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
             to 64]
@@ -130,6 +130,11 @@ class EngineRequest(ExportRequest):
     quantize: str = ""
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
+
+    @property
+    def complete(self) -> TensorRTRequest:
+        """The same with what only TensorRT knows, left out where it was not asked for."""
+        return self if isinstance(self, TensorRTRequest) else TensorRTRequest(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class TensorRTRequest(EngineRequest):
 
 @dataclass(frozen=True)
 class RankLimits:
-    """What a request to the rank model of a repository may ask for.
+    """Limits of a request to the rank model of a repository.
 
     Attributes:
         images, captions: of a request.
@@ -174,11 +179,11 @@ class ServedModels:
     Attributes:
         backend: auto, tensorrt, onnxruntime, or python: a session of this package in Triton.
         pipeline: rank: a model from JPEG files and captions to scores too; graphs: none.
-        prefix: Of the names of the models.
+        prefix: Beginning of the names of the models.
         device: auto, cpu or gpu: where models run.
         most_batch: Rows of a batch, for graphs that take any number.
         queue_delay: Microseconds that a request may wait for others.
-        instances: Of each graph's model.
+        instances: Copies of each graph's model.
     """
 
     backend: BackendChoice = "auto"
@@ -192,8 +197,7 @@ class ServedModels:
 
 @dataclass(frozen=True)
 class RepositoryOptions(ServedModels):
-    """What kind of repository to make; `auto` is the first of Triton's backends that runs the export, and a GPU for
-    engines.
+    """A repository to make; `auto` is the first of Triton's backends that runs the export, and a GPU for engines.
 
     Attributes:
         cache_bytes: of image memories that the rank model keeps between requests.
@@ -240,8 +244,8 @@ class RepositoryRequest(ServedModels):
     """A repository, in the words of a command line.
 
     Attributes:
-        most_images: Of a rank request.
-        most_captions: Of a rank request.
+        most_images: Limit of a rank request.
+        most_captions: Limit of a rank request.
         cache_mb: Megabytes of image memories that the rank model keeps between requests.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, prod
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,12 @@ def choose_slot(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> 
     fitting = [(slot, padded) for slot in slots if (padded := slot.padded(sizes)) is not None]
     if not fitting:
         raise InputError(_refusal(graph, slots, sizes))
-    return min(fitting, key=lambda pair: (_volume(pair[1]), _width(pair[0])))
+
+    def waste(choice: tuple[Slot, dict[str, int]]) -> tuple[int, float]:
+        slot, padded = choice
+        return prod(padded.values()), prod(inf if r.most is None else r.most for r in slot.ranges.values())
+
+    return min(fitting, key=waste)
 
 
 def largest(slots: Sequence[Slot], axis: str) -> int | None:
@@ -223,17 +229,3 @@ def _refusal(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> str
         f"profile {slot.name!r}: " + ", ".join(f"{axis} {slot.ranges[axis]}" for axis in sizes) for slot in slots
     )
     return f"graph {graph!r}: no profile takes {asked} together ({offered}); split the request or add a --profile"
-
-
-def _volume(sizes: Mapping[str, int]) -> int:
-    product = 1
-    for size in sizes.values():
-        product *= size
-    return product
-
-
-def _width(slot: Slot) -> float:
-    product = 1.0
-    for sizes in slot.ranges.values():
-        product *= float("inf") if sizes.most is None else sizes.most
-    return product

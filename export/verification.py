@@ -1,4 +1,4 @@
-"""An export against the model that it was made from, over the range of shapes, before anybody calls it done.
+"""An export against the model that it was made from, over the range of shapes, before it is called done.
 
 What runs the export is any object with `run`; what it is compared with is the reference that lies in the folder. The
 outcome goes into the manifest. Nothing is deleted where it is bad: the files are there to be looked at.
@@ -27,11 +27,11 @@ from .slots import Slot, graph_slots, largest
 
 
 class Runner(Protocol):
-    """What runs the graphs of an export."""
+    """A program that runs the graphs of an export."""
 
     @property
     def description(self) -> str:
-        """Of library, version and device, for the manifest."""
+        """Library, version and device, for the manifest."""
         ...
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -126,7 +126,7 @@ def compare_with_reference(
 
 
 def default_runner(folder: Path, manifest: Manifest) -> Runner:
-    """A session over the runtime of the export: ONNX Runtime on the CPU for ONNX files, whoever they were written for.
+    """A session over the runtime of the export; of ONNX files ONNX Runtime on the CPU, whatever their consumer.
 
     It computes bf16 graphs in fp32, the only way there is without a GPU.
 
@@ -148,7 +148,7 @@ def default_runner(folder: Path, manifest: Manifest) -> Runner:
 
 
 def threshold_of(manifest: Manifest) -> Threshold:
-    """What an export must reach."""
+    """The bar that an export must reach."""
     return EIGHT_BIT if manifest.options.get("arithmetic") else THRESHOLDS[manifest.dtype]
 
 
@@ -233,7 +233,7 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
 
 
 def _has_memories(manifest: Manifest) -> bool:
-    """Whether the memory of every image can be had: the reference holds that of one alone."""
+    """True where the memory of every image can be had: the reference holds that of one alone."""
     return "image_memory" in manifest.graph_names
 
 
@@ -242,7 +242,7 @@ def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ..
 
 
 def _bounded(slots: Sequence[Slot], batch: int, count: int) -> tuple[int, int]:
-    """As many memories as a profile takes, and as many texts on each as it takes with them."""
+    """The memories that a profile takes, and the texts on each that it takes with them."""
     batch = min(batch, largest(slots, "batch") or batch)
     together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
     return batch, min(count, largest(together, "texts") or count)
@@ -261,13 +261,17 @@ def _run(
     known = reference.tensors
     inputs: dict[str, Tensor] = {}
     names = [tensor.name for tensor in record.inputs]
-    rows = case.texts if "texts" in _axes(record) else case.texts[:, 0]
+    rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
     if "pixels" in names:
         inputs["pixels"] = known["pixels"][case.images].to(dtype)
     if "image_embeds" in names:
         inputs["image_embeds"] = known["image_embeds"][case.images].to(dtype)
     if "memory" in names:
-        inputs["memory"] = _memory(case, manifest, reference, runner)
+        if _has_memories(manifest):
+            embeds = known["image_embeds"][case.images].to(dtype)
+            inputs["memory"] = runner.run("image_memory", {"image_embeds": embeds})["memory"]
+        else:
+            inputs["memory"] = known["memory"].to(dtype).expand(len(case.images), -1, -1, -1, -1, -1).contiguous()
     if "input_ids" in names:
         inputs["input_ids"] = _cut(known["input_ids"], rows, case.length, manifest.config["pad_token_id"])
     if "text_embeds" in names:
@@ -288,7 +292,7 @@ def _run(
         elif name == "text_feature":
             found.add(name, shape, value, known[name][rows])
         elif name == "text_embeds":
-            # Padded positions hold what padding computes; nobody reads them.
+            # Padded positions hold what padding computes, which is not read.
             real = inputs["attention_mask"].bool()
             found.add(name, shape, value[real], _cut(known[name], rows, case.length, 0)[real])
         elif name == "fused" and manifest.all_tokens:
@@ -303,18 +307,6 @@ def _run(
             found.add_scores(images, case.texts, value[..., 1] if name == "match_logits" else value, reference)
 
 
-def _axes(record: GraphRecord) -> set[str]:
-    return {"texts"} if record.name in ("fusion", "match") else set()
-
-
-def _memory(case: Case, manifest: Manifest, reference: Reference, runner: Runner) -> Tensor:
-    dtype = DTYPES[manifest.dtype]
-    if not _has_memories(manifest):
-        return reference.tensors["memory"].to(dtype).expand(len(case.images), -1, -1, -1, -1, -1).contiguous()
-    embeds = reference.tensors["image_embeds"][case.images].to(dtype)
-    return runner.run("image_memory", {"image_embeds": embeds})["memory"]
-
-
 def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
     """Texts by number, `[T, L, ...]` → `[*rows.shape, length, ...]`, cut or padded to the length."""
     chosen = values[rows][..., :length, :] if values.dim() > 2 else values[rows][..., :length]
@@ -327,7 +319,7 @@ def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Threshold:
-    """What an export in some type must reach.
+    """The bar for exports in some type.
 
     An error is allowed up to `absolute`, or, where rounding decides (`rounding` times), up to so many times the error
     that the model itself has in that type, plus two units in the last place of the largest entry: the rule by which
@@ -369,8 +361,8 @@ THRESHOLDS: dict[DType, Threshold] = {
 }
 
 EIGHT_BIT = Threshold(absolute=0, rounding=0, cosine=0.9, tie=1e-5, ranks=0.0, relative=0.5)
-"""Of exports whose products are int8 or fp8, in whatever type the rest is. It tells an export that lost the model from
-one that costs accuracy; how much of it, the errors and ranks in the manifest say."""
+"""The bar for exports whose products are int8 or fp8, in whatever type the rest is. It tells an export that lost the
+model from one that costs accuracy; how much of it, the errors and ranks in the manifest say."""
 
 # Everything else has too few entries for an angle to say anything.
 _DIRECTIONS = ("image_embeds", "image_feature", "text_embeds", "text_feature", "fused", "fused_tokens", "memory")
@@ -438,7 +430,7 @@ class _Errors:
 
 @dataclass(frozen=True)
 class RankAgreement:
-    """How the order of candidates compares.
+    """Two orders of the same candidates, compared.
 
     Attributes:
         candidates: pairs of an image and a text that were ranked.

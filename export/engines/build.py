@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,19 +20,13 @@ from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord
 from ..onnx import Rewrite, export_onnx, require_onnx
 from ..pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder
 from ..quantise import QUANTISATIONS, check_quantisation, quantising
-from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed, joined
+from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
 from ..verification import compare_with_model
-from .library import (
-    EngineConsumer,
-    EngineOptions,
-    Library,
-    load_library,
-    parse_hardware_compatibility,
-    parse_targets,
-)
+from .library import EngineConsumer, Library, load_library, message_logger, said
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
+from .plugin_graphs import with_plugins
 from .plugins import check_plugins
-from .profiles import DEFAULT_PROFILES, ShapeProfile, graph_profiles, parse_profiles
+from .profiles import graph_profiles, parse_profiles
 
 ONNX_FOLDER = "onnx"
 """In the folder of the engines: the graphs that they were built from, where they are kept."""
@@ -85,19 +79,24 @@ def export_engines(
         ExportError: the library cannot build a graph; names the layer and the remedy.
     """
     folder, progress = Path(folder), progress or Silent()
-    request = completed(request, EngineRequest, changes)
-    library, targets, spelling = check_request(consumer, request)
-    profiles, dtype, fixed = parse_profiles(request.profile), data_type(request.dtype), request.sizes
-    built = build_graphs(model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens)
+    wanted = completed(request, TensorRTRequest, changes).complete
+    library, targets, spelling = check_request(consumer, wanted)
+    profiles, dtype, fixed = parse_profiles(wanted.profile), data_type(wanted.dtype), wanted.sizes
+    built = build_graphs(model, spelling, wanted.names, fixed=fixed, all_tokens=wanted.all_tokens)
     for record in graph_records(built, dtype, model, fixed):
         graph_profiles(record, profiles)
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
-    rewrite = _rewrite(request, model, library, targets[0], profiles, examples)
-    wanted = OnnxRequest(request.dtype, request.graphs, request.fixed, request.all_tokens, consumer, request.opset)
+    rewrite: Rewrite | None = None
+    if wanted.quantize:
+        kind = check_quantisation(wanted.quantize, dtype)
+        rewrite = quantising(model, examples or generated_examples(model.config), kind, dtype)
+    elif wanted.plugins:
+        rewrite = with_plugins(library, targets[0], profiles)
+    graphs = OnnxRequest(wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, consumer, wanted.opset)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
-        onnx = folder / ONNX_FOLDER if request.keep_onnx else Path(scratch)
-        exported = export_onnx(model, onnx, wanted, source=source, tokenizer_sha256=tokenizer_sha256)
+        onnx = folder / ONNX_FOLDER if wanted.keep_onnx else Path(scratch)
+        exported = export_onnx(model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256)
         for record in exported.graphs:
             if rewrite is not None:
                 rewrite(record, onnx / record.file)
@@ -107,14 +106,12 @@ def export_engines(
                 compare_with_model(content, folder, model, examples)
 
         return build_engines(
-            exported, onnx, folder, library, targets, profiles=profiles, options=engine_options(request),
-            arithmetic=request.quantize or None, plugins=isinstance(request, TensorRTRequest) and request.plugins,
-            progress=progress, compare=compare,
-        )  # fmt: skip
+            exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
+        )
 
 
 def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Library, tuple[int, ...], Profile]:
-    """What can be seen to be wrong before a checkpoint is read.
+    """See what is wrong with a request before a checkpoint is read.
 
     Returns:
         The library that builds, the compute capabilities that it builds for, and the spelling of the graphs.
@@ -123,58 +120,21 @@ def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Lib
         UnavailableError: something is not installed, not known, or not offered by the library or the targets.
         InputError: a list that is not understood, or options that exclude each other.
     """
-    options = engine_options(request)
+    request = request.complete
     parse_profiles(request.profile)
-    plugins = isinstance(request, TensorRTRequest) and request.plugins
     spelling = profile(consumer, request.dtype, request.opset)
-    if plugins and request.quantize:
+    if request.plugins and request.quantize:
         raise InputError("--plugins and --quantize change the same products; choose one of them")
     require_onnx()
     library = load_library(consumer)
-    targets = library.check(options, request.dtype)
+    targets = library.check(request, request.dtype)
     if request.quantize:
         if request.quantize in QUANTISATIONS:
-            library.check(options, request.quantize)
+            library.check(request, request.quantize)
         check_quantisation(request.quantize, data_type(request.dtype))
-    if plugins:
+    if request.plugins:
         check_plugins(library)
     return library, targets, spelling
-
-
-def engine_options(request: EngineRequest) -> EngineOptions:
-    """The build that a request asks for.
-
-    Raises:
-        UnavailableError: targets or a kind of compatibility that are not understood.
-    """
-    options = EngineOptions(targets=parse_targets(joined(request.sm)), optimization_level=request.level)
-    if not isinstance(request, TensorRTRequest):
-        return options
-    return replace(
-        options,
-        timing_cache=request.timing_cache,
-        version_compatible=request.version_compatible,
-        hardware_compatibility=parse_hardware_compatibility(request.hardware_compatible),
-    )
-
-
-def _rewrite(
-    request: EngineRequest,
-    model: XFM,
-    library: Library,
-    target: int,
-    profiles: Sequence[ShapeProfile],
-    examples: Examples | None,
-) -> Rewrite | None:
-    """The change of the graphs before they are built, if one was asked for."""
-    if request.quantize:
-        kind, dtype = check_quantisation(request.quantize, data_type(request.dtype)), data_type(request.dtype)
-        return quantising(model, examples or generated_examples(model.config), kind, dtype)
-    if isinstance(request, TensorRTRequest) and request.plugins:
-        from .plugin_graphs import with_plugins
-
-        return with_plugins(library, target, profiles)
-    return None
 
 
 def build_engines(
@@ -184,10 +144,7 @@ def build_engines(
     library: Library,
     targets: Sequence[int],
     *,
-    profiles: Sequence[ShapeProfile] = DEFAULT_PROFILES,
-    options: EngineOptions | None = None,
-    arithmetic: str | None = None,
-    plugins: bool = False,
+    request: EngineRequest | None = None,
     progress: BuildProgress | None = None,
     compare: Callable[[Manifest], None] = lambda content: None,
 ) -> Manifest:
@@ -197,17 +154,15 @@ def build_engines(
         exported: the export's manifest; onnx: its folder.
         folder: that receives the engines, existing.
         library: that builds; targets: what its `check` returned.
-        profiles: sizes that the engines accept.
-        options: of the build.
-        arithmetic: int8 or fp8, where the products of the graphs are in it.
-        plugins: the graphs hold plugins, which are registered.
+        request: profiles and settings of the build, and what the graphs hold: 8-bit products, registered plugins.
         progress: is told how far the build is.
         compare: see `pipeline.fill_folder`.
 
     Raises:
         InputError, StorageError, ExportError: as in `export_engines`.
     """
-    options, progress = options or EngineOptions(), progress or Silent()
+    wanted, progress = (request or EngineRequest()).complete, progress or Silent()
+    profiles = parse_profiles(wanted.profile)
     shapes = {record.name: graph_profiles(record, profiles) for record in exported.graphs}
     numbers = {record.name: number for number, record in enumerate(exported.graphs, 1)}
 
@@ -215,9 +170,8 @@ def build_engines(
         progress.graph(record.name, numbers[record.name], len(numbers))
         engine = folder / f"{record.name}.engine"
         build_engine(
-            library, onnx / record.file, engine, options, targets, record.profiles, graph=record.name, plugins=plugins,
-            progress=progress,
-        )  # fmt: skip
+            library, onnx / record.file, engine, wanted, targets, record.profiles, graph=record.name, progress=progress
+        )
         return [engine.name]
 
     content = exported.model_copy(
@@ -229,14 +183,14 @@ def build_engines(
                 library=library.consumer,
                 version=library.version,
                 compute_capabilities=list(targets),
-                version_compatible=options.version_compatible,
-                hardware_compatibility=options.hardware_compatibility,
+                version_compatible=wanted.version_compatible,
+                hardware_compatibility=wanted.hardware_compatible or None,
             ),
             "options": {
                 "profiles": [str(profile) for profile in profiles],
-                "optimization_level": options.optimization_level,
-                "plugins": plugins,
-                "arithmetic": arithmetic,
+                "optimization_level": wanted.level,
+                "plugins": wanted.plugins,
+                "arithmetic": wanted.quantize or None,
             },
         }
     )
@@ -248,12 +202,11 @@ def build_engine(
     library: Library,
     onnx: Path,
     engine: Path,
-    options: EngineOptions,
+    request: EngineRequest,
     targets: Sequence[int],
     profiles: Sequence[ProfileRecord],
     *,
     graph: str = "",
-    plugins: bool = False,
     progress: BuildProgress | None = None,
 ) -> BuiltEngine:
     """Build one engine from one ONNX file.
@@ -262,48 +215,46 @@ def build_engine(
         library: that builds.
         onnx: the graph; external weights lie beside it.
         engine: the file to write, whole or not at all.
-        options: of the build; targets: compute capabilities, as `library.check` returned them.
+        request: settings of the build, and whether the graph holds plugins, which are registered.
+        targets: compute capabilities, as `library.check` returned them.
         profiles: shapes of every input, of each profile; none for a graph of fixed shapes.
         graph: its name in messages; by default that of the file.
-        plugins: the graph holds plugins, which are registered.
         progress: is told how far the build is.
 
     Raises:
         ExportError: the library cannot parse or build the graph; names the layer and the remedy.
         StorageError: the file cannot be written.
     """
-    return _Build(library, onnx, options, targets, profiles, graph or onnx.stem, progress or Silent()).run(
-        engine, plugins
-    )
+    wanted = request.complete
+    return _Build(library, onnx, wanted, targets, profiles, graph or onnx.stem, progress or Silent()).run(engine)
 
 
+@dataclass
 class _Build:
     """One build, with the messages that the library has for it."""
 
-    def __init__(
-        self,
-        library: Library,
-        onnx: Path,
-        options: EngineOptions,
-        targets: Sequence[int],
-        profiles: Sequence[ProfileRecord],
-        graph: str,
-        progress: BuildProgress,
-    ) -> None:
-        self.library, self.onnx, self.options, self.targets = library, onnx, options, targets
-        self.profiles, self.graph, self.progress = profiles, graph, progress
+    library: Library
+    onnx: Path
+    request: TensorRTRequest
+    targets: Sequence[int]
+    profiles: Sequence[ProfileRecord]
+    graph: str
+    progress: BuildProgress
+
+    def __post_init__(self) -> None:
+        library = self.library
         self.errors: list[str] = []
-        self.logger = _logger(library.trt, self.errors)
+        self.logger = message_logger(library.trt, self.errors, _log)
         self.builder: Any = library.trt.Builder(self.logger)
         if not self.builder:
             raise UnavailableError(
-                f"{library.label} {library.version} could not start ({self._said()}); see that its CUDA libraries and "
-                "the driver fit each other"
+                f"{library.label} {library.version} could not start ({said(self.errors)}); see that its CUDA libraries "
+                "and the driver fit each other"
             )
 
-    def run(self, engine: Path, plugins: bool) -> BuiltEngine:
+    def run(self, engine: Path) -> BuiltEngine:
         started = time.perf_counter()
-        network = self.library.create_network(self.builder, plugins=plugins)
+        network = self.library.create_network(self.builder, plugins=self.request.plugins)
         parser = self.library.trt.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(self.onnx)):
             raise self._failure(parser_errors(parser) + self.errors, "read")
@@ -317,14 +268,16 @@ class _Build:
         content = memoryview(blob)
         size = content.nbytes
         write_bytes({engine: content})
-        self._keep_timings(config)
+        timings = None if self.request.timing_cache is None else self.library.timing_cache(config)
+        if self.request.timing_cache is not None and timings is not None:
+            write_bytes({self.request.timing_cache: timings})
         return BuiltEngine(engine, size, time.perf_counter() - started)
 
     def _build(
         self, network: Any, state: Interruption, tell: Callable[[str, int, int, int], None]
     ) -> tuple[Any | None, Any]:
         config = self.builder.create_builder_config()
-        self.library.configure(config, self.options, self.targets)
+        self.library.configure(config, self.request, self.targets)
         for record in self.profiles:
             shapes = self.builder.create_optimization_profile()
             for number in range(network.num_inputs):
@@ -340,7 +293,10 @@ class _Build:
         return blob, config
 
     def _failure(self, messages: Sequence[str], verb: str, network: Any = None) -> ExportError:
-        found = explain(messages, _nodes(self.onnx))
+        import onnx
+
+        nodes = onnx.load(str(self.onnx), load_external_data=False).graph.node
+        found = explain(messages, [(node.name, node.op_type, [*node.input, *node.output]) for node in nodes])
         layers = found.layers
         if not layers and not found.everywhere and network is not None:
             layers = tuple(filter(None, [self._search(network)]))
@@ -360,16 +316,6 @@ class _Build:
             return blob is not None
 
         return first_failing_layer(network, builds)
-
-    def _keep_timings(self, config: Any) -> None:
-        if self.options.timing_cache is None:
-            return
-        timings = self.library.timing_cache(config)
-        if timings is not None:
-            write_bytes({self.options.timing_cache: timings})
-
-    def _said(self) -> str:
-        return " ".join(self.errors[0].split()) if self.errors else "it gives no reason"
 
 
 def check_engine_file(path: Path, library: Library, *, expected_bytes: int | None = None) -> None:
@@ -402,36 +348,6 @@ def check_engine_file(path: Path, library: Library, *, expected_bytes: int | Non
             raise ExportError(f"engine {path} is {state} ({size:,} of {wanted:,} bytes); {again}")
 
 
-def _logger(trt: Any, errors: list[str]) -> Any:
-    serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-    levels = {
-        trt.ILogger.INTERNAL_ERROR: logging.DEBUG,
-        trt.ILogger.ERROR: logging.DEBUG,
-        trt.ILogger.WARNING: logging.INFO,
-        trt.ILogger.INFO: logging.DEBUG,
-        trt.ILogger.VERBOSE: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in serious:
-                errors.append(msg)
-            _log.log(levels.get(severity, logging.DEBUG), "%s", msg)
-
-    return Logger()
-
-
-def _nodes(onnx: Path) -> list[tuple[str, str, list[str]]]:
-    """Name, operator and tensors of every node, for messages."""
-    import onnx as library
-
-    graph = library.load(str(onnx), load_external_data=False).graph
-    return [(node.name, node.op_type, [*node.input, *node.output]) for node in graph.node]
-
-
 class BuildProgress(Protocol):
     """Is told what is built. Phases nest: `Building engine` holds the others."""
 
@@ -442,18 +358,12 @@ class BuildProgress(Protocol):
         """A phase of the builder has done so many of its steps; depth 0 is the whole build."""
 
 
-class Silent:
+class Silent(BuildProgress):
     """Shows nothing."""
-
-    def graph(self, name: str, number: int, count: int) -> None:
-        pass
-
-    def phase(self, name: str, done: int, steps: int, depth: int) -> None:
-        pass
 
 
 class Interruption:
-    """Whether the user interrupted a build, and during which phase it was."""
+    """The exception with which a user interrupted a build, and the phase that it was in."""
 
     def __init__(self) -> None:
         self.raised: BaseException | None = None

@@ -14,13 +14,14 @@ Their Python modules are the same but for the name and what is written here:
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from xfm_fast.errors import ExportError, UnavailableError
+
+from ..request import TensorRTRequest, joined
 
 EngineConsumer = Literal["tensorrt", "tensorrt-rtx"]
 HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
@@ -31,25 +32,6 @@ LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
 _OLDEST_TENSORRT = (10, 0)
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER = 24
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How engines are built.
-
-    Attributes:
-        targets: compute capabilities such as 89; none means the GPU of this machine.
-        timing_cache: file that is read before and written after a build (TensorRT).
-        version_compatible: later versions of the library run the engine too (TensorRT).
-        hardware_compatibility: run on more GPUs than the one that built it (TensorRT).
-        optimization_level: 0 to 5, how long the builder may search; None leaves it to the library.
-    """
-
-    targets: tuple[int, ...] = ()
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatibility: HardwareCompatibility | None = None
-    optimization_level: int | None = None
 
 
 class Library:
@@ -63,25 +45,23 @@ class Library:
     consumer: ClassVar[EngineConsumer] = "tensorrt"
     module: ClassVar[str] = "tensorrt"
     label: ClassVar[str] = "TensorRT"
+    instead: ClassVar[str] = ", or export for a machine without it: xfm-fast export tensorrt-rtx"
 
     def __init__(self) -> None:
         try:
             self.trt: Any = importlib.import_module(self.module)
         except (ImportError, OSError) as error:
             raise UnavailableError(
-                f"{self.label} is not installed ({_one_line(error)}); pip install 'xfm-fast[{self.consumer}]'"
-                f"{self._elsewhere()}"
+                f"{self.label} is not installed ({' '.join(str(error).split())}); "
+                f"pip install 'xfm-fast[{self.consumer}]'{self.instead}"
             ) from None
         self.version: str = self.trt.__version__
 
-    def _elsewhere(self) -> str:
-        return ", or export for a machine without it: xfm-fast export tensorrt-rtx"
-
-    def check(self, options: EngineOptions, dtype: str) -> tuple[int, ...]:
-        """Everything about the options that can fail before a graph is exported.
+    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
+        """Everything about a request that can fail before a graph is exported.
 
         Args:
-            options: of the build.
+            request: for engines.
             dtype: fp32, fp16, bf16, int8 or fp8.
 
         Returns:
@@ -91,7 +71,7 @@ class Library:
             UnavailableError: no GPU where one is needed, a capability that the library or the type does not have, or
                 a kind of compatibility that the library does not offer.
         """
-        if _numbers(self.version) < _OLDEST_TENSORRT:
+        if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
             raise UnavailableError(f"TensorRT {self.version} is too old; pip install 'tensorrt>=10'")
         present = local_capability()
         if present is None:
@@ -99,12 +79,13 @@ class Library:
                 "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
                 "a machine with one, or use xfm-fast export tensorrt-rtx, which needs none"
             )
-        if options.targets and set(options.targets) != {present}:
+        targets = parse_targets(joined(request.sm))
+        if targets and set(targets) != {present}:
             raise UnavailableError(
-                f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(options.targets)}; "
+                f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(targets)}; "
                 "leave out --sm and use --hardware-compatible, or use xfm-fast export tensorrt-rtx"
             )
-        if options.hardware_compatibility == "ampere_plus" and present < 80:
+        if check_hardware_compatibility(request.hardware_compatible) == "ampere_plus" and present < 80:
             raise UnavailableError(
                 f"engines for Ampere and later are built on such a GPU, and this one is SM{present}; leave out "
                 "--hardware-compatible"
@@ -119,24 +100,24 @@ class Library:
         # A version that lacks a flag does by itself what the flag asked for.
         return builder.create_network(sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name)))
 
-    def configure(self, config: Any, options: EngineOptions, targets: Sequence[int]) -> None:
+    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
         """Set the options on an `IBuilderConfig`."""
-        self._common(config, options)
-        if options.version_compatible:
+        self._common(config, request)
+        if request.version_compatible:
             config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
-        if options.hardware_compatibility is not None:
-            level = options.hardware_compatibility.upper()
+        if request.hardware_compatible:
+            level = request.hardware_compatible.upper()
             config.hardware_compatibility_level = getattr(self.trt.HardwareCompatibilityLevel, level)
-        if options.timing_cache is not None:
-            stored = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
+        if request.timing_cache is not None:
+            stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
             cache = config.create_timing_cache(stored)
             # Timings of another GPU or version are refused; the build then starts with an empty cache.
             if not config.set_timing_cache(cache, False):
                 config.set_timing_cache(config.create_timing_cache(b""), False)
 
-    def _common(self, config: Any, options: EngineOptions) -> None:
-        if options.optimization_level is not None:
-            config.builder_optimization_level = options.optimization_level
+    def _common(self, config: Any, request: TensorRTRequest) -> None:
+        if request.level is not None:
+            config.builder_optimization_level = request.level
 
     def timing_cache(self, config: Any) -> bytes | None:
         """The timings that a build has gathered, for a file; None where the library has none."""
@@ -160,20 +141,18 @@ class TensorRTForRTX(Library):
     consumer = "tensorrt-rtx"
     module = "tensorrt_rtx"
     label = "TensorRT for RTX"
-
-    def _elsewhere(self) -> str:
-        return ""
+    instead = ""
 
     @property
     def capabilities(self) -> tuple[int, ...]:
-        """What it can build for."""
+        """The compute capabilities that it can build for."""
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
         return tuple(sorted(int(name[1]) for name in names if name))
 
-    def check(self, options: EngineOptions, dtype: str) -> tuple[int, ...]:
+    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
         known = self.capabilities
         present = local_capability()
-        targets = tuple(sorted(set(options.targets))) or (() if present is None else (present,))
+        targets = tuple(sorted(set(parse_targets(joined(request.sm))))) or (() if present is None else (present,))
         if not targets:
             raise UnavailableError(
                 "there is no NVIDIA GPU here to build for; name the targets with --sm, such as --sm 80,89,120"
@@ -184,17 +163,17 @@ class TensorRTForRTX(Library):
                 f"TensorRT for RTX {self.version} does not build for {_names(unknown)}; it builds for {_names(known)}. "
                 "For other GPUs use xfm-fast export tensorrt on a machine with one"
             )
-        if options.version_compatible:
+        if request.version_compatible:
             raise UnavailableError(
                 "TensorRT for RTX has no lean runtime, so its engines run with the version that built them; leave out "
                 "--version-compatible and build again after an upgrade"
             )
-        if options.hardware_compatibility is not None:
+        if request.hardware_compatible:
             raise UnavailableError(
                 "TensorRT for RTX builds for the targets that are listed; instead of --hardware-compatible name them "
                 f"all: --sm {','.join(map(str, known))}"
             )
-        if options.timing_cache is not None:
+        if request.timing_cache is not None:
             raise UnavailableError(
                 "TensorRT for RTX times no kernels while it builds, so it has no timing cache; leave out "
                 "--timing-cache. What it compiles when an engine is loaded goes into the session's runtime cache"
@@ -205,8 +184,8 @@ class TensorRTForRTX(Library):
     def create_network(self, builder: Any, *, plugins: bool = False) -> Any:
         return builder.create_network(0)
 
-    def configure(self, config: Any, options: EngineOptions, targets: Sequence[int]) -> None:
-        self._common(config, options)
+    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
+        self._common(config, request)
         config.num_compute_capabilities = len(targets)
         for number, target in enumerate(targets):
             config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{target}"), number)
@@ -232,6 +211,27 @@ def load_library(consumer: EngineConsumer) -> Library:
     if consumer not in _LIBRARIES:
         raise UnavailableError(f"engine library {consumer!r} is unknown; choose from {', '.join(_LIBRARIES)}")
     return _LIBRARIES[consumer]()
+
+
+def message_logger(trt: Any, errors: list[str], log: logging.Logger) -> Any:
+    """An `ILogger` of a TensorRT module: what it says goes into a Python log, and errors into a list too."""
+    serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in serious:
+                errors.append(msg)
+            log.log(logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG, "%s", msg)
+
+    return Logger()
+
+
+def said(errors: Sequence[str]) -> str:
+    """The first of the errors, on one line."""
+    return " ".join(errors[0].split()) if errors else "it gives no reason"
 
 
 def check_type(targets: Sequence[int], dtype: str) -> None:
@@ -268,8 +268,8 @@ def parse_targets(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(targets))
 
 
-def parse_hardware_compatibility(text: str) -> HardwareCompatibility | None:
-    """A kind of compatibility by its name; None from no text.
+def check_hardware_compatibility(text: str) -> str:
+    """A kind of compatibility, or no text for none.
 
     Raises:
         UnavailableError: it is unknown.
@@ -278,11 +278,11 @@ def parse_hardware_compatibility(text: str) -> HardwareCompatibility | None:
         raise UnavailableError(
             f"--hardware-compatible {text!r} is unknown; choose from {', '.join(get_args(HardwareCompatibility))}"
         )
-    return text or None  # pyright: ignore[reportReturnType]
+    return text
 
 
 def local_capability() -> int | None:
-    """Of this machine's NVIDIA GPU, such as 89; None without one."""
+    """The compute capability of this machine's NVIDIA GPU, such as 89; None without one."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -293,11 +293,3 @@ def local_capability() -> int | None:
 
 def _names(targets: Sequence[int]) -> str:
     return ", ".join(f"SM{target}" for target in targets)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

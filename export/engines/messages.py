@@ -1,4 +1,4 @@
-"""What TensorRT's parser and builder say, turned into the layer that is meant and what to do about it.
+"""Messages of TensorRT's parser and builder, turned into the layer that is meant and what to do about it.
 
 The builder names layers in some messages, tensors in others, and nothing in the rest; then the kind of operator that
 the message is about leads to the nodes of the graph.
@@ -61,12 +61,7 @@ RULES = (
         "leave out --version-compatible, or install tensorrt_lean",
         everywhere=True,
     ),
-    Rule(
-        r"sm_vers_\.size\(\) == 1",
-        "refitting works for one target only",
-        "build for one --sm",
-        everywhere=True,
-    ),
+    Rule(r"sm_vers_\.size\(\) == 1", "refitting works for one target only", "build for one --sm", everywhere=True),
     Rule(
         r"Plugin not found",
         "this version of TensorRT knows neither the operator nor a plugin of that name",
@@ -126,7 +121,7 @@ class Explanation:
 
 
 def parser_errors(parser: Any) -> list[str]:
-    """What an `OnnxParser` has to say, each error with the node that it stands at."""
+    """The errors of an `OnnxParser`, each with the node that it stands at."""
     found = []
     for number in range(parser.num_errors):
         error = parser.get_error(number)
@@ -137,7 +132,7 @@ def parser_errors(parser: Any) -> list[str]:
 
 
 def explain(messages: Sequence[str], nodes: Sequence[tuple[str, str, Sequence[str]]]) -> Explanation:
-    """What went wrong.
+    """The failure behind messages, in a user's terms.
 
     Args:
         messages: errors of the parser or builder, in the order in which they came.
@@ -147,7 +142,10 @@ def explain(messages: Sequence[str], nodes: Sequence[tuple[str, str, Sequence[st
     for rule in RULES:
         for message in telling:
             if re.search(rule.pattern, message):
-                layers = () if rule.everywhere else _layers(message, nodes) or _of_kind(rule.operators, nodes)
+                layers: tuple[str, ...] = ()
+                if not rule.everywhere:
+                    alike = (name for name, operator, _ in nodes if operator in rule.operators)
+                    layers = _layers(message, nodes) or tuple(alike)
                 return Explanation(layers, rule.meaning, rule.remedy, rule.everywhere, _one_line(message))
     said = telling[0] if telling else ""
     meaning = f"TensorRT says {_one_line(said)!r}" if said else "TensorRT gives no reason"
@@ -169,10 +167,6 @@ def _layers(message: str, nodes: Sequence[tuple[str, str, Sequence[str]]]) -> tu
     if named:
         return named
     return tuple(name for name, _, tensors in nodes if any(tensor in words for tensor in tensors))
-
-
-def _of_kind(operators: Sequence[str], nodes: Sequence[tuple[str, str, Sequence[str]]]) -> tuple[str, ...]:
-    return tuple(name for name, operator, _ in nodes if operator in operators)
 
 
 def _one_line(message: str, most: int = 300) -> str:

@@ -45,8 +45,18 @@ def carry_attention(path: Path, *, longest: Mapping[str, int]) -> int:
     import onnx
 
     model = onnx.load(str(path))
-    shaped = onnx.shape_inference.infer_shapes(_without_data(model))
-    rewriting = _Rewriting(model, _dimensions(shaped), dict(longest))
+    # Shape inference does not read the weights, and its messages have a limit: a copy without them.
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    for tensor in light.graph.initializer:
+        if len(tensor.raw_data) > 1 << 16:
+            tensor.raw_data = b""
+    shaped = onnx.shape_inference.infer_shapes(light).graph
+    dims = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*shaped.input, *shaped.value_info, *shaped.output)
+    }
+    rewriting = _Rewriting(model, dims, dict(longest))
     changed = rewriting.run()
     if changed:
         external = model.ByteSize() > 2**31 - 2**20
@@ -227,35 +237,11 @@ def _constant_values(model: Any) -> dict[str, np.ndarray]:
                 pending.extend(node.input)
         nodes = [node for node in graph.node if id(node) in needed]
         part = helper.make_graph(
-            nodes,
-            "bias",
-            [],
-            [onnx.ValueInfoProto(name=bias)],
-            [initializers[n] for n in used if n in initializers],
+            nodes, "bias", [], [onnx.ValueInfoProto(name=bias)], [initializers[n] for n in used if n in initializers]
         )
         whole = helper.make_model(part, opset_imports=list(model.opset_import), ir_version=model.ir_version)
         found[bias] = np.asarray(next(iter(ReferenceEvaluator(whole).run(None, {}))))
     return found
-
-
-def _dimensions(model: Any) -> dict[str, list[int | str]]:
-    graph = model.graph
-    return {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-
-
-def _without_data(model: Any) -> Any:
-    """A copy whose large weights are empty: shape inference does not read them, and its messages have a limit."""
-    import onnx
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
-        if len(tensor.raw_data) > 1 << 16:
-            tensor.raw_data = b""
-    return copy
 
 
 _WITHOUT_ATTENTION = ("image_memory",)

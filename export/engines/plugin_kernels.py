@@ -30,7 +30,7 @@ PLAIN_SHARED = 48 * 1024
 """Bytes of shared memory that any launch may have. More takes a call before it, which TensorRT does not promise."""
 
 _PTX_VERSION = 87
-"""Of the PTX language: the first with SM120, which drivers from 570 on read. Triton itself would write its newest."""
+"""Version of PTX: the first with SM120, which drivers from 570 on read. Triton itself would write its newest."""
 
 _ALIGNED = [["tt.divisibility", 16]]
 _relpos_forward, _varlen_forward = relpos.forward_kernel, varlen.forward_kernel

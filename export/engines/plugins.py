@@ -155,7 +155,7 @@ def _implement_varlen(trt: Any, trtp: Any, arch: int) -> Callable[..., Any]:
 
 
 def _launch(trtp: Any, kernel: Any, programs: Any, integers: dict[str, Any]) -> tuple[Any, ...]:
-    """What TensorRT wants of an implementation: name, PTX, launch, and the integers between inputs and outputs."""
+    """An implementation as TensorRT wants it: name, PTX, launch, and the integers between inputs and outputs."""
     wanted = [name for name, kind in kernel.arguments.items() if kind == "int32"]
     assert wanted == list(integers), (wanted, list(integers))
     launch = trtp.KernelLaunchParams()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from xfm_fast.errors import InputError
 
@@ -42,6 +43,15 @@ class AxisRange:
                 "size between them"
             )
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A range from `size` or `least..best..most`; `a..b` is tuned for b."""
+        pieces = [piece.strip() for piece in text.split("..")]
+        if not 1 <= len(pieces) <= 3 or not all(piece.isascii() and piece.isdigit() for piece in pieces):
+            raise InputError(f"{text!r} is no range; write a size such as 1, or least..best..most such as 1..8..64")
+        sizes = [int(piece) for piece in pieces]
+        return cls(sizes[0], sizes[len(sizes) // 2], sizes[-1])
+
     def __str__(self) -> str:
         return f"{self.least}..{self.best}..{self.most}"
 
@@ -59,12 +69,10 @@ class ShapeProfile:
 
 DEFAULT_PROFILES = (
     ShapeProfile(
-        "latency",
-        {"batch": AxisRange(1, 1, 1), "texts": AxisRange(1, 16, 64), "length": AxisRange(1, 16, 40)},
+        "latency", {"batch": AxisRange(1, 1, 1), "texts": AxisRange(1, 16, 64), "length": AxisRange(1, 16, 40)}
     ),
     ShapeProfile(
-        "bulk",
-        {"batch": AxisRange(1, 16, 64), "texts": AxisRange(1, 16, 32), "length": AxisRange(1, 16, 40)},
+        "bulk", {"batch": AxisRange(1, 16, 64), "texts": AxisRange(1, 16, 32), "length": AxisRange(1, 16, 40)}
     ),
 )
 """One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40."""
@@ -88,20 +96,12 @@ def parse_profile(text: str) -> ShapeProfile:
         if axis in axes:
             raise InputError(f"profile {name!r} names the axis {axis!r} twice; name it once")
         try:
-            axes[axis] = _parse_range(sizes)
+            axes[axis] = AxisRange.parse(sizes)
         except InputError as error:
             raise InputError(f"profile {name!r}, axis {axis!r}: {error}") from None
     if not axes:
         raise InputError(f"profile {name!r} names no axis; {_SYNTAX}")
     return ShapeProfile(name, axes)
-
-
-def _parse_range(text: str) -> AxisRange:
-    pieces = [piece.strip() for piece in text.split("..")]
-    if not 1 <= len(pieces) <= 3 or not all(piece.isascii() and piece.isdigit() for piece in pieces):
-        raise InputError(f"{text!r} is no range; write a size such as 1, or least..best..most such as 1..8..64")
-    sizes = [int(piece) for piece in pieces]
-    return AxisRange(sizes[0], sizes[len(sizes) // 2], sizes[-1])
 
 
 def parse_profiles(texts: Iterable[str]) -> tuple[ShapeProfile, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ..manifest import GraphRecord, TensorRecord
-from ..request import RankLimits, ServedDevice
+from ..request import RankLimits, RepositoryOptions, ServedDevice
 from ..slots import Slot, graph_slots, largest, tensor_shape
 
 ModelBackend = Literal["tensorrt", "onnxruntime", "python"]
@@ -21,7 +21,7 @@ _RANK_BATCH = 8
 
 
 def most_batch(record: GraphRecord, most: int) -> int:
-    """How many rows Triton may put into a batch of a graph; 0 where it may not, and batches are the client's business.
+    """The rows that Triton may put into a batch of a graph; 0 where it may not, and batches are the client's business.
 
     It may where the batch has no fixed size and every other size that the graph takes, it takes in the largest batch:
     of two profiles, one for small batches of long texts and one for large batches of short ones, none takes a batch
@@ -39,7 +39,7 @@ def most_batch(record: GraphRecord, most: int) -> int:
 
 
 def _within(slot: Slot, wide: Slot) -> bool:
-    """Whether a slot accepts, but for the batch, no more than another."""
+    """True where a slot accepts, but for the batch, no more than another."""
     for axis, sizes in slot.ranges.items():
         allowed = wide.ranges[axis]
         if axis == "batch":
@@ -53,27 +53,10 @@ def _within(slot: Slot, wide: Slot) -> bool:
 
 
 def graph_config(
-    name: str,
-    record: GraphRecord,
-    backend: ModelBackend,
-    *,
-    most: int,
-    queue_delay: int,
-    instances: int,
-    device: ServedDevice,
+    name: str, record: GraphRecord, backend: ModelBackend, options: RepositoryOptions, device: ServedDevice
 ) -> dict[str, Any]:
-    """The configuration of a graph's model.
-
-    Args:
-        name: of the model.
-        record: of the graph.
-        backend: what runs it.
-        most: rows of a batch, at most, where the graph takes any number.
-        queue_delay: microseconds that a request may wait for others.
-        instances: that run side by side.
-        device: where they run.
-    """
-    batch = most_batch(record, most)
+    """The configuration of a graph's model, which a backend runs on a device."""
+    batch = most_batch(record, options.most_batch)
     slots = graph_slots(record)
     if device == "auto" and backend == "tensorrt":
         device = "gpu"
@@ -91,9 +74,9 @@ def graph_config(
         "output": [_tensor(tensor, batch) for tensor in record.outputs],
     }
     if batch:
-        config["dynamic_batching"] = _batching(_preferred(slots, batch), queue_delay)
+        config["dynamic_batching"] = _batching(_preferred(slots, batch), options.queue_delay)
     config |= {
-        "instance_group": [{"count": instances, "kind": Symbol(_KINDS[device]), "profile": profiles}],
+        "instance_group": [{"count": options.instances, "kind": Symbol(_KINDS[device]), "profile": profiles}],
         "model_warmup": _warmups(record, slots, batch),
     }
     if backend == "python":
@@ -102,24 +85,15 @@ def graph_config(
 
 
 def rank_config(
-    name: str,
-    *,
-    prefix: str,
-    tokenizer: str,
-    limits: RankLimits,
-    cache_bytes: int,
-    queue_delay: int,
-    device: ServedDevice,
+    name: str, tokenizer: str, limits: RankLimits, options: RepositoryOptions, device: ServedDevice
 ) -> dict[str, Any]:
     """The configuration of the model from images and captions to scores.
 
     Args:
         name: of the model.
-        prefix: of the names of the models of the graphs.
         tokenizer: file in the version folder.
-        limits: of a request.
-        cache_bytes: of image memories kept between requests.
-        queue_delay: microseconds that a request may wait for others.
+        limits: of a request to this export.
+        options: of the repository.
         device: where tensors are between graphs.
     """
 
@@ -128,14 +102,14 @@ def rank_config(
 
     parameters = {
         "export_folder": ".",
-        "prefix": prefix,
+        "prefix": options.prefix,
         "tokenizer": tokenizer,
         "most_images": limits.images,
         "most_captions": limits.captions,
         "most_image_bytes": limits.image_bytes,
         "most_caption_characters": limits.caption_characters,
         "most_tokens": limits.tokens,
-        "cache_bytes": cache_bytes,
+        "cache_bytes": options.cache_bytes,
     }
     return {
         "name": name,
@@ -152,7 +126,7 @@ def rank_config(
             tensor("image_order", "TYPE_INT64", -1, -1),
             tensor("reused", "TYPE_BOOL", -1),
         ],
-        "dynamic_batching": _batching([], queue_delay),
+        "dynamic_batching": _batching([], options.queue_delay),
         # One instance: each would have image memories of its own.
         "instance_group": [{"count": 1, "kind": Symbol("KIND_GPU" if device == "gpu" else "KIND_CPU")}],
         "parameters": _parameters(parameters, device),

@@ -1,4 +1,4 @@
-"""Which models a repository will hold, decided before anything is written; what cannot be served is an error here."""
+"""The models of a repository, decided before anything is written; what cannot be served is an error here."""
 
 from __future__ import annotations
 
@@ -70,7 +70,14 @@ def plan_models(
         )
     backend = _backend(manifest, options)
     device = _device(manifest, options.device)
-    models = [_graph_model(record, manifest, backend, options, device) for record in manifest.graphs]
+    models = []
+    for record in manifest.graphs:
+        name = model_name(options.prefix, record.name)
+        config = graph_config(name, record, backend, options, device)
+        files = [file for file in manifest.files if file.name in record.files]
+        part = manifest.model_copy(update={"graphs": [record], "files": files})
+        script = "graph" if backend == "python" else None
+        models.append(PlannedModel(name, backend, config, part, (record,), script))
     if options.pipeline == "rank":
         models.append(_rank_model(manifest, options, tokenizer, device))
     return models
@@ -88,7 +95,7 @@ def _backend(manifest: Manifest, options: RepositoryOptions) -> ModelBackend:
 
 
 def _device(manifest: Manifest, wanted: ServedDevice) -> ServedDevice:
-    """What compiled files are bound to, else what is wanted."""
+    """The device that compiled files are bound to, else the one that is wanted."""
     bound: ServedDevice | None = None
     if manifest.kind in ("tensorrt", "tensorrt-rtx"):
         bound = "gpu"
@@ -102,24 +109,6 @@ def _device(manifest: Manifest, wanted: ServedDevice) -> ServedDevice:
             f"{bound}, or make another export"
         )
     return bound
-
-
-def _graph_model(
-    record: GraphRecord, manifest: Manifest, backend: ModelBackend, options: RepositoryOptions, device: ServedDevice
-) -> PlannedModel:
-    name = model_name(options.prefix, record.name)
-    config = graph_config(
-        name,
-        record,
-        backend,
-        most=options.most_batch,
-        queue_delay=options.queue_delay,
-        instances=options.instances,
-        device=device,
-    )
-    files = [file for file in manifest.files if file.name in record.files]
-    part = manifest.model_copy(update={"graphs": [record], "files": files})
-    return PlannedModel(name, backend, config, part, (record,), "graph" if backend == "python" else None)
 
 
 def _rank_model(
@@ -149,15 +138,7 @@ def _rank_model(
         )
     records = [_capped(manifest.graph(graph), options.most_batch) for graph in RANK_GRAPHS]
     name = model_name(options.prefix, "rank")
-    config = rank_config(
-        name,
-        prefix=options.prefix,
-        tokenizer=TOKENIZER_FILE,
-        limits=_limits(manifest, records, options.limits),
-        cache_bytes=options.cache_bytes,
-        queue_delay=options.queue_delay,
-        device=device,
-    )
+    config = rank_config(name, TOKENIZER_FILE, _limits(manifest, records, options.limits), options, device)
     part = manifest.model_copy(update={"graphs": records, "files": []})
     return PlannedModel(name, "python", config, part, (), "rank")
 

@@ -134,7 +134,12 @@ class Ranker:
         """
         known = {key for query in queries for key in query.keys if key in self.cache}
         pixels, failures = self._decoded(queries, known)
-        answers: list[Ranking | XFMError | None] = [_failure(query, failures) for query in queries]
+        answers: list[Ranking | XFMError | None] = []
+        for query in queries:
+            broken = (number for number, key in enumerate(query.keys) if key in failures)
+            first = next(broken, None)
+            reason = None if first is None else f"image {first} of the request: {failures[query.keys[first]]}"
+            answers.append(None if reason is None else DataError(reason))
         good = [number for number, answer in enumerate(answers) if answer is None]
         for number, ranking in zip(good, self._ranked([queries[n] for n in good], pixels, known), strict=True):
             answers[number] = ranking
@@ -254,13 +259,6 @@ class Ranker:
         for key in new:
             self.cache.put(key, made[key].clone())
         return SessionMemory(rows[0] if len(rows) == 1 else torch.cat(rows))
-
-
-def _failure(query: Query, failures: dict[bytes, str]) -> DataError | None:
-    for number, key in enumerate(query.keys):
-        if key in failures:
-            return DataError(f"image {number} of the request: {failures[key]}")
-    return None
 
 
 class MemoryCache:

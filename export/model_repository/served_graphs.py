@@ -19,7 +19,7 @@ Raises `ExportError` when the model is not there or fails.
 
 
 def model_name(prefix: str, graph: str) -> str:
-    """Of the model that serves a graph."""
+    """The name of the model that serves a graph."""
     return f"{prefix}_{graph}"
 
 

@@ -18,7 +18,7 @@ from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from ..manifest import GraphRecord, Manifest, TensorRecord
 from ..onnx import widen
 from ..slots import Slot, output_shapes
-from . import LoadedGraph, Precision, empty_outputs
+from . import LoadedGraph, Precision, empty_outputs, failed_run, first_line
 
 # Element types of ONNX, which has one more than NumPy: bfloat16.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -65,19 +65,17 @@ class OnnxSessions:
 
     def load(self, record: GraphRecord, path: Path) -> _OnnxGraph:
         """See `Runtime.load`."""
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.device.type == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self.device.index}))
         try:
-            session = self._library.InferenceSession(str(path), self._options(record), providers=self._providers())
+            session = self._library.InferenceSession(str(path), self._options(record), providers=providers)
         except Exception as error:  # the library's own classes, which share no public base
             raise ExportError(
-                f"{self.description} does not load {path.name} ({_first_line(error)}); export it with --for "
+                f"{self.description} does not load {path.name} ({first_line(error)}); export it with --for "
                 "onnxruntime, or upgrade onnxruntime"
             ) from error
         return _OnnxGraph(session, record, self.device, self.description)
-
-    def _providers(self) -> list[Any]:
-        if self.device.type == "cpu":
-            return ["CPUExecutionProvider"]
-        return [("CUDAExecutionProvider", {"device_id": self.device.index}), "CPUExecutionProvider"]
 
     def _options(self, record: GraphRecord) -> Any:
         options = self._library.SessionOptions()
@@ -114,16 +112,8 @@ class _OnnxGraph:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
-            raise ExportError(
-                f"{self._description} failed in graph {self._record.name!r} on {shapes} ({_first_line(error)}); try "
-                "smaller batches"
-            ) from error
+            raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
         return outputs
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class WidenedOnnx:

@@ -1,4 +1,4 @@
-"""Which texts share a padded pass: little padding, few passes, none beyond a budget of tokens.
+"""Passes of a session: texts that share one, with little padding, in few passes, none beyond a budget of tokens.
 
 Packed batches have no shapes that an engine could plan for, so texts are padded; sorted by length first, they are
 padded little. A pass has a price of its own (weights are read once more, kernels start), so not every length gets one.
@@ -127,7 +127,7 @@ class FusionPass:
 
 @dataclass(frozen=True)
 class PassLimits:
-    """What decides the size of passes.
+    """The numbers that decide the size of passes.
 
     Attributes:
         budget: padded tokens of a pass, at most, but for a single text.
@@ -177,20 +177,14 @@ def plan_passes(
     for image, texts in groups.items():
         sizes = [lengths[text] for text in texts]
         for batch in token_batches(
-            sizes,
-            limits.budget,
-            pass_tokens=price,
-            most=most_texts,
-            padded=lambda length: limits.padded(length, slots),
+            sizes, limits.budget, pass_tokens=price, most=most_texts, padded=lambda length: limits.padded(length, slots)
         ):
             units.append((image, tuple(texts[row] for row in batch.rows), batch.length))
     return _stacked(units, slots, limits)
 
 
 def _stacked(
-    units: Sequence[tuple[int, tuple[int, ...], int]],
-    slots: Sequence[Slot],
-    limits: PassLimits,
+    units: Sequence[tuple[int, tuple[int, ...], int]], slots: Sequence[Slot], limits: PassLimits
 ) -> list[FusionPass]:
     """Units of one image each, those with the same number of texts put into common passes."""
     by_count: dict[int, list[tuple[int, tuple[int, ...], int]]] = {}

@@ -1,4 +1,4 @@
-"""What a session costs and gives, graph by graph: rates, latencies, transfers, loading, artifacts and memory."""
+"""The cost and the gain of a session, graph by graph: rates, latencies, transfers, loading, artifacts and memory."""
 
 from __future__ import annotations
 

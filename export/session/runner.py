@@ -17,15 +17,7 @@ from xfm_fast.memory_use import resident_bytes
 from ..consumers import DTYPES
 from ..graphs import GraphName
 from ..manifest import Manifest
-from ..runtimes import (
-    TORCH_DTYPES,
-    LoadedGraph,
-    Precision,
-    Runtime,
-    choose_runtime,
-    empty_outputs,
-    open_runtime,
-)
+from ..runtimes import TORCH_DTYPES, LoadedGraph, Precision, Runtime, choose_runtime, empty_outputs, open_runtime
 from ..slots import (  # fmt: skip
     Slot,
     axes_of,
@@ -44,7 +36,7 @@ _WARM_SIZES = {"batch": 1, "texts": 4, "length": 16}
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading a graph took.
+    """The cost of loading a graph.
 
     Attributes:
         load_seconds: reading and preparing it.
@@ -94,12 +86,12 @@ class GraphRunner:
 
     @property
     def ready(self) -> bool:
-        """Whether all graphs are loaded and warm."""
+        """True when all graphs are loaded and warm."""
         return self._ready
 
     @property
     def description(self) -> str:
-        """Of library, version and device."""
+        """Library, version and device."""
         return self.runtime.description
 
     def warm_up(self) -> None:
@@ -189,7 +181,7 @@ class GraphRunner:
         return name
 
     def parts(self, name: GraphName, batch: Tensor) -> Sequence[Tensor]:
-        """As many rows at a time as the graph takes."""
+        """The rows of a batch in parts that the graph takes."""
         most = largest(self._slots[name], "batch")
         if not len(batch):
             return ()

@@ -264,7 +264,7 @@ class Session(GraphRunner):
         return self._beside(fused, "boxes", "fuse", "boxes")
 
     def pair_scorer(self) -> SessionScorer:
-        """What re-ranking scores pairs with (`xfm_fast.tasks.reranking.PairScorer`)."""
+        """The scorer of pairs that re-ranking takes (`xfm_fast.tasks.reranking.PairScorer`)."""
         self.require("image_memory")
         self.require("fusion")
         if "matching" not in self.heads:
@@ -272,7 +272,7 @@ class Session(GraphRunner):
         return SessionScorer(self)
 
     def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> list[FusionPass]:
-        """How `fuse_packed` divides its work."""
+        """The passes that `fuse_packed` divides its work into."""
         return plan_passes(image_of, lengths, self.slots("fusion"), self.limits)
 
     def fuse_packed(
@@ -303,8 +303,7 @@ class Session(GraphRunner):
             # Beyond the end of a text lie the tokens of the next one, which the mask hides.
             embeds = tokens.index_select(0, places.clamp(max=len(tokens) - 1).flatten()).view(*places.shape, -1)
             made = self.call(
-                "fusion",
-                {"text_embeds": embeds, "attention_mask": real, "memory": _rows(memory.tensor, work.images)},
+                "fusion", {"text_embeds": embeds, "attention_mask": real, "memory": _rows(memory.tensor, work.images)}
             )
             if whole is not None:
                 fused = made["fused"]
@@ -362,7 +361,7 @@ class SessionScorer:
         return flops.Count()
 
     def memory(self, image_embeds: Tensor) -> SessionMemory:
-        """Of the images `[B, 1 + N, width]`."""
+        """The memory of images `[B, 1 + N, width]`."""
         return self.session.image_memory(image_embeds)
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: SessionMemory, groups: ImageGroups) -> Tensor:
@@ -375,7 +374,7 @@ class SessionScorer:
         return outputs["match_logits"][:, 1]
 
     def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
-        """Of `scores`, padding included."""
+        """The work of `scores`, padding included."""
         first_only = not self.session.manifest.all_tokens
         count = flops.Count()
         for work in self.session.passes(lengths.tolist(), _image_of(groups)):
@@ -384,7 +383,7 @@ class SessionScorer:
         return count
 
     def fingerprint(self) -> str:
-        """Of the weights and of what runs them, which decides the last digits."""
+        """A hash of the weights and of what runs them, which decides the last digits."""
         manifest = self.session.manifest
         files = {name for graph in ("image_memory", "fusion") for name in manifest.graph(graph).files}
         sums = sorted(record.sha256 for record in manifest.files if record.name in files)

@@ -239,10 +239,7 @@ def test_the_oldest_opset_of_bf16_has_all_that_pixels_need(written: Callable[...
         (("tensorrt", "fp16", 19), "opset 19 is not supported; choose 20"),
         (("tensorrt", "fp16", 99), "opset 99 is not supported"),
         (("tensorrt", "bf16", 21), "opset 21 has no bf16 convolution; choose 22 to 24, or --dtype fp16"),
-        (
-            ("openvino", "bf16", 22),
-            "OpenVINO takes no bf16 tensors; export with --dtype fp32 and load the session",
-        ),
+        (("openvino", "bf16", 22), "OpenVINO takes no bf16 tensors; export with --dtype fp32 and load the session"),
     ],
 )
 def test_unsupported_choices(arguments: tuple[str, str, int | None], message: str) -> None:

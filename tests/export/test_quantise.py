@@ -17,9 +17,10 @@ import torch
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import quantise
 from xfm_fast.export.engines import build as engines
-from xfm_fast.export.engines.library import EngineOptions, load_library
+from xfm_fast.export.engines.library import load_library
 from xfm_fast.export.expected import Examples, generated_examples
 from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.request import EngineRequest
 from xfm_fast.models.xfm import XFM
 
 
@@ -88,7 +89,7 @@ def test_int8_engine(quantised: Path, exported_fp16: Path, tmp_path: Path) -> No
     pytest.importorskip("tensorrt_rtx")
     record = Manifest.load(exported_fp16, check_files=False).graph("fusion")
     library = load_library("tensorrt-rtx")
-    options = EngineOptions(targets=(80, 89, 120))
+    options = EngineRequest(sm="80,89,120").complete
     built = engines.build_engine(
         library, quantised, tmp_path / "int8.engine", options, library.check(options, "int8"),
         engines.graph_profiles(record, engines.DEFAULT_PROFILES),

@@ -32,10 +32,7 @@ from xfm_fast.export.verification import verify
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the stand-in for engines computes with onnxruntime")
 
-PROFILES = (
-    "latency:batch=1,texts=1..8..16,length=1..8..24",
-    "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24",
-)
+PROFILES = ("latency:batch=1,texts=1..8..16,length=1..8..24", "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24")
 TYPES = {"float32": ctypes.c_float, "int64": ctypes.c_int64}
 
 

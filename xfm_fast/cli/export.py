@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from xfm_fast.export.engines.library import EngineConsumer
     from xfm_fast.export.expected import Examples
     from xfm_fast.export.manifest import Manifest, VerificationRecord
-    from xfm_fast.export.model_repository.writing import Receipt
-    from xfm_fast.export.session.report import SessionReport, ShapeRow
+    from xfm_fast.export.session.report import SessionReport
     from xfm_fast.models.xfm import XFM
     from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -199,7 +198,13 @@ def model_repository(
     check_free(out, overwrite)
     vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
     receipt = write_model_repository(folder, out, wanted, tokenizer=vocabulary, overwrite=overwrite, progress=say)
-    _print_repository(receipt, out)
+    title = f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})"
+    shown = table(title, "model", "backend", "most rows", "MB", right=("most rows", "MB"))
+    for model in receipt.models:
+        size = sum(file.bytes for file in receipt.files if file.name.startswith(f"{model.name}/"))
+        shown.add_row(model.name, model.backend, str(model.max_batch_size or "as sent"), f"{size / 1e6:.1f}")
+    stdout().print(shown)
+    print(f"serve it with: tritonserver --model-repository={out}")
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,7 @@ class Subject:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest of an export says of it."""
+        """Entries of the manifest of an export."""
         return {"source": self.source, "tokenizer_sha256": self.tokenizer.sha256() if self.tokenizer else None}
 
 
@@ -247,7 +252,11 @@ def load_subject(source: ModelSource) -> Subject:
     if checkpoint is None:
         model, words = _random(preset, source.image_size), f"random weights of preset {preset}"
     elif checkpoint.is_dir():
-        model, words = _pretrained(checkpoint, source.image_size), f"checkpoint {checkpoint.resolve().name}"
+        from xfm_fast.models.xfm import XFM
+
+        model, words = XFM.from_pretrained(checkpoint), f"checkpoint {checkpoint.resolve().name}"
+        if source.image_size not in (None, model.config.image_size):
+            model.set_image_size(source.image_size)
     else:
         model, words = _official(checkpoint, source.config, source.image_size), f"checkpoint {checkpoint.name}"
     vocabulary = None
@@ -272,15 +281,6 @@ def _random(preset: Any, image_size: int | None) -> XFM:
         model = XFM(config, heads=heads)
     # Unlike in a fresh model nothing is zero, so that a comparison sees every term.
     model.load_state_dict(random_state(config, heads, seed=0), assign=True)
-    return model
-
-
-def _pretrained(folder: Path, image_size: int | None) -> XFM:
-    from xfm_fast.models.xfm import XFM
-
-    model = XFM.from_pretrained(folder)
-    if image_size is not None and image_size != model.config.image_size:
-        model.set_image_size(image_size)
     return model
 
 
@@ -468,25 +468,11 @@ def _print_report(found: SessionReport, folder: Path) -> None:
     running = table("times in ms", "graph", "shape", *heads, right=heads)
     for graph in found.graphs:
         for row in graph.rows:
-            running.add_row(graph.graph, *_cells(row, enqueues))
+            shape = " ".join(f"{axis}={size}" for axis, size in row.sizes.items())
+            times = [row.p50, row.p90, row.p99]
+            if enqueues:
+                times += [row.enqueue, row.host_to_device, row.device_to_host]
+            milliseconds = ["" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in times]
+            rate, peak = f"{row.throughput:.1f} {row.item}", f"{row.peak_bytes / 1e6:.1f}"
+            running.add_row(graph.graph, shape, rate, *milliseconds, peak, str(row.runs))
     console.print(running)
-
-
-def _cells(row: ShapeRow, enqueues: bool) -> list[str]:
-    shape = " ".join(f"{axis}={size}" for axis, size in row.sizes.items())
-    times = [row.p50, row.p90, row.p99]
-    if enqueues:
-        times += [row.enqueue, row.host_to_device, row.device_to_host]
-    milliseconds = ["" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in times]
-    return [shape, f"{row.throughput:.1f} {row.item}", *milliseconds, f"{row.peak_bytes / 1e6:.1f}", str(row.runs)]
-
-
-def _print_repository(receipt: Receipt, out: Path) -> None:
-    console = stdout()
-    title = f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})"
-    shown = table(title, "model", "backend", "most rows", "MB", right=("most rows", "MB"))
-    for model in receipt.models:
-        size = sum(file.bytes for file in receipt.files if file.name.startswith(f"{model.name}/"))
-        shown.add_row(model.name, model.backend, str(model.max_batch_size or "as sent"), f"{size / 1e6:.1f}")
-    console.print(shown)
-    print(f"serve it with: tritonserver --model-repository={out}")

@@ -17,13 +17,14 @@ from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableEr
 from xfm_fast.export.engines import build as engines
 from xfm_fast.export.engines import library as engine_library
 from xfm_fast.export.engines import messages
-from xfm_fast.export.engines.library import EngineOptions, load_library, parse_targets
+from xfm_fast.export.engines.library import load_library, parse_targets
 from xfm_fast.export.engines.profiles import parse_profiles
 from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.request import EngineRequest, TensorRTRequest
 from xfm_fast.models.xfm import XFM
 
 TARGETS = (80, 89, 120)
-PROFILES = parse_profiles(["latency:batch=1,texts=1..8..16,length=1..16..40"])
+PROFILES = ("latency:batch=1,texts=1..8..16,length=1..16..40",)
 
 
 def rtx() -> engine_library.Library:
@@ -101,7 +102,7 @@ def test_fp16_engines_from_graphs_made_for_everybody(exported_fp16: Path, tmp_pa
     exported.graphs = [graph for graph in exported.graphs if graph.name != "match"]
     watcher = Watcher()
     manifest = engines.build_engines(
-        exported, exported_fp16, tmp_path, library, TARGETS, profiles=PROFILES, progress=watcher
+        exported, exported_fp16, tmp_path, library, TARGETS, request=EngineRequest(profile=PROFILES), progress=watcher
     )
     assert {path.suffix for path in tmp_path.iterdir()} == {".engine", ".json"}
     assert watcher.graphs == [(name, n, 4) for n, name in enumerate(manifest.graph_names, 1)]
@@ -117,7 +118,7 @@ def test_an_interrupted_build_stops_and_leaves_nothing(bf16_engines: Path, tmp_p
     record = manifest.graph("image_memory")
     with pytest.raises(KeyboardInterrupt):
         engines.build_engine(
-            library, bf16_engines / "onnx" / "image_memory.onnx", tmp_path / "x.engine", EngineOptions(), TARGETS,
+            library, bf16_engines / "onnx" / "image_memory.onnx", tmp_path / "x.engine", TensorRTRequest(), TARGETS,
             record.profiles, progress=Watcher("Cloning network graph"),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
@@ -203,7 +204,7 @@ def test_failures_of_the_builder_name_layer_and_remedy(
 ) -> None:
     library, path = rtx(), failing(kind, tmp_path / "g.onnx")
     with pytest.raises(ExportError, match=message):
-        engines.build_engine(library, path, tmp_path / "g.engine", EngineOptions(), targets, [])
+        engines.build_engine(library, path, tmp_path / "g.engine", TensorRTRequest(), targets, [])
     assert [file.name for file in tmp_path.iterdir()] == ["g.onnx"]
 
 
@@ -248,15 +249,15 @@ def test_a_layer_that_no_message_names_is_found_by_halving(
     record = manifest.graph("text")
     with pytest.raises(ExportError, match=f"graph 'text' at {culprit}: TensorRT gives no reason"):
         engines.build_engine(
-            library, exported_fp16 / "text.onnx", tmp_path / "t.engine", EngineOptions(), TARGETS,
-            engines.graph_profiles(record, PROFILES),
+            library, exported_fp16 / "text.onnx", tmp_path / "t.engine", TensorRTRequest(), TARGETS,
+            engines.graph_profiles(record, parse_profiles(PROFILES)),
         )  # fmt: skip
     assert 2 < made[0].builds < 15
 
 
 def test_capabilities_are_checked_before_anything_is_exported() -> None:
     library = rtx()
-    assert library.check(EngineOptions(targets=(120, 80, 80)), "bf16") == (80, 120)
+    assert library.check(TensorRTRequest(sm="120,80,80"), "bf16") == (80, 120)
     for targets, dtype, message in (
         ((75, 80), "bf16", r"SM75 has no bf16 \(SM80 is the first that has\); use --dtype fp16"),
         ((80, 89), "fp8", r"SM80 has no fp8 \(SM89 is the first that has\); use --quantize int8"),
@@ -264,30 +265,30 @@ def test_capabilities_are_checked_before_anything_is_exported() -> None:
         ((90,), "bf16", r"does not build for SM90; it builds for SM75, .* xfm-fast export tensorrt"),
     ):
         with pytest.raises(UnavailableError, match=message):
-            library.check(EngineOptions(targets=targets), dtype)
-    assert library.check(EngineOptions(targets=(75,)), "fp16") == (75,)
+            library.check(TensorRTRequest(sm=",".join(map(str, targets))), dtype)
+    assert library.check(TensorRTRequest(sm="75"), "fp16") == (75,)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"version_compatible": True}, "no lean runtime"),
-        ({"hardware_compatibility": "ampere_plus"}, "--sm 75,80"),
+        ({"hardware_compatible": "ampere_plus"}, "--sm 75,80"),
         ({"timing_cache": Path("cache")}, "no timing cache"),
     ],
 )
 def test_what_tensorrt_for_rtx_lacks_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnavailableError, match=message):
-        rtx().check(EngineOptions(targets=(89,), **options), "bf16")
+        rtx().check(TensorRTRequest(sm="89", **options), "bf16")
 
 
 def test_targets_must_be_named_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     library = rtx()
     monkeypatch.setattr(engine_library, "local_capability", lambda: None)
     with pytest.raises(UnavailableError, match="--sm 80,89,120"):
-        library.check(EngineOptions(), "bf16")
+        library.check(TensorRTRequest(), "bf16")
     monkeypatch.setattr(engine_library, "local_capability", lambda: 89)
-    assert library.check(EngineOptions(), "bf16") == (89,)
+    assert library.check(TensorRTRequest(), "bf16") == (89,)
 
 
 def test_targets_are_parsed() -> None:
@@ -340,7 +341,7 @@ def test_a_disk_that_fills_while_the_engine_is_written(
     monkeypatch.setattr(storage, "_write", full)
     with pytest.raises(StorageError, match="No space left"):
         engines.build_engine(
-            load_library("tensorrt"), exported_fp16 / "text.onnx", tmp_path / "t.engine", EngineOptions(), (89,), []
+            load_library("tensorrt"), exported_fp16 / "text.onnx", tmp_path / "t.engine", TensorRTRequest(), (89,), []
         )
     assert not list(tmp_path.iterdir())
 
@@ -355,13 +356,13 @@ def one_input() -> Iterator[Any]:
 def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
     trt = tensorrt()
     library = load_library("tensorrt")
-    options = EngineOptions(
-        timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatibility="ampere_plus"
+    options = TensorRTRequest(
+        timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus", plugins=True
     )
     (tmp_path / "timings").write_bytes(b"earlier")
     targets = library.check(options, "bf16")
     built = engines.build_engine(
-        library, tmp_path / "g.onnx", tmp_path / "g.engine", options, targets, list(one_input()), plugins=True
+        library, tmp_path / "g.onnx", tmp_path / "g.engine", options, targets, list(one_input())
     )
     assert built.path.read_bytes() == b"plan of TensorRT"
     assert targets == (89,)
@@ -376,7 +377,7 @@ def test_timings_of_another_machine_are_not_used(tensorrt: Callable[..., Any], t
     tensorrt()
     cache = tmp_path / "timings"
     cache.write_bytes(b"other machine")
-    options = EngineOptions(timing_cache=cache)
+    options = TensorRTRequest(timing_cache=cache)
     engines.build_engine(load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", options, (89,), [])
     assert cache.read_bytes() == b"+timed"
 
@@ -385,7 +386,7 @@ def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any
     trt = tensorrt("11.1.0")
     del trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     engines.build_engine(
-        load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", EngineOptions(), (89,), []
+        load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
     )
     assert trt.record["network"] == 0
 
@@ -394,9 +395,9 @@ def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any
     ("version", "gpu", "options", "message"),
     [
         ("10.14", None, {}, "finds no NVIDIA GPU here.*tensorrt-rtx"),
-        ("10.14", 89, {"targets": (80, 89)}, "builds for the GPU of this machine, SM89, and not for SM80, SM89"),
+        ("10.14", 89, {"sm": "80,89"}, "builds for the GPU of this machine, SM89, and not for SM80, SM89"),
         ("10.14", 75, {}, "SM75 has no bf16"),
-        ("10.14", 75, {"hardware_compatibility": "ampere_plus"}, "this one is SM75"),
+        ("10.14", 75, {"hardware_compatible": "ampere_plus"}, "this one is SM75"),
         ("8.6.1", 89, {}, "too old"),
     ],
 )
@@ -405,4 +406,4 @@ def test_what_tensorrt_lacks_is_refused(
 ) -> None:
     tensorrt(version, gpu=gpu)
     with pytest.raises(UnavailableError, match=message):
-        load_library("tensorrt").check(EngineOptions(**options), "bf16")
+        load_library("tensorrt").check(TensorRTRequest(**options), "bf16")
