@@ -17,6 +17,9 @@ CONSUMERS: tuple[Consumer, ...] = get_args(Consumer)
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+LARGEST_FILE = 2**31 - 2**20
+"""Protobuf reads no message of two gigabytes; larger graphs keep their weights beside the file."""
+
 _ATTENTION_OPSET = 23
 _GELU_OPSET = 20
 _BF16_OPSET = 22

@@ -14,22 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from xfm_fast import __version__
 from xfm_fast.errors import StorageError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .consumers import DTYPES, DType, Profile, profile
+from .consumers import DTYPES, LARGEST_FILE, DType, Profile, profile
 from .expected import Examples
 from .graphs import DOMAIN, OPERATOR, Graph, check_fixed, frozen, tracing_call
 from .manifest import GraphRecord, Manifest, package_versions
 from .pipeline import Progress, export_graphs, silent
 from .request import OnnxRequest, completed
-
-LARGEST_FILE = 2**31 - 2**20
-"""Protobuf reads no message of two gigabytes; larger graphs keep their weights beside the file."""
 
 Rewrite = Callable[[GraphRecord, Path], None]
 """Changes the ONNX file of a graph in place, between export and build."""
@@ -250,37 +246,3 @@ def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
-
-
-def widen(path: Path, out: Path) -> None:
-    """Write a copy of a bf16 graph whose inputs, outputs and arithmetic are fp32. Weights keep their value.
-
-    Args:
-        path: of the graph; weights that lie beside it are read too.
-        out: in an existing folder; weights of more than two gigabytes go into a file beside it.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    model = onnx.load(str(path))
-    graph = model.graph
-
-    def widened(tensor: Any) -> None:
-        if tensor.data_type == narrow:
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-    for tensor in graph.initializer:
-        widened(tensor)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                widened(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
-                attribute.i = wide
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type == narrow:
-            value.type.tensor_type.elem_type = wide
-    size = sum(len(tensor.raw_data) for tensor in graph.initializer)
-    onnx.save(model, str(out), save_as_external_data=size > LARGEST_FILE, location=f"{out.name}.data")

@@ -24,8 +24,9 @@ from xfm_fast.models.xfm import XFM
 from .consumers import DTYPES, DType
 from .expected import Examples, Reference, graph_memory
 from .manifest import GraphRecord, Manifest, package_versions
-from .onnx import Rewrite, widen
+from .onnx import Rewrite
 from .pipeline import fill_folder, prepare_folder
+from .runtimes.onnx_sessions import widen
 from .verification import compare_with_reference, keep_reference
 
 Quantisation = Literal["int8", "fp8"]

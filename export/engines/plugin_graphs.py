@@ -16,6 +16,7 @@ import torch
 
 from xfm_fast.errors import ExportError
 
+from ..consumers import LARGEST_FILE
 from ..graphs import OPERATOR
 from ..manifest import GraphRecord
 from ..onnx import Rewrite
@@ -59,7 +60,7 @@ def carry_attention(path: Path, *, longest: Mapping[str, int]) -> int:
     rewriting = _Rewriting(model, dims, dict(longest))
     changed = rewriting.run()
     if changed:
-        external = model.ByteSize() > 2**31 - 2**20
+        external = model.ByteSize() > LARGEST_FILE
         onnx.save(model, str(path), save_as_external_data=external, location=f"{path.name}.data")
     return changed
 

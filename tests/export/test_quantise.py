@@ -159,7 +159,7 @@ def test_bf16_graphs_are_widened(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper, numpy_helper
 
-    from xfm_fast.export.onnx import widen
+    from xfm_fast.export.runtimes.onnx_sessions import widen
 
     weight = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
     narrow = torch.from_numpy(weight).bfloat16()
