@@ -81,4 +81,4 @@ def data_type(name: str) -> DType:
     """
     if name not in DTYPES:
         raise UnavailableError(f"dtype {name!r} is unknown; choose from {', '.join(DTYPES)}")
-    return name  # pyright: ignore[reportReturnType]
+    return name

@@ -80,7 +80,8 @@ class ExportRequest:
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes of the axes that are fixed; a program may give them as a mapping."""
-        return dict(self.fixed) if isinstance(self.fixed, Mapping) else parse_fixed(joined(self.fixed))
+        given: Any = self.fixed
+        return dict(given) if isinstance(given, Mapping) else parse_fixed(joined(given))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """An export against the model that it was made from, over the range of shapes, before it is called done.
 
 What runs the export is any object with `run`; what it is compared with is the reference that lies in the folder. The
-outcome goes into the manifest. Nothing is deleted where it is bad: the files are there to be looked at.
+outcome goes into the manifest. Nothing is deleted where it is bad: the files are there to be looked at. Errors, angles
+and the ranks of candidates are judged by a `Threshold` for each type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""From a folder of ONNX graphs to a folder of TensorRT engines: what can fail early fails before a builder starts."""
+"""Builds: from graphs of a model, or a folder of ONNX graphs, to a folder of engines.
+
+Everything that can fail early fails before a builder starts. An interruption stops the builder instead of crashing it.
+"""
 
 from __future__ import annotations
 

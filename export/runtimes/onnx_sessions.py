@@ -1,6 +1,8 @@
 """ONNX Runtime, on the CPU or through its CUDA provider.
 
-Inputs and outputs are bound where they lie: the runtime reads and writes the memory of torch tensors.
+Inputs and outputs are bound where they lie: the runtime reads and writes the memory of torch tensors. It has no bf16
+kernels for the CPU; `WidenedOnnx` computes a bf16 export in fp32, for comparisons: it tells if the graphs are right and
+what the rounding of weights, inputs and outputs costs. That of the arithmetic it leaves out.
 """
 
 from __future__ import annotations

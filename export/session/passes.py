@@ -2,6 +2,8 @@
 
 Packed batches have no shapes that an engine could plan for, so texts are padded; sorted by length first, they are
 padded little. A pass has a price of its own (weights are read once more, kernels start), so not every length gets one.
+In the fusion graph, T texts run on each of B memories: the texts of an image run together, so that its memory is read
+once for all of them, and images whose texts look alike (the same number, lengths that pad to the same) share a pass.
 """
 
 from __future__ import annotations

@@ -190,6 +190,8 @@ def model_repository(
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for rank.
         overwrite: Replace an earlier repository.
     """
+    from rich.markup import escape
+
     from xfm_fast.export.model_repository.writing import check_free, write_model_repository
     from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -198,12 +200,15 @@ def model_repository(
     check_free(out, overwrite)
     vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
     receipt = write_model_repository(folder, out, wanted, tokenizer=vocabulary, overwrite=overwrite, progress=say)
-    title = f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})"
-    shown = table(title, "model", "backend", "most rows", "MB", right=("most rows", "MB"))
+    console = stdout()
+    title = escape(f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})")
+    # The title of a table is folded to the table's width, and this one is narrow.
+    console.print(f"[bold]{title}[/]", soft_wrap=True, highlight=False)
+    shown = table("", "model", "backend", "most rows", "MB", right=("most rows", "MB"))
     for model in receipt.models:
         size = sum(file.bytes for file in receipt.files if file.name.startswith(f"{model.name}/"))
         shown.add_row(model.name, model.backend, str(model.max_batch_size or "as sent"), f"{size / 1e6:.1f}")
-    stdout().print(shown)
+    console.print(shown)
     print(f"serve it with: tritonserver --model-repository={out}")
 
 
