@@ -148,9 +148,7 @@ def write_onnx(
     if profile.form == "function":
         _add_attention_function(model, profile.opset)
     _clean(model, path.stem, metadata or {})
-    weights = sum(len(part.raw_data) for part in model.graph.initializer)
-    # Protobuf cannot say the size of a message beyond two gigabytes; weights are nearly all of it.
-    size = weights if weights > LARGEST_FILE else model.ByteSize()
+    size = _bytes(model)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             written = Path(scratch) / path.name
@@ -230,6 +228,12 @@ def _add_attention_function(model: Any, opset: int) -> None:
     model.functions.append(function)
     if all(known.domain != DOMAIN for known in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def _bytes(model: Any) -> int:
+    """Size of the serialised model, which protobuf itself cannot say beyond two gigabytes."""
+    weights = sum(len(part.raw_data) for part in model.graph.initializer)
+    return weights + (0 if weights > LARGEST_FILE else model.ByteSize() - weights)
 
 
 def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:

@@ -46,7 +46,7 @@ def _exported(model: XFM, folder: Path, dtype: str) -> Path:
     from xfm_fast.export.onnx import export_onnx
     from xfm_fast.export.verification import verify_export
 
-    export_onnx(model, folder, dtype=dtype, graphs=GRAPHS, source="a small model")  # pyright: ignore[reportArgumentType]
+    export_onnx(model, folder, dtype=dtype, graphs=GRAPHS, source="a small model")
     verify_export(folder, model)
     return folder
 

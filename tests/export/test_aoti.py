@@ -197,7 +197,7 @@ def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Pa
     except UnavailableError as error:
         pytest.skip(str(error))
     model = make_model()
-    export_packages(model, tmp_path, dtype=dtype, graphs=GRAPHS)  # pyright: ignore[reportArgumentType]
+    export_packages(model, tmp_path, dtype=dtype, graphs=GRAPHS)
     manifest = verify_export(tmp_path, model)
     assert (manifest.status, manifest.reason) == ("verified", "")
     session = Session.load(tmp_path, "aoti")

@@ -18,6 +18,7 @@ from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import quantise
 from xfm_fast.export.engines import build as engines
 from xfm_fast.export.engines.library import load_library
+from xfm_fast.export.engines.profiles import DEFAULT_PROFILES
 from xfm_fast.export.expected import Examples, generated_examples
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import EngineRequest
@@ -92,7 +93,7 @@ def test_int8_engine(quantised: Path, exported_fp16: Path, tmp_path: Path) -> No
     options = EngineRequest(sm="80,89,120").complete
     built = engines.build_engine(
         library, quantised, tmp_path / "int8.engine", options, library.check(options, "int8"),
-        engines.graph_profiles(record, engines.DEFAULT_PROFILES),
+        engines.graph_profiles(record, DEFAULT_PROFILES),
     )  # fmt: skip
     engines.check_engine_file(built.path, library, expected_bytes=built.bytes)
 
@@ -194,7 +195,7 @@ def test_engine_by_modelopt(
     pytest.importorskip("tensorrt_rtx")
     onnx = pytest.importorskip("onnx")
     manifest = engines.export_engines(
-        small_model, tmp_path, "tensorrt-rtx", dtype=dtype, graphs=("vision", "fusion"),  # pyright: ignore[reportArgumentType]
+        small_model, tmp_path, "tensorrt-rtx", dtype=dtype, graphs=("vision", "fusion"),
         sm="89,120", quantize=kind, keep_onnx=True, examples=examples,
     )  # fmt: skip
     assert [record.file for record in manifest.graphs] == ["vision.engine", "fusion.engine"]
