@@ -322,7 +322,7 @@ class Samples:
 
 def compared(contender: str, its_dtype: str, dtype: str, theirs: Sequence[float], ours: Sequence[float]) -> Comparison:
     """How many times as fast `ours` of a type are as another contender's samples of the same rounds."""
-    low, high = ratio_interval(theirs, ours) if min(len(theirs), len(ours)) >= _ENOUGH else (None, None)
+    low, high = ratio_interval(theirs, ours)
     ratio = statistics.median(theirs) / statistics.median(ours)
     same = its_dtype == dtype
     return Comparison(contender=contender, dtype=its_dtype, like_for_like=same, ratio=ratio, low=low, high=high)
@@ -491,11 +491,17 @@ def bootstrap(
     return float(interval.low), float(interval.high)
 
 
-def ratio_interval(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """Interval of median(slow) / median(fast); rounds are resampled, so that drift common to both cancels."""
-    rounds = min(len(slow), len(fast))
+def ratio_interval(
+    slow: Sequence[float], fast: Sequence[float], *, paired: bool = True
+) -> tuple[float, float] | tuple[None, None]:
+    """Interval of median(slow) / median(fast).
+
+    Args:
+        paired: both are of the same rounds, which are resampled together, so that drift common to both cancels.
+    """
+    rounds = min(len(slow), len(fast)) if paired else None
     found = bootstrap(
-        (slow[:rounds], fast[:rounds]), lambda a, b, axis=-1: np.median(a, axis) / np.median(b, axis), paired=True
+        (slow[:rounds], fast[:rounds]), lambda a, b, axis=-1: np.median(a, axis) / np.median(b, axis), paired=paired
     )
     return found or (None, None)
 

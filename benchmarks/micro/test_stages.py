@@ -34,6 +34,7 @@ from xfm_fast.objectives import (
     pretraining_losses,
 )
 
+Measure = Callable[[Callable[[], Any]], Any]
 IMAGES, TEXTS, WIDTH = 2, 8, 16
 LENGTHS = (13, 10, 16, 11, 12, 13, 10, 14)
 MASKED = 3
@@ -96,12 +97,7 @@ STAGES: dict[str, Callable[[Subject], Any]] = {
 @pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("name", STAGES)
 def test_stage(
-    name: str,
-    size: PresetName,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], Any]], Any],
-    device: torch.device,
-    dtype: torch.dtype,
+    name: str, size: PresetName, benchmark: BenchmarkFixture, measure: Measure, device: torch.device, dtype: torch.dtype
 ) -> None:
     """A call of an inference on 2 images and 8 texts of 10 to 16 tokens."""
     benchmark.group = f"stages, {size}"
@@ -159,12 +155,7 @@ BATCHES: dict[str, Callable[[Subject], Batch]] = {
 @pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("name", BATCHES)
 def test_training_step(
-    name: str,
-    size: PresetName,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
+    name: str, size: PresetName, benchmark: BenchmarkFixture, measure: Measure, device: torch.device, dtype: torch.dtype
 ) -> None:
     """All losses of a batch, and the gradients of the whole model."""
     benchmark.group = f"training steps, {size}"
@@ -210,12 +201,7 @@ LOSSES = ("contrastive", "matching", "masked_token", "masked_image", "box_l1", "
 @pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss(
-    name: str,
-    size: PresetName,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]],
-    device: torch.device,
-    dtype: torch.dtype,
+    name: str, size: PresetName, benchmark: BenchmarkFixture, measure: Measure, device: torch.device, dtype: torch.dtype
 ) -> None:
     """A loss by itself, from what the model puts out, and its gradients."""
     benchmark.group = f"losses, {size}"

@@ -14,21 +14,20 @@ reference, measured beside xfm-fast in both, is given too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from scipy import stats
 
 from xfm_fast.errors import DataError
 
+from ..measure import ratio_interval
 from ..record import OURS, Document, Row
 from .table import Column, Table, build, span, work
 
 SIGNIFICANCE = 0.05
 SMALLEST_EFFECT = 0.02
-_RESAMPLES = 2000
 
 Verdict = Literal["faster", "slower", "no difference", "too few samples", "not tested", "contended", "lost", "new"]
 
@@ -146,7 +145,8 @@ def compare(a: Document, b: Document) -> Changes:
             changes += _missing(one, other)
             continue
         ratio = ratios[key]
-        low, high = _interval(one.samples, other.samples)
+        # The samples are of different runs.
+        low, high = ratio_interval(one.samples, other.samples, paired=False)
         p = float(adjusted[key]) if key in adjusted else None
         reference = b.reference_row(other)
         changes.append(
@@ -181,7 +181,7 @@ def _missing(one: Row | None, other: Row | None) -> list[Change]:
 
 def _ratio(one: Row, other: Row) -> float | None:
     if one.samples and other.samples:
-        return float(np.median(one.samples) / np.median(other.samples))
+        return statistics.median(one.samples) / statistics.median(other.samples)
     if one.server and other.server and one.server.max_qps and other.server.max_qps:
         return other.server.max_qps / one.server.max_qps
     return None
@@ -205,16 +205,6 @@ def _verdict(one: Row, other: Row, ratio: float | None, p: float | None) -> Verd
     if p >= SIGNIFICANCE or max(ratio, 1 / ratio) - 1 <= SMALLEST_EFFECT:
         return "no difference"
     return "faster" if ratio > 1 else "slower"
-
-
-def _interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """Bootstrap interval of median(a) / median(b), both resampled: they are of different runs."""
-    if min(len(a), len(b)) < 2:
-        return None, None
-    draw = np.random.default_rng(0)
-    medians = [np.median(draw.choice(values, (_RESAMPLES, len(values))), axis=1) for values in (a, b)]
-    low, high = np.quantile(medians[0] / medians[1], (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _flags(a: Document, b: Document) -> list[str]:

@@ -90,13 +90,9 @@ def _roberta(layers: int) -> Subject:
     from transformers import RobertaConfig, RobertaModel
 
     config = RobertaConfig(
-        vocab_size=50265,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=1,
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
         num_hidden_layers=layers,
-    )
+    )  # fmt: skip
     ids, mask = _texts(32, *_CAPTION, pad=1)
 
     def call(model: nn.Module) -> Tensor:
@@ -171,41 +167,17 @@ def _beit(layers: int) -> Subject:
 
 
 MODELS = (
-    PublicModel(
-        "roberta",
-        "RoBERTa-base, 32 captions of 10-16 tokens padded to 40",
-        "transformers",
-        "texts",
-        {"unpad": True},
-        _roberta,
-    ),
-    PublicModel(
-        "bert-rerank",
-        "BERT-base cross-encoder, a query with 16 passages of 30-128 tokens padded to 128",
-        "transformers",
-        "pairs",
-        {"unpad": True},
-        _passages,
-    ),
-    PublicModel(
-        "blip-rerank",
-        "BLIP's BERT with cross-attention, an image of 577 tokens with 16 captions of 10-16 tokens padded to 40",
-        "transformers",
-        "pairs",
-        {"unpad": True},
-        _captions_of_an_image,
-    ),
-    PublicModel(
-        "memory-rerank",
-        "BERT-base with cross-attention, an image of 577 tokens with 64 captions of 10-16 tokens padded to 40: "
-        "Reranker against all pairs as one padded batch",
-        "transformers",
-        "pairs",
-        {},
-        _texts_of_an_image,
-    ),
+    PublicModel("roberta", "RoBERTa-base, 32 captions of 10-16 tokens padded to 40", "transformers", "texts",
+                {"unpad": True}, _roberta),
+    PublicModel("bert-rerank", "BERT-base cross-encoder, a query with 16 passages of 30-128 tokens padded to 128",
+                "transformers", "pairs", {"unpad": True}, _passages),
+    PublicModel("blip-rerank", "BLIP's BERT with cross-attention, an image of 577 tokens with 16 captions of 10-16 "
+                "tokens padded to 40", "transformers", "pairs", {"unpad": True}, _captions_of_an_image),
+    PublicModel("memory-rerank", "BERT-base with cross-attention, an image of 577 tokens with 64 captions of 10-16 "
+                "tokens padded to 40: Reranker against all pairs as one padded batch", "transformers", "pairs", {},
+                _texts_of_an_image),
     PublicModel("beit", "BEiT-v2-B/16 at 224 px, 8 images", "timm", "images", {}, _beit),
-)
+)  # fmt: skip
 
 
 def run(options: DropInOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
@@ -245,13 +217,9 @@ def run(options: DropInOptions, progress: Progress | None = None, command: Seque
 
 
 def _row(
-    model: PublicModel,
-    contender: str,
-    dtype: str,
-    status: Status = "measured",
-    reason: str | None = None,
+    model: PublicModel, contender: str, dtype: str, status: Status = "measured", reason: str | None = None, *,
     items: int = 1,
-) -> Row:
+) -> Row:  # fmt: skip
     return Row(
         work=model.key, name=model.name, contender=contender, label=_LABELS[contender], dtype=dtype, status=status,
         reason=reason, unit=model.unit, items=items, point=Point(batch=items),
