@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -367,8 +367,10 @@ class TrainingSubject:
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
                 if procedure == OURS:
                     losses = pretraining_losses(self.model, self.batch, hard_negatives=negatives)
-                else:
+                elif procedure == OFFICIAL:
                     losses = self.official.losses(self.batch, hard_negatives=negatives)
+                else:
+                    assert_never(procedure)
                 total = torch.stack([loss.float() if autocast else loss for loss in losses.values()]).sum()
             total.backward()
         return {name: loss.detach() for name, loss in losses.items()}

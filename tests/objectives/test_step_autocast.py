@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.objectives.test_step_twin import pair_batch
-from xfm_fast.benchmarks.training_subject import TrainingSubject, difference
+from xfm_fast.benchmarks.record import OFFICIAL, OURS
+from xfm_fast.benchmarks.work.training import TrainingSubject, difference
 from xfm_fast.config import XFMConfig
 
 CPU = torch.device("cpu")
@@ -16,8 +17,8 @@ def test_gradients_of_a_deep_model() -> None:
     config = XFMConfig.preset("tiny", text_layers=24, fusion_layers=24)
     batch = pair_batch(8, config, 0, ids=False)
     subject = TrainingSubject(config, batch, seed=0, device=CPU)
-    truth = TrainingSubject(config, batch, seed=0, device=CPU, dtype=torch.float64).outcome("twin")
-    plain = difference(subject.outcome("twin", torch.bfloat16), truth)
-    found = difference(subject.outcome("fast", torch.bfloat16), truth)
+    truth = TrainingSubject(config, batch, seed=0, device=CPU, dtype=torch.float64).outcome(OFFICIAL)
+    plain = difference(subject.outcome(OFFICIAL, torch.bfloat16), truth)
+    found = difference(subject.outcome(OURS, torch.bfloat16), truth)
     assert set(truth.losses) == {"itc", "itm", "imlm", "mim"}
     assert found.error <= 2 * plain.error + torch.finfo(torch.bfloat16).eps, (found, plain)
