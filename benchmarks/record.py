@@ -592,21 +592,13 @@ class Document(Record):
         return next((c for c in row.against if c.contender == self.reference and c.like_for_like), None)
 
     def encoded(self) -> bytes:
-        """The document as JSON, without infinities."""
-        return json.dumps(_finite(self.model_dump(mode="json")), indent=1, allow_nan=False).encode() + b"\n"
+        """The document as JSON, which has null for infinities."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
 
 
 def finite(value: float) -> float | None:
     """JSON has neither infinity nor NaN: null stands for them."""
     return value if math.isfinite(value) else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return finite(value) if isinstance(value, float) else value
 
 
 def load(path: str | Path) -> Document:

@@ -47,7 +47,7 @@ class Sizes:
     def of(cls, preset: Preset, *, quick: bool) -> Sizes:
         small, large = (32, 48) if preset == "tiny" else (224, 384)
         if quick:
-            budget = 0.2 if preset == "tiny" else 2.0
+            budget = 0.2 if preset == "tiny" else 1.0
             return cls(small, large, 2, 1, 8, 16, 2, 2, 2, rounds=2, budget_s=budget, deadline_s=42)
         return cls(small, large, 8, 4, 32, 64, 6, 2, 3, rounds=3, budget_s=10.0, deadline_s=185)
 
