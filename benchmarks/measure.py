@@ -329,18 +329,10 @@ def compared(contender: str, its_dtype: str, dtype: str, theirs: Sequence[float]
 
 
 def interleave(
-    blocks: Mapping[str, Block],
-    probes: MachineProbes | None = None,
-    *,
-    rounds: int,
-    budget_s: float,
-    most_rounds: int = 15,
-    warmups: Mapping[str, int] | int = 0,
-    deadline: float = math.inf,
-    meter: EnergyMeter | None = None,
-    on_step: Callable[[str], None] = lambda what: None,
-    grad: bool = False,
-) -> Samples:
+    blocks: Mapping[str, Block], probes: MachineProbes | None = None, *, rounds: int, budget_s: float,
+    most_rounds: int = 15, warmups: Mapping[str, int] | int = 0, deadline: float = math.inf,
+    meter: EnergyMeter | None = None, on_step: Callable[[str], None] = lambda what: None, grad: bool = False,
+) -> Samples:  # fmt: skip
     """Run the block of every contender once a round, in an order that turns, with the probes before, between and after.
 
     A contender that raises an error takes no further part; the others go on.

@@ -244,15 +244,10 @@ class _Evaluations:
         contender, dtype = key.split(" ")
         count = steps[0].flops if contender == OFFICIAL else steps[-1].flops
         return Evaluation(
-            procedure="official-algorithm" if contender == OFFICIAL else "xfm-fast",
-            dtype=dtype,
-            kind="projected",
-            pairs=self.sizes.pairs,
-            flops=count,
-            flops_per_s=count / statistics.median(totals),
-            seconds={part: statistics.median(values) for part, values in parts.items()},
-            total_s=interval(totals, 0.5),
-        )
+            procedure="official-algorithm" if contender == OFFICIAL else "xfm-fast", dtype=dtype, kind="projected",
+            pairs=self.sizes.pairs, flops=count, flops_per_s=count / statistics.median(totals),
+            seconds={part: statistics.median(values) for part, values in parts.items()}, total_s=interval(totals, 0.5),
+        )  # fmt: skip
 
     def _run(self, projected: Coco) -> Coco:
         """The evaluation of the setting's collection: ours in full, the official one as time allows."""
@@ -286,16 +281,9 @@ class _Evaluations:
         spent, total = result.receipt, sum(seconds.values())
         steps = receipt(self.config, replace(sizes, lengths=mask.sum(1).tolist()), spent.pairs_scored)
         ours = Evaluation(
-            procedure="xfm-fast",
-            dtype=dtype,
-            kind="measured",
-            pairs=spent.pairs_scored,
-            flops=steps[-1].flops,
-            flops_per_s=steps[-1].flops / total,
-            seconds=seconds,
-            total_s=Interval(value=total),
-            measured_share=1.0,
-        )
+            procedure="xfm-fast", dtype=dtype, kind="measured", pairs=spent.pairs_scored, flops=steps[-1].flops,
+            flops_per_s=steps[-1].flops / total, seconds=seconds, total_s=Interval(value=total), measured_share=1.0,
+        )  # fmt: skip
         step("official procedure")
         twin = material.subjects.twin(self.scale.image_size, torch.float32)
         check = _OfficialRerank(twin, images.embeds.float(), ids.to(material.device), mask.to(material.device))

@@ -6,11 +6,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +56,18 @@ class Entrant:
     reason: str | None = None
     _prepared: tuple[Workload, Callable[..., Any]] | None = field(default=None, repr=False)
 
+    def build(self, setup: Setup, absent_dtypes: Mapping[str, str]) -> None:
+        """Build the engine, or say why there is none: the processor or the contender lacks the type, or it fails."""
+        if self.dtype in absent_dtypes:
+            self.status, self.reason = "not offered", absent_dtypes[self.dtype]
+        elif self.dtype not in self.contender.dtypes:
+            self.status, self.reason = "not offered", f"{self.contender.label} does not run in {self.dtype} here"
+        else:
+            try:
+                self.built = self.contender.build(setup)
+            except Exception as error:  # whatever a library raises becomes a row that says so
+                self.fail(error)
+
     @property
     def key(self) -> str:
         return f"{self.contender.name} {self.dtype}"
@@ -93,43 +104,6 @@ class Entrant:
 
         self._prepared = workload, answer
         return answer
-
-
-def built(
-    contenders: Sequence[Contender],
-    work: str,
-    subjects: Subjects,
-    image_size: int,
-    dtypes: Sequence[str],
-    absent_dtypes: dict[str, str],
-    scratch: Path,
-    official: Path | None,
-    on_step: Callable[[str], None],
-) -> list[Entrant]:
-    """Every contender in every type, those that cannot run with the reason.
-
-    Args:
-        dtypes: to measure; absent_dtypes: those that the processor does not offer, with the reason.
-        scratch, official: see `registry.Setup`.
-    """
-    entrants = []
-    for contender in contenders:
-        for dtype in (*dtypes, *absent_dtypes):
-            entrant = Entrant(contender, dtype, subjects.device)
-            entrants.append(entrant)
-            if dtype in absent_dtypes:
-                entrant.status, entrant.reason = "not offered", absent_dtypes[dtype]
-                continue
-            if dtype not in contender.dtypes:
-                entrant.status, entrant.reason = "not offered", f"{contender.label} does not run in {dtype} here"
-                continue
-            on_step(f"building {entrant.key}")
-            setup = Setup(subjects, work, image_size, dtype, subjects.device, scratch, official)
-            try:
-                entrant.built = contender.build(setup)
-            except Exception as error:  # whatever a library raises becomes a row that says so
-                entrant.fail(error)
-    return entrants
 
 
 def check(entrants: Sequence[Entrant], workload: Workload, subjects: Subjects, on_step: Callable[[str], None]) -> None:
@@ -194,20 +168,11 @@ class _Reference:
 def blank(entrant: Entrant, workload: Workload, mode: Mode, batch: int) -> Row:
     """A row without numbers: what was to be measured, or why it was not."""
     return Row(
-        work=workload.work,
-        mode=mode,
-        contender=entrant.contender.name,
-        label=entrant.contender.label,
-        dtype=entrant.dtype,
-        name=workload.name(batch),
-        point=workload.point.model_copy(update={"batch": batch}),
-        status=entrant.status,
-        reason=entrant.reason,
-        unit=workload.unit,
-        items=workload.items * batch,
-        parity=entrant.parity,
-        cost=entrant.cost,
-    )
+        work=workload.work, mode=mode, contender=entrant.contender.name, label=entrant.contender.label,
+        dtype=entrant.dtype, name=workload.name(batch), point=workload.point.model_copy(update={"batch": batch}),
+        status=entrant.status, reason=entrant.reason, unit=workload.unit, items=workload.items * batch,
+        parity=entrant.parity, cost=entrant.cost,
+    )  # fmt: skip
 
 
 def efficiency(

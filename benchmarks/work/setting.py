@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from .. import machine
-from ..contenders.registry import ALL, choose
+from ..contenders.registry import ALL, Setup, choose
 from ..material import photographs
 from ..material.inputs import Material, described, make_tokenizer
 from ..material.subjects import Subjects
@@ -24,7 +24,7 @@ from ..measure import DTYPES, Block, MachineProbes, Progress, Samples, Watched, 
 from ..options import ModelOptions
 from ..record import OFFICIAL, Baseline, Benchmark, ColdStart, Document, Mode, Model, Row, finite
 from ..telemetry import EnergyMeter
-from .entrants import Entrant, blank, built, check, efficiency, operations, stages, tokens
+from .entrants import Entrant, blank, check, efficiency, operations, stages, tokens
 from .requests import EmbedImage, EmbedText, Rerank, Retrieve, Workload
 
 
@@ -135,13 +135,10 @@ class Setting:
         model = subjects.model(image_size, DTYPES[self.dtypes[0]])
         self._load_s = time.perf_counter() - loading
         self.document.model = Model(
-            preset=options.preset,
-            origin=subjects.origin,
-            trained=subjects.trained,
-            meaningful_recall=subjects.trained and options.tokenizer is not None,
-            config=subjects.config.model_dump(),
+            preset=options.preset, origin=subjects.origin, trained=subjects.trained,
+            meaningful_recall=subjects.trained and options.tokenizer is not None, config=subjects.config.model_dump(),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-        )
+        )  # fmt: skip
         self.material = Material(subjects, collection, tokenizer, options.seed)
         self.meter = EnergyMeter(self.device)
         self.probes = MachineProbes(self.dtypes, self.device)
@@ -164,10 +161,14 @@ class Setting:
             )
             for contender in ALL
         ]  # fmt: skip
-        return built(
-            present, work, self.material.subjects, image_size, self.dtypes, self.absent_dtypes, self._scratch, official,
-            self.progress.step,
-        )  # fmt: skip
+        entrants, subjects = [], self.material.subjects
+        for contender in present:
+            for dtype in (*self.dtypes, *self.absent_dtypes):
+                entrants.append(Entrant(contender, dtype, self.device))
+                self.progress.step(f"building {entrants[-1].key}")
+                setup = Setup(subjects, work, image_size, dtype, self.device, self._scratch, official)
+                entrants[-1].build(setup, self.absent_dtypes)
+        return entrants
 
     def check(self, entrants: Sequence[Entrant], workload: Workload) -> None:
         """Compare entrants with the official algorithm on a request or two; the first call ever ends the cold start."""
@@ -177,21 +178,10 @@ class Setting:
             self.document.cold_start = ColdStart(process_s=self._process_s, load_s=self._load_s, first_call_s=first)
 
     def measure(
-        self,
-        workload: Workload,
-        entrants: Sequence[Entrant],
-        mode: Mode = "offline",
-        batch: int = 1,
-        *,
-        rounds: int,
-        budget_s: float,
-        most_rounds: int = 60,
-        deadline: float = math.inf,
-        warmups: dict[str, int] | int = 0,
-        block: int = 1,
-        x: float | None = None,
-        split: bool = False,
-    ) -> None:
+        self, workload: Workload, entrants: Sequence[Entrant], mode: Mode = "offline", batch: int = 1, *, rounds: int,
+        budget_s: float, most_rounds: int = 60, deadline: float = math.inf, warmups: dict[str, int] | int = 0,
+        block: int = 1, x: float | None = None, split: bool = False,
+    ) -> None:  # fmt: skip
         """Let the entrants take turns at a workload, and add a row for each.
 
         Args:

@@ -21,7 +21,7 @@ from .setting import Setting, opened
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SuiteScale:
     """How much work the rows do, and how long.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sizes:
     deadline_s: float
 
     @classmethod
-    def of(cls, preset: Preset, *, quick: bool) -> Sizes:
+    def of(cls, preset: Preset, *, quick: bool) -> SuiteScale:
         small, large = (32, 48) if preset == "tiny" else (224, 384)
         if quick:
             budget = 0.2 if preset == "tiny" else 1.0
@@ -58,7 +58,7 @@ def run(options: SuiteOptions, progress: Progress | None = None, command: Sequen
     Raises:
         XFMError: the checkpoint, the data or an option cannot be used.
     """
-    started, sizes = time.perf_counter(), Sizes.of(options.preset, quick=options.quick)
+    started, sizes = time.perf_counter(), SuiteScale.of(options.preset, quick=options.quick)
     progress = progress or Progress()
     progress.begin(8)
     with opened(options, "suite", torch.device("cpu"), progress, command) as setting:
@@ -94,7 +94,7 @@ def _entrants(setting: Setting, work: str, image_size: int, official: Path | Non
     return [e for e in found if e.ours or e.dtype == "fp32" or (e.contender.name == OFFICIAL and e.runs and not quick)]
 
 
-def _check(setting: Setting, entrants: dict[int, list[Entrant]], sizes: Sizes) -> list[dict[str, Parity]]:
+def _check(setting: Setting, entrants: dict[int, list[Entrant]], sizes: SuiteScale) -> list[dict[str, Parity]]:
     """Compare results on little work, and add a row for what differs; returns parity by contender for every work."""
     material, parities = setting.material, list[dict[str, Parity]]()
     for workload in (
@@ -118,7 +118,7 @@ def _check(setting: Setting, entrants: dict[int, list[Entrant]], sizes: Sizes) -
 
 
 def _measure(
-    setting: Setting, entrants: dict[int, list[Entrant]], parities: list[dict[str, Parity]], sizes: Sizes,
+    setting: Setting, entrants: dict[int, list[Entrant]], parities: list[dict[str, Parity]], sizes: SuiteScale,
     deadline: float,
 ) -> None:  # fmt: skip
     material, small, large = setting.material, sizes.small_image, sizes.large_image
