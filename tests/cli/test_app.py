@@ -263,11 +263,13 @@ def test_both_modules_are_the_command() -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_installed(shell: str, tmp_path: Path) -> None:
-    """The script completes commands, options and choices, as far as the shell is here to say so."""
+def test_completion_is_installed(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script completes commands, options and choices; with --output no file of the shell's own is touched."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     script = tmp_path / "completion"
     done = invoke(["--install-completion", "--shell", shell, "--output", script])
     assert done.exit_code == 0, done.output
+    assert not (tmp_path / "home").exists()
     text = script.read_text()
     assert all(word in text for word in ("reproduce", "ablations", "tolerate-bad", "webdataset"))
     if shell == "bash":
@@ -275,3 +277,18 @@ def test_completion_is_installed(shell: str, tmp_path: Path) -> None:
         ask = f"source {script}; {typed}; _xfm_fast; echo ${{COMPREPLY[*]}}"
         completed = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
         assert completed.stdout.split() == ["webdataset", "lines"]
+
+
+def test_completion_of_the_shell_is_loaded_when_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("XDG_DATA_HOME", "BASH_COMPLETION_USER_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    done = invoke(["--install-completion", "--shell", "bash"])
+    assert done.exit_code == 0, done.output
+    script = Path(done.stdout.removeprefix("saved: ").split(";")[0])
+    assert script.is_relative_to(tmp_path)
+    assert str(script) in (tmp_path / ".bashrc").read_text()
+    (tmp_path / "file").touch()
+    refused = invoke(["--install-completion", "--shell", "bash", "--output", tmp_path / "file" / "script"])
+    assert refused.exit_code == 2
+    assert "name a file with --output" in refused.stderr

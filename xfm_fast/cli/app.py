@@ -14,7 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import (
     App,
@@ -29,7 +30,7 @@ from cyclopts import (
 from xfm_fast import __version__
 from xfm_fast.cli import console, data, kernels, options, train
 from xfm_fast.cli.options import DATA, MEASURE, SERVE, TRAIN
-from xfm_fast.errors import XFMError
+from xfm_fast.errors import StorageError, UnavailableError, XFMError
 
 if TYPE_CHECKING:
     from cyclopts import ArgumentCollection
@@ -93,13 +94,33 @@ for command in (train.pretrain, train.gradflow):
 app.command(train.reproduce)
 app.command(data.data)
 app.command(data.convert, group=DATA)
-app.register_install_completion_command(help="Install completion for your shell; --shell names another one.")
 
 
 @app.command(name="--version")
 def version() -> None:
     """Print the version and exit."""
     print(f"xfm-fast {__version__}")
+
+
+@app.command(name="--install-completion")
+def install_completion(
+    *, shell: Literal["bash", "zsh", "fish", "powershell"] | None = None, output: Path | None = None
+) -> None:
+    """Complete commands, options and choices in your shell from now on.
+
+    Args:
+        shell: The shell. [that which runs this command]
+        output: File of the script, which is then yours to load. [loaded when the shell starts]
+    """
+    from cyclopts.completion import ShellDetectionError
+
+    try:
+        script = app.install_completion(shell=shell, output=output, add_to_startup=output is None)
+    except ShellDetectionError as error:
+        raise UnavailableError("the shell cannot be told; name it with --shell") from error
+    except OSError as error:
+        raise StorageError(f"completion cannot be installed: {error}; name a file with --output") from error
+    print(f"saved: {script}; it is in force in a new shell" if output is None else f"saved: {script}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
