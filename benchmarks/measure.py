@@ -450,6 +450,14 @@ def differing(row: Row, error: float, band: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def agreeing(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one work, their comparisons only with rows that have numbers: no ratio to a result that differs."""
+    there = {(row.contender, row.dtype) for row in rows if row.measured}
+    for row in rows:
+        row.against = [other for other in row.against if (other.contender, other.dtype) in there]
+    return list(rows)
+
+
 def shares_of_rate(flops: float, seconds: Sequence[float], rates: Sequence[float]) -> list[float]:
     """FLOP/s of every sample over the mean of the probes before and after its round."""
     return [flops / s / ((a + b) / 2) for s, a, b in zip(seconds, rates, rates[1:], strict=False)]

@@ -25,6 +25,7 @@ from ..measure import (
     MachineProbes,
     Progress,
     Watched,
+    agreeing,
     differing,
     filled,
     interleave,
@@ -270,4 +271,4 @@ def _measure(
                 rows.append(row.model_copy(update=differing(row, error, band)))
                 continue
         rows.append(filled(row, key, samples, watched[key].memory))
-    return rows
+    return agreeing(rows)

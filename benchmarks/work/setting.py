@@ -20,7 +20,19 @@ from ..contenders.registry import ALL, Setup, choose
 from ..material import photographs
 from ..material.inputs import Material, described, make_tokenizer
 from ..material.subjects import Subjects
-from ..measure import DTYPES, Block, MachineProbes, Progress, Samples, Watched, differing, filled, interleave
+from ..measure import (
+    DTYPES,
+    Block,
+    MachineProbes,
+    Progress,
+    Samples,
+    Watched,
+    agreeing,
+    differing,
+    filled,
+    interleave,
+    parity_band,
+)
 from ..options import ModelOptions
 from ..record import OFFICIAL, Baseline, Benchmark, ColdStart, Document, Mode, Model, Row, finite
 from ..telemetry import EnergyMeter
@@ -210,13 +222,13 @@ class Setting:
             blocks, self.probes, rounds=rounds, budget_s=budget_s, most_rounds=most_rounds, deadline=deadline,
             warmups=warmups, meter=self.meter, on_step=self.progress.step,
         )  # fmt: skip
-        expected = watched[reference].output if (reference := f"{OFFICIAL} fp32") in watched else None
+        rows = []
         for entrant in entrants:
             if entrant.key in samples.failures:
                 entrant.status, entrant.reason = "failed", samples.failures[entrant.key]
             row = blank(entrant, workload, mode, batch).model_copy(update={"x": x})
             if entrant.runs:
-                row = self._row(row, entrant, workload, numbers, samples, watched[entrant.key], expected)
+                row = self._row(row, entrant, workload, numbers, samples, watched)
             if split and row.status == "measured" and row.median_s is not None:
                 self.progress.step(f"{entrant.key}, where the time goes")
                 answer = entrant.answer(workload)
@@ -225,24 +237,33 @@ class Setting:
                     "operations": operations(entrant, answer, numbers),
                 }
                 row = row.model_copy(update=parts)
-            self.document.rows.append(row)
+            rows.append(row)
+        self.document.rows += agreeing(rows)
         if samples.interrupted:
             raise KeyboardInterrupt
 
     def _row(
-        self, row: Row, entrant: Entrant, workload: Workload, numbers: Sequence[int], samples: Samples, seen: Watched,
-        expected: Any,
+        self, row: Row, entrant: Entrant, workload: Workload, numbers: Sequence[int], samples: Samples,
+        watched: dict[str, Watched],
     ) -> Row:  # fmt: skip
+        empty, seen = row, watched[entrant.key]
         row = filled(row, entrant.key, samples, seen.memory)
         if row.median_s is None:
             return row
-        if expected is not None and entrant.parity is not None and entrant.parity.band is not None:
+        expected, same = (
+            watched[key].output if (key := f"{OFFICIAL} {dtype}") in watched else None
+            for dtype in ("fp32", entrant.dtype)
+        )
+        if expected is not None and row.parity is not None:
             error, note = workload.compare(numbers, seen.output, expected)
-            if not error <= entrant.parity.band:
-                return blank(entrant, workload, row.mode, row.point.batch).model_copy(
-                    update=differing(row, error, entrant.parity.band) | {"x": row.x}
-                )
-            row.parity = entrant.parity.model_copy(update={"error": finite(error), "note": note})
+            band = row.parity.band or 0.0
+            if entrant.dtype != "fp32" and same is not None:
+                # More requests have a larger largest error, the official algorithm's own too.
+                own = workload.compare(numbers, same, expected).error
+                band = max(band, parity_band(DTYPES[entrant.dtype], own))
+            if not error <= band:
+                return empty.model_copy(update=differing(empty, error, band))
+            row.parity = row.parity.model_copy(update={"error": finite(error), "band": band, "note": note})
         energy = None if self.meter.source is None else samples.energy(entrant.key, row.items, self.meter.source)
         updates = {
             "tokens": tokens(entrant, workload, numbers, row.median_s),
