@@ -403,15 +403,15 @@ def rotated(names: list[str], shift: int) -> list[str]:
 def _attempt(name: str, block: Block, out: Samples, meter: EnergyMeter | None = None) -> list[float] | None:
     if name in out.failures:
         return None
-    counted = meter is not None and meter.source is not None
-    before, begun = meter.joules() if counted else 0.0, time.perf_counter()
+    counter = None if meter is None or meter.source is None else meter
+    before, begun = counter.joules() if counter else 0.0, time.perf_counter()
     try:
         seconds = block()
     except Exception as error:  # a baseline of another library may fail in any way; the run goes on
         out.failures[name] = one_line(error)
         return None
-    if counted:
-        out.joules[name] = out.joules.get(name, 0.0) + meter.joules() - before
+    if counter:
+        out.joules[name] = out.joules.get(name, 0.0) + counter.joules() - before
         out.busy_s[name] = out.busy_s.get(name, 0.0) + time.perf_counter() - begun
     return seconds
 
@@ -469,26 +469,23 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def bootstrap(
-    values: Sequence[float] | tuple[Sequence[float], Sequence[float]],
-    statistic: Callable[..., Any],
-    *,
-    paired: bool = False,
+    statistic: Callable[..., Any], *series: Sequence[float], paired: bool = False
 ) -> tuple[float, float] | None:
     """Interval of 95% of a statistic by resampling; None for fewer than three samples.
 
     Args:
-        values: samples, or two series of them.
-        statistic: of arrays along `axis`.
-        paired: the two series are resampled together: they are of the same rounds.
+        statistic: of the arrays of all series along `axis`.
+        series: samples of one thing, or of two.
+        paired: two series are resampled together: they are of the same rounds.
     """
-    data = values if isinstance(values, tuple) else (values,)
-    if min(len(series) for series in data) < _ENOUGH:
+    if min(map(len, series)) < _ENOUGH:
         return None
-    interval = stats.bootstrap(
-        data, statistic, paired=paired, vectorized=True, n_resamples=_RESAMPLES, method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return float(interval.low), float(interval.high)
+    # The name of this argument in every SciPy; newer ones add another.
+    seed: Any = {"random_state": np.random.default_rng(0)}
+    found = stats.bootstrap(
+        series, statistic, paired=paired, vectorized=True, n_resamples=_RESAMPLES, method="percentile", **seed
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def ratio_interval(
@@ -500,10 +497,11 @@ def ratio_interval(
         paired: both are of the same rounds, which are resampled together, so that drift common to both cancels.
     """
     rounds = min(len(slow), len(fast)) if paired else None
-    found = bootstrap(
-        (slow[:rounds], fast[:rounds]), lambda a, b, axis=-1: np.median(a, axis) / np.median(b, axis), paired=paired
-    )
-    return found or (None, None)
+
+    def ratio(a: Any, b: Any, axis: int = -1) -> Any:
+        return np.median(a, axis) / np.median(b, axis)
+
+    return bootstrap(ratio, slow[:rounds], fast[:rounds], paired=paired) or (None, None)
 
 
 def interval(values: Sequence[float], share: float) -> Interval:
@@ -513,7 +511,7 @@ def interval(values: Sequence[float], share: float) -> Interval:
         method = "linear" if share == 0.5 else "inverted_cdf"
         return np.quantile(chosen, share, axis=axis, method=method)
 
-    low, high = bootstrap(values, statistic) or (None, None)
+    low, high = bootstrap(statistic, values) or (None, None)
     return Interval(value=float(statistic(values)), low=low, high=high)
 
 

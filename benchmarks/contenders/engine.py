@@ -112,6 +112,10 @@ class Engine(Protocol):
         """For every text `[Q, L]` the k most similar images, re-ranked."""
         ...
 
+
+class Evaluator(Engine, Protocol):
+    """An engine that evaluates a whole collection too."""
+
     def evaluate(
         self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
     ) -> Everything:

@@ -157,7 +157,7 @@ class _Evaluations:
         steps = receipt(self.config, self.sizes)
         keys = dict.fromkeys(name.split(": ")[1] for name in blocks)
         parts = {key: self._parts(key, samples) for key in keys}
-        totals = {key: [sum(parts) for parts in zip(*parts[key].values(), strict=True)] for key in keys}
+        totals = {key: [float(sum(one)) for one in zip(*parts[key].values(), strict=True)] for key in keys}
         # The first type that was measured is the one to compare in, as official results are in fp32.
         ours, official = totals[f"{OURS} {setting.dtypes[0]}"], totals[f"{OFFICIAL} fp32"]
         low, high = ratio_interval(official, ours)

@@ -8,7 +8,7 @@ captions (both embedded already), of `retrieve` one caption to which the index's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from xfm_fast import flops
 from xfm_fast.tasks.recall import recall
 from xfm_fast.tasks.retrieval import UNSCORED
 
-from ..contenders.engine import Clock, Engine, Everything, Found, Pairs, Schedule, SearchIndex
+from ..contenders.engine import Clock, Engine, Evaluator, Everything, Found, Pairs, Schedule, SearchIndex
 from ..material.inputs import MAX_TOKENS, Material, Texts
 from ..measure import relative_error
 from ..record import Point
@@ -297,8 +297,8 @@ class Retrieval(Workload):
         return list(self._lengths)
 
     def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        batches = self._pixels.to(dtype).split(self._batch)
-        return lambda numbers, clock: engine.evaluate(batches, self._given.ids, self._given.mask, self._k, clock)
+        batches, evaluator = self._pixels.to(dtype).split(self._batch), cast(Evaluator, engine)
+        return lambda numbers, clock: evaluator.evaluate(batches, self._given.ids, self._given.mask, self._k, clock)
 
     def compare(self, numbers: Sequence[int], ours: Everything, theirs: Everything) -> Difference:
         """The pairs that both scored; near ties of the similarity may make candidates differ."""
@@ -311,7 +311,7 @@ class Retrieval(Workload):
         return Difference(max(errors), _near_ties(differing))
 
     def recall(self, answer: Everything) -> dict[str, float]:
-        return recall(*(scores.float().cpu() for scores in answer), self._image_of_text)
+        return recall(answer.image_to_text.float().cpu(), answer.text_to_image.float().cpu(), self._image_of_text)
 
     def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
         config, images = self.config, len(self._pixels)

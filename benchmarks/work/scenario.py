@@ -60,7 +60,7 @@ def run(
     device = machine.choose_device(options.device)
     scale = Scale.of(work, options, device)
     progress = progress or Progress()
-    chosen = [mode for mode in MODES if not options.mode or mode in options.mode]
+    chosen: list[Mode] = [mode for mode in MODES if not options.mode or mode in options.mode]
     progress.begin(3 + len(chosen))
     with opened(options, "scenario", device, progress, command) as setting:
         setting.prepare(scale.image_size)

@@ -169,9 +169,9 @@ def test_percentiles_were_measured() -> None:
 def test_bootstrap_brackets_the_median() -> None:
     draw = random.Random(1)
     values = [draw.gauss(10, 1) for _ in range(200)]
-    bounds = bootstrap(values, np.median)
+    bounds = bootstrap(np.median, values)
     assert bounds is not None
     assert bounds[0] < statistics.median(values) < bounds[1]
     # The standard error of a median is 1.25 σ / √n.
     assert bounds[1] - bounds[0] == pytest.approx(2 * 1.96 * 1.25 / 200**0.5, rel=0.35)
-    assert bootstrap(values[:2], np.median) is None
+    assert bootstrap(np.median, values[:2]) is None
