@@ -16,7 +16,7 @@ from pathlib import Path
 from xfm_fast.checkpoint.storage import write_bytes
 from xfm_fast.errors import DataError
 
-from ..record import load
+from ..files import load
 from .markdown import markdown
 
 REGION = re.compile(

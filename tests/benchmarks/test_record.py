@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.report import examples
-from xfm_fast.benchmarks.record import OFFICIAL, OURS, groups, load
+from xfm_fast.benchmarks.files import load
+from xfm_fast.benchmarks.record import OFFICIAL, OURS, groups
 from xfm_fast.errors import DataError
 
 

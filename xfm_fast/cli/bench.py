@@ -114,13 +114,13 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
     Args:
         out: Folder that receives the results.
     """
-    from xfm_fast.benchmarks import record
+    from xfm_fast.benchmarks import files
     from xfm_fast.benchmarks.work import training
 
     document = _measured(lambda progress, command: training.run(options, progress, command))
-    code, folder = _finish(document, out), record.reference_folder()
+    code, folder = _finish(document, out), files.reference_folder()
     if folder is not None and document.device == "cuda" and code == 0:
-        stdout().print(f"to be committed: {record.save_reference(document, folder)}", soft_wrap=True)
+        stdout().print(f"to be committed: {files.save_reference(document, folder)}", soft_wrap=True)
     return code
 
 
@@ -186,10 +186,10 @@ def bench_report(
         html: File that receives a self-contained page with charts.
         png: File that receives a picture of 1200 by 630 to share.
     """
-    from xfm_fast.benchmarks import record, report
+    from xfm_fast.benchmarks import files, report
     from xfm_fast.checkpoint import write_bytes
 
-    document = record.load(results)
+    document = files.load(results)
     for name, path in (("--html", html), ("--png", png)):
         if path is not None and path.is_dir():
             raise InputError(f"{name} {path} is a folder; name a file")
@@ -220,9 +220,9 @@ def bench_compare(a: Path, b: Path, /) -> int:
         a: Results of before.
         b: Results of after, of the same benchmark.
     """
-    from xfm_fast.benchmarks import record, report
+    from xfm_fast.benchmarks import files, report
 
-    found = report.compare(record.load(a), record.load(b))
+    found = report.compare(files.load(a), files.load(b))
     report.print_changes(found, stdout(160))
     return int(bool(found.worse))
 
@@ -268,18 +268,18 @@ def _measured(run: Callable[[Progress, list[str]], Document]) -> Document:
 
 def _finish(document: Document, out: Path) -> int:
     """Save the document with its page; the exit code says what a script wants to know."""
-    from xfm_fast.benchmarks import record, report
+    from xfm_fast.benchmarks import files, report
 
-    saved = record.save(document, out, report.html(document))
+    saved = files.save(document, out, report.html(document))
     stdout().print(f"saved: {saved.document} and {saved.page}", soft_wrap=True, highlight=False)
     return 130 if document.interrupted else int(not document.ok)
 
 
 def _keep(document: Document, file: Path | None) -> int:
     """Save the document alone, where that is wanted."""
-    from xfm_fast.benchmarks import record
+    from xfm_fast.benchmarks import files
 
     if file is not None:
-        record.save_as(document, file)
+        files.save_as(document, file)
         stdout().print(f"saved: {file}", soft_wrap=True)
     return 130 if document.interrupted else 0

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from tests.benchmarks.report import examples
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks.record import Document, load
+from xfm_fast.benchmarks.files import load
+from xfm_fast.benchmarks.record import Document
 from xfm_fast.benchmarks.report import Changes, compare, print_changes
 from xfm_fast.benchmarks.report.compare import Change
 from xfm_fast.errors import DataError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.report import examples
-from xfm_fast.benchmarks import record, report
+from xfm_fast.benchmarks import files, report
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 STORED = {"images": "embed-image-cpu-amx-2threads", "operations": "kernels-cpu-amx-2threads"}
@@ -94,7 +94,7 @@ Promise.all(jobs).then(() => { const out = document.createElement("pre"); out.id
 
 def _pages() -> dict[str, str]:
     documents = {name: make() for name, make in examples.DOCUMENTS.items()}
-    documents |= {name: record.load(RESULTS / f"{file}.json") for name, file in STORED.items()}
+    documents |= {name: files.load(RESULTS / f"{file}.json") for name, file in STORED.items()}
     return {name: report.html(document) for name, document in documents.items()}
 
 

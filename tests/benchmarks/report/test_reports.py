@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tests.benchmarks.report import examples
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks import record, report
+from xfm_fast.benchmarks import files, report
 from xfm_fast.benchmarks.record import Comparison, Document, Row
 from xfm_fast.benchmarks.report import charts, findings
 from xfm_fast.benchmarks.report.table import Column, build, duration, number, seconds, si, tables, times
@@ -276,8 +276,8 @@ def test_cells_with_bars_do_not_break_a_table() -> None:
 
 
 def test_saved_documents_are_shown_again(document: Document, tmp_path: Path) -> None:
-    saved = record.save(document, tmp_path / "out", report.html(document))
-    assert record.load(saved.document) == document
+    saved = files.save(document, tmp_path / "out", report.html(document))
+    assert files.load(saved.document) == document
     shown = invoke(["bench", "report", str(saved.document)])
     assert shown.exit_code == 0, shown.output
     assert "Example CPU" in shown.output
@@ -290,9 +290,9 @@ def test_saved_documents_are_shown_again(document: Document, tmp_path: Path) -> 
 
 def test_a_picture_beside_a_page_is_named_in_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    saved = record.save(examples.suite(), tmp_path / "out", "")
-    files = ["--html", str(tmp_path / "page.html"), "--png", str(tmp_path / "card.png")]
-    done = invoke(["bench", "report", str(saved.document), *files])
+    saved = files.save(examples.suite(), tmp_path / "out", "")
+    options = ["--html", str(tmp_path / "page.html"), "--png", str(tmp_path / "card.png")]
+    done = invoke(["bench", "report", str(saved.document), *options])
     assert done.exit_code == 0, done.output
     assert 'og:image" content="card.png"' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -324,7 +324,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", STORED, ids=lambda file: file.stem)
 def test_the_results_of_the_checkout_can_all_be_shown(file: Path) -> None:
-    document = record.load(file)
+    document = files.load(file)
     assert report.html(document).startswith("<!doctype html>")
     written = report.markdown(document)
     assert written.startswith("| work")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks import record, report
+from xfm_fast.benchmarks import files, report
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.record import Row
 from xfm_fast.benchmarks.work import kernels
@@ -97,8 +97,8 @@ def test_results_are_shown_again_and_compared(tmp_path: Path, monkeypatch: pytes
     # Its error is no number, which JSON cannot hold.
     monkeypatch.setitem(SMALL[0].others, "of another shape", lambda *inputs: SMALL[0].ours(*inputs)[:1])
     path = tmp_path / "rows.json"
-    record.save_as(kernels.run(KernelOptions(small=True), command=["xfm-fast", "bench", "kernels"]), path)
-    loaded = record.load(path)
+    files.save_as(kernels.run(KernelOptions(small=True), command=["xfm-fast", "bench", "kernels"]), path)
+    loaded = files.load(path)
     ours = next(row for row in loaded.rows if row.ours and row.direction == "forward")
     eager, against = loaded.reference_row(ours), loaded.headline(ours)
     assert eager is not None

@@ -14,16 +14,17 @@ import torch
 from PIL import Image
 
 from xfm_fast import flops
-from xfm_fast.benchmarks import record, report
+from xfm_fast.benchmarks import files, report
 from xfm_fast.benchmarks.contenders import registry
 from xfm_fast.benchmarks.contenders.engine import Built
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.contenders.ours import OurEngine
 from xfm_fast.benchmarks.contenders.registry import Contender
+from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.material.subjects import preset_config
 from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import CocoOptions, ModelOptions, ScenarioOptions, SweepOptions
-from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Row, load
+from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Row
 from xfm_fast.benchmarks.work import coco, scenario, setting, sweep
 from xfm_fast.benchmarks.work.coco import Sizes, receipt
 from xfm_fast.benchmarks.work.setting import Scale
@@ -101,7 +102,7 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert 1 <= len(row.server.trials) <= 3
         assert row.server.max_qps == max((t.rate for t in row.server.trials if t.held), default=0)
         assert "official-algorithm" in row.server.bound_origin
-    saved = record.save(document, tmp_path, report.html(document))
+    saved = files.save(document, tmp_path, report.html(document))
     assert load(saved.document) == document
 
 
@@ -174,7 +175,7 @@ def test_interruption_keeps_what_was_measured_and_marks_it(step: str, samples: i
     assert "interrupted" in str(offline[OURS].reason)
     assert len(offline[OURS].seconds) == samples
     assert (offline[OURS].throughput is not None) == bool(samples)
-    assert load(record.save(document, tmp_path, report.html(document)).document).interrupted
+    assert load(files.save(document, tmp_path, report.html(document)).document).interrupted
 
 
 def test_an_interrupted_server_keeps_its_trials() -> None:
@@ -227,7 +228,7 @@ def test_sweeps_that_cannot_be(work: str, axis: str, values: list[str], error: t
 
 def test_options_that_cannot_be() -> None:
     with pytest.raises(UnavailableError, match="choose from single-stream, offline, server"):
-        scenario.run("rerank", replace(TINY, mode=("batch",)))  # pyright: ignore[reportArgumentType]
+        scenario.run("rerank", replace(TINY, mode=("batch",)))
     with pytest.raises(InputError, match="above zero"):
         scenario.run("rerank", replace(TINY, mode=("server",), p99_ms=0.0))
     with pytest.raises(UnavailableError, match="choose from xfm-fast"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from xfm_fast.benchmarks import machine, record, report
+from xfm_fast.benchmarks import files, machine, report
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.material.subjects import preset_config
 from xfm_fast.benchmarks.measure import Progress
@@ -37,8 +37,8 @@ def _run(progress: Progress | None = None, **changes: Any) -> Document:
     return suite.run(SuiteOptions(**settings), progress, command=["xfm-fast", "bench"])
 
 
-def _save(document: Document, folder: Path) -> record.Saved:
-    return record.save(document, folder, report.html(document))
+def _save(document: Document, folder: Path) -> files.Saved:
+    return files.save(document, folder, report.html(document))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from xfm_fast.benchmarks import machine, record, report
+from xfm_fast.benchmarks import files, machine, report
 from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
 from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.material.subjects import preset_config
@@ -206,7 +206,7 @@ def test_report_shows_speed_and_memory(document: Document, tmp_path: Path) -> No
     assert "<svg" in page
     assert "eak memory" in page
     assert "retrieval" not in page
-    saved = record.save(document, tmp_path, page)
+    saved = files.save(document, tmp_path, page)
     assert json.loads(saved.document.read_text())["benchmark"] == "train-step"
 
 
@@ -300,10 +300,10 @@ def test_rows_of_a_gpu(subject: TrainingSubject) -> None:
 def test_results_of_a_gpu_are_kept_under_its_name(document: Document, tmp_path: Path) -> None:
     facts = document.machine | {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}
     on_gpu = document.model_copy(update={"machine": facts})
-    path = record.save_reference(on_gpu, tmp_path)
+    path = files.save_reference(on_gpu, tmp_path)
     assert path.name == "train-step-nvidia-h100-80gb-hbm3.json"
-    assert record.load(path) == on_gpu
-    folder = record.reference_folder()
+    assert files.load(path) == on_gpu
+    folder = files.reference_folder()
     assert folder is None or folder.name == "results"
 
 
