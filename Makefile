@@ -36,7 +36,7 @@ bench: $(VENV)/bench.stamp ## measure this machine: make bench ARGS="--help"
 	$(BIN)/xfm-fast bench $(ARGS)
 
 readme: $(VENV)/$(EXTRAS).stamp ## write the README's tables anew from benchmarks/results
-	$(BIN)/python -m xfm_fast.benchmarks.readme_tables $(ARGS)
+	$(BIN)/python -m xfm_fast.benchmarks.report.readme $(ARGS)
 
 ablations: $(VENV)/$(EXTRAS).stamp ## train the tiny model with and without the method, three seeds each
 	$(BIN)/xfm-fast reproduce ablations $(ARGS)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,6 +19,8 @@ import psutil
 import torch
 
 import xfm_fast
+from xfm_fast.errors import UnavailableError
+from xfm_fast.kernels import roofline
 
 # Package -> (import name, the extra that installs it).
 OPTIONAL = {
@@ -50,6 +53,7 @@ _FEATURES = {
     "ARM BF16": ("bf16", None),
     "ARM I8MM": ("i8mm", None),
 }
+_TYPES = ("fp32", "bf16")
 _BF16_FEATURES = ("AVX-512 BF16", "AMX BF16", "ARM BF16")
 
 
@@ -99,6 +103,51 @@ def has_native_bf16() -> bool:
     """Whether the processor multiplies bf16 itself; elsewhere bf16 is emulated and slower than fp32."""
     features = cpu_features()
     return any(features.get(name, False) for name in _BF16_FEATURES)
+
+
+def choose_dtypes(
+    asked: Sequence[str],
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> tuple[list[str], dict[str, str]]:
+    """The types to measure on a device, and those that it does not offer with the reason.
+
+    Args:
+        asked: names; none and `auto` stand for what the processor multiplies itself.
+
+    Raises:
+        UnavailableError: one that was asked for is unknown.
+    """
+    if asked and asked != ("auto",):
+        unknown = [name for name in asked if name not in _TYPES]
+        if unknown:
+            raise UnavailableError(f"dtype {', '.join(unknown)!r} is unknown; choose from {', '.join(_TYPES)}")
+        return list(dict.fromkeys(asked)), {}
+    if device.type == "cuda" or has_native_bf16():
+        return [*_TYPES], {}
+    return ["fp32"], {"bf16": "not offered by this CPU (no AVX-512 BF16, AMX or ARM BF16); --dtype bf16 emulates it"}
+
+
+def choose_device(asked: str | None) -> torch.device:
+    """The device to measure: a GPU where there is one.
+
+    Raises:
+        UnavailableError: the one that was asked for is unknown or absent.
+    """
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked not in ("cpu", "cuda"):
+        raise UnavailableError(f"device {asked!r} is unknown; choose cpu or cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("device 'cuda' was asked for, but PyTorch sees no GPU; leave --device out")
+    return torch.device(asked)
+
+
+def data_sheet(device: torch.device) -> roofline.GPU | None:
+    """The peak rates of a GPU that is known; None otherwise."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu for gpu in (roofline.H100, roofline.A100) if gpu.name in name), None)
 
 
 def cpu_model() -> str:

@@ -9,7 +9,7 @@ import torch
 
 from xfm_fast.benchmarks import machine
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.cpu import attention, gradients, products
+from xfm_fast.kernels.cpu import attention, products
 from xfm_fast.kernels.cpu.selection import Selection, selections
 
 _WIDTH, _HEADS, _WINDOW = 128, 2, (4, 4)
@@ -21,8 +21,8 @@ _ATTENTION: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
 }
 _LINEAR: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     **products.EXAMPLES,
-    "trained linear": gradients._linear_example,
-    "input gradient": gradients._input_example,
+    "trained linear": products._trained_example,
+    "input gradient": products._input_example,
 }
 
 
@@ -60,7 +60,7 @@ def _example_flops(operation: str) -> int:
         q, k, *_ = _ATTENTION[operation](torch.float32)
         return 4 * q.numel() * k.shape[1]
     if operation == "weight gradient":
-        dout, x = gradients._weight_example(torch.float32)
+        dout, x = products._weight_example(torch.float32)
         return 2 * dout.numel() * x.shape[1]
     x, weight, *_ = _LINEAR.get(operation, products.EXAMPLES["linear"])(torch.float32)
     return 2 * x.shape[0] * weight.numel()

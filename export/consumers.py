@@ -1,4 +1,4 @@
-"""Who reads an exported ONNX file, and what that asks of it."""
+"""Consumers: the readers of an exported ONNX file, and the spelling that each of them asks for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Literal, get_args
 import torch
 
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export.attention import AttentionForm
+
+from .graphs import AttentionForm
+from .request import DType
 
 Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
 CONSUMERS: tuple[Consumer, ...] = get_args(Consumer)
 
-DType = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+LARGEST_FILE = 2**31 - 2**20
+"""Protobuf reads no message of two gigabytes; larger graphs keep their weights beside the file."""
 
 _ATTENTION_OPSET = 23
 _GELU_OPSET = 20
@@ -24,14 +28,14 @@ _NEWEST_OPSET = 24
 
 @dataclass(frozen=True)
 class Profile:
-    """How graphs are spelt for a consumer: the form of attention and the ONNX opset."""
+    """The spelling of graphs for a consumer: the form of attention and the ONNX opset."""
 
     form: AttentionForm
     opset: int
 
 
 def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
-    """What to export for a consumer.
+    """The spelling that a consumer profits from.
 
     Args:
         consumer: one of `CONSUMERS`.
@@ -44,8 +48,7 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
     """
     if consumer not in CONSUMERS:
         raise UnavailableError(f"consumer {consumer!r} is unknown; choose from {', '.join(CONSUMERS)}")
-    if dtype not in DTYPES:
-        raise UnavailableError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    data_type(dtype)
     if opset is not None and not _GELU_OPSET <= opset <= _NEWEST_OPSET:
         raise UnavailableError(
             f"opset {opset} is not supported; choose {_GELU_OPSET} (the first with Gelu) to {_NEWEST_OPSET}, "
@@ -59,16 +62,23 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
         raise UnavailableError(
             f"opset {opset} has no bf16 convolution; choose {_BF16_OPSET} to {_NEWEST_OPSET}, or --dtype fp16"
         )
-    preferred = _preferred(consumer, dtype)
+    preferred = Profile("function", _ATTENTION_OPSET)
+    if consumer == "openvino" or (consumer == "tensorrt-rtx" and dtype == "fp32"):
+        # OpenVINO fuses the primitives itself; TensorRT for RTX has no fp32 kernel behind Attention.
+        preferred = Profile("primitives", _GELU_OPSET)
+    elif consumer == "tensorrt-rtx":
+        preferred = Profile("opset23", _ATTENTION_OPSET)
     if opset is None:
         return preferred
     return Profile(preferred.form if opset >= _ATTENTION_OPSET else "primitives", opset)
 
 
-def _preferred(consumer: str, dtype: str) -> Profile:
-    if consumer == "openvino" or (consumer == "tensorrt-rtx" and dtype == "fp32"):
-        # OpenVINO fuses the primitives itself; TensorRT for RTX has no fp32 kernel behind Attention.
-        return Profile("primitives", _GELU_OPSET)
-    if consumer == "tensorrt-rtx":
-        return Profile("opset23", _ATTENTION_OPSET)
-    return Profile("function", _ATTENTION_OPSET)
+def data_type(name: str) -> DType:
+    """A type by its name.
+
+    Raises:
+        UnavailableError: it is unknown.
+    """
+    if name not in DTYPES:
+        raise UnavailableError(f"dtype {name!r} is unknown; choose from {', '.join(DTYPES)}")
+    return name

@@ -1,8 +1,8 @@
-"""What is exported: the model cut into graphs that a server composes, in shapes that compilers like.
+"""The graphs that are exported: the model cut into parts that a server composes, in shapes that compilers like.
 
 The four graphs `vision`, `text`, `image_memory` and `fusion` let a server reuse work: an image is encoded once, its
 memory is projected once, and every text that comes later pays for the fusion encoder alone. `match` is the whole way
-from pixels and ids to a score, for whoever wants one file.
+from pixels and ids to a score, in one file.
 
 The graphs compute what `XFM` computes, with its parameters, but padded instead of packed: engines plan for shapes, and
 a packed batch has none. Padding is masked with a finite value, so that a row without any real token stays finite.
@@ -10,23 +10,23 @@ a packed batch has none. Padding is masked with a finite value, so that a row wi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xfm_fast.errors import UnavailableError
-from xfm_fast.export.attention import AttentionForm, attention
+from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.reference import relative_position_index
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 
-GraphName = Literal["vision", "text", "image_memory", "fusion", "match"]
-GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
+from .request import GRAPHS, GraphName
 
 _MASKED = -10000.0
 
@@ -60,6 +60,45 @@ class TensorSpec:
         return {place: dim for place, dim in enumerate(self.dims) if isinstance(dim, Axis)}
 
 
+AttentionForm = Literal["function", "opset23", "primitives"]
+"""The spelling of attention in a graph.
+
+`function`: a node `xfm::Attention` with a body of its own in the model (opset 23 `Attention`), which a runtime inlines
+and a TensorRT plugin of the same name takes over. `opset23`: the standard node. `primitives`: two products and a
+softmax, for opsets below 23 and for runtimes that fuse these themselves.
+"""
+
+DOMAIN, OPERATOR = "xfm", "Attention"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: AttentionForm) -> Tensor:
+    """softmax(q kᵀ / √D + bias) v.
+
+    Args:
+        q: `[B, H, N, D]`; k, v: `[B, H, M, D]`.
+        bias: added to the scores, broadcast against `[B, H, N, M]`; None adds nothing.
+        form: what an export of this call contains. Outside of an export the result is the same for all forms.
+
+    Returns:
+        `[B, H, N, D]`.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return F.scaled_dot_product_attention(q, k, v, bias)
+    scale = q.shape[-1] ** -0.5
+    if form == "primitives":
+        scores = torch.matmul(q * scale, k.transpose(-1, -2))
+        return torch.matmul((scores if bias is None else scores + bias).softmax(-1), v)
+    if bias is not None:
+        # ONNX Runtime's CPU kernel does not broadcast the batch and query dimensions of a mask.
+        bias = bias.expand(*q.shape[:3], k.shape[2]) if bias.shape[-2] == 1 else bias
+    if form == "opset23":
+        return torch.onnx.ops.attention(q, k, v, bias, scale=scale)[0]
+    inputs = (q, k, v) if bias is None else (q, k, v, bias)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{OPERATOR}", inputs, {"scale": scale}, dtype=q.dtype, shape=q.shape, version=1
+    )
+
+
 class Graph(nn.Module):
     """A part of the model with named inputs and outputs.
 
@@ -70,6 +109,11 @@ class Graph(nn.Module):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     form: AttentionForm
+
+    def own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of those axes that this graph has."""
+        axes = {axis.name for spec in self.inputs for axis in spec.axes.values()}
+        return {axis: size for axis, size in sizes.items() if axis in axes}
 
 
 class VisionGraph(Graph):
@@ -357,3 +401,75 @@ def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
 
 def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
     return _norm(part.LayerNorm, part.dense(x) + residual)
+
+
+_EXAMPLE_SIZES = {"batch": 2, "texts": 3, "length": 7}
+_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": 512}
+
+
+def tracing_call(
+    graph: Graph, dtype: torch.dtype, fixed: Mapping[str, int]
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Inputs to trace a graph with, and for each its dimensions that stay dynamic.
+
+    Args:
+        dtype: of the inputs that are not ids.
+        fixed: axes that get a constant size.
+    """
+    dims: dict[str, Any] = {}
+
+    def dimension(axis: Axis) -> Any:
+        if axis.name in fixed:
+            return None
+        return dims.setdefault(axis.name, torch.export.Dim(axis.name, min=axis.least, max=_LARGEST_SIZES[axis.name]))
+
+    shapes = tuple(
+        {place: dim for place, axis in spec.axes.items() if (dim := dimension(axis)) is not None}
+        for spec in graph.inputs
+    )
+    return random_inputs(graph, _EXAMPLE_SIZES | dict(fixed), dtype), shapes
+
+
+def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, ...]:
+    """Inputs of a graph at the given sizes of its axes: noise, ids of every vocabulary, texts of falling length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(spec: TensorSpec) -> Tensor:
+        shape = spec.shape(dict(sizes))
+        if spec.name == "input_ids":
+            return torch.randint(4, 200, shape, generator=generator).masked_fill(~_real(shape), 1)
+        if spec.name == "attention_mask":
+            return _real(shape).long()
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return tuple(values(spec) for spec in graph.inputs)
+
+
+def _real(shape: tuple[int, ...]) -> Tensor:
+    """True for the real tokens of texts `[..., L]`: text n has n % L tokens less than the longest."""
+    length = shape[-1]
+    texts = torch.arange(torch.Size(shape[:-1]).numel()).view(*shape[:-1], 1)
+    return torch.arange(length).expand(shape) < (length - texts % length)
+
+
+def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
+    """Raise `InputError` for a fixed axis that none of the graphs has, or a size that is not positive."""
+    known = {axis.name for graph in graphs for spec in graph.inputs for axis in spec.axes.values()}
+    for name, size in fixed.items():
+        if name not in known:
+            raise InputError(f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(known)) or 'none'}")
+        if size < 1:
+            raise InputError(f"{name}={size} is no size; give a positive number")
+
+
+@contextlib.contextmanager
+def frozen(graph: Graph) -> Iterator[None]:
+    """Stop the parameters from needing gradients: what is derived from trainable ones does not export."""
+    trainable = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

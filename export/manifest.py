@@ -19,12 +19,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from xfm_fast import __version__
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, StorageError
-from xfm_fast.export.attention import AttentionForm
-from xfm_fast.export.consumers import Consumer, DType
-from xfm_fast.export.graphs import GraphName
+
+from .consumers import Consumer, DType
+from .graphs import AttentionForm, GraphName
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -83,7 +83,7 @@ class GraphRecord(_Record):
 
 
 class EngineTarget(_Record):
-    """Where engines run: they are bound to the library that built them and to the architectures it built for.
+    """The machines that run engines, which are bound to the library that built them and the architectures it built for.
 
     Attributes:
         library: `tensorrt` or `tensorrt-rtx`.
@@ -101,7 +101,7 @@ class EngineTarget(_Record):
 
 
 class PackageTarget(_Record):
-    """Where compiled packages run: they hold machine code, and call the libraries of one PyTorch.
+    """The machines that run compiled packages: they hold machine code, and call the libraries of one PyTorch.
 
     Attributes:
         torch: version that compiled them.
@@ -133,7 +133,7 @@ class Check(_Record):
 
 
 class RankCheck(_Record):
-    """Whether re-ranking puts the candidates in the same order; `agreement.rank_agreement` defines the figures."""
+    """The order that re-ranking puts candidates in, compared; `verification.rank_agreement` defines the figures."""
 
     graph: GraphName
     candidates: int
@@ -145,7 +145,7 @@ class RankCheck(_Record):
 
 
 class VerificationRecord(_Record):
-    """How the export was compared with the model, and what came of it."""
+    """The comparison of an export with its model, and what came of it."""
 
     runtime: str
     examples: str
@@ -315,7 +315,7 @@ def new_manifest(**fields: Any) -> Manifest:
 
 
 def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
-    """What differs between the records and the files, one phrase a file. Checksums are read only where sizes agree."""
+    """Differences between the records and the files, one phrase a file. Checksums are read only where sizes agree."""
     for record in files:
         path = folder / record.name
         try:
@@ -352,7 +352,7 @@ def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, read in pieces."""
+    """The checksum of a file's content, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -373,7 +373,7 @@ def commit() -> str | None:
     """The commit of the checkout that xfm-fast runs from, `+` behind it where files were changed; None elsewhere."""
     folder = Path(__file__).resolve().parent
     try:
-        # An installed package may lie inside somebody else's repository, which does not track it.
+        # An installed package may lie inside another project's repository, which does not track it.
         _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
         head = _git(folder, "rev-parse", "HEAD")
         return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

@@ -1,14 +1,15 @@
-"""An export against the model that it was made from, over the range of shapes, before anybody calls it done.
+"""An export against the model that it was made from, over the range of shapes, before it is called done.
 
 What runs the export is any object with `run`; what it is compared with is the reference that lies in the folder. The
-outcome goes into the manifest. Nothing is deleted where it is bad: the files are there to be looked at.
+outcome goes into the manifest. Nothing is deleted where it is bad: the files are there to be looked at. Errors, angles
+and the ranks of candidates are judged by a `Threshold` for each type.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -17,27 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export.agreement import EIGHT_BIT, THRESHOLDS, Findings, Threshold, rank_agreement
-from xfm_fast.export.consumers import DTYPES
-from xfm_fast.export.manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
-from xfm_fast.export.reference import (
-    LONGEST,
-    REFERENCE_FILE,
-    Examples,
-    Reference,
-    generated_examples,
-    make_reference,
-)
-from xfm_fast.export.shape_slots import Slot, graph_slots, largest
 from xfm_fast.models.xfm import XFM
+
+from .consumers import DTYPES, DType
+from .expected import LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
+from .graphs import GraphName
+from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
+from .slots import Slot, graph_slots, largest
 
 
 class Runner(Protocol):
-    """What runs the graphs of an export."""
+    """A program that runs the graphs of an export."""
 
     @property
     def description(self) -> str:
-        """Of library, version and device, for the manifest."""
+        """Library, version and device, for the manifest."""
         ...
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -48,7 +43,7 @@ class Runner(Protocol):
 def verify_export(
     folder: str | Path, model: XFM, examples: Examples | None = None, runner: Runner | None = None
 ) -> Manifest:
-    """End an export: write the model's own results into its folder, then `verify`.
+    """End an export: write the model's own results into its folder, and compare the export with them.
 
     Args:
         folder: of an export whose manifest lists all other files.
@@ -58,14 +53,30 @@ def verify_export(
     """
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=False)
+    try:
+        compare_with_model(manifest, folder, model, examples, runner)
+    finally:
+        manifest.save(folder)
+    return manifest
+
+
+def compare_with_model(
+    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None, runner: Runner | None = None
+) -> None:
+    """Enter into a manifest how its export compares with the model, whose own results are written into the folder."""
     longest = manifest.fixed.get("length", LONGEST)
     examples = generated_examples(model.config, longest=longest) if examples is None else examples
-    make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens).save(folder)
+    reference = make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens)
+    manifest.examples = examples.origin
+    keep_reference(manifest, folder, reference)
+    compare_with_reference(manifest, folder, reference, runner)
+
+
+def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> None:
+    """Write the reference into the folder of an export, and into the list of its files."""
+    reference.save(folder)
     others = [record for record in manifest.files if record.name != REFERENCE_FILE]
     manifest.files = [*others, *record_files(folder, [REFERENCE_FILE])]
-    manifest.examples = examples.origin
-    manifest.save(folder)
-    return verify(folder, runner, check_files=False)
 
 
 def verify(folder: str | Path, runner: Runner | None = None, *, check_files: bool = True) -> Manifest:
@@ -86,17 +97,22 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
     """
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=check_files)
-    reference = Reference.load(folder)
+    compare_with_reference(manifest, folder, Reference.load(folder), runner)
+    manifest.save(folder)
+    return manifest
+
+
+def compare_with_reference(
+    manifest: Manifest, folder: Path, reference: Reference, runner: Runner | None = None
+) -> None:
+    """Enter into a manifest how the files of its export compare with a reference."""
     started = time.perf_counter()
-    manifest.verification = None
     try:
         runner = default_runner(folder, manifest) if runner is None else runner
-        comparison = compare(manifest, reference, runner)
+        checks, ranks = compare(manifest, reference, runner)
     except UnavailableError as error:
-        manifest.status, manifest.reason = "unverified", str(error)
-        manifest.save(folder)
-        return manifest
-    checks, ranks = comparison
+        manifest.status, manifest.reason, manifest.verification = "unverified", str(error), None
+        return
     manifest.verification = VerificationRecord(
         runtime=runner.description,
         examples=manifest.examples,
@@ -108,12 +124,10 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
     bad += [f"ranks by {check.graph}" for check in ranks if not check.passed]
     manifest.status = "failed" if bad else "verified"
     manifest.reason = f"differs from the model: {', '.join(bad)}" if bad else ""
-    manifest.save(folder)
-    return manifest
 
 
 def default_runner(folder: Path, manifest: Manifest) -> Runner:
-    """A session over the runtime of the export: ONNX Runtime on the CPU for ONNX files, whoever they were written for.
+    """A session over the runtime of the export; of ONNX files ONNX Runtime on the CPU, whatever their consumer.
 
     It computes bf16 graphs in fp32, the only way there is without a GPU.
 
@@ -121,21 +135,21 @@ def default_runner(folder: Path, manifest: Manifest) -> Runner:
         UnavailableError: it is not installed, or finds no GPU here.
         ExportError: engines or packages are for another version or machine, or a graph cannot be loaded.
     """
-    from xfm_fast.export.runtimes.widened_onnx import WidenedOnnx
-    from xfm_fast.export.session import Session
+    from .runtimes.onnx_sessions import WidenedOnnx
+    from .session import Session
 
     if manifest.kind != "onnx":
-        session = Session(folder, manifest.kind, verify_files=False)
+        session = Session(folder, manifest.kind, manifest=manifest)
     elif manifest.dtype == "bf16":
-        session = Session(folder, WidenedOnnx(manifest), verify_files=False)
+        session = Session(folder, WidenedOnnx(manifest), manifest=manifest)
     else:
-        session = Session(folder, "onnxruntime", "cpu", verify_files=False)
+        session = Session(folder, "onnxruntime", "cpu", manifest=manifest)
     session.warm_up()
     return session
 
 
 def threshold_of(manifest: Manifest) -> Threshold:
-    """What an export must reach."""
+    """The bar that an export must reach."""
     return EIGHT_BIT if manifest.options.get("arithmetic") else THRESHOLDS[manifest.dtype]
 
 
@@ -220,7 +234,7 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
 
 
 def _has_memories(manifest: Manifest) -> bool:
-    """Whether the memory of every image can be had: the reference holds that of one alone."""
+    """True where the memory of every image can be had: the reference holds that of one alone."""
     return "image_memory" in manifest.graph_names
 
 
@@ -229,7 +243,7 @@ def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ..
 
 
 def _bounded(slots: Sequence[Slot], batch: int, count: int) -> tuple[int, int]:
-    """As many memories as a profile takes, and as many texts on each as it takes with them."""
+    """The memories that a profile takes, and the texts on each that it takes with them."""
     batch = min(batch, largest(slots, "batch") or batch)
     together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
     return batch, min(count, largest(together, "texts") or count)
@@ -248,13 +262,17 @@ def _run(
     known = reference.tensors
     inputs: dict[str, Tensor] = {}
     names = [tensor.name for tensor in record.inputs]
-    rows = case.texts if "texts" in _axes(record) else case.texts[:, 0]
+    rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
     if "pixels" in names:
         inputs["pixels"] = known["pixels"][case.images].to(dtype)
     if "image_embeds" in names:
         inputs["image_embeds"] = known["image_embeds"][case.images].to(dtype)
     if "memory" in names:
-        inputs["memory"] = _memory(case, manifest, reference, runner)
+        if _has_memories(manifest):
+            embeds = known["image_embeds"][case.images].to(dtype)
+            inputs["memory"] = runner.run("image_memory", {"image_embeds": embeds})["memory"]
+        else:
+            inputs["memory"] = known["memory"].to(dtype).expand(len(case.images), -1, -1, -1, -1, -1).contiguous()
     if "input_ids" in names:
         inputs["input_ids"] = _cut(known["input_ids"], rows, case.length, manifest.config["pad_token_id"])
     if "text_embeds" in names:
@@ -275,7 +293,7 @@ def _run(
         elif name == "text_feature":
             found.add(name, shape, value, known[name][rows])
         elif name == "text_embeds":
-            # Padded positions hold what padding computes; nobody reads them.
+            # Padded positions hold what padding computes, which is not read.
             real = inputs["attention_mask"].bool()
             found.add(name, shape, value[real], _cut(known[name], rows, case.length, 0)[real])
         elif name == "fused" and manifest.all_tokens:
@@ -290,18 +308,6 @@ def _run(
             found.add_scores(images, case.texts, value[..., 1] if name == "match_logits" else value, reference)
 
 
-def _axes(record: GraphRecord) -> set[str]:
-    return {"texts"} if record.name in ("fusion", "match") else set()
-
-
-def _memory(case: Case, manifest: Manifest, reference: Reference, runner: Runner) -> Tensor:
-    dtype = DTYPES[manifest.dtype]
-    if not _has_memories(manifest):
-        return reference.tensors["memory"].to(dtype).expand(len(case.images), -1, -1, -1, -1, -1).contiguous()
-    embeds = reference.tensors["image_embeds"][case.images].to(dtype)
-    return runner.run("image_memory", {"image_embeds": embeds})["memory"]
-
-
 def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
     """Texts by number, `[T, L, ...]` → `[*rows.shape, length, ...]`, cut or padded to the length."""
     chosen = values[rows][..., :length, :] if values.dim() > 2 else values[rows][..., :length]
@@ -310,3 +316,162 @@ def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
         return chosen.contiguous()
     after = (0, 0) if values.dim() > 2 else ()
     return F.pad(chosen, (*after, 0, lacking), value=padding)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The bar for exports in some type.
+
+    An error is allowed up to `absolute`, or, where rounding decides (`rounding` times), up to so many times the error
+    that the model itself has in that type, plus two units in the last place of the largest entry: the rule by which
+    the kernels are judged.
+
+    Attributes:
+        absolute: of embeddings, features, logits, boxes and scores.
+        rounding: multiple of the model's own error.
+        cosine: least, of any row of an embedding or feature.
+        tie: scores closer than this to each other may swap their ranks; where rounding decides, twice the model's own
+            error, which is as far as it can move two scores against each other.
+        ranks: least share of candidates that keep their rank but for ties.
+        relative: allowed beside `absolute`, as a share of the largest entry.
+    """
+
+    absolute: float
+    rounding: float
+    cosine: float
+    tie: float
+    ranks: float
+    relative: float = 0.0
+
+    def allowed(self, name: str, extent: float, reference: Reference, dtype: DType) -> float:
+        """The largest error that an output may have whose largest entry is `extent`."""
+        if not self.rounding:
+            return self.absolute + self.relative * extent
+        unit = torch.finfo(DTYPES[dtype]).eps * extent
+        return self.rounding * reference.rounding[name] + 2 * unit
+
+    def ties(self, reference: Reference) -> float:
+        """The largest difference of two scores that may swap."""
+        return max(self.tie, 2 * reference.rounding["scores"] if self.rounding else 0.0)
+
+
+THRESHOLDS: dict[DType, Threshold] = {
+    "fp32": Threshold(absolute=1e-4, rounding=0, cosine=0.99999, tie=1e-5, ranks=0.99),
+    "fp16": Threshold(absolute=0, rounding=2, cosine=0.9999, tie=0, ranks=0.99),
+    "bf16": Threshold(absolute=0, rounding=2, cosine=0.998, tie=0, ranks=0.99),
+}
+
+EIGHT_BIT = Threshold(absolute=0, rounding=0, cosine=0.9, tie=1e-5, ranks=0.0, relative=0.5)
+"""The bar for exports whose products are int8 or fp8, in whatever type the rest is. It tells an export that lost the
+model from one that costs accuracy; how much of it, the errors and ranks in the manifest say."""
+
+# Everything else has too few entries for an angle to say anything.
+_DIRECTIONS = ("image_embeds", "image_feature", "text_embeds", "text_feature", "fused", "fused_tokens", "memory")
+
+
+@dataclass
+class Findings:
+    """The errors of a graph's outputs, gathered case by case."""
+
+    graph: GraphName
+    outputs: dict[str, _Errors] = field(default_factory=dict)
+    scores: Tensor | None = None
+
+    def add(self, name: str, shape: list[int], value: Tensor, truth: Tensor) -> None:
+        errors = self.outputs.setdefault(name, _Errors())
+        if value.shape != truth.shape:
+            raise ValueError(f"{self.graph} returned {name} of shape {[*value.shape]}, expected {[*truth.shape]}")
+        if shape not in errors.shapes:
+            errors.shapes.append(shape)
+        if not truth.numel():
+            return
+        error = (value.double() - truth.double()).abs()
+        # max() of a tensor keeps NaN, that of Python may lose it.
+        errors.largest = float(torch.tensor([errors.largest, float(error.max())]).max())
+        errors.total += float(error.sum())
+        errors.count += error.numel()
+        errors.extent = max(errors.extent, float(truth.abs().max()))
+        if name in _DIRECTIONS:
+            cosine = F.cosine_similarity(value.double(), truth.double(), dim=-1)
+            errors.cosine = float(torch.tensor([errors.cosine, float(cosine.min())]).min())
+
+    def add_scores(self, images: Tensor, texts: Tensor, scores: Tensor, reference: Reference) -> None:
+        if self.scores is None:
+            self.scores = torch.full((reference.images, reference.texts), torch.nan)
+        self.scores[images, texts] = scores
+
+    def check(self, output: str, threshold: Threshold, reference: Reference, dtype: DType) -> Check:
+        errors = self.outputs[output]
+        allowed = threshold.allowed(output, errors.extent, reference, dtype)
+        directed = output in _DIRECTIONS
+        # Comparisons with NaN are false: NaN fails.
+        passed = errors.largest <= allowed and (not directed or errors.cosine >= threshold.cosine)
+        return Check(
+            graph=self.graph,
+            output=output,
+            shapes=errors.shapes,
+            max_error=_finite(errors.largest),
+            mean_error=_finite(errors.total / max(errors.count, 1)),
+            allowed=allowed,
+            cosine=_finite(errors.cosine) if directed else None,
+            least_cosine=threshold.cosine if directed else None,
+            passed=passed,
+        )
+
+
+@dataclass
+class _Errors:
+    shapes: list[list[int]] = field(default_factory=list)
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    extent: float = 0.0
+    cosine: float = 1.0
+
+
+@dataclass(frozen=True)
+class RankAgreement:
+    """Two orders of the same candidates, compared.
+
+    Attributes:
+        candidates: pairs of an image and a text that were ranked.
+        agreeing: share of the candidates that stand right: none that the model scores higher by more than a tie is
+            below them, and none that it scores lower by more than a tie is above.
+        identical: share of the candidates whose place is the same number, ties or not.
+    """
+
+    candidates: int
+    agreeing: float
+    identical: float
+
+
+def rank_agreement(found: Tensor, truth: Tensor, tie: float) -> RankAgreement | None:
+    """Compare the order of the texts of every image.
+
+    Args:
+        found: `[I, T]` scores of the export, NaN where a pair was not scored.
+        truth: `[I, T]` scores of the model.
+        tie: differences of the model's scores that may swap.
+
+    Returns:
+        None where no image has two candidates.
+    """
+    candidates = agreeing = identical = 0
+    for mine, theirs in zip(found.double(), truth.double(), strict=True):
+        scored = ~mine.isnan()
+        mine, theirs = mine[scored], theirs[scored]
+        if len(mine) < 2:
+            continue
+        above = theirs[:, None] - theirs[None, :] > tie
+        swapped = above & ~(mine[:, None] > mine[None, :])
+        agreeing += int((~(swapped.any(0) | swapped.any(1))).sum())
+        identical += int((mine.argsort(descending=True) == theirs.argsort(descending=True)).sum())
+        candidates += len(mine)
+    if not candidates:
+        return None
+    return RankAgreement(candidates, agreeing / candidates, identical / candidates)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN; null stands for it."""
+    return value if value == value and abs(value) != float("inf") else None

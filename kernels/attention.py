@@ -8,17 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
 from . import checks, reference
 from .backend import Backend, named, resolve
-from .cpu import position, varlen
-from .cpu.attention import biased_attention
-from .cpu.dropout import Dropout
-from .cpu.tiles import tiled_attention_backward
+from .checks import Packed
+from .cpu import attention, varlen
+from .cpu.attention import biased_attention, tiled_attention_backward
+from .cpu.workspace import Dropout
 from .derived import derived
-from .library import operator
+from .library import like, operator
+from .limits import HEAD_DIMS
 
-# As `triton.attention_common.HEAD_DIMS`, which cannot be imported where Triton is absent.
-_TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
+_PACKED = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float scale, float dropout_p, Tensor? seed, "
+    "Tensor? key_mask"
+)
 
 
 def relpos_attention(
@@ -49,17 +54,17 @@ def relpos_attention(
     Raises:
         ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
     """
-    checks.relpos_arguments(q, k, v, table, window, scale, key_mask)
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    checks.relpos_arguments(q, k, v, table, window, key_mask)
+    scale = checks.scale_of(q, scale)
     chosen = resolve(backend, q, k, v, table, key_mask, has_flash=True)
     if chosen == "flash_attn":
-        raise ValueError("backend 'flash_attn' has no position bias; use 'auto', 'triton' or 'cpu'")
+        raise InputError("backend 'flash_attn' has no position bias; use 'auto', 'triton' or 'cpu'")
     if chosen == "reference" and named(backend):
         return reference.relpos_attention(q, k, v, table, window, scale, key_mask)
     if chosen == "triton" and named(backend):
         if key_mask is not None:
-            raise ValueError("backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'")
-    elif key_mask is not None or chosen == "reference" or (chosen == "triton" and q.shape[-1] not in _TRITON_HEAD_DIMS):
+            raise InputError("backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'")
+    elif key_mask is not None or chosen == "reference" or (chosen == "triton" and q.shape[-1] not in HEAD_DIMS):
         return _composed(q, k, v, table, window, scale, key_mask)
     return _relpos(q, k, v, table, window[0], window[1], scale, chosen)[0]
 
@@ -90,7 +95,7 @@ def varlen_attention(
         max_q, max_k: upper bounds of the lengths.
         dropout_p: probability of dropping an attention weight.
         scale: of the products; 1/sqrt(D) by default.
-        key_mask: `[Tk]` boolean, False for keys that nobody attends to.
+        key_mask: `[Tk]` boolean, False for keys that are hidden from all queries.
         seed: one int64 on the device of q that the dropout follows from; drawn from PyTorch's generator by default.
 
     Returns:
@@ -100,23 +105,22 @@ def varlen_attention(
         ValueError: shapes, types or devices that do not fit together, a backend that cannot run here, or offsets that
             do not describe the tensors (looked at on CPU and within `check_contents()`).
     """
-    checks.varlen_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, seed, key_mask)
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    scale = checks.scale_of(q, scale)
+    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed, key_mask)
+    checks.varlen_arguments(q, k, v, packed)
     chosen = resolve(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, has_flash=True)
-    if chosen == "triton" and not named(backend) and q.shape[-1] not in _TRITON_HEAD_DIMS:
+    if chosen == "triton" and not named(backend) and q.shape[-1] not in HEAD_DIMS:
         chosen = "reference"
     if chosen == "reference":
-        checks.offsets_of(cu_seqlens_q, q, max_q, "q")
-        checks.offsets_of(cu_seqlens_k, k, max_k, "k")
+        packed.bounds(q, k)
         return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask, seed)
     if chosen == "flash_attn":
         if dropout_p and seed is not None:
-            raise ValueError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
-        return _flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, key_mask)
+            raise InputError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
+        return _flash_attention(q, k, v, packed)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=q.device)
-    arguments = (cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed if dropout_p else None, key_mask)
-    return _varlen(q, k, v, *arguments, chosen)[0]
+    return _varlen(q, k, v, *packed[:6], seed if dropout_p else None, key_mask, chosen)[0]
 
 
 def _composed(
@@ -130,31 +134,19 @@ def _composed(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale).transpose(1, 2)
 
 
-def _flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    key_mask: Tensor | None,
-) -> Tensor:
-    if key_mask is not None:
-        raise ValueError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    if packed.key_mask is not None:
+        raise InputError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     if checks.looked_at(q):
-        checks.offsets_of(cu_seqlens_q, q, max_q, "q")
-        checks.offsets_of(cu_seqlens_k, k, max_k, "k")
-    offsets = (cu_seqlens_q.int(), cu_seqlens_k.int())
-    return flash_attn_varlen_func(q, k, v, *offsets, max_q, max_k, dropout_p=dropout_p, softmax_scale=scale)
+        packed.bounds(q, k)
+    offsets = (packed.cu_seqlens_q.int(), packed.cu_seqlens_k.int(), packed.max_q, packed.max_k)
+    return flash_attn_varlen_func(q, k, v, *offsets, dropout_p=packed.dropout_p, softmax_scale=packed.scale)
 
 
 def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    return derived(f"position bias {window}", (table,), lambda: position.position_bias(table, window))
+    return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table, window))
 
 
 def _padded_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
@@ -206,13 +198,7 @@ def _relpos_backward(
     bias = _bias(table, window).to(q.dtype)
     dq, dk, dv, dbias = tiled_attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
     assert dbias is not None
-    return dq, dk, dv, position.table_gradient(dbias, window, table.shape[0]).to(table.dtype)
-
-
-def _relpos_backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), table.new_empty(table.shape)
+    return dq, dk, dv, attention.table_gradient(dbias, window, table.shape[0]).to(table.dtype)
 
 
 def _relpos_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -229,89 +215,41 @@ def _relpos_gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[T
     return (*_relpos_grad(dout, *ctx.saved_tensors, *ctx.rest), *rest)
 
 
-def _varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    key_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    packed, backend = Packed(*given[:-1]), given[-1]
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_forward
 
         if checks.looked_at(q):
-            checks.offsets_of(cu_seqlens_q, q, max_q, "q")
-            checks.offsets_of(cu_seqlens_k, k, max_k, "k")
-        offsets = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-        return varlen_attention_forward(q, k, v, *offsets, scale, dropout_p, seed, key_mask)
-    bounds_q = checks.offsets_of(cu_seqlens_q, q, max_q, "q")
-    bounds_k = checks.offsets_of(cu_seqlens_k, k, max_k, "k")
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    out = varlen.varlen_attention(q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
+            packed.bounds(q, k)
+        return varlen_attention_forward(q, k, v, packed)
+    dropout = None if packed.seed is None else Dropout(packed.dropout_p, packed.seed)
+    out = varlen.varlen_attention(q, k, v, *packed.bounds(q, k), packed.scale, dropout, packed.key_mask)
     return out, q.new_empty(0, dtype=torch.float32)
 
 
-def _varlen_forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    key_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    lse = (q.shape[1], q.shape[0]) if backend == "triton" else (0,)
+def _varlen_forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    lse = (q.shape[1], q.shape[0]) if given[-1] == "triton" else (0,)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
 
 def _varlen_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seed: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    backend: str,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    packed, backend = Packed(*given[:-1]), given[-1]
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_backward
 
-        offsets = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-        return varlen_attention_backward(dout, q, k, v, *offsets, scale, dropout_p, seed, key_mask, out, lse)
-    bounds_q = checks.offsets_of(cu_seqlens_q, q, max_q, "q")
-    bounds_k = checks.offsets_of(cu_seqlens_k, k, max_k, "k")
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    return varlen.varlen_attention_backward(dout, q, k, v, bounds_q, bounds_k, scale, dropout, key_mask)
-
-
-def _varlen_backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        return varlen_attention_backward(dout, q, k, v, out, lse, packed)
+    # The same seed draws the masks of the forward pass again.
+    dropout = None if packed.seed is None else Dropout(packed.dropout_p, packed.seed)
+    bounds = packed.bounds(q, k)
+    return varlen.varlen_attention_backward(dout, q, k, v, *bounds, packed.scale, dropout, packed.key_mask)
 
 
 def _varlen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed, key_mask, backend = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, *output)
-    ctx.rest = (max_q, max_k, scale, dropout_p, backend)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, key_mask, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seed, key_mask)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -320,14 +258,16 @@ def _varlen_gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[T
     rest = (None,) * 9
     if dout is None:
         return (None, None, None, *rest)
-    return (*_varlen_grad(dout, *ctx.saved_tensors, *ctx.rest), *rest)
+    *tensors, cu_seqlens_q, cu_seqlens_k, seed, key_mask = ctx.saved_tensors
+    packed = (cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, key_mask)
+    return (*_varlen_grad(dout, *tensors, *packed, ctx.backend), *rest)
 
 
 _relpos_grad = operator(
     "relpos_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor table, Tensor out, Tensor lse, "
     "int height, int width, float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _relpos_backward,
-    _relpos_backward_fake,
+    like(1, 2, 3, 4),
 )
 _relpos = operator(
     "relpos_attention(Tensor q, Tensor k, Tensor v, Tensor table, int height, int width, float scale, str backend) "
@@ -339,15 +279,13 @@ _relpos = operator(
     autocast=True,
 )
 _varlen_grad = operator(
-    "varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "Tensor? seed, Tensor? key_mask, Tensor out, Tensor lse, SymInt max_q, SymInt max_k, float scale, float dropout_p, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    "varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PACKED}, str backend) -> (Tensor, Tensor, Tensor)",
     _varlen_backward,
-    _varlen_backward_fake,
+    like(1, 2, 3),
 )
 _varlen = operator(
-    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, "
-    "SymInt max_k, float scale, float dropout_p, Tensor? seed, Tensor? key_mask, str backend) -> (Tensor, Tensor)",
+    f"varlen_attention(Tensor q, Tensor k, Tensor v, {_PACKED}, str backend) -> (Tensor, Tensor)",
     _varlen_forward,
     _varlen_forward_fake,
     setup_context=_varlen_setup,

@@ -13,9 +13,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
+from .limits import OLDEST_GPU
+
 Backend = Literal["auto", "reference", "cpu", "triton", "flash_attn"]
 _BACKENDS: tuple[Backend, ...] = get_args(Backend)
-_OLDEST_GPU = (8, 0)
 
 
 class _Chosen(threading.local):
@@ -50,13 +53,13 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     name = _chosen.name if backend is None else _known(backend)
     if name == "flash_attn" and not has_flash:
         if backend is not None:
-            raise ValueError("backend 'flash_attn' has attention of packed sequences only; use 'auto' or another one")
+            raise InputError("backend 'flash_attn' has attention of packed sequences only; use 'auto' or another one")
         name = "auto"
     present = [t.device for t in tensors if t is not None]
     device = present[0]
     for other in present:
         if other != device:
-            raise ValueError(f"tensors live on {device} and {other}; move them to one device")
+            raise InputError(f"tensors live on {device} and {other}; move them to one device")
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     if name == "auto":
         if device.type == "cpu":
@@ -66,24 +69,24 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     if wide and name == "triton" and why_not is None:
         why_not = "a tensor is float64 and the kernels compute in fp32 at most"
     if why_not is not None:
-        raise ValueError(f"backend {name!r} was asked for by name, but {why_not}; use 'auto' or another one")
+        raise InputError(f"backend {name!r} was asked for by name, but {why_not}; use 'auto' or another one")
     return name
 
 
 def named(backend: Backend | None) -> bool:
-    """Whether the caller asked for one backend, so that nothing else may run in its place."""
+    """True if the caller asked for one backend, so that nothing else may run in its place."""
     return (_chosen.name if backend is None else backend) != "auto"
 
 
 def _known(name: Backend) -> Backend:
     if name not in _BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(_BACKENDS)}")
+        raise InputError(f"backend {name!r} is unknown; choose one of {', '.join(_BACKENDS)}")
     return name
 
 
 @torch.compiler.assume_constant_result
 def _why_not(name: Backend, device: str, index: int | None) -> str | None:
-    """What keeps a backend from running on a device; None when nothing does."""
+    """The reason why a backend cannot run on a device, or None."""
     if name == "reference":
         return None
     if name == "cpu":
@@ -97,7 +100,7 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
     if device != "cuda":
         return f"it needs a CUDA GPU and the tensors live on {device}"
     capability = torch.cuda.get_device_capability(index)
-    if capability < _OLDEST_GPU:
+    if capability < OLDEST_GPU:
         return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
     return None
 

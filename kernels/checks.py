@@ -1,4 +1,4 @@
-"""What the operations refuse: arguments that do not fit together, before a kernel turns them into garbage.
+"""Refusals of the operations: arguments that do not fit together, before a kernel turns them into garbage.
 
 Shapes, types and devices are looked at always. Contents (offsets, labels, ids) are looked at where that waits for
 nothing: on CPU. On a GPU it would stop the host at every call, so it is asked for, to find a fault:
@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,23 +41,40 @@ def check_contents() -> Iterator[None]:
 
 
 def looked_at(tensor: Tensor) -> bool:
-    """Whether the contents of a tensor are to be checked."""
+    """True if the contents of a tensor are to be checked."""
     return _switch.on or tensor.device.type == "cpu"
 
 
-def relpos_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    window: tuple[int, int],
-    scale: float | None,
-    key_mask: Tensor | None,
-) -> None:
-    """What `relpos_attention` is given."""
+class Packed(NamedTuple):
+    """The arguments of `varlen_attention` besides q, k and v, in the order of its operator."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    scale: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The offsets as numbers, which describe q and k or are refused."""
+        found = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
+        return found, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Operands of attention within one sequence."""
     if not q.ndim == k.ndim == v.ndim == 4 or not q.shape == k.shape == v.shape:
         raise InputError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    _attention(q, k, v, scale)
+    _one_attention_type(q, k, v)
+
+
+def relpos_arguments(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], key_mask: Tensor | None
+) -> None:
+    """Arguments of `relpos_attention`."""
+    self_attention(q, k, v)
     if not isinstance(window, tuple | list) or len(window) != 2 or min(window) < 1:
         raise InputError(f"window is {window}; it must be two positive numbers of patches, (height, width)")
     height, width = window
@@ -74,21 +92,12 @@ def relpos_arguments(
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
 
 
-def varlen_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    key_mask: Tensor | None,
-) -> None:
-    """What `varlen_attention` is given, but for the contents of its offsets."""
+def varlen_arguments(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> None:
+    """Arguments of `varlen_attention`, but for the contents of its offsets."""
+    cu_seqlens_q, cu_seqlens_k, key_mask = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.key_mask
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise InputError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    _attention(q, k, v, scale)
+    _one_attention_type(q, k, v)
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
             raise InputError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
@@ -98,7 +107,7 @@ def varlen_arguments(
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool [{k.shape[0]}]")
-    dropout(dropout_p, seed)
+    dropout(packed.dropout_p, packed.seed)
 
 
 def dropout(dropout_p: float, seed: Tensor | None) -> None:
@@ -108,6 +117,23 @@ def dropout(dropout_p: float, seed: Tensor | None) -> None:
     if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
         shown = f"{seed.dtype} {[*seed.shape]}" if isinstance(seed, Tensor) else repr(seed)
         raise InputError(f"seed is {shown}; it must be one int64 on the device of the other tensors")
+
+
+def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
+    """The seed, without which a backward pass could not drop what the forward pass dropped."""
+    if seed is None:
+        raise InputError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+    return seed
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor of the products q kᵀ: 1/sqrt(D) by default."""
+    if not q.ndim or not q.shape[-1]:
+        raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
+    # A comparison, which compilers can trace, and not isfinite, which they cannot.
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise InputError(f"scale={scale}; it must be finite")
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
 
 
 def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:
@@ -126,7 +152,7 @@ def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tupl
 
 
 def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """What a linear layer is given."""
+    """Arguments of a linear layer."""
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
         raise InputError(f"x is {[*x.shape]} and weight {[*weight.shape]}; they must be [..., K] and [M, K]")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -151,7 +177,7 @@ def mlp_arguments(
 def branch_arguments(
     out: tuple[int, ...], residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float
 ) -> None:
-    """What a branch of shape `[..., M]` is scaled with and added to."""
+    """The factors of a branch of shape `[..., M]`, and the residual that it is added to."""
     if residual.shape != out:
         raise InputError(f"the branch is {[*out]} and residual {[*residual.shape]}; they must agree")
     if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
@@ -165,7 +191,7 @@ def branch_arguments(
 
 
 def norm_arguments(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """What a LayerNorm is given."""
+    """Arguments of a LayerNorm."""
     if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
         raise InputError(
             f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
@@ -208,7 +234,7 @@ def ids_inside(ids: Tensor, rows: int, name: str) -> None:
 
 
 def vocabulary_arguments(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> None:
-    """What a loss over a vocabulary is given, but for the labels' values."""
+    """Arguments of a loss over a vocabulary, but for the labels' values."""
     if w.ndim != 2 or h.shape[-1:] != w.shape[1:] or h.shape[:-1] != target.shape or 0 in w.shape:
         raise InputError(
             f"h is {[*h.shape]}, w {[*w.shape]} and target {[*target.shape]}; they must be [..., K], [V, K] and [...]"
@@ -236,14 +262,9 @@ def targets_inside(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+def _one_attention_type(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise InputError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point type")
-    if not q.shape[-1]:
-        raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
-    # A comparison, which compilers can trace, and not isfinite, which they cannot.
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise InputError(f"scale={scale}; it must be finite")
 
 
 def _one_type(**tensors: Tensor | None) -> None:

@@ -40,7 +40,7 @@ def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) ->
     values = _values(sources[0])
     entry = kept.get(name)
     if entry is None or entry[0] != stamp or not torch.equal(entry[1], values):
-        # Whoever asks first may be in inference mode; what is kept must serve training too.
+        # The first caller may be in inference mode; what is kept must serve training too.
         with torch.inference_mode(False), torch.no_grad():
             entry = kept[name] = (stamp, values.clone(), compute())
     return entry[2]
@@ -62,7 +62,7 @@ def _forget(entries: _Entries, key: int, dead: weakref.ref[Tensor]) -> None:
 
 
 def _values(source: Tensor) -> Tensor:
-    """What is compared of a tensor: a view, empty on accelerators, where comparing would wait for the device."""
+    """The values of a tensor that are compared: a view, empty on accelerators, where that would wait for the device."""
     flat = source.detach().view(-1) if source.is_contiguous() else source.detach().reshape(-1)
     if source.device.type != "cpu":
         return flat[:0]

@@ -1,8 +1,8 @@
 """Values of tensors that Python decides by: offsets, seeds, checks.
 
-On CPU they are read through NumPy, which looks at the tensor's own memory. So whoever forbids the methods of a tensor
-that wait for a device (`item`, `tolist`, `nonzero`, truth values) finds the ones that would stop an accelerator, and no
-others.
+On CPU they are read through NumPy, which looks at the tensor's own memory. So a test that forbids the methods of a
+tensor that wait for a device (`item`, `tolist`, `nonzero`, truth values) finds the ones that would stop an accelerator,
+and no others.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def number(tensor: Tensor) -> float:
 
 
 def any_true(mask: Tensor) -> bool:
-    """Whether any element of a boolean tensor is True."""
+    """True if any element of a boolean tensor is true."""
     return bool(mask.detach().cpu().numpy().any())
 
 
 def all_true(mask: Tensor) -> bool:
-    """Whether every element of a boolean tensor is True."""
+    """True if every element of a boolean tensor is true."""
     return bool(mask.detach().cpu().numpy().all())
 
 

@@ -50,6 +50,11 @@ def operator(
     return registered
 
 
+def like(*places: int) -> Callable[..., tuple[Tensor, ...]]:
+    """A fake whose results have the shapes and types of the arguments at these places."""
+    return lambda *given: tuple(given[i].new_empty(given[i].shape) for i in places)
+
+
 def _casting(registered: Callable[..., Any], device: str, key: str) -> Callable[..., Any]:
     # torch.library.register_autocast fixes one type at registration; autocast's own type can be fp16 or bf16.
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +85,13 @@ def token_log_likelihood(
     return _log_likelihood(h, w, b, target, ignore_index, chosen)[0]
 
 
+def race(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One column per row of weights `[B, C]`, drawn in proportion to them by an exponential race: `[B]`."""
+    arrivals = torch.empty_like(weights).exponential_(generator=generator)
+    # An arrival of exactly zero would win, or be NaN, whatever its weight.
+    return (weights / arrivals.clamp_min(torch.finfo(weights.dtype).tiny)).argmax(1)
+
+
 def _module(backend: str) -> Any:
     if backend == "cpu":
         return cpu
@@ -97,45 +106,27 @@ def _present(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _forward(
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *needs, backend = rest
+    arguments = (h, w, b, target, ignore_index, label_smoothing)
     if backend == "cpu":
-        needs = (need_h, need_w, need_b)
-        loss, gradients = cpu.linear_cross_entropy_forward(h, w, b, target, ignore_index, label_smoothing, needs)
+        loss, gradients = cpu.linear_cross_entropy_forward(*arguments, needs)
         return loss, *(_present(g, h) for g in gradients)  # pyright: ignore[reportReturnType]
     if checks.looked_at(target):
         checks.targets_inside(target, w.shape[0], ignore_index)
-    loss, statistics = _module(backend).linear_cross_entropy_forward(h, w, b, target, ignore_index, label_smoothing)
+    loss, statistics = _module(backend).linear_cross_entropy_forward(*arguments)
     return loss, statistics.maximum, statistics.log_sum, h.new_empty(0)
 
 
 def _forward_fake(
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
+    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, *needs, backend = rest
     wide = torch.promote_types(h.dtype, torch.float32)
     loss = h.new_empty((), dtype=wide)
     if backend == "cpu":
-        kept = [t if t is not None and need else None for t, need in ((h, need_h), (w, need_w), (b, need_b))]
-        saved = [h.new_empty(0) if t is None else t.new_empty(t.shape) for t in kept]
-        return loss, saved[0], saved[1], saved[2]
+        return loss, *_gradients_like(h, w, b, needs)
     rows = math.prod(h.shape[:-1])
     return loss, h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(0)
 
@@ -167,48 +158,22 @@ def _gradient(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 
 
 def _backward(
-    dloss: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
+    name: str, dout: Tensor, h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module, needs = _module(backend), (need_h, need_w, need_b)
+    maximum, log_sum, *options, need_h, need_w, need_b, backend = rest
+    module = _module(backend)
     statistics = module.RowStatistics(maximum, log_sum)
-    arguments = (dloss, h, w, b, target, statistics, ignore_index, label_smoothing, needs)
-    dh, dw, db = module.linear_cross_entropy_backward(*arguments)
+    needs = (need_h, need_w, need_b)
+    dh, dw, db = getattr(module, name)(dout, h, w, b, target, statistics, *options, needs)
     return _present(dh, h), _present(dw, h), _present(db, h)
 
 
-def _backward_fake(
-    dloss: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(dloss: Tensor, h: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_h, need_w, need_b, _ = rest
     return _gradients_like(h, w, b, (need_h, need_w, need_b))
 
 
-def _gradients_like(
-    h: Tensor, w: Tensor, b: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_like(h: Tensor, w: Tensor, b: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     kept = [t if t is not None and need else None for t, need in zip((h, w, b), needs, strict=True)]
     made = [h.new_empty(0) if t is None else t.new_empty(t.shape) for t in kept]
     return made[0], made[1], made[2]
@@ -246,48 +211,11 @@ def _rows_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)
 
 
-def _rows_backward(
-    dout: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    module, needs = _module(backend), (need_h, need_w, need_b)
-    statistics = module.RowStatistics(maximum, log_sum)
-    dh, dw, db = module.token_log_likelihood_backward(dout, h, w, b, target, statistics, ignore_index, needs)
-    return _present(dh, h), _present(dw, h), _present(db, h)
-
-
-def _rows_backward_fake(
-    dout: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    maximum: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    need_h: bool,
-    need_w: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_like(h, w, b, (need_h, need_w, need_b))
-
-
 _cross_entropy_grad = operator(
     "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor w, Tensor? b, Tensor target, Tensor maximum, "
     "Tensor log_sum, int ignore_index, float label_smoothing, bool need_h, bool need_w, bool need_b, str backend) "
     "-> (Tensor, Tensor, Tensor)",
-    _backward,
+    partial(_backward, "linear_cross_entropy_backward"),
     _backward_fake,
 )
 _cross_entropy = operator(
@@ -302,8 +230,8 @@ _cross_entropy = operator(
 _log_likelihood_grad = operator(
     "token_log_likelihood_backward(Tensor dout, Tensor h, Tensor w, Tensor? b, Tensor target, Tensor maximum, "
     "Tensor log_sum, int ignore_index, bool need_h, bool need_w, bool need_b, str backend) -> (Tensor, Tensor, Tensor)",
-    _rows_backward,
-    _rows_backward_fake,
+    partial(_backward, "token_log_likelihood_backward"),
+    _backward_fake,
 )
 _log_likelihood = operator(
     "token_log_likelihood(Tensor h, Tensor w, Tensor? b, Tensor target, int ignore_index, str backend) "

@@ -14,9 +14,8 @@ from .attention import relpos_attention, varlen_attention
 from .backend import Backend, use_backend
 from .checks import check_contents
 from .losses import linear_cross_entropy, token_log_likelihood
-from .normalisation import add_layer_norm, embed_layer_norm, layer_norm, linear_add_layer_norm
+from .norms import add_layer_norm, embed_layer_norm, layer_norm, linear_add_layer_norm
 from .products import linear, linear_gelu, linear_residual, mlp_residual
-from .sampling import sample_hard_negatives
 
 __all__ = [
     "Backend",
@@ -31,7 +30,6 @@ __all__ = [
     "linear_residual",
     "mlp_residual",
     "relpos_attention",
-    "sample_hard_negatives",
     "token_log_likelihood",
     "use_backend",
     "varlen_attention",

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from . import checks, reference
 from .backend import Backend, resolve
-from .cpu import gradients as cpu_gradients
-from .cpu import products as cpu_products
-from .cpu.dropout import Dropout
+from .cpu import products as cpu
+from .cpu.workspace import Dropout
 from .library import operator
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """Whether the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
+    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     present = [t for t in tensors if t is not None]
@@ -29,7 +28,7 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
 
 
 def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """Whether the operator with products of its own applies, which compilers could not look into."""
+    """True where the operator with products of its own applies, which compilers could not look into."""
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     present = [t for t in tensors if t is not None]
@@ -45,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     checks.linear_arguments(x, weight, bias)
     if runs_cpu_inference(backend, x, weight, bias):
-        return cpu_products.linear(x, weight, bias)
+        return cpu.linear(x, weight, bias)
     if _trains_on_cpu(backend, x, weight, bias):
         return _linear(x, weight, bias)
     return reference.linear(x, weight, bias)
@@ -55,7 +54,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Back
     """`gelu(x W^T + b)` with the erf form of GELU. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     checks.linear_arguments(x, weight, bias)
     if runs_cpu_inference(backend, x, weight, bias):
-        return cpu_products.linear_gelu(x, weight, bias)
+        return cpu.linear_gelu(x, weight, bias)
     chosen = resolve(backend, x, weight, bias)
     if chosen not in ("cpu", "triton"):
         return reference.linear_gelu(x, weight, bias)
@@ -87,7 +86,7 @@ def linear_residual(
     checks.branch_arguments((*x.shape[:-1], weight.shape[0]), residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
-        return cpu_products.linear_residual(x, weight, bias, residual, gamma)
+        return cpu.linear_residual(x, weight, bias, residual, gamma)
     if _trains_on_cpu(backend, x, weight, bias):
         return _add_branch(_linear(x, weight, bias), residual, gamma, row_scale, dropout_p)
     return reference.linear_residual(x, weight, bias, residual, gamma, row_scale, dropout_p)
@@ -131,7 +130,7 @@ def mlp_residual(
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
     if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
-        return cpu_products.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
+        return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     hidden = linear_gelu(x, weight_in, bias_in, backend=backend)
     return linear_residual(
         hidden,
@@ -151,7 +150,7 @@ def _gelu_forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool, ba
 
         out, kept = linear_gelu_forward(x, weight, bias, keep=keep)
     else:
-        kept = cpu_gradients.trained_linear(x, weight, bias) if x.dtype in _CPU_DTYPES else F.linear(x, weight, bias)
+        kept = cpu.trained_linear(x, weight, bias) if x.dtype in _CPU_DTYPES else F.linear(x, weight, bias)
         out = F.gelu(kept)
     return out, x.new_empty(0) if kept is None or not keep else kept
 
@@ -164,61 +163,39 @@ def _gelu_forward_fake(
 
 
 def _gelu_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs = (need_x, need_weight, need_bias)
-    if backend == "triton":
-        from .triton.gelu import linear_gelu_backward
+    *needs, backend = rest
+    if backend != "triton":
+        return _linear_backward(torch.ops.aten.gelu_backward(dout.contiguous(), kept), x, weight, *needs)
+    from .triton.gelu import linear_gelu_backward
 
-        dx, dweight, dbias = linear_gelu_backward(dout, x, weight, bias, kept, needs)
-    else:
-        dkept = torch.ops.aten.gelu_backward(dout.contiguous(), kept)
-        dx, dweight, dbias = _linear_gradients(dkept, x, weight, needs)
-    dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in (dx, dweight, dbias))
+    found = linear_gelu_backward(dout, x, weight, bias, kept, tuple(needs))
+    dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in found)
     return dx, dweight, dbias
-
-
-def _linear_gradients(
-    dout: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """On CPU; None for what is not needed."""
-    if x.dtype in _CPU_DTYPES:
-        dx = cpu_gradients.input_gradient(dout, weight) if needs[0] else None
-        dweight = cpu_gradients.weight_gradient(dout, x) if needs[1] else None
-    else:
-        dx = dout @ weight if needs[0] else None
-        dweight = dout.flatten(0, -2).t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
-    return dx, dweight, cpu_gradients.bias_gradient(dout) if needs[2] else None
-
-
-def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return cpu_gradients.trained_linear(x, weight, bias)
-
-
-def _linear_forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_backward(
     dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = _linear_gradients(dout, x, weight, (need_x, need_weight, need_bias))
-    dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in found)
-    return dx, dweight, dbias
+    """On CPU. An operator returns tensors only: an empty one says that a gradient is not needed."""
+    if x.dtype in _CPU_DTYPES:
+        dx = cpu.input_gradient(dout, weight) if need_x else x.new_empty(0)
+        dweight = cpu.weight_gradient(dout, x) if need_weight else x.new_empty(0)
+    else:
+        dx = dout @ weight if need_x else x.new_empty(0)
+        dweight = dout.flatten(0, -2).t() @ x.reshape(-1, x.shape[-1]) if need_weight else x.new_empty(0)
+    return dx, dweight, cpu.bias_gradient(dout) if need_bias else x.new_empty(0)
 
 
 def _linear_backward_fake(
     dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gelu_backward_fake(dout, x, weight, None, dout, need_x, need_weight, need_bias, "cpu")
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    )
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -229,24 +206,6 @@ def _linear_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     needs = tuple(ctx.needs_input_grad[:3])
     gradients = _linear_grad(dout, *ctx.saved_tensors, *needs)
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
-
-
-def _gelu_backward_fake(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        x.new_empty(weight.shape[0] if need_bias else 0),
-    )
 
 
 def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -273,8 +232,8 @@ _linear_grad = operator(
 )
 _linear = operator(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _linear_forward,
-    _linear_forward_fake,
+    cpu.trained_linear,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     setup_context=_linear_setup,
     backward=_linear_gradient,
     autocast=True,
@@ -283,7 +242,7 @@ _linear_gelu_grad = operator(
     "linear_gelu_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor kept, bool need_x, "
     "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
     _gelu_backward,
-    _gelu_backward_fake,
+    lambda dout, x, weight, bias, kept, *rest: _linear_backward_fake(dout, x, weight, *rest[:3]),
 )
 _linear_gelu = operator(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool keep, str backend) -> (Tensor, Tensor)",

@@ -27,12 +27,14 @@ class GPU:
 
 
 H100 = GPU("H100", 989e12, 3.35e12)
+H200 = GPU("H200", 989e12, 4.8e12)
 A100 = GPU("A100", 312e12, 2.04e12)
+GPUS = (H200, H100, A100)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation has to do at one shape.
+    """The arithmetic and traffic of an operation at one shape.
 
     Attributes:
         kernels: prefixes of the names of the kernels that do it.
@@ -49,7 +51,7 @@ class Work:
         return max(self.flops / gpu.flops_per_s, self.bytes / gpu.bytes_per_s)
 
     def bound(self, gpu: GPU) -> str:
-        """What takes the longer: `"compute"` or `"memory"`."""
+        """The part that takes longer: `"compute"` or `"memory"`."""
         return "compute" if self.flops / gpu.flops_per_s > self.bytes / gpu.bytes_per_s else "memory"
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from .audit import Form, Row, compile_rows
+from .checks import Packed
 from .triton import launch
-from .triton.spec import TRITON_TYPE, KernelSpec, LaunchConfig
+from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
 
 TUNING = Path(__file__).resolve().parent / "tuning"
 # What is slower by less than this may be the same: timings vary by as much. The configuration in use then stays.
@@ -65,7 +66,7 @@ class Choice:
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
-    """What a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
+    """The sizes a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
     if spec.name in _WIDTHS:
         return [_WIDTHS[spec.name]]
     attention = all("head_dim" in variant for variant in spec.variants)
@@ -95,7 +96,7 @@ def candidates(kernel: str, size: int) -> list[LaunchConfig]:
 
 
 def acceptable(row: Row) -> bool:
-    """Whether a compilation may be shipped: it compiles, fits and does not spill."""
+    """True for a compilation that may be shipped: it compiles, fits and does not spill."""
     return not row.error and not row.stack_bytes and row.occupancy > 0 and row.shared_bytes <= row.shared_limit
 
 
@@ -272,8 +273,8 @@ def _varlen(
     mask = torch.ones(k.shape[0], dtype=torch.bool, device=q.device) if "masked" in part else None
     seed = torch.zeros(1, dtype=torch.int64, device=q.device)
     dropout = 0.1 if "dropout" in part else 0.0
-    arguments = (q, k, v, cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
+    packed = Packed(cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
     if part.startswith("forward"):
-        return lambda: module.varlen_attention_forward(*arguments)
-    out, lse = module.varlen_attention_forward(*arguments)
-    return lambda: module.varlen_attention_backward(dout, *arguments, out, lse)
+        return lambda: module.varlen_attention_forward(q, k, v, packed)
+    out, lse = module.varlen_attention_forward(q, k, v, packed)
+    return lambda: module.varlen_attention_backward(dout, q, k, v, out, lse, packed)

@@ -31,7 +31,7 @@ from xfm_fast.config import XFMConfig
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 CASES = ["tiny_a", "tiny_b"]
-PACKED = Path(__file__).parent / "data" / "golden"
+PACKED = Path(__file__).parent / "golden"
 
 # Tensors this small gain nothing from a second thread, and wait long for it on a busy machine.
 torch.set_num_threads(1)
@@ -43,7 +43,7 @@ _unpacked = tempfile.TemporaryDirectory(prefix="xfm-golden-")
 def golden(relative_path: str) -> Path:
     """The file with these golden vectors; skips the test where there is none.
 
-    The folder named by `XFM_GOLDEN` (a complete set) comes first, then the part kept in `tests/data/golden`, where
+    The folder named by `XFM_GOLDEN` (a complete set) comes first, then the part kept in `tests/golden`, where
     large files are xz-compressed.
     """
     complete = os.environ.get("XFM_GOLDEN")
@@ -54,7 +54,7 @@ def golden(relative_path: str) -> Path:
     if (PACKED / f"{relative_path}.xz").is_file():
         return _unpack(relative_path)
     hint = f"nor in XFM_GOLDEN={complete}" if complete else "and XFM_GOLDEN, the folder of a complete set, is not set"
-    pytest.skip(f"golden vectors {relative_path} are not in tests/data/golden {hint}", allow_module_level=True)
+    pytest.skip(f"golden vectors {relative_path} are not in tests/golden {hint}", allow_module_level=True)
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config
 from xfm_fast.config import XFMConfig
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.xfm import XFM, record_hidden_states
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences, offsets, ragged_rows
 
 
@@ -169,7 +169,8 @@ def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObj
     with torch.inference_mode():
         text = model.encode_text(ids, mask)
         memory = model.image_memory(embeds, visible)
-        fused, hidden = model.fuse(text, mask, memory, index, output_hidden_states=True)
+        with record_hidden_states(model) as states:
+            fused = model.fuse(text, mask, memory, index)
         first = model.fuse(text, mask, memory, index, first_token_only=True)
         padded = model.fuse(text, mask, memory, index, keep_padding=True)
         for row, image in enumerate(index.tolist()):
@@ -179,7 +180,7 @@ def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObj
     leading = fused[torch.arange(len(mask)), mask.long().argmax(1)]
     assert torch.allclose(first[:, 0], leading, rtol=0, atol=1e-12)
     assert torch.allclose(padded[mask], fused[mask], rtol=0, atol=1e-12)
-    assert torch.equal(hidden[-1], fused)
+    assert torch.equal(states.fusion[-1], fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -16,10 +16,12 @@ import torch
 
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.readme_tables import regenerated
+from xfm_fast.benchmarks.record import load
+from xfm_fast.benchmarks.report.readme import regenerated
+from xfm_fast.benchmarks.report.table import number, times
 from xfm_fast.data.shapes import write_world
 from xfm_fast.errors import DataError
-from xfm_fast.export.exporting import export_onnx
+from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.verification import verify_export
 from xfm_fast.reproduce.ablations import TITLES
 
@@ -74,7 +76,7 @@ def test_command_line(command: str, tmp_path: Path) -> None:
             XFM(config).save_pretrained(tmp_path / "folder")
         else:
             torch.save({"model": load_tensors("tiny_b/weights")}, tmp_path / words[1])
-            words += ["--config", str(ROOT / "tests/data/golden/tiny_b/config.json")]
+            words += ["--config", str(ROOT / "tests/golden/tiny_b/config.json")]
     if words[:2] == ["data", "check"]:
         write_world(tmp_path / "world", images={"train": 8, "val": 2, "test": 2})
     if words[:2] in (["export", "verify"], ["export", "model-repository"]):
@@ -110,14 +112,21 @@ def test_a_stale_table_is_found_and_rewritten(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n<!-- bench:begin {file} -->\n| old |\n<!-- bench:end -->\nafter\n", encoding="utf-8")
     fresh = regenerated(readme)
-    document = json.loads((ROOT / file).read_text(encoding="utf-8"))
-    rows = [row for row in document["rows"] if row["status"] == "measured"]
+    document = load(ROOT / file)
+    rows = [row for row in document.measured if row.ours]
     assert len(rows) == 5
     for row in rows:
-        fast, official = (row[side]["throughput"] for side in ("fast", "twin"))
-        ratio = f"{row['ratio']:.1f}x{' †' if row['probe']['contended'] else ''}"
-        numbers = f"| {fast:.3g} {row['unit']}/s | {official:.3g} | {ratio} | {row['share_of_peak']:.0%} |"
-        assert f"| {row['name']} {numbers}" in fresh
+        official, ratio = document.reference_row(row), document.headline(row)
+        assert row.throughput
+        assert row.efficiency
+        assert row.efficiency.mfu
+        assert ratio
+        assert official
+        assert official.throughput
+        rates = f"{number(row.throughput.value)} | {number(official.throughput.value)}"
+        factor = f"{times(ratio.ratio)}{' †' if row.contended else ''} | {times(ratio.ratio)}"
+        assert f"| {row.name}, {row.unit}/s | {row.dtype} | {rates} | {factor} | " in fresh
+        assert f"| {row.efficiency.mfu:.0%} |" in fresh
     assert fresh.startswith("before\n<!-- bench:begin")
     assert fresh.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in fresh

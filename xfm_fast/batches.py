@@ -1,4 +1,4 @@
-"""What one step of pretraining reads: the four kinds of batch, as loaders make them and losses take them.
+"""Batches of one step of pretraining, of four kinds, as loaders make them and losses take them.
 
 A batch also knows its layout: how many tokens, targets and visible patches there are, and where. Loaders, which run on
 the host anyway, find that out (`prepare`; `to` and `pin_memory` do it by themselves), so that a step on an accelerator
@@ -24,7 +24,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TextLayout:
-    """Where the tokens and the targets of B texts lie once padding is left out.
+    """The places of the tokens and the targets of B texts once padding is left out.
 
     Attributes:
         packing: of the real tokens.
@@ -93,7 +93,7 @@ class TextLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionLayout:
-    """What the texts of R regions see, and which of them have a box to predict.
+    """The patches that the texts of R regions see, and those texts that have a box to predict.
 
     Attributes:
         visible: of the `[R, 1 + N]` tokens that each region sees.
@@ -187,7 +187,7 @@ class TextBatch(_Batch):
         masked_input_ids: `[B, L]` ids in which some tokens were replaced.
         masked_positions: `[B, M]` where to predict, 0 where there is nothing more to predict.
         masked_labels: `[B, M]` original ids at those places, -100 where there is nothing to predict.
-        layout: see `prepare`; to be dropped (None) by whoever replaces one of the tensors.
+        layout: see `prepare`; None again where one of the tensors is replaced.
     """
 
     input_ids: Tensor

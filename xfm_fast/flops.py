@@ -142,7 +142,7 @@ def lm_head(config: XFMConfig, positions: int) -> Count:
 
 
 def pretraining_step(config: XFMConfig, lengths: Lengths, masked: Lengths) -> Count:
-    """What ITC, ITM, IMLM and MIM of B pairs need, forward and backward.
+    """Operations that ITC, ITM, IMLM and MIM of B pairs need, forward and backward.
 
     A product costs two more in the backward pass, one for the gradient of each operand. Less is needed where a gradient
     stops: masked captions pass through the text encoder forward only, and neither pixels nor the text embeddings that
@@ -187,7 +187,7 @@ def _encoders_and_features(config: XFMConfig, sizes: list[int]) -> Count:
 
 
 def _stopped(config: XFMConfig, images: int, tokens: int) -> Count:
-    """Input gradients that nobody asks for: of pixels, whole and masked, and of text tokens in the fusion encoder."""
+    """Input gradients that are never needed: of pixels, whole and masked, and of text tokens in the fusion encoder."""
     patches = linear(2 * images * config.num_patches, 3 * config.patch_size**2, config.vision_width)
     return patches + linear(tokens, config.text_width, 3 * config.text_width)
 

@@ -49,7 +49,7 @@ class Sequences:
 
 @dataclass(frozen=True, kw_only=True)
 class Reads(Sequences):
-    """The tokens of packed texts that somebody reads, text by text: all that a last layer has to compute.
+    """The tokens of packed texts that are read, text by text: all that a last layer has to compute.
 
     `cu_seqlens` are the offsets of the texts in the list of reads.
 
@@ -69,12 +69,12 @@ class Reads(Sequences):
 
 @dataclass(frozen=True, kw_only=True)
 class Packing(Sequences):
-    """Where the tokens of a padded batch `[P, L]` lie in a packed sequence. `pack` and `unpad` move data.
+    """The positions of a padded batch `[P, L]` whose tokens are packed. `pack` and `unpad` move data.
 
     Attributes:
         positions: `[T]` flat positions in the padded batch, in packed order.
         shape: (P, L) of the padded batch.
-        order: `[P]` the text at each place of the packed sequence; None when they keep their order.
+        order: `[P]` the text at each position of the packed sequence; None when they keep their order.
     """
 
     positions: Tensor
@@ -88,7 +88,7 @@ class Packing(Sequences):
         Args:
             attention_mask: `[P, L]`, non-zero for real tokens.
             order: `[P]` permutation in which the texts are to lie.
-            keep_padding: keep padding tokens as queries that nobody attends to. The official code computes them; only
+            keep_padding: keep padding tokens as queries that no query attends to. The official code computes them; only
                 its VQA decoder reads them.
         """
         mask = attention_mask.bool()
@@ -162,12 +162,12 @@ def offsets(lengths: Tensor) -> Tensor:
 def ragged_rows(starts: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
     """Rows `starts[i], ..., starts[i] + lengths[i] - 1` for every i, one after the other: `[sum(lengths)]` int64.
 
-    `total` is that sum; who knows it spares an accelerator a synchronisation.
+    `total` is that sum; to give it spares an accelerator a synchronisation.
     """
     first = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths, output_size=total)
     return first + torch.arange(first.shape[0], device=starts.device)
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether Python may look at the values without waiting for a device or breaking a trace."""
+    """True if Python may look at the values without waiting for a device or breaking a trace."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -189,7 +189,7 @@ class CaptionTokenizer:
         return rows
 
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
-        """Which ids begin a word, for whole-word masking: `<s> tokens </s>` as `encode_ids` makes them.
+        """A mark for each id that begins a word, for whole-word masking: `<s> tokens </s>` as `encode_ids` makes them.
 
         Byte-level tokens carry the white space before them, so a token that begins with some begins a word; so do
         special tokens, and the first token of a text, which has nothing before it.

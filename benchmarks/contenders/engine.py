@@ -1,18 +1,22 @@
-"""What every contender offers: the model's results by its own means, from the same weights and tensors."""
+"""The interface of all contenders: the model's results by their own means, from the same weights and tensors."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import wraps
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.models.xfm import XFM
+
+Schedule = Literal["ours", "kept memories", "official", "padded", "own"]
+"""Whose procedure a contender follows, for counting its operations; `own`: only it knows."""
 
 
 class Pairs(NamedTuple):
@@ -42,6 +46,13 @@ class Found(NamedTuple):
 
     indices: Tensor
     scores: Tensor
+
+
+class Everything(NamedTuple):
+    """Scores of a whole collection, `[I, T]` and `[T, I]`, -100 where a pair was no candidate."""
+
+    image_to_text: Tensor
+    text_to_image: Tensor
 
 
 class Stages:
@@ -82,7 +93,7 @@ Clock = Stages | NoStages
 class Engine(Protocol):
     """A model by one implementation, in one type, on one device. Results are those of `XFM` up to rounding.
 
-    An engine has the methods of the scenarios that its contender takes part in.
+    An engine has the methods of the kinds of work that its contender takes part in.
     """
 
     def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
@@ -102,9 +113,19 @@ class Engine(Protocol):
         ...
 
 
+class Evaluator(Engine, Protocol):
+    """An engine that evaluates a whole collection too."""
+
+    def evaluate(
+        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
+    ) -> Everything:
+        """Batches of pixels and texts `[T, L]`, each against its k best candidates in both directions."""
+        ...
+
+
 @dataclass(frozen=True)
 class Built:
-    """An engine, and what it took to get it: see `rows.Cost`."""
+    """An engine, and what it took to get it: see `record.Cost`."""
 
     engine: Engine
     build_s: float = 0.0
@@ -152,3 +173,43 @@ def ordered(indices: Tensor, scores: Tensor) -> Found:
     """Candidates `[Q, k]` of every query, best first."""
     scores, order = scores.sort(dim=1, descending=True)
     return Found(indices.gather(1, order.to(indices.device)), scores)
+
+
+class Part(NamedTuple):
+    """A method whose calls are a stage of their own; what it calls and is a stage too is not counted with it."""
+
+    owner: object
+    method: str
+    stage: str
+
+
+@contextmanager
+def parts_under(clock: Clock, parts: Iterable[Part], rest: str) -> Iterator[None]:
+    """Time the calls of some methods as stages, and what else happens in the block as the stage `rest`.
+
+    Without a clock nothing is wrapped, so timed runs are those of the untouched model.
+    """
+    if isinstance(clock, NoStages):
+        yield
+        return
+    with ExitStack() as wrapped, clock(rest):
+        for part in parts:
+            wrapped.callback(_put_back, part, vars(part.owner).get(part.method))
+            setattr(part.owner, part.method, _timed(getattr(part.owner, part.method), clock, part.stage))
+        yield
+
+
+def _timed(method: Callable[..., Any], clock: Clock, stage: str) -> Callable[..., Any]:
+    @wraps(method)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with clock(stage):
+            return method(*args, **kwargs)
+
+    return timed
+
+
+def _put_back(part: Part, own: Any) -> None:
+    if own is None:
+        delattr(part.owner, part.method)
+    else:
+        setattr(part.owner, part.method, own)

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xfm_fast.benchmarks.contenders.engine import Built, Clock, Found, Pairs, SearchIndex
-from xfm_fast.benchmarks.contenders.ours import retrieve
 from xfm_fast.export.consumers import Consumer, DType
 from xfm_fast.export.engines import export_engines
-from xfm_fast.export.exporting import export_onnx
 from xfm_fast.export.graphs import GraphName
+from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.session import Session
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.retrieval import Retriever
+
+from .engine import Built, Clock, Found, Pairs, SearchIndex
+from .ours import retrieve
 
 # What a scenario's requests pass through.
 GRAPHS: dict[str, tuple[GraphName, ...]] = {

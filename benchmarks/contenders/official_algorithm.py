@@ -1,16 +1,283 @@
-"""The official algorithm in plain PyTorch (`baselines.OfficialTwin`), eager or through torch.compile."""
+"""The official algorithm in plain PyTorch: the yardstick of every speed-up and of exactness; and it as a contender."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from xfm_fast.benchmarks.baselines import OfficialTwin
-from xfm_fast.benchmarks.contenders.engine import Clock, Found, NoStages, Pairs, SearchIndex, ordered
-from xfm_fast.benchmarks.contenders.parts import Part, parts_under
+from xfm_fast.kernels.reference import relative_position_index
+from xfm_fast.models.heads import MLPHead
+from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
+from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
+from xfm_fast.nn import RelPosAttention
+
+from .engine import Clock, Everything, Found, NoStages, Pairs, Part, SearchIndex, ordered, parts_under
+
+_MASKED = -10000.0
+_NOT_SCORED = -100.0
+
+
+class OfficialTwin:
+    """Evaluates the parameters of an `XFM` the way the official code does.
+
+    It performs the operations of the official eager code, in its order: texts are padded and masked by adding -10000,
+    every projection is a product of its own, attention is matmul + softmax + matmul, the position bias is gathered from
+    its table in every block of every call, the fusion encoder projects the image tokens of every pair in every layer,
+    and all positions pass through all layers although heads read token 0 alone. Nothing is cached or shared between
+    calls except the index of the position table, which the official model keeps as a buffer.
+
+    The twin holds no copies: it reads the tensors of the model it was made from, in their dtype and under the autocast
+    of the moment, and gradients land in their `.grad`. While the model is in training mode, dropout and stochastic
+    depth are where the official code has them.
+    """
+
+    def __init__(self, model: XFM) -> None:
+        self.model = model
+        self.config = model.config
+        grid = model.config.grid
+        self._index = relative_position_index((grid, grid), model.device).view(-1)
+
+    def encode_image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`: image token, then patches.
+
+        Args:
+            patch_mask: `[B, N]`, non-zero for patches whose embedding the mask token replaces.
+        """
+        x = self._embed_patches(pixels, patch_mask)
+        for block in self.model.vision_encoder.blocks:
+            x = self._vision_block(cast(Block, block), x)
+        return self._finish_image(x)
+
+    def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """R regions of B images; arguments and result as for `XFM.encode_regions`."""
+        region_mask = region_mask.to(pixels.dtype)
+        if self.config.local_attn_depth <= 0:
+            whole = self.encode_image(pixels)[image_index]
+            weights, patches = region_mask[:, 1:, None], whole[:, 1:]
+            pooled = (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+            return torch.cat((pooled, patches), dim=1), whole
+        x = self._embed_patches(pixels, None)
+        blocks = [cast(Block, block) for block in self.model.vision_encoder.blocks]
+        shared = len(blocks) - self.config.local_attn_depth
+        for block in blocks[:shared]:
+            x = self._vision_block(block, x)
+        local, hidden = x[image_index], _additive(region_mask, x.dtype)
+        for block in blocks[shared:]:
+            local, x = self._vision_block(block, local, hidden), self._vision_block(block, x)
+        return self._finish_image(local), self._finish_image(x)[image_index]
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`[B, L]` ids and mask → `[B, L, text_width]`, padded positions computed like the others."""
+        encoder = self.model.text_encoder.roberta
+        embeddings = encoder.embeddings
+        real = input_ids.ne(self.config.pad_token_id).int()
+        positions = (real.cumsum(1).type_as(real) * real).long() + self.config.pad_token_id
+        padding = self.config.pad_token_id
+        x = F.embedding(input_ids, embeddings.word_embeddings.weight, padding)
+        x = x + F.embedding(torch.zeros_like(input_ids), embeddings.token_type_embeddings.weight)
+        x += F.embedding(positions, embeddings.position_embeddings.weight, padding)
+        x = F.dropout(layer_norm(embeddings.LayerNorm, x), embeddings.dropout, embeddings.training)
+        mask = _additive(attention_mask, x.dtype)
+        for layer in _layers(encoder.encoder):
+            x = self._self_attention(layer, x, mask)
+            x = self._feed_forward(layer, x)
+        return x
+
+    def fuse_pairs(
+        self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
+        """Fuse P texts, each with image tokens of its own.
+
+        Args:
+            text_embeds: `[P, L, text_width]`.
+            attention_mask: `[P, L]`, non-zero for real tokens.
+            image_embeds: `[P, M, vision_width]`, the image of each text (repeated for texts that share an image).
+            token_mask: `[P, M]`, non-zero for image tokens that the text attends to; by default all.
+
+        Returns:
+            `[P, L, text_width]`, padded positions included.
+        """
+        text_mask = _additive(attention_mask, text_embeds.dtype)
+        if token_mask is None:
+            token_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
+        image_mask = _additive(token_mask, text_embeds.dtype)
+        x = text_embeds
+        for layer in _layers(self.model.fusion_encoder.roberta.encoder):
+            x = self._self_attention(layer, x, text_mask)
+            x = _attend(cast(Attention, layer.crossattention), x, image_embeds, image_mask)
+            x = self._feed_forward(layer, x)
+        return x
+
+    def match_logits(self, fused: Tensor) -> Tensor:
+        """Fused embeddings `[P, L, text_width]` → `[P, 2]`, read from token 0."""
+        return mlp_head(self.model.itm_head, fused[:, 0, :])
+
+    def match_scores(self, fused: Tensor) -> Tensor:
+        """Fused embeddings `[P, L, text_width]` → `[P]`: the logit of "text describes image" to rank by."""
+        return self.match_logits(fused)[:, 1]
+
+    def project_image(self, image_embeds: Tensor) -> Tensor:
+        """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`."""
+        projection = self.model.vision_proj
+        return F.normalize(F.linear(image_embeds[:, 0, :], projection.weight, projection.bias), dim=-1)
+
+    def project_text(self, text_embeds: Tensor) -> Tensor:
+        """Contrastive feature of text token 0: `[B, L, text_width]` → `[B, embed_dim]`."""
+        projection = self.model.text_proj
+        return F.normalize(F.linear(text_embeds[:, 0, :], projection.weight, projection.bias), dim=-1)
+
+    def rerank_image(self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Match scores `[P]` of P candidate texts for one image, its tokens `[M, vision_width]` repeated for each."""
+        repeated = image_embeds.repeat(text_embeds.shape[0], 1, 1)
+        return self.match_scores(self.fuse_pairs(text_embeds, attention_mask, repeated))
+
+    def rerank_text(self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
+        """Match scores `[P]` of P candidate images `[P, M, vision_width]` for one text `[L, text_width]`."""
+        candidates = image_embeds.shape[0]
+        texts, masks = text_embeds.repeat(candidates, 1, 1), attention_mask.repeat(candidates, 1)
+        return self.match_scores(self.fuse_pairs(texts, masks, image_embeds))
+
+    def retrieve(
+        self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The official retrieval evaluation: both directions in turn, each image or text against its k best candidates.
+
+        Args:
+            image_embeds: `[I, M, vision_width]`.
+            text_embeds: `[T, L, text_width]`; attention_mask: `[T, L]`.
+            k: candidates per query, at most I and T.
+
+        Returns:
+            Scores `[I, T]` and `[T, I]`, -100 where a pair was not scored.
+        """
+        similarity = self.project_image(image_embeds) @ self.project_text(text_embeds).t()
+        images, texts = similarity.shape
+        image_to_text = similarity.new_full((images, texts), _NOT_SCORED)
+        for number, row in enumerate(similarity):
+            best = row.topk(k).indices
+            image_to_text[number, best] = self.rerank_image(
+                image_embeds[number], text_embeds[best], attention_mask[best]
+            )
+        text_to_image = similarity.new_full((texts, images), _NOT_SCORED)
+        for number, row in enumerate(similarity.t()):
+            best = row.topk(k).indices
+            text_to_image[number, best] = self.rerank_text(
+                text_embeds[number], attention_mask[number], image_embeds[best]
+            )
+        return image_to_text, text_to_image
+
+    def _embed_patches(self, pixels: Tensor, patch_mask: Tensor | None) -> Tensor:
+        encoder = self.model.vision_encoder
+        projection = encoder.patch_embed.proj
+        x = F.conv2d(pixels, projection.weight, projection.bias, stride=projection.stride)
+        x = x.flatten(2).transpose(1, 2)
+        if patch_mask is not None:
+            hidden = patch_mask.unsqueeze(-1).type_as(encoder.mask_token)
+            x = x * (1 - hidden) + encoder.mask_token.expand(*x.shape[:2], -1) * hidden
+        return torch.cat((encoder.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+
+    def _finish_image(self, x: Tensor) -> Tensor:
+        norm = self.model.vision_encoder.fc_norm
+        if self.config.local_attn_depth > 0:
+            return layer_norm(norm, x)
+        x = layer_norm(norm, x[:, 1:])
+        pooled = F.adaptive_avg_pool1d(x.transpose(1, 2), 1)
+        return torch.cat((pooled.transpose(1, 2), x), dim=1)
+
+    def _vision_block(self, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        attended = self._window_attention(block.attn, layer_norm(block.norm1, x), mask)
+        x = x + _drop_path(block, block.gamma_1 * attended)
+        hidden = F.linear(layer_norm(block.norm2, x), block.mlp.fc1.weight, block.mlp.fc1.bias)
+        hidden = F.linear(F.gelu(hidden), block.mlp.fc2.weight, block.mlp.fc2.bias)
+        return x + _drop_path(block, block.gamma_2 * hidden)
+
+    def _window_attention(self, attention: RelPosAttention, x: Tensor, mask: Tensor | None) -> Tensor:
+        batch, tokens, _ = x.shape
+        bias = torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias), attention.v_bias))
+        qkv = F.linear(x, attention.qkv.weight, bias)
+        q, k, v = qkv.reshape(batch, tokens, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+        q = q * q.shape[-1] ** -0.5
+        scores = q @ k.transpose(-2, -1)
+        position = attention.relative_position_bias_table[self._index].view(tokens, tokens, -1)
+        scores = scores + position.permute(2, 0, 1).contiguous().unsqueeze(0)
+        if mask is not None:
+            scores = scores + mask
+        context = scores.softmax(dim=-1) @ v
+        return F.linear(context.transpose(1, 2).reshape(batch, tokens, -1), attention.proj.weight, attention.proj.bias)
+
+    def _self_attention(self, layer: TransformerLayer, x: Tensor, mask: Tensor) -> Tensor:
+        return _attend(layer.attention, x, x, mask)
+
+    def _feed_forward(self, layer: TransformerLayer, x: Tensor) -> Tensor:
+        dense = layer.intermediate.dense
+        return _residual_norm(layer.output, F.gelu(F.linear(x, dense.weight, dense.bias)), x)
+
+
+def _layers(stack: LayerStack) -> Iterator[TransformerLayer]:
+    return (cast(TransformerLayer, layer) for layer in stack.layer)
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """`[..., width]` → `[..., width]` with the parameters of a module."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def mlp_head(head: MLPHead, x: Tensor) -> Tensor:
+    """`[P, width]` → `[P, outputs]`, part by part."""
+    for part in head:
+        if isinstance(part, nn.Linear):
+            x = F.linear(x, part.weight, part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            x = layer_norm(part, x)
+        else:
+            x = F.gelu(x)
+    return x
+
+
+def _drop_path(block: Block, branch: Tensor) -> Tensor:
+    """Stochastic depth: the branch of a whole image is left out at random."""
+    if not block.training or not block.drop_path:
+        return branch
+    kept = 1 - block.drop_path
+    survives = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(kept)
+    return branch * survives.div_(kept)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[P, L]` of ones and zeros → `[P, 1, 1, L]` to be added to attention scores."""
+    return (1.0 - mask[:, None, None, :].to(dtype)) * _MASKED
+
+
+def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+    """Queries from x `[P, L, width]`, keys and values from memory `[P, M, ...]`, then output projection and norm."""
+    projections = attention.self
+
+    def heads(projection: nn.Linear, source: Tensor) -> Tensor:
+        projected = F.linear(source, projection.weight, projection.bias)
+        return projected.view(*projected.shape[:2], projections.heads, -1).permute(0, 2, 1, 3)
+
+    query = heads(projections.query, x)
+    key = heads(projections.key, memory)
+    value = heads(projections.value, memory)
+    query = query / math.sqrt(query.shape[-1])
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    scores = scores + mask
+    weights = F.dropout(scores.softmax(dim=-1), projections.dropout, projections.training)
+    context = torch.matmul(weights, value)
+    context = context.permute(0, 2, 1, 3).contiguous()
+    return _residual_norm(attention.output, context.view(*context.shape[:2], -1), x)
+
+
+def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
+    branch = F.dropout(F.linear(x, part.dense.weight, part.dense.bias), part.dropout, part.training)
+    return layer_norm(part.LayerNorm, branch + residual)
+
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
@@ -74,3 +341,13 @@ class OfficialEngine:
             fused = self._fuse(embeds, mask, images.contiguous())
         with clock("matching head"):
             return self._twin.match_scores(fused)
+
+    def evaluate(
+        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
+    ) -> Everything:
+        with clock("image encoder"):
+            images = torch.cat([self._images(pixels) for pixels in batches])
+        with clock("text encoder"):
+            texts = self._texts(input_ids, attention_mask)
+        with clock("candidates and re-ranking"):
+            return Everything(*self._twin.retrieve(images, texts, attention_mask, k))

@@ -1,6 +1,6 @@
 """The official code from a user's clone, in a process of its own that stays and answers requests one after the other.
 
-See `benchmarks.official` for why it needs one. Tensors travel by way of files in memory or on disk, and that is part of
+See `clone_program` for why it needs one. Tensors travel by way of files in memory or on disk, and that is part of
 the time: some milliseconds, where the official model takes seconds.
 """
 
@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xfm_fast.benchmarks import official
-from xfm_fast.benchmarks.contenders.engine import Built, Clock, ComposedSearch, Pairs
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
+
+from . import clone_program
+from .engine import Built, Clock, ComposedSearch, Pairs
 
 _PATIENCE_S = 60
 
@@ -43,14 +44,13 @@ class OfficialCodeEngine(ComposedSearch):
         weights = self._folder / "weights.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
         settings = {
-            "serve": True,
             "clone": str(clone.resolve()),
             "weights": str(weights),
             "threads": torch.get_num_threads(),
             "config": model.config.model_dump(),
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(official.__file__).resolve()), json.dumps(settings)],
+            [sys.executable, str(Path(clone_program.__file__).resolve()), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xfm_fast import flops
-from xfm_fast.benchmarks.contenders.engine import Clock, Found, NoStages, Pairs, SearchIndex, ordered
-from xfm_fast.benchmarks.contenders.parts import Part, parts_under
 from xfm_fast.kernels.backend import Backend, use_backend
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Sequences
 from xfm_fast.tasks.retrieval import ImageIndex, PairScorer, Retriever
+
+from .engine import Clock, Everything, Found, NoStages, Pairs, Part, SearchIndex, ordered, parts_under
 
 
 class OurEngine:
@@ -47,6 +47,18 @@ class OurEngine:
         with use_backend(self.backend):
             return retrieve(self._retriever, input_ids, attention_mask, index, k, clock)
 
+    def evaluate(
+        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
+    ) -> Everything:
+        with use_backend(self.backend):
+            with clock("image encoder"):
+                images = self._retriever.embed_images(batches)
+            with clock("text encoder"):
+                texts = self._retriever.embed_texts([(input_ids, attention_mask)])
+            with clock("candidates and re-ranking"):
+                result = self._retriever.rerank(images, texts, k)
+        return Everything(result.score_i2t, result.score_t2i)
+
 
 class MemoryEngine(OurEngine):
     """The same, with keys and values of every image of the index kept: 42 MB an image of 384 pixels, base, fp32."""
@@ -74,7 +86,7 @@ class MemoryEngine(OurEngine):
 def _image_parts(model: XFM) -> Iterator[Part]:
     yield Part(model.vision_encoder.patch_embed, "forward", "patch embedding")
     for block in model.vision_encoder.blocks:
-        yield Part(block.attn, "forward", "attention with its q, k and v")
+        yield Part(block.attn, "attend", "attention with its q, k and v")
         yield Part(block, "forward", "output projection, MLP and norms")
 
 

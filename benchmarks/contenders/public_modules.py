@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xfm_fast.benchmarks.baselines import layer_norm, mlp_head
-from xfm_fast.benchmarks.contenders.engine import Clock, ComposedSearch, Pairs
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
+
+from .engine import Clock, ComposedSearch, Pairs
+from .official_algorithm import layer_norm, mlp_head
 
 _VISION, _TEXT, _FUSION = "vision_encoder.", "text_encoder.roberta.", "fusion_encoder.roberta.encoder."
 # Names of a BEiT block in transformers 5 and, behind them, in 4.

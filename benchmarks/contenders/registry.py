@@ -1,4 +1,4 @@
-"""All contenders: what each is, which scenarios and types it takes, why it may be absent, and how to get it."""
+"""All contenders: what each is, which work and types it takes, why it may be absent, and how to get it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import xfm_fast
-from xfm_fast.benchmarks.contenders.engine import Built, Engine
-from xfm_fast.benchmarks.contenders.official_algorithm import OfficialEngine
-from xfm_fast.benchmarks.contenders.ours import MemoryEngine, OurEngine
-from xfm_fast.benchmarks.contenders.public_modules import TimmEngine, TransformersEngine
-from xfm_fast.benchmarks.subjects import Subjects
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.consumers import Consumer, DType
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ..material.subjects import Subjects
+from ..measure import DTYPES
+from ..record import OFFICIAL, OFFICIAL_CODE, OURS
+from .engine import Built, Engine, Schedule
+from .official_algorithm import OfficialEngine
+from .ours import MemoryEngine, OurEngine
+from .public_modules import TimmEngine, TransformersEngine
+
 SCENARIOS = ("embed-image", "embed-text", "rerank", "retrieve")
-OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code"
-Schedule = Literal["ours", "kept memories", "official", "padded", "own"]
-"""Whose procedure a contender follows, for counting its operations; `own`: only it knows."""
+_ALL_WORK = (*SCENARIOS, "retrieval")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Setup:
     """
 
     subjects: Subjects
-    scenario: str
+    work: str
     image_size: int
     dtype: str
     device: torch.device
@@ -58,7 +57,7 @@ class Contender:
 
     Attributes:
         name: stable; `label` is for readers.
-        scenarios: that it takes part in; dtypes: in which it can.
+        works: that it takes part in; dtypes: in which it can.
         build: makes an engine; may raise whatever the library raises.
         why_absent: on a device; None where it can run.
         package: whose version is reported.
@@ -69,7 +68,7 @@ class Contender:
     name: str
     label: str
     build: Callable[[Setup], Built]
-    scenarios: tuple[str, ...] = SCENARIOS
+    works: tuple[str, ...] = SCENARIOS
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     why_absent: Callable[[torch.device], str | None] = lambda device: None
     package: str = "torch"
@@ -86,26 +85,25 @@ class Contender:
             return None
 
 
-def _loaded(make: Callable[[Setup], Any], setup: Setup) -> Built:
-    model = setup.model  # weights are converted once and shared by all contenders
-    del model
-    begun = time.perf_counter()
-    # Any: an engine has the methods of its contender's scenarios alone.
-    engine: Engine = make(setup)
-    return Built(engine, load_s=time.perf_counter() - begun)
-
-
 def _plain(make: Callable[[Setup], Any]) -> Callable[[Setup], Built]:
-    return partial(_loaded, make)
+    """Any: an engine has the methods of its contender's kinds of work alone."""
+
+    def build(setup: Setup) -> Built:
+        _ = setup.model  # weights are converted once and shared by all contenders
+        begun = time.perf_counter()
+        engine: Engine = make(setup)
+        return Built(engine, load_s=time.perf_counter() - begun)
+
+    return build
 
 
 def _transformers(setup: Setup) -> Engine:
     parts = {"embed-image": ("vision",), "embed-text": ("text",), "rerank": ("fusion",), "retrieve": ("text", "fusion")}
-    return TransformersEngine(setup.model, frozenset(parts[setup.scenario]))
+    return TransformersEngine(setup.model, frozenset(parts[setup.work]))
 
 
 def _official_code(setup: Setup) -> Built:
-    from xfm_fast.benchmarks.contenders import official_code
+    from . import official_code
 
     if setup.official is None:
         raise UnavailableError("--official names no clone of the official repository")
@@ -118,11 +116,11 @@ def _compiled(setup: Setup) -> Engine:
 
 def _exported(consumer: Consumer) -> Callable[[Setup], Built]:
     def build(setup: Setup) -> Built:
-        from xfm_fast.benchmarks.contenders import exported
+        from . import exported
 
         model = setup.subjects.model(setup.image_size, torch.float32) if consumer == "openvino" else setup.model
         dtype: DType = "bf16" if setup.dtype == "bf16" else "fp32"
-        return exported.build(model, consumer, dtype, setup.scenario, setup.scratch, setup.device)
+        return exported.build(model, consumer, dtype, setup.work, setup.scratch, setup.device)
 
     return build
 
@@ -148,12 +146,14 @@ def _compiler_absent(device: torch.device) -> str | None:
 
 
 ALL: tuple[Contender, ...] = (
-    Contender(OURS, "xfm-fast", _plain(lambda s: OurEngine(s.model)), package="xfm_fast", schedule="ours"),
+    Contender(
+        OURS, "xfm-fast", _plain(lambda s: OurEngine(s.model)), _ALL_WORK, package="xfm_fast", schedule="ours"
+    ),
     Contender(
         "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(s.model)), ("retrieve",),
         package="xfm_fast", schedule="kept memories",
     ),
-    Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model))),
+    Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model)), _ALL_WORK),
     Contender(
         OFFICIAL_CODE, "official code, a process of its own", _official_code, SCENARIOS, ("fp32",),
         lambda device: "runs on the CPU here" if device.type != "cpu" else None, "transformers",
@@ -197,35 +197,35 @@ ALL: tuple[Contender, ...] = (
 
 
 def choose(
-    asked: Sequence[str] | None, scenario: str, device: torch.device, *, quick: bool, official: Path | None = None
+    asked: Sequence[str], work: str, device: torch.device, *, quick: bool, official: Path | None = None
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Who takes part in a scenario, and who does not with the reason.
+    """The contenders at a kind of work, and those that take no part with the reason.
 
     xfm-fast and the official algorithm, to which everything is compared, always do.
 
     Args:
-        asked: names; by default all that are installed, without the heavy ones in a quick run.
+        asked: names; none stand for all that are installed, without the heavy ones in a quick run.
         official: clone of the official repository.
 
     Raises:
         UnavailableError: a name is unknown.
     """
     known = {contender.name: contender for contender in ALL}
-    unknown = [name for name in asked or () if name not in known]
+    unknown = [name for name in asked if name not in known]
     if unknown:
         raise UnavailableError(f"baseline {unknown[0]!r} is unknown; choose from {', '.join(known)}")
     present, absent = [], {}
     for contender in ALL:
         why = contender.why_absent(device)
-        if scenario not in contender.scenarios:
-            why = f"has no {scenario}"
+        if work not in contender.works:
+            why = f"has no {work}"
         elif contender.name in (OURS, OFFICIAL):
             why = None
         elif contender.name == OFFICIAL_CODE and official is None:
             why = "--official names no clone of the official repository"
-        elif asked is not None and contender.name not in asked and contender.name != OFFICIAL_CODE:
+        elif asked and contender.name not in asked and contender.name != OFFICIAL_CODE:
             why = "was not asked for"
-        elif why is None and asked is None and quick and contender.heavy:
+        elif why is None and not asked and quick and contender.heavy:
             why = f"is left out of quick runs; --baselines {contender.name} takes it in"
         if why is None:
             present.append(contender)

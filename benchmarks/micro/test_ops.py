@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,6 +47,7 @@ class Operation(NamedTuple):
 
 
 Draw = Callable[..., Tensor]
+Measure = Callable[[Callable[[], Any]], Any]
 
 
 def _relpos_attention(size: Size, draw: Draw) -> Operation:
@@ -98,11 +99,7 @@ def _mlp_residual(size: Size, draw: Draw) -> Operation:
 
 
 def _vocabulary(size: Size, draw: Draw) -> tuple[tuple[Tensor, ...], Tensor]:
-    inputs = (
-        draw(size.labels, WIDTH),
-        draw(size.vocabulary, WIDTH) / WIDTH**0.5,
-        draw(size.vocabulary),
-    )
+    inputs = (draw(size.labels, WIDTH), draw(size.vocabulary, WIDTH) / WIDTH**0.5, draw(size.vocabulary))
     target = torch.randint(size.vocabulary, (size.labels,), device=inputs[0].device)
     target[::IGNORED_SHARE] = -100
     return inputs, target
@@ -153,14 +150,9 @@ def _made(name: str, size: str, device: torch.device, dtype: torch.dtype) -> Ope
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_forward(
-    name: str,
-    size: str,
-    backend: Backend,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], Tensor]], Tensor],
-    device: torch.device,
+    name: str, size: str, backend: Backend, benchmark: BenchmarkFixture, measure: Measure, device: torch.device,
     dtype: torch.dtype,
-) -> None:
+) -> None:  # fmt: skip
     """The operation without a graph."""
     benchmark.group = f"{name}, forward, {size}"
     operation = _made(name, size, device, dtype)
@@ -173,14 +165,9 @@ def test_forward(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_forward_and_backward(
-    name: str,
-    size: str,
-    backend: Backend,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]],
-    device: torch.device,
+    name: str, size: str, backend: Backend, benchmark: BenchmarkFixture, measure: Measure, device: torch.device,
     dtype: torch.dtype,
-) -> None:
+) -> None:  # fmt: skip
     """The operation with the gradients of all its tensors."""
     benchmark.group = f"{name}, forward and backward, {size}"
     operation = _made(name, size, device, dtype)

@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.subjects import random_state
+from xfm_fast.benchmarks.material.subjects import random_state
 from xfm_fast.config import PresetName
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import ALL_HEADS
@@ -34,6 +34,7 @@ from xfm_fast.objectives import (
     pretraining_losses,
 )
 
+Measure = Callable[[Callable[[], Any]], Any]
 IMAGES, TEXTS, WIDTH = 2, 8, 16
 LENGTHS = (13, 10, 16, 11, 12, 13, 10, 14)
 MASKED = 3
@@ -96,12 +97,7 @@ STAGES: dict[str, Callable[[Subject], Any]] = {
 @pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("name", STAGES)
 def test_stage(
-    name: str,
-    size: PresetName,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], Any]], Any],
-    device: torch.device,
-    dtype: torch.dtype,
+    name: str, size: PresetName, benchmark: BenchmarkFixture, measure: Measure, device: torch.device, dtype: torch.dtype
 ) -> None:
     """A call of an inference on 2 images and 8 texts of 10 to 16 tokens."""
     benchmark.group = f"stages, {size}"
@@ -159,12 +155,7 @@ BATCHES: dict[str, Callable[[Subject], Batch]] = {
 @pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("name", BATCHES)
 def test_training_step(
-    name: str,
-    size: PresetName,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], dict[str, Tensor]]], dict[str, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
+    name: str, size: PresetName, benchmark: BenchmarkFixture, measure: Measure, device: torch.device, dtype: torch.dtype
 ) -> None:
     """All losses of a batch, and the gradients of the whole model."""
     benchmark.group = f"training steps, {size}"
@@ -197,14 +188,8 @@ def _loss_inputs(subject: Subject) -> dict[str, tuple[Callable[..., Tensor], tup
     return {
         "contrastive": (lambda a, b: contrastive_loss(a, b, 0.07, subject.image_index), features),
         "matching": (lambda logits: matching_loss(logits, pairs), (model.match_logits(subject.fused),)),
-        "masked_token": (
-            lambda h: masked_token_loss(h, words, None, labels),
-            (subject.texts[:, 1 : 1 + MASKED],),
-        ),
-        "masked_image": (
-            lambda x: masked_image_loss(x, subject.images, _patch_mask(subject)),
-            (subject.images + 0.1,),
-        ),
+        "masked_token": (lambda h: masked_token_loss(h, words, None, labels), (subject.texts[:, 1 : 1 + MASKED],)),
+        "masked_image": (lambda x: masked_image_loss(x, subject.images, _patch_mask(subject)), (subject.images + 0.1,)),
         "box_l1": (lambda found: box_l1_loss(found, boxes[1]), (boxes[0],)),
         "box_giou": (lambda found: box_giou_loss(found, boxes[1]), (boxes[0],)),
     }
@@ -216,12 +201,7 @@ LOSSES = ("contrastive", "matching", "masked_token", "masked_image", "box_l1", "
 @pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss(
-    name: str,
-    size: PresetName,
-    benchmark: BenchmarkFixture,
-    measure: Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Tensor, ...]],
-    device: torch.device,
-    dtype: torch.dtype,
+    name: str, size: PresetName, benchmark: BenchmarkFixture, measure: Measure, device: torch.device, dtype: torch.dtype
 ) -> None:
     """A loss by itself, from what the model puts out, and its gradients."""
     benchmark.group = f"losses, {size}"

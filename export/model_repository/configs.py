@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from xfm_fast.export.manifest import GraphRecord, TensorRecord
-from xfm_fast.export.model_repository.protobuf_text import Symbol
-from xfm_fast.export.model_repository.ranking import RankLimits
-from xfm_fast.export.shape_slots import Slot, graph_slots, largest, tensor_shape
+from ..manifest import GraphRecord, TensorRecord
+from ..request import RankLimits, RepositoryOptions, ServedDevice
+from ..slots import Slot, graph_slots, largest, tensor_shape
 
 ModelBackend = Literal["tensorrt", "onnxruntime", "python"]
-ServedDevice = Literal["auto", "cpu", "gpu"]
 
 _DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
 _KINDS: dict[ServedDevice, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -23,7 +21,7 @@ _RANK_BATCH = 8
 
 
 def most_batch(record: GraphRecord, most: int) -> int:
-    """How many rows Triton may put into a batch of a graph; 0 where it may not, and batches are the client's business.
+    """The rows that Triton may put into a batch of a graph; 0 where it may not, and batches are the client's business.
 
     It may where the batch has no fixed size and every other size that the graph takes, it takes in the largest batch:
     of two profiles, one for small batches of long texts and one for large batches of short ones, none takes a batch
@@ -41,7 +39,7 @@ def most_batch(record: GraphRecord, most: int) -> int:
 
 
 def _within(slot: Slot, wide: Slot) -> bool:
-    """Whether a slot accepts, but for the batch, no more than another."""
+    """True where a slot accepts, but for the batch, no more than another."""
     for axis, sizes in slot.ranges.items():
         allowed = wide.ranges[axis]
         if axis == "batch":
@@ -55,27 +53,10 @@ def _within(slot: Slot, wide: Slot) -> bool:
 
 
 def graph_config(
-    name: str,
-    record: GraphRecord,
-    backend: ModelBackend,
-    *,
-    most: int,
-    queue_delay: int,
-    instances: int,
-    device: ServedDevice,
+    name: str, record: GraphRecord, backend: ModelBackend, options: RepositoryOptions, device: ServedDevice
 ) -> dict[str, Any]:
-    """The configuration of a graph's model.
-
-    Args:
-        name: of the model.
-        record: of the graph.
-        backend: what runs it.
-        most: rows of a batch, at most, where the graph takes any number.
-        queue_delay: microseconds that a request may wait for others.
-        instances: that run side by side.
-        device: where they run.
-    """
-    batch = most_batch(record, most)
+    """The configuration of a graph's model, which a backend runs on a device."""
+    batch = most_batch(record, options.most_batch)
     slots = graph_slots(record)
     if device == "auto" and backend == "tensorrt":
         device = "gpu"
@@ -93,9 +74,9 @@ def graph_config(
         "output": [_tensor(tensor, batch) for tensor in record.outputs],
     }
     if batch:
-        config["dynamic_batching"] = _batching(_preferred(slots, batch), queue_delay)
+        config["dynamic_batching"] = _batching(_preferred(slots, batch), options.queue_delay)
     config |= {
-        "instance_group": [{"count": instances, "kind": Symbol(_KINDS[device]), "profile": profiles}],
+        "instance_group": [{"count": options.instances, "kind": Symbol(_KINDS[device]), "profile": profiles}],
         "model_warmup": _warmups(record, slots, batch),
     }
     if backend == "python":
@@ -104,24 +85,15 @@ def graph_config(
 
 
 def rank_config(
-    name: str,
-    *,
-    prefix: str,
-    tokenizer: str,
-    limits: RankLimits,
-    cache_bytes: int,
-    queue_delay: int,
-    device: ServedDevice,
+    name: str, tokenizer: str, limits: RankLimits, options: RepositoryOptions, device: ServedDevice
 ) -> dict[str, Any]:
     """The configuration of the model from images and captions to scores.
 
     Args:
         name: of the model.
-        prefix: of the names of the models of the graphs.
         tokenizer: file in the version folder.
-        limits: of a request.
-        cache_bytes: of image memories kept between requests.
-        queue_delay: microseconds that a request may wait for others.
+        limits: of a request to this export.
+        options: of the repository.
         device: where tensors are between graphs.
     """
 
@@ -130,14 +102,14 @@ def rank_config(
 
     parameters = {
         "export_folder": ".",
-        "prefix": prefix,
+        "prefix": options.prefix,
         "tokenizer": tokenizer,
         "most_images": limits.images,
         "most_captions": limits.captions,
         "most_image_bytes": limits.image_bytes,
         "most_caption_characters": limits.caption_characters,
         "most_tokens": limits.tokens,
-        "cache_bytes": cache_bytes,
+        "cache_bytes": options.cache_bytes,
     }
     return {
         "name": name,
@@ -154,7 +126,7 @@ def rank_config(
             tensor("image_order", "TYPE_INT64", -1, -1),
             tensor("reused", "TYPE_BOOL", -1),
         ],
-        "dynamic_batching": _batching([], queue_delay),
+        "dynamic_batching": _batching([], options.queue_delay),
         # One instance: each would have image memories of its own.
         "instance_group": [{"count": 1, "kind": Symbol("KIND_GPU" if device == "gpu" else "KIND_CPU")}],
         "parameters": _parameters(parameters, device),
@@ -205,3 +177,60 @@ def _parameters(values: Mapping[str, Any], device: ServedDevice) -> list[dict[st
     # Triton brings tensors to the host for Python models unless told otherwise.
     stay = {} if device == "cpu" else {"FORCE_CPU_ONLY_INPUT_TENSORS": "no"}
     return [{"key": key, "value": {"string_value": str(value)}} for key, value in {**values, **stay}.items()]
+
+
+class Symbol(str):
+    """The name of an enumeration's value, which is written without quotes."""
+
+
+def render(message: Mapping[str, Any]) -> str:
+    """A message as text, one field a line.
+
+    Args:
+        message: fields in the order of the text. A mapping is a message, a list repeats its field; empty lists are
+            left out.
+
+    Raises:
+        TypeError: a value that is no string, symbol, number, truth value, mapping or list.
+    """
+    return "".join(f"{line}\n" for line in _fields(message, ""))
+
+
+def _fields(message: Mapping[str, Any], margin: str) -> Iterator[str]:
+    for name, value in message.items():
+        if isinstance(value, Mapping):
+            yield f"{margin}{name} {{"
+            yield from _fields(value, margin + "  ")
+            yield f"{margin}}}"
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            for item in value:
+                yield from _fields({name: item}, margin)
+        elif isinstance(value, list):
+            if value:
+                yield f"{margin}{name}: [{', '.join(map(_scalar, value))}]"
+        else:
+            yield f"{margin}{name}: {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Symbol):
+        return str(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return _quoted(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which has no form in the text of a protocol buffer")
+
+
+def _quoted(text: str) -> str:
+    """In quotes; everything but printable ASCII as octal bytes, which every reader understands."""
+    written = []
+    for byte in text.encode():
+        character = chr(byte)
+        if character in '"\\':
+            written.append(f"\\{character}")
+        else:
+            written.append(character if 32 <= byte < 127 else f"\\{byte:03o}")
+    return f'"{"".join(written)}"'

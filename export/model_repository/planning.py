@@ -1,90 +1,27 @@
-"""Which models a repository will hold, decided before anything is written; what cannot be served is an error here."""
+"""The models of a repository, decided before anything is written; what cannot be served is an error here."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export.graphs import GraphName
-from xfm_fast.export.manifest import AxisRecord, GraphRecord, Manifest
-from xfm_fast.export.model_repository.configs import ModelBackend, ServedDevice, graph_config, most_batch, rank_config
-from xfm_fast.export.model_repository.ranking import RankLimits
-from xfm_fast.export.model_repository.served_graphs import model_name
-from xfm_fast.export.shape_slots import graph_slots, largest
+from xfm_fast.errors import ExportError, InputError
 from xfm_fast.tokenizer import CaptionTokenizer
 
-BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
-Pipeline = Literal["rank", "graphs"]
+from ..graphs import GraphName
+from ..manifest import AxisRecord, GraphRecord, Manifest
+from ..request import RankLimits, RepositoryOptions, ServedDevice
+from ..slots import graph_slots, largest
+from .configs import ModelBackend, graph_config, most_batch, rank_config
+from .served_graphs import model_name
 
 RANK_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
 TOKENIZER_FILE = "tokenizer.json"
 
 # What the official evaluation cuts captions to.
 _OFFICIAL_TOKENS = 40
-_NAME = re.compile(r"[A-Za-z][\w-]*")
-
-
-@dataclass(frozen=True)
-class RepositoryOptions:
-    """What kind of repository to make.
-
-    Attributes:
-        backend: what runs the graphs: Triton's `tensorrt` or `onnxruntime`, or `python`, a `Session` in Triton's Python
-            backend; `auto` takes the first of them that runs the export.
-        pipeline: `rank` adds the model from images and captions to scores; `graphs` leaves it out.
-        prefix: of the names of the models.
-        device: where models run; `auto` is a GPU for engines, and what Triton finds for the others.
-        most_batch: rows of a batch, for graphs that take any number.
-        queue_delay: microseconds that a request may wait for others to share its batch.
-        instances: of each graph's model.
-        cache_bytes: of image memories that the rank model keeps between requests.
-        limits: of a rank request; `tokens` are cut to what the export takes.
-    """
-
-    backend: BackendChoice = "auto"
-    pipeline: Pipeline = "rank"
-    prefix: str = "xfm"
-    device: ServedDevice = "auto"
-    most_batch: int = 32
-    queue_delay: int = 500
-    instances: int = 1
-    cache_bytes: int = 1 << 30
-    limits: RankLimits = field(default_factory=RankLimits)
-
-    def check(self) -> None:
-        """Compare the options with what there is.
-
-        Raises:
-            UnavailableError: a backend, pipeline or device that is not known.
-            InputError: a number that is too small, or a prefix that cannot name models.
-        """
-        for name, value, choices in (
-            ("backend", self.backend, get_args(BackendChoice)),
-            ("pipeline", self.pipeline, get_args(Pipeline)),
-            ("device", self.device, get_args(ServedDevice)),
-        ):
-            if value not in choices:
-                raise UnavailableError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
-        if not _NAME.fullmatch(self.prefix):
-            raise InputError(f"prefix {self.prefix!r} cannot name models; use letters, digits, - and _")
-        limits = self.limits
-        for name, value, least in (
-            ("most_batch", self.most_batch, 1),
-            ("queue_delay", self.queue_delay, 0),
-            ("instances", self.instances, 1),
-            ("cache_bytes", self.cache_bytes, 0),
-            ("limits.images", limits.images, 1),
-            ("limits.captions", limits.captions, 1),
-            ("limits.image_bytes", limits.image_bytes, 1),
-            ("limits.caption_characters", limits.caption_characters, 1),
-            ("limits.tokens", limits.tokens, 3),
-        ):
-            if value < least:
-                raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +70,14 @@ def plan_models(
         )
     backend = _backend(manifest, options)
     device = _device(manifest, options.device)
-    models = [_graph_model(record, manifest, backend, options, device) for record in manifest.graphs]
+    models = []
+    for record in manifest.graphs:
+        name = model_name(options.prefix, record.name)
+        config = graph_config(name, record, backend, options, device)
+        files = [file for file in manifest.files if file.name in record.files]
+        part = manifest.model_copy(update={"graphs": [record], "files": files})
+        script = "graph" if backend == "python" else None
+        models.append(PlannedModel(name, backend, config, part, (record,), script))
     if options.pipeline == "rank":
         models.append(_rank_model(manifest, options, tokenizer, device))
     return models
@@ -151,7 +95,7 @@ def _backend(manifest: Manifest, options: RepositoryOptions) -> ModelBackend:
 
 
 def _device(manifest: Manifest, wanted: ServedDevice) -> ServedDevice:
-    """What compiled files are bound to, else what is wanted."""
+    """The device that compiled files are bound to, else the one that is wanted."""
     bound: ServedDevice | None = None
     if manifest.kind in ("tensorrt", "tensorrt-rtx"):
         bound = "gpu"
@@ -165,24 +109,6 @@ def _device(manifest: Manifest, wanted: ServedDevice) -> ServedDevice:
             f"{bound}, or make another export"
         )
     return bound
-
-
-def _graph_model(
-    record: GraphRecord, manifest: Manifest, backend: ModelBackend, options: RepositoryOptions, device: ServedDevice
-) -> PlannedModel:
-    name = model_name(options.prefix, record.name)
-    config = graph_config(
-        name,
-        record,
-        backend,
-        most=options.most_batch,
-        queue_delay=options.queue_delay,
-        instances=options.instances,
-        device=device,
-    )
-    files = [file for file in manifest.files if file.name in record.files]
-    part = manifest.model_copy(update={"graphs": [record], "files": files})
-    return PlannedModel(name, backend, config, part, (record,), "graph" if backend == "python" else None)
 
 
 def _rank_model(
@@ -212,15 +138,7 @@ def _rank_model(
         )
     records = [_capped(manifest.graph(graph), options.most_batch) for graph in RANK_GRAPHS]
     name = model_name(options.prefix, "rank")
-    config = rank_config(
-        name,
-        prefix=options.prefix,
-        tokenizer=TOKENIZER_FILE,
-        limits=_limits(manifest, records, options.limits),
-        cache_bytes=options.cache_bytes,
-        queue_delay=options.queue_delay,
-        device=device,
-    )
+    config = rank_config(name, TOKENIZER_FILE, _limits(manifest, records, options.limits), options, device)
     part = manifest.model_copy(update={"graphs": records, "files": []})
     return PlannedModel(name, "python", config, part, (), "rank")
 

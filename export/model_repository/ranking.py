@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,34 +19,17 @@ from torch import Tensor
 
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError, InputError, NonFiniteError, XFMError
-from xfm_fast.export.model_repository.memory_cache import MemoryCache
-from xfm_fast.export.session import Session, SessionMemory
 from xfm_fast.packing import Packing, ragged_rows
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+from ..request import RankLimits
+from ..session import Session, SessionMemory
 
 # Pillow reads formats that run other programs; from strangers only these are taken.
 _TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
 _DECODING_THREADS = 8
 # Memories that lie side by side in a pass; more of them gain little and take much room.
 _IMAGES_PER_TILE = 16
-
-
-@dataclass(frozen=True)
-class RankLimits:
-    """What a request may ask for.
-
-    Attributes:
-        images, captions: of a request.
-        image_bytes: of an encoded image.
-        caption_characters: of a caption, before the official cut to 30 words and `tokens` tokens.
-        tokens: of a caption, special tokens included.
-    """
-
-    images: int = 16
-    captions: int = 1024
-    image_bytes: int = 32 << 20
-    caption_characters: int = 2000
-    tokens: int = 40
 
 
 class Query(NamedTuple):
@@ -150,7 +134,12 @@ class Ranker:
         """
         known = {key for query in queries for key in query.keys if key in self.cache}
         pixels, failures = self._decoded(queries, known)
-        answers: list[Ranking | XFMError | None] = [_failure(query, failures) for query in queries]
+        answers: list[Ranking | XFMError | None] = []
+        for query in queries:
+            broken = (number for number, key in enumerate(query.keys) if key in failures)
+            first = next(broken, None)
+            reason = None if first is None else f"image {first} of the request: {failures[query.keys[first]]}"
+            answers.append(None if reason is None else DataError(reason))
         good = [number for number, answer in enumerate(answers) if answer is None]
         for number, ranking in zip(good, self._ranked([queries[n] for n in good], pixels, known), strict=True):
             answers[number] = ranking
@@ -272,8 +261,43 @@ class Ranker:
         return SessionMemory(rows[0] if len(rows) == 1 else torch.cat(rows))
 
 
-def _failure(query: Query, failures: dict[bytes, str]) -> DataError | None:
-    for number, key in enumerate(query.keys):
-        if key in failures:
-            return DataError(f"image {number} of the request: {failures[key]}")
-    return None
+class MemoryCache:
+    """Tensors by the hash of what they were made from; the one not used for longest makes room.
+
+    Args:
+        most_bytes: of all tensors together. One that is larger by itself is not kept; 0 keeps none.
+
+    Attributes:
+        nbytes: of the tensors that are kept.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.nbytes = 0
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._kept
+
+    def get(self, key: bytes) -> Tensor | None:
+        """The tensor of a key, which is then the one used last."""
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: bytes, value: Tensor) -> None:
+        """Keep a tensor. It should own its storage, of which a view would keep the whole."""
+        earlier = self._kept.pop(key, None)
+        if earlier is not None:
+            self.nbytes -= earlier.nbytes
+        if value.nbytes > self.most_bytes:
+            return
+        self._kept[key] = value
+        self.nbytes += value.nbytes
+        while self.nbytes > self.most_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self.nbytes -= dropped.nbytes

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xfm_fast.export.manifest import GraphRecord
-from xfm_fast.export.shape_slots import Slot
+from ..manifest import GraphRecord
+from ..slots import Slot
 
 Infer = Callable[[str, Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
 """Runs a model by its name: inputs by name and the names of the outputs → outputs that the caller owns.
@@ -19,7 +19,7 @@ Raises `ExportError` when the model is not there or fails.
 
 
 def model_name(prefix: str, graph: str) -> str:
-    """Of the model that serves a graph."""
+    """The name of the model that serves a graph."""
     return f"{prefix}_{graph}"
 
 

@@ -13,21 +13,17 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xfm_fast import __version__
-from xfm_fast.checkpoint.storage import sync_folder, write_bytes
+from xfm_fast.checkpoint.files import sync_folder, write_bytes
 from xfm_fast.errors import InputError, StorageError
-from xfm_fast.export import manifest as manifests
-from xfm_fast.export.exporting import prepare_folder
-from xfm_fast.export.manifest import FileRecord, Kind, Manifest, Status
-from xfm_fast.export.model_repository import backends
-from xfm_fast.export.model_repository.planning import (
-    TOKENIZER_FILE,
-    PlannedModel,
-    RepositoryOptions,
-    check_apart,
-    plan_models,
-)
-from xfm_fast.export.model_repository.protobuf_text import render
 from xfm_fast.tokenizer import CaptionTokenizer
+
+from .. import manifest as manifests
+from ..manifest import FileRecord, Kind, Manifest, Status
+from ..pipeline import prepare_folder
+from ..request import RepositoryOptions
+from . import backends
+from .configs import render
+from .planning import TOKENIZER_FILE, PlannedModel, check_apart, plan_models
 
 FORMAT_VERSION = 1
 RECEIPT_FILE = "repository.json"
@@ -53,7 +49,7 @@ class ModelReceipt(_Record):
 
 
 class Receipt(_Record):
-    """What a repository was made from and what lies in it; `files` are named by their path in it."""
+    """The origin and the contents of a repository; `files` are named by their path in it."""
 
     format: int = FORMAT_VERSION
     created: str
@@ -166,7 +162,9 @@ def _write_model(model: PlannedModel, folder: Path, root: Path, tokenizer: Capti
     version.mkdir(parents=True)
     for record in model.graphs:
         for name in record.files:
-            _copy(folder / name, version / name)
+            shutil.copyfile(folder / name, version / name)
+            with (version / name).open("rb") as file:
+                os.fsync(file.fileno())
     contents = {home / "config.pbtxt": render(model.config).encode()}
     if model.script is not None:
         source = Path(backends.__file__).with_name(f"{model.script}.py")
@@ -179,12 +177,6 @@ def _write_model(model: PlannedModel, folder: Path, root: Path, tokenizer: Capti
         tokenizer.save(version / TOKENIZER_FILE)
         manifest = manifest.model_copy(update={"files": manifests.record_files(version, [TOKENIZER_FILE])})
     manifest.save(version)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _receipt(

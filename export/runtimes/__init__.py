@@ -1,4 +1,4 @@
-"""What runs exported graphs: one module for each library, all with torch tensors in and out.
+"""Runtimes of exported graphs: one module for each library, all with torch tensors in and out.
 
 The modules are not named like the packages that they import, so that neither can be mistaken for the other.
 """
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.shape_slots import Slot
+
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot
 
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
@@ -24,12 +25,7 @@ RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 Precision = Literal["fp32", "bf16"]
 """In which type OpenVINO computes an fp32 graph; bf16 trades digits for speed on processors that have it."""
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-}
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 _MODULES: dict[RuntimeName, str] = {
     "onnxruntime": "onnx_sessions",
@@ -114,8 +110,19 @@ def open_runtime(
         )
     if precision is not None and name != "openvino":
         raise UnavailableError(f"precision={precision!r} is a matter of OpenVINO; {name} computes in the export's type")
-    module = importlib.import_module(f"xfm_fast.export.runtimes.{_MODULES[name]}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     return module.open_runtime(name, manifest, None if device is None else torch.device(device), precision)
+
+
+def failed_run(description: str, graph: str, inputs: Mapping[str, Tensor], reason: str) -> ExportError:
+    """The error of a graph that its runtime could load but not run."""
+    shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
+    return ExportError(f"{description} failed in graph {graph!r} on {shapes} ({reason}); try smaller batches")
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what a library says, or the name of what it raised."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def empty_outputs(record: GraphRecord, shapes: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:

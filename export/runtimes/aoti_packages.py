@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.package_target import check_package, local_target
-from xfm_fast.export.runtimes import Precision
-from xfm_fast.export.shape_slots import Slot
 
 # A package names the operators that it calls; this registers them.
 from xfm_fast.kernels import ops  # noqa: F401
+
+from ..aoti import check_package, local_target
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot
+from . import Precision, failed_run, first_line
 
 
 def open_runtime(
@@ -61,7 +62,7 @@ class AotiPackages:
             package = aoti_load_package(str(path), device_index=self.device.index if self.enqueues else -1)
         except Exception as error:  # of the loader, which has no errors of its own
             raise ExportError(
-                f"{self.description} does not load {path.name} ({_first_line(error)}); build it on this machine with "
+                f"{self.description} does not load {path.name} ({first_line(error)}); build it on this machine with "
                 "xfm-fast export aoti"
             ) from error
         return _Package(package, record, self.description)
@@ -77,13 +78,5 @@ class _Package:
         try:
             results = self._package(*(inputs[tensor.name] for tensor in self._record.inputs))
         except Exception as error:
-            shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
-            raise ExportError(
-                f"{self._description} failed in graph {self._record.name!r} on {shapes} ({_first_line(error)}); try "
-                "smaller batches"
-            ) from error
+            raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
         return {tensor.name: value for tensor, value in zip(self._record.outputs, results, strict=True)}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,21 +1,27 @@
 """ONNX Runtime, on the CPU or through its CUDA provider.
 
-Inputs and outputs are bound where they lie: the runtime reads and writes the memory of torch tensors.
+Inputs and outputs are bound where they lie: the runtime reads and writes the memory of torch tensors. It has no bf16
+kernels for the CPU; `WidenedOnnx` computes a bf16 export in fp32, for comparisons: it tells if the graphs are right and
+what the rounding of weights, inputs and outputs costs. That of the arithmetic it leaves out.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.runtimes import Precision, empty_outputs
-from xfm_fast.export.shape_slots import Slot, output_shapes
+from xfm_fast.errors import ExportError, StorageError, UnavailableError
+
+from ..consumers import LARGEST_FILE
+from ..manifest import GraphRecord, Manifest, TensorRecord
+from ..slots import Slot, output_shapes
+from . import LoadedGraph, Precision, empty_outputs, failed_run, first_line
 
 # Element types of ONNX, which has one more than NumPy: bfloat16.
 _ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -62,19 +68,17 @@ class OnnxSessions:
 
     def load(self, record: GraphRecord, path: Path) -> _OnnxGraph:
         """See `Runtime.load`."""
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.device.type == "cuda":
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self.device.index}))
         try:
-            session = self._library.InferenceSession(str(path), self._options(record), providers=self._providers())
+            session = self._library.InferenceSession(str(path), self._options(record), providers=providers)
         except Exception as error:  # the library's own classes, which share no public base
             raise ExportError(
-                f"{self.description} does not load {path.name} ({_first_line(error)}); export it with --for "
+                f"{self.description} does not load {path.name} ({first_line(error)}); export it with --for "
                 "onnxruntime, or upgrade onnxruntime"
             ) from error
         return _OnnxGraph(session, record, self.device, self.description)
-
-    def _providers(self) -> list[Any]:
-        if self.device.type == "cpu":
-            return ["CPUExecutionProvider"]
-        return [("CUDAExecutionProvider", {"device_id": self.device.index}), "CPUExecutionProvider"]
 
     def _options(self, record: GraphRecord) -> Any:
         options = self._library.SessionOptions()
@@ -111,13 +115,80 @@ class _OnnxGraph:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
-            raise ExportError(
-                f"{self._description} failed in graph {self._record.name!r} on {shapes} ({_first_line(error)}); try "
-                "smaller batches"
-            ) from error
+            raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
         return outputs
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+class WidenedOnnx:
+    """A `Runtime`."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._wide = OnnxSessions(manifest.model_copy(update={"dtype": "fp32"}), torch.device("cpu"))
+        self.device, self.enqueues = self._wide.device, self._wide.enqueues
+        self.description = f"{self._wide.description}, bf16 graphs computed in fp32"
+
+    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+        """See `Runtime.load`."""
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch) / path.name
+                widen(path, out)
+                return _WidenedGraph(self._wide.load(_widened(record), out))
+        except OSError as error:
+            raise StorageError(
+                f"{path.name} could not be copied in fp32 to {tempfile.gettempdir()} ({error.strerror or error}); free "
+                "space there, or set TMPDIR to another folder"
+            ) from error
+
+
+class _WidenedGraph:
+    """A `LoadedGraph` with bf16 outside and fp32 inside."""
+
+    def __init__(self, wide: LoadedGraph) -> None:
+        self._wide = wide
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        given = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+        return {name: value.bfloat16() for name, value in self._wide.run(given, slot, sizes).items()}
+
+
+def _widened(record: GraphRecord) -> GraphRecord:
+    def wide(tensors: list[TensorRecord]) -> list[TensorRecord]:
+        narrow = {"bfloat16": "float32"}
+        return [tensor.model_copy(update={"dtype": narrow.get(tensor.dtype, tensor.dtype)}) for tensor in tensors]
+
+    return record.model_copy(update={"inputs": wide(record.inputs), "outputs": wide(record.outputs)})
+
+
+def widen(path: Path, out: Path) -> None:
+    """Write a copy of a bf16 graph whose inputs, outputs and arithmetic are fp32. Weights keep their value.
+
+    Args:
+        path: of the graph; weights that lie beside it are read too.
+        out: in an existing folder; weights of more than two gigabytes go into a file beside it.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    model = onnx.load(str(path))
+    graph = model.graph
+
+    def widened(tensor: Any) -> None:
+        if tensor.data_type == narrow:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    for tensor in graph.initializer:
+        widened(tensor)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                widened(attribute.t)
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type == narrow:
+            value.type.tensor_type.elem_type = wide
+    size = sum(len(tensor.raw_data) for tensor in graph.initializer)
+    onnx.save(model, str(out), save_as_external_data=size > LARGEST_FILE, location=f"{out.name}.data")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.runtimes import Precision, empty_outputs
-from xfm_fast.export.shape_slots import Slot, output_shapes
+
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot, output_shapes
+from . import Precision, empty_outputs, failed_run
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -89,15 +90,11 @@ class _OpenVinoGraph:
             try:
                 self._request.infer()
             except Exception as error:
-                shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
-                raise ExportError(
-                    f"{self._description} failed in graph {self._record.name!r} on {shapes} "
-                    f"({_reason(error)}); try smaller batches"
-                ) from error
+                raise failed_run(self._description, self._record.name, inputs, _reason(error)) from error
         return outputs
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the places in the library's source where it did."""
+    """The cause of an error, without the places in the library's source where it did."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check '")))[:300]

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
-from xfm_fast.export.engine_library import Library, load_library, local_capability
-from xfm_fast.export.engines import check_engine_file
-from xfm_fast.export.manifest import GraphRecord, Manifest
-from xfm_fast.export.runtimes import TORCH_DTYPES, Precision, empty_outputs
-from xfm_fast.export.shape_slots import Slot, axes_of, graph_slots, output_shapes
+
+from ..engines import check_engine_file
+from ..engines.library import Library, load_library, local_capability, message_logger, said
+from ..manifest import GraphRecord, Manifest
+from ..slots import Slot, axes_of, graph_slots, output_shapes
+from . import TORCH_DTYPES, Precision, empty_outputs
 
 # Engines expect this of every address; views into a batch may start elsewhere.
 _ALIGNMENT = 256
@@ -67,7 +68,7 @@ class TensorRTEngines:
         self.description = f"{library.consumer} {library.version}, {cuda.get_device_name(device)}"
         self.errors: list[str] = []
         # The runtime keeps no reference to it.
-        self._logger = _logger(library.trt, self.errors)
+        self._logger = message_logger(library.trt, self.errors, _log)
         self._runtime: Any = library.trt.Runtime(self._logger)
         if manifest.target is not None and manifest.target.version_compatible:
             # Such an engine carries the runtime of the version that built it.
@@ -126,8 +127,8 @@ class _Engine:
                 return captured.replay(inputs)
             outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
             current = self._cuda.current_stream(self._device)
-            # Kept until the caller's stream waits for the engine's, so that nobody is given this memory before.
-            bound = {name: _aligned(value) for name, value in inputs.items()}
+            # Kept until the caller's stream waits for the engine's, so that this memory is not given away before.
+            bound = {name: value.clone() if value.data_ptr() % _ALIGNMENT else value for name, value in inputs.items()}
             self._stream.wait_stream(current)
             self._enqueue(self._contexts[slot.number], bound, outputs)
             current.wait_stream(self._stream)
@@ -208,7 +209,7 @@ class _Captured:
         self._free: Any = None
 
     def replay(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy in, run, copy out, on the caller's stream, after whoever used this memory last."""
+        """Copy in, run, copy out, on the caller's stream, after the last use of this memory."""
         stream = self._cuda.current_stream(self._device)
         if self._free is not None:
             stream.wait_event(self._free)
@@ -256,29 +257,5 @@ class _KernelCache:
             write_bytes({self._path: content})
 
 
-def said(errors: list[str]) -> str:
-    """What the library says."""
-    return " ".join(errors[0].split()) if errors else "it gives no reason"
-
-
 def _key(slot: Slot, sizes: Mapping[str, int]) -> tuple[int, tuple[tuple[str, int], ...]]:
     return slot.number, tuple(sorted(sizes.items()))
-
-
-def _aligned(value: Tensor) -> Tensor:
-    return value.clone() if value.data_ptr() % _ALIGNMENT else value
-
-
-def _logger(trt: Any, errors: list[str]) -> Any:
-    serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in serious:
-                errors.append(msg)
-            _log.debug("%s", msg)
-
-    return Logger()

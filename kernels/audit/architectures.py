@@ -1,4 +1,4 @@
-"""What an architecture offers a kernel, and how many of its blocks fit on one multiprocessor.
+"""The resources that an architecture offers a kernel, and how many of its blocks fit on one multiprocessor.
 
 Figures: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
@@ -19,7 +19,7 @@ _TENSOR_MEMORY = 512  # columns
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor; `block_shared` is what one block may have."""
+    """The resources of one multiprocessor; `block_shared` is the most that one block may have."""
 
     warps: int
     blocks: int

@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from ..triton.spec import CompileRequest
+from ..triton.launch import CompileRequest
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Figures:
-    """What compiling one kernel for one architecture showed; `error` is set and all else empty where it failed."""
+    """The outcome of compiling one kernel for one architecture; `error` is set and all else empty where it failed."""
 
     registers: int = 0
     stack_bytes: int = 0
@@ -192,7 +192,7 @@ def _plain(constexprs: dict[str, Any]) -> dict[str, str]:
 @cache
 def _audit_source() -> str:
     """A hash of what turns machine code into figures."""
-    files = (Path(__file__).with_name(name) for name in ("compiling.py", "worker.py", "sass.py", "tiles.py"))
+    files = (Path(__file__).with_name(name) for name in ("compiling.py", "worker.py", "sass.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -30,7 +30,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an audit changed, a line each: `worse` fails it, `better` may be accepted, `note` explains."""
+    """The changes that an audit found, a line each: `worse` fails it, `better` may be accepted, `note` explains."""
 
     worse: list[str]
     better: list[str]
@@ -126,7 +126,7 @@ def accept(rows: Iterable[Row], *, compiler: str, forget: Collection[str] = (), 
 
 
 def figures(row: Row) -> dict[str, Any]:
-    """What the ratchet file keeps of a row."""
+    """The part of a row that the ratchet file keeps."""
     kept = {name: getattr(row, name) for name in (*_LOWER_IS_BETTER, *_HIGHER_IS_BETTER)}
     share = row.wide_share
     return (

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..triton.spec import KernelSpec, LaunchConfig
+from ..triton.launch import KernelSpec, LaunchConfig
 from . import sass
 from .architectures import ARCHITECTURES, limits, occupancy
 from .compiling import Figures, Task, compile_all
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What identifies the row from one audit to the next; the configuration may change."""
+        """The parts that identify the row from one audit to the next; the configuration may change."""
         return _key(self.kernel, self.variant, self.arch, self.dtype)
 
     @property
@@ -133,7 +133,7 @@ class Form:
 
     @property
     def key(self) -> str:
-        """What identifies the form from one audit to the next; the configuration may change."""
+        """The parts that identify the form from one audit to the next; the configuration may change."""
         return _key(self.spec.name, self.variant, self.arch, self.dtype)
 
 

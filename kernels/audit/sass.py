@@ -6,13 +6,12 @@ alone would not do, because the compiler places the waits for Blackwell's barrie
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-
-from .tiles import Line
 
 # /*0120*/  @!P0 BRA `(.L_x_3) ;
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
@@ -40,7 +39,7 @@ class Instruction:
 
     @property
     def tensor_core(self) -> bool:
-        """Whether it multiplies matrices."""
+        """True for an instruction that multiplies matrices."""
         return bool(_TENSOR_CORE.fullmatch(self.opcode))
 
     @property
@@ -73,13 +72,13 @@ class Loop:
 
     @property
     def works(self) -> bool:
-        """Whether it reads or multiplies; loops that wait for a barrier do neither."""
+        """True for a loop that reads or multiplies; loops that wait for a barrier do neither."""
         return bool(self.tensor_core or self.loads)
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the disassembler says about one kernel."""
+    """The machine code of one kernel, as the disassembler shows it."""
 
     registers: int
     stack_bytes: int
@@ -238,3 +237,75 @@ def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
             if found != dominators[block]:
                 dominators[block], changed = found, True
     return dominators
+
+
+_LOAD = re.compile(r"(?:\btt\.load|\bttg\.async_copy_global_to_local) .*?\bloc\((#loc\d*)\)\s*$", re.MULTILINE)
+_POINTERS = re.compile(r"tensor<((?:\d+x)+)!tt\.ptr")
+_DEFINITION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
+_PLACE = re.compile(r'"([^"]+)":(\d+):\d+')
+_REFERENCE = re.compile(r"#loc\d*")
+
+_PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.MULTILINE)
+_PTX_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
+_PTX_LOAD = re.compile(r"\bld\.global\b|\bcp\.async\.c[ag]\b")
+
+_SMALLEST_TILE = 512
+Line = tuple[str, int]
+
+
+def row_lines(ttgir: str, ptx: str) -> set[Line]:
+    """(file, line), as the machine code has it, of every load of scalars or a value per row, where no tile is loaded.
+
+    A tile has two dimensions, the last longer than 1, and as many elements as a program has threads.
+    """
+    definitions = dict(_DEFINITION.findall(ttgir))
+    rows: set[Line] = set()
+    tiles: set[Line] = set()
+    for match in _LOAD.finditer(ttgir):
+        line = _resolve(match[1], definitions)
+        if line is not None:
+            (tiles if _is_tile(match[0]) else rows).add(line)
+    moved = list(_moved_lines(ptx))
+    return {shown for true, shown in moved if true in rows - tiles} - {
+        shown for true, shown in moved if true not in rows - tiles
+    }
+
+
+def _is_tile(load: str) -> bool:
+    pointers = _POINTERS.search(load)
+    if pointers is None:
+        return False
+    shape = [int(size) for size in pointers[1].split("x")[:-1]]
+    return len(shape) > 1 and shape[-1] > 1 and math.prod(shape) >= _SMALLEST_TILE
+
+
+def _resolve(name: str, definitions: dict[str, str]) -> Line | None:
+    """The innermost source line: of a call site, that of the called function."""
+    seen: set[str] = set()
+    while name in definitions and name not in seen:
+        seen.add(name)
+        if place := _PLACE.search(definitions[name]):
+            return place[1], int(place[2])
+        reference = _REFERENCE.search(definitions[name])
+        name = reference[0] if reference else ""
+    return None
+
+
+def _moved_lines(ptx: str) -> Iterator[tuple[Line, Line]]:
+    """(source line, line in the machine code) of every load; the first line of inline assembly is the true one."""
+    files = dict(_PTX_FILE.findall(ptx))
+    line = true = ("", 0)
+    inside = started = False
+    for text in ptx.splitlines():
+        if place := _PTX_LINE.match(text):
+            line = files.get(place[1], ""), int(place[2])
+            if not (inside and started):
+                true = line
+        elif "// begin inline asm" in text:
+            inside, started, true = True, False, line
+        elif "// end inline asm" in text:
+            inside, true = False, line
+        else:
+            started = started or bool(text.strip())
+            if _PTX_LOAD.search(text):
+                yield (true if inside else line), line

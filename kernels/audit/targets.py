@@ -1,4 +1,4 @@
-"""What the kernels aim at, checked on the rows of an audit and reported as met or missed."""
+"""The targets of the kernels, checked on the rows of an audit and reported as met or missed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        """Whether every row meets it. A target that no row tests is not met."""
+        """True if every row meets it. A target that no row tests is not met."""
         return self.checked > 0 and not self.missed
 
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from . import sass
 from .compiling import Figures, Task
-from .tiles import row_lines
+from .sass import row_lines
 
 # From Hopper on the disassembler counts the driver's reserve as the kernel's.
 _RESERVED_SHARED = 1024

@@ -11,7 +11,7 @@ Two arrangements, because the product of rows with the vocabulary is all the cos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ _TILE = 1 << 18
 _ROUNDED_BLOCKS = 4
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
-Needs = tuple[bool, bool, bool]
+Needs = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -75,6 +75,7 @@ def linear_cross_entropy_forward(
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
     gradients = _Accumulators(rows, w, b, needs, len(blocks), weight)
     slices = _vocabulary_slices(w.shape[0])
+    # For a gradient the logits of all slices are kept until the row's normaliser is known; or else one place is enough.
     memory = _Slices(rows, blocks, slices if any(needs) else slices[:1])
     total = torch.zeros((), dtype=gradients.dtype)
     for block in blocks:
@@ -153,6 +154,7 @@ def token_log_likelihood_backward(
     slices = _vocabulary_slices(w.shape[0]) if any(needs) else []
     memory = _Slices(rows, blocks, slices[:1])
     for part in slices:
+        # Slices outside, blocks inside: a slice of the vocabulary is read from memory once, its gradient written once.
         for block in blocks:
             here = RowStatistics(*(s[block] for s in statistics))
             logits = _logits(rows[block], w, b, part, memory)
@@ -171,7 +173,7 @@ class _Slices:
         self.places = h.new_empty(len(slices), rows * width)
 
     def next(self, rows: int, width: int) -> Tensor:
-        """The slice that was handed out longest ago; what it holds is anybody's."""
+        """The slice that was handed out longest ago; its contents are arbitrary."""
         place = self.places[self.first % self.places.shape[0], : rows * width]
         self.first += 1
         return place.view(rows, width)
@@ -302,15 +304,11 @@ def _rows_inside(target: Tensor, part: slice) -> Tensor:
     return host.true_places((target >= part.start) & (target < part.stop))
 
 
-def _aten_product(x: Tensor, y: Tensor) -> Tensor:
-    return x @ y.t()
-
-
 def _onednn_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
 
 
-_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": _aten_product, "onednn": _onednn_product}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
 
 
 def _chosen(role: str, dtype: torch.dtype) -> str:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import Dropout
+from .. import checks
+from .workspace import Dropout
 
 
 class AddLayerNorm(NamedTuple):
@@ -167,7 +168,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """What the branch is multiplied with: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
+    """The factor of the branch: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
     if row_scale is None:
         return gamma
     rows = row_scale.view(-1, *[1] * (x.ndim - 1))
@@ -175,11 +176,10 @@ def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor
 
 
 def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
-    """What dropout multiplies x with, the same for the same seed: 0 or 1/(1-p)."""
+    """The factor that dropout gives every element of x, the same for the same seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
-    if seed is None:
-        raise ValueError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
+    seed = checks.seed_of(dropout_p, seed)
     if dropout_p >= 1:
         return torch.zeros_like(x)
     dropout = Dropout(dropout_p, seed)
@@ -199,6 +199,7 @@ def _sum(
     if residual is None:
         return branch if factor is None else (branch * factor).to(x.dtype)
     dtype = torch.promote_types(x.dtype, residual.dtype)
+    # `addcmul` reads and writes once where a product and a sum would twice.
     return (residual + branch if factor is None else torch.addcmul(residual, branch, factor)).to(dtype)
 
 

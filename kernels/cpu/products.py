@@ -1,12 +1,13 @@
-"""Linear layers on CPU for inference, fp32 and bf16; GELU and residual are fused where oneDNN does it faster.
-
-oneDNN's linear layers ignore the stride of a bias, so they are given contiguous ones.
+"""Linear layers on CPU, fp32 and bf16: for inference, with GELU and residual fused where oneDNN does it faster; for
+training, where the weight changes at every step, with their gradients; and 16-bit products in slices of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,115 +15,28 @@ from torch import Tensor
 
 from ..derived import derived
 from .selection import select
-from .slices import multiply
 from .workspace import scratch
+
+Product = Callable[..., Tensor]
+"""From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
 # Shape of the products that decide: packed caption tokens through a layer of the base width, and a single caption.
 _ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS = 224, 13, 768, 768
 # Below these rows products are chosen apart: MKL's fp32 ones of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
-
-
-def _packed(weight: Tensor, rows: int) -> Tensor:
-    """The weight in the blocked layout that oneDNN multiplies without reordering it at every call."""
-    if weight.is_inference():
-        # Without a version it would be packed again and again.
-        return weight
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    return derived("onednn-packed", (weight,), lambda: reorder(weight.detach(), rows))
-
-
-def _dense(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
-
-
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` by oneDNN: x `[n, K]`, weight `[M, K]`, any strides."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "none", [], "")
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), _dense(bias), "none", [], "")
-
-
-def _aten_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.aten.gelu_(F.linear(x, weight, bias))
-
-
-def _onednn_then_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.aten.gelu_(onednn_linear(x, weight, bias))
-
-
-def _onednn_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "gelu", [], "none")
-
-
-def _packed_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight, x.shape[0]), _dense(bias), "gelu", [], "none")
-
-
-def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    # The product accumulates into the sum: one pass less than a linear layer followed by an addition.
-    return (residual.clone() if bias is None else residual + bias).addmm_(x, weight.t())
-
-
-def _onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
-
-
-def _packed_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _packed(weight, x.shape[0]), _dense(bias), "add")
-
-
-_LINEAR: dict[str, Callable[..., Tensor]] = {
-    "aten": F.linear,
-    "onednn": onednn_linear,
-    "onednn-packed": _packed_linear,
-}
-_GELU: dict[str, Callable[..., Tensor]] = {
-    "aten": _aten_gelu,
-    "onednn+gelu": _onednn_then_gelu,
-    "onednn": _onednn_gelu,
-    "onednn-packed": _packed_gelu,
-}
-_RESIDUAL: dict[str, Callable[..., Tensor]] = {
-    "aten": _aten_residual,
-    "onednn": _onednn_residual,
-    "onednn-packed": _packed_residual,
-}
-
-
-def _example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, _INPUTS, generator=generator)
-    weight = torch.randn(_OUTPUTS, _INPUTS, generator=generator) / _INPUTS**0.5
-    return x.to(dtype), weight.to(dtype), torch.randn(_OUTPUTS, generator=generator).to(dtype)
-
-
-def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
-    x, weight, bias = _example(dtype, rows)
-    return x, weight, bias, torch.randn(rows, _OUTPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-_CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
-_MANY = {"linear": _example, "linear_gelu": _example, "linear_residual": _residual_example}
-EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
-    **_MANY,
-    **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
-}
-"""What is timed to choose each operation."""
-
-
-def _choose(operation: str, rows: int, dtype: torch.dtype) -> str:
-    candidates = _CANDIDATES[operation]
-    name = select(operation, candidates, EXAMPLES[operation], dtype)
-    if rows >= _FEW or "packed" in name:
-        return name
-    # A second copy of all weights is too much for the little that it saves here.
-    light = {light: candidate for light, candidate in candidates.items() if "packed" not in light}
-    few = f"{operation} of few rows"
-    return select(few, light, EXAMPLES[few], dtype)
+# Shapes of the products that decide: two images through a layer of a base-size encoder, and as many as a weight's
+# gradient sums over in one step of it.
+_TRAINED_ROWS, _SUMMED, _WIDTH = 394, 1576, 768
+# Rows that are transposed at once. The columns of wider blocks collide in cache.
+_BLOCK = 64
+# Rows of a slice for each thread: enough to keep it busy, and always divided well.
+_SLICE_ROWS = 208
+# Row counts this close share an answer; slices are cut to whole AMX tiles.
+_BUCKET, _AMX_TILE = 64, 16
+_ROUNDS = 4
+_SLICES_MARGIN = 0.85
+_slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -189,5 +103,202 @@ def mlp_residual(
     return out.view(residual.shape)
 
 
+def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` for x `[..., K]`, weight `[M, K]`; nothing is kept of the weight."""
+    name = select("trained linear", _TRAINED, _trained_example, x.dtype)
+    return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
+    """`dout W`: `[..., M]`, `[M, K]` → `[..., K]`."""
+    name = select("input gradient", _INPUT, _input_example, dout.dtype)
+    return _INPUT[name](dout.reshape(-1, dout.shape[-1]), weight).view(*dout.shape[:-1], weight.shape[1])
+
+
+def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
+    """`dout^T x`, summed over all rows: `[..., M]`, `[..., K]` → `[M, K]`."""
+    name = select("weight gradient", _WEIGHT, _weight_example, dout.dtype)
+    return _WEIGHT[name](dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1]))
+
+
+def bias_gradient(dout: Tensor) -> Tensor:
+    """`[..., M]` → `[M]`."""
+    return dout.reshape(-1, dout.shape[-1]).sum(0)
+
+
+def _choose(operation: str, rows: int, dtype: torch.dtype) -> str:
+    candidates = _CANDIDATES[operation]
+    name = select(operation, candidates, EXAMPLES[operation], dtype)
+    if rows >= _FEW or "packed" in name:
+        return name
+    # A second copy of all weights is too much for the little that it saves here.
+    light = {light: candidate for light, candidate in candidates.items() if "packed" not in light}
+    few = f"{operation} of few rows"
+    return select(few, light, EXAMPLES[few], dtype)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+    """`product(x, weight, bias, *others)`, whole or a slice of rows at a time: whichever this CPU runs faster.
+
+    With AMX, oneDNN divides a product among the threads by a model of the caches, which at some sizes prefers a single
+    thread and leaves the others idle: on two threads, 832 rows through the second layer of a base-size MLP take 1.7
+    times as long as in slices. Where that happens depends on all sizes and on the threads, so it is measured, once for
+    each. Few rows are always divided well.
+
+    The clock is a wall clock, which alone sees idle threads. It sees interruptions too, so the best of several rounds
+    counts, and slices have to win by a margin that little else than an idle thread explains.
+
+    Under `torch.use_deterministic_algorithms(True)` nothing is timed and the product runs whole.
+    """
+    rows, threads = x.shape[0], torch.get_num_threads()
+    most = _SLICE_ROWS * threads
+    if x.element_size() != 2 or threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
+        return product(x, weight, bias, *others)
+    sliced = partial(_sliced, product, _even_step(rows, most))
+    key = (product, weight.shape, x.dtype, rows // _BUCKET, threads)
+    if key not in _slices_win:
+        whole_seconds, sliced_seconds = _best_seconds((product, sliced), (x, weight, bias, *others))
+        _slices_win[key] = sliced_seconds < _SLICES_MARGIN * whole_seconds
+    return (sliced if _slices_win[key] else product)(x, weight, bias, *others)
+
+
+def _even_step(rows: int, most: int) -> int:
+    """Rows of a slice, so that slices are of one size and no longer than `most`, which is a number of whole tiles."""
+    slices = -(-rows // most)
+    return -(-rows // (slices * _AMX_TILE)) * _AMX_TILE
+
+
+def _sliced(product: Product, step: int, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for start in range(0, x.shape[0], step):
+        part = slice(start, start + step)
+        out[part] = product(x[part], weight, bias, *(other[part] for other in others))
+    return out
+
+
+def _best_seconds(products: Sequence[Product], arguments: tuple[Any, ...]) -> list[float]:
+    """The best time of each, taken in turns."""
+    best = [float("inf")] * len(products)
+    for _ in range(_ROUNDS):
+        for i, product in enumerate(products):
+            start = time.perf_counter()
+            product(*arguments)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def _packed(weight: Tensor, rows: int) -> Tensor:
+    """A weight in the blocked layout that oneDNN multiplies without reordering it at every call."""
+    if weight.is_inference():
+        # Without a version it would be packed again and again.
+        return weight
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return derived("onednn-packed", (weight,), lambda: reorder(weight.detach(), rows))
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    # oneDNN ignores the stride of a bias.
+    return None if bias is None else bias.contiguous()
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """`x W^T + b` by oneDNN, or its GELU: x `[n, K]`, weight `[M, K]`, any strides."""
+    after = ("gelu", [], "none") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), *after)
+
+
+def _onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
+
+
+def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    # The product accumulates into the sum: one pass less than a linear layer followed by an addition.
+    return (residual.clone() if bias is None else residual + bias).addmm_(x, weight.t())
+
+
+# Which is faster differs from processor to processor, so these are compared where they run. The first is trusted.
+_LINEAR: dict[str, Product] = {
+    "aten": F.linear,
+    "onednn": onednn_linear,
+    "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b),
+}
+_GELU: dict[str, Product] = {
+    "aten": lambda x, w, b: torch.ops.aten.gelu_(F.linear(x, w, b)),
+    "onednn+gelu": lambda x, w, b: torch.ops.aten.gelu_(onednn_linear(x, w, b)),
+    "onednn": partial(onednn_linear, gelu=True),
+    "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b, gelu=True),
+}
+_RESIDUAL: dict[str, Product] = {
+    "aten": _aten_residual,
+    "onednn": _onednn_residual,
+    "onednn-packed": lambda x, w, b, residual: _onednn_residual(x, _packed(w, x.shape[0]), b, residual),
+}
+
+
+def _example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, _INPUTS, generator=generator)
+    weight = torch.randn(_OUTPUTS, _INPUTS, generator=generator) / _INPUTS**0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(_OUTPUTS, generator=generator).to(dtype)
+
+
+def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
+    x, weight, bias = _example(dtype, rows)
+    return x, weight, bias, torch.randn(rows, _OUTPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+_CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
+_MANY = {"linear": _example, "linear_gelu": _example, "linear_residual": _residual_example}
+EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
+    **_MANY,
+    **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
+}
+"""Operands that are timed to choose each operation."""
+
+
+def _transpose(x: Tensor, place: Tensor) -> Tensor:
+    """`[n, m]` into a contiguous `[m, n]`."""
+    for start in range(0, x.shape[0], _BLOCK):
+        place[:, start : start + _BLOCK] = x[start : start + _BLOCK].t()
+    return place
+
+
+def _onednn_input(dout: Tensor, weight: Tensor) -> Tensor:
+    return onednn_linear(dout, weight.t(), None)
+
+
+def _transposed_weight(dout: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> Tensor:
+    """The narrower of the two is transposed first: libraries do that less well inside of a half-precision product."""
+    narrow, wide = (dout, x) if dout.shape[1] <= x.shape[1] else (x, dout)
+    found = product(_transpose(narrow, scratch("transposed", (narrow.shape[1], narrow.shape[0]), x.dtype)), wide)
+    return found if narrow is dout else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
+
+
+_TRAINED: dict[str, Product] = {"aten": F.linear, "onednn": onednn_linear}
+_INPUT: dict[str, Product] = {"aten": torch.mm, "onednn": _onednn_input}
+_WEIGHT: dict[str, Product] = {
+    "aten": lambda dout, x: dout.t() @ x,
+    "transposed": _transposed_weight,
+    "onednn": lambda dout, x: _transposed_weight(dout, x, _onednn_input),
+}
+
+
+def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple((torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype) for shape in shapes)
+
+
+def _trained_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH), (_WIDTH,))
+
+
+def _input_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH))
+
+
+def _weight_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return _random(dtype, (_SUMMED, _WIDTH), (_SUMMED, _WIDTH))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
-from .attention import choice, plain_attention
-from .dropout import Dropout
-from .ragged import plan_of, without_masked_keys
-from .tiles import tiled_attention, tiled_attention_backward
+from .attention import choice, plain_attention, tiled_attention, tiled_attention_backward
+from .workspace import Dropout
+
+# What a group costs before its first score, in scores of one head: a group of its own has to save more.
+_GROUP_SCORES = 8 * 64 * 64
+# Padding may add this share of the scores that are there.
+_PADDING = 0.25
+# Tokens of a bundle. The products and softmax rows of one caption are too short to be quick; those of a few together,
+# each hidden from the others, are quick enough to pay for their hidden scores.
+_BUNDLE = 32
 
 
 def varlen_attention(
@@ -28,7 +39,7 @@ def varlen_attention(
         q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; any strides.
         bounds_q, bounds_k: S + 1 offsets of the S sequences in q and in k.
         dropout: of attention weights.
-        key_mask: `[Tk]`, False for keys that nobody attends to.
+        key_mask: `[Tk]`, False for keys that are hidden from all queries.
 
     Returns:
         `[Tq, H, D]`; zeros for a sequence without keys.
@@ -81,3 +92,171 @@ def varlen_attention_backward(
         for side, gradient, part in zip((group.queries, group.keys, group.keys), into, whole, strict=True):
             side.unpad(gradient, part)
     return whole[0], whole[1], whole[2]
+
+
+def without_masked_keys(
+    k: Tensor, v: Tensor, bounds_k: tuple[int, ...], key_mask: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Keys, values and offsets without the hidden keys: one that no query sees need not be there."""
+    kept = host.true_places(key_mask)
+    before = F.pad(key_mask.long().cumsum(0), (1, 0))
+    bounds = tuple(host.integers(before[torch.tensor(bounds_k)]))
+    return k.index_select(0, kept), v.index_select(0, kept), bounds
+
+
+class Side(NamedTuple):
+    """Where the tokens of a group lie on one side, queries or keys."""
+
+    sequences: int
+    longest: int
+    rows: slice | Tensor
+    """Packed rows of the padded slots, `[n · longest]`, a slot without a token repeating a real one; or a slice, where
+    the sequences are of one length and lie one after the other."""
+    slots: Tensor | None
+    """Padded slots that hold a token; None where all do."""
+
+    def padded(self, packed: Tensor, *, repeated: bool = True) -> Tensor:
+        """`[T, H, D]` → `[n, longest, H, D]`, a view where possible. Empty slots repeat a token, or are 0."""
+        if isinstance(self.rows, slice):
+            return packed[self.rows].unflatten(0, (self.sequences, self.longest))
+        found = packed.index_select(0, self.rows)
+        if not repeated and self.slots is not None:
+            found *= torch.zeros(len(found), dtype=found.dtype).index_fill_(0, self.slots, 1).view(-1, 1, 1)
+        return found.view(self.sequences, self.longest, *packed.shape[1:])
+
+    def place(self, packed: Tensor) -> Tensor:
+        """`[n, longest, H, D]` to write results to: a view of `[T, H, D]` where possible, which `unpad` completes."""
+        if isinstance(self.rows, slice):
+            return packed[self.rows].unflatten(0, (self.sequences, self.longest))
+        return packed.new_empty(self.sequences, self.longest, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor, packed: Tensor) -> None:
+        """Write the tokens of `[n, longest, H, D]`, unless they are in their `place`, to their rows of `[T, H, D]`."""
+        if isinstance(self.rows, slice):
+            rows = packed[self.rows]
+            if rows.data_ptr() != padded.data_ptr():
+                rows.view(padded.shape).copy_(padded)
+        elif self.slots is None:
+            packed.index_copy_(0, self.rows, padded.flatten(0, 1))
+        else:
+            packed.index_copy_(0, self.rows[self.slots], padded.flatten(0, 1).index_select(0, self.slots))
+
+
+class Group(NamedTuple):
+    """Sequences, or bundles of them, that run together."""
+
+    queries: Side
+    keys: Side
+    mask: Tensor | None
+    """`[n, 1, 1 or longest queries, longest keys]` fp32: 0, or -inf for a key that a query does not see."""
+
+
+class Plan(NamedTuple):
+    """Every sequence with queries and keys is in exactly one group."""
+
+    groups: list[Group]
+    empty: bool
+    """Some sequence has queries but no keys."""
+    unread: bool
+    """Some sequence has keys but no queries."""
+
+    @property
+    def whole(self) -> bool:
+        """True if the first group's queries are all queries, in their order."""
+        rows = self.groups[0].queries.rows
+        return not self.empty and isinstance(rows, slice) and len(self.groups) == 1
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a plan made by inference serves training too
+def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], bundled: bool) -> Plan:
+    """Groups of similar length: padded until that costs more scores than another group would.
+
+    Args:
+        bounds_q, bounds_k: S + 1 offsets of the S sequences.
+        bundled: whether neighbours of few tokens are joined to one sequence that a mask divides.
+    """
+    lengths = [(bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i]) for i in range(len(bounds_q) - 1)]
+    bundles = _bundles(lengths, _BUNDLE if bundled else 0)
+    sizes = [(sum(lengths[i][0] for i in b), sum(lengths[i][1] for i in b)) for b in bundles]
+    # Keys ascend, so that the longest of a group are those of its last member.
+    order = sorted(range(len(bundles)), key=lambda i: sizes[i][::-1])
+    groups: list[Group] = []
+    start = 0
+    while start < len(order):
+        stop, longest_q, work = start, 0, 0
+        while stop < len(order):
+            n, m = sizes[order[stop]]
+            longest, real = max(longest_q, n), work + n * m
+            excess = (stop + 1 - start) * longest * m - real
+            if excess > max(_PADDING * real, _GROUP_SCORES):
+                break
+            longest_q, work, stop = longest, real, stop + 1
+        # In packed order, so that neighbours of one length are one slice.
+        members = [bundles[i] for i in sorted(order[start:stop])]
+        queries, keys = _side(members, bounds_q), _side(members, bounds_k)
+        groups.append(Group(queries, keys, _mask(members, lengths, queries, keys)))
+        start = stop
+    return Plan(groups, any(n and not m for n, m in lengths), any(m and not n for n, m in lengths))
+
+
+def _bundles(lengths: list[tuple[int, int]], most: int) -> list[list[int]]:
+    """Sequences with queries and keys, neighbours joined up to `most` tokens on either side.
+
+    Sequences of one length make bundles of one size where their number allows it.
+    """
+    found: list[list[int]] = []
+    tokens = (0, 0)
+    for i, (n, m) in enumerate(lengths):
+        if not n or not m:
+            continue
+        tokens = (tokens[0] + n, tokens[1] + m)
+        if not found or max(tokens) > most:
+            found.append([])
+            tokens = (n, m)
+        found[-1].append(i)
+    if len(found) > 1 and len(set(lengths)) == 1:
+        # Even bundles need no padding: the largest number of sequences that divides theirs.
+        count = next(c for c in range(len(found[0]), 0, -1) if len(lengths) % c == 0)
+        if 2 * count > len(found[0]):
+            found = [list(range(i, i + count)) for i in range(0, len(lengths), count)]
+    return found
+
+
+def _side(members: list[list[int]], bounds: tuple[int, ...]) -> Side:
+    starts = [[bounds[i] for i in bundle] for bundle in members]
+    ends = [[bounds[i + 1] for i in bundle] for bundle in members]
+    sizes = [sum(ends[b]) - sum(starts[b]) for b in range(len(members))]
+    longest = max(sizes)
+    uniform = min(sizes) == longest
+    flat_starts, flat_ends = list(chain.from_iterable(starts)), list(chain.from_iterable(ends))
+    if uniform and flat_starts[1:] == flat_ends[:-1]:
+        return Side(len(members), longest, slice(flat_starts[0], flat_ends[-1]), None)
+    rows: list[int] = []
+    slots: list[int] = []
+    for b, size in enumerate(sizes):
+        slots += range(len(rows), len(rows) + size)
+        for first, last in zip(starts[b], ends[b], strict=True):
+            rows += range(first, last)
+        rows += [starts[b][0]] * (longest - size)
+    # One tensor at the end: a plan is made for every batch of new lengths, and a tensor for each sequence shows there.
+    return Side(len(members), longest, torch.tensor(rows), None if uniform else torch.tensor(slots))
+
+
+def _mask(members: list[list[int]], lengths: list[tuple[int, int]], queries: Side, keys: Side) -> Tensor | None:
+    if all(len(bundle) == 1 for bundle in members):
+        if keys.slots is None:
+            return None
+        mask = torch.full((len(members), 1, 1, keys.longest), -torch.inf)
+        mask.view(-1)[keys.slots] = 0
+        return mask
+    mask = torch.full((len(members), 1, queries.longest, keys.longest), -torch.inf)
+    for b, bundle in enumerate(members):
+        row = column = 0
+        for i in bundle:
+            n, m = lengths[i]
+            mask[b, 0, row : row + n, column : column + m] = 0
+            row, column = row + n, column + m
+        # Slots without a query see some key, or their softmax would be NaN.
+        mask[b, 0, row:, 0] = 0
+    return mask

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import KernelSpec, LaunchConfig
 from .rows import launch_options
-from .spec import KernelSpec, LaunchConfig
 
 Needs = tuple[bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layer_norm import backward_config, forward_config, width_of
-from .layer_norm_kernels import normalise, normalise_backward
+from .launch import KernelSpec, LaunchConfig
+from .layer_norm import backward_config, forward_config, normalise, normalise_backward, width_of
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
-from .spec import KernelSpec, LaunchConfig
 
 _SEGMENTS = LaunchConfig({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}, num_warps=4, num_stages=1)
 

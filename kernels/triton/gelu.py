@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import row_config, tuned_config
+from .launch import KernelSpec, LaunchConfig, row_config, tuned_config
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
-from .spec import KernelSpec, LaunchConfig
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import relative_position_index
-from .spec import KernelSpec, LaunchConfig
+from .launch import KernelSpec, LaunchConfig
 
 
 def _table_config(width: int) -> LaunchConfig:

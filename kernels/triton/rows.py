@@ -1,4 +1,4 @@
-"""What the row-wise kernels share: rows they can address, and sums over rows in two ordered stages, without atomics."""
+"""The common part of row-wise kernels: addressable rows, and sums over rows in two ordered stages, without atomics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .spec import KernelSpec, LaunchConfig
+from .launch import KernelSpec, LaunchConfig
 
 # Programs of a first stage: enough to fill a device, few enough for their partial sums to be little of the traffic.
 _PROGRAMS_PER_PROCESSOR = 4

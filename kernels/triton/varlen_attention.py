@@ -6,6 +6,7 @@ have lengths of their own. Tiles are numbered without knowing the lengths on the
 short.
 """
 
+
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
@@ -19,25 +20,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_common import (
-    HEAD_DIMS,
+from .. import checks
+from ..checks import Packed
+from ..limits import HEAD_DIMS
+from .attention_tiles import (
+    LOG2E,
     addressable,
     argument_types,
     backward_statistics,
+    dkdv_tile,
     dot_precision,
+    dq_tile,
+    forward_tile,
+    load_pieces,
     positive_scale,
     split_head_dim,
+    store_pieces,
 )
-from .attention_tiles import LOG2E, forward_tile, load_pieces, store_pieces
-from .launch import architecture, config_for, dtype_name
-from .spec import KernelSpec, LaunchConfig
-from .varlen_backward import dkdv_kernel, dq_kernel
-from .varlen_tiles import locate_tile
+from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name
 
 __all__ = ["KERNELS", "SHORT", "dropout_threshold", "varlen_attention_backward", "varlen_attention_forward"]
-
 # Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
 SHORT = 32
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+
+_CHUNK = tl.constexpr(256)
+
+
+@triton.jit
+def locate_tile(cu_ptr, sequences, tile, BLOCK: tl.constexpr):
+    """The sequence that a tile number belongs to, and the tile's first row in it, possibly beyond the sequence's end.
+
+    Sequence s owns the numbers from cu[s] // BLOCK + s up to those of s + 1. The count of sequences that begin at or
+    before a number is found in one vectorised read per 256 sequences.
+    """
+    count = 0
+    for first in range(0, sequences, _CHUNK):
+        s = first + tl.arange(0, _CHUNK)
+        begin = tl.load(cu_ptr + s, mask=s < sequences, other=0)
+        count += tl.sum(((begin // BLOCK + s <= tile) & (s < sequences)).to(tl.int32), 0)
+    s = count - 1
+    start = (tile - (tl.load(cu_ptr + s) // BLOCK + s)) * BLOCK
+    return s, start.to(tl.int32)
 
 
 @triton.jit
@@ -105,52 +131,163 @@ def forward_kernel(
     tl.store(lse_ptr + h * queries + token + rows, lse, mask=inside)
 
 
-def varlen_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    key_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+
+@triton.jit
+def dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh,
+    sequences, tiles, queries, heads,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradients dk and dv of BLOCK_N keys of one sequence and head, from the queries of the sequence."""
+    s, start = locate_tile(cu_k_ptr, sequences, tl.program_id(0) % tiles, BLOCK_N)
+    h = (tl.program_id(0) // tiles).to(tl.int64)
+    first_k = tl.load(cu_k_ptr + s)
+    length_k = (tl.load(cu_k_ptr + s + 1) - first_k).to(tl.int32)
+    if start >= length_k:
+        return
+    first_q = tl.load(cu_q_ptr + s).to(tl.int64)
+    length_q = (tl.load(cu_q_ptr + s + 1) - first_q).to(tl.int32)
+    token = first_k.to(tl.int64) + start
+    columns = tl.arange(0, BLOCK_N)
+    inside = columns < length_k - start
+    k_a, k_b = load_pieces(k_ptr + token * stride_kn + h * stride_kh, columns, stride_kn, inside, D_A, D_B, True)
+    v_a, v_b = load_pieces(v_ptr + token * stride_vn + h * stride_vh, columns, stride_vn, inside, D_A, D_B, True)
+    q_base = q_ptr + first_q * stride_qn + h * stride_qh
+    g_base = dout_ptr + first_q * stride_gn + h * stride_gh
+    row_lse = row_lse_ptr + h * queries + first_q
+    delta = delta_ptr + h * queries + first_q
+    seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    dk_a = tl.zeros([BLOCK_N, D_A], tl.float32)
+    dv_a = tl.zeros([BLOCK_N, D_A], tl.float32)
+    dk_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
+    dv_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
+    rows = tl.arange(0, BLOCK_M)
+    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
+    MASKED: tl.constexpr = BLOCK_M <= 32
+    full = (tl.cdiv(length_q, BLOCK_M) if MASKED else length_q // BLOCK_M) * BLOCK_M
+    for first in range(0, full, BLOCK_M):
+        dk_a, dk_b, dv_a, dv_b = dkdv_tile(
+            k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
+            row_lse + first, delta + first, 0, rows < length_q - first,
+            seed, h, first_q + first + rows, start + columns,
+            SCALE, D_A, D_B, BLOCK_M, PRECISION, False, MASKED, THRESHOLD,
+        )  # fmt: skip
+        q_base += BLOCK_M * stride_qn
+        g_base += BLOCK_M * stride_gn
+    if not MASKED:
+        if full < length_q:
+            dk_a, dk_b, dv_a, dv_b = dkdv_tile(
+                k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
+                row_lse + full, delta + full, 0, rows < length_q - full,
+                seed, h, first_q + full + rows, start + columns,
+                SCALE, D_A, D_B, BLOCK_M, PRECISION, False, True, THRESHOLD,
+            )  # fmt: skip
+    dk_a = dk_a * SCALE
+    dk_b = dk_b * SCALE
+    if HAS_MASK:
+        # Rows of dk and dv are independent: hidden keys are struck out at the end, at no cost before.
+        allowed = (tl.load(mask_ptr + token + columns, mask=inside, other=0) != 0)[:, None]
+        dk_a = tl.where(allowed, dk_a, 0.0)
+        dk_b = tl.where(allowed, dk_b, 0.0)
+        dv_a = tl.where(allowed, dv_a, 0.0)
+        dv_b = tl.where(allowed, dv_b, 0.0)
+    stride_dn = heads * (D_A + D_B)
+    gradient = token * stride_dn + h * (D_A + D_B)
+    store_pieces(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, D_A, D_B)
+    store_pieces(dk_ptr + gradient, columns, stride_dn, inside, dk_a, dk_b, D_A, D_B)
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, row_lse_ptr, delta_ptr, dq_ptr,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh,
+    sequences, tiles, queries, heads,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient dq of BLOCK_M queries of one sequence and head, from the keys of the sequence."""
+    s, start = locate_tile(cu_q_ptr, sequences, tl.program_id(0) % tiles, BLOCK_M)
+    h = (tl.program_id(0) // tiles).to(tl.int64)
+    first_q = tl.load(cu_q_ptr + s)
+    length_q = (tl.load(cu_q_ptr + s + 1) - first_q).to(tl.int32)
+    if start >= length_q:
+        return
+    first_k = tl.load(cu_k_ptr + s).to(tl.int64)
+    length_k = (tl.load(cu_k_ptr + s + 1) - first_k).to(tl.int32)
+    token = first_q.to(tl.int64) + start
+    rows = tl.arange(0, BLOCK_M)
+    inside = rows < length_q - start
+    q_a, q_b = load_pieces(q_ptr + token * stride_qn + h * stride_qh, rows, stride_qn, inside, D_A, D_B, True)
+    g_a, g_b = load_pieces(dout_ptr + token * stride_gn + h * stride_gh, rows, stride_gn, inside, D_A, D_B, True)
+    row_lse = tl.load(row_lse_ptr + h * queries + token + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + h * queries + token + rows, mask=inside, other=0.0)
+    k_base = k_ptr + first_k * stride_kn + h * stride_kh
+    v_base = v_ptr + first_k * stride_vn + h * stride_vh
+    mask = mask_ptr + first_k
+    seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
+    dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
+    columns = tl.arange(0, BLOCK_N)
+    MASKED: tl.constexpr = BLOCK_N <= 32
+    full = (tl.cdiv(length_k, BLOCK_N) if MASKED else length_k // BLOCK_N) * BLOCK_N
+    for first in range(0, full, BLOCK_N):
+        present = columns < length_k - first
+        allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+        dq_a, dq_b = dq_tile(
+            q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
+            0, present, allowed, seed, h, token + rows, first + columns,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD,
+        )  # fmt: skip
+        k_base += BLOCK_N * stride_kn
+        v_base += BLOCK_N * stride_vn
+    if not MASKED:
+        if full < length_k:
+            present = columns < length_k - full
+            allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+            dq_a, dq_b = dq_tile(
+                q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
+                0, present, allowed, seed, h, token + rows, full + columns,
+                SCALE, D_A, D_B, BLOCK_N, PRECISION, False, True, HAS_MASK, THRESHOLD,
+            )  # fmt: skip
+    stride_dn = heads * (D_A + D_B)
+    dq_base = dq_ptr + token * stride_dn + h * (D_A + D_B)
+    store_pieces(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, D_A, D_B)
+
+
+def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ) v of every sequence over its own keys.
 
     Args:
         q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last
             dimension is not contiguous is copied.
-        cu_seqlens_q, cu_seqlens_k: `[S + 1]` int32 or int64 offsets from 0 to Tq and Tk. Lengths may be zero.
-        max_q, max_k: upper bounds of the lengths; they choose between small and large tiles.
-        scale: of the products, positive.
-        dropout_p: probability of dropping an attention weight, 0 ≤ p < 1.
-        seed: int64 tensor of one element on the device; needed when dropout_p > 0. Whether a weight is kept depends on
-            the seed, the head, the position of the query in `q` and of the key in its sequence, and on nothing else.
-        key_mask: `[Tk]` boolean, False for keys that nobody attends to.
+        packed: offsets, of lengths that may be zero; upper bounds of the lengths, which choose between small and large
+            tiles; a positive scale; and a seed where weights are dropped. Whether a weight is kept depends on the seed,
+            the head, the position of the query in `q` and of the key in its sequence, and on nothing else.
 
     Returns:
         out `[Tq, H, D]` contiguous, zeros for queries without keys; and the logsumexp of the scores, natural, `[H, Tq]`
         fp32, -inf for queries without keys.
 
     Raises:
-        ValueError: a shape, scale, probability or head dimension that the kernels do not support.
-        TypeError: a type that they do not compute in.
+        InputError: a shape, type, scale, probability or head dimension that the kernels do not support.
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, dropout_p)
+    checks.varlen_arguments(q, k, v, packed)
     q, k, v = (addressable(t) for t in (q, k, v))
     total, heads, _ = q.shape
-    sequences = cu_seqlens_q.numel() - 1
+    sequences = packed.cu_seqlens_q.numel() - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     if q.numel():
-        constants, config = _constants("varlen_forward", q, max_q, scale, dropout_p, key_mask)
+        constants, config = _constants("varlen_forward", q, packed.max_q, packed)
         tiles = total // config.tiles["BLOCK_M"] + sequences
-        offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+        offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
         forward_kernel[(tiles * heads,)](
-            q, k, v, *offsets, _bytes(key_mask, q), q if seed is None else seed, out, lse,
+            q, k, v, *offsets, _bytes(packed.key_mask, q), q if packed.seed is None else packed.seed, out, lse,
             *_strides(q, k, v, out), sequences, tiles, total, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -158,20 +295,7 @@ def varlen_attention_forward(
 
 
 def varlen_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `varlen_attention_forward`. The same bits every time: no atomics.
 
@@ -184,23 +308,24 @@ def varlen_attention_backward(
     Returns:
         dq `[Tq, H, D]`, dk, dv `[Tk, H, D]`, in the type of q.
     """
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, dropout_p)
+    checks.varlen_arguments(q, k, v, packed)
     q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
-    heads, sequences = q.shape[1], cu_seqlens_q.numel() - 1
+    heads, sequences = q.shape[1], packed.cu_seqlens_q.numel() - 1
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     delta, row_lse = (t[0] for t in backward_statistics(out[None], dout[None], lse[None]))
-    offsets = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-    inputs = (q, k, v, dout, *offsets, _bytes(key_mask, q), q if seed is None else seed, row_lse, delta)
+    offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
+    chance = q if packed.seed is None else packed.seed
+    inputs = (q, k, v, dout, *offsets, _bytes(packed.key_mask, q), chance, row_lse, delta)
     sizes = (*_strides(q, k, v, dout), sequences)
     if k.numel():
-        constants, config = _constants("varlen_dkdv", q, max_k, scale, dropout_p, key_mask)
+        constants, config = _constants("varlen_dkdv", q, packed.max_k, packed)
         tiles = k.shape[0] // config.tiles["BLOCK_N"] + sequences
         dkdv_kernel[(tiles * heads,)](
             *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if q.numel():
-        constants, config = _constants("varlen_dq", q, max_q, scale, dropout_p, key_mask)
+        constants, config = _constants("varlen_dq", q, packed.max_q, packed)
         tiles = q.shape[0] // config.tiles["BLOCK_M"] + sequences
         dq_kernel[(tiles * heads,)](
             *inputs, dq, *sizes, tiles, q.shape[0], heads, **constants,
@@ -210,34 +335,8 @@ def varlen_attention_backward(
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The probability in units of 2⁻³², as the kernels compare it with random bits.
-
-    Raises:
-        ValueError: the probability is not in [0, 1).
-    """
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and less than 1")
+    """The probability in units of 2⁻³², as the kernels compare it with random bits."""
     return min(round(dropout_p * 2**32), 2**32 - 1)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, seed: Tensor | None, mask: Tensor | None, p: float
-) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"q must be [Tq, H, D], k and v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v must have one type; got {q.dtype}, {k.dtype}, {v.dtype}")
-    if any(t.device != q.device for t in (k, v, cu_q, cu_k, seed, mask) if t is not None):
-        raise ValueError("q, k, v, cu_seqlens, seed and key_mask must lie on one device")
-    for name, offsets in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        if offsets.ndim != 1 or offsets.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
-    if cu_q.numel() != cu_k.numel() or not cu_q.numel():
-        raise ValueError(f"cu_seqlens_q has {cu_q.numel()} offsets, cu_seqlens_k {cu_k.numel()}; both need S + 1")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:1]):
-        raise ValueError(f"key_mask is {mask.dtype} {[*mask.shape]}; it must be bool [{k.shape[0]}]")
-    if dropout_threshold(p) and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError("dropout needs a seed: an int64 tensor of one element")
 
 
 def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -248,18 +347,18 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
-def _constants(
-    kernel: str, q: Tensor, longest: int, scale: float, dropout_p: float, key_mask: Tensor | None
-) -> tuple[dict[str, Any], LaunchConfig]:
+def _constants(kernel: str, q: Tensor, longest: int, packed: Packed) -> tuple[dict[str, Any], LaunchConfig]:
     dtype, head_dim = dtype_name(q.dtype), q.shape[-1]
-    threshold = dropout_threshold(dropout_p)
+    threshold, masked = dropout_threshold(packed.dropout_p), packed.key_mask is not None
+    if threshold:
+        checks.seed_of(packed.dropout_p, packed.seed)
     # The tile that a program owns is the one that short sequences would leave empty.
     if longest <= SHORT:
         kernel = f"{kernel}_short"
-    elif threshold or key_mask is not None:
+    elif threshold or masked:
         kernel = f"{kernel}_{'dropout' if threshold else 'masked'}"
     config = config_for(kernel, head_dim, dtype, architecture(q.device))
-    return _kernel_constants(head_dim, dtype, positive_scale(scale), threshold, key_mask is not None, config), config
+    return _kernel_constants(head_dim, dtype, positive_scale(packed.scale), threshold, masked, config), config
 
 
 def _kernel_constants(

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from xfm_fast import XFM, Retriever, cli
+from tests.cli.runner import invoke
+from xfm_fast import XFM, Retriever
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
-from xfm_fast.export import package_target, packages
-from xfm_fast.export.exporting import build_graphs
+from xfm_fast.export import aoti
+from xfm_fast.export.aoti import check_compiling, check_package, export_packages, instructions, local_target, traced
 from xfm_fast.export.graphs import GRAPHS
 from xfm_fast.export.manifest import Manifest, PackageTarget
-from xfm_fast.export.package_target import check_compiling, check_package, instructions, local_target
-from xfm_fast.export.packages import export_packages, traced
+from xfm_fast.export.pipeline import build_graphs
+from xfm_fast.export.request import ModelSource
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import verify, verify_export
 
@@ -43,8 +43,8 @@ def memory_package(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("packages")
     small_model.save_pretrained(folder / "model")
     given = ["--checkpoint", str(folder / "model"), "--out", str(folder / "memory"), "--graphs", "image_memory"]
-    done = CliRunner().invoke(cli.app, ["export", "aoti", *given])
-    assert done.exit_code == 0, (done.output, done.exception)
+    done = invoke(["export", "aoti", *given])
+    assert done.exit_code == 0, done.output
     assert "verified" in done.output
     return folder / "memory"
 
@@ -79,7 +79,7 @@ def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XF
     done = subprocess.run([sys.executable, "-c", _FRESH, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt", weights_only=True)["memory"]
-    (graph,) = build_graphs(small_model, packages._SPELLING, ("image_memory",)).values()
+    (graph,) = build_graphs(small_model, aoti._SPELLING, ("image_memory",)).values()
     with torch.no_grad():
         (expected,) = graph(embeds)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -94,7 +94,7 @@ def test_weights_are_joined_once(memory_package: Path) -> None:
 
 
 def test_linear_layers_stay_operators(small_model: XFM) -> None:
-    for graph in build_graphs(small_model, packages._SPELLING, ("vision", "image_memory")).values():
+    for graph in build_graphs(small_model, aoti._SPELLING, ("vision", "image_memory")).values():
         program = traced(graph, "fp32", "cpu", {})
         called = {node.target for node in program.graph.nodes if node.op == "call_function"}
         assert torch.ops.xfm_fast.linear.default in called
@@ -141,14 +141,14 @@ def test_instructions_come_from_the_system(tmp_path: Path) -> None:
 
 
 def _run(*arguments: str) -> str:
-    done = CliRunner().invoke(cli.app, ["export", "aoti", *arguments])
-    assert isinstance(done.exception, (UnavailableError, ExportError)), done.output
-    return str(done.exception)
+    done = invoke(["export", "aoti", *arguments])
+    assert done.exit_code == 2, done.output
+    return done.stderr
 
 
 def test_errors_come_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["--preset", "tiny", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr("xfm_fast.cli_export_model.load_subject", lambda *_, **__: pytest.fail("a model was read"))
+    monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was read"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs an NVIDIA GPU and PyTorch finds none here" in _run(*given, "--device", "cuda")
     assert "device 'tpu' is unknown; choose from cpu, cuda" in _run(*given, "--device", "tpu")
@@ -158,7 +158,7 @@ def test_errors_come_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.
     assert "this GPU (SM75) has no bf16 arithmetic; use --dtype fp16" in _run(
         *given, "--device", "cuda", "--dtype", "bf16"
     )
-    monkeypatch.setattr(package_target, "_computes", lambda dtype: dtype == "bf16")
+    monkeypatch.setattr(aoti, "_computes", lambda dtype: dtype == "bf16")
     assert "no fp16 arithmetic and would emulate it; use --dtype fp32 or bf16" in _run(*given, "--dtype", "fp16")
 
     def absent() -> str:
@@ -197,7 +197,7 @@ def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Pa
     except UnavailableError as error:
         pytest.skip(str(error))
     model = make_model()
-    export_packages(model, tmp_path, dtype=dtype, graphs=GRAPHS)  # pyright: ignore[reportArgumentType]
+    export_packages(model, tmp_path, dtype=dtype, graphs=GRAPHS)
     manifest = verify_export(tmp_path, model)
     assert (manifest.status, manifest.reason) == ("verified", "")
     session = Session.load(tmp_path, "aoti")
@@ -218,13 +218,13 @@ def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Pa
 @pytest.mark.slow
 def test_base_model_in_bf16(tmp_path: Path) -> None:
     """The one runtime that computes in bf16 on a CPU and gives it back, at base size: within the band of rounding."""
-    from xfm_fast.cli_export_model import load_subject
+    from xfm_fast.cli.export import load_subject
 
     try:
         check_compiling("cpu", "bf16")
     except UnavailableError as error:
         pytest.skip(str(error))
-    model = load_subject(None, "base").model
+    model = load_subject(ModelSource(preset="base")).model
     export_packages(model, tmp_path, dtype="bf16")
     manifest = verify_export(tmp_path, model)
     assert (manifest.status, manifest.reason) == ("verified", "")

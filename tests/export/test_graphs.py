@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
+from xfm_fast.export.expected import graph_memory
 from xfm_fast.export.graphs import GRAPHS, GraphName, build
-from xfm_fast.export.reference import graph_memory
 from xfm_fast.models.xfm import XFM
 
 MakeModel = Callable[..., XFM]

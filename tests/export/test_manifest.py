@@ -16,19 +16,13 @@ import torch
 
 from xfm_fast import __version__
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
-from xfm_fast.export import exporting, manifest
+from xfm_fast.export import manifest, onnx, pipeline
 from xfm_fast.export.consumers import profile
-from xfm_fast.export.exporting import (
-    build_graphs,
-    export_onnx,
-    graph_bytes,
-    parse_fixed,
-    parse_graphs,
-    prepare_folder,
-    weights_sha256,
-)
 from xfm_fast.export.graphs import GRAPHS
 from xfm_fast.export.manifest import EngineTarget, FileRecord, Manifest, new_manifest, record_files
+from xfm_fast.export.onnx import export_onnx
+from xfm_fast.export.pipeline import build_graphs, graph_bytes, prepare_folder, weights_sha256
+from xfm_fast.export.request import parse_fixed, parse_graphs
 from xfm_fast.models.xfm import XFM
 
 
@@ -199,7 +193,7 @@ def test_commit_is_that_of_our_own_checkout(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:
-    onnx = pytest.importorskip("onnx")
+    library = pytest.importorskip("onnx")
     loaded = Manifest.load(exported_fp32)
     assert loaded.graph_names == GRAPHS
     assert loaded.xfm_config == small_model.config
@@ -213,7 +207,7 @@ def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:
     assert fusion.axes["length"].most == small_model.config.max_text_length
     assert all(graph.build_seconds > 0 for graph in loaded.graphs)
     for graph in loaded.graphs:
-        file = onnx.load(str(exported_fp32 / graph.file))
+        file = library.load(str(exported_fp32 / graph.file))
         entries = {entry.key: entry.value for entry in file.metadata_props}
         assert entries["xfm_fast.graph"] == graph.name
         assert json.loads(entries["xfm_fast.config"]) == small_model.config.model_dump()
@@ -228,7 +222,7 @@ def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:
 def test_estimate_is_close_and_not_below(exported_fp32: Path, small_model: XFM) -> None:
     for name, graph in build_graphs(small_model, profile("onnxruntime", "fp32"), GRAPHS).items():
         size = (exported_fp32 / f"{name}.onnx").stat().st_size
-        room = exporting._ROOM_PER_GRAPH
+        room = pipeline._ROOM_PER_GRAPH
         assert size <= graph_bytes(graph, small_model, "fp32") <= 1.2 * size + room
 
 
@@ -254,7 +248,7 @@ class TestBeforeAnythingIsExported:
         def refuse(*arguments: Any, **options: Any) -> None:
             raise AssertionError("exported")
 
-        monkeypatch.setattr(exporting, "write_onnx", refuse)
+        monkeypatch.setattr(onnx, "write_onnx", refuse)
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -288,14 +282,14 @@ class TestBeforeAnythingIsExported:
             raise PermissionError(13, "Permission denied")
 
         # Who runs as root may write everywhere, whatever the mode of the folder.
-        monkeypatch.setattr(exporting.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(pipeline.tempfile, "TemporaryFile", refuse)
         with pytest.raises(StorageError, match=r"cannot be written \(Permission denied\); choose another folder"):
             export_onnx(small_model, tmp_path)
 
     def test_full_disk(self, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "manifest.json").write_text("of an earlier export")
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(exporting.shutil, "disk_usage", lambda folder: usage(1 << 30, 1 << 30, 1_000_000))
+        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda folder: usage(1 << 30, 1 << 30, 1_000_000))
         with pytest.raises(StorageError, match=r"has 0\.00 GB free and the export needs about 0\.0\d GB; free space"):
             export_onnx(small_model, tmp_path)
         assert (tmp_path / "manifest.json").read_text() == "of an earlier export"
@@ -324,7 +318,7 @@ def test_earlier_manifest_does_not_outlive_its_files(
     def die(*arguments: Any, **options: Any) -> None:
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(exporting, "write_onnx", die)
+    monkeypatch.setattr(onnx, "write_onnx", die)
     with pytest.raises(StorageError, match="the disk is full"):
         export_onnx(small_model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from xfm_fast import XFM, Retriever
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export import engine_library
-from xfm_fast.export.dynamic_int8 import quantize_int8
-from xfm_fast.export.engine_library import Library
-from xfm_fast.export.engine_profiles import graph_profiles, parse_profiles
-from xfm_fast.export.exporting import export_onnx
+from xfm_fast.export.engines import library as engine_library
+from xfm_fast.export.engines.library import Library
+from xfm_fast.export.engines.profiles import graph_profiles, parse_profiles
+from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
-from xfm_fast.export.reference import Reference
+from xfm_fast.export.onnx import export_onnx
+from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
 from xfm_fast.export.session import Session
@@ -32,10 +32,7 @@ from xfm_fast.export.verification import verify
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the stand-in for engines computes with onnxruntime")
 
-PROFILES = (
-    "latency:batch=1,texts=1..8..16,length=1..8..24",
-    "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24",
-)
+PROFILES = ("latency:batch=1,texts=1..8..16,length=1..8..24", "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24")
 TYPES = {"float32": ctypes.c_float, "int64": ctypes.c_int64}
 
 

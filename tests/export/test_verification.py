@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
-from xfm_fast.export.agreement import THRESHOLDS, Threshold, rank_agreement
 from xfm_fast.export.consumers import DTYPES, DType, profile
-from xfm_fast.export.exporting import build_graphs, export_onnx, graph_interface, in_dtype
+from xfm_fast.export.expected import Reference, generated_examples, make_examples, make_reference
 from xfm_fast.export.graphs import GRAPHS, Graph, GraphName
 from xfm_fast.export.manifest import GraphRecord, Manifest, new_manifest
-from xfm_fast.export.reference import Reference, generated_examples, make_examples, make_reference
+from xfm_fast.export.onnx import export_onnx
+from xfm_fast.export.pipeline import build_graphs, graph_interface, in_dtype
 from xfm_fast.export.session import Session
-from xfm_fast.export.verification import verify, verify_export
+from xfm_fast.export.verification import THRESHOLDS, Threshold, rank_agreement, verify, verify_export
 from xfm_fast.models.xfm import XFM
 
 Spoil = Callable[[str, dict[str, Tensor]], None]
@@ -338,7 +338,7 @@ def test_no_room_for_the_copy_in_fp32(small_model: XFM, tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("xfm_fast.export.runtimes.widened_onnx.widen", full)
+    monkeypatch.setattr("xfm_fast.export.runtimes.onnx_sessions.widen", full)
     folder = write_export(tmp_path, small_model, "bf16")
     with pytest.raises(
         StorageError, match=r"could not be copied in fp32 to .* \(No space left on device\); free space"

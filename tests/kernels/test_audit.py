@@ -19,8 +19,8 @@ if not HAS_TRITON:
 from xfm_fast.kernels import tune
 from xfm_fast.kernels.audit import Row, occupancy, ratchet, sass, targets
 from xfm_fast.kernels.audit.compiling import Figures, compile_all
-from xfm_fast.kernels.audit.tiles import row_lines
-from xfm_fast.kernels.triton.spec import LaunchConfig
+from xfm_fast.kernels.audit.sass import row_lines
+from xfm_fast.kernels.triton.launch import LaunchConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -332,7 +332,7 @@ def test_what_was_compiled_comes_from_the_cache(compiled: dict[str, Any]) -> Non
 
 def test_interpreted_kernels_are_refused() -> None:
     from xfm_fast.kernels.audit.compiling import Task
-    from xfm_fast.kernels.triton.spec import CompileRequest
+    from xfm_fast.kernels.triton.launch import CompileRequest
 
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         Task.of(CompileRequest(object(), {}, {}, {}, {}), 80)
@@ -425,7 +425,7 @@ def test_tuning_saves_what_it_finds_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a GPU that is not there, with a search that finds nothing for one kernel and is interrupted at another."""
-    from xfm_fast import cli_kernels
+    from xfm_fast.cli import kernels
     from xfm_fast.kernels.triton import launch
 
     # The command removes it; afterwards it is what it was.
@@ -444,7 +444,7 @@ def test_tuning_saves_what_it_finds_and_goes_on(
 
     monkeypatch.setattr(tune, "search", search)
     with pytest.raises(KeyboardInterrupt):
-        cli_kernels.tune(kernel=None, dtype=None, head_dim=[64, 80], jobs=None, out=tmp_path)
+        kernels.tune(kernel=None, dtype=None, head_dim=[64, 80], jobs=None, out=tmp_path)
     table = json.loads((tmp_path / "sm_90.json").read_text())
     assert table["relpos_forward"].keys() == {"bf16/64", "bf16/80"}
     # Forms with a mask exist for one head dimension, a norm for one width.
@@ -465,12 +465,12 @@ class TestTuning:
 
     @pytest.fixture
     def spec(self, monkeypatch: pytest.MonkeyPatch) -> Any:
-        from xfm_fast.kernels.triton import launch, spec
+        from xfm_fast.kernels.triton import launch
 
         in_use = LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)
         monkeypatch.setattr(launch, "heuristic_config", lambda *_: in_use)
         launch.config_for.cache_clear()
-        yield spec.KernelSpec(
+        yield launch.KernelSpec(
             name="toy", kernel=None, variants=({"head_dim": 64}, {"head_dim": 64, "mask": True}, {"head_dim": 32}),
             types=lambda *_: {}, constants=lambda *_: {},
             config=lambda variant, dtype, arch: launch.config_for("toy", variant["head_dim"], dtype, arch),

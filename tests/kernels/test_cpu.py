@@ -14,7 +14,7 @@ from tests.determinism import deterministic_algorithms
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.conftest import LIBRARIES, compared, each_library
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.cpu import attention, gradients, losses, position, products, selection, tiles, workspace
+from xfm_fast.kernels.cpu import attention, losses, products, selection, workspace
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -29,9 +29,9 @@ def rejection(operation: str, dtype: torch.dtype) -> dict[str, str]:
         "linear": (products._LINEAR, products._example),
         "linear_gelu": (products._GELU, products._example),
         "linear_residual": (products._RESIDUAL, products._residual_example),
-        "trained linear": (gradients._LINEAR, gradients._linear_example),
-        "input gradient": (gradients._INPUT, gradients._input_example),
-        "weight gradient": (gradients._WEIGHT, gradients._weight_example),
+        "trained linear": (products._TRAINED, products._trained_example),
+        "input gradient": (products._INPUT, products._input_example),
+        "weight gradient": (products._WEIGHT, products._weight_example),
     }[operation]
     return compared(operation, candidates, example, dtype).rejected
 
@@ -75,20 +75,20 @@ def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch
 )
 def test_tiles_fit(heads: int, queries: int, keys: int) -> None:
     for batch in (1, 8, 300):
-        entries, group, rows = tiles.tile_shape(batch, heads, queries, keys, 4)
+        entries, group, rows = attention.tile_shape(batch, heads, queries, keys, 4)
         assert 1 <= entries <= batch
         assert 1 <= group <= heads
         assert 1 <= rows <= queries
         # One row of two heads is the smallest tile, whatever its size.
-        assert entries * group * rows * keys * 4 <= tiles._TILE_BYTES or (entries, rows) == (1, 1)
+        assert entries * group * rows * keys * 4 <= attention._TILE_BYTES or (entries, rows) == (1, 1)
 
 
 def test_tiles_cover_every_score_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_TILE_BYTES", 4 * 5 * 40)
+    monkeypatch.setattr(attention, "_TILE_BYTES", 4 * 5 * 40)
     for shape in ((3, 7, 4, 8), (2, 50, 3, 8), (9, 2, 2, 8), (1, 1, 1, 8)):
         counts = torch.zeros(shape[:3], dtype=torch.long)
         opened = 0
-        for tile in tiles.tiles(torch.empty(shape), 5):
+        for tile in attention.tiles(torch.empty(shape), 5):
             counts[tile.batch, tile.rows, tile.heads] += 1
             opened += tile.first
             assert opened == 1, "the rows of one tile end before those of the next begin"
@@ -116,14 +116,14 @@ def test_gradients_of_tiles(
     biased: bool, shape: tuple[int, ...], tile_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles of all heads, of one head of several entries, and of a few rows; whatever scratch memory held before."""
-    monkeypatch.setattr(tiles, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(attention, "_TILE_BYTES", tile_bytes)
     batch, queries, keys, heads, width = shape
     q, dout = torch.randn(2, batch, heads, queries, width).to(dtype).transpose(2, 3)
     k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
     bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
     for buffer in getattr(workspace._local, "buffers", {}).values():
         buffer.fill_(torch.nan)
-    found = tiles.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=biased)
+    found = attention.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=biased)
     for i, gradient in enumerate(found if biased else found[:3]):
         assert gradient is not None
         # The gradient of the bias is summed and returned in fp32.
@@ -139,9 +139,9 @@ def test_the_gradient_of_a_bias_adds_up_over_tiles_of_the_batch(
 ) -> None:
     q, k, v, dout = torch.randn(4, 6, 5, 2, 8).to(dtype)
     bias = torch.randn(1, 2, 5, 5).to(dtype)
-    whole = tiles.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
-    monkeypatch.setattr(tiles, "_TILE_BYTES", 2 * 5 * 5 * 2 * q.element_size())
-    parts = tiles.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
+    whole = attention.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
+    monkeypatch.setattr(attention, "_TILE_BYTES", 2 * 5 * 5 * 2 * q.element_size())
+    parts = attention.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
     for a, b in zip(whole, parts, strict=True):
         assert a is not None
         assert b is not None
@@ -153,10 +153,10 @@ def test_position_bias_and_its_gradient(window: tuple[int, int]) -> None:
     rows, tokens = (2 * window[0] - 1) * (2 * window[1] - 1) + 3, 1 + window[0] * window[1]
     table = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
     expected = reference.position_bias(table, window)
-    assert torch.equal(position.position_bias(table.detach(), window), expected)
+    assert torch.equal(attention.position_bias(table.detach(), window), expected)
     dbias = torch.randn(3, tokens, tokens, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(expected, table, dbias)
-    torch.testing.assert_close(position.table_gradient(dbias, window, rows), gradient)
+    torch.testing.assert_close(attention.table_gradient(dbias, window, rows), gradient)
 
 
 @each_dtype
@@ -174,9 +174,9 @@ def test_gradients_of_linear_layers(rows: int, inputs: int, outputs: int, dtype:
     ]
     for operation, definition, arguments in cases:
         candidates: dict[str, Callable[..., Tensor]] = {
-            "trained linear": gradients._LINEAR,
-            "input gradient": gradients._INPUT,
-            "weight gradient": gradients._WEIGHT,
+            "trained linear": products._TRAINED,
+            "input gradient": products._INPUT,
+            "weight gradient": products._WEIGHT,
         }[operation]
         for name, candidate in candidates.items():
             if name not in rejection(operation, dtype):
@@ -400,7 +400,7 @@ def test_every_implementation_has_its_turn() -> None:
     tables = (
         *(attention._PLAIN, attention._SHORT, attention._BIASED),
         *products._CANDIDATES.values(),
-        *(gradients._LINEAR, gradients._INPUT, gradients._WEIGHT),
+        *(products._TRAINED, products._INPUT, products._WEIGHT),
         losses._PRODUCTS,
     )
     assert {name for table in tables for name in table} == set(LIBRARIES)

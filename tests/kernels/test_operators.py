@@ -19,7 +19,7 @@ from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.conftest import each_library
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import selection
-from xfm_fast.kernels.cpu.ragged import plan_of
+from xfm_fast.kernels.cpu.varlen import plan_of
 
 WINDOW = (3, 5)
 OFFSETS_Q = torch.tensor([0, 4, 4, 5, 17], dtype=torch.int32)

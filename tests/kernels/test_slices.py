@@ -14,14 +14,14 @@ from tests.determinism import deterministic_algorithms
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.test_cpu import usable
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.cpu import products, slices
+from xfm_fast.kernels.cpu import products
 
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing measured before; rows that a test can afford."""
-    monkeypatch.setattr(slices, "_slices_win", {})
-    monkeypatch.setattr(slices, "_ROWS", 32)
+    monkeypatch.setattr(products, "_slices_win", {})
+    monkeypatch.setattr(products, "_SLICE_ROWS", 32)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, whole: float, sliced: float) -> list[
         asked.append((candidates[0], arguments[0].shape[0]))
         return [whole, sliced]
 
-    monkeypatch.setattr(slices, "_best_seconds", best_seconds)
+    monkeypatch.setattr(products, "_best_seconds", best_seconds)
     return asked
 
 
@@ -62,7 +62,7 @@ def test_slices_are_even_and_cover_every_row(rows: int, monkeypatch: pytest.Monk
     clock(monkeypatch, whole=1.0, sliced=0.5)
     product = Counted()
     given = arguments(rows)
-    found = slices.multiply(product, *given)
+    found = products.multiply(product, *given)
     assert sum(product.rows) == rows
     assert len(product.rows) == -(-rows // 64)
     assert max(product.rows) <= 64
@@ -98,7 +98,7 @@ def test_sliced_operations(operation: str, name: str, dtype: torch.dtype, monkey
 def test_slices_have_to_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch, whole=1.0, sliced=0.9)
     product = Counted()
-    slices.multiply(product, *arguments(200))
+    products.multiply(product, *arguments(200))
     assert product.rows == [200]
 
 
@@ -106,10 +106,10 @@ def test_a_size_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = clock(monkeypatch, whole=1.0, sliced=0.5)
     product, other = Counted(), Counted()
     for rows in (200, 201, 255, 256):
-        slices.multiply(product, *arguments(rows))
+        products.multiply(product, *arguments(rows))
     assert asked == [(product, 200), (product, 256)]
-    slices.multiply(other, *arguments(200))
-    slices.multiply(product, *arguments(200, torch.float16))
+    products.multiply(other, *arguments(200))
+    products.multiply(product, *arguments(200, torch.float16))
     assert len(asked) == 4
 
 
@@ -117,13 +117,13 @@ def test_what_is_never_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wider types, few rows, a single thread, and whoever wants every run alike: nothing is even timed."""
     asked = clock(monkeypatch, whole=1.0, sliced=0.5)
     product = Counted()
-    slices.multiply(product, *arguments(200, torch.float32))
-    slices.multiply(product, *arguments(200, torch.float64))
-    slices.multiply(product, *arguments(64))
+    products.multiply(product, *arguments(200, torch.float32))
+    products.multiply(product, *arguments(200, torch.float64))
+    products.multiply(product, *arguments(64))
     with deterministic_algorithms():
-        slices.multiply(product, *arguments(200))
+        products.multiply(product, *arguments(200))
     torch.set_num_threads(1)
-    slices.multiply(product, *arguments(200))
+    products.multiply(product, *arguments(200))
     assert product.rows == [200, 200, 64, 200, 200]
     assert not asked
 
@@ -138,6 +138,6 @@ def test_the_clock_times_what_it_is_given() -> None:
 
         return product
 
-    seconds = slices._best_seconds([named("whole"), named("sliced")], (torch.ones(1),))
-    assert calls == ["whole", "sliced"] * slices._ROUNDS
+    seconds = products._best_seconds([named("whole"), named("sliced")], (torch.ones(1),))
+    assert calls == ["whole", "sliced"] * products._ROUNDS
     assert all(0 <= s < float("inf") for s in seconds)

@@ -19,7 +19,7 @@ interpreted_kernels()
 
 from tests.kernels.mutants import mutant  # noqa: E402
 from xfm_fast.kernels import reference  # noqa: E402
-from xfm_fast.kernels.triton import embed_layer_norm, layer_norm, layer_norm_kernels  # noqa: E402
+from xfm_fast.kernels.triton import embed_layer_norm, layer_norm  # noqa: E402
 
 EPS = 1e-5
 WIDTHS = [32, 63, 111, 768]
@@ -406,7 +406,7 @@ def test_bugs_are_noticed(old: str, new: str, tmp_path: Path, monkeypatch: pytes
     inputs["row_scale"] = torch.tensor([1.0, 0.0, 1.25, 0.5, 2.0])
     gradients = upstream(shape, torch.float32, torch.float32)
     check(inputs, *gradients)
-    broken = mutant(layer_norm_kernels, old, new, tmp_path)
+    broken = mutant(layer_norm, old, new, tmp_path)
     for name in ("add_layer_norm_forward_kernel", "add_layer_norm_backward_kernel"):
         monkeypatch.setattr(layer_norm, name, getattr(broken, name))
     with pytest.raises(AssertionError):

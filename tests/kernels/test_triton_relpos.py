@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.triton_testing import compiling_environment, mutated, poison
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.triton import launch, relpos_attention, relpos_backward, relpos_table
-from xfm_fast.kernels.triton.spec import LaunchConfig
+from xfm_fast.kernels.triton import launch, relpos_attention, relpos_table
+from xfm_fast.kernels.triton.launch import LaunchConfig
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dtable")
 
@@ -126,7 +127,7 @@ def test_scale_and_large_scores() -> None:
 
 def test_the_bias_gradient_is_summed_over_parts_of_the_batch() -> None:
     """Nine entries in eight parts of two: three parts are empty and must hold zeros."""
-    assert relpos_backward.bias_partials(9, 1) == 8
+    assert relpos_attention.bias_partials(9, 1) == 8
     check(inputs((1, 1), 9, 1, 32, torch.float32), (1, 1))
 
 
@@ -181,34 +182,36 @@ def test_unsupported_arguments_are_refused() -> None:
     q, k, v, table, _ = inputs((2, 2), 1, 2, 32, torch.float16)
     bias = relpos_table.materialise_bias(table, (2, 2), torch.float16, 1.0)
     forward = relpos_attention.relpos_attention_forward
-    with pytest.raises(ValueError, match=r"must all be \[B, N, H, D\]"):
+    with pytest.raises(InputError, match=r"must all be \[B, N, H, D\]"):
         forward(q, k[:, 1:], v, bias, 1.0)
-    with pytest.raises(ValueError, match="head dimension 24"):
+    with pytest.raises(InputError, match="head dimension 24"):
         forward(q[..., :24], k[..., :24], v[..., :24], bias, 1.0)
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(InputError, match="scale"):
         forward(q, k, v, bias, -1.0)
-    with pytest.raises(ValueError, match="contiguous"):
+    with pytest.raises(InputError, match="contiguous"):
         forward(q, k, v, bias[:, :, :5], 1.0)
-    with pytest.raises(ValueError, match="5 columns"):
+    with pytest.raises(InputError, match="5 columns"):
         forward(q, k, v, bias[:, :, :5].contiguous(), 1.0)
-    with pytest.raises(TypeError, match=r"must be torch\.float16"):
+    with pytest.raises(InputError, match=r"must be torch\.float16"):
         forward(q, k, v, bias.float(), 1.0)
-    with pytest.raises(TypeError, match="one type"):
+    with pytest.raises(InputError, match="one floating-point type"):
         forward(q, k.float(), v, bias, 1.0)
-    with pytest.raises(TypeError, match="compute in"):
+    with pytest.raises(InputError, match="compute in"):
         forward(q.double(), k.double(), v.double(), bias, 1.0)
-    with pytest.raises(ValueError, match="window"):
+    with pytest.raises(InputError, match="window"):
         relpos_attention.relpos_attention_backward(q, q, k, v, bias, 12, (1, 4), 1.0, q, q[..., 0])
 
 
 MUTATIONS = {
     "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 0.13"),
-    "unscaled dk": ("triton/relpos_backward.py", "dk_a * SCALE, dk_b", "dk_a, dk_b"),
-    "skipped last tile": ("triton/relpos_attention.py", "if TAIL > 0:", "if TAIL > 999:"),
-    "skipped last tile of dq": ("triton/relpos_backward.py", "    if TAIL > 0:", "    if TAIL > 999:"),
+    "unscaled dk": ("triton/relpos_attention.py", "dk_a * SCALE, dk_b", "dk_a, dk_b"),
+    "skipped last tile": ("triton/relpos_attention.py", "if TAIL > 0:\n        # The", "if TAIL > 999:\n        # The"),
+    "skipped last tile of dq": (
+        "triton/relpos_attention.py", "    if TAIL > 0:\n        last", "    if TAIL > 999:\n        last",
+    ),
     "transposed bias": ("triton/relpos_table.py", "[:, index.view(-1)]", "[:, index.t().reshape(-1)]"),
     "bias not transposed with the scores": (
-        "triton/relpos_backward.py",
+        "triton/relpos_attention.py",
         "bias_columns + bias_rows[:, None] * stride_bias",
         "bias_ptr + h * tokens * stride_bias + (start + columns)[None, :] * stride_bias + bias_rows[:, None]",
     ),
@@ -217,7 +220,7 @@ MUTATIONS = {
         "triton/relpos_table.py", "tl.minimum(height, height + dy)", "tl.minimum(height - 1, height + dy)",
     ),
     "dropped part of dtable": ("triton/relpos_table.py", "for part in range(parts):", "for part in range(1):"),
-    "dropped delta": ("triton/relpos_backward.py", "D_B, PRECISION) - delta[:, None])", "D_B, PRECISION))"),
+    "dropped delta": ("triton/relpos_attention.py", "D_B, PRECISION) - delta[:, None])", "D_B, PRECISION))"),
     "wrong batch entry": ("triton/relpos_attention.py", "k_ptr + b * stride_kb", "k_ptr + 0 * stride_kb"),
 }  # fmt: skip
 

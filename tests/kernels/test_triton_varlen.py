@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.triton_testing import mutated, poison
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
-from xfm_fast.kernels.triton import varlen_attention, varlen_tiles
-from xfm_fast.kernels.triton.spec import LaunchConfig
+from xfm_fast.kernels.checks import Packed
+from xfm_fast.kernels.triton import varlen_attention
+from xfm_fast.kernels.triton.launch import LaunchConfig
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -52,11 +54,11 @@ def case(
 
 
 def run(c: Case, module: Any = varlen_attention, scale: float | None = None) -> tuple[Tensor, ...]:
-    scale = c.q.shape[-1] ** -0.5 if scale is None else scale
-    args = (c.q, c.k, c.v, c.cu_q, c.cu_k, *c.longest, scale, c.dropout_p, c.seed, c.key_mask)
+    scale = float(c.q.shape[-1] ** -0.5) if scale is None else scale
+    packed = Packed(c.cu_q, c.cu_k, *c.longest, scale, c.dropout_p, c.seed, c.key_mask)
     with poison():
-        out, lse = module.varlen_attention_forward(*args)
-        return out, *module.varlen_attention_backward(c.dout, *args, out, lse), lse
+        out, lse = module.varlen_attention_forward(c.q, c.k, c.v, packed)
+        return out, *module.varlen_attention_backward(c.dout, c.q, c.k, c.v, out, lse, packed), lse
 
 
 def philox_keep(seed: int, head: int, queries: Tensor, keys: Tensor, p: float) -> Tensor:
@@ -154,7 +156,7 @@ def test_every_tile_size_gives_the_result(tiles: tuple[int, int], monkeypatch: p
 
 
 def test_more_sequences_than_one_read_of_the_offsets_covers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen_tiles, "_CHUNK", 4)
+    monkeypatch.setattr(varlen_attention, "_CHUNK", 4)
     check(case([1, 0, 40, 3, 0, 0, 0, 2, 5], [3, 2, 1, 0, 0, 4, 0, 2, 9], 1, 32, torch.float16))
 
 
@@ -219,8 +221,8 @@ def kept_weights(seed: int, p: float, queries: int = 64, keys: int = 64, heads: 
     q, k = torch.zeros(queries, heads, 64), torch.zeros(keys, heads, 64)
     v = torch.eye(64)[:keys, None, :].expand(keys, heads, 64)
     cu_q, cu_k = torch.tensor([0, queries]), torch.tensor([0, keys])
-    forward = varlen_attention.varlen_attention_forward
-    out, _ = forward(q, k, v, cu_q, cu_k, queries, keys, 1.0, p, torch.tensor([seed]))
+    packed = Packed(cu_q, cu_k, queries, keys, 1.0, p, torch.tensor([seed]))
+    out, _ = varlen_attention.varlen_attention_forward(q, k, v, packed)
     torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (keys * (1 - p))))
     return out != 0
 
@@ -256,29 +258,29 @@ def test_dropout_forward_and_backward(dtype: torch.dtype) -> None:
 
 def test_unsupported_arguments_are_refused() -> None:
     c = case([3], [4], 1, 32, torch.float32)
-    with pytest.raises(ValueError, match=r"q must be \[Tq, H, D\]"):
+    with pytest.raises(InputError, match=r"q must be \[Tq, H, D\]"):
         run(c._replace(k=c.k[:, :, :16]))
-    with pytest.raises(TypeError, match="one type"):
+    with pytest.raises(InputError, match="one floating-point type"):
         run(c._replace(k=c.k.half()))
-    with pytest.raises(ValueError, match="int32 or int64"):
+    with pytest.raises(InputError, match="int32 or int64"):
         run(c._replace(cu_q=c.cu_q.float()))
-    with pytest.raises(ValueError, match=r"both need S \+ 1"):
+    with pytest.raises(InputError, match=r"both need S \+ 1"):
         run(c._replace(cu_q=torch.tensor([0, 1, 3])))
-    with pytest.raises(ValueError, match=r"bool \[4\]"):
+    with pytest.raises(InputError, match=r"bool \[4\]"):
         run(c._replace(key_mask=torch.ones(3, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="needs a seed"):
+    with pytest.raises(InputError, match="needs a seed"):
         run(c._replace(dropout_p=0.1))
-    with pytest.raises(ValueError, match="less than 1"):
+    with pytest.raises(InputError, match="no probability below 1"):
         run(c._replace(dropout_p=1.0))
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(InputError, match="scale"):
         run(c, scale=float("nan"))
 
 
 MUTATIONS = {
     "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 1.01 * SCALE"),
-    "wrong scale of dq": ("triton/varlen_backward.py", "dq_a * SCALE", "dq_a * 0.13"),
+    "wrong scale of dq": ("triton/varlen_attention.py", "dq_a * SCALE", "dq_a * 0.13"),
     "skipped last tile": ("triton/varlen_attention.py", "if full < length_k:", "if full > length_k:"),
-    "skipped last tile of queries": ("triton/varlen_backward.py", "if full < length_q:", "if full > length_q:"),
+    "skipped last tile of queries": ("triton/varlen_attention.py", "if full < length_q:", "if full > length_q:"),
     "length of keys off by one": (
         "triton/varlen_attention.py",
         "length_k = (tl.load(cu_k_ptr + s + 1) -",
@@ -289,7 +291,9 @@ MUTATIONS = {
         "first_k = tl.load(cu_k_ptr + s).to(tl.int64)",
         "first_k = tl.maximum(tl.load(cu_k_ptr + s).to(tl.int64), 1) - 1",
     ),
-    "keys of another sequence": ("triton/varlen_backward.py", "tl.load(cu_q_ptr + s)", "tl.load(cu_k_ptr + s)"),
+    "keys of another sequence": (
+        "triton/varlen_attention.py", "tl.load(cu_q_ptr + s).to(tl.int64)", "tl.load(cu_k_ptr + s).to(tl.int64)",
+    ),
     "forgotten mask": ("triton/attention_tiles.py", "tl.where(allowed[None, :],", "tl.where(inside[None, :],"),
     "other weights dropped in the backward pass": (
         "triton/attention_tiles.py", "head, queries[None, :], keys", "head + 1, queries[None, :], keys",

@@ -14,7 +14,7 @@ interpreted_kernels()
 
 from xfm_fast.kernels import tune  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm  # noqa: E402
-from xfm_fast.kernels.triton.spec import LaunchConfig  # noqa: E402
+from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
 
 WIDTH = 63
 # The interpreter takes the configurations of the oldest architecture.

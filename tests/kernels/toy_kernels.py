@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from xfm_fast.kernels.triton.spec import KernelSpec, LaunchConfig
+from xfm_fast.kernels.triton.launch import KernelSpec, LaunchConfig
 
 
 @triton.jit

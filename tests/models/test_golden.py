@@ -13,7 +13,7 @@ from tests.agreement import assert_agrees, assert_rounded, inputs_of, relative_e
 from tests.conftest import CASES, config, load_json
 from xfm_fast.kernels import ops
 from xfm_fast.models.fusion import ImageMemory
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.xfm import XFM, record_hidden_states
 from xfm_fast.objectives import (
     box_giou_loss,
     box_l1_loss,
@@ -159,11 +159,11 @@ def test_intermediates(case: str, backend: ops.Backend) -> None:
     x, stored = inputs_of(f"{case}/inputs", torch.float64), tensors(f"{case}/intermediates")
     model = model_of(case, torch.float64)
     mask = x["text_atts"]
-    with torch.inference_mode(), ops.use_backend(backend):
-        image, blocks = model.encode_image(x["image"], output_hidden_states=True)
-        text, layers = model.encode_text(x["text_ids"], mask, keep_padding=True, output_hidden_states=True)
-        memory = model.image_memory(image)
-        _, fused = model.fuse(text, mask, memory, keep_padding=True, output_hidden_states=True)
+    with torch.inference_mode(), ops.use_backend(backend), record_hidden_states(model) as states:
+        memory = model.image_memory(model.encode_image(x["image"]))
+        text = model.encode_text(x["text_ids"], mask, keep_padding=True)
+        model.fuse(text, mask, memory, keep_padding=True)
+    blocks, layers, fused = states.vision, states.text, states.fusion
     found = {"patch_embed": blocks[0][:, 1:], "text_embeddings": layers[0]}
     found |= {f"vision_block_{i}": value for i, value in enumerate(blocks[1:])}
     found |= {f"text_layer_{i}": value for i, value in enumerate(layers[1:])}
@@ -171,6 +171,22 @@ def test_intermediates(case: str, backend: ops.Backend) -> None:
     assert set(found) == set(stored)
     for name, value in found.items():
         assert_rounded(name, value, stored[name])
+
+
+def test_recording_ends_with_its_block() -> None:
+    model, x = model_of("tiny_b", torch.float64), inputs_of("tiny_b/inputs", torch.float64)
+    mask, layers = x["text_atts"], model.config.fusion_layers
+    with torch.inference_mode():
+        with record_hidden_states(model) as states:
+            memory = model.image_memory(model.encode_image(x["image"]))
+            text = model.encode_text(x["text_ids"], mask)
+            model.fuse(text, mask, memory, first_token_only=True)
+        assert torch.equal(states.text[-1], text)
+        assert len(states.fusion) == layers - 1, "the last layer computed no whole texts"
+        recorded = [len(states.vision), len(states.text), len(states.fusion)]
+        model.fuse(model.encode_text(x["text_ids"], mask), mask, model.image_memory(model.encode_image(x["image"])))
+        assert [len(states.vision), len(states.text), len(states.fusion)] == recorded
+    assert not any("feed_forward" in vars(module) for module in model.modules())
 
 
 def loss_itm(model: XFM, x: dict[str, Tensor], *, detach: bool) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.agreement import relative_error
-from tests.nn.agreeing import assert_same_gradients, assert_survives_copies, offsets
+from tests.agreement import assert_same_gradients, assert_survives_copies, offsets, relative_error
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
 from xfm_fast.nn import GroupedCrossAttention, PackedSelfAttention, RelPosAttention

@@ -44,7 +44,7 @@ def test_a_step_predicts_codes(kind: str) -> None:
 
 
 def test_images_alone_pass_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the encoder makes of the whole image is nobody's target."""
+    """The embeddings of the whole image are no target, so they are not computed."""
     model, batch, passes = model_of("tiny_a"), image_batch("tiny_a"), []
     encode = XFM.encode_image
     monkeypatch.setattr(XFM, "encode_image", lambda *given: passes.append(len(given)) or encode(*given))

@@ -261,10 +261,10 @@ def test_rows_of_all_processes_average_to_the_whole(shared: bool) -> None:
     for first in (0, 2, 4):
         own = slice(first, first + 2)
         local = None if ids is None else ids[own]
-        everyone = AllPairs(image, text, first, ids)
-        rows.append(contrastive_rows(image[own], text[own], 0.3, everyone, local))
+        gathered = AllPairs(image, text, first, ids)
+        rows.append(contrastive_rows(image[own], text[own], 0.3, gathered, local))
         for _ in range(30):
-            drawn = sample_hard_negatives(image[own], text[own], 0.3, local, everyone=everyone)
+            drawn = sample_hard_negatives(image[own], text[own], 0.3, local, gathered=gathered)
             for side, index in enumerate(drawn):
                 assert (weights[side][own].gather(1, index[:, None]) > 0).all()
     assert torch.stack(rows).mean().item() == pytest.approx(whole.item(), rel=1e-12)

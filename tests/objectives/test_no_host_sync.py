@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.objectives.steps import image_batch, model_of, negatives_of, pair_batch, region_batch, text_batch, total
 from xfm_fast.batches import Batch
-from xfm_fast.kernels import attention, normalisation, products
+from xfm_fast.kernels import attention, norms, products
 from xfm_fast.kernels import losses as kernel_losses
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
@@ -101,8 +101,8 @@ def test_nor_when_masks_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device without values, whose kernels are known by the shapes of their results: whoever asks gets an error."""
-    for module in (attention, kernel_losses, normalisation, products):
+    """A device without values, whose kernels are known by the shapes of their results: to ask for one is an error."""
+    for module in (attention, kernel_losses, norms, products):
         monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
     monkeypatch.setattr(attention, "_TRITON_HEAD_DIMS", (16,))
     # Autocast does not know such a device.

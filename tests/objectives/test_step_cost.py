@@ -1,4 +1,4 @@
-"""What a step computes, counted: nothing twice, nothing that nobody reads."""
+"""The work of a step, counted: nothing is computed twice, and nothing that is not read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import CASES
 from tests.objectives.steps import model_of, negatives_of, pair_batch, region_batch, text_batch, total
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, TextBatch
-from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
 from xfm_fast.kernels import ops
 from xfm_fast.models.fusion import FusionEncoder
 from xfm_fast.models.text import TextEncoder
@@ -111,7 +111,7 @@ def test_passes_of_a_step_of_regions(calls: Counter[str]) -> None:
     }
 
 
-def test_what_nobody_asked_for_is_not_computed(calls: Counter[str]) -> None:
+def test_losses_that_are_not_asked_for_cost_nothing(calls: Counter[str]) -> None:
     pretraining_losses(model_of("tiny_a"), pair_batch("tiny_a"), losses={"itc"})
     assert calls == {"VisionEncoder.forward with a graph": 1, "TextEncoder.forward with a graph": 1}
     calls.clear()

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tests.objectives.steps import gradients, total
 from xfm_fast.batches import IGNORED, Batch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.benchmarks.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.record import OFFICIAL, OURS
+from xfm_fast.benchmarks.work.training import TrainingSubject, difference
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import negatives as negatives_module
-from xfm_fast.objectives import pretraining_losses
+from xfm_fast.objectives import fusion_pass, pretraining_losses
 
 LENGTH, SLOTS = 9, 4
 
@@ -159,15 +160,15 @@ def test_a_fixed_capacity_for_negatives_changes_nothing(count: int, seed: int, r
     model = model_with()
     batch = region_batch(count, 2, model.config, seed) if regions else pair_batch(count, model.config, seed, ids=False)
     with pytest.MonkeyPatch.context() as context:
-        context.setattr("xfm_fast.objectives.negatives.fixed_capacity", lambda *_: True)
+        context.setattr("xfm_fast.objectives.fusion_pass.fixed_capacity", lambda *_: True)
         assert_same(model, batch, drawn(count, seed))
 
 
 def test_capacity_is_fixed_on_accelerators_only() -> None:
-    world = negatives_module.World()
-    assert negatives_module.fixed_capacity(torch.device("cuda"), world)
-    assert not negatives_module.fixed_capacity(torch.device("cpu"), world)
-    assert not negatives_module.fixed_capacity(torch.device("cuda"), negatives_module.World(None, 2, 0))
+    world = fusion_pass.World()
+    assert fusion_pass.fixed_capacity(torch.device("cuda"), world)
+    assert not fusion_pass.fixed_capacity(torch.device("cpu"), world)
+    assert not fusion_pass.fixed_capacity(torch.device("cuda"), fusion_pass.World(None, 2, 0))
 
 
 def test_what_is_packed_beyond_a_text_may_hold_anything() -> None:
@@ -175,7 +176,22 @@ def test_what_is_packed_beyond_a_text_may_hold_anything() -> None:
     model = model_with()
     batch = pair_batch(3, model.config, 3, ids=False)
     with pytest.MonkeyPatch.context() as context:
-        context.setattr("xfm_fast.objectives.negatives.fixed_capacity", lambda *_: True)
+        context.setattr("xfm_fast.objectives.fusion_pass.fixed_capacity", lambda *_: True)
         alone = pretraining_losses(model, batch, hard_negatives=drawn(3, 3), losses={"itm"})["itm"]
         beside = pretraining_losses(model, batch, hard_negatives=drawn(3, 3), losses={"itm", "imlm"})["itm"]
     assert alone.item() == pytest.approx(beside.item(), rel=1e-12)
+
+
+CPU = torch.device("cpu")
+
+
+def test_gradients_of_a_deep_model() -> None:
+    """Depth is what shows it: a post-norm residual stream that every branch rounds loses a little each time."""
+    config = XFMConfig.preset("tiny", text_layers=24, fusion_layers=24)
+    batch = pair_batch(8, config, 0, ids=False)
+    subject = TrainingSubject(config, batch, seed=0, device=CPU)
+    truth = TrainingSubject(config, batch, seed=0, device=CPU, dtype=torch.float64).outcome(OFFICIAL)
+    plain = difference(subject.outcome(OFFICIAL, torch.bfloat16), truth)
+    found = difference(subject.outcome(OURS, torch.bfloat16), truth)
+    assert set(truth.losses) == {"itc", "itm", "imlm", "mim"}
+    assert found.error <= 2 * plain.error + torch.finfo(torch.bfloat16).eps, (found, plain)

@@ -18,6 +18,7 @@ from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatc
 from xfm_fast.errors import InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
+from xfm_fast.training.distributed import end_groups
 
 PAIRS, IMAGES = 8, 4
 CASES = (
@@ -148,7 +149,7 @@ def _work(rank: int, world: int, folder: str) -> None:
         found["drawn"] = {name: loss.detach() for name, loss in negatives_drawn(rank, world).items()}
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        end_groups()
 
 
 def run(world: int, folder: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,8 @@ from torch.nn.utils import parametrizations
 
 from xfm_fast import accelerate, accelerated
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.replace import Fused, Rule, accelerating
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import is_fused, observed
+from xfm_fast.replace import Fused, Rule, acceleration
+from xfm_fast.replace.swap import Settings, is_fused, observed
 
 
 class Affine(nn.Module):
@@ -56,7 +55,7 @@ def only_our_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules of one made-up family, in place of everybody's."""
     odd = Rule("Odd", lambda m: isinstance(m, Odd), FusedAffine, "", lambda *_: "it is odd")
     rule = Rule("FusedAffine", lambda m: isinstance(m, Affine), FusedAffine, "a call")
-    monkeypatch.setattr(accelerating, "rules", lambda: (odd, rule))
+    monkeypatch.setattr(acceleration, "rules", lambda: (odd, rule))
     monkeypatch.setattr(FusedAffine, "error", 0.0)
     FusedAffine.calls.clear()
 
@@ -68,7 +67,7 @@ def model() -> nn.Sequential:
 
 def test_only_norms_that_gain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Rule("Norm", lambda m: isinstance(m, nn.LayerNorm), FusedAffine, "", lambda *_: "as fast here")
-    monkeypatch.setattr(accelerating, "rules", lambda: (slow,))
+    monkeypatch.setattr(acceleration, "rules", lambda: (slow,))
     foreign = nn.Sequential(nn.LayerNorm(5), nn.ReLU(), nn.LayerNorm(5))
     with pytest.raises(InputError, match=r"known to accelerate \(0 and 1 alike: as fast here\)\. Recognised are"):
         accelerate(foreign)
@@ -128,7 +127,7 @@ def test_the_report_is_a_table() -> None:
 def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = Rule("FusedAffine", lambda m: type(m) is Odd, FusedAffine, "a call", lambda *_: "it is odd")
     taking = Rule("FusedAffine", lambda m: type(m) is Affine, FusedAffine, "a call")
-    monkeypatch.setattr(accelerating, "rules", lambda: (refusing, taking))
+    monkeypatch.setattr(acceleration, "rules", lambda: (refusing, taking))
     made: Any = model()
     made[0].forward = lambda features: features
     report = accelerate(made)

@@ -26,7 +26,7 @@ from tests.replace.vision_models import (  # noqa: E402
 )
 from xfm_fast import accelerate, accelerated  # noqa: E402
 from xfm_fast.errors import InputError  # noqa: E402
-from xfm_fast.replace.swapping import is_fused  # noqa: E402
+from xfm_fast.replace.swap import is_fused  # noqa: E402
 
 SMALL = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 3, "num_classes": 7}
 PARTS = ("Attention", "EvaAttention", "AttentionRope", "Mlp", "GluMlp", "SwiGLU", "DropPath", "LayerScale")

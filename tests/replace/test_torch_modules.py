@@ -13,8 +13,7 @@ from tests.agreement import relative_error
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import is_fused, restore, swap
+from xfm_fast.replace.swap import Settings, is_fused, restore, swap
 from xfm_fast.replace.torch_modules import FusedLayerNorm
 
 CLOSE = 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.replace.swapping import original_class
+from xfm_fast.replace.swap import original_class
 
 WIDTH, IMAGE = 48, 32
 

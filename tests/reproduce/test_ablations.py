@@ -13,7 +13,7 @@ from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.reproduce import ablations, report
 from xfm_fast.reproduce.ablations import RESULT_FILE, VARIANTS, Run, Study, run_ablations
 from xfm_fast.reproduce.evaluation import METRICS
-from xfm_fast.reproduce.plot import plot
+from xfm_fast.reproduce.report import plot
 
 SMALL = (
     "shapes={seed: 0, train: 60, val: 2, test: 2}",

@@ -13,8 +13,7 @@ from torch import Tensor
 from tests.agreement import inputs_of, tensors, with_weights
 from tests.conftest import config
 from xfm_fast.errors import InputError
-from xfm_fast.models.decoder import DecoderCache, DecoderMemory, TextDecoder
-from xfm_fast.models.generation import generate
+from xfm_fast.models.decoder import DecoderCache, DecoderMemory, TextDecoder, generate
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.captioning import CaptioningModel
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from tests.conftest import CASES, config, golden, load_json, load_tensors
 from xfm_fast import XFM, Retriever, XFMConfig, flops
 from xfm_fast.errors import DataError, InputError, StorageError
-from xfm_fast.mapped import create_mapped, open_mapped
+from xfm_fast.memory import create_mapped, open_mapped
 from xfm_fast.tasks import reranking
-from xfm_fast.tasks.candidates import top_candidates
+from xfm_fast.tasks.reranking import ScoreJournal, top_candidates
 from xfm_fast.tasks.retrieval import UNSCORED, recall, rerank
-from xfm_fast.tasks.score_journal import ScoreJournal
 
 
 def _official(case: str, dtype: torch.dtype) -> tuple[XFM, Tensor, Tensor, Tensor]:

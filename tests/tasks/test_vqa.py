@@ -14,8 +14,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models.decoder import TextDecoder, _visible_keys
 from xfm_fast.packing import ImageGroups, Packing
-from xfm_fast.tasks.vqa import VQAModel
-from xfm_fast.tasks.vqa_accuracy import exact_match, normalise_answer, vqa_accuracy
+from xfm_fast.tasks.vqa import VQAModel, exact_match, normalise_answer, vqa_accuracy
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.training import checkpoints
+from xfm_fast.training.gradient_flow import synthetic_batch
 from xfm_fast.training.loop import TrainResult, train
 from xfm_fast.training.metrics import read_log
 from xfm_fast.training.recipe import Recipe
-from xfm_fast.training.synthetic_batches import synthetic_batch
 
 RATES = {"seconds", "images_per_s", "tokens_per_s", "mfu"}
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,10 @@ from xfm_fast.errors import DataError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.checkpoints import load_weights, newest
-from xfm_fast.training.distributed import Place, Spread, run_layers, take_place
+from xfm_fast.training.distributed import ParallelModel, Processes, join_processes, run_layers
 from xfm_fast.training.gradient_flow import check, gradient_flow_of
 from xfm_fast.training.loop import train
-from xfm_fast.training.norms import ModelNorms, local
+from xfm_fast.training.metrics import ModelNorms, local
 
 
 def drawless(folder: Path, **changes: Any) -> Any:
@@ -118,29 +121,29 @@ def test_checkpoints_of_shards_and_of_wholes_serve_both(tmp_path: Path, before: 
 def count_reductions(rank: int, world_size: int, meeting_point: Path, folder: Path) -> None:
     join_group(rank, world_size, meeting_point)
     recipe = drawless(folder)
-    with take_place("cpu") as place:
+    with join_processes("cpu") as processes:
         torch.manual_seed(0)
-        spread = Spread(XFM(recipe.model), pretraining_losses, place, "ddp")
+        parallel = ParallelModel(XFM(recipe.model), pretraining_losses, processes, "ddp")
         reductions = []
 
         def counted(state, bucket):  # DDP refuses other annotations than its own
             reductions.append(bucket.index())
             return allreduce_hook(state, bucket)
 
-        spread.module.register_comm_hook(None, counted)  # type: ignore[operator]
+        parallel.module.register_comm_hook(None, counted)  # type: ignore[operator]
         sources = noise(recipe, rank)
         per_update = []
         for update in (["text"], ["pairs", "regions", "images", "pairs"], ["text"]):
-            spread.model.zero_grad()
+            parallel.model.zero_grad()
             reductions.clear()
             for number, stream in enumerate(update, start=1):
-                with spread.synchronised(last=number == len(update)):
-                    loss, _ = spread(sources[stream].batch(number), recipe.losses_of(stream))
+                with parallel.synchronised(last=number == len(update)):
+                    loss, _ = parallel(sources[stream].batch(number), recipe.losses_of(stream))
                     loss.backward()
-                same = place.gather(float(ModelNorms(spread.model).gradients()[1].norm()))
+                same = processes.gather(float(ModelNorms(parallel.model).gradients()[1].norm()))
                 assert (same[0] == same[1]) == (number == len(update))
             per_update.append(len(reductions))
-            reached = {name.split(".")[0] for name, p in spread.model.named_parameters() if p.grad is not None}
+            reached = {name.split(".")[0] for name, p in parallel.model.named_parameters() if p.grad is not None}
             assert ("vision_encoder" in reached) == (update != ["text"])
         # One reduction of every bucket in every update, however many losses it has.
         assert per_update[0] > 0
@@ -154,12 +157,12 @@ def test_gradients_travel_once_per_update(tmp_path: Path) -> None:
 def look_at_shards(rank: int, world_size: int, meeting_point: Path, folder: Path) -> None:
     join_group(rank, world_size, meeting_point)
     recipe = drawless(folder)
-    with take_place("cpu") as place:
+    with join_processes("cpu") as processes:
         torch.manual_seed(0)
         model = XFM(recipe.model)
         whole = sum(parameter.numel() for parameter in model.parameters())
-        spread = Spread(model, pretraining_losses, place, "fsdp")
-        assert isinstance(spread.module, FSDPModule)
+        parallel = ParallelModel(model, pretraining_losses, processes, "fsdp")
+        assert isinstance(parallel.module, FSDPModule)
         kept = sum(local(parameter).numel() for parameter in model.parameters())
         assert kept < 0.52 * whole
         assert [name for name, p in model.named_parameters() if not isinstance(p, DTensor)] == ["temp"]
@@ -171,15 +174,15 @@ def test_every_process_keeps_its_part(tmp_path: Path) -> None:
 
 def talk(rank: int, world_size: int, meeting_point: Path) -> None:
     join_group(rank, world_size, meeting_point)
-    with take_place("auto") as place:
-        assert (place.rank, place.world_size, place.first) == (rank, 2, rank == 0)
-        assert place.gather(rank) == [0, 1]
-        assert place.any(rank == 1)
-        assert not place.any(False)
-        assert place.from_first(lambda: f"from {rank}") == "from 0"
-        assert place.mean_(torch.tensor([float(rank)])).item() == 0.5
+    with join_processes("auto") as processes:
+        assert (processes.rank, processes.world_size, processes.first) == (rank, 2, rank == 0)
+        assert processes.gather(rank) == [0, 1]
+        assert processes.any(rank == 1)
+        assert not processes.any(False)
+        assert processes.from_first(lambda: f"from {rank}") == "from 0"
+        assert processes.mean_(torch.tensor([float(rank)])).item() == 0.5
         with pytest.raises(ValueError, match="of the first"):
-            place.from_first(_fail)
+            processes.from_first(_fail)
     assert dist.is_initialized()
 
 
@@ -189,6 +192,26 @@ def _fail() -> None:
 
 def test_processes_agree(tmp_path: Path) -> None:
     assert in_processes(talk, 2, tmp_path / "meet") == [0, 0]
+
+
+def begin_and_end(rank: int, world_size: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    # A thread that waits for the interpreter gets it when this one rests and not before.
+    sys.setswitchinterval(1000)
+    for number in range(20):
+        with join_processes("cpu") as processes:
+            assert processes.gather((number, rank)) == [(number, 0), (number, 1)]
+        assert not dist.is_initialized()
+
+
+def test_groups_end_and_begin_again() -> None:
+    """A thread of gloo that waits to let go of tensors stops nobody from ending."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    assert in_processes(begin_and_end, 2, port, timeout=60) == [0, 0]
 
 
 class Ending:
@@ -285,6 +308,6 @@ def test_compiled_layers_agree(tmp_path: Path) -> None:
 
 def test_alone_nothing_is_wrapped() -> None:
     recipe = small_recipe(Path("nowhere"))
-    spread = Spread(XFM(recipe.model), pretraining_losses, Place(), "fsdp")
-    assert not spread.sharded
-    assert not isinstance(spread.module, FSDPModule)
+    parallel = ParallelModel(XFM(recipe.model), pretraining_losses, Processes(), "fsdp")
+    assert not parallel.sharded
+    assert not isinstance(parallel.module, FSDPModule)

@@ -20,8 +20,8 @@ from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import loop
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.loop import train
+from xfm_fast.training.optimizer import schedule_factor
 from xfm_fast.training.recipe import Recipe
-from xfm_fast.training.schedule import schedule_factor
 
 OFFICIAL_NAME = {
     "itc": "loss_itc", "itm": "loss_itm", "imlm": "loss_mlm", "mim": "loss_mim", "mlm": "loss_mlm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,29 +12,40 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.small_runs import batch_of, numbers, run, small_recipe
+from tests.training.small_runs import Noise, batch_of, noise, numbers, run, small_recipe
 from xfm_fast import flops
 from xfm_fast.batches import PairBatch
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import StorageError, UnavailableError
+from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError, XFMError
+from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
-from xfm_fast.training import metrics, throughput
-from xfm_fast.training.distributed import Place
-from xfm_fast.training.metrics import Meter, RunLog, Value, mean_by_name, read_log
-from xfm_fast.training.norms import ModelNorms
+from xfm_fast.training import metrics
+from xfm_fast.training.checkpoints import newest
+from xfm_fast.training.distributed import Processes
+from xfm_fast.training.gradient_flow import synthetic_batch
+from xfm_fast.training.metrics import (
+    Guard,
+    Meter,
+    ModelNorms,
+    RunLog,
+    Value,
+    Work,
+    mean_by_name,
+    read_log,
+    size_of,
+    training_flops,
+)
 from xfm_fast.training.recipe_fields import LogRecipe
-from xfm_fast.training.synthetic_batches import synthetic_batch
-from xfm_fast.training.throughput import Work, size_of, training_flops
 
 
 def test_meter_reads_in_order_and_forgets() -> None:
     meter = Meter()
     meter.add(1, {"loss/a": torch.tensor(1.0), "loss/b": torch.tensor(2.0)})
     meter.add(2, {"loss/a": torch.tensor(4.0, dtype=torch.bfloat16)})
-    values = meter.read(Place())
+    values = meter.read(Processes())
     assert values == [Value(1, "loss/a", 1.0), Value(1, "loss/b", 2.0), Value(2, "loss/a", 4.0)]
     assert mean_by_name(values) == {"loss/a": 2.5, "loss/b": 2.0}
-    assert meter.read(Place()) == []
+    assert meter.read(Processes()) == []
 
 
 def test_log_lines_are_means_since_the_last_one(tmp_path: Path) -> None:
@@ -92,7 +104,7 @@ def test_boards_that_are_missing_are_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     for recipe, package in ((LogRecipe(tensorboard=True), "tensorboard"), (LogRecipe(wandb="project"), "wandb")):
         with pytest.raises(UnavailableError, match=f"pip install {package}"):
-            RunLog(tmp_path, recipe, Place(), steps=1, start=0, title="run")
+            RunLog(tmp_path, recipe, Processes(), steps=1, start=0, title="run")
 
 
 class Board(ModuleType):
@@ -126,7 +138,7 @@ def test_boards_receive_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(metrics, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with RunLog(tmp_path, LogRecipe(tensorboard=True, wandb="mine"), Place(), steps=9, start=4, title="run") as log:
+    with RunLog(tmp_path, LogRecipe(tensorboard=True, wandb="mine"), Processes(), steps=9, start=4, title="run") as log:
         log.write(5, {"loss/pairs/itc": 0.5, "lr": 0.1})
     assert tensorboard.calls[0] == ("open", {"purge_step": 5})
     assert tensorboard.calls[1:] == [(5, "loss/pairs/itc", 0.5), (5, "lr", 0.1), ("close",)]
@@ -141,14 +153,14 @@ def test_a_run_keeps_its_name_on_boards(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(metrics, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for folder in ("a/run", "a/run", "b/run"):
-        with RunLog(tmp_path / folder, LogRecipe(wandb="mine"), Place(), steps=9, start=4, title="run"):
+        with RunLog(tmp_path / folder, LogRecipe(wandb="mine"), Processes(), steps=9, start=4, title="run"):
             pass
     first, again, other = (call[1]["id"] for call in wandb.calls if call[0] == "open")
     assert first == again != other
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    with RunLog(tmp_path / "run", LogRecipe(), Place(rank=1, world_size=2), steps=1, start=0, title="run") as log:
+    with RunLog(tmp_path / "run", LogRecipe(), Processes(rank=1, world_size=2), steps=1, start=0, title="run") as log:
         log.say("nothing")
         log.advance(1)
         log.write(1, {"lr": 0.1})
@@ -158,7 +170,7 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"checkpoint\.folder"):
-        RunLog(tmp_path / "file", LogRecipe(), Place(), steps=1, start=0, title="run")
+        RunLog(tmp_path / "file", LogRecipe(), Processes(), steps=1, start=0, title="run")
 
 
 def test_operations_of_a_batch() -> None:
@@ -200,9 +212,9 @@ def test_operations_are_those_of_the_exact_count() -> None:
 
 
 def test_rates_count_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "peak_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr(metrics, "peak_flops_per_s", lambda device, precision: 1e9)
     recipe = small_recipe(Path("nowhere"))
-    work = Work(recipe, Place(rank=0, world_size=2))
+    work = Work(recipe, Processes(rank=0, world_size=2))
     batch = batch_of(recipe, "pairs")
     for step in range(2):
         work.count("pairs", batch, in_detail=step == 1)
@@ -220,3 +232,145 @@ def test_lines_are_json(tmp_path: Path) -> None:
     values = json.loads(line)
     assert values["images_per_s"] > 0
     assert 0 < values["mfu"] < 2
+
+
+class Poisoned(Noise):
+    """From a number on, boxes are so large that their distances overflow when they are summed."""
+
+    def batch(self, number: int) -> Any:
+        batch = super().batch(number)
+        return batch if number < 6 else replace(batch, boxes=torch.full_like(batch.boxes, 3e38))
+
+
+def test_bad_batch_is_named_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, steps=12, log={"every": 5})
+    sources = noise(recipe) | {"regions": Poisoned("regions", recipe.model, 4)}
+    with pytest.raises(
+        NonFiniteError, match=r"step 7: loss regions/bbox_l1 is inf: stream regions: the forward operation aten.sum"
+    ):
+        run(recipe, sources=sources)
+    checkpoint = newest(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.state["step"] == 4
+    saved = XFM.from_pretrained(checkpoint.path / "model")
+    assert all(bool(parameter.isfinite().all()) for parameter in saved.parameters())
+    assert run(recipe).step == 12
+
+
+def test_bad_parameter_is_named(tmp_path: Path) -> None:
+    def poison(step: int, model: XFM) -> None:
+        if step == 5:
+            with torch.no_grad():
+                model.itm_head[0].weight[0, 0] = float("inf")  # type: ignore[union-attr, index]
+
+    with pytest.raises(NonFiniteError, match=r"step 6: loss .*: parameter itm_head.0.weight is not finite"):
+        run(small_recipe(tmp_path), on_step=poison)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_packed_weights_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN is the faster library, weights without gradients are kept in a layout that nothing can look into."""
+    monkeypatch.setattr(selection, "_selections", {})
+    for operation in ("linear", "linear_gelu", "linear_residual"):
+        selection.settle(operation, torch.float32, "onednn-packed")
+    recipe = small_recipe(tmp_path)
+    model = XFM(recipe.model)
+    guard, batches = exploding(model, recipe)
+
+    def rerun(_: str, batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model.encode_image(batch.image)
+        return (hidden - hidden.abs().max() - 1).log().mean()
+
+    with pytest.raises(NonFiniteError, match=r"the forward operation aten\.log\.default .* is the first"):
+        guard.check([Value(3, "loss/images/mim", float("nan"))], batches, rerun)
+
+
+def exploding(model: XFM, recipe: Any) -> tuple[Guard, dict[str, Any]]:
+    return Guard(model, ModelNorms(model).names), {"images": batch_of(recipe, "images")}
+
+
+def test_first_operation_is_named(tmp_path: Path) -> None:
+    """Of all that is NaN, the logarithm is where it began, right behind the last weight that was read."""
+    recipe = small_recipe(tmp_path)
+    model = XFM(recipe.model)
+    guard, batches = exploding(model, recipe)
+
+    def rerun(_: str, batch: Any) -> torch.Tensor:
+        hidden = model.vision_proj(model.encode_image(batch.image)[:, 0])
+        return (hidden - hidden.abs().max() - 1).log().mean()
+
+    with pytest.raises(NonFiniteError) as caught:
+        guard.check([Value(3, "loss/images/mim", float("nan"))], batches, rerun)
+    assert "the forward operation aten.log.default at vision_proj is the first" in str(caught.value)
+
+
+def test_first_operation_of_the_backward_pass_is_named(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    model = XFM(recipe.model)
+    guard, batches = exploding(model, recipe)
+
+    def rerun(_: str, batch: Any) -> torch.Tensor:
+        # The square root of zero is finite, its derivative is not.
+        return (model.vision_proj.weight * 0).abs().sqrt().sum()
+
+    norms = torch.zeros(len(ModelNorms(model).names))
+    at = ModelNorms(model).names.index("vision_proj.weight")
+    norms[at] = float("inf")
+    guard.watch(3, "images", list(range(len(norms))), norms)
+    with pytest.raises(NonFiniteError) as caught:
+        guard.check([Value(3, "grad_norm/images", float("inf"))], batches, rerun)
+    assert "step 3: grad_norm images is inf: the gradient of vision_proj.weight in update images has norm inf" in str(
+        caught.value
+    )
+    assert "the backward operation aten.div" in str(caught.value)
+
+
+def test_masks_of_infinity_are_no_fault(tmp_path: Path) -> None:
+    """A pass that is fine is found to be fine, though attention hides keys by minus infinity."""
+    recipe = small_recipe(tmp_path)
+    model = XFM(recipe.model)
+    guard, batches = exploding(model, recipe)
+
+    def rerun(_: str, batch: Any) -> torch.Tensor:
+        scores = torch.zeros(3, 3).masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf).softmax(1)
+        return model.encode_image(batch.image).mean() * scores.mean()
+
+    with pytest.raises(NonFiniteError, match="every tensor of the last batch is finite"):
+        guard.check([Value(1, "loss/images/mim", float("nan"))], batches, rerun)
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    """Losses look at inputs on a CPU alone."""
+    recipe = small_recipe(tmp_path)
+    guard, batches = exploding(XFM(recipe.model), recipe)
+    batches["images"].image[1, 0, 0, 0] = float("nan")
+    with pytest.raises(
+        NonFiniteError, match=r"loss images/mim is nan: image of the batch of stream images is not finite"
+    ):
+        guard.check([Value(1, "loss/images/mim", float("nan"))], batches)
+
+
+def test_overflow_of_a_scaled_loss_is_no_fault(tmp_path: Path) -> None:
+    """The loss scale takes care of it, until there is none left."""
+    recipe = small_recipe(tmp_path)
+    model = XFM(recipe.model)
+    guard = Guard(model, ModelNorms(model).names, scaled=True)
+    overflow = [Value(1, "grad_norm/pairs", float("inf")), Value(1, "loss_scale", 512.0)]
+    guard.check(overflow, {})
+    assert mean_by_name(overflow) == {"loss_scale": 512.0}
+    with pytest.raises(NonFiniteError, match=r"step 2: loss_scale is 0\.5"):
+        guard.check([Value(2, "loss_scale", 0.5)], {})
+    with pytest.raises(NonFiniteError, match="loss pairs/itc is inf"):
+        guard.check([Value(2, "loss/pairs/itc", float("inf"))], {})
+
+
+def test_finite_values_pass_and_are_forgotten(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    guard, batches = exploding(XFM(recipe.model), recipe)
+    guard.watch(1, "pairs", [0], torch.tensor([float("nan")]))
+    guard.check([Value(1, "grad_norm/pairs", 1.0)], batches)
+    with pytest.raises(NonFiniteError) as caught:
+        guard.check([Value(2, "grad_norm/pairs", float("nan"))], {})
+    assert "the gradient of" not in str(caught.value)
+    assert isinstance(caught.value, XFMError)

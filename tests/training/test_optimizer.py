@@ -18,10 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import load_json
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
-from xfm_fast.training.optimizer import AdamW, Moments, adam_in_one_pass, adam_in_passes, optimizer_groups
-from xfm_fast.training.recipe_fields import OptimizerRecipe
+from xfm_fast.training.optimizer import (
+    AdamW,
+    Moments,
+    WeightAverage,
+    adam_in_one_pass,
+    adam_in_passes,
+    optimizer_groups,
+    schedule_factor,
+)
+from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
 
 
 def test_groups_are_the_official_ones() -> None:
@@ -234,3 +242,104 @@ def test_sharded_parameters_move_as_whole_ones(tmp_path: Path) -> None:
             torch.testing.assert_close(a.detach(), b.full_tensor().detach())
     finally:
         dist.destroy_process_group()
+
+
+def test_average_follows_the_weights() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    history = [torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, -2.0]]), torch.tensor([[0.0, 5.0]])]
+    with torch.no_grad():
+        model.weight.copy_(history[0])
+        average = WeightAverage(model, 0.75)
+        expected = history[0].clone()
+        for weights in history[1:]:
+            model.weight.copy_(weights)
+            average.update()
+            expected = 0.75 * expected + 0.25 * weights
+    torch.testing.assert_close(average.state_dict()["weight"], expected)
+    own = model.weight.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(model.weight.detach(), expected)
+        assert model.weight.requires_grad
+    assert torch.equal(model.weight, own)
+
+
+def test_own_weights_return_after_an_error_too() -> None:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    own = model.weight.detach().clone()
+
+    def evaluate() -> None:
+        with average.applied():
+            assert not torch.equal(model.weight, own)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        evaluate()
+    assert torch.equal(model.weight, own)
+
+
+def test_low_precision_weights_are_averaged_in_fp32() -> None:
+    """In bfloat16, 1 + 0.001 is 1, and the average would never leave its place."""
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1)
+        average = WeightAverage(model, 0.999)
+        model.weight.fill_(2)
+        for _ in range(10):
+            average.update()
+    assert average.state_dict()["weight"].item() == pytest.approx(2 - 0.999**10, abs=1e-5)
+
+
+def test_state_resumes_and_refuses_another_model() -> None:
+    model = nn.Linear(2, 2)
+    average, other = WeightAverage(model, 0.9), WeightAverage(nn.Linear(2, 2), 0.9)
+    other.load_state_dict(average.state_dict())
+    for name, value in average.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+        assert other.state_dict()[name] is not value
+    with pytest.raises(CheckpointError, match="1 of another shape, such as weight"):
+        other.load_state_dict({"weight": torch.ones(3, 3), "bias": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="1 parameters are absent, 1 foreign"):
+        other.load_state_dict({"weight": torch.ones(2, 2), "scale": torch.ones(2)})
+    assert torch.equal(other.state_dict()["bias"], average.state_dict()["bias"])
+
+
+@pytest.mark.parametrize("decay", [0, 1, -0.5, 1.5])
+def test_decay_out_of_range(decay: float) -> None:
+    with pytest.raises(InputError, match=f"decay={decay}"):
+        WeightAverage(nn.Linear(1, 1), decay)
+
+
+def factors(steps: int, lr: float = 1.0, **fields: object) -> list[float]:
+    schedule = ScheduleRecipe.model_validate(fields)
+    return [schedule_factor(schedule, step, steps=steps, lr=lr) for step in range(steps + 2)]
+
+
+def test_linear_is_the_official_one() -> None:
+    """0 at step 0, up over 2 steps, down to 0 at the last and staying there."""
+    expected = [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0]
+    assert factors(8, warmup=2) == pytest.approx(expected)
+    assert factors(8, warmup=0.25) == pytest.approx(expected)
+    assert factors(2) == [1, 0.5, 0, 0]
+
+
+def test_linear_ends_at_the_least_rate() -> None:
+    found = factors(10, lr=0.5, warmup=2, min_lr=0.1)
+    assert found[0] == 0
+    assert found[2] == 1
+    assert found[6] == pytest.approx(0.6)
+    assert found[10] == found[11] == pytest.approx(0.2)
+
+
+def test_cosine() -> None:
+    found = factors(12, kind="cosine", warmup=4, min_lr=0.2)
+    assert found[:5] == [0, 0.25, 0.5, 0.75, 1]
+    assert found[6] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert found[8] == pytest.approx(0.6)
+    assert found[12] == found[13] == pytest.approx(0.2)
+
+
+def test_a_run_of_warm_up_alone() -> None:
+    assert factors(3, warmup=3)[:3] == pytest.approx([0, 1 / 3, 2 / 3])

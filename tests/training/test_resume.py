@@ -28,7 +28,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.metrics import read_log
-from xfm_fast.training.recipe_changes import changes, position_after
+from xfm_fast.training.recipe import changes, position_after
 
 STEPS = 26
 

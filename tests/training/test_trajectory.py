@@ -13,9 +13,8 @@ from tests.conftest import CASES, config, load_json
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.training.optimizer import AdamW, optimizer_groups
+from xfm_fast.training.optimizer import AdamW, optimizer_groups, schedule_factor
 from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
-from xfm_fast.training.schedule import schedule_factor
 
 ALLOWED = 1e-8
 RECIPE = OptimizerRecipe(lr=1e-3, weight_decay=0.01, lr_mult=2, betas=(0.9, 0.98), eps=1e-8, clip_norm=1.0)

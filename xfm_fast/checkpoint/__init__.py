@@ -1,8 +1,19 @@
 """Checkpoints: official files and other people's encoders in, ours out, and back."""
 
+from xfm_fast.checkpoint.files import (
+    PretrainedFiles,
+    load_pretrained_files,
+    read_state_dict,
+    save_pretrained,
+    sync_folder,
+    write_bytes,
+    write_files,
+    write_safetensors,
+)
 from xfm_fast.checkpoint.loading import LoadResult, load_into
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
+    Head,
     LoadReport,
     heads_in,
     select_heads,
@@ -11,20 +22,11 @@ from xfm_fast.checkpoint.names import (
     underivable,
 )
 from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index
-from xfm_fast.checkpoint.reading import read_state_dict
 from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initialise, roberta_state
-from xfm_fast.checkpoint.storage import (
-    PretrainedFiles,
-    load_pretrained_files,
-    save_pretrained,
-    sync_folder,
-    write_bytes,
-    write_files,
-    write_safetensors,
-)
 
 __all__ = [
     "HEAD_PREFIXES",
+    "Head",
     "InitialisationReport",
     "LoadReport",
     "LoadResult",

@@ -18,7 +18,7 @@ _SHOWN = 8
 
 @dataclass
 class LoadResult:
-    """What `load_into` was allowed to leave alone."""
+    """The names that `load_into` was allowed to leave alone."""
 
     fresh: list[str] = field(default_factory=list)
     """Parameters of the module that the state dict lacks; they keep their values."""
@@ -77,7 +77,12 @@ def load_into(
         ("wrong type", [f"{name}: {_type(state[name])}, the model has {_type(own[name])}" for name in dtypes]),
         ("NaN or infinite", bad_values),
     ]
-    problems = [_group(title, entries) for title, entries in groups if entries]
+    problems = []
+    for title, entries in groups:
+        if entries:
+            problems += [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN])]
+        if len(entries) > _SHOWN:
+            problems.append(f"    ... and {len(entries) - _SHOWN} more")
     if problems:
         remedies = _remedies(own, state, missing, unexpected, bad_values)
         raise CheckpointError(
@@ -108,13 +113,6 @@ def _type(tensor: Tensor) -> str:
         return "meta tensor without values"
     name = str(tensor.dtype).removeprefix("torch.")
     return name if tensor.layout == torch.strided else f"{str(tensor.layout).removeprefix('torch.')} {name}"
-
-
-def _group(title: str, entries: list[str]) -> str:
-    lines = [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN])]
-    if len(entries) > _SHOWN:
-        lines.append(f"    ... and {len(entries) - _SHOWN} more")
-    return "\n".join(lines)
 
 
 # (parameter, dimension, field of XFMConfig that sets its size)

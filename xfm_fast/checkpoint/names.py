@@ -61,10 +61,10 @@ HEAD_PREFIXES: dict[Head, tuple[str, ...]] = {
 
 @dataclass
 class LoadReport:
-    """What `to_ours` did to an official state dict."""
+    """The changes that `to_ours` made to an official state dict."""
 
     naming: Naming = "pretraining"
-    """How the checkpoint names its text encoder; pass it to `to_official` for the way back."""
+    """The naming of the checkpoint's text encoder; pass it to `to_official` for the way back."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Name in the checkpoint -> our name."""
     interpolated: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class LoadReport:
 
 
 def is_dead(name: str) -> bool:
-    """Whether a weight of this (pretraining) name influences no output of the model."""
+    """True if a weight of this (pretraining) name influences no output of the model."""
     return name.startswith(_DEAD)
 
 

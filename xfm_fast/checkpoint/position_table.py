@@ -63,8 +63,8 @@ def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
 
     Returns:
         `table` itself when it already has the wanted window. Otherwise a new `[(2t - 1)^2 + 3, heads]` tensor on the
-        same device in float32, or in float64 for a float64 table: the arithmetic is float64 in any case, and halving
-        the precision of a half-precision table a second time would help nobody.
+        same device in float32, or in float64 for a float64 table: the arithmetic is float64 in any case, and a
+        half-precision table need not be rounded a second time.
 
     Raises:
         InputError: a table that fits no square window, or a window that cannot be reached.
@@ -98,7 +98,7 @@ def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
 
 
 def source_positions(side_from: int, side_to: int) -> np.ndarray:
-    """Where the `side_from` source offsets lie on the axis of the target offsets `-(side_to // 2) ...`, float64."""
+    """The places of the `side_from` source offsets on the axis of the target offsets `-(side_to // 2) ...`, float64."""
     steps, reach = side_from // 2, side_to // 2
     low, high = 1.01, 1.5
     ratio = low

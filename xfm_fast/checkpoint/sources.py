@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from xfm_fast.checkpoint.files import read_state_dict
 from xfm_fast.checkpoint.loading import load_into
 from xfm_fast.checkpoint.names import TABLE, fit_table, merge_tied
 from xfm_fast.checkpoint.position_table import window_of
-from xfm_fast.checkpoint.reading import read_state_dict
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 
@@ -28,7 +28,7 @@ _ROBERTA_DROPPED = (".pooler.", ".position_ids", ".token_type_ids")
 
 @dataclass
 class InitialisationReport:
-    """What `initialise` filled, and what it did not."""
+    """The parameters that `initialise` filled, and those that it did not."""
 
     loaded: list[str] = field(default_factory=list)
     """Parameters that received pretrained values."""

@@ -17,17 +17,11 @@ from xfm_fast.errors import DataError
 _SHOWN = 3
 
 
-def _listed(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-def _truth(value: object) -> object:
-    return {"True": True, "False": False}.get(value, value) if isinstance(value, str) else value
-
-
 Text = Annotated[str, Field(min_length=1)]
 Identity = int | Text
-Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+Texts = Annotated[
+    tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
 
 
 class Annotation(BaseModel):
@@ -56,7 +50,7 @@ class NLVR2Record(Annotation):
 
     images: Annotated[tuple[Text, ...], Field(min_length=2, max_length=2)]
     sentence: Text
-    label: Annotated[bool, BeforeValidator(_truth)]
+    label: bool
 
 
 class VQARecord(Annotation):
@@ -101,36 +95,6 @@ class CaptioningRecord(Annotation):
 
 
 Record = TypeVar("Record", bound=Annotation)
-
-
-def retrieval_records(paths: Paths) -> list[RetrievalRecord]:
-    """Training files of retrieval; raises `DataError` naming the file and the element that is wrong."""
-    return read_annotations(paths, RetrievalRecord)
-
-
-def retrieval_test_records(paths: Paths) -> list[RetrievalTestRecord]:
-    """Evaluation files of retrieval; raises `DataError`."""
-    return read_annotations(paths, RetrievalTestRecord)
-
-
-def nlvr2_records(paths: Paths) -> list[NLVR2Record]:
-    """Files of NLVR2; raises `DataError`."""
-    return read_annotations(paths, NLVR2Record)
-
-
-def vqa_records(paths: Paths) -> list[VQARecord]:
-    """Files of questions, with or without answers; raises `DataError`."""
-    return read_annotations(paths, VQARecord)
-
-
-def grounding_records(paths: Paths) -> list[GroundingRecord]:
-    """Files of referring expressions; raises `DataError`."""
-    return read_annotations(paths, GroundingRecord)
-
-
-def captioning_records(paths: Paths) -> list[CaptioningRecord]:
-    """Files of captioning, with or without captions; raises `DataError`."""
-    return read_annotations(paths, CaptioningRecord)
 
 
 def read_annotations(paths: Paths, kind: type[Record]) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Line JSON to WebDataset shards and back. What is read from either is the same, to the byte of every image."""
+"""Line JSON to WebDataset shards and back. Either is read as the same rows, to the byte of every image."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import binascii
 import io
 import json
 import os
-import secrets
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xfm_fast.checkpoint.storage import write_files
-from xfm_fast.data.files import Paths
-from xfm_fast.data.items import ImageField
+from xfm_fast.checkpoint.files import write_files
+from xfm_fast.data.files import Paths, new_folder
+from xfm_fast.data.images import image_source
+from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.records import open_records
-from xfm_fast.data.shards import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile
+from xfm_fast.data.records import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile, open_records
 from xfm_fast.errors import DataError, StorageError
 
 SAMPLES_PER_SHARD = 10_000
@@ -33,7 +31,7 @@ _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp
 
 @dataclass
 class Conversion:
-    """What was written.
+    """The files and rows that were written.
 
     Attributes:
         files: in order.
@@ -84,14 +82,12 @@ def to_shards(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and would be overwritten; choose another folder or remove it")
     done = Conversion([])
-    image = ImageField(image_key, image_root)
+    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
     samples = (
-        (row, _members(record, image, caption_key))
+        (row, _members(record, image_key, caption_key))
         for row, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine())
     )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(folder, f"shards in {folder}") as temporary:
         pending = next(samples, None)
         while pending is not None:
             path = temporary / f"{len(done.files):06d}.tar"
@@ -102,7 +98,9 @@ def to_shards(
                 ):
                     row, members = pending
                     for suffix, content in members.items():
-                        _add(shard, f"{row:09d}.{suffix}", content)
+                        member = tarfile.TarInfo(f"{row:09d}.{suffix}")
+                        member.size, member.mode = len(content), 0o644
+                        shard.addfile(member, io.BytesIO(content))
                     count += 1
                     pending = next(samples, None)
                 done.rows += count
@@ -111,19 +109,6 @@ def to_shards(
             done.files.append(folder / path.name)
         if not done.files:
             raise DataError("no row can be used, so there is nothing to convert")
-        # An empty folder may be in the way; a full one makes the renaming fail.
-        with suppress(OSError):
-            folder.rmdir()
-        os.rename(temporary, folder)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"shards in {folder} could not be written ({error.strerror or error}); nothing was left there: free space "
-            "or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return done
 
 
@@ -150,11 +135,14 @@ def to_lines(
     if file.exists():
         raise DataError(f"{file} exists and would be overwritten; choose another name or remove it")
     done = Conversion([file])
-    image = ImageField(image_key, image_root)
+    image = ImageOptions(image_key=image_key, image_root=None if image_root is None else Path(image_root))
 
     def write(out: BinaryIO) -> None:
         for _, record in _good_rows(data, done, image, caption_key, quarantine or Quarantine()):
-            out.write(json.dumps(_as_text(record, image), separators=(",", ":")).encode() + b"\n")
+            value = record.get(image_key)
+            if isinstance(value, bytes):
+                record[image_key] = base64.b64encode(value).decode()
+            out.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
             done.rows += 1
         if not done.rows:
             raise DataError("no row can be used, so there is nothing to convert")
@@ -168,21 +156,21 @@ def to_lines(
 
 
 def _good_rows(
-    data: Paths, done: Conversion, image: ImageField, caption_key: str, quarantine: Quarantine
+    data: Paths, done: Conversion, image: ImageOptions, caption_key: str, quarantine: Quarantine
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    for rows in open_records(data, image_key=image.key, caption_key=caption_key).files:
+    number, key = 0, image.image_key
+    for rows in open_records(data, image_key=key, caption_key=caption_key).files:
         for row in range(len(rows)):
             try:
                 record = dict(rows.read(row))
                 # Paths become images, and base64 is tried, so that broken ones stay behind.
-                value = record.get(image.key)
-                for each in value if isinstance(value, list) else [value] if value is not None else []:
-                    image.source(each)
-                if image.root is not None and value is not None:
-                    several = isinstance(value, list)
-                    read = [_content(image.source(each)) for each in (value if several else [value])]
-                    record[image.key] = [base64.b64encode(each).decode() for each in read] if several else read[0]
+                value = record.get(key)
+                several = isinstance(value, list)
+                values = value if several else [] if value is None else [value]
+                sources = [image_source(each, image) for each in values]
+                if image.image_root is not None and value is not None:
+                    read = [_content(source) for source in sources]
+                    record[key] = [base64.b64encode(each).decode() for each in read] if several else read[0]
                 if isinstance(rows, ShardFile):
                     known = ("json", *IMAGE_SUFFIXES, *TEXT_SUFFIXES)
                     done.ignored.update(suffix for suffix in rows.suffixes(row) if suffix not in known)
@@ -203,15 +191,17 @@ def _content(source: Path | bytes) -> bytes:
         raise DataError(f"image {source} cannot be read ({error.strerror}); check the path") from None
 
 
-def _members(record: dict[str, Any], image: ImageField, caption_key: str) -> dict[str, bytes]:
+def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[str, bytes]:
     """The files of a sample."""
     fields = dict(record)
     members: dict[str, bytes] = {}
-    value = fields.get(image.key)
+    value = fields.get(image_key)
     content = value if isinstance(value, bytes) else _exact_bytes(value)
     if content:
-        members[_suffix(content)] = content
-        del fields[image.key]
+        webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+        known = (suffix for magic, suffix in _MAGIC.items() if content.startswith(magic))
+        members["webp" if webp else next(known, "img")] = content
+        del fields[image_key]
     caption = fields.get(caption_key)
     if isinstance(caption, str):
         # Half a surrogate pair, which JSON can say, is no text that a file could hold.
@@ -232,23 +222,3 @@ def _exact_bytes(value: Any) -> bytes | None:
     except ValueError:
         return None
     return content if binascii.b2a_base64(content, newline=False).decode() == value else None
-
-
-def _as_text(record: dict[str, Any], image: ImageField) -> dict[str, Any]:
-    value = record.get(image.key)
-    if isinstance(value, bytes):
-        return record | {image.key: base64.b64encode(value).decode()}
-    return record
-
-
-def _suffix(content: bytes) -> str:
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    return next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), "img")
-
-
-def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    member.mode = 0o644
-    shard.addfile(member, io.BytesIO(content))

@@ -1,15 +1,27 @@
-"""Which files a user's paths name, and reading any part of them from any process."""
+"""The files that a user's paths name, any part of them from any process, and where each row of a file begins.
+
+An index of rows is found by one fast pass over the file and kept beside it for the next time: a flat array of int64,
+which is mapped into memory, so that the workers of a loader share it.
+"""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import secrets
+import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from xfm_fast.errors import DataError
+import numpy as np
+
+from xfm_fast.checkpoint.files import write_files
+from xfm_fast.errors import DataError, StorageError
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -22,6 +34,8 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
+# The head of an index: version of the format, size and time of change of the file that it is of.
+_HEAD = 3
 
 
 def find_files(paths: Paths) -> list[Path]:
@@ -81,6 +95,36 @@ def check_plain(path: Path, start: bytes) -> None:
         raise DataError(f"{path} is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
 
+@contextmanager
+def new_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A folder to write to, which becomes `folder` when all is written; else nothing is left of it.
+
+    Args:
+        folder: must hold nothing yet.
+        name: of the content, for messages.
+
+    Raises:
+        StorageError: something cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        # An empty folder may be in the way; a full one makes the renaming fail.
+        with suppress(OSError):
+            folder.rmdir()
+        os.rename(temporary, folder)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{name} could not be written ({error.strerror or error}); nothing was left there: free space or choose "
+            "another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 class _OpenFiles(threading.local):
     """Each thread has its own, so that none closes what another reads."""
 
@@ -111,7 +155,7 @@ def read_range(path: Path, start: int, size: int) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """What to raise when the operating system refuses a data file."""
+    """The error to raise when the operating system refuses a data file."""
     return DataError(f"{path} cannot be read ({error.strerror or error}); check that it is a readable file")
 
 
@@ -124,3 +168,91 @@ def _handle(path: str) -> int:
             os.close(handles.popitem(last=False)[1])
     handles[path] = handle
     return handle
+
+
+class IndexedFile:
+    """A data file and its index, which begins with the number of its rows and is made when first needed.
+
+    Args:
+        path: the data file.
+        build: scans the file and returns the index; only called when there is no valid one yet.
+        version: of what `build` returns, so that indexes of another format are made anew.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], build: Callable[[Path], np.ndarray], version: int) -> None:
+        self.path = Path(path)
+        self._build, self._version = build, version
+        self._found: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapped array would be pickled with its content; another process maps the file again.
+        mapped = self._found is not None and not self._found.flags.owndata
+        return self.__dict__ | {"_found": None if mapped else self._found}
+
+    def __len__(self) -> int:
+        return int(self.index[0])
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def modified(self) -> int:
+        """The time of the file's last change, as its index was made, in nanoseconds."""
+        return int(self._loaded()[_HEAD - 1])
+
+    @property
+    def index(self) -> np.ndarray:
+        """The array that `build` returned, int64.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        return self._loaded()[_HEAD:]
+
+    def _loaded(self) -> np.ndarray:
+        if self._found is None:
+            self._found = self._load()
+        return self._found
+
+    def _load(self) -> np.ndarray:
+        paths = _index_paths(self.path)
+        try:
+            with open(self.path, "rb") as data:
+                # Ranks that start together scan a file once: the first holds the lock, the others find its index.
+                with suppress(ImportError, OSError):
+                    import fcntl
+
+                    fcntl.flock(data, fcntl.LOCK_EX)
+                status = os.fstat(data.fileno())
+                head = np.array([self._version, status.st_size, status.st_mtime_ns], np.int64)
+                for path in paths:
+                    if (found := _read(path, head)) is not None:
+                        return found
+                made = np.concatenate([head, self._build(self.path)])
+                for path in paths:
+                    with suppress(StorageError, OSError):
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_files({path: lambda file: np.save(file, made)})
+                        if (found := _read(path, head)) is not None:
+                            return found
+                return made
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+
+
+def _index_paths(path: Path) -> list[Path]:
+    """The files that an index may lie in: beside it, or in a cache folder when the data may not be changed."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
+
+
+def _read(path: Path, head: np.ndarray) -> np.ndarray | None:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    valid = found.dtype == np.int64 and found.ndim == 1 and np.array_equal(found[:_HEAD], head)
+    # The subclass for mapped arrays takes three times as long for every element.
+    return found.view(np.ndarray) if valid else None

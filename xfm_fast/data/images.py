@@ -1,12 +1,13 @@
-"""From image files to pixels: decoding that refuses what would poison a result, and the official test transform."""
+"""Images of records and files as pixels: decoding refuses what would poison a result."""
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 from torchvision.transforms import InterpolationMode, v2
 
+from xfm_fast.data.options import ImageOptions
 from xfm_fast.errors import DataError
 
 # The normalisation of pretraining and of every vision-language task (CLIP's, arXiv 2103.00020).
@@ -94,9 +96,52 @@ def load_image(source: Source, image_size: int, name: str | None = None) -> Tens
     return evaluation_transform(image_size)(decode_image(source, name))
 
 
+def record_pixels(record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator) -> Tensor:
+    """8-bit pixels `[3, H, W]` of the image of a record, or of one of its images.
+
+    Raises:
+        DataError: there is no image, or it is broken.
+    """
+    values = image_values(record, options)
+    # A choice of one takes nothing from the generator.
+    source = image_source(values[rng.integers(len(values))], options)
+    return decode_pixels(source, f"in {options.image_key!r}" if isinstance(source, bytes) else None)
+
+
+def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
+    """The values that stand for the images of a record; raises `DataError` when they are an empty list."""
+    value = record.get(options.image_key)
+    if value == []:
+        raise DataError(f"the list in {options.image_key!r} is empty; give at least one image")
+    return value if isinstance(value, list) else [value]
+
+
+def image_source(value: Any, options: ImageOptions) -> Path | bytes:
+    """The encoded image, or its path, that a value stands for; raises `DataError` when it is neither."""
+    key = options.image_key
+    if isinstance(value, bytes):
+        return value
+    if value is None:
+        raise DataError(f"the record has no field {key!r}; name the field that holds the image")
+    if not isinstance(value, str):
+        raise DataError(f"{key!r} holds a {type(value).__name__}; base64 text or a path is needed")
+    if options.image_root is not None:
+        return options.image_root / value
+    try:
+        return binascii.a2b_base64(value)
+    except ValueError as error:
+        remedy = "write the image anew, or name the folder if these are paths (image_root)"
+        raise DataError(f"{key!r} ({len(value)} characters) is no base64 ({error}); {remedy}") from None
+
+
 def _content(source: Source, name: str | None) -> tuple[str, bytes]:
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
-    data = source if isinstance(source, bytes) else _read(Path(source), name)
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"image {name} does not exist; check the path") from None
+    except OSError as error:
+        raise DataError(f"image {name} cannot be read ({error.strerror}); check that it is a readable file") from None
     if not data:
         raise DataError(f"image {name} is empty (0 bytes); download or copy it again")
     return name, data
@@ -123,15 +168,6 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
             raise DataError(
                 f"image {name} ({len(data)} bytes) is damaged or truncated ({error}); download or copy it again"
             ) from None
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"image {name} does not exist; check the path") from None
-    except OSError as error:
-        raise DataError(f"image {name} cannot be read ({error.strerror}); check that it is a readable file") from None
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -15,7 +15,7 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 
 
 def permuted(position: int, count: int, *key: int) -> int:
-    """Where a random permutation of `count` elements takes `position`; the key says which permutation.
+    """The place to which a random permutation of `count` elements takes `position`; the key says which permutation.
 
     The generalised Feistel cipher of Black and Rogaway (2002): positions become pairs of residues, each is shifted in
     turn by a random function of the other, and the rare result beyond `count` goes through again. It costs no memory,
@@ -62,7 +62,7 @@ def shuffled(position: int, count: int, seed: int, epoch: int, window: int | Non
 
 
 def replacement(position: int, attempt: int, count: int, stride: int) -> int:
-    """Where to look for a row in place of one that is broken: `attempt` 0 is the row itself.
+    """The position of a row that stands in for a broken one: `attempt` 0 is the row itself.
 
     Rows come from the same place of the following batches (`stride` positions apart), so that no batch holds a row
     twice while there is more than one batch, and every position is tried once in `count` attempts.

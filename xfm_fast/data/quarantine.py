@@ -65,14 +65,17 @@ class Quarantine:
             DataError: the file that it is of has more broken rows than are tolerated.
             StorageError: the list cannot be written.
         """
-        key = (rows.name, rows.place(row), rows.modified)
+        key = (rows.name, rows.label(row), rows.modified)
         if key in self._known:
             return
+        raw = b""
+        with suppress(DataError):
+            raw = rows.raw(row)
         entry = {
             "file": rows.name,
-            "row": rows.place(row),
+            "row": rows.label(row),
             "reason": str(error)[:_REASON],
-            "excerpt": _excerpt(rows, row),
+            "excerpt": raw[:_EXCERPT].decode("utf-8", "replace") + ("..." if len(raw) > _EXCERPT else ""),
             "modified": rows.modified,
         }
         try:
@@ -100,7 +103,7 @@ class Quarantine:
         self._check(rows, error)
 
     def count(self, rows: Rows) -> int:
-        """How many rows of a file are known to be broken."""
+        """The number of rows of a file that are known to be broken."""
         return self._counts[rows.name, rows.modified]
 
     def _check(self, rows: Rows, error: Exception) -> None:
@@ -133,14 +136,6 @@ class Quarantine:
                     if key not in self._known:
                         self._known.add(key)
                         self._counts[key[0], key[2]] += 1
-
-
-def _excerpt(rows: Rows, row: int) -> str:
-    try:
-        raw = rows.raw(row)
-    except DataError:
-        return ""
-    return raw[:_EXCERPT].decode("utf-8", "replace") + ("..." if len(raw) > _EXCERPT else "")
 
 
 def _remove(path: str, process: int) -> None:

@@ -24,17 +24,17 @@ from xfm_fast.errors import ConfigError
 MOST = 10.0
 """The level at which an operation is strongest."""
 GREY = (128, 128, 128)
-"""What the official operations fill with."""
+"""The colour that the official operations fill with."""
 IMAGENET_FILL = (124, 116, 104)
 """The mean colour of ImageNet."""
 
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
-Place = tuple[float, float]
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Warping:
-    """How images are moved: interpolation, and the colour of what comes in from outside.
+    """A way to move images: interpolation, and the colour of what comes in from outside.
 
     Attributes:
         centre: added to the places about which images are turned and sheared. OpenCV counts from the centre of a pixel,
@@ -45,7 +45,7 @@ class Warping:
     fill: tuple[int, int, int]
     centre: float = 0.0
 
-    def _apply(self, image: Image.Image, a: float, b: float, d: float, e: float, about: Place) -> Image.Image:
+    def _apply(self, image: Image.Image, a: float, b: float, d: float, e: float, about: Point) -> Image.Image:
         """Take the pixel at (x, y) from (a·x + b·y, d·x + e·y), both relative to `about`."""
         x, y = about[0] + self.centre, about[1] + self.centre
         matrix = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)

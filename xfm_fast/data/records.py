@@ -1,22 +1,40 @@
-"""Rows of many files, in line JSON, WebDataset shards or memory, under one numbering."""
+"""Rows of many files under one numbering, any of them by its number: line JSON, WebDataset shards, or memory.
+
+WebDataset's convention: files of an archive that follow each other and share their path up to the first dot of the name
+are one sample, and what follows that dot says what a file is. Shards that the `webdataset` library wrote can be read
+and the other way round; reading needs the standard library alone.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from xfm_fast.data.files import Paths, find_files
-from xfm_fast.data.line_json import LineFile
-from xfm_fast.data.shards import ShardFile
+from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, read_range
 from xfm_fast.errors import DataError
 
 Record = Mapping[str, Any]
 Data = Paths | Sequence[Record]
+
+# Nothing that a loader should hold in memory; usually a file whose line ends were lost.
+MOST_LINE_BYTES = 256 << 20
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img", "image")
+TEXT_SUFFIXES = ("txt", "text", "caption")
+
+_LINES_VERSION = 1
+_CHUNK = 16 << 20
+_NEWLINE = 10
+_MARK = b"\xef\xbb\xbf"
+_SHORT = 8
+_SHARD_VERSION = 1
+# Rows, members, bytes of the sample keys, bytes of the suffixes, then five arrays and those two texts.
+_COUNTS = 4
 
 
 class Rows(Protocol):
@@ -24,18 +42,18 @@ class Rows(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call the file."""
+        """The name that messages give the file."""
         ...
 
     @property
     def modified(self) -> int:
-        """When the file was last changed, in nanoseconds."""
+        """The time of its last change, in nanoseconds."""
         ...
 
     def __len__(self) -> int: ...
 
-    def place(self, row: int) -> int | str:
-        """What messages call a row: its line, the key of a sample, or an index from 0 in a list."""
+    def label(self, row: int) -> int | str:
+        """The name that messages give a row: its line, the key of a sample, or an index from 0 in a list."""
         ...
 
     def raw(self, row: int) -> bytes:
@@ -45,6 +63,273 @@ class Rows(Protocol):
     def read(self, row: int) -> Record:
         """A row as a mapping of its fields. Raises `DataError` when it is broken."""
         ...
+
+
+class LineFile(IndexedFile):
+    """The rows of one file of line-delimited JSON. Blank lines are no rows.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark; lines end in LF or CRLF, the last one may lack it.
+
+    Raises:
+        DataError: (when rows are first counted or read) the file cannot be read, is empty, compressed, UTF-16, or a
+            JSON array.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, _scan_lines, _LINES_VERSION)
+
+    def label(self, row: int) -> int:
+        """The line of a row, counted from 1 and with blank lines, as editors count."""
+        count = len(self)
+        values = self.index
+        return int(values[2 + count + row]) if len(values) > 2 + count else row + 1
+
+    def raw(self, row: int) -> bytes:
+        """The bytes of a row, without those that surround the object.
+
+        Raises:
+            DataError: the line is too long to be one.
+        """
+        start, end = (int(value) for value in self.index[1 + row : 3 + row])
+        if end - start > MOST_LINE_BYTES:
+            raise DataError(
+                f"the line has {end - start:,} bytes, over the limit of {MOST_LINE_BYTES:,}; check its line ends"
+            )
+        return read_range(self.path, start, end - start).strip()
+
+    def read(self, row: int) -> dict[str, Any]:
+        """The object of a row.
+
+        Raises:
+            DataError: the line is no JSON object.
+        """
+        line = self.raw(row)
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise DataError(f"the line is not UTF-8 (byte {error.start}: {error.reason}); convert the file") from None
+        except (ValueError, RecursionError) as error:
+            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(
+                f"the line is no JSON{place} ({said}); expected one object a line, such as {{...}}"
+            ) from None
+        if not isinstance(record, dict):
+            names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+            raise DataError(f"the line holds a JSON {names.get(type(record), 'null')} instead of an object {{...}}")
+        return record
+
+
+def _scan_lines(path: Path) -> np.ndarray:
+    """Number of rows, where each begins, the size of the file; then the line of each row if there are blank lines."""
+    buffer = bytearray(_CHUNK)
+    view = np.frombuffer(buffer, np.uint8)
+    ends = []
+    size = 0
+    with open(path, "rb", buffering=0) as file:
+        start = os.pread(file.fileno(), 4096, 0)
+        if not start:
+            raise DataError(f"{path} is empty (0 bytes); download or write it again")
+        _check_start(path, start)
+        while count := file.readinto(buffer):
+            ends.append(np.flatnonzero(view[:count] == _NEWLINE) + size)
+            size += count
+        newlines = np.concatenate(ends)
+        starts = np.concatenate([[len(_MARK) if start.startswith(_MARK) else 0], newlines + 1])
+        lengths = np.concatenate([newlines, [size]]) - starts
+        full = lengths > 0
+        # Too short for an object: spaces, the CR of a blank line, or a last line that was cut.
+        for line in np.flatnonzero(full & (lengths <= _SHORT)):
+            full[line] = bool(os.pread(file.fileno(), int(lengths[line]), int(starts[line])).strip())
+    rows = np.flatnonzero(full)
+    if not len(rows):
+        raise DataError(f"{path} holds blank lines only; download or write it again")
+    parts = [np.array([len(rows)]), starts[rows], np.array([size])]
+    if len(rows) != rows[-1] + 1:
+        parts.append(rows + 1)
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    check_plain(path, start)
+    text = start.removeprefix(_MARK).lstrip()
+    if text.startswith(b"["):
+        raise DataError(
+            f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object a line: write every "
+            "element on a line of its own"
+        )
+
+
+class ShardFile(IndexedFile):
+    """The samples of one tar file as records, in the form of line-JSON rows.
+
+    The fields of a sample's `.json` come first; an image file (`.jpg`, `.png`, ...) is put under `image_key` as bytes,
+    a text file (`.txt`) under `caption_key`. Files of other kinds (`.cls`, `.seg.png`, ...) are left alone.
+
+    Args:
+        path: an uncompressed tar file.
+        image_key: field that receives an image file.
+        caption_key: field that receives a text file.
+
+    Raises:
+        DataError: (when samples are first counted or read) the file cannot be read, or is no tar file of samples.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, image_key: str = "binary", caption_key: str = "desc") -> None:
+        super().__init__(path, _scan_shard, _SHARD_VERSION)
+        self._image_key = image_key
+        self._caption_key = caption_key
+
+    def label(self, row: int) -> str:
+        """The key of a sample: the path that its files share."""
+        values = self.index
+        rows, members, keys, _ = (int(count) for count in values[:_COUNTS])
+        start = _COUNTS + (rows + 1) + 3 * members
+        first, last = (int(value) for value in values[start + row : start + row + 2])
+        text = values[start + rows + 1 :].view(np.uint8)[:keys]
+        return text[first:last].tobytes().decode("utf-8", "surrogateescape")
+
+    def suffixes(self, row: int) -> list[str]:
+        """The ends of the names of a sample's files."""
+        return [suffix for suffix, _, _ in self._files(row)]
+
+    def members(self, row: int) -> dict[str, bytes]:
+        """Suffix and content of each file of a sample.
+
+        Raises:
+            DataError: the shard ends within the sample.
+        """
+        out = {}
+        for suffix, start, size in self._files(row):
+            content = read_range(self.path, start, size)
+            if len(content) < size:
+                raise DataError(f"the shard ends within .{suffix} ({len(content):,} of {size:,} bytes); copy it again")
+            out[suffix] = content
+        return out
+
+    def _files(self, row: int) -> list[tuple[str, int, int]]:
+        """Suffix, place in the shard and size of each file of a sample."""
+        values = self.index
+        rows, count, keys, _ = (int(count) for count in values[:_COUNTS])
+        first, last = (int(value) for value in values[_COUNTS + row : _COUNTS + row + 2])
+        table = values[_COUNTS + rows + 1 : _COUNTS + rows + 1 + 3 * count].reshape(3, count)[:, first:last]
+        texts = values[_COUNTS + 2 * (rows + 1) + 3 * count :].view(np.uint8)
+        names = texts[_padded(keys) :].tobytes().rstrip(b"\0").decode("utf-8", "surrogateescape").split("\0")
+        return [(names[suffix], start, size) for start, size, suffix in table.T.tolist()]
+
+    def raw(self, row: int) -> bytes:
+        """The files of a sample one after another, those that can be read in a report first."""
+        files = sorted(self.members(row).items(), key=lambda item: item[0] not in ("json", *TEXT_SUFFIXES))
+        return b" ".join(f".{suffix} ".encode() + content for suffix, content in files)
+
+    def read(self, row: int) -> dict[str, Any]:
+        """A sample as a record.
+
+        Raises:
+            DataError: a file of it is incomplete, or its `.json` holds no object.
+        """
+        record: dict[str, Any] = {}
+        files = self.members(row)
+        if "json" in files:
+            try:
+                record = json.loads(files["json"])
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"the .json of the sample is no JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise DataError("the .json of the sample holds no object {...}")
+        images = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]
+        if len(images) > 1:
+            raise DataError(f"the sample has {len(images)} images (.{', .'.join(images)}); leave one")
+        for suffix, content in files.items():
+            if suffix in IMAGE_SUFFIXES:
+                record[self._image_key] = content
+            elif suffix in TEXT_SUFFIXES:
+                try:
+                    record[self._caption_key] = content.decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"the .{suffix} of the sample is not UTF-8 (byte {error.start})") from None
+        return record
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and lower-case suffix of a member: `a/b.seg.png` is (`a/b`, `seg.png`); None for names without a suffix."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot and suffix else None
+
+
+def _scan_shard(path: Path) -> np.ndarray:
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        raise DataError(f"{path} is empty (0 bytes); download or write it again")
+    check_plain(path, start)
+    keys: list[str] = []
+    first: list[int] = []
+    table: list[tuple[int, int, int]] = []
+    suffixes: dict[str, int] = {}
+    inside: set[str] = set()
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in _members(path, archive):
+                parts = split_name(member.name) if member.isreg() else None
+                if parts is None:
+                    continue
+                key, suffix = parts
+                if not keys or key != keys[-1]:
+                    keys.append(key)
+                    first.append(len(table))
+                    inside = set()
+                if suffix in inside:
+                    raise DataError(f"{path} holds {member.name} twice in one sample; write the shard anew")
+                inside.add(suffix)
+                table.append((member.offset_data, member.size, suffixes.setdefault(suffix, len(suffixes))))
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is no tar file ({error}); give WebDataset shards or line-JSON files") from None
+    if not keys:
+        raise DataError(f"{path} holds no sample: files named key.suffix, such as 0001.jpg and 0001.json")
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    names = "\0".join(suffixes).encode("utf-8", "surrogateescape")
+    bounds = np.cumsum([0, *map(len, encoded)])
+    return np.concatenate(
+        [
+            np.array([len(keys), len(table), bounds[-1], len(names)], np.int64),
+            np.array([*first, len(table)], np.int64),
+            np.array(table, np.int64).T.reshape(-1),
+            bounds.astype(np.int64),
+            _as_int64(b"".join(encoded)),
+            _as_int64(names),
+        ]
+    )
+
+
+def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a shard up to where it was cut, the cut one included: its sample fails when it is read."""
+    while True:
+        # The list that the library keeps of all members is not needed.
+        setattr(archive, "members", [])  # noqa: B010, the type stubs leave it out
+        try:
+            member = archive.next()
+        except tarfile.ReadError:
+            return
+        if member is None:
+            break
+        yield member
+    # The library takes a damaged header for the end.
+    header = read_range(path, archive.offset, tarfile.BLOCKSIZE)
+    if len(header) == tarfile.BLOCKSIZE and header.strip(b"\0"):
+        raise DataError(
+            f"{path} is damaged at byte {archive.offset:,}, and what follows there cannot be found; copy it again"
+        )
+
+
+def _padded(count: int) -> int:
+    return -(-count // 8) * 8
+
+
+def _as_int64(text: bytes) -> np.ndarray:
+    return np.frombuffer(text.ljust(_padded(len(text)), b"\0"), np.int64)
 
 
 class ListRows:
@@ -59,7 +344,7 @@ class ListRows:
     def __len__(self) -> int:
         return len(self._records)
 
-    def place(self, row: int) -> int:
+    def label(self, row: int) -> int:
         return row
 
     def raw(self, row: int) -> bytes:
@@ -108,12 +393,7 @@ def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "d
     paths = find_files(data)  # type: ignore[arg-type]
     return RecordSet(
         [
-            ShardFile(path, image_key=image_key, caption_key=caption_key) if is_shard(path) else LineFile(path)
+            ShardFile(path, image_key=image_key, caption_key=caption_key) if ".tar" in path.suffixes else LineFile(path)
             for path in paths
         ]
     )
-
-
-def is_shard(path: Path) -> bool:
-    """Whether a file is read as a WebDataset shard, which its name says."""
-    return ".tar" in path.suffixes

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xfm_fast.data.texts import CAPTIONS, TextOptions, choose_text, clean_text
-from xfm_fast.data.transforms import Box, Picture, RegionTransform, mentions_side, normalise, picture_size, resize_crop
+from xfm_fast.data.options import RegionOptions, TextOptions
+from xfm_fast.data.texts import choose_text, clean_text, every_text
+from xfm_fast.data.transforms import Box, Picture, RegionTransform, mentions_side, picture_size, whole_image
 from xfm_fast.errors import DataError
+
+PRETRAINING = RegionOptions()
+"""Regions as in pretraining."""
 
 
 class Rectangle(NamedTuple):
@@ -23,25 +28,6 @@ class Rectangle(NamedTuple):
     y: float
     w: float
     h: float
-
-
-@dataclass(frozen=True)
-class RegionOptions:
-    """How regions are drawn. The defaults are those of pretraining; grounding pretraining sets `careful_flip`.
-
-    Attributes:
-        max_regions: elements of an image, its caption counted in.
-        least_visible: an element stays if more than this share of its box lies inside the crop.
-        careful_flip: no flip if a caption contains 'left' or 'right'.
-        text: cleaning of the captions.
-        augment: crop, flip and change colours; else the whole image is only resized.
-    """
-
-    max_regions: int = 5
-    least_visible: float = 0.5
-    careful_flip: bool = False
-    text: TextOptions = CAPTIONS
-    augment: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,7 @@ def sample_regions(
     *,
     size: int,
     patch_size: int,
-    options: RegionOptions = RegionOptions(),
+    options: RegionOptions = PRETRAINING,
 ) -> RegionSample:
     """Crop around a random region, and describe what of the others is still seen.
 
@@ -93,33 +79,26 @@ def sample_regions(
         DataError: no element lies inside the image, so there is nothing to crop around.
     """
     width, height = picture_size(picture)
-    skipped: list[str] = []
-    usable = _usable(record, width, height, skipped)
-    whole = [box for box, _ in usable if _inside(box, width, height)]
-    if not whole:
-        reason = "; ".join(skipped) or f"no box of {len(usable)} lies inside the {width}x{height} image"
-        raise DataError(f"regions record has no element to crop around ({reason}); correct it or remove the record")
+    usable, whole, skipped = _usable(record, width, height)
     crop = crop_around(whole[rng.integers(len(whole))], width, height, rng)
     flip = bool(rng.random() < 0.5) and not (options.careful_flip and mentions_side(*_all_texts(record)))
     if options.augment:
         image = RegionTransform(size)(picture, crop, flip, rng)
     else:
-        crop, flip = (0, 0, width, height), False
-        image = normalise(resize_crop(picture, crop, size))
+        crop, flip, image = (0, 0, width, height), False, whole_image(picture, size)
 
     said: list[tuple[str, Rectangle]] = []
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
     if "caption" in record:
-        _say(said, skipped, "the caption of the image", [record["caption"]], frame, options.text, rng)
+        _say(said, skipped, "the caption of the image", [record["caption"]], frame, options, rng)
     images = len(said)
     for choice in rng.permutation(len(usable)).tolist():
         if len(said) >= options.max_regions:
             break
         box, element = usable[choice]
         seen = visible_part(box, crop, flip)
-        if seen.w > 0 and seen.h > 0 and seen.w * seen.h > options.least_visible * box.w * box.h:
-            fields = [element[name] for name in ("attributes", "caption") if name in element]
-            _say(said, skipped, f"the element at {_numbers(box)}", fields, seen, options.text, rng)
+        if _enough(seen, box, options):
+            _say(said, skipped, f"the element at {_numbers(box)}", _fields(element), seen, options, rng)
     grid = size // patch_size
     masks = [patch_mask(box, frame, grid) for _, box in said]
     return RegionSample(
@@ -191,9 +170,7 @@ def sample_grounding(
         DataError: the box has no area or is not inside the image.
     """
     width, height = picture_size(picture)
-    rectangle = _four_numbers(box)
-    if not _inside(rectangle, width, height):
-        raise DataError(f"box {_numbers(rectangle)} is not inside the {width}x{height} image; correct or remove it")
+    rectangle = box_inside(box, width, height)
     crop = crop_around(rectangle, width, height, rng)
     flip = bool(rng.random() < 0.5) and not (careful_flip and mentions_side(caption))
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
@@ -201,17 +178,60 @@ def sample_grounding(
     return RegionTransform(size)(picture, crop, flip, rng), torch.tensor(target, dtype=torch.float32)
 
 
-def _usable(
-    record: Mapping[str, Any], width: int, height: int, skipped: list[str]
-) -> list[tuple[Rectangle, Mapping[str, Any]]]:
-    """Elements whose box has an area that the image shows; the others are appended to `skipped`."""
+def elements_of(record: Mapping[str, Any]) -> list[Any]:
+    """The regions of a record; raises `DataError` when there are none."""
     elements = record.get("elems")
     if not isinstance(elements, list) or not elements:
         raise DataError(
             "regions record has no elems; give a list of {'bb': [x, y, w, h], 'caption': text} or remove the record"
         )
-    usable = []
-    for number, element in enumerate(elements):
+    return elements
+
+
+def every_region_text(
+    record: Mapping[str, Any], width: int, height: int, options: RegionOptions
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """The texts that `sample_regions` draws from for an image of that size, before they are cleaned.
+
+    Returns:
+        Captions of the whole image; for every element that a crop can show, its texts; and why others are never used.
+
+    Raises:
+        DataError: no element lies inside the image.
+    """
+    usable, _, skipped = _usable(record, width, height)
+    captions: list[str] = []
+    elements: list[list[str]] = []
+    whole = (0, 0, width, height)
+
+    def said(fields: list[Any]) -> list[str]:
+        choices = product(*(every_text(field, language=options.language) for field in fields))
+        texts = [" ".join(words) for words in choices]
+        for text in texts:
+            clean_text(text, options)
+        return texts
+
+    try:
+        captions = said([record["caption"]]) if "caption" in record else []
+    except DataError as error:
+        skipped.append(f"the caption of the image: {error}")
+    for box, element in usable:
+        try:
+            if not _enough(visible_part(box, whole, False), box, options):
+                raise DataError(f"too little of it lies inside the {width}x{height} image")
+            elements.append(said(_fields(element)))
+        except DataError as error:
+            skipped.append(f"the element at {_numbers(box)}: {error}")
+    return captions, elements, skipped
+
+
+def _usable(
+    record: Mapping[str, Any], width: int, height: int
+) -> tuple[list[tuple[Rectangle, Mapping[str, Any]]], list[Rectangle], list[str]]:
+    """Elements whose box has an area that the image shows, boxes that lie inside it, and why there are no others."""
+    usable: list[tuple[Rectangle, Mapping[str, Any]]] = []
+    skipped: list[str] = []
+    for number, element in enumerate(elements_of(record)):
         try:
             if not isinstance(element, Mapping) or "bb" not in element or "caption" not in element:
                 raise DataError(f"{element!r} is no mapping with 'bb' and 'caption'")
@@ -222,7 +242,19 @@ def _usable(
             usable.append((box, element))
         except DataError as error:
             skipped.append(f"element {number}: {error}")
-    return usable
+    whole = [box for box, _ in usable if _inside(box, width, height)]
+    if not whole:
+        reason = "; ".join(skipped) or f"no box of {len(usable)} lies inside the {width}x{height} image"
+        raise DataError(f"regions record has no element to crop around ({reason}); correct it or remove the record")
+    return usable, whole, skipped
+
+
+def _fields(element: Mapping[str, Any]) -> list[Any]:
+    return [element[name] for name in ("attributes", "caption") if name in element]
+
+
+def _enough(seen: Rectangle, box: Rectangle, options: RegionOptions) -> bool:
+    return seen.w > 0 and seen.h > 0 and seen.w * seen.h > options.least_visible * box.w * box.h
 
 
 def _say(
@@ -253,6 +285,14 @@ def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
             todo.extend(value.values())
         elif isinstance(value, list):
             todo.extend(value)
+
+
+def box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
+    """A box of four numbers; raises `DataError` when it has no area or is not inside an image of that size."""
+    rectangle = _four_numbers(box)
+    if not _inside(rectangle, width, height):
+        raise DataError(f"box {_numbers(rectangle)} is not inside the {width}x{height} image; correct or remove it")
+    return rectangle
 
 
 def _inside(box: Rectangle, width: int, height: int) -> bool:

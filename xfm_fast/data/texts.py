@@ -1,47 +1,22 @@
-"""From what a record says to the ids that a step of pretraining reads: one text, cleaned, cut and masked."""
+"""One text of a record: chosen, cleaned, cut and masked, as the ids that a step of pretraining reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from xfm_fast.data.text_masking import MaskingOptions, mask_tokens
+from xfm_fast.data.masking import mask_tokens
+from xfm_fast.data.options import TextOptions
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 PREFIXES = ("A image of ", "The image contains ", "We can see ", "A picture of ")
-"""What the official code puts before a caption that belongs to a list of images (its spelling)."""
+"""The official code puts one of these before a caption that belongs to a list of images (its spelling)."""
 
-
-CAPTION_MASKING = MaskingOptions(0.5, 15)
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How a text becomes ids. The defaults are those of captions and regions in pretraining.
-
-    Attributes:
-        max_tokens: `<s>` and `</s>` counted in.
-        max_words: captions are cleaned and cut to this many words; None leaves a text as it is.
-        masking: how much of it is hidden.
-        language: which text to take where there is one for each of several languages; None draws one.
-        tokenized: texts hold WordPiece's ' ##', which is removed.
-    """
-
-    max_tokens: int = 30
-    max_words: int | None = 30
-    masking: MaskingOptions = CAPTION_MASKING
-    language: str | None = None
-    tokenized: bool = False
-
-
-CAPTIONS = TextOptions()
-"""Captions of images and regions in pretraining."""
-TEXTS = TextOptions(max_tokens=128, max_words=None, masking=MaskingOptions(0.15, 20))
-"""Text alone in pretraining."""
+IDS_KEY = "input_ids"
+"""Field of a record with the token ids of its text, which then is not cleaned and not tokenised."""
 
 
 class EncodedText(NamedTuple):
@@ -51,9 +26,28 @@ class EncodedText(NamedTuple):
     """`<s> tokens </s>`, not padded."""
     masked_ids: list[int]
     positions: list[int]
-    """Where to predict, ascending."""
+    """The places to predict at, ascending."""
     labels: list[int]
     """The original ids there."""
+
+
+def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) -> Any:
+    """The text of a record: its token ids without `<s>` and `</s>` if it has any, and otherwise the field `key`.
+
+    Raises:
+        DataError: the ids are not those of this vocabulary, or there is no such field.
+    """
+    ids = record.get(IDS_KEY)
+    if ids is None:
+        if key not in record:
+            raise DataError(f"the record has neither {key!r} nor {IDS_KEY!r}; name the field that holds the text")
+        return record[key]
+    if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < tokenizer.vocab_size for each in ids):
+        raise DataError(
+            f"{IDS_KEY!r} must be a list of ids from 0 to {tokenizer.vocab_size - 1}; tokenise the text anew"
+        )
+    begins, ends = ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
+    return tuple(ids[int(begins) : len(ids) - int(ends)])
 
 
 def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = None) -> str:
@@ -66,20 +60,39 @@ def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = 
     Raises:
         DataError: it is none of these, or empty.
     """
-    if isinstance(value, list) and value:
-        value = value[rng.integers(len(value))]
-    if isinstance(value, Mapping) and value:
-        if language is not None and language not in value:
-            raise DataError(f"caption has no text in {language!r} (languages: {', '.join(value)}); choose one of them")
-        names = list(value)
-        value = value[language if language is not None else names[rng.integers(len(names))]]
+    listed = _elements(value)
+    # A choice of one takes nothing from the generator.
+    texts = _translations(listed[rng.integers(len(listed))], language)
+    return _words(texts[rng.integers(len(texts))])
+
+
+def every_text(value: Any, *, language: str | None = None) -> list[str]:
+    """The texts of which `choose_text` gives one; raises `DataError` where it would for any of them."""
+    return [_words(text) for each in _elements(value) for text in _translations(each, language)]
+
+
+def _elements(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and value else [value]
+
+
+def _translations(value: Any, language: str | None) -> list[Any]:
+    if not isinstance(value, Mapping) or not value:
+        return [value]
+    if language is None:
+        return list(value.values())
+    if language not in value:
+        raise DataError(f"caption has no text in {language!r} (languages: {', '.join(value)}); choose one of them")
+    return [value[language]]
+
+
+def _words(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise DataError(f"caption {value!r} is no text; a string, a list of strings or a mapping to strings is needed")
     return value
 
 
 def clean_text(text: str, options: TextOptions) -> str:
-    """What the tokenizer reads.
+    """The text that the tokenizer reads.
 
     Raises:
         DataError: nothing is left.
@@ -95,18 +108,24 @@ def clean_text(text: str, options: TextOptions) -> str:
 
 
 def encode_text(
-    text: str | Sequence[int], tokenizer: CaptionTokenizer, options: TextOptions, rng: np.random.Generator
+    text: str | Sequence[int],
+    tokenizer: CaptionTokenizer,
+    options: TextOptions,
+    rng: np.random.Generator,
+    *,
+    cleaned: bool = False,
 ) -> EncodedText:
     """Clean, tokenise, cut and mask a text.
 
     Args:
         text: a string, or token ids without `<s>` and `</s>`, which are cut and masked alike.
+        cleaned: the string is what `clean_text` returned.
 
     Raises:
         DataError: nothing is left of it.
     """
     if isinstance(text, str):
-        (ids,) = tokenizer.encode_ids([clean_text(text, options)], options.max_tokens)
+        (ids,) = tokenizer.encode_ids([text if cleaned else clean_text(text, options)], options.max_tokens)
     else:
         if not len(text):
             raise DataError("a text of 0 token ids holds nothing to read; remove it")
@@ -130,13 +149,15 @@ def encode_pair_text(
     *,
     one_of_many: bool = False,
 ) -> EncodedText:
-    """The caption field of an image-text record, encoded.
+    """The text of a record, encoded.
 
     Args:
-        caption: see `choose_text`.
+        caption: see `choose_text`; or a tuple of ids, see `encode_text`.
         one_of_many: the image was drawn from a list of images, which the caption describes together; a random one of
             `PREFIXES` then begins it.
     """
+    if isinstance(caption, tuple):
+        return encode_text(caption, tokenizer, options, rng)
     text = choose_text(caption, rng, language=options.language)
     if one_of_many:
         text = PREFIXES[rng.integers(len(PREFIXES))] + text

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.heads import LMHead
-from xfm_fast.models.layers import LayerStack, initialise_text
-from xfm_fast.models.text import text_layer
+from xfm_fast.models.layers import LayerStack, TransformerLayer, initialise_text
 from xfm_fast.packing import ImageGroups, Reads, Sequences
 
 
@@ -52,7 +51,7 @@ class ImageMemory:
         return None if self.token_mask is None else self.token_mask.flatten()
 
     def keys_values(self, layer: int) -> Tensor:
-        """Of a fusion layer, image after image: `[B * M, 2, H, D]`."""
+        """Keys and values of one fusion layer, image after image: `[B * M, 2, H, D]`."""
         return self.layers[layer].flatten(0, 1)
 
     def select(self, index: Tensor | slice) -> ImageMemory:
@@ -81,7 +80,7 @@ class PackedMemory:
     key_mask: None = None
 
     def keys_values(self, layer: int) -> Tensor:
-        """Of a fusion layer, group after group."""
+        """Keys and values of one fusion layer, group after group."""
         return self.layers[layer] if self.rows is None else self.layers[layer].index_select(0, self.rows)
 
 
@@ -92,7 +91,7 @@ class FusionTransformer(nn.Module):
         super().__init__()
         if lm_head:
             self.embeddings = WordEmbeddings(config)
-        self.encoder = LayerStack([text_layer(config, config.vision_width) for _ in range(config.fusion_layers)])
+        self.encoder = LayerStack([TransformerLayer(config, config.vision_width) for _ in range(config.fusion_layers)])
 
 
 class WordEmbeddings(nn.Module):
@@ -141,7 +140,6 @@ class FusionEncoder(nn.Module):
         first_token_only: bool = False,
         reads: Reads | None = None,
         self_attended: bool = False,
-        hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
         """Fuse packed texts with their images.
 
@@ -153,7 +151,6 @@ class FusionEncoder(nn.Module):
             first_token_only: compute token 0 of each text alone in the last layer.
             reads: the tokens that the last layer is to compute; by default all, or those of `first_token_only`.
             self_attended: `tokens` come from `first_self_attention`.
-            hidden_states: receives the output of every layer.
 
         Returns:
             `[T, width]`, or in packed order `[P, width]` with `first_token_only` and `[Q, width]` with Q reads.
@@ -175,8 +172,6 @@ class FusionEncoder(nn.Module):
             if last_reads is not None:
                 cu_queries = groups.token_offsets(last_reads.cu_seqlens)
             keys_values = memory.keys_values(number)
-            x = layer.cross_attention(x, keys_values, cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
+            x = layer.cross_attention(x, keys_values, cu_queries, cu_keys, memory.longest, key_mask)
             x = layer.feed_forward(x)
-            if hidden_states is not None:
-                hidden_states.append(x)
         return x

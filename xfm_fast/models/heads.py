@@ -37,7 +37,7 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(self.dense.bias.new_zeros(vocabulary))
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """What is multiplied with the vocabulary: `[..., width]` → `[..., width]`."""
+        """The states that meet the vocabulary: `[..., width]` → `[..., width]`."""
         activated = ops.linear_gelu(hidden, self.dense.weight, self.dense.bias)
         return ops.layer_norm(activated, self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps)
 

@@ -1,4 +1,4 @@
-"""What the model accepts: every bad input gets one error that names the thing, its value and the remedy.
+"""Checks of the model's inputs: a bad one gets one error that names the thing, its value and the remedy.
 
 Shapes and dtypes are always checked. Looking at the values costs a pass over them and, on a GPU, a synchronisation, so
 contents are checked on CPU tensors and skipped on accelerators and under compilation.
@@ -12,12 +12,9 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import host
+from xfm_fast.packing import on_host
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
-
-
-def _contents_visible(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _first_false(flags: Tensor) -> int:
@@ -42,7 +39,7 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
             f"pixels are {height}x{width} but this model was built for {size}x{size}; resize the images, or the model "
             "with model.set_image_size(...)"
         )
-    if _contents_visible(pixels):
+    if on_host(pixels):
         finite = torch.isfinite(pixels).flatten(1).all(1)
         if not host.all_true(finite):
             raise InputError(f"pixels of image {_first_false(finite)} hold NaN or infinity; check its preprocessing")
@@ -67,7 +64,7 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
             f"input_ids hold {input_ids.shape[1]} tokens per text; the position table ends at "
             f"{config.max_text_length}: truncate the texts"
         )
-    if _contents_visible(input_ids) and input_ids.numel():
+    if on_host(input_ids) and input_ids.numel():
         lowest, highest = host.integer(input_ids.min()), host.integer(input_ids.max())
         if lowest < 0 or highest >= config.vocab_size:
             wrong = lowest if lowest < 0 else highest
@@ -84,7 +81,7 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
     if [*attention_mask.shape] != shape:
         raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
     mask = attention_mask.bool()
-    if _contents_visible(mask) and mask.numel():
+    if on_host(mask) and mask.numel():
         filled = mask.any(1)
         if not host.all_true(filled):
             raise InputError(
@@ -107,7 +104,7 @@ def check_image_index(image_index: Tensor, images: int, rows: int, what: str) ->
             f"image_index is {image_index.dtype} {[*image_index.shape]}; it must hold one integer for each of the "
             f"{rows} {what}"
         )
-    if _contents_visible(image_index) and rows:
+    if on_host(image_index) and rows:
         lowest, highest = host.integer(image_index.min()), host.integer(image_index.max())
         if lowest < 0 or highest >= images:
             wrong = lowest if lowest < 0 else highest
@@ -125,7 +122,7 @@ def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> T
 def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> Tensor:
     """Returns the `[R, 1 + N]` mask as booleans; every region covers at least one patch."""
     mask = check_token_mask(region_mask, (regions, config.num_image_tokens), "region_mask")
-    if _contents_visible(mask) and regions:
+    if on_host(mask) and regions:
         filled = mask[:, 1:].any(1)
         if not host.all_true(filled):
             raise InputError(

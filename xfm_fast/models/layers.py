@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Reads
@@ -25,10 +25,11 @@ def concatenated(name: str, *parts: Tensor) -> Tensor:
 class AttentionProjections(nn.Module):
     """Query, key and value projections of self-attention, or of cross-attention to a memory of another width."""
 
-    def __init__(self, width: int, heads: int, memory_width: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
-        self.dropout = dropout
+        self.heads = config.text_heads
+        self.dropout = config.attention_dropout
+        width = config.text_width
         memory_width = width if memory_width is None else memory_width
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(memory_width, width)
@@ -38,14 +39,11 @@ class AttentionProjections(nn.Module):
     def dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def _split(self, x: Tensor, projections: int) -> Tensor:
-        return x.unflatten(-1, (projections, self.heads, -1))
-
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[T, width]` → q, k, v `[T, H, D]` with one product."""
         weight = concatenated("qkv weight", self.query.weight, self.key.weight, self.value.weight)
         bias = concatenated("qkv bias", self.query.bias, self.key.bias, self.value.bias)
-        q, k, v = self._split(ops.linear(x, weight, bias), 3).unbind(-3)
+        q, k, v = ops.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return q, k, v
 
     def project_query(self, x: Tensor) -> Tensor:
@@ -56,17 +54,17 @@ class AttentionProjections(nn.Module):
         """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
         weight = concatenated("kv weight", self.key.weight, self.value.weight)
         bias = concatenated("kv bias", self.key.bias, self.value.bias)
-        return self._split(ops.linear(memory, weight, bias), 2)
+        return ops.linear(memory, weight, bias).unflatten(-1, (2, self.heads, -1))
 
 
 class ResidualNorm(nn.Module):
     """The end of a post-norm branch: `LayerNorm(residual + dropout(dense(x)))`, as wide as the residual."""
 
-    def __init__(self, inputs: int, width: int, eps: float, dropout: float) -> None:
+    def __init__(self, config: XFMConfig, inputs: int) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.dense = nn.Linear(inputs, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+        self.dropout = config.hidden_dropout
+        self.dense = nn.Linear(inputs, config.text_width)
+        self.LayerNorm = nn.LayerNorm(config.text_width, eps=config.text_layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`[T, inputs]` and `[T, width]` → `[T, width]`."""
@@ -80,19 +78,10 @@ class ResidualNorm(nn.Module):
 class Attention(nn.Module):
     """Projections and output of one attention branch."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        eps: float,
-        *,
-        memory_width: int | None = None,
-        hidden_dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
         super().__init__()
-        self.self = AttentionProjections(width, heads, memory_width, attention_dropout)
-        self.output = ResidualNorm(width, width, eps, hidden_dropout)
+        self.self = AttentionProjections(config, memory_width)
+        self.output = ResidualNorm(config, config.text_width)
 
     def attend(
         self,
@@ -104,6 +93,7 @@ class Attention(nn.Module):
         longest_k: int,
         key_mask: Tensor | None = None,
     ) -> Tensor:
+        """Attention of the projected `qkv`, its output projection, and residual and norm behind: `[T, width]`."""
         context = ops.varlen_attention(
             *qkv, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p=self.self.dropout_p, key_mask=key_mask
         )
@@ -119,28 +109,20 @@ class Intermediate(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, optional cross-attention, MLP; residual and LayerNorm behind each (post-norm, RoBERTa)."""
+    """Self-attention, optional cross-attention, MLP; residual and LayerNorm behind each (post-norm, RoBERTa).
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int,
-        eps: float,
-        *,
-        memory_width: int | None = None,
-        hidden_dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-    ) -> None:
+    Args:
+        config: sizes of the text encoder, which all layers of this kind have.
+        memory_width: of the states that cross-attention sees; None for a layer without it.
+    """
+
+    def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
         super().__init__()
-        branch = partial(
-            Attention, width, heads, eps, hidden_dropout=hidden_dropout, attention_dropout=attention_dropout
-        )
-        self.attention = branch()
+        self.attention = Attention(config)
         if memory_width is not None:
-            self.crossattention = branch(memory_width=memory_width)
-        self.intermediate = Intermediate(width, hidden)
-        self.output = ResidualNorm(hidden, width, eps, hidden_dropout)
+            self.crossattention = Attention(config, memory_width)
+        self.intermediate = Intermediate(config.text_width, config.text_intermediate)
+        self.output = ResidualNorm(config, config.text_intermediate)
 
     def self_attention(
         self,
@@ -167,14 +149,14 @@ class TransformerLayer(nn.Module):
         keys_values: Tensor,
         cu_queries: Tensor,
         cu_keys: Tensor,
-        longest_queries: int,
         longest_keys: int,
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Queries `[T, width]` grouped over memories whose projections `[M, 2, H, D]` are given."""
         k, v = keys_values.unbind(-3)
         qkv = (self.crossattention.self.project_query(x), k, v)
-        return self.crossattention.attend(x, qkv, cu_queries, cu_keys, longest_queries, longest_keys, key_mask)
+        # All queries bound the longest group: to know a tighter bound, the host would have to wait for the device.
+        return self.crossattention.attend(x, qkv, cu_queries, cu_keys, x.shape[0], longest_keys, key_mask)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """MLP with residual and norm: `[T, width]` → `[T, width]`."""
@@ -188,16 +170,15 @@ class TransformerLayer(nn.Module):
 class Embeddings(nn.Module):
     """Word + position + type embeddings, LayerNorm, dropout; on packed tokens."""
 
-    def __init__(
-        self, vocabulary: int, positions: int, types: int, width: int, pad: int, eps: float, dropout: float
-    ) -> None:
+    def __init__(self, config: XFMConfig) -> None:
         super().__init__()
+        width, pad = config.text_width, config.pad_token_id
         self.pad_token_id = pad
-        self.dropout = dropout
-        self.word_embeddings = nn.Embedding(vocabulary, width, padding_idx=pad)
-        self.position_embeddings = nn.Embedding(positions, width, padding_idx=pad)
-        self.token_type_embeddings = nn.Embedding(types, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+        self.dropout = config.hidden_dropout
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(config.max_positions, width, padding_idx=pad)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.text_layer_norm_eps)
 
     def position_ids(self, input_ids: Tensor) -> Tensor:
         """`[P, L]`: real tokens count up from pad + 1, padding is numbered pad (RoBERTa, arXiv 1907.11692)."""
@@ -221,7 +202,7 @@ class Embeddings(nn.Module):
 
 
 class LayerStack(nn.Module):
-    """Holds the layers under the official name `encoder.layer`."""
+    """The layers, under the official name `encoder.layer`."""
 
     def __init__(self, layers: list[TransformerLayer]) -> None:
         super().__init__()

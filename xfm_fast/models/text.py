@@ -11,33 +11,12 @@ from xfm_fast.packing import Packing, Reads
 
 
 class TextTransformer(nn.Module):
-    """Embeddings and layers, under the official name `roberta`."""
+    """Embeddings and layers, under the official name `roberta`; with a `memory_width` they attend to a memory too."""
 
-    def __init__(self, config: XFMConfig) -> None:
+    def __init__(self, config: XFMConfig, layers: int, memory_width: int | None = None) -> None:
         super().__init__()
-        self.embeddings = Embeddings(
-            config.vocab_size,
-            config.max_positions,
-            config.type_vocab_size,
-            config.text_width,
-            config.pad_token_id,
-            config.text_layer_norm_eps,
-            config.hidden_dropout,
-        )
-        self.encoder = LayerStack([text_layer(config) for _ in range(config.text_layers)])
-
-
-def text_layer(config: XFMConfig, memory_width: int | None = None) -> TransformerLayer:
-    """One layer of the text width; with cross-attention to a memory of `memory_width`."""
-    return TransformerLayer(
-        config.text_width,
-        config.text_heads,
-        config.text_intermediate,
-        config.text_layer_norm_eps,
-        memory_width=memory_width,
-        hidden_dropout=config.hidden_dropout,
-        attention_dropout=config.attention_dropout,
-    )
+        self.embeddings = Embeddings(config)
+        self.encoder = LayerStack([TransformerLayer(config, memory_width) for _ in range(layers)])
 
 
 class TextEncoder(nn.Module):
@@ -45,7 +24,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: XFMConfig, *, lm_head: bool = True) -> None:
         super().__init__()
-        self.roberta = TextTransformer(config)
+        self.roberta = TextTransformer(config, config.text_layers)
         if lm_head:
             self.lm_head = LMHead(config.text_width, config.vocab_size, config.text_layer_norm_eps)
         initialise_text(self)
@@ -54,28 +33,14 @@ class TextEncoder(nn.Module):
     def word_embeddings(self) -> Tensor:
         return self.roberta.embeddings.word_embeddings.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        packing: Packing,
-        hidden_states: list[Tensor] | None = None,
-        *,
-        reads: Reads | None = None,
-    ) -> Tensor:
-        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` where only Q tokens are read.
-
-        `hidden_states`, when given, receives the packed embeddings and the output of every layer.
-        """
+    def forward(self, input_ids: Tensor, packing: Packing, *, reads: Reads | None = None) -> Tensor:
+        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` where only Q tokens are read."""
         embeddings = self.roberta.embeddings
         x = embeddings(packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids)))
-        if hidden_states is not None:
-            hidden_states.append(x)
         stack = self.roberta.encoder
         for number, layer in enumerate(stack):
             read = reads if number == len(stack) - 1 else None
             x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)
             x = layer.feed_forward(x)
-            if hidden_states is not None:
-                hidden_states.append(x)
         # Without layers nothing has selected the reads yet.
         return x if reads is None or len(stack) else x.index_select(0, reads.rows)

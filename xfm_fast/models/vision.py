@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.derived import derived
+from xfm_fast.nn import RelPosAttention
 
 
 class PatchEmbed(nn.Module):
@@ -29,43 +29,16 @@ class PatchEmbed(nn.Module):
         return ops.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class WindowAttention(nn.Module):
-    """Self-attention over all patches and the class token; bias on query and value, none on key."""
-
-    def __init__(self, width: int, heads: int, window: tuple[int, int]) -> None:
-        super().__init__()
-        self.heads = heads
-        self.window = window
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-
-    def _qkv_bias(self) -> Tensor:
-        def compute() -> Tensor:
-            return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-
-        if torch.is_grad_enabled() and self.q_bias.requires_grad:
-            return compute()
-        return derived("qkv bias", (self.q_bias, self.v_bias), compute)
-
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """`[B, N, width]` → `[B, N, width]`, before the output projection."""
-        qkv = ops.linear(x, self.qkv.weight, self._qkv_bias())
-        q, k, v = qkv.view(*x.shape[:-1], 3, self.heads, -1).unbind(2)
-        table = self.relative_position_bias_table
-        return ops.relpos_attention(q, k, v, table, self.window, key_mask=key_mask).flatten(2)
-
-
 class MLP(nn.Module):
-    """Parameters of the two linear layers; `Block` fuses them with activation and residual."""
+    """The two linear layers as BEiT initialises them; `Block` fuses them with activation and residual."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        for linear in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
 
 class Block(nn.Module):
@@ -78,7 +51,7 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((width,), config.layer_scale_init))
         self.gamma_2 = nn.Parameter(torch.full((width,), config.layer_scale_init))
         self.norm1 = nn.LayerNorm(width, eps=config.vision_layer_norm_eps)
-        self.attn = WindowAttention(width, config.vision_heads, (config.grid, config.grid))
+        self.attn = RelPosAttention(width, config.vision_heads, (config.grid, config.grid))
         self.norm2 = nn.LayerNorm(width, eps=config.vision_layer_norm_eps)
         self.mlp = MLP(width, int(width * config.vision_mlp_ratio))
 
@@ -91,7 +64,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
         normed = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
-        context, proj = self.attn(normed, key_mask), self.attn.proj
+        # The output projection is fused with what follows it, so attention stops before it.
+        context, proj = self.attn.attend(normed, key_mask), self.attn.proj
         normed, x = ops.linear_add_layer_norm(
             context,
             proj.weight,
@@ -126,16 +100,8 @@ class VisionEncoder(nn.Module):
         rates = [config.drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.fc_norm = nn.LayerNorm(width, eps=config.vision_layer_norm_eps)
-        self._initialise()
-
-    def _initialise(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
         with torch.no_grad():
             # BEiT damps the residual branches of later blocks at initialisation.
             for number, block in enumerate(self.blocks, start=1):
@@ -157,17 +123,11 @@ class VisionEncoder(nn.Module):
         patches = x[:, 1:]
         return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
 
-    def forward(
-        self, pixels: Tensor, patch_mask: Tensor | None = None, hidden_states: list[Tensor] | None = None
-    ) -> Tensor:
-        """Encode images. `hidden_states`, when given, receives the embeddings and the output of every block."""
+    def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
         x = self.embed(pixels, patch_mask)
-        if hidden_states is not None:
-            hidden_states.append(x)
         for block in self.blocks:
             x = block(x)
-            if hidden_states is not None:
-                hidden_states.append(x)
         return self._finish(x)
 
     def regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +146,7 @@ class VisionEncoder(nn.Module):
         return local if local.shape[1] > 1 else torch.cat([local, whole[:, 1:]], dim=1), whole
 
     def region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What `regions` returns, without the copies: arguments as there.
+        """`regions` without the copies; arguments as there.
 
         Returns:
             The tokens that regions have to themselves, `[R, 1, width]` (or `[R, 1 + N, width]` with

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self, get_args, overload
+from typing import Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast import checkpoint
+from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops
@@ -19,9 +23,8 @@ from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.text import TextEncoder
 from xfm_fast.models.vision import Block, VisionEncoder
-from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.packing import ImageGroups, Packing, Sequences
 
-Head = Literal["mlm", "imlm", "contrastive", "matching", "boxes"]
 ALL_HEADS: tuple[Head, ...] = get_args(Head)
 Encoder = Literal["vision", "text", "fusion"]
 ALL_ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
@@ -39,7 +42,7 @@ class XFM(nn.Module):
     """
 
     load_report: checkpoint.LoadReport | None = None
-    """What loading an official checkpoint changed and left out."""
+    """Changes and omissions of loading an official checkpoint."""
 
     def __init__(
         self, config: XFMConfig, *, heads: Iterable[Head] = ALL_HEADS, encoders: Iterable[Encoder] = ALL_ENCODERS
@@ -156,35 +159,20 @@ class XFM(nn.Module):
                 f"build or load it with heads=(..., {head!r})"
             )
 
-    @overload
-    def encode_image(
-        self, pixels: Tensor, patch_mask: Tensor | None = None, *, output_hidden_states: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def encode_image(
-        self, pixels: Tensor, patch_mask: Tensor | None = None, *, output_hidden_states: Literal[True]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-
-    def encode_image(
-        self, pixels: Tensor, patch_mask: Tensor | None = None, *, output_hidden_states: bool = False
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+    def encode_image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Vision encoder.
 
         Args:
             pixels: `[B, 3, R, R]` normalised images.
             patch_mask: `[B, N]`, True where the patch is replaced by the mask token.
-            output_hidden_states: also return the embeddings (class token first) and the output of every block.
 
         Returns:
-            `[B, 1 + N, vision_width]`: image token, then patches; with hidden states a pair.
+            `[B, 1 + N, vision_width]`: image token, then patches.
         """
         inputs.check_pixels(pixels, self.config)
         if patch_mask is not None:
             patch_mask = inputs.check_patch_mask(patch_mask, pixels, self.config)
-        hidden: list[Tensor] | None = [] if output_hidden_states else None
-        out = self.vision_encoder(self._cast(pixels), patch_mask, hidden)
-        return out if hidden is None else (out, tuple(hidden))
+        return self.vision_encoder(self._cast(pixels), patch_mask)
 
     def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
         """R regions of B images.
@@ -216,50 +204,22 @@ class XFM(nn.Module):
         region_mask = inputs.check_region_mask(region_mask, region_mask.shape[0], self.config)
         return self._cast(pixels), image_index, region_mask
 
-    @overload
     def encode_text(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        keep_padding: bool = False,
-        output_hidden_states: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def encode_text(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        keep_padding: bool = False,
-        output_hidden_states: Literal[True],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-
-    def encode_text(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        keep_padding: bool = False,
-        output_hidden_states: bool = False,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_padding: bool = False
+    ) -> Tensor:
         """Language encoder. Texts run without their padding; padded positions of the result are zero.
 
         Args:
             input_ids: `[B, L]`.
             attention_mask: `[B, L]`, non-zero for real tokens; by default everything but the padding id.
             keep_padding: compute padded positions too, as the official code does.
-            output_hidden_states: also return the embeddings and the output of every layer, padded.
 
         Returns:
-            `[B, L, text_width]`; with hidden states a pair.
+            `[B, L, text_width]`.
         """
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         packing = Packing.from_mask(mask, keep_padding=keep_padding)
-        hidden: list[Tensor] | None = [] if output_hidden_states else None
-        out = packing.unpad(self.text_encoder(input_ids, packing, hidden))
-        return out if hidden is None else (out, tuple(packing.unpad(h) for h in hidden))
+        return packing.unpad(self.text_encoder(input_ids, packing))
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`, L2-normalised."""
@@ -298,7 +258,6 @@ class XFM(nn.Module):
             raise UnavailableError("this model has no fusion layers (fusion_layers=0)")
         return PackedMemory(self.fusion_encoder.project(tokens), cu_keys, longest, rows)
 
-    @overload
     def fuse(
         self,
         text_embeds: Tensor,
@@ -308,33 +267,7 @@ class XFM(nn.Module):
         *,
         first_token_only: bool = False,
         keep_padding: bool = False,
-        output_hidden_states: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def fuse(
-        self,
-        text_embeds: Tensor,
-        attention_mask: Tensor,
-        memory: ImageMemory,
-        image_index: Tensor | None = None,
-        *,
-        first_token_only: bool = False,
-        keep_padding: bool = False,
-        output_hidden_states: Literal[True],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
-
-    def fuse(
-        self,
-        text_embeds: Tensor,
-        attention_mask: Tensor,
-        memory: ImageMemory,
-        image_index: Tensor | None = None,
-        *,
-        first_token_only: bool = False,
-        keep_padding: bool = False,
-        output_hidden_states: bool = False,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> Tensor:
         """Fuse P texts with B images.
 
         Args:
@@ -344,11 +277,9 @@ class XFM(nn.Module):
             image_index: `[P]` image of each text, in any order; by default text b belongs to image b.
             first_token_only: compute only what heads on token 0 read; the last layer is then nearly free.
             keep_padding: compute padded positions too, as the official code does.
-            output_hidden_states: also return the output of every layer, padded.
 
         Returns:
-            `[P, L, text_width]`, zeros at padded positions; `[P, 1, text_width]` with `first_token_only`;
-            with hidden states a pair.
+            `[P, L, text_width]`, zeros at padded positions; `[P, 1, text_width]` with `first_token_only`.
         """
         inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
         mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
@@ -360,15 +291,10 @@ class XFM(nn.Module):
         image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
         groups = ImageGroups.from_index(image_index, memory.images)
         packing = Packing.from_mask(mask, order=groups.order, keep_padding=keep_padding)
-        hidden: list[Tensor] | None = [] if output_hidden_states else None
         fused = self.fusion_encoder(
-            packing.pack(text_embeds), packing, memory, groups, first_token_only=first_token_only, hidden_states=hidden
+            packing.pack(text_embeds), packing, memory, groups, first_token_only=first_token_only
         )
-        out = packing.restore(fused)[:, None] if first_token_only else packing.unpad(fused)
-        if hidden is None:
-            return out
-        whole = hidden[:-1] if first_token_only else hidden
-        return out, tuple(packing.unpad(h) for h in whole)
+        return packing.restore(fused)[:, None] if first_token_only else packing.unpad(fused)
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 2]`; column 1 scores "text describes image"."""
@@ -396,3 +322,70 @@ class XFM(nn.Module):
 
     def _cast(self, pixels: Tensor) -> Tensor:
         return pixels if torch.is_autocast_enabled(pixels.device.type) else pixels.to(self.dtype)
+
+
+@dataclass
+class HiddenStates:
+    """The intermediate results of a model's encoders, in the order in which they were computed.
+
+    Attributes:
+        vision: `[B, 1 + N, vision_width]` embeddings, class token first, and the output of every block.
+        text: `[B, L, text_width]` embeddings and the output of every layer, zeros at padded positions.
+        fusion: `[P, L, text_width]` output of every layer that computes whole texts, zeros at padded positions.
+    """
+
+    vision: list[Tensor] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
+    fusion: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def record_hidden_states(model: XFM) -> Iterator[HiddenStates]:
+    """Record what `encode_image`, `encode_text` and `fuse` compute on the way, for the time of a block.
+
+    Example:
+        >>> with record_hidden_states(model) as states:
+        ...     embeds = model.encode_image(pixels)
+        >>> states.vision[-1].shape == embeds.shape
+        True
+    """
+    states = HiddenStates()
+
+    def after_block(block: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        states.vision.append(out)
+
+    with ExitStack() as undo:
+        if hasattr(model, "vision_encoder"):
+            blocks = model.vision_encoder.blocks
+            undo.callback(blocks[0].register_forward_pre_hook(lambda _, args: states.vision.append(args[0])).remove)
+            for block in blocks:
+                undo.callback(block.register_forward_hook(after_block).remove)
+        for name in ("text", "fusion"):
+            if hasattr(model, f"{name}_encoder"):
+                _record_texts(getattr(model, f"{name}_encoder"), getattr(states, name), undo)
+        yield states
+
+
+def _record_texts(encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo: ExitStack) -> None:
+    packings: list[Sequences] = []
+
+    def keep(module: nn.Module, args: object, packed: Tensor) -> None:
+        packing = packings[-1]
+        # A last layer that computes only what is read has no place for it in a padded batch.
+        if isinstance(packing, Packing) and packed.shape[0] == packing.positions.shape[0]:
+            kept.append(packing.unpad(packed))
+
+    def recorded(feed_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        out = feed_forward(x)
+        keep(encoder, (), out)
+        return out
+
+    undo.callback(encoder.register_forward_pre_hook(lambda _, args: packings.append(args[1])).remove)
+    if isinstance(encoder, TextEncoder):
+        undo.callback(encoder.roberta.embeddings.register_forward_hook(keep).remove)
+    for layer in encoder.roberta.encoder:
+        # Hooks see whole modules only, and a layer of texts is called by its parts, of which this is the last.
+        own = vars(layer)
+        former = own.get("feed_forward")
+        undo.callback(own.pop, "feed_forward") if former is None else undo.callback(own.update, feed_forward=former)
+        own["feed_forward"] = partial(recorded, layer.feed_forward)

@@ -57,7 +57,7 @@ class RelPosAttention(nn.Module):
 
         Args:
             x: `[B, N, width]`, class token first, N = 1 + height·width of the window.
-            key_mask: `[B, N]` boolean, False for tokens that nobody attends to.
+            key_mask: `[B, N]` boolean, False for tokens that no query attends to.
 
         Returns:
             `[B, N, width]`.
@@ -68,18 +68,14 @@ class RelPosAttention(nn.Module):
         tokens = 1 + self.window[0] * self.window[1]
         if x.ndim != 3 or x.shape[1] != tokens:
             raise InputError(f"x is {[*x.shape]}; a window of {self.window} patches needs [B, {tokens}, width]")
-        qkv = ops.linear(x, self.qkv.weight, self._bias())
+        return ops.linear(self.attend(x, key_mask), self.proj.weight, self.proj.bias)
+
+    def attend(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """`forward` before the output projection, for models that fuse it with what follows; arguments as there."""
+        qkv = ops.linear(x, self.qkv.weight, qkv_bias(self.q_bias, self.v_bias))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        context = ops.relpos_attention(q, k, v, self.relative_position_bias_table, self.window, key_mask=key_mask)
-        return ops.linear(context.flatten(2), self.proj.weight, self.proj.bias)
-
-    def _bias(self) -> Tensor:
-        def compute() -> Tensor:
-            return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-
-        if torch.is_grad_enabled() and self.q_bias.requires_grad:
-            return compute()
-        return derived("qkv bias", (self.q_bias, self.v_bias), compute)
+        table = self.relative_position_bias_table
+        return ops.relpos_attention(q, k, v, table, self.window, key_mask=key_mask).flatten(2)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, window={self.window}"
@@ -124,7 +120,7 @@ class PackedSelfAttention(nn.Module):
             x: `[T, width]` tokens of S sequences.
             cu_seqlens: `[S + 1]` int32 offsets of the sequences, from 0 to T.
             longest: an upper bound of their lengths.
-            key_mask: `[T]` boolean, False for tokens that nobody attends to.
+            key_mask: `[T]` boolean, False for tokens that no query attends to.
 
         Returns:
             `[T, width]`.
@@ -208,7 +204,7 @@ class GroupedCrossAttention(nn.Module):
             cu_queries: `[B + 1]` int32 offsets of the images in x.
             cu_keys: `[B + 1]` int32 offsets of the images in keys_values.
             longest_queries, longest_keys: upper bounds of the lengths; `len(x)` will do for the first.
-            key_mask: `[K]` boolean, False for image tokens that nobody attends to.
+            key_mask: `[K]` boolean, False for image tokens that no query attends to.
 
         Returns:
             `[T, width]`.
@@ -230,6 +226,17 @@ class GroupedCrossAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dropout={self.dropout}"
+
+
+def qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
+    """The bias of one product for q, k and v, `[3 * width]`, from those of queries and values: keys have none."""
+
+    def compute() -> Tensor:
+        return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+
+    if torch.is_grad_enabled() and q_bias.requires_grad:
+        return compute()
+    return derived("qkv bias", (q_bias, v_bias), compute)
 
 
 def check_probability(dropout: float) -> None:

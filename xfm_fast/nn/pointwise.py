@@ -1,4 +1,4 @@
-"""What stands between attentions: residual and norm in one pass, and the MLP with what follows it."""
+"""Modules between attentions: residual and norm in one pass, and the MLP with what follows it."""
 
 from __future__ import annotations
 

@@ -5,12 +5,25 @@ encoder it is `pretraining_losses` that detaches text embeddings.
 """
 
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.objectives.boxes import box_giou_loss, box_l1_loss, generalized_iou
-from xfm_fast.objectives.contrastive import AllPairs, contrastive_loss, contrastive_rows
-from xfm_fast.objectives.images import ImageCodes, masked_code_loss, masked_image_loss, masked_image_terms
-from xfm_fast.objectives.language import masked_lm_loss, masked_token_loss
-from xfm_fast.objectives.matching import HardNegatives, hard_negative_weights, matching_loss, sample_hard_negatives
-from xfm_fast.objectives.pretraining import pretraining_losses
+from xfm_fast.objectives.losses import (
+    AllPairs,
+    HardNegatives,
+    ImageCodes,
+    box_giou_loss,
+    box_l1_loss,
+    contrastive_loss,
+    contrastive_rows,
+    generalized_iou,
+    hard_negative_weights,
+    masked_code_loss,
+    masked_image_loss,
+    masked_image_terms,
+    masked_lm_loss,
+    masked_token_loss,
+    matching_loss,
+    sample_hard_negatives,
+)
+from xfm_fast.objectives.step import pretraining_losses
 
 __all__ = [
     "IGNORED",

@@ -1,29 +1,43 @@
-"""Text encoders and decoders of transformers: BERT, RoBERTa and those that are built like them."""
+"""Text models of transformers, BERT, RoBERTa and those built like them: layers, whole encoders, masked-language heads.
+
+For models that let one choose their attention there is also `attn_implementation="xfm_fast"`: over real keys only.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from xfm_fast.errors import UnavailableError
+from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
-from xfm_fast.packing import Packing
-from xfm_fast.replace.packed_layers import (
+from xfm_fast.packing import Packing, on_host
+from xfm_fast.replace.bert_layer import (
+    FusedEmbeddings,
     Packed,
     Padded,
+    VocabularyHead,
+    attend_to_real_keys,
+    default_positions,
     packed_memory,
     padded_memory,
     plan,
     run_layer,
 )
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import CalledByName, is_fused, observed, original_class, why_not_bypassed
-from xfm_fast.replace.text_embeddings import FusedEmbeddings, default_positions
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Rule,
+    Settings,
+    asks_beyond,
+    is_fused,
+    observed,
+    original_class,
+    why_not_bypassed,
+)
 
 # Layers whose forward is BERT's, and encoders whose forward is BERT's or RoBERTa's, by package of transformers.
 _LAYERS = {
@@ -59,32 +73,95 @@ _EMBEDDINGS = {
     "roberta": "RobertaEmbeddings",
     "xlm_roberta": "XLMRobertaEmbeddings",
 }
-# transformers takes BLIP's mask of the image and passes it to nobody; whoever gives one gets what the original does.
+_MASKED_LM = {
+    "bert": "BertForMaskedLM",
+    "camembert": "CamembertForMaskedLM",
+    "data2vec": "Data2VecTextForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+    "xlm_roberta": "XLMRobertaForMaskedLM",
+}
+_HEADS = {
+    "bert": "BertLMPredictionHead",
+    "blip": "BlipTextLMPredictionHead",
+    "camembert": "CamembertLMHead",
+    "data2vec": "Data2VecTextLMHead",
+    "roberta": "RobertaLMHead",
+    "xlm_roberta": "XLMRobertaLMHead",
+}
+# transformers takes BLIP's mask of the image and drops it; calls with one run the original.
 _MEMORY_UNMASKED = ("BlipTextLayer", "BlipTextModel")
 # Attention by matrices: what these compute is one function, and the fused form computes it too.
 _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
 # Arguments that ask for nothing the fused forms would not do.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
+_IGNORED = -100
+NAME = "xfm_fast"
 
 
-def _transformers_version() -> int:
-    return int(sys.modules["transformers"].__version__.split(".")[0])
+def register_attention(name: str = NAME) -> str:
+    """Make an attention implementation known to transformers: `from_pretrained(..., attn_implementation="xfm_fast")`.
+
+    Masks of padding stay `[B, N]`, and keys at padding are left out; causal masks, grouped heads and what else there is
+    run as in `"sdpa"`. Registering twice does no harm.
+
+    Returns:
+        The name, for `attn_implementation` and `model.set_attn_implementation`.
+
+    Raises:
+        UnavailableError: transformers is absent, or older than 4.53, which has no interface for masks.
+    """
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError as error:
+        raise UnavailableError(
+            f"transformers with an attention interface is needed ({error}); pip install 'transformers>=4.53'"
+        ) from None
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, padding_mask)
+    return name
+
+
+def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of a batch, as transformers asks for it: `[B, N]` for padding alone, otherwise that of `"sdpa"`."""
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    mask = kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("kv_offset")
+    if plain and mask is not None and mask.ndim == 2 and mask.shape[1] == kwargs.get("kv_length"):
+        return mask
+    return sdpa_mask(*args, **kwargs)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention `[B, H, L, D]` → `[B, L, H, D]`, as transformers calls it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    grouped = query.shape[1] != key.shape[1]
+    special = grouped or any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
+    if attention_mask is not None and attention_mask.ndim == 2:
+        if not special:
+            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+            return attend_to_real_keys(q, k, v, attention_mask, dropout, scaling), None
+        attention_mask = attention_mask.bool()[:, None, None, :]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
 def is_of(table: dict[str, str], module: nn.Module) -> bool:
-    """Whether a module's own class is one that the table names, where names of several versions stand together."""
+    """True if a module's own class is one that the table names, where names of several versions stand together."""
     kind = original_class(module)
     package = kind.__module__.split(".")
     known = package[:2] == ["transformers", "models"] and len(package) > 2
     return known and kind.__name__ in table.get(package[2], "").split()
-
-
-def asked_beyond(call: dict[str, Any], understood: set[str]) -> bool:
-    """Whether a call has arguments that the fused form does not understand: they are left to the original."""
-    return any(
-        value is not None and value is not False and name not in understood and name not in _WITHOUT_EFFECT
-        for name, value in call.items()
-    )
 
 
 class FusedLayer(CalledByName):
@@ -122,50 +199,60 @@ class FusedLayer(CalledByName):
         named = super().adapted(original)
         return {**named, "bypassed": expected, "returns_tuple": "output_attentions" in named["names"]}
 
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        layer: Any = module
+        attention = layer.attention.self
+        positions = getattr(attention, "position_embedding_type", "absolute")
+        if positions not in ("absolute", None):
+            return f"its attention has {positions} positions"
+        if layer.chunk_size_feed_forward:
+            return f"its feed-forward runs in chunks of {layer.chunk_size_feed_forward}"
+        implementation = _implementation(attention)
+        if implementation not in _PLAIN_ATTENTION:
+            return f"its attention implementation is {implementation}"
+        adapted = cls.adapted(original_class(module))
+        if "past_key_value" in adapted["names"] and getattr(layer, "is_decoder", True):
+            return "in this version of transformers a decoder's layer returns keys and values"
+        return why_not_bypassed(module, adapted["bypassed"])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        if asked_beyond(call, self._understood | {"output_hidden_states"}) or not self.intact():
+        if asks_beyond(call, self._understood | _WITHOUT_EFFECT | {"output_hidden_states"}) or not self.intact():
             return super().forward(*args, **kwargs)
         x, mask = call["hidden_states"], call.get("attention_mask")
         states, their_mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if not getattr(self, "is_decoder", True):
             states = None
-        if original_class(self).__name__ in _MEMORY_UNMASKED and _hides_nothing(their_mask):
+        unmasked = original_class(self).__name__ in _MEMORY_UNMASKED
+        if unmasked and _hides_nothing(their_mask):
             their_mask = None
-        covered = states is None or (hasattr(self, "crossattention") and self._covers_memory(their_mask))
-        if not covered or not self._covers(x, mask):
+        attention = cast(Any, self).attention.self
+        covered = _implementation(attention) in _PLAIN_ATTENTION and x.ndim == 3 and _covers_mask(attention, mask)
+        if states is not None:
+            covered &= hasattr(self, "crossattention") and _covers_mask(attention, their_mask)
+            covered &= not unmasked or their_mask is None
+        if not covered:
             return super().forward(*args, **kwargs)
-        attention = self._attention()
         causal = mask is None and x.shape[1] > 1 and _hides_later_keys(attention)
         with self.settings.own_types(x.device):
             memory = None if states is None else padded_memory(states, their_mask)
             out = run_layer(self, x, Padded(mask, causal), self.settings, memory)
         return (out,) if self.returns_tuple else out
 
-    def _attention(self) -> Any:
-        module: Any = self
-        return module.attention.self
 
-    def _covers(self, x: Tensor, mask: Any) -> bool:
-        """Whether attention is by matrices and its mask one that the fused form can take."""
-        implementation = _implementation(self._attention())
-        if implementation not in _PLAIN_ATTENTION or x.ndim != 3:
-            return False
-        return mask is None or self._covers_mask(mask)
-
-    def _covers_memory(self, mask: Any) -> bool:
-        return mask is None or (self._covers_mask(mask) and original_class(self).__name__ not in _MEMORY_UNMASKED)
-
-    def _covers_mask(self, mask: Any) -> bool:
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return _implementation(self._attention()) == "xfm_fast"
-        # Eager attention adds a boolean mask as ones and zeros; whoever wants that gets it from the original.
-        boolean = _implementation(self._attention()) not in ("eager", None)
-        return isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean)
+def _covers_mask(attention: Any, mask: Any) -> bool:
+    """True if the fused form takes a mask as the attention's implementation does."""
+    implementation = _implementation(attention)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return implementation == "xfm_fast"
+    # Eager attention adds a boolean mask as ones and zeros, which is left to the original.
+    boolean = implementation not in ("eager", None)
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean))
 
 
 def _hides_nothing(mask: Any) -> bool:
-    """Whether an additive mask is all zeros; transformers 4 makes BLIP one where none was given."""
+    """True if an additive mask is all zeros; transformers 4 makes BLIP one where none was given."""
     if not isinstance(mask, Tensor) or not mask.is_floating_point() or torch.compiler.is_compiling():
         return False
     # All layers of a model come with the same mask, and on an accelerator a look at it waits.
@@ -178,28 +265,10 @@ def _implementation(attention: Any) -> str | None:
 
 
 def _hides_later_keys(attention: Any) -> bool:
-    """Whether attention without a mask is causal: so it is in transformers' SDPA unless a module says otherwise."""
+    """True if attention without a mask is causal: so it is in transformers' SDPA unless a module says otherwise."""
     if "SdpaSelfAttention" in original_class(attention).__name__:
         return bool(attention.is_decoder)
     return _implementation(attention) in ("sdpa", "xfm_fast") and bool(getattr(attention, "is_causal", True))
-
-
-def layer_refusal(module: nn.Module, settings: Settings) -> str | None:
-    """Why a layer stays as it is."""
-    layer: Any = module
-    attention = layer.attention.self
-    positions = getattr(attention, "position_embedding_type", "absolute")
-    if positions not in ("absolute", None):
-        return f"its attention has {positions} positions"
-    if layer.chunk_size_feed_forward:
-        return f"its feed-forward runs in chunks of {layer.chunk_size_feed_forward}"
-    implementation = _implementation(attention)
-    if implementation not in _PLAIN_ATTENTION:
-        return f"its attention implementation is {implementation}"
-    adapted = FusedLayer.adapted(original_class(module))
-    if "past_key_value" in adapted["names"] and getattr(layer, "is_decoder", True):
-        return "in this version of transformers a decoder's layer returns keys and values"
-    return why_not_bypassed(module, adapted["bypassed"])
 
 
 class UnpaddedModel(CalledByName):
@@ -213,6 +282,14 @@ class UnpaddedModel(CalledByName):
         "encoder_hidden_states",
         "encoder_attention_mask",
     }
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        if not settings.unpad:
+            return "its padding is computed; unpad=True leaves it out"
+        if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
+            return "a causal decoder keeps its padding"
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
@@ -237,7 +314,7 @@ class UnpaddedModel(CalledByName):
         """Embeddings after the last layer, packed `[T, width]`, and their places; None for calls that keep padding."""
         mask, memory_mask = call.get("attention_mask"), call.get("encoder_attention_mask")
         given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-        if asked_beyond(call, self._understood) or not self._can_pack(call):
+        if asks_beyond(call, self._understood | _WITHOUT_EFFECT) or not self._can_pack(call):
             return None
         if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
             return None
@@ -250,14 +327,13 @@ class UnpaddedModel(CalledByName):
         if planned is None:
             return None
         packing, whole_memory = planned
-        if not whole_memory and self._forgets_memory_masks():
-            return None
+        # Where its mask hides part of the memory, BLIP forgets it, and in transformers 4 all but decoders do.
+        if not whole_memory:
+            version = int(sys.modules["transformers"].__version__.split(".")[0])
+            if version < 5 or original_class(self).__name__ in _MEMORY_UNMASKED:
+                return None
         with self.settings.own_types(mask.device):
             return self._run(call | {"encoder_attention_mask": None if whole_memory else memory_mask}, packing), packing
-
-    def _forgets_memory_masks(self) -> bool:
-        """Whether the original hands no mask of the memory on: in transformers 4 only decoders do."""
-        return original_class(self).__name__ in _MEMORY_UNMASKED or _transformers_version() < 5
 
     def _can_pack(self, call: dict[str, Any]) -> bool:
         config: Any = self.config
@@ -293,41 +369,122 @@ class UnpaddedModel(CalledByName):
             memory = packed_memory(states, call.get("encoder_attention_mask"), packing)
         for layer in module.encoder.layer:
             run = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory)
-            checkpoint = _checkpointing(module, layer)
-            x = run(x) if checkpoint is None else checkpoint(run, x)
+            # transformers 5 keeps activations out of memory layer by layer, transformers 4 for the whole encoder.
+            owners = [o for o in (layer, module.encoder) if getattr(o, "gradient_checkpointing", False) and o.training]
+            x = owners[0]._gradient_checkpointing_func(run, x) if owners and torch.is_grad_enabled() else run(x)
         return x
 
 
-def _checkpointing(model: Any, layer: Any) -> Callable[..., Tensor] | None:
-    """What keeps a layer's activations out of memory; transformers 4 has it on the encoder."""
-    for owner in (layer, model.encoder):
-        if getattr(owner, "gradient_checkpointing", False) and owner.training and torch.is_grad_enabled():
-            return owner._gradient_checkpointing_func
-    return None
-
-
 def wants_named(model: Any, call: dict[str, Any]) -> bool:
-    """Whether a call asks for outputs by name rather than as a tuple."""
+    """True if a call asks for outputs by name rather than as a tuple."""
     asked = call.get("return_dict")
     return getattr(model.config, "return_dict", True) if asked is None else asked
 
 
-def _model_refusal(module: nn.Module, settings: Settings) -> str | None:
-    if not settings.unpad:
-        return "its padding is computed; unpad=True leaves it out"
-    if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
-        return "a causal decoder keeps its padding"
-    return None
+class FusedMaskedLM(CalledByName):
+    """Encoder and head together: only positions with a label reach the loss, and padding no vocabulary.
+
+    Logits are returned as the original returns them, with a gradient, unless `skip_logits` was asked for.
+    """
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_bypassed(_head_of(module), VocabularyHead.bypassed)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        made = self._outputs(call) if self._covered(call) else None
+        return super().forward(*args, **kwargs) if made is None else made
+
+    def _covered(self, call: dict[str, Any]) -> bool:
+        """True if labels can be looked at, and nothing observes the head."""
+        module: Any = self
+        head = _head_of(self)
+        watched = [head, *([module.cls] if hasattr(module, "cls") else [])]
+        if any(observed(part) for part in watched) or not is_fused(head) or not head.intact():
+            return False
+        labels = call.get("labels")
+        if labels is None:
+            return self.settings.unpad
+        tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        if tokens is None or not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
+            return False
+        # The mean of no labels at all is for the original to return.
+        return labels.device == tokens.device and _any(labels.ne(_IGNORED))
+
+    def _outputs(self, call: dict[str, Any]) -> Any:
+        from transformers.modeling_outputs import MaskedLMOutput
+
+        labels, head = call.get("labels"), _head_of(self)
+        inputs = {name: value for name, value in call.items() if name not in ("labels", "return_dict")}
+        module: Any = self
+        base = getattr(module, module.base_model_prefix)
+        run, states, packing, recorded = base, None, None, {}
+        if isinstance(base, UnpaddedModel) and not observed(base):
+            packed, mask = None, call.get("attention_mask")
+            alike = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
+            # Labels at padding count in the loss, whatever they are good for.
+            if alike and _any(cast(Tensor, labels).ne(_IGNORED) & cast(Tensor, mask).eq(0)):
+                run = base.padded
+            else:
+                packed = base.packed(inputs)
+            if packed is not None:
+                states, packing = packed
+        if states is None:
+            if labels is None:
+                return None
+            outputs = run(**inputs, return_dict=True)
+            states = outputs.last_hidden_state.flatten(0, 1)
+            recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        labelled = None
+        if labels is not None:
+            flat = labels.flatten() if packing is None else packing.pack(labels)
+            counted = flat.ne(_IGNORED)
+            rows = host.true_places(counted) if on_host(counted) else counted.nonzero().flatten()
+            labelled = rows, flat.index_select(0, rows)
+        with self.settings.own_types(states.device):
+            loss, logits = self._loss_and_logits(head, states, labelled)
+        if logits is not None:
+            padded: Any = logits
+            shape = None if labels is None else labels.shape
+            logits = packing.unpad(padded) if packing is not None else padded.unflatten(0, shape)
+        out = MaskedLMOutput(loss=loss, logits=logits, **recorded)
+        return out if wants_named(self, call) else out.to_tuple()
+
+    def _loss_and_logits(
+        self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """States `[T, width]`; rows that have a label, and the labels."""
+        skip = self.settings.skip_logits and self.training and labelled is not None
+        transformed = None if skip else head.transformed(states)
+        logits = None if transformed is None else head.logits(transformed)
+        if labelled is None:
+            return None, logits
+        rows, targets = labelled
+        chosen = states.index_select(0, rows) if transformed is None else transformed.index_select(0, rows)
+        chosen = head.transformed(chosen) if transformed is None else chosen
+        weight, bias = head.vocabulary()
+        loss = ops.linear_cross_entropy(chosen, weight, bias, targets, backend=self.settings.backend)
+        return loss.to(states.dtype if states.dtype == torch.float64 else loss.dtype), logits
+
+
+def _head_of(model: Any) -> Any:
+    return model.cls.predictions if hasattr(model, "cls") else model.lm_head
+
+
+def _any(mask: Tensor) -> bool:
+    return host.any_true(mask) if on_host(mask) else bool(mask.any())
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("UnpaddedModel", partial(is_of, _MODELS), UnpaddedModel, "padding left out of all layers", _model_refusal),
-    Rule(
-        "FusedLayer",
-        partial(is_of, _LAYERS),
-        FusedLayer,
-        "one product for q, k, v; GELU, residual and norm fused",
-        layer_refusal,
-    ),
+    Rule("UnpaddedModel", partial(is_of, _MODELS), UnpaddedModel, "padding left out of all layers"),
+    Rule("FusedLayer", partial(is_of, _LAYERS), FusedLayer, "one product for q, k, v; GELU, residual and norm fused"),
     Rule("FusedEmbeddings", partial(is_of, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
+    Rule(
+        "FusedMaskedLM",
+        partial(is_of, _MASKED_LM),
+        FusedMaskedLM,
+        "loss over labelled positions only, without their logits in full",
+    ),
+    Rule("VocabularyHead", partial(is_of, _HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
 )

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial, reduce
 from operator import add
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import CalledByName, find, observed, original_class, probability, why_not_bypassed
-from xfm_fast.replace.vision_attention import Bias, PositionTable
-from xfm_fast.replace.vision_block import Parts, PreNormBlock, lacks_parameters
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Rule,
+    Settings,
+    asks_beyond,
+    find,
+    observed,
+    original_class,
+    probability,
+    why_not_bypassed,
+)
+from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, lacks_parameters
 
-# Ways to the same numbers. Any other is a function that somebody registered, and has to be called.
+# Ways to the same numbers. Any other is a function that was registered by name, and has to be called.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# What models hand on to their layers that changes no number in them. (Attention weights are taken by hooks.)
+# Arguments that models hand on to their layers and that change no number there. (Hooks take attention weights.)
 _WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
-# What a relative position bias depends on.
+# Arguments that a relative position bias depends on.
 _POSITIONS = ("interpolate_pos_encoding", "resolution")
 
 
 class Names(NamedTuple):
-    """Where a layer keeps its parts."""
+    """The places of a layer's parts."""
 
     norms: tuple[str, str]
     qkv: tuple[str, str, str]
@@ -44,10 +51,10 @@ class Names(NamedTuple):
 
 
 class _Layer(PreNormBlock, CalledByName):
-    """What the layers have in common.
+    """The base of the layers.
 
     Attributes:
-        layout: where they differ.
+        layout: where the parts are, in which they differ.
         returns_tuple: whether the layer returns its output in a tuple, and behind it attention weights if asked.
     """
 
@@ -67,13 +74,21 @@ class _Layer(PreNormBlock, CalledByName):
         bypassed["drop_path"] = (nn.Identity, getattr(library, f"{prefix}DropPath", _Absent))
         named = super().adapted(original)
         tuples = "output_attentions" in named["names"]
-        return {**named, "bypassed": bypassed, "erf_gelus": _gelu_classes(), "returns_tuple": tuples}
+        wrapper = getattr(sys.modules.get("transformers.activations"), "GELUActivation", nn.GELU)
+        return {**named, "bypassed": bypassed, "erf_gelus": (nn.GELU, wrapper), "returns_tuple": tuples}
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        missing = [name for name in (*cls.layout.norms, *cls.layout.linears) if find(module, name) is None]
+        if missing:
+            return f"this version of transformers keeps {missing[0]} elsewhere"
+        expected = cls.adapted(original_class(module))["bypassed"]
+        return why_not_bypassed(module, expected) or lacks_parameters(module, cls.layout.norms)
 
     def asks_only_for(self, call: Mapping[str, Any], known: tuple[str, ...]) -> bool:
-        """Whether a call has no argument beside the known ones that says something, such as masks of heads."""
-        if self.returns_tuple and call.get("output_attentions"):
-            return False
-        return _plain({name: value for name, value in call.items() if name not in known})
+        """True if a call has no argument beside the known ones that says something, such as masks of heads."""
+        weights = self.returns_tuple and call.get("output_attentions")
+        return not weights and not asks_beyond(call, (*known, *_WITHOUT_EFFECT))
 
     def parts(self, heads: int, attention_p: float, branch_p: tuple[float, float] = (0.0, 0.0)) -> Parts:
         """The parts where `layout` says.
@@ -83,30 +98,24 @@ class _Layer(PreNormBlock, CalledByName):
             attention_p, branch_p: dropout of the attention weights and at the end of each branch.
         """
         names, layer = self.layout, {name: self.get_submodule(name) for name in self.layout.linears}
-        width: Any = layer[names.qkv[0]].out_features
+        fc1, width = layer[names.fc1], cast(Any, layer[names.qkv[0]]).out_features
         drop = partial(row_scale, find(self, "drop_path"))
+        holder, name = names.activation.rsplit(".", 1)
+        activation = getattr(self.get_submodule(holder), name)
         return Parts(
             norms=(self.get_submodule(names.norms[0]), self.get_submodule(names.norms[1])),
             qkv=tuple((layer[name].weight, layer[name].bias) for name in names.qkv),  # pyright: ignore[reportArgumentType]
             heads=heads,
             scale=(width // heads) ** -0.5,
             proj=layer[names.proj],
-            fc1=layer[names.fc1],
+            fc1=fc1,
             fc2=layer[names.fc2],
-            hidden=self._hidden(layer[names.fc1]),
+            hidden=None if self.is_erf_gelu(names.activation) else lambda x, linear: activation(linear(fc1, x)),
             gammas=(_scale_of(self, "lambda_1"), _scale_of(self, "lambda_2")),
             row_scales=(drop, drop),
             attention_p=attention_p,
             branch_p=branch_p,
         )
-
-    def _hidden(self, fc1: nn.Module) -> Callable[..., Tensor] | None:
-        """The hidden layer, where it is not `gelu(fc1(x))`."""
-        if self.is_erf_gelu(self.layout.activation):
-            return None
-        holder, name = self.layout.activation.rsplit(".", 1)
-        activation = getattr(self.get_submodule(holder), name)
-        return lambda x, linear: activation(linear(fc1, x))
 
 
 class _Absent(nn.Module):
@@ -127,9 +136,9 @@ class HuggingFaceViTLayer(_Layer):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         layer: Any = self
         attention, positions = layer.attention, find(self, "relative_position_bias")
-        others = {name: value for name, value in kwargs.items() if name not in _POSITIONS}
+        plain = not asks_beyond(kwargs, (*_POSITIONS, *_WITHOUT_EFFECT))
         if (
-            not (_plain(others) and _knows(attention) and _dense(attention_mask) and self.takes(hidden_states))
+            not (plain and _knows(attention) and _dense(attention_mask) and self.takes(hidden_states))
             or (positions is not None and _boolean(attention_mask))
             or (positions is not None and kwargs.get("resolution") is None)
         ):
@@ -205,16 +214,11 @@ class HuggingFaceBertNamedLayer(_Layer):
         if positions is not None:
             bias = _position_bias(positions, shared, attention.config.patch_size, x.shape[1], call)
         branch_p = (probability(layer.attention.output.dropout), probability(layer.output.dropout))
-        parts = self.parts(attention.num_attention_heads, _attention_dropout(attention), branch_p)
+        # ViT has the number where BEiT has a module.
+        weights_p = attention.dropout_prob if find(attention, "dropout") is None else attention.dropout.p
+        parts = self.parts(attention.num_attention_heads, weights_p if attention.training else 0.0, branch_p)
         out = self.compute(parts, x, bias)
         return (out,) if self.returns_tuple else out
-
-
-def _attention_dropout(attention: Any) -> float:
-    """Of BERT-named attention: ViT has the number where BEiT has a module."""
-    if find(attention, "dropout") is not None:
-        return attention.dropout.p if attention.training else 0.0
-    return attention.dropout_prob if attention.training else 0.0
 
 
 def row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
@@ -249,11 +253,6 @@ def _scale_of(layer: nn.Module, name: str) -> Tensor | None:
     return scale if isinstance(scale, Tensor) else None
 
 
-def _plain(others: Mapping[str, Any]) -> bool:
-    """Whether a call has no further argument that says something, such as masks of heads."""
-    return all(value is None or value is False or name in _WITHOUT_EFFECT for name, value in others.items())
-
-
 def _knows(attention: Any) -> bool:
     # Before transformers had a choice in the configuration, the class of the attention was the choice.
     config = getattr(attention, "config", None)
@@ -261,28 +260,12 @@ def _knows(attention: Any) -> bool:
 
 
 def _dense(mask: Any) -> bool:
-    """Whether a mask is none, or a tensor with an entry per query and key."""
+    """True if a mask is none, or a tensor with an entry per query and key."""
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
 
 
 def _boolean(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.bool
-
-
-def _gelu_classes() -> tuple[type[nn.Module], ...]:
-    found = getattr(sys.modules.get("transformers.activations"), "GELUActivation", None)
-    return (nn.GELU,) if found is None else (nn.GELU, found)
-
-
-def _refusal(form: type[_Layer]) -> Callable[[nn.Module, Settings], str | None]:
-    def refusal(module: nn.Module, settings: Settings) -> str | None:
-        missing = [name for name in (*form.layout.norms, *form.layout.linears) if find(module, name) is None]
-        if missing:
-            return f"this version of transformers keeps {missing[0]} elsewhere"
-        expected = form.adapted(original_class(module))["bypassed"]
-        return why_not_bypassed(module, expected) or lacks_parameters(module, form.layout.norms)
-
-    return refusal
 
 
 def _rule(form: type[_Layer], classes: str, gain: str) -> Rule:
@@ -293,7 +276,7 @@ def _rule(form: type[_Layer], classes: str, gain: str) -> Rule:
         known = kind.__module__.startswith("transformers.models.") and kind.__name__ in names
         return known and find(module, form.layout.qkv[0]) is not None
 
-    return Rule(form.__name__, recognises, form, gain, _refusal(form))
+    return Rule(form.__name__, recognises, form, gain)
 
 
 _SUMS = "norms, GELU, LayerScale, DropPath and sums in the products"

@@ -1,7 +1,8 @@
 """The modules of the official X-FM and X²-VLM code, and of their ancestors ALBEF, X-VLM and BLIP.
 
-Nobody publishes these as a package, so they are known by structure: the names of their submodules and of the arguments
-of their forward, never the names of classes or files.
+No package holds these, so they are known by structure: the names of their submodules and of the arguments of their
+forward, never the names of classes or files. Where names do not say everything (the activation of a vocabulary head,
+how embeddings count positions), a module is tried out: its fused form has to give what its own forward gives.
 """
 
 from __future__ import annotations
@@ -9,33 +10,48 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.kernels import host
+from xfm_fast.kernels import host, reference
+from xfm_fast.nn.attention import qkv_bias
 from xfm_fast.packing import Packing, on_host
-from xfm_fast.replace import official_vision
-from xfm_fast.replace.bert_structure import (
+from xfm_fast.replace.bert_layer import (
     LAYER_PARTS,
-    drops_paths,
-    has_cross_attention,
-    is_layer,
-    why_not_plain,
-)
-from xfm_fast.replace.packed_layers import (
+    FusedEmbeddings,
     Memory,
     Packed,
     Padded,
+    VocabularyHead,
+    drops_paths,
+    has_cross_attention,
+    is_layer,
     packed_memory,
     padded_memory,
     plan,
     run_layer,
+    why_not_plain,
 )
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import CalledByName, Kinds, find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.swap import (
+    BANDS,
+    CalledByName,
+    Fused,
+    Kinds,
+    Rule,
+    Settings,
+    asks_beyond,
+    find,
+    observed,
+    original_class,
+    probability,
+    restore,
+    swap,
+    why_not_bypassed,
+)
+from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, lacks_parameters, row_scale
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -47,15 +63,42 @@ _LAYER_ARGUMENTS = {
     "output_attentions",
 }
 _ENCODER_ARGUMENTS = _LAYER_ARGUMENTS - {"past_key_value"} | {"past_key_values", "use_cache", "output_hidden_states"}
+_TENSORS = {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
 # Modes in which a layer that can look at an image does.
 _LOOKING = ("multi_modal", "multimodal", "fusion")
 # The code masks by adding -10000, newer libraries the lowest number of the type: e to the power of either is 0.
 _HIDDEN = -1000.0
+_BLOCK_ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "image_atts")
+_BLOCK_PARTS: dict[str, Kinds] = {
+    "norm1": nn.LayerNorm,
+    "attn": nn.Module,
+    "attn.qkv": nn.Linear,
+    "attn.attn_drop": nn.Dropout,
+    "attn.proj": nn.Linear,
+    "attn.proj_drop": nn.Dropout,
+    "drop_path": nn.Module,
+    "norm2": nn.LayerNorm,
+    "mlp": nn.Module,
+    "mlp.fc1": nn.Linear,
+    "mlp.fc2": nn.Linear,
+    "mlp.drop": nn.Dropout,
+}
+# Of the attention, beside its submodules.
+_BLOCK_ATTENTION = ("num_heads", "scale", "q_bias", "v_bias", "window_size", "relative_position_bias_table")
+_EMBEDDINGS = {"word_embeddings", "position_embeddings", "LayerNorm", "dropout"}
+_ROBERTA_HEAD, _BERT_HEAD = {"dense", "layer_norm", "decoder"}, {"transform", "decoder"}
+_TRANSFORM = {"dense", "LayerNorm"}
+_TRIED_TOKENS = 5
+
+
+def _foreign(module: nn.Module) -> bool:
+    """True for modules of no library that has rules of its own: those call their layers differently."""
+    return original_class(module).__module__.partition(".")[0] not in ("transformers", "timm", "xfm_fast")
 
 
 @dataclass(frozen=True)
 class _PackedTexts:
-    """What the packed texts of an encoder attend to; it travels where the layers get their attention mask."""
+    """The attention of an encoder's packed texts; it travels where the layers get their attention mask."""
 
     packing: Packing
     memory: Memory | None
@@ -66,7 +109,7 @@ class _PackedTexts:
 
 
 class _Keeping:
-    """Attention that keeps keys and values, which a layer returns for whoever generates."""
+    """Attention that keeps keys and values, which a layer returns for generation."""
 
     def __init__(self, attend: Padded) -> None:
         self._attend = attend
@@ -81,6 +124,17 @@ class OfficialTextLayer(CalledByName):
     """A layer of the text or fusion encoder: fused products, attention and norms."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        # Layers of transformers' kind know whether they decode, and return keys and values only then.
+        if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
+            return False
+        return set(_argument_names(module)) >= _LAYER_ARGUMENTS
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_plain(module) or why_not_bypassed(module, LAYER_PARTS)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
@@ -101,14 +155,11 @@ class OfficialTextLayer(CalledByName):
         return has_cross_attention(self) and call.get("encoder_hidden_states") is not None
 
     def _covers(self, call: dict[str, Any]) -> bool:
-        understood = ("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "mode")
-        if any(value is not None and value is not False for name, value in call.items() if name not in understood):
-            return False
-        if drops_paths(self):
+        if asks_beyond(call, _TENSORS | {"mode"}) or drops_paths(self):
             return False
         states, masks = call.get("encoder_hidden_states"), (call.get("attention_mask"),)
         if has_cross_attention(self):
-            # Whether a layer without an image is an error or runs alone is for the original to say.
+            # A layer without an image is an error or runs alone: the original decides.
             if not isinstance(states, Tensor) or ("mode" in self.names and call.get("mode") not in _LOOKING):
                 return False
             if getattr(find(self, "crossattention.self"), "save_attention", False):
@@ -119,6 +170,21 @@ class OfficialTextLayer(CalledByName):
 
 class OfficialTextEncoder(CalledByName):
     """The layers of a text or fusion encoder on packed tokens: padding is taken out before and put back behind."""
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        layers = find(module, "layer")
+        if (
+            not isinstance(layers, nn.ModuleList)
+            or not len(layers)
+            or not all(OfficialTextLayer.recognises(layer) for layer in layers)
+        ):
+            return False
+        return set(_argument_names(module)) >= _ENCODER_ARGUMENTS
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return None if settings.unpad else "its padding is computed; unpad=True leaves it out"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
@@ -135,8 +201,14 @@ class OfficialTextEncoder(CalledByName):
         return out
 
     def _packed(self, call: dict[str, Any]) -> _PackedTexts | None:
-        """How to pack the texts of a call; None for calls that keep their padding."""
-        if torch.compiler.is_compiling() or self._asks_beyond(call):
+        """The packed texts of a call; None for calls that keep their padding."""
+        # A list of masks of heads says something if it holds one.
+        head_masks = any(mask is not None for mask in call.get("head_mask") or ())
+        if (
+            torch.compiler.is_compiling()
+            or head_masks
+            or asks_beyond(call, _TENSORS | {"mode", "return_dict", "head_mask"})
+        ):
             return None
         states = call.get("encoder_hidden_states")
         if states is not None and not isinstance(states, Tensor):
@@ -155,15 +227,6 @@ class OfficialTextEncoder(CalledByName):
         memory = None if states is None else packed_memory(states, None if all_seen else seen, packing)
         return _PackedTexts(packing, memory)
 
-    @staticmethod
-    def _asks_beyond(call: dict[str, Any]) -> bool:
-        understood = {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
-        understood |= {"mode", "return_dict", "head_mask"}
-        masks = call.get("head_mask")
-        if masks is not None and any(mask is not None for mask in masks):
-            return True
-        return any(value is not None and value is not False for name, value in call.items() if name not in understood)
-
     def _plain_layers(self) -> bool:
         layers = find(self, "layer")
         assert layers is not None
@@ -177,8 +240,8 @@ class OfficialTextEncoder(CalledByName):
         )
 
 
-def _argument_names(original: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(original.forward).parameters)[1:]
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(original_class(module).forward).parameters)[1:]
 
 
 def _visible(mask: Any) -> Tensor | None:
@@ -191,53 +254,183 @@ def _visible(mask: Any) -> Tensor | None:
     return visible if (host.all_true(clean) if on_host(clean) else bool(clean)) else None
 
 
-def _foreign(module: nn.Module) -> bool:
-    """Libraries with rules of their own call their layers differently."""
-    return original_class(module).__module__.partition(".")[0] not in ("transformers", "timm", "xfm_fast")
+class OfficialVisionBlock(PreNormBlock):
+    """A pre-norm block with a bias on queries and values, a position table, LayerScale and stochastic depth."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _BLOCK_PARTS
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        if (
+            not _foreign(module)
+            or any(find(module, name) is None for name in _BLOCK_PARTS)
+            or not hasattr(module, "gamma_1")
+        ):
+            return False
+        attention, drop_path = find(module, "attn"), find(module, "drop_path")
+        named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
+        names = _argument_names(module)
+        return (
+            named
+            and names == _BLOCK_ARGUMENTS
+            and (isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob"))
+        )
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        reason = lacks_parameters(module, ("norm1", "norm2")) or why_not_bypassed(module, _BLOCK_PARTS)
+        attention = cast(Any, find(module, "attn"))
+        if reason is None and attention.relative_position_bias_table is not None:
+            window = tuple(attention.window_size)
+            index = attention.relative_position_index
+            if not torch.equal(index.cpu(), reference.relative_position_index(window)):
+                return "its positions are not numbered as BEiT numbers them"
+        return reason
+
+    def forward(
+        self,
+        x: Tensor,
+        rel_pos_bias: Tensor | None = None,
+        return_attention: bool = False,
+        return_qkv: bool = False,
+        image_atts: Tensor | None = None,
+    ) -> Any:
+        attention = cast(Any, self.attn)
+        table = attention.relative_position_bias_table
+        bias: Bias = None if table is None else PositionTable(table, tuple(attention.window_size))
+        # Where the MLP drops out depends on the version of the code.
+        drops_hidden = probability(cast(Any, self.mlp).drop)
+        covered = not return_attention and not return_qkv and self.takes(x) and not drops_hidden
+        if not covered or (isinstance(bias, PositionTable) and not bias.fits(x.shape[1])):
+            return super().forward(x, rel_pos_bias, return_attention, return_qkv, image_atts)
+        added = [given for given in (rel_pos_bias, image_atts) if given is not None]
+        if added:
+            if isinstance(bias, PositionTable):
+                bias = reference.position_bias(bias.table, bias.window)
+            bias = cast(Tensor, sum(added, start=0 if bias is None else bias))
+        return self.compute(self.parts(), x, bias)
+
+    def parts(self) -> Parts:
+        block = cast(Any, self)
+        attention, mlp = block.attn, block.mlp
+        bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
+        return Parts(
+            norms=(block.norm1, block.norm2),
+            qkv=((attention.qkv.weight, bias),),
+            heads=attention.num_heads,
+            scale=attention.scale,
+            proj=attention.proj,
+            fc1=mlp.fc1,
+            fc2=mlp.fc2,
+            hidden=None if self.is_erf_gelu("mlp.act") else lambda normed, linear: mlp.act(linear(mlp.fc1, normed)),
+            gammas=(block.gamma_1, block.gamma_2),
+            row_scales=(partial(row_scale, block.drop_path),) * 2,
+            attention_p=probability(attention.attn_drop),
+            branch_p=(probability(attention.proj_drop), 0.0),
+        )
 
 
-def _is_text_layer(module: nn.Module) -> bool:
-    # Layers of transformers' kind know whether they decode, and return keys and values only then.
-    if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
-        return False
-    return set(_argument_names(original_class(module))) >= _LAYER_ARGUMENTS
+class OfficialEmbeddings(FusedEmbeddings):
+    """Embeddings known by the names of their parts, and tried out."""
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        parts = set(module._modules) - {"token_type_embeddings"}
+        counts = hasattr(module, "padding_idx") or "position_ids" in module._buffers
+        return _foreign(module) and parts == _EMBEDDINGS and counts
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        reason = why_not_bypassed(module, cls.bypassed)
+        if reason is not None:
+            return reason
+        words, places = find(module, "word_embeddings"), find(module, "position_embeddings")
+        assert isinstance(words, nn.Embedding)
+        assert isinstance(places, nn.Embedding)
+        # Paddings among them: RoBERTa counts positions without them.
+        count = min(_TRIED_TOKENS, words.num_embeddings, places.num_embeddings // 2)
+        ids = torch.arange(count, device=words.weight.device)[None].flip(1)
+        return _tried(module, cls, settings, words.weight, ids)
 
 
-def _is_text_encoder(module: nn.Module) -> bool:
-    layers = find(module, "layer")
-    if not isinstance(layers, nn.ModuleList) or not len(layers) or not all(_is_text_layer(layer) for layer in layers):
-        return False
-    return set(_argument_names(original_class(module))) >= _ENCODER_ARGUMENTS
+class OfficialVocabularyHead(VocabularyHead):
+    """A vocabulary head known by the names of its parts, and tried out."""
+
+    @staticmethod
+    def recognises(module: nn.Module) -> bool:
+        parts = set(module._modules)
+        transform = find(module, "transform")
+        named = parts == _ROBERTA_HEAD or (
+            parts == _BERT_HEAD and transform is not None and set(transform._modules) >= _TRANSFORM
+        )
+        return _foreign(module) and named
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        transform = find(module, "transform")
+        reason = why_not_bypassed(module, cls.bypassed)
+        if reason is None and transform is not None and observed(transform):
+            reason = "transform has hooks"
+        if reason is not None:
+            return reason
+        dense: Any = find(module, "dense") if transform is None else find(module, "transform.dense")
+        weight = dense.weight
+        generator = torch.Generator().manual_seed(0)
+        # Wide enough that another activation, or another form of GELU, shows.
+        features = 3 * torch.randn(2, dense.in_features, generator=generator)
+        return _tried(module, cls, settings, weight, features.to(weight.device, weight.dtype))
 
 
-def _layer_refusal(module: nn.Module, settings: Settings) -> str | None:
-    return why_not_plain(module) or why_not_bypassed(module, LAYER_PARTS)
-
-
-def _encoder_refusal(module: nn.Module, settings: Settings) -> str | None:
-    return None if settings.unpad else "its padding is computed; unpad=True leaves it out"
+def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor) -> str | None:
+    """The reason why a fused form may not stand for a module: it computes something else from an example."""
+    if weight.device.type == "meta":
+        return "its parameters have no values yet, so it cannot be tried out"
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            wanted = module.forward(example)
+            swap(module, fused, Settings(settings.kernels))
+            try:
+                found = module.forward(example)
+            finally:
+                restore(module)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        return f"it could not be tried out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not isinstance(wanted, Tensor) or wanted.shape != found.shape:
+        return "it returns something else than its parts suggest"
+    error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30))
+    band = BANDS.get(wanted.dtype, BANDS[torch.float32])
+    return None if error <= band else f"it computes something else than its parts suggest (by {error:.0e} in a trial)"
 
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        "OfficialTextEncoder",
-        _is_text_encoder,
-        OfficialTextEncoder,
-        "padding left out of all layers",
-        _encoder_refusal,
-    ),
+    Rule("OfficialTextEncoder", OfficialTextEncoder.recognises, OfficialTextEncoder, "padding left out of all layers"),
     Rule(
         "OfficialTextLayer",
-        _is_text_layer,
+        OfficialTextLayer.recognises,
         OfficialTextLayer,
         "one product for q, k, v; GELU, residual and norm fused",
-        _layer_refusal,
     ),
     Rule(
         "OfficialVisionBlock",
-        official_vision.recognises,
-        official_vision.OfficialVisionBlock,
+        OfficialVisionBlock.recognises,
+        OfficialVisionBlock,
         "position table expanded once, GELU, residual, LayerScale and norm fused",
-        official_vision.refusal,
+    ),
+    Rule(
+        "OfficialEmbeddings",
+        OfficialEmbeddings.recognises,
+        OfficialEmbeddings,
+        "three tables and LayerNorm in one pass",
+    ),
+    Rule(
+        "OfficialVocabularyHead",
+        OfficialVocabularyHead.recognises,
+        OfficialVocabularyHead,
+        "GELU fused; faster product with the vocabulary",
     ),
 )

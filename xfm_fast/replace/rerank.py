@@ -19,14 +19,22 @@ from xfm_fast.kernels.backend import Backend
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.inputs import check_attention_mask, check_embeddings, check_image_index, check_token_mask
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
-from xfm_fast.replace.bert_structure import LAYER_PARTS, drops_paths, has_cross_attention, is_layer, why_not_plain
-from xfm_fast.replace.packed_layers import Memory, Packed, keys_values, run_layer
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.bert_layer import (
+    LAYER_PARTS,
+    Memory,
+    Packed,
+    drops_paths,
+    has_cross_attention,
+    is_layer,
+    keys_values,
+    run_layer,
+    why_not_plain,
+)
+from xfm_fast.replace.swap import Settings, find, observed, original_class, why_not_bypassed
 
 
 class Reranker:
-    """Scores many texts against few images with somebody else's cross-encoder; equal to scoring every pair by itself.
+    """Scores many texts against few images with a foreign cross-encoder; equal to scoring every pair by itself.
 
     The text encoder is any module that holds one stack of BERT-shaped layers, of which the last ones or all have a
     `crossattention`: BertModel and RobertaModel of transformers built with `add_cross_attention`, its BlipTextModel,
@@ -135,7 +143,12 @@ class Reranker:
         texts = input_ids if text_embeds is None else text_embeds
         assert texts is not None
         mask = _text_mask(attention_mask, texts.shape[:2], texts.device)
-        index = self._image_index(image_index, memory, len(texts), texts.device)
+        if image_index is not None:
+            index = check_image_index(image_index, memory.images, len(texts), "texts")
+        elif memory.images == 1:
+            index = torch.zeros(len(texts), dtype=torch.long, device=texts.device)
+        else:
+            raise InputError(f"image_index is needed: the memory holds {memory.images} images for {len(texts)} texts")
         if not len(texts):
             return memory.layers[0].new_zeros(0, self._width)
         groups = ImageGroups.from_index(index, memory.images)
@@ -158,7 +171,7 @@ class Reranker:
         *,
         text_embeds: Tensor | None = None,
     ) -> Tensor:
-        """What to rank pairs by: the head's logit that text and image belong together. Arguments as for `fused`.
+        """The scores of pairs: the head's logit that text and image belong together. Arguments as for `fused`.
 
         Returns:
             `[P]`: of a head with two outputs the second one ("they match", as ALBEF and its descendants have it), of a
@@ -173,13 +186,6 @@ class Reranker:
         if logits.ndim != 2 or logits.shape[1] not in (1, 2):
             raise InputError(f"the head gave {[*logits.shape]}; a matching head gives [P, 2] or [P, 1]")
         return logits[:, -1]
-
-    def _image_index(self, given: Tensor | None, memory: ImageMemory, texts: int, device: torch.device) -> Tensor:
-        if given is not None:
-            return check_image_index(given, memory.images, texts, "texts")
-        if memory.images != 1:
-            raise InputError(f"image_index is needed: the memory holds {memory.images} images for {texts} texts")
-        return torch.zeros(texts, dtype=torch.long, device=device)
 
     def _check_mode(self) -> None:
         if any(drops_paths(layer) for layer in self._layers):
@@ -251,16 +257,12 @@ def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
         )
     path, layers = holders[0]
     for number, layer in enumerate(layers):
-        _check_layer(f"{path}.{number}", layer)
+        reason = why_not_plain(layer) or why_not_bypassed(layer, LAYER_PARTS)
+        if reason is None and observed(layer):
+            reason = "it has hooks"
+        if reason is not None:
+            raise InputError(f"layer {path}.{number} cannot be re-ranked with: {reason}")
     # The layers of a model are its `encoder.layer`; its embeddings stand beside the encoder.
     *outer, _, _ = ["", *path.split(".")] if "." not in path else path.split(".")
     beside = find(encoder, ".".join(outer)) if outer else encoder
     return list(layers), None if beside is None or "." not in path else beside._modules.get("embeddings")
-
-
-def _check_layer(path: str, layer: nn.Module) -> None:
-    reason = why_not_plain(layer) or why_not_bypassed(layer, LAYER_PARTS)
-    if reason is None and observed(layer):
-        reason = "it has hooks"
-    if reason is not None:
-        raise InputError(f"layer {path} cannot be re-ranked with: {reason}")

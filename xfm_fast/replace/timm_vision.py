@@ -14,12 +14,18 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
-from xfm_fast.kernels.derived import derived
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Kinds, find, original_class, probability, why_not_bypassed
-from xfm_fast.replace.vision_attention import Bias, PositionTable
-from xfm_fast.replace.vision_block import Parts, PreNormBlock, called, lacks_parameters
+from xfm_fast.models.layers import concatenated
+from xfm_fast.replace.swap import (
+    Kinds,
+    Rule,
+    Settings,
+    asks_beyond,
+    find,
+    original_class,
+    probability,
+    why_not_bypassed,
+)
+from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, called, lacks_parameters, row_scale
 
 _NORMS = (nn.LayerNorm, LayerNorm)
 _MAYBE_DROP_PATH = (nn.Identity, DropPath)
@@ -46,16 +52,32 @@ _BYPASSED: dict[str, Any] = {
 
 
 class _TimmBlock(PreNormBlock):
-    """What timm's blocks have in common: the names of their parts."""
+    """The base of timm's blocks: the names of their parts."""
 
     erf_gelus = (nn.GELU, GELU)
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        block: Any = module
+        reason = why_not_bypassed(module, cls.bypassed) or lacks_parameters(module, ("norm1", "norm2"))
+        if reason is None and find(module, "attn.gate") is not None:
+            reason = "attn has a gate on its output"
+        if reason is None and getattr(block.attn, "num_kv_groups", 1) > 1:
+            reason = "attn shares keys and values among query heads"
+        return reason
 
     def parts(self, gammas: tuple[Tensor | None, Tensor | None], rope: Tensor | None = None) -> Parts:
         block: Any = self
         attn, mlp = block.attn, block.mlp
+        if attn.qkv is None:
+            qkv = tuple((layer.weight, layer.bias) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+        elif getattr(attn, "q_bias", None) is None:
+            qkv = ((attn.qkv.weight, attn.qkv.bias),)
+        else:
+            qkv = ((attn.qkv.weight, concatenated("qkv bias", attn.q_bias, attn.k_bias, attn.v_bias)),)
         return Parts(
             norms=(block.norm1, block.norm2),
-            qkv=_projections(attn),
+            qkv=qkv,
             heads=attn.num_heads,
             scale=attn.scale,
             proj=attn.proj,
@@ -77,7 +99,12 @@ class _TimmBlock(PreNormBlock):
         if kind is SwiGLU:
             return lambda x, linear: mlp.act(linear(mlp.fc1_g, x)) * linear(mlp.fc1_x, x)
         if kind is GluMlp:
-            return lambda x, linear: _gated(mlp, linear(mlp.fc1, x))
+
+            def gated(x: Tensor, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
+                first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
+                return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+
+            return gated
         if self.is_erf_gelu("mlp.act"):
             return None
         return lambda x, linear: mlp.act(linear(mlp.fc1, x))
@@ -93,7 +120,7 @@ class ViTBlock(_TimmBlock):
     }
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or _given(kwargs) or not self.takes(x):
+        if args or asks_beyond(kwargs, ()) or not self.takes(x):
             return super().forward(x, *args, **kwargs)
         block: Any = self
         gammas = (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None))
@@ -109,7 +136,7 @@ class BeitBlock(_TimmBlock):
         block: Any = self
         table = block.attn.relative_position_bias_table
         own = None if table is None else PositionTable(table, tuple(block.attn.window_size))
-        if _given(kwargs) or (own is not None and not own.fits(x.shape[1])) or not self.takes(x):
+        if asks_beyond(kwargs, ()) or (own is not None and not own.fits(x.shape[1])) or not self.takes(x):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias, **kwargs)
         bias: Bias = own or shared_rel_pos_bias
         if own is not None and shared_rel_pos_bias is not None:
@@ -123,31 +150,10 @@ class EvaBlock(_TimmBlock):
     bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": (eva.EvaAttention, eva.AttentionRope)}
 
     def forward(self, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if _given(kwargs) or not self.takes(x):
+        if asks_beyond(kwargs, ()) or not self.takes(x):
             return super().forward(x, rope=rope, **kwargs)
         block: Any = self
         return self.compute(self.parts((block.gamma_1, block.gamma_2), rope), x)
-
-
-def row_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """Stochastic depth as one factor per entry, `[B]`: drawn as `DropPath` draws it."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training or not drop_path.drop_prob:
-        return None
-    kept = 1 - drop_path.drop_prob
-    factors = x.new_empty(x.shape[0]).bernoulli_(kept)
-    return factors.div_(kept) if kept > 0 and drop_path.scale_by_keep else factors
-
-
-def _projections(attn: Any) -> tuple[tuple[Tensor, Tensor | None], ...]:
-    """Weight and bias to queries, keys and values, in one or in three."""
-    if attn.qkv is None:
-        return tuple((layer.weight, layer.bias) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-    if getattr(attn, "q_bias", None) is None:
-        return ((attn.qkv.weight, attn.qkv.bias),)
-    biases = (attn.q_bias, attn.k_bias, attn.v_bias)
-    if torch.is_grad_enabled() and any(b.requires_grad for b in biases):
-        return ((attn.qkv.weight, torch.cat(biases)),)
-    return ((attn.qkv.weight, derived("qkv bias", biases, lambda: torch.cat(biases))),)
 
 
 def _norm_of(part: nn.Module) -> nn.Module | None:
@@ -174,31 +180,8 @@ def _adaptation(attn: Any, rope: Tensor | None) -> Callable[[Tensor, Tensor], tu
     return adapt
 
 
-def _gated(mlp: Any, x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=mlp.chunk_dim)
-    return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
-
-
-def _given(kwargs: dict[str, Any]) -> bool:
-    """Whether a call has an argument that says something: masks, causality."""
-    return any(value is not None and value is not False for value in kwargs.values())
-
-
-def _refusal(form: type[_TimmBlock]) -> Callable[[nn.Module, Settings], str | None]:
-    def refusal(module: nn.Module, settings: Settings) -> str | None:
-        block: Any = module
-        reason = why_not_bypassed(module, form.bypassed) or lacks_parameters(module, ("norm1", "norm2"))
-        if reason is None and find(module, "attn.gate") is not None:
-            reason = "attn has a gate on its output"
-        if reason is None and getattr(block.attn, "num_kv_groups", 1) > 1:
-            reason = "attn shares keys and values among query heads"
-        return reason
-
-    return refusal
-
-
 def _rule(form: type[_TimmBlock], original: type[nn.Module], gain: str) -> Rule:
-    return Rule(form.__name__, lambda module: original_class(module) is original, form, gain, _refusal(form))
+    return Rule(form.__name__, lambda module: original_class(module) is original, form, gain)
 
 
 RULES: tuple[Rule, ...] = (

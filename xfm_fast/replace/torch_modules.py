@@ -13,10 +13,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import resolve
-from xfm_fast.replace.packed_layers import Packed, is_erf_gelu, plan
-from xfm_fast.replace.rules import Rule
-from xfm_fast.replace.settings import Settings
-from xfm_fast.replace.swapping import Fused, Kinds, find, observed, original_class, probability, why_not_bypassed
+from xfm_fast.replace.bert_layer import Packed, plan
+from xfm_fast.replace.swap import (
+    Fused,
+    Kinds,
+    Rule,
+    Settings,
+    find,
+    observed,
+    original_class,
+    probability,
+    why_not_bypassed,
+)
 
 _ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
 _LAYER_PARTS: dict[str, Kinds] = {
@@ -36,6 +44,15 @@ class FusedMultiheadAttention(Fused):
     """`torch.nn.MultiheadAttention` without attention weights as a result."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _ATTENTION_PARTS
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        attention = cast(Any, module)
+        if attention.bias_k is not None:
+            return "add_bias_kv appends a key and a value"
+        if attention.add_zero_attn:
+            return "add_zero_attn appends a key and a value"
+        return why_not_bypassed(module, _ATTENTION_PARTS)
 
     def forward(
         self,
@@ -63,7 +80,7 @@ class FusedMultiheadAttention(Fused):
             q, k, v = _project(module, query, key, value, settings)
             mask = _merged(key_padding_mask, attn_mask, q, k.shape[1])
             context = _attend(q, k, v, mask, module.dropout if self.training else 0.0)
-            out = _linear(context, module.out_proj.weight, module.out_proj.bias, settings)
+            out = settings.linear(context, module.out_proj.weight, module.out_proj.bias)
         return (out if module.batch_first else out.transpose(0, 1)), None
 
 
@@ -71,6 +88,14 @@ class FusedTransformerEncoderLayer(Fused):
     """`torch.nn.TransformerEncoderLayer`: one product for q, k, v; activation, residual and norm fused."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _LAYER_PARTS
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        layer = cast(Any, module)
+        if layer.norm1.bias is None or layer.norm2.bias is None:
+            return "its norms have no bias"
+        reason = why_not_bypassed(module, _LAYER_PARTS)
+        return reason or FusedMultiheadAttention.refusal(layer.self_attn, settings)
 
     def forward(
         self,
@@ -112,7 +137,9 @@ class FusedTransformerEncoderLayer(Fused):
             wide=not layer.norm_first,
             backend=settings.backend,
         )
-        hidden = self._hidden(normed)
+        hidden = settings.activated(normed, layer.linear1, layer.activation)
+        if layer.dropout.training and layer.dropout.p:
+            hidden = F.dropout(hidden, layer.dropout.p)
         second = settings.affine(layer.linear2.weight, layer.linear2.bias)
         dropout_p = probability(layer.dropout2)
         if layer.norm_first:
@@ -128,18 +155,13 @@ class FusedTransformerEncoderLayer(Fused):
             backend=settings.backend,
         )[0]
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        layer, settings = cast(Any, self), self.settings
-        first = settings.affine(layer.linear1.weight, layer.linear1.bias)
-        if is_erf_gelu(layer.activation):
-            hidden = ops.linear_gelu(x, *first, backend=settings.backend)
-        else:
-            hidden = layer.activation(ops.linear(x, *first, backend=settings.backend))
-        return F.dropout(hidden, probability(layer.dropout)) if probability(layer.dropout) else hidden
-
 
 class UnpaddedTransformerEncoder(Fused):
     """`torch.nn.TransformerEncoder` on packed tokens: padding is left out of all layers, and zero in the result."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return None if settings.unpad else "its padding goes PyTorch's way; unpad=True leaves it out in training too"
 
     def forward(
         self,
@@ -187,6 +209,16 @@ class UnpaddedTransformerEncoder(Fused):
 class FusedLayerNorm(Fused):
     """`torch.nn.LayerNorm` over one dimension, by a kernel."""
 
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        norm = cast(nn.LayerNorm, module)
+        if norm.weight is None or norm.bias is None:
+            return "it has no weight or no bias"
+        if len(norm.normalized_shape) != 1:
+            return f"it normalises {len(norm.normalized_shape)} dimensions"
+        chosen = resolve(settings.backend, norm.weight)
+        return None if chosen == "triton" else "PyTorch's own is as fast here; a kernel replaces it on NVIDIA GPUs"
+
     def forward(self, input: Tensor) -> Tensor:
         norm, settings = cast(Any, self), self.settings
         with settings.own_types(input.device):
@@ -201,18 +233,18 @@ def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings
     if packed is None:
         weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        made = [_linear(x, w, b, settings) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        made = [settings.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
     elif key is query and value is key:
-        made = _linear(query, packed, bias, settings).chunk(3, -1)
+        made = settings.linear(query, packed, bias).chunk(3, -1)
     else:
         weights, both = (packed[:width], packed[width:]), (None, None) if bias is None else (bias[:width], bias[width:])
-        made = [_linear(query, weights[0], both[0], settings)]
+        made = [settings.linear(query, weights[0], both[0])]
         if value is key:
-            made += _linear(key, weights[1], both[1], settings).chunk(2, -1)
+            made += settings.linear(key, weights[1], both[1]).chunk(2, -1)
         else:
             halves = (None, None) if both[1] is None else both[1].chunk(2)
             for x, w, b in zip((key, value), weights[1].chunk(2), halves, strict=True):
-                made.append(_linear(x, w, b, settings))
+                made.append(settings.linear(x, w, b))
     q, k, v = (t.unflatten(-1, (heads, -1)) for t in made)
     return q, k, v
 
@@ -241,10 +273,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
-    return ops.linear(x, *settings.affine(weight, bias), backend=settings.backend)
-
-
 def _norm(norm: Any, x: Tensor, settings: Settings) -> Tensor:
     return ops.layer_norm(x, *settings.affine(norm.weight, norm.bias), norm.eps, backend=settings.backend)
 
@@ -253,59 +281,24 @@ def _is(kind: type[nn.Module], module: nn.Module) -> bool:
     return original_class(module) is kind
 
 
-def _attention_refusal(module: nn.Module, settings: Settings) -> str | None:
-    attention = cast(Any, module)
-    if attention.bias_k is not None:
-        return "add_bias_kv appends a key and a value"
-    if attention.add_zero_attn:
-        return "add_zero_attn appends a key and a value"
-    return why_not_bypassed(module, _ATTENTION_PARTS)
-
-
-def _layer_refusal(module: nn.Module, settings: Settings) -> str | None:
-    layer = cast(Any, module)
-    if layer.norm1.bias is None or layer.norm2.bias is None:
-        return "its norms have no bias"
-    return why_not_bypassed(module, _LAYER_PARTS) or _attention_refusal(layer.self_attn, settings)
-
-
-def _encoder_refusal(module: nn.Module, settings: Settings) -> str | None:
-    if not settings.unpad:
-        return "its padding goes PyTorch's way; unpad=True leaves it out in training too"
-    return None
-
-
-def _norm_refusal(module: nn.Module, settings: Settings) -> str | None:
-    norm = cast(nn.LayerNorm, module)
-    if norm.weight is None or norm.bias is None:
-        return "it has no weight or no bias"
-    if len(norm.normalized_shape) != 1:
-        return f"it normalises {len(norm.normalized_shape)} dimensions"
-    chosen = resolve(settings.backend, norm.weight)
-    return None if chosen == "triton" else "PyTorch's own is as fast here; a kernel replaces it on NVIDIA GPUs"
-
-
 RULES: tuple[Rule, ...] = (
     Rule(
         "UnpaddedTransformerEncoder",
         partial(_is, nn.TransformerEncoder),
         UnpaddedTransformerEncoder,
         "padding left out of all layers",
-        _encoder_refusal,
     ),
     Rule(
         "FusedTransformerEncoderLayer",
         partial(_is, nn.TransformerEncoderLayer),
         FusedTransformerEncoderLayer,
         "one product for q, k, v; activation, residual and norm fused",
-        _layer_refusal,
     ),
     Rule(
         "FusedMultiheadAttention",
         partial(_is, nn.MultiheadAttention),
         FusedMultiheadAttention,
         "one product for inputs that are the same (calls with need_weights=False)",
-        _attention_refusal,
     ),
-    Rule("FusedLayerNorm", partial(_is, nn.LayerNorm), FusedLayerNorm, "one pass over memory", _norm_refusal),
+    Rule("FusedLayerNorm", partial(_is, nn.LayerNorm), FusedLayerNorm, "one pass over memory"),
 )

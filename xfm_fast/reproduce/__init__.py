@@ -1,1 +1,1 @@
-"""The paper's experiments in miniature: what can be reproduced on a laptop, and how far it carries."""
+"""The paper's experiments in miniature, as far as a laptop can reproduce them."""

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xfm_fast.checkpoint.storage import write_bytes
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.reproduce.evaluation import HeldOut, evaluate
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.loop import train
 from xfm_fast.training.recipe import Recipe, load_recipe
-from xfm_fast.training.starting_point import TOKENIZER_FILE
+from xfm_fast.training.setup import TOKENIZER_FILE
 
 RECIPE = "pretrain_tiny_shapes"
 RESULT_FILE = "result.json"
@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no-mim-guidance": ("method.mim_guidance=false",),
     "neither": ("method.stop_gradient=false", "method.mim_guidance=false"),
 }
-"""What each variant changes in the recipe."""
+"""The changes of each variant to the recipe."""
 TITLES = {
     "full": "full method",
     "no-stop-gradient": "without stop-gradient",
@@ -93,12 +93,12 @@ def run_ablations(
         seeds: 0, 1, ... of each variant.
         variants: names out of `VARIANTS`.
         minutes: no run begins later than this after the call; None for no limit.
-        recipe: what the variants change; it must have a `shapes` section.
+        recipe: that the variants change; it must have a `shapes` section.
         overrides: `key=value` for the recipe of all runs.
-        on_change: called at the beginning and after every run with what is finished.
+        on_change: called with the study at the beginning and after every run.
 
     Returns:
-        What is finished; runs are missing if the time was up or a signal stopped the training.
+        The finished runs; others are missing if the time was up or a signal stopped the training.
 
     Raises:
         ConfigError: unknown variants, no seeds, or a recipe without a shapes world.
@@ -137,13 +137,9 @@ def run_ablations(
     return study()
 
 
-def _folder(out: Path, variant: str, seed: int) -> Path:
-    return out / variant / f"seed-{seed}"
-
-
 def _recipe(out: Path, variant: str, seed: int, recipe: str | Path, overrides: tuple[str, ...]) -> Recipe:
     # A seed gives all its variants the same initial weights and the same batches; the world is that of all runs.
-    own = (f"seed={seed}", f"data={out / 'world'}", f"checkpoint.folder={_folder(out, variant, seed)}")
+    own = (f"seed={seed}", f"data={out / 'world'}", f"checkpoint.folder={out / variant / f'seed-{seed}'}")
     made = load_recipe(recipe, (*overrides, *VARIANTS[variant], *own))
     if made.shapes is None:
         raise ConfigError(f"recipe {recipe} has no shapes world; the ablations are evaluated on its held-out scenes")
@@ -176,7 +172,7 @@ def _train(variant: str, seed: int, recipe: Recipe) -> Run | None:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What a result depends on: not where it lies, nor how it is logged and loaded."""
+    """The part of a recipe that a result depends on: not where it lies, nor how it is logged and loaded."""
     described = recipe.model_dump(mode="json")
     return {name: value for name, value in described.items() if name not in ("data", "checkpoint", "log", "workers")}
 

@@ -1,1 +1,1 @@
-"""What people do with X-FM: each task joins a head, a loss, inference and its metric."""
+"""The tasks that X-FM is fine-tuned for: each task joins a head, a loss, inference and its metric."""

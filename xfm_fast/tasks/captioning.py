@@ -15,8 +15,7 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
-from xfm_fast.models.decoder import DecoderMemory, TextDecoder
-from xfm_fast.models.generation import generate
+from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.task_model import TaskModel
 
@@ -47,7 +46,7 @@ class CaptioningModel(TaskModel):
         return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
 
     def encode(self, pixels: Tensor) -> DecoderMemory:
-        """What the decoder reads of images `[B, 3, R, R]`, projected once for all steps and beams."""
+        """The decoder's memory of images `[B, 3, R, R]`, projected once for all steps and beams."""
         return self.text_decoder.memory(self.encode_image(pixels))
 
     def token_losses(

@@ -38,7 +38,7 @@ class ClassificationModel(TaskModel):
     Args:
         config: sizes.
         labels: number of classes; 1 makes it a regression.
-        modality: what is classified.
+        modality: of the items that are classified.
         head: `linear`; `mlp`, Linear·LayerNorm·GELU·Linear, which the official code uses for texts and pairs; or
             `official_image`, the head that it puts on images: five linear layers on the image token beside the mean of
             the patches. These two vectors are *identical* unless `local_attn_depth > 0`, so the head does five layers'
@@ -98,7 +98,7 @@ class ClassificationModel(TaskModel):
     def features(
         self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """What the head reads: `[B, width]`, or `[B, 2 · vision_width]` for the official image head.
+        """The features that the head reads: `[B, width]`, or `[B, 2 · vision_width]` for the official image head.
 
         Args:
             pixels: `[B, 3, R, R]`, for images and pairs.

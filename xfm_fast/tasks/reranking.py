@@ -1,30 +1,33 @@
-"""Score candidate pairs image by image: one memory per image, all its captions one query sequence, nothing padded.
+"""Re-ranking: candidate pairs, their scores image by image, the metric R@k, and a journal of the scores.
 
-Passes are cut by a budget of caption tokens. With a journal, the scores of finished images outlive the process.
+The pairs are the union of both directions' candidates. An image has one memory, all its captions are one query
+sequence, and nothing is padded; passes are cut by a budget of caption tokens. With a journal, the scores of finished
+images outlive the process.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from xfm_fast import flops
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Sequences, offsets, ragged_rows
-from xfm_fast.tasks.candidates import Candidates
-from xfm_fast.tasks.recall import recall
-from xfm_fast.tasks.score_journal import ScoreJournal
 
 # Score of a pair that was no candidate, as in the official evaluation.
 UNSCORED = -100.0
@@ -33,12 +36,17 @@ UNSCORED = -100.0
 _TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
 # Image memories held at a time; a 384-pixel image of the base model takes 42 MB in fp32.
 _MEMORY_BYTES = 1 << 30
+# Similarities are ranked in slices of this many values, so that a large collection needs no full matrix.
+_SLICE_VALUES = 1 << 26
+# A journal begins with this line; a record is the image, the number of scores and their CRC-32.
+_MAGIC = b"xfm-fast scores 1\n"
+_RECORD = struct.Struct("<III")
 
 Progress = Callable[[int, int], None]
 
 
 class PairScorer(Protocol):
-    """What re-ranking needs of a model; an exported engine can offer it too."""
+    """The part of a model that re-ranking needs; an exported engine can offer it too."""
 
     config: XFMConfig
 
@@ -47,11 +55,11 @@ class PairScorer(Protocol):
         ...
 
     def preparation_flops(self, lengths: Tensor) -> flops.Count:
-        """What `prepare` costs for texts of these lengths."""
+        """The cost of `prepare` for texts of these lengths."""
         ...
 
     def memory(self, image_embeds: Tensor) -> Any:
-        """What all texts of the images `[B, 1 + N, width]` share."""
+        """The memory of images `[B, 1 + N, width]`, which all their texts share."""
         ...
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups) -> Tensor:
@@ -59,7 +67,7 @@ class PairScorer(Protocol):
         ...
 
     def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
-        """What `scores` costs for texts of these lengths."""
+        """The cost of `scores` for texts of these lengths."""
         ...
 
     def fingerprint(self) -> str:
@@ -122,7 +130,7 @@ class TextIndex:
 
 
 class Receipt(NamedTuple):
-    """What a re-ranking cost, and what the official procedure would have cost."""
+    """The cost of a re-ranking, beside that of the official procedure."""
 
     images: int
     texts: int
@@ -141,7 +149,7 @@ class Receipt(NamedTuple):
 
     @property
     def flops_ratio(self) -> float:
-        """How many times the FLOPs the official procedure spends."""
+        """The FLOPs of the official procedure over those spent here."""
         return self.flops_official / self.flops if self.flops else 1.0
 
 
@@ -216,59 +224,57 @@ def score_candidates(
     progress: Progress | None,
 ) -> RerankResult:
     """Score every candidate pair once; see `xfm_fast.tasks.retrieval.rerank` for the arguments."""
-    if resume is None:
-        return _run(scorer, images, texts, candidates, token_budget, None, progress)
-    fingerprint = _fingerprint(scorer, images, texts, candidates)
-    with ScoreJournal(Path(resume) / "scores.bin", fingerprint, _score_dtype(texts)) as journal:
-        return _run(scorer, images, texts, candidates, token_budget, journal, progress)
-
-
-def _run(
-    scorer: PairScorer,
-    images: ImageIndex,
-    texts: TextIndex,
-    candidates: Candidates,
-    token_budget: int | None,
-    journal: ScoreJournal | None,
-    progress: Progress | None,
-) -> RerankResult:
-    device = texts.tokens.device
-    budget = _TOKEN_BUDGET.get(device.type, _TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
-    per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
-    most = max(1, _MEMORY_BYTES // per_image)
-    scores = torch.full((candidates.pairs,), UNSCORED, dtype=_score_dtype(texts))
-    finished: set[int] = set()
-    if journal is not None:
-        finished = _restore(journal, candidates, scores)
-    resumed = int(candidates.cu_pairs.diff()[sorted(finished)].sum()) if finished else 0
-    done = resumed
-    starts = offsets(texts.lengths)[:-1].long()
-    memory, memory_of = None, None
-    spent = flops.Count()
-    prepared = texts.tokens
-    if done < candidates.pairs:
-        prepared = _prepare(scorer, texts, budget)
-        spent += scorer.preparation_flops(texts.lengths)
-    for tile in _tiles(candidates, texts.lengths.cpu(), finished, budget, most):
-        chosen = [piece.image for piece in tile]
-        if chosen != memory_of:
-            memory = scorer.memory(_images(images.embeds, chosen).to(device))
-            memory_of = chosen
-            spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
-        pairs = torch.cat([torch.arange(piece.start, piece.stop) for piece in tile])
-        selected = candidates.texts[pairs].to(device)
-        lengths = texts.lengths[selected]
-        tokens = prepared.index_select(0, ragged_rows(starts[selected], lengths))
-        groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
-        scored = scorer.scores(tokens, Sequences.from_lengths(lengths), memory, groups)
-        spent += scorer.fusion_flops(lengths, groups, images.embeds.shape[1])
-        scores[pairs] = scored.to("cpu", scores.dtype)
-        done += len(pairs)
+    with ExitStack() as stack:
+        journal = None
+        if resume is not None:
+            fingerprint = _fingerprint(scorer, images, texts, candidates)
+            path = Path(resume) / "scores.bin"
+            journal = stack.enter_context(ScoreJournal(path, fingerprint, _score_dtype(texts)))
+        device = texts.tokens.device
+        budget = _TOKEN_BUDGET.get(device.type, _TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
+        per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
+        most = max(1, _MEMORY_BYTES // per_image)
+        scores = torch.full((candidates.pairs,), UNSCORED, dtype=_score_dtype(texts))
+        finished: set[int] = set()
         if journal is not None:
-            _record(journal, candidates, tile, scores)
-        if progress is not None:
-            progress(done, candidates.pairs)
-    return RerankResult(candidates, scores, _receipt(scorer.config, images, texts, candidates, resumed, spent))
+            finished = _restore(journal, candidates, scores)
+        resumed = int(candidates.cu_pairs.diff()[sorted(finished)].sum()) if finished else 0
+        done = resumed
+        starts = offsets(texts.lengths)[:-1].long()
+        memory, memory_of = None, None
+        spent = flops.Count()
+        prepared = texts.tokens
+        if done < candidates.pairs:
+            prepared = _prepare(scorer, texts, budget)
+            spent += scorer.preparation_flops(texts.lengths)
+        for tile in _tiles(candidates, texts.lengths.cpu(), finished, budget, most):
+            chosen = [piece.image for piece in tile]
+            if chosen != memory_of:
+                # A slice of mapped embeddings is read as it lies, while an index copies rows one by one.
+                adjoining = chosen[-1] - chosen[0] == len(chosen) - 1
+                rows = slice(chosen[0], chosen[-1] + 1) if adjoining else torch.tensor(chosen)
+                memory = scorer.memory(images.embeds[rows].to(device))
+                memory_of = chosen
+                spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
+            pairs = torch.cat([torch.arange(piece.start, piece.stop) for piece in tile])
+            selected = candidates.texts[pairs].to(device)
+            lengths = texts.lengths[selected]
+            tokens = prepared.index_select(0, ragged_rows(starts[selected], lengths))
+            groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
+            scored = scorer.scores(tokens, Sequences.from_lengths(lengths), memory, groups)
+            spent += scorer.fusion_flops(lengths, groups, images.embeds.shape[1])
+            scores[pairs] = scored.to("cpu", scores.dtype)
+            done += len(pairs)
+            if journal is not None:
+                for piece in tile:
+                    first, last = int(candidates.cu_pairs[piece.image]), int(candidates.cu_pairs[piece.image + 1])
+                    # An image is recorded when its last pair is scored.
+                    if piece.stop == last:
+                        journal.append(piece.image, scores[first:last])
+                journal.sync()
+            if progress is not None:
+                progress(done, candidates.pairs)
+        return RerankResult(candidates, scores, _receipt(scorer.config, images, texts, candidates, resumed, spent))
 
 
 def _score_dtype(texts: TextIndex) -> torch.dtype:
@@ -291,12 +297,6 @@ def _prepare(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _images(embeds: Tensor, chosen: list[int]) -> Tensor:
-    if chosen[-1] - chosen[0] == len(chosen) - 1:
-        return embeds[chosen[0] : chosen[-1] + 1]
-    return embeds[torch.tensor(chosen)]
-
-
 def _restore(journal: ScoreJournal, candidates: Candidates, scores: Tensor) -> set[int]:
     cu_pairs = candidates.cu_pairs.tolist()
     finished: set[int] = set()
@@ -308,16 +308,6 @@ def _restore(journal: ScoreJournal, candidates: Candidates, scores: Tensor) -> s
         scores[cu_pairs[image] : cu_pairs[image + 1]] = values
         finished.add(image)
     return finished
-
-
-def _record(journal: ScoreJournal, candidates: Candidates, tile: list[_Piece], scores: Tensor) -> None:
-    """Images whose last pair was scored in this pass."""
-    cu_pairs = candidates.cu_pairs
-    for piece in tile:
-        first, last = int(cu_pairs[piece.image]), int(cu_pairs[piece.image + 1])
-        if piece.stop == last:
-            journal.append(piece.image, scores[first:last])
-    journal.sync()
 
 
 def _receipt(
@@ -341,7 +331,7 @@ def _receipt(
 
 
 def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates) -> str:
-    """Of everything that decides the scores; features stand in for image embeddings too large to read twice."""
+    """A digest of all that decides the scores; features stand in for image embeddings too large to read twice."""
     digest = hashlib.sha256(scorer.fingerprint().encode())
     digest.update(f"{[*images.embeds.shape]} {images.embeds.dtype} {texts.tokens.dtype}".encode())
     for tensor in (images.features, texts.features, texts.tokens, texts.lengths, candidates.cu_pairs, candidates.texts):
@@ -352,3 +342,180 @@ def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candi
 def _checksum(tensor: Tensor, start: int = 0) -> int:
     data = tensor.detach().cpu().contiguous().flatten()
     return zlib.crc32(data.view(torch.uint8).numpy().data, start) if data.numel() else start
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The pairs to score, ordered by image and then by text, each once.
+
+    Attributes:
+        cu_pairs: `[I + 1]` offsets of the images in the list of pairs.
+        texts: `[Q]` text of each pair.
+        for_image, for_text: `[Q]` boolean: the text is a candidate of the image; the image is a candidate of the text.
+    """
+
+    cu_pairs: Tensor
+    texts: Tensor
+    for_image: Tensor
+    for_text: Tensor
+
+    @property
+    def pairs(self) -> int:
+        return self.texts.shape[0]
+
+    @property
+    def images(self) -> Tensor:
+        """`[Q]` image of each pair."""
+        return torch.arange(self.cu_pairs.shape[0] - 1).repeat_interleave(self.cu_pairs.diff())
+
+
+def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int, per_text: int) -> Candidates:
+    """The most similar texts of every image and the most similar images of every text.
+
+    Args:
+        image_features: `[I, E]`, text_features: `[T, E]`; L2-normalised.
+        per_image, per_text: texts per image and images per text, cut to as many as there are; 0 for none.
+    """
+    images, texts = image_features.shape[0], text_features.shape[0]
+    texts_of_image = _top(image_features, text_features, min(per_image, texts))
+    images_of_text = _top(text_features, image_features, min(per_text, images))
+    by_image = torch.arange(images)[:, None] * texts + texts_of_image
+    by_text = images_of_text * texts + torch.arange(texts)[:, None]
+    by_image, by_text = by_image.flatten().sort().values, by_text.flatten().sort().values
+    pairs = torch.cat([by_image, by_text]).unique()
+    cu_pairs = offsets(torch.bincount(pairs // max(1, texts), minlength=images)).long()
+    return Candidates(cu_pairs, pairs % max(1, texts), _contained(pairs, by_image), _contained(pairs, by_text))
+
+
+def _top(queries: Tensor, collection: Tensor, k: int) -> Tensor:
+    """`[Q, k]` indices of the collection's most similar rows."""
+    rows = max(1, _SLICE_VALUES // max(1, collection.shape[0]))
+    slices = [(part @ collection.t()).topk(k, dim=1).indices for part in queries.split(rows)]
+    return torch.cat(slices).cpu() if slices else torch.empty(0, k, dtype=torch.long)
+
+
+def _contained(values: Tensor, ordered: Tensor) -> Tensor:
+    if not ordered.numel():
+        return torch.zeros_like(values, dtype=torch.bool)
+    place = torch.searchsorted(ordered, values).clamp_(max=ordered.numel() - 1)
+    return ordered[place] == values
+
+
+def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """The official retrieval metric, in percent.
+
+    Ties count against the true answer, so that a pair that was never scored is never a hit; the official code leaves
+    their order to an unstable sort.
+
+    Args:
+        score_i2t: `[I, T]`; score_t2i: `[T, I]`.
+        image_of_text: `[T]` the image that each text describes.
+
+    Returns:
+        `txt_r1/5/10` (image to text: the best rank of an image's texts), `img_r1/5/10` (text to image), their means
+        `txt_r_mean`, `img_r_mean`, and `r_mean`, the mean of both.
+    """
+    images, texts = score_i2t.shape
+    if score_t2i.shape != (texts, images) or image_of_text.shape != (texts,):
+        raise InputError(
+            f"score_i2t {[*score_i2t.shape]}, score_t2i {[*score_t2i.shape]} and image_of_text "
+            f"{[*image_of_text.shape]} do not belong together; they must be [I, T], [T, I] and [T]"
+        )
+    if texts and not 0 <= int(image_of_text.min()) <= int(image_of_text.max()) < images:
+        raise InputError(f"image_of_text names image {int(image_of_text.max())}; there are {images}, numbered from 0")
+    positive = image_of_text[None, :] == torch.arange(images)[:, None]
+    unmatched = ~positive.any(1)
+    if bool(unmatched.any()):
+        raise InputError(f"image {int(unmatched.long().argmax())} has no text in image_of_text; leave it out")
+    best = score_i2t.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+    text_rank = ((score_i2t >= best) & ~positive).sum(1)
+    true = score_t2i.gather(1, image_of_text[:, None])
+    image_rank = (score_t2i >= true).sum(1) - 1
+    result: dict[str, float] = {}
+    for name, ranks in (("txt", text_rank), ("img", image_rank)):
+        for depth in (1, 5, 10):
+            result[f"{name}_r{depth}"] = 100.0 * int((ranks < depth).sum()) / len(ranks)
+        result[f"{name}_r_mean"] = sum(result[f"{name}_r{depth}"] for depth in (1, 5, 10)) / 3
+    result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
+    return result
+
+
+class ScoreJournal:
+    """Append-only records `(image, scores)`. Opening it drops a torn record at the end; what precedes it is kept.
+
+    Args:
+        path: the file; created when absent.
+        fingerprint: of the work (weights, embeddings, candidates). A file made for other work is refused.
+        dtype: of the scores; part of the fingerprint.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: str, dtype: torch.dtype = torch.float32) -> None:
+        self.path = Path(path)
+        self.dtype = dtype
+        self._header = _MAGIC + f"{fingerprint} {dtype}\n".encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
+            found = self._file.read(len(self._header))
+            if found != self._header:
+                if found and not self._header.startswith(found):
+                    raise DataError(
+                        f"{self.path} holds the scores of other work (other weights, embeddings or k); delete it to "
+                        "start anew or name another folder. Embeddings that are computed again, not kept in a file, "
+                        "can differ in the last bit: torch.use_deterministic_algorithms(True) in both runs prevents it"
+                    )
+                self._file.seek(0)
+                self._file.truncate()
+                self._file.write(self._header)
+                self.sync()
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def records(self) -> Iterator[tuple[int, Tensor]]:
+        """Every whole record, in the order written; the file is cut behind the last one."""
+        self._file.seek(len(self._header))
+        end = self._file.tell()
+        while len(head := self._file.read(_RECORD.size)) == _RECORD.size:
+            image, count, checksum = _RECORD.unpack(head)
+            body = self._file.read(self.dtype.itemsize * count)
+            if len(body) != self.dtype.itemsize * count or zlib.crc32(body, image) != checksum:
+                break
+            end = self._file.tell()
+            yield image, torch.frombuffer(bytearray(body), dtype=self.dtype) if count else torch.empty(0)
+        self._file.seek(end)
+        self._file.truncate()
+
+    def append(self, image: int, scores: Tensor) -> None:
+        """Record the scores `[n]` of one image."""
+        body = scores.to("cpu", self.dtype).contiguous().numpy().tobytes()
+        try:
+            self._file.write(_RECORD.pack(image, len(scores), zlib.crc32(body, image)) + body)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def sync(self) -> None:
+        """Make everything appended so far durable."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"{self.path} cannot be written ({error.strerror}); the scores recorded before are kept: free space and "
+            "resume"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError as failure:
+            # Closing flushes: a disk that filled up fails here once more, and the first failure is the one to report.
+            if kind is None:
+                raise self._failure(failure) from None

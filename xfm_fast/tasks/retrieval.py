@@ -17,11 +17,9 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.mapped import create_mapped
+from xfm_fast.memory import create_mapped
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import Packing
-from xfm_fast.tasks.candidates import top_candidates
-from xfm_fast.tasks.recall import recall
 from xfm_fast.tasks.reranking import (
     UNSCORED,
     ImageIndex,
@@ -31,7 +29,9 @@ from xfm_fast.tasks.reranking import (
     Receipt,
     RerankResult,
     TextIndex,
+    recall,
     score_candidates,
+    top_candidates,
 )
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class RetrievalModel(Protocol):
-    """What retrieval needs of a model that is no `XFM`, such as a session over exported graphs."""
+    """The part of a model that retrieval needs where it is no `XFM`, such as a session over exported graphs."""
 
     @property
     def config(self) -> XFMConfig: ...
@@ -68,7 +68,7 @@ class RetrievalModel(Protocol):
     def project_text(self, text_embeds: Tensor) -> Tensor: ...
 
     def pair_scorer(self) -> PairScorer:
-        """What pairs are scored with."""
+        """The scorer of pairs."""
         ...
 
 
@@ -184,7 +184,7 @@ def rerank(
     """Re-rank the union of both directions' top-k pairs, each pair once, image by image.
 
     Args:
-        image_embeds: `[I, 1 + N, vision_width]` from `encode_image`; may be memory-mapped (`xfm_fast.mapped`).
+        image_embeds: `[I, 1 + N, vision_width]` from `encode_image`; may be memory-mapped (`xfm_fast.memory`).
         text_embeds: `[T, L, text_width]` from `encode_text`.
         attention_mask: `[T, L]`, non-zero for real tokens.
         model: with the contrastive and matching heads.
@@ -200,17 +200,15 @@ def rerank(
     model.eval()
     with torch.inference_mode():
         if image_features is None:
-            image_features = torch.cat([_image_features(model, part) for part in image_embeds.split(64)])
+            # Token 0 is all that features need of embeddings that may lie in a file.
+            tokens = (part[:, :1].to(model.device) for part in image_embeds.split(64))
+            image_features = torch.cat([model.project_image(part) for part in tokens])
         if text_features is None:
             text_features = model.project_text(text_embeds)
         packing = Packing.from_mask(attention_mask)
         texts = TextIndex(packing.pack(text_embeds), packing.cu_seqlens.diff().long(), text_features)
     retriever = Retriever(model, token_budget=token_budget)
     return retriever.rerank(ImageIndex(image_embeds, image_features), texts, k, resume=resume, progress=progress)
-
-
-def _image_features(model: XFM, image_embeds: Tensor) -> Tensor:
-    return model.project_image(image_embeds[:, :1].to(model.device))
 
 
 def _positive(k: int) -> int:

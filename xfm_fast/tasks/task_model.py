@@ -1,4 +1,4 @@
-"""What the fine-tuning models have in common: where their weights come from."""
+"""The base of the fine-tuning models: where their weights come from."""
 
 from __future__ import annotations
 

@@ -7,10 +7,13 @@ or not there:
 * `model/`: what `save_pretrained` writes, so `XFM.from_pretrained` reads it;
 * `training.safetensors`: optimizer state, average of the weights, random state of every process;
 * `sharded/`: with FSDP, weights and optimizer state as `torch.distributed.checkpoint` writes them, for any number of
-  processes (all of which must see the folder);
+  processes (all of which must see the folder); opened only where `state.json` says that it is there;
 * `manifest.json`: size and SHA-256 of all the others.
 
 Loader workers have no state that could be lost: a batch is a function of its number.
+
+A checkpoint is not trusted: reading one runs nothing that is in it, whatever its files name. The manifest tells damage
+and not forgery, for an attacker writes the digests too. The processes of a run trust each other.
 """
 
 from __future__ import annotations
@@ -18,18 +21,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -44,8 +46,8 @@ from xfm_fast.checkpoint import (
 from xfm_fast.errors import CheckpointError, StorageError
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
-from xfm_fast.training.distributed import Place
-from xfm_fast.training.randomness import random_state
+from xfm_fast.training.distributed import Processes
+from xfm_fast.training.shards import read_shards, write_shards
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, TENSORS, SHARDED, MODEL = "manifest.json", "state.json", "training.safetensors", "sharded", "model"
@@ -78,7 +80,7 @@ class Checkpoint:
 
     Attributes:
         state: content of `state.json`.
-        rejected: what is wrong with newer ones.
+        rejected: newer ones that are damaged, a sentence each.
     """
 
     path: Path
@@ -86,7 +88,7 @@ class Checkpoint:
     rejected: tuple[str, ...] = ()
 
 
-def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Place, *, keep: int) -> Path:
+def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes: Processes, *, keep: int) -> Path:
     """Write the checkpoint of this step, then delete all but the newest `keep`; called by all processes.
 
     Raises:
@@ -94,9 +96,16 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
     """
     final = folder / f"{_PREFIX}{progress.step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    random_states = place.gather(random_state(place.device))
-    kernels = place.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
-    tensors, groups, numbers = _optimizer_parts(progress.model, progress.optimizer)
+    random_states = processes.gather(random_state(processes.device))
+    kernels = processes.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
+    groups = _group_names(progress.model, progress.optimizer)
+    names = [name for group in groups for name in group]
+    # Optimizer state by the name of its parameter; what is no tensor goes into `state.json`.
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, entries in progress.optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
     weights = progress.model.state_dict()
     whole = of_the_model(weights)
@@ -110,10 +119,11 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
         "format": FORMAT_VERSION,
         "step": progress.step,
         "batches": progress.batches,
-        "world_size": place.world_size,
+        "world_size": processes.world_size,
         "scaler": progress.scaler.state_dict(),
         "optimizer": {"groups": groups, "numbers": numbers},
         "cpu_kernels": kernels,
+        "sharded": bool(shards),
         "recipe": recipe,
     }
 
@@ -139,25 +149,32 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, place: Pla
         sync_folder(folder)
 
     try:
-        place.from_first(begin)
+        processes.from_first(begin)
         if shards:
-            _save_shards(shards, temporary / SHARDED, place)
-        place.from_first(finish)
-    except (OSError, CheckpointException) as error:
-        if place.first:
+            failures = processes.gather(write_shards(shards, temporary / SHARDED))
+            if reason := next(filter(None, failures), None):
+                raise OSError(reason)
+        processes.from_first(finish)
+    except OSError as error:
+        if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(
             f"the checkpoint of step {progress.step} could not be written to {folder} ({reason}); earlier checkpoints "
             "are as they were: free space or set checkpoint.folder, then start the run again"
         ) from error
-    if place.first:
-        _forget(folder, keep)
+    if processes.first:
+        for path in [*_steps(folder)][keep:]:
+            # A deletion that is interrupted must not look like a damaged checkpoint.
+            with suppress(OSError):
+                path.rename(folder / f".{path.name}.old")
+        for old in folder.glob(f".{_PREFIX}*.old"):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def of_the_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without what a model has in training only."""
+    """A state dict without the parts that a model has in training only."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{CODES}.")}
 
 
@@ -186,8 +203,8 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load(checkpoint: Checkpoint, progress: Progress, place: Place) -> None:
-    """Set `progress` to what a checkpoint holds; random states are left to the caller (`random_states`).
+def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> None:
+    """Set `progress` to the state of a checkpoint; random states are left to the caller (`random_states`).
 
     Sharded and whole checkpoints load into sharded and whole models alike, for any number of processes.
 
@@ -198,7 +215,7 @@ def load(checkpoint: Checkpoint, progress: Progress, place: Place) -> None:
     own = dict(model.state_dict())
     wanted = {f"model/{name}": tensor for name, tensor in own.items()}
     wanted |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    read = _read(path, {**dict(model.named_parameters()), **own})
+    read = _read(path, {**dict(model.named_parameters()), **own}, sharded=_is_sharded(checkpoint.state, path))
     if not any(name.startswith("average/") for name in read):
         # An average that the run did not have before begins now.
         read |= {f"average/{name}": read[f"model/{name}"] for name in progress.average if f"model/{name}" in read}
@@ -216,30 +233,18 @@ def load(checkpoint: Checkpoint, progress: Progress, place: Place) -> None:
     progress.batches = dict(checkpoint.state["batches"])
 
 
-def random_states(checkpoint: Checkpoint, place: Place) -> dict[str, Tensor] | None:
+def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Tensor] | None:
     """The random state of this process; None when the checkpoint is of another number of processes.
 
     The CPU's choice among implementations of a product, which is made by timing them, is taken over with it.
     """
-    if checkpoint.state["world_size"] != place.world_size:
+    if checkpoint.state["world_size"] != processes.world_size:
         return None
-    for operation, dtype, chosen in checkpoint.state["cpu_kernels"][place.rank]:
+    for operation, dtype, chosen in checkpoint.state["cpu_kernels"][processes.rank]:
         settle(operation, getattr(torch, dtype), chosen)
-    prefix = f"random/{place.rank}/"
+    prefix = f"random/{processes.rank}/"
     read = read_state_dict(checkpoint.path / TENSORS)
     return {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
-
-
-def _optimizer_parts(model: XFM, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[list[str]], dict[str, Any]]:
-    """State tensors by parameter name, names of each group, and state that is no tensor."""
-    groups = _group_names(model, optimizer)
-    names = [name for group in groups for name in group]
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for index, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
-    return tensors, groups, numbers
 
 
 def _group_names(model: XFM, optimizer: Optimizer) -> list[list[str]]:
@@ -273,6 +278,25 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
     )
 
 
+def is_sharded(path: Path) -> bool:
+    """True where `state.json` says that the weights of a checkpoint lie in `sharded/`; False for other folders.
+
+    Raises:
+        CheckpointError: `state.json` is damaged.
+    """
+    try:
+        return _is_sharded(json.loads((path / STATE).read_text()), path)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be read ({error}); take another checkpoint") from None
+
+
+def _is_sharded(state: Mapping[str, Any], path: Path) -> bool:
+    # Earlier checkpoints do not say it; those that were sharded have no model beside the shards.
+    return bool(state.get("sharded", not (path / MODEL).is_dir()))
+
+
 def load_weights(path: Path, model: XFM) -> None:
     """Give a model that is not sharded the weights of a checkpoint, whatever it was written by.
 
@@ -280,7 +304,7 @@ def load_weights(path: Path, model: XFM) -> None:
         CheckpointError: it is of another model.
     """
     own = model.state_dict()
-    read = _read(path, own, only="model/")
+    read = _read(path, own, sharded=is_sharded(path), only="model/")
     if missing := [n for n in own if f"model/{n}" not in read or read[f"model/{n}"].shape != own[n].shape]:
         raise CheckpointError(f"{path} does not fit the model: {', '.join(missing[:5])} is missing or of another shape")
     with torch.no_grad():
@@ -288,50 +312,27 @@ def load_weights(path: Path, model: XFM) -> None:
             tensor.copy_(read[f"model/{name}"])
 
 
-def _read(path: Path, parameters: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
+def _read(path: Path, parameters: Mapping[str, Tensor], *, sharded: bool, only: str = "") -> dict[str, Tensor]:
     read = read_state_dict(path / TENSORS)
-    if (path / MODEL).is_dir():
-        read |= {
-            f"model/{name}": tensor for name, tensor in read_state_dict(path / MODEL / "model.safetensors").items()
-        }
-    if (path / SHARDED).is_dir():
-        metadata = dcp.FileSystemReader(path / SHARDED).read_metadata().state_dict_metadata
-        shards: dict[str, Any] = {}
-        for name, entry in metadata.items():
-            if not name.startswith(only):
-                continue
-            like = parameters.get(_parameter_of(name))
-            same = like is not None and tuple(getattr(entry, "size", ())) == tuple(like.shape)
-            shards[name] = torch.empty_like(like, requires_grad=False) if same else torch.empty(*entry.size)  # type: ignore[union-attr, arg-type]
-        with warnings.catch_warnings():
-            # One process alone reads all shards, which is meant.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(shards, checkpoint_id=path / SHARDED)
-        read |= shards
-    return read
+    if not sharded:
+        weights = read_state_dict(path / MODEL / "model.safetensors")
+        return read | {f"model/{name}": tensor for name, tensor in weights.items()}
 
+    def like(name: str) -> Tensor | None:
+        # model/NAME, average/NAME, optimizer/NAME/KEY
+        kind, _, rest = name.partition("/")
+        return (
+            parameters.get(rest.rpartition("/")[0] if kind == "optimizer" else rest) if name.startswith(only) else None
+        )
 
-def _parameter_of(name: str) -> str:
-    kind, _, rest = name.partition("/")
-    return rest.rpartition("/")[0] if kind == "optimizer" else rest
+    return read | read_shards(path / SHARDED, like)
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` spread over processes as `target` is."""
+    """`value`, sharded over processes as `target` is."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return value
-
-
-def _save_shards(shards: dict[str, Any], path: Path, place: Place) -> None:
-    failure = ""
-    try:
-        dcp.save(shards, checkpoint_id=path)
-    except (OSError, CheckpointException) as error:
-        failure = str(error) or type(error).__name__
-    failures = [reason for reason in place.gather(failure) if reason]
-    if failures:
-        raise OSError(failures[0])
 
 
 def _seal(folder: Path) -> None:
@@ -348,7 +349,7 @@ def _seal(folder: Path) -> None:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words."""
+    """The damage of a checkpoint in words; None where it is whole."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name, entry in files.items():
@@ -371,19 +372,46 @@ def _steps(folder: Path) -> Iterator[Path]:
     yield from sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
 
 
-def _forget(folder: Path, keep: int) -> None:
-    """Delete old checkpoints; one that cannot be deleted is only in the way."""
-    for path in [*_steps(folder)][keep:]:
-        # A deletion that is interrupted must not look like a damaged checkpoint.
-        old = folder / f".{path.name}.old"
-        with suppress(OSError):
-            path.rename(old)
-    for old in folder.glob(f".{_PREFIX}*.old"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def seed_everything(seed: int, *parts: int) -> None:
+    """Start all generators from a seed and numbers such as rank and step; equal arguments give equal streams."""
+    words = np.random.SeedSequence([seed, *parts]).generate_state(3, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1] >> np.uint64(32)))
+    torch.manual_seed(int(words[2] >> np.uint64(1)))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Everything that decides which random numbers come next, for CPU and `device`."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "python": torch.tensor([version, *numbers]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss]),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Continue where `random_state` was taken."""
+    version, *numbers = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(numbers), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, float(state["numpy_gauss"])))
+    torch.set_rng_state(state["torch"].clone())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].clone(), device)

@@ -1,13 +1,18 @@
-"""The processes of a run: who this one is, how the model is spread over all of them, and how its layers are run."""
+"""The processes of a run: which one this is, how they share a model, how its layers run, and how a run is stopped."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import count
+from types import FrameType
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -15,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +36,7 @@ T = TypeVar("T")
 Losses = Callable[..., dict[str, Tensor]]
 """`losses(model, batch, losses=names)`, such as `pretraining_losses`."""
 
+_GROUPS = count()
 # The model calls these instead of `forward`, so whatever wraps a layer has to wrap them.
 _ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
     Block: ("forward",),
@@ -39,8 +46,8 @@ _ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """One process among those of a run.
+class Processes:
+    """The processes of a run, as one of them sees them.
 
     Attributes:
         rank: of this process, from 0.
@@ -57,7 +64,7 @@ class Place:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """True for the process that writes what is written once."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -77,7 +84,7 @@ class Place:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """What `action` gives here, if it succeeds on every process; all of them must ask.
+        """The result of `action` here, if it succeeds on every process; all of them must ask.
 
         Where it fails on some only, the others would wait in the next exchange for them.
 
@@ -106,7 +113,7 @@ class Place:
         return tensor
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """What `action` gives on the first process, which alone runs it; an exception is raised on all of them."""
+        """The result of `action` on the first process, which alone runs it; an exception is raised on all of them."""
         outcome: Any = (None, None)
         if self.first:
             try:
@@ -122,8 +129,8 @@ class Place:
 
 
 @contextmanager
-def take_place(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Place]:
-    """This process's place: alone, or in the group that `torchrun` or the caller set up.
+def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
+    """The processes of this run: this one alone, or the group that `torchrun` or the caller set up.
 
     A group that the caller initialised is used and left as it is; one that is started here ends with the block.
 
@@ -142,17 +149,44 @@ def take_place(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Place]:
     target = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if started:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=target if kind == "cuda" else None)
+        store, rank, world_size = _rendezvous()
+        # Under a prefix of its own, for a second group must not find the addresses of the first one.
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=dist.PrefixStore(f"group {next(_GROUPS)}", store),
+            rank=rank,
+            world_size=world_size,
+            device_id=target if kind == "cuda" else None,
+        )
     try:
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            yield Place(device=target)
+            yield Processes(device=target)
             return
         control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         assert not isinstance(control, int)
-        yield Place(dist.get_rank(), dist.get_world_size(), target, control)
+        yield Processes(dist.get_rank(), dist.get_world_size(), target, control)
     finally:
         if started:
-            dist.destroy_process_group()
+            end_groups()
+
+
+@cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """The store that the launched processes share, the rank of this one, and their number."""
+    return next(iter(rendezvous("env://")))
+
+
+def end_groups() -> None:
+    """Leave all groups, and keep those of gloo in memory for ever.
+
+    The destructor of a gloo group joins its threads and holds the GIL meanwhile, which one of them may be waiting for
+    to let go of the tensors of the last exchange: then the process never ends (seen with PyTorch 2.13). A reference
+    that no Python object owns outlives the interpreter, so the destructor never runs.
+    """
+    for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
+        if "gloo" in str(backend):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    dist.destroy_process_group()
 
 
 def run_layers(model: XFM, *, activation_checkpointing: bool = False, compiled: bool = False) -> None:
@@ -197,24 +231,24 @@ class _LossSum(nn.Module):
         return sum_of_losses(losses), {name: loss.detach() for name, loss in losses.items()}
 
 
-class Spread:
-    """The model as one process or many, behind one call.
+class ParallelModel:
+    """A model on one process or many, behind one call.
 
     Gradients are averaged over processes in the last backward pass of an update and only there. DDP keeps a copy of
     everything on every process. FSDP2 shards parameters, gradients and optimizer state: vision blocks are gathered
     when they run; layers of the other encoders, which run in several parts, stay gathered until the backward pass.
     """
 
-    def __init__(self, model: XFM, losses: Losses, place: Place, kind: Literal["ddp", "fsdp"]) -> None:
+    def __init__(self, model: XFM, losses: Losses, processes: Processes, kind: Literal["ddp", "fsdp"]) -> None:
         self.model = model
-        self.sharded = kind == "fsdp" and place.world_size > 1
-        self._place = place
+        self.sharded = kind == "fsdp" and processes.world_size > 1
+        self._processes = processes
         # FSDP cannot shard a tensor without dimensions, such as the temperature.
         self._scalars = [p for p in model.parameters() if self.sharded and p.ndim == 0]
         module = _LossSum(model, losses)
         if self.sharded:
-            _shard(module, place, set(self._scalars))
-        elif place.world_size > 1:
+            _shard(module, processes, set(self._scalars))
+        elif processes.world_size > 1:
             # A batch of text leaves two encoders out, so what is unused has to be found out in every update.
             module = DistributedDataParallel(module, find_unused_parameters=True)
         self.module: nn.Module = module
@@ -225,7 +259,7 @@ class Spread:
 
     @contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a sub-loss: whether its backward pass ends an update."""
+        """Around the forward and backward pass of a batch; that of the `last` one of an update averages gradients."""
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         quiet = isinstance(self.module, DistributedDataParallel) and not last
@@ -234,7 +268,7 @@ class Spread:
         if last:
             for scalar in self._scalars:
                 if scalar.grad is not None:
-                    self._place.mean_(scalar.grad)
+                    self._processes.mean_(scalar.grad)
 
     def stepped(self) -> None:
         """To be called when the optimizer has moved the parameters."""
@@ -243,10 +277,10 @@ class Spread:
             derived.clear()
 
 
-def _shard(module: _LossSum, place: Place, replicated: set[nn.Parameter]) -> None:
+def _shard(module: _LossSum, processes: Processes, replicated: set[nn.Parameter]) -> None:
     # It warns of writing into what a layer returns, which no layer here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(place.device.type, (place.world_size,))
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     layers = [part for part in module.modules() if isinstance(part, TransformerLayer)]
     # A fusion layer's keys and values are computed long before the layer runs.
     early = [layer.crossattention.self for layer in layers if hasattr(layer, "crossattention")]
@@ -257,3 +291,28 @@ def _shard(module: _LossSum, place: Place, replicated: set[nn.Parameter]) -> Non
             if name != "forward" and (name != "cross_attention" or hasattr(part, "crossattention")):
                 register_fsdp_forward_method(part, name)
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=replicated)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets, so that a run can end between two steps; the second acts as ever.
+
+    Outside of the main thread, where Python handles no signals, it is never set.
+    """
+    request = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: FrameType | None) -> None:
+        request.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

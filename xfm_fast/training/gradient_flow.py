@@ -1,4 +1,4 @@
-"""The gradient-flow report: which loss reaches which encoder, measured on a batch and held to the method."""
+"""The gradient-flow report: which loss reaches which encoder, measured on batches of noise and held to the method."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.checkpoint.storage import CONFIG_FILE
+from xfm_fast.checkpoint.files import CONFIG_FILE
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses
-from xfm_fast.training.checkpoints import MODEL, SHARDED, STATE, load_weights
+from xfm_fast.training.checkpoints import MODEL, STATE, is_sharded, load_weights
 from xfm_fast.training.recipe import Recipe, load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
-from xfm_fast.training.starting_point import build_model
-from xfm_fast.training.synthetic_batches import synthetic_batch
+from xfm_fast.training.setup import build_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +66,7 @@ class GradientFlow:
         return json.dumps({"rows": rows, "violations": check(self)}, indent=2) + "\n"
 
     def table(self) -> Table:
-        """For a terminal; what the method does not have is red."""
+        """For a terminal; gradients that the method does not have, and those that are missing, are red."""
         from rich.table import Table
 
         table = Table(title="Gradient norms: loss × what it trains")
@@ -106,7 +106,10 @@ def gradient_flow(
     Raises:
         InputError: there is no batch, or none of them gives a loss.
     """
-    members = _members(model)
+    members: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        members[_part_of(name)].append(parameter)
+    members = {part: of_part for part, of_part in members.items() if of_part}
     parameters = [parameter for of_part in members.values() for parameter in of_part if parameter.requires_grad]
     norms: dict[tuple[str, LossName], dict[str, float | None]] = {}
     was_training = model.training
@@ -117,7 +120,7 @@ def gradient_flow(
             chosen = LOSSES_OF_KIND[kind] if losses is None else tuple(losses.get(kind, ()))
             # A generator of its own, so that a report neither depends on nor moves the random state of a run.
             draw = torch.Generator(device=model.device).manual_seed(0)
-            # All at once, as a step of training has them, so that what they share is looked at too.
+            # All at once, as a step of training has them, so that the passes that they share are looked at too.
             found = pretraining_losses(
                 model, batch, losses=chosen, generator=draw, stop_gradient=stop_gradient, image_codes=image_codes
             )
@@ -142,13 +145,6 @@ def _norms(loss: Tensor, parameters: list[Tensor], members: Mapping[str, list[Te
     return norms
 
 
-def _members(model: nn.Module) -> dict[str, list[Tensor]]:
-    members: dict[str, list[Tensor]] = {part: [] for part in PARTS}
-    for name, parameter in model.named_parameters():
-        members[_part_of(name)].append(parameter)
-    return {part: parameters for part, parameters in members.items() if parameters}
-
-
 def _part_of(name: str) -> str:
     if name.startswith("vision_encoder."):
         return "vision"
@@ -167,7 +163,7 @@ def _wrong(loss: LossName, part: str, norm: float | None) -> bool:
 
 
 def check(report: GradientFlow) -> list[str]:
-    """Where gradients flow otherwise than the method of X-FM has it, a sentence each; empty when all is well."""
+    """A sentence for every gradient that flows otherwise than in the method of X-FM; empty when all is well."""
     violations = []
     for (kind, loss), norms in report.norms.items():
         for part in report.parts:
@@ -222,8 +218,13 @@ def gradient_flow_of(
             f"{' '.join(overrides)} would change a recipe, but {folder} holds weights that were made by one; leave "
             "overrides out, or give the recipe"
         )
-    found = _model_in(folder)
-    if (found / SHARDED).is_dir():
+    # The folder of `save_pretrained`, or a sharded checkpoint: itself, in a checkpoint, or in the newest of a run.
+    steps = sorted(folder.glob("checkpoints/step-*"), reverse=True)
+    candidates = (folder, *(part for step in steps for part in (step / MODEL, step)), folder / MODEL)
+    found = next((each for each in candidates if (each / CONFIG_FILE).is_file() or is_sharded(each)), None)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no model; give a recipe, a folder of save_pretrained, or a run")
+    if is_sharded(found):
         recipe = _recipe_of(found)
         model = XFM(recipe.model)
         load_weights(found, model)
@@ -233,15 +234,6 @@ def gradient_flow_of(
         return _of_recipe(model, _recipe_of(found.parent), size=size, seed=seed)
     batches = [synthetic_batch(kind, model.config, size=size, seed=seed) for kind in LOSSES_OF_KIND]
     return gradient_flow(model, batches)
-
-
-def _model_in(folder: Path) -> Path:
-    """The folder of `save_pretrained`, or a sharded checkpoint: itself, in a checkpoint, or in the newest of a run."""
-    steps = sorted(folder.glob("checkpoints/step-*"), reverse=True)
-    for place in (folder, *(part for step in steps for part in (step / MODEL, step)), folder / MODEL):
-        if (place / CONFIG_FILE).is_file() or (place / SHARDED).is_dir():
-            return place
-    raise CheckpointError(f"{folder} holds no model; give a recipe, a folder of save_pretrained, or a run")
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:
@@ -259,3 +251,83 @@ def _of_recipe(model: XFM, recipe: Recipe, *, size: int, seed: int) -> GradientF
         patches, width = recipe.model.num_patches, recipe.model.vision_width
         codes = ImageCodes(lambda image: torch.zeros(len(image), patches, dtype=torch.long), width=width, codes=2)
     return gradient_flow(model, batches, stop_gradient=recipe.method.stop_gradient, losses=losses, image_codes=codes)
+
+
+def synthetic_batch(
+    kind: str, config: XFMConfig, *, size: int = 3, length: int = 12, masked: int = 2, seed: int = 0
+) -> Batch:
+    """A batch of noise with texts of different lengths; the same for the same arguments.
+
+    Args:
+        kind: `text`, `pairs`, `regions` or `images`.
+        config: sizes of the model.
+        size: texts or images. Of regions, two belong to each image and the first describes the whole of it.
+        length: tokens of the longest text.
+        masked: predicted tokens of a text.
+
+    Raises:
+        InputError: an unknown kind, or texts too short to predict so many tokens of them.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    images = -(-size // 2) if kind == "regions" else size
+    pixels = torch.randn(images, 3, config.image_size, config.image_size, generator=draw)
+    if kind == "images":
+        return ImageBatch(image=pixels, patch_mask=_patch_mask(images, config, draw))
+    length = min(length, config.max_text_length)
+    if length - 3 < masked:
+        raise InputError(f"texts of length={length} tokens have too few to predict masked={masked}; lengthen them")
+    texts = _texts(size, length, masked, config, draw)
+    if kind == "text":
+        return TextBatch(**texts)
+    if kind == "pairs":
+        return PairBatch(**texts, image=pixels, patch_mask=_patch_mask(images, config, draw))
+    if kind == "regions":
+        return RegionBatch(**texts, image=pixels, **_regions(size, config, draw))
+    raise InputError(f"kind {kind!r} of batch is unknown; choose from text, pairs, regions, images")
+
+
+def _texts(size: int, length: int, masked: int, config: XFMConfig, draw: torch.Generator) -> dict[str, Any]:
+    lengths = length - torch.arange(size) % 3
+    columns = torch.arange(length)
+    attention_mask = (columns < lengths[:, None]).long()
+    special = max(config.bos_token_id, config.eos_token_id, config.pad_token_id) + 1
+    input_ids = torch.randint(special, config.mask_token_id, (size, length), generator=draw)
+    input_ids[:, 0] = config.bos_token_id
+    input_ids[torch.arange(size), lengths - 1] = config.eos_token_id
+    input_ids = torch.where(attention_mask.bool(), input_ids, config.pad_token_id)
+    # All texts have their first length - 3 tokens, so these positions are real in each.
+    order = torch.rand(size, length - 3, generator=draw).argsort(1)
+    positions = 1 + order[:, :masked]
+    labels = input_ids.gather(1, positions)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "masked_input_ids": input_ids.scatter(1, positions, config.mask_token_id),
+        "masked_positions": positions,
+        "masked_labels": labels,
+    }
+
+
+def _patch_mask(images: int, config: XFMConfig, draw: torch.Generator) -> Tensor:
+    order = torch.rand(images, config.num_patches, generator=draw).argsort(1)
+    return order < config.num_masking_patches
+
+
+def _regions(size: int, config: XFMConfig, draw: torch.Generator) -> dict[str, Any]:
+    corners = torch.rand(size, 2, 2, generator=draw).sort(dim=1).values
+    low, high = corners[:, 0] * 0.8, corners[:, 1] * 0.8 + 0.2
+    is_image = (torch.arange(size) % 2 == 0).long() if size > 1 else torch.zeros(size, dtype=torch.long)
+    whole = is_image.bool()
+    low[whole], high[whole] = 0.0, 1.0
+    centres = (torch.arange(config.grid) + 0.5) / config.grid
+    # A patch belongs to a box when the box reaches its middle, or is nearest to it.
+    reach = 0.5 / config.grid
+    x, y = ((centres > low[:, axis, None] - reach) & (centres < high[:, axis, None] + reach) for axis in (0, 1))
+    patches = (y[:, :, None] & x[:, None, :]).flatten(1)
+    token = torch.ones(size, 1, dtype=torch.bool)
+    return {
+        "image_index": torch.arange(size) // 2,
+        "region_mask": torch.cat([token, patches], dim=1).long(),
+        "boxes": torch.cat([(low + high) / 2, high - low], dim=1),
+        "is_image": is_image,
+    }

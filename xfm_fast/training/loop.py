@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +24,20 @@ from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints
-from xfm_fast.training.checkpoints import CODES, Progress, of_the_model
-from xfm_fast.training.distributed import Place, Spread, run_layers, sum_of_losses, take_place
-from xfm_fast.training.ema import WeightAverage
-from xfm_fast.training.guard import Guard
-from xfm_fast.training.interruption import stop_on_signal
-from xfm_fast.training.metrics import Meter, RunLog, mean_by_name
-from xfm_fast.training.norms import ModelNorms
-from xfm_fast.training.optimizer import AdamW, optimizer_groups
-from xfm_fast.training.randomness import random_state, seed_everything, set_random_state
-from xfm_fast.training.recipe import Recipe
-from xfm_fast.training.recipe_changes import changes, position_after
-from xfm_fast.training.schedule import schedule_factor
-from xfm_fast.training.starting_point import build_model, image_codes, open_sources
-from xfm_fast.training.throughput import Work
-
-T = TypeVar("T")
+from xfm_fast.training.checkpoints import CODES, Progress, of_the_model, random_state, seed_everything, set_random_state
+from xfm_fast.training.distributed import (
+    Losses,
+    ParallelModel,
+    Processes,
+    join_processes,
+    run_layers,
+    stop_on_signal,
+    sum_of_losses,
+)
+from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Work, mean_by_name
+from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
+from xfm_fast.training.recipe import Recipe, changes, position_after
+from xfm_fast.training.setup import build_model, image_codes, open_sources
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The official loss scale starts high and is capped at this.
@@ -48,14 +46,14 @@ _LARGEST_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves behind, beside its folder.
+    """The result of a run, beside its folder.
 
     Attributes:
         step: global steps that are complete.
         model: with the last weights, in training mode.
         average: the moving average of the weights, where the recipe wants one.
         metrics: the last log line.
-        interrupted: whether a signal ended the run; it goes on from its last checkpoint.
+        interrupted: a signal ended the run, which goes on from its last checkpoint.
     """
 
     step: int
@@ -72,6 +70,7 @@ def train(
     sources: Mapping[str, BatchSource[Any]] | None = None,
     model: XFM | None = None,
     image_tokenizer: Callable[[Tensor], Tensor] | None = None,
+    objective: Losses | None = None,
     on_step: Callable[[int, XFM], None] | None = None,
 ) -> TrainResult:
     """Run a recipe, alone or as one process of those that `torchrun` started.
@@ -83,11 +82,13 @@ def train(
     Args:
         recipe: the run.
         resume: go on from the newest whole checkpoint in the folder, if there is one.
-        sources: batches of every stream, of this process; by default what the recipe's paths hold. Batches have
+        sources: batches of every stream, of this process; by default those of the recipe's paths. Batches have
             `recipe.micro_batch_size(stream)` items.
         model: to train; by default one with the recipe's sizes and `init`. It stays on the device of the run.
-        image_tokenizer: what makes the codes of `method.image_codes`, instead of a codebook of patches: `[B, 3, R, R]`
+        image_tokenizer: makes the codes of `method.image_codes`, instead of a codebook of patches: `[B, 3, R, R]`
             normalised pixels → `[B, N]` integers.
+        objective: gives the losses to minimise, `objective(model, batch, losses=names)` → scalars by name; by default
+            those of pretraining, by the recipe's `method`.
         on_step: called with the number of complete steps and the model (with FSDP a sharded one) after every step, on
             every process. It need not leave the random state as it found it, but must do the same in every run that is
             to give the same numbers.
@@ -100,30 +101,30 @@ def train(
     """
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
-        place = stack.enter_context(take_place(recipe.device))
+        processes = stack.enter_context(join_processes(recipe.device))
         stop = stack.enter_context(stop_on_signal())
         if sources is None:
-            sources = open_sources(recipe, place)
+            sources = open_sources(recipe, processes)
         if missing := [name for update in recipe.active_updates for name in update if name not in sources]:
             raise InputError(f"sources lack the stream {', '.join(missing)}; pass one for every stream of the recipe")
 
         # The same initial weights on every process, then dropout of its own on each.
         seed_everything(recipe.seed)
-        model = (build_model(recipe) if model is None else model).to(place.device).train()
-        codes = image_codes(recipe, place, image_tokenizer)
+        model = (build_model(recipe) if model is None else model).to(processes.device).train()
+        codes = image_codes(recipe, processes, image_tokenizer)
         if codes is not None:
-            # With the model its head is trained, spread and kept; what is saved as the model leaves it out.
+            # With the model its head is trained, shared and kept; what is saved as the model leaves it out.
             model.add_module(CODES, codes)
             stack.callback(delattr, model, CODES)
         run_layers(model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile)
         method = recipe.method
-        losses_of = partial(
+        losses_of = objective or partial(
             pretraining_losses,
             stop_gradient=method.stop_gradient,
             official_itc_gradient=method.official_itc_gradient,
             image_codes=codes,
         )
-        spread = Spread(model, losses_of, place, recipe.parallel)
+        parallel = ParallelModel(model, losses_of, processes, recipe.parallel)
         options = recipe.optimizer
         optimizer = AdamW(
             optimizer_groups(model, options), options.lr, options.betas, options.eps, zero_grad=options.zero_grad
@@ -131,30 +132,38 @@ def train(
         peak_lr = [group["lr"] for group in optimizer.param_groups]
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema)
         scaler = torch.amp.GradScaler(
-            place.device.type, init_scale=_LARGEST_LOSS_SCALE, enabled=recipe.precision == "fp16"
+            processes.device.type, init_scale=_LARGEST_LOSS_SCALE, enabled=recipe.precision == "fp16"
         )
         precision = torch.autocast(
-            place.device.type, dtype=_AUTOCAST[recipe.precision], enabled=recipe.precision != "fp32"
+            processes.device.type, dtype=_AUTOCAST[recipe.precision], enabled=recipe.precision != "fp32"
         )
         progress = Progress(model, optimizer, scaler, {} if average is None else average.state_dict())
-        seed_everything(recipe.seed, place.rank)
-        notes, saved = _resume(recipe, progress, place) if resume else (_refuse_to_mix(folder), None)
-        randomness = random_state(place.device) if saved is None else saved
+        seed_everything(recipe.seed, processes.rank)
+        if not resume and (found := sorted((folder / "checkpoints").glob("step-*"))):
+            raise ConfigError(
+                f"{folder} holds {found[-1].name} of an earlier run; resume it, set checkpoint.folder to another "
+                "folder, or delete it"
+            )
+        notes, saved = _resume(recipe, progress, processes) if resume else ([], None)
+        randomness = random_state(processes.device) if saved is None else saved
 
         log = stack.enter_context(
-            RunLog(folder, recipe.log, place, steps=recipe.steps, start=progress.step, title=folder.name)
+            RunLog(folder, recipe.log, processes, steps=recipe.steps, start=progress.step, title=folder.name)
         )
         for note in notes:
             log.say(note)
         loaders: dict[str, Iterator[Batch]] = {}
         for stream in (stream for update in recipe.active_updates for stream in update):
             start = progress.batches.setdefault(stream, 0)
-            pin = place.device.type == "cuda"
+            pin = processes.device.type == "cuda"
             loader = load_batches(sources[stream], start=start, workers=recipe.workers, pin_memory=pin)
             stack.callback(loader.close)  # type: ignore[attr-defined]
-            loaders[stream] = place.together(partial(_begun, loader)) if progress.step < recipe.steps else loader
+            if progress.step < recipe.steps:
+                # Data that cannot be read on one process are an error on all of them, before the first step.
+                first = processes.together(partial(next, loader))
+                loaders[stream] = chain([first], loader)
         # Starting workers draws random numbers, which must not depend on how many there are.
-        set_random_state(randomness, place.device)
+        set_random_state(randomness, processes.device)
 
         norms, meter = ModelNorms(model), Meter()
         guard = Guard(model, norms.names, scaled=scaler.is_enabled())
@@ -164,8 +173,8 @@ def train(
                 return sum_of_losses(losses_of(model, batch, losses=recipe.losses_of(stream)))
 
         # Where looking costs nothing, or every step is looked at anyway, bad gradients never reach the weights.
-        look = place.device.type == "cpu" or recipe.log.every == 1
-        work, metrics, logged, clock = Work(recipe, place), {}, progress.step, time.perf_counter()
+        look = processes.device.type == "cpu" or recipe.log.every == 1
+        work, metrics, logged, clock = Work(recipe, processes), {}, progress.step, time.perf_counter()
         interrupted = False
 
         while progress.step < recipe.steps and not interrupted:
@@ -182,14 +191,14 @@ def train(
                 batches: dict[str, Batch] = {}
                 finite = True
                 for number, (stream, _) in enumerate(losses, start=1):
-                    batch = place.together(partial(next, loaders[stream]))
+                    batch = processes.together(partial(next, loaders[stream]))
                     progress.batches[stream] += 1
                     work.count(stream, batch, in_detail=log_now)
-                    batch = batches[stream] = batch.to(place.device)
+                    batch = batches[stream] = batch.to(processes.device)
                     weight = recipe.streams[stream].weight / recipe.accumulate
-                    with spread.synchronised(last=number == len(losses)):
+                    with parallel.synchronised(last=number == len(losses)):
                         with precision:
-                            loss, values = spread(batch, recipe.losses_of(stream))
+                            loss, values = parallel(batch, recipe.losses_of(stream))
                         scaler.scale(loss * weight).backward()
                     meter.add(step, {f"loss/{stream}/{name}": value for name, value in values.items()})
                     finite = finite and (not look or math.isfinite(loss.item()))
@@ -202,28 +211,28 @@ def train(
                     meter.add(step, {f"grad_norm/{'+'.join(update)}/{p}": n for p, n in parts.items() if p != "all"})
                 guard.watch(step, "+".join(update), having, each)
                 finite = finite and (not look or scaler.is_enabled() or math.isfinite(total.item()))
-                if look and place.any(not finite):
-                    guard.check(meter.read(place), batches, rerun)
+                if look and processes.any(not finite):
+                    guard.check(meter.read(processes), batches, rerun)
                 if options.clip_norm is not None:
                     norms.clip_(total, options.clip_norm)
                 scaler.step(optimizer)
                 if scaler.is_enabled():
                     scaler.update()
-                    scale = scaler.scale(torch.ones((), device=place.device)).clamp(max=_LARGEST_LOSS_SCALE)
+                    scale = scaler.scale(torch.ones((), device=processes.device)).clamp(max=_LARGEST_LOSS_SCALE)
                     scaler.update(scale)
                     meter.add(step, {"loss_scale": scale})
-                spread.stepped()
+                parallel.stepped()
             if average is not None:
                 average.update()
             progress.step = step
-            interrupted = place.any(bool(stop)) and step < recipe.steps
+            interrupted = processes.any(stop.is_set()) and step < recipe.steps
             log.advance(step)
 
             if log_now or interrupted:
                 if before is not None:
                     meter.add(step, {f"param_norm/{part}": norm for part, norm in norms.values().items()})
                     meter.add(step, {f"update_norm/{part}": norm for part, norm in norms.updates(before).items()})
-                values = meter.read(place)
+                values = meter.read(processes)
                 guard.check(values, {})
                 seconds = time.perf_counter() - clock
                 metrics = mean_by_name(values) | {"lr": options.lr * factor, "steps": step - logged}
@@ -234,48 +243,43 @@ def train(
                 on_step(step, model)
             if step % recipe.checkpoint.every == 0 or step == recipe.steps or interrupted:
                 checkpoints.save(
-                    progress, recipe.model_dump(mode="json"), folder / "checkpoints", place, keep=recipe.checkpoint.keep
+                    progress,
+                    recipe.model_dump(mode="json"),
+                    folder / "checkpoints",
+                    processes,
+                    keep=recipe.checkpoint.keep,
                 )
 
         if not interrupted:
-            _export(model.state_dict(), model.config, folder / "model", place)
+            _export(model.state_dict(), model.config, folder / "model", processes)
             if average is not None:
-                _export(model.state_dict() | average.state_dict(), model.config, folder / "average", place)
+                _export(model.state_dict() | average.state_dict(), model.config, folder / "average", processes)
         return TrainResult(progress.step, model, average, metrics, interrupted)
 
 
-def _resume(recipe: Recipe, progress: Progress, place: Place) -> tuple[list[str], dict[str, Tensor] | None]:
-    """Go on from the newest whole checkpoint: what to tell the user, and the random state of this process."""
-    found = place.from_first(lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints"))
+def _resume(recipe: Recipe, progress: Progress, processes: Processes) -> tuple[list[str], dict[str, Tensor] | None]:
+    """Go on from the newest whole checkpoint; returns messages for the user, and the random state of this process."""
+    found = processes.from_first(lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints"))
     if found is None:
         return [], None
     notes = [*found.rejected, f"going on from {found.path}"]
-    notes += changes(found.state["recipe"], recipe, found.state["world_size"], place.world_size)
-    checkpoints.load(found, progress, place)
+    notes += changes(found.state["recipe"], recipe, found.state["world_size"], processes.world_size)
+    checkpoints.load(found, progress, processes)
     for stream in set(progress.batches) & set(recipe.streams):
         progress.batches[stream] = position_after(
-            progress.batches[stream], stream, found.state["recipe"], recipe, found.state["world_size"], place.world_size
+            progress.batches[stream],
+            stream,
+            found.state["recipe"],
+            recipe,
+            found.state["world_size"],
+            processes.world_size,
         )
-    saved = checkpoints.random_states(found, place)
+    saved = checkpoints.random_states(found, processes)
     if saved is None:
-        seed_everything(recipe.seed, place.rank, progress.step)
+        seed_everything(recipe.seed, processes.rank, progress.step)
     return notes, saved
 
 
-def _refuse_to_mix(folder: Path) -> list[str]:
-    if found := sorted((folder / "checkpoints").glob("step-*")):
-        raise ConfigError(
-            f"{folder} holds {found[-1].name} of an earlier run; resume it, set checkpoint.folder to another "
-            "folder, or delete it"
-        )
-    return []
-
-
-def _begun(batches: Iterator[T]) -> Iterator[T]:
-    """The same batches, the first of which is there already."""
-    return chain([next(batches)], batches)
-
-
-def _export(state: Mapping[str, Tensor], config: XFMConfig, folder: Path, place: Place) -> None:
+def _export(state: Mapping[str, Tensor], config: XFMConfig, folder: Path, processes: Processes) -> None:
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in of_the_model(state).items()}
-    place.from_first(lambda: save_pretrained(whole, config, folder))
+    processes.from_first(lambda: save_pretrained(whole, config, folder))

@@ -1,4 +1,8 @@
-"""What a run tells: values kept on the device until a log step, then JSON lines, boards and a terminal."""
+"""The numbers of a run: losses, norms and rates, kept on the device until a log step, and the guard against NaN.
+
+A log step reads them with one transfer and writes JSON lines, boards and a terminal. Where one is not finite, the run
+stops, and the guard says which tensor was the first.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,41 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from xfm_fast import flops
+from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.checkpoint import write_bytes
-from xfm_fast.errors import StorageError, UnavailableError
-from xfm_fast.training.distributed import Place
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
+from xfm_fast.training.distributed import Processes
+from xfm_fast.training.recipe import Recipe
 from xfm_fast.training.recipe_fields import LogRecipe
 
 LOG_FILE = "log.jsonl"
+ENCODERS = ("vision_encoder", "text_encoder", "fusion_encoder")
+# Dense bf16 or fp16 on the tensor cores; NVIDIA's data sheets, SXM boards.
+_GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+_PROBE = 1024
+_BOXES = {"bbox_l1", "bbox_giou"}
+# The results of these operations hold whatever was in memory.
+_UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize", "aten.set_")
 
 
 class Value(NamedTuple):
@@ -46,12 +68,12 @@ class Meter:
             self._keys.append((step, name))
             self._tensors.append(tensor)
 
-    def read(self, place: Place) -> list[Value]:
+    def read(self, processes: Processes) -> list[Value]:
         """All numbers, each averaged over processes, with one transfer; they are then forgotten."""
         if not self._tensors:
             return []
         numbers = torch.stack([tensor.double() for tensor in self._tensors])
-        read = place.mean_(numbers).tolist()
+        read = processes.mean_(numbers).tolist()
         values = [Value(step, name, number) for (step, name), number in zip(self._keys, read, strict=True)]
         self._keys, self._tensors = [], []
         return values
@@ -77,8 +99,8 @@ class RunLog:
 
     Args:
         folder: of the run.
-        recipe: what is wanted.
-        place: of this process.
+        recipe: the outputs that are wanted.
+        processes: of the run.
         steps: length of the run.
         start: steps that are complete.
         title: of the run on boards.
@@ -88,9 +110,11 @@ class RunLog:
         StorageError: the file cannot be written.
     """
 
-    def __init__(self, folder: Path, recipe: LogRecipe, place: Place, *, steps: int, start: int, title: str) -> None:
+    def __init__(
+        self, folder: Path, recipe: LogRecipe, processes: Processes, *, steps: int, start: int, title: str
+    ) -> None:
         self.path = folder / LOG_FILE
-        self._writes = place.first
+        self._writes = processes.first
         self._board: Any = None
         self._wandb: Any = None
         self._bar: Progress | None = None
@@ -104,7 +128,9 @@ class RunLog:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _keep_until(self.path, start)
+            if self.path.exists():
+                kept = [line for line in read_log(self.path) if line["step"] <= start]
+                write_bytes({self.path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(
@@ -117,7 +143,13 @@ class RunLog:
         if recipe.wandb:
             import wandb
 
-            self._wandb = wandb.init(project=recipe.wandb, name=title, id=_identity(folder), resume="allow", dir=folder)
+            # A run that goes on is the same one to Weights & Biases, and any other folder another one.
+            identity = folder / "wandb_id"
+            if not identity.exists():
+                write_bytes({identity: secrets.token_hex(8).encode()})
+            self._wandb = wandb.init(
+                project=recipe.wandb, name=title, id=identity.read_text(), resume="allow", dir=folder
+            )
         # Into a file or a pipe, a line at every log step says more than a bar that redraws itself.
         self._console = Console(stderr=True)
         if self._console.is_terminal:
@@ -127,7 +159,7 @@ class RunLog:
             self._task = self._bar.add_task(title, total=steps, completed=start)
 
     def say(self, message: str) -> None:
-        """A sentence to whoever watches."""
+        """Show a sentence to the user."""
         if self._writes:
             self._console.print(f"xfm-fast: {message}", soft_wrap=True, highlight=False, markup=False)
 
@@ -183,17 +215,327 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _identity(folder: Path) -> str:
-    """What Weights & Biases knows the run in this folder by: of one that goes on the same, of any other another one."""
-    path = folder / "wandb_id"
-    if not path.exists():
-        write_bytes({path: secrets.token_hex(8).encode()})
-    return path.read_text()
+class ModelNorms:
+    """Norms over the trainable parameters of a model; nothing here waits for the device.
+
+    With FSDP every process norms its own shards, and the squares are summed over processes.
+
+    Args:
+        model: whose parameters count; as they are sharded when this is made.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters)
+        # What is not sharded is the same on every process and counts once.
+        self._counted = torch.tensor(
+            [isinstance(p, DTensor) or not self.sharded or dist.get_rank() == 0 for p in self.parameters]
+        )
+        first = [name.split(".")[0] for name in self.names]
+        self._parts = {"all": torch.arange(len(first))} | {
+            encoder: torch.tensor([i for i, part in enumerate(first) if part == encoder])
+            for encoder in ENCODERS
+            if encoder in first
+        }
+
+    def gradients(self) -> tuple[list[int], Tensor]:
+        """Which parameters have a gradient, and the norm of each."""
+        having = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        return having, self._each([local(self.parameters[i].grad) for i in having], having)
+
+    def clip_(self, norm: Tensor, limit: float) -> None:
+        """Scale all gradients, whose norm is given, by `limit / norm` where that is below one."""
+        factor = (limit / (norm + 1e-6)).clamp_(max=1.0)
+        if norm.device.type == "cpu" and factor == 1:
+            return
+        gradients = [local(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def copy(self) -> list[Tensor]:
+        """The parameters of now, for `updates` later."""
+        return [local(parameter).detach().clone() for parameter in self.parameters]
+
+    def by_part(self, norms: Tensor, having: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """`all`, and each encoder: the norm of norms, of the parameters in `having` (by default of every one)."""
+        full = norms
+        if having is not None and len(having) < len(self.parameters):
+            full = norms.new_zeros(len(self.parameters))
+            full[torch.tensor(having, device=norms.device, dtype=torch.long)] = norms
+        return {part: full[index.to(full.device)].norm() for part, index in self._parts.items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """Norms of the parameters by part."""
+        return self.by_part(self._each([local(parameter).detach() for parameter in self.parameters]))
+
+    def updates(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Norms of what was added to the parameters since `copy`, by part."""
+        now = [local(parameter).detach() for parameter in self.parameters]
+        return self.by_part(self._each([*torch._foreach_sub(now, list(before))]))
+
+    def _each(self, tensors: list[Tensor], having: Sequence[int] | None = None) -> Tensor:
+        if not tensors:
+            return torch.zeros(0)
+        norms = torch.stack(torch._foreach_norm(tensors))
+        if self.sharded:
+            parts = norms.square() * (self._counted if having is None else self._counted[having]).to(norms)
+            dist.all_reduce(parts)
+            norms = parts.sqrt_()
+        return norms
 
 
-def _keep_until(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in read_log(path) if line["step"] <= step]
-    content = "".join(json.dumps(line) + "\n" for line in kept).encode()
-    write_bytes({path: content})
+def local(tensor: Tensor | None) -> Tensor:
+    """The part of a tensor that this process holds."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Work:
+    """Counts what a run does.
+
+    Args:
+        recipe: of the run.
+        processes: of the run; the others are taken to do as much as this one.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+        self._recipe = recipe
+        self._processes = processes
+        self._begin()
+
+    def _begin(self) -> None:
+        self._images = self._tokens = self._flops = 0
+
+    def count(self, stream: str, batch: Batch, *, in_detail: bool) -> None:
+        """Take a batch on the CPU, with its operations if they are to be counted."""
+        images, tokens = size_of(batch)
+        self._images += images
+        self._tokens += tokens
+        if in_detail:
+            recipe = self._recipe
+            self._flops += training_flops(
+                recipe.model,
+                batch,
+                recipe.losses_of(stream),
+                stop_gradient=recipe.method.stop_gradient,
+                guided=recipe.method.image_codes is None,
+            )
+
+    def rates(self, steps: int, seconds: float) -> dict[str, float]:
+        """Rates over the steps since the last call, of all processes; begins anew.
+
+        Returns:
+            `seconds` of a step, `images_per_s`, `tokens_per_s`, and, where the peak of the device is known, `mfu`: the
+            operations of the step that was counted in detail, over what the device could do in the time of a step.
+        """
+        rates = {
+            "seconds": seconds / steps,
+            "images_per_s": self._images * self._processes.world_size / seconds,
+            "tokens_per_s": self._tokens * self._processes.world_size / seconds,
+        }
+        peak = peak_flops_per_s(self._processes.device, self._recipe.precision)
+        if peak is not None and self._flops:
+            rates["mfu"] = self._flops * steps / seconds / peak
+        self._begin()
+        return rates
+
+
+def size_of(batch: Batch) -> tuple[int, int]:
+    """Images and real tokens of a batch on the CPU."""
+    images = len(batch.image) if isinstance(batch, (PairBatch, RegionBatch, ImageBatch)) else 0
+    tokens = int(batch.attention_mask.count_nonzero()) if isinstance(batch, TextBatch) else 0
+    return images, tokens
+
+
+def training_flops(
+    config: XFMConfig, batch: Batch, losses: Iterable[str], *, stop_gradient: bool = True, guided: bool = True
+) -> int:
+    """Operations that the losses of a batch on the CPU and their gradients need.
+
+    A backward pass counts as two forward passes. Text passes whose result is detached have none, and neither has the
+    unmasked pass of images that nothing but MIM reads; MIM that predicts codes needs none (`guided=False`; making them,
+    and their head, are not counted). Of the fusion encoder, the first self-attention is needed once
+    for each text, and the last layer where a head reads.
+    """
+    wanted = set(losses)
+    forward, trained = flops.Count(), flops.Count()
+    if isinstance(batch, (PairBatch, RegionBatch, ImageBatch)):
+        images = len(batch.image)
+        seen = flops.image_encoder(config, images)
+        if wanted - {"mim"}:
+            trained += seen
+        elif guided:
+            forward += seen
+        if "mim" in wanted:
+            trained += seen
+    if isinstance(batch, TextBatch):
+        lengths = batch.attention_mask.ne(0).sum(1).tolist()
+        masked = batch.masked_labels.ne(IGNORED).sum(1).tolist()
+        text, vocabulary = flops.text_encoder(config, lengths), flops.lm_head(config, sum(masked))
+        if "mlm" in wanted:
+            trained += text + vocabulary
+        if wanted & {"itc", "itm", *_BOXES}:
+            if "itc" in wanted or not stop_gradient:
+                trained += text
+            else:
+                forward += text
+        if "imlm" in wanted:
+            if stop_gradient:
+                forward += text
+            else:
+                trained += text
+            trained += flops.first_self_attention(config, lengths) + vocabulary
+            trained += flops.fusion(config, lengths, reads=masked, self_attended=True)
+        if isinstance(batch, (PairBatch, RegionBatch)):
+            images, texts = len(batch.image), len(lengths)
+            if wanted & {"itm", "imlm", *_BOXES}:
+                trained += flops.image_memory(config, images)
+            if "itc" in wanted:
+                trained += flops.contrastive_features(config, images, texts)
+            # A positive and two negatives of every pair; a box of every region.
+            passes = 3 * ("itm" in wanted) + (not wanted.isdisjoint(_BOXES))
+            if passes:
+                trained += flops.first_self_attention(config, lengths)
+                trained += passes * flops.matching_head(config, texts)
+                trained += passes * flops.fusion(config, lengths, first_token_only=True, self_attended=True)
+    return (forward + 3 * trained).total
+
+
+@cache
+def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
+    """The peak rate of matrix products: of a GPU that is known, or of this CPU, probed once; None otherwise."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [peak for gpu, peak in _GPU_PEAKS.items() if gpu in name]
+        return known[0] if known and precision in ("bf16", "fp16") else None
+    a = torch.ones(_PROBE, _PROBE, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * _PROBE**3 / best
+
+
+class Guard:
+    """Remembers the gradient norms of every parameter since the last check, to name the first that was not finite.
+
+    Args:
+        model: that is trained.
+        names: of the parameters, in the order in which norms number them.
+        scaled: gradients come from a scaled loss. One that overflows is then no fault: the loss scale is lowered and
+            the update left out; a scale that has fallen below 1 is.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, scaled: bool = False) -> None:
+        self._model = model
+        self._names = names
+        self._scaled = scaled
+        self._gradients: list[tuple[int, str, list[int], Tensor]] = []
+
+    def watch(self, step: int, update: str, having: list[int], norms: Tensor) -> None:
+        """Take the norms `[n]` of the gradients of an update, without looking at them."""
+        self._gradients.append((step, update, having, norms))
+
+    def check(
+        self, values: Iterable[Value], batches: Mapping[str, Batch], rerun: Callable[[str, Batch], Tensor] | None = None
+    ) -> None:
+        """Look at everything since the last check.
+
+        Args:
+            values: losses (`loss/<stream>/<name>`) and norms, in the order in which they arose.
+            batches: the last batch of each stream of the last update, for the explanation.
+            rerun: gives the loss of a stream's batch once more, for the explanation.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite; names it and the first tensor that was not finite.
+        """
+        watched, self._gradients = self._gradients, []
+        bad = next((value for value in values if self._is_bad(value)), None)
+        if bad is None:
+            return
+        is_loss = bad.name.startswith("loss/")
+        named = self._model.named_parameters()
+        parameters = (f"parameter {name} is not finite" for name, p in named if not bool(local(p).isfinite().all()))
+        tensors = (
+            (f"{field.name} of the batch of stream {stream}", getattr(batch, field.name))
+            for stream, batch in batches.items()
+            for field in fields(batch)
+        )
+        inputs = (
+            f"{name} is not finite"
+            for name, value in tensors
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all())
+        )
+        gradients = (
+            f"the gradient of {self._names[index]} in update {update} has norm {norm}"
+            for _, update, having, norms in watched
+            for index, norm in zip(having, norms.tolist(), strict=True)
+            if not math.isfinite(norm)
+        )
+        # The first of each kind; a loss comes before the gradients.
+        searched = [] if is_loss else [gradients]
+        searched += [parameters, inputs, self._bad_operations(batches, rerun)]
+        causes = [cause for kind in searched if (cause := next(kind, None)) is not None]
+        why = f": {causes[0]}" if causes else ", though every tensor of the last batch is finite when it runs again"
+        more = f" (and {'; '.join(causes[1:3])})" if len(causes) > 1 else ""
+        raise NonFiniteError(
+            f"step {bad.step}: {bad.name.replace('/', ' ', 1)} is {bad.number}{why}{more}. The run has stopped, and "
+            "the last checkpoint is as it was: lower optimizer.lr, lengthen schedule.warmup, or look at that batch"
+        )
+
+    def _is_bad(self, value: Value) -> bool:
+        if value.name == "loss_scale":
+            return value.number < 1
+        return not math.isfinite(value.number) and not (self._scaled and value.name.startswith("grad_norm/"))
+
+    def _bad_operations(
+        self, batches: Mapping[str, Batch], rerun: Callable[[str, Batch], Tensor] | None
+    ) -> Iterator[str]:
+        if rerun is None:
+            return
+        parameters = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        for stream, batch in batches.items():
+            with torch.enable_grad(), _FirstNonFinite(parameters) as search:
+                loss = rerun(stream, batch)
+                if search.found is None and loss.requires_grad:
+                    search.direction = "backward"
+                    torch.autograd.grad(loss, trained, allow_unused=True)
+            if search.found is not None:
+                yield f"stream {stream}: {search.found}"
+                return
+
+
+class _FirstNonFinite(TorchDispatchMode):
+    """Finds the first operation whose result is not finite though what it was given is.
+
+    Negative infinity does not count: attention masks are made of it.
+    """
+
+    def __init__(self, parameters: Mapping[int, str]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._last_parameter = ""
+        self.direction = "forward"
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in given:
+            self._last_parameter = self._parameters.get(id(tensor), self._last_parameter)
+        sound = self.found is None and not any(_is_bad(tensor) for tensor in given)
+        result = func(*args, **(kwargs or {}))
+        if sound and not str(func).startswith(_UNINITIALISED) and any(map(_is_bad, tree_leaves(result))):
+            where = self._last_parameter.rpartition(".")[0] or "the loss"
+            self.found = f"the {self.direction} operation {func} at {where} is the first whose result is not finite"
+        return result
+
+
+def _is_bad(value: object) -> bool:
+    # A weight packed for oneDNN cannot be looked into; the parameter that it comes from can.
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+        return False
+    return bool((value.isnan() | value.isposinf()).any())

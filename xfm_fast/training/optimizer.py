@@ -1,10 +1,15 @@
-"""The official optimizer: AdamW that decays after its Adam step, over four groups of parameters."""
+"""The official optimizer, its learning rates over a run, and an average of the weights that it moves.
+
+AdamW decays after its Adam step, over four groups of parameters; learning rates warm up linearly from 0 and decay
+linearly or by a cosine.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
-from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.kernels import host
-from xfm_fast.training.recipe_fields import OptimizerRecipe
+from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
 
 LARGE_LR = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
 """Parameters whose names begin so learn `lr_mult` times faster in pretraining."""
@@ -135,7 +140,11 @@ class AdamW(Optimizer):
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self._state_of(parameter) for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        states = [self.state[parameter] for parameter in parameters]
         values = [_local(parameter) for parameter in parameters]
         moments = Moments(
             gradients=[_local(parameter.grad) for parameter in parameters if parameter.grad is not None],
@@ -148,14 +157,6 @@ class AdamW(Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
-
 
 def _local(tensor: Tensor) -> Tensor:
     """Adam works element by element, so each rank updates what it holds and no rank asks another."""
@@ -163,7 +164,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """What Adam knows of n parameters."""
+    """Gradients and moments of n parameters."""
 
     gradients: list[Tensor]
     first: list[Tensor]
@@ -194,15 +195,103 @@ def adam_in_one_pass(values: list[Tensor], moments: Moments, lr: float, betas: t
     depends on the step, so parameters that took equally many go together.
     """
     alike: dict[int, list[int]] = defaultdict(list)
-    for place, taken in enumerate(host.integers(torch.stack(moments.steps).long())):
-        alike[taken + 1].append(place)
-    for taken, places in alike.items():
-        gradients, first, second, steps = ([column[place] for place in places] for column in moments)
+    for index, taken in enumerate(host.integers(torch.stack(moments.steps).long())):
+        alike[taken + 1].append(index)
+    for taken, chosen in alike.items():
+        gradients, first, second, steps = ([column[index] for index in chosen] for column in moments)
         adam(
-            [values[place] for place in places], gradients, first, second, [], steps, fused=True,
+            [values[index] for index in chosen], gradients, first, second, [], steps, fused=True,
             amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=0.0,
             eps=eps / math.sqrt(1 - betas[1] ** taken), maximize=False,
         )  # fmt: skip
     # Unlike other operations in place, the fused ones leave the versions as they are by which cached tensors see a
     # change.
     torch.autograd.graph.increment_version([*values, *moments.first, *moments.second])
+
+
+def schedule_factor(schedule: ScheduleRecipe, step: int, *, steps: int, lr: float) -> float:
+    """The factor of all learning rates in a step.
+
+    Args:
+        schedule: shape, warm-up and final learning rate.
+        step: 0 for the first one, whose factor is 0 where there is a warm-up (the official choice).
+        steps: length of the run.
+        lr: the learning rate that the factor multiplies, of which `schedule.min_lr` is the end. Groups with a multiple
+            of it end at the same multiple of `min_lr`.
+    """
+    warmup = schedule.warmup_steps(steps)
+    if step < warmup:
+        return step / warmup
+    left = max(0.0, (steps - step) / max(1, steps - warmup))
+    if schedule.kind == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    floor = schedule.min_lr / lr
+    return floor + (1 - floor) * left
+
+
+class WeightAverage:
+    """`average ← decay·average + (1−decay)·weights` after every step, of all parameters of a model.
+
+    Averages begin at the weights they are made from, live beside them (sharded where these are) and in fp32 at least.
+
+    Args:
+        model: whose parameters are followed.
+        decay: in (0, 1); the average looks back about `1 / (1 - decay)` steps.
+
+    Raises:
+        InputError: a decay out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise InputError(f"decay={decay} is no average; choose it between 0 and 1, such as 0.999")
+        self.decay = decay
+        self._parameters = dict(model.named_parameters())
+        self._averages = {
+            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            for name, parameter in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the weights, once after every step."""
+        for name, average in self._averages.items():
+            average.lerp_(self._parameters[name].detach().to(average.dtype), 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights; afterwards, its own again, to the bit."""
+        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        try:
+            self._put(self._averages)
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, by parameter name."""
+        return dict(self._averages)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up averages that `state_dict` gave.
+
+        Raises:
+            CheckpointError: averages of other parameters; nothing is then changed.
+        """
+        absent = sorted(self._averages.keys() - state.keys())
+        foreign = sorted(state.keys() - self._averages.keys())
+        other = sorted(n for n in self._averages.keys() & state.keys() if self._averages[n].shape != state[n].shape)
+        if absent or foreign or other:
+            raise CheckpointError(
+                f"the weight average belongs to another model: {len(absent)} parameters are absent, {len(foreign)} "
+                f"foreign, {len(other)} of another shape, such as {(absent + foreign + other)[0]}; resume with the "
+                "recipe that it was made by"
+            )
+        for name, average in self._averages.items():
+            average.copy_(state[name])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.options import AnyStreamOptions, ImageOptions
 from xfm_fast.errors import ConfigError, DataError, UnavailableError
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
@@ -104,9 +106,10 @@ class Recipe(Section):
             raise ValueError("precision=fp16 has no loss scaling on device=cpu; use bf16 or fp32")
         for name, stream in self.streams.items():
             if stream.batch_size % self.accumulate:
+                lower = stream.batch_size // self.accumulate * self.accumulate
                 raise ValueError(
                     f"streams.{name}.batch_size={stream.batch_size} does not split into accumulate={self.accumulate} "
-                    f"equal micro-batches; use {_nearest_multiple(stream.batch_size, self.accumulate)}"
+                    f"equal micro-batches; use {f'{lower} or ' if lower else ''}{lower + self.accumulate}"
                 )
             longest = getattr(stream, "max_tokens", 0)
             if longest > self.model.max_text_length:
@@ -153,6 +156,15 @@ class Recipe(Section):
         assert isinstance(source, RegionStream)
         return -(-source.max_images // self.accumulate)
 
+    def options_of(self, stream: str) -> AnyStreamOptions:
+        """The options of a stream, as one rank reads a micro-batch of it."""
+        options, changed = self.streams[stream], {}
+        if isinstance(options, ImageOptions) and options.image_root is not None:
+            changed["image_root"] = Path(self.data) / options.image_root
+        if isinstance(options, RegionStream):
+            changed["max_images"] = self.micro_batch_images(stream)
+        return options.model_copy(update=changed)
+
     def paths_of(self, stream: str) -> list[Path]:
         """The files and folders of a stream; patterns are expanded in sorted order.
 
@@ -193,7 +205,7 @@ class Recipe(Section):
         )
 
     def check_machine(self, *, world_size: int = 1) -> None:
-        """What can only be known where the run starts: the data, the device, the size of the group.
+        """Check all that can only be known where the run starts: the data, the device, the size of the group.
 
         Raises:
             DataError: a path that does not exist, by its stream.
@@ -309,11 +321,6 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def _nearest_multiple(value: int, divisor: int) -> str:
-    lower = value // divisor * divisor
-    return f"{lower} or {lower + divisor}" if lower else str(divisor)
-
-
 def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
@@ -326,15 +333,15 @@ def _unknown(key: str, known: Iterable[str], what: str = "key") -> str:
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """The keys that exist in the section where an unknown one was found."""
-    section: type[BaseModel] = Recipe
+    section: Any = Recipe
     if location[0] == "streams":
         section = STREAM_OF_KIND[str(location[2])]
         location = location[3:]
     for part in location[:-1]:
         inner = section.model_fields[str(part)].annotation
         options = [inner, *get_args(inner)]
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(section.model_fields)
+        section = next(option for option in options if hasattr(option, "model_fields") or is_dataclass(option))
+    return [field.name for field in fields(section)] if is_dataclass(section) else list(section.model_fields)
 
 
 def _explain(error: ValidationError) -> str:
@@ -345,7 +352,7 @@ def _explain(error: ValidationError) -> str:
         shown = [*location[:2], *location[3:]] if location[:1] == ("streams",) and len(location) > 2 else [*location]
         where = ".".join(str(part) for part in shown)
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(_unknown(where, _fields_at(location)))
         elif problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):
             lines.append(f"{where.rpartition('.')[0]} has too few values; give at least {place + 1}")
@@ -359,3 +366,64 @@ def _explain(error: ValidationError) -> str:
         else:
             lines.append(f"{where}={problem['input']!r}: {message}")
     return "; ".join(lines)
+
+
+# With these changed, the weights and the state of the optimizer would mean something else.
+_FIXED = ("model.", "optimizer.zero_grad")
+# These change how a run is run or watched, not what it computes.
+_HARMLESS = ("checkpoint.", "log.", "workers", "data")
+
+
+def changes(before: Mapping[str, Any], recipe: Recipe, world_before: int, world_now: int) -> list[str]:
+    """The differences from the run that a checkpoint belongs to, in words.
+
+    Args:
+        before: the recipe of the checkpoint, as `model_dump(mode="json")` gives it.
+        recipe: of now.
+        world_before, world_now: processes.
+
+    Raises:
+        ConfigError: the model is another one; names its fields and both values.
+    """
+    old, new = dict(_flat(before)), dict(_flat(recipe.model_dump(mode="json")))
+    differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    said = {name: f"{name}: {old.get(name)} → {new.get(name)}" for name in differing}
+    if fixed := [said[name] for name in differing if name.startswith(_FIXED)]:
+        raise ConfigError(
+            f"the checkpoint in checkpoint.folder={recipe.checkpoint.folder} is of another run ({'; '.join(fixed)}); "
+            "set these as they were, or set checkpoint.folder to a new folder"
+        )
+    notes = []
+    if told := [said[name] for name in differing if not name.startswith(_HARMLESS)]:
+        notes.append(f"the recipe has changed since the checkpoint: {'; '.join(told)}")
+    if world_before != world_now:
+        notes.append(
+            f"the checkpoint is of {world_before} processes and this run has {world_now}: an update now sees "
+            f"{world_now} instead of {world_before} times streams.*.batch_size, every stream goes on behind the items "
+            "already seen (to within a batch) in the same order, and dropout and negatives are drawn anew from seed, "
+            "rank and step"
+        )
+    return notes
+
+
+def position_after(
+    batches: int, stream: str, before: Mapping[str, Any], recipe: Recipe, world_before: int, world_now: int
+) -> int:
+    """The batch at which a stream goes on, so that no item comes twice and less than a batch is left out.
+
+    Args:
+        batches: that each of `world_before` processes took with the recipe `before`.
+        stream: its name.
+        before, recipe: old and new recipe.
+        world_before, world_now: processes.
+    """
+    size = before["streams"][stream]["batch_size"] // before["accumulate"] * world_before
+    return -(-batches * size // (recipe.micro_batch_size(stream) * world_now))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

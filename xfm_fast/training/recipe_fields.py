@@ -6,6 +6,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from xfm_fast.data.options import (
+    ImageStreamOptions,
+    PairStreamOptions,
+    RegionStreamOptions,
+    StreamOptions,
+    TextStreamOptions,
+)
+
 LossName = Literal["itc", "itm", "imlm", "mim", "mlm", "bbox_l1", "bbox_giou"]
 
 LOSSES_OF_KIND: dict[str, tuple[LossName, ...]] = {
@@ -30,29 +38,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Masking(Section):
-    """How tokens are masked for language modelling (the fields of `data.text_masking.MaskingOptions`)."""
+class Stream(StreamOptions):
+    """What all streams have, besides the options of their kind.
 
-    probability: float = Field(gt=0, le=1, description="share of tokens to predict")
-    most: int = Field(gt=0, description="at most so many tokens of a text")
-    skipgram_probability: float = Field(default=0.2, ge=0, le=1)
-    skipgram_size: int = Field(default=3, ge=2)
-    whole_word: bool = Field(default=False, description="mask all pieces of a word; the official code does not")
+    Relative paths lie in the recipe's `data` folder, that of `image_root` too.
+    """
 
-
-class Stream(Section):
-    """What all streams have, besides a `kind`."""
-
-    paths: Paths = Field(description="files, folders or glob patterns; relative ones lie in the recipe's `data` folder")
+    paths: Paths = Field(description="files, folders or glob patterns")
     batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
     weight: float = Field(default=1.0, ge=0, description="multiplies the sum of the stream's losses")
     losses: tuple[LossName, ...] = Field(default=(), description="by default all that the kind can give")
-    window: int | None = Field(
-        default=None,
-        gt=0,
-        description="shuffle within so many rows, for disks that seek slowly; null shuffles all",
-    )
-    bad_share: float = Field(default=0.01, ge=0, le=1, description="share of unreadable lines at which the run stops")
 
     @model_validator(mode="after")
     def _losses_exist(self) -> Self:
@@ -65,44 +60,20 @@ class Stream(Section):
         return self
 
 
-class TextStream(Stream):
+class TextStream(Stream, TextStreamOptions):
     """Texts alone: masked language modelling."""
 
-    kind: Literal["text"] = "text"
-    max_tokens: int = Field(default=128, ge=3)
-    masking: Masking = Masking(probability=0.15, most=20)
 
-
-class CaptionedStream(Stream):
-    """Images with words."""
-
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else only resized")
-    max_words: int = Field(default=30, gt=0)
-    max_tokens: int = Field(default=30, ge=3)
-    masking: Masking = Masking(probability=0.5, most=15)
-
-
-class PairStream(CaptionedStream):
+class PairStream(Stream, PairStreamOptions):
     """Images with a caption each."""
 
-    kind: Literal["pairs"] = "pairs"
 
-
-class RegionStream(CaptionedStream):
+class RegionStream(Stream, RegionStreamOptions):
     """Images with captions of their regions; `batch_size` counts captions, not images."""
 
-    kind: Literal["regions"] = "regions"
-    max_images: int = Field(default=80, gt=0, description="images of a batch, at most")
-    max_regions: int = Field(default=5, gt=0, description="captions of an image, at most")
-    least_visible: float = Field(default=0.5, ge=0, lt=1, description="share of a box that the crop must keep")
-    careful_flip: bool = Field(default=False, description="do not mirror images whose captions say left or right")
 
-
-class ImageStream(Stream):
+class ImageStream(Stream, ImageStreamOptions):
     """Images alone: masked image modelling."""
-
-    kind: Literal["images"] = "images"
-    augment: bool = True
 
 
 AnyStream = Annotated[TextStream | PairStream | RegionStream | ImageStream, Field(discriminator="kind")]

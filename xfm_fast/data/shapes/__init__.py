@@ -6,11 +6,10 @@ writes 10,000 training, 500 validation and 500 test scenes in the official forma
 `render_batch([scene(seed, index, split) for index in ...])` and `captions(scene)` give the same data.
 """
 
-from xfm_fast.data.shapes.language import VOCABULARY, Reference, captions, references
-from xfm_fast.data.shapes.questions import ANSWERS, questions, statements
+from xfm_fast.data.shapes.language import ANSWERS, VOCABULARY, Reference, captions, questions, references, statements
 from xfm_fast.data.shapes.rendering import pixel_box, render, render_batch
 from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, Thing, allowed_pairs, scene
-from xfm_fast.data.shapes.writing import write_world
+from xfm_fast.data.shapes.world import write_world
 
 __all__ = [
     "ANSWERS",

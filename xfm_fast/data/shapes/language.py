@@ -1,16 +1,18 @@
-"""What can be said about a scene: captions, and expressions that mean one of its objects.
+"""The language of scenes: captions, expressions that mean one object, questions, and statements that are true or false.
 
 The grammar is small and deterministic, and everything it says has a truth value: an expression is a `Reference`, which
-can be resolved against a scene, so one is handed out only if it means exactly one object.
+can be resolved against a scene, so one is handed out only if it means exactly one object. Questions and statements
+mention no combination that the split may not contain, not even to deny it.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
-from xfm_fast.data.shapes.scenes import COLOURS, MARGIN, SHAPES, SIZES, TEXTURES, Scene, Thing
+from xfm_fast.data.shapes.scenes import COLOURS, MARGIN, SHAPES, SIZES, TEXTURES, Scene, Split, Thing, allowed_pairs
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -22,6 +24,8 @@ _FUNCTION_WORDS = (
 )
 VOCABULARY = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:], *_FUNCTION_WORDS}))
 """Every word of every caption, expression, question and statement."""
+ANSWERS = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:4], "yes", "no"}))
+"""Every answer to a question."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Reference:
         return " ".join((*self.adjectives.split(), self.shape or "object"))
 
     def fits(self, thing: Thing) -> bool:
-        """Whether the attributes are those of the object; the relation is not looked at."""
+        """True if the attributes are those of the object; the relation is not looked at."""
         wanted = (self.size, self.colour, self.texture, self.shape)
         return all(want in (None, has) for want, has in zip(wanted, thing.looks, strict=True))
 
@@ -67,7 +71,7 @@ class Reference:
 
 
 def holds(relation: str, a: Thing, b: Thing) -> bool:
-    """Whether a is left of, right of, above or below b: their centres differ by `MARGIN` or more that way."""
+    """True if a is left of, right of, above or below b: their centres differ by `MARGIN` or more that way."""
     axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
     return sign * (_doubled_centre(b, axis) - _doubled_centre(a, axis)) >= 2 * MARGIN
 
@@ -143,3 +147,95 @@ def _chain(nouns: Sequence[str], relations: Sequence[str]) -> str:
 def _doubled_centre(thing: Thing, axis: int) -> int:
     # Twice the centre is a whole number of units.
     return 2 * thing.box[axis] + thing.side
+
+
+def questions(scene: Scene, split: Split) -> list[tuple[str, str]]:
+    """Questions and their answers: number, attributes, existence, relations."""
+    asked = [("how many objects are there", NUMBERS[len(scene.things)])]
+    for index, thing in enumerate(scene.things):
+        named = references(scene, index)
+        for attribute, word in (("colour", "color"), ("shape", "shape"), ("size", "size")):
+            silent = [ref for ref in named if getattr(ref, attribute) is None]
+            # The shortest expression that does not give the answer away.
+            if silent:
+                asked.append((f"what {word} is the {silent[0]}", getattr(thing, attribute)))
+    present, absent = _pairs(scene, split)
+    asked += [(f"is there {with_article(f'{colour} {shape}')}", "yes") for colour, shape in present[:1]]
+    if absent:
+        colour, shape = absent[_choice((scene,), "absent", len(absent))]
+        asked.append((f"is there {with_article(f'{colour} {shape}')}", "no"))
+    asked += _relation_questions(scene)
+    return asked
+
+
+def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, bool]]:
+    """Statements about a left image (`first`) and a right image, with their truth."""
+    both = (first, second)
+    made = [*_counts(both), *_contents(both, split)]
+    for side, scene in (("left", first), ("right", second)):
+        for a, b in zip(scene.things, scene.things[1:], strict=False):
+            relation = main_relation(a, b)
+            for claimed in (relation, OPPOSITE[relation]):
+                x, y = (Reference(colour=thing.colour, shape=thing.shape) for thing in (a, b))
+                sentence = f"in the {side} image {with_article(x.noun)} is {claimed} {with_article(y.noun)}"
+                fitting = product(filter(x.fits, scene.things), filter(y.fits, scene.things))
+                made.append((sentence, any(one is not other and holds(claimed, one, other) for one, other in fitting)))
+    return made
+
+
+def _relation_questions(scene: Scene) -> Iterator[tuple[str, str]]:
+    names = [next((ref for ref in references(scene, i) if ref.other is None and ref.shape), None)
+             for i in range(len(scene.things))]  # fmt: skip
+    for i, (thing, name) in enumerate(zip(scene.things, names, strict=True)):
+        for j, (anchor, other) in enumerate(zip(scene.things, names, strict=True)):
+            if i == j or name is None or other is None:
+                continue
+            relation = main_relation(thing, anchor)
+            claimed = relation if _choice((scene,), f"{i} {j}", 2) else OPPOSITE[relation]
+            yield f"is the {name} {claimed} the {other}", "yes" if claimed == relation else "no"
+            if [k for k, one in enumerate(scene.things) if k != j and holds(relation, one, anchor)] == [i]:
+                yield f"what shape is {relation} the {other}", thing.shape
+
+
+def _counts(both: tuple[Scene, Scene]) -> Iterator[tuple[str, bool]]:
+    left, right = (len(scene.things) for scene in both)
+    yield "the left image contains more objects than the right image", left > right
+    yield "the right image contains more objects than the left image", right > left
+    for total in (left + right, left + right % 3 + 1):
+        yield f"there are {NUMBERS[total]} objects in total", total == left + right
+    for count in sorted({left, right}):
+        yield f"both images contain exactly {NUMBERS[count]} object{'s' * (count > 1)}", left == right == count
+
+
+def _contents(both: tuple[Scene, Scene], split: Split) -> Iterator[tuple[str, bool]]:
+    shapes = [{thing.shape for thing in scene.things} for scene in both]
+    colours = [{thing.colour for thing in scene.things} for scene in both]
+    for shape in (_pick(both, "shape", sorted(shapes[0] | shapes[1])), _pick(both, "any shape", SHAPES)):
+        yield f"both images contain {with_article(shape)}", all(shape in has for has in shapes)
+        yield f"exactly one image contains {with_article(shape)}", sum(shape in has for has in shapes) == 1
+    for colour in (_pick(both, "colour", sorted(colours[0] | colours[1])), _pick(both, "any colour", COLOURS)):
+        noun = with_article(f"{colour} object")
+        yield f"both images contain {noun}", all(colour in has for has in colours)
+        yield f"exactly one image contains {noun}", sum(colour in has for has in colours) == 1
+    for side, scene in zip(("left", "right"), both, strict=True):
+        present, absent = _pairs(scene, split)
+        for pairs, truth in ((present, True), (absent, False)):
+            if pairs:
+                colour, shape = pairs[_choice(both, f"{side} {truth}", len(pairs))]
+                yield f"the {side} image contains {with_article(f'{colour} {shape}')}", truth
+
+
+def _pairs(scene: Scene, split: Split) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Pairs of a colour and a shape that the scene has, and those of the split that it lacks."""
+    present = {(thing.colour, thing.shape) for thing in scene.things}
+    return sorted(present), sorted(allowed_pairs(split) - present)
+
+
+def _pick(scenes: Sequence[Scene], purpose: str, values: Sequence[str]) -> str:
+    return values[_choice(scenes, purpose, len(values))]
+
+
+def _choice(scenes: Sequence[Scene], purpose: str, count: int) -> int:
+    """A number below `count`, arbitrary but always the same for these scenes."""
+    looks = " ".join(str(full(thing)) + str(thing.box) for scene in scenes for thing in scene.things)
+    return zlib.crc32(f"{purpose}: {looks}".encode()) % count

@@ -1,4 +1,4 @@
-"""From scenes to pixels: anti-aliased masks, made once for every shape, texture and size, and blended in place."""
+"""Pictures of scenes: anti-aliased masks, made once for every shape, texture and size, and blended in place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RGB: dict[str, tuple[int, int, int]] = {
     "black": (24, 24, 24),
 }
 LIGHT = 44
-"""How far the light moves the colours of the ground at the edges of the image, in levels of 255; objects half that."""
+"""Levels of 255 by which the light moves the colours of the ground at the edges of the image; objects half that."""
 _WHOLE = 1 << 7  # times a level of 255, it still fits 16 bits
 _SAMPLES = 4  # per pixel and axis
 _GAP_SHARE = 0.75  # how much of the ground shows through the gaps of stripes and dots
@@ -67,7 +67,7 @@ def render_batch(scenes: Sequence[Scene], resolution: int = CANVAS) -> NDArray[n
 
 @cache
 def _light(resolution: int) -> NDArray[np.int16]:
-    """What the light adds to the ground `[R, R, 3]`: redder to the right, bluer downwards, green against both.
+    """The light on the ground `[R, R, 3]`: redder to the right, bluer downwards, green against both.
 
     It tells a place by its colour, as the sky and the horizon of photographs do. BEiT has no absolute positions, and on
     an even ground every empty patch would look like every other.
@@ -81,7 +81,7 @@ def _light(resolution: int) -> NDArray[np.int16]:
 def _mask(
     shape: str, texture: str, colour: str, width: int, height: int
 ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """What an object adds to each pixel `[h, w, 3]`, and the weight, of `_WHOLE`, of the ground there `[h, w, 1]`."""
+    """The share of an object in each pixel `[h, w, 3]`, and the weight, of `_WHOLE`, of the ground `[h, w, 1]`."""
     rows, columns = (np.arange(n * _SAMPLES) + 0.5 for n in (height, width))
     v, u = 2 * rows / (height * _SAMPLES) - 1, 2 * columns / (width * _SAMPLES) - 1
     inside = _inside(shape, u[None, :], v[:, None])
@@ -94,7 +94,7 @@ def _mask(
 
 
 def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points of the square from -1 to 1 (u to the right, v downwards) a shape covers; it touches all sides."""
+    """Points of the square from -1 to 1 (u to the right, v downwards) that a shape covers; it touches all sides."""
     match shape:
         case "circle":
             return u**2 + v**2 <= 1
@@ -127,7 +127,7 @@ def _in_star(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_
 
 
 def _gaps(texture: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which points (in pixels from the corner of the box) lie between stripes, or in dots."""
+    """Points (in pixels from the corner of the box) that lie between stripes, or in dots."""
     match texture:
         case "plain":
             return np.zeros(np.broadcast_shapes(x.shape, y.shape), bool)

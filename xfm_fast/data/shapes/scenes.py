@@ -8,7 +8,7 @@ of these splits holds at least one of its own. Each colour and each shape is com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from xfm_fast.errors import DataError
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Pair = tuple[str, str]
+T = TypeVar("T")
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "black")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
@@ -94,7 +95,8 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
         raise DataError(f"seed={seed} and index={index} must not be negative")
     key = np.random.SeedSequence([seed, SPLITS.index(split), index])
     draws = _Draws(np.random.Generator(np.random.Philox(key)))
-    number = _number(draws.uniform())
+    drawn = draws.uniform()
+    number = 1 + sum(drawn >= bound for bound in _COUNTS)
     looks = _looks(number, split, draws)
     sides = [draws.between(*_SIDES[size]) for size, _, _, _ in looks]
     places = _places(sides, draws)
@@ -121,15 +123,8 @@ class _Draws:
         """A whole number, both ends included."""
         return low + int(self.uniform() * (high - low + 1))
 
-    def one_of(self, values: tuple[str, ...]) -> str:
+    def one_of(self, values: tuple[T, ...]) -> T:
         return values[int(self.uniform() * len(values))]
-
-    def pair_of(self, pairs: tuple[Pair, ...]) -> Pair:
-        return pairs[int(self.uniform() * len(pairs))]
-
-
-def _number(draw: float) -> int:
-    return 1 + sum(draw >= bound for bound in _COUNTS)
 
 
 def _looks(number: int, split: Split, draws: _Draws) -> list[tuple[str, str, str, str]]:
@@ -141,7 +136,7 @@ def _looks(number: int, split: Split, draws: _Draws) -> list[tuple[str, str, str
             looks.append(looks[-1])
             continue
         held = bool(own) and (place == 0 or draws.uniform() < _OWN_SHARE)
-        colour, shape = draws.pair_of(own if held else _COMMON)
+        colour, shape = draws.one_of(own if held else _COMMON)
         looks.append((draws.one_of(SIZES), colour, draws.one_of(TEXTURES), shape))
     # Which place in the list carries it must say nothing.
     for i in range(number - 1, 0, -1):

@@ -1,0 +1,1 @@
+"""The photographs, captions, weights and texts that benchmarks are made of."""

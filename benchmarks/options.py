@@ -1,0 +1,168 @@
+"""The options of all benchmarks: what their functions take, and what the commands `xfm-fast bench ...` offer.
+
+Nothing heavy is imported here, so that help and errors of the command line come at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
+
+Preset = Literal["base", "tiny"]
+Device = Literal["cpu", "cuda"]
+DType = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of every benchmark of models.
+
+    Attributes:
+        quick: Less work and fewer samples.
+        dtype: fp32, bf16, or both with a comma; auto leaves out what the processor lacks.
+        threads: Threads; by default those that PyTorch takes.
+        seed: Of random weights and inputs.
+    """
+
+    quick: bool = False
+    dtype: tuple[DType, ...] = ("auto",)
+    threads: Annotated[int | None, Ge(1)] = None
+    seed: Annotated[int, Ge(0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RunOptions):
+    """Weights and inputs of an X-FM.
+
+    Attributes:
+        preset: Size of the model.
+        checkpoint: Official .th/.pth, .safetensors, or a folder that save_pretrained wrote. [random weights]
+        data: Folder of images with captions, instead of the photographs.
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
+    """
+
+    preset: Preset = "base"
+    checkpoint: Path | None = None
+    data: Path | None = None
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions(ModelOptions):
+    """Options of the whole suite.
+
+    Attributes:
+        official: Clone of the official repository, measured as one more baseline.
+    """
+
+    official: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(SuiteOptions):
+    """The size of the work and who takes part in it, in scenarios and sweeps.
+
+    Attributes:
+        baselines: Names with commas, see xfm-fast bench list. [all that are installed]
+        device: The device to measure. [a GPU where there is one]
+        image_size: Pixels along a side. [384; tiny 48]
+        batch: Requests of an offline run, and the most that a server answers together.
+        texts: Captions of a rerank request. [64; quick 8]
+    """
+
+    baselines: tuple[str, ...] = ()
+    device: Device | None = None
+    image_size: Annotated[int | None, Ge(1)] = None
+    batch: Annotated[int | None, Ge(1)] = None
+    texts: Annotated[int | None, Ge(1)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenarioOptions(SizeOptions):
+    """Options of a scenario.
+
+    Attributes:
+        mode: single-stream, offline or server; may be repeated. [all three]
+        p99_ms: Bound of the server on the 99th percentile. [4 times one request of the official algorithm]
+        lengths: Of texts: captions, or a mean with a shape, such as fixed-16, uniform-16, bimodal-16.
+        index: Images that retrieve searches. [18; quick 8]
+        k: Images that retrieve re-ranks. [8; quick 4]
+    """
+
+    mode: tuple[Literal["single-stream", "offline", "server"], ...] = ()
+    p99_ms: Annotated[float | None, Gt(0)] = None
+    lengths: str = "captions"
+    index: Annotated[int | None, Ge(1)] = None
+    k: Annotated[int | None, Ge(1)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(SizeOptions):
+    """Options of a sweep.
+
+    Attributes:
+        over: The axis, as far as the work has it.
+        values: With commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
+    """
+
+    over: Literal["batch", "resolution", "texts", "lengths"]
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoOptions(ModelOptions):
+    """Options of a whole evaluation; with `data` it is run, not projected.
+
+    Attributes:
+        device: The device to measure. [a GPU where there is one]
+        images: Of --data, read into memory: 5000 of COCO take 5 GB.
+        image_size: Pixels along a side. [384; tiny 48]
+        k: Candidates of every query. [256]
+    """
+
+    device: Device | None = None
+    images: Annotated[int, Ge(1)] = 64
+    image_size: Annotated[int | None, Ge(1)] = None
+    k: Annotated[int | None, Ge(1)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(RunOptions):
+    """Options of the training step; quick leaves out the rows with dropout.
+
+    Attributes:
+        preset: Size of the model.
+        device: The device to measure. [a GPU where there is one]
+        pairs: Image-text pairs in the batch. [8 on a CPU, 96 on a GPU]
+    """
+
+    preset: Preset = "base"
+    device: Device | None = None
+    pairs: Annotated[int | None, Ge(2)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropInOptions(RunOptions):
+    """Options of the models of others; quick takes two layers and two samples, to see that all runs.
+
+    Attributes:
+        only: roberta, bert-rerank, blip-rerank, memory-rerank, beit, or several with commas. [all]
+    """
+
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """Options of the operations.
+
+    Attributes:
+        dtype: The type of the tensors. [bf16 on a GPU, fp32 on a CPU]
+        small: Shapes of milliseconds, to see that everything runs.
+    """
+
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    small: bool = False

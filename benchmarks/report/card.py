@@ -1,0 +1,113 @@
+"""A report as one picture to share: the sorted bars of up to four kinds of work, 1200 by 630 pixels."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.errors import UnavailableError
+
+from ..record import OURS, Document
+from . import charts, findings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDTH, _HEIGHT, _MARGIN, _TOP, _BOTTOM = 1200, 630, 64, 158, 84
+_INK, _SOFT, _OURS, _OTHER, _GROUND = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b", "#fbfbfa"
+_FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
+_MOST_PANELS, _LEAST_PITCH, _MOST_PITCH = 4, 46.0, 62.0
+
+
+def png(document: Document, path: Path) -> None:
+    """Draw the picture of a document.
+
+    Raises:
+        UnavailableError: matplotlib is not installed, or the document has nothing to draw.
+        StorageError: the file cannot be written.
+    """
+    try:
+        from matplotlib import font_manager, rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnavailableError("a PNG needs matplotlib; install it with pip install 'xfm-fast[bench]'") from None
+    panels = _chosen(document)
+    if not panels:
+        raise UnavailableError("these results have no two contenders at the same work, so there is nothing to draw")
+    installed = set(font_manager.get_font_names())
+    content = io.BytesIO()
+    with rc_context({"font.family": next(name for name in _FONTS if name in installed), "text.color": _INK}):
+        picture = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), dpi=100, facecolor=_GROUND)
+        left, soft = _MARGIN / _WIDTH, {"color": _SOFT, "fontsize": 11.5}
+        picture.text(left, 0.895, OURS, fontsize=15, weight="bold", color=_OURS)
+        picture.text(left, 0.815, findings.TITLES[document.benchmark], fontsize=27, weight="bold")
+        picture.text(left, 0.055, findings.place(document), **soft)
+        across = min(len(panels), 2)
+        down, gap = -(-len(panels) // across), 56
+        width = (_WIDTH - 2 * _MARGIN - gap * (across - 1)) / across
+        # A little room that few bars leave goes above them.
+        height = (_HEIGHT - _TOP - _BOTTOM) / down
+        spare = height - 48 - max(len(p.bars) if isinstance(p, charts.Bars) else 99 for p in panels) * _MOST_PITCH
+        top = _TOP + max(spare, 0) / 3
+        for place, panel in enumerate(panels):
+            row, column = divmod(place, across)
+            left, bottom = _MARGIN + column * (width + gap), _HEIGHT - top - (row + 1) * height
+            inset = 0 if isinstance(panel, charts.Bars) else 50
+            box = ((left + inset) / _WIDTH, (bottom + inset) / _HEIGHT, (width - inset) / _WIDTH)
+            axes = picture.add_axes((*box, (height - 48 - inset) / _HEIGHT), facecolor=_GROUND)
+            title = textwrap.shorten(panel.title.split(" (")[0], 90 // across, placeholder=" …")
+            axes.set_title(title, loc="left", fontsize=15, weight="bold", pad=10)
+            _bars(axes, panel, height - 48) if isinstance(panel, charts.Bars) else _plot(axes, panel)
+        picture.savefig(content, format="png")
+    write_bytes({path: content.getvalue()})
+
+
+def _chosen(document: Document) -> Sequence[charts.Bars | charts.Plot]:
+    """One chart for each of the first kinds of work, in the type that gains most; or growth, in a sweep."""
+    best: dict[str, charts.Bars] = {}
+    for panel in (*charts.speeds(document), *charts.evaluation(document)):
+        if panel.title not in best or _gain(panel) > _gain(best[panel.title]):
+            best[panel.title] = panel
+    return list(best.values())[:_MOST_PANELS] or charts.growth(document)[:_MOST_PANELS]
+
+
+def _gain(panel: charts.Bars) -> float:
+    """The speed of xfm-fast over that of the slowest."""
+    return max((bar.value for bar in panel.bars if bar.ours), default=0.0) / min(bar.value for bar in panel.bars)
+
+
+def _bars(axes: Axes, panel: charts.Bars, height: float) -> None:
+    """The bars that there is room for: xfm-fast's, the reference's, and the fastest of the others."""
+    room = max(2, int(height // _LEAST_PITCH))
+    kept = sorted(panel.bars, key=lambda bar: (not bar.ours, bar.factor != "1×", -bar.value))[:room]
+    shown = [bar for bar in panel.bars if bar in kept]
+    pitch = min(max(height / len(shown), _LEAST_PITCH), _MOST_PITCH)
+    size, right = min(pitch / 4, 14.0), {"ha": "right", "transform": axes.get_yaxis_transform()}
+    for place, bar in enumerate(shown):
+        colour = _OURS if bar.ours else _INK
+        axes.barh(place, bar.value, height=0.4, color=_OURS if bar.ours else _OTHER)
+        axes.text(0, place - 0.27, bar.label, fontsize=size, color=colour)
+        axes.text(1, place - 0.27, bar.text.replace(" ✓", ""), fontsize=size - 1, color=_SOFT, **right)
+        factor = {"fontsize": size * (1.5 if bar.ours else 1.1), "weight": "bold", "color": colour}
+        axes.text(bar.value, place, f" {bar.factor}", va="center_baseline", **factor)
+    axes.set_xlim(0, max(bar.value for bar in shown) * 100 / charts.LONGEST_BAR)
+    axes.set_ylim(height / pitch - 0.7, -0.7)
+    axes.set_axis_off()
+
+
+def _plot(axes: Axes, panel: charts.Plot) -> None:
+    for one in panel.series:
+        colour = {"ours": _OURS, "reference": _SOFT}.get(one.tone, _OTHER)
+        axes.plot(*zip(*one.points, strict=True), "os^D"[one.shape], color=colour, label=one.name)
+        if one.line:
+            axes.plot(*zip(*one.line, strict=True), "--" if one.dashed else "-", color=colour)
+    axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel=panel.y_label)
+    axes.set_xticks(panel.x.ticks, [panel.tick(value, panel.x_unit) for value in panel.x.ticks])
+    axes.set_yticks(panel.y.ticks, [panel.tick(value, panel.y_unit) for value in panel.y.ticks])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

@@ -1,0 +1,342 @@
+"""Charts as data, which `templates/charts.html` draws as inline SVG: sorted bars, and points over two axes.
+
+Places are percentages of the drawing's width and height, so that a chart fills a phone's column and a wide one alike
+and words keep their size. Colours have one meaning: xfm-fast is dark, the reference and all others are grey; shapes
+tell contenders apart, and dashes the types of numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..record import OURS, Document, Fit, Row, groups
+from .table import FEWEST_POINTS, duration, marks, number, pace, seconds, si, speed, times, work
+
+# The longest bar leaves room for the factor at its end.
+LONGEST_BAR = 76.0
+_LONGEST_NAME = 28
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its words, its length, the factor at its end, the number behind it, and its interval of 95%."""
+
+    label: str
+    value: float
+    factor: str
+    text: str
+    ours: bool
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A sorted bar chart.
+
+    Attributes:
+        about: what lengths and factors are, in a few words.
+        kind: `bars`, by which the templates choose how to draw.
+    """
+
+    title: str
+    about: str
+    bars: Sequence[Bar]
+    kind: str = "bars"
+
+    def width(self, value: float) -> float:
+        """The length of a bar in percent of the drawing."""
+        return LONGEST_BAR * value / max(max(bar.value, bar.high or 0) for bar in self.bars)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values to percentages along one side of a chart, evenly or by their logarithm."""
+
+    low: float
+    high: float
+    log: bool
+    ticks: tuple[float, ...]
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log(v) if self.log else v for v in (self.low, self.high))
+        at = math.log(max(value, 1e-300)) if self.log else value
+        return 100 * (at - low) / (high - low)
+
+
+def linear_axis(top: float) -> Axis:
+    """From zero to a round number above `top`."""
+    step = _step(top or 1.0)
+    count = math.ceil(top / step - 1e-9) or 1
+    return Axis(0, count * step, False, tuple(place * step for place in range(count + 1)))
+
+
+def log_axis(values: Iterable[float], *, most_ticks: int = 5) -> Axis:
+    """Around the values; ticks at 1, 2 and 5 times powers of ten, fewer in wide ranges, even steps in narrow ones."""
+    found = [value for value in values if value > 0]
+    low, high = min(found) / 1.12, max(found) * 1.12
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = tuple(f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high)
+        if len(ticks) <= most_ticks:
+            break
+    if len(ticks) < 3:
+        step = _step((high - low) * 1.5)
+        inside = range(math.ceil(low / step), math.floor(high / step) + 1)
+        ticks = tuple(place * step for place in inside) or (low, high)
+    return Axis(low, high, True, ticks[:: math.ceil(len(ticks) / most_ticks)])
+
+
+def _step(top: float) -> float:
+    rough = top / 5
+    power = 10 ** math.floor(math.log10(rough))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one contender.
+
+    Attributes:
+        tone: class of the style sheet: `ours`, `reference`, `other`, or `bound`.
+        shape: of its marks, 0 to 3; `line`: the points of its curve, if not those of its marks.
+        hollow: places of marks that are drawn empty.
+    """
+
+    name: str
+    tone: str
+    shape: int
+    dashed: bool
+    points: Sequence[tuple[float, float]]
+    line: Sequence[tuple[float, float]] = ()
+    hollow: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Points and curves over two axes; `notes` are words at a place: (x, y, text)."""
+
+    title: str
+    x: Axis
+    y: Axis
+    x_label: str
+    y_label: str
+    x_unit: str = ""
+    y_unit: str = ""
+    series: list[Series] = field(default_factory=list)
+    notes: list[tuple[float, float, str]] = field(default_factory=list)
+    kind: str = "plot"
+
+    def path(self, line: Iterable[tuple[float, float]]) -> str:
+        """The points of a polyline, in a square of 100."""
+        return " ".join(f"{self.x(x):.2f},{100 - self.y(y):.2f}" for x, y in line)
+
+    @staticmethod
+    def tick(value: float, unit: str) -> str:
+        """The words at a tick; of a long unit the prefix alone, since the axis names it."""
+        return si(value, unit if unit == "s" else "") if unit else number(value)
+
+
+class Palette:
+    """The look of each contender, the same in every plot of a document."""
+
+    def __init__(self, document: Document) -> None:
+        self._reference = document.reference
+        names = dict.fromkeys(row.contender for row in document.rows)
+        self._shapes = {name: place for place, name in enumerate(sorted(names, key=lambda n: not n.startswith(OURS)))}
+
+    def series(self, row: Row, points: Sequence[tuple[float, float]], name: str = "", **more: object) -> Series:
+        """The points of a row in its look."""
+        kind = "ours" if row.contender.startswith(OURS) else "other"
+        tone = "reference" if row.contender == self._reference else kind
+        shape, dashed = self._shapes.get(row.contender, 0) % 4, row.dtype != "fp32"
+        return Series(name or row.title, tone, shape, dashed, points, **more)  # pyright: ignore[reportArgumentType]
+
+
+def speeds(document: Document) -> list[Bars]:
+    """For each work and type all contenders, the fastest first; factors are over the reference in the same type."""
+    found = []
+    for group in groups(row for row in document.measured if row.x is None):
+        for dtype in dict.fromkeys(row.dtype for row in group if row.ours):
+            rows = [row for row in group if row.dtype == dtype]
+            # A type in which the reference was not run is set against its fp32, by name.
+            base = document.beside(rows[0], document.reference, dtype) or document.reference_row(rows[0])
+            # Eager attention over texts of several lengths goes by a longer name.
+            base = base or next((row for row in rows if row.contender.startswith(document.reference)), None)
+            if base is not None and base not in rows:
+                rows.append(base)
+            if len(rows) < 2:
+                continue
+            ordered = sorted(rows, key=pace, reverse=True)
+            about = "" if base is None else f"{dtype}; factors over {base.title}"
+            found.append(Bars(work(rows[0]).rpartition(", ")[0], about, [_bar(row, base) for row in ordered]))
+    return found
+
+
+def _bar(row: Row, base: Row | None) -> Bar:
+    value, unit, _ = speed(row)
+    here = pace(row)
+    compared = (c for c in row.against if base is not None and (c.contender, c.dtype) == (base.contender, base.dtype))
+    found = next(compared, None)
+    factor = found.ratio if found else here / pace(base) if base is not None and pace(base) else None
+    # Intervals are told in the bar's own unit; that of a factor comes from samples that took turns.
+    known = (found.low, found.high, found.ratio) if found else (None, None, 0.0)
+    if None in known and row.throughput:
+        known = (row.throughput.low, row.throughput.high, row.throughput.value)
+    low, high = (None if end is None else here * end / known[2] for end in known[:2])
+    agrees = " ✓" if row.parity and row.parity.passed and row is not base else ""
+    text = f"{number(value)} {unit}{agrees} {marks(row)}".rstrip()
+    end = "" if factor is None else "1×" if row is base else times(factor)
+    name = row.label.split(",")[0] if row is base else textwrap.shorten(row.label, _LONGEST_NAME, placeholder=" …")
+    name = f"{name}, {row.dtype}{' (a bound)' if row.bounds else ''}"
+    return Bar(name, here, end, text, row.contender.startswith(OURS), low, high)
+
+
+def evaluation(document: Document) -> list[Bars]:
+    """The whole evaluation by each procedure: shorter times are longer bars."""
+    if document.coco is None or len(document.coco.evaluations) < 2:
+        return []
+    runs = sorted(document.coco.evaluations, key=lambda run: run.total_s.value)
+    bars = [
+        Bar(
+            f"{run.procedure}, {run.dtype}",
+            1 / run.total_s.value,
+            "1×" if run is runs[-1] else times(runs[-1].total_s.value / run.total_s.value),
+            f"{duration(run.total_s.value)}, {run.kind}",
+            run.procedure == OURS,
+        )
+        for run in runs
+    ]
+    title = f"{document.coco.images:,} images, {document.coco.texts:,} texts, k = {document.coco.k}"
+    return [Bars(title, f"factors over {bars[-1].label}", bars)]
+
+
+def memory(document: Document) -> list[Bars]:
+    """Peak memory of training steps, where each procedure ran alone."""
+    found = []
+    for group in groups(row for row in document.measured if row.memory and row.memory.gradient_bytes is not None):
+        ordered = sorted(group, key=lambda row: row.memory.peak_bytes if row.memory else 0, reverse=True)
+        most = ordered[0].memory.peak_bytes if ordered[0].memory else 1
+        bars = [
+            Bar(
+                row.title,
+                use.peak_bytes,
+                f"{use.peak_bytes / most:.0%}",
+                f"{use.peak_bytes / 1e9:.2f} GB",
+                row.ours,
+            )
+            for row in ordered
+            if (use := row.memory)
+        ]
+        found.append(Bars(group[0].name, "shorter is better; shares of the largest", bars))
+    return found
+
+
+def latencies(document: Document) -> list[Plot]:
+    """Share of single requests that were answered within a time."""
+    made, palette = [], Palette(document)
+    alone = [r for r in document.measured if r.latency and r.mode == "single-stream" and r.x is None]
+    for group in groups(alone):
+        samples = [value for row in group for value in row.samples]
+        plot = Plot(group[0].name, log_axis(samples), linear_axis(1.0), "time of a request", "share of requests", "s")
+        for row in group:
+            ordered, steps = sorted(row.samples), []
+            for place, value in enumerate(ordered):
+                steps += [(value, place / len(ordered)), (value, (place + 1) / len(ordered))]
+            quantiles = {0.5: row.latency.p50, 0.9: row.latency.p90, 0.99: row.latency.p99} if row.latency else {}
+            marked = [(quantile.value, share) for share, quantile in quantiles.items()]
+            plot.series.append(palette.series(row, marked, line=steps))
+        made.append(plot)
+    return made
+
+
+def arrivals(document: Document) -> list[Plot]:
+    """The 99th percentile at each rate of Poisson arrivals that was tried, and the bound."""
+    made, palette = [], Palette(document)
+    for group in groups(r for r in document.measured if r.server and r.server.trials and r.x is None):
+        servers = [(row, row.server) for row in group if row.server]
+        bound = servers[0][1].bound_s
+        trials = [trial for _, server in servers for trial in server.trials]
+        plot = Plot(
+            group[0].name,
+            log_axis([trial.rate for trial in trials]),
+            log_axis([bound, *(trial.p99 for trial in trials)]),
+            "requests a second (Poisson)",
+            "p99 of latency",
+            y_unit="s",
+        )
+        ends = [(plot.x.low, bound), (plot.x.high, bound)]
+        plot.series.append(Series("bound", "bound", 0, True, (), ends))
+        plot.notes.append((plot.x.low, bound, f"bound {seconds(bound)}"))
+        for row, server in servers:
+            ordered = sorted(server.trials, key=lambda trial: trial.rate)
+            broken = frozenset(place for place, trial in enumerate(ordered) if not trial.held)
+            points = [(trial.rate, trial.p99) for trial in ordered]
+            name = f"{row.title}: {number(server.max_qps)}/s {marks(row)}".rstrip()
+            plot.series.append(palette.series(row, points, name, hollow=broken))
+        made.append(plot)
+    return made
+
+
+def roofs(document: Document) -> list[Plot]:
+    """Rates of arithmetic over arithmetic intensity, under the roof that this machine was measured to have."""
+    made, palette = [], Palette(document)
+    for dtype, probe in document.probes.items():
+        gemm, copy = probe.gemm_flops_per_s, probe.copy_bytes_per_s
+        spots = [
+            (row, (e.intensity, e.share_of_roof * e.roof))
+            for row in document.measured
+            if row.dtype == dtype and (e := row.efficiency) and e.intensity and e.share_of_roof and e.roof
+        ]
+        if not spots or not copy:
+            continue
+        ridge = gemm / copy
+        across = [x for _, (x, _) in spots] + [ridge / 4, ridge * 4]
+        x = log_axis([min(across) / 1.5, max(across) * 1.5])
+        y = log_axis([gemm * 1.3, copy * x.low, *(at for _, (_, at) in spots)])
+        title = f"{dtype}: products {si(gemm, 'FLOP/s')} ({probe.library}), copies {si(copy, 'B/s')}"
+        plot = Plot(title, x, y, "FLOP for each byte that must move", "FLOP/s", y_unit="FLOP/s")
+        roof = [(at, min(gemm, copy * at)) for at in (x.low, ridge, x.high)]
+        plot.series.append(Series("roof", "bound", 0, False, (), roof))
+        rows = {row.contender: row for row, _ in spots}
+        for contender, row in rows.items():
+            own = [place for other, place in spots if other.contender == contender]
+            plot.series.append(palette.series(row, own, line=own[:1]))
+        made.append(plot)
+    return made
+
+
+def growth(document: Document) -> list[Plot]:
+    """Time of a run as the work grows, with the line through the logarithms where there are points enough for one."""
+    made, palette = [], Palette(document)
+    swept = [row for row in document.measured if row.x is not None and row.median_s]
+    fits = {(fit.work, fit.contender, fit.dtype): fit for fit in document.fits if fit.points >= FEWEST_POINTS}
+    for name in dict.fromkeys(row.work for row in swept):
+        rows = [row for row in swept if row.work == name]
+        label = next((fit.x_label for fit in document.fits if fit.work == name), "size")
+        x, y = log_axis(row.x or 0 for row in rows), log_axis(row.median_s or 0 for row in rows)
+        plot = Plot(f"{name}, {rows[0].mode}", x, y, label, "time of a run", y_unit="s")
+        for contender, dtype in dict.fromkeys((row.contender, row.dtype) for row in rows):
+            own = [row for row in rows if (row.contender, row.dtype) == (contender, dtype)]
+            points = sorted((row.x or 0.0, row.median_s or 0.0) for row in own)
+            fit = fits.get((name, contender, dtype))
+            title = own[0].title if fit is None else f"{own[0].title}: {_exponent(fit)}"
+            line = () if fit is None else _fitted(points, fit.exponent)
+            plot.series.append(palette.series(own[0], points, title, line=line))
+        made.append(plot)
+    return made
+
+
+def _exponent(fit: Fit) -> str:
+    interval = "" if fit.low is None or fit.high is None else f" ({fit.low:.2f} to {fit.high:.2f})"
+    return f"time grows as size^{fit.exponent:.2f}{interval}"
+
+
+def _fitted(points: list[tuple[float, float]], exponent: float) -> list[tuple[float, float]]:
+    """Ends of the line of that slope through the middle of the points, as least squares puts it."""
+    offset = statistics.fmean(math.log(y) - exponent * math.log(x) for x, y in points)
+    return [(x, math.exp(offset + exponent * math.log(x))) for x in (points[0][0], points[-1][0])]

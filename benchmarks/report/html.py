@@ -1,0 +1,84 @@
+"""A report as one self-contained page: findings first, then charts, every row, and how it was measured.
+
+Without scripts, readable in light and dark, on a phone and on a desk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jinja2
+
+from ..record import Document
+from . import charts, findings
+from .table import FEWEST_POINTS, tables
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader(__package__ or "", "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+class Section(NamedTuple):
+    """A heading, a sentence that says how to read it, and charts."""
+
+    title: str
+    about: str
+    charts: Sequence[charts.Bars | charts.Plot]
+
+
+def html(document: Document, *, image: str | None = None) -> str:
+    """The page of a document; `image` is the address of its picture, for those who are shown a link."""
+    return _TEMPLATES.get_template("page.html").render(
+        title=findings.TITLES[document.benchmark],
+        description=findings.description(document),
+        image=image,
+        links=findings.links(),
+        place=findings.place(document),
+        remarks=list(findings.remarks(document)),
+        headlines=findings.headlines(document),
+        sections=[section for section in _sections(document) if section.charts],
+        tables=tables(document),
+        replaced={row.name: row.replaced for row in document.rows if row.replaced},
+        facts=[*findings.facts(document), *findings.circumstances(document)],
+    )
+
+
+def _sections(document: Document) -> list[Section]:
+    bounded = any(row.bounds for row in document.rows)
+    bounds = " A bound computes less than the work: it is no alternative." if bounded else ""
+    return [
+        Section(
+            "Speed",
+            "Longer is faster. Contenders took turns in one process; the stroke is a bootstrap interval of 95%. "
+            f"✓ results equal the reference's, † something else ran on the machine meanwhile.{bounds}",
+            [*charts.speeds(document), *charts.evaluation(document)],
+        ),
+        Section("Peak memory", "Each procedure alone, in a process of its own on a CPU.", charts.memory(document)),
+        Section(
+            "Latency",
+            "Share of single requests that were answered within a time; the marks are p50, p90 and p99. "
+            "Dashed: other types than fp32.",
+            charts.latencies(document),
+        ),
+        Section(
+            "Requests a second under a bound",
+            "p99 of latency as requests arrive faster. Filled marks held the bound, hollow ones broke it.",
+            charts.arrivals(document),
+        ),
+        Section(
+            "Cost as work grows",
+            "Both scales are logarithmic. The line is a least-squares fit, where there are at least "
+            f"{FEWEST_POINTS} points; below 1 larger work is cheaper for each item.",
+            charts.growth(document),
+        ),
+        Section(
+            "Roofline",
+            "Arithmetic that the result needs, a second, under this machine's own rates of matrix products and of "
+            "copies. On the slope memory is the bound, under the flat part arithmetic.",
+            charts.roofs(document),
+        ),
+    ]

@@ -1,0 +1,364 @@
+"""The whole retrieval evaluation of COCO's 5k test split: what the official procedure costs here, what ours, and why.
+
+Without data of the user's the evaluation is projected: every part of both procedures is timed on this machine, at the
+shape that it has in the evaluation, and multiplied by how often it comes. With data ours is run in full; the official
+procedure in part if the whole would take too long, its scores compared with ours pair by pair.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from xfm_fast import flops
+from xfm_fast.config import XFMConfig
+from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
+from xfm_fast.tasks.reranking import ModelScorer
+from xfm_fast.tasks.retrieval import UNSCORED, RerankResult, Retriever
+
+from .. import machine
+from ..contenders.engine import wait_for
+from ..contenders.official_algorithm import OfficialTwin
+from ..material.inputs import MAX_TOKENS, Texts
+from ..measure import (
+    DTYPES,
+    FP32_BAND,
+    Block,
+    Progress,
+    Samples,
+    interleave,
+    interval,
+    parity_band,
+    ratio_interval,
+    relative_error,
+)
+from ..options import CocoOptions
+from ..record import OFFICIAL, OURS, Coco, Document, Evaluation, Interval, Parity, ReceiptStep, finite
+from .setting import Scale, Setting, opened
+
+# Of the test split of Karpathy and Fei-Fei, as the official evaluation reads it, and its k_test.
+IMAGES, TEXTS, CANDIDATES = 5000, 25010, 256
+RERANKING = "fusion, keys and values included"
+# Texts of one pass over an image, about the tokens that the scheduler of re-ranking gives it.
+_PASS_TEXTS = 160
+_OFFICIAL_PAIRS = 16
+_PHOTOS, _CAPTIONS = 4, 64
+_IMAGE_BATCH, _TEXT_BATCH = 8, 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The size of a collection: `lengths` are those of a sample of its texts."""
+
+    images: int
+    texts: int
+    k: int
+    lengths: list[int]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that the official evaluation scores: both directions, each for itself."""
+        return flops.official_pairs(self.images, self.texts, self.k)
+
+
+def receipt(config: XFMConfig, sizes: Sizes, scored: int | None = None) -> list[ReceiptStep]:
+    """FLOPs of the evaluation, from the official procedure to ours, one saving after the other.
+
+    Args:
+        sizes: of the collection.
+        scored: pairs that are left when those of both directions are scored once, where that is known.
+    """
+    pairs, sample = sizes.pairs, sizes.lengths
+    vision = flops.image_encoder(config, sizes.images).total
+    vision += flops.contrastive_features(config, sizes.images, sizes.texts).total
+    text = flops.text_encoder(config, sample).total * sizes.texts / len(sample)
+    padded = flops.text_encoder(config, [MAX_TOKENS]).total * sizes.texts
+    head = flops.matching_head(config, 1).total
+    memory = flops.image_memory(config, 1).total
+
+    def fusion(lengths: Sequence[int], *, first_only: bool = False, shared: bool = False) -> float:
+        whole = flops.fusion(config, lengths, first_token_only=first_only, self_attended=shared).total
+        return whole / len(lengths) + head
+
+    first = flops.first_self_attention(config, sample).total * sizes.texts / len(sample)
+    shared_memory = vision + sizes.images * memory
+    packed, last = shared_memory + text, fusion(sample, first_only=True, shared=True)
+    steps = [
+        ("official procedure", vision + padded + pairs * (fusion([MAX_TOKENS]) + memory)),
+        ("keys and values of an image once", shared_memory + padded + pairs * fusion([MAX_TOKENS])),
+        ("no padding", packed + pairs * fusion(sample)),
+        ("last layer for token 0 alone", packed + pairs * fusion(sample, first_only=True)),
+        ("first self-attention of a text once", packed + first + pairs * last),
+    ]
+    if scored is not None:
+        steps.append(("pairs of both directions once", packed + first + scored * last))
+    before = [steps[0][1], *(count for _, count in steps)]
+    return [
+        ReceiptStep(saving=saving, flops=count, factor=earlier / count)
+        for (saving, count), earlier in zip(steps, before, strict=False)
+    ]
+
+
+def run(options: CocoOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
+    """Project the evaluation, or with `options.data` run it. An interruption (Ctrl-C) leaves the document without it.
+
+    Raises:
+        XFMError: an option, the checkpoint or the data cannot be used.
+    """
+    device = machine.choose_device(options.device)
+    scale = Scale.of("retrieve", options, device)
+    progress = progress or Progress()
+    progress.begin(3 if options.data is None else 4)
+    with opened(options, "coco", device, progress, command) as setting:
+        setting.prepare(scale.image_size, options.images)
+        setting.document.coco = _Evaluations(setting, options, scale).measure()
+    return setting.finish()
+
+
+class _Evaluations:
+    def __init__(self, setting: Setting, options: CocoOptions, scale: Scale) -> None:
+        self.setting, self.material, self.scale = setting, setting.material, scale
+        self.config = self.material.config(scale.image_size)
+        self.given = self.material.texts(_PASS_TEXTS)
+        collection, self.measured = self.material.collection, options.data is not None
+        images = len(collection.names) if self.measured else IMAGES
+        texts = len(collection.captions) if self.measured else TEXTS
+        k = options.k or CANDIDATES
+        sample = self.material.encoded(collection.captions).lengths
+        self.sizes = Sizes(images, texts, min(k, images, texts) if self.measured else k, sample)
+        # The count of work for each part of a procedure, by its name.
+        self.counts = {
+            "embed images": images / _PHOTOS,
+            "embed texts": texts / _CAPTIONS,
+            "first self-attention": texts / _PASS_TEXTS,
+            "image memory": float(images),
+            "fusion and matching head": self.sizes.pairs / _PASS_TEXTS,
+            RERANKING: self.sizes.pairs / _OFFICIAL_PAIRS,
+        }
+
+    def measure(self) -> Coco:
+        setting = self.setting
+        setting.progress.stage("rates of all parts")
+        blocks = {f"{part}: {OFFICIAL} fp32": block for part, block in self._official_parts().items()}
+        for dtype in setting.dtypes:
+            blocks |= {f"{part}: {OURS} {dtype}": block for part, block in self._our_parts(dtype).items()}
+        samples = interleave(
+            blocks, setting.probes, rounds=3, budget_s=self.scale.budget_s, most_rounds=30,
+            deadline=time.perf_counter() + 2 * self.scale.budget_s, warmups=1, on_step=setting.progress.step,
+        )  # fmt: skip
+        if samples.interrupted:
+            raise KeyboardInterrupt
+        steps = receipt(self.config, self.sizes)
+        keys = dict.fromkeys(name.split(": ")[1] for name in blocks)
+        parts = {key: self._parts(key, samples) for key in keys}
+        totals = {key: [float(sum(one)) for one in zip(*parts[key].values(), strict=True)] for key in keys}
+        # The first type that was measured is the one to compare in, as official results are in fp32.
+        ours, official = totals[f"{OURS} {setting.dtypes[0]}"], totals[f"{OFFICIAL} fp32"]
+        low, high = ratio_interval(official, ours)
+        projected = Coco(
+            origin="the sizes of COCO's 5k test split, with the lengths of the captions at hand",
+            images=self.sizes.images,
+            texts=self.sizes.texts,
+            k=self.sizes.k,
+            image_size=self.scale.image_size,
+            mean_length=statistics.fmean(self.sizes.lengths),
+            padded_length=MAX_TOKENS,
+            evaluations=[self._projected(key, parts[key], totals[key], steps) for key in keys],
+            receipt=steps,
+            speed_up=Interval(value=statistics.median(official) / statistics.median(ours), low=low, high=high),
+            note="pairs that are candidates in both directions are counted twice here; ours scores them once",
+        )
+        if not self.measured:
+            return projected
+        setting.progress.stage("the evaluation in full")
+        return self._run(projected)
+
+    def _our_parts(self, dtype: str) -> dict[str, Block]:
+        model = self.material.subjects.model(self.scale.image_size, DTYPES[dtype])
+        scorer = ModelScorer(model)
+        pixels = self.material.pixels(_PHOTOS, self.scale.image_size).to(DTYPES[dtype])
+        ids, mask = (tensor[:_CAPTIONS] for tensor in self.given)
+        with torch.inference_mode():
+            image = model.encode_image(pixels[:1])
+            packing = Packing.from_mask(self.given.mask)
+            tokens = packing.pack(model.encode_text(*self.given))
+            sequences = Sequences.from_lengths(packing.cu_seqlens.diff().long())
+            prepared, memory = scorer.prepare(tokens, sequences), scorer.memory(image)
+        groups = ImageGroups(offsets(torch.tensor([len(self.given.ids)], device=self.material.device)))
+        return self._timed(
+            {
+                "embed images": lambda: model.project_image(model.encode_image(pixels)),
+                "embed texts": lambda: model.project_text(model.encode_text(ids, mask)),
+                "first self-attention": lambda: scorer.prepare(tokens, sequences),
+                "image memory": lambda: scorer.memory(image),
+                "fusion and matching head": lambda: scorer.scores(prepared, sequences, memory, groups),
+            }
+        )
+
+    def _official_parts(self) -> dict[str, Block]:
+        twin = self.material.subjects.twin(self.scale.image_size, torch.float32)
+        pixels = self.material.pixels(_PHOTOS, self.scale.image_size)
+        ids, mask = (tensor[:_CAPTIONS] for tensor in self.given)
+        few = Texts(*(tensor[:_OFFICIAL_PAIRS] for tensor in self.given))
+        with torch.inference_mode():
+            image, embeds = twin.encode_image(pixels[:1])[0], twin.encode_text(*few)
+        return self._timed(
+            {
+                "embed images": lambda: twin.project_image(twin.encode_image(pixels)),
+                "embed texts": lambda: twin.project_text(twin.encode_text(ids, mask)),
+                RERANKING: lambda: twin.rerank_image(image, embeds, few.mask),
+            }
+        )
+
+    def _timed(self, parts: Mapping[str, Callable[[], object]]) -> dict[str, Block]:
+        def block(run: Callable[[], object]) -> list[float]:
+            with torch.inference_mode():
+                begun = time.perf_counter()
+                run()
+                wait_for(self.material.device)
+                return [time.perf_counter() - begun]
+
+        return {name: lambda run=run: block(run) for name, run in parts.items()}
+
+    def _parts(self, key: str, samples: Samples) -> dict[str, list[float]]:
+        """Seconds that each part takes in all, by round.
+
+        Raises:
+            RuntimeError: a part could not be run.
+        """
+        names = {name: name.split(": ")[0] for name in samples.rounds if name.endswith(f": {key}")}
+        for name in names:
+            if name in samples.failures:
+                raise RuntimeError(f"{name}: {samples.failures[name]}")
+        return {part: [second * self.counts[part] for second in samples.seconds(name)] for name, part in names.items()}
+
+    def _projected(
+        self, key: str, parts: dict[str, list[float]], totals: list[float], steps: list[ReceiptStep]
+    ) -> Evaluation:
+        contender, dtype = key.split(" ")
+        count = steps[0].flops if contender == OFFICIAL else steps[-1].flops
+        return Evaluation(
+            procedure="official-algorithm" if contender == OFFICIAL else "xfm-fast", dtype=dtype, kind="projected",
+            pairs=self.sizes.pairs, flops=count, flops_per_s=count / statistics.median(totals),
+            seconds={part: statistics.median(values) for part, values in parts.items()}, total_s=interval(totals, 0.5),
+        )  # fmt: skip
+
+    def _run(self, projected: Coco) -> Coco:
+        """The evaluation of the setting's collection: ours in full, the official one as time allows."""
+        material, sizes, dtype = self.material, self.sizes, self.setting.dtypes[0]
+        collection, step = material.collection, self.setting.progress.step
+        retriever = Retriever(material.subjects.model(self.scale.image_size, DTYPES[dtype]))
+        seconds: dict[str, float] = {}
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            step(name)
+            begun = time.perf_counter()
+            yield
+            wait_for(material.device)
+            seconds[name] = time.perf_counter() - begun
+
+        ids, mask = material.tokenizer.encode(collection.captions, MAX_TOKENS)
+        # Both procedures read the same pixels, so decoding is not part of either.
+        batches = [
+            collection.pixels(
+                range(start, min(start + _IMAGE_BATCH, sizes.images)), self.scale.image_size
+            ).to(DTYPES[dtype])
+            for start in range(0, sizes.images, _IMAGE_BATCH)
+        ]  # fmt: skip
+        with timed("embed images"):
+            images = retriever.embed_images(batches)
+        with timed("embed texts"):
+            texts = retriever.embed_texts(zip(ids.split(_TEXT_BATCH), mask.split(_TEXT_BATCH), strict=True))
+        with timed("re-ranking"):
+            result = retriever.rerank(images, texts, sizes.k)
+        spent, total = result.receipt, sum(seconds.values())
+        steps = receipt(self.config, replace(sizes, lengths=mask.sum(1).tolist()), spent.pairs_scored)
+        ours = Evaluation(
+            procedure="xfm-fast", dtype=dtype, kind="measured", pairs=spent.pairs_scored, flops=steps[-1].flops,
+            flops_per_s=steps[-1].flops / total, seconds=seconds, total_s=Interval(value=total), measured_share=1.0,
+        )  # fmt: skip
+        step("official procedure")
+        twin = material.subjects.twin(self.scale.image_size, torch.float32)
+        check = _OfficialRerank(twin, images.embeds.float(), ids.to(material.device), mask.to(material.device))
+        error, official_s, pairs = check.run(result, self.scale.budget_s)
+        share = pairs / sizes.pairs
+        expected = next(e for e in projected.evaluations if e.procedure == OFFICIAL)
+        parts = expected.seconds | {RERANKING: official_s / share}
+        official = expected.model_copy(
+            update={
+                "kind": "measured in part",
+                "flops": steps[0].flops,
+                "flops_per_s": steps[0].flops / sum(parts.values()),
+                "seconds": parts,
+                "total_s": Interval(value=sum(parts.values())),
+                "measured_share": share,
+            }
+        )
+        # The scores of ours pass through encoders of this type, those of the official procedure begin with its own
+        # texts: the rounding of three encoders and, in other types, of their embeddings.
+        eps = torch.finfo(DTYPES[dtype]).eps
+        band = parity_band(DTYPES[dtype], 3.5 * eps, fp32=3 * FP32_BAND)
+        others = [e for e in projected.evaluations if e.procedure != OFFICIAL and e.dtype != dtype]
+        return projected.model_copy(
+            update={
+                "origin": f"{collection.origin}, measured",
+                "evaluations": [official, ours, *others],
+                "receipt": steps,
+                "speed_up": Interval(value=official.total_s.value / total),
+                "parity": Parity(
+                    error=finite(error), band=band, passed=error <= band, against=f"{OFFICIAL} fp32",
+                    note=f"match scores of {pairs} pairs",
+                ),
+                "recall": result.recall(torch.tensor(collection.photo_of)),
+                "note": f"{spent.pairs_saved} of {spent.pairs_official} pairs are candidates in both directions",
+            }
+        )  # fmt: skip
+
+
+class _OfficialRerank:
+    """Re-ranks image by image, then text by text, until the time is spent, and compares the scores with ours."""
+
+    def __init__(self, twin: OfficialTwin, images: Tensor, ids: Tensor, mask: Tensor) -> None:
+        self._twin, self._images, self._mask = twin, images, mask
+        with torch.inference_mode():
+            parts = zip(ids.split(_TEXT_BATCH), mask.split(_TEXT_BATCH), strict=True)
+            self._texts = torch.cat([twin.encode_text(*part) for part in parts])
+
+    def run(self, result: RerankResult, budget_s: float) -> tuple[float, float, int]:
+        """Largest error of the scores, seconds, and pairs; at least one query of either direction."""
+        error, seconds, pairs = 0.0, 0.0, 0
+        matrices = (result.score_i2t, result.score_t2i)
+        # Directions take turns, so that a part is a part of both.
+        turns = [
+            (turn, direction, row) for direction in (0, 1) for turn, row in enumerate(_spread(len(matrices[direction])))
+        ]
+        for turn, direction, row in sorted(turns):
+            if turn and seconds > budget_s:
+                break
+            scores = matrices[direction][row]
+            chosen = (scores != UNSCORED).nonzero()[:, 0]
+            begun = time.perf_counter()
+            theirs = self._rerank(direction, row, chosen)
+            wait_for(self._images.device)
+            seconds += time.perf_counter() - begun
+            pairs += len(chosen)
+            error = max(error, relative_error(scores[chosen], theirs.cpu()))
+        return error, seconds, pairs
+
+    @torch.inference_mode()
+    def _rerank(self, direction: int, row: int, chosen: Tensor) -> Tensor:
+        if direction == 0:
+            return self._twin.rerank_image(self._images[row], self._texts[chosen], self._mask[chosen])
+        return self._twin.rerank_text(self._texts[row], self._mask[row], self._images[chosen])
+
+
+def _spread(count: int) -> list[int]:
+    """All numbers below count, in an order whose every beginning is spread over them."""
+    return sorted(range(count), key=lambda number: int(f"{number:032b}"[::-1], 2))

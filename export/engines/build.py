@@ -1,0 +1,410 @@
+"""Builds: from graphs of a model, or a folder of ONNX graphs, to a folder of engines.
+
+Everything that can fail early fails before a builder starts. An interruption stops the builder instead of crashing it.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.models.xfm import XFM
+
+from ..consumers import Profile, data_type, profile
+from ..expected import Examples, generated_examples
+from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord
+from ..onnx import Rewrite, export_onnx, require_onnx
+from ..pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder
+from ..quantise import QUANTISATIONS, check_quantisation, quantising
+from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
+from ..verification import compare_with_model
+from .library import EngineConsumer, Library, load_library, message_logger, said
+from .messages import describe_layers, explain, first_failing_layer, parser_errors
+from .plugin_graphs import with_plugins
+from .plugins import check_plugins
+from .profiles import graph_profiles, parse_profiles
+
+ONNX_FOLDER = "onnx"
+"""In the folder of the engines: the graphs that they were built from, where they are kept."""
+
+# Weights appear once more in an engine, and code for every target beside them.
+_ENGINE_PER_ONNX = 1.5
+_ROOM_PER_ENGINE = 16 << 20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine on disk."""
+
+    path: Path
+    bytes: int
+    seconds: float
+
+
+def export_engines(
+    model: XFM,
+    folder: str | Path,
+    consumer: EngineConsumer,
+    request: EngineRequest | None = None,
+    *,
+    source: str = "a model in memory",
+    tokenizer_sha256: str | None = None,
+    examples: Examples | None = None,
+    progress: BuildProgress | None = None,
+    **changes: Any,
+) -> Manifest:
+    """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json` beside them.
+
+    Args:
+        model: is left as it is.
+        folder: made if it is not there.
+        consumer: which library builds.
+        request: which graphs, their form, and how the engines are built.
+        source, tokenizer_sha256: see `pipeline.export_graphs`.
+        examples: calibrate 8-bit products, and compare the engines with the model; without, the manifest says
+            `unverified`, and generated ones calibrate.
+        progress: is told how far the build is.
+        changes: fields of the request.
+
+    Raises:
+        UnavailableError: the library is missing, or it or the targets do not offer what was asked for.
+        InputError: a profile that does not fit the graphs.
+        StorageError: the folder cannot be written, or has no room.
+        ExportError: the library cannot build a graph; names the layer and the remedy.
+    """
+    folder, progress = Path(folder), progress or Silent()
+    wanted = completed(request, TensorRTRequest, changes).complete
+    library, targets, spelling = check_request(consumer, wanted)
+    profiles, dtype, fixed = parse_profiles(wanted.profile), data_type(wanted.dtype), wanted.sizes
+    built = build_graphs(model, spelling, wanted.names, fixed=fixed, all_tokens=wanted.all_tokens)
+    for record in graph_records(built, dtype, model, fixed):
+        graph_profiles(record, profiles)
+    weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
+    prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
+    rewrite: Rewrite | None = None
+    if wanted.quantize:
+        kind = check_quantisation(wanted.quantize, dtype)
+        rewrite = quantising(model, examples or generated_examples(model.config), kind, dtype)
+    elif wanted.plugins:
+        rewrite = with_plugins(library, targets[0], profiles)
+    graphs = OnnxRequest(wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, consumer, wanted.opset)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
+        onnx = folder / ONNX_FOLDER if wanted.keep_onnx else Path(scratch)
+        exported = export_onnx(model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256)
+        for record in exported.graphs:
+            if rewrite is not None:
+                rewrite(record, onnx / record.file)
+
+        def compare(content: Manifest) -> None:
+            if examples is not None:
+                compare_with_model(content, folder, model, examples)
+
+        return build_engines(
+            exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
+        )
+
+
+def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Library, tuple[int, ...], Profile]:
+    """See what is wrong with a request before a checkpoint is read.
+
+    Returns:
+        The library that builds, the compute capabilities that it builds for, and the spelling of the graphs.
+
+    Raises:
+        UnavailableError: something is not installed, not known, or not offered by the library or the targets.
+        InputError: a list that is not understood, or options that exclude each other.
+    """
+    request = request.complete
+    parse_profiles(request.profile)
+    spelling = profile(consumer, request.dtype, request.opset)
+    if request.plugins and request.quantize:
+        raise InputError("--plugins and --quantize change the same products; choose one of them")
+    require_onnx()
+    library = load_library(consumer)
+    targets = library.check(request, request.dtype)
+    if request.quantize:
+        if request.quantize in QUANTISATIONS:
+            library.check(request, request.quantize)
+        check_quantisation(request.quantize, data_type(request.dtype))
+    if request.plugins:
+        check_plugins(library)
+    return library, targets, spelling
+
+
+def build_engines(
+    exported: Manifest,
+    onnx: Path,
+    folder: Path,
+    library: Library,
+    targets: Sequence[int],
+    *,
+    request: EngineRequest | None = None,
+    progress: BuildProgress | None = None,
+    compare: Callable[[Manifest], None] = lambda content: None,
+) -> Manifest:
+    """Build an engine of every graph of an ONNX export.
+
+    Args:
+        exported: the export's manifest; onnx: its folder.
+        folder: that receives the engines, existing.
+        library: that builds; targets: what its `check` returned.
+        request: profiles and settings of the build, and what the graphs hold: 8-bit products, registered plugins.
+        progress: is told how far the build is.
+        compare: see `pipeline.fill_folder`.
+
+    Raises:
+        InputError, StorageError, ExportError: as in `export_engines`.
+    """
+    wanted, progress = (request or EngineRequest()).complete, progress or Silent()
+    profiles = parse_profiles(wanted.profile)
+    shapes = {record.name: graph_profiles(record, profiles) for record in exported.graphs}
+    numbers = {record.name: number for number, record in enumerate(exported.graphs, 1)}
+
+    def write(record: GraphRecord) -> list[str]:
+        progress.graph(record.name, numbers[record.name], len(numbers))
+        engine = folder / f"{record.name}.engine"
+        build_engine(
+            library, onnx / record.file, engine, wanted, targets, record.profiles, graph=record.name, progress=progress
+        )
+        return [engine.name]
+
+    content = exported.model_copy(
+        update={
+            "kind": library.consumer,
+            "consumer": library.consumer,
+            "versions": exported.versions | {library.consumer: library.version},
+            "target": EngineTarget(
+                library=library.consumer,
+                version=library.version,
+                compute_capabilities=list(targets),
+                version_compatible=wanted.version_compatible,
+                hardware_compatibility=wanted.hardware_compatible or None,
+            ),
+            "options": {
+                "profiles": [str(profile) for profile in profiles],
+                "optimization_level": wanted.level,
+                "plugins": wanted.plugins,
+                "arithmetic": wanted.quantize or None,
+            },
+        }
+    )
+    records = [record.model_copy(update={"profiles": shapes[record.name]}) for record in exported.graphs]
+    return fill_folder(content, folder, records, write, compare)
+
+
+def build_engine(
+    library: Library,
+    onnx: Path,
+    engine: Path,
+    request: EngineRequest,
+    targets: Sequence[int],
+    profiles: Sequence[ProfileRecord],
+    *,
+    graph: str = "",
+    progress: BuildProgress | None = None,
+) -> BuiltEngine:
+    """Build one engine from one ONNX file.
+
+    Args:
+        library: that builds.
+        onnx: the graph; external weights lie beside it.
+        engine: the file to write, whole or not at all.
+        request: settings of the build, and whether the graph holds plugins, which are registered.
+        targets: compute capabilities, as `library.check` returned them.
+        profiles: shapes of every input, of each profile; none for a graph of fixed shapes.
+        graph: its name in messages; by default that of the file.
+        progress: is told how far the build is.
+
+    Raises:
+        ExportError: the library cannot parse or build the graph; names the layer and the remedy.
+        StorageError: the file cannot be written.
+    """
+    wanted = request.complete
+    return _Build(library, onnx, wanted, targets, profiles, graph or onnx.stem, progress or Silent()).run(engine)
+
+
+@dataclass
+class _Build:
+    """One build, with the messages that the library has for it."""
+
+    library: Library
+    onnx: Path
+    request: TensorRTRequest
+    targets: Sequence[int]
+    profiles: Sequence[ProfileRecord]
+    graph: str
+    progress: BuildProgress
+
+    def __post_init__(self) -> None:
+        library = self.library
+        self.errors: list[str] = []
+        self.logger = message_logger(library.trt, self.errors, _log)
+        self.builder: Any = library.trt.Builder(self.logger)
+        if not self.builder:
+            raise UnavailableError(
+                f"{library.label} {library.version} could not start ({said(self.errors)}); see that its CUDA libraries "
+                "and the driver fit each other"
+            )
+
+    def run(self, engine: Path) -> BuiltEngine:
+        started = time.perf_counter()
+        network = self.library.create_network(self.builder, plugins=self.request.plugins)
+        parser = self.library.trt.OnnxParser(network, self.logger)
+        if not parser.parse_from_file(str(self.onnx)):
+            raise self._failure(parser_errors(parser) + self.errors, "read")
+        self.errors.clear()
+        state = Interruption()
+        blob, config = self._build(network, state, self.progress.phase)
+        if state.raised is not None:
+            raise state.raised
+        if blob is None:
+            raise self._failure(list(self.errors), "build", network)
+        content = memoryview(blob)
+        size = content.nbytes
+        write_bytes({engine: content})
+        timings = None if self.request.timing_cache is None else self.library.timing_cache(config)
+        if self.request.timing_cache is not None and timings is not None:
+            write_bytes({self.request.timing_cache: timings})
+        return BuiltEngine(engine, size, time.perf_counter() - started)
+
+    def _build(
+        self, network: Any, state: Interruption, tell: Callable[[str, int, int, int], None]
+    ) -> tuple[Any | None, Any]:
+        config = self.builder.create_builder_config()
+        self.library.configure(config, self.request, self.targets)
+        for record in self.profiles:
+            shapes = self.builder.create_optimization_profile()
+            for number in range(network.num_inputs):
+                name = network.get_input(number).name
+                shapes.set_shape(name, tuple(record.least[name]), tuple(record.best[name]), tuple(record.most[name]))
+            if config.add_optimization_profile(shapes) < 0:
+                raise self._failure(list(self.errors), "build")
+        # The configuration does not keep the monitor alive.
+        watching, observed = monitor(self.library.trt, tell)
+        config.progress_monitor = watching
+        blob = self.builder.build_serialized_network(network, config)
+        state.raised, state.phase = observed.raised, observed.phase
+        return blob, config
+
+    def _failure(self, messages: Sequence[str], verb: str, network: Any = None) -> ExportError:
+        import onnx
+
+        nodes = onnx.load(str(self.onnx), load_external_data=False).graph.node
+        found = explain(messages, [(node.name, node.op_type, [*node.input, *node.output]) for node in nodes])
+        layers = found.layers
+        if not layers and not found.everywhere and network is not None:
+            layers = tuple(filter(None, [self._search(network)]))
+        where = f" at {describe_layers(layers)}" if layers else ""
+        said = "" if found.said in found.meaning else f" ({self.library.label} says: {found.said})"
+        return ExportError(
+            f"{self.library.label} {self.library.version} cannot {verb} graph {self.graph!r}{where}: {found.meaning}; "
+            f"{found.remedy}{said}"
+        )
+
+    def _search(self, network: Any) -> str:
+        def builds(part: Any) -> bool:
+            state = Interruption()
+            blob, _ = self._build(part, state, lambda *_: None)
+            if state.raised is not None:
+                raise state.raised
+            return blob is not None
+
+        return first_failing_layer(network, builds)
+
+
+def check_engine_file(path: Path, library: Library, *, expected_bytes: int | None = None) -> None:
+    """See that an engine is whole before a runtime is given it, which has only an assertion to say otherwise.
+
+    Args:
+        path: of the engine.
+        library: that is to run it.
+        expected_bytes: its size according to the manifest.
+
+    Raises:
+        ExportError: the file is missing, empty, truncated, or not of this library.
+    """
+    again = f"copy the file again or build it with xfm-fast export {library.consumer}"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ExportError(f"engine {path} cannot be read ({error.strerror or error}); {again}") from None
+    if not size:
+        raise ExportError(f"engine {path} is empty; {again}")
+    try:
+        declared = library.declared_size(head)
+    except ExportError as error:
+        raise ExportError(f"{path} cannot be loaded: {error}") from None
+    for wanted in (declared, expected_bytes):
+        if wanted is not None and size != wanted:
+            state = "truncated" if size < wanted else "damaged"
+            raise ExportError(f"engine {path} is {state} ({size:,} of {wanted:,} bytes); {again}")
+
+
+class BuildProgress(Protocol):
+    """Is told what is built. Phases nest: `Building engine` holds the others."""
+
+    def graph(self, name: str, number: int, count: int) -> None:
+        """The build of a graph, `number` of `count` from 1, begins."""
+
+    def phase(self, name: str, done: int, steps: int, depth: int) -> None:
+        """A phase of the builder has done so many of its steps; depth 0 is the whole build."""
+
+
+class Silent(BuildProgress):
+    """Shows nothing."""
+
+
+class Interruption:
+    """The exception with which a user interrupted a build, and the phase that it was in."""
+
+    def __init__(self) -> None:
+        self.raised: BaseException | None = None
+        self.phase = ""
+
+
+def monitor(trt: Any, tell: Callable[[str, int, int, int], None]) -> tuple[Any, Interruption]:
+    """An `IProgressMonitor` of a TensorRT module that passes everything on to `tell`.
+
+    The builder calls it from its own code, which no exception may cross: an exception, such as Ctrl-C, is kept in the
+    second result and the builder is asked to stop.
+    """
+    state = Interruption()
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, tuple[int, int]] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            depth = self._steps[parent_phase][1] + 1 if parent_phase in self._steps else 0
+            self._steps[phase_name] = (num_steps, depth)
+            state.phase = phase_name
+            self._guarded(phase_name, 0)
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self._steps:
+                self._guarded(phase_name, self._steps[phase_name][0])
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._steps:
+                self._guarded(phase_name, min(step + 1, self._steps[phase_name][0]))
+            return state.raised is None
+
+        def _guarded(self, phase_name: str, done: int) -> None:
+            try:
+                tell(phase_name, done, *self._steps[phase_name])
+            except BaseException as error:  # Ctrl-C too
+                state.raised = state.raised or error
+
+    return Monitor(), state

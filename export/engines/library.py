@@ -1,0 +1,295 @@
+"""The two libraries that build engines, behind one adapter: TensorRT, and TensorRT for RTX.
+
+Their Python modules are the same but for the name and what is written here:
+
+| | `tensorrt` | `tensorrt-rtx` |
+|---|---|---|
+| builds | on the GPU that it builds for, timing kernels on it | anywhere, for a list of compute capabilities |
+| kernels chosen | while building; there is a timing cache | while loading; there is a runtime cache |
+| hardware compatibility | Ampere and later, or all GPUs of one capability | every target that is listed |
+| version compatibility | with the lean runtime, `tensorrt_lean` | none: it has no lean runtime |
+| strongly typed | since version 11 always, before by a flag | always |
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+from xfm_fast.errors import ExportError, UnavailableError
+
+from ..request import TensorRTRequest, joined
+
+EngineConsumer = Literal["tensorrt", "tensorrt-rtx"]
+HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
+
+LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
+"""The oldest compute capability with arithmetic in a type, as 10 · major + minor."""
+
+_OLDEST_TENSORRT = (10, 0)
+_RTX_MAGIC = b"vtrt"
+_RTX_HEADER = 24
+
+
+class Library:
+    """TensorRT. `TensorRTForRTX` is the other one.
+
+    Attributes:
+        trt: the module.
+        version: its own.
+    """
+
+    consumer: ClassVar[EngineConsumer] = "tensorrt"
+    module: ClassVar[str] = "tensorrt"
+    label: ClassVar[str] = "TensorRT"
+    instead: ClassVar[str] = ", or export for a machine without it: xfm-fast export tensorrt-rtx"
+
+    def __init__(self) -> None:
+        try:
+            self.trt: Any = importlib.import_module(self.module)
+        except (ImportError, OSError) as error:
+            raise UnavailableError(
+                f"{self.label} is not installed ({' '.join(str(error).split())}); "
+                f"pip install 'xfm-fast[{self.consumer}]'{self.instead}"
+            ) from None
+        self.version: str = self.trt.__version__
+
+    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
+        """Everything about a request that can fail before a graph is exported.
+
+        Args:
+            request: for engines.
+            dtype: fp32, fp16, bf16, int8 or fp8.
+
+        Returns:
+            The compute capabilities that the engines will be for.
+
+        Raises:
+            UnavailableError: no GPU where one is needed, a capability that the library or the type does not have, or
+                a kind of compatibility that the library does not offer.
+        """
+        if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
+            raise UnavailableError(f"TensorRT {self.version} is too old; pip install 'tensorrt>=10'")
+        present = local_capability()
+        if present is None:
+            raise UnavailableError(
+                "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
+                "a machine with one, or use xfm-fast export tensorrt-rtx, which needs none"
+            )
+        targets = parse_targets(joined(request.sm))
+        if targets and set(targets) != {present}:
+            raise UnavailableError(
+                f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(targets)}; "
+                "leave out --sm and use --hardware-compatible, or use xfm-fast export tensorrt-rtx"
+            )
+        if check_hardware_compatibility(request.hardware_compatible) == "ampere_plus" and present < 80:
+            raise UnavailableError(
+                f"engines for Ampere and later are built on such a GPU, and this one is SM{present}; leave out "
+                "--hardware-compatible"
+            )
+        check_type((present,), dtype)
+        return (present,)
+
+    def create_network(self, builder: Any, *, plugins: bool = False) -> Any:
+        """An empty network, strongly typed, with plugins compiled ahead of time where `plugins`."""
+        flags = self.trt.NetworkDefinitionCreationFlag
+        names = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if plugins else [])]
+        # A version that lacks a flag does by itself what the flag asked for.
+        return builder.create_network(sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name)))
+
+    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
+        """Set the options on an `IBuilderConfig`."""
+        self._common(config, request)
+        if request.version_compatible:
+            config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
+        if request.hardware_compatible:
+            level = request.hardware_compatible.upper()
+            config.hardware_compatibility_level = getattr(self.trt.HardwareCompatibilityLevel, level)
+        if request.timing_cache is not None:
+            stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
+            cache = config.create_timing_cache(stored)
+            # Timings of another GPU or version are refused; the build then starts with an empty cache.
+            if not config.set_timing_cache(cache, False):
+                config.set_timing_cache(config.create_timing_cache(b""), False)
+
+    def _common(self, config: Any, request: TensorRTRequest) -> None:
+        if request.level is not None:
+            config.builder_optimization_level = request.level
+
+    def timing_cache(self, config: Any) -> bytes | None:
+        """The timings that a build has gathered, for a file; None where the library has none."""
+        cache = config.get_timing_cache()
+        return None if cache is None else bytes(memoryview(cache.serialize()))
+
+    def declared_size(self, head: bytes) -> int | None:
+        """Bytes of an engine according to its head; None where the library does not say.
+
+        Raises:
+            ExportError: this is no engine of the library.
+        """
+        if head[:4] == _RTX_MAGIC:
+            raise ExportError("it was built by TensorRT for RTX; build it with xfm-fast export tensorrt")
+        return None
+
+
+class TensorRTForRTX(Library):
+    """TensorRT for RTX."""
+
+    consumer = "tensorrt-rtx"
+    module = "tensorrt_rtx"
+    label = "TensorRT for RTX"
+    instead = ""
+
+    @property
+    def capabilities(self) -> tuple[int, ...]:
+        """The compute capabilities that it can build for."""
+        names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
+        return tuple(sorted(int(name[1]) for name in names if name))
+
+    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
+        known = self.capabilities
+        present = local_capability()
+        targets = tuple(sorted(set(parse_targets(joined(request.sm))))) or (() if present is None else (present,))
+        if not targets:
+            raise UnavailableError(
+                "there is no NVIDIA GPU here to build for; name the targets with --sm, such as --sm 80,89,120"
+            )
+        unknown = [target for target in targets if target not in known]
+        if unknown:
+            raise UnavailableError(
+                f"TensorRT for RTX {self.version} does not build for {_names(unknown)}; it builds for {_names(known)}. "
+                "For other GPUs use xfm-fast export tensorrt on a machine with one"
+            )
+        if request.version_compatible:
+            raise UnavailableError(
+                "TensorRT for RTX has no lean runtime, so its engines run with the version that built them; leave out "
+                "--version-compatible and build again after an upgrade"
+            )
+        if request.hardware_compatible:
+            raise UnavailableError(
+                "TensorRT for RTX builds for the targets that are listed; instead of --hardware-compatible name them "
+                f"all: --sm {','.join(map(str, known))}"
+            )
+        if request.timing_cache is not None:
+            raise UnavailableError(
+                "TensorRT for RTX times no kernels while it builds, so it has no timing cache; leave out "
+                "--timing-cache. What it compiles when an engine is loaded goes into the session's runtime cache"
+            )
+        check_type(targets, dtype)
+        return targets
+
+    def create_network(self, builder: Any, *, plugins: bool = False) -> Any:
+        return builder.create_network(0)
+
+    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
+        self._common(config, request)
+        config.num_compute_capabilities = len(targets)
+        for number, target in enumerate(targets):
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{target}"), number)
+
+    def timing_cache(self, config: Any) -> bytes | None:
+        return None
+
+    def declared_size(self, head: bytes) -> int | None:
+        if len(head) < _RTX_HEADER or head[:4] != _RTX_MAGIC:
+            raise ExportError("it is no engine of TensorRT for RTX; build it with xfm-fast export tensorrt-rtx")
+        return int.from_bytes(head[16:24], "little")
+
+
+_LIBRARIES: dict[EngineConsumer, type[Library]] = {"tensorrt": Library, "tensorrt-rtx": TensorRTForRTX}
+
+
+def load_library(consumer: EngineConsumer) -> Library:
+    """The library by its name on the command line.
+
+    Raises:
+        UnavailableError: it is unknown or not installed; says which extra to install.
+    """
+    if consumer not in _LIBRARIES:
+        raise UnavailableError(f"engine library {consumer!r} is unknown; choose from {', '.join(_LIBRARIES)}")
+    return _LIBRARIES[consumer]()
+
+
+def message_logger(trt: Any, errors: list[str], log: logging.Logger) -> Any:
+    """An `ILogger` of a TensorRT module: what it says goes into a Python log, and errors into a list too."""
+    serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in serious:
+                errors.append(msg)
+            log.log(logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG, "%s", msg)
+
+    return Logger()
+
+
+def said(errors: Sequence[str]) -> str:
+    """The first of the errors, on one line."""
+    return " ".join(errors[0].split()) if errors else "it gives no reason"
+
+
+def check_type(targets: Sequence[int], dtype: str) -> None:
+    """See that every target computes in a type.
+
+    Raises:
+        UnavailableError: names the targets that do not, and what they have instead.
+    """
+    least = LEAST_CAPABILITY[dtype]
+    lacking = [target for target in targets if target < least]
+    if lacking:
+        instead = {"bf16": "use --dtype fp16", "fp8": "use --quantize int8"}.get(dtype, "use a newer GPU")
+        raise UnavailableError(
+            f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype} (SM{least} is the first that has); "
+            f"{instead}, or leave out these targets"
+        )
+
+
+def parse_targets(text: str) -> tuple[int, ...]:
+    """Compute capabilities from a list such as `80,89,120` or `8.9,12.0`.
+
+    Raises:
+        UnavailableError: an entry that is no compute capability.
+    """
+    targets = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(?:sm_?)?(?:(\d{2,3})|(\d{1,2})\.(\d))", part, re.IGNORECASE)
+        number = 0 if match is None else int(match[1]) if match[1] else 10 * int(match[2]) + int(match[3])
+        if not 50 <= number < 200:
+            raise UnavailableError(
+                f"--sm {part!r} is no compute capability; write them as numbers with commas, such as 80,89,120"
+            )
+        targets.append(number)
+    return tuple(dict.fromkeys(targets))
+
+
+def check_hardware_compatibility(text: str) -> str:
+    """A kind of compatibility, or no text for none.
+
+    Raises:
+        UnavailableError: it is unknown.
+    """
+    if text and text not in get_args(HardwareCompatibility):
+        raise UnavailableError(
+            f"--hardware-compatible {text!r} is unknown; choose from {', '.join(get_args(HardwareCompatibility))}"
+        )
+    return text
+
+
+def local_capability() -> int | None:
+    """The compute capability of this machine's NVIDIA GPU, such as 89; None without one."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _names(targets: Sequence[int]) -> str:
+    return ", ".join(f"SM{target}" for target in targets)

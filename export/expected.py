@@ -1,0 +1,256 @@
+"""The expected results: what the model itself says about a few images and texts, kept beside an export to judge it.
+
+The reference is a file of the export, so that engines can be judged on a machine that has neither the checkpoint nor
+the photographs. It holds the fp32 results of the padding-free model, and how far the same model is from them when it
+runs in the type of the export: rounding that no export of that type can be blamed for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xfm_fast.checkpoint.files import write_files, write_safetensors
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import ExportError, InputError
+from xfm_fast.models.fusion import ImageMemory
+from xfm_fast.models.xfm import XFM
+
+from .consumers import DTYPES, DType
+from .graphs import GraphName
+
+REFERENCE_FILE = "reference.safetensors"
+
+LONGEST = 40
+"""Tokens of the longest text that exports are compared on, the official limit of captions."""
+
+_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, LONGEST)
+_ROUNDING = "rounding."
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images and texts to compare on.
+
+    Attributes:
+        pixels: `[I, 3, R, R]` fp32, normalised.
+        input_ids, attention_mask: `[T, L]`; texts of many lengths.
+        origin: in words, for reports.
+    """
+
+    pixels: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    origin: str
+
+
+def make_examples(
+    pixels: Tensor, rows: Sequence[Sequence[int]], config: XFMConfig, *, origin: str, longest: int = LONGEST
+) -> Examples:
+    """Examples from images and the token ids of captions.
+
+    Captions keep the length that they have, but for the first ones, which are cut, or prolonged by the words of the
+    next ones, to lengths from 1 to the longest.
+
+    Args:
+        pixels: `[I, 3, R, R]`.
+        rows: of every text, `<s> tokens </s>`.
+        config: of the model.
+        origin: in words.
+        longest: tokens of the longest text; also cut to what the model has positions for.
+
+    Raises:
+        InputError: no image or no text.
+    """
+    if not len(pixels) or not len(rows):
+        raise InputError(
+            f"{len(pixels)} images and {len(rows)} texts are nothing to compare on; give at least one each"
+        )
+    longest = min(longest, config.max_text_length)
+    lengths = sorted({min(length, longest) for length in _LENGTHS})
+    texts = []
+    for number, row in enumerate(rows):
+        ids = list(row[:longest])
+        if number < len(lengths):
+            following = [token for later in (*rows[number:], *rows[:number]) for token in later[1:-1]]
+            inner = following * (1 + longest // max(len(following), 1))
+            ids = [row[0], *inner[: max(lengths[number] - 2, 0)], row[-1]][: lengths[number]]
+        texts.append(ids)
+    width = max(map(len, texts))
+    padded = torch.full((len(texts), width), config.pad_token_id)
+    mask = torch.zeros_like(padded)
+    for place, ids in enumerate(texts):
+        padded[place, : len(ids)] = torch.tensor(ids)
+        mask[place, : len(ids)] = 1
+    return Examples(pixels.float(), padded, mask, origin)
+
+
+def generated_examples(
+    config: XFMConfig, *, images: int = 4, texts: int = 32, longest: int = LONGEST, seed: int = 0
+) -> Examples:
+    """Examples without photographs: smooth noise, and random ids of 8 to 20 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(images, 3, 4, 4, generator=generator)
+    size = (config.image_size, config.image_size)
+    pixels = torch.nn.functional.interpolate(coarse, size, mode="bicubic", align_corners=False)
+    rows = []
+    for _ in range(texts):
+        length = int(torch.randint(6, 19, (), generator=generator))
+        ids = torch.randint(4, config.mask_token_id, (length,), generator=generator)
+        rows.append([config.bos_token_id, *ids.tolist(), config.eos_token_id])
+    return make_examples(pixels, rows, config, origin=f"generated images and texts (seed {seed})", longest=longest)
+
+
+def reference_bytes(config: XFMConfig, *, images: int = 4, texts: int = 48) -> int:
+    """About how large a reference is on disk."""
+    tokens, width = config.num_image_tokens, config.text_width
+    memory = 2 * config.fusion_layers * tokens * width
+    of_images = images * (3 * config.image_size**2 + tokens * config.vision_width + texts * width)
+    return 4 * (memory + of_images + texts * LONGEST * width)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs and the model's results, by name.
+
+    Attributes:
+        tensors: `pixels`, `input_ids`, `attention_mask`; and as far as the graphs need them `image_embeds`
+            `[I, M, Dv]`, `image_feature`, `text_embeds` `[T, L, Dt]`, `text_feature`, `memory` of image 0 in the
+            layout of the graphs, and for every image with every text `fused` `[I, T, Dt]`, `match_logits`, `boxes`,
+            `scores`; of image 0 alone `fused_tokens` `[1, T, L, Dt]`.
+        rounding: by name, the largest error of the model in the type of the export against its fp32 results.
+    """
+
+    tensors: dict[str, Tensor]
+    rounding: dict[str, float]
+
+    @property
+    def images(self) -> int:
+        return self.tensors["pixels"].shape[0]
+
+    @property
+    def texts(self) -> int:
+        return self.tensors["input_ids"].shape[0]
+
+    def save(self, folder: Path) -> None:
+        """Write `reference.safetensors`, whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        numbers = {f"{_ROUNDING}{name}": torch.tensor(value).double() for name, value in self.rounding.items()}
+        content = self.tensors | numbers
+        write_files({folder / REFERENCE_FILE: lambda file: write_safetensors(file, content)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Reference:
+        """Read the reference of an export.
+
+        Raises:
+            ExportError: it is not there or damaged.
+        """
+        path = folder / REFERENCE_FILE
+        try:
+            content = load_file(path)
+        except FileNotFoundError:
+            raise ExportError(f"{folder} has no {REFERENCE_FILE} to compare with; export again") from None
+        except Exception as error:  # the library raises errors of its own
+            raise ExportError(f"{path} is damaged ({error}); copy the folder again or export again") from None
+        rounding = {
+            name.removeprefix(_ROUNDING): float(value) for name, value in content.items() if name.startswith(_ROUNDING)
+        }
+        return cls({name: value for name, value in content.items() if not name.startswith(_ROUNDING)}, rounding)
+
+
+def make_reference(
+    model: XFM, examples: Examples, graphs: Iterable[GraphName], dtype: DType, *, all_tokens: bool = False
+) -> Reference:
+    """Run the model itself, packed, in fp32 and once more in the type of the export.
+
+    Args:
+        model: is left as it is.
+        examples: what to run it on.
+        graphs: those exported; only what they return is computed.
+        dtype: of the export.
+        all_tokens: whether `fusion` returns every token.
+    """
+    wanted = frozenset(graphs)
+    truth = _results(_converted(model, torch.float32), examples, wanted, all_tokens)
+    inputs = {
+        "pixels": examples.pixels.clone(),
+        "input_ids": examples.input_ids.long(),
+        "attention_mask": examples.attention_mask.long(),
+    }
+    rounding = {}
+    if dtype != "fp32":
+        rounded = _results(_converted(model, DTYPES[dtype]), examples, wanted, all_tokens)
+        rounding = {name: float((rounded[name] - value).abs().max()) for name, value in truth.items()}
+    return Reference(inputs | {name: value.contiguous() for name, value in truth.items()}, rounding)
+
+
+def _converted(model: XFM, dtype: torch.dtype) -> XFM:
+    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
+@torch.no_grad()
+def _results(model: XFM, examples: Examples, wanted: frozenset[str], all_tokens: bool) -> dict[str, Tensor]:
+    training = model.training
+    model.eval()
+    try:
+        found = _encoded(model, examples, wanted)
+        if wanted & {"fusion", "match"}:
+            found |= _fused(model, found, examples.attention_mask, all_tokens and "fusion" in wanted)
+        if not wanted & {"fusion", "text"}:
+            found.pop("text_embeds", None)
+    finally:
+        model.train(training)
+    return {name: value.float() for name, value in found.items()}
+
+
+def _encoded(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    if wanted - {"text"}:
+        found["image_embeds"] = model.encode_image(examples.pixels)
+    if wanted - {"vision", "image_memory"}:
+        found["text_embeds"] = model.encode_text(examples.input_ids, examples.attention_mask)
+    contrastive = "contrastive" in model.heads
+    if "vision" in wanted and contrastive:
+        found["image_feature"] = model.project_image(found["image_embeds"])
+    if "text" in wanted and contrastive:
+        found["text_feature"] = model.project_text(found["text_embeds"])
+    if wanted & {"image_memory", "fusion"}:
+        found["memory"] = graph_memory(model.image_memory(found["image_embeds"][:1]))
+    return found
+
+
+def graph_memory(memory: ImageMemory) -> Tensor:
+    """The memory of images as graphs take it: `[B, layers, 2, H, M, D]`."""
+    return torch.stack(memory.layers, dim=1).permute(0, 1, 3, 4, 2, 5)
+
+
+def _fused(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool) -> dict[str, Tensor]:
+    embeds = found["text_embeds"]
+    heads = {"matching": ("match_logits", model.match_logits), "boxes": ("boxes", model.predict_boxes)}
+    offered = dict(heads[head] for head in heads if head in model.heads)
+    results: dict[str, list[Tensor]] = {"fused": [], **{name: [] for name in offered}}
+    whole: dict[str, Tensor] = {}
+    # Image by image: the memory of one at a time, as re-ranking does it.
+    for number in range(len(found["image_embeds"])):
+        memory = model.image_memory(found["image_embeds"][number : number + 1])
+        index = torch.zeros(len(embeds), dtype=torch.long)
+        fused = model.fuse(embeds, mask, memory, index, first_token_only=True)
+        results["fused"].append(fused[:, 0])
+        for name, head in offered.items():
+            results[name].append(head(fused))
+        if all_tokens and number == 0:
+            whole["fused_tokens"] = model.fuse(embeds, mask, memory, index)[None]
+    stacked = {name: torch.stack(values) for name, values in results.items()}
+    if "match_logits" in stacked:
+        stacked["scores"] = stacked["match_logits"][..., 1]
+    return stacked | whole

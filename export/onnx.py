@@ -1,0 +1,252 @@
+"""ONNX files: graphs of the model exported, cleaned and checked, complete on disk or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xfm_fast import __version__
+from xfm_fast.errors import StorageError, UnavailableError
+from xfm_fast.models.xfm import XFM
+
+from .consumers import DTYPES, LARGEST_FILE, DType, Profile, profile
+from .expected import Examples
+from .graphs import DOMAIN, OPERATOR, Graph, check_fixed, frozen, tracing_call
+from .manifest import GraphRecord, Manifest, package_versions
+from .pipeline import Progress, export_graphs, silent
+from .request import OnnxRequest, completed
+
+Rewrite = Callable[[GraphRecord, Path], None]
+"""Changes the ONNX file of a graph in place, between export and build."""
+
+
+def export_onnx(
+    model: XFM,
+    folder: str | Path,
+    request: OnnxRequest | None = None,
+    *,
+    source: str = "a model in memory",
+    tokenizer_sha256: str | None = None,
+    examples: Examples | None = None,
+    progress: Progress = silent,
+    largest_file: int = LARGEST_FILE,
+    **changes: Any,
+) -> Manifest:
+    """Write graphs of a model as ONNX files, and `manifest.json` beside them.
+
+    Args:
+        model: is left as it is; weights are converted graph by graph.
+        folder: made if it is not there. Graphs of the same name in it are replaced.
+        request: which graphs, and their form.
+        source, tokenizer_sha256, examples, progress: see `pipeline.export_graphs`.
+        largest_file: bytes beyond which weights go into a file of their own.
+        changes: fields of the request: `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`.
+
+    Raises:
+        UnavailableError: an unknown consumer, type, opset or graph, a head that the model lacks, or `onnx` is absent.
+        InputError: a fixed axis or size that no graph can have.
+        StorageError: the folder cannot be written, or has no room for the files.
+    """
+    request = completed(request, OnnxRequest, changes)
+    spelling = check_spelling(request)
+
+    def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
+        progress(f"exporting {record.name}")
+        facts = {
+            "graph": record.name,
+            "version": __version__,
+            "commit": content.commit,
+            "config": json.dumps(content.config, sort_keys=True),
+            "dtype": content.dtype,
+            "consumer": content.consumer,
+            "attention": content.attention,
+            "source": content.source,
+            "weights_sha256": content.weights_sha256,
+            "tokenizer_sha256": content.tokenizer_sha256,
+        }
+        metadata = {f"xfm_fast.{name}": value for name, value in facts.items() if value is not None}
+        written = write_onnx(
+            graph, Path(folder, record.file), spelling, content.dtype, fixed=graph.own_sizes(content.fixed),
+            metadata=metadata, largest_file=largest_file,
+        )  # fmt: skip
+        return [path.name for path in written.files]
+
+    return export_graphs(
+        model, Path(folder), request, spelling, write, suffix=".onnx", consumer=request.consumer, opset=spelling.opset,
+        versions=package_versions("torch", "onnx", "onnxscript"), source=source, tokenizer_sha256=tokenizer_sha256,
+        examples=examples, progress=progress,
+    )  # fmt: skip
+
+
+def check_spelling(request: OnnxRequest) -> Profile:
+    """The spelling of the graphs of a request, seen before a checkpoint is read.
+
+    Raises:
+        UnavailableError: see `consumers.profile`; or `onnx` or its exporter is not installed.
+    """
+    spelling = profile(request.consumer, request.dtype, request.opset)
+    require_onnx()
+    return spelling
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A file that was written.
+
+    Attributes:
+        path: of the model; with external data, `path.name + ".data"` lies beside it.
+        files: everything that belongs to it.
+        opset: of the standard operators.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    opset: int
+
+
+def write_onnx(
+    graph: Graph,
+    path: Path,
+    profile: Profile,
+    dtype: DType,
+    *,
+    fixed: Mapping[str, int] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    largest_file: int = LARGEST_FILE,
+) -> OnnxFile:
+    """Export a graph to `path`.
+
+    Args:
+        graph: from `graphs.build`, its parameters already in `dtype`.
+        path: of the file, in an existing folder; replaced if it is there.
+        profile: opset and form of attention, the one that the graph was built for.
+        dtype: fp32, fp16 or bf16.
+        fixed: axes that get a constant size; the others stay dynamic.
+        metadata: goes into the file as it is.
+        largest_file: bytes beyond which the weights go into a file of their own.
+
+    Raises:
+        UnavailableError: `onnx` or `onnxscript` is not installed.
+        InputError: a fixed axis that the graph does not have, or a size that is not positive.
+        StorageError: the file cannot be written; nothing half-written stays.
+    """
+    onnx = require_onnx()
+    fixed = dict(fixed or {})
+    check_fixed([graph], fixed)
+    model = _export(graph, profile, DTYPES[dtype], fixed)
+    if profile.form == "function":
+        _add_attention_function(model, profile.opset)
+    _clean(model, path.stem, metadata or {})
+    size = _bytes(model)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            written = Path(scratch) / path.name
+            external = size > largest_file
+            onnx.save(
+                model, str(written), save_as_external_data=external, location=f"{path.name}.data", size_threshold=1024
+            )
+            # The checker follows external data only where it is given a path.
+            onnx.checker.check_model(str(written), full_check=True)
+            names = sorted(file.name for file in Path(scratch).iterdir())
+            for name in names:
+                shutil.move(Path(scratch) / name, path.parent / name)
+        if not external:
+            # Of an earlier export; nothing refers to it any more.
+            (path.parent / f"{path.name}.data").unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written ({error.strerror or error}); free {size / 1e9:.1f} GB or choose another "
+            "folder"
+        ) from error
+    return OnnxFile(path, tuple(path.parent / name for name in names), profile.opset)
+
+
+def require_onnx() -> Any:
+    """The module `onnx`; raises `UnavailableError` where it or the exporter is not installed."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UnavailableError(
+            f"exporting to ONNX needs {error.name!r}, which is not installed; pip install 'xfm-fast[export]'"
+        ) from None
+    return onnx
+
+
+def _export(graph: Graph, profile: Profile, dtype: torch.dtype, fixed: Mapping[str, int]) -> Any:
+    inputs, shapes = tracing_call(graph, dtype, fixed)
+    with _quiet(), frozen(graph):
+        program = torch.onnx.export(
+            graph,
+            inputs,
+            dynamo=True,
+            opset_version=profile.opset,
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=[spec.name for spec in graph.outputs],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's messages about dimensions that it renames."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _add_attention_function(model: Any, opset: int) -> None:
+    """Give `xfm::Attention` a body, for every runtime that has no kernel of that name."""
+    from onnx import AttributeProto, helper
+
+    inputs, outputs = ["q", "k", "v", "bias"], ["out"]
+    body = helper.make_node("Attention", inputs, outputs)
+    scale = body.attribute.add()
+    scale.name, scale.ref_attr_name, scale.type = "scale", "scale", AttributeProto.FLOAT
+    function = helper.make_function(
+        DOMAIN, OPERATOR, inputs, outputs, [body], [helper.make_opsetid("", opset)], attributes=["scale"]
+    )
+    model.functions.append(function)
+    if all(known.domain != DOMAIN for known in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+def _bytes(model: Any) -> int:
+    """Size of the serialised model, which protobuf itself cannot say beyond two gigabytes."""
+    weights = sum(len(part.raw_data) for part in model.graph.initializer)
+    return weights + (0 if weights > LARGEST_FILE else model.ByteSize() - weights)
+
+
+def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:
+    """Replace the exporter's notes, which name files of this machine, by what a reader of the graph wants."""
+    graph = model.graph
+    model.producer_name, model.producer_version = "xfm-fast", __version__
+    graph.name, model.doc_string, graph.doc_string = name, "", ""
+    for parts in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
+        for part in parts:
+            part.doc_string = ""
+            del part.metadata_props[:]
+    del graph.metadata_props[:]
+    del model.metadata_props[:]
+    for key, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value

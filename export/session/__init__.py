@@ -1,0 +1,5 @@
+"""Sessions: exported graphs under the names of the model, how their work is divided, and what they cost."""
+
+from .session import Session, SessionMemory
+
+__all__ = ["Session", "SessionMemory"]

@@ -1,0 +1,397 @@
+"""One interface over exported graphs, with the names of the model: `Retriever(session)` works as with an `XFM`.
+
+Torch tensors go in and come out. What an engine cannot do by itself happens here: texts are sorted by length and padded
+in small groups, batches are cut to what a profile takes, and pairs of texts and images become passes of the fusion
+graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from xfm_fast import flops
+from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.models import inputs as checks
+from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
+
+from ..manifest import Manifest
+from ..runtimes import Precision, Runtime
+from ..slots import choose_slot, largest, pad_tensor
+from .passes import FusionPass, PassLimits, plan_passes, token_batches
+from .runner import GraphRunner
+
+# Padded tokens of a pass, the price of a pass in tokens, and the step of lengths. A pass reads all weights of an
+# encoder and cuts the memory into layers, which takes a CPU as long as some dozens of tokens. A GPU profits from few
+# shapes.
+_LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
+
+
+@dataclass(frozen=True)
+class SessionMemory:
+    """Keys and values of every fusion layer for B images, as the fusion graph takes them.
+
+    Attributes:
+        tensor: `[B, layers, 2, H, M, D]`.
+    """
+
+    tensor: Tensor
+
+    @property
+    def images(self) -> int:
+        return self.tensor.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.tensor.shape[4]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def select(self, index: Tensor | slice) -> SessionMemory:
+        """The memory of some of the images; a slice shares storage."""
+        return SessionMemory(self.tensor[index])
+
+
+class Session(GraphRunner):
+    """Runs the graphs of an export folder under the names of the model. Use `Session.load`.
+
+    Several threads may call a session. On ONNX Runtime their calls run side by side, on OpenVINO and TensorRT those of
+    the same graph follow each other. Loading and warming up are one thread's business.
+
+    Attributes:
+        limits: of the passes of texts.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        runtime: str | Runtime = "auto",
+        device: torch.device | str | None = None,
+        *,
+        precision: Precision | None = None,
+        verify_files: bool = True,
+        manifest: Manifest | None = None,
+    ) -> None:
+        super().__init__(folder, runtime, device, precision=precision, verify_files=verify_files, manifest=manifest)
+        self.limits = _LIMITS["cpu" if self.device.type == "cpu" else "cuda"]
+        # What a graph computed beside an embedding, for as long as the embedding lives.
+        self._carried: Any = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        runtime: str = "auto",
+        device: torch.device | str | None = None,
+        *,
+        precision: Precision | None = None,
+        verify_files: bool = True,
+    ) -> Self:
+        """A session that is warm: every graph has run once in every profile.
+
+        Args:
+            folder: of an export.
+            runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, or `auto` for what the export was made for.
+            device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
+            precision: in which OpenVINO computes; by default in that of the export.
+            verify_files: compare sizes and checksums of all files with the manifest, which reads them once more.
+
+        Raises:
+            ExportError: the files are not what the manifest says, the export was found to differ from its model, it is
+                for another runtime, version or GPU, or a graph cannot be loaded.
+            UnavailableError: the runtime is not installed, or lacks the device or type.
+        """
+        session = cls(folder, runtime, device, precision=precision, verify_files=verify_files)
+        if session.manifest.status == "failed":
+            raise ExportError(
+                f"{folder} differs from the model that it was made from ({session.manifest.reason}); export it again, "
+                "in another dtype or for another consumer"
+            )
+        session.warm_up()
+        return session
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that the export holds: of `contrastive`, `matching`, `boxes`."""
+        outputs = {output.name for graph in self.manifest.graphs for output in graph.outputs}
+        marks = {"contrastive": {"image_feature", "text_feature"}, "matching": {"match_logits"}, "boxes": {"boxes"}}
+        return tuple(head for head, names in marks.items() if names & outputs)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """`XFM.encode_image` without its options: `[B, 3, R, R]` → `[B, 1 + N, vision_width]`.
+
+        Any number of images; more than a profile takes are run in several passes.
+        """
+        self.require("vision")
+        checks.check_pixels(pixels, self.config)
+        with torch.inference_mode():
+            passes = [self.call("vision", {"pixels": part}) for part in self.parts("vision", pixels)]
+            outputs = self.joined("vision", passes, len(pixels))
+        return self._carry(outputs, "image_embeds")
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`XFM.encode_text` without its options: `[B, L]` → `[B, L, text_width]`, zeros at padded positions.
+
+        Raises:
+            InputError: a text is longer than the export takes.
+        """
+        self.require("text")
+        mask = checks.check_tokens(input_ids, attention_mask, self.config)
+        with torch.inference_mode():
+            outputs = self._encoded_texts(input_ids.to(self.device), mask.to(self.device))
+        return self._carry(outputs, "text_embeds")
+
+    def _encoded_texts(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        texts, width = input_ids.shape
+        # Up to the last real token; a mask may have gaps before it.
+        places = torch.arange(1, width + 1, device=self.device)
+        lengths = (mask * places).amax(1).tolist() if texts else []
+        slots = self.slots("text")
+        for length in sorted(set(lengths))[-1:]:
+            choose_slot("text", slots, {"length": length})
+        outputs = self.zeros("text", {"batch": texts, "length": width})
+        batches = token_batches(
+            lengths,
+            self.limits.budget,
+            pass_tokens=self.limits.pass_tokens,
+            most=largest(slots, "batch"),
+            padded=lambda length: self.limits.padded(length, slots),
+        )
+        for batch in batches:
+            rows = torch.tensor(batch.rows, device=self.device)
+            kept = min(batch.length, width)
+            ids, real = (value[:, :kept].index_select(0, rows) for value in (input_ids, mask))
+            sizes = {"batch": len(batch.rows), "length": batch.length}
+            made = self.call(
+                "text",
+                {
+                    "input_ids": pad_tensor(ids, ("batch", "length"), sizes, self.config.pad_token_id),
+                    "attention_mask": pad_tensor(real, ("batch", "length"), sizes),
+                },
+            )
+            outputs["text_embeds"][rows, :kept] = made["text_embeds"][:, :kept] * real[..., None]
+            if "text_feature" in made:
+                outputs["text_feature"][rows] = made["text_feature"]
+        return outputs
+
+    def project_image(self, image_embeds: Tensor) -> Tensor:
+        """Contrastive features of images, `[B, embed_dim]`: `image_embeds` is the tensor that `encode_image` returned.
+
+        The graph has computed them with the embeddings; of other tensors they are not known.
+        """
+        return self._beside(image_embeds, "image_feature", "encode_image", "contrastive")
+
+    def project_text(self, text_embeds: Tensor) -> Tensor:
+        """Contrastive features of texts, `[B, embed_dim]`: `text_embeds` is the tensor that `encode_text` returned."""
+        return self._beside(text_embeds, "text_feature", "encode_text", "contrastive")
+
+    def image_memory(self, image_embeds: Tensor) -> SessionMemory:
+        """`XFM.image_memory` without its mask: `[B, 1 + N, vision_width]` → memory of B images."""
+        self.require("image_memory")
+        expected = (self.config.num_image_tokens, self.config.vision_width)
+        if image_embeds.dim() != 3 or image_embeds.shape[1:] != expected:
+            raise InputError(
+                f"image embeddings are {[*image_embeds.shape]}; this export takes [B, {expected[0]}, {expected[1]}]"
+            )
+        with torch.inference_mode():
+            passes = [
+                self.call("image_memory", {"image_embeds": part}) for part in self.parts("image_memory", image_embeds)
+            ]
+            return SessionMemory(self.joined("image_memory", passes, len(image_embeds))["memory"])
+
+    def fuse(
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        memory: SessionMemory,
+        image_index: Tensor | None = None,
+        *,
+        first_token_only: bool = False,
+    ) -> Tensor:
+        """`XFM.fuse` of P texts with B images; pass the result to `match_logits` and `predict_boxes` as it is.
+
+        Args:
+            text_embeds: `[P, L, text_width]`; attention_mask: `[P, L]`.
+            memory: from `image_memory`.
+            image_index: `[P]` image of each text; by default text b belongs to image b.
+            first_token_only: return token 0 alone. All tokens need an export with `all_tokens`.
+
+        Returns:
+            `[P, 1, text_width]` with `first_token_only`, else `[P, L, text_width]` with zeros at padded positions.
+        """
+        self.require("fusion")
+        if not first_token_only and not self.manifest.all_tokens:
+            raise UnavailableError(
+                "this export returns token 0 of fused texts alone; call fuse(..., first_token_only=True), or export "
+                "with --all-tokens"
+            )
+        checks.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
+        mask = checks.check_attention_mask(attention_mask, [*text_embeds.shape[:2]]).to(self.device)
+        texts = text_embeds.shape[0]
+        if image_index is None:
+            if texts != memory.images:
+                raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
+            image_index = torch.arange(texts)
+        image_of = checks.check_image_index(image_index, memory.images, texts, "texts").tolist()
+        with torch.inference_mode():
+            packing = Packing.from_mask(mask)
+            tokens = packing.pack(text_embeds.to(self.device, self.dtype))
+            outputs = self.fuse_packed(tokens, mask.sum(1), memory, image_of)
+            whole = outputs.pop("fused_tokens", None)
+            if first_token_only or whole is None:
+                outputs["fused"] = outputs["fused"][:, None]
+            else:
+                outputs["fused"] = packing.unpad(whole)
+        return self._carry(outputs, "fused")
+
+    def match_logits(self, fused: Tensor) -> Tensor:
+        """`[P, 2]`; column 1 scores "text describes image". `fused` is the tensor that `fuse` returned."""
+        return self._beside(fused, "match_logits", "fuse", "matching")
+
+    def predict_boxes(self, fused: Tensor) -> Tensor:
+        """`[P, 4]` boxes (cx, cy, w, h) relative to the image. `fused` is the tensor that `fuse` returned."""
+        return self._beside(fused, "boxes", "fuse", "boxes")
+
+    def pair_scorer(self) -> SessionScorer:
+        """The scorer of pairs that re-ranking takes (`xfm_fast.tasks.reranking.PairScorer`)."""
+        self.require("image_memory")
+        self.require("fusion")
+        if "matching" not in self.heads:
+            raise UnavailableError("this export has no match logits: its model was built without the 'matching' head")
+        return SessionScorer(self)
+
+    def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> list[FusionPass]:
+        """The passes that `fuse_packed` divides its work into."""
+        return plan_passes(image_of, lengths, self.slots("fusion"), self.limits)
+
+    def fuse_packed(
+        self, tokens: Tensor, lengths: Tensor, memory: SessionMemory, image_of: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Fuse texts that lie one after the other, without padding.
+
+        Args:
+            tokens: `[sum(lengths), text_width]`.
+            lengths: `[P]` tokens of each text, at least one.
+            memory: of the images.
+            image_of: image of each text.
+
+        Returns:
+            `fused` `[P, text_width]`, and what the export has of `match_logits` `[P, 2]`, `boxes` `[P, 4]` and
+            `fused_tokens` `[sum(lengths), text_width]`.
+        """
+        sizes = lengths.tolist()
+        starts = offsets(lengths.to(self.device))[:-1].long()
+        outputs = self.zeros("fusion", {"batch": len(sizes), "texts": 1, "length": 1})
+        outputs = {name: value.flatten(0, -2) for name, value in outputs.items()}
+        whole = tokens.new_zeros(tokens.shape) if self.manifest.all_tokens else None
+        counts = lengths.to(self.device)
+        for work in self.passes(sizes, image_of):
+            rows = torch.tensor(work.texts, device=self.device)
+            places = starts[rows, None] + torch.arange(work.length, device=self.device)
+            real = torch.arange(work.length, device=self.device) < counts[rows, None]
+            # Beyond the end of a text lie the tokens of the next one, which the mask hides.
+            embeds = tokens.index_select(0, places.clamp(max=len(tokens) - 1).flatten()).view(*places.shape, -1)
+            made = self.call(
+                "fusion", {"text_embeds": embeds, "attention_mask": real, "memory": _rows(memory.tensor, work.images)}
+            )
+            if whole is not None:
+                fused = made["fused"]
+                whole[places[real]] = fused[real]
+                made["fused"] = fused[:, :, 0]
+            for name, value in outputs.items():
+                value[rows.flatten()] = made[name].flatten(0, 1)
+        return outputs if whole is None else outputs | {"fused_tokens": whole}
+
+    def _carry(self, outputs: dict[str, Tensor], name: str) -> Tensor:
+        result = outputs.pop(name)
+        with self._lock:
+            self._carried[result] = outputs
+        return result
+
+    def _beside(self, tensor: Tensor, name: str, origin: str, head: str) -> Tensor:
+        if head not in self.heads:
+            raise UnavailableError(
+                f"this export has no {name}: its model was built without the {head!r} head; export a model with it"
+            )
+        with self._lock:
+            outputs = self._carried.get(tensor)
+        if outputs is None or name not in outputs:
+            raise InputError(
+                f"{name} is computed by {origin}, together with its result; pass the very tensor that {origin} of this "
+                "session returned, not a part or copy of it"
+            )
+        return outputs[name]
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows; neighbours share storage."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return tensor[rows[0] : rows[0] + len(rows)]
+    return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
+
+
+if TYPE_CHECKING:
+    from . import Session, SessionMemory
+
+
+class SessionScorer:
+    """A `PairScorer` over a session with the graphs `image_memory` and `fusion`."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.config = session.config
+
+    def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
+        """The fusion graph begins with the text embeddings, so nothing is done ahead."""
+        return tokens
+
+    def preparation_flops(self, lengths: Tensor) -> flops.Count:
+        """See `PairScorer`."""
+        return flops.Count()
+
+    def memory(self, image_embeds: Tensor) -> SessionMemory:
+        """The memory of images `[B, 1 + N, width]`."""
+        return self.session.image_memory(image_embeds)
+
+    def scores(self, tokens: Tensor, sequences: Sequences, memory: SessionMemory, groups: ImageGroups) -> Tensor:
+        """Match score of every text with its image: `[P]`."""
+        lengths = sequences.cu_seqlens.diff()
+        with torch.inference_mode():
+            outputs = self.session.fuse_packed(
+                tokens.to(self.session.device, self.session.dtype), lengths, memory, _image_of(groups)
+            )
+        return outputs["match_logits"][:, 1]
+
+    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
+        """The work of `scores`, padding included."""
+        first_only = not self.session.manifest.all_tokens
+        count = flops.Count()
+        for work in self.session.passes(lengths.tolist(), _image_of(groups)):
+            padded = [work.length] * (len(work.images) * len(work.texts[0]))
+            count += flops.fusion(self.config, padded, image_tokens, first_token_only=first_only)
+        return count
+
+    def fingerprint(self) -> str:
+        """A hash of the weights and of what runs them, which decides the last digits."""
+        manifest = self.session.manifest
+        files = {name for graph in ("image_memory", "fusion") for name in manifest.graph(graph).files}
+        sums = sorted(record.sha256 for record in manifest.files if record.name in files)
+        facts = [self.session.description, manifest.weights_sha256, *sums]
+        return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
+
+
+def _image_of(groups: ImageGroups) -> list[int]:
+    """Image of every text, in their grouped order."""
+    counts = groups.cu_texts.diff().long()
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts).tolist()

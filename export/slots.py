@@ -1,0 +1,231 @@
+"""The shapes that exported graphs accept, and how a request is padded to fit them.
+
+A graph with dynamic axes has one slot that takes every size; one with fixed axes has one that takes a single size; an
+engine has one for each of its profiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.errors import InputError
+
+from .manifest import GraphRecord, TensorRecord
+
+_BATCH, _TEXTS, _LENGTH = "batch", "texts", "length"
+# Which leading dimensions of a tensor vary, by its number of dimensions where a name stands for two tensors.
+_AXES: Mapping[tuple[str, int], tuple[str, ...]] = {
+    ("pixels", 4): (_BATCH,),
+    ("image_embeds", 3): (_BATCH,),
+    ("image_feature", 2): (_BATCH,),
+    ("memory", 6): (_BATCH,),
+    ("input_ids", 2): (_BATCH, _LENGTH),
+    ("input_ids", 3): (_BATCH, _TEXTS, _LENGTH),
+    ("attention_mask", 2): (_BATCH, _LENGTH),
+    ("attention_mask", 3): (_BATCH, _TEXTS, _LENGTH),
+    ("text_embeds", 3): (_BATCH, _LENGTH),
+    ("text_embeds", 4): (_BATCH, _TEXTS, _LENGTH),
+    ("text_feature", 2): (_BATCH,),
+    ("fused", 3): (_BATCH, _TEXTS),
+    ("fused", 4): (_BATCH, _TEXTS, _LENGTH),
+    ("match_logits", 3): (_BATCH, _TEXTS),
+    ("boxes", 3): (_BATCH, _TEXTS),
+    ("scores", 2): (_BATCH, _TEXTS),
+}
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Sizes of an axis; `most` None is without end, `best` is what an engine was tuned for."""
+
+    least: int
+    most: int | None
+    best: int | None = None
+
+    @property
+    def single(self) -> bool:
+        return self.least == self.most
+
+    def __str__(self) -> str:
+        if self.single:
+            return f"exactly {self.least}"
+        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Shapes that a graph accepts together.
+
+    Attributes:
+        name: of the profile; `dynamic` or `fixed` without profiles.
+        number: of the profile.
+        ranges: of every axis.
+    """
+
+    name: str
+    number: int
+    ranges: Mapping[str, SizeRange]
+
+    @property
+    def fixed(self) -> bool:
+        return all(sizes.single for sizes in self.ranges.values())
+
+    def padded(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
+        """The sizes that a request is padded to; None where it is too large."""
+        out = {}
+        for axis, size in sizes.items():
+            allowed = self.ranges[axis]
+            if allowed.most is not None and size > allowed.most:
+                return None
+            out[axis] = max(size, allowed.least)
+        return out
+
+    def example(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """Sizes to warm up with: those tuned for, else the nearest to `wanted`."""
+        out = {}
+        for axis, allowed in self.ranges.items():
+            size = max(wanted[axis], allowed.least) if allowed.best is None else allowed.best
+            out[axis] = size if allowed.most is None else min(size, allowed.most)
+        return out
+
+
+def axes_of(tensor: TensorRecord | str, dims: int | None = None) -> tuple[str, ...]:
+    """Names of the leading dimensions of a tensor that count images, texts or tokens, fixed or not."""
+    name, number = (tensor, dims) if isinstance(tensor, str) else (tensor.name, len(tensor.dims))
+    assert number is not None
+    return _AXES[name, number]
+
+
+def graph_slots(record: GraphRecord) -> list[Slot]:
+    """The slots of a graph, in the order of its profiles."""
+    if record.profiles:
+        return [
+            Slot(
+                profile.name,
+                number,
+                {
+                    axis: SizeRange(
+                        profile.least[tensor.name][place],
+                        profile.most[tensor.name][place],
+                        profile.best[tensor.name][place],
+                    )
+                    for tensor in record.inputs
+                    for place, axis in enumerate(axes_of(tensor))
+                },
+            )
+            for number, profile in enumerate(record.profiles)
+        ]
+    ranges: dict[str, SizeRange] = {}
+    for tensor in record.inputs:
+        for axis, dim in zip(axes_of(tensor), tensor.dims, strict=False):
+            if isinstance(dim, int):
+                ranges[axis] = SizeRange(dim, dim)
+            else:
+                ranges[axis] = SizeRange(record.axes[dim].least, record.axes[dim].most)
+    slot = Slot("dynamic", 0, ranges)
+    return [Slot("fixed", 0, ranges) if slot.fixed else slot]
+
+
+def choose_slot(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> tuple[Slot, dict[str, int]]:
+    """The slot that takes a request with the least padding, the narrowest of several, and the padded sizes.
+
+    Raises:
+        InputError: no slot takes it; names axis, size and range.
+    """
+    fitting = [(slot, padded) for slot in slots if (padded := slot.padded(sizes)) is not None]
+    if not fitting:
+        raise InputError(_refusal(graph, slots, sizes))
+
+    def waste(choice: tuple[Slot, dict[str, int]]) -> tuple[int, float]:
+        slot, padded = choice
+        return prod(padded.values()), prod(inf if r.most is None else r.most for r in slot.ranges.values())
+
+    return min(fitting, key=waste)
+
+
+def largest(slots: Sequence[Slot], axis: str) -> int | None:
+    """The greatest size of an axis that any slot takes; None without end."""
+    tops = [slot.ranges[axis].most for slot in slots]
+    return None if None in tops else max(top for top in tops if top is not None)
+
+
+def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes of the axes of a request.
+
+    Raises:
+        InputError: an input that is missing or unknown, or whose dimensions do not fit the graph or each other.
+    """
+    expected = {tensor.name: tensor for tensor in record.inputs}
+    if set(inputs) != set(expected):
+        wrong = ", ".join(sorted(set(inputs) ^ set(expected)))
+        raise InputError(f"graph {record.name!r}: inputs missing or unknown: {wrong}; give {', '.join(expected)}")
+    sizes: dict[str, int] = {}
+    for name, tensor in expected.items():
+        value, axes = inputs[name], axes_of(tensor)
+        rest = tensor.dims[len(axes) :]
+        if value.dim() != len(tensor.dims) or [*value.shape[len(axes) :]] != rest:
+            shape = ", ".join(map(str, (*axes, *rest)))
+            raise InputError(f"graph {record.name!r}: {name} is {[*value.shape]}; it must be [{shape}]")
+        for axis, size in zip(axes, value.shape, strict=False):
+            if sizes.setdefault(axis, size) != size:
+                raise InputError(
+                    f"graph {record.name!r}: {name} is {[*value.shape]}, so {axis} is {size}, but another input has "
+                    f"{sizes[axis]}"
+                )
+    return sizes
+
+
+def pad_tensor(value: Tensor, axes: Sequence[str], sizes: Mapping[str, int], filling: int = 0) -> Tensor:
+    """Append `filling` until the leading dimensions have their sizes; the tensor itself where they do."""
+    lacking = [sizes[axis] - size for axis, size in zip(axes, value.shape, strict=False)]
+    if not any(lacking):
+        return value
+    pads = [0] * (2 * (value.dim() - len(axes)))
+    for missing in reversed(lacking):
+        pads += [0, missing]
+    return F.pad(value, pads, value=filling)
+
+
+def trim_tensor(value: Tensor, axes: Sequence[str], sizes: Mapping[str, int]) -> Tensor:
+    """The inverse of `pad_tensor`, as a view."""
+    for place, axis in enumerate(axes):
+        value = value.narrow(place, 0, sizes[axis])
+    return value
+
+
+def output_shapes(record: GraphRecord, sizes: Mapping[str, int]) -> dict[str, torch.Size]:
+    """Shapes of the outputs of a graph at the given sizes."""
+    return {tensor.name: tensor_shape(tensor, sizes) for tensor in record.outputs}
+
+
+def tensor_shape(tensor: TensorRecord, sizes: Mapping[str, int]) -> torch.Size:
+    """Shape of an input or output at the given sizes of its axes."""
+    axes = axes_of(tensor)
+    fixed = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
+    return torch.Size([*(sizes[axis] for axis in axes), *fixed])
+
+
+def _refusal(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> str:
+    kind = "profile" if len(slots) > 1 or slots[0].name not in ("dynamic", "fixed") else "graph"
+    for axis, size in sizes.items():
+        top = largest(slots, axis)
+        if top is not None and size > top:
+            taken = "; ".join(
+                f"{f'profile {slot.name!r}' if kind == 'profile' else f'graph {graph!r}'} takes {slot.ranges[axis]}"
+                for slot in slots
+            )
+            return (
+                f"graph {graph!r}: {axis} is {size} and {taken}; split or shorten the request, or export with a wider "
+                f"{'--profile' if kind == 'profile' else 'range'}"
+            )
+    asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    offered = "; ".join(
+        f"profile {slot.name!r}: " + ", ".join(f"{axis} {slot.ranges[axis]}" for axis in sizes) for slot in slots
+    )
+    return f"graph {graph!r}: no profile takes {asked} together ({offered}); split the request or add a --profile"

@@ -1,0 +1,98 @@
+"""The official code's process, with a clone of the test's own: its interface is the official one, its inside ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from xfm_fast.benchmarks.contenders.engine import NoStages, Pairs, SearchIndex
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialEngine
+from xfm_fast.benchmarks.contenders.official_code import OfficialCodeEngine
+from xfm_fast.benchmarks.material.subjects import Subjects, preset_config
+from xfm_fast.errors import UnavailableError
+from xfm_fast.models.xfm import XFM
+
+pytest.importorskip("transformers")
+CLONE = """
+import json, sys
+from pathlib import Path
+import torch
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
+from xfm_fast.benchmarks.material.subjects import HEADS
+from xfm_fast.config import XFMConfig
+from xfm_fast.models.xfm import XFM
+
+class XFMForRetrieval(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("the official code talks while it is built")
+        self.inner = XFM(XFMConfig(**json.loads(Path(__file__).with_name("sizes.json").read_text())), heads=HEADS)
+        self.twin = OfficialTwin(self.inner)
+        self.itm_head = self.inner.itm_head
+    def load_state_dict(self, state, strict):
+        named = {n.replace("text_encoder.", "text_encoder.roberta.", 1) if ".lm_head" not in n else n: t
+                 for n, t in state.items()}
+        return self.inner.load_state_dict(named, strict=strict)
+    def get_vision_embeds(self, image):
+        return self.twin.encode_image(image), None
+    def get_text_embeds(self, ids, atts):
+        return self.twin.encode_text(ids, atts)
+    def get_cross_embeds(self, image_embeds, image_atts, text_ids, text_atts, text_embeds):
+        if image_embeds.shape[0] > 50:
+            raise RuntimeError("too many pairs for this clone")
+        return self.twin.fuse_pairs(text_embeds, text_atts, image_embeds)
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> XFM:
+    return Subjects.random(preset_config("tiny"), 0).model(32, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def engine(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> OfficialCodeEngine:
+    clone = tmp_path_factory.mktemp("clone")
+    (clone / "models").mkdir()
+    for name in ("__init__", "xfm"):
+        (clone / "models" / f"{name}.py").write_text("")
+    (clone / "models" / "beit2.py").write_text("class VisionTransformer: pass\n")
+    (clone / "models" / "model_retrieval.py").write_text(CLONE)
+    (clone / "models" / "sizes.json").write_text(model.config.model_dump_json())
+    return OfficialCodeEngine(model, clone, tmp_path_factory.mktemp("scratch"))
+
+
+def test_answers_are_those_of_the_clone(engine: OfficialCodeEngine, model: XFM) -> None:
+    twin, quiet = OfficialEngine(model), NoStages()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    ids = torch.randint(3, 500, (3, 6), generator=generator)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 3 + [0] * 3])
+    ids = ids.where(mask.bool(), torch.tensor(1))
+    with torch.inference_mode():
+        images = twin.embed_images(pixels, quiet)
+        texts = twin.embed_texts(ids, mask, quiet)
+        assert torch.equal(engine.embed_images(pixels, quiet), images)
+        assert torch.equal(engine.embed_texts(ids, mask, quiet), texts)
+        pairs = Pairs(images, texts, mask, torch.tensor([0, 0, 1]))
+        torch.testing.assert_close(engine.rerank(pairs, quiet), twin.rerank(pairs, quiet), rtol=0, atol=1e-5)
+        index = SearchIndex(images, model.project_image(images))
+        ours, theirs = (part.search(ids, mask, index, 2, quiet) for part in (engine, twin))
+        assert torch.equal(ours.indices, theirs.indices)
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-5)
+
+
+def test_a_failure_inside_says_what_it_was(engine: OfficialCodeEngine, model: XFM) -> None:
+    images = torch.zeros(1, model.config.num_image_tokens, model.config.vision_width)
+    texts = torch.zeros(51, 4, model.config.text_width)
+    pairs = Pairs(images, texts, torch.ones(51, 4, dtype=torch.long), torch.zeros(51, dtype=torch.long))
+    with pytest.raises(UnavailableError, match="RuntimeError: too many pairs"):
+        engine.rerank(pairs, NoStages())
+    with pytest.raises(UnavailableError, match="ended"):
+        engine.rerank(pairs, NoStages())
+
+
+def test_a_folder_that_is_no_clone(model: XFM, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"no models/xfm\.py"):
+        OfficialCodeEngine(model, tmp_path, tmp_path)

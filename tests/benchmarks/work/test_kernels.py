@@ -1,0 +1,148 @@
+"""The kernel benchmark measures what it says, checks before it times, and reports what could not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.runner import invoke
+from xfm_fast.benchmarks import files, report
+from xfm_fast.benchmarks.options import KernelOptions
+from xfm_fast.benchmarks.record import Row
+from xfm_fast.benchmarks.work import kernels
+from xfm_fast.benchmarks.work.kernels import Case, cases, measure
+from xfm_fast.kernels import roofline
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+SMALL = cases(CPU, torch.float32, small=True)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+def test_every_contender_is_right_and_timed(case: Case) -> None:
+    rows = measure(case, CPU, roofline.H100)
+    for row in rows:
+        assert row.bounds == (row.contender in case.bounds)
+        if row.bounds:
+            assert row.parity is None
+            continue
+        assert row.median_s is not None, row.reason
+        assert len(row.samples) >= 5
+        assert row.efficiency is not None
+        assert row.efficiency.share_of_floor is not None
+        assert row.parity is not None
+        assert row.parity.error is not None
+        assert row.parity.error < 1e-5
+    directions = {row.direction for row in rows}
+    assert directions == ({"forward", "backward"} if case.backward_work else {"forward and backward"})
+
+
+def test_a_wrong_contender_is_not_timed() -> None:
+    case = dataclasses.replace(
+        SMALL[0],
+        others={
+            "wrong": lambda *a: SMALL[0].ours(*a) * 1.001,
+            "broken": lambda *a: torch.zeros(3) @ torch.zeros(4),
+        },
+    )
+    rows = {(row.contender, row.direction): row for row in measure(case, CPU, None)}
+    for direction in ("forward", "backward"):
+        assert not rows["wrong", direction].seconds
+        assert str(rows["wrong", direction].reason).startswith("wrong: error 1")
+        assert not rows["broken", direction].seconds
+        assert "size" in str(rows["broken", direction].reason)
+        assert rows["xfm-fast", direction].seconds
+
+
+def test_command_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "xfm_fast.cli",
+        "bench",
+        "kernels",
+        "--small",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "relpos_attention" in done.stdout
+    document = json.loads((tmp_path / "rows.json").read_text())
+    assert {"machine", "command", "date", "rows"} <= document.keys()
+    assert "commit" in document["machine"]
+    assert all(min(row["seconds"]) > 0 for row in document["rows"] if row["contender"] == "xfm-fast")
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "cases", lambda *_, **__: SMALL[:2])
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_results_are_shown_again_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*inputs: torch.Tensor) -> torch.Tensor:
+        return SMALL[0].ours(*inputs) * 1.001
+
+    monkeypatch.setitem(SMALL[0].others, "wrong & odd", wrong)
+    # Its error is no number, which JSON cannot hold.
+    monkeypatch.setitem(SMALL[0].others, "of another shape", lambda *inputs: SMALL[0].ours(*inputs)[:1])
+    path = tmp_path / "rows.json"
+    files.save_as(kernels.run(KernelOptions(small=True), command=["xfm-fast", "bench", "kernels"]), path)
+    loaded = files.load(path)
+    ours = next(row for row in loaded.rows if row.ours and row.direction == "forward")
+    eager, against = loaded.reference_row(ours), loaded.headline(ours)
+    assert eager is not None
+    assert against is not None
+    assert (eager.contender, eager.direction) == ("eager", "forward")
+    assert against.ratio == (eager.median_s or 0) / (ours.median_s or 1)
+    assert not eager.against
+    ratio, page, table = against.ratio, report.html(loaded), report.markdown(loaded)
+    for row in loaded.rows:
+        assert row.name in page
+    assert {row.status for row in loaded.rows if row.contender in ("wrong & odd", "of another shape")} == {
+        "parity failed"
+    }
+    assert f"{ratio:.2f}×" in page
+    assert f"{ratio:.2f}×" in table
+    assert "wrong &amp; odd" in page
+    shown = invoke(["bench", "report", str(path)])
+    assert f"{ratio:.2f}×" in shown.output, shown.output
+    compared = invoke(["bench", "compare", str(path), str(path)])
+    assert compared.exit_code == 0, compared.output
+    assert "no difference" in compared.output
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_an_interrupted_run_keeps_whole_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def once(case: Case, device: torch.device, gpu: roofline.GPU | None, *others: Any) -> list[Row]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(case.name)
+        return measure(case, device, gpu, *others)
+
+    monkeypatch.setattr(kernels, "measure", once)
+    document = kernels.run(KernelOptions(small=True))
+    assert document.interrupted
+    assert {row.name for row in document.rows} == {SMALL[0].name}
+    assert "interrupted" in report.html(document)
+
+
+def test_an_unknown_dtype_is_one_line() -> None:
+    command = [sys.executable, "-m", "xfm_fast.cli", "bench", "kernels", "--small", "--dtype", "int4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert 'Invalid value "int4" for --dtype. Choose from: "fp32", "fp16", "bf16"' in done.stderr
+    assert "Traceback" not in done.stderr

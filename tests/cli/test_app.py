@@ -1,0 +1,293 @@
+"""The command line as a user meets it: help, mistakes and completion of every command; processes of its own."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cyclopts import App
+from PIL import Image
+from torch import Tensor
+
+import xfm_fast
+from tests.cli.runner import invoke
+from xfm_fast.cli.app import app
+from xfm_fast.cli.kernels import AuditOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["bench", "--preset", "tiny", "--quick", "--threads", "1"]
+
+
+def _run(
+    *arguments: str, cwd: Path = ROOT, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "140"}
+    return subprocess.run(
+        [sys.executable, "-m", "xfm_fast.cli", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        preexec_fn=before,
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    for name in ("one", "two", "three"):
+        Image.fromarray(noise.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / f"{name}.jpg")
+        (folder / f"{name}.txt").write_text(f"a picture called {name} that shows nothing but coloured noise\n")
+    (folder / "broken.jpg").write_bytes((folder / "one.jpg").read_bytes()[:500])
+    (folder / "broken.txt").write_text("a file that was cut\n")
+    return folder
+
+
+def test_help_is_quick_and_does_not_load_torch() -> None:
+    best = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = _run("--help")
+        best = min(best, time.perf_counter() - begun)
+        assert done.returncode == 0
+    assert all(command in done.stdout for command in ("bench", "info", "convert"))
+    assert best < 1.5
+    code = "import sys, xfm_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_version() -> None:
+    assert _run("--version").stdout.strip() == f"xfm-fast {xfm_fast.__version__}"
+
+
+def test_bench_from_end_to_end(photos: Path, tmp_path: Path) -> None:
+    done = _run(*TINY, "--data", str(photos), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "speed-up" in done.stdout
+    assert re.search(r"skipped 1:\s+broken\.jpg: .*truncated", done.stdout)
+    assert "random weights" in done.stdout
+    latest = json.loads((tmp_path / "out" / "latest.json").read_text())
+    assert latest["data"]["photos"] == 3
+    assert latest["command"][:2] == ["xfm-fast", "bench"]
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_full_disk_prints_the_table_and_leaves_nothing(photos: Path, tmp_path: Path) -> None:
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+    done = _run(*TINY, "--data", str(photos), "--out", str(tmp_path / "out"), before=small_files_only)
+    assert done.returncode == 2
+    assert "speed-up" in done.stdout
+    assert done.stderr.startswith("xfm-fast: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--preset", "huge"], "choose one of base, tiny"),
+        ([*TINY, "--dtype", "fp8"], "choose from fp32, bf16"),
+        ([*TINY, "--data", "absent"], "not a folder"),
+        ([*TINY, "--checkpoint", "absent.pth"], "does not exist"),
+        ([*TINY, "--tokenizer", "absent"], "holds no tokenizer"),
+        (["convert", "absent.th", "out"], "does not exist"),
+        (["convert", "absent.th", "out", "--to", "onnx"], 'Choose from: "official", "xfm"'),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = _run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_info_as_tables_and_as_json() -> None:
+    done = _run("info")
+    assert done.returncode == 0, done.stderr
+    for word in ("processor", "AVX2" if "x86" in os.uname().machine else "NEON", "onnxruntime", "flash-attn", "linear"):
+        assert word in done.stdout
+    facts = json.loads(_run("info", "--json").stdout)
+    assert facts.keys() == {"machine", "packages", "paths"}
+    assert {path["operation"] for path in facts["paths"]} >= {"linear", "linear_gelu", "linear_residual"}
+    assert all(path["chosen"] for path in facts["paths"])
+
+
+def test_convert_reports(
+    load_tensors: Callable[[str], dict[str, Tensor]], golden: Callable[[str], Path], tmp_path: Path
+) -> None:
+    torch.save({"model": load_tensors("tiny_a/weights")}, tmp_path / "official.th")
+    config = str(golden("tiny_a/config.json"))
+    done = _run("convert", "official.th", str(tmp_path / "ours"), "--config", config, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no output depends on" in done.stdout
+    assert (tmp_path / "ours" / "model.safetensors").is_file()
+    back = _run("convert", "ours", "back.th", cwd=tmp_path)
+    assert back.returncode == 0, back.stderr
+    assert "wrote back.th" in back.stdout
+
+
+def _commands(group: App = app, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], App]]:
+    """Every command and group with its words, completion among them."""
+    yield path, group
+    for name in group:
+        if name not in ("--help", "-h", "--version"):
+            yield from _commands(group[name], (*path, name))
+
+
+COMMANDS = dict(_commands())
+each_command = pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+
+
+@each_command
+def test_help_fits_a_terminal_and_breaks_no_word(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = invoke([*path, "--help"])
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    shown = set(done.stdout.split())
+    if COMMANDS[path].default_command is None:
+        return
+    for argument in COMMANDS[path].assemble_argument_collection(parse_docstring=True):
+        if not argument.children:
+            assert argument.parameter.help, f"{argument.name} has no help"
+            assert set(argument.parameter.help.split()) <= shown
+            assert argument.name in shown or not argument.field_info.is_keyword
+
+
+@each_command
+def test_wrong_usage_is_one_line(path: tuple[str, ...]) -> None:
+    for wrong in ("--no-such-option", "--helpp", "--no-such-option=1"):
+        done = invoke([*path, wrong])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.startswith("xfm-fast: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["inof"], '"info"'),
+        (["exprot", "onnx"], '"export"'),
+        (["data", "chek"], '"check"'),
+        (["reproduce", "ablation"], '"ablations"'),
+        (["info", "--jsom"], "--json"),
+        (["data", "shapes", "out", "--trian", "3"], "--train"),
+        (["tune", "--dtype", "fp61"], '"fp16"'),
+    ],
+)
+def test_the_nearest_name_is_said(arguments: list[str], nearest: str) -> None:
+    done = invoke(arguments)
+    assert done.exit_code == 2
+    assert f"Did you mean {nearest}?" in done.stderr
+
+
+def _parsed(arguments: list[str]) -> Any:
+    return app.parse_args(arguments)[1].arguments["options"]
+
+
+def test_tuples_take_commas_and_may_be_repeated() -> None:
+    options = _parsed(["audit", "--arch", "90, 120", "--kernel", "a,b", "--kernel", "c"])
+    assert options == AuditOptions(arch=(90, 120), kernel=("a", "b", "c"))
+    assert _parsed(["audit", "--all", "--kernel", ""]) == AuditOptions(all=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "--jobs", "0"], 'Invalid value "0" for --jobs: Input should be greater than or equal to 1.'),
+        (["audit", "--jobs", "2.5"], 'Invalid value for --jobs: unable to convert "2.5" into int.'),
+        (["audit", "--arch", "90,ninety"], 'unable to convert "ninety" into int'),
+        (["data", "check", "a", "--task", "text", "--tolerate-bad", "2"], 'Invalid value "2.0" for --tolerate-bad'),
+        (["data", "check", "a"], "--task requires an argument"),
+        (["data", "shapes"], "OUT requires an argument"),
+        (["convert", "a", "b", "c"], 'Unexpected "c".'),
+        (["convert", "a", "b", "--preset"], "--preset requires an argument"),
+        (["convert", "a", "b", "--preset", "tiny", "--preset", "base"], "--preset specified multiple times"),
+    ],
+)
+def test_values_that_are_wrong(arguments: list[str], message: str) -> None:
+    done = invoke(arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.rstrip().endswith("--help")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["reproduce"], ["export"]])
+def test_a_group_without_a_command_shows_what_there_is(group: list[str]) -> None:
+    done = invoke(group)
+    assert done.exit_code == 2
+    assert "Usage: xfm-fast" in done.stdout
+
+
+def test_interruption_has_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xfm_fast.benchmarks.machine.describe", interrupt)
+    assert invoke(["info"]).exit_code == 130
+
+
+def test_a_reader_that_has_enough() -> None:
+    command = f"{sys.executable} -m xfm_fast --help | true; exit ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1)
+        assert done.stderr == ""
+
+
+def test_both_modules_are_the_command() -> None:
+    for module in ("xfm_fast", "xfm_fast.cli"):
+        command = [sys.executable, "-m", module, "inof"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert 'Did you mean "info"?' in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script completes commands, options and choices; with --output no file of the shell's own is touched."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    script = tmp_path / "completion"
+    done = invoke(["--install-completion", "--shell", shell, "--output", script])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "home").exists()
+    text = script.read_text()
+    assert all(word in text for word in ("reproduce", "ablations", "tolerate-bad", "webdataset"))
+    if shell == "bash":
+        typed = "COMP_WORDS=(xfm-fast data convert --to ''); COMP_CWORD=4"
+        ask = f"source {script}; {typed}; _xfm_fast; echo ${{COMPREPLY[*]}}"
+        completed = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert completed.stdout.split() == ["webdataset", "lines"]
+
+
+def test_completion_of_the_shell_is_loaded_when_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("XDG_DATA_HOME", "BASH_COMPLETION_USER_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    done = invoke(["--install-completion", "--shell", "bash"])
+    assert done.exit_code == 0, done.output
+    script = Path(done.stdout.removeprefix("saved: ").split(";")[0])
+    assert script.is_relative_to(tmp_path)
+    assert str(script) in (tmp_path / ".bashrc").read_text()
+    (tmp_path / "file").touch()
+    refused = invoke(["--install-completion", "--shell", "bash", "--output", tmp_path / "file" / "script"])
+    assert refused.exit_code == 2
+    assert "name a file with --output" in refused.stderr

@@ -1,0 +1,80 @@
+"""`xfm-fast bench scenario`, `sweep`, `coco` and `list` as a user meets them, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.runner import invoke
+
+pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
+TINY = ["--preset", "tiny", "--quick", "--threads", "1", "--baselines", "xfm-fast", "--dtype", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
+    command = ["bench", "scenario", "embed-text", "--mode", "offline", *TINY, "--out", str(tmp_path)]
+    done = invoke(command)
+    assert done.exit_code == 0, done.output
+    assert "saved: " in done.output
+    latest = json.loads((tmp_path / "latest.json").read_text())
+    assert (latest["schema_version"], latest["benchmark"]) == (3, "scenario")
+    assert [(row["contender"], row["mode"]) for row in latest["rows"]] == [
+        ("xfm-fast", "offline"),
+        ("official-algorithm", "offline"),
+    ]
+    assert (tmp_path / "latest.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("values", "points"), [("1,2", []), ("1,2,3,4", [4, 4])])
+def test_a_sweep_is_printed_and_saved(values: str, points: list[int], tmp_path: Path) -> None:
+    command = ["bench", "sweep", "embed-text", "--over", "batch", "--values", values, *TINY, "--out", str(tmp_path)]
+    done = invoke(command)
+    assert done.exit_code == 0, done.output
+    latest = json.loads((tmp_path / "latest.json").read_text())
+    assert [fit["points"] for fit in latest["fits"]] == points
+
+
+def test_the_list_has_all_scenarios_and_baselines() -> None:
+    done = invoke(["bench", "list"])
+    assert done.exit_code == 0, done.output
+    for name in ("embed-image", "embed-text", "rerank", "retrieve", "train-step", "kernels"):
+        assert name in done.output
+    for name in (
+        "official-algorithm",
+        "official-code",
+        "huggingface",
+        "timm",
+        "onnxruntime",
+        "openvino",
+        "tensorrt-rtx",
+    ):
+        assert name in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["scenario", "caption"], "choose from embed-image"),
+        (["scenario", "train-step"], "xfm-fast bench train-step"),
+        (["sweep", "kernels", "--over", "batch"], "xfm-fast bench kernels"),
+        (["scenario", "rerank", "--preset", "huge"], 'Choose from: "base", "tiny"'),
+        (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
+        (["coco", "--preset", "tiny", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
+    ],
+)
+def test_what_is_unknown_is_named(words: list[str], message: str) -> None:
+    done = invoke(["bench", *words])
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -1,0 +1,87 @@
+"""`xfm-fast data`: tables, JSON and exit codes."""
+
+import json
+from pathlib import Path
+
+from tests.cli.runner import Done, invoke
+from tests.data.record_files import pairs, tiny_tokenizer, write_lines
+
+
+def _run(*arguments: object) -> Done:
+    return invoke(["data", *arguments])
+
+
+def test_a_good_file(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", pairs(5))
+    tiny_tokenizer().save(tmp_path / "tokenizer.json")
+    result = _run("check", path, "--task", "pairs", "--tokenizer", tmp_path / "tokenizer.json", "--image-size", 32)
+    assert result.exit_code == 0
+    for expected in ("a.jsonl", "5, of which 0 broken", "tokens of a text", "40×30", "rows/s", "MB", "pairs: good"):
+        assert expected in result.output
+
+
+def test_a_bad_file_is_listed_and_exits_with_1(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [*pairs(2), "{cut", {"desc": "no image"}])
+    result = _run("check", path, "--task", "pairs", "--image-size", 32)
+    assert result.exit_code == 1
+    for expected in ("50.0%", "no JSON", "'binary'", "not usable"):
+        assert expected in result.output
+    assert _run("check", path, "--task", "pairs", "--tolerate-bad", 0.5, "--image-size", 32).exit_code == 0
+    assert "no JSON" not in _run("check", path, "--task", "pairs", "--list-first", 0, "--image-size", 32).output
+
+
+def test_json(tmp_path: Path) -> None:
+    result = _run("check", write_lines(tmp_path / "a.jsonl", ["{", "{"]), "--task", "text", "--json")
+    assert result.exit_code == 1
+    content = json.loads(result.stdout)
+    assert (content["rows"], content["broken"], content["ok"]) == (2, 2, False)
+
+
+def test_several_files(tmp_path: Path) -> None:
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [{"desc": "a cat"}])
+    one = _run("check", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--task", "text", "--json")
+    other = _run("check", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--task", "text", "--json")
+    assert json.loads(one.stdout)["rows"] == json.loads(other.stdout)["rows"] == 2
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", [*pairs(120), "{cut"])
+    there = _run(
+        "convert", lines, tmp_path / "shards", "--to", "webdataset", "--samples", 100, "--quarantine", tmp_path / "q"
+    )
+    assert "120 rows in 2 files" in there.output
+    assert "1 broken rows left out" in there.output
+    assert (tmp_path / "q").read_text().count("\n") == 1
+    back = _run("convert", tmp_path / "shards", tmp_path / "b.jsonl", "--to", "lines")
+    assert "120 rows in 1 file:" in back.output
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()] == pairs(120)
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", pairs(1))
+    for command, message in (
+        (("convert", lines, tmp_path / "b", "--to", "parquet"), 'Choose from: "webdataset", "lines"'),
+        (("check", lines, "--task", "walking"), "task 'walking' is unknown"),
+        (("check", tmp_path / "absent", "--task", "pairs"), "matches no file"),
+    ):
+        done = _run(*command)
+        assert done.exit_code == 2
+        assert message in done.stderr
+
+
+def test_a_world_passes_its_checks(tmp_path: Path) -> None:
+    world = tmp_path / "world"
+    result = _run("shapes", world, "--train", 12, "--val", 3, "--test", 3, "--seed", 1)
+    assert result.exit_code == 0
+    assert "rows in" in result.output
+    files = {
+        "pairs": "pairs_train.jsonl", "regions": "regions_train.jsonl", "images": "images_val.jsonl",
+        "text": "texts_test.jsonl", "vqa": "vqa_train.json", "nlvr2": "nlvr_train.json",
+        "retrieval": "retrieval_test.json", "grounding": "grounding_train.json",
+    }  # fmt: skip
+    for task, name in files.items():
+        checked = _run("check", world / name, "--task", task, "--image-size", 64, "--json")
+        content = json.loads(checked.stdout)
+        assert (checked.exit_code, content["broken"]) == (0, 0), content["problems"]
+        assert content["rows"] > 0

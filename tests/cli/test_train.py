@@ -1,0 +1,229 @@
+"""`xfm-fast pretrain` and `gradflow`, from recipe to model, and `reproduce ablations`: output, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.runner import invoke
+from tests.training.small_runs import ROOT
+from xfm_fast.cli.options import UNFINISHED
+from xfm_fast.models.xfm import XFM
+from xfm_fast.reproduce import ablations
+from xfm_fast.reproduce.ablations import VARIANTS, Run
+from xfm_fast.reproduce.evaluation import METRICS
+from xfm_fast.training.metrics import read_log
+
+RECIPE = """
+model: {preset: tiny, vision_depth: 1, text_layers: 1, fusion_layers: 1, vocab_size: 320}
+data: %s
+shapes: {train: 24, val: 2, test: 2}
+streams:
+  text: {kind: text, paths: texts_train.jsonl, batch_size: 4, max_tokens: 24}
+  regions: {kind: regions, paths: regions_train.jsonl, batch_size: 4, max_images: 3, max_tokens: 24}
+  images: {kind: images, paths: images_train.jsonl, batch_size: 4}
+  pairs: {kind: pairs, paths: pairs_train.jsonl, batch_size: 4, max_tokens: 24}
+updates: [[text], [regions, images], [pairs]]
+steps: 3
+device: cpu
+checkpoint: {folder: %s, every: 2}
+log: {every: 1}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE % (tmp_path / "world", tmp_path / "run"))
+    return path
+
+
+def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp_path: Path) -> None:
+    result = invoke(["pretrain", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "world/world.json").is_file()
+    assert (tmp_path / "run/tokenizer.json").is_file()
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3]
+    before = XFM.from_pretrained(tmp_path / "run/model")
+
+    again = invoke(["pretrain", str(recipe), "steps=4", "optimizer.lr=1e-3"])
+    assert again.exit_code == 0
+    assert "steps: 3 → 4" in again.output
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4]
+    after = XFM.from_pretrained(tmp_path / "run/model")
+    assert not before.vision_proj.weight.equal(after.vision_proj.weight)
+
+    report = invoke(["gradflow", str(tmp_path / "run/model"), "--check", "--json"])
+    assert report.exit_code == 0
+    assert {row["loss"] for row in json.loads(report.output)["rows"]} >= {"itc", "itm", "imlm", "mim", "mlm"}
+
+
+def test_gradflow_of_a_recipe(recipe: Path) -> None:
+    good = invoke(["gradflow", str(recipe), "--check"])
+    assert good.exit_code == 0
+    assert "imlm (pairs)" in good.output
+    bad = invoke(["gradflow", str(recipe), "method.stop_gradient=false", "--check"])
+    assert bad.exit_code == 1
+    assert "reaches language" in bad.output
+    unchecked = invoke(["gradflow", str(recipe), "method.stop_gradient=false"])
+    assert unchecked.exit_code == 0
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+
+
+def test_mistakes_are_one_line(recipe: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "xfm_fast.cli", "pretrain", str(recipe), "optimiser.lr=1"],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "did you mean optimizer" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def torchrun(*arguments: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "-m", "xfm_fast.cli", "pretrain", *arguments,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_end_when_all_is_written(recipe: Path, tmp_path: Path, parallel: str) -> None:
+    for number in range(4):
+        folder = tmp_path / f"{parallel}{number}"
+        command = torchrun(str(recipe), "steps=1", f"parallel={parallel}", f"checkpoint.folder={folder}")
+        subprocess.run(command, env=environment(), cwd=ROOT, timeout=180, check=True)
+        assert (folder / "model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_processes_end_when_one_fails(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    ended = subprocess.run(
+        torchrun(str(recipe)), env=environment(), cwd=ROOT, timeout=180, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "exitcode  : 2" in ended.stderr, ended.stderr
+    assert "Traceback" not in ended.stderr.split("torch/distributed")[0], ended.stderr
+
+
+# Says on its way out whether handlers have run, and whether the interpreter is taken down.
+WITNESSED = """
+import atexit, os, runpy, sys
+class Witness:
+    def __del__(self, write=os.write):
+        write(1, b"taken down")
+sys.witness = Witness()
+atexit.register(print, "handlers ran")
+sys.argv = ["xfm-fast", *%r]
+%s
+runpy.run_module("xfm_fast.cli", run_name="__main__")
+"""
+FAULTY = "import xfm_fast.training.recipe as recipe; recipe.load_recipe = lambda *_: [][0]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "before", "code"),
+    [
+        (["--version"], "", 0),
+        (["pretrain", "nowhere"], "", 2),
+        (["gradflow", "pretrain_tiny_shapes", "method.stop_gradient=false", "--check"], "", 1),
+        (["pretrain", "any"], FAULTY, 1),
+    ],
+)
+def test_exit_codes(arguments: list[str], before: str, code: int) -> None:
+    """The same for one process, which leaves as ever, and for one of several, which does not wait for its threads."""
+    for world_size, taken_down in (("1", True), ("2", False)):
+        ended = subprocess.run(
+            [sys.executable, "-c", WITNESSED % (arguments, before)], env=environment() | {"WORLD_SIZE": world_size},
+            cwd=ROOT, timeout=180, check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ended.returncode == code, ended.stderr
+        assert "handlers ran" in ended.stdout
+        assert ("taken down" in ended.stdout) == taken_down
+        assert ("IndexError" in ended.stderr) == bool(before)
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_signal(recipe: Path, tmp_path: Path) -> None:
+    """Two processes under torchrun; SIGTERM ends them with a checkpoint, and one process goes on from there."""
+    command = torchrun(str(recipe), "steps=100000")
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/log.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (log.exists() and len(read_log(log)) >= 3):
+        time.sleep(0.5)
+    # torchrun passes the signal on to its workers.
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    steps = read_log(log)[-1]["step"]
+    assert steps >= 3, told
+    assert (tmp_path / f"run/checkpoints/step-{int(steps):08d}").is_dir(), told
+    alone = subprocess.run(
+        [sys.executable, "-m", "xfm_fast.cli", "pretrain", str(recipe), f"steps={int(steps) + 2}"],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert "the checkpoint is of 2 processes and this run has 1" in alone.stderr
+    assert read_log(log)[-1]["step"] == steps + 2
+
+
+@pytest.mark.slow
+def test_signal_has_an_exit_code_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xfm_fast.cli", "pretrain", str(recipe), "steps=100000"]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/log.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (log.exists() and read_log(log)):
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == UNFINISHED, told
+    assert "the same command goes on from there" in told
+
+
+@pytest.fixture
+def pretended_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(variant: str, seed: int, recipe: Any) -> Run | None:
+        if variant == "neither" and seed == 1:
+            return None
+        return Run(variant, seed, dict.fromkeys(METRICS, 70.0 + seed), {"steps": 1, "seconds": 1, "cpu_seconds": 60})
+
+    monkeypatch.setattr(ablations, "_train", pretend)
+
+
+def test_a_finished_study(pretended_runs: None, tmp_path: Path) -> None:
+    result = invoke(["reproduce", "ablations", "--seeds", "1", "--variants", "full, neither", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "full method" in result.output
+    assert "neither confirms nor refutes" in " ".join(result.output.split())
+    content = json.loads((tmp_path / "ablations.json").read_text())
+    assert [run["variant"] for run in content["runs"]] == ["full", "neither"]
+
+
+def test_a_stopped_study_keeps_what_is_finished(pretended_runs: None, tmp_path: Path) -> None:
+    result = invoke(["reproduce", "ablations", "--seeds", "2", "--out", str(tmp_path)])
+    assert result.exit_code == UNFINISHED
+    assert "1 runs are missing" in result.output
+    content = json.loads((tmp_path / "ablations.json").read_text())
+    assert len(content["runs"]) == 2 * len(VARIANTS) - 1
+    assert content["missing"] == [{"variant": "neither", "seed": 1}]
+
+
+def test_an_unknown_variant_is_refused(pretended_runs: None, tmp_path: Path) -> None:
+    result = invoke(["reproduce", "ablations", "--variants", "half", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "variant half is unknown" in result.stderr
+    assert not list(tmp_path.iterdir())

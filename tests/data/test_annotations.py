@@ -1,0 +1,135 @@
+"""Fine-tuning files: what is read of them, and what is said of wrong ones."""
+
+import gzip
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xfm_fast.data.annotations import (
+    CaptioningRecord,
+    GroundingRecord,
+    NLVR2Record,
+    RetrievalRecord,
+    RetrievalTestRecord,
+    VQARecord,
+    read_annotations,
+)
+from xfm_fast.errors import DataError
+
+retrieval_records = partial(read_annotations, kind=RetrievalRecord)
+retrieval_test_records = partial(read_annotations, kind=RetrievalTestRecord)
+nlvr2_records = partial(read_annotations, kind=NLVR2Record)
+vqa_records = partial(read_annotations, kind=VQARecord)
+grounding_records = partial(read_annotations, kind=GroundingRecord)
+captioning_records = partial(read_annotations, kind=CaptioningRecord)
+
+
+def _write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_retrieval(tmp_path: Path) -> None:
+    train = [
+        {"image": "a.jpg", "caption": "a cat", "image_id": "coco_1", "extra": 1},
+        {"image": "b", "caption": "c", "image_id": 2},
+    ]
+    first, second = retrieval_records(_write(tmp_path / "a.json", train))
+    assert (first.image, first.caption, first.image_id, second.image_id) == ("a.jpg", "a cat", "coco_1", 2)
+    (test,) = retrieval_test_records(_write(tmp_path / "b.json", [{"image": "a.jpg", "caption": ["a cat", "one cat"]}]))
+    assert test.caption == ("a cat", "one cat")
+
+
+def test_several_files_follow_each_other(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        _write(tmp_path / f"{name}.json", [{"image": name, "caption": name, "image_id": name}])
+    assert [each.image for each in retrieval_records(f"{tmp_path}/b.json,{tmp_path}/a.json")] == ["b", "a"]
+
+
+@pytest.mark.parametrize(("label", "truth"), [("True", True), ("False", False), (True, True), (False, False)])
+def test_nlvr2(tmp_path: Path, label: object, truth: bool) -> None:
+    rows = [{"images": ["a.png", "b.png"], "sentence": "both are red", "label": label}]
+    (record,) = nlvr2_records(_write(tmp_path / "a.json", rows))
+    assert (record.images, record.label) == (("a.png", "b.png"), truth)
+
+
+def test_answers_weigh_their_share(tmp_path: Path) -> None:
+    base = {"image": "a.jpg", "question": "what?", "question_id": 1}
+    rows = [
+        {**base, "answer": ["yes", "no", "yes", "yes"]},
+        {**base, "answer": "two", "dataset": "vg"},
+        {**base, "answer": "two", "dataset": "gqa"},
+        base,
+    ]
+    vqa, vg, gqa, test = vqa_records(_write(tmp_path / "a.json", rows))
+    assert vqa.weighted_answers == [("yes", 0.75), ("no", 0.25)]
+    assert vg.weighted_answers == gqa.weighted_answers == [("two", 0.5)]
+    assert test.weighted_answers == []
+
+
+def test_grounding_and_captioning(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"image": "a.jpg", "text": "left dog", "ref_id": 3}]
+    rows.append({**rows[0], "bbox": [1, 2, 3.5, 4]})
+    plain, boxed = grounding_records(_write(tmp_path / "a.json", rows))
+    assert plain.bbox is None
+    assert boxed.bbox == (1, 2, 3.5, 4)
+    train, test = captioning_records(
+        _write(tmp_path / "b.json", [{"image": "a", "caption": "b", "image_id": 5}, {"image": "val_00012.jpg"}])
+    )
+    assert (train.caption, test.caption) == ("b", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"image": "a",}]', r"a\.json:1:16: .*expected one JSON array"),
+        ('[\n {"image": "a"}\n {"image": "b"}]', r"a\.json:3:2: "),
+        ('{"image": "a"}\n{"image": "b"}\n', r"a\.json:2:1: .*not one object a line"),
+        ("[" * 100_000, "nested too deeply|a.json:"),
+        ("", "is empty"),
+        ("[]", "no elements"),
+        ({"image": "a"}, "holds a JSON dict"),
+        ([{"image": "a", "image_id": 1}], "element 0: 'caption' is missing"),
+        ([{"image": "", "caption": "c", "image_id": 1}], "element 0: 'image' is ''"),
+        ([{"image": "a", "caption": 5, "image_id": 1}], "element 0: 'caption' is 5"),
+        ([{"image": "a", "caption": ["c"], "image_id": 1}], r"'caption' is \['c'\]"),
+        ([5], "element 0: is a int"),
+        ([{"image": 1}] * 9, "and 6 more"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, content: Any, message: str) -> None:
+    path = _write(tmp_path / "a.json", content)
+    with pytest.raises(DataError, match=message) as caught:
+        retrieval_records(path)
+    assert "a.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("element", "message"),
+    [
+        ({"images": ["a"], "sentence": "s", "label": "True"}, "'images'"),
+        ({"images": ["a", "b"], "sentence": "s", "label": "maybe"}, "'label' is 'maybe'"),
+    ],
+)
+def test_wrong_nlvr2(tmp_path: Path, element: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        nlvr2_records(_write(tmp_path / "a.json", [element]))
+
+
+def test_other_encodings(tmp_path: Path) -> None:
+    content = json.dumps([{"image": "é", "caption": "c", "image_id": 1}], ensure_ascii=False)
+    path = tmp_path / "a.json"
+    path.write_bytes(content.encode("utf-8-sig"))
+    assert retrieval_records(path)[0].image == "é"
+    for data, message in [
+        (content.encode("latin-1"), "not UTF-8"),
+        (content.encode("utf-16"), "UTF-16"),
+        (gzip.compress(content.encode(), mtime=0), "compressed"),
+    ]:
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            retrieval_records(path)

@@ -1,0 +1,225 @@
+"""What a check of files counts, finds broken and estimates; and that it agrees with what training would skip."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.record_files import (
+    base64_picture,
+    pairs,
+    picture,
+    region,
+    tiny_config,
+    tiny_tokenizer,
+    write_lines,
+    write_tar,
+)
+from xfm_fast.data.checking import TASKS, Options, Report, check
+from xfm_fast.data.options import STREAM_KINDS, PairStreamOptions
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.streams import Stream
+from xfm_fast.errors import DataError
+
+
+def _check(data: object, task: str, **options: Any) -> Report:
+    return check(data, task, Options(config=tiny_config(), batch_size=4, **options))
+
+
+def _array(path: Path, rows: list[Any]) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_counts_of_good_pairs(tmp_path: Path) -> None:
+    rows = [*pairs(3), {"binary": base64_picture(9, size=(60, 20), form="PNG"), "desc": ["a cat!", "a (red) dog runs"]}]
+    report = _check(write_lines(tmp_path / "a.jsonl", [*rows, rows[0]]), "pairs", tokenizer=tiny_tokenizer())
+    assert (report.rows, report.broken, report.duplicates, report.ok) == (5, 0, 1, True)
+    assert report.texts == 6
+    assert report.words == {6: 4, 2: 1, 4: 1}
+    assert report.tokens.total() == 6
+    assert report.sizes == {(40, 30): 4, (60, 20): 1}
+    assert report.formats == {"JPEG": 4, "PNG": 1}
+    assert report.batch_bytes > 4 * 3 * 32 * 32 * 4
+    assert report.seconds_per_item is not None
+    assert report.hours_per_epoch == pytest.approx(report.seconds_per_item * 5 / 3600)
+
+
+def test_long_texts_are_counted(tmp_path: Path) -> None:
+    rows = [{"desc": "cat " * count} for count in (10, 31, 200)]
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    assert _check(data, "text", tokenizer=tiny_tokenizer()).cut == 1
+    captions = write_lines(tmp_path / "b.jsonl", [{**row, "binary": base64_picture(0)} for row in rows])
+    assert _check(captions, "pairs").cut == 2
+    assert _check(captions, "pairs").words == {10: 1, 31: 1, 200: 1}
+
+
+BROKEN = {
+    "pairs": [
+        "{cut", {"desc": "a"}, {"binary": base64_picture(0)}, {"binary": base64_picture(0), "desc": "?!"},
+        {"binary": base64_picture(0), "desc": 5}, {"binary": [], "desc": "a"},
+        {"binary": base64.b64encode(picture(0, size=(99, 99))[:500]).decode(), "desc": "a"},
+    ],
+    "images": [{"binary": "a"}, {"binary": 5}, {}],
+    "text": [{"desc": " "}, {"desc": []}, {"desc": {}}],
+    "regions": [
+        {"binary": base64_picture(0)}, {**region(0), "elems": []}, {**region(0), "elems": [{"bb": [0, 0, 90, 9]}]},
+        {**region(0), "elems": [{"bb": [1, 2, 3], "caption": "a"}]},
+        {**region(0), "elems": [{"bb": [1, 2, 3, 0], "caption": "a"}]}, {**region(0), "elems": [5]},
+    ],
+}  # fmt: skip
+GOOD: dict[str, Any] = {"pairs": pairs(1)[0], "images": pairs(1)[0], "text": {"desc": "a cat"}, "regions": region(1)}
+
+
+@pytest.mark.parametrize("task", BROKEN)
+def test_broken_rows_are_those_that_training_skips(tmp_path: Path, task: str) -> None:
+    rows = [*BROKEN[task], GOOD[task]]
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    report = _check(data, task)
+    assert [problem.row for problem in report.problems] == list(range(1, len(rows)))
+    assert not report.ok
+    listed = Quarantine(tmp_path / "q.jsonl", tolerate_bad=1)
+    chosen: dict[str, Any] = {"text": {"max_tokens": 40}, "regions": {"max_images": 2 * len(rows)}}
+    stream = Stream(
+        data, STREAM_KINDS[task](**chosen.get(task, {})), config=tiny_config(), tokenizer=tiny_tokenizer(),
+        batch_size=2 * len(rows), seed=0, quarantine=listed,
+    )  # fmt: skip
+    stream.batch(0)
+    skipped = {json.loads(line)["row"] for line in (tmp_path / "q.jsonl").read_text().splitlines()}
+    assert skipped == set(range(1, len(rows)))
+
+
+def test_unusable_regions_do_not_break_a_row(tmp_path: Path) -> None:
+    row = region(0)
+    row["elems"].append({"bb": [1, 1, 500, 500], "caption": "too large"})
+    report = _check(write_lines(tmp_path / "a.jsonl", [row]), "regions")
+    assert (report.broken, report.unusable_regions, report.regions) == (0, 1, {2: 1})
+
+
+def test_what_another_draw_would_find_is_checked_too(tmp_path: Path) -> None:
+    good = pairs(1)[0]
+    rows = [
+        good, {**good, "desc": ["a cat", "?!"]}, {**good, "desc": {"en": "a cat", "it": ""}},
+        {**good, "binary": [good["binary"], base64.b64encode(picture(0, size=(99, 99))[:500]).decode()]},
+    ]  # fmt: skip
+    report = _check(write_lines(tmp_path / "a.jsonl", rows), "pairs", tolerate_bad=1)
+    assert [problem.row for problem in report.problems] == [2, 3, 4]
+
+
+def test_regions_just_outside_the_image_are_those_that_training_cannot_crop_around(tmp_path: Path) -> None:
+    rows = [{**region(0), "elems": [{"bb": [1, 2, width, 5], "caption": "a cat"}]} for width in (39, 40)]
+    report = _check(write_lines(tmp_path / "a.jsonl", rows), "regions", tolerate_bad=1)
+    assert [problem.row for problem in report.problems] == [2]
+    assert "lies inside the 40x30 image" in report.problems[0].reason
+
+
+def test_ids_are_judged_by_their_vocabulary_alone(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", [{"input_ids": ids} for ids in ([5, 6, 7], [5, 10**6], [])])
+    assert _check(data, "text").broken == 0
+    report = _check(data, "text", tokenizer=tiny_tokenizer(), tolerate_bad=1)
+    assert [problem.row for problem in report.problems] == [2, 3]
+    assert report.tokens == {5: 1}
+
+
+def test_fields_and_folders_are_those_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(picture(0))
+    data = write_lines(tmp_path / "a.jsonl", [{"file": "0.jpg", "said": "a cat sk ##ate ##board"}])
+    fields: dict[str, Any] = {"image_key": "file", "caption_key": "said", "image_root": tmp_path / "images"}
+    assert _check(data, "pairs", **fields).words == {5: 1}
+    assert _check(data, "pairs", **fields, tokenized=True).words == {3: 1}
+    assert Options(tiny_config(), **fields, tokenized=True).stream("pairs") == PairStreamOptions(
+        **fields, tokenized=True
+    )
+
+
+def test_the_limit_is_that_of_training(tmp_path: Path) -> None:
+    rows: list[Any] = [{"desc": f"a cat {number}"} for number in range(100)]
+    for broken, ok in ((1, True), (2, False)):
+        report = _check(write_lines(tmp_path / "a.jsonl", [*rows[broken:], *["{"] * broken]), "text")
+        assert (report.broken, report.ok) == (broken, ok)
+    assert _check(tmp_path / "a.jsonl", "text", tolerate_bad=0.05).ok
+    assert len(_check(tmp_path / "a.jsonl", "text", most_problems=1).problems) == 1
+    assert not _check(write_lines(tmp_path / "b.jsonl", ["{"]), "text").ok
+
+
+def test_shards(tmp_path: Path) -> None:
+    members = {"0.jpg": picture(0), "0.txt": b"a cat", "1.jpg": picture(1)[:300], "1.txt": b"a dog"}
+    report = _check(write_tar(tmp_path / "a.tar", members), "pairs")
+    assert (report.rows, report.broken) == (2, 1)
+    assert report.problems[0].row == "1"
+
+
+def test_repeated_samples_of_shards_are_those_with_the_same_content(tmp_path: Path) -> None:
+    black, white = (bytes([value]) * 10 for value in (0, 255))
+    members = {"0.txt": b"a", "0.img": black, "1.txt": b"a", "1.img": white, "2.txt": b"a", "2.img": black}
+    assert _check(write_tar(tmp_path / "a.tar", members), "images").duplicates == 1
+
+
+def _elements(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    (folder / "0.jpg").write_bytes(picture(0))
+    image = {"image": "0.jpg"}
+    return {
+        "retrieval": [{**image, "caption": "a cat", "image_id": 0}, {**image, "caption": ["a cat", "one cat"]}],
+        "vqa": [{**image, "question": "what is it?", "question_id": 0, "answer": ["cat"]}],
+        "nlvr2": [{"images": ["0.jpg", "0.jpg"], "sentence": "two cats", "label": "True"}],
+        "grounding": [{**image, "text": "a cat", "ref_id": 0, "bbox": [0, 0, 40, 30]}],
+        "captioning": [{**image, "caption": "a cat", "image_id": 0}, image],
+    }
+
+
+@pytest.mark.parametrize("task", ["retrieval", "vqa", "nlvr2", "grounding", "captioning"])
+def test_fine_tuning_files(tmp_path: Path, task: str) -> None:
+    good = _elements(tmp_path)[task]
+    report = _check(_array(tmp_path / "a.json", good), task)
+    assert (report.rows, report.broken, report.ok) == (len(good), 0, True)
+    assert report.images == 1
+    assert report.texts > 0
+    assert report.seconds_per_item is None or report.seconds_per_item > 0
+    absent = json.loads(json.dumps(good[0]).replace("0.jpg", "absent.jpg"))
+    report = _check(_array(tmp_path / "b.json", [*good, absent, {}, 5]), task)
+    assert [problem.row for problem in report.problems] == [len(good), len(good) + 1, len(good) + 2]
+    assert "absent.jpg does not exist" in report.problems[0].reason
+    assert "is missing" in report.problems[1].reason
+
+
+def test_boxes_of_grounding_lie_in_the_image(tmp_path: Path) -> None:
+    (good,) = _elements(tmp_path)["grounding"]
+    report = _check(_array(tmp_path / "a.json", [good, {**good, "bbox": [30, 0, 20, 10]}]), "grounding")
+    assert [problem.row for problem in report.problems] == [1]
+
+
+def test_images_below_another_folder(tmp_path: Path) -> None:
+    rows = _elements(tmp_path)["vqa"]
+    (tmp_path / "files").mkdir()
+    path = _array(tmp_path / "files" / "a.json", rows)
+    assert _check(path, "vqa").broken == 1
+    assert _check(path, "vqa", image_root=tmp_path).broken == 0
+
+
+def test_a_report_is_json(tmp_path: Path) -> None:
+    report = _check(write_lines(tmp_path / "a.jsonl", [*pairs(2), "{"]), "pairs", tokenizer=tiny_tokenizer())
+    content = json.loads(json.dumps(report.as_dict()))
+    assert content["rows"] == 3
+    assert content["problems"][0]["row"] == 3
+    assert content["images"]["width"] == {"least": 40, "median": 40, "most": 40}
+    assert content["estimates"]["items_per_second_and_worker"] > 0
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    data = write_lines(tmp_path / "a.jsonl", [{"desc": "a"}] * 250)
+    check(data, "text", Options(config=tiny_config()), progress=lambda done, of: calls.append((done, of)))
+    assert calls == [(100, 250), (200, 250), (250, 250)]
+
+
+def test_unknown_tasks_and_absent_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"choose one of {', '.join(TASKS)}"):
+        _check(tmp_path, "walking")
+    for task in TASKS:
+        with pytest.raises(DataError):
+            _check(tmp_path / "absent", task)
+        with pytest.raises(DataError, match="holds no data files"):
+            _check(tmp_path, task)

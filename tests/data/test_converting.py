@@ -1,0 +1,147 @@
+"""Line JSON to shards and back: nothing is lost, nothing half-written stays, nothing is overwritten."""
+
+import base64
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.record_files import base64_picture, pairs, picture, region, write_lines, write_tar
+from xfm_fast.data.converting import to_lines, to_shards
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.records import open_records
+from xfm_fast.errors import DataError, StorageError
+
+RECORDS: list[dict[str, Any]] = [
+    *pairs(3),
+    region(3),
+    {"desc": "text alone"},
+    {"desc": ["several", "texts"]},
+    {"desc": {"en": "a", "de": "b"}, "binary": [base64_picture(1), base64_picture(2)]},
+    {"desc": "", "binary": base64_picture(4, form="PNG"), "image_id": 7},
+    {"input_ids": [5, 6, 7]},
+    {"desc": "line\r\nend é ☕", "binary": base64_picture(5, form="WEBP")},
+    {"desc": "half a pair \ud800"},
+    {"desc": None, "binary": None},
+]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _there_and_back(records: list[dict[str, Any]], folder: Path, **options: Any) -> list[dict[str, Any]]:
+    to_shards(write_lines(folder / "a.jsonl", records), folder / "shards", **options)
+    to_lines(folder / "shards", folder / "b.jsonl")
+    return _rows(folder / "b.jsonl")
+
+
+def test_there_and_back_is_the_identity(tmp_path: Path) -> None:
+    assert _there_and_back(RECORDS, tmp_path, samples_per_shard=3) == RECORDS
+    assert sorted(each.name for each in (tmp_path / "shards").iterdir() if each.suffix == ".tar") == [
+        f"{number:06d}.tar" for number in range(4)
+    ]
+
+
+values = st.recursive(
+    st.one_of(st.text(max_size=8), st.integers(), st.booleans(), st.none()), lambda inner: st.lists(inner, max_size=3)
+)
+images = st.one_of(st.binary(min_size=1, max_size=40).map(lambda data: base64.b64encode(data).decode()), st.just(""))
+
+
+@given(
+    st.lists(st.fixed_dictionaries({"desc": values}, optional={"binary": images, "x": values}), min_size=1, max_size=6)
+)
+def test_any_records_survive(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]) -> None:
+    folder = tmp_path_factory.mktemp("records")
+    assert _there_and_back(records, folder, samples_per_shard=2) == records
+
+
+def test_base64_in_another_spelling_stays_as_it_is(tmp_path: Path) -> None:
+    text = base64_picture(0)
+    wrapped = "\n".join(text[start : start + 60] for start in range(0, len(text), 60))
+    assert _there_and_back([{"binary": wrapped, "desc": "a"}], tmp_path) == [{"binary": wrapped, "desc": "a"}]
+
+
+def test_shards_are_what_other_programs_expect(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", pairs(3))
+    done = to_shards(lines, tmp_path / "shards", samples_per_shard=2)
+    assert (done.rows, done.skipped, len(done.files)) == (3, 0, 2)
+    with tarfile.open(done.files[0]) as archive:
+        assert archive.getnames() == ["000000000.jpg", "000000000.txt", "000000001.jpg", "000000001.txt"]
+    to_shards(lines, tmp_path / "again", samples_per_shard=2)
+    assert done.files[0].read_bytes() == (tmp_path / "again" / done.files[0].name).read_bytes()
+    webdataset = pytest.importorskip("webdataset")
+    found = list(webdataset.WebDataset([str(path) for path in done.files], shardshuffle=False))
+    assert [(sample["jpg"], sample["txt"].decode()) for sample in found] == [
+        (picture(number), pairs(3)[number]["desc"]) for number in range(3)
+    ]
+
+
+def test_shards_end_at_a_size(tmp_path: Path) -> None:
+    done = to_shards(write_lines(tmp_path / "a.jsonl", pairs(6)), tmp_path / "shards", bytes_per_shard=5000)
+    assert len(done.files) > 1
+    assert len(open_records(tmp_path / "shards")) == 6
+
+
+def test_paths_become_images(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    lines = write_lines(tmp_path / "a.jsonl", [{"binary": "0.jpg", "desc": "a"}, {"binary": ["0.jpg"], "desc": "b"}])
+    to_shards(lines, tmp_path / "shards", image_root=tmp_path)
+    to_lines(tmp_path / "shards", tmp_path / "b.jsonl")
+    text = base64_picture(0)
+    assert _rows(tmp_path / "b.jsonl") == [{"binary": text, "desc": "a"}, {"binary": [text], "desc": "b"}]
+
+
+def test_broken_rows_are_left_out_and_listed(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", [*pairs(2), "{cut", {"binary": "a", "desc": "b"}])
+    bad = Quarantine(tmp_path / "q.jsonl", tolerate_bad=0.5)
+    done = to_shards(lines, tmp_path / "shards", quarantine=bad)
+    assert (done.rows, done.skipped) == (2, 2)
+    assert [entry["row"] for entry in _rows(tmp_path / "q.jsonl")] == [3, 4]
+    with pytest.raises(DataError, match="2 of 4 rows are broken"):
+        to_shards(lines, tmp_path / "other")
+    with pytest.raises(DataError, match="2 of 4 rows are broken"):
+        to_lines(lines, tmp_path / "other.jsonl")
+    with pytest.raises(DataError, match="no row can be used"):
+        to_shards(write_lines(tmp_path / "c.jsonl", ["{"]), tmp_path / "other")
+    assert {each.name for each in tmp_path.iterdir() if not each.name.endswith(".index")} == {
+        "a.jsonl", "c.jsonl", "q.jsonl", "shards",
+    }  # fmt: skip
+
+
+def test_other_files_of_samples_are_reported(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", {"0.jpg": picture(0), "0.cls": b"1", "1.jpg": picture(1), "1.seg.png": b"x"})
+    assert to_lines(shard, tmp_path / "a.jsonl").ignored == {"cls": 1, "seg.png": 1}
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", pairs(1))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    for target in (tmp_path / "used", lines):
+        with pytest.raises(DataError, match="would be overwritten"):
+            to_shards(lines, target)
+    with pytest.raises(DataError, match="would be overwritten"):
+        to_lines(lines, lines)
+    (tmp_path / "empty").mkdir()
+    to_shards(lines, tmp_path / "empty")
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", pairs(3))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(StorageError, match="No space left"):
+        to_shards(lines, tmp_path / "shards")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError):
+        to_lines(lines, tmp_path / "file" / "b.jsonl")
+    assert {each.name for each in tmp_path.iterdir()} == {"a.jsonl", ".a.jsonl.index", "file"}

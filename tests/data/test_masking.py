@@ -1,0 +1,299 @@
+"""Masks of texts and of patches: exact counts, plain twins, and the statistics of the official generators."""
+
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from xfm_fast.data.masking import ATTEMPTS, MaskedText, MaskingOptions, block_mask, mask_tokens
+from xfm_fast.errors import InputError
+
+VOCABULARY, MASK = 50_265, 50_264
+OFFICIAL_DRAWS = 2000
+"""Fewer draws than this would not give shares as close to 80/10/10 as the official ones are."""
+DRAWS = 20_000
+
+
+def _mask(
+    length: int, options: MaskingOptions, rng: np.random.Generator, starts: list[bool] | None = None
+) -> MaskedText:
+    ids = list(range(1000, 1000 + length))
+    return mask_tokens(ids, options, rng, vocab_size=VOCABULARY, mask_token_id=MASK, word_starts=starts)
+
+
+@given(
+    length=st.integers(2, 140),
+    probability=st.floats(0.01, 1),
+    most=st.integers(1, 40),
+    skipgrams=st.floats(0, 1),
+    size=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_exactly_that_many(length: int, probability: float, most: int, skipgrams: float, size: int, seed: int) -> None:
+    options = MaskingOptions(probability, most, skipgrams, size)
+    masked = _mask(length, options, np.random.default_rng(seed))
+    assert len(masked.positions) == min(most, max(1, round(length * probability)), length - 1)
+    assert masked.positions == sorted(set(masked.positions))
+    assert masked.positions[0] >= 1
+    assert masked.positions[-1] < length
+    assert masked.labels == [1000 + place for place in masked.positions]
+    kept = set(range(length)) - set(masked.positions)
+    assert all(masked.ids[place] == 1000 + place for place in kept)
+    assert len(masked.ids) == length
+    assert all(0 <= number < VOCABULARY for number in masked.ids)
+    assert masked == _mask(length, options, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize(("length", "count"), [(5, 2), (7, 4), (9, 4), (11, 6), (30, 15), (64, 15)])
+def test_halves_round_to_even(length: int, count: int) -> None:
+    assert MaskingOptions(0.5, 15).count(length) == count
+
+
+def _statistics(length: int, options: MaskingOptions, draws: int, seed: int) -> tuple[np.ndarray, int, int]:
+    """Shares <mask>/random/kept, right neighbour masked, second and last position masked; number of masked tokens."""
+    rng = np.random.default_rng(seed)
+    fates, neighbours, second, last, total = np.zeros(3), 0, 0, 0, 0
+    counts = set()
+    for _ in range(draws):
+        ids, positions, labels = _mask(length, options, rng)
+        counts.add(len(positions))
+        total += len(positions)
+        for place, label in zip(positions, labels, strict=True):
+            fates[0 if ids[place] == MASK else 2 if ids[place] == label else 1] += 1
+            neighbours += place + 1 in positions
+        second += 1 in positions
+        last += length - 1 in positions
+    (count,) = counts
+    return np.array([*(fates / total), neighbours / total, second / draws, last / draws]), total, count
+
+
+def _official(golden: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
+    return json.loads(golden("masking/text_masking_stats.json").read_text())
+
+
+def _band(expected: np.ndarray, count: int, draws: int) -> np.ndarray:
+    """4.5 standard errors of the difference, and the rounding of the official numbers to 3 digits."""
+    variance = expected * (1 - expected)
+    per_token = np.array([1, 1, 1, 1, 0, 0], dtype=bool)
+    ours, theirs = (np.where(per_token, n * count, n) for n in (draws, OFFICIAL_DRAWS))
+    # Neighbours of one text depend on each other: their variance is counted by texts.
+    ours[3], theirs[3] = draws, OFFICIAL_DRAWS
+    return 4.5 * np.sqrt(variance * (1 / ours + 1 / theirs)) + 0.0005
+
+
+def test_statistics_are_the_official_ones(golden: Callable[[str], Path]) -> None:
+    draws = 2000
+    for seed, (case, official) in enumerate(_official(golden).items()):
+        probability, most, length = re.search(r"_p([\d.]+)_max(\d+)_len(\d+)", case).groups()
+        ours, _, count = _statistics(int(length), MaskingOptions(float(probability), int(most)), draws, seed)
+        assert [count] == official["n_masked"], case
+        expected = np.array(
+            [
+                *official["share_mask_random_kept"],
+                official["share_of_masked_whose_right_neighbour_is_masked"],
+                official["freq_second"],
+                official["freq_last"],
+            ]
+        )
+        assert (np.abs(ours - expected) <= _band(expected, count, draws)).all(), (case, ours, expected)
+
+
+def test_the_bands_tell_runs_from_single_tokens(golden: Callable[[str], Path]) -> None:
+    official = _official(golden)["text_p0.15_max20_len128"]
+    expected = official["share_of_masked_whose_right_neighbour_is_masked"]
+    ours, _, count = _statistics(128, MaskingOptions(0.15, 20, skipgram_probability=0), 1000, 0)
+    band = _band(np.full(6, expected), count, 1000)[3]
+    assert abs(ours[3] - expected) > 2 * band
+
+
+def test_shares_of_mask_random_and_kept() -> None:
+    ours, total, _ = _statistics(64, MaskingOptions(0.5, 40), 3000, 1)
+    expected = np.array([0.8, 0.1, 0.1])
+    assert (np.abs(ours[:3] - expected) < 4 * np.sqrt(expected * (1 - expected) / total)).all()
+
+
+def test_random_tokens_are_of_the_whole_vocabulary() -> None:
+    rng = np.random.default_rng(0)
+    options = MaskingOptions(1, 100, 0)
+    seen: Counter[int] = Counter()
+    for _ in range(3000):
+        masked = mask_tokens([0, 11, 11, 11, 11], options, rng, vocab_size=8, mask_token_id=9)
+        seen.update(masked.ids[place] for place in masked.positions)
+    assert set(seen) == {*range(8), 9, 11}, "special tokens are drawn too"
+    drawn = np.array([seen[number] for number in range(8)])
+    assert ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum() < 24.3  # chi-squared with 7 degrees: p = 0.001
+
+
+def _plain_positions(length: int, wanted: int, draw: random.Random) -> tuple[int, ...]:
+    """The official procedure, as it is told."""
+    candidates = list(range(1, length))
+    draw.shuffle(candidates)
+    masked: set[int] = set()
+    for place in candidates:
+        if len(masked) >= wanted:
+            break
+        if place in masked:
+            continue
+        run = draw.randint(2, 3) if draw.random() < 0.2 else 1
+        masked |= {each for each in range(place, place + run) if each < length}
+    return tuple(sorted(draw.sample(sorted(masked), wanted) if len(masked) > wanted else masked))
+
+
+def test_every_set_of_positions_is_as_likely_as_in_a_plain_generator() -> None:
+    draws, length = 20_000, 6
+    options, rng, draw = MaskingOptions(0.5, 15), np.random.default_rng(3), random.Random(3)
+    wanted = options.count(length)
+    ours = Counter(tuple(_mask(length, options, rng).positions) for _ in range(draws))
+    plain = Counter(_plain_positions(length, wanted, draw) for _ in range(draws))
+    assert len(plain) == math.comb(length - 1, wanted)
+    distance = sum((ours[each] - plain[each]) ** 2 / (ours[each] + plain[each]) for each in plain)
+    assert distance < 27.9  # chi-squared with 9 degrees: p = 0.001
+
+
+@given(
+    words=st.lists(st.integers(1, 5), min_size=1, max_size=20),
+    probability=st.floats(0.05, 1),
+    most=st.integers(1, 30),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_whole_words_stay_whole(words: list[int], probability: float, most: int, seed: int) -> None:
+    starts = [True] + [place == 0 for word in words for place in range(word)]
+    options = MaskingOptions(probability, most, whole_word=True)
+    masked = _mask(len(starts), options, np.random.default_rng(seed), starts)
+    begins = [place for place, start in enumerate(starts) if start and place]
+    spans = [set(range(a, b)) for a, b in zip(begins, [*begins[1:], len(starts)], strict=True)]
+    hidden = [span for span in spans if span & set(masked.positions)]
+    whole = [span for span in hidden if span <= set(masked.positions)]
+    wanted = options.count(len(starts))
+    assert masked.positions
+    assert len(masked.positions) <= most
+    if len(hidden) > 1 or len(hidden[0]) <= most:
+        assert whole == hidden
+    assert len(masked.positions) <= wanted or len(hidden) == 1
+    assert len(masked.positions) > wanted - max(words)
+
+
+def test_whole_words_of_one_token_are_tokens() -> None:
+    for seed in range(200):
+        plain = _mask(20, MaskingOptions(0.5, 15), np.random.default_rng(seed))
+        starts = [True] * 20
+        assert _mask(20, MaskingOptions(0.5, 15, whole_word=True), np.random.default_rng(seed), starts) == plain
+
+
+def test_impossible_requests_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(InputError, match="at least 2"):
+        _mask(1, MaskingOptions(0.5, 15), rng)
+    with pytest.raises(InputError, match="each of 4 tokens, got none"):
+        _mask(4, MaskingOptions(0.5, 15, whole_word=True), rng)
+    with pytest.raises(InputError, match="each of 4 tokens, got 3"):
+        _mask(4, MaskingOptions(0.5, 15, whole_word=True), rng, [True] * 3)
+    with pytest.raises(InputError, match="probability=0"):
+        MaskingOptions(0, 15)
+    with pytest.raises(InputError, match="most=0"):
+        MaskingOptions(0.5, 0)
+    with pytest.raises(InputError, match="skipgram_probability=2"):
+        MaskingOptions(0.5, 1, skipgram_probability=2)
+
+
+def plain_block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """The rule as it is told, on an array."""
+    mask = np.zeros((grid, grid), dtype=bool)
+    while mask.sum() < count:
+        remaining = count - int(mask.sum())
+        accepted = False
+        for area, aspect, top, left in rng.random((ATTEMPTS, 4)):
+            target = least + area * (remaining - least)
+            ratio = math.exp(math.log(0.3) + aspect * (math.log(1 / 0.3) - math.log(0.3)))
+            height, width = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+            if height >= grid or width >= grid:
+                continue
+            y, x = math.floor(top * (grid - height + 1)), math.floor(left * (grid - width + 1))
+            rectangle = np.zeros_like(mask)
+            rectangle[y : y + height, x : x + width] = True
+            if 0 < (rectangle & ~mask).sum() <= remaining:
+                mask |= rectangle
+                accepted = True
+                break
+        if not accepted:
+            break
+    flat = mask.flatten()
+    missing = count - int(flat.sum())
+    if missing:
+        flat[rng.choice(np.flatnonzero(~flat), missing, replace=False)] = True
+    return flat
+
+
+@given(grid=st.integers(1, 16), share=st.floats(0, 1), least=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
+def test_exactly_that_many_and_the_same_as_the_plain_generator(grid: int, share: float, least: int, seed: int) -> None:
+    count = round(share * grid * grid)
+    mask = block_mask(grid, count, least, np.random.default_rng(seed))
+    assert mask.shape == (grid * grid,)
+    assert mask.dtype == np.bool_
+    assert mask.sum() == count
+    assert np.array_equal(mask, plain_block_mask(grid, count, least, np.random.default_rng(seed)))
+
+
+def _adjacent(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Share of neighbouring patches that are both hidden, for every mask `[draws, grid, grid]`."""
+    pairs = 2 * masks.shape[1] * (masks.shape[1] - 1)
+    vertical, horizontal = masks[:, 1:] & masks[:, :-1], masks[:, :, 1:] & masks[:, :, :-1]
+    return (vertical.sum((1, 2)) + horizontal.sum((1, 2))) / pairs
+
+
+def _deviations(masks: NDArray[np.bool_], official: dict[str, float]) -> tuple[NDArray[np.float64], float, float]:
+    """In standard errors: of every position's frequency, of the mean and of the deviation of the adjacency."""
+    ours = len(masks)
+    frequency = np.array(official["position_frequency"])
+    both = 1 / ours + 1 / official["draws"]
+    positions = (masks.mean(0) - frequency) / np.sqrt(frequency * (1 - frequency) * both)
+    adjacency, spread = _adjacent(masks), official["both_neighbours_masked_std"]
+    mean = (adjacency.mean() - official["both_neighbours_masked_mean"]) / (spread * math.sqrt(both))
+    # Of a standard deviation the relative error is about sqrt((kurtosis - 1) / 4n); kurtosis from our own draws.
+    centred = adjacency - adjacency.mean()
+    kurtosis = (centred**4).mean() / (centred**2).mean() ** 2
+    return positions, float(mean), float((adjacency.std() / spread - 1) / math.sqrt((kurtosis - 1) / 4 * both))
+
+
+@pytest.mark.parametrize(
+    ("case", "grid", "count", "least"), [("grid14_masked75_min16", 14, 75, 16), ("grid4_masked6_min2", 4, 6, 2)]
+)
+def test_block_statistics_are_the_official_ones(
+    case: str, grid: int, count: int, least: int, golden: Callable[[str], Path]
+) -> None:
+    official = json.loads(golden("masking/stats.json").read_text())[case]
+    rng = np.random.default_rng(20)
+    masks = np.stack([block_mask(grid, count, least, rng) for _ in range(DRAWS)]).reshape(-1, grid, grid)
+    positions, mean, deviation = _deviations(masks, official)
+    assert np.abs(positions).max() < 4.5
+    # Frequencies that are all right vary by 1; a small bias everywhere shows here long before it shows in any one.
+    assert np.sqrt((positions**2).mean()) < 1.3
+    assert abs(mean) < 4
+    assert abs(deviation) < 4
+
+    single = np.stack([rng.permutation(grid * grid) < count for _ in range(2000)]).reshape(-1, grid, grid)
+    assert abs(_deviations(single, official)[1]) > 20, "the band does not tell blocks from single patches"
+    smaller = np.stack([block_mask(grid, count, max(least // 2, 1), rng) for _ in range(4000)]).reshape(-1, grid, grid)
+    assert abs(_deviations(smaller, official)[1]) > 4, "the band does not tell blocks of another size"
+
+
+def test_all_and_none() -> None:
+    rng = np.random.default_rng(0)
+    assert block_mask(5, 25, 4, rng).all()
+    assert not block_mask(5, 0, 4, rng).any()
+
+
+@pytest.mark.parametrize(("count", "least"), [(17, 2), (-1, 2), (4, 0)])
+def test_impossible_masks_are_refused(count: int, least: int) -> None:
+    with pytest.raises(InputError, match=r"lower it|at least 1"):
+        block_mask(4, count, least, np.random.default_rng(0))

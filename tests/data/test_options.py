@@ -1,0 +1,70 @@
+"""Options of streams: what a recipe says is what the readers do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.data.record_files import pair, pairs, picture, region, write_lines
+from xfm_fast.data.masking import MaskingOptions
+from xfm_fast.data.options import STREAM_KINDS, PairStreamOptions, RegionStreamOptions
+from xfm_fast.training.distributed import join_processes
+from xfm_fast.training.recipe import load_recipe
+from xfm_fast.training.recipe_fields import STREAM_OF_KIND
+from xfm_fast.training.setup import open_sources
+
+
+def _recipe(folder: Path, *overrides: str) -> Any:
+    return load_recipe(
+        "pretrain_tiny_shapes",
+        ["shapes=null", f"data={folder}", f"checkpoint.folder={folder}/run", "streams.images=null", *overrides],
+    )
+
+
+def test_a_recipe_has_every_option_of_a_stream() -> None:
+    assert set(STREAM_OF_KIND) == set(STREAM_KINDS)
+    for kind, options in STREAM_KINDS.items():
+        assert issubclass(STREAM_OF_KIND[kind], options)
+
+
+def test_options_are_immutable_and_closed() -> None:
+    with pytest.raises(ValidationError):
+        PairStreamOptions(max_token=3)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        PairStreamOptions().max_tokens = 3
+    assert PairStreamOptions(masking={"probability": 0.2, "most": 3}).masking == MaskingOptions(0.2, 3)  # type: ignore[arg-type]
+
+
+def test_fields_and_folders_of_a_recipe_reach_the_reader(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(50):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(picture(number))
+        rows.append({"file": f"{number}.jpg", "said": pair(number)["desc"]})
+    write_lines(tmp_path / "pairs_train.jsonl", rows)
+    write_lines(tmp_path / "plain.jsonl", pairs(50))
+    more = ["streams.regions=null", "streams.text=null"]
+    named = [f"streams.pairs.{given}" for given in ("image_key=file", "caption_key=said", "image_root=images")]
+    with join_processes("cpu") as place:
+        by_path = open_sources(_recipe(tmp_path, *more, *named), place)["pairs"].batch(0)
+        plain = _recipe(tmp_path, *more, "streams.pairs.paths=plain.jsonl")
+        inside = open_sources(plain, place)["pairs"].batch(0)
+    assert by_path.image.equal(inside.image)
+    assert by_path.input_ids.equal(inside.input_ids)
+
+
+def test_tokenized_regions_are_put_together_again(tmp_path: Path) -> None:
+    elements = [{"bb": [2, 3, 10, 8], "caption": "sk ##ate ##board"}]
+    write_lines(tmp_path / "regions_train.jsonl", [{**region(0), "caption": "a sk ##ate", "elems": elements}] * 20)
+    recipe = _recipe(tmp_path, "streams.pairs=null", "streams.text=null", "streams.regions.tokenized=true")
+    with join_processes("cpu") as place:
+        source = open_sources(recipe, place)["regions"]
+    tokenizer = source.items.tokenizer  # type: ignore[attr-defined]
+    assert {tokenizer.decode(row.tolist()) for row in source.batch(0).input_ids} == {"a skate", "skateboard"}
+
+
+def test_the_published_recipe_reads_the_regions_of_the_official_files() -> None:
+    streams = load_recipe("pretrain_base_4m").streams
+    assert [name for name, options in streams.items() if getattr(options, "tokenized", False)] == ["regions"]
+    assert isinstance(streams["regions"], RegionStreamOptions)

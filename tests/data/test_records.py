@@ -1,0 +1,418 @@
+"""Rows of line JSON and samples of shards by number, good, odd and damaged, and the index beside a file."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.record_files import picture, write_lines, write_tar
+from xfm_fast.data import files, records
+from xfm_fast.data.files import find_files
+from xfm_fast.data.records import LineFile, ShardFile, split_name
+from xfm_fast.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def _plain(path: Path) -> list[tuple[int, object]]:
+    """The twin: the whole file, line by line."""
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    return [(number, json.loads(line)) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
+
+
+def _all(file: LineFile) -> list[tuple[int, object]]:
+    return [(file.label(row), file.read(row)) for row in range(len(file))]
+
+
+objects = st.dictionaries(st.text(max_size=5), st.one_of(st.text(max_size=30), st.integers(), st.none()), max_size=4)
+blank = st.sampled_from(["", " ", "\t ", "\r"])
+
+
+@given(
+    lines=st.lists(st.one_of(objects.map(json.dumps), blank), min_size=1, max_size=30),
+    mark=st.booleans(), carriage=st.booleans(), last=st.booleans(), chunk=st.sampled_from([1, 3, 64, 1 << 20]),
+)  # fmt: skip
+def test_any_row_is_what_reading_line_by_line_gives(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], mark: bool, carriage: bool, last: bool, chunk: int
+) -> None:
+    end = "\r\n" if carriage else "\n"
+    content = end.join(lines) + (end if last else "")
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + content.encode())
+    before = records._CHUNK
+    records._CHUNK = chunk
+    try:
+        if not any(line.strip() for line in lines):
+            with pytest.raises(DataError, match=r"blank lines only|is empty"):
+                len(LineFile(path))
+            return
+        assert _all(LineFile(path)) == _plain(path)
+        # For a second time from the side file.
+        assert _all(LineFile(path)) == _plain(path)
+    finally:
+        records._CHUNK = before
+
+
+def test_index_is_kept_beside_the_data_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}])
+    assert len(LineFile(path)) == 2
+    side = tmp_path / ".a.jsonl.index"
+    assert side.is_file()
+    scans = []
+    monkeypatch.setattr(records, "_scan_lines", lambda path: scans.append(path))
+    assert LineFile(path).read(1) == {"a": 2}
+    assert not scans
+    monkeypatch.undo()
+    for damage in (b"", b"garbage", side.read_bytes()[:-8]):
+        side.write_bytes(damage)
+        assert [row for _, row in _all(LineFile(path))] == [{"a": 1}, {"a": 2}]
+    write_lines(path, [{"a": 1}, {"a": 2}, {"a": 3}])
+    assert len(LineFile(path)) == 3
+    # The same size at another time is another file.
+    write_lines(path, [{"a": 1}, "", {"a": 234567890}])
+    os.utime(path, ns=(1, 1))
+    assert [row for _, row in _all(LineFile(path))] == [{"a": 1}, {"a": 234567890}]
+    assert LineFile(path).label(1) == 3
+
+
+def test_index_goes_to_the_cache_where_data_are_read_only(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"a": 1}])
+    real = files.write_files
+
+    def refuse(writers: dict[Path, object]) -> None:
+        if any(each.parent == tmp_path for each in writers):
+            raise files.StorageError("read-only")
+        real(writers)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(files, "write_files", refuse)
+    assert LineFile(path).read(0) == {"a": 1}
+    assert not list(tmp_path.glob(".*"))
+    assert len(list(cache.rglob("*.index"))) == 1
+    monkeypatch.setattr(files, "write_files", lambda writers: (_ for _ in ()).throw(files.StorageError("full")))
+    other = write_lines(tmp_path / "b.jsonl", [{"b": 1}])
+    assert LineFile(other).read(0) == {"b": 1}
+
+
+def test_pickled_readers_do_not_carry_a_mapped_index(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ({"a": number} for number in range(5000)))
+    file = LineFile(path)
+    assert file.read(4999) == {"a": 4999}
+    data = pickle.dumps(file)
+    assert len(data) < 2000
+    assert pickle.loads(data).read(4998) == {"a": 4998}
+
+
+def test_many_threads_make_one_valid_index(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ({"a": number} for number in range(300)))
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(len(LineFile(path)))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [300] * 8
+    assert [each.name for each in tmp_path.iterdir() if "tmp" in each.name] == []
+
+
+def test_a_truncated_last_line_is_a_broken_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": "cut he')
+    file = LineFile(path)
+    assert len(file) == 2
+    with pytest.raises(DataError, match="no JSON at column 7"):
+        file.read(1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1, 2]", "JSON array"),
+        ("17", "JSON number"),
+        ("null", "JSON null"),
+        ('"text"', "JSON string"),
+        ("{a: 1}", "column 2"),
+        ("[" * 100_000, "no JSON"),
+    ],
+)
+def test_lines_that_are_no_objects(tmp_path: Path, line: str, message: str) -> None:
+    file = LineFile(write_lines(tmp_path / "a.jsonl", [{"a": 1}, line]))
+    with pytest.raises(DataError, match=message):
+        file.read(1)
+
+
+def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff\xfe"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        LineFile(path).read(1)
+
+
+def test_a_huge_line_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MOST_LINE_BYTES", 100)
+    file = LineFile(write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": "x" * 200}]))
+    assert file.read(0) == {"a": 1}
+    with pytest.raises(DataError, match="over the limit of 100"):
+        file.read(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n\r\n \n", "blank lines only"),
+        (gzip.compress(b'{"a": 1}\n', mtime=0), r"compressed \(gzip\)"),
+        ('{"a": 1}\n'.encode("utf-16"), "UTF-16"),
+        (b'\n[{"a": 1},\n{"a": 2}]', "JSON array"),
+    ],
+)
+def test_files_that_are_no_line_json(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        len(LineFile(path))
+    assert "a.jsonl" in str(caught.value)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.jsonl cannot be read"):
+        len(LineFile(tmp_path / "absent.jsonl"))
+    with pytest.raises(DataError, match="cannot be read"):
+        len(LineFile(tmp_path))
+
+
+def test_more_files_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MOST_OPEN", 3)
+    monkeypatch.setattr(files, "_open_files", files._OpenFiles())
+    paths = [write_lines(tmp_path / f"{number}.jsonl", [{"a": number}]) for number in range(8)]
+    readers = [LineFile(path) for path in paths]
+    for number in (0, 1, 2, 3, 0, 7, 6, 5, 0, 1):
+        assert readers[number].read(0) == {"a": number}
+        assert len(files._open_files.handles) <= 3
+
+
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"a": 1}\n{"a": "')
+        file.seek(5 << 30)  # a hole, which takes no space
+        file.write(b'"}\n{"a": 3}\n')
+    if path.stat().st_blocks * 512 > 1 << 30:
+        pytest.skip("the file system has no holes")
+    # Scanning 5 GiB of zeros is slow; the index is made as a scan would.
+    starts = np.array([3, 0, 9, (5 << 30) + 3, path.stat().st_size], np.int64)
+    file = LineFile(path)
+    file._build = lambda path: starts
+    assert file.read(2) == {"a": 3}
+    with pytest.raises(DataError, match="over the limit"):
+        file.read(1)
+
+
+def test_paths(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("part-1", "part-0", "_SUCCESS", ".part-0.index", "b/x.jsonl", "c,d.jsonl"):
+        (tmp_path / name).write_text("{}")
+    parts = [tmp_path / "c,d.jsonl", tmp_path / "part-0", tmp_path / "part-1"]
+    assert find_files(tmp_path) == parts
+    assert find_files(f"{tmp_path}/part-*, {tmp_path}/b") == [*parts[1:], tmp_path / "b" / "x.jsonl"]
+    assert find_files([tmp_path / "part-1", f"{tmp_path}/c,d.jsonl"]) == [parts[2], parts[0]]
+    for wrong, message in [
+        (f"{tmp_path}/absent*", "matches no file"),
+        ([tmp_path / "part-0", tmp_path], "named twice"),
+        ([], "no data files"),
+        ("", "no data files"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            find_files(wrong)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "_SUCCESS").touch()
+    with pytest.raises(DataError, match="holds no data files"):
+        find_files(tmp_path / "empty")
+
+
+def _sample(number: int) -> dict[str, bytes]:
+    return {
+        f"{number:04d}.jpg": picture(number),
+        f"{number:04d}.txt": f"picture {number}".encode(),
+        f"{number:04d}.json": json.dumps({"id": number}).encode(),
+    }
+
+
+def _members(count: int) -> dict[str, bytes]:
+    return {name: content for number in range(count) for name, content in _sample(number).items()}
+
+
+def _samples(file: ShardFile) -> list[tuple[str, dict[str, bytes]]]:
+    return [(file.label(row), file.members(row)) for row in range(len(file))]
+
+
+def _webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """The twin: the archive read from front to back."""
+    out: list[tuple[str, dict[str, bytes]]] = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            file = archive.extractfile(member)
+            parts = split_name(member.name)
+            if file is None or parts is None:
+                continue
+            if not out or out[-1][0] != parts[0]:
+                out.append((parts[0], {}))
+            out[-1][1][parts[1]] = file.read()
+    return out
+
+
+def test_samples_become_records(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", _members(3))
+    file = ShardFile(path, image_key="img", caption_key="text")
+    assert len(file) == 3
+    assert file.read(2) == {"id": 2, "img": picture(2), "text": "picture 2"}
+    assert file.label(2) == "0002"
+    assert file.suffixes(1) == ["jpg", "txt", "json"]
+    assert _samples(file) == _webdataset(path)
+
+
+names = st.text("abcé/", min_size=1, max_size=150).map(lambda text: "x" + text.strip("/"))
+contents = st.dictionaries(
+    st.sampled_from(["jpg", "txt", "json", "cls", "seg.png"]), st.binary(max_size=700), min_size=1
+)
+
+
+@given(st.dictionaries(names, contents, min_size=1, max_size=8))
+def test_any_shard_reads_as_from_front_to_back(
+    tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]]
+) -> None:
+    members = {f"{key}.{suffix}": data for key, each in samples.items() for suffix, data in each.items()}
+    path = write_tar(tmp_path_factory.mktemp("shards") / "a.tar", members)
+    assert _samples(ShardFile(path)) == _webdataset(path)
+    again = pickle.loads(pickle.dumps(ShardFile(path)))
+    assert _samples(again) == _webdataset(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a/b.jpg", ("a/b", "jpg")),
+        ("b.seg.PNG", ("b", "seg.png")),
+        ("a.d/b.txt", ("a.d/b", "txt")),
+        ("none", None),
+        (".hidden", None),
+        ("b.", None),
+        ("a.d/b", None),
+    ],
+)
+def test_names(name: str, parts: tuple[str, str] | None) -> None:
+    assert split_name(name) == parts
+
+
+def test_other_members_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (("folder.jpg", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0000.jpg"
+            archive.addfile(info)
+        for name, content in {"README": b"text", **_sample(0)}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    assert [key for key, _ in _samples(ShardFile(path))] == ["0000"]
+
+
+def test_a_cut_shard_keeps_what_is_whole(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", _members(4))
+    with tarfile.open(path) as archive:
+        places = {member.name: member.offset_data for member in archive}
+    whole = path.read_bytes()
+    path.write_bytes(whole[: places["0002.jpg"] + 100])
+    file = ShardFile(path)
+    assert len(file) == 3
+    assert file.read(1)["id"] == 1
+    with pytest.raises(DataError, match=r"ends within \.jpg \(100 of"):
+        file.read(2)
+    # Cut within a header: the sample before it is whole.
+    path.write_bytes(whole[: places["0002.jpg"] - 300])
+    assert [key for key, _ in _samples(ShardFile(path))] == ["0000", "0001"]
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", _members(4))
+    with tarfile.open(path) as archive:
+        place = archive.getmember("0002.jpg").offset
+    whole = bytearray(path.read_bytes())
+    whole[place : place + 200] = b"\xaa" * 200
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=f"damaged at byte {place:,}"):
+        len(ShardFile(path))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.json": b"{"}, "no JSON"),
+        ({"a.json": b"[1]"}, "no object"),
+        ({"a.txt": b"\xff\xfe"}, "not UTF-8"),
+        ({"a.jpg": b"1", "a.png": b"2"}, "2 images"),
+    ],
+)
+def test_samples_that_are_no_records(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ShardFile(write_tar(tmp_path / "a.tar", members)).read(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"x" * 2000, "no tar file"),
+        (gzip.compress(b"x" * 2000, mtime=0), "compressed"),
+        (b"\0" * 10240, "no sample|no tar file"),
+    ],
+)
+def test_files_that_are_no_shards(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        len(ShardFile(path))
+
+
+def test_no_samples_and_twofold_members(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no sample"):
+        len(ShardFile(write_tar(tmp_path / "a.tar", {"README": b"x"})))
+    path = write_tar(tmp_path / "b.tar", {"a.jpg": b"x", "a.JPG": b"y"})
+    with pytest.raises(DataError, match="twice in one sample"):
+        len(ShardFile(path))
+
+
+def test_the_index_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", _members(2))
+    expected = _samples(ShardFile(path))
+    monkeypatch.setattr(records, "_scan_shard", lambda path: pytest.fail("scanned again"))
+    assert _samples(ShardFile(path)) == expected
+    assert (tmp_path / ".a.tar.index").is_file()
+
+
+def test_shards_of_the_webdataset_library(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as sink:
+        for number in range(3):
+            sink.write(
+                {"__key__": f"k/{number}", "jpg": picture(number), "txt": f"text {number}", "json": {"n": number}}
+            )
+    file = ShardFile(tmp_path / "a.tar")
+    assert [file.label(row) for row in range(3)] == ["k/0", "k/1", "k/2"]
+    assert file.read(1) == {"n": 1, "binary": picture(1), "desc": "text 1"}

@@ -1,0 +1,381 @@
+"""Regions: what a crop shows is what its boxes, masks and texts say."""
+
+import math
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xfm_fast.data.options import RegionOptions, TextOptions
+from xfm_fast.data.regions import (
+    Rectangle,
+    RegionSample,
+    crop_around,
+    patch_mask,
+    relative_box,
+    sample_grounding,
+    sample_regions,
+    visible_part,
+)
+from xfm_fast.errors import DataError
+
+SIZE, PATCH = 32, 8
+GRID = SIZE // PATCH
+
+
+@st.composite
+def records(draw: st.DrawFn) -> tuple[dict[str, Any], np.ndarray]:
+    """A record of valid boxes, and an image of its size."""
+    width, height = draw(st.integers(2, 60)), draw(st.integers(2, 60))
+    elements = []
+    for number in range(draw(st.integers(1, 7))):
+        x, y = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+        w, h = draw(st.integers(1, width - x)), draw(st.integers(1, height - y))
+        elements.append({"bb": [x, y, w, h], "caption": f"thing {number}"})
+    record: dict[str, Any] = {"elems": elements}
+    if draw(st.booleans()):
+        record["caption"] = "everything"
+    return record, np.zeros((height, width, 3), np.uint8)
+
+
+def _sample(record: dict[str, Any], image: np.ndarray, seed: int, **options: Any) -> RegionSample:
+    rng = np.random.default_rng(seed)
+    return sample_regions(record, image, rng, size=SIZE, patch_size=PATCH, options=RegionOptions(**options))
+
+
+@given(made=records(), seed=st.integers(0, 2**32 - 1), most=st.integers(1, 6))
+def test_invariants(made: tuple[dict[str, Any], np.ndarray], seed: int, most: int) -> None:
+    record, image = made
+    sample = _sample(record, image, seed, max_regions=most)
+    count = len(sample.texts)
+    whole = int("caption" in record)
+    assert whole <= count <= most
+    assert count >= min(most, whole + 1), "the element that was cropped around is seen whole"
+    assert sample.image.shape == (3, SIZE, SIZE)
+    assert sample.boxes.shape == (count, 4)
+    assert sample.boxes.dtype == torch.float32
+    assert sample.region_mask.shape == (count, 1 + GRID**2)
+    assert sample.region_mask.dtype == torch.bool
+    assert sample.is_image.tolist() == [True] * whole + [False] * (count - whole)
+    assert sample.texts[:whole] == ("everything",) * whole
+    assert len(set(sample.texts)) == count, "no element comes twice"
+    assert not sample.skipped
+    low, high = sample.boxes[:, :2] - sample.boxes[:, 2:] / 2, sample.boxes[:, :2] + sample.boxes[:, 2:] / 2
+    assert (low >= -1e-6).all()
+    assert (high <= 1 + 1e-6).all()
+    assert (sample.boxes[:, 2:] > 0).all()
+    assert sample.region_mask[:, 0].all()
+    assert sample.region_mask[:, 1:].any(1).all()
+    if whole:
+        assert sample.boxes[0].tolist() == [0.5, 0.5, 1, 1]
+        assert sample.region_mask[0].all()
+    # A box is covered by its patches, and by no more of them than it touches.
+    for box, mask in zip(torch.cat([low, high], 1) * GRID, sample.region_mask[:, 1:], strict=True):
+        rows, columns = torch.nonzero(mask.view(GRID, GRID)).unbind(1)
+        assert columns.min() <= box[0] + 1e-4
+        assert columns.max() + 1 >= box[2] - 1e-4
+        assert rows.min() <= box[1] + 1e-4
+        assert rows.max() + 1 >= box[3] - 1e-4
+        assert mask.sum() == (columns.max() - columns.min() + 1) * (rows.max() - rows.min() + 1)
+        assert columns.max() - columns.min() + 1 < box[2] - box[0] + 2 + 1e-4
+        assert rows.max() - rows.min() + 1 < box[3] - box[1] + 2 + 1e-4
+    again = _sample(record, image, seed, max_regions=most)
+    assert torch.equal(sample.boxes, again.boxes)
+    assert sample.texts == again.texts
+
+
+@given(
+    numbers=st.tuples(*[st.integers(0, 50)] * 2, *[st.integers(1, 50)] * 2),
+    frame=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+    grid=st.integers(1, 14),
+)
+def test_patches_are_those_that_share_area_with_the_box(
+    numbers: tuple[int, int, int, int], frame: tuple[int, int], grid: int
+) -> None:
+    x, y, w, h = numbers
+    box, whole = Rectangle(x, y, w, h), Rectangle(0, 0, x + w + frame[0] - 1, y + h + frame[1] - 1)
+    width, height = Fraction(int(whole.w), grid), Fraction(int(whole.h), grid)
+    expected = [
+        min(x + w, (column + 1) * width) > max(x, column * width)
+        and min(y + h, (row + 1) * height) > max(y, row * height)
+        for row in range(grid)
+        for column in range(grid)
+    ]
+    mask = patch_mask(box, whole, grid)
+    assert mask.tolist() == [True, *expected]
+    assert mask[1:].any()
+
+
+@given(
+    box=st.tuples(*[st.floats(-20, 80)] * 2, *[st.floats(0.1, 60)] * 2).map(lambda four: Rectangle(*four)),
+    left=st.integers(0, 40),
+    top=st.integers(0, 40),
+    width=st.integers(1, 60),
+    height=st.integers(1, 60),
+)
+def test_flipping_keeps_area_and_mirrors_the_place(
+    box: Rectangle, left: int, top: int, width: int, height: int
+) -> None:
+    crop = (left, top, left + width, top + height)
+    plain, flipped = visible_part(box, crop, False), visible_part(box, crop, True)
+    assert (plain.w, plain.h, plain.y) == (flipped.w, flipped.h, flipped.y)
+    assert math.isclose(plain.x + plain.w + flipped.x, width, abs_tol=1e-9)
+    frame = Rectangle(0, 0, width, height)
+    one, other = relative_box(plain, frame), relative_box(flipped, frame)
+    assert math.isclose(one[0] + other[0], 1, abs_tol=1e-9)
+    assert one[1:] == other[1:]
+
+
+@given(made=records(), seed=st.integers(0, 2**32 - 1))
+def test_crops_contain_their_element(made: tuple[dict[str, Any], np.ndarray], seed: int) -> None:
+    record, image = made
+    x, y, w, h = record["elems"][0]["bb"]
+    height, width = image.shape[:2]
+    left, top, right, bottom = crop_around(Rectangle(x, y, w, h), width, height, np.random.default_rng(seed))
+    assert 0 <= left <= x
+    assert 0 <= top <= y
+    assert x + w <= right <= width
+    assert y + h <= bottom <= height
+
+
+def test_borders_of_crops_are_uniform() -> None:
+    rng, draws = np.random.default_rng(0), 4000
+    crops = np.array([crop_around(Rectangle(4, 3, 5, 6), 14, 16, rng) for _ in range(draws)])
+    for border, (low, high) in enumerate([(0, 4), (0, 3), (9, 14), (9, 16)]):
+        counts = np.bincount(crops[:, border] - low, minlength=high - low + 1)
+        assert len(counts) == high - low + 1
+        expected = draws / len(counts)
+        assert ((counts - expected) ** 2 / expected).sum() < 26  # far in the tail for up to 7 degrees of freedom
+
+
+def _painted(width: int, height: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    image = np.zeros((height, width, 3), np.uint8)
+    x, y, w, h = box
+    image[y : y + h, x : x + w] = 255
+    return image
+
+
+def _white(image: torch.Tensor) -> tuple[float, float, float, float]:
+    """(cx, cy, w, h) of the bright part of an image, relative to it; equalisation adds the blur of its border."""
+    bright = image.mean(0) > 0
+    rows, columns = torch.nonzero(bright.any(1)).flatten(), torch.nonzero(bright.any(0)).flatten()
+    size = image.shape[1]
+    left, right, top, bottom = (int(value) for value in (columns[0], columns[-1] + 1, rows[0], rows[-1] + 1))
+    return (left + right) / 2 / size, (top + bottom) / 2 / size, (right - left) / size, (bottom - top) / size
+
+
+def test_the_box_is_where_the_object_is_seen() -> None:
+    record = {"elems": [{"bb": [30, 20, 50, 40], "caption": "white"}]}
+    image = _painted(120, 90, (30, 20, 50, 40))
+    mirrored = 0
+    for seed in range(60):
+        sample = sample_regions(record, image, np.random.default_rng(seed), size=96, patch_size=16)
+        assert np.abs(np.array(_white(sample.image)) - sample.boxes[0].numpy()).max() < 3.5 / 96
+        mirrored += bool(sample.boxes[0, 0] > 0.5)
+    assert 10 < mirrored < 50
+
+
+@given(
+    others=st.lists(st.tuples(st.integers(-30, -1), *[st.integers(-10, 20)], *[st.integers(31, 60)] * 2), max_size=4),
+    share=st.sampled_from([0.0, 0.25, 0.5, 0.75]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_elements_stay_if_more_than_that_share_is_seen(
+    others: list[tuple[int, int, int, int]], share: float, seed: int
+) -> None:
+    # Only the first element lies inside the image, so its box tells the crop; 'left' keeps it from being flipped.
+    boxes = [(6, 5, 14, 12), *others]
+    record = {"elems": [{"bb": list(box), "caption": f"left {number}"} for number, box in enumerate(boxes)]}
+    image = np.zeros((32, 40, 3), np.uint8)
+    sample = _sample(record, image, seed, max_regions=9, least_visible=share, careful_flip=True)
+    cx, cy, w, h = sample.boxes[sample.texts.index("left 0")].double().tolist()
+    width, height = round(14 / w), round(12 / h)
+    left, top = round(6 - (cx - w / 2) * width), round(5 - (cy - h / 2) * height)
+    inside = np.zeros((200, 200), bool)  # the plane, moved by 100
+    inside[top + 100 : top + height + 100, left + 100 : left + width + 100] = True
+    kept = set()
+    for number, (x, y, bw, bh) in enumerate(boxes):
+        seen = inside[y + 100 : y + bh + 100, x + 100 : x + bw + 100]
+        if seen.sum() > share * bw * bh:
+            kept.add(f"left {number}")
+            place = np.argwhere(seen)
+            low, high = np.add(place.min(0), (y, x)), np.add(place.max(0), (y, x)) + 1
+            expected = [
+                ((low[1] + high[1]) / 2 - left) / width,
+                ((low[0] + high[0]) / 2 - top) / height,
+                (high[1] - low[1]) / width,
+                (high[0] - low[0]) / height,
+            ]
+            assert np.allclose(sample.boxes[sample.texts.index(f"left {number}")], expected, atol=1e-6)
+    assert set(sample.texts) == kept
+
+
+@pytest.mark.parametrize(("x", "kept"), [(-10, False), (-9, True)])
+def test_exactly_half_is_too_little(x: int, kept: bool) -> None:
+    record = {"elems": [{"bb": [0, 0, 20, 20], "caption": "all"}, {"bb": [x, 0, 20, 10], "caption": "part"}]}
+    for seed in range(5):
+        assert ("part" in _sample(record, np.zeros((20, 20, 3), np.uint8), seed).texts) is kept
+
+
+def test_texts_come_with_attributes_and_clean() -> None:
+    record = {
+        "caption": ["A Photo!", "a photo"],
+        "elems": [{"bb": [0, 0, 9, 9], "caption": ["Cat."], "attributes": ["Big", "big"]}],
+    }
+    sample = _sample(record, np.zeros((10, 10, 3), np.uint8), 0)
+    assert sample.texts == ("a photo", "big cat")
+    short = _sample(record, np.zeros((10, 10, 3), np.uint8), 0, max_words=1)
+    assert short.texts == ("a", "big")
+    tokenized = {"elems": [{"bb": [0, 0, 9, 9], "caption": "skate ##board ##er"}]}
+    sample = _sample(tokenized, np.zeros((10, 10, 3), np.uint8), 0, tokenized=True)
+    assert sample.texts == ("skateboarder",)
+
+
+def test_elements_come_in_random_order_up_to_the_limit() -> None:
+    record: dict[str, Any] = {"elems": [{"bb": [0, 0, 10, 10], "caption": str(number)} for number in range(8)]}
+    image = np.zeros((10, 10, 3), np.uint8)
+    firsts = {_sample(record, image, seed).texts[0] for seed in range(100)}
+    assert firsts == set(map(str, range(8)))
+    assert all(len(_sample(record, image, seed).texts) == 5 for seed in range(20))
+    record["caption"] = "all"
+    for seed in range(20):
+        texts = _sample(record, image, seed).texts
+        assert len(texts) == 5
+        assert texts[0] == "all"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"caption": "on the left"},
+        {"caption": {"en": "a", "de": "Right"}},
+        {"elems": [{"bb": [2, 2, 10, 6], "caption": ["x", "the right one"]}]},
+        {"elems": [{"bb": [2, 2, 10, 6], "caption": "x", "attributes": "LEFT"}]},
+    ],
+)
+def test_careful_flip(texts: dict[str, Any]) -> None:
+    record = {"elems": [{"bb": [2, 2, 10, 6], "caption": "x"}], **texts}
+    image = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[None, :, None], (20, 1, 3))
+
+    def flips(**options: bool) -> list[bool]:
+        samples = (_sample(record, image, seed, **options) for seed in range(40))
+        return [bool(sample.image[0, 0, 0] > sample.image[0, 0, -1]) for sample in samples]
+
+    assert not any(flips(careful_flip=True))
+    assert 8 < sum(flips()) < 32
+
+
+BAD: list[tuple[Any, str]] = [
+    ({"bb": [3, 3, 0, 5], "caption": "a"}, r"box \[3, 3, 0, 5\] shows nothing"),
+    ({"bb": [3, 3, 5, -2], "caption": "a"}, r"box \[3, 3, 5, -2\] shows nothing"),
+    ({"bb": [30, 3, 5, 5], "caption": "a"}, r"box \[30, 3, 5, 5\] shows nothing"),
+    ({"bb": [-9, 3, 5, 5], "caption": "a"}, r"box \[-9, 3, 5, 5\] shows nothing"),
+    ({"bb": [3, 3, 0.9, 5], "caption": "a"}, r"box \[3, 3, 0, 5\] shows nothing"),
+    ({"bb": [3, 3, math.nan, 5], "caption": "a"}, "finite"),
+    ({"bb": [3, 3, math.inf, 5], "caption": "a"}, "finite"),
+    ({"bb": [3, 3, 5], "caption": "a"}, "four numbers"),
+    ({"bb": "abcd", "caption": "a"}, "four numbers"),
+    ({"bb": None, "caption": "a"}, "four numbers"),
+    ({"caption": "a"}, "no mapping with 'bb' and 'caption'"),
+    ({"bb": [3, 3, 5, 5]}, "no mapping with 'bb' and 'caption'"),
+    ("cat", "no mapping with 'bb' and 'caption'"),
+]
+
+
+@pytest.mark.parametrize(("element", "message"), BAD)
+def test_broken_elements_are_skipped_and_named(element: Any, message: str) -> None:
+    image = np.zeros((20, 20, 3), np.uint8)
+    record = {"elems": [{"bb": [2, 2, 10, 10], "caption": "good"}, element]}
+    for seed in range(5):
+        sample = _sample(record, image, seed)
+        assert sample.texts == ("good",)
+        (reason,) = sample.skipped
+        assert reason.startswith("element 1: ")
+        assert re.search(message, reason)
+    with pytest.raises(DataError, match=f"no element to crop around .*{message}"):
+        _sample({"elems": [element]}, image, 0)
+
+
+def _reasons() -> Iterator[tuple[dict[str, Any], str]]:
+    yield {"caption": "a"}, "has no elems"
+    yield {"elems": []}, "has no elems"
+    yield {"elems": {"bb": [0, 0, 1, 1]}}, "has no elems"
+    yield {"elems": [{"bb": [-2, 0, 10, 10], "caption": "a"}]}, "no box of 1 lies inside the 20x20 image"
+
+
+@pytest.mark.parametrize(("record", "message"), list(_reasons()))
+def test_records_without_anything_to_crop_around_are_refused(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        _sample(record, np.zeros((20, 20, 3), np.uint8), 0)
+
+
+def test_captions_without_words_are_skipped_and_named() -> None:
+    record = {
+        "caption": "?!",
+        "elems": [{"bb": [0, 0, 9, 9], "caption": "..."}, {"bb": [0, 0, 9, 9], "caption": ["", 3]}],
+    }
+    sample = _sample(record, np.zeros((10, 10, 3), np.uint8), 0)
+    assert sample.texts == ()
+    assert sample.boxes.shape == (0, 4)
+    assert sample.region_mask.shape == (0, 1 + GRID**2)
+    assert sample.is_image.shape == (0,)
+    assert len(sample.skipped) == 3
+    assert "the caption of the image: caption '?!' is empty" in sample.skipped[0]
+
+
+def test_boxes_partly_outside_are_kept_but_never_cropped_around() -> None:
+    image = np.zeros((20, 40, 3), np.uint8)
+    record = {"elems": [{"bb": [0, 0, 40, 20], "caption": "whole"}, {"bb": [-5, 2, 20, 10], "caption": "cut"}]}
+    sample = _sample(record, image, 1)
+    assert set(sample.texts) == {"whole", "cut"}
+    cut = sample.boxes[sample.texts.index("cut")]
+    torch.testing.assert_close(cut[2:], torch.tensor([15 / 40, 10 / 20]))
+
+
+def test_without_augmentation_the_whole_image_is_seen() -> None:
+    image = _painted(40, 20, (10, 5, 20, 10))
+    record = {"elems": [{"bb": [10, 5, 20, 10], "caption": "white"}, {"bb": [0, 0, 4, 4], "caption": "black"}]}
+    for seed in range(5):
+        sample = _sample(record, image, seed, augment=False)
+        assert set(sample.texts) == {"white", "black"}
+        white = sample.texts.index("white")
+        torch.testing.assert_close(sample.boxes[white], torch.tensor([0.5, 0.5, 0.5, 0.5]))
+        assert sample.region_mask[white, 1:].view(GRID, GRID)[1:3, 1:3].all()
+        assert sample.region_mask[white].sum() == 5
+        assert torch.equal(sample.image, _sample(record, image, 9, augment=False).image)
+
+
+def test_grounding_views() -> None:
+    image = _painted(120, 90, (30, 20, 50, 40))
+    mirrored = 0
+    for seed in range(60):
+        view, box = sample_grounding(image, [30, 20, 50, 40], "the white one", np.random.default_rng(seed), size=96)
+        assert view.shape == (3, 96, 96)
+        assert np.abs(np.array(_white(view)) - box.numpy()).max() < 3.5 / 96
+        mirrored += bool(box[0] > 0.5)
+    assert 10 < mirrored < 50
+    fractions = sample_grounding(image, [30.25, 20.5, 50.5, 40.125], "x", np.random.default_rng(0), size=96)[1]
+    assert (fractions[2:] > 0).all()
+    ramp = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[None, :, None], (20, 1, 3))
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        view, _ = sample_grounding(ramp, [5, 5, 10, 10], "the left one", rng, size=16)
+        assert view[0, 0, 0] < view[0, 0, -1]
+
+
+@pytest.mark.parametrize("box", [[5, 5, 0, 3], [5, 5, 30, 3], [-1, 5, 3, 3], [5, 18, 3, 3]])
+def test_grounding_boxes_outside_are_refused(box: list[float]) -> None:
+    with pytest.raises(DataError, match="is not inside the 20x20 image"):
+        sample_grounding(np.zeros((20, 20, 3), np.uint8), box, "x", np.random.default_rng(0), size=16)
+
+
+def test_the_defaults_are_those_of_pretraining() -> None:
+    assert RegionOptions() == RegionOptions(
+        max_regions=5, least_visible=0.5, careful_flip=False, **TextOptions().model_dump()
+    )

@@ -1,0 +1,376 @@
+"""Batches by their number: the same in every process, every row once an epoch, broken rows replaced."""
+
+import base64
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.data.record_files import (
+    base64_picture,
+    pair,
+    pairs,
+    picture,
+    region,
+    tiny_config,
+    tiny_tokenizer,
+    write_lines,
+    write_tar,
+)
+from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.data.images import decode_pixels
+from xfm_fast.data.masking import MaskingOptions
+from xfm_fast.data.options import STREAM_KINDS
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.streams import Stream, load_batches
+from xfm_fast.data.transforms import normalise, resize_crop
+from xfm_fast.errors import ConfigError, DataError
+
+CONFIG, TOKENIZER = tiny_config(), tiny_tokenizer()
+
+
+SHORT: dict[str, Any] = {"max_tokens": 40, "masking": MaskingOptions(0.15, 5)}
+
+
+def _open(kind: str, data: Any, **given: Any) -> Stream[Any]:
+    given = {"tokenizer": TOKENIZER, "config": CONFIG, "batch_size": 4, "seed": 1, **given}
+    options = {name: given.pop(name) for name in STREAM_KINDS[kind].model_fields if name in given}
+    return Stream(data, STREAM_KINDS[kind](**options), **given)
+
+
+def _pairs(data: Any, **given: Any) -> Stream[PairBatch]:
+    return _open("pairs", data, **given)
+
+
+def _texts(data: Any, **given: Any) -> Stream[TextBatch]:
+    return _open("text", data, **SHORT | given)
+
+
+def _numbers(batch: TextBatch) -> list[int]:
+    """The numbers that the texts of these tests are written with."""
+    return [int(TOKENIZER.decode(row).split()[-1]) for row in batch.input_ids.tolist()]
+
+
+def _numbered(count: int) -> list[dict[str, Any]]:
+    return [{"desc": f"a cat {number}"} for number in range(count)]
+
+
+def _same(first: Batch, second: Batch) -> bool:
+    pairs_of = [(getattr(first, each.name), getattr(second, each.name)) for each in fields(first)]
+    tensors = [(a, b) for a, b in pairs_of if isinstance(a, Tensor)]
+    assert tensors
+    return all(torch.equal(a, b) for a, b in tensors)
+
+
+def _sources(tmp_path: Path) -> dict[str, Stream[Any]]:
+    regions = write_lines(tmp_path / "regions.jsonl", (region(number) for number in range(12)))
+    pictures = write_lines(tmp_path / "pairs.jsonl", pairs(12))
+    texts = write_lines(tmp_path / "texts.jsonl", _numbered(12))
+    return {
+        "pairs": _pairs(pictures),
+        "regions": _open("regions", regions, max_images=3),
+        "images": _open("images", pictures, tokenizer=None),
+        "text": _texts(texts),
+    }
+
+
+def test_kinds_and_shapes(tmp_path: Path) -> None:
+    sources = _sources(tmp_path)
+    batch = sources["pairs"].batch(0)
+    assert type(batch) is PairBatch
+    assert batch.image.shape == (4, 3, 32, 32)
+    assert batch.image.dtype == torch.float32
+    assert batch.patch_mask.sum(1).tolist() == [CONFIG.num_masking_patches] * 4
+    assert (batch.masked_labels != -100).any(1).all()
+    batch = sources["regions"].batch(0)
+    assert type(batch) is RegionBatch
+    assert batch.input_ids.shape[0] == batch.boxes.shape[0] == batch.region_mask.shape[0] == 4
+    assert batch.image.shape[0] <= 3
+    assert batch.region_mask.shape[1] == CONFIG.num_image_tokens
+    batch = sources["images"].batch(0)
+    assert type(batch) is ImageBatch
+    assert batch.image.shape == (4, 3, 32, 32)
+    batch = sources["text"].batch(0)
+    assert type(batch) is TextBatch
+    assert [len(source) for source in sources.values()] == [3, 4, 3, 3]
+
+
+def test_a_batch_depends_on_nothing_but_its_number(tmp_path: Path) -> None:
+    for source in _sources(tmp_path).values():
+        expected = [source.batch(number) for number in range(5)]
+        torch.manual_seed(123)
+        assert _same(source.batch(3), expected[3])
+        again = pickle.loads(pickle.dumps(source))
+        assert all(_same(again.batch(number), expected[number]) for number in (4, 0, 2))
+        # Epochs and places differ.
+        assert not _same(source.batch(0), source.batch(len(source)))
+
+
+def test_epochs_visit_every_row_once(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", _numbered(10))
+    write_lines(tmp_path / "b.jsonl", [{"desc": f"a cat {number}"} for number in range(10, 16)])
+    for window in (None, 4):
+        source = _texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], window=window)
+        assert len(source) == 4
+        epochs = [[n for batch in range(4) for n in _numbers(source.batch(4 * epoch + batch))] for epoch in range(3)]
+        assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+        assert epochs[0] != epochs[1] != epochs[2]
+    plain = _texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], shuffle=False)
+    assert [n for batch in range(8) for n in _numbers(plain.batch(batch))] == [*range(16), *range(16)]
+
+
+def test_the_rest_of_an_epoch_is_left_out() -> None:
+    source = _texts(_numbered(11))
+    assert len(source) == 2
+    first = [n for batch in range(2) for n in _numbers(source.batch(batch))]
+    assert len(set(first)) == 8
+    # Another epoch leaves out others.
+    missed = [
+        set(range(11)) - {n for b in range(2) for n in _numbers(source.batch(2 * epoch + b))} for epoch in range(6)
+    ]
+    assert len(set.union(*missed)) > 3
+
+
+def test_fewer_rows_than_a_batch_are_repeated() -> None:
+    source = _texts(_numbered(3))
+    assert len(source) == 1
+    assert sorted(set(_numbers(source.batch(0)))) == [0, 1, 2]
+    assert len(_numbers(source.batch(5))) == 4
+
+
+def test_ranks_share_the_global_batch(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", pairs(16))
+    whole = _pairs(data, batch_size=8)
+    parts = [_pairs(data, batch_size=2, rank=rank, world_size=4) for rank in range(4)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for number in range(3):
+        together = torch.cat([part.batch(number).image for part in parts])
+        assert torch.equal(together, whole.batch(number).image)
+
+
+def test_streams_with_one_seed_differ() -> None:
+    data = pairs(4)
+    first, second = _pairs(data), _pairs(data, number=1)
+    assert not torch.equal(first.batch(0).image, second.batch(0).image)
+    assert not torch.equal(first.batch(0).image, _pairs(data, seed=2).batch(0).image)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_give_the_same_batches(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        sources = _sources(tmp_path)
+        chosen = sources if method == "fork" else {"pairs": sources["pairs"]}
+        for source in chosen.values():
+            plain = load_batches(source, start=2)
+            expected = [next(plain) for _ in range(5)]
+            loaded = load_batches(source, start=2, workers=2 if method == "fork" else 1)
+            assert all(_same(next(loaded), each) for each in expected)
+            loaded.close()  # type: ignore[attr-defined]
+        assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def test_resuming_is_starting_at_a_number(tmp_path: Path) -> None:
+    source = _pairs(write_lines(tmp_path / "a.jsonl", pairs(9)))
+    whole = load_batches(source)
+    expected = [next(whole) for _ in range(6)]
+    resumed = load_batches(_pairs(tmp_path / "a.jsonl"), start=4)
+    assert _same(next(resumed), expected[4])
+    assert _same(next(resumed), expected[5])
+
+
+def test_batches_come_prepared() -> None:
+    assert next(load_batches(_texts(_numbered(8)))).layout is not None
+
+
+def test_errors_of_workers_are_those_of_the_reader(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", ["{broken"] * 8)
+    for workers in (0, 1):
+        with pytest.raises(DataError, match="rows are broken") as caught:
+            next(load_batches(_pairs(data), workers=workers))
+        assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_workers(tmp_path: Path, sent: signal.Signals) -> None:
+    """The main process ends the run when its step is done, and for that needs batches."""
+    source = _sources(tmp_path)["pairs"]
+    plain, loaded = load_batches(source), load_batches(source, workers=2)
+    assert _same(next(loaded), next(plain))
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, sent)
+    # More than what was made ahead.
+    assert all(_same(next(loaded), next(plain)) for _ in range(8))
+    loaded.close()  # type: ignore[attr-defined]
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0
+
+
+def test_broken_rows_are_replaced_and_listed(tmp_path: Path) -> None:
+    rows: list[Any] = _numbered(400)
+    broken = {5: "{cut", 17: {"desc": ""}, 23: {"other": "x"}, 42: {"desc": ["", ""]}}
+    for row, content in broken.items():
+        rows[row] = content
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    list_file = tmp_path / "q.jsonl"
+    source = _texts(data, batch_size=10, quarantine=list_file)
+    batches = [source.batch(number) for number in range(len(source))]
+    assert all(len(set(_numbers(batch))) == 10 for batch in batches)
+    seen = [number for batch in batches for number in _numbers(batch)]
+    assert set(seen) <= set(range(400)) - set(broken)
+    # Those that stand in for broken rows come a second time in this epoch.
+    assert len(seen) - len(set(seen)) == 4
+    listed = [json.loads(line) for line in list_file.read_text().splitlines()]
+    assert sorted(entry["row"] for entry in listed) == [row + 1 for row in broken]
+    # Another process, which knows nothing of them, gives the same batches; nothing is listed twice.
+    again = _texts(data, batch_size=10, quarantine=list_file)
+    assert all(_same(again.batch(number), batches[number]) for number in range(len(source)))
+    assert len(list_file.read_text().splitlines()) == 4
+
+
+def test_too_many_broken_rows_stop(tmp_path: Path) -> None:
+    rows: list[Any] = [*_numbered(190), *["{cut"] * 10]
+    good = write_lines(tmp_path / "good.jsonl", _numbered(200))
+    bad = write_lines(tmp_path / "bad.jsonl", rows)
+    source = _texts([good, bad])
+    with pytest.raises(DataError, match=r"bad\.jsonl: 3 of 200 rows are broken, more than the 1\.00%"):
+        [source.batch(number) for number in range(len(source))]
+    tolerant = _texts([good, bad], quarantine=Quarantine(tmp_path / "q.jsonl", tolerate_bad=0.1))
+    for number in range(len(tolerant)):
+        tolerant.batch(number)
+    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 10
+
+
+def test_nothing_but_broken_rows() -> None:
+    with pytest.raises(DataError, match="none of 5 rows"):
+        _texts([{"desc": ""}] * 5, quarantine=Quarantine(tolerate_bad=1)).batch(0)
+
+
+BAD_IMAGES = {
+    "no base64": "a",
+    "no image": base64.b64encode(b"something else").decode(),
+    "cut": base64.b64encode(picture(0, size=(200, 200))[:400]).decode(),
+    "empty": "",
+    "a number": 5,
+    "an empty list": [],
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("bad", BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_broken_images_are_replaced(tmp_path: Path, bad: object) -> None:
+    data = write_lines(tmp_path / "a.jsonl", [*pairs(5), {"binary": bad, "desc": "a cat"}])
+    source = _pairs(data, batch_size=6, quarantine=tmp_path / "q.jsonl")
+    assert source.batch(0).image.shape[0] == 6
+    (entry,) = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert entry["row"] == 6
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_images_of_every_mode(mode: str) -> None:
+    record = {"binary": base64_picture(0, mode=mode), "desc": "a cat"}
+    batch = _pairs([record], batch_size=1, augment=False).batch(0)
+    pixels = decode_pixels(picture(0, mode=mode))
+    torch.testing.assert_close(batch.image[0], normalise(resize_crop(pixels, (0, 0, 40, 30), 32)))
+
+
+def test_images_by_path(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(picture(number))
+    paths = [{"binary": f"{number}.jpg", "desc": pair(number)["desc"]} for number in range(4)]
+    by_path = _pairs(write_lines(tmp_path / "p.jsonl", paths), image_root=tmp_path / "images")
+    inside = _pairs(write_lines(tmp_path / "b.jsonl", pairs(4)))
+    assert _same(by_path.batch(1), inside.batch(1))
+    absent = _pairs(paths[:1], image_root=tmp_path / "elsewhere", quarantine=Quarantine(tolerate_bad=1))
+    with pytest.raises(DataError, match="does not exist"):
+        absent.batch(0)
+
+
+def test_shards_give_the_batches_of_line_json(tmp_path: Path) -> None:
+    members = {}
+    for number in range(8):
+        members[f"{number}.jpg"] = picture(number)
+        members[f"{number}.txt"] = pair(number)["desc"].encode()
+    shard = write_tar(tmp_path / "a.tar", members)
+    lines = write_lines(tmp_path / "a.jsonl", pairs(8))
+    assert all(_same(_pairs(shard).batch(number), _pairs(lines).batch(number)) for number in range(3))
+
+
+def test_records_in_memory_give_the_same(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", pairs(8))
+    assert _same(_pairs(pairs(8)).batch(1), _pairs(lines).batch(1))
+
+
+def test_a_list_of_images_begins_the_caption(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    record = {"binary": [base64_picture(0), base64_picture(1)], "desc": "cats"}
+    source = _pairs([record], batch_size=1, tokenizer=tokenizer, augment=False)
+    texts, images = set(), set()
+    for number in range(40):
+        batch = source.batch(number)
+        texts.add(tokenizer.decode(batch.input_ids[0].tolist()))
+        images.add(float(batch.image.sum()))
+    assert texts == {"a image of cats", "the image contains cats", "we can see cats", "a picture of cats"}
+    assert len(images) == 2
+
+
+def test_captions_in_lists_and_languages() -> None:
+    for given in (["a dog", "the dog"], {"en": "a dog", "it": "the dog"}, [{"en": "a dog", "it": "the dog"}]):
+        source = _pairs([{"binary": base64_picture(0), "desc": given}], batch_size=1)
+        seen = {TOKENIZER.decode(source.batch(number).input_ids[0].tolist()) for number in range(25)}
+        assert seen == {"a dog", "the dog"}
+
+
+def test_ids_that_were_made_before_are_not_made_again() -> None:
+    text = "picture number 3 of a cat"
+    (ids,) = TOKENIZER.encode_ids([text], 40)
+    plain = {"binary": base64_picture(0), "desc": text}
+    for given in (ids, ids[1:-1]):
+        tokenised = {"binary": base64_picture(0), "input_ids": given}
+        assert _same(_pairs([tokenised], batch_size=1).batch(0), _pairs([plain], batch_size=1).batch(0))
+        assert _same(_texts([tokenised]).batch(0), _texts([plain]).batch(0))
+    for wrong in ([5, 10**6], [-1], "5", [1.5], [True], [], [0, 2]):
+        with pytest.raises(DataError):
+            _texts([{"input_ids": wrong}] * 3).batch(0)
+
+
+def test_regions_without_augmentation_keep_boxes_and_image(tmp_path: Path) -> None:
+    source = _open("regions", [region(3)], batch_size=3, max_images=1, seed=0, augment=False)
+    batch = source.batch(0)
+    assert batch.is_image.sum() == 1
+    pixels = decode_pixels(picture(3))
+    torch.testing.assert_close(batch.image[0], normalise(resize_crop(pixels, (0, 0, 40, 30), 32)))
+    boxes = {tuple(round(value, 4) for value in box) for box in batch.boxes.tolist()}
+    assert boxes == {(0.5, 0.5, 1.0, 1.0), (0.2125, 0.2333, 0.325, 0.2667), (0.625, 0.5833, 0.5, 0.5)}
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rank=2 of world_size=2"):
+        _texts(_numbered(4), rank=2, world_size=2)
+    with pytest.raises(ConfigError, match="rows=0"):
+        _texts(_numbered(4), batch_size=0)
+    with pytest.raises(ConfigError, match="max_tokens=128"):
+        _texts(_numbered(4), max_tokens=128)
+    with pytest.raises(ConfigError, match="a stream of pairs needs a tokenizer"):
+        _pairs(pairs(1), tokenizer=None)
+    with pytest.raises(DataError, match="entries and the model"):
+        _pairs(pairs(1), config=tiny_config(vocab_size=200))
+    for nothing in ([], tmp_path, ""):
+        with pytest.raises(DataError):
+            _pairs(nothing)

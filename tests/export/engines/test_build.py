@@ -1,0 +1,409 @@
+"""Engines: real ones by TensorRT for RTX, which needs no GPU to build; TensorRT through a stand-in for its module."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.export.engines.fake_tensorrt import make_tensorrt
+from xfm_fast.checkpoint import files
+from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
+from xfm_fast.export.engines import build as engines
+from xfm_fast.export.engines import library as engine_library
+from xfm_fast.export.engines import messages
+from xfm_fast.export.engines.library import load_library, parse_targets
+from xfm_fast.export.engines.profiles import parse_profiles
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.request import EngineRequest, TensorRTRequest
+from xfm_fast.models.xfm import XFM
+
+TARGETS = (80, 89, 120)
+PROFILES = ("latency:batch=1,texts=1..8..16,length=1..16..40",)
+
+
+def rtx() -> engine_library.Library:
+    pytest.importorskip("tensorrt_rtx", reason="builds engines with tensorrt-rtx")
+    return load_library("tensorrt-rtx")
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Puts a stand-in for TensorRT and a GPU in place."""
+
+    def install(version: str = "10.14.1.48", *, gpu: int | None = 89, **options: Any) -> Any:
+        module = make_tensorrt(version, **options)
+        monkeypatch.setitem(sys.modules, "tensorrt", module)
+        monkeypatch.setattr(engine_library, "local_capability", lambda: gpu)
+        return module
+
+    return install
+
+
+@pytest.fixture(scope="module")
+def bf16_engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines of the four graphs of a small model, the graphs beside them."""
+    rtx()
+    folder = tmp_path_factory.mktemp("engines") / "bf16"
+    engines.export_engines(
+        small_model, folder, "tensorrt-rtx", dtype="bf16", sm=",".join(map(str, TARGETS)), keep_onnx=True,
+        source="a small model",
+    )  # fmt: skip
+    return folder
+
+
+class Watcher:
+    """Progress, remembered; raises Ctrl-C in the phase of this name."""
+
+    def __init__(self, interrupted_in: str = "") -> None:
+        self.graphs: list[tuple[str, int, int]] = []
+        self.phases: list[tuple[str, int, int, int]] = []
+        self.interrupted_in = interrupted_in
+
+    def graph(self, name: str, number: int, count: int) -> None:
+        self.graphs.append((name, number, count))
+
+    def phase(self, name: str, done: int, steps: int, depth: int) -> None:
+        self.phases.append((name, done, steps, depth))
+        if name == self.interrupted_in:
+            raise KeyboardInterrupt
+
+
+def test_bf16_engines_of_all_graphs_and_their_manifest(bf16_engines: Path) -> None:
+    library = rtx()
+    manifest = Manifest.load(bf16_engines)
+    assert manifest.kind == "tensorrt-rtx"
+    assert manifest.graph_names == ("vision", "text", "image_memory", "fusion")
+    assert manifest.target is not None
+    assert manifest.target.compute_capabilities == list(TARGETS)
+    assert manifest.target.version == library.version
+    assert manifest.versions["tensorrt-rtx"] == library.version
+    assert [profile.name for profile in manifest.graph("fusion").profiles] == ["latency", "bulk"]
+    for graph in manifest.graphs:
+        assert graph.build_seconds > 0
+        record = next(record for record in manifest.files if record.name == graph.file)
+        engines.check_engine_file(bf16_engines / graph.file, library, expected_bytes=record.bytes)
+    manifest.require_target(library_version=library.version, compute_capability=89)
+    with pytest.raises(ExportError, match="SM90"):
+        manifest.require_target(library_version=library.version, compute_capability=90)
+    # The graphs that were kept are an export of their own.
+    assert Manifest.load(bf16_engines / engines.ONNX_FOLDER).kind == "onnx"
+
+
+def test_fp16_engines_from_graphs_made_for_everybody(exported_fp16: Path, tmp_path: Path) -> None:
+    """Attention as a node with a body of its own, of which TensorRT takes the body."""
+    library, exported = rtx(), Manifest.load(exported_fp16)
+    assert exported.attention == "function"
+    exported.graphs = [graph for graph in exported.graphs if graph.name != "match"]
+    watcher = Watcher()
+    manifest = engines.build_engines(
+        exported, exported_fp16, tmp_path, library, TARGETS, request=EngineRequest(profile=PROFILES), progress=watcher
+    )
+    assert {path.suffix for path in tmp_path.iterdir()} == {".engine", ".json"}
+    assert watcher.graphs == [(name, n, 4) for n, name in enumerate(manifest.graph_names, 1)]
+    whole = [phase for phase in watcher.phases if phase[3] == 0]
+    assert whole[0][:2] == ("Building engine", 0)
+    assert whole[-1][1] == whole[-1][2]
+    assert {phase[3] for phase in watcher.phases} >= {0, 1}
+    assert all(0 <= done <= steps for _, done, steps, _ in watcher.phases)
+
+
+def test_an_interrupted_build_stops_and_leaves_nothing(bf16_engines: Path, tmp_path: Path) -> None:
+    library, manifest = rtx(), Manifest.load(bf16_engines)
+    record = manifest.graph("image_memory")
+    with pytest.raises(KeyboardInterrupt):
+        engines.build_engine(
+            library, bf16_engines / "onnx" / "image_memory.onnx", tmp_path / "x.engine", TensorRTRequest(), TARGETS,
+            record.profiles, progress=Watcher("Cloning network graph"),
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [0, 10, 3000])
+def test_a_truncated_engine_is_named(bf16_engines: Path, tmp_path: Path, kept: int) -> None:
+    library, whole = rtx(), (bf16_engines / "text.engine").read_bytes()
+    path = tmp_path / "text.engine"
+    path.write_bytes(whole[:kept])
+    with pytest.raises(ExportError, match=r"text\.engine (is empty|is truncated|cannot be loaded)"):
+        engines.check_engine_file(path, library)
+    shutil.copytree(bf16_engines, tmp_path / "copy")
+    (tmp_path / "copy" / "text.engine").write_bytes(whole[:kept])
+    with pytest.raises(ExportError, match=r"text\.engine is truncated"):
+        Manifest.load(tmp_path / "copy")
+
+
+def test_engines_of_other_libraries_are_named(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    tensorrt()
+    library = load_library("tensorrt")
+    path = tmp_path / "text.engine"
+    path.write_bytes(b"vtrt" + bytes(60))
+    with pytest.raises(ExportError, match="built by TensorRT for RTX"):
+        engines.check_engine_file(path, library)
+    path.write_bytes(b"some plan")
+    engines.check_engine_file(path, library, expected_bytes=9)
+    with pytest.raises(ExportError, match=r"truncated \(9 of 10 bytes\)"):
+        engines.check_engine_file(path, library, expected_bytes=10)
+    with pytest.raises(ExportError, match="no engine of TensorRT for RTX"):
+        engines.check_engine_file(path, rtx())
+    with pytest.raises(ExportError, match="cannot be read"):
+        engines.check_engine_file(tmp_path / "absent", library)
+
+
+def onnx_of(path: Path, nodes: list[Any], inputs: dict[str, tuple[int, list[Any]]], output: int) -> Path:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph(
+        nodes, "g", [onnx.helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items()],
+        [onnx.helper.make_tensor_value_info("o", output, None)],
+    )  # fmt: skip
+    domains = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("other", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=domains, ir_version=10), path)
+    return path
+
+
+def failing(kind: str, path: Path) -> Path:
+    """A graph of one node, which TensorRT for RTX cannot build."""
+    onnx = pytest.importorskip("onnx")
+    half, single, bf16 = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
+    shape, square = [2, 2, 16, 32], [4, 4]
+
+    def made(operator: str, name: str, output: int, inputs: dict[str, tuple[int, list[Any]]], domain: str = "") -> Path:
+        node = onnx.helper.make_node(operator, list(inputs), ["o"], name=name, domain=domain)
+        return onnx_of(path, [node], inputs, output)
+
+    match kind:
+        case "fp32 attention":
+            return made("Attention", "node_att", single, dict.fromkeys("qkv", (single, shape)))
+        case "bias of another type":
+            bias = {"bias": (single, [2, 2, 16, 16])}
+            return made("Attention", "node_att", half, dict.fromkeys("qkv", (half, shape)) | bias)
+        case "mixed product":
+            return made("MatMul", "node_mm", half, {"q": (half, square), "k": (single, square)})
+        case "unknown operator":
+            return made("Bogus", "node_bogus", half, {"q": (half, square)}, "other")
+        case _:
+            return made("MatMul", "node_mm", bf16, {"q": (bf16, square), "k": (bf16, square)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "targets"),
+    [
+        ("fp32 attention", r"build graph 'g' at node_att: there is no kernel for attention.*--dtype bf16", TARGETS),
+        ("bias of another type", r"at node_att: its operands have different types.*--dtype bf16", TARGETS),
+        ("mixed product", r"read graph 'g' at node_mm: its operands have different types", TARGETS),
+        ("unknown operator", r"read graph 'g' at node_bogus: .*neither the operator nor a plugin", TARGETS),
+        ("bf16 on SM75", r"a target has no bf16; use --dtype fp16, or leave out targets below SM80", (75,)),
+    ],
+)
+def test_failures_of_the_builder_name_layer_and_remedy(
+    kind: str, message: str, targets: tuple[int, ...], tmp_path: Path
+) -> None:
+    library, path = rtx(), failing(kind, tmp_path / "g.onnx")
+    with pytest.raises(ExportError, match=message):
+        engines.build_engine(library, path, tmp_path / "g.engine", TensorRTRequest(), targets, [])
+    assert [file.name for file in tmp_path.iterdir()] == ["g.onnx"]
+
+
+def test_a_layer_that_no_message_names_is_found_by_halving(
+    exported_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real network, cut for real, with a builder that rejects one layer and does not say which."""
+    library, manifest = rtx(), Manifest.load(exported_fp16)
+    culprit = "node_layer_norm_2"
+
+    real, made = library.trt, []
+
+    class Stubborn:
+        """The real builder, but for networks that hold the layer."""
+
+        def __init__(self, logger: Any) -> None:
+            self.real, self.builds = real.Builder(logger), 0
+            made.append(self)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            self.builds += 1
+            wanted = {network.get_output(number).name for number in range(network.num_outputs)}
+            reached = set()
+            for number in reversed(range(network.num_layers)):
+                layer = network.get_layer(number)
+                if wanted & {layer.get_output(place).name for place in range(layer.num_outputs)}:
+                    reached.add(messages.node_name(layer))
+                    inputs = (layer.get_input(place) for place in range(layer.num_inputs))
+                    wanted |= {tensor.name for tensor in inputs if tensor is not None}
+            return None if culprit in reached else b"engine"
+
+    class Module:
+        Builder = Stubborn
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    monkeypatch.setattr(library, "trt", Module())
+    record = manifest.graph("text")
+    with pytest.raises(ExportError, match=f"graph 'text' at {culprit}: TensorRT gives no reason"):
+        engines.build_engine(
+            library, exported_fp16 / "text.onnx", tmp_path / "t.engine", TensorRTRequest(), TARGETS,
+            engines.graph_profiles(record, parse_profiles(PROFILES)),
+        )  # fmt: skip
+    assert 2 < made[0].builds < 15
+
+
+def test_capabilities_are_checked_before_anything_is_exported() -> None:
+    library = rtx()
+    assert library.check(TensorRTRequest(sm="120,80,80"), "bf16") == (80, 120)
+    for targets, dtype, message in (
+        ((75, 80), "bf16", r"SM75 has no bf16 \(SM80 is the first that has\); use --dtype fp16"),
+        ((80, 89), "fp8", r"SM80 has no fp8 \(SM89 is the first that has\); use --quantize int8"),
+        ((75, 80), "fp8", "SM75, SM80 have no fp8"),
+        ((90,), "bf16", r"does not build for SM90; it builds for SM75, .* xfm-fast export tensorrt"),
+    ):
+        with pytest.raises(UnavailableError, match=message):
+            library.check(TensorRTRequest(sm=",".join(map(str, targets))), dtype)
+    assert library.check(TensorRTRequest(sm="75"), "fp16") == (75,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"version_compatible": True}, "no lean runtime"),
+        ({"hardware_compatible": "ampere_plus"}, "--sm 75,80"),
+        ({"timing_cache": Path("cache")}, "no timing cache"),
+    ],
+)
+def test_what_tensorrt_for_rtx_lacks_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnavailableError, match=message):
+        rtx().check(TensorRTRequest(sm="89", **options), "bf16")
+
+
+def test_targets_must_be_named_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = rtx()
+    monkeypatch.setattr(engine_library, "local_capability", lambda: None)
+    with pytest.raises(UnavailableError, match="--sm 80,89,120"):
+        library.check(TensorRTRequest(), "bf16")
+    monkeypatch.setattr(engine_library, "local_capability", lambda: 89)
+    assert library.check(TensorRTRequest(), "bf16") == (89,)
+
+
+def test_targets_are_parsed() -> None:
+    assert parse_targets("80, 8.9,sm_120,12.0") == (80, 89, 120)
+    assert parse_targets("") == ()
+    for text in ("ampere", "8", "80.5", "80-89", "1000"):
+        with pytest.raises(UnavailableError, match="no compute capability"):
+            parse_targets(text)
+
+
+@pytest.mark.parametrize("consumer", ["tensorrt", "tensorrt-rtx"])
+def test_a_missing_library_names_its_extra(consumer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, consumer.replace("-", "_"), None)
+    with pytest.raises(UnavailableError, match=rf"pip install 'xfm-fast\[{consumer}\]'"):
+        load_library(consumer)
+
+
+def test_a_folder_that_is_full_or_cannot_be_written(
+    small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        engines.export_engines(small_model, tmp_path / "file" / "out", "tensorrt-rtx", sm="89")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1, 1))
+    with pytest.raises(StorageError, match="free space"):
+        engines.export_engines(small_model, tmp_path / "out", "tensorrt-rtx", sm="89")
+
+
+def test_profiles_are_checked_before_anything_is_exported(
+    small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx()
+    monkeypatch.setattr(engines, "export_onnx", lambda *_, **__: pytest.fail("a graph was exported"))
+    with pytest.raises(InputError, match="accepts 1 to"):
+        engines.export_engines(
+            small_model, tmp_path, "tensorrt-rtx", sm="89", profile=["a:batch=1,texts=1,length=1..999"]
+        )  # fmt: skip
+
+
+def test_a_disk_that_fills_while_the_engine_is_written(
+    tensorrt: Callable[..., Any], exported_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt()
+
+    def full(file: Any, data: Any) -> None:
+        file.write(bytes(data)[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_write", full)
+    with pytest.raises(StorageError, match="No space left"):
+        engines.build_engine(
+            load_library("tensorrt"), exported_fp16 / "text.onnx", tmp_path / "t.engine", TensorRTRequest(), (89,), []
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def one_input() -> Iterator[Any]:
+    from xfm_fast.export.manifest import ProfileRecord
+
+    for name, most in (("latency", 1), ("bulk", 8)):
+        yield ProfileRecord(name=name, least={"x": [1, 3]}, best={"x": [1, 3]}, most={"x": [most, 3]})
+
+
+def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    trt = tensorrt()
+    library = load_library("tensorrt")
+    options = TensorRTRequest(
+        timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus", plugins=True
+    )
+    (tmp_path / "timings").write_bytes(b"earlier")
+    targets = library.check(options, "bf16")
+    built = engines.build_engine(
+        library, tmp_path / "g.onnx", tmp_path / "g.engine", options, targets, list(one_input())
+    )
+    assert built.path.read_bytes() == b"plan of TensorRT"
+    assert targets == (89,)
+    assert trt.record["network"] == 1 << 1 | 1 << 3  # strongly typed, plugins compiled ahead of time
+    assert trt.record["flags"] == ["VERSION_COMPATIBLE"]
+    assert trt.record["level"] == "AMPERE_PLUS"
+    assert trt.record["profiles"] == [{"x": ((1, 3), (1, 3), (1, 3))}, {"x": ((1, 3), (1, 3), (8, 3))}]
+    assert (tmp_path / "timings").read_bytes() == b"earlier+timed"
+
+
+def test_timings_of_another_machine_are_not_used(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    tensorrt()
+    cache = tmp_path / "timings"
+    cache.write_bytes(b"other machine")
+    options = TensorRTRequest(timing_cache=cache)
+    engines.build_engine(load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", options, (89,), [])
+    assert cache.read_bytes() == b"+timed"
+
+
+def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    trt = tensorrt("11.1.0")
+    del trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    engines.build_engine(
+        load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
+    )
+    assert trt.record["network"] == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "options", "message"),
+    [
+        ("10.14", None, {}, "finds no NVIDIA GPU here.*tensorrt-rtx"),
+        ("10.14", 89, {"sm": "80,89"}, "builds for the GPU of this machine, SM89, and not for SM80, SM89"),
+        ("10.14", 75, {}, "SM75 has no bf16"),
+        ("10.14", 75, {"hardware_compatible": "ampere_plus"}, "this one is SM75"),
+        ("8.6.1", 89, {}, "too old"),
+    ],
+)
+def test_what_tensorrt_lacks_is_refused(
+    tensorrt: Callable[..., Any], version: str, gpu: int | None, options: dict[str, Any], message: str
+) -> None:
+    tensorrt(version, gpu=gpu)
+    with pytest.raises(UnavailableError, match=message):
+        load_library("tensorrt").check(TensorRTRequest(**options), "bf16")

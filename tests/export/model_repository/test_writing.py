@@ -1,0 +1,601 @@
+"""Model repositories: their configurations, their models against the eager model, and the real server."""
+
+import base64
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.cli.runner import invoke
+from tests.export.model_repository import pbtxt, triton_client, triton_server
+from tests.export.model_repository.fake_triton import FakeServer, Tensor
+from xfm_fast.data.images import load_image
+from xfm_fast.errors import DataError, ExportError, InputError, StorageError, UnavailableError, XFMError
+from xfm_fast.export import manifest as manifests
+from xfm_fast.export.manifest import EngineTarget, Manifest, PackageTarget, ProfileRecord
+from xfm_fast.export.model_repository import writing
+from xfm_fast.export.model_repository.configs import Symbol, render
+from xfm_fast.export.model_repository.planning import RepositoryOptions, plan_models
+from xfm_fast.export.model_repository.ranking import MemoryCache, RankLimits
+from xfm_fast.export.model_repository.writing import RECEIPT_FILE, Receipt, write_model_repository
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+CAPTIONS = [
+    "a cat sits on the mat",
+    "Two dogs, playing in the snow!",
+    "red",
+    "a long story about a bus that drives through the town and meets a cat and two dogs and then turns back " * 3,
+]  # fmt: skip
+
+_PACKAGE = PackageTarget(torch="2.9.0", device="cpu", architecture="x86_64")
+
+
+def photo(seed: int, *, width: int = 48, height: int = 37) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_model: XFM) -> CaptionTokenizer:
+    return CaptionTokenizer.train_on_texts([pre_caption(text) for text in CAPTIONS], small_model.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def repository(exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime", reason="Python models run graphs by ONNX Runtime")
+    out = tmp_path_factory.mktemp("repository") / "models"
+    options = RepositoryOptions(backend="python", device="cpu", limits=RankLimits(images=4, captions=20))
+    write_model_repository(exported_fp32, out, options, tokenizer=tokenizer)
+    return out
+
+
+@torch.no_grad()
+def eager_scores(model: XFM, tokenizer: CaptionTokenizer, images: list[bytes], captions: list[str]) -> np.ndarray:
+    pixels = torch.stack([load_image(image, model.config.image_size) for image in images])
+    ids, mask = tokenizer.encode([pre_caption(text) for text in captions], 40)
+    memory = model.image_memory(model.encode_image(pixels))
+    rows = []
+    for image in range(len(images)):
+        index = torch.full((len(captions),), image)
+        fused = model.fuse(model.encode_text(ids, mask), mask, memory, index, first_token_only=True)
+        rows.append(model.match_logits(fused)[:, 1])
+    return torch.stack(rows).numpy()
+
+
+def encoded(*captions: str) -> list[bytes]:
+    return [caption.encode() for caption in captions]
+
+
+def configs(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: pbtxt.read(path.read_text()) for path in folder.glob("*/config.pbtxt")}
+
+
+def test_protobuf_text_is_read_back() -> None:
+    message = {
+        "name": 'a "b"\\ é\n',
+        "max_batch_size": 0,
+        "input": [],
+        "instance_group": [{"kind": Symbol("KIND_CPU")}],
+    }
+    text = render(message)
+    assert text.isascii()
+    assert pbtxt.read(text) == {
+        "name": message["name"], "max_batch_size": 0, "instance_group": [{"kind": "KIND_CPU"}],
+    }  # fmt: skip
+    with pytest.raises(TypeError, match="NoneType"):
+        render({"name": None})
+
+
+def test_models_of_a_repository(repository: Path, exported_fp32: Path) -> None:
+    found = configs(repository)
+    assert set(found) == {f"xfm_{name}" for name in ("vision", "text", "image_memory", "fusion", "match", "rank")}
+    manifest = Manifest.load(exported_fp32)
+    size = manifest.xfm_config.image_size
+    vision = found["xfm_vision"]
+    assert vision["input"] == [{"name": "pixels", "data_type": "TYPE_FP32", "dims": [3, size, size]}]
+    assert vision["dynamic_batching"] == {
+        "preferred_batch_size": [4, 8, 16, 32], "max_queue_delay_microseconds": 500,
+    }  # fmt: skip
+    fusion = {tensor["name"]: tensor for tensor in found["xfm_fusion"]["input"]}
+    assert fusion["attention_mask"]["dims"] == [-1, -1]
+    assert fusion["attention_mask"]["data_type"] == "TYPE_INT64"
+    for name, config in found.items():
+        assert config["name"] == name
+        assert config["backend"] == "python"
+        assert config["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
+        if name != "xfm_rank":
+            part = Manifest.load(repository / name / "1")
+            assert part.graph_names == (pbtxt.parameters(config)["graph"],)
+            assert [warm["batch_size"] for warm in config["model_warmup"]] == [1, 4]
+
+
+def test_receipt_names_every_file(repository: Path) -> None:
+    receipt = Receipt.load(repository)
+    there = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
+    assert {file.name for file in receipt.files} | {RECEIPT_FILE} == there
+    for file in receipt.files:
+        assert manifests.sha256(repository / file.name) == file.sha256
+        assert (repository / file.name).stat().st_size == file.bytes
+    assert str(repository.parent) not in (repository / RECEIPT_FILE).read_text()
+
+
+def test_configs_are_model_configs(repository: Path) -> None:
+    pytest.importorskip("tritonclient.grpc", reason="the protobuf classes come with tritonclient[grpc]")
+    paths = sorted(repository.glob("*/config.pbtxt"))
+    assert triton_client.parse([*map(str, paths)]) == [path.parent.name for path in paths]
+
+
+def test_scores_and_orders_are_those_of_the_model(
+    repository: Path, small_model: XFM, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = FakeServer(repository, monkeypatch)
+    images = [photo(1), photo(2, width=9), photo(1)]
+    captions = [*CAPTIONS, CAPTIONS[0]]
+    (answer,) = server.rank((images, encoded(*captions)))
+    assert isinstance(answer, dict), answer
+    expected = eager_scores(small_model, tokenizer, images, captions)
+    np.testing.assert_allclose(answer["scores"], expected, rtol=0, atol=1e-4)
+    assert answer["scores"].std() > 0.01
+    np.testing.assert_array_equal(answer["caption_order"], np.argsort(-answer["scores"], axis=1, kind="stable"))
+    np.testing.assert_array_equal(answer["image_order"], np.argsort(-answer["scores"].T, axis=1, kind="stable"))
+    assert answer["reused"].tolist() == [False] * 3
+    assert server.calls.count("xfm_vision") == 1 + 1, "once to warm up, once for both images"
+
+
+def test_images_are_encoded_once(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(repository, monkeypatch)
+    (first,) = server.rank(([photo(1)], encoded("a cat")))
+    server.calls.clear()
+    (second,) = server.rank(([photo(1), photo(3)], encoded("a cat", "a dog")))
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert second["reused"].tolist() == [True, False]
+    np.testing.assert_allclose(second["scores"][0, 0], first["scores"][0, 0], atol=1e-5)
+    server.calls.clear()
+    server.rank(([photo(3)], encoded("a cat")))
+    assert not {"xfm_vision", "xfm_image_memory"} & set(server.calls)
+
+
+def test_scores_do_not_depend_on_the_cache_or_on_company(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(repository, monkeypatch)
+    ranker = server.models["xfm_rank"].ranker
+    queries = [([photo(seed), photo(9)], encoded(*CAPTIONS[seed:])) for seed in range(3)]
+    together = server.rank(*queries)
+    ranker.cache = MemoryCache(0)
+    for query, company in zip(queries, together, strict=True):
+        (alone,) = server.rank(query)
+        assert isinstance(alone, dict)
+        assert isinstance(company, dict)
+        assert not alone["reused"].any()
+        np.testing.assert_allclose(alone["scores"], company["scores"], atol=1e-5)
+    assert len(ranker.cache) == 0
+
+
+def test_tiles_and_evictions_change_nothing(
+    repository: Path, small_model: XFM, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes of a few tokens over images of which the cache holds but one, some known before and some not."""
+    server = FakeServer(repository, monkeypatch)
+    ranker = server.models["xfm_rank"].ranker
+    server.rank(([photo(3)], encoded("a cat")))
+    (memory,) = (ranker.cache.get(key) for key in [*ranker.cache._kept])
+    ranker.cache.most_bytes = memory.nbytes
+    ranker.session.limits = dataclasses.replace(ranker.session.limits, budget=20)
+    images = [photo(1), photo(2), photo(3), photo(4)]
+    (answer,) = server.rank((images, encoded(*CAPTIONS)))
+    assert isinstance(answer, dict)
+    assert answer["reused"].tolist() == [False, False, True, False]
+    expected = eager_scores(small_model, tokenizer, images, CAPTIONS)
+    np.testing.assert_allclose(answer["scores"], expected, rtol=0, atol=1e-4)
+    assert (len(ranker.cache), ranker.cache.nbytes) == (1, memory.nbytes)
+
+
+def test_rows_of_a_request_are_ranked_by_themselves(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(repository, monkeypatch)
+    rows = [([photo(1)], encoded("a cat", "a dog")), ([photo(2)], encoded("red", "a bus"))]
+    inputs = [
+        Tensor(name, np.array([row[place] for row in rows], dtype=object))
+        for place, name in enumerate(("images", "captions"))
+    ]
+    (response,) = server.run("xfm_rank", [server.request("", [], inputs)])
+    scores = next(tensor for tensor in response.output_tensors() if tensor.name() == "scores").as_numpy()
+    assert scores.shape == (2, 1, 2)
+    for row, alone in enumerate(server.rank(*rows)):
+        assert isinstance(alone, dict)
+        np.testing.assert_allclose(scores[row], alone["scores"], atol=1e-5)
+
+
+def test_scores_that_are_not_finite_are_an_error(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(repository, monkeypatch)
+    session = server.models["xfm_rank"].session
+    fuse = session.fuse_packed
+
+    def overflowing(*given: Any) -> dict[str, torch.Tensor]:
+        made = fuse(*given)
+        made["match_logits"][0] = torch.nan
+        return made
+
+    monkeypatch.setattr(session, "fuse_packed", overflowing)
+    wrong, right = server.rank(([photo(1)], encoded("a cat")), ([photo(2)], encoded("a cat")))
+    assert isinstance(wrong, str)
+    assert "the scores are not finite; fp32 may be too narrow" in wrong
+    assert isinstance(right, dict)
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "message"),
+    [
+        ([], ["a cat"], "the request has no images; give 1 to 4"),
+        ([photo(1)], [], "the request has no captions; give 1 to 20"),
+        ([photo(1)] * 5, ["a cat"], "the request has 5 images; give at most 4"),
+        ([photo(1)], ["a cat"] * 21, "the request has 21 captions; give at most 20"),
+        ([photo(1), b"\xff\xd8\xff not a photograph"], ["a cat"], "image 1 of the request: image"),
+        ([photo(1)[:200]], ["a cat"], "image 0 of the request: image"),
+        ([b"%!PS-Adobe-3.0"], ["a cat"], "image 0 (14 bytes, beginning with b'%!PS-Ado') is no JPEG, PNG or WebP"),
+        ([b""], ["a cat"], "image 0 (0 bytes"),
+        ([b"\xff\xd8\xff" + bytes(33 << 20)], ["a cat"], "over the limit of 33,554,432; shrink it"),
+        ([photo(1)], ["a cat", "?!"], "caption 1: caption '?!' is empty after cleaning"),
+        ([photo(1)], ["word " * 500], "caption 0 has 2,500 characters, over the limit of 2,000; shorten it"),
+    ],
+)
+def test_bad_requests_fail_alone(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, images: list[bytes], captions: list[str], message: str
+) -> None:
+    server = FakeServer(repository, monkeypatch, only="xfm_rank")
+    for name in ("vision", "text", "image_memory", "fusion"):
+        server._load(repository / f"xfm_{name}")
+    good = ([photo(1)], encoded("a cat", "a dog"))
+    before, wrong, after = server.rank(good, (images, encoded(*captions)), good)
+    assert isinstance(wrong, str)
+    assert message in wrong
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    np.testing.assert_array_equal(before["scores"], after["scores"])
+
+
+def test_captions_are_utf8(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(repository, monkeypatch, only="xfm_rank")
+    (answer,) = server.rank(([photo(1)], [b"a \xff cat"]))
+    assert isinstance(answer, str)
+    assert "caption 0 is no UTF-8" in answer
+
+
+def test_a_missing_model_is_an_error_of_the_request(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(repository, monkeypatch, only="xfm_rank")
+    query = ([photo(1)], encoded("a cat"))
+    (answer,) = server.rank(query)
+    assert isinstance(answer, str)
+    assert "model 'xfm_vision' failed (model xfm_vision is not ready)" in answer
+    for name in ("vision", "text", "image_memory", "fusion"):
+        server._load(repository / f"xfm_{name}")
+    assert isinstance(server.rank(query)[0], dict)
+
+
+def test_graph_models_batch_what_is_alike(repository: Path, small_model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer(repository, monkeypatch, only="xfm_text")
+
+    def request(rows: int, length: int, low: int = 3) -> Any:
+        ids = torch.arange(low, low + rows * length).view(rows, length)
+        return server.request("", [], [Tensor("input_ids", ids), Tensor("attention_mask", torch.ones_like(ids))])
+
+    runs = []
+    session = server.models["xfm_text"].session
+    monkeypatch.setattr(session, "run", lambda *given: runs.append(given) or type(session).run(session, *given))
+    asked = [request(1, 5), request(2, 7), request(3, 5), request(1, 4, low=9_999_999)]
+    responses = server.run("xfm_text", asked)
+    assert len(runs) == 3
+    assert [response.has_error() for response in responses] == [False, False, False, True]
+    for sent, response in zip(asked[:3], responses[:3], strict=True):
+        ids = torch.as_tensor(sent.inputs[0].as_numpy())
+        got = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+        with torch.no_grad():
+            expected = small_model.encode_text(ids)
+        np.testing.assert_allclose(got["text_embeds"], expected.numpy(), atol=1e-4)
+
+
+def test_an_edited_model_is_not_loaded(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = Path(shutil.copytree(repository, tmp_path / "models"))
+    (copied / "xfm_text" / "1" / "text.onnx").write_bytes(b"short")
+    (copied / "xfm_rank" / "1" / "tokenizer.json").write_text("{}")
+    for name, file in (("xfm_text", "text.onnx"), ("xfm_rank", "tokenizer.json")):
+        with pytest.raises(Exception, match=rf"{name}: .*is not what manifest.json describes: {file} is truncated"):
+            FakeServer(copied, monkeypatch, only=name)
+
+
+def test_memory_cache_keeps_what_was_used_last() -> None:
+    cache = MemoryCache(100)
+    values = {name: torch.zeros(10) for name in (b"a", b"b", b"c")}
+    for name in (b"a", b"b"):
+        cache.put(name, values[name])
+    assert cache.get(b"a") is values[b"a"]
+    cache.put(b"c", values[b"c"])
+    assert [name in cache for name in (b"a", b"b", b"c")] == [True, False, True]
+    cache.put(b"a", torch.zeros(5))
+    assert (cache.nbytes, len(cache)) == (60, 2)
+    cache.put(b"c", torch.zeros(26))
+    assert (cache.nbytes, len(cache), cache.get(b"c")) == (20, 1, None)
+
+
+def _engines(exported: Path, profiles: dict[str, dict[str, tuple[int, int, int]]], kind: Any = "tensorrt") -> Manifest:
+    """The manifest of an export as that of engines with these profiles."""
+    manifest = Manifest.load(exported)
+    graphs = []
+    for graph in manifest.graphs:
+        records = []
+        for name, axes in profiles.items():
+            shapes = [
+                {t.name: [axes[d][place] if isinstance(d, str) else d for d in t.dims] for t in graph.inputs}
+                for place in range(3)
+            ]
+            records.append(ProfileRecord(name=name, least=shapes[0], best=shapes[1], most=shapes[2]))
+        graphs.append(graph.model_copy(update={"file": f"{graph.name}.engine", "profiles": records}))
+    target = EngineTarget(library=kind, version="10.9", compute_capabilities=[90])
+    return manifest.model_copy(update={"kind": kind, "target": target, "graphs": graphs})
+
+
+def test_engines_are_plans_with_a_context_for_each_profile(exported_fp32: Path, tokenizer: CaptionTokenizer) -> None:
+    profiles = {
+        "latency": {"batch": (1, 1, 1), "texts": (1, 16, 64), "length": (1, 16, 40)},
+        "bulk": {"batch": (1, 16, 64), "texts": (1, 16, 32), "length": (1, 16, 40)},
+    }
+    planned = {
+        model.name: model for model in plan_models(_engines(exported_fp32, profiles), RepositoryOptions(), tokenizer)
+    }
+    for model in planned.values():
+        pbtxt.read(render(model.config))
+    vision = planned["xfm_vision"].config
+    assert vision["platform"] == "tensorrt_plan"
+    assert vision["default_model_filename"] == "vision.engine"
+    assert vision["max_batch_size"] == 64
+    assert vision["instance_group"] == [{"count": 1, "kind": "KIND_GPU", "profile": ["0", "1"]}]
+    assert vision["dynamic_batching"]["preferred_batch_size"] == [16]
+    assert [warm["name"] for warm in vision["model_warmup"]] == ["latency: batch=1", "bulk: batch=16"]
+    # Two requests of 64 texts would make a batch that no profile takes.
+    fusion = planned["xfm_fusion"].config
+    assert (fusion["max_batch_size"], "dynamic_batching" in fusion) == (0, False)
+    assert fusion["input"][1]["dims"] == [-1, -1, -1]
+    assert [warm["inputs"][1]["value"]["dims"] for warm in fusion["model_warmup"]] == [[1, 16, 16], [16, 16, 16]]
+    assert planned["xfm_rank"].config["instance_group"] == [{"count": 1, "kind": "KIND_GPU"}]
+    assert planned["xfm_text"].script is None
+
+
+def test_onnx_graphs_are_served_by_onnx_runtime(
+    exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    receipt = write_model_repository(exported_fp32, tmp_path / "models", tokenizer=tokenizer)
+    assert receipt.backend == "onnxruntime"
+    found = configs(tmp_path / "models")
+    text = found["xfm_text"]
+    assert (text["platform"], text["default_model_filename"]) == ("onnxruntime_onnx", "text.onnx")
+    assert {tensor["data_type"] for tensor in text["output"]} == {"TYPE_FP32"}
+    assert (tmp_path / "models" / "xfm_text" / "1" / "text.onnx").is_file()
+    assert not (tmp_path / "models" / "xfm_text" / "1" / "model.py").exists()
+    assert "parameters" not in text
+
+
+def test_fixed_sizes_are_written_as_they_are(exported_fp32: Path) -> None:
+    manifest = Manifest.load(exported_fp32)
+    vision = manifest.graph("vision")
+    pixels = vision.inputs[0].model_copy(update={"dims": [2, *vision.inputs[0].dims[1:]]})
+    fixed = vision.model_copy(update={"inputs": [pixels], "axes": {}})
+    options = RepositoryOptions(pipeline="graphs")
+    (planned,) = plan_models(manifest.model_copy(update={"graphs": [fixed]}), options, None)
+    assert planned.config["max_batch_size"] == 0
+    assert planned.config["input"][0]["dims"][0] == 2
+    assert planned.config["model_warmup"][0]["inputs"][0]["value"]["dims"][0] == 2
+
+
+def test_captions_are_cut_to_what_the_graphs_take(exported_fp32: Path, tokenizer: CaptionTokenizer) -> None:
+    profiles = {"short": {"batch": (1, 1, 8), "texts": (1, 4, 8), "length": (1, 8, 24)}}
+    planned = plan_models(_engines(exported_fp32, profiles), RepositoryOptions(), tokenizer)
+    assert {entry["key"]: entry["value"]["string_value"] for entry in planned[-1].config["parameters"]}[
+        "most_tokens"
+    ] == "24"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "message"),
+    [
+        ({"status": "failed", "reason": "off by one"}, {}, ExportError, "differs from the model .*off by one"),
+        ({"drop": "fusion"}, {}, ExportError, "needs the graphs .* and this export lacks fusion; export them"),
+        ({}, {"tokenizer": None}, InputError, "no tokenizer was given; give the model's with --tokenizer"),
+        ({"tokenizer_sha256": "0" * 64}, {}, InputError, "the export was made with 0000000000000000…"),
+        ({"kind": "tensorrt-rtx"}, {"backend": "tensorrt"}, ExportError, "does not run an export to tensorrt-rtx; use"),
+        ({}, {"backend": "tensorrt"}, ExportError, "Triton's tensorrt backend does not run an export to onnx"),
+        ({"kind": "aoti", "package": _PACKAGE}, {"device": "gpu"}, ExportError, "runs on a CPU and the device asked"),
+        ({"kind": "tensorrt"}, {"device": "cpu"}, ExportError, "runs on a GPU and the device asked for is cpu"),
+        ({}, {"backend": "jax"}, UnavailableError, "backend 'jax' is unknown"),
+        ({}, {"prefix": "../x"}, InputError, "prefix '../x' cannot name models"),
+        ({}, {"limits": RankLimits(images=0)}, InputError, "limits.images is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_served_is_said_first(
+    exported_fp32: Path,
+    tokenizer: CaptionTokenizer,
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    error: type[XFMError],
+    message: str,
+) -> None:
+    manifest = Manifest.load(exported_fp32)
+    dropped = changes.pop("drop", None)
+    graphs = [graph for graph in manifest.graphs if graph.name != dropped]
+    manifest = manifest.model_copy(update={**changes, "graphs": graphs})
+    given = options.pop("tokenizer", tokenizer)
+    with pytest.raises(error, match=message):
+        plan_models(manifest, RepositoryOptions(**options), given)
+
+
+def test_tokenizer_of_another_model(exported_fp32: Path) -> None:
+    other = CaptionTokenizer.train_on_texts([f"word{number} and more" for number in range(2000)], 4000)
+    with pytest.raises(DataError, match="entries and the model"):
+        plan_models(Manifest.load(exported_fp32), RepositoryOptions(), other)
+
+
+def test_rtx_engines_are_served_by_sessions(exported_fp32: Path, tokenizer: CaptionTokenizer) -> None:
+    profiles = {"one": {"batch": (1, 1, 8), "texts": (1, 4, 8), "length": (1, 8, 40)}}
+    planned = plan_models(_engines(exported_fp32, profiles, "tensorrt-rtx"), RepositoryOptions(), tokenizer)
+    assert {model.backend for model in planned} == {"python"}
+    assert planned[0].config["instance_group"] == [{"count": 1, "kind": "KIND_GPU", "profile": []}]
+    assert planned[0].script == "graph"
+
+
+def test_compiled_packages_are_served_where_they_were_compiled_for(
+    exported_fp32: Path, tokenizer: CaptionTokenizer
+) -> None:
+    manifest = Manifest.load(exported_fp32).model_copy(update={"kind": "aoti", "package": _PACKAGE})
+    planned = plan_models(manifest, RepositoryOptions(), tokenizer)
+    assert {model.backend for model in planned} == {"python"}
+    assert {model.config["instance_group"][0]["kind"] for model in planned} == {"KIND_CPU"}
+
+
+def test_what_is_there_is_not_replaced_unasked(
+    exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    out = tmp_path / "models"
+    out.mkdir()
+    write_model_repository(exported_fp32, out, tokenizer=tokenizer)
+    with pytest.raises(StorageError, match="holds a repository already; replace it with --overwrite"):
+        write_model_repository(exported_fp32, out, tokenizer=tokenizer)
+    write_model_repository(exported_fp32, out, RepositoryOptions(prefix="new"), tokenizer=tokenizer, overwrite=True)
+    assert {path.name[:3] for path in out.iterdir() if path.is_dir()} == {"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    (out / RECEIPT_FILE).unlink()
+    with pytest.raises(StorageError, match="is no repository that xfm-fast wrote"):
+        write_model_repository(exported_fp32, out, tokenizer=tokenizer, overwrite=True)
+    with pytest.raises(InputError, match="lie in each other"):
+        write_model_repository(exported_fp32, exported_fp32 / "models", tokenizer=tokenizer)
+
+
+def test_a_failure_leaves_what_was_there(
+    exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "models"
+    write_model_repository(exported_fp32, out, tokenizer=tokenizer)
+    before = (out / RECEIPT_FILE).read_bytes()
+    copy: Callable[..., Any] = shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        if source.name == "fusion.onnx":
+            raise OSError(28, "No space left on device")
+        copy(source, target)
+
+    monkeypatch.setattr(writing.shutil, "copyfile", full)
+    for folder, overwrite in ((out, True), (tmp_path / "fresh", False)):
+        with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\); nothing there was"):
+            write_model_repository(exported_fp32, folder, tokenizer=tokenizer, overwrite=overwrite)
+    assert (out / RECEIPT_FILE).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_no_room_and_no_folder_are_seen_first(
+    exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="is a file and no folder"):
+        write_model_repository(exported_fp32, tmp_path / "file" / "models", tokenizer=tokenizer)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(StorageError, match=r"0\.00 GB free and the export needs about"):
+        write_model_repository(exported_fp32, tmp_path / "models", tokenizer=tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_command(exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    arguments = ["export", "model-repository", str(exported_fp32), "--out", str(tmp_path / "models")]
+    done = invoke([*arguments, "--tokenizer", str(tmp_path), "--backend", "python", "--prefix", "a"])
+    assert done.exit_code == 0, done.output
+    assert "a_rank" in done.output
+    assert "tritonserver --model-repository=" in done.output
+    assert Receipt.load(tmp_path / "models").tokenizer_sha256 == tokenizer.sha256()
+    done = invoke([*arguments, "--overwrite"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("xfm-fast: ")
+    assert Receipt.load(tmp_path / "models").models[0].name.startswith("a_")
+
+
+@pytest.mark.slow
+def test_the_real_server(
+    repository: Path, exported_fp32: Path, small_model: XFM, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    """Start `tritonserver`, ask it over HTTP, ask it wrongly, ask it again: scores are those of the eager model."""
+    environment = triton_server.environment()
+    write_model_repository(exported_fp32, tmp_path / "onnx", RepositoryOptions(prefix="onnx"), tokenizer=tokenizer)
+    good: tuple[list[bytes], list[str]] = ([photo(1), photo(2)], CAPTIONS)
+    other = ([photo(2)], CAPTIONS[:2])
+    bad: list[tuple[list[bytes], list[str]]] = [
+        ([photo(1)[:200]], ["a cat"]),
+        ([b"%!PS-Adobe-3.0"], ["a cat"]),
+        ([photo(1)], ["?!"]),
+        ([photo(1)] * 5, ["a cat"]),
+        ([photo(1)], ["a cat"] * 21),
+        ([photo(1)], ["word " * 500]),
+        ([photo(1)], []),
+    ]
+
+    def request(images: list[bytes], captions: list[str]) -> dict[str, list[str]]:
+        return {
+            "images": [base64.b64encode(image).decode() for image in images],
+            "captions": [base64.b64encode(caption.encode()).decode() for caption in captions],
+        }
+
+    configured = [*repository.glob("*/config.pbtxt"), *(tmp_path / "onnx").glob("*/config.pbtxt")]
+    with triton_server.serving(repository, environment, tmp_path) as address:
+        job = {
+            "url": address,
+            "model": "xfm_rank",
+            "parse": [str(path) for path in configured],
+            "requests": [
+                [request(*good)],
+                [request(*query) for query in (*bad, good, other)],
+                [request(*good)],
+            ],
+        }  # fmt: skip
+        done = subprocess.run(
+            [environment / "bin" / "python", triton_client.__file__],
+            input=json.dumps(job), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["parsed"] == [path.parent.name for path in configured]
+    (first,), mixed, (last,) = found["answers"]
+    expected = eager_scores(small_model, tokenizer, *good)
+    for answer in (first, mixed[-2], last):
+        np.testing.assert_allclose(answer["scores"], expected, rtol=0, atol=1e-4)
+        assert answer["caption_order"] == np.argsort(-np.array(answer["scores"]), kind="stable").tolist()
+    np.testing.assert_allclose(mixed[-1]["scores"], expected[1:, :2], rtol=0, atol=1e-4)
+    assert (first["reused"], last["reused"]) == ([False, False], [True, True])
+    for answer, message in zip(
+        mixed,
+        ("is damaged or truncated", "is no JPEG, PNG or WebP", "caption 0: caption '?!' is empty", "5 images; give at",
+         "21 captions; give at most 20", "2,500 characters", "the request has no captions"),
+        strict=False,
+    ):  # fmt: skip
+        assert message in answer["error"]
+
+
+@pytest.mark.slow
+def test_the_real_server_refuses_an_edited_model(repository: Path, tmp_path: Path) -> None:
+    environment = triton_server.environment()
+    shutil.copytree(repository / "xfm_text", tmp_path / "models" / "xfm_text")
+    (tmp_path / "models" / "xfm_text" / "1" / "text.onnx").write_bytes(b"short")
+    with (
+        pytest.raises(
+            AssertionError, match=r"xfm_text/1 is not what manifest\.json describes: text\.onnx is truncated"
+        ),
+        triton_server.serving(tmp_path / "models", environment, tmp_path),
+    ):
+        pass

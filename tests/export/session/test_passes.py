@@ -1,0 +1,118 @@
+"""Passes hold every text once, pad little, respect the budget, and cost what a search over all divisions finds."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xfm_fast.errors import InputError
+from xfm_fast.export.session.passes import PassLimits, plan_passes, token_batches
+from xfm_fast.export.slots import SizeRange, Slot
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=60)
+
+
+def _slot(batch: SizeRange, texts: SizeRange, length: SizeRange, name: str = "dynamic", number: int = 0) -> Slot:
+    return Slot(name, number, {"batch": batch, "texts": texts, "length": length})
+
+
+ANY = SizeRange(1, None)
+DYNAMIC = [_slot(ANY, ANY, SizeRange(1, 512))]
+
+
+@given(LENGTHS, st.integers(1, 300), st.integers(0, 50), st.none() | st.integers(1, 9))
+def test_every_text_is_in_one_pass_that_fits(lengths: list[int], budget: int, price: int, most: int | None) -> None:
+    batches = token_batches(lengths, budget, pass_tokens=price, most=most)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(lengths)))
+    for batch in batches:
+        assert batch.length == max(lengths[row] for row in batch.rows)
+        assert batch.tokens <= budget or len(batch.rows) == 1
+        assert most is None or len(batch.rows) <= most
+
+
+@given(
+    st.lists(st.sampled_from([3, 5, 6, 11, 13, 20]), min_size=1, max_size=25), st.integers(20, 90), st.integers(0, 40)
+)
+def test_divides_as_the_search_over_all_divisions_does(lengths: list[int], budget: int, price: int) -> None:
+    distinct = sorted(set(lengths))
+
+    def cost(runs: list[list[int]]) -> int:
+        total = 0
+        for run in runs:
+            texts = sum(lengths.count(length) for length in run)
+            total += texts * run[-1] + price * ceil(texts / max(budget // run[-1], 1))
+        return total
+
+    cheapest = min(
+        cost([distinct[a:b] for a, b in zip((0, *cuts), (*cuts, len(distinct)), strict=True)])
+        for count in range(len(distinct))
+        for cuts in combinations(range(1, len(distinct)), count)
+    )
+    batches = token_batches(lengths, budget, pass_tokens=price)
+    # Pieces of a run are padded to their own longest text, which only saves.
+    assert sum(batch.tokens + price for batch in batches) <= cheapest
+
+
+def test_a_price_of_passes_trades_them_for_padding() -> None:
+    lengths = [10, 11, 12, 13, 14, 15, 16] * 9
+    free = token_batches(lengths, 2048)
+    assert sum(batch.tokens for batch in free) == sum(lengths)
+    assert len(free) == 7
+    priced = token_batches(lengths, 2048, pass_tokens=48)
+    assert len(priced) < 7
+    assert sum(batch.tokens for batch in priced) < 16 * len(lengths)
+    assert len(token_batches(lengths, 2048, pass_tokens=10_000)) == 1
+
+
+def test_no_texts_need_no_pass() -> None:
+    assert token_batches([], 10) == []
+
+
+@pytest.mark.parametrize(("budget", "most"), [(0, None), (10, 0)])
+def test_a_budget_of_nothing_is_an_error(budget: int, most: int | None) -> None:
+    with pytest.raises(InputError, match="holds nothing"):
+        token_batches([1], budget, most=most)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=40), st.integers(40, 400))
+def test_fusion_passes_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) -> None:
+    image_of, lengths = [image for image, _ in pairs], [length for _, length in pairs]
+    latency = _slot(SizeRange(1, 1, 1), SizeRange(1, 16, 8), SizeRange(1, 40, 16), "latency", 0)
+    bulk = _slot(SizeRange(1, 4, 2), SizeRange(1, 3, 2), SizeRange(1, 40, 16), "bulk", 1)
+    for slots in (DYNAMIC, [latency, bulk]):
+        limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
+        passes = plan_passes(image_of, lengths, slots, limits)
+        seen = [(i, text) for work in passes for i, row in zip(work.images, work.texts, strict=True) for text in row]
+        assert sorted(seen) == sorted(zip(image_of, range(len(pairs)), strict=True))
+        for work in passes:
+            assert len({len(row) for row in work.texts}) == 1
+            assert work.length >= max(lengths[text] for row in work.texts for text in row)
+            assert work.length % limits.step == 0
+            sizes = {"batch": len(work.images), "texts": len(work.texts[0]), "length": work.length}
+            assert any(slot.padded(sizes) is not None for slot in slots)
+            if len(work.images) * len(work.texts[0]) > 1:
+                assert work.tokens <= budget
+
+
+def test_texts_of_an_image_share_its_memory_and_single_pairs_share_a_pass() -> None:
+    one = plan_passes([0] * 20, [12] * 20, DYNAMIC, PassLimits(2048, 48))
+    assert [(work.images, len(work.texts[0])) for work in one] == [((0,), 20)]
+    each = plan_passes(list(range(20)), [12] * 20, DYNAMIC, PassLimits(2048, 48))
+    assert [(work.images, len(work.texts[0])) for work in each] == [(tuple(range(20)), 1)]
+
+
+def test_fixed_shapes_are_filled_before_another_pass_begins() -> None:
+    slots = [_slot(SizeRange(1, 1), SizeRange(16, 16), SizeRange(16, 16), "fixed")]
+    passes = plan_passes([0] * 20, [3] * 9 + [15] * 11, slots, PassLimits(2048, 48))
+    assert len(passes) == 2
+    assert {work.length for work in passes} == {16}
+
+
+def test_a_text_longer_than_every_slot_is_an_error() -> None:
+    slots = [_slot(ANY, ANY, SizeRange(1, 40, 16), "bulk")]
+    with pytest.raises(InputError, match=r"length is 41 and profile 'bulk' takes 1 to 40"):
+        plan_passes([0], [41], slots, PassLimits(2048, 48))

@@ -1,0 +1,298 @@
+"""A session gives what the model gives, over any mix of lengths, images and texts, and says precisely what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from xfm_fast import XFM, Retriever, flops
+from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.onnx import export_onnx
+from xfm_fast.export.session import Session
+from xfm_fast.packing import ImageGroups
+from xfm_fast.tasks.reranking import UNSCORED
+
+pytest.importorskip("onnxruntime", reason="sessions over ONNX files need onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def session(exported_fp32: Path) -> Session:
+    return Session.load(exported_fp32, "onnxruntime", "cpu")
+
+
+def _texts(count: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and masks of texts of 1 to `width` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, width + 1, (count, 1), generator=generator)
+    mask = (torch.arange(width) < lengths).long()
+    ids = torch.randint(4, 200, (count, width), generator=generator)
+    return ids.masked_fill(mask == 0, 1), mask
+
+
+def _pixels(model: XFM, count: int) -> Tensor:
+    size = model.config.image_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_images_are_those_of_the_model(session: Session, small_model: XFM, images: int) -> None:
+    pixels = _pixels(small_model, images)
+    with torch.inference_mode():
+        embeds = small_model.encode_image(pixels)
+        found = session.encode_image(pixels)
+        _close(found, embeds)
+        _close(session.project_image(found), small_model.project_image(embeds))
+
+
+@pytest.mark.parametrize(("texts", "width"), [(1, 1), (7, 3), (33, 40)])
+def test_texts_are_those_of_the_model(session: Session, small_model: XFM, texts: int, width: int) -> None:
+    ids, mask = _texts(texts, width)
+    with torch.inference_mode():
+        embeds = small_model.encode_text(ids, mask)
+        for given in (mask, mask.bool(), None):
+            found = session.encode_text(ids, given)
+            _close(found, embeds)
+            assert not found[mask == 0].any()
+            _close(session.project_text(found), small_model.project_text(embeds))
+
+
+def test_masks_with_gaps_are_respected(session: Session, small_model: XFM) -> None:
+    ids, mask = _texts(6, 9)
+    mask[:, 0] = 1
+    mask[2, :6] = torch.tensor([1, 0, 1, 1, 0, 1])
+    index = torch.tensor([0, 1, 0, 1, 0, 1])
+    pixels = _pixels(small_model, 2)
+    with torch.inference_mode():
+        embeds = small_model.encode_text(ids, mask)
+        _close(session.encode_text(ids, mask), embeds)
+        images = small_model.encode_image(pixels)
+        fused = small_model.fuse(embeds, mask, small_model.image_memory(images), index, first_token_only=True)
+        found = session.fuse(embeds, mask, session.image_memory(images), index, first_token_only=True)
+        _close(found, fused)
+
+
+@pytest.mark.parametrize("arrangement", ["one image", "pairs", "shuffled", "images without texts"])
+def test_fusion_is_that_of_the_model(session: Session, small_model: XFM, arrangement: str) -> None:
+    images, texts = {"one image": (1, 19), "pairs": (6, 6)}.get(arrangement, (4, 23))
+    ids, mask = _texts(texts, 17, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    index = {
+        "one image": torch.zeros(texts, dtype=torch.long),
+        "pairs": None,
+        "images without texts": torch.randint(1, 3, (texts,), generator=generator),
+    }.get(arrangement, torch.randint(0, images, (texts,), generator=generator))
+    with torch.inference_mode():
+        pixels = small_model.encode_image(_pixels(small_model, images))
+        embeds = small_model.encode_text(ids, mask)
+        expected = small_model.fuse(embeds, mask, small_model.image_memory(pixels), index, first_token_only=True)
+        found = session.fuse(embeds, mask, session.image_memory(pixels), index, first_token_only=True)
+        _close(found, expected)
+        _close(session.match_logits(found), small_model.match_logits(expected))
+        _close(session.predict_boxes(found), small_model.predict_boxes(expected))
+
+
+def test_a_token_budget_changes_passes_and_not_results(session: Session, small_model: XFM, monkeypatch) -> None:
+    from xfm_fast.export.session.passes import PassLimits
+
+    ids, mask = _texts(23, 11)
+    index = torch.arange(23) % 3
+    with torch.inference_mode():
+        images = small_model.encode_image(_pixels(small_model, 3))
+        embeds = session.encode_text(ids, mask)
+        memory = session.image_memory(images)
+        whole = session.match_logits(session.fuse(embeds, mask, memory, index, first_token_only=True))
+        monkeypatch.setattr(session, "limits", PassLimits(budget=25, pass_tokens=0))
+        assert len(session.passes(mask.sum(1).tolist(), index.tolist())) > 8
+        _close(session.encode_text(ids, mask), embeds)
+        _close(session.match_logits(session.fuse(embeds, mask, memory, index, first_token_only=True)), whole)
+
+
+def test_retrieval_runs_on_a_session_unchanged(session: Session, small_model: XFM, tmp_path: Path) -> None:
+    pixels, (ids, mask) = _pixels(small_model, 6), _texts(31, 14)
+    results = []
+    for model in (small_model, session):
+        retriever = Retriever(model, token_budget=64)
+        images = retriever.embed_images(pixels.split(4))
+        texts = retriever.embed_texts([(ids[:20], mask[:20]), (ids[20:], mask[20:])])
+        results.append(retriever.rerank(images, texts, k=5))
+        if model is session:
+            kept = retriever.rerank(images, texts, k=5, resume=tmp_path)
+            again = retriever.rerank(images, texts, k=5, resume=tmp_path)
+            assert again.receipt.pairs_resumed == kept.receipt.pairs_scored == again.receipt.pairs_scored
+            assert torch.equal(kept.scores, again.scores)
+    ours, theirs = results[1], results[0]
+    assert torch.equal(ours.score_i2t == UNSCORED, theirs.score_i2t == UNSCORED)
+    _close(ours.scores, theirs.scores)
+    assert theirs.receipt.flops < ours.receipt.flops < ours.receipt.flops_official
+
+
+def test_the_receipt_counts_padding(session: Session) -> None:
+    lengths = torch.tensor([3, 9, 4])
+    scorer = session.pair_scorer()
+    (work,) = session.passes(lengths.tolist(), [0, 0, 0])
+    assert work.length == 9
+    counted = scorer.fusion_flops(lengths, ImageGroups(torch.tensor([0, 3])), session.config.num_image_tokens)
+    assert counted.total == flops.fusion(session.config, [9, 9, 9], first_token_only=True).total
+
+
+def test_nothing_is_nothing(session: Session, small_model: XFM) -> None:
+    ids, mask = torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long)
+    embeds = session.encode_text(ids, mask)
+    assert embeds.shape == (0, 5, session.config.text_width)
+    assert session.project_text(embeds).shape == (0, session.config.embed_dim)
+    images = session.encode_image(_pixels(small_model, 1)[:0])
+    assert images.shape == (0, session.config.num_image_tokens, session.config.vision_width)
+    memory = session.image_memory(images)
+    assert session.match_logits(session.fuse(embeds, mask, memory, first_token_only=True)).shape == (0, 2)
+
+
+def test_heads_answer_for_the_very_tensor_only(session: Session, small_model: XFM) -> None:
+    found = session.encode_image(_pixels(small_model, 2))
+    with pytest.raises(InputError, match="encode_image of this session returned, not a part or copy"):
+        session.project_image(found[:1])
+    with pytest.raises(InputError, match="the very tensor that fuse"):
+        session.match_logits(torch.zeros(1, 1, session.config.text_width))
+
+
+def test_results_are_forgotten_with_their_embeddings(session: Session, small_model: XFM) -> None:
+    kept = len(session._carried)
+    found = session.encode_image(_pixels(small_model, 2))
+    assert len(session._carried) == kept + 1
+    del found
+    assert len(session._carried) == kept
+
+
+def test_threads_share_a_session(session: Session, small_model: XFM) -> None:
+    inputs = [_texts(9, 8, seed=seed) for seed in range(6)]
+    alone = [session.encode_text(*pair) for pair in inputs]
+    found: list[Tensor | None] = [None] * len(inputs)
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            found[number] = session.encode_text(*inputs[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine, expected in zip(found, alone, strict=True):
+        assert mine is not None
+        _close(mine, expected)
+
+
+def test_is_ready_when_warm(exported_fp32: Path, small_model: XFM) -> None:
+    session = Session(exported_fp32, "onnxruntime", "cpu", verify_files=False)
+    assert not session.ready
+    with pytest.raises(UnavailableError, match="not ready; call warm_up"):
+        session.encode_image(_pixels(small_model, 1))
+    session.warm_up()
+    assert session.ready
+    assert set(session.loaded) == set(session.manifest.graph_names)
+    assert all(report.load_seconds > 0 and report.warm_seconds > 0 for report in session.loaded.values())
+
+
+def test_one_graph_pads_and_trims_by_itself(session: Session, small_model: XFM) -> None:
+    ids, mask = _texts(2, 5)
+    scores = session.run(
+        "match", {"pixels": _pixels(small_model, 1), "input_ids": ids[None], "attention_mask": mask[None]}
+    )
+    assert scores["scores"].shape == (1, 2)
+    with pytest.raises(InputError, match="inputs missing or unknown: attention_mask"):
+        session.run("text", {"input_ids": ids})
+    with pytest.raises(InputError, match=r"attention_mask is \[2, 4\], so length is 4, but another input has 5"):
+        session.run("text", {"input_ids": ids, "attention_mask": mask[:, :4]})
+    with pytest.raises(InputError, match=r"pixels is \[1, 3, 8, 8\]; it must be \[batch, 3, "):
+        session.run("vision", {"pixels": torch.zeros(1, 3, 8, 8)})
+    with pytest.raises(ExportError, match="graph 'decoder' is not in"):
+        session.run("decoder", {})
+
+
+def test_fixed_graphs_take_less_by_padding_and_more_in_parts(small_model: XFM, tmp_path: Path) -> None:
+    fixed = {"batch": 2, "texts": 4, "length": 12}
+    export_onnx(small_model, tmp_path, fixed=fixed)
+    session = Session.load(tmp_path)
+    assert all(slot.fixed for name in session.manifest.graph_names for slot in session.slots(name))
+    ids, mask = _texts(7, 9)
+    index = torch.tensor([0, 2, 2, 1, 2, 2, 2])
+    with torch.inference_mode():
+        images = small_model.encode_image(_pixels(small_model, 3))
+        _close(session.encode_image(_pixels(small_model, 3)), images)
+        embeds = small_model.encode_text(ids, mask)
+        _close(session.encode_text(ids, mask), embeds)
+        expected = small_model.fuse(embeds, mask, small_model.image_memory(images), index, first_token_only=True)
+        found = session.fuse(embeds, mask, session.image_memory(images), index, first_token_only=True)
+        _close(session.match_logits(found), small_model.match_logits(expected))
+    ids, mask = torch.full((1, 13), 5), torch.ones(1, 13)
+    with pytest.raises(InputError, match=r"length is 13 and graph 'text' takes exactly 12"):
+        session.encode_text(ids, mask)
+    with pytest.raises(InputError, match=r"batch is 3 and graph 'vision' takes exactly 2"):
+        session.run("vision", {"pixels": _pixels(small_model, 3)})
+
+
+def test_all_tokens_come_where_they_were_exported(small_model: XFM, session: Session, tmp_path: Path) -> None:
+    ids, mask = _texts(5, 8)
+    index = torch.tensor([0, 1, 0, 0, 1])
+    with torch.inference_mode():
+        images, embeds = small_model.encode_image(_pixels(small_model, 2)), small_model.encode_text(ids, mask)
+        with pytest.raises(UnavailableError, match="token 0 of fused texts alone"):
+            session.fuse(embeds, mask, session.image_memory(images), index)
+        export_onnx(small_model, tmp_path, graphs=("image_memory", "fusion"), all_tokens=True)
+        whole = Session.load(tmp_path)
+        expected = small_model.fuse(embeds, mask, small_model.image_memory(images), index)
+        found = whole.fuse(embeds, mask, whole.image_memory(images), index)
+        _close(found, expected)
+        assert not found[mask == 0].any()
+        _close(whole.match_logits(found), small_model.match_logits(expected))
+        first = whole.fuse(embeds, mask, whole.image_memory(images), index, first_token_only=True)
+        _close(first, expected[:, :1])
+    with pytest.raises(ExportError, match=r"graph 'vision' is not in .* \(it has: image_memory, fusion\); export it"):
+        whole.encode_image(_pixels(small_model, 1))
+
+
+def test_what_does_not_match_is_named(exported_fp32: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported_fp32, folder)
+    with (folder / "text.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ExportError, match=r"text\.onnx was edited"):
+        Session.load(folder)
+    with pytest.raises(ExportError, match="runtime 'tensorrt' runs tensorrt and this export holds onnx"):
+        Session.load(folder, "tensorrt", verify_files=False)
+    with pytest.raises(UnavailableError, match="runtime 'coreml' is unknown; choose from auto, onnxruntime"):
+        Session.load(folder, "coreml", verify_files=False)
+    with pytest.raises(UnavailableError, match="precision='bf16' is a matter of OpenVINO"):
+        Session.load(folder, "onnxruntime", precision="bf16", verify_files=False)
+    with pytest.raises(ExportError, match=r"has no manifest\.json"):
+        Session.load(tmp_path)
+
+
+def test_a_failed_export_is_not_served(exported_fp32: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported_fp32, folder)
+    manifest = Manifest.load(folder)
+    manifest.status, manifest.reason = "failed", "differs from the model: fusion boxes"
+    manifest.save(folder)
+    with pytest.raises(ExportError, match=r"differs from the model that it was made from .*fusion boxes"):
+        Session.load(folder)
+
+
+def test_half_precision_stays_within_its_band(exported_fp16: Path, small_model: XFM) -> None:
+    session = Session.load(exported_fp16, "onnxruntime", "cpu")
+    assert session.dtype == torch.float16
+    pixels = _pixels(small_model, 2)
+    with torch.inference_mode():
+        found, expected = session.encode_image(pixels), small_model.encode_image(pixels)
+    assert found.dtype == torch.float16
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()

@@ -1,0 +1,287 @@
+"""`xfm-fast export` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.runner import invoke
+from tests.export.engines.fake_tensorrt import make_tensorrt
+from xfm_fast.checkpoint import to_official
+from xfm_fast.cli import export as commands
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.export import onnx
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.request import ModelSource
+from xfm_fast.models.xfm import XFM
+
+pytest.importorskip("onnx", reason="exports to ONNX need onnx")
+pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
+pytest.importorskip("onnxruntime", reason="verification needs onnxruntime")
+
+
+def _run(*arguments: str, expect: int = 0) -> str:
+    """The output of a command that ends with the expected code, as the entry point would make of it."""
+    done = invoke(["export", *arguments])
+    assert done.exit_code == expect, done.output
+    return done.output
+
+
+def test_help_names_the_commands() -> None:
+    shown = _run("--help")
+    assert all(command in shown for command in ("onnx", "verify"))
+
+
+def test_export_and_verify(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = _run("onnx", "--preset", "tiny", "--out", str(out), "--graphs", "image_memory", "--dtype", "fp16")
+    assert "verified" in shown
+    assert re.search(r"image_memory +memory .* ok", shown)
+    manifest = Manifest.load(out)
+    assert (manifest.status, manifest.dtype, manifest.graph_names) == ("verified", "fp16", ("image_memory",))
+    assert manifest.source == "random weights of preset tiny"
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert "verified" in _run("verify", str(out))
+
+
+@pytest.fixture
+def copied(exported_fp32: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported_fp32, tmp_path / "copied"))
+
+
+def test_verify_shows_a_table(copied: Path) -> None:
+    shown = _run("verify", str(copied))
+    for output in ("image_embeds", "text_feature", "memory", "match_logits", "scores"):
+        assert re.search(rf"{output} .* ok", shown)
+    assert "ranks by fusion: 100.0% of 128 candidates agree" in shown
+
+
+def test_failed_verification_keeps_the_files(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xfm_fast.export.verification import THRESHOLDS, Threshold
+
+    strict = Threshold(absolute=0, rounding=0, cosine=2, tie=0, ranks=0.99)
+    monkeypatch.setitem(THRESHOLDS, "fp32", strict)
+    before = {path.name for path in copied.iterdir()}
+    shown = _run("verify", str(copied), expect=1)
+    assert "failed: differs from the model: vision image_embeds" in shown
+    assert "differs" in shown
+    assert {path.name for path in copied.iterdir()} == before
+    assert json.loads((copied / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_edited_file_is_an_error_of_the_user(copied: Path) -> None:
+    (copied / "text.onnx").write_bytes(b"short")
+    assert "text.onnx is truncated (5 of" in _run("verify", str(copied), expect=2)
+    (copied / "manifest.json").unlink()
+    assert "has no manifest.json" in _run("verify", str(copied), expect=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --checkpoint (its weights) or --preset"),
+        (["--preset", "tiny", "--checkpoint", "x.th"], "either --checkpoint (its weights) or --preset"),
+        (["--preset", "huge"], "preset 'huge' is unknown; choose one of base, tiny"),
+        (["--preset", "tiny", "--dtype", "fp8"], "dtype 'fp8' is unknown"),
+        (["--preset", "tiny", "--for", "toaster"], "consumer 'toaster' is unknown"),
+        (["--preset", "tiny", "--opset", "9"], "opset 9 is not supported"),
+        (["--preset", "tiny", "--graphs", "vision,sound"], "graph 'sound' is unknown"),
+        (["--preset", "tiny", "--graphs", ","], "--graphs ',' names no graph; choose from vision"),
+        (["--preset", "tiny", "--fixed", "batch"], "--fixed 'batch' is not understood"),
+        (["--preset", "tiny", "--fixed", "height=3"], "axis 'height' cannot be fixed"),
+        (["--preset", "tiny", "--image-size", "33"], "image_size=33 is no multiple of patch_size=8"),
+        (["--preset", "tiny", "--config", "sizes.json"], "leave it out here"),
+        (["--checkpoint", "absent.th"], "absent.th"),
+    ],
+)
+def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("exported")
+
+    monkeypatch.setattr(onnx, "write_onnx", refuse)
+    assert message in _run("onnx", "--out", str(tmp_path / "out"), *options, expect=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_weights_leave_nothing_zero() -> None:
+    model = commands.load_subject(ModelSource(preset="tiny", image_size=48)).model
+    assert model.config.image_size == 48
+    assert not [name for name, value in model.named_parameters() if not value.abs().max() > 0]
+
+
+def test_checkpoints_of_either_form(make_model: Callable[..., XFM], tmp_path: Path) -> None:
+    model = make_model()
+    config = model.config
+    model.save_pretrained(tmp_path / "ours")
+    (tmp_path / "sizes.json").write_text(
+        json.dumps(
+            {
+                "image_res": config.image_size, "patch_size": config.patch_size, "vision_width": config.vision_width,
+                "vision_depth": config.vision_depth, "vision_heads": config.vision_heads,
+                "text_width": config.text_width, "text_layers": config.text_layers, "text_heads": config.text_heads,
+                "text_intermediate": config.text_intermediate, "vocab": config.vocab_size,
+                "max_pos": config.max_positions, "fusion_layers": config.fusion_layers, "embed_dim": config.embed_dim,
+                "num_masking_patches": config.num_masking_patches, "min_num_patches": config.min_num_patches,
+            }
+        )
+    )  # fmt: skip
+    state = to_official(model.state_dict(), config)
+    torch.save({"model": state}, tmp_path / "official.th")
+    ours = commands.load_subject(ModelSource(tmp_path / "ours"))
+    official = commands.load_subject(ModelSource(tmp_path / "official.th", config=tmp_path / "sizes.json"))
+    assert (ours.source, official.source) == ("checkpoint ours", "checkpoint official.th")
+    for subject in (ours, official):
+        assert {*subject.model.heads} == {"contrastive", "matching", "boxes"}
+        for name, value in subject.model.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), name
+    larger = commands.load_subject(ModelSource(tmp_path / "ours", image_size=48))
+    assert larger.model.config.image_size == 48
+    with pytest.raises(InputError, match="--config gives the sizes of an official checkpoint"):
+        commands.load_subject(ModelSource(tmp_path / "ours", config=tmp_path / "sizes.json"))
+    with pytest.raises(UnavailableError, match="preset 'small' is unknown"):
+        commands.load_subject(ModelSource(preset="small"))
+
+
+def test_examples_are_photographs_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    subject = commands.load_subject(ModelSource(preset="tiny"))
+    examples, note = commands.load_examples(subject, None, {"length": 40})
+    assert note == ""
+    assert "photographs" in examples.origin
+    assert examples.pixels.shape[1:] == (3, 32, 32)
+    assert {1, 2, 3, 5, 8, 13, 21, 34, 40} <= {*examples.attention_mask.sum(1).tolist()}
+
+
+def test_examples_are_generated_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    subject = commands.load_subject(ModelSource(preset="tiny"))
+    examples, note = commands.load_examples(subject, None, {"length": 40})
+    assert "generated" in examples.origin
+    assert "no photographs" in note
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [224, 384])
+def test_base_model_on_photographs(tmp_path: Path, size: int) -> None:
+    """What is promised of fp32: 1e-4 on embeddings and scores, lengths 1 to 40, and the order of candidates."""
+    out = tmp_path / "out"
+    _run("onnx", "--preset", "base", "--image-size", str(size), "--out", str(out))
+    manifest = Manifest.load(out)
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    assert manifest.verification is not None
+    assert all(check.max_error is not None and check.max_error <= 1e-4 for check in manifest.verification.checks)
+    assert all(ranks.agreement >= 0.99 for ranks in manifest.verification.ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_base_model_in_half_precision(tmp_path: Path, dtype: str) -> None:
+    """Both stay within the band of their rounding; ONNX Runtime computes bf16 graphs in fp32 on a CPU."""
+    out = tmp_path / "out"
+    _run("onnx", "--preset", "base", "--image-size", "224", "--out", str(out), "--dtype", dtype)
+    manifest = Manifest.load(out)
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    assert manifest.verification is not None
+    assert all(ranks.agreement >= 0.99 for ranks in manifest.verification.ranks)
+
+
+def rtx(out: Path, *more: str) -> tuple[str, ...]:
+    return ("export", "tensorrt-rtx", "--out", str(out), "--preset", "tiny", "--sm", "80,89,120", *more)
+
+
+def test_engines_from_the_command_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ("--graphs", "image_memory", "--dtype", "fp16", "--profile", "latency:batch=1..1..2")
+    done = invoke(rtx(tmp_path, *arguments))
+    assert done.exit_code == 0, done.output
+    manifest = Manifest.load(tmp_path)
+    assert manifest.status == ("verified" if torch.cuda.is_available() else "unverified")
+    assert manifest.graph("image_memory").profiles[0].most == {"image_embeds": [2, 17, 64]}
+    assert "image_memory.engine" in done.stdout
+    assert {"image_memory.engine", "manifest.json"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sm", "75"), "SM75 has no bf16"),
+        (("--sm", "90"), "does not build for SM90"),
+        (("--profile", "a:batch=1..9..8"), "tuned for 9"),
+        (("--opset", "12"), "opset 12 is not supported"),
+        (("--dtype", "fp8"), "dtype 'fp8' is unknown"),
+        (("--quantize", "fp8"), "SM80 has no fp8"),
+        (("--graphs", "visoin"), "graph 'visoin' is unknown"),
+    ],
+)
+def test_bad_options_are_refused_at_once(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was made"))
+    done = invoke(rtx(tmp_path, *arguments))
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_tensorrt_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("export", "tensorrt", "--out", str(tmp_path), "--preset", "tiny")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    done = invoke(command)
+    assert done.exit_code == 2
+    assert "pip install 'xfm-fast[tensorrt]'" in done.stderr
+    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt())
+    monkeypatch.setattr("xfm_fast.export.engines.library.local_capability", lambda: 89)
+    for more, message in (
+        (("--hardware-compatible", "all"), "choose from ampere_plus, same_compute_capability"),
+        (("--plugins", "--quantize", "int8"), "choose one of them"),
+        (("--sm", "80"), "not for SM80"),
+    ):
+        done = invoke([*command, *more])
+        assert done.exit_code == 2
+        assert message in done.stderr
+
+
+def test_bars_follow_the_builder() -> None:
+    from rich.progress import Progress
+
+    from xfm_fast.cli.export import Bars
+
+    bars = Progress(disable=True)
+    shown: Any = Bars(bars)
+    shown.graph("vision", 1, 2)
+    shown.phase("Building engine", 0, 6, 0)
+    shown.phase("Optimizing graph", 3, 30, 1)
+    assert [(task.description.strip(), task.completed, task.total) for task in bars.tasks] == [
+        ("graph vision", 0, 2), ("Building engine", 0, 6), ("Optimizing graph", 3, 30),
+    ]  # fmt: skip
+    shown.phase("Computing profile costs", 1, 5, 1)
+    shown.graph("text", 2, 2)
+    assert [(task.description, task.completed) for task in bars.tasks] == [("graph text", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
+    """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
+    pytest.importorskip("tensorrt_rtx")
+    from xfm_fast.export import export_engines
+
+    model = commands.load_subject(ModelSource(preset="base")).model
+    manifest = export_engines(
+        model, tmp_path, "tensorrt-rtx", dtype=dtype, sm="80,89,120"
+    )  # fmt: skip
+    megabytes = {record.name.removesuffix(".engine"): record.bytes / 1e6 for record in manifest.files}
+    assert set(megabytes) == {"vision", "text", "image_memory", "fusion"}
+    for name, size in (("vision", 172), ("text", 249), ("image_memory", 28), ("fusion", 227)):
+        assert size * 0.9 < megabytes[name] < size * 1.4, megabytes

@@ -1,0 +1,257 @@
+"""ONNX files for every consumer, type and opset: valid, clean, and the same function as the graph they came from."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from xfm_fast import __version__
+from xfm_fast.errors import InputError, StorageError, UnavailableError
+from xfm_fast.export import onnx as onnx_files
+from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
+from xfm_fast.export.graphs import AttentionForm, GraphName, build, random_inputs
+from xfm_fast.export.onnx import OnnxFile, write_onnx
+from xfm_fast.export.pipeline import in_dtype
+from xfm_fast.models.xfm import XFM
+
+onnx = pytest.importorskip("onnx", reason="exports to ONNX need onnx")
+pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime", reason="running exports needs onnxruntime")
+
+# Errors of single layers: fp32 sums in another order; fp16 rounds every result.
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2}
+METADATA = {"xfm_fast.dtype": "fp32", "xfm_fast.config": "{}"}
+ONE_LAYER = {"vision_depth": 1, "text_layers": 1, "fusion_layers": 1}
+NOT_READ = ("openvino", "bf16")
+# What the consumers ask for, each spelling once, and the opsets beside their defaults.
+SPELLINGS = [
+    *sorted({(p.form, p.opset, d) for c in CONSUMERS for d in DTYPES if (c, d) != NOT_READ for p in [profile(c, d)]}),
+    pytest.param("primitives", 22, "fp32", marks=pytest.mark.slow),
+    pytest.param("function", 24, "fp32", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., XFM]) -> XFM:
+    return make_model(**ONE_LAYER)
+
+
+@pytest.fixture(scope="module")
+def written(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OnnxFile]:
+    """Writes a graph once for each combination of arguments."""
+    done: dict[Any, OnnxFile] = {}
+
+    def write(
+        name: GraphName, form: AttentionForm = "function", opset: int = 23, dtype: DType = "fp32", **options: Any
+    ):
+        key = (name, form, opset, dtype, repr(sorted(options.items())))
+        if key not in done:
+            graph = in_dtype(build(name, model, form), dtype)
+            folder = tmp_path_factory.mktemp("onnx")
+            done[key] = write_onnx(graph, folder / f"{name}.onnx", Profile(form, opset), dtype, **options)
+        return done[key]
+
+    return write
+
+
+def _run(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(value) for value in session.run(None, {n: t.numpy() for n, t in inputs.items()})]
+
+
+def _assert_same(model: XFM, name: GraphName, path: Path, sizes: dict[str, int], dtype: DType = "fp32") -> None:
+    graph = build(name, model, "function")
+    values = random_inputs(graph, sizes, torch.float32)
+    typed = [value.to(DTYPES[dtype]) if value.is_floating_point() else value for value in values]
+    found = _run(path, {spec.name: value for spec, value in zip(graph.inputs, typed, strict=True)})
+    with torch.no_grad():
+        expected = graph(*values)
+    for spec, mine, theirs in zip(graph.outputs, found, expected, strict=True):
+        assert mine.shape == spec.shape(sizes)
+        torch.testing.assert_close(
+            mine.float(), theirs, rtol=0, atol=TOLERANCE[dtype] * max(1.0, float(theirs.abs().max()))
+        )
+
+
+@pytest.mark.parametrize(("form", "opset", "dtype"), SPELLINGS)
+def test_every_spelling_is_valid_and_the_same_function(
+    model: XFM, written: Callable[..., OnnxFile], form: AttentionForm, opset: int, dtype: DType
+) -> None:
+    file = written("fusion", form, opset, dtype)
+    loaded = onnx.load(str(file.path))
+    onnx.checker.check_model(loaded, full_check=True)
+    assert {entry.domain: entry.version for entry in loaded.opset_import}[""] == opset == file.opset
+    kinds = [(node.domain, node.op_type) for node in loaded.graph.node]
+    attention = {"function": ("xfm", "Attention"), "opset23": ("", "Attention"), "primitives": ("", "Softmax")}[form]
+    assert kinds.count(attention) == 2
+    assert ("Attention" in {kind for _, kind in kinds}) == (form != "primitives")
+    types = {tensor.data_type for tensor in loaded.graph.initializer if len(tensor.dims) == 2}
+    assert types == {
+        {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}.get(dtype, onnx.TensorProto.BFLOAT16)
+    }
+    if dtype != "bf16":  # ONNX Runtime has no bf16 kernels for the CPU.
+        for sizes in ({"batch": 1, "texts": 1, "length": 1}, {"batch": 3, "texts": 2, "length": 40}):
+            _assert_same(model, "fusion", file.path, sizes, dtype)
+
+
+@pytest.mark.parametrize("name", ["vision", "text", "image_memory", pytest.param("match", marks=pytest.mark.slow)])
+def test_other_graphs_are_the_same_function_at_every_size(
+    model: XFM, written: Callable[..., OnnxFile], name: GraphName
+) -> None:
+    file = written(name, **({"metadata": METADATA} if name == "text" else {}))
+    for sizes in ({"batch": 1, "texts": 1, "length": 1}, {"batch": 5, "texts": 4, "length": 40}):
+        _assert_same(model, name, file.path, sizes)
+
+
+def test_shape_inference_knows_every_output(written: Callable[..., OnnxFile]) -> None:
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(str(written("fusion").path)), strict_mode=True)
+    dims = {
+        out.name: [d.dim_param or d.dim_value for d in out.type.tensor_type.shape.dim] for out in inferred.graph.output
+    }
+    assert dims["match_logits"] == ["batch", "texts", 2]
+    assert dims["boxes"] == ["batch", "texts", 4]
+
+
+def test_the_memory_is_cut_once(model: XFM, written: Callable[..., OnnxFile]) -> None:
+    """Runtimes copy what they cut: keys and values of all layers come from the same tensor, none from a piece of it."""
+    graph = onnx.load(str(written("fusion").path)).graph
+    cuts = [node.input[0] for node in graph.node if node.op_type == "Gather"]
+    assert len(cuts) == 2 * model.config.fusion_layers
+    assert len({*cuts}) == 1
+
+
+def test_fixed_axes_are_numbers(model: XFM, written: Callable[..., OnnxFile]) -> None:
+    file = written("text", fixed={"batch": 1, "length": 12})
+    loaded = onnx.load(str(file.path))
+    shapes = {
+        put.name: [d.dim_param or d.dim_value for d in put.type.tensor_type.shape.dim] for put in loaded.graph.input
+    }
+    assert shapes == {"input_ids": [1, 12], "attention_mask": [1, 12]}
+    assert not {
+        d.dim_param
+        for info in (*loaded.graph.value_info, *loaded.graph.output)
+        for d in info.type.tensor_type.shape.dim
+    } - {""}
+    _assert_same(model, "text", file.path, {"batch": 1, "length": 12})
+
+
+def test_one_fixed_axis_leaves_the_others_dynamic(model: XFM, written: Callable[..., OnnxFile]) -> None:
+    file = written("text", fixed={"length": 12})
+    for batch in (1, 3):
+        _assert_same(model, "text", file.path, {"batch": batch, "length": 12})
+
+
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [({"texts": 3}, "axis 'texts' cannot be fixed; choose from batch, length"), ({"batch": 0}, "batch=0 is no size")],
+)
+def test_axes_that_cannot_be_fixed(model: XFM, tmp_path: Path, fixed: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write_onnx(build("text", model, "function"), tmp_path / "x.onnx", Profile("function", 23), "fp32", fixed=fixed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_are_clean_and_metadata_is_there(written: Callable[..., OnnxFile]) -> None:
+    file = written("text", metadata=METADATA)
+    content = file.path.read_bytes()
+    root = Path(onnx_files.__file__).resolve().parents[1]
+    here = [str(root), str(Path(torch.__file__).parent), "site-packages", str(Path.home()), '.py"', "stack_trace"]
+    # In a container the user may be called root, which is no telling name.
+    here += [name for name in (getpass.getuser(), socket.gethostname()) if len(name) > 6]
+    for name in here:
+        assert name.encode() not in content, name
+    loaded = onnx.load_from_string(content)
+    assert (loaded.producer_name, loaded.producer_version, loaded.graph.name) == ("xfm-fast", __version__, "text")
+    assert {entry.key: entry.value for entry in loaded.metadata_props} == METADATA
+    parts = [*loaded.graph.node, *loaded.graph.value_info, *loaded.graph.initializer, *loaded.functions]
+    parts += [node for function in loaded.functions for node in function.node]
+    assert not [part.name for part in parts if part.doc_string or part.metadata_props]
+
+
+def test_function_has_a_body_and_a_plugin_can_take_over(written: Callable[..., OnnxFile]) -> None:
+    loaded = onnx.load(str(written("fusion").path))
+    (function,) = loaded.functions
+    assert (function.domain, function.name) == ("xfm", "Attention")
+    assert [node.op_type for node in function.node] == ["Attention"]
+    nodes = [node for node in loaded.graph.node if node.domain == "xfm"]
+    assert {len(node.input) for node in nodes} == {3, 4}  # cross-attention has no mask
+    assert all(node.attribute[0].name == "scale" for node in nodes)
+
+
+def test_weights_beyond_the_limit_lie_beside_the_file(model: XFM, tmp_path: Path) -> None:
+    graph, spelling = build("image_memory", model, "function"), Profile("function", 23)
+    assert all(parameter.requires_grad for parameter in graph.parameters())
+    path = tmp_path / "image_memory.onnx"
+    file = write_onnx(graph, path, spelling, "fp32", largest_file=1000)
+    assert [part.name for part in file.files] == ["image_memory.onnx", "image_memory.onnx.data"]
+    assert path.stat().st_size < 4000 < (tmp_path / "image_memory.onnx.data").stat().st_size
+    onnx.checker.check_model(str(path), full_check=True)
+    _assert_same(model, "image_memory", path, {"batch": 2})
+    assert all(parameter.requires_grad for parameter in graph.parameters())
+    whole = write_onnx(graph, path, spelling, "fp32")
+    assert [part.name for part in tmp_path.iterdir()] == ["image_memory.onnx"] == [part.name for part in whole.files]
+
+
+def test_model_size_counts_what_protobuf_cannot(
+    monkeypatch: pytest.MonkeyPatch, written: Callable[..., OnnxFile]
+) -> None:
+    path = written("image_memory").path
+    loaded = onnx.load(str(path))
+    assert onnx_files._bytes(loaded) == path.stat().st_size
+    monkeypatch.setattr(onnx_files, "LARGEST_FILE", 1000)
+    assert 1000 < onnx_files._bytes(loaded) < path.stat().st_size
+
+
+def test_failed_write_leaves_what_was_there(model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image_memory.onnx"
+    path.write_bytes(b"earlier")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save", full)
+    with pytest.raises(StorageError, match=r"image_memory\.onnx could not be written \(No space left.*free 0\.0 GB"):
+        write_onnx(build("image_memory", model, "function"), path, Profile("function", 23), "fp32")
+    assert path.read_bytes() == b"earlier"
+    assert [part.name for part in tmp_path.iterdir()] == ["image_memory.onnx"]
+
+
+def test_the_oldest_opset_of_bf16_has_all_that_pixels_need(written: Callable[..., OnnxFile]) -> None:
+    spelling = profile("tensorrt", "bf16", 22)
+    assert written("vision", spelling.form, spelling.opset, "bf16").opset == 22
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("onnx", "fp32", None), "consumer 'onnx' is unknown; choose from onnxruntime"),
+        (("onnxruntime", "int4", None), "dtype 'int4' is unknown; choose from fp32, fp16, bf16"),
+        (("tensorrt", "fp16", 19), "opset 19 is not supported; choose 20"),
+        (("tensorrt", "fp16", 99), "opset 99 is not supported"),
+        (("tensorrt", "bf16", 21), "opset 21 has no bf16 convolution; choose 22 to 24, or --dtype fp16"),
+        (("openvino", "bf16", 22), "OpenVINO takes no bf16 tensors; export with --dtype fp32 and load the session"),
+    ],
+)
+def test_unsupported_choices(arguments: tuple[str, str, int | None], message: str) -> None:
+    with pytest.raises(UnavailableError, match=message):
+        profile(*arguments)
+
+
+def test_profiles() -> None:
+    assert profile("onnxruntime", "fp32") == profile("tensorrt", "fp16") == Profile("function", 23)
+    assert profile("tensorrt-rtx", "bf16") == Profile("opset23", 23)
+    # TensorRT for RTX has no fp32 kernel behind Attention.
+    assert profile("tensorrt-rtx", "fp32") == profile("openvino", "fp16") == Profile("primitives", 20)
+    assert profile("tensorrt", "fp16", 22) == Profile("primitives", 22)
+    forms = {profile(c, d).form for c in CONSUMERS for d in DTYPES if (c, d) != NOT_READ}
+    assert forms == {*get_args(AttentionForm)}

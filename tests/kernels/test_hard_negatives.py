@@ -1,0 +1,98 @@
+"""Hard negatives: the rule of the official code, the distribution of the draw, and its determinism."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.conftest import load_tensors
+from xfm_fast.kernels import reference
+from xfm_fast.kernels.losses import race
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def diagonal(rows: int) -> Tensor:
+    return torch.eye(rows, dtype=torch.bool)
+
+
+def draw(similarity: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return race(reference.hard_negative_weights(similarity, mask), generator)
+
+
+def test_weights_of_the_official_code() -> None:
+    vectors = load_tensors("tiny_a/outputs")
+    inputs = load_tensors("tiny_a/inputs")
+    temperature = load_tensors("tiny_a/weights")["temp"].double().clamp(0.001, 0.5)
+    similarity = vectors["text_feat"].double() @ vectors["image_feat"].double().t() / temperature
+    ids = inputs["idx"]
+    for mask, suffix in ((diagonal(len(similarity)), ""), (ids[:, None] == ids[None, :], "_idx")):
+        for name, values in (("t2i", similarity), ("i2t", similarity.t())):
+            expected = vectors[f"hard_neg_weights_{name}{suffix}"]
+            torch.testing.assert_close(reference.hard_negative_weights(values, mask), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_distribution() -> None:
+    """Frequencies of 60,000 draws are within five deviations of the weights, the floor of 1e-5 included."""
+    similarity = torch.tensor([3.0, 1.0, -40.0, 2.0, 0.0, 8.0])
+    mask = torch.tensor([False, False, False, False, False, True])
+    draws = 60_000
+    found = draw(similarity.expand(draws, 6), mask.expand(draws, 6), seeded(1))
+    share = torch.bincount(found, minlength=6) / draws
+    weights = reference.hard_negative_weights(similarity[None], mask[None])[0].double()
+    expected = weights / weights.sum()
+    assert (share - expected).abs().le(5 * (expected * (1 - expected) / draws).sqrt() + 1 / draws).all()
+    assert share[5] == 0
+
+
+def test_even_the_easiest_negative_can_be_drawn() -> None:
+    similarity = torch.tensor([[0.0, 100.0, -100.0]]).expand(400_000, 3)
+    mask = torch.tensor([[False, True, False]]).expand(400_000, 3)
+    found = draw(similarity, mask, seeded(0))
+    assert 0.45 < float((found == 2).float().mean()) < 0.55
+
+
+def test_rows_are_drawn_independently() -> None:
+    found = draw(torch.zeros(2, 50_000, 4)[0], torch.zeros(50_000, 4, dtype=torch.bool), seeded(3))
+    pairs = torch.bincount(found[:-1] * 4 + found[1:], minlength=16) / (len(found) - 1)
+    assert (pairs - 1 / 16).abs().max() < 0.006
+
+
+def test_the_generator_decides() -> None:
+    similarity, mask = torch.randn(64, 64), diagonal(64)
+    first, second = (draw(similarity, mask, seeded(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, draw(similarity, mask, seeded(6)))
+    generator = seeded(5)
+    assert torch.equal(first, draw(similarity, mask, generator))
+    assert not torch.equal(first, draw(similarity, mask, generator))
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 12),
+    scale=st.sampled_from([0.0, 1.0, 1e4]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_never_an_excluded_column(rows: int, columns: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    mask = torch.rand(rows, columns) < 0.7
+    mask[torch.arange(rows), torch.randint(columns, (rows,))] = False
+    found = draw((scale * torch.randn(rows, columns)).to(dtype), mask, seeded(seed))
+    assert found.shape == (rows,)
+    assert found.dtype == torch.int64
+    assert not mask[torch.arange(rows), found].any()
+
+
+def test_compiles_as_one_graph() -> None:
+    """Nothing in the way of a draw asks the host for a value."""
+    compiled = torch.compile(draw, fullgraph=True, backend="eager")
+    mask = diagonal(6)
+    found = compiled(torch.randn(6, 6), mask)
+    assert not mask[torch.arange(6), found].any()

@@ -1,0 +1,356 @@
+"""State dicts in files: read without running anything that a file contains, written whole or not at all.
+
+A failure at any moment of a write leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError, StorageError
+
+FORMAT_VERSION = 1
+CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Where training programs keep the weights inside what they save, in the order in which they are looked for.
+_NESTINGS = ("model", "module", "state_dict")
+# Prefixes that DistributedDataParallel and torch.compile put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+_AGAIN = "download or copy it again and compare checksums"
+_FOREIGN = (
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x89PNG", "a PNG image"),
+    (b"GIF8", "a GIF image"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\xfd7zXZ", "an xz archive"),
+    (b"%PDF", "a PDF document"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it points to"),
+)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the weights in `path`, a safetensors file or a PyTorch checkpoint (`.th`, `.pth`, `.pt`, `.bin`).
+
+    The content decides the format, not the name. PyTorch checkpoints are read with `weights_only=True`, so a file that
+    wants to run code is refused. Weights inside `{"model": ...}`, `{"module": ...}` or `{"state_dict": ...}` are
+    unwrapped, and a `module.` prefix on every name is removed.
+
+    Returns:
+        Name to CPU tensor. The tensors are backed by the file where the format allows it, so memory is used only for
+        what is read; keep the file in place while they live.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, unsafe or foreign file, or one that holds something else.
+    """
+    path = Path(path)
+    form = _format(path)
+    if form != "safetensors":
+        return _as_state_dict(_load_torch(path, mmap=form == "zip"), path)
+    try:
+        return _as_state_dict(load_file(path), path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is a damaged or truncated safetensors file "
+            f"({_first_line(error)}); {_AGAIN}"
+        ) from None
+
+
+def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
+    """The format of a checkpoint by its first bytes, whatever its name."""
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder, not a checkpoint file; name the file in it, or use from_pretrained for a folder that "
+            "save_pretrained wrote"
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist; check the path") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror}); check its permissions") from None
+    if not head:
+        raise CheckpointError(f"checkpoint {path} is empty (0 bytes); {_AGAIN}")
+    for magic, name in _FOREIGN:
+        if head.startswith(magic):
+            raise CheckpointError(f"{path} is {name}; give a .safetensors file or a PyTorch checkpoint")
+    if head.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint: its end is missing; {_AGAIN}"
+            )
+        return "zip"
+    # A safetensors file begins with the length of its JSON header. In text those eight bytes are a huge number.
+    header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
+    if header or (path.suffix == ".safetensors" and (len(head) < 9 or head[8:9] == b"{")):
+        return "safetensors"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    text = head.lstrip()
+    what = "an unknown kind of file"
+    if text[:1] in (b"{", b"["):
+        what = "a JSON file"
+    elif text[:1] == b"<":
+        what = "an HTML or XML page"
+    elif all(byte >= 32 or byte in b"\t\n\r" for byte in text):
+        what = "a text file"
+    raise CheckpointError(
+        f"{path} is {what} (it begins with {head[:8]!r}); give a .safetensors file or a PyTorch checkpoint"
+    )
+
+
+def _load_torch(path: Path, *, mmap: bool) -> Any:
+    try:
+        # Training programs like to store their command line next to the weights. Rebuilding a Namespace only fills
+        # the attributes of a fresh object, so it is safe to allow.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise CheckpointError(
+                f"{path} asks for {refused[1]!r}, which is not plain weights; it was refused and nothing was run: "
+                "re-save the file with torch.save(model.state_dict(), path) where you trust it"
+            ) from None
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is not a PyTorch checkpoint, or is a damaged or truncated one "
+            f"({_first_line(error)}); {_AGAIN}"
+        ) from None
+
+
+def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    where = ""
+    while isinstance(content, Mapping):
+        inner = next((name for name in _NESTINGS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content, where = content[inner], f"{where}[{inner!r}]"
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}{where} holds a {type(content).__name__}; a mapping of names to tensors is needed: save "
+            "model.state_dict()"
+        )
+    if not content:
+        raise CheckpointError(f"{path}{where} holds no tensors; save model.state_dict()")
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}{where} holds a {type(value).__name__} under {name!r} where a tensor is needed; save "
+                "model.state_dict() alone or under 'model'"
+            )
+        state[name] = value.detach()
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+class PretrainedFiles(NamedTuple):
+    """The content of a folder that `save_pretrained` wrote."""
+
+    config: XFMConfig
+    state: dict[str, Tensor]
+    unused: dict[str, Tensor] | None
+
+
+def save_pretrained(
+    module_state: Mapping[str, Tensor],
+    config: XFMConfig,
+    dir: str | os.PathLike[str],
+    *,
+    unused: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `config.json` and `model.safetensors`, and `unused.safetensors` when there are `unused`, into `dir`.
+
+    All files are complete on disk under temporary names before the first one takes its place, so a full disk or a
+    killed process leaves an earlier save as it was (only between two renames, which take no space, could one of the
+    files be new and another old). An `unused.safetensors` of an earlier save is removed where there are no `unused`,
+    since it belongs to other weights. Tensors are written one at a time without a second copy of the model.
+
+    Raises:
+        StorageError: the folder or a file cannot be written.
+        CheckpointError: a tensor has a dtype that safetensors cannot hold.
+    """
+    folder = Path(dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"folder {folder} cannot be made ({_reason(error)}); choose another folder") from error
+    writers: dict[Path, Callable[[BinaryIO], object]] = {
+        folder / MODEL_FILE: lambda file: write_safetensors(file, module_state),
+        folder / CONFIG_FILE: lambda file: _write(file, config.to_json().encode()),
+    }
+    if unused:
+        dead = unused
+        writers[folder / UNUSED_FILE] = lambda file: write_safetensors(file, dead)
+    write_files(writers)
+    if not unused:
+        try:
+            (folder / UNUSED_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{folder / UNUSED_FILE} of an earlier save cannot be removed ({_reason(error)}); delete it"
+            ) from error
+
+
+def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
+    """Read a folder that `save_pretrained` wrote.
+
+    Returns:
+        The configuration, the state dict (file-backed CPU tensors), and the dead weights, or None if they were not
+        saved.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or written by a later version.
+        ConfigError: `config.json` describes no model.
+    """
+    folder = Path(dir)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give the folder that save_pretrained wrote")
+    for name in (CONFIG_FILE, MODEL_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; give a folder that save_pretrained wrote")
+    config = XFMConfig.load(folder / CONFIG_FILE)
+    state = _read(folder / MODEL_FILE)
+    unused = folder / UNUSED_FILE
+    return PretrainedFiles(config, state, _read(unused) if unused.is_file() else None)
+
+
+def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
+    """Write several files so that each appears complete or not at all.
+
+    Every writer fills a temporary file in the folder of its path, which is flushed to the disk; only when all have
+    succeeded are they renamed into place. On any failure the temporary files are removed; a killed process may leave
+    one behind, named `.<name>.<process>-<random>.tmp`.
+
+    Raises:
+        StorageError: a file cannot be written; names the path.
+    """
+    finished: dict[Path, Path] = {}
+    replaced: list[str] = []
+    current = Path()
+    try:
+        for current, writer in writers.items():
+            temporary = current.with_name(f".{current.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            finished[temporary] = current
+            with temporary.open("xb") as file:
+                writer(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, current in finished.items():
+            os.replace(temporary, current)
+            replaced.append(current.name)
+        for folder in {path.parent for path in writers}:
+            sync_folder(folder)
+    except OSError as error:
+        changed = f"{', '.join(replaced)} is already the new one" if replaced else "nothing there was changed"
+        raise StorageError(
+            f"{current} could not be written ({_reason(error)}); {changed}: free space or choose another folder, then "
+            "save again"
+        ) from error
+    finally:
+        for temporary in finished:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """`write_files` of contents that are in memory."""
+    write_files({path: lambda file, content=content: _write(file, content) for path, content in contents.items()})
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    """Stream `tensors` in the safetensors format.
+
+    The library's writer is not used because it wraps a full disk into an error without a number, cannot flush to the
+    disk, and wants all tensors contiguous on the CPU at once.
+    """
+    # Wide types first keeps every tensor aligned to its own size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    package = "unknown"
+    with suppress(PackageNotFoundError):
+        package = version("xfm-fast")
+    header: dict[str, object] = {"__metadata__": {"xfm_fast_format": str(FORMAT_VERSION), "xfm_fast": package}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+            raise CheckpointError(
+                f"{name!r} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors cannot hold; convert it to "
+                "a dense floating-point tensor"
+            )
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    _write(file, len(encoded).to_bytes(8, "little") + encoded)
+    for name in names:
+        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        _write(file, flat.view(torch.uint8).numpy().data)
+
+
+def _write(file: BinaryIO, data: bytes | memoryview) -> None:
+    file.write(data)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    state = read_state_dict(path)
+    with safe_open(path, framework="pt") as file:
+        written = (file.metadata() or {}).get("xfm_fast_format", str(FORMAT_VERSION))
+    if not written.isdigit() or int(written) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
+        )
+    return state
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a rename survives a power cut only then."""
+    # Not every system can open a folder.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

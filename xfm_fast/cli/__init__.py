@@ -1,0 +1,5 @@
+"""The one command, `xfm-fast`."""
+
+from xfm_fast.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,6 @@
+"""`python -m xfm_fast.cli`, which torchrun starts."""
+
+from xfm_fast.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""`xfm-fast bench`: this machine measured, xfm-fast against the official algorithm and whatever else is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from xfm_fast.benchmarks.options import (
+    CocoOptions,
+    DropInOptions,
+    KernelOptions,
+    ScenarioOptions,
+    StepOptions,
+    SuiteOptions,
+    SweepOptions,
+)
+from xfm_fast.cli.console import stdout, table
+from xfm_fast.cli.options import Flat, command_group
+from xfm_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from xfm_fast.benchmarks.measure import Progress
+    from xfm_fast.benchmarks.record import Document
+
+app = command_group("bench")
+
+JsonFile = Annotated[Path | None, Parameter(name="--json", help="File that receives the rows.")]
+_RESULTS = Path("bench-results")
+_MEANINGS = {
+    "embed-image": "photographs to embeddings",
+    "embed-text": "captions to embeddings",
+    "rerank": "match scores of an image with candidate captions",
+    "retrieve": "a caption to the best images of an index: embedded, ranked, the first k re-ranked",
+}
+
+
+@app.default
+def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Path = _RESULTS) -> int:
+    """Measure this machine: xfm-fast against the official algorithm, in one process, on real photographs.
+
+    Without a sub-command the whole suite runs: image and text embedding, re-ranking, a retrieval from end to end.
+    It takes about three minutes on two cores, with --quick about a minute of processor time. Results go to a JSON file
+    and a self-contained HTML page.
+
+    Args:
+        out: Folder that receives the results.
+    """
+    from xfm_fast.benchmarks.work import suite
+
+    return _finish(_measured(lambda progress, command: suite.run(options, progress, command)), out)
+
+
+@app.command(name="scenario")
+def bench_scenario(
+    scenario: str, /, *, options: Flat[ScenarioOptions] = ScenarioOptions(), out: Path | None = None
+) -> int:
+    """Latency of one request, throughput of many, and the rate of random arrivals that a server can bear.
+
+    Every contender answers the same requests from the same weights, compared first, then interleaved. One that raises
+    an error becomes a failed row and the others go on. Ctrl-C keeps what was measured and marks it. Results go to a
+    JSON file and a self-contained HTML page.
+
+    Args:
+        scenario: embed-image, embed-text, rerank, retrieve; see xfm-fast bench list.
+        out: Folder that receives the results. [bench-results/SCENARIO]
+    """
+    from xfm_fast.benchmarks.work import scenario as scenarios
+
+    document = _measured(lambda progress, command: scenarios.run(scenario, options, progress, command))
+    return _finish(document, out or _RESULTS / scenario)
+
+
+@app.command(name="sweep")
+def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | None = None) -> int:
+    """Cost as work grows: a scenario at several sizes; from four sizes on with the fitted exponent and its interval.
+
+    Args:
+        scenario: embed-image, embed-text, rerank, retrieve; see xfm-fast bench list.
+        out: Folder that receives the results. [bench-results/sweep-SCENARIO-OVER]
+    """
+    from xfm_fast.benchmarks.work import sweep
+
+    document = _measured(lambda progress, command: sweep.run(scenario, options, progress, command))
+    return _finish(document, out or _RESULTS / f"sweep-{scenario}-{options.over}")
+
+
+@app.command(name="coco")
+def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESULTS / "coco") -> int:
+    """What the retrieval evaluation of COCO's 5k test split costs on this machine: officially, with xfm-fast, and why.
+
+    Projected from the times of all its parts; with --data run on your own images and captions.
+
+    Args:
+        out: Folder that receives the results.
+    """
+    from xfm_fast.benchmarks.work import coco
+
+    return _finish(_measured(lambda progress, command: coco.run(options, progress, command)), out)
+
+
+@app.command(name="train-step")
+def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = _RESULTS / "train-step") -> int:
+    """Time forward and backward pass of ITC, ITM, IMLM and MIM: ours against the official procedure.
+
+    Both leave the same gradients, which is checked first. The base model takes several minutes on two cores and 9 GB of
+    memory. Results go to a JSON file and a self-contained HTML page; those of a GPU, in a checkout, also to
+    benchmarks/results, to be committed.
+
+    Args:
+        out: Folder that receives the results.
+    """
+    from xfm_fast.benchmarks import files
+    from xfm_fast.benchmarks.work import training
+
+    document = _measured(lambda progress, command: training.run(options, progress, command))
+    code, folder = _finish(document, out), files.reference_folder()
+    if folder is not None and document.device == "cuda" and code == 0:
+        stdout().print(f"to be committed: {files.save_reference(document, folder)}", soft_wrap=True)
+    return code
+
+
+@app.command(name="drop-in")
+def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonFile = None) -> int:
+    """Time what accelerate(model) gains on models with random weights, against the same models untouched.
+
+    About three minutes on two cores. A model whose outputs are not equal is not timed.
+    """
+    from xfm_fast.benchmarks.work import drop_in
+
+    document = _measured(lambda progress, command: drop_in.run(options, progress, command))
+    return _keep(document, json) or int(not document.ok)
+
+
+@app.command(name="kernels")
+def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonFile = None) -> int:
+    """Time every operation against eager PyTorch, SDPA, FlexAttention, flash-attn and Liger, as far as installed.
+
+    A contender that is less accurate than the same precision allows is not timed. Ctrl-C keeps what was measured.
+    """
+    from xfm_fast.benchmarks.work import kernels
+
+    return _keep(_measured(lambda progress, command: kernels.run(options, progress, command)), json)
+
+
+@app.command(name="list")
+def bench_list() -> None:
+    """List the scenarios, and the baselines with the reason where one is absent here."""
+    from rich.markup import escape
+
+    from xfm_fast.benchmarks.contenders.registry import ALL, SCENARIOS
+    from xfm_fast.benchmarks.machine import choose_device
+    from xfm_fast.benchmarks.work.scenario import ELSEWHERE
+
+    scenarios = table("scenarios", "name", "what is asked")
+    for name, meaning in (_MEANINGS | ELSEWHERE).items():
+        scenarios.add_row(name, meaning)
+    baselines = table("baselines", "name", "what", "scenarios", "types", "version", "")
+    for shown in (scenarios, baselines):
+        shown.columns[0].no_wrap = True
+    device = choose_device(None)
+    for contender in ALL:
+        why = contender.why_absent(device)
+        works = [work for work in contender.works if work in SCENARIOS]
+        baselines.add_row(
+            contender.name, escape(contender.label), "all" if len(works) == len(SCENARIOS) else ", ".join(works),
+            ", ".join(contender.dtypes), contender.version or "", escape(f"absent: {why}") if why else "",
+            style="dim" if why else None,
+        )  # fmt: skip
+    stdout().print(scenarios, baselines)
+
+
+@app.command(name="report")
+def bench_report(
+    results: Path, /, *, markdown: bool = False, html: Path | None = None, png: Path | None = None
+) -> None:  # fmt: skip
+    """Show saved results: a table here, Markdown, a page, or a picture.
+
+    Args:
+        results: JSON file that xfm-fast bench wrote.
+        markdown: Print Markdown, for a README or an issue.
+        html: File that receives a self-contained page with charts.
+        png: File that receives a picture of 1200 by 630 to share.
+    """
+    from xfm_fast.benchmarks import files, report
+    from xfm_fast.checkpoint import write_bytes
+
+    document = files.load(results)
+    for name, path in (("--html", html), ("--png", png)):
+        if path is not None and path.is_dir():
+            raise InputError(f"{name} {path} is a folder; name a file")
+    if png is not None:
+        report.png(document, png)
+        print(f"saved: {png}")
+    if html is not None:
+        beside = png.name if png is not None and png.parent.resolve() == html.parent.resolve() else None
+        write_bytes({html: report.html(document, image=beside).encode()})
+        print(f"saved: {html}")
+    if markdown:
+        print(report.markdown(document), end="")
+    elif html is None and png is None:
+        report.terminal(document, stdout(160))
+
+
+@app.command(name="compare")
+def bench_compare(a: Path, b: Path, /) -> int:
+    """Compare two results files row by row: how many times as fast B is, and whether that is more than chance.
+
+    Faster and slower are said where a Mann-Whitney U test of the samples gives p < 0.05 after Benjamini-Hochberg over
+    all rows, the medians differ by more than 2%, and neither row was contended. Other machines and versions are named.
+
+    Exit codes: 0, no row of xfm-fast is slower; 1, at least one is, or lost its numbers; 2, the files cannot be read or
+    compared.
+
+    Args:
+        a: Results of before.
+        b: Results of after, of the same benchmark.
+    """
+    from xfm_fast.benchmarks import files, report
+
+    found = report.compare(files.load(a), files.load(b))
+    report.print_changes(found, stdout(160))
+    return int(bool(found.worse))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """One line on a terminal: the stage, whose turn it is, and how long it still takes; silence elsewhere."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    from xfm_fast.benchmarks.measure import Progress
+
+    words = TextColumn("{task.description}[dim]{task.fields[step]}")
+    columns = (SpinnerColumn(), TimeElapsedColumn(), MofNCompleteColumn(), words)
+    console = Console(stderr=True)
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("starting", total=None, step="")
+        begun = False
+
+        def stage(name: str) -> None:
+            nonlocal begun
+            bars.update(task, description=escape(name), step="", advance=1 if begun else 0)
+            begun = True
+
+        yield Progress(
+            begin=lambda stages: bars.update(task, total=stages, completed=0),
+            stage=stage,
+            step=lambda what: bars.update(task, step=f": {escape(what)}"),
+        )
+
+
+def _measured(run: Callable[[Progress, list[str]], Document]) -> Document:
+    """Measure under a progress display, and print the results."""
+    from xfm_fast.benchmarks import report
+
+    with _progress() as progress:
+        document = run(progress, ["xfm-fast", *sys.argv[1:]])
+    report.terminal(document, stdout())
+    return document
+
+
+def _finish(document: Document, out: Path) -> int:
+    """Save the document with its page; the exit code says what a script wants to know."""
+    from xfm_fast.benchmarks import files, report
+
+    saved = files.save(document, out, report.html(document))
+    stdout().print(f"saved: {saved.document} and {saved.page}", soft_wrap=True, highlight=False)
+    return 130 if document.interrupted else int(not document.ok)
+
+
+def _keep(document: Document, file: Path | None) -> int:
+    """Save the document alone, where that is wanted."""
+    from xfm_fast.benchmarks import files
+
+    if file is not None:
+        files.save_as(document, file)
+        stdout().print(f"saved: {file}", soft_wrap=True)
+    return 130 if document.interrupted else 0

@@ -1,0 +1,278 @@
+"""`xfm-fast data` and `convert`: data files checked and converted, the shapes world written, checkpoints converted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+from cyclopts import Parameter
+
+from xfm_fast.cli.console import progress, stdout, table
+from xfm_fast.cli.options import DATA, Flat, Json, command_group
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xfm_fast.data.checking import Report
+
+data = command_group("data", group=DATA, help="Check data files against a task, convert them, write the shapes world.")
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Where rows of line JSON and shards hold image and text, and how many may be broken.
+
+    Attributes:
+        image_key: Field of the image in line JSON.
+        caption_key: Field of the text in line JSON.
+        image_root: Folder of the images, where files hold paths instead of base64.
+        tolerate_bad: Largest share of broken rows in a file.
+    """
+
+    image_key: str = "binary"
+    caption_key: str = "desc"
+    image_root: Path | None = None
+    tolerate_bad: Annotated[float, Ge(0), Le(1)] = 0.01
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """The task whose reader looks at the rows, and the sizes of the estimates.
+
+    Attributes:
+        task: pairs, regions, images, text; or retrieval, vqa, nlvr2, grounding, captioning (JSON arrays).
+        tokenizer: To count tokens: RoBERTa's vocab.json and merges.txt, or a tokenizer.json.
+        image_size: Of the model, for the estimates.
+        batch_size: Of the memory estimate.
+        list_first: How many broken rows to list.
+    """
+
+    task: str
+    tokenizer: Path | None = None
+    image_size: Annotated[int, Ge(32)] = 224
+    batch_size: Annotated[int, Ge(1)] = 96
+    list_first: Annotated[int, Ge(0)] = 20
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """The form that rows are converted to.
+
+    Attributes:
+        to: Form of the destination.
+        samples: Most samples in a shard.
+        megabytes: A shard ends when it is this large.
+        quarantine: File that lists the broken rows, which are left out.
+    """
+
+    to: Literal["webdataset", "lines"]
+    samples: Annotated[int, Ge(1)] = 10_000
+    megabytes: Annotated[int, Ge(1)] = 1024
+    quarantine: Path | None = None
+
+
+@dataclass(frozen=True)
+class WorldOptions:
+    """The size of a shapes world.
+
+    Attributes:
+        seed: Another seed is another world.
+        train: Scenes to train on.
+        val: Scenes to choose by.
+        test: Scenes to report on; their combinations occur nowhere else.
+    """
+
+    seed: Annotated[int, Ge(0)] = 0
+    train: Annotated[int, Ge(1)] = 10_000
+    val: Annotated[int, Ge(1)] = 500
+    test: Annotated[int, Ge(1)] = 500
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The form and size that a checkpoint is converted to.
+
+    Attributes:
+        to: official or xfm; by default the other one than the source.
+        image_size: Interpolate position tables to this size.
+        config: Official YAML, or a JSON of sizes, of the checkpoint.
+        preset: Sizes of the checkpoint when no --config is given.
+        keep_unused: Keep weights that no output depends on.
+    """
+
+    to: Literal["official", "xfm"] | None = None
+    image_size: Annotated[int | None, Ge(1)] = None
+    config: Path | None = None
+    preset: Literal["base", "tiny"] = "base"
+    keep_unused: Annotated[bool, Parameter(negative="--drop-unused")] = True
+
+
+@data.command
+def check(
+    paths: list[str],
+    /,
+    *,
+    options: Flat[CheckOptions],
+    rows: Flat[RowOptions] = RowOptions(),
+    as_json: Json = False,
+) -> int:
+    """Read every row and decode every image as a task would; say what is there, what is broken, what it will cost.
+
+    Exit code 1: a file has more broken rows than are tolerated, and training on it would stop.
+
+    Args:
+        paths: Files, folders, patterns, or several with commas.
+    """
+    from xfm_fast.config import XFMConfig
+    from xfm_fast.data import checking
+    from xfm_fast.tokenizer import CaptionTokenizer
+
+    # The official share of hidden patches, at any size.
+    hidden = max(1, 75 * (options.image_size // 16) ** 2 // 196)
+    settings = checking.Options(
+        config=XFMConfig.preset(
+            "base", image_size=options.image_size, num_masking_patches=hidden, min_num_patches=min(16, hidden)
+        ),
+        batch_size=options.batch_size,
+        tokenizer=None if options.tokenizer is None else CaptionTokenizer.from_files(options.tokenizer),
+        image_key=rows.image_key,
+        caption_key=rows.caption_key,
+        image_root=rows.image_root,
+        tolerate_bad=rows.tolerate_bad,
+        most_problems=options.list_first,
+    )
+    with progress("checking") as advance:
+        report = checking.check(paths, options.task, settings, progress=advance)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        _print_report(report, stdout())
+    return 0 if report.ok else 1
+
+
+@data.command(name="convert")
+def convert_rows(
+    source: list[str], destination: Path, /, *, options: Flat[ShardOptions], rows: Flat[RowOptions] = RowOptions()
+) -> None:
+    """Turn line JSON into WebDataset shards, or shards into line JSON; there and back is the identity.
+
+    Args:
+        source: Line-JSON files or WebDataset shards; folders, patterns.
+        destination: Folder of the shards, or file of the lines; must not exist.
+    """
+    from xfm_fast.data.converting import to_lines, to_shards
+    from xfm_fast.data.quarantine import Quarantine
+
+    bad = Quarantine(options.quarantine, tolerate_bad=rows.tolerate_bad, setting="--tolerate-bad")
+    keys: Any = {"image_key": rows.image_key, "caption_key": rows.caption_key, "image_root": rows.image_root}
+    if options.to == "webdataset":
+        done = to_shards(
+            source, destination, **keys, quarantine=bad, samples_per_shard=options.samples,
+            bytes_per_shard=options.megabytes << 20,
+        )  # fmt: skip
+    else:
+        done = to_lines(source, destination, **keys, quarantine=bad)
+    print(f"{done.rows} rows in {len(done.files)} file{'s' * (len(done.files) > 1)}: {destination}")
+    if done.skipped:
+        listed = f", listed in {options.quarantine}" if options.quarantine else "; --quarantine FILE lists them"
+        print(f"{done.skipped} broken rows left out{listed}")
+    for suffix, times in sorted(done.ignored.items()):
+        print(f"{times} files .{suffix} left out: they are neither image, text nor JSON")
+
+
+@data.command
+def shapes(out: Path, /, *, options: Flat[WorldOptions] = WorldOptions()) -> None:
+    """Write the shapes world: scenes, captions, regions, questions and statements in the official formats.
+
+    Args:
+        out: Folder of the world; must not hold anything else.
+    """
+    from xfm_fast.data.shapes import write_world
+
+    world = write_world(
+        out, seed=options.seed, images={"train": options.train, "val": options.val, "test": options.test}
+    )
+    print(f"{out}: {sum(world['rows'].values()):,} rows in {len(world['rows'])} files")
+
+
+def convert(source: Path, destination: Path, /, *, options: Flat[ConvertOptions] = ConvertOptions()) -> None:
+    """Convert a checkpoint between the official form and ours; there and back is the identity.
+
+    Args:
+        source: Official checkpoint file, or a folder that xfm-fast wrote.
+        destination: Folder (to xfm) or .safetensors/.th/.pth file (to official).
+    """
+    from xfm_fast.config import XFMConfig
+    from xfm_fast.models.convert import to_official_file, to_xfm_folder
+
+    sizes: Any = {"image_size": options.image_size, "keep_unused": options.keep_unused}
+    if (options.to or ("official" if source.is_dir() else "xfm")) == "official":
+        report = to_official_file(source, destination, **sizes)
+    else:
+        found = XFMConfig.preset(options.preset) if options.config is None else XFMConfig.from_official(options.config)
+        report = to_xfm_folder(source, destination, found, **sizes)
+    for line in report:
+        print(line)
+
+
+def _print_report(report: Report, console: Console) -> None:
+    from rich.markup import escape
+
+    files = table(f"files for {report.task}", "file", "rows", "broken", "")
+    over = {each.file for each in report.over_limit}
+    for each in report.files:
+        share = f"[red]{each.broken / each.rows:.1%}, over {report.tolerate_bad:.1%}[/]" if each.file in over else ""
+        files.add_row(escape(each.file), f"{each.rows:,}", f"{each.broken:,}", share)
+    console.print(files)
+
+    facts = table("content", "", "")
+    facts.add_row("rows", f"{report.rows:,}, of which {report.broken:,} broken and {report.duplicates:,} repeated")
+    if report.texts or report.tokens:
+        facts.add_row("words of a text", _histogram(report.words))
+        if report.tokens:
+            facts.add_row("tokens of a text", _histogram(report.tokens))
+        facts.add_row(
+            "texts longer than the task reads", f"{report.cut:,} of {max(report.texts, report.tokens.total()):,}"
+        )
+    if report.images:
+        found = report.as_dict()["images"]
+        sides = [f"{name} {found[name]['least']:.0f} to {found[name]['most']:.0f}" for name in ("width", "height")]
+        medians = "×".join(f"{found[name]['median']:.0f}" for name in ("width", "height"))
+        formats = ", ".join(f"{times:,} {name}" for name, times in report.formats.most_common())
+        facts.add_row("images", f"{formats}; {', '.join(sides)} pixels, median {medians}")
+    if report.regions:
+        facts.add_row("regions of an image", _histogram(report.regions))
+        facts.add_row("regions that cannot be used", f"{report.unusable_regions:,}")
+    console.print(facts)
+
+    cost = table("estimates", "", "")
+    cost.add_row(f"memory of a batch of {report.batch_size}", f"{report.batch_bytes / 1e6:,.1f} MB in float32")
+    if report.seconds_per_item and report.hours_per_epoch is not None:
+        rate = f"{1 / report.seconds_per_item:,.0f} rows/s, {report.hours_per_epoch:,.2f} hours for an epoch"
+        cost.add_row("one worker on this machine", rate)
+    console.print(cost)
+
+    if report.problems:
+        broken = table(f"the first {len(report.problems)} of {report.broken:,} broken rows", "file", "row", "reason")
+        for problem in report.problems:
+            broken.add_row(escape(problem.file), escape(str(problem.row)), escape(problem.reason))
+        console.print(broken)
+    word = "[green]good[/]" if report.ok else "[red]not usable[/]: mend the files or raise --tolerate-bad"
+    console.print(f"{report.task}: {word}")
+
+
+def _histogram(counts: Counter[int]) -> str:
+    """Median and range, and the middle nine tenths, of a histogram."""
+    total, below, marks = counts.total(), 0, []
+    for value, times in sorted(counts.items()):
+        while len(marks) < 3 and below + times > (0.05, 0.5, 0.95)[len(marks)] * total:
+            marks.append(value)
+        below += times
+    if not marks:
+        return "none"
+    low, middle, high = marks
+    return f"{min(counts)} to {max(counts)}, median {middle}, nine of ten from {low} to {high}"

@@ -1,0 +1,483 @@
+"""`xfm-fast export`: graphs of a model for other runtimes, each compared with the model before it is called done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
+from cyclopts import Parameter
+from cyclopts import default_name_transform as dashes
+
+from xfm_fast.cli.console import note, say, stdout, table
+from xfm_fast.cli.options import Flat, Json, command_group
+from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.export.request import (
+    EngineRequest,
+    ExportRequest,
+    ModelSource,
+    OnnxRequest,
+    PackageRequest,
+    RepositoryRequest,
+    TensorRTRequest,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from xfm_fast.benchmarks.material.photographs import Collection
+    from xfm_fast.config import XFMConfig
+    from xfm_fast.export.engines.build import BuildProgress
+    from xfm_fast.export.engines.library import EngineConsumer
+    from xfm_fast.export.expected import Examples
+    from xfm_fast.export.manifest import Manifest, VerificationRecord
+    from xfm_fast.export.session.report import SessionReport
+    from xfm_fast.models.xfm import XFM
+    from xfm_fast.tokenizer import CaptionTokenizer
+
+app = command_group("export")
+
+PRESETS = ("base", "tiny")
+_PHOTOS, _CAPTIONS = 4, 48
+
+Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
+Verbose = Annotated[bool, Parameter(help="Show the builder's own messages.")]
+
+
+# The reader of ONNX files is asked for by --for, a word that Python keeps for itself.
+OnnxOptions = Annotated[
+    OnnxRequest, Parameter(name="*", name_transform=lambda name: "for" if name == "consumer" else dashes(name))
+]
+
+
+@app.command
+def onnx(*, out: Out, source: Flat[ModelSource] = ModelSource(), request: OnnxOptions = OnnxRequest()) -> int:
+    """Write ONNX files, run them, and compare them with the model."""
+    from xfm_fast.export import onnx as library
+
+    library.check_spelling(request)
+    subject, examples = load(source, request)
+    return finish(
+        library.export_onnx(subject.model, out, request, **subject.facts, examples=examples, progress=say), out
+    )
+
+
+@app.command
+def aoti(
+    *, out: Out, source: Flat[ModelSource] = ModelSource(), request: Flat[PackageRequest] = PackageRequest()
+) -> int:
+    """Compile AOTInductor packages, run them, and compare them with the model."""
+    from xfm_fast.export import aoti as library
+
+    library.check_compiling(request.device, request.dtype)
+    subject, examples = load(source, request)
+    made = library.export_packages(subject.model, out, request, **subject.facts, examples=examples, progress=say)
+    return finish(made, out)
+
+
+@app.command
+def tensorrt(
+    *,
+    out: Out,
+    source: Flat[ModelSource] = ModelSource(),
+    request: Flat[TensorRTRequest] = TensorRTRequest(),
+    verbose: Verbose = False,
+) -> int:
+    """Build TensorRT engines for the GPU of this machine."""
+    return _engines("tensorrt", out, source, request, verbose)
+
+
+@app.command
+def tensorrt_rtx(
+    *,
+    out: Out,
+    source: Flat[ModelSource] = ModelSource(),
+    request: Flat[EngineRequest] = EngineRequest(),
+    verbose: Verbose = False,
+) -> int:
+    """Build engines of TensorRT for RTX, on any machine, for the GPUs that are named."""
+    return _engines("tensorrt-rtx", out, source, request, verbose)
+
+
+def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: EngineRequest, verbose: bool) -> int:
+    from xfm_fast.export.engines import build
+
+    build.check_request(consumer, request)
+    subject, examples = load(source, request)
+    with _showing(verbose) as progress:
+        made = build.export_engines(
+            subject.model, out, consumer, request, **subject.facts, examples=examples, progress=progress
+        )
+    return finish(made, out)
+
+
+@app.command
+def verify(folder: Path, /) -> int:
+    """Check the files of an export and compare it once more with what the model computed.
+
+    Args:
+        folder: Folder of an export.
+    """
+    from xfm_fast.export import verification
+
+    return finish(verification.verify(folder), folder)
+
+
+@app.command
+def report(
+    folder: Path,
+    /,
+    *,
+    runtime: str = "auto",
+    device: str | None = None,
+    seconds: Annotated[float, Ge(0)] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Load an export and measure every graph: rates, latencies, transfers, loading, artifacts, memory.
+
+    Args:
+        folder: Folder of an export.
+        runtime: auto, onnxruntime, openvino, tensorrt-rtx, tensorrt or aoti.
+        device: cpu, cuda or cuda:1. [a GPU where runtime and machine have one]
+        seconds: Spent on timing each shape of each graph.
+    """
+    from xfm_fast.export.session import Session
+    from xfm_fast.export.session.report import measure_session
+
+    session = Session.load(folder, runtime, device)
+    found = measure_session(session, seconds=seconds, progress=lambda graph: say(f"measuring {graph}"))
+    if as_json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        _print_report(found, folder)
+
+
+@app.command
+def int8(folder: Path, /, *, out: Path) -> int:
+    """Quantise an fp32 export to int8 for the CPU, and measure what that costs in accuracy.
+
+    Args:
+        folder: Folder of an fp32 export to ONNX.
+        out: Folder that receives the int8 export.
+    """
+    from xfm_fast.export.quantise import quantize_int8
+
+    return finish(quantize_int8(folder, out), out)
+
+
+@app.command
+def model_repository(
+    folder: Path,
+    /,
+    *,
+    out: Path,
+    request: Flat[RepositoryRequest] = RepositoryRequest(),
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model repository of NVIDIA's Triton Inference Server from an export.
+
+    Args:
+        folder: Folder of an export.
+        out: The repository; must not be there yet, or see --overwrite.
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for rank.
+        overwrite: Replace an earlier repository.
+    """
+    from rich.markup import escape
+
+    from xfm_fast.export.model_repository.writing import check_free, write_model_repository
+    from xfm_fast.tokenizer import CaptionTokenizer
+
+    wanted = request.options()
+    wanted.check()
+    check_free(out, overwrite)
+    vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
+    receipt = write_model_repository(folder, out, wanted, tokenizer=vocabulary, overwrite=overwrite, progress=say)
+    console = stdout()
+    title = escape(f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})")
+    # The title of a table is folded to the table's width, and this one is narrow.
+    console.print(f"[bold]{title}[/]", soft_wrap=True, highlight=False)
+    shown = table("", "model", "backend", "most rows", "MB", right=("most rows", "MB"))
+    for model in receipt.models:
+        size = sum(file.bytes for file in receipt.files if file.name.startswith(f"{model.name}/"))
+        shown.add_row(model.name, model.backend, str(model.max_batch_size or "as sent"), f"{size / 1e6:.1f}")
+    console.print(shown)
+    print(f"serve it with: tritonserver --model-repository={out}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to export.
+
+    Attributes:
+        source: where its weights come from, without paths of this machine.
+        tokenizer: of its captions, where one was given.
+    """
+
+    model: XFM
+    source: str
+    tokenizer: CaptionTokenizer | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Entries of the manifest of an export."""
+        return {"source": self.source, "tokenizer_sha256": self.tokenizer.sha256() if self.tokenizer else None}
+
+
+def load(source: ModelSource, request: ExportRequest) -> tuple[Subject, Examples]:
+    """The model of an export and what it is compared on; says so where that is not photographs."""
+    subject = load_subject(source)
+    examples, message = load_examples(subject, source.data, request.sizes)
+    if message:
+        note(message)
+    return subject, examples
+
+
+def load_subject(source: ModelSource) -> Subject:
+    """The model that the options name: weights of a checkpoint, or random ones of a preset.
+
+    Raises:
+        InputError: both or neither of checkpoint and preset are given.
+        XFMError: a file cannot be read or does not fit.
+    """
+    checkpoint, preset = source.checkpoint, source.preset
+    if (checkpoint is None) == (preset is None):
+        raise InputError("name either --checkpoint (its weights) or --preset (random weights), one of the two")
+    if preset is not None and preset not in PRESETS:
+        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if source.config is not None and (checkpoint is None or checkpoint.is_dir()):
+        raise InputError("--config gives the sizes of an official checkpoint file; leave it out here")
+    if checkpoint is None:
+        model, words = _random(preset, source.image_size), f"random weights of preset {preset}"
+    elif checkpoint.is_dir():
+        from xfm_fast.models.xfm import XFM
+
+        model, words = XFM.from_pretrained(checkpoint), f"checkpoint {checkpoint.resolve().name}"
+        if source.image_size not in (None, model.config.image_size):
+            model.set_image_size(source.image_size)
+    else:
+        model, words = _official(checkpoint, source.config, source.image_size), f"checkpoint {checkpoint.name}"
+    vocabulary = None
+    if source.tokenizer is not None:
+        from xfm_fast.tokenizer import CaptionTokenizer
+
+        vocabulary = CaptionTokenizer.from_files(source.tokenizer)
+        vocabulary.check(model.config)
+    return Subject(model.requires_grad_(False).eval(), words, vocabulary)
+
+
+def _random(preset: Any, image_size: int | None) -> XFM:
+    import torch
+
+    from xfm_fast.benchmarks.material.subjects import random_state
+    from xfm_fast.config import XFMConfig
+    from xfm_fast.models.xfm import XFM
+
+    config = _resized(XFMConfig.preset(preset), image_size)
+    heads = ("contrastive", "matching", "boxes")
+    with torch.device("meta"):
+        model = XFM(config, heads=heads)
+    # Unlike in a fresh model nothing is zero, so that a comparison sees every term.
+    model.load_state_dict(random_state(config, heads, seed=0), assign=True)
+    return model
+
+
+def _official(file: Path, sizes: Path | None, image_size: int | None) -> XFM:
+    from xfm_fast import checkpoint
+    from xfm_fast.checkpoint.position_table import window_of
+    from xfm_fast.config import XFMConfig
+    from xfm_fast.models.xfm import XFM
+
+    state = checkpoint.read_state_dict(file)
+    config = XFMConfig.preset("base") if sizes is None else XFMConfig.from_official(sizes)
+    tables = (value for name, value in state.items() if name.endswith(".relative_position_bias_table"))
+    if image_size is None and (position := next(tables, None)) is not None:
+        image_size = window_of(position) * config.patch_size
+    config = _resized(config, image_size)
+    ours, _ = checkpoint.to_ours(state, config)
+    return XFM.from_official(state, config, heads=checkpoint.heads_in(ours))
+
+
+def _resized(config: XFMConfig, image_size: int | None) -> XFMConfig:
+    if image_size is None or image_size == config.image_size:
+        return config
+    # Masking is of no concern to an export, and its numbers need not fit every size.
+    return config.replace(image_size=image_size, num_masking_patches=1, min_num_patches=1)
+
+
+def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int]) -> tuple[Examples, str]:
+    """Photographs and captions to compare on, and a note for the user (empty when there is nothing to say).
+
+    Args:
+        data: a folder of images with captions; by default the bundled photographs, and generated images where those
+            are not installed.
+        sizes: of the axes that the export fixes.
+    """
+    from xfm_fast.benchmarks.material import photographs
+    from xfm_fast.export.expected import LONGEST, generated_examples
+
+    longest = sizes.get("length", LONGEST)
+    if data is not None:
+        return _examples(photographs.from_folder(data, most=_PHOTOS), subject, longest), ""
+    try:
+        collection = photographs.bundled()
+    except DataError as error:
+        message = f"compared on generated images, not photographs: {error}"
+        return generated_examples(subject.model.config, longest=longest), message
+    return _examples(collection, subject, longest), ""
+
+
+def _examples(collection: Collection, subject: Subject, longest: int) -> Examples:
+    from xfm_fast.export.expected import make_examples
+    from xfm_fast.tokenizer import CaptionTokenizer
+
+    config, tokenizer = subject.model.config, subject.tokenizer
+    if tokenizer is None:
+        # Any ids serve to compare an export with its model.
+        tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
+    captions = collection.texts(min(_CAPTIONS, len(collection.captions)))
+    rows = tokenizer.encode_ids(captions, max(longest, 3))
+    photos = range(min(_PHOTOS, len(collection.names)))
+    origin = f"{len(photos)} photographs and {len(rows)} captions"
+    return make_examples(collection.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)
+
+
+class Bars:
+    """A bar for all graphs, and one for each phase of the builder that is under way."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._all: TaskID | None = None
+        self._phases: dict[int, tuple[str, TaskID]] = {}
+
+    def graph(self, name: str, number: int, count: int) -> None:
+        if self._all is None:
+            self._all = self._bars.add_task("", total=count)
+        self._bars.update(self._all, description=f"graph {name}", completed=number - 1)
+        for _, task in self._phases.values():
+            self._bars.remove_task(task)
+        self._phases.clear()
+
+    def phase(self, name: str, done: int, steps: int, depth: int) -> None:
+        known = self._phases.get(depth)
+        if known is None or known[0] != name:
+            if known is not None:
+                self._bars.remove_task(known[1])
+            known = (name, self._bars.add_task(f"{'  ' * (depth + 1)}{name}", total=max(steps, 1)))
+            self._phases[depth] = known
+        self._bars.update(known[1], completed=done)
+
+
+@contextmanager
+def _showing(verbose: bool) -> Iterator[BuildProgress]:
+    """Bars on a terminal, or the builder's messages."""
+    from rich.console import Console
+
+    from xfm_fast.export.engines.build import Silent
+
+    if verbose:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+        logger = logging.getLogger("xfm_fast.export.engines")
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        try:
+            yield Silent()
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)
+    elif sys.stderr.isatty():
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bars:
+            yield Bars(bars)
+    else:
+        yield Silent()
+
+
+def finish(manifest: Manifest, folder: Path) -> int:
+    """Show an export, its comparison and the verdict. The exit code is 1 when it differs from the model."""
+    from rich.markup import escape
+
+    console = stdout()
+    sizes = {record.name: record.bytes for record in manifest.files}
+    title = f"{manifest.kind} {manifest.dtype} for {manifest.consumer}, {manifest.source}"
+    files = table(title, "graph", "file", "MB", "s", "inputs", "outputs")
+    for graph in manifest.graphs:
+        called = [", ".join(f"{t.name} {t.dims}" for t in tensors) for tensors in (graph.inputs, graph.outputs)]
+        megabytes = sum(sizes[name] for name in graph.files) / 1e6
+        files.add_row(graph.name, graph.file, f"{megabytes:.1f}", f"{graph.build_seconds:.1f}", *map(escape, called))
+    console.print(files)
+    if manifest.verification is not None:
+        _print_verification(manifest.verification, console)
+    verdict = {"verified": "[green]verified[/]", "failed": "[bold red]failed[/]", "unverified": "[yellow]unverified[/]"}
+    reason = f": {escape(manifest.reason)}" if manifest.reason else ""
+    console.print(f"{verdict[manifest.status]}{reason} ({escape(str(folder))})", soft_wrap=True, highlight=False)
+    return 1 if manifest.status == "failed" else 0
+
+
+def _print_verification(record: VerificationRecord, console: Console) -> None:
+    def number(value: float | None) -> str:
+        return "[red]not finite[/]" if value is None else f"{value:.1e}"
+
+    shown = table(
+        f"against the model, by {record.runtime}, on {record.examples}",
+        "graph", "output", "shapes", "max error", "allowed", "mean error", "least cosine", "",
+    )  # fmt: skip
+    for check in record.checks:
+        cosine = "" if check.least_cosine is None else ("nan" if check.cosine is None else f"{check.cosine:.6f}")
+        shown.add_row(
+            check.graph, check.output, str(len(check.shapes)), number(check.max_error), f"{check.allowed:.1e}",
+            number(check.mean_error), cosine, "ok" if check.passed else "[bold red]differs[/]",
+        )  # fmt: skip
+    console.print(shown)
+    for ranks in record.ranks:
+        console.print(
+            f"ranks by {ranks.graph}: {ranks.agreement:.1%} of {ranks.candidates} candidates agree "
+            f"(at least {ranks.least:.0%}; scores within {ranks.tie:.1e} are ties; {ranks.identical:.1%} identical)"
+            + ("" if ranks.passed else " [bold red]differs[/]"),
+            highlight=False,
+        )
+
+
+def _print_report(found: SessionReport, folder: Path) -> None:
+    console = stdout()
+    heads = ("build s", "load s", "warm-up s", "file MB", "loaded MB")
+    title = f"{found.runtime}, {found.dtype}, {found.threads} threads ({folder})"
+    loading = table(title, "graph", *heads, right=heads)
+    for graph in found.graphs:
+        loading.add_row(
+            graph.graph, f"{graph.build_seconds:.1f}", f"{graph.load_seconds:.2f}", f"{graph.warm_seconds:.2f}",
+            f"{graph.artifact_bytes / 1e6:.1f}", f"{graph.memory_bytes / 1e6:.1f}",
+        )  # fmt: skip
+    console.print(loading)
+    # On a CPU nothing is enqueued and nothing transferred.
+    enqueues = any(row.enqueue is not None for graph in found.graphs for row in graph.rows)
+    heads = (
+        "items/s",
+        "p50",
+        "p90",
+        "p99",
+        *(("enqueue", "to device", "to host") if enqueues else ()),
+        "peak MB",
+        "runs",
+    )
+    running = table("times in ms", "graph", "shape", *heads, right=heads)
+    for graph in found.graphs:
+        for row in graph.rows:
+            shape = " ".join(f"{axis}={size}" for axis, size in row.sizes.items())
+            times = [row.p50, row.p90, row.p99]
+            if enqueues:
+                times += [row.enqueue, row.host_to_device, row.device_to_host]
+            milliseconds = ["" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in times]
+            rate, peak = f"{row.throughput:.1f} {row.item}", f"{row.peak_bytes / 1e6:.1f}"
+            running.add_row(graph.graph, shape, rate, *milliseconds, peak, str(row.runs))
+    console.print(running)

@@ -1,0 +1,318 @@
+"""`xfm-fast info`, `audit` and `tune`: this machine, the kernels' machine code, and their launch configurations."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from xfm_fast.cli.console import stdout, table
+from xfm_fast.cli.options import Flat, Json
+from xfm_fast.errors import InputError, StorageError, UnavailableError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xfm_fast.benchmarks.machine import Package
+    from xfm_fast.kernels.audit import Row
+    from xfm_fast.kernels.audit.targets import Verdict
+    from xfm_fast.kernels.triton.launch import KernelSpec
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """The kernels that are compiled.
+
+    Attributes:
+        kernel: Kernel, by name; may be repeated. [all]
+        jobs: Compiling processes; by default one for each core.
+    """
+
+    kernel: tuple[str, ...] = ()
+    jobs: Annotated[int | None, Ge(1)] = None
+
+
+@dataclass(frozen=True)
+class AuditOptions(KernelOptions):
+    """What the kernels are compiled for, and what their figures are held against.
+
+    Attributes:
+        arch: Architecture, such as 90; may be repeated. [all four]
+        json: File that receives the rows.
+        all: Every form of every kernel, not a third of them.
+        accept: Make these figures the accepted ones.
+        cache: Folder of cached figures. [~/.cache/xfm-fast/audit]
+        ratchet: File of accepted figures. [kernels/audit_ratchet.json]
+    """
+
+    arch: tuple[int, ...] = ()
+    json: Path | None = None
+    all: bool = False
+    accept: bool = False
+    cache: Path | None = None
+    ratchet: Path | None = None
+
+
+@dataclass(frozen=True)
+class TuneOptions(KernelOptions):
+    """The kernels whose launch configurations are searched.
+
+    Attributes:
+        dtype: May be repeated.
+        head_dim: Of the attention kernels; may be repeated.
+        out: Folder of the table. [that of the kernels]
+    """
+
+    dtype: tuple[Literal["bf16", "fp16"], ...] = ("bf16",)
+    head_dim: tuple[int, ...] = (64,)
+    out: Path | None = None
+
+
+def info(*, as_json: Json = False) -> None:
+    """Say what this machine offers and which paths xfm-fast will take on it."""
+    from xfm_fast.benchmarks import machine
+    from xfm_fast.benchmarks.paths import choose_paths
+
+    facts, packages, paths = machine.describe(), machine.optional_packages(), choose_paths()
+    if as_json:
+        print(json.dumps({"machine": facts, "packages": machine.as_dict(packages), "paths": paths}, indent=1))
+    else:
+        _print_info(facts, packages, paths)
+
+
+def _print_info(facts: dict[str, Any], packages: list[Package], paths: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+
+    from xfm_fast.benchmarks.machine import cpu_features
+
+    console = stdout(120)
+    features = (f"{name} {'[green]yes[/]' if there else '[dim]no[/]'}" for name, there in cpu_features().items())
+    hardware = table("machine", "", "")
+    hardware.add_row("processor", f"{escape(facts['cpu'])} ({facts['architecture']})")
+    hardware.add_row("features", ", ".join(features))
+    cores = f"{facts['cores_physical']} physical, {facts['cores_logical']} logical"
+    hardware.add_row("cores", f"{cores}; PyTorch takes {facts['threads']}")
+    hardware.add_row("memory", f"{facts['memory_gb']} GB, {facts['memory_available_gb']} GB available")
+    gpus = [f"{g['name']}, {g['memory_gb']} GB, compute capability {g['compute_capability']}" for g in facts["gpus"]]
+    hardware.add_row("GPU", escape("; ".join(gpus)) or "[dim]none that PyTorch can use[/]")
+    hardware.add_row(
+        "PyTorch",
+        f"{facts['torch']}, MKL {'yes' if facts['mkl'] else 'no'}, oneDNN {'yes' if facts['onednn'] else 'no'}, "
+        f"CPU capability {facts['torch_cpu_capability']}, Python {facts['python']}",
+    )
+    console.print(hardware)
+    optional = table("optional packages", "package", "version", "")
+    for package in packages:
+        version, remark = (package.version, package.detail) if package.version else ("absent", package.remedy)
+        optional.add_row(package.name, escape(version), escape(remark), style=None if package.version else "dim")
+    console.print(optional)
+    chosen = table("paths on this CPU", "operation", "dtype", "path", "measured")
+    for path in paths:
+        fastest_first = sorted(path["flops_per_s"].items(), key=lambda item: -item[1])
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in fastest_first)
+        remarks = [f"GFLOP/s: {rates}" if rates else "no alternative to compare with"]
+        remarks += [f"{name} left out: {why}" for name, why in path["rejected"].items()]
+        chosen.add_row(path["operation"], path["dtype"], escape(path["chosen"]), escape("; ".join(remarks)))
+    console.print(chosen)
+    if not facts["native_bf16"]:
+        console.print("bf16 is not native to this CPU: xfm-fast runs it when asked, slower than fp32")
+
+
+def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
+    """Compile the Triton kernels without a GPU and read their machine code: spills, occupancy, tensor cores, loads.
+
+    Exit code 1: a figure is worse than the accepted one in kernels/audit_ratchet.json. What changed since the last
+    audit is compiled, the rest comes from the cache.
+    """
+    specs = _kernels(options.kernel)
+    from xfm_fast.checkpoint import write_bytes
+    from xfm_fast.kernels import audit as library
+    from xfm_fast.kernels.audit import ratchet, targets
+    from xfm_fast.kernels.audit.architectures import LIMITS
+
+    if unknown := set(options.arch) - set(LIMITS):
+        known = ", ".join(map(str, LIMITS))
+        raise InputError(f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}")
+    arches = options.arch or library.ARCHITECTURES
+    begun = time.perf_counter()
+    forms = library.shipped_forms(specs, arches)
+    chosen = forms if options.all else library.representative(forms)
+    compiled = 0
+
+    def progress(done: int, of: int) -> None:
+        nonlocal compiled
+        compiled = done
+        if done % 20 == 0 or done == of:
+            print(f"compiled {done} of {of}", file=sys.stderr)
+
+    rows = library.compile_rows(chosen, jobs=options.jobs, cache_dir=options.cache, progress=progress)
+    seconds = time.perf_counter() - begun
+    if options.json is not None:
+        write_bytes({options.json: (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode()})
+    shown = stdout(220)
+    _print_rows(rows, shown)
+    _print_floors(shown)
+    _print_targets(targets.verdicts(rows), shown)
+    shown.print(
+        f"{len(rows)} of {len(forms)} shipped forms in {seconds:.0f} s ({compiled} compiled, the rest cached),"
+        f" {library.compiler()}"
+    )
+    path = options.ratchet or ratchet.RATCHET
+    shipped = {form.key for form in forms}
+    try:
+        accepted = ratchet.in_scope(ratchet.read(path), kernels=options.kernel, arches=arches)
+        if options.accept:
+            ratchet.accept(rows, compiler=library.compiler(), forget=set(accepted.rows) - shipped, path=path)
+            shown.print(f"accepted {len(rows)} rows in {path}", soft_wrap=True)
+            return 0
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    comparison = ratchet.compare(rows, accepted, compiler=library.compiler(), shipped=shipped)
+    if comparison.note:
+        shown.print(f"note: {comparison.note}", soft_wrap=True)
+    _print_lines("better than accepted; xfm-fast audit --accept keeps it so", comparison.better, shown)
+    _print_lines("worse than accepted", comparison.worse, shown)
+    if comparison.worse:
+        command = "xfm-fast audit --accept" + " --all" * options.all
+        shown.print(f"{len(comparison.worse)} figures are worse, new or missing. If that is meant: {command}")
+        return 1
+    return 0
+
+
+def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
+    """Search the kernels' launch configurations on this machine's GPU and write them to kernels/tuning.
+
+    Configurations that spill are rejected by the audit before any is timed. Every result is saved as it is found.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise UnavailableError(
+            "tuning times the kernels and needs an NVIDIA GPU, of which PyTorch finds none here. What the compiler can"
+            " tell without one: xfm-fast audit"
+        )
+    specs = _kernels(options.kernel)
+    from xfm_fast.kernels import tune as library
+    from xfm_fast.kernels.audit import describe
+    from xfm_fast.kernels.triton.launch import architecture
+
+    number = architecture(torch.device("cuda"))
+    name = torch.cuda.get_device_name()
+    if number < 80:
+        raise UnavailableError(f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer")
+    path, folder = None, options.out or library.TUNING
+    for spec in specs:
+        for kind in options.dtype:
+            for size in library.sizes(spec, options.head_dim):
+                try:
+                    choice = library.search(
+                        spec, size, kind, number,
+                        timer=library.gpu_timer, workload=library.model_workload, jobs=options.jobs,
+                    )  # fmt: skip
+                except ValueError as error:
+                    print(f"not tuned: {error}", file=sys.stderr)
+                    continue
+                try:
+                    path = library.write([choice], number, name, folder)
+                except OSError as error:
+                    remedy = "name another folder with --out"
+                    raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
+                times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
+                tried = f"{choice.timed} timed, {choice.rejected} rejected"
+                print(f"{spec.name} {kind} {size}: {times}; {tried}")
+    if path is None:
+        raise InputError("none of these kernels has a configuration to tune at these head dimensions")
+    print(f"saved: {path}")
+
+
+def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
+    """The shipped kernels, or those of these names, compiled and not interpreted whatever the environment says."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        raise UnavailableError("the kernels are written in Triton, which is not installed: pip install triton (Linux)")
+    from xfm_fast.kernels.audit import shipped_kernels
+
+    specs = shipped_kernels()
+    known = [spec.name for spec in specs]
+    if unknown := sorted(set(names) - set(known)):
+        near = get_close_matches(unknown[0], known, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"unknown kernel: {', '.join(unknown)}{meant}; known: {', '.join(known)}")
+    return [spec for spec in specs if not names or spec.name in names]
+
+
+def _print_rows(rows: list[Row], console: Console) -> None:
+    """One table a kernel; types whose figures agree share a line."""
+    heads = {
+        "variant": lambda row: row.form,
+        "configuration": lambda row: row.config,
+        "sm": lambda row: str(row.arch),
+        "registers": lambda row: str(row.registers),
+        "stack": lambda row: f"[red]{row.stack_bytes}[/]" if row.stack_bytes else "0",
+        "shared": lambda row: f"{row.shared_bytes / 1024:.1f}/{row.shared_limit // 1024} K",
+        "blocks": lambda row: str(row.occupancy),
+        "tensor core": lambda row: " ".join(f"{n} {name}" for name, n in row.tensor_core.items()) or "–",
+        "loop": lambda row: str(row.loop_instructions or "–"),
+        "per t.c.": lambda row: f"{row.instructions_per_tensor_core:.1f}" if row.loop_tensor_core else "–",
+        "loads (of inner loops, if any)": _loads,
+    }  # fmt: skip
+    for name, group in groupby(rows, key=lambda row: row.kernel):
+        figures = table(name, *heads, "dtype")
+        merged: dict[tuple[str, ...], list[str]] = {}
+        for row in group:
+            if row.error:
+                console.print(f"[red]{row.key}: {row.error}[/]", soft_wrap=True, markup=True)
+            else:
+                merged.setdefault(tuple(show(row) for show in heads.values()), []).append(row.dtype)
+        for cells, dtypes in merged.items():
+            figures.add_row(*cells, " ".join(dtypes))
+        console.print(figures)
+
+
+def _loads(row: Row) -> str:
+    text = " ".join(f"{n} {load}" for load, n in sorted((row.inner_loads or row.loads).items()))
+    return f"[yellow]{text}[/]" if row.wide_loads is False else text
+
+
+def _print_floors(console: Console) -> None:
+    from xfm_fast.kernels.roofline import A100, H100, model_shapes
+
+    figures = ("GFLOP", "MB", f"{H100.name}, µs", f"{A100.name}, µs")
+    title = "floors, bf16: the least time that the arithmetic and the traffic of an operation take"
+    listed = table(title, "operation", "shape", *figures, "kernels", right=figures)
+    for work in model_shapes():
+        floors = [f"{work.floor(gpu) * 1e6:.1f} {work.bound(gpu)}" for gpu in (H100, A100)]
+        kernels = " ".join(f"{prefix}*" if prefix.endswith("_") else prefix for prefix in work.kernels)
+        listed.add_row(work.op, work.shape, f"{work.flops / 1e9:.2f}", f"{work.bytes / 1e6:.1f}", *floors, kernels)
+    console.print(listed)
+
+
+def _print_targets(verdicts: list[Verdict], console: Console) -> None:
+    for verdict in verdicts:
+        if not verdict.checked:
+            console.print(f"[dim]target not tested[/]  {verdict.target}")
+            continue
+        good = verdict.checked - len(verdict.missed)
+        word = "[green]target met[/]   " if verdict.met else "[yellow]target missed[/]"
+        console.print(f"{word}  {verdict.target}: {good} of {verdict.checked}")
+        _print_lines("", verdict.missed, console, most=40)
+    console.print()
+
+
+def _print_lines(title: str, lines: list[str], console: Console, most: int = 200) -> None:
+    if title and lines:
+        console.print(title, style="bold")
+    for line in lines[:most]:
+        console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+    if len(lines) > most:
+        console.print(f"  … and {len(lines) - most} more")

@@ -1,0 +1,124 @@
+"""`xfm-fast pretrain`, `gradflow` and `reproduce`: training, its gradients, and the paper's experiments."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
+from cyclopts import Parameter
+
+from xfm_fast.cli.console import note, stdout
+from xfm_fast.cli.options import TRAIN, UNFINISHED, Flat, Json, command_group
+
+if TYPE_CHECKING:
+    from xfm_fast.reproduce.ablations import Study
+
+reproduce = command_group("reproduce", group=TRAIN, help="Reproduce the paper's experiments in miniature.")
+
+
+@dataclass(frozen=True)
+class AblationOptions:
+    """The size of an ablation study.
+
+    Attributes:
+        seeds: Runs of each variant; intervals need at least 2.
+        variants: full, no-stop-gradient, no-mim-guidance, neither, joined by commas; or all.
+        minutes: Begin no run after so many minutes. [no limit]
+        out: Folder of the study; it goes on with what is there.
+    """
+
+    seeds: Annotated[int, Ge(1)] = 3
+    variants: tuple[str, ...] = ("all",)
+    minutes: Annotated[float | None, Ge(0)] = None
+    out: Path = Path("runs/ablations")
+
+
+def pretrain(recipe: str, /, *overrides: str) -> int:
+    """Train a model as a recipe says; a run that was stopped goes on from its newest whole checkpoint.
+
+    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli pretrain RECIPE. SIGTERM or Ctrl-C ends the run after
+    the step, with a checkpoint and exit code 75.
+
+    Args:
+        recipe: Recipe of the package by name, or path of a YAML file.
+        overrides: key=value, such as steps=100 streams.pairs.batch_size=32.
+    """
+    from xfm_fast.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from xfm_fast.kernels.cpu.workspace import keep_freed_memory
+    from xfm_fast.training.loop import train
+
+    keep_freed_memory()
+    result = train(loaded)
+    if result.interrupted:
+        note(f"stopped after step {result.step}; the same command goes on from there")
+        return UNFINISHED
+    return 0
+
+
+def gradflow(
+    subject: Annotated[str, Parameter(name="RECIPE|CHECKPOINT")],
+    /,
+    *overrides: str,
+    check: bool = False,
+    as_json: Json = False,
+) -> int:
+    """Report which loss trains which encoder: gradient norms, and zeros where the method of X-FM stops gradients.
+
+    Args:
+        subject: Recipe, a run, a folder that save_pretrained wrote, or an official .th/.pth file.
+        overrides: key=value for a recipe, such as model.preset=tiny.
+        check: Exit with 1 where the method is violated.
+    """
+    from xfm_fast.training import gradient_flow
+
+    report = gradient_flow.gradient_flow_of(subject, overrides)
+    violations = gradient_flow.check(report)
+    if as_json:
+        print(report.to_json(), end="")
+    else:
+        console = stdout(120)
+        console.print(report.table())
+        for violation in violations:
+            console.print(violation, highlight=False, markup=False, soft_wrap=True)
+    if not (check and violations):
+        return 0
+    if as_json:
+        print("; ".join(violations), file=sys.stderr)
+    return 1
+
+
+@reproduce.command
+def ablations(*, options: Flat[AblationOptions] = AblationOptions()) -> int:
+    """Train tiny models on the shapes world with and without stop-gradient and MIM guidance, and compare them.
+
+    Reports linear probes, zero-shot retrieval and grounding on held-out combinations, with intervals over seeds, in a
+    table and in ablations.md, .json and .svg. Finished runs are kept and not repeated, whatever stops the study.
+    """
+    from xfm_fast.reproduce import report
+    from xfm_fast.reproduce.ablations import VARIANTS, run_ablations
+
+    console = stdout()
+
+    def keep(study: Study) -> None:
+        if study.runs:
+            report.save(study, options.out)
+            console.print(f"{len(study.runs)} runs finished, {len(study.missing)} to go", highlight=False)
+
+    variants = [*VARIANTS] if options.variants == ("all",) else options.variants
+    study = run_ablations(options.out, seeds=options.seeds, variants=variants, minutes=options.minutes, on_change=keep)
+    if study.runs:
+        console.print(report.table(study))
+        for line in report.findings(study):
+            console.print(f"- {line}", highlight=False, soft_wrap=True)
+        console.print(report.LIMITS, highlight=False)
+        saved = ", ".join(str(path) for path in report.save(study, options.out))
+        console.print(f"saved: {saved}", highlight=False, soft_wrap=True)
+    if study.missing:
+        note(f"{len(study.missing)} runs are missing; the same command goes on there")
+        return UNFINISHED
+    return 0

@@ -1,0 +1,203 @@
+"""Masks of masked modelling: tokens of a text, single or in short runs; patches of an image, in rectangles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfm_fast.errors import InputError
+
+ATTEMPTS = 10
+"""Draws of a rectangle before the rest is filled with single patches."""
+_LOWEST_ASPECT = math.log(0.3)
+
+
+@dataclass(frozen=True)
+class MaskingOptions:
+    """The amount of masking. Images' captions: `MaskingOptions(0.5, 15)`; text alone: `MaskingOptions(0.15, 20)`.
+
+    Attributes:
+        probability: share of a text's tokens, special tokens counted in.
+        most: largest number of masked tokens in a text.
+        skipgram_probability: how often a run of tokens is taken instead of one.
+        skipgram_size: the longest run; runs of 2 to this many tokens are equally likely.
+        whole_word: hide words whole, never a part of one. Runs are then runs of words. The official option of that
+            name does nothing for RoBERTa's vocabulary.
+    """
+
+    probability: float
+    most: int
+    skipgram_probability: float = 0.2
+    skipgram_size: int = 3
+    whole_word: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probability <= 1:
+            raise InputError(f"probability={self.probability} is no share of a text's tokens; use one in (0, 1]")
+        if self.most < 1:
+            raise InputError(f"most={self.most} masked tokens leave nothing to predict; use at least 1")
+        if not 0 <= self.skipgram_probability <= 1:
+            raise InputError(f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]")
+
+    def count(self, length: int) -> int:
+        """The number of masked tokens among `length`: at least one, at most `most` and all but the first token."""
+        return min(self.most, max(1, round(length * self.probability)), length - 1)
+
+
+class MaskedText(NamedTuple):
+    """A text with some tokens hidden."""
+
+    ids: list[int]
+    """The tokens that the model reads."""
+    positions: list[int]
+    """The places to predict at, ascending."""
+    labels: list[int]
+    """The original ids there."""
+
+
+def mask_tokens(
+    ids: Sequence[int],
+    options: MaskingOptions,
+    rng: np.random.Generator,
+    *,
+    vocab_size: int,
+    mask_token_id: int,
+    word_starts: Sequence[bool] | None = None,
+) -> MaskedText:
+    """Hide tokens of a text and say what they were.
+
+    Exactly `options.count(len(ids))` tokens are chosen: starting places in random order, at each one token or, with
+    `skipgram_probability`, a run that the end of the text cuts off, until there are enough; of too many a random
+    subset stays. The first token is never chosen, the last may be. A chosen token becomes `<mask>` in 80% of cases,
+    a random one of the whole vocabulary in 10% and stays as it is in 10%.
+
+    Whole words are chosen likewise, and those that do not fit into the count are left out: fewer tokens may be masked,
+    by less than the longest word, and more only if the one word taken is longer than the count.
+
+    Args:
+        ids: `<s>` and at least one token more.
+        vocab_size: random tokens are drawn from [0, vocab_size).
+        word_starts: `[len(ids)]`, True where a word begins; needed by `whole_word` and ignored without it.
+
+    Raises:
+        InputError: fewer than two tokens, or whole words are asked for without word starts of that length.
+    """
+    if len(ids) < 2:
+        raise InputError(f"a text of {len(ids)} token(s) has none to mask after <s>; it must have at least 2")
+    units = _words(ids, word_starts) if options.whole_word else [(place, place + 1) for place in range(1, len(ids))]
+    wanted = options.count(len(ids))
+    positions = _choose(units, wanted, options, rng)
+    masked = list(ids)
+    # One draw of each kind per text: a generator call costs more than the arithmetic here.
+    fates = rng.random(len(positions)).tolist()
+    randoms = rng.integers(vocab_size, size=len(positions)).tolist()
+    for place, fate, substitute in zip(positions, fates, randoms, strict=True):
+        if fate < 0.8:
+            masked[place] = mask_token_id
+        elif fate < 0.9:
+            masked[place] = substitute
+    return MaskedText(masked, positions, [ids[place] for place in positions])
+
+
+def _words(ids: Sequence[int], word_starts: Sequence[bool] | None) -> list[tuple[int, int]]:
+    """(start, end) of every word after the first token."""
+    if word_starts is None or len(word_starts) != len(ids):
+        found = "none" if word_starts is None else f"{len(word_starts)}"
+        raise InputError(f"whole words need a word start for each of {len(ids)} tokens, got {found}")
+    starts = [1, *(place for place in range(2, len(ids)) if word_starts[place])]
+    return list(zip(starts, [*starts[1:], len(ids)], strict=True))
+
+
+def _choose(units: list[tuple[int, int]], wanted: int, options: MaskingOptions, rng: np.random.Generator) -> list[int]:
+    order = rng.permutation(len(units)).tolist()
+    runs = [1] * len(units)
+    if options.skipgram_size >= 2 and options.skipgram_probability > 0:
+        long = rng.random(len(units)) < options.skipgram_probability
+        runs = np.where(long, rng.integers(2, options.skipgram_size + 1, size=len(units)), 1).tolist()
+    chosen: set[int] = set()
+    collected = 0
+    for first, run in zip(order, runs, strict=True):
+        if collected >= wanted:
+            break
+        if first in chosen:
+            continue
+        for unit in range(first, min(first + run, len(units))):
+            if unit not in chosen:
+                chosen.add(unit)
+                collected += units[unit][1] - units[unit][0]
+    kept = sorted(chosen)
+    if collected > wanted:
+        kept = _fitting(kept, units, wanted, rng)
+    return sorted(place for unit in kept for place in range(*units[unit]))[: options.most]
+
+
+def _fitting(chosen: list[int], units: list[tuple[int, int]], wanted: int, rng: np.random.Generator) -> list[int]:
+    """A random subset of units that together are no longer than wanted, or one unit if the first drawn is."""
+    kept, total = [], 0
+    for place in rng.permutation(len(chosen)).tolist():
+        length = units[chosen[place]][1] - units[chosen[place]][0]
+        if not kept or total + length <= wanted:
+            kept.append(chosen[place])
+            total += length
+    return kept
+
+
+def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A mask with exactly `count` ones (BEiT, arXiv 2106.08254).
+
+    Rectangles are added while patches are wanted: area uniform between `least` and the number still wanted, log of the
+    aspect ratio uniform in ±log(0.3), place uniform. A rectangle counts if it is smaller than the grid in both
+    directions, hides at least one patch more and no more than wanted; if `ATTEMPTS` in a row do not, uniformly random
+    patches make up the rest.
+
+    Args:
+        grid: patches per side.
+        count: patches to hide.
+        least: smallest area that is drawn.
+
+    Returns:
+        `[grid * grid]`, row by row.
+
+    Raises:
+        InputError: more patches are to be hidden than there are, or the smallest area is not positive.
+    """
+    if not 0 <= count <= grid * grid:
+        raise InputError(f"count={count} patches cannot be hidden among {grid * grid}; lower it")
+    if least < 1:
+        raise InputError(f"least={least} is no area of a rectangle; use at least 1")
+    # The grid is one integer, a bit per patch: overlap and union of rectangles are then single operations.
+    columns = _columns(grid)
+    mask, remaining = 0, count
+    while remaining:
+        for area_draw, aspect_draw, top_draw, left_draw in rng.random((ATTEMPTS, 4)).tolist():
+            area = least + area_draw * (remaining - least)
+            aspect = math.exp(_LOWEST_ASPECT * (1 - 2 * aspect_draw))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= grid or width >= grid:
+                continue
+            top, left = int(top_draw * (grid - height + 1)), int(left_draw * (grid - width + 1))
+            rectangle = (((1 << width) - 1) * columns[height]) << (top * grid + left)
+            new = (rectangle & ~mask).bit_count()
+            if 0 < new <= remaining:
+                mask |= rectangle
+                remaining -= new
+                break
+        else:
+            break
+    bits = np.frombuffer(mask.to_bytes((grid * grid + 7) // 8, "little"), dtype=np.uint8)
+    out = np.unpackbits(bits, count=grid * grid, bitorder="little").view(np.bool_)
+    if remaining:
+        out[rng.choice(np.flatnonzero(~out), remaining, replace=False)] = True
+    return out
+
+
+@lru_cache
+def _columns(grid: int) -> list[int]:
+    """A column of patches for every height, at the left upper corner."""
+    return [sum(1 << (row * grid) for row in range(height)) for height in range(grid)]

@@ -1,0 +1,204 @@
+"""The shapes world on disk, in the official formats: line-JSON for pretraining, JSON arrays for fine-tuning."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from xfm_fast.data.files import new_folder
+from xfm_fast.data.shapes.language import ANSWERS, VOCABULARY, captions, full, questions, references, statements
+from xfm_fast.data.shapes.rendering import pixel_box, render
+from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, scene
+from xfm_fast.errors import DataError, StorageError
+
+FORMAT_VERSION = 1
+WORLD_FILE = "world.json"
+DEFAULT_IMAGES: Mapping[Split, int] = {"train": 10_000, "val": 500, "test": 500}
+
+
+def write_world(
+    folder: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    images: Mapping[Split, int] = DEFAULT_IMAGES,
+    resolution: int = CANVAS,
+) -> dict[str, Any]:
+    """Write a world; the same arguments give the same bytes (with the same version of Pillow, which packs the PNGs).
+
+    For every split: `images/<split>/*.png`, and
+
+    - `pairs_<split>.jsonl` (`binary`, `desc`: four paraphrases), `regions_<split>.jsonl` (`binary`, `caption`, `elems`)
+      and the fine-tuning files `vqa_`, `nlvr_`, `retrieval_` and `grounding_<split>.json`: all of the same scenes;
+    - `images_<split>.jsonl` (`binary`) and `texts_<split>.jsonl` (`desc`): as many scenes again, different ones.
+
+    `answers.json` lists the answers, and `world.json` says what the world holds: seed, counts, vocabulary, the
+    combinations that each split holds out, and the SHA-256 of every file.
+
+    Args:
+        folder: appears complete or not at all. If it is a world of the same arguments already, nothing is done.
+        seed: of the world.
+        images: number of scenes by split.
+        resolution: of the images, in pixels.
+
+    Returns:
+        The content of `world.json`.
+
+    Raises:
+        DataError: the folder holds something else, or the counts are not positive.
+        StorageError: a file cannot be written.
+    """
+    folder = Path(folder)
+    counts = _checked(images)
+    wanted = {"format": FORMAT_VERSION, "seed": seed, "resolution": resolution, "images": counts}
+    if (existing := _existing(folder, wanted)) is not None:
+        return existing
+    try:
+        with new_folder(folder, f"world {folder}") as temporary:
+            digests = {"answers.json": _write(temporary / "answers.json", _json_array(ANSWERS))}
+            numbers: dict[str, int] = {}
+            for split, count in counts.items():
+                for name, (lines, digest) in _write_split(temporary, seed, split, count, resolution).items():
+                    digests[name], numbers[name] = digest, lines
+            world = wanted | {
+                "rows": numbers,
+                "vocabulary": list(VOCABULARY),
+                "answers": list(ANSWERS),
+                "held_out": {split: sorted(" ".join(pair) for pair in HELD_OUT[split]) for split in SPLITS},
+                "sha256": digests,
+            }
+            _write(temporary / WORLD_FILE, (json.dumps(world, indent=1) + "\n").encode())
+    except StorageError:
+        # Another process may have written the same world meanwhile.
+        if (existing := _existing(folder, wanted)) is None:
+            raise
+        return existing
+    return world
+
+
+def _checked(images: Mapping[Split, int]) -> dict[Split, int]:
+    for split, count in images.items():
+        if split not in SPLITS or count < 1:
+            raise DataError(
+                f"images[{split!r}]={count}: give a positive number for each split out of {', '.join(SPLITS)}"
+            )
+    return {split: images[split] for split in SPLITS if split in images}
+
+
+def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The world that lies there already, if it is the wanted one."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        found = json.loads((folder / WORLD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{folder} exists and is no shapes world; choose another folder or remove it") from None
+    differing = [f"{name} {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
+    if differing:
+        raise DataError(
+            f"{folder} holds another shapes world ({'; '.join(differing)}); choose another folder or remove it"
+        )
+    return found
+
+
+def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: int) -> dict[str, tuple[int, str]]:
+    """Writes the files of a split; returns rows and digest of each."""
+    pictures = folder / "images" / split
+    pictures.mkdir(parents=True)
+    rows: dict[str, list[Any]] = {name: [] for name in ("pairs", "regions", "images", "texts")}
+    arrays: dict[str, list[Any]] = {name: [] for name in ("vqa", "nlvr", "retrieval", "grounding")}
+    before = scene(seed, count - 1, split)
+    paths = [f"images/{split}/{index:06d}.png" for index in range(count)]
+    described: set[str] = set()
+    for index, path in enumerate(paths):
+        made = scene(seed, index, split)
+        png = _png(made, resolution)
+        _write(folder / path, png)
+        binary = base64.b64encode(png).decode()
+        said = captions(made)
+        elements = region_elements(made, resolution)
+        rows["pairs"].append({"binary": binary, "desc": said, "image_id": index})
+        if elements:
+            rows["regions"].append({"binary": binary, "caption": said, "elems": elements})
+        arrays["vqa"] += [
+            {"image": path, "question": question, "answer": [answer], "question_id": number, "dataset": "vqa"}
+            for number, (question, answer) in enumerate(questions(made, split), len(arrays["vqa"]))
+        ]
+        arrays["nlvr"].append(_nlvr(before, made, split, [paths[index - 1], path], index))
+        arrays["grounding"] += _grounding(made, path, resolution, len(arrays["grounding"]))
+        if split == "train":
+            arrays["retrieval"] += [{"image": path, "caption": text, "image_id": path} for text in said]
+        elif said[0] not in described:
+            # Evaluation counts one right answer: a second image with the same description would be another.
+            described.add(said[0])
+            arrays["retrieval"].append({"image": path, "caption": said[:1]})
+        before = made
+        other = scene(seed, count + index, split)
+        rows["images"].append({"binary": base64.b64encode(_png(other, resolution)).decode()})
+        rows["texts"].append({"desc": captions(scene(seed, 2 * count + index, split))[index % 4]})
+    written: dict[str, tuple[int, str]] = {}
+    for name, lines in rows.items():
+        data = b"".join((json.dumps(line, separators=(",", ":")) + "\n").encode() for line in lines)
+        written[f"{name}_{split}.jsonl"] = len(lines), _write(folder / f"{name}_{split}.jsonl", data)
+    for name, array in arrays.items():
+        written[f"{name}_{split}.json"] = len(array), _write(folder / f"{name}_{split}.json", _json_array(array))
+    return written
+
+
+def _png(made: Scene, resolution: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(render(made, resolution)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def region_elements(made: Scene, resolution: int = CANVAS) -> list[dict[str, Any]]:
+    """The regions of a scene in the official form: for every object its attributes, and its relations, if they mean it.
+
+    Returns:
+        Elements with `bb` (x, y, w, h in pixels) and `caption`, either a shape with `attributes` before it or a list
+        of relations such as "circle left of the red star".
+    """
+    elements: list[dict[str, Any]] = []
+    for index, thing in enumerate(made.things):
+        named = references(made, index)
+        box = list(pixel_box(thing, resolution))
+        whole = full(thing)
+        if whole in named:
+            elements.append({"bb": box, "attributes": whole.adjectives, "caption": thing.shape})
+        if related := [str(ref) for ref in named if ref.other is not None]:
+            elements.append({"bb": box, "caption": related})
+    return elements
+
+
+def _nlvr(left: Scene, right: Scene, split: Split, paths: list[str], index: int) -> dict[str, Any]:
+    """A statement about two consecutive scenes; true and false ones alternate."""
+    wanted = index % 2 == 0
+    sentences = [sentence for sentence, truth in statements(left, right, split) if truth == wanted]
+    # 7 shares no factor with the lengths that occur often, so all kinds of statement come up.
+    return {"images": paths, "sentence": sentences[7 * index % len(sentences)], "label": str(wanted)}
+
+
+def _grounding(made: Scene, path: str, resolution: int, first: int) -> list[dict[str, Any]]:
+    """Every element of the regions as an expression and its box."""
+    found = []
+    for element in region_elements(made, resolution):
+        said = element["caption"]
+        text = f"{element['attributes']} {said}" if "attributes" in element else said[first % len(said)]
+        found.append({"image": path, "text": text, "bbox": element["bb"], "ref_id": first + len(found)})
+    return found
+
+
+def _json_array(rows: Iterable[Any]) -> bytes:
+    return ("[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]\n").encode()
+
+
+def _write(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()

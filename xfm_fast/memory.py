@@ -1,0 +1,92 @@
+"""Memory: how much this process holds and held at most, and tensors in files for what does not fit into it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import DataError, StorageError
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return psutil.Process().memory_info().rss
+
+
+class PeakMemory:
+    """The most resident memory inside the block, `peak`, in bytes, and that at its begin, `start`.
+
+    The kernel's own high-water mark is reset and read where the system allows it (Linux); elsewhere a thread looks
+    every few milliseconds, which can miss a short peak. `method` says which.
+    """
+
+    def __enter__(self) -> Self:
+        self.start = self.peak = resident_bytes()
+        self.method = "high-water mark"
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.method = "sampled"
+            self._stop = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.004):
+            self.peak = max(self.peak, resident_bytes())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.method == "sampled":
+            self._stop.set()
+            self._thread.join()
+            self.peak = max(self.peak, resident_bytes())
+        else:
+            marks = re.findall(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+            self.peak = max([self.start, *(int(mark) * 1024 for mark in marks)])
+
+
+def create_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new file-backed tensor of zeros; what is written to it reaches the file.
+
+    The space is reserved first: a disk that is too small raises `StorageError` here, instead of killing the process
+    with a bus error at some later write.
+    """
+    path = Path(path)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} needs {size / 1e9:.2f} GB and cannot be created ({error.strerror}); free space or choose another "
+            "folder"
+        ) from None
+    return open_mapped(path, shape, dtype)
+
+
+def open_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Map a file that `create_mapped` made."""
+    path = Path(path)
+    expected = math.prod(shape) * dtype.itemsize
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise DataError(f"{path} {found}; {[*shape]} {dtype} takes {expected}: write it again")
+    if not expected:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)

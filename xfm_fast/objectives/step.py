@@ -1,0 +1,460 @@
+"""One step of pretraining: the losses that apply to a batch, with nothing computed twice or in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch, TextLayout
+from xfm_fast.data.masking import block_mask
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import host
+from xfm_fast.models import inputs as model_inputs
+from xfm_fast.models.fusion import ImageMemory, PackedMemory
+from xfm_fast.models.xfm import XFM, Head
+from xfm_fast.objectives.fusion_pass import Pairs, TextTable, fuse_pairs, matching_pairs
+from xfm_fast.objectives.losses import (
+    AllPairs,
+    HardNegatives,
+    ImageCodes,
+    box_giou_loss,
+    box_l1_loss,
+    contrastive_loss,
+    contrastive_rows,
+    masked_image_terms,
+    masked_token_loss,
+    matching_loss,
+    sample_hard_negatives,
+)
+from xfm_fast.objectives.world import ScaleGradient, World, check_equal
+from xfm_fast.packing import Reads
+
+BOXES = ("bbox_l1", "bbox_giou")
+APPLICABLE: dict[type, tuple[str, ...]] = {
+    PairBatch: ("itc", "itm", "imlm", "mim"),
+    RegionBatch: ("itc", "itm", "imlm", "bbox_l1", "bbox_giou"),
+    ImageBatch: ("mim",),
+    TextBatch: ("mlm",),
+}
+"""The losses of each kind of batch."""
+
+
+_HEADS: dict[str, Head] = {
+    "itc": "contrastive",
+    "itm": "matching",
+    "imlm": "imlm",
+    "bbox_l1": "boxes",
+    "bbox_giou": "boxes",
+}
+
+
+def pretraining_losses(
+    model: XFM,
+    batch: Batch,
+    *,
+    hard_negatives: tuple[Tensor, Tensor] | None = None,
+    patch_mask: Tensor | None = None,
+    losses: Iterable[str] | None = None,
+    generator: torch.Generator | None = None,
+    group: dist.ProcessGroup | None = None,
+    official_itc_gradient: bool = False,
+    stop_gradient: bool = True,
+    image_codes: ImageCodes | None = None,
+) -> dict[str, Tensor]:
+    """The losses of X-FM (arXiv 2301.05065) on one batch.
+
+    An image passes the vision encoder once (once more with hidden patches for `mim`) and is projected to keys and
+    values once per fusion layer; true pairs, negatives, masked captions and boxes share one pass of the fusion encoder.
+    ITM, IMLM and boxes see detached text embeddings (IMLM's not with `detach_text_for_mlm=False` in the configuration).
+    On multimodal batches the temperature is first clamped, in place, to its range.
+
+    A step reads no number back from an accelerator, given a batch that was prepared on the host (`batch.to(device)`
+    does it). Texts drawn as negatives then take up as many tokens as the longest text of the batch; with several
+    processes, the draw itself is copied to the host while the next encoder pass is under way.
+
+    In a process group every process passes its part of the global batch, equally large for all. ITC and ITM range over
+    all of it, and every value is this process's share, whose mean over processes is the loss of the global batch: the
+    mean of gradients that DDP takes is then the true gradient. Text embeddings travel, image embeddings never do: a
+    pair is matched where its image lies.
+
+    Args:
+        model: with the heads that the losses need.
+        batch: `PairBatch` (itc, itm, imlm, mim), `RegionBatch` (itc, itm, imlm, bbox_l1, bbox_giou), `ImageBatch`
+            (mim) or `TextBatch` (mlm).
+        hard_negatives: (`[B]` negative image of each text, `[B]` negative text of each image) for `itm`, numbered over
+            all processes. Drawn by `sample_hard_negatives` when None.
+        patch_mask: `[B, N]`, non-zero for patches that `mim` hides; by default the mask of the batch, or a new one.
+        losses: names, to compute only these.
+        generator: source of the negatives, on the device of the batch.
+        group: the processes that share a global batch; by default all, where torch.distributed is initialised.
+        official_itc_gradient: scale the gradient of the contrastive features by 1 / (number of processes), as the
+            official gathering does.
+        stop_gradient: False lets ITM, IMLM and the box losses through to the language encoder: the ablation of the
+            method, not fine-tuning.
+        image_codes: what `mim` predicts instead of what the encoder makes of the whole image: MIM without guidance.
+
+    Returns:
+        Scalars by name.
+
+    Raises:
+        InputError: a batch of another kind, tensors that do not belong together, labels, ids or indices out of range,
+            nothing to draw a negative from, processes with batches of different sizes.
+        UnavailableError: the model lacks a head.
+    """
+    names = losses_of(batch, losses)
+    world = World.of(group)
+    options = Options(hard_negatives, patch_mask, generator, official_itc_gradient, stop_gradient, image_codes)
+    if isinstance(batch, ImageBatch):
+        return {"mim": _image_loss(model, batch, None, world, options)} if names else {}
+    if isinstance(batch, PairBatch):
+        check_pairs(batch)
+        step = Step(model, batch.prepare(), names, world, options)
+        # Alone, `mim` takes the whole image as a target, which has no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
+            image = model.encode_image(batch.image)
+        found, texts = step.contrast(image, batch.image_ids)
+        if "mim" in names:
+            # Between draw and fusion: the host needs the draw only then.
+            found["mim"] = _image_loss(model, batch, image, world, options)
+        return found | step.fuse(texts, model.image_memory(image)) if step.fuses else found
+    if isinstance(batch, RegionBatch):
+        check_regions(batch)
+        batch = batch.prepare()
+        step = Step(model, batch, names, world, options)
+        own, images = model.encode_region_tokens(batch.image, batch.image_index, batch.region_mask)
+        found, texts = step.contrast(own, None)
+        if step.fuses:
+            found |= step.fuse(texts, region_memory(model, batch, own, images, boxes=step.boxes))
+        return found
+    return {"mlm": _text_loss(model, batch.prepare(), world)} if names else {}
+
+
+def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
+    """`mlm`, whose last layer computes the masked positions alone."""
+    model.require_head("mlm")
+    layout, encoder = batch.layout, model.text_encoder
+    assert layout is not None
+    model_inputs.check_tokens(batch.masked_input_ids, batch.attention_mask, model.config)
+    starts = torch.repeat_interleave(layout.starts, layout.target_counts, output_size=layout.labels.shape[0])
+    reads = Reads(cu_seqlens=layout.cu_targets, max_seqlen=layout.most_targets, rows=starts + layout.targets)
+    hidden = encoder.lm_head.transform(encoder(batch.masked_input_ids, layout.packing, reads=reads))
+    loss = masked_token_loss(hidden, encoder.word_embeddings, encoder.lm_head.bias, layout.labels)
+    return world.mean(loss, world.counts(targets=(layout.labels != IGNORED).sum())["targets"])
+
+
+def _image_loss(
+    model: XFM, batch: PairBatch | ImageBatch, target: Tensor | None, world: World, options: Options
+) -> Tensor:
+    """`mim`: of codes where there are some, else of `target`, the embeddings of whole images (computed if None)."""
+    config, codes = model.config, options.image_codes
+    mask = batch.patch_mask if options.patch_mask is None else options.patch_mask
+    if mask is None:
+        # The host draws, from its own generator, so that no device has to be waited for.
+        rng = np.random.default_rng(host.integer(torch.randint(1 << 62, ())))
+        drawn = [
+            block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
+            for _ in range(len(batch.image))
+        ]
+        mask = torch.from_numpy(np.stack(drawn)).to(batch.image.device, non_blocking=True)
+    if target is None and codes is None:
+        with torch.no_grad():
+            target = model.encode_image(batch.image)
+    embeds = model.encode_image(batch.image, mask)
+    counts = world.counts(hidden=mask.bool().sum(), images=torch.full((), len(embeds), device=embeds.device))
+    if codes is not None:
+        return world.mean(codes(embeds, batch.image, mask), counts["hidden"])
+    assert target is not None
+    patches, token = masked_image_terms(embeds, target, mask)
+    loss = world.mean(patches, counts["hidden"])
+    return loss if config.mim_patches_only else loss + world.mean(token, counts["images"])
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `pretraining_losses` that say how losses are computed."""
+
+    hard_negatives: tuple[Tensor, Tensor] | None
+    patch_mask: Tensor | None
+    generator: torch.Generator | None
+    official_itc_gradient: bool
+    stop_gradient: bool
+    image_codes: ImageCodes | None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The unmasked texts, encoded.
+
+    Attributes:
+        tokens: `[T, width]` packed, as the fusion encoder sees them.
+        table: the same of all processes, for matching.
+        matching: makes the pairs to match.
+    """
+
+    tokens: Tensor
+    table: TextTable | None = None
+    matching: Callable[[], Pairs] | None = None
+
+
+class Step:
+    """The multimodal losses of one batch: `contrast`, then `fuse`.
+
+    Text b belongs to group b of the memory, its true image or region; the groups that boxes are predicted from (whole
+    images) come behind.
+    """
+
+    def __init__(
+        self, model: XFM, batch: PairBatch | RegionBatch, names: frozenset[str], world: World, options: Options
+    ) -> None:
+        assert batch.layout is not None
+        self.model, self.batch, self.names, self.world, self.options = model, batch, names, world, options
+        self.layout: TextLayout = batch.layout
+        self.texts = batch.input_ids.shape[0]
+        self.boxes = not names.isdisjoint(BOXES)
+        self.fuses = self.boxes or not names.isdisjoint({"itm", "imlm"})
+        self.draws = "itm" in names and options.hard_negatives is None
+        for name, head in _HEADS.items():
+            if name in names:
+                model.require_head(head)
+        if self.draws:
+            model.require_head("contrastive")
+        # Those counts of the processes have to be equal that decide the sizes of what they send each other.
+        sizes = {
+            "texts": self.texts,
+            "tokens per padded text": batch.input_ids.shape[1],
+            "lists of image ids": int(isinstance(batch, PairBatch) and batch.image_ids is not None),
+        }
+        targets = (self.layout.labels != IGNORED).sum()
+        boxes = (~batch.is_image.bool()).sum() if isinstance(batch, RegionBatch) else torch.zeros_like(targets)
+        filled = {name: torch.full((), size, device=targets.device) for name, size in sizes.items()}
+        self.counts = world.counts(**filled, targets=targets, boxes=boxes)
+        if not names.isdisjoint({"itc", "itm"}):
+            check_equal({name: self.counts[name] for name in sizes})
+        if hasattr(model, "temp"):
+            with torch.no_grad():
+                model.temp.clamp_(model.config.min_temperature, model.config.max_temperature)
+
+    def contrast(self, image_tokens: Tensor, image_ids: Tensor | None) -> tuple[dict[str, Tensor], Texts | None]:
+        """Encode the texts, compute `itc`, and draw the negatives of `itm`.
+
+        Args:
+            image_tokens: `[B, >= 1, vision_width]`, token 0 of which stands for the image or region.
+            image_ids: `[B]`, equal for texts of the same image.
+
+        Returns:
+            The losses, and for `fuse` the texts, if any loss needs them unmasked.
+        """
+        if self.names.isdisjoint({"itc", "itm", *BOXES}):
+            return {}, None
+        whole = self.boxes or "itm" in self.names
+        graph = "itc" in self.names or not self.options.stop_gradient
+        packed = self._encode(self.batch.input_ids, graph=graph, first_only=not whole)
+        losses, negatives = {}, None
+        if "itc" in self.names or self.draws:
+            first = packed.index_select(0, self.layout.starts) if whole else packed
+            image, text = self.model.project_image(image_tokens), self.model.project_text(first[:, None])
+            if self.options.official_itc_gradient and self.world.size > 1:
+                image, text = (ScaleGradient.apply(f, 1 / self.world.size) for f in (image, text))
+            # A later step clamps the temperature in place; a graph that is still waiting for its backward keeps a copy.
+            pairs = (image, text, self.model.temp.clone())
+            gathered = None
+            if self.world.size > 1:
+                images, texts = self.world.gather_with_gradient(torch.cat([image, text], dim=1)).chunk(2, dim=1)
+                ids = None if image_ids is None else self.world.gather(image_ids)
+                gathered = AllPairs(images, texts, self.world.rank * self.texts, ids)
+            if "itc" in self.names:
+                losses["itc"] = (
+                    contrastive_loss(*pairs, image_ids)
+                    if gathered is None
+                    else contrastive_rows(*pairs, gathered, image_ids)
+                )
+            if self.draws:
+                generator = self.options.generator
+                negatives = sample_hard_negatives(*pairs, image_ids, gathered=gathered, generator=generator)
+        tokens = packed.detach() if self.options.stop_gradient else packed
+        if "itm" not in self.names:
+            return losses, Texts(tokens) if whole else None
+        if negatives is None:
+            negatives = check_negatives(self.options.hard_negatives, self.texts, self.texts * self.world.size)
+        table = TextTable.of(tokens, self.layout, self.world)
+        return losses, Texts(tokens, table, matching_pairs(self.layout, table, negatives, self.world))
+
+    def _encode(self, ids: Tensor, *, graph: bool, first_only: bool = False) -> Tensor:
+        packing = self.layout.packing
+        model_inputs.check_tokens(ids, self.batch.attention_mask, self.model.config)
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+            return self.model.text_encoder(ids, packing, reads=Reads.first_tokens(packing) if first_only else None)
+
+    def fuse(self, texts: Texts | None, memory: ImageMemory | PackedMemory) -> dict[str, Tensor]:
+        """`itm`, `imlm` and the box losses, from one pass of the fusion encoder."""
+        parts: list[Pairs] = []
+        tables: list[Tensor] = []
+        positions = torch.zeros(1, dtype=torch.long, device=self.batch.input_ids.device)
+        if texts is not None:
+            tables.append(texts.tokens if texts.table is None else texts.table.tokens)
+            if texts.matching is not None:
+                parts.append(texts.matching())
+            if self.boxes:
+                parts.append(self._boxed(texts.table))
+        if "imlm" in self.names:
+            # Masked texts lie behind the others and meet their own image.
+            behind = sum(table.shape[0] for table in tables)
+            layout = self.layout
+            parts.append(
+                Pairs(
+                    starts=layout.starts + behind,
+                    lengths=layout.lengths,
+                    groups=torch.arange(self.texts, device=layout.lengths.device),
+                    read_starts=layout.cu_targets[:-1].long() + 1,
+                    read_counts=layout.target_counts,
+                    tokens=layout.tokens,
+                    reads=layout.labels.shape[0],
+                    longest=layout.packing.longest,
+                    most_reads=layout.most_targets,
+                )
+            )
+            detach = self.options.stop_gradient and self.model.config.detach_text_for_mlm
+            tables.append(self._encode(self.batch.masked_input_ids, graph=not detach))
+            positions = torch.cat([positions, self.layout.targets])
+        # With several processes a table holds the texts of all, most of which this one has no pair with.
+        each_once = self.layout.packing.repeated(len(tables)) if self.world.size == 1 else None
+        encoder, table = self.model.fusion_encoder, torch.cat(tables)
+        read = fuse_pairs(encoder, table, Pairs.joined(parts), positions, memory, each_once)
+        pieces = iter(read.split([part.reads for part in parts]))
+        losses = {}
+        if "itm" in self.names:
+            logits = self.model.match_logits(next(pieces)[:, None])
+            matches = torch.arange(logits.shape[0], device=logits.device) < self.texts
+            if self.world.size == 1:
+                losses["itm"] = matching_loss(logits, matches)
+            else:
+                # 3B pairs per process on average; how many lie here is a matter of which images were drawn.
+                losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (3 * self.texts)
+        if self.boxes:
+            losses |= self._box_losses(next(pieces))
+        if "imlm" in self.names:
+            hidden = encoder.lm_head.transform(next(pieces))
+            loss = masked_token_loss(hidden, encoder.word_embeddings, encoder.lm_head.bias, self.layout.labels)
+            losses["imlm"] = self.world.mean(loss, self.counts["targets"])
+        return losses
+
+    def _boxed(self, table: TextTable | None) -> Pairs:
+        """Texts that describe a region, with the whole image."""
+        layout, batch = self.layout, self.batch
+        assert isinstance(batch, RegionBatch)
+        assert batch.regions is not None
+        boxed = batch.regions.boxed
+        starts, lengths = (layout.starts, layout.lengths) if table is None else table.own(self.texts)
+        images = batch.image_index.long()[boxed] + self.texts
+        longest, tokens = layout.packing.longest, batch.regions.boxed_tokens
+        return Pairs.first_token(starts[boxed], lengths[boxed], images, tokens=tokens, longest=longest)
+
+    def _box_losses(self, fused: Tensor) -> dict[str, Tensor]:
+        batch = self.batch
+        assert isinstance(batch, RegionBatch)
+        assert batch.regions is not None
+        predicted, boxed = self.model.predict_boxes(fused[:, None]), batch.regions.boxed
+        arguments = (predicted, batch.boxes[boxed].to(predicted.dtype), batch.is_image[boxed])
+        found = {"bbox_l1": box_l1_loss, "bbox_giou": box_giou_loss}
+        return {
+            n: self.world.mean(loss(*arguments), self.counts["boxes"]) for n, loss in found.items() if n in self.names
+        }
+
+
+def region_memory(model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *, boxes: bool) -> PackedMemory:
+    """A group of visible tokens for every region and, for boxes, of all tokens of every image behind them.
+
+    Args:
+        own, images: from `encode_region_tokens`.
+        boxes: whether whole images are attended to.
+    """
+    assert batch.regions is not None
+    visible = batch.regions.visible
+    number, tokens = images.shape[:2]
+    cu_keys, longest = visible.cu_seqlens, visible.longest
+    behind = number * tokens
+    if own.shape[1] == 1:
+        region, token = visible.positions // tokens, visible.positions % tokens
+        shared = batch.image_index.long()[region] * tokens + token
+        rows = torch.where(token == 0, region + behind, shared)
+        table = torch.cat([images.flatten(0, 1), own[:, 0]])
+    else:
+        seen = own.flatten(0, 1).index_select(0, visible.positions)
+        rows = torch.arange(behind, behind + seen.shape[0], device=seen.device)
+        table = torch.cat([images.flatten(0, 1), seen])
+    if boxes:
+        rows = torch.cat([rows, torch.arange(behind, device=rows.device)])
+        ends = torch.arange(1, number + 1, device=rows.device, dtype=cu_keys.dtype) * tokens
+        cu_keys = torch.cat([cu_keys, cu_keys[-1] + ends])
+        longest = max(longest, tokens)
+    return model.packed_memory(table, cu_keys, longest, rows)
+
+
+def losses_of(batch: Batch, losses: object) -> frozenset[str]:
+    """Names of the losses to compute: those that apply to the batch, or the given ones among them."""
+    if type(batch) not in APPLICABLE:
+        kinds = ", ".join(kind.__name__ for kind in APPLICABLE)
+        raise InputError(f"batch is a {type(batch).__name__}; it must be one of {kinds}")
+    applicable = APPLICABLE[type(batch)]
+    if losses is None:
+        return frozenset(applicable)
+    if isinstance(losses, str):
+        raise InputError(f"losses={losses!r} is a string; give a collection of names, such as {{{losses!r}}}")
+    wanted = frozenset(losses)  # pyright: ignore[reportArgumentType]
+    for name in sorted(wanted, key=str):
+        if name not in applicable:
+            raise InputError(
+                f"loss {name!r} does not apply to a {type(batch).__name__} (it has {', '.join(applicable)})"
+            )
+    return wanted
+
+
+def check_pairs(batch: PairBatch) -> None:
+    """As many images and image ids as texts."""
+    texts, _ = batch.check_texts()
+    if batch.image.shape[0] != texts:
+        raise InputError(
+            f"image holds {batch.image.shape[0]} images and input_ids {texts} texts; there must be one each"
+        )
+    _check_rows("image_ids", batch.image_ids, texts)
+
+
+def check_regions(batch: RegionBatch) -> None:
+    """One of everything for every text; region_mask and the values of image_index are checked by the model."""
+    texts, _ = batch.check_texts()
+    _check_rows("image_index", batch.image_index, texts)
+    _check_rows("is_image", batch.is_image, texts)
+    if batch.boxes.shape != (texts, 4):
+        raise InputError(f"boxes are {[*batch.boxes.shape]}; {texts} texts need [{texts}, 4]: (cx, cy, w, h)")
+    if batch.boxes.device.type == "cpu" and not host.all_true(batch.boxes.isfinite()):
+        text = host.integer(batch.boxes.isfinite().all(1).long().argmin())
+        raise InputError(f"boxes of text {text} hold NaN or infinity; check its annotation")
+
+
+def check_negatives(negatives: object, rows: int, pairs: int) -> HardNegatives:
+    """Two `[rows]` (or `[pairs]`) integer tensors below `pairs`."""
+    if not isinstance(negatives, tuple | list) or len(negatives) != 2:
+        raise InputError(
+            f"hard_negatives is a {type(negatives).__name__}; it must be (image_negative_index, text_negative_index)"
+        )
+    for name, index in zip(("image_negative_index", "text_negative_index"), negatives, strict=True):
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.shape not in ((rows,), (pairs,)):
+            found = f"{index.dtype} {[*index.shape]}" if isinstance(index, Tensor) else type(index).__name__
+            raise InputError(f"{name} is {found}; it must hold one integer for each of the {rows} pairs")
+        if index.device.type == "cpu" and index.numel():
+            lowest, highest = host.integer(index.min()), host.integer(index.max())
+            if lowest < 0 or highest >= pairs:
+                wrong = lowest if lowest < 0 else highest
+                raise InputError(f"{name} holds {wrong}; there are {pairs} pairs, numbered from 0")
+    return HardNegatives(*negatives)
+
+
+def _check_rows(name: str, tensor: Tensor | None, rows: int) -> None:
+    if tensor is not None and tensor.shape != (rows,):
+        raise InputError(f"{name} is {[*tensor.shape]}; there must be one for each of the {rows} texts")

@@ -1,0 +1,357 @@
+"""`accelerate(model)`: fused modules in a live model, verified, with a report that takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.kernels.backend import Backend, resolve
+from xfm_fast.replace.swap import (
+    BANDS,
+    Fused,
+    Rule,
+    Settings,
+    find,
+    forward_replaced,
+    fused_form,
+    is_fused,
+    original_class,
+    restore,
+    rules,
+    swap,
+)
+
+Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    kernels: Backend = "auto",
+    dtype: torch.dtype | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    unpad: bool = False,
+    skip_logits: bool = False,
+    verify: Any = None,
+) -> Report:
+    """Make the modules of a live model fast, in place and on this instance only.
+
+    Recognised are the transformers of Hugging Face and timm, those of the official X-FM and X²-VLM code, and PyTorch's
+    own. The modules stay the same objects with the same parameters, so state-dict keys, optimizers, hooks and wrappers
+    are unaffected. Calls that the fused form does not cover (attention weights as output, caches, adapters inside) run
+    the original code.
+
+    Args:
+        model: any module.
+        kernels: backend of the ops; one asked for by name never falls back.
+        dtype: compute in this type with the parameters as they are stored; None follows the inputs.
+        include: only modules under these: qualified names or class names (with * and ?), or classes.
+        exclude: leave these out, and what is in them.
+        unpad: leave padding out of whole encoders. Every real token's output is unchanged; at padding it is zero,
+            where the original leaves values without meaning.
+        skip_logits: masked-language heads in training mode return `logits=None` when they are given labels, so that
+            only the labelled positions meet the vocabulary. By default logits are returned as ever.
+        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor) that the model is
+            run on before and after, in evaluation mode.
+
+    Returns:
+        A report that prints as a table and can `revert()`.
+
+    Raises:
+        InputError: nothing to replace, a selection that matches nothing, or outputs that `verify` finds different. The
+            model is then as it was.
+        UnavailableError: the type or backend cannot run on the model's device.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
+    settings = Settings(kernels, dtype, unpad, skip_logits)
+    _check_machine(model, settings)
+    chosen = dict(model.named_modules())
+    excluded = {} if exclude is None else _under(chosen, exclude, "exclude")
+    if include is not None:
+        chosen = _under(chosen, include, "include")
+    chosen = {path: module for path, module in chosen.items() if path not in excluded}
+    before = None if verify is None else _outputs(model, verify)
+    undo = [(module, fused_form(module), module.settings) for module in model.modules() if isinstance(module, Fused)]
+    for module, _, _ in undo:
+        restore(module)
+    try:
+        report = _replace(model, chosen, settings)
+        if before is not None:
+            after = _outputs(model, verify)
+            report.differences.update(_compared(before, after, verify, dtype))
+    except BaseException:
+        for module in model.modules():
+            if is_fused(module):
+                restore(module)
+        for module, form, former in undo:
+            swap(module, form, former)
+        raise
+    return report
+
+
+@contextmanager
+def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
+    """`accelerate(model, **options)` for the time of a block."""
+    report = accelerate(model, **options)
+    try:
+        yield report
+    finally:
+        report.revert()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module that a rule recognised.
+
+    Attributes:
+        path: its qualified name in the model; empty for the model itself.
+        class_name: its own class.
+        fused: name of the fused form.
+        gain: what the fused form saves.
+        reason: why it was left as it was; None if it was replaced.
+    """
+
+    path: str
+    class_name: str
+    fused: str
+    gain: str
+    reason: str | None = None
+
+
+@dataclass
+class Report:
+    """The modules of a model that were recognised: what was replaced, what was not and why. Printing it gives a table.
+
+    Attributes:
+        entries: in the order of `model.named_modules()`.
+        differences: largest difference of each output that `verify` compared, relative to the output's largest value.
+    """
+
+    entries: list[Entry]
+    differences: dict[str, float] = field(default_factory=dict)
+    _modules: list[nn.Module] = field(default_factory=list, repr=False)
+
+    @property
+    def replaced(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.reason is None]
+
+    @property
+    def left(self) -> list[Entry]:
+        """Recognised and not replaced."""
+        return [entry for entry in self.entries if entry.reason is not None]
+
+    def revert(self) -> None:
+        """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm."""
+        for module in self._modules:
+            if is_fused(module):
+                restore(module)
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "replaced by", "why, or what it saves")]
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        for entry in self.entries:
+            kind = (entry.class_name, entry.fused, entry.gain, entry.reason or "")
+            groups.setdefault(kind, []).append(entry.path)
+        for (class_name, fused, gain, reason), paths in groups.items():
+            place = paths[0] or "(the model)"
+            if len(paths) > 1:
+                place += f" and {len(paths) - 1} alike"
+            rows.append((place, class_name, "left alone" if reason else fused, reason or gain))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
+        lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
+        return "\n".join(lines)
+
+
+class _InOneType(Fused):
+    """The outermost model when a type to compute in was given: its unfused parts run under autocast."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        with torch.autocast(device.type, self.settings.dtype):
+            return super().forward(*args, **kwargs)
+
+
+def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> Report:
+    entries, replaced, known = [], [], rules()
+    inside: set[nn.Module] = set()
+    for path, module in chosen.items():
+        if module in inside:
+            continue
+        entry, rule = _decide(path, module, known, settings)
+        if entry is None:
+            continue
+        entries.append(entry)
+        if rule is not None:
+            replaced.append((module, rule.fused))
+            # It computes with the parameters of PyTorch's own norms and attentions in it and calls none of them.
+            names = rule.fused.adapted(original_class(module)).get("bypassed", rule.fused.bypassed)
+            parts = {part for name in names if (part := find(module, name)) is not None}
+            inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
+    if not replaced:
+        raise InputError(_nothing(model, entries))
+    for module, fused in replaced:
+        swap(module, fused, settings)
+    report = Report(entries, _modules=[module for module, _ in replaced])
+    if settings.dtype is not None and not is_fused(model):
+        swap(model, _InOneType, settings)
+        report._modules.append(model)
+    return report
+
+
+def _decide(
+    path: str, module: nn.Module, known: Sequence[Rule], settings: Settings
+) -> tuple[Entry | None, Rule | None]:
+    """The first rule that recognises a module and takes it; else the first reason against."""
+    left = None
+    for rule in known:
+        if not rule.recognises(module):
+            continue
+        reason = rule.reason_against(module, settings)
+        if reason is None and forward_replaced(module):
+            reason = "its forward was replaced on the instance"
+        entry = Entry(path, original_class(module).__name__, rule.name, rule.gain, reason)
+        if reason is None:
+            return entry, rule
+        left = left or entry
+    return left, None
+
+
+def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -> dict[str, nn.Module]:
+    """Selected modules and everything in them."""
+    found: dict[str, nn.Module] = {}
+    for one in [selection] if isinstance(selection, (str, type)) else selection:
+        if isinstance(one, type):
+            roots = [path for path, module in modules.items() if isinstance(module, one)]
+        else:
+            named = {path: (path, original_class(module).__name__) for path, module in modules.items()}
+            roots = [path for path, names in named.items() if any(fnmatchcase(name, one) for name in names)]
+        if not roots:
+            name = one if isinstance(one, str) else one.__name__
+            raise InputError(f"{argument}={name!r} matches no module of the model, neither by name nor by class")
+        for root in roots:
+            inside = f"{root}." if root else ""
+            found |= {path: module for path, module in modules.items() if path == root or path.startswith(inside)}
+    return {path: module for path, module in modules.items() if path in found}
+
+
+def _check_machine(model: nn.Module, settings: Settings) -> None:
+    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {None}
+    for device in devices:
+        try:
+            resolve(settings.backend, torch.empty(0, device=device))
+        except ValueError as error:
+            raise UnavailableError(str(error)) from None
+        if device.type == "cpu" and torch.bfloat16 in types and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise UnavailableError(
+                "bfloat16 on this CPU is emulated and slower than float32 (it lacks AVX-512 or AMX instructions); use "
+                "dtype=None with model.float()"
+            )
+        if device.type == "cpu" and settings.dtype is torch.float16:
+            raise UnavailableError("float16 is for GPUs; on a CPU use dtype=torch.bfloat16 or None")
+    if settings.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"dtype={settings.dtype} is no type to compute in; choose float32, bfloat16 or float16")
+
+
+def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
+    name = original_class(model).__name__
+    paths: dict[str, list[str]] = {}
+    for entry in entries:
+        paths.setdefault(entry.reason or "", []).append(entry.path or name)
+    reasons = [
+        f"{alike[0]}{f' and {len(alike) - 1} alike' if len(alike) > 1 else ''}: {reason}"
+        for reason, alike in paths.items()
+    ]
+    why = "; ".join(reasons[:5])
+    if any(entry.class_name != "LayerNorm" for entry in entries):
+        return f"nothing of {name} can be replaced: {why}"
+    return (
+        f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}. Recognised are encoders of "
+        "transformers (RoBERTa, XLM-R, BERT, BEiT, Data2Vec, ViT, DeiT, CLIP, BLIP), vision transformers of timm, the "
+        "official X-FM and X²-VLM modules, and torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; "
+        "xfm_fast.nn has modules to build with"
+    )
+
+
+def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The floating-point outputs of a model by name, in evaluation mode and without gradients.
+
+    Args:
+        batch: keyword arguments as a mapping, positional arguments as a tuple or list, or the only argument.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(batch, Mapping):
+                made = model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                made = model(*batch)
+            else:
+                made = model(batch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return {name: leaf for name, leaf in _leaves(made, "") if leaf.is_floating_point()}
+
+
+def _leaves(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested mappings (transformers' outputs among them), sequences and registered containers."""
+    if isinstance(made, Tensor):
+        yield name, made
+    elif isinstance(made, Mapping):
+        for key, value in made.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        parts = made if isinstance(made, (tuple, list)) else pytree.tree_leaves(made)
+        for number, value in enumerate(parts):
+            if value is not made:
+                yield from _leaves(value, f"{name}.{number}" if name else str(number))
+
+
+def _compared(
+    before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """Relative difference of each output.
+
+    Padding is left out of outputs with one entry per token: what is there has no meaning.
+
+    Raises:
+        InputError: an output is missing, has another shape, or differs by more than rounding.
+    """
+    differences = {}
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    for name, wanted in before.items():
+        found = after.get(name)
+        label = f"output {name!r}" if name else "the output"
+        if found is None or found.shape != wanted.shape:
+            raise InputError(
+                f"{label} was {tuple(wanted.shape)} and is {None if found is None else tuple(found.shape)} after "
+                "acceleration; the model was put back as it was"
+            )
+        if isinstance(mask, Tensor) and mask.ndim == 2 and wanted.shape[: mask.ndim] == mask.shape:
+            wanted, found = wanted[mask.bool()], found[mask.bool()]
+        band = BANDS.get(dtype or wanted.dtype, BANDS[torch.float32])
+        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
+        differences[name] = error / scale if scale else error
+        if not differences[name] <= band:
+            raise InputError(
+                f"{label} differs by {differences[name]:.1e} of its largest value after acceleration, more than "
+                f"rounding in {dtype or wanted.dtype} explains ({band:.0e}); the model was put back as it was. "
+                "exclude=… leaves modules out"
+            )
+    return differences

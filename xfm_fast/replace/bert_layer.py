@@ -1,0 +1,448 @@
+"""The post-norm layer of BERT and its two ends (embeddings, vocabulary head) in fused operations, on foreign modules.
+
+Layers are known by the names of their parts, whatever their classes: BERT's code named them (arXiv 1810.04805), and
+RoBERTa, ALBEF, X-VLM, X²-VLM, BLIP and X-FM kept the names. They run with padding or without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.kernels import host, ops
+from xfm_fast.kernels.derived import derived
+from xfm_fast.models.layers import concatenated
+from xfm_fast.packing import Packing, offsets, on_host
+from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability, why_not_bypassed
+
+_BRANCH: dict[str, Kinds] = {
+    "self": nn.Module,
+    "self.query": nn.Linear,
+    "self.key": nn.Linear,
+    "self.value": nn.Linear,
+    "self.dropout": nn.Dropout,
+    "output": nn.Module,
+    "output.dense": nn.Linear,
+    "output.dropout": nn.Dropout,
+    "output.LayerNorm": nn.LayerNorm,
+    "output.drop_path": nn.Module,
+}
+_MLP: dict[str, Kinds] = {
+    "intermediate": nn.Module,
+    "intermediate.dense": nn.Linear,
+    "output": nn.Module,
+    "output.dense": nn.Linear,
+    "output.dropout": nn.Dropout,
+    "output.LayerNorm": nn.LayerNorm,
+    "output.drop_path": nn.Module,
+}
+
+
+def _branch(name: str) -> dict[str, Kinds]:
+    return {name: nn.Module, **{f"{name}.{part}": kind for part, kind in _BRANCH.items()}}
+
+
+# Parts of a layer by dotted name, with their classes; nn.Module where any will do.
+LAYER_PARTS: dict[str, Kinds] = _branch("attention") | _branch("crossattention") | _MLP
+
+
+def is_layer(module: nn.Module) -> bool:
+    """True if a module has the parts of such a layer, with cross-attention or without."""
+    crosses = has_cross_attention(module)
+    # Stochastic depth is X²-VLM's addition.
+    required = (name for name in LAYER_PARTS if not name.endswith("drop_path"))
+    needed = (name for name in required if crosses or not name.startswith("crossattention"))
+    return (
+        all(find(module, name) is not None for name in needed)
+        and hasattr(find(module, "attention.self"), "num_attention_heads")
+        and hasattr(find(module, "intermediate"), "intermediate_act_fn")
+    )
+
+
+def has_cross_attention(layer: nn.Module) -> bool:
+    """True if a layer looks at images, or could."""
+    return find(layer, "crossattention") is not None
+
+
+def drops_paths(layer: nn.Module) -> bool:
+    """True if stochastic depth is in force, which X²-VLM draws for a position of all texts at once."""
+    parts = (find(layer, f"{name}output.drop_path") for name in ("attention.", "crossattention.", ""))
+    return any(part is not None and part.training and getattr(part, "drop_prob", None) for part in parts)
+
+
+def why_not_plain(layer: nn.Module) -> str | None:
+    """The reason why the attention of a layer is not that of BERT; None if it is."""
+    for name in ("attention.self", "crossattention.self"):
+        positions = getattr(find(layer, name), "position_embedding_type", None)
+        if positions not in ("absolute", None):
+            return f"its attention has {positions} positions"
+    if hasattr(layer, "intermediate_query"):
+        return "it attends with query tokens beside the text"
+    return None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
+
+
+@dataclass
+class Padded:
+    """Attention of a padded batch, `[B, L, H, D]`.
+
+    Attributes:
+        mask: as `scaled_dot_product_attention` takes it, or a padding mask `[B, L]` of the keys, or None.
+        causal: whether later keys are hidden; without a mask only.
+    """
+
+    mask: Tensor | None = None
+    causal: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        mask = self.mask
+        if mask is not None and mask.ndim == 2:
+            return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings)
+        if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
+            # The lowest number of a wide type would become infinite in a narrow one.
+            mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if mask is not None and mask.is_floating_point() and torch.is_grad_enabled():
+            # Where a mask leaves a query no key at all, the fused kernels' gradients are not those of this.
+            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(-1)
+            return (F.dropout(weights, dropout_p) @ v).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, self.causal)
+        return out.transpose(1, 2)
+
+
+@dataclass
+class Packed:
+    """Attention of packed sequences, `[T, H, D]`: queries with their own keys, or with those of a memory.
+
+    Attributes:
+        cu_q, cu_k, longest_q, longest_k, key_mask: as `ops.varlen_attention` takes them.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    key_mask: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        layout = (self.cu_q, self.cu_k, self.longest_q, self.longest_k)
+        return ops.varlen_attention(
+            q, k, v, *layout, dropout_p=dropout_p, key_mask=self.key_mask, backend=settings.backend
+        )
+
+
+@dataclass
+class Memory:
+    """The memory that queries attend to in cross-attention.
+
+    Attributes:
+        states: `[..., width]`, projected to keys and values by every layer; or `[..., 2, H, D]`, projected already.
+        attend: the attention of queries over them.
+        shared: whether one memory serves a whole padded batch, whose queries then form a single sequence.
+        projected: whether the states are the keys and values of the layer that is run.
+    """
+
+    states: Tensor
+    attend: Attend
+    shared: bool = False
+    projected: bool = False
+
+
+def attend_to_real_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    dropout_p: float,
+    scale: float | None = None,
+    settings: Settings | None = None,
+) -> Tensor:
+    """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
+    # All layers of a model come with the same mask.
+    keys = derived("packed keys", (mask,), lambda: Packing.from_mask(mask))
+    texts, length = q.shape[:2]
+    out = ops.varlen_attention(
+        q.flatten(0, 1),
+        keys.pack(k),
+        keys.pack(v),
+        torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=q.device),
+        keys.cu_seqlens,
+        length,
+        keys.longest,
+        dropout_p=dropout_p,
+        scale=scale,
+        backend=None if settings is None else settings.backend,
+    )
+    return out.unflatten(0, (texts, length))
+
+
+def shares_one_memory(states: Tensor) -> bool:
+    """True if `[B, N, width]` states are one memory that was expanded to B, so that it need be projected only once."""
+    return states.shape[0] > 1 and states.stride(0) == 0
+
+
+def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -> tuple[Packing, bool] | None:
+    """The packing that leaves the padding out of a batch, found with one look at the device.
+
+    Args:
+        mask: `[P, L]`, non-zero for real tokens.
+        memory_mask: `[P, N]`, of what the texts attend to.
+        keep_first: keep the first token of every text as a query where it is padding: poolers read it.
+
+    Returns:
+        The packing, and whether the memory's mask hides nothing. None where a text has no token at all: what softmax
+        makes of nothing is the original's own business.
+    """
+    if not mask.numel():
+        return None
+    mask = mask.bool()
+    kept = mask.clone() if keep_first else mask
+    if keep_first:
+        kept[:, 0] = True
+    lengths = kept.sum(1)
+    whole = mask.new_ones(()) if memory_mask is None else memory_mask.bool().all()
+    truths = (mask.any(1).all(), mask[:, 0].all(), whole)
+    facts = torch.stack([lengths.max(), lengths.sum(), *(truth.long() for truth in truths)])
+    longest, total, none_empty, first_real, whole_memory = host.integers(facts) if on_host(facts) else facts.tolist()
+    if not none_empty:
+        return None
+    flat = kept.flatten()
+    # A stable sort puts the kept places first, in order, and unlike `nonzero` it need not ask how many there are.
+    order = host.true_places(flat) if on_host(flat) else flat.logical_not().to(torch.uint8).argsort(stable=True)
+    places = order[:total]
+    key_mask = None if first_real or not keep_first else mask.flatten()[places]
+    shape = (mask.shape[0], mask.shape[1])
+    packing = Packing(
+        positions=places, cu_seqlens=offsets(lengths), shape=shape, key_mask=key_mask, max_seqlen=int(longest)
+    )
+    return packing, bool(whole_memory)
+
+
+def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
+    """The memory `[P, N, width]` of packed texts; mask `[P, N]` is non-zero for what they may attend to."""
+    texts, length = states.shape[:2]
+    cu, device = packing.cu_seqlens, states.device
+    if mask is None and shares_one_memory(states):
+        tokens = packing.positions.shape[0]
+        queries, keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, length))
+        return Memory(states[0], Packed(queries, keys, tokens, length))
+    keys = torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=device)
+    key_mask = None if mask is None else mask.bool().flatten()
+    return Memory(states.flatten(0, 1), Packed(cu, keys, packing.longest, length, key_mask))
+
+
+def padded_memory(states: Tensor, mask: Tensor | None) -> Memory:
+    """The memory `[B, N, width]` of a padded batch."""
+    if mask is None and shares_one_memory(states):
+        return Memory(states[:1], Padded(), shared=True)
+    return Memory(states, Padded(mask))
+
+
+def run_layer(
+    layer: Any,
+    x: Tensor,
+    attend: Attend,
+    settings: Settings,
+    memory: Memory | None = None,
+    *,
+    reads: Tensor | None = None,
+) -> Tensor:
+    """Self-attention, cross-attention where there is a memory, MLP; residual and LayerNorm behind each.
+
+    The residual stays as wide as it comes in, whatever the products are computed in.
+
+    Args:
+        layer: has the submodules of `BertLayer`, by their names.
+        x: `[B, L, width]` or packed `[T, width]`, as `attend` expects.
+        reads: `[Q]` rows of packed x that are read: the only ones to ask and to be computed.
+
+    Returns:
+        In the shape of x; `[Q, width]` with reads.
+    """
+    projections = layer.attention.self
+    if reads is None:
+        parts = (projections.query, projections.key, projections.value)
+        weight = concatenated("qkv weight", *(p.weight for p in parts))
+        bias = concatenated("qkv bias", *(p.bias for p in parts))
+        qkv = settings.linear(x, weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, projections.num_attention_heads, -1)).unbind(-3)
+    else:
+        k, v = keys_values(layer.attention, x, settings).unbind(-3)
+        x = x.index_select(0, reads)
+        q = _query(projections, x, settings)
+    x = _close(layer.attention.output, attend(q, k, v, _chance(projections), settings).flatten(-2), x, settings)
+    if memory is not None:
+        cross = layer.crossattention
+        states = memory.states if memory.projected else keys_values(cross, memory.states, settings)
+        k, v = states.unbind(-3)
+        q = _query(cross.self, x, settings)
+        # One memory for a whole padded batch: its queries form a single sequence.
+        asked = q.flatten(0, 1)[None] if memory.shared else q
+        context = memory.attend(asked, k, v, _chance(cross.self), settings).view(q.shape)
+        x = _close(cross.output, context.flatten(-2), x, settings)
+    hidden = settings.activated(x, layer.intermediate.dense, layer.intermediate.intermediate_act_fn)
+    return _close(layer.output, hidden, x, settings)
+
+
+def keys_values(attention: Any, states: Tensor, settings: Settings) -> Tensor:
+    """`[..., width]` → keys and values `[..., 2, H, D]`, with one product."""
+    projections = attention.self
+    weight = concatenated("kv weight", projections.key.weight, projections.value.weight)
+    bias = concatenated("kv bias", projections.key.bias, projections.value.bias)
+    return settings.linear(states, weight, bias).unflatten(-1, (2, projections.num_attention_heads, -1))
+
+
+def _query(projections: Any, x: Tensor, settings: Settings) -> Tensor:
+    q = settings.linear(x, projections.query.weight, projections.query.bias)
+    return q.unflatten(-1, (projections.num_attention_heads, -1))
+
+
+def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
+    """The end of a branch: product, dropout, residual, LayerNorm."""
+    dense, norm = end.dense, end.LayerNorm
+    return ops.linear_add_layer_norm(
+        settings.operand(x),
+        *settings.affine(dense.weight, dense.bias),
+        residual,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        dropout_p=probability(end.dropout),
+        wide=True,
+        backend=settings.backend,
+    )[0]
+
+
+def _chance(projections: Any) -> float:
+    """Probability of dropping an attention weight."""
+    return projections.dropout.p if projections.training else 0.0
+
+
+class FusedEmbeddings(CalledByName):
+    """Word, position and type embeddings with their LayerNorm in one pass."""
+
+    bypassed: ClassVar[Any] = {
+        "word_embeddings": nn.Embedding,
+        "position_embeddings": nn.Embedding,
+        "token_type_embeddings": nn.Embedding,
+        "LayerNorm": nn.LayerNorm,
+        "dropout": nn.Dropout,
+    }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
+        types = call.get("token_type_ids")
+        # All tokens are of the first type; on an accelerator a look would wait, so there only None is known.
+        first_type = types is None or (on_host(types) and not host.any_true(types.ne(0)))
+        plain = call.get("inputs_embeds") is None and first_type
+        if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
+            return super().forward(*args, **kwargs)
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = default_positions(self, tokens)
+        with self.settings.own_types(tokens.device):
+            return self.embed(tokens, positions.expand(tokens.shape))
+
+    def _exact(self) -> bool:
+        """The operation leaves the same row of both tables without gradient, and this is not BERT's way."""
+        module: Any = self
+        tables = (module.word_embeddings, module.position_embeddings)
+        if any(table.max_norm is not None or table.scale_grad_by_freq or table.sparse for table in tables):
+            return False
+        return not torch.is_grad_enabled() or tables[0].padding_idx == tables[1].padding_idx
+
+    def embed(
+        self, tokens: Tensor | None, positions: Tensor, types: Tensor | None = None, embeds: Tensor | None = None
+    ) -> Tensor:
+        """Ids, or word embeddings `embeds`, of any shape → embeddings, normalised and dropped out."""
+        module: Any = self
+        table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
+        word, position = module.word_embeddings, module.position_embeddings
+        if embeds is None and types is None and self._exact():
+            assert tokens is not None
+            row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
+            normed = ops.embed_layer_norm(
+                tokens,
+                positions,
+                word.weight,
+                position.weight,
+                row,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                padding_idx=word.padding_idx,
+                backend=self.settings.backend,
+            )
+        else:
+            summed = word(tokens) if embeds is None else embeds
+            if table is not None:
+                summed = summed + (table.weight[0] if types is None else table(types))
+            summed = summed + position(positions)
+            normed = F.layer_norm(summed, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return module.dropout(normed)
+
+
+def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
+    """`[P, L]` or `[1, L]`: those that BERT counts by place, or RoBERTa by tokens that are no padding."""
+    pad = getattr(embeddings, "padding_idx", None)
+    if pad is None:
+        return embeddings.position_ids[:, : tokens.shape[1]]
+    real = tokens.ne(pad)
+    return real.cumsum(1) * real + pad
+
+
+class VocabularyHead(CalledByName):
+    """Dense, GELU, LayerNorm and the product with the vocabulary."""
+
+    bypassed: ClassVar[Any] = {
+        "dense": nn.Linear,
+        "layer_norm": nn.LayerNorm,
+        "transform.dense": nn.Linear,
+        "transform.LayerNorm": nn.LayerNorm,
+        "decoder": nn.Linear,
+    }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        features = self.arguments(args, kwargs).get(self.names[0])
+        if features is None or not self.intact():
+            return super().forward(*args, **kwargs)
+        with self.settings.own_types(features.device):
+            return self.logits(self.transformed(features))
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_bypassed(module, cls.bypassed)
+
+    def intact(self) -> bool:
+        transform = self._modules.get("transform")
+        return super().intact() and (transform is None or not observed(transform))
+
+    def transformed(self, features: Tensor) -> Tensor:
+        """`[..., width]` → the states that meet the vocabulary."""
+        module, settings = cast(Any, self), self.settings
+        if "transform" in self._modules:
+            dense, norm, activation = (getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn"))
+        else:
+            # RoBERTa's head calls the function where BERT's keeps a module.
+            dense, norm, activation = module.dense, module.layer_norm, F.gelu
+        x = settings.activated(features, dense, activation)
+        scale, shift = settings.affine(norm.weight, norm.bias)
+        return ops.layer_norm(x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend)
+
+    def vocabulary(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, width]` and bias `[V]` in the type that is computed in."""
+        module: Any = self
+        return self.settings.affine(module.decoder.weight, module.decoder.bias)
+
+    def logits(self, transformed: Tensor) -> Tensor:
+        """`[..., width]` → `[..., V]`."""
+        weight, bias = self.vocabulary()
+        return ops.linear(transformed, weight, bias, backend=self.settings.backend)

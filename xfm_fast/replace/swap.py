@@ -1,0 +1,320 @@
+"""A live module becomes a fused one by changing its class, so it stays the very same object.
+
+Parameters, buffers, hooks, optimizers, wrappers and state-dict keys cannot notice: nothing moves. The new class derives
+from the fused one and from the original, which is therefore still there as `super().forward` for every call that the
+fused computation does not cover. (PyTorch's `fully_shard` changes classes in the same way.)
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+from importlib import import_module
+from types import FunctionType
+from typing import Any, ClassVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_internals
+
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.backend import Backend
+from xfm_fast.kernels.derived import derived
+
+Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
+# Relative to the largest value of an output. Rounding differs wherever a sum is taken in another order.
+BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
+_SETTINGS = "_xfm_fast"
+_CAPTURING = "transformers.utils.output_capturing"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The wishes of the caller of `accelerate`, as every fused module reads them.
+
+    Attributes:
+        kernels: the backend of every op; "auto" chooses for the device.
+        dtype: compute in this type whatever the parameters are stored in; None keeps the types of the inputs.
+        unpad: leave padding out of whole encoders; their outputs are zero there.
+        skip_logits: masked-language heads in training return no logits when they are given labels.
+    """
+
+    kernels: Backend = "auto"
+    dtype: torch.dtype | None = None
+    unpad: bool = False
+    skip_logits: bool = False
+
+    @property
+    def backend(self) -> Backend | None:
+        """The backend as the ops take it: None leaves the choice to the device and to `use_backend`."""
+        return None if self.kernels == "auto" else self.kernels
+
+    def operand(self, value: Tensor) -> Tensor:
+        """An activation in the type that is computed in."""
+        return value if self.dtype is None or not value.is_floating_point() else value.to(self.dtype)
+
+    @overload
+    def parameter(self, value: Tensor) -> Tensor: ...
+    @overload
+    def parameter(self, value: Tensor | None) -> Tensor | None: ...
+    def parameter(self, value: Tensor | None) -> Tensor | None:
+        """A parameter in the type that is computed in; without gradients the conversion is done once and kept."""
+        if value is None or self.dtype is None or value.dtype == self.dtype:
+            return value
+        if torch.is_grad_enabled() and value.requires_grad:
+            return value.to(self.dtype)
+        dtype = self.dtype
+        return derived(f"as {dtype}", (value,), lambda: value.detach().to(dtype))
+
+    def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
+        """Weight and bias of a product or norm, each as `parameter` gives it; no bias stays None."""
+        return self.parameter(weight), self.parameter(bias)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + b` in the type that is computed in."""
+        return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
+
+    def activated(self, x: Tensor, dense: Any, activation: Any) -> Tensor:
+        """`activation(dense(x))`, in one pass where the activation is the erf form of GELU."""
+        if is_erf_gelu(activation):
+            affine = self.affine(dense.weight, dense.bias)
+            return ops.linear_gelu(self.operand(x), *affine, backend=self.backend)
+        return activation(self.linear(x, dense.weight, dense.bias))
+
+    @contextmanager
+    def own_types(self, device: torch.device) -> Iterator[None]:
+        """Fused modules choose their types themselves: without gradients that is quicker than autocast."""
+        if self.dtype is None or torch.is_grad_enabled():
+            yield
+            return
+        with torch.autocast(device.type, enabled=False):
+            yield
+
+
+class Fused(nn.Module):
+    """Base of the fused forms of foreign modules. Subclasses define `forward`, and call `super().forward` to decline.
+
+    Attributes:
+        bypassed: submodules whose parameters the fused computation reads without calling them, by dotted name, with
+            the class that it takes each for (nn.Module: any). Where one of them is missing, it is ignored.
+    """
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = {}
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """Class attributes that depend on the class being fused: made once for it."""
+        return {}
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        """The reason why a module that a rule recognises must stay as it is; None if it need not."""
+        return None
+
+    @property
+    def settings(self) -> Settings:
+        return self.__dict__[_SETTINGS]
+
+    def intact(self) -> bool:
+        """True if the bypassed submodules still are what they were taken for, and nothing observes them.
+
+        A hook, adapter, quantised layer or parametrization on one of them must go on working, so the original forward
+        runs then.
+        """
+        return why_not_bypassed(self, type(self).bypassed) is None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made here and cannot be looked up by name, so it is made again.
+        return _restored, (fused_form(self), original_class(self)), self.__dict__
+
+
+class CalledByName(Fused):
+    """A fused form that looks at the arguments of a call by name, whichever way they were given.
+
+    Attributes:
+        names: of the arguments of the original's forward that can be given by position.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+        by_position = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+        return {"names": tuple(p.name for p in parameters if p.kind in by_position)}
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call to `forward` by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
+    """Give a module its fused form."""
+    if _own_forward_left_behind(module):
+        del module.__dict__["forward"]
+    module.__class__ = _combined(fused, type(module))
+    module.__dict__[_SETTINGS] = settings
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if _own_forward_left_behind(module):
+        del module.__dict__["forward"]
+    module.__class__ = original_class(module)
+    del module.__dict__[_SETTINGS]
+
+
+@cache
+def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    # Messages and reprs should go on naming the class that people know.
+    named = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    forward = fused.forward
+    if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
+        # Trainers read the names of a batch's columns from the signature, so every class needs a function of its own.
+        own = FunctionType(
+            forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        own.__kwdefaults__ = forward.__kwdefaults__
+        named["forward"] = wraps(original.forward)(own)
+    return type(original.__name__, (fused, original), named | fused.adapted(original))
+
+
+def _restored(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
+    made = _combined(fused, original)
+    return made.__new__(made)
+
+
+def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | None:
+    """The reason why the parts of a module must be called and cannot be computed around; None if they can."""
+    if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
+        return "global module hooks are installed"
+    for name, kinds in expected.items():
+        part = find(module, name)
+        if part is None:
+            continue
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if nn.Module not in kinds and original_class(part) not in kinds:
+            return f"{name} is a {type(part).__name__}"
+        if observed(part):
+            return f"{name} has hooks"
+    return None
+
+
+def observed(module: nn.Module) -> bool:
+    """True if something relies on this module being called: hooks, or a `forward` put on the instance."""
+    if forward_replaced(module):
+        return True
+    return any(not _idle(hook) for name in _HOOKS for hook in getattr(module, name).values())
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """True if a `forward` on the instance hides that of its class."""
+    return "forward" in module.__dict__ and not _own_forward_left_behind(module)
+
+
+def _own_forward_left_behind(module: nn.Module) -> bool:
+    """True if the instance holds its class's own forward, as transformers 4 leaves it after outputs were recorded."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
+
+
+def _idle(hook: Any) -> bool:
+    """True for hooks that transformers leaves behind after `output_attentions` was asked for once."""
+    if getattr(hook, "__module__", None) != _CAPTURING:
+        return False
+    collected = sys.modules[_CAPTURING]._active_collector.get()
+    kept = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
+    return collected is None or kept["key"].cell_contents not in collected
+
+
+def find(module: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of a dotted name, or None."""
+    found: Any = module
+    for step in name.split("."):
+        found = found._modules.get(step) if isinstance(found, nn.Module) else None
+    return found
+
+
+def probability(dropout: nn.Module) -> float:
+    """The probability of a dropout module in its present mode."""
+    return dropout.p if dropout.training else 0.0  # pyright: ignore[reportReturnType]
+
+
+def is_fused(module: nn.Module) -> bool:
+    """True if a module is in its fused form."""
+    return isinstance(module, Fused)
+
+
+def asks_beyond(call: Mapping[str, Any], understood: Collection[str]) -> bool:
+    """True if a call has an argument that says something beside those that are understood."""
+    return any(value is not None and value is not False and name not in understood for name, value in call.items())
+
+
+def is_erf_gelu(activation: Any) -> bool:
+    """True for the erf form of GELU: PyTorch's function or module, or transformers' wrapper of it."""
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "none"
+    # GELUActivation calls the function that it keeps here.
+    return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    return type(module).__bases__[1] if is_fused(module) else type(module)
+
+
+def fused_form(module: nn.Module) -> type[Fused]:
+    """The fused form that a module has."""
+    assert isinstance(module, Fused)
+    return type(module).__bases__[0]
+
+
+# Families in the order in which they are asked; each module has a tuple RULES. The package named second must be
+# imported already for the family to be looked at: no model of it can exist otherwise.
+_FAMILIES = (
+    ("xfm_fast.replace.huggingface_text", "transformers"),
+    ("xfm_fast.replace.huggingface_vision", "transformers"),
+    ("xfm_fast.replace.timm_vision", "timm"),
+    ("xfm_fast.replace.official", None),
+    ("xfm_fast.replace.torch_modules", None),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of foreign module and its fused form.
+
+    Attributes:
+        name: what the fused form is called in the report.
+        recognises: whether a module is of the kind, by class or by structure.
+        fused: the fused form.
+        gain: what is saved, in a few words.
+        refusal: why a module of the kind must stay as it is, in place of what the fused form says about that.
+    """
+
+    name: str
+    recognises: Callable[[nn.Module], bool]
+    fused: type[Fused]
+    gain: str
+    refusal: Callable[[nn.Module, Settings], str | None] | None = None
+
+    def reason_against(self, module: nn.Module, settings: Settings) -> str | None:
+        """The reason why a module of the kind must stay as it is; None if it need not."""
+        return (self.refusal or self.fused.refusal)(module, settings)
+
+
+def rules() -> tuple[Rule, ...]:
+    """All rules whose packages are in use."""
+    families = [name for name, package in _FAMILIES if package is None or package in sys.modules]
+    return tuple(rule for name in families for rule in import_module(name).RULES)

@@ -1,0 +1,194 @@
+"""The setup of a run: initial weights, vocabulary, codebook and streams of data, as its recipe names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
+from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
+from xfm_fast.data.images import record_pixels
+from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.order import item_generator, permuted
+from xfm_fast.data.patch_codes import PatchCodebook
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.records import open_records
+from xfm_fast.data.streams import BatchSource, Stream
+from xfm_fast.data.transforms import whole_image
+from xfm_fast.errors import DataError, InputError, StorageError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import ImageCodes
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.training.distributed import Processes
+from xfm_fast.training.recipe import Recipe
+from xfm_fast.training.recipe_fields import (
+    LOSSES_OF_KIND,
+    ImageStream,
+    RegionStream,
+    TextStream,
+)
+
+TOKENIZER_FILE = "tokenizer.json"
+CODEBOOK_FILE = "image_codes.safetensors"
+# A vocabulary of a few thousand entries does not change with more, nor does a codebook.
+_TEXTS_TO_LEARN_FROM = 100_000
+_IMAGES_TO_LEARN_FROM = 2_000
+
+
+def build_model(recipe: Recipe) -> XFM:
+    """The model of a recipe with its initial weights: those that `init` names, and random ones elsewhere.
+
+    Raises:
+        CheckpointError: a source of weights cannot be read or does not fit.
+    """
+    init = recipe.init
+    if init.checkpoint is not None:
+        if not (Path(init.checkpoint) / CONFIG_FILE).is_file():
+            return XFM.from_official(init.checkpoint, recipe.model)
+        # Our names are the official ones. The sizes are the recipe's, by which data and masks are made, and so is what
+        # may differ: the resolution, dropout, the temperature's bounds.
+        heads = heads_in(load_pretrained_files(init.checkpoint).state)
+        return XFM.from_official(Path(init.checkpoint) / MODEL_FILE, recipe.model, heads=heads)
+    model = XFM(recipe.model)
+    if init.roberta or init.beit2:
+        initialise(model, roberta=init.roberta, beit2=init.beit2)
+    return model
+
+
+def image_codes(
+    recipe: Recipe, processes: Processes, tokenizer: Callable[[Tensor], Tensor] | None = None
+) -> ImageCodes | None:
+    """The codes that MIM predicts where it is not guided, on the device of the run; None where it is.
+
+    The first process learns the codebook where the recipe says so, which then lies in the folder of the run.
+
+    Args:
+        tokenizer: instead of the codebook: `[B, 3, R, R]` normalised pixels → `[B, N]` integers below
+            `method.image_codes.codes`.
+
+    Raises:
+        InputError: a tokenizer for a recipe without `method.image_codes`.
+        CheckpointError, DataError: the codebook cannot be read, or the images are too few to learn one.
+        StorageError: it cannot be written.
+    """
+    wanted, config = recipe.method.image_codes, recipe.model
+    if wanted is None:
+        if tokenizer is not None:
+            raise InputError(
+                "an image tokenizer was given, but MIM predicts no codes; set method.mim_guidance=false and "
+                "method.image_codes.codes to the size of its codebook"
+            )
+        return None
+    if tokenizer is not None:
+        return ImageCodes(tokenizer, width=config.vision_width, codes=wanted.codes).to(processes.device)
+    path = Path(wanted.source)
+    if wanted.source == "train":
+        path = Path(recipe.checkpoint.folder) / CODEBOOK_FILE
+
+        def learn() -> None:
+            if not path.exists():
+                images = islice(_images(recipe), _IMAGES_TO_LEARN_FROM)
+                learnt = PatchCodebook.learn(images, config.patch_size, wanted.codes, seed=recipe.seed)
+                with _whole_file(path) as temporary:
+                    learnt.save(temporary)
+
+        processes.from_first(learn)
+    codebook = PatchCodebook.load(path, config.patch_size).to(processes.device)
+    return ImageCodes(codebook, width=config.vision_width, codes=len(codebook.centres)).to(processes.device)
+
+
+def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[Any]]:
+    """The streams of a recipe, as this process reads them.
+
+    The first process generates the shapes world where the recipe wants one and there is none, and learns the vocabulary
+    where the recipe says `tokenizer: train`, which then lies in the folder of the run.
+
+    Raises:
+        DataError, UnavailableError, ConfigError: as `Recipe.check_machine`, and data that cannot be read.
+        StorageError: the world or the vocabulary cannot be written.
+    """
+    processes.from_first(recipe.make_world)
+    recipe.check_machine(world_size=processes.world_size)
+    folder = Path(recipe.checkpoint.folder)
+    learnt = folder / TOKENIZER_FILE
+    if recipe.tokenizer == "train":
+        processes.from_first(lambda: None if learnt.exists() else _learn_vocabulary(recipe, learnt))
+    tokenizer = CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
+    sources: dict[str, BatchSource[Any]] = {}
+    # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
+    for number, name in enumerate(recipe.streams):
+        if recipe.losses_of(name):
+            options = recipe.options_of(name)
+            quarantine = Quarantine(
+                folder / "quarantine" / f"{name}.jsonl",
+                tolerate_bad=options.bad_share,
+                setting=f"streams.{name}.bad_share",
+            )
+            sources[name] = Stream(
+                recipe.paths_of(name), options, config=recipe.model, tokenizer=tokenizer, number=number,
+                batch_size=recipe.micro_batch_size(name), seed=recipe.seed, quarantine=quarantine,
+                rank=processes.rank, world_size=processes.world_size,
+            )  # fmt: skip
+    return sources
+
+
+def _learn_vocabulary(recipe: Recipe, path: Path) -> None:
+    texts = list(islice(_texts(recipe), _TEXTS_TO_LEARN_FROM))
+    if not texts:
+        raise DataError("tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer")
+    tokenizer = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
+    with _whole_file(path) as temporary:
+        tokenizer.save(temporary)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when all is written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({error.strerror or error}); free space") from error
+
+
+def _images(recipe: Recipe) -> Iterator[Tensor]:
+    """Whole images of the streams, in an order of their own, resized."""
+    for name in (name for name, stream in recipe.streams.items() if "mim" in LOSSES_OF_KIND[stream.kind]):
+        options = recipe.options_of(name)
+        assert isinstance(options, ImageOptions)
+        records = open_records(recipe.paths_of(name), **options.record_keys)
+        for index in range(len(records)):
+            rows, row = records.locate(permuted(index, len(records), recipe.seed))
+            try:
+                pixels = record_pixels(rows.read(row), options, item_generator(recipe.seed, 0, 0, index))
+                yield whole_image(pixels, recipe.model.image_size)
+            except DataError:
+                # Whether so many broken rows are tolerable is decided where they are used.
+                continue
+
+
+def _texts(recipe: Recipe) -> Iterator[str]:
+    for name, options in recipe.streams.items():
+        if isinstance(options, ImageStream):
+            continue
+        key = "desc" if isinstance(options, RegionStream) else options.caption_key
+        for rows in open_records(recipe.paths_of(name), **options.record_keys).files:
+            for row in range(len(rows)):
+                try:
+                    record = rows.read(row)
+                except DataError:
+                    # Whether so many broken rows are tolerable is decided where they are used.
+                    continue
+                elements = record.get("elems") or []
+                for value in (record.get(key), record.get("caption"), *(each.get("caption") for each in elements)):
+                    for text in value if isinstance(value, list) else [value]:
+                        if isinstance(text, str) and text.strip():
+                            text = text.replace(" ##", "") if options.tokenized else text
+                            yield text.strip() if isinstance(options, TextStream) else pre_caption(text)
