@@ -191,6 +191,20 @@ def test_weights_of_streams_multiply_their_losses(tmp_path: Path) -> None:
     assert quarter["loss/text/mlm"] == whole["loss/text/mlm"]
 
 
+def test_the_method_reaches_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def losses(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+        seen.append(options)
+        return pretraining_losses(*arguments, **options)
+
+    monkeypatch.setattr(loop, "pretraining_losses", losses)
+    switched = {"stop_gradient": False, "official_itc_gradient": True, "official_itm_negatives": True}
+    run(small_recipe(tmp_path, steps=1, method=switched))
+    assert all(options | switched == options for options in seen)
+    assert len(seen) == 4
+
+
 def test_learning_rates_follow_the_schedule(tmp_path: Path) -> None:
     run(small_recipe(tmp_path, steps=4, optimizer={"lr": 1e-2}, schedule={"kind": "cosine", "warmup": 2}))
     lines = numbers(tmp_path)

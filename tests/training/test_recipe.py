@@ -59,6 +59,7 @@ def test_base_recipe_has_the_official_numbers() -> None:
     assert recipe.method.stop_gradient
     assert recipe.method.mim_guidance
     assert not recipe.method.official_itc_gradient
+    assert not recipe.method.official_itm_negatives
 
 
 def test_overrides_reach_every_level() -> None:

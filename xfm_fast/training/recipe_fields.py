@@ -170,6 +170,9 @@ class Method(Section):
     official_itc_gradient: bool = Field(
         default=False, description="1 / world size of the contrastive gradient, as the official gathering gives"
     )
+    official_itm_negatives: bool = Field(
+        default=False, description="hard negatives out of the pairs of one process, as in the official code, not of all"
+    )
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
