@@ -66,10 +66,10 @@ class VQARecord(Annotation):
     def weighted_answers(self) -> list[tuple[str, float]]:
         """Each distinct answer with its weight in the loss.
 
-        The weight is its share of the answers; the single answers of Visual Genome and GQA weigh 0.5.
+        The weight is its share of the answers, so that a single one, as GQA has, weighs 1; Visual Genome's weigh 0.5.
         """
         answers = self.answer or ()
-        if self.dataset in ("vg", "gqa"):
+        if self.dataset == "vg":
             return [(answer, 0.5) for answer in answers[:1]]
         return [(answer, times / len(answers)) for answer, times in Counter(answers).items()]
 
