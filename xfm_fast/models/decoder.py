@@ -261,7 +261,7 @@ class TextDecoder(nn.Module):
 
         Args:
             state: a pretraining state dict; official files hold fusion embeddings that our pretraining models lack.
-            encoder: `fusion_encoder` (answers) or `text_encoder` (captions).
+            encoder: `fusion_encoder`, or `text_encoder` (the official choice for captions).
 
         Returns:
             Names of the parameters that the encoder does not have or has in another shape, such as projections of a
