@@ -188,6 +188,15 @@ class CaptionTokenizer:
             rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
         return rows
 
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """`<s> tokens` of a prompt that a caption continues: `[S]` int64, the first ids of the whole text's.
+
+        White space at its end is left out. Byte-level tokens carry the space before them, so a last space of its own
+        is no token of the whole text: a model that is given one never learns, nor writes, the word that belongs there.
+        """
+        ids = self._tokenizer.encode(prompt.rstrip(), add_special_tokens=False).ids
+        return torch.tensor([self.bos_token_id, *ids])
+
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
         """A mark for each id that begins a word, for whole-word masking: `<s> tokens </s>` as `encode_ids` makes them.
 

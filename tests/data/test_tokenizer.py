@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -57,6 +57,28 @@ def test_special_tokens_have_their_official_places(tokenizer: CaptionTokenizer) 
     tokenizer.check(XFMConfig.preset("tiny"))
     tokenizer.check(XFMConfig.preset("base"))
     assert tokenizer.encode(["<mask>"], 5)[0][0, 1] == tokenizer.vocab_size - 1
+
+
+@pytest.mark.parametrize("prompt", ["a picture of ", "a picture of", "a picture of:  ", "", " "])
+@given(caption=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
+def test_a_prompt_begins_its_text(tokenizer: CaptionTokenizer, prompt: str, caption: str) -> None:
+    try:
+        caption = pre_caption(caption)
+    except DataError:
+        assume(False)
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    whole, _ = tokenizer.encode([f"{prompt.strip()} {caption}".strip()], 200)
+    assert whole[0, : len(prompt_ids)].tolist() == prompt_ids.tolist()
+    assert tokenizer.decode(prompt_ids.tolist()) == prompt.rstrip()
+
+
+def test_the_first_word_behind_a_prompt_is_learnt(tokenizer: CaptionTokenizer) -> None:
+    """RoBERTa's own way with "a picture of " takes the place of the caption's first word for the prompt's."""
+    whole, _ = tokenizer.encode(["a picture of dogs"], 40, pad_to_longest=True)
+    learnt = whole[0, len(tokenizer.encode_prompt("a picture of ")) :]
+    assert tokenizer.decode(learnt.tolist()) == " dogs"
+    with_blank = tokenizer.encode_ids(["a picture of "], 40)[0][:-1]
+    assert whole[0, : len(with_blank)].tolist() != with_blank
 
 
 def test_encoding_wraps_cuts_and_pads(tokenizer: CaptionTokenizer) -> None:

@@ -74,7 +74,8 @@ class CaptioningModel(TaskModel):
             pixels: `[B, 3, R, R]`.
             caption_ids: `[B, L]`: `<s>`, prompt, caption, `</s>`, padding.
             caption_mask: `[B, L]`, real tokens first; by default everything but padding.
-            prompt_length: tokens of `<s>` and prompt, which are given and not learnt.
+            prompt_length: tokens of `<s>` and prompt, which are given and not learnt; those that
+                `CaptionTokenizer.encode_prompt` returns.
             label_smoothing: share of the target probability that is spread over the vocabulary.
 
         Raises:
@@ -124,7 +125,8 @@ class CaptioningModel(TaskModel):
 
         Args:
             pixels: `[B, 3, R, R]`.
-            prompt_ids: `[S]` or `[B, S]`: `<s>` and the prompt, without `</s>` and padding.
+            prompt_ids: `[S]` or `[B, S]`: `<s>` and the prompt, without `</s>` and padding, such as
+                `CaptionTokenizer.encode_prompt` returns.
             max_length, min_length: in tokens, prompt included; see `models.generation.generate`.
 
         Returns:
