@@ -191,6 +191,16 @@ def test_weights_of_streams_multiply_their_losses(tmp_path: Path) -> None:
     assert quarter["loss/text/mlm"] == whole["loss/text/mlm"]
 
 
+def test_the_weight_of_regions_multiplies_their_box_losses(tmp_path: Path) -> None:
+    region = {"kind": "regions", "paths": "nowhere", "batch_size": 4, "losses": ["bbox_l1", "bbox_giou"]}
+    norms = {}
+    for weight in (1.0, 0.25):
+        streams, folder = {"regions": region | {"weight": weight}}, tmp_path / str(weight)
+        run(small_recipe(folder, model=without_dropout(), steps=1, streams=streams, updates=[["regions"]]))
+        norms[weight] = numbers(folder)[0]["grad_norm/regions"]
+    assert norms[0.25] == pytest.approx(norms[1.0] / 4, rel=1e-5)
+
+
 def test_the_method_reaches_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 

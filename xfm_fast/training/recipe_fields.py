@@ -46,7 +46,12 @@ class Stream(StreamOptions):
 
     paths: Paths = Field(description="files, folders or glob patterns")
     batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
-    weight: float = Field(default=1.0, ge=0, description="multiplies the sum of the stream's losses")
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="multiplies the sum of the stream's losses, those of boxes too (the official code leaves the box "
+        "losses out, which is the same at its published weights of 1)",
+    )
     losses: tuple[LossName, ...] = Field(default=(), description="by default all that the kind can give")
 
     @model_validator(mode="after")
