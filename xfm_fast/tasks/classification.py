@@ -45,7 +45,9 @@ class ClassificationModel(TaskModel):
             work on one vector. By default `linear` on a frozen encoder and `mlp` otherwise.
             (Except for ImageNet the official code sizes it by the text width, so there the two widths must agree.)
         frozen: a linear probe: the encoders compute no gradient and stay in evaluation mode. The official "linear
-            probe" trains the five-layer head on the frozen encoder; `head="official_image"` reproduces it.
+            probe", whose published ImageNet accuracy is 81.2, trains the five-layer head (`head="official_image"`) and
+            leaves the frozen encoder's DropPath on in training, so that its features are noisy there; here they are
+            those of evaluation, and its number need not be this one's.
 
     Raises:
         InputError: no labels, or the image head on something else.
