@@ -93,7 +93,7 @@ def test_the_longer_text_of_a_pair_is_cut(tokenizer: CaptionTokenizer, first: in
     whole = [0, *kept[0], 2, 2, *kept[1], 2]
     while len(kept[0]) + len(kept[1]) + 4 > most:
         kept[0 if len(kept[0]) > len(kept[1]) else 1].pop()
-    found = tokenizer.encode_pair(*texts, most)
+    found = tokenizer.encode_pair(*texts, max_tokens=most)
     assert found == [0, *kept[0], 2, 2, *kept[1], 2]
     assert len(found) == min(most, len(whole))
 

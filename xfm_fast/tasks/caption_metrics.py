@@ -45,7 +45,8 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 def words(text: str) -> Words:
     """The words of a caption: lower case, `isn't` as `is n't`, `dog's` as `dog 's`, without punctuation."""
     apart = _CONTRACTION.sub(r" \1", text.lower().replace("’", "'"))
-    return [_BRACKETS.get(word, word) for word in _WORD.findall(apart)]
+    found: Words = _WORD.findall(apart)
+    return [_BRACKETS.get(word, word) for word in found]
 
 
 def caption_metrics(candidates: Mapping[T, str], references: Mapping[T, Sequence[str]]) -> dict[str, float]:
