@@ -37,7 +37,11 @@ def whole(case: str) -> tuple[Batch, tuple[Tensor, Tensor] | None]:
     """The global batch, and negatives that come from anywhere in it."""
     config, draw = model_for(case).config, torch.Generator().manual_seed(11)
     if case.startswith("pairs"):
-        return pair_batch(PAIRS, config, 11, ids=case == "pairs with ids"), drawn(PAIRS, 11)
+        batch = pair_batch(PAIRS, config, 11, ids=case == "pairs with ids")
+        if batch.image_ids is not None:
+            # Images are shared within processes and between them, and each of four still has two to choose from.
+            batch = replace(batch, image_ids=torch.tensor([0, 1, 0, 2, 0, 3, 4, 2]))
+        return batch, drawn(PAIRS, 11)
     if "regions" in case:
         batch = region_batch(PAIRS, IMAGES, config, 11)
         # Neighbouring texts are of the same image, so that a process has its images to itself.
