@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +73,32 @@ def assert_rounded(name: str, value: Tensor, stored: Tensor) -> None:
     allowed = torch.finfo(torch.float32).eps * stored.abs() + EXACT * stored.abs().max()
     excess = ((value - stored).abs() - allowed).max()
     assert excess <= 0, f"{name}: {float(excess):.1e} beyond fp32 rounding"
+
+
+def assert_gradient_norms(
+    found: Mapping[str, Tensor | None],
+    expected: Mapping[str, float | None],
+    what: str,
+    *,
+    rel: float = 1e-9,
+    small: float = 1e-13,
+    zero_is_none: bool = False,
+) -> None:
+    """The norm of every parameter's gradient is the official one, and there is none where there was none.
+
+    Args:
+        small: share of the largest norm that rounding may leave of gradients that are zero but for it (key biases).
+        zero_is_none: a gradient of zeros counts as none.
+    """
+    largest = max(norm for norm in expected.values() if norm is not None)
+    for name, gradient in found.items():
+        norm = expected[name]
+        if norm is None:
+            absent = gradient is None or (zero_is_none and not gradient.any())
+            assert absent, f"{what} reaches {name}, which it must not"
+        else:
+            assert gradient is not None, f"{what} does not reach {name}"
+            assert gradient.norm().item() == pytest.approx(norm, rel=rel, abs=small * largest), f"{what}: {name}"
 
 
 CLOSE = 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.agreement import relative_error, tensors
+from tests.agreement import assert_gradient_norms, relative_error, tensors
 from tests.conftest import CASES, load_json
 from tests.objectives.steps import (
     gradients,
@@ -45,10 +45,6 @@ def run(case: str, kind: str, **overrides: object) -> tuple[XFM, dict[str, Tenso
     return model, pretraining_losses(model, batch, hard_negatives=given)
 
 
-def mim_patches(case: str) -> tuple[XFM, dict[str, Tensor]]:
-    return run(case, "pairs", mim_patches_only=True)
-
-
 # Golden loss -> the step that has it, and its name there; None for the sum of all.
 GOLDEN: dict[str, tuple[Run, str | None]] = {
     "itc": (lambda case: run(case, "pairs"), "itc"),
@@ -57,7 +53,7 @@ GOLDEN: dict[str, tuple[Run, str | None]] = {
     "imlm": (lambda case: run(case, "pairs"), "imlm"),
     "imlm_nodetach": (lambda case: run(case, "pairs", detach_text_for_mlm=False), "imlm"),
     "mim": (lambda case: run(case, "pairs"), "mim"),
-    "mim_patches_only": (mim_patches, "mim"),
+    "mim_patches_only": (lambda case: run(case, "pairs", mim_patches_only=True), "mim"),
     "mlm_text": (lambda case: run(case, "texts"), "mlm"),
     "r_bbox": (lambda case: run(case, "regions"), "bbox_l1"),
     "r_giou": (lambda case: run(case, "regions"), "bbox_giou"),
@@ -97,18 +93,6 @@ def test_values(case: str, kind: str) -> None:
         assert losses[name].item() == pytest.approx(stored[golden].item(), rel=SAME), name
 
 
-def assert_gradients(found: dict[str, Tensor | None], expected: dict[str, float | None], what: str) -> None:
-    largest = max(norm for norm in expected.values() if norm is not None)
-    for name, gradient in found.items():
-        norm = expected[name]
-        if norm is None:
-            assert gradient is None, f"{what} reaches {name}, which it must not"
-        else:
-            assert gradient is not None, f"{what} does not reach {name}"
-            # Gradients that are zero but for rounding (key biases) are rounding here too.
-            assert gradient.norm().item() == pytest.approx(norm, rel=SAME, abs=1e-13 * largest), f"{what}: {name}"
-
-
 @pytest.mark.parametrize("loss", GOLDEN)
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_norms(case: str, loss: str) -> None:
@@ -117,7 +101,7 @@ def test_gradient_norms(case: str, loss: str) -> None:
     model, losses = step(case)
     value = total(losses) if name is None else losses[name]
     assert value.item() == pytest.approx(golden["value"], rel=SAME)
-    assert_gradients(gradients(model, value), golden["grad_norm"], loss)
+    assert_gradient_norms(gradients(model, value), golden["grad_norm"], loss)
 
 
 @pytest.mark.parametrize("loss", GOLDEN)
@@ -147,7 +131,7 @@ def test_regions_by_local_attention(case: str, depth: int) -> None:
         assert losses[name].item() == pytest.approx(stored[key].item(), rel=SAME), name
     value = total(losses)
     assert value.item() == pytest.approx(golden["value"], rel=SAME)
-    assert_gradients(gradients(model, value), golden["grad_norm"], "total_region")
+    assert_gradient_norms(gradients(model, value), golden["grad_norm"], "total_region")
 
 
 @pytest.mark.parametrize("case", CASES)
