@@ -39,14 +39,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT without biases": ("ViT", {"qkv_bias": False, "hidden_act": "gelu_new"}),
     "DeiT": ("DeiT", {}),
     "BEiT": ("Beit", {"use_relative_position_bias": True}),
-    "BEiT with a shared bias": (
-        "Beit",
-        {"use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0},
-    ),
-    "BEiT with both biases": (
-        "Beit",
-        {"use_shared_relative_position_bias": True, "use_relative_position_bias": True},
-    ),
+    "BEiT with a shared bias": ("Beit", {"use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0}),
+    "BEiT with both biases": ("Beit", {"use_shared_relative_position_bias": True, "use_relative_position_bias": True}),
     "Data2Vec": ("Data2VecVision", {"use_relative_position_bias": True}),
     "Data2Vec with a shared bias": ("Data2VecVision", {"use_shared_relative_position_bias": True}),
     "CLIP's images": ("CLIPVision", {}),

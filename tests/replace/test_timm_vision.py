@@ -32,10 +32,7 @@ SMALL = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "nu
 PARTS = ("Attention", "EvaAttention", "AttentionRope", "Mlp", "GluMlp", "SwiGLU", "DropPath", "LayerScale")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BEiT-v2": ("beitv2_base_patch16_224", {}),
-    "BEiT with a shared bias": (
-        "beit_base_patch16_224",
-        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
-    ),
+    "BEiT with a shared bias": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
     "BEiT with both biases": ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True}),
     "BEiT without bias": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "init_values": None, "qkv_bias": False}),
     "ViT": ("vit_base_patch16_224", {}),
