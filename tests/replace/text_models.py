@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from xfm_fast import accelerate
+
 Batch = dict[str, Any]
 SIZES = {
     "hidden_size": 48,
@@ -101,6 +103,13 @@ def assert_equal(
 def copies(model: Any) -> tuple[Any, Any]:
     """A model and its twin."""
     return model, copy.deepcopy(model)
+
+
+def with_fused_copy(model: Any, **options: Any) -> tuple[Any, Any]:
+    """A model and its accelerated twin."""
+    fast = copy.deepcopy(model)
+    accelerate(fast, **options)
+    return model, fast
 
 
 def forbid(original: type[nn.Module]) -> Callable[..., Any]:
