@@ -56,14 +56,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_is_quick_and_does_not_load_torch() -> None:
-    best = float("inf")
-    for _ in range(3):
-        begun = time.perf_counter()
-        done = _run("--help")
-        best = min(best, time.perf_counter() - begun)
-        assert done.returncode == 0
+    done = _run("--help")
+    assert done.returncode == 0
     assert all(command in done.stdout for command in ("bench", "info", "convert"))
-    assert best < 1.5
+    # Torch alone, imported on the same machine, takes longer.
+    programs = {"torch": ["-c", "import torch"], "help": ["-m", "xfm_fast.cli", "--help"]}
+    best = dict.fromkeys(programs, float("inf"))
+    for _ in range(3):
+        for name, program in programs.items():
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, check=True)
+            best[name] = min(best[name], time.perf_counter() - begun)
+    assert best["help"] < best["torch"]
     code = "import sys, xfm_fast.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

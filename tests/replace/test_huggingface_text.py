@@ -22,11 +22,11 @@ from tests.replace.text_models import (  # noqa: E402
     assert_equal,
     batch,
     copies,
-    forbid,
     make,
     real,
     with_fused_copy,
 )
+from tests.replace.vision_models import only_fused  # noqa: E402
 from xfm_fast import accelerate, accelerated  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import huggingface_text, register_attention  # noqa: E402
@@ -34,13 +34,6 @@ from xfm_fast.replace.swap import original_class  # noqa: E402
 
 ENCODERS = ["BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "Data2VecTextModel"]
 BLIP: dict[str, Any] = {"encoder_hidden_size": 27}
-
-
-def only_fused(monkeypatch: pytest.MonkeyPatch, model: nn.Module, *kinds: str) -> None:
-    """Let the original forwards of these classes raise from now on."""
-    for kind in {original_class(module) for module in model.modules()}:
-        if kind.__name__ in kinds:
-            monkeypatch.setattr(kind, "forward", forbid(kind))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -218,10 +211,7 @@ def test_every_layer_of_the_table(package: str) -> None:
     except KeyError:  # in transformers 4 some models have no choice of attention implementations
         config._attn_implementation = "eager"
         layer = kind(config)
-    _assert_layer_agrees(layer.double().eval())
-
-
-def _assert_layer_agrees(layer: Any) -> None:
+    layer = layer.double().eval()
     fast = copy.deepcopy(layer)
     accelerate(fast)
     x = torch.randn(3, 7, SIZES["hidden_size"], dtype=torch.float64).requires_grad_()
@@ -449,8 +439,7 @@ def test_loss_and_logits(name: str, unpad: bool, monkeypatch: pytest.MonkeyPatch
     model, fast = with_fused_copy(make(name), unpad=unpad)
     assert_equal(model, fast, batch(labels=True), only_real=True)
     assert_equal(model, fast, batch(), only_real=True)
-    kind = original_class(fast)
-    monkeypatch.setattr(kind, "forward", forbid(kind))
+    only_fused(monkeypatch, fast, name)
     fast(**batch(labels=True))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,12 +109,3 @@ def with_fused_copy(model: Any, **options: Any) -> tuple[Any, Any]:
     fast = copy.deepcopy(model)
     accelerate(fast, **options)
     return model, fast
-
-
-def forbid(original: type[nn.Module]) -> Callable[..., Any]:
-    """A forward that must not be reached: the fused form is then proved to have run."""
-
-    def reached(*_: Any, **__: Any) -> Any:
-        raise AssertionError(f"{original.__name__} ran its own forward")
-
-    return reached

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.agreement import assert_gradient_norms, with_weights
 from tests.conftest import CASES, config, load_json
 from tests.objectives.steps import negatives_of, pair_batch
-from xfm_fast.batches import RegionBatch, TextBatch
+from xfm_fast.batches import PairBatch, RegionBatch, TextBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.convert import to_official_file
