@@ -144,7 +144,13 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         DataError: the file cannot be read.
     """
     try:
-        handle = _handle(str(path))
+        handles, key = _open_files.handles, str(path)
+        handle = handles.pop(key, None)
+        if handle is None:
+            handle = os.open(key, os.O_RDONLY)
+            if len(handles) >= _MOST_OPEN:
+                os.close(handles.popitem(last=False)[1])
+        handles[key] = handle
         parts = []
         while size > 0 and (part := os.pread(handle, min(size, 1 << 30), start)):
             parts.append(part)
@@ -157,17 +163,6 @@ def read_range(path: Path, start: int, size: int) -> bytes:
 def unreadable(path: Path, error: OSError) -> DataError:
     """The error to raise when the operating system refuses a data file."""
     return DataError(f"{path} cannot be read ({error.strerror or error}); check that it is a readable file")
-
-
-def _handle(path: str) -> int:
-    handles = _open_files.handles
-    handle = handles.pop(path, None)
-    if handle is None:
-        handle = os.open(path, os.O_RDONLY)
-        if len(handles) >= _MOST_OPEN:
-            os.close(handles.popitem(last=False)[1])
-    handles[path] = handle
-    return handle
 
 
 class IndexedFile:
@@ -216,7 +211,10 @@ class IndexedFile:
         return self._found
 
     def _load(self) -> np.ndarray:
-        paths = _index_paths(self.path)
+        # Beside the file, or in a cache folder when the data may not be changed.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
+        name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:32]
+        paths = [self.path.with_name(f".{self.path.name}.index"), cache / f"{name}.index"]
         try:
             with open(self.path, "rb") as data:
                 # Ranks that start together scan a file once: the first holds the lock, the others find its index.
@@ -239,13 +237,6 @@ class IndexedFile:
                 return made
         except OSError as error:
             raise unreadable(self.path, error) from None
-
-
-def _index_paths(path: Path) -> list[Path]:
-    """The files that an index may lie in: beside it, or in a cache folder when the data may not be changed."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
 
 
 def _read(path: Path, head: np.ndarray) -> np.ndarray | None:

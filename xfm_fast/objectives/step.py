@@ -337,7 +337,13 @@ class Step:
                 # 3B pairs per process on average; how many lie here is a matter of which images were drawn.
                 losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (3 * self.texts)
         if self.boxes:
-            losses |= self._box_losses(next(pieces))
+            assert isinstance(self.batch, RegionBatch)
+            assert self.batch.regions is not None
+            predicted, boxed = self.model.predict_boxes(next(pieces)[:, None]), self.batch.regions.boxed
+            arguments = (predicted, self.batch.boxes[boxed].to(predicted.dtype), self.batch.is_image[boxed])
+            for name, box_loss in (("bbox_l1", box_l1_loss), ("bbox_giou", box_giou_loss)):
+                if name in self.names:
+                    losses[name] = self.world.mean(box_loss(*arguments), self.counts["boxes"])
         if "imlm" in self.names:
             hidden = encoder.lm_head.transform(next(pieces))
             loss = masked_token_loss(hidden, encoder.word_embeddings, encoder.lm_head.bias, self.layout.labels)
@@ -354,17 +360,6 @@ class Step:
         images = batch.image_index.long()[boxed] + self.texts
         longest, tokens = layout.packing.longest, batch.regions.boxed_tokens
         return Pairs.first_token(starts[boxed], lengths[boxed], images, tokens=tokens, longest=longest)
-
-    def _box_losses(self, fused: Tensor) -> dict[str, Tensor]:
-        batch = self.batch
-        assert isinstance(batch, RegionBatch)
-        assert batch.regions is not None
-        predicted, boxed = self.model.predict_boxes(fused[:, None]), batch.regions.boxed
-        arguments = (predicted, batch.boxes[boxed].to(predicted.dtype), batch.is_image[boxed])
-        found = {"bbox_l1": box_l1_loss, "bbox_giou": box_giou_loss}
-        return {
-            n: self.world.mean(loss(*arguments), self.counts["boxes"]) for n, loss in found.items() if n in self.names
-        }
 
 
 def region_memory(model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *, boxes: bool) -> PackedMemory:

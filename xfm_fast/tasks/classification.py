@@ -108,7 +108,12 @@ class ClassificationModel(TaskModel):
         Raises:
             InputError: an input that the modality needs is missing, or one that it does not read is given.
         """
-        self._check_inputs(pixels, input_ids)
+        for name, value, modality in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
+            needed = self.modality != modality
+            if needed != (value is not None):
+                state = "missing" if needed else "given"
+                reads = {"image": "pixels", "text": "input_ids", "pair": "pixels and input_ids"}[self.modality]
+                raise InputError(f"{name} is {state}; a classifier of modality {self.modality!r} reads {reads}")
         with torch.no_grad() if self.frozen else nullcontext():
             if pixels is None:
                 assert input_ids is not None
@@ -121,14 +126,6 @@ class ClassificationModel(TaskModel):
             if self.head == "official_image":
                 return torch.cat([image[:, 0], image[:, 1:].mean(1)], dim=-1)
             return image[:, 0]
-
-    def _check_inputs(self, pixels: Tensor | None, input_ids: Tensor | None) -> None:
-        for name, value, modality in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
-            needed = self.modality != modality
-            if needed != (value is not None):
-                state = "missing" if needed else "given"
-                reads = {"image": "pixels", "text": "input_ids", "pair": "pixels and input_ids"}[self.modality]
-                raise InputError(f"{name} is {state}; a classifier of modality {self.modality!r} reads {reads}")
 
     def logits(
         self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None

@@ -25,11 +25,9 @@ LOSSES_OF_KIND: dict[str, tuple[LossName, ...]] = {
 """What each kind of batch can give, in the order of the official sums."""
 
 
-def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
 
 
 class Section(BaseModel):
