@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels.reference import relative_position_index
 from xfm_fast.models.heads import MLPHead
-from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
+from xfm_fast.models.text import Attention, LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 from xfm_fast.nn import RelPosAttention

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.heads import LMHead
-from xfm_fast.models.layers import initialise_text
-from xfm_fast.models.text import TextTransformer
+from xfm_fast.models.text import TextTransformer, initialise_text
 from xfm_fast.packing import ImageGroups, Packing
 
 # Rows of vocabulary logits that exist at a time when only likelihoods are wanted: 200 MB in fp32 at base size.
