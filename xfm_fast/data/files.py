@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +178,10 @@ class IndexedFile:
     def __init__(self, path: str | os.PathLike[str], build: Callable[[Path], np.ndarray], version: int) -> None:
         self.path = Path(path)
         self._build, self._version = build, version
-        self._found: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped array would be pickled with its content; another process maps the file again.
-        mapped = self._found is not None and not self._found.flags.owndata
-        return self.__dict__ | {"_found": None if mapped else self._found}
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded" or value.flags.owndata}
 
     def __len__(self) -> int:
         return int(self.index[0])
@@ -194,7 +193,7 @@ class IndexedFile:
     @property
     def modified(self) -> int:
         """The time of the file's last change, as its index was made, in nanoseconds."""
-        return int(self._loaded()[_HEAD - 1])
+        return int(self._loaded[_HEAD - 1])
 
     @property
     def index(self) -> np.ndarray:
@@ -203,14 +202,10 @@ class IndexedFile:
         Raises:
             DataError: the file cannot be read.
         """
-        return self._loaded()[_HEAD:]
+        return self._loaded[_HEAD:]
 
+    @cached_property
     def _loaded(self) -> np.ndarray:
-        if self._found is None:
-            self._found = self._load()
-        return self._found
-
-    def _load(self) -> np.ndarray:
         # Beside the file, or in a cache folder when the data may not be changed.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
         name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:32]

@@ -61,7 +61,7 @@ def write_world(
             raise DataError(
                 f"images[{split!r}]={count}: give a positive number for each split out of {', '.join(SPLITS)}"
             )
-    counts = {split: images[split] for split in SPLITS if split in images}
+    counts: dict[Split, int] = {split: images[split] for split in SPLITS if split in images}
     wanted = {"format": FORMAT_VERSION, "seed": seed, "resolution": resolution, "images": counts}
     if (existing := _existing(folder, wanted)) is not None:
         return existing
