@@ -115,7 +115,7 @@ class CaptioningModel(TaskModel):
         Args:
             pixels: `[B, 3, R, R]`.
             prompt_ids: `[S]` or `[B, S]`: `<s>` and the prompt, without `</s>` and padding.
-            max_length, min_length: in tokens, prompt included; see `models.generation.generate`.
+            max_length, min_length: in tokens, prompt included; see `models.decoder.generate`.
 
         Returns:
             `[B, length]` ids with prompt and `</s>`, padded.
