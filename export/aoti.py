@@ -1,7 +1,8 @@
 """AOTInductor packages: each graph compiled to machine code by PyTorch's own compiler, without ONNX or TensorRT.
 
 Linear layers stay the operator of this project on a CPU, which takes the faster of two libraries for its products;
-everything else is decomposed, so that the compiler fuses it.
+everything else is decomposed, so that the compiler fuses it. A package is native code that runs when it is loaded: load
+only those that you made or whose origin you trust.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def export_graphs(
     def compare(content: Manifest) -> None:
         if examples is not None:
             progress("comparing with the model")
-            compare_with_model(content, folder, model, examples)
+            # Packages are code, and these are our own.
+            compare_with_model(content, folder, model, examples, "aoti" if content.kind == "aoti" else "auto")
 
     return fill_folder(
         content,

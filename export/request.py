@@ -24,6 +24,9 @@ DEFAULT_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusi
 
 DType = Literal["fp32", "fp16", "bf16"]
 
+RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
+RuntimeChoice = Literal["auto", RuntimeName]
+
 BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
 Pipeline = Literal["rank", "graphs"]
 ServedDevice = Literal["auto", "cpu", "gpu"]

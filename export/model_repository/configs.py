@@ -53,9 +53,14 @@ def _within(slot: Slot, wide: Slot) -> bool:
 
 
 def graph_config(
-    name: str, record: GraphRecord, backend: ModelBackend, options: RepositoryOptions, device: ServedDevice
+    name: str,
+    record: GraphRecord,
+    backend: ModelBackend,
+    options: RepositoryOptions,
+    device: ServedDevice,
+    runtime: str = "auto",
 ) -> dict[str, Any]:
-    """The configuration of a graph's model, which a backend runs on a device."""
+    """The configuration of a graph's model, which a backend runs on a device; a Python model in a session's runtime."""
     batch = most_batch(record, options.most_batch)
     slots = graph_slots(record)
     if device == "auto" and backend == "tensorrt":
@@ -80,7 +85,8 @@ def graph_config(
         "model_warmup": _warmups(record, slots, batch),
     }
     if backend == "python":
-        config["parameters"] = _parameters({"export_folder": ".", "graph": record.name, "device": device}, device)
+        given = {"export_folder": ".", "graph": record.name, "device": device, "runtime": runtime}
+        config["parameters"] = _parameters(given, device)
     return config
 
 

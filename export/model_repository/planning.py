@@ -73,7 +73,9 @@ def plan_models(
     models = []
     for record in manifest.graphs:
         name = model_name(options.prefix, record.name)
-        config = graph_config(name, record, backend, options, device)
+        # Packages are code, which a session wants to be asked for; a repository is code as a whole.
+        runtime = "aoti" if manifest.kind == "aoti" else "auto"
+        config = graph_config(name, record, backend, options, device, runtime)
         files = [file for file in manifest.files if file.name in record.files]
         part = manifest.model_copy(update={"graphs": [record], "files": files})
         script = "graph" if backend == "python" else None

@@ -17,9 +17,9 @@ from torch import Tensor
 from xfm_fast.errors import ExportError, UnavailableError
 
 from ..manifest import GraphRecord, Manifest
+from ..request import RuntimeName
 from ..slots import Slot
 
-RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
 Precision = Literal["fp32", "bf16"]
@@ -72,8 +72,17 @@ class Runtime(Protocol):
         ...
 
 
-def choose_runtime(manifest: Manifest) -> RuntimeName:
-    """The runtime of an export: that of its engines or packages; of ONNX files the one that they were written for."""
+def choose_runtime(manifest: Manifest, folder: Path) -> RuntimeName:
+    """The runtime that is `auto` for an export: that of its engines; for ONNX files the one that they were written for.
+
+    Raises:
+        ExportError: the export holds packages, which are code and therefore asked for by name.
+    """
+    if manifest.kind == "aoti":
+        raise ExportError(
+            f"{folder} holds AOTInductor packages, native code that runs when it is loaded, whoever wrote it; if you "
+            "trust their origin, ask for it by name: runtime='aoti', or --runtime aoti on the command line"
+        )
     if manifest.kind != "onnx":
         return manifest.kind
     preferred: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
@@ -104,8 +113,9 @@ def open_runtime(
         raise UnavailableError(f"runtime {name!r} is unknown; choose from auto, {', '.join(RUNTIMES)}")
     kind = "onnx" if name in ("onnxruntime", "openvino") else name
     if manifest.kind != kind:
+        fitting = "aoti" if manifest.kind == "aoti" else "auto"
         raise ExportError(
-            f"runtime {name!r} runs {kind} and this export holds {manifest.kind}; load it with runtime='auto', or "
+            f"runtime {name!r} runs {kind} and this export holds {manifest.kind}; load it with runtime={fitting!r}, or "
             f"export again with xfm-fast export {kind}"
         )
     if precision is not None and name != "openvino":

@@ -74,7 +74,7 @@ class GraphRunner:
         self.manifest = Manifest.load(self.folder, check_files=verify_files) if manifest is None else manifest
         self.config: XFMConfig = self.manifest.xfm_config
         if isinstance(runtime, str):
-            name = choose_runtime(self.manifest) if runtime == "auto" else runtime
+            name = choose_runtime(self.manifest, self.folder) if runtime == "auto" else runtime
             runtime = open_runtime(name, self.manifest, device, precision)
         self.runtime: Runtime = runtime
         self.device: torch.device = self.runtime.device

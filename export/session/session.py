@@ -101,15 +101,18 @@ class Session(GraphRunner):
         """A session that is warm: every graph has run once in every profile.
 
         Args:
-            folder: of an export.
-            runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, or `auto` for what the export was made for.
+            folder: an export.
+            runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, `aoti`, or `auto` for what the export was
+                made for. `auto` is never `aoti`: such packages are native code that runs when it is loaded, so name it
+                for packages that you trust, and for no others. Engines of TensorRT deserve the same care.
             device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
             precision: in which OpenVINO computes; by default in that of the export.
             verify_files: compare sizes and checksums of all files with the manifest, which reads them once more.
 
         Raises:
             ExportError: the files are not what the manifest says, the export was found to differ from its model, it is
-                for another runtime, version or GPU, or a graph cannot be loaded.
+                for another runtime, version or GPU, it holds packages and `aoti` was not named, or a graph cannot be
+                loaded.
             UnavailableError: the runtime is not installed, or lacks the device or type.
         """
         session = cls(folder, runtime, device, precision=precision, verify_files=verify_files)

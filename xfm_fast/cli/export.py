@@ -25,6 +25,7 @@ from xfm_fast.export.request import (
     OnnxRequest,
     PackageRequest,
     RepositoryRequest,
+    RuntimeChoice,
     TensorRTRequest,
 )
 
@@ -73,7 +74,10 @@ def onnx(*, out: Out, source: Flat[ModelSource] = ModelSource(), request: OnnxOp
 def aoti(
     *, out: Out, source: Flat[ModelSource] = ModelSource(), request: Flat[PackageRequest] = PackageRequest()
 ) -> int:
-    """Compile AOTInductor packages, run them, and compare them with the model."""
+    """Compile AOTInductor packages, run them, and compare them with the model.
+
+    A package is native code that runs when it is loaded; the commands that load one want `--runtime aoti`.
+    """
     from xfm_fast.export import aoti as library
 
     library.check_compiling(request.device, request.dtype)
@@ -119,15 +123,17 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
 
 
 @app.command
-def verify(folder: Path, /) -> int:
+def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
     """Check the files of an export and compare it once more with what the model computed.
 
     Args:
         folder: Folder of an export.
+        runtime: Library that runs the graphs. Packages of AOTInductor are code that runs when it is loaded: they want
+            aoti, for packages that you trust.
     """
     from xfm_fast.export import verification
 
-    return finish(verification.verify(folder), folder)
+    return finish(verification.verify(folder, runtime), folder)
 
 
 @app.command
@@ -135,7 +141,7 @@ def report(
     folder: Path,
     /,
     *,
-    runtime: str = "auto",
+    runtime: RuntimeChoice = "auto",
     device: str | None = None,
     seconds: Annotated[float, Ge(0)] = 2.0,
     as_json: Json = False,
@@ -144,7 +150,8 @@ def report(
 
     Args:
         folder: Folder of an export.
-        runtime: auto, onnxruntime, openvino, tensorrt-rtx, tensorrt or aoti.
+        runtime: Library that runs the graphs. Packages of AOTInductor are code that runs when it is loaded: they want
+            aoti, for packages that you trust.
         device: cpu, cuda or cuda:1. [a GPU where runtime and machine have one]
         seconds: Spent on timing each shape of each graph.
     """
@@ -183,6 +190,8 @@ def model_repository(
     overwrite: bool = False,
 ) -> None:
     """Write a model repository of NVIDIA's Triton Inference Server from an export.
+
+    Its Python models, and packages of AOTInductor in it, are code that the server runs: serve what you trust.
 
     Args:
         folder: Folder of an export.

@@ -24,7 +24,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"], given["export_folder"])
         device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
         try:
-            self.session = Session.load(folder, device=None if given["device"] == "auto" else device)
+            self.session = Session.load(folder, given["runtime"], None if given["device"] == "auto" else device)
             self.graph = self.session.require(given["graph"])
         except XFMError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None

@@ -459,6 +459,9 @@ def test_compiled_packages_are_served_where_they_were_compiled_for(
     planned = plan_models(manifest, RepositoryOptions(), tokenizer)
     assert {model.backend for model in planned} == {"python"}
     assert {model.config["instance_group"][0]["kind"] for model in planned} == {"KIND_CPU"}
+    # The one place beside a caller that names code: a repository, which is code as a whole.
+    given = {entry["key"]: entry["value"]["string_value"] for entry in planned[0].config["parameters"]}
+    assert given["runtime"] == "aoti"
 
 
 def test_what_is_there_is_not_replaced_unasked(
