@@ -8,7 +8,7 @@ and the ranks of candidates are judged by a `Threshold` for each type.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +24,7 @@ from .consumers import DTYPES, DType
 from .expected import LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import GraphName
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
-from .slots import Slot, graph_slots, largest
+from .slots import graph_slots, largest
 
 
 class Runner(Protocol):
@@ -47,7 +47,7 @@ def verify_export(
 
     Args:
         folder: an export whose manifest lists all other files.
-        model: that was exported.
+        model: the one that was exported.
         examples: photographs and captions; generated ones by default.
         runner: see `verify`.
     """
@@ -225,7 +225,13 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
                 yield case(torch.zeros(size, dtype=torch.long), usable[rows][:, None])
         return
     shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
-    bounded = (_bounded(slots, fixed.get("batch", b), fixed.get("texts", t)) for b, t in shapes)
+    bounded: list[tuple[int, int]] = []
+    for batch, count in shapes:
+        # The memories that a profile takes, and the texts on each that it takes with them.
+        batch, count = fixed.get("batch", batch), fixed.get("texts", count)
+        batch = min(batch, largest(slots, "batch") or batch)
+        together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
+        bounded.append((batch, min(count, largest(together, "texts") or count)))
     for batch, count in dict.fromkeys(bounded):
         for image_rows in _chunks(images, batch):
             if count == 1 and fixed.get("texts") is None:
@@ -244,13 +250,6 @@ def _has_memories(manifest: Manifest) -> bool:
 
 def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ...]:
     return (fixed,) if fixed is not None else tuple(dict.fromkeys(min(size, most) for size in free))
-
-
-def _bounded(slots: Sequence[Slot], batch: int, count: int) -> tuple[int, int]:
-    """The memories that a profile takes, and the texts on each that it takes with them."""
-    batch = min(batch, largest(slots, "batch") or batch)
-    together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
-    return batch, min(count, largest(together, "texts") or count)
 
 
 def _chunks(count: int, size: int) -> Iterator[Tensor]:
@@ -331,7 +330,7 @@ class Threshold:
     the kernels are judged.
 
     Attributes:
-        absolute: of embeddings, features, logits, boxes and scores.
+        absolute: limit for embeddings, features, logits, boxes and scores.
         rounding: multiple of the model's own error.
         cosine: least, of any row of an embedding or feature.
         tie: scores closer than this to each other may swap their ranks; where rounding decides, twice the model's own

@@ -44,8 +44,8 @@ class LoadedGraph(Protocol):
 
         Args:
             inputs: contiguous, of the graph's types, on the runtime's device.
-            slot: that takes them.
-            sizes: of the axes, which decide the shapes of the outputs.
+            slot: the one that takes them.
+            sizes: by axis; they decide the shapes of the outputs.
         """
         ...
 
@@ -54,9 +54,9 @@ class Runtime(Protocol):
     """A library on a device.
 
     Attributes:
-        description: of library, version and device.
-        device: of the tensors that go in and come out.
-        enqueues: whether calls return before the results are there, as on a GPU.
+        description: library, version and device, in words.
+        device: where tensors go in and come out.
+        enqueues: calls return before the results are there, as on a GPU.
     """
 
     description: str
@@ -80,8 +80,8 @@ def choose_runtime(manifest: Manifest, folder: Path) -> RuntimeName:
     """
     if manifest.kind == "aoti":
         raise ExportError(
-            f"{folder} holds AOTInductor packages, native code that runs when it is loaded, whoever wrote it; if you "
-            "trust their origin, ask for it by name: runtime='aoti', or --runtime aoti on the command line"
+            f"{folder} holds AOTInductor packages, native code that runs when it is loaded; if you trust "
+            "their origin, ask for it by name: runtime='aoti', or --runtime aoti on the command line"
         )
     if manifest.kind != "onnx":
         return manifest.kind
@@ -101,9 +101,7 @@ def open_runtime(
 
     Args:
         name: one of `RUNTIMES`.
-        manifest: of the export.
         device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
-        precision: of OpenVINO.
 
     Raises:
         UnavailableError: the runtime is unknown or not installed, or lacks the device, type or precision.

@@ -173,8 +173,12 @@ def test_errors_come_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was read"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs an NVIDIA GPU and PyTorch finds none here" in _run(*given, "--device", "cuda")
-    assert "device 'tpu' is unknown; choose from cpu, cuda" in _run(*given, "--device", "tpu")
-    assert "dtype 'fp8' is unknown" in _run(*given, "--dtype", "fp8")
+    assert 'Invalid value "tpu" for --device. Choose from: "cpu", "cuda"' in _run(*given, "--device", "tpu")
+    assert 'Invalid value "fp8" for --dtype' in _run(*given, "--dtype", "fp8")
+    with pytest.raises(UnavailableError, match="device 'tpu' is unknown; choose from cpu, cuda"):
+        check_compiling("tpu", "fp32")
+    with pytest.raises(UnavailableError, match="dtype 'fp8' is unknown"):
+        check_compiling("cpu", "fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert "this GPU (SM75) has no bf16 arithmetic; use --dtype fp16" in _run(

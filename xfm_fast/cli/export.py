@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from annotated_types import Ge
 from cyclopts import Parameter
@@ -24,6 +24,7 @@ from xfm_fast.export.request import (
     ModelSource,
     OnnxRequest,
     PackageRequest,
+    Preset,
     RepositoryRequest,
     RuntimeChoice,
     TensorRTRequest,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 app = command_group("export")
 
-PRESETS = ("base", "tiny")
 _PHOTOS, _CAPTIONS = 4, 48
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
@@ -201,7 +201,7 @@ def model_repository(
     """
     from rich.markup import escape
 
-    from xfm_fast.export.model_repository.writing import check_free, write_model_repository
+    from xfm_fast.export.model_repository.repository import check_free, write_model_repository
     from xfm_fast.tokenizer import CaptionTokenizer
 
     wanted = request.options()
@@ -259,8 +259,8 @@ def load_subject(source: ModelSource) -> Subject:
     checkpoint, preset = source.checkpoint, source.preset
     if (checkpoint is None) == (preset is None):
         raise InputError("name either --checkpoint (its weights) or --preset (random weights), one of the two")
-    if preset is not None and preset not in PRESETS:
-        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if preset is not None and preset not in get_args(Preset):
+        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(get_args(Preset))}")
     if source.config is not None and (checkpoint is None or checkpoint.is_dir()):
         raise InputError("--config gives the sizes of an official checkpoint file; leave it out here")
     if checkpoint is None:

@@ -22,11 +22,16 @@ from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError, ExportError, InputError, StorageError, UnavailableError, XFMError
 from xfm_fast.export import manifest as manifests
 from xfm_fast.export.manifest import EngineTarget, Manifest, PackageTarget, ProfileRecord
-from xfm_fast.export.model_repository import writing
+from xfm_fast.export.model_repository import repository as writing
 from xfm_fast.export.model_repository.configs import Symbol, render
-from xfm_fast.export.model_repository.planning import RepositoryOptions, plan_models
 from xfm_fast.export.model_repository.ranking import MemoryCache, RankLimits
-from xfm_fast.export.model_repository.writing import RECEIPT_FILE, Receipt, write_model_repository
+from xfm_fast.export.model_repository.repository import (
+    RECEIPT_FILE,
+    Receipt,
+    RepositoryOptions,
+    plan_models,
+    write_model_repository,
+)
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
