@@ -88,7 +88,7 @@ class _Rewriting:
         return changed
 
     def _plugin(self, node: Any) -> list[Any] | None:
-        q = self.dims.get(node.input[0], [])
+        q: list[Any] = list(self.dims.get(node.input[0], []))
         if len(q) != 4 or not isinstance(q[1], int) or q[3] not in _HEAD_DIMS:
             return None
         bias = node.input[3] if len(node.input) > 3 else ""
