@@ -53,7 +53,7 @@ _HOMES = {
     "quantize_int8": "quantise",
     "verify": "verification",
     "verify_export": "verification",
-    "write_model_repository": "model_repository.writing",
+    "write_model_repository": "model_repository.repository",
 }
 
 __all__ = [
