@@ -14,7 +14,7 @@ from tests.conftest import CASES
 from tests.objectives.steps import model_of, negatives_of, pair_batch, region_batch, text_batch, total
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, TextBatch
-from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
 from xfm_fast.kernels import ops
 from xfm_fast.models.fusion import FusionEncoder
 from xfm_fast.models.text import TextEncoder

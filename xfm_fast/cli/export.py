@@ -276,7 +276,7 @@ def load_subject(source: ModelSource) -> Subject:
 def _random(preset: Any, image_size: int | None) -> XFM:
     import torch
 
-    from xfm_fast.benchmarks.material.subjects import random_state
+    from xfm_fast.benchmarks.material.inputs import random_state
     from xfm_fast.config import XFMConfig
     from xfm_fast.models.xfm import XFM
 

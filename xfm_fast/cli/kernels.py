@@ -79,7 +79,7 @@ class TuneOptions(KernelOptions):
 def info(*, as_json: Json = False) -> None:
     """Say what this machine offers and which paths xfm-fast will take on it."""
     from xfm_fast.benchmarks import machine
-    from xfm_fast.benchmarks.paths import choose_paths
+    from xfm_fast.benchmarks.machine import choose_paths
 
     facts, packages, paths = machine.describe(), machine.optional_packages(), choose_paths()
     if as_json:

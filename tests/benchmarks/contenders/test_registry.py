@@ -13,8 +13,7 @@ from xfm_fast import flops
 from xfm_fast.benchmarks.contenders.engine import Clock, NoStages, Stages
 from xfm_fast.benchmarks.contenders.registry import ALL, Contender, Setup, choose
 from xfm_fast.benchmarks.material import photographs
-from xfm_fast.benchmarks.material.inputs import Material, make_tokenizer
-from xfm_fast.benchmarks.material.subjects import Subjects
+from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer
 from xfm_fast.benchmarks.measure import DTYPES, FP32_BAND, parity_band
 from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE, OURS
 from xfm_fast.benchmarks.work.entrants import kind_of, operation_shares
