@@ -98,20 +98,14 @@ def _made(name: str, scale: str, device: torch.device, dtype: torch.dtype) -> Op
             target = torch.randint(size.vocabulary, (size.labels,), device=device)
             target[::IGNORED_SHARE] = -100
             return Operation(lambda *given: getattr(ops, name)(*given, target), given)
-        case "sample_hard_negatives":
-            own = torch.eye(size.rows, dtype=torch.bool, device=device)
-            return Operation(lambda given: ops.sample_hard_negatives(given, own), (draw(size.rows, size.rows),))
         case _:
             raise ValueError(f"{name} has no case")
 
 
 OPERATIONS = (
     "add_layer_norm", "embed_layer_norm", "layer_norm", "linear", "linear_add_layer_norm", "linear_cross_entropy",
-    "linear_gelu", "linear_residual", "mlp_residual", "relpos_attention", "sample_hard_negatives",
-    "token_log_likelihood", "varlen_attention",
+    "linear_gelu", "linear_residual", "mlp_residual", "relpos_attention", "token_log_likelihood", "varlen_attention",
 )  # fmt: skip
-# What is drawn has no gradient.
-DIFFERENTIABLE = [name for name in OPERATIONS if name != "sample_hard_negatives"]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -131,7 +125,7 @@ def test_forward(
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_forward_and_backward(
     name: str, size: str, backend: Backend, benchmark: BenchmarkFixture, measure: Measure, device: torch.device,
     dtype: torch.dtype,
