@@ -1,26 +1,29 @@
-"""What this machine offers: processor, memory, accelerators, and the optional packages that xfm-fast can use."""
+"""What this machine offers: processor, memory, accelerators, optional packages, counters of energy, chosen kernels."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 import xfm_fast
 from xfm_fast.errors import UnavailableError
-from xfm_fast.kernels import roofline
+from xfm_fast.kernels import ops, roofline
+from xfm_fast.kernels.cpu import attention, products
+from xfm_fast.kernels.cpu.selection import selections
 
 # Package -> (import name, the extra that installs it).
 OPTIONAL = {
@@ -73,14 +76,17 @@ class Package:
 
 
 @cache
+def _cpuinfo() -> dict[str, str]:
+    """Facts of the first processor as Linux tells them; empty elsewhere."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    return {}
+
+
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags as Linux lists them; empty where the system does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip().lower() in ("flags", "features"):
-                return frozenset(value.split())
-    return frozenset()
+    return frozenset((_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split())
 
 
 @cache
@@ -152,10 +158,8 @@ def data_sheet(device: torch.device) -> roofline.GPU | None:
 
 def cpu_model() -> str:
     """The processor's name as the system gives it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
+    if found := _cpuinfo().get("model name") or _cpuinfo().get("Model"):
+        return found
     if sys.platform == "darwin":
         with suppress(OSError, subprocess.SubprocessError):
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -181,17 +185,15 @@ def optional_packages() -> list[Package]:
         found = None
         if importlib.util.find_spec(module) is not None:
             found = next((v for n in (name, *_OTHER_NAMES.get(name, ())) if (v := _version(n))), "unknown version")
-        detail = _providers() if found and name == "onnxruntime" else ""
+        detail = ""
+        if found and name == "onnxruntime":
+            try:
+                providers = importlib.import_module("onnxruntime").get_available_providers()
+                detail = ", ".join(provider.removesuffix("ExecutionProvider") for provider in providers)
+            except Exception as error:  # a broken installation is worth a line, not a traceback
+                detail = f"does not import ({type(error).__name__}: {error})"
         packages.append(Package(name, found, extra, detail))
     return packages
-
-
-def _providers() -> str:
-    try:
-        ort = importlib.import_module("onnxruntime")
-        return ", ".join(provider.removesuffix("ExecutionProvider") for provider in ort.get_available_providers())
-    except Exception as error:  # a broken installation is worth a line, not a traceback
-        return f"does not import ({type(error).__name__}: {error})"
 
 
 def _version(name: str) -> str | None:
@@ -261,3 +263,158 @@ def describe() -> dict[str, Any]:
 def as_dict(packages: list[Package]) -> list[dict[str, Any]]:
     """Packages as plain values, for JSON."""
     return [asdict(package) for package in packages]
+
+
+# What the selections of these names time.
+_ATTENTION: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+    "attention": attention._plain_example,
+    "short attention": attention._short_example,
+    "biased attention": attention._biased_example,
+}
+_LINEAR: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
+    **products.EXAMPLES,
+    "trained linear": products._trained_example,
+    "input gradient": products._input_example,
+}
+
+
+def choose_paths() -> list[dict[str, Any]]:
+    """Run every operation that has alternatives in every dtype that this processor is good at.
+
+    Returns:
+        Operation, dtype, the chosen implementation, FLOP/s of each that passed, and why others were left out.
+    """
+    width, heads, (height, wide) = 128, 2, (4, 4)
+    with torch.no_grad():
+        for dtype in (torch.float32, *([torch.bfloat16] if has_native_bf16() else [])):
+            x, weight = torch.ones(16, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+            bias = torch.ones(width, dtype=dtype)
+            ops.linear(x, weight, bias)
+            ops.linear_gelu(x, weight, bias)
+            ops.linear_residual(x, weight, bias, x)
+            tokens = torch.ones(1, height * wide + 1, heads, 64, dtype=dtype)
+            table = torch.zeros((2 * height - 1) * (2 * wide - 1) + 3, heads, dtype=dtype)
+            ops.relpos_attention(tokens, tokens, tokens, table, (height, wide))
+            # Long enough to be a product of its own.
+            queries, keys = torch.ones(100, heads, 64, dtype=dtype), torch.ones(577, heads, 64, dtype=dtype)
+            ops.varlen_attention(queries, keys, keys, torch.tensor([0, 100]), torch.tensor([0, 577]), 100, 577)
+    chosen = []
+    for selection in selections():
+        operation = selection.operation
+        if "attention" in operation:
+            q, k, *_ = _ATTENTION[operation](torch.float32)
+            flops = 4 * q.numel() * k.shape[1]
+        elif operation == "weight gradient":
+            dout, x = products._weight_example(torch.float32)
+            flops = 2 * dout.numel() * x.shape[1]
+        else:
+            x, weight, *_ = _LINEAR.get(operation, products.EXAMPLES["linear"])(torch.float32)
+            flops = 2 * x.shape[0] * weight.numel()
+        found = {
+            "operation": operation,
+            "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(selection.dtype, str(selection.dtype)),
+            "chosen": selection.chosen,
+            "flops_per_s": {name: flops / s for name, s in selection.seconds.items() if 0 < s < float("inf")},
+            "rejected": selection.rejected,
+        }
+        chosen.append(found)
+    return chosen
+
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+class EnergyMeter:
+    """Joules since some moment, where the platform counts them.
+
+    Attributes:
+        source: what counts; None where nothing does, and then `reason` says why.
+    """
+
+    def __init__(self, device: torch.device, powercap: Path = POWERCAP) -> None:
+        self.source: str | None = None
+        self.reason: str | None = None
+        self._packages: list[_Package] = []
+        self._handle: Any = None
+        if device.type != "cuda":
+            self._open_rapl(powercap)
+            return
+        try:
+            self._nvml, handle = _nvml_handle(device)
+            self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except ImportError:
+            self.reason = "no energy counter: the package nvidia-ml-py (pynvml) is not installed"
+        except Exception as error:  # NVML has one exception class a failure, all of which mean: not offered
+            self.reason = f"NVML does not count energy here ({error})"
+        else:
+            self._handle, self.source = handle, "NVML, the whole board"
+
+    def joules(self) -> float:
+        """The counter; differences between two calls mean something, and none may be a day apart."""
+        if self._handle is not None:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
+        return sum(package.joules() for package in self._packages)
+
+    def _open_rapl(self, powercap: Path) -> None:
+        if not powercap.is_dir():
+            self.reason = f"no energy counter: {powercap} is absent (virtual machines hide it)"
+            return
+        # Packages; their parts (cores, memory) have one more number in their name.
+        folders = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
+        if not folders:
+            self.reason = f"no energy counter: {powercap} lists no RAPL package"
+            return
+        try:
+            self._packages = [_Package(folder) for folder in folders]
+        except (OSError, ValueError) as error:
+            self.reason = f"the RAPL counter cannot be read ({error}); it is root's on most systems"
+            return
+        self.source = f"RAPL, {len(folders)} package{'s' if len(folders) > 1 else ''}"
+
+
+class _Package:
+    """A counter in microjoules that starts again at its range."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "energy_uj"
+        self._range = int((folder / "max_energy_range_uj").read_text())
+        self._last = int(self._file.read_text())
+        self._total = 0
+
+    def joules(self) -> float:
+        now = int(self._file.read_text())
+        self._total += now - self._last if now >= self._last else now + self._range - self._last
+        self._last = now
+        return self._total / 1e6
+
+
+class GpuReading(NamedTuple):
+    """Clock of the multiprocessors in MHz, temperature in °C."""
+
+    clock_mhz: float
+    temperature_c: float
+
+
+class GpuState:
+    """Clock and temperature of a GPU at this moment; None on a CPU and without NVML."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle: Any = None
+        if device.type == "cuda":
+            with suppress(Exception):  # whatever is missing, a run goes on without these two numbers
+                self._nvml, self._handle = _nvml_handle(device)
+
+    def __call__(self) -> GpuReading | None:
+        if self._handle is None:
+            return None
+        clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+        warmth = self._nvml.nvmlDeviceGetTemperature(self._handle, self._nvml.NVML_TEMPERATURE_GPU)
+        return GpuReading(float(clock), float(warmth))
+
+
+def _nvml_handle(device: torch.device) -> tuple[Any, Any]:
+    """By its unique identifier: NVML numbers GPUs in another order than CUDA_VISIBLE_DEVICES."""
+    nvml: Any = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    identifier = str(torch.cuda.get_device_properties(device).uuid)
+    return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{identifier.removeprefix('GPU-')}")

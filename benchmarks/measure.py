@@ -23,8 +23,8 @@ from torch import Tensor
 
 from xfm_fast.memory import PeakMemory
 
+from .machine import EnergyMeter, GpuState
 from .record import Comparison, Conditions, Energy, Interval, Latency, Memory, Probe, Row, finite
-from .telemetry import EnergyMeter, GpuState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # One layer's worth of work for the MLP of a base-size encoder; on a GPU a product that fills it.
@@ -85,33 +85,37 @@ class Sample(NamedTuple):
     memory: Memory
 
 
-def sample(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> Sample:
-    """Run once. On a GPU the time is that between two events of the stream, around the first and the last kernel.
+def timed(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> tuple[Any, float]:
+    """Output and seconds. On a GPU the time is that between two events of the stream, around all kernels of the run.
 
     Args:
         waits: the run returns when its results are there, by whatever stream: then the clock tells the time.
     """
-    if device.type != "cuda":
-        with PeakMemory() as seen:
-            start = time.perf_counter()
-            output = run()
-            seconds = time.perf_counter() - start
-        return Sample(
-            output, seconds, Memory(peak_bytes=seen.peak, grown_bytes=seen.peak - seen.start, method=seen.method)
-        )
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begun.record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+    for event in events[:1]:
+        event.record()
     start = time.perf_counter()
     output = run()
     seconds = time.perf_counter() - start
-    ended.record()
+    for event in events[1:]:
+        event.record()
+        torch.cuda.synchronize()
+    return output, seconds if waits or not events else events[0].elapsed_time(events[1]) / 1e3
+
+
+def sample(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> Sample:
+    """Run once and see its time and its memory; `waits` as in `timed`."""
+    if device.type != "cuda":
+        with PeakMemory() as seen:
+            output, seconds = timed(run, device)
+        memory = Memory(peak_bytes=seen.peak, grown_bytes=seen.peak - seen.start, method=seen.method)
+        return Sample(output, seconds, memory)
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output, seconds = timed(run, device, waits=waits)
     peak = torch.cuda.max_memory_allocated()
-    memory = Memory(peak_bytes=peak, grown_bytes=peak - before, method="CUDA allocator")
-    return Sample(output, seconds if waits else begun.elapsed_time(ended) / 1e3, memory)
+    return Sample(output, seconds, Memory(peak_bytes=peak, grown_bytes=peak - before, method="CUDA allocator"))
 
 
 Block = Callable[[], list[float]]
@@ -137,17 +141,7 @@ def _best_rate(amount: float, run: Callable[[], object], device: torch.device, r
     """`amount` a second in the fastest of a few runs."""
     best, spent = math.inf, 0.0
     for _ in range(repeats):
-        if device.type == "cuda":
-            begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begun.record()
-            run()
-            ended.record()
-            torch.cuda.synchronize(device)
-            seconds = begun.elapsed_time(ended) / 1e3
-        else:
-            start = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - start
+        _, seconds = timed(run, device)
         best, spent = min(best, seconds), spent + seconds
         if spent > _PROBE_S:
             break
@@ -361,8 +355,16 @@ def interleave(
                     _attempt(name, block, out)
             started, done = time.perf_counter(), 0
             read()
-            while len(out.failures) < len(blocks) and _goes_on(started, done, rounds, most_rounds, budget_s, deadline):
-                left = _left(started, done, rounds, most_rounds, budget_s)
+            while len(out.failures) < len(blocks):
+                left = str(rounds)
+                if done:
+                    now = time.perf_counter()
+                    each = (now - started) / done
+                    end = deadline if done < rounds else min(started + budget_s, deadline)
+                    if done >= most_rounds or now + each > end:
+                        break
+                    planned = min(most_rounds, max(rounds, int(budget_s / each)))
+                    left = f"{planned}, about {max(1, each * (planned - done)):.0f} s left"
                 for name in rotated(list(blocks), done):
                     on_step(f"{name}, {done + 1} of {left}")
                     seconds = _attempt(name, blocks[name], out, meter)
@@ -375,22 +377,6 @@ def interleave(
             while probes is not None and len(out.readings.copies) < 2:
                 read()
     return out
-
-
-def _goes_on(started: float, done: int, rounds: int, most: int, budget_s: float, deadline: float) -> bool:
-    """Whether a round like those before ends in time: within the budget, or while they are too few by the deadline."""
-    now = time.perf_counter()
-    end = deadline if done < rounds else min(started + budget_s, deadline)
-    return done == 0 or (done < most and now + (now - started) / done <= end)
-
-
-def _left(started: float, done: int, rounds: int, most: int, budget_s: float) -> str:
-    """The number of rounds that are planned and, once a round was seen, how long those take that are left."""
-    if done == 0:
-        return str(rounds)
-    each = (time.perf_counter() - started) / done
-    planned = min(most, max(rounds, int(budget_s / each)))
-    return f"{planned}, about {max(1, each * (planned - done)):.0f} s left"
 
 
 def rotated(names: list[str], shift: int) -> list[str]:

@@ -33,6 +33,10 @@ Status = Literal["measured", "partial", "failed", "absent", "parity failed", "no
 installed or cannot run here. `not offered`: it or the processor lacks the type."""
 
 
+LEAST_POINTS = 4
+"""Sizes from which an exponent is fitted: fewer lie on almost any line."""
+
+
 class Record(BaseModel):
     """Plain values; unknown fields are refused, so that a document is read as what it is."""
 

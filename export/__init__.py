@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .expected import generated_examples as generated_examples
     from .expected import make_examples as make_examples
     from .manifest import Manifest as Manifest
-    from .model_repository.writing import write_model_repository as write_model_repository
+    from .model_repository.repository import write_model_repository
     from .onnx import export_onnx as export_onnx
     from .quantise import quantize_int8 as quantize_int8
     from .request import EngineRequest as EngineRequest
@@ -53,7 +53,7 @@ _HOMES = {
     "quantize_int8": "quantise",
     "verify": "verification",
     "verify_export": "verification",
-    "write_model_repository": "model_repository.writing",
+    "write_model_repository": "model_repository.repository",
 }
 
 __all__ = [

@@ -1,7 +1,8 @@
 """AOTInductor packages: each graph compiled to machine code by PyTorch's own compiler, without ONNX or TensorRT.
 
 Linear layers stay the operator of this project on a CPU, which takes the faster of two libraries for its products;
-everything else is decomposed, so that the compiler fuses it.
+everything else is decomposed, so that the compiler fuses it. A package is native code that runs when it is loaded: load
+only those that you made or whose origin you trust.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def write_package(
     """Compile a graph to `path`, in an existing folder; nothing half-written stays.
 
     Args:
-        graph: from `graphs.build`, its parameters in `dtype`.
+        graph: result of `graphs.build`, its parameters in `dtype`.
         fixed: axes that get a constant size; the others stay dynamic.
 
     Raises:
@@ -132,12 +133,7 @@ def _not_written(path: Path, reason: str) -> StorageError:
 
 
 def traced(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) -> torch.export.ExportedProgram:
-    """The graph as a program on a device, with the operators that packages keep.
-
-    Args:
-        graph: its parameters in `dtype`.
-        fixed: axes that get a constant size.
-    """
+    """The graph, whose parameters are in `dtype`, as a program on a device, with the operators that packages keep."""
     inputs, shapes = tracing_call(graph, DTYPES[dtype], fixed)
     with torch.no_grad(), frozen(graph):
         program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
@@ -187,10 +183,6 @@ def instructions(listing: Path = Path("/proc/cpuinfo")) -> list[str]:
 
 def check_compiling(device: str, dtype: str) -> None:
     """See that packages can be compiled here, before a checkpoint is read or a graph is traced.
-
-    Args:
-        device: `cpu` or `cuda`.
-        dtype: fp32, fp16 or bf16.
 
     Raises:
         UnavailableError: an unknown device or type, or one that this machine lacks or would have to emulate.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from xfm_fast.errors import UnavailableError
 
 from .graphs import AttentionForm
-from .request import DType
+from .request import Consumer, DType
 
-Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
 CONSUMERS: tuple[Consumer, ...] = get_args(Consumer)
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,9 +37,7 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
     """The spelling that a consumer profits from.
 
     Args:
-        consumer: one of `CONSUMERS`.
-        dtype: fp32, fp16 or bf16.
-        opset: of ONNX; by default the newest that the consumer profits from. Below 23 attention is spelt as primitives.
+        opset: ONNX opset, by default the newest that the consumer profits from; below 23 attention becomes primitives.
 
     Raises:
         UnavailableError: a consumer or type that is not known, an opset outside 20 to 24, or a type that the consumer

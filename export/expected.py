@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from xfm_fast.checkpoint.files import write_files, write_safetensors
 from xfm_fast.config import XFMConfig
@@ -41,7 +42,7 @@ class Examples:
     Attributes:
         pixels: `[I, 3, R, R]` fp32, normalised.
         input_ids, attention_mask: `[T, L]`; texts of many lengths.
-        origin: in words, for reports.
+        origin: where they come from, for reports.
     """
 
     pixels: Tensor
@@ -60,9 +61,9 @@ def make_examples(
 
     Args:
         pixels: `[I, 3, R, R]`.
-        rows: of every text, `<s> tokens </s>`.
-        config: of the model.
-        origin: in words.
+        rows: ids of every text, `<s> tokens </s>`.
+        config: the model's.
+        origin: where they come from.
         longest: tokens of the longest text; also cut to what the model has positions for.
 
     Raises:
@@ -82,13 +83,14 @@ def make_examples(
             inner = following * (1 + longest // max(len(following), 1))
             ids = [row[0], *inner[: max(lengths[number] - 2, 0)], row[-1]][: lengths[number]]
         texts.append(ids)
-    width = max(map(len, texts))
-    padded = torch.full((len(texts), width), config.pad_token_id)
-    mask = torch.zeros_like(padded)
-    for place, ids in enumerate(texts):
-        padded[place, : len(ids)] = torch.tensor(ids)
-        mask[place, : len(ids)] = 1
-    return Examples(pixels.float(), padded, mask, origin)
+    return Examples(pixels.float(), *padded_texts(texts, config.pad_token_id), origin)
+
+
+def padded_texts(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Ids `[T, L]` and mask `[T, L]` of texts, padded to the longest."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 def generated_examples(
@@ -124,7 +126,7 @@ class Reference:
             `[I, M, Dv]`, `image_feature`, `text_embeds` `[T, L, Dt]`, `text_feature`, `memory` of image 0 in the
             layout of the graphs, and for every image with every text `fused` `[I, T, Dt]`, `match_logits`, `boxes`,
             `scores`; of image 0 alone `fused_tokens` `[1, T, L, Dt]`.
-        rounding: by name, the largest error of the model in the type of the export against its fp32 results.
+        rounding: the largest error, by name, of the model in the type of the export against its fp32 results.
     """
 
     tensors: dict[str, Tensor]
@@ -177,8 +179,8 @@ def make_reference(
         model: is left as it is.
         examples: what to run it on.
         graphs: those exported; only what they return is computed.
-        dtype: of the export.
-        all_tokens: whether `fusion` returns every token.
+        dtype: type of the export.
+        all_tokens: `fusion` returns every token.
     """
     wanted = frozenset(graphs)
     truth = _results(_converted(model, torch.float32), examples, wanted, all_tokens)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.reference import relative_position_index
 from xfm_fast.models.heads import MLPHead
-from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
+from xfm_fast.models.text import LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 
@@ -273,16 +273,14 @@ class FusionGraph(Graph):
         for number, layer in enumerate(_layers(self.stack)):
             first_only = number == last and not self.all_tokens
             x = _self_attention(layer, x, mask, self.form, first_only=first_only)
-            x = self._cross_attention(layer.crossattention, x, memory[:, 2 * number], memory[:, 2 * number + 1], batch)
+            parts = layer.crossattention
+            q = parts.self.query(x).reshape(batch, -1, parts.self.heads, width // parts.self.heads).transpose(1, 2)
+            context = attention(q, memory[:, 2 * number], memory[:, 2 * number + 1], None, self.form)
+            x = _residual_norm(parts.output, context.transpose(1, 2).reshape(x.shape), x)
             x = _feed_forward(layer, x)
         if not self.all_tokens:
             return x.reshape(batch, texts, width)
         return x.reshape(batch, texts, length, width)
-
-    def _cross_attention(self, parts: Attention, x: Tensor, keys: Tensor, values: Tensor, batch: int) -> Tensor:
-        q = parts.self.query(x).reshape(batch, -1, parts.self.heads, x.shape[-1] // parts.self.heads).transpose(1, 2)
-        context = attention(q, keys, values, None, self.form)
-        return _residual_norm(parts.output, context.transpose(1, 2).reshape(x.shape), x)
 
 
 class MatchGraph(Graph):
@@ -413,7 +411,7 @@ def tracing_call(
     """Inputs to trace a graph with, and for each its dimensions that stay dynamic.
 
     Args:
-        dtype: of the inputs that are not ids.
+        dtype: type of the inputs that are not ids.
         fixed: axes that get a constant size.
     """
     dims: dict[str, Any] = {}

@@ -87,10 +87,10 @@ class EngineTarget(_Record):
 
     Attributes:
         library: `tensorrt` or `tensorrt-rtx`.
-        version: of that library.
-        compute_capabilities: such as 89 for SM89.
-        version_compatible: whether later versions of the library run the engine too.
-        hardware_compatibility: of TensorRT, such as `ampere_plus`; None when bound to one architecture.
+        version: the library's.
+        compute_capabilities: numbers such as 89 for SM89.
+        version_compatible: later versions of the library run the engine too.
+        hardware_compatibility: TensorRT's level, such as `ampere_plus`; None when bound to one architecture.
     """
 
     library: Literal["tensorrt", "tensorrt-rtx"]
@@ -106,9 +106,9 @@ class PackageTarget(_Record):
     Attributes:
         torch: version that compiled them.
         device: `cpu` or `cuda`.
-        architecture: of the processor, such as `x86_64`.
+        architecture: the processor's, such as `x86_64`.
         instructions: the extensions that the compiler could use, on a CPU.
-        compute_capability: of the GPU, such as 89 for SM89.
+        compute_capability: the GPU's, such as 89 for SM89.
     """
 
     torch: str
@@ -158,13 +158,13 @@ class Manifest(_Record):
     """An export. `load` reads one and compares it with the files; `save` writes it.
 
     Attributes:
-        format: of the manifest itself.
-        kind: of the files.
+        format: version of the manifest itself.
+        kind: what the files are.
         source: where the weights come from, in words.
-        weights_sha256: of names and values of the parameters that were exported.
+        weights_sha256: hash of names and values of the parameters that were exported.
         fixed: axes that have one size in every graph.
         status: `verified` or `failed` once compared with the model; `reason` says more.
-        versions: of the packages that took part.
+        versions: packages that took part.
         examples: what the reference was made from, in words.
     """
 
@@ -231,7 +231,6 @@ class Manifest(_Record):
         """Read the manifest of an export and compare it with the files.
 
         Args:
-            folder: of the export.
             check_files: compare sizes and checksums too, which reads every file once.
 
         Raises:
@@ -280,8 +279,7 @@ class Manifest(_Record):
         """Compare an engine's target with this machine.
 
         Args:
-            library_version: of the TensorRT that is installed.
-            compute_capability: of the GPU, such as 89; None leaves it out.
+            compute_capability: the GPU's, such as 89; None leaves it out.
 
         Raises:
             ExportError: names what the engines were built for, what is here, and the remedy.

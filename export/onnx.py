@@ -105,9 +105,9 @@ class OnnxFile:
     """A file that was written.
 
     Attributes:
-        path: of the model; with external data, `path.name + ".data"` lies beside it.
+        path: the model; with external data, `path.name + ".data"` lies beside it.
         files: everything that belongs to it.
-        opset: of the standard operators.
+        opset: version of the standard operators.
     """
 
     path: Path
@@ -128,8 +128,8 @@ def write_onnx(
     """Export a graph to `path`.
 
     Args:
-        graph: from `graphs.build`, its parameters already in `dtype`.
-        path: of the file, in an existing folder; replaced if it is there.
+        graph: result of `graphs.build`, its parameters already in `dtype`.
+        path: the file, in an existing folder; replaced if it is there.
         profile: opset and form of attention, the one that the graph was built for.
         dtype: fp32, fp16 or bf16.
         fixed: axes that get a constant size; the others stay dynamic.
@@ -144,7 +144,26 @@ def write_onnx(
     onnx = require_onnx()
     fixed = dict(fixed or {})
     check_fixed([graph], fixed)
-    model = _export(graph, profile, DTYPES[dtype], fixed)
+    inputs, shapes = tracing_call(graph, DTYPES[dtype], fixed)
+    with (
+        # The exporter's messages about dimensions that it renames.
+        quiet("torch.onnx"),
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stderr(io.StringIO()),
+        frozen(graph),
+    ):
+        program = torch.onnx.export(
+            graph,
+            inputs,
+            dynamo=True,
+            opset_version=profile.opset,
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=[spec.name for spec in graph.outputs],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    assert program is not None
+    model: Any = program.model_proto
     if profile.form == "function":
         _add_attention_function(model, profile.opset)
     _clean(model, path.stem, metadata or {})
@@ -184,32 +203,14 @@ def require_onnx() -> Any:
     return onnx
 
 
-def _export(graph: Graph, profile: Profile, dtype: torch.dtype, fixed: Mapping[str, int]) -> Any:
-    inputs, shapes = tracing_call(graph, dtype, fixed)
-    with _quiet(), frozen(graph):
-        program = torch.onnx.export(
-            graph,
-            inputs,
-            dynamo=True,
-            opset_version=profile.opset,
-            input_names=[spec.name for spec in graph.inputs],
-            output_names=[spec.name for spec in graph.outputs],
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's messages about dimensions that it renames."""
-    logger = logging.getLogger("torch.onnx")
+def quiet(name: str | None = None) -> Iterator[None]:
+    """Silence a logger, by default that of all: quantisers advise to preprocess graphs, which are optimised already."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         logger.setLevel(level)
 
@@ -233,7 +234,7 @@ def _add_attention_function(model: Any, opset: int) -> None:
 def _bytes(model: Any) -> int:
     """Size of the serialised model, which protobuf itself cannot say beyond two gigabytes."""
     weights = sum(len(part.raw_data) for part in model.graph.initializer)
-    return weights + (0 if weights > LARGEST_FILE else model.ByteSize() - weights)
+    return weights if weights > LARGEST_FILE else model.ByteSize()
 
 
 def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:

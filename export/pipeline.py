@@ -64,12 +64,11 @@ def export_graphs(
         request: which graphs, and their form.
         spelling: form of attention and opset.
         write: writes one graph.
-        suffix: of the graphs' files.
+        suffix: ending of the graphs' files.
         room: bytes needed, from the estimated sizes of the graphs.
         source: where the weights come from, in words without paths; goes into the manifest.
         tokenizer_sha256: of the vocabulary that the ids belong to.
         examples: compare the export with the model on them; without, the manifest says `unverified`.
-        progress: is told what is being done.
         facts: further fields of the manifest.
 
     Raises:
@@ -98,7 +97,8 @@ def export_graphs(
     def compare(content: Manifest) -> None:
         if examples is not None:
             progress("comparing with the model")
-            compare_with_model(content, folder, model, examples)
+            # Packages are code, and these are our own.
+            compare_with_model(content, folder, model, examples, "aoti" if content.kind == "aoti" else "auto")
 
     return fill_folder(
         content,
@@ -120,7 +120,7 @@ def fill_folder(
 
     Args:
         content: the manifest; gets its graphs, files and verification here.
-        records: of the graphs, to be written; time spent on them before counts.
+        records: graphs that are to be written; time spent on them before counts.
         write: writes one and returns the names of its files, the graph's own first.
         compare: enters into the manifest what a comparison with the model says.
     """

@@ -9,13 +9,11 @@ in accuracy is measured on the reference of the export.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,12 +24,12 @@ from xfm_fast.models.xfm import XFM
 from .consumers import DTYPES, DType
 from .expected import Examples, Reference, graph_memory
 from .manifest import GraphRecord, Manifest, package_versions
-from .onnx import Rewrite
+from .onnx import Rewrite, quiet
 from .pipeline import fill_folder, prepare_folder
+from .request import Quantisation
 from .runtimes.onnx_sessions import widen
 from .verification import compare_with_reference, keep_reference
 
-Quantisation = Literal["int8", "fp8"]
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 
 _TEXTS_AT_ONCE = 16
@@ -39,10 +37,6 @@ _TEXTS_AT_ONCE = 16
 
 def check_quantisation(kind: str, dtype: DType) -> Quantisation:
     """See that graphs of a type can be quantised here, before one is exported.
-
-    Args:
-        kind: int8 or fp8.
-        dtype: what is not quantised is computed in.
 
     Raises:
         UnavailableError: an unknown kind, or the package that it needs is not installed; says which.
@@ -65,10 +59,8 @@ def quantising(model: XFM, examples: Examples, kind: Quantisation, dtype: DType)
     """A rewrite of graphs for `engines.export_engines`.
 
     Args:
-        model: that is exported; it computes what the later graphs are given.
+        model: computes what the later graphs are given.
         examples: images and texts to calibrate on.
-        kind: int8 or fp8.
-        dtype: of the graphs.
 
     Raises:
         UnavailableError: see `check_quantisation`.
@@ -143,7 +135,7 @@ def _with_onnxruntime(path: Path, feeds: Iterator[dict[str, np.ndarray]]) -> Non
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as quantize
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, quiet():
         made = Path(scratch) / path.name
         quantize(
             str(path),
@@ -171,7 +163,7 @@ def _with_modelopt(path: Path, feeds: Iterator[dict[str, np.ndarray]], kind: Qua
     """NVIDIA's quantiser, which calibrates by ONNX Runtime on the CPU."""
     from modelopt.onnx.quantization import quantize  # pyright: ignore[reportMissingImports]
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, _quiet():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, quiet():
         source, made = Path(scratch) / path.name, Path(scratch) / f"quantised-{path.name}"
         if dtype == "bf16":
             # The quantiser narrows the graph again, after it has seen what the products are given.
@@ -219,7 +211,7 @@ def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
     """Write an int8 copy of an fp32 export into a folder of its own, and measure what it costs.
 
     Args:
-        folder: of an fp32 export to ONNX with its reference.
+        folder: an fp32 export to ONNX with its reference.
         out: the new folder; not the old one.
 
     Returns:
@@ -270,7 +262,7 @@ def _quantized(record: GraphRecord, folder: Path, out: Path) -> list[str]:
         ) from None
     external = any(name != record.file for name in record.files)
     try:
-        with _quiet():
+        with quiet():
             quantize_dynamic(
                 folder / record.file,
                 out / record.file,
@@ -289,15 +281,3 @@ def _quantized(record: GraphRecord, folder: Path, out: Path) -> list[str]:
             "serve it in fp32"
         ) from error
     return [record.file, *([f"{record.file}.data"] if external else [])]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the advice of quantisers to preprocess graphs, which were optimised when they were exported."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)

@@ -23,6 +23,14 @@ DEFAULT_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusi
 """The graphs that a server composes; `match`, the whole model in one file, is exported on request."""
 
 DType = Literal["fp32", "fp16", "bf16"]
+Preset = Literal["base", "tiny"]
+
+RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
+RuntimeChoice = Literal["auto", RuntimeName]
+
+Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
+Quantisation = Literal["int8", "fp8"]
+HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
 
 BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
 Pipeline = Literal["rank", "graphs"]
@@ -35,7 +43,7 @@ class ModelSource:
 
     Attributes:
         checkpoint: Official .th/.pth, .safetensors, or a folder that save_pretrained wrote.
-        preset: Instead of a checkpoint: random weights of tiny or base.
+        preset: Instead of a checkpoint: random weights of a model of this size.
         config: Official YAML, or a JSON of sizes, of a checkpoint file that is not of base size.
         image_size: Interpolate position tables to this size.
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json.
@@ -43,7 +51,7 @@ class ModelSource:
     """
 
     checkpoint: Path | None = None
-    preset: str | None = None
+    preset: Preset | None = None
     config: Path | None = None
     image_size: Annotated[int | None, Ge(1)] = None
     tokenizer: Path | None = None
@@ -55,13 +63,13 @@ class ExportRequest:
     """Graphs of a model and their form.
 
     Attributes:
-        dtype: fp32, fp16 or bf16.
+        dtype: Type of the weights and of the arithmetic.
         graphs: vision, text, image_memory, fusion, match, with commas. [all but match]
         fixed: Axes of one size, such as batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token, not token 0.
     """
 
-    dtype: str = "fp32"
+    dtype: DType = "fp32"
     graphs: Sequence[str] | None = None
     fixed: Sequence[str] = ()
     all_tokens: bool = False
@@ -89,11 +97,11 @@ class OnnxRequest(ExportRequest):
     """Graphs as ONNX files.
 
     Attributes:
-        consumer: onnxruntime, tensorrt, tensorrt-rtx or openvino: who reads the files.
+        consumer: Library that reads the files.
         opset: Opset of ONNX, 20 to 24; by default what the consumer profits from.
     """
 
-    consumer: str = "onnxruntime"
+    consumer: Consumer = "onnxruntime"
     opset: int | None = None
 
 
@@ -102,10 +110,10 @@ class PackageRequest(ExportRequest):
     """Graphs as packages that PyTorch compiles.
 
     Attributes:
-        device: cpu or cuda: where the packages run, which is this machine.
+        device: Device of this machine that the packages run on.
     """
 
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
@@ -113,22 +121,22 @@ class EngineRequest(ExportRequest):
     """Graphs as engines.
 
     Attributes:
-        dtype: bf16, fp16 or fp32.
+        dtype: Type of the weights and of the arithmetic.
         opset: Opset of ONNX, 20 to 24; by default what the builder profits from.
         profile: Sizes that an engine accepts, name:axis=least..best..most, such as
-            latency:batch=1,texts=1..8..64,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
+            latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
             to 64]
         sm: Compute capabilities to build for, such as 80,89,120. [this machine's GPU]
-        quantize: int8 or fp8: products in 8 bits, with scales from --data or the photographs.
+        quantize: Products in 8 bits, with scales from --data or the photographs.
         level: How long the builder may search; by default its own.
         keep_onnx: Leave the graphs that the engines are built from in OUT/onnx.
     """
 
-    dtype: str = "bf16"
+    dtype: DType = "bf16"
     opset: int | None = None
     profile: Sequence[str] = ()
     sm: Sequence[str] = ()
-    quantize: str = ""
+    quantize: Quantisation | None = None
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
 
@@ -145,13 +153,13 @@ class TensorRTRequest(EngineRequest):
     Attributes:
         timing_cache: File of kernel timings, read before and written after: later builds are faster.
         version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
-        hardware_compatible: ampere_plus, or same_compute_capability: more GPUs than this one run the engine.
+        hardware_compatible: More GPUs than this one run the engine.
         plugins: Attention by this project's kernels, carried in the engine.
     """
 
     timing_cache: Path | None = None
     version_compatible: bool = False
-    hardware_compatible: str = ""
+    hardware_compatible: HardwareCompatibility | None = None
     plugins: bool = False
 
 
@@ -160,10 +168,10 @@ class RankLimits:
     """Limits of a request to the rank model of a repository.
 
     Attributes:
-        images, captions: of a request.
-        image_bytes: of an encoded image.
-        caption_characters: of a caption, before the official cut to 30 words and `tokens` tokens.
-        tokens: of a caption, special tokens included.
+        images, captions: how many a request may have.
+        image_bytes: size of an encoded image.
+        caption_characters: length of a caption, before the official cut to 30 words and `tokens` tokens.
+        tokens: length of a caption, special tokens included.
     """
 
     images: int = 16
@@ -178,10 +186,10 @@ class ServedModels:
     """The models of a repository and how they run.
 
     Attributes:
-        backend: auto, tensorrt, onnxruntime, or python: a session of this package in Triton.
+        backend: Triton's backend for the graphs; python is a session of this package in Triton.
         pipeline: rank: a model from JPEG files and captions to scores too; graphs: none.
         prefix: Beginning of the names of the models.
-        device: auto, cpu or gpu: where models run.
+        device: Device that the models run on.
         most_batch: Rows of a batch, for graphs that take any number.
         queue_delay: Microseconds that a request may wait for others.
         instances: Copies of each graph's model.
@@ -201,8 +209,8 @@ class RepositoryOptions(ServedModels):
     """A repository to make; `auto` is the first of Triton's backends that runs the export, and a GPU for engines.
 
     Attributes:
-        cache_bytes: of image memories that the rank model keeps between requests.
-        limits: of a rank request; `tokens` are cut to what the export takes.
+        cache_bytes: room for image memories that the rank model keeps between requests.
+        limits: bounds of a rank request; `tokens` are cut to what the export takes.
     """
 
     cache_bytes: int = 1 << 30

@@ -63,9 +63,9 @@ class Slot:
     """Shapes that a graph accepts together.
 
     Attributes:
-        name: of the profile; `dynamic` or `fixed` without profiles.
-        number: of the profile.
-        ranges: of every axis.
+        name: the profile's; `dynamic` or `fixed` without profiles.
+        number: the profile's.
+        ranges: sizes by axis.
     """
 
     name: str

@@ -8,7 +8,7 @@ and the ranks of candidates are judged by a `Threshold` for each type.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +24,7 @@ from .consumers import DTYPES, DType
 from .expected import LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import GraphName
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
-from .slots import Slot, graph_slots, largest
+from .slots import graph_slots, largest
 
 
 class Runner(Protocol):
@@ -41,13 +41,13 @@ class Runner(Protocol):
 
 
 def verify_export(
-    folder: str | Path, model: XFM, examples: Examples | None = None, runner: Runner | None = None
+    folder: str | Path, model: XFM, examples: Examples | None = None, runner: Runner | str = "auto"
 ) -> Manifest:
     """End an export: write the model's own results into its folder, and compare the export with them.
 
     Args:
-        folder: of an export whose manifest lists all other files.
-        model: that was exported.
+        folder: an export whose manifest lists all other files.
+        model: the one that was exported.
         examples: photographs and captions; generated ones by default.
         runner: see `verify`.
     """
@@ -61,7 +61,7 @@ def verify_export(
 
 
 def compare_with_model(
-    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None, runner: Runner | None = None
+    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None, runner: Runner | str = "auto"
 ) -> None:
     """Enter into a manifest how its export compares with the model, whose own results are written into the folder."""
     longest = manifest.fixed.get("length", LONGEST)
@@ -79,12 +79,13 @@ def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> No
     manifest.files = [*others, *record_files(folder, [REFERENCE_FILE])]
 
 
-def verify(folder: str | Path, runner: Runner | None = None, *, check_files: bool = True) -> Manifest:
+def verify(folder: str | Path, runner: Runner | str = "auto", *, check_files: bool = True) -> Manifest:
     """Compare an export with the reference in its folder and write the outcome into its manifest.
 
     Args:
-        folder: of the export.
-        runner: runs its graphs; by default that of `default_runner`.
+        folder: the export.
+        runner: runs its graphs; or the runtime that does, by name, see `default_runner`. Packages of AOTInductor are
+            code that runs when it is loaded, so they are compared only where `aoti` is named.
         check_files: compare the files with the manifest first.
 
     Returns:
@@ -92,7 +93,8 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
         can run the export.
 
     Raises:
-        ExportError: the folder is not what its manifest says, or has no reference.
+        ExportError: the folder is not what its manifest says, has no reference, or holds packages and `aoti` was not
+            named.
         StorageError: the manifest cannot be written.
     """
     folder = Path(folder)
@@ -103,12 +105,13 @@ def verify(folder: str | Path, runner: Runner | None = None, *, check_files: boo
 
 
 def compare_with_reference(
-    manifest: Manifest, folder: Path, reference: Reference, runner: Runner | None = None
+    manifest: Manifest, folder: Path, reference: Reference, runner: Runner | str = "auto"
 ) -> None:
     """Enter into a manifest how the files of its export compare with a reference."""
     started = time.perf_counter()
     try:
-        runner = default_runner(folder, manifest) if runner is None else runner
+        if isinstance(runner, str):
+            runner = default_runner(folder, manifest, runner)
         checks, ranks = compare(manifest, reference, runner)
     except UnavailableError as error:
         manifest.status, manifest.reason, manifest.verification = "unverified", str(error), None
@@ -126,20 +129,21 @@ def compare_with_reference(
     manifest.reason = f"differs from the model: {', '.join(bad)}" if bad else ""
 
 
-def default_runner(folder: Path, manifest: Manifest) -> Runner:
-    """A session over the runtime of the export; of ONNX files ONNX Runtime on the CPU, whatever their consumer.
+def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> Runner:
+    """A session over a runtime, as `Session.load` names it; `auto` is ONNX Runtime on the CPU for all ONNX files.
 
     It computes bf16 graphs in fp32, the only way there is without a GPU.
 
     Raises:
         UnavailableError: it is not installed, or finds no GPU here.
-        ExportError: engines or packages are for another version or machine, or a graph cannot be loaded.
+        ExportError: engines or packages are for another version or machine, packages were not asked for by name, or a
+            graph cannot be loaded.
     """
     from .runtimes.onnx_sessions import WidenedOnnx
     from .session import Session
 
-    if manifest.kind != "onnx":
-        session = Session(folder, manifest.kind, manifest=manifest)
+    if manifest.kind != "onnx" or runtime not in ("auto", "onnxruntime"):
+        session = Session(folder, runtime, manifest=manifest)
     elif manifest.dtype == "bf16":
         session = Session(folder, WidenedOnnx(manifest), manifest=manifest)
     else:
@@ -221,7 +225,13 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
                 yield case(torch.zeros(size, dtype=torch.long), usable[rows][:, None])
         return
     shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
-    bounded = (_bounded(slots, fixed.get("batch", b), fixed.get("texts", t)) for b, t in shapes)
+    bounded: list[tuple[int, int]] = []
+    for batch, count in shapes:
+        # The memories that a profile takes, and the texts on each that it takes with them.
+        batch, count = fixed.get("batch", batch), fixed.get("texts", count)
+        batch = min(batch, largest(slots, "batch") or batch)
+        together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
+        bounded.append((batch, min(count, largest(together, "texts") or count)))
     for batch, count in dict.fromkeys(bounded):
         for image_rows in _chunks(images, batch):
             if count == 1 and fixed.get("texts") is None:
@@ -240,13 +250,6 @@ def _has_memories(manifest: Manifest) -> bool:
 
 def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ...]:
     return (fixed,) if fixed is not None else tuple(dict.fromkeys(min(size, most) for size in free))
-
-
-def _bounded(slots: Sequence[Slot], batch: int, count: int) -> tuple[int, int]:
-    """The memories that a profile takes, and the texts on each that it takes with them."""
-    batch = min(batch, largest(slots, "batch") or batch)
-    together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
-    return batch, min(count, largest(together, "texts") or count)
 
 
 def _chunks(count: int, size: int) -> Iterator[Tensor]:
@@ -327,7 +330,7 @@ class Threshold:
     the kernels are judged.
 
     Attributes:
-        absolute: of embeddings, features, logits, boxes and scores.
+        absolute: limit for embeddings, features, logits, boxes and scores.
         rounding: multiple of the model's own error.
         cosine: least, of any row of an embedding or feature.
         tie: scores closer than this to each other may swap their ranks; where rounding decides, twice the model's own

@@ -1,14 +1,17 @@
 """Counts against PyTorch's own counter, against hand counts, and against the figures that the project quotes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.objectives.steps import total
 from xfm_fast import flops
 from xfm_fast.batches import PairBatch
-from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
-from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin, OfficialTwin
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.models.xfm import XFM
@@ -25,8 +28,10 @@ MASK = (torch.arange(PADDED) < torch.tensor(LENGTHS)[:, None]).long()
 each_config = pytest.mark.parametrize("cfg", CONFIGS)
 
 
-def _measured(counter: FlopCounterMode) -> int:
-    return counter.get_total_flops()
+def _measured(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and its operations by PyTorch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        return run(), counter.get_total_flops()
 
 
 def _ids(cfg: XFMConfig) -> Tensor:
@@ -39,19 +44,14 @@ def test_official_counts_are_those_of_the_twin(cfg: XFMConfig) -> None:
     pixels = torch.randn(3, 3, cfg.image_size, cfg.image_size)
     padded = [PADDED] * len(LENGTHS)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            images = twin.encode_image(pixels)
-        assert _measured(counter) == flops.image_encoder(cfg, 3).total
-        with FlopCounterMode(display=False) as counter:
-            texts = twin.encode_text(_ids(cfg), MASK)
-        assert _measured(counter) == flops.text_encoder(cfg, padded).total
-        with FlopCounterMode(display=False) as counter:
-            twin.rerank_image(images[0], texts, MASK)
-        assert _measured(counter) == flops.official_fusion(cfg, len(LENGTHS), PADDED).total
-        with FlopCounterMode(display=False) as counter:
-            twin.project_image(images)
-            twin.project_text(texts)
-        assert _measured(counter) == flops.contrastive_features(cfg, 3, len(LENGTHS)).total
+        images, count = _measured(lambda: twin.encode_image(pixels))
+        assert count == flops.image_encoder(cfg, 3).total
+        texts, count = _measured(lambda: twin.encode_text(_ids(cfg), MASK))
+        assert count == flops.text_encoder(cfg, padded).total
+        _, count = _measured(lambda: twin.rerank_image(images[0], texts, MASK))
+        assert count == flops.official_fusion(cfg, len(LENGTHS), PADDED).total
+        _, count = _measured(lambda: (twin.project_image(images), twin.project_text(texts)))
+        assert count == flops.contrastive_features(cfg, 3, len(LENGTHS)).total
 
 
 @each_config
@@ -67,31 +67,20 @@ def test_packed_counts_are_those_of_the_model(
     packing = Packing.from_mask(MASK)
     groups = ImageGroups.from_index(torch.tensor([0, 0, 0, 1]), 2)
     with torch.no_grad(), ops.use_backend("reference"):
-        with FlopCounterMode(display=False) as counter:
-            texts = model.encode_text(_ids(cfg), MASK)
-        assert _measured(counter) == flops.text_encoder(cfg, LENGTHS).total
-        with FlopCounterMode(display=False) as counter:
-            memory = model.image_memory(images)
-        assert _measured(counter) == flops.image_memory(cfg, 2).total
+        texts, count = _measured(lambda: model.encode_text(_ids(cfg), MASK))
+        assert count == flops.text_encoder(cfg, LENGTHS).total
+        memory, count = _measured(lambda: model.image_memory(images))
+        assert count == flops.image_memory(cfg, 2).total
         assert sum(layer.numel() for layer in memory.layers) == 2 * flops.image_memory_values(cfg)
         tokens = packing.pack(texts)
-        with FlopCounterMode(display=False) as counter:
-            attended = model.fusion_encoder.first_self_attention(tokens, packing)
-        assert _measured(counter) == flops.first_self_attention(cfg, torch.tensor(LENGTHS)).total
-        with FlopCounterMode(display=False) as counter:
-            fused = model.fusion_encoder(
-                attended if self_attended else tokens,
-                packing,
-                memory,
-                groups,
-                first_token_only=first_token_only,
-                self_attended=self_attended,
-            )
-        expected = flops.fusion(cfg, LENGTHS, first_token_only=first_token_only, self_attended=self_attended)
-        assert _measured(counter) == expected.total
-        with FlopCounterMode(display=False) as counter:
-            model.match_logits(fused[: len(LENGTHS), None])
-        assert _measured(counter) == flops.matching_head(cfg, len(LENGTHS)).total
+        attended, count = _measured(lambda: model.fusion_encoder.first_self_attention(tokens, packing))
+        assert count == flops.first_self_attention(cfg, torch.tensor(LENGTHS)).total
+        options = {"first_token_only": first_token_only, "self_attended": self_attended}
+        start = attended if self_attended else tokens
+        fused, count = _measured(lambda: model.fusion_encoder(start, packing, memory, groups, **options))
+        assert count == flops.fusion(cfg, LENGTHS, **options).total
+        _, count = _measured(lambda: model.match_logits(fused[: len(LENGTHS), None]))
+        assert count == flops.matching_head(cfg, len(LENGTHS)).total
 
 
 def _pairs(cfg: XFMConfig, masked: list[int]) -> PairBatch:
@@ -115,15 +104,13 @@ def test_training_steps_are_those_of_model_and_twin(cfg: XFMConfig) -> None:
     """Forward and backward: ours does no product that the count leaves out, and neither does the official step."""
     masked = [3, 2, 1, 4]
     model, batch, own = XFM(cfg).eval(), _pairs(cfg, masked), torch.arange(len(LENGTHS))
-    with ops.use_backend("reference"), FlopCounterMode(display=False) as counter:
-        # Every caption is drawn once.
-        losses = pretraining_losses(model, batch, hard_negatives=(own.roll(-1), own.roll(1)))
-        torch.stack(list(losses.values())).sum().backward()
-    assert _measured(counter) == flops.pretraining_step(cfg, LENGTHS, masked).total
-    with FlopCounterMode(display=False) as counter:
-        losses = OfficialTrainingTwin(model).losses(batch)
-        torch.stack(list(losses.values())).sum().backward()
-    assert _measured(counter) == flops.official_pretraining_step(cfg, len(LENGTHS), PADDED, slots=4).total
+    # Every caption is drawn once.
+    drawn = own.roll(-1), own.roll(1)
+    with ops.use_backend("reference"):
+        _, count = _measured(lambda: total(pretraining_losses(model, batch, hard_negatives=drawn)).backward())
+    assert count == flops.pretraining_step(cfg, LENGTHS, masked).total
+    _, count = _measured(lambda: total(OfficialTrainingTwin(model).losses(batch)).backward())
+    assert count == flops.official_pretraining_step(cfg, len(LENGTHS), PADDED, slots=4).total
 
 
 def test_figures_of_the_training_step() -> None:

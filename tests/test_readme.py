@@ -16,7 +16,7 @@ import torch
 
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.record import load
+from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.report.readme import regenerated
 from xfm_fast.benchmarks.report.table import number, times
 from xfm_fast.data.shapes import write_world

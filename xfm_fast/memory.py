@@ -37,13 +37,14 @@ class PeakMemory:
         except OSError:
             self.method = "sampled"
             self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._sample, daemon=True)
+
+            def sample() -> None:
+                while not self._stop.wait(0.004):
+                    self.peak = max(self.peak, resident_bytes())
+
+            self._thread = threading.Thread(target=sample, daemon=True)
             self._thread.start()
         return self
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.004):
-            self.peak = max(self.peak, resident_bytes())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

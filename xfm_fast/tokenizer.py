@@ -188,6 +188,36 @@ class CaptionTokenizer:
             rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
         return rows
 
+    def encode_pair(self, first: str, second: str, max_tokens: int = 128) -> list[int]:
+        """`<s> first </s></s> second </s>`, as RoBERTa reads two texts, not padded.
+
+        Of a pair that is longer than `max_tokens` ids, the longer text loses its last token until it fits, and of two
+        equally long ones the second. One of the texts may be empty.
+
+        Raises:
+            DataError: both are, or `max_tokens` has no room for a token of each.
+        """
+        if max_tokens < 6:
+            raise DataError(
+                f"max_tokens={max_tokens} leaves no room for two texts and their <s> and </s>; use at least 6"
+            )
+        a, b = (e.ids for e in self._tokenizer.encode_batch([first, second], add_special_tokens=False))
+        if not (a or b):
+            raise DataError(f"neither {first!r} nor {second!r} has tokens; write words or remove the pair")
+        room = max_tokens - 4
+        of_a = min(len(a), max(room - len(b), room - room // 2))
+        end = [self.eos_token_id]
+        return [self.bos_token_id, *a[:of_a], *end, *end, *b[: room - of_a], *end]
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """`<s> tokens` of a prompt that a caption continues: `[S]` int64, the first ids of the whole text's.
+
+        White space at its end is left out. Byte-level tokens carry the space before them, so a last space of its own
+        is no token of the whole text: a model that is given one never learns, nor writes, the word that belongs there.
+        """
+        ids = self._tokenizer.encode(prompt.rstrip(), add_special_tokens=False).ids
+        return torch.tensor([self.bos_token_id, *ids])
+
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
         """A mark for each id that begins a word, for whole-word masking: `<s> tokens </s>` as `encode_ids` makes them.
 

@@ -37,11 +37,14 @@ def _module(name: str, **members: Any) -> types.ModuleType:
 
 def _install_stand_ins() -> list[str]:
     """Replace what the clone imports without need, and what is missing here; returns what had to be replaced."""
+    import torch
 
-    def read_json(path: str) -> Any:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+    def drop_path(x: Any, rate: float = 0.0, training: bool = False) -> Any:
+        if rate and training:
+            raise NotImplementedError("training")
+        return x
 
-    _module("utils", read_json=read_json)
+    _module("utils", read_json=lambda path: json.loads(Path(path).read_text(encoding="utf-8")))
     _module("models.model_vqkd", vqkd_encoder_base_decoder_3x768x12_clip=None)
     replaced = []
     major, minor = (int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
@@ -54,7 +57,15 @@ def _install_stand_ins() -> list[str]:
         importlib.import_module("timm.models.registry")
     except ImportError:
         replaced.append("timm")
-        _stand_in_for_timm()
+        _module("timm")
+        _module("timm.models")
+        _module(
+            "timm.models.layers",
+            drop_path=drop_path,
+            trunc_normal_=torch.nn.init.trunc_normal_,
+            to_2tuple=lambda value: tuple(value) if isinstance(value, tuple | list) else (value, value),
+        )
+        _module("timm.models.registry", register_model=lambda function: function)
     return replaced
 
 
@@ -104,25 +115,6 @@ def _modernise_transformers() -> bool:
     ):
         setattr(documentation, name, lambda *_, **__: lambda function: function)
     return True
-
-
-def _stand_in_for_timm() -> None:
-    import torch
-
-    def drop_path(x: Any, rate: float = 0.0, training: bool = False) -> Any:
-        if rate and training:
-            raise NotImplementedError("training")
-        return x
-
-    _module("timm")
-    _module("timm.models")
-    _module(
-        "timm.models.layers",
-        drop_path=drop_path,
-        trunc_normal_=torch.nn.init.trunc_normal_,
-        to_2tuple=lambda value: tuple(value) if isinstance(value, tuple | list) else (value, value),
-    )
-    _module("timm.models.registry", register_model=lambda function: function)
 
 
 def _build(config: dict[str, Any], folder: Path) -> Any:
@@ -192,20 +184,10 @@ def _build(config: dict[str, Any], folder: Path) -> Any:
     )
 
 
-def _load(model: Any, state: dict[str, Any]) -> None:
-    # The fine-tuning classes hold the language encoder without its masked-language wrapper.
-    renamed = {name.replace("text_encoder.roberta.", "text_encoder.", 1): tensor for name, tensor in state.items()}
-    outcome = model.load_state_dict(renamed, strict=False)
-    unused = ("lm_head", "lm_cap_head", "fusion_encoder.roberta.embeddings", "position_ids", "relative_position_index")
-    lacking = [name for name in outcome.missing_keys if not any(part in name for part in (*unused, "fusion_proj"))]
-    if lacking:
-        raise KeyError(f"{len(lacking)} weights have no source, such as {lacking[0]}")
-
-
-def _prepared(settings: dict[str, Any]) -> tuple[Any, list[str]]:
-    """The official model with the weights, and what had to be replaced for it."""
+def _serve(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+    """Answer requests that come as lines on standard input, until it ends; tensors travel by way of files."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
@@ -214,16 +196,19 @@ def _prepared(settings: dict[str, Any]) -> tuple[Any, list[str]]:
     replaced = _install_stand_ins()
     with tempfile.TemporaryDirectory() as folder:
         model = _build(settings["config"], Path(folder)).eval()
-    _load(model, load_file(settings["weights"]))
-    return model, replaced
-
-
-def _serve(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    """Answer requests that come as lines on standard input, until it ends; tensors travel by way of files."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    model, replaced = _prepared(settings)
+    # The fine-tuning classes hold the language encoder without its masked-language wrapper.
+    state = {
+        name.replace("text_encoder.roberta.", "text_encoder.", 1): tensor
+        for name, tensor in load_file(settings["weights"]).items()
+    }
+    unused = (
+        "lm_head", "lm_cap_head", "fusion_encoder.roberta.embeddings", "position_ids", "relative_position_index",
+        "fusion_proj",
+    )  # fmt: skip
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    lacking = [name for name in missing if not any(part in name for part in unused)]
+    if lacking:
+        raise KeyError(f"{len(lacking)} weights have no source, such as {lacking[0]}")
     say({"ready": True, "replaced": replaced})
     with torch.inference_mode():
         for line in sys.stdin:
@@ -247,7 +232,8 @@ def _serve(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> N
             say({"done": True})
 
 
-def _child_main() -> int:
+def main() -> int:
+    """Serve by the settings that are given as JSON; the last line of output says how it ended."""
     parser = argparse.ArgumentParser()
     parser.add_argument("settings")
     settings = json.loads(parser.parse_args().settings)
@@ -272,4 +258,4 @@ def _child_main() -> int:
 if __name__ == "__main__":
     # The folder of this file holds modules whose names would shadow others.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    sys.exit(_child_main())
+    sys.exit(main())

@@ -192,24 +192,22 @@ def parts_under(clock: Clock, parts: Iterable[Part], rest: str) -> Iterator[None
     if isinstance(clock, NoStages):
         yield
         return
+
+    def timed(method: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        @wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with clock(stage):
+                return method(*args, **kwargs)
+
+        return run
+
     with ExitStack() as wrapped, clock(rest):
         for part in parts:
-            wrapped.callback(_put_back, part, vars(part.owner).get(part.method))
-            setattr(part.owner, part.method, _timed(getattr(part.owner, part.method), clock, part.stage))
+            method = getattr(part.owner, part.method)
+            # An instance without a method of its own finds that of its class again.
+            if part.method in vars(part.owner):
+                wrapped.callback(setattr, part.owner, part.method, method)
+            else:
+                wrapped.callback(delattr, part.owner, part.method)
+            setattr(part.owner, part.method, timed(method, part.stage))
         yield
-
-
-def _timed(method: Callable[..., Any], clock: Clock, stage: str) -> Callable[..., Any]:
-    @wraps(method)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with clock(stage):
-            return method(*args, **kwargs)
-
-    return timed
-
-
-def _put_back(part: Part, own: Any) -> None:
-    if own is None:
-        delattr(part.owner, part.method)
-    else:
-        setattr(part.owner, part.method, own)

@@ -1,4 +1,4 @@
-"""The official algorithm in plain PyTorch: the yardstick of every speed-up and of exactness; and it as a contender."""
+"""The official algorithm in plain PyTorch, evaluation and pretraining: the yardstick of speed and exactness."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou
 
+from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.errors import InputError
 from xfm_fast.kernels.reference import relative_position_index
-from xfm_fast.models.heads import MLPHead
-from xfm_fast.models.layers import Attention, LayerStack, ResidualNorm, TransformerLayer
+from xfm_fast.models.heads import LMHead, MLPHead
+from xfm_fast.models.text import Attention, LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 from xfm_fast.nn import RelPosAttention
@@ -219,6 +222,129 @@ class OfficialTwin:
         return _residual_norm(layer.output, F.gelu(F.linear(x, dense.weight, dense.bias)), x)
 
 
+class OfficialTrainingTwin(OfficialTwin):
+    """The losses of a batch as the official training loop computes them, in one process.
+
+    Beside what `OfficialTwin` does: negatives are drawn row by row, each row waiting for the host; positive pairs,
+    negative pairs and masked captions are three passes of the fusion encoder, padded, with keys and values of the
+    image for every pair; masked captions pass through the text encoder with a graph, which is then thrown away; the
+    language-modelling heads compute logits over the whole vocabulary for every slot of `masked_positions`, the empty
+    ones included; hidden patches are picked by boolean indexing.
+    """
+
+    def losses(
+        self, batch: Batch, *, hard_negatives: tuple[Tensor, Tensor] | None = None, patch_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The scalar losses of a batch, under the names that `pretraining_losses` gives them.
+
+        Args:
+            batch: any of the four kinds.
+            hard_negatives: `[B]` image for each text and `[B]` text for each image; drawn when absent.
+            patch_mask: `[B, N]`, takes the place of the batch's own.
+
+        Raises:
+            InputError: masked image modelling without a patch mask.
+        """
+        if isinstance(batch, ImageBatch):
+            return {"mim": self._masked_image(batch, self.encode_image(batch.image), patch_mask)}
+        if isinstance(batch, PairBatch):
+            image = self.encode_image(batch.image)
+            text = self.encode_text(batch.input_ids, batch.attention_mask)
+            losses = self._with_text(batch, image, text, None, batch.image_ids, hard_negatives)
+            return losses | {"mim": self._masked_image(batch, image, patch_mask)}
+        if isinstance(batch, RegionBatch):
+            regions, whole = self.encode_regions(batch.image, batch.image_index, batch.region_mask)
+            text = self.encode_text(batch.input_ids, batch.attention_mask)
+            losses = self._with_text(batch, regions, text, batch.region_mask, None, hard_negatives)
+            fused = self.fuse_pairs(text.detach(), batch.attention_mask, whole)
+            boxes = mlp_head(self.model.bbox_head, fused[:, 0, :]).sigmoid()
+            target, counted = batch.boxes.to(boxes.dtype), 1 - batch.is_image.to(boxes.dtype)
+            distance = F.l1_loss(boxes, target, reduction="none") * counted.view(-1, 1)
+            corners = [box_convert(one, "cxcywh", "xyxy") for one in (boxes, target)]
+            if any(bool((one[:, 2:] < one[:, :2]).any()) for one in corners):
+                # One box with a negative side, and the official code drops the loss of all.
+                overlap = torch.zeros_like(counted)
+            else:
+                overlap = (1 - torch.diag(generalized_box_iou(*corners))) * counted
+            return losses | {"bbox_l1": distance.sum() / counted.sum(), "bbox_giou": overlap.sum() / counted.sum()}
+        encoder = self.model.text_encoder
+        embeds = self.encode_text(batch.masked_input_ids, batch.attention_mask)
+        return {"mlm": _lm_loss(encoder.lm_head, encoder.word_embeddings, embeds, batch)}
+
+    def _with_text(
+        self, batch: PairBatch | RegionBatch, image: Tensor, text: Tensor, token_mask: Tensor | None,
+        image_ids: Tensor | None, hard_negatives: tuple[Tensor, Tensor] | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """ITC, ITM and IMLM of texts `[B, L, text_width]` with an image each `[B, 1 + N, vision_width]`."""
+        with torch.no_grad():
+            self.model.temp.clamp_(self.config.min_temperature, self.config.max_temperature)
+        features = self.project_image(image), self.project_text(text)
+        logits = features[0] @ features[1].t() / self.model.temp
+        if image_ids is None:
+            labels = torch.arange(logits.shape[0], device=logits.device)
+            itc = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+        else:
+            same = (image_ids.view(-1, 1) == image_ids.view(1, -1)).to(logits.dtype)
+            targets = same / same.sum(1, keepdim=True)
+            rows = -(F.log_softmax(logits, dim=1) * targets).sum(1).mean()
+            columns = -(F.log_softmax(logits.t(), dim=1) * targets).sum(1).mean()
+            itc = (rows + columns) / 2
+        if hard_negatives is None:
+            negatives = self._draw_negatives(*features, image_ids)
+        else:
+            negatives = hard_negatives[0].tolist(), hard_negatives[1].tolist()
+        itm = self._matching(text.detach(), batch.attention_mask, image, token_mask, negatives)
+        masked = self.encode_text(batch.masked_input_ids, batch.attention_mask)
+        if self.config.detach_text_for_mlm:
+            masked = masked.detach()
+        fused = self.fuse_pairs(masked, batch.attention_mask, image, token_mask)
+        encoder = self.model.fusion_encoder
+        return {"itc": itc, "itm": itm, "imlm": _lm_loss(encoder.lm_head, encoder.word_embeddings, fused, batch)}
+
+    @torch.no_grad()
+    def _draw_negatives(self, image: Tensor, text: Tensor, image_ids: Tensor | None) -> tuple[list[int], list[int]]:
+        similarity = image @ text.t() / self.model.temp
+        of_images, of_texts = F.softmax(similarity, dim=1) + 1e-5, F.softmax(similarity.t(), dim=1) + 1e-5
+        if image_ids is None:
+            of_images.fill_diagonal_(0)
+            of_texts.fill_diagonal_(0)
+        else:
+            same = image_ids.view(-1, 1) == image_ids.view(1, -1)
+            of_images.masked_fill_(same, 0)
+            of_texts.masked_fill_(same, 0)
+        images = [int(torch.multinomial(row, 1).item()) for row in of_texts]
+        texts = [int(torch.multinomial(row, 1).item()) for row in of_images]
+        return images, texts
+
+    def _matching(
+        self, text: Tensor, attention_mask: Tensor, image: Tensor, token_mask: Tensor | None,
+        negatives: tuple[list[int], list[int]],
+    ) -> Tensor:  # fmt: skip
+        other_images, other_texts = negatives
+        positive = self.fuse_pairs(text, attention_mask, image, token_mask)[:, 0, :]
+        texts = torch.cat((text, torch.stack([text[i] for i in other_texts])))
+        masks = torch.cat((attention_mask, torch.stack([attention_mask[i] for i in other_texts])))
+        images = torch.cat((torch.stack([image[i] for i in other_images]), image))
+        if token_mask is not None:
+            token_mask = torch.cat((torch.stack([token_mask[i] for i in other_images]), token_mask))
+        negative = self.fuse_pairs(texts, masks, images, token_mask)[:, 0, :]
+        logits = mlp_head(self.model.itm_head, torch.cat((positive, negative)))
+        pairs = text.shape[0]
+        labels = torch.cat((torch.ones(pairs, dtype=torch.long), torch.zeros(2 * pairs, dtype=torch.long)))
+        return F.cross_entropy(logits, labels.to(logits.device))
+
+    def _masked_image(self, batch: PairBatch | ImageBatch, image: Tensor, patch_mask: Tensor | None) -> Tensor:
+        patch_mask = batch.patch_mask if patch_mask is None else patch_mask
+        if patch_mask is None:
+            raise InputError("neither the batch nor the call has a patch_mask; masked image modelling needs one")
+        hidden, target = patch_mask.bool(), image.detach()
+        masked = self.encode_image(batch.image, patch_mask)
+        loss = F.mse_loss(masked[:, 1:][hidden], target[:, 1:][hidden])
+        if self.config.mim_patches_only:
+            return loss
+        return loss + F.mse_loss(masked[:, 0, :], target[:, 0, :])
+
+
 def _layers(stack: LayerStack) -> Iterator[TransformerLayer]:
     return (cast(TransformerLayer, layer) for layer in stack.layer)
 
@@ -277,6 +403,13 @@ def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Te
 def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
     branch = F.dropout(F.linear(x, part.dense.weight, part.dense.bias), part.dropout, part.training)
     return layer_norm(part.LayerNorm, branch + residual)
+
+
+def _lm_loss(head: LMHead, word_embeddings: Tensor, embeds: Tensor, batch: TextBatch) -> Tensor:
+    where = batch.masked_positions.unsqueeze(2).expand(-1, -1, embeds.shape[-1])
+    x = F.gelu(F.linear(torch.gather(embeds, 1, where), head.dense.weight, head.dense.bias))
+    logits = F.linear(layer_norm(head.layer_norm, x), word_embeddings, head.bias)
+    return F.cross_entropy(logits.flatten(0, 1), batch.masked_labels.flatten(), ignore_index=-100)
 
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,21 @@ class OurEngine:
         self._retriever = Retriever(model)
 
     def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
-        with use_backend(self.backend), parts_under(clock, _image_parts(self.model), "final norm and pooling"):
+        encoder = self.model.vision_encoder
+        parts = [Part(encoder.patch_embed, "forward", "patch embedding")]
+        for block in encoder.blocks:
+            parts.append(Part(block.attn, "attend", "attention with its q, k and v"))
+            parts.append(Part(block, "forward", "output projection, MLP and norms"))
+        with use_backend(self.backend), parts_under(clock, parts, "final norm and pooling"):
             return self.model.encode_image(pixels)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
-        with use_backend(self.backend), parts_under(clock, _text_parts(self.model), "packing"):
+        roberta = self.model.text_encoder.roberta
+        parts = [Part(roberta.embeddings, "forward", "embeddings")]
+        for layer in roberta.encoder.layer:
+            parts.append(Part(layer, "self_attention", "self-attention with its projections"))
+            parts.append(Part(layer, "feed_forward", "MLP"))
+        with use_backend(self.backend), parts_under(clock, parts, "packing"):
             return self.model.encode_text(input_ids, attention_mask)
 
     def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
@@ -81,21 +91,6 @@ class MemoryEngine(OurEngine):
             fused = self.model.fuse(embeds[rows], attention_mask[rows], memory, best.flatten(), first_token_only=True)
             scores = self.model.match_logits(fused)[:, 1].view_as(best)
         return ordered(best, scores)
-
-
-def _image_parts(model: XFM) -> Iterator[Part]:
-    yield Part(model.vision_encoder.patch_embed, "forward", "patch embedding")
-    for block in model.vision_encoder.blocks:
-        yield Part(block.attn, "attend", "attention with its q, k and v")
-        yield Part(block, "forward", "output projection, MLP and norms")
-
-
-def _text_parts(model: XFM) -> Iterator[Part]:
-    roberta = model.text_encoder.roberta
-    yield Part(roberta.embeddings, "forward", "embeddings")
-    for layer in roberta.encoder.layer:
-        yield Part(layer, "self_attention", "self-attention with its projections")
-        yield Part(layer, "feed_forward", "MLP")
 
 
 def retrieve(

@@ -53,7 +53,7 @@ class TransformersEngine(ComposedSearch):
         transformers: Any = importlib.import_module("transformers")
         made = {
             name: build(transformers, model).to(model.device, model.dtype).eval().requires_grad_(False)
-            for name, build in (("vision", _beit), ("text", _roberta), ("fusion", _blip_text))
+            for name, build in (("vision", _vision_module), ("text", _text_module), ("fusion", _fusion_module))
             if name in parts
         }
         self._vision, self._text, self._fusion = (made.get(name) for name in ("vision", "text", "fusion"))
@@ -100,7 +100,7 @@ class TimmEngine:
             use_abs_pos_emb=False,
             use_rel_pos_bias=True,
         )
-        state = {name: tensor for name, tensor in _vision_state(model).items() if name != "mask_token"}
+        state = {name: tensor for name, tensor in _part(model, _VISION).items() if name != "mask_token"}
         _fill(module, state, "timm's Beit")
         self._model = model
         self._module = module.to(model.device, model.dtype).eval().requires_grad_(False)
@@ -115,8 +115,9 @@ def finish_image(model: XFM, tokens: Tensor) -> Tensor:
     return torch.cat((patches.mean(1, keepdim=True), patches), dim=1)
 
 
-def _vision_state(model: XFM) -> dict[str, Tensor]:
-    return {n.removeprefix(_VISION): t for n, t in model.state_dict().items() if n.startswith(_VISION)}
+def _part(model: XFM, prefix: str) -> dict[str, Tensor]:
+    """The weights of an encoder, under names without its prefix."""
+    return {n.removeprefix(prefix): t for n, t in model.state_dict().items() if n.startswith(prefix)}
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -128,23 +129,19 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         raise RuntimeError(f"{what} of this version has other parameters, such as {wrong[0]}")
 
 
-def _roberta(transformers: Any, model: XFM) -> nn.Module:
-    config = model.config
-    module = transformers.RobertaModel(_text_config(transformers.RobertaConfig, config), add_pooling_layer=False)
-    state = {n.removeprefix(_TEXT): t for n, t in model.state_dict().items() if n.startswith(_TEXT)}
-    _fill(module, state, "RobertaModel")
+def _text_module(transformers: Any, model: XFM) -> nn.Module:
+    module = transformers.RobertaModel(_text_config(transformers.RobertaConfig, model.config), add_pooling_layer=False)
+    _fill(module, _part(model, _TEXT), "RobertaModel")
     return module
 
 
-def _blip_text(transformers: Any, model: XFM) -> nn.Module:
+def _fusion_module(transformers: Any, model: XFM) -> nn.Module:
     blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
-    config = model.config
-    settings = _text_config(transformers.BlipTextConfig, config)
-    settings.num_hidden_layers, settings.is_decoder = config.fusion_layers, True
-    settings.encoder_hidden_size = config.vision_width
+    settings = _text_config(transformers.BlipTextConfig, model.config)
+    settings.num_hidden_layers, settings.is_decoder = model.config.fusion_layers, True
+    settings.encoder_hidden_size = model.config.vision_width
     module = blip.BlipTextEncoder(settings)
-    state = {n.removeprefix(_FUSION): t for n, t in model.state_dict().items() if n.startswith(_FUSION)}
-    _fill(module, state, "BlipTextEncoder")
+    _fill(module, _part(model, _FUSION), "BlipTextEncoder")
     return module
 
 
@@ -165,7 +162,7 @@ def _text_config(kind: Any, config: XFMConfig) -> Any:
     )
 
 
-def _beit(transformers: Any, model: XFM) -> nn.Module:
+def _vision_module(transformers: Any, model: XFM) -> nn.Module:
     config = model.config
     settings = transformers.BeitConfig(
         hidden_size=config.vision_width,
@@ -184,14 +181,9 @@ def _beit(transformers: Any, model: XFM) -> nn.Module:
     )
     module = transformers.BeitModel(settings, add_pooling_layer=False)
     newer = any(name.startswith("layers.") for name in module.state_dict())
-    _fill(module, _beit_names(_vision_state(model), newer=newer), "BeitModel")
-    return module
-
-
-def _beit_names(state: Mapping[str, Tensor], *, newer: bool) -> dict[str, Tensor]:
     spelling = 0 if newer else 1
     named: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in _part(model, _VISION).items():
         parts = name.split(".", 2)
         if parts[0] != "blocks":
             if not name.startswith("fc_norm"):
@@ -201,11 +193,11 @@ def _beit_names(state: Mapping[str, Tensor], *, newer: bool) -> dict[str, Tensor
         block, inner = f"layers.{parts[1]}." if newer else f"encoder.layer.{parts[1]}.", parts[2]
         q, k, v = (f"{block}attention.{part}" for part in _BEIT_QKV[spelling])
         if inner == "attn.qkv.weight":
-            for target, part in zip((q, k, v), tensor.chunk(3), strict=True):
-                named[f"{target}.weight"] = part
+            named |= {f"{target}.weight": part for target, part in zip((q, k, v), tensor.chunk(3), strict=True)}
         elif inner in ("attn.q_bias", "attn.v_bias"):
             named[f"{q if inner == 'attn.q_bias' else v}.bias"] = tensor
         else:
             stem = next(stem for stem in _BEIT_BLOCK if inner == stem or inner.startswith(f"{stem}."))
             named[block + _BEIT_BLOCK[stem][spelling] + inner.removeprefix(stem)] = tensor
-    return named
+    _fill(module, named, "BeitModel")
+    return module

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ import xfm_fast
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.consumers import Consumer, DType
 
-from ..material.subjects import Subjects
+from ..material.inputs import Subjects
 from ..measure import DTYPES
 from ..record import OFFICIAL, OFFICIAL_CODE, OURS
 from .engine import Built, Engine, Schedule
@@ -27,6 +27,11 @@ from .public_modules import TimmEngine, TransformersEngine
 
 SCENARIOS = ("embed-image", "embed-text", "rerank", "retrieve")
 _ALL_WORK = (*SCENARIOS, "retrieval")
+# Encoders of Hugging Face that a kind of work passes through.
+_PARTS = {
+    "embed-image": frozenset({"vision"}), "embed-text": frozenset({"text"}), "rerank": frozenset({"fusion"}),
+    "retrieve": frozenset({"text", "fusion"}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,21 +102,12 @@ def _plain(make: Callable[[Setup], Any]) -> Callable[[Setup], Built]:
     return build
 
 
-def _transformers(setup: Setup) -> Engine:
-    parts = {"embed-image": ("vision",), "embed-text": ("text",), "rerank": ("fusion",), "retrieve": ("text", "fusion")}
-    return TransformersEngine(setup.model, frozenset(parts[setup.work]))
-
-
 def _official_code(setup: Setup) -> Built:
     from . import official_code
 
     if setup.official is None:
         raise UnavailableError("--official names no clone of the official repository")
     return official_code.build(setup.model, setup.official, setup.scratch)
-
-
-def _compiled(setup: Setup) -> Engine:
-    return OfficialEngine(setup.model, lambda function: torch.compile(function))
 
 
 def _exported(consumer: Consumer) -> Callable[[Setup], Built]:
@@ -125,18 +121,16 @@ def _exported(consumer: Consumer) -> Callable[[Setup], Built]:
     return build
 
 
-def _needs(*packages: str, gpu: bool = False) -> Callable[[torch.device], str | None]:
+def _needs(*packages: str, on: Literal["cpu", "cuda"] | None = None) -> Callable[[torch.device], str | None]:
     def why_absent(device: torch.device) -> str | None:
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
-        return f"needs an NVIDIA GPU, and this run is on {device.type}" if gpu and device.type != "cuda" else None
+        if on is None or device.type == on:
+            return None
+        return "runs on the CPU here" if on == "cpu" else f"needs an NVIDIA GPU, and this run is on {device.type}"
 
     return why_absent
-
-
-def _openvino_absent(device: torch.device) -> str | None:
-    return _needs("openvino", "onnx")(device) or ("runs on the CPU here" if device.type != "cpu" else None)
 
 
 def _compiler_absent(device: torch.device) -> str | None:
@@ -156,18 +150,20 @@ ALL: tuple[Contender, ...] = (
     Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model)), _ALL_WORK),
     Contender(
         OFFICIAL_CODE, "official code, a process of its own", _official_code, SCENARIOS, ("fp32",),
-        lambda device: "runs on the CPU here" if device.type != "cpu" else None, "transformers",
+        _needs(on="cpu"), "transformers",
     ),
     Contender(
         "torch-eager", "xfm-fast's schedule, plain PyTorch operations",
         _plain(lambda s: OurEngine(s.model, "reference")), schedule="ours",
     ),
     Contender(
-        "torch-compile", "official algorithm, torch.compile", _plain(_compiled), why_absent=_compiler_absent, heavy=True
+        "torch-compile", "official algorithm, torch.compile",
+        _plain(lambda s: OfficialEngine(s.model, lambda function: torch.compile(function))),
+        why_absent=_compiler_absent, heavy=True,
     ),
     Contender(
-        "huggingface", "Hugging Face transformers", _plain(_transformers), why_absent=_needs("transformers"),
-        package="transformers", schedule="padded",
+        "huggingface", "Hugging Face transformers", _plain(lambda s: TransformersEngine(s.model, _PARTS[s.work])),
+        why_absent=_needs("transformers"), package="transformers", schedule="padded",
     ),
     Contender(
         "timm", "timm", _plain(lambda s: TimmEngine(s.model)), ("embed-image",), why_absent=_needs("timm"),
@@ -175,23 +171,23 @@ ALL: tuple[Contender, ...] = (
     ),
     Contender(
         "flash-attn", "xfm-fast with flash-attn", _plain(lambda s: OurEngine(s.model, "flash_attn")),
-        ("embed-text", "rerank", "retrieve"), ("bf16",), _needs("flash_attn", gpu=True), "flash-attn", schedule="ours",
+        ("embed-text", "rerank", "retrieve"), ("bf16",), _needs("flash_attn", on="cuda"), "flash-attn", schedule="ours",
     ),
     Contender(
         "onnxruntime", "ONNX Runtime", _exported("onnxruntime"), SCENARIOS, ("fp32",),
         _needs("onnxruntime", "onnx", "onnxscript"), "onnxruntime", heavy=True, schedule="own",
     ),
     Contender(
-        "openvino", "OpenVINO", _exported("openvino"), SCENARIOS, why_absent=_openvino_absent, package="openvino",
-        heavy=True, schedule="own",
+        "openvino", "OpenVINO", _exported("openvino"), SCENARIOS, why_absent=_needs("openvino", "onnx", on="cpu"),
+        package="openvino", heavy=True, schedule="own",
     ),
     Contender(
         "tensorrt", "TensorRT", _exported("tensorrt"), SCENARIOS, ("fp32", "bf16"),
-        _needs("tensorrt", "onnx", gpu=True), "tensorrt", heavy=True, schedule="own",
+        _needs("tensorrt", "onnx", on="cuda"), "tensorrt", heavy=True, schedule="own",
     ),
     Contender(
         "tensorrt-rtx", "TensorRT for RTX", _exported("tensorrt-rtx"), SCENARIOS, ("fp32", "bf16"),
-        _needs("tensorrt_rtx", "onnx", gpu=True), "tensorrt-rtx", heavy=True, schedule="own",
+        _needs("tensorrt_rtx", "onnx", on="cuda"), "tensorrt-rtx", heavy=True, schedule="own",
     ),
 )  # fmt: skip
 

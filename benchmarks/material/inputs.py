@@ -1,27 +1,140 @@
-"""The inputs of requests: pixels of photographs, captions or synthetic texts as tokens, and their embeddings."""
+"""The models under test, and the inputs of requests: photographs, captions or synthetic texts, and their embeddings."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from xfm_fast import checkpoint
+from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import PresetName, XFMConfig
-from xfm_fast.errors import InputError
+from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.models.xfm import XFM, Head
 from xfm_fast.tokenizer import CaptionTokenizer
 
 from ..record import Data, Skip
 from .photographs import Collection
-from .subjects import Subjects, preset_config
 
+HEADS: tuple[Head, ...] = ("contrastive", "matching")
+_TABLE = ".relative_position_bias_table"
 MAX_TOKENS = 40
 """Length to which the official evaluation pads captions."""
 # Distributions of synthetic lengths: shares of the mean that texts have in turn.
 _SHAPES = {"fixed": (1.0,), "uniform": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "bimodal": (0.25, 1.75)}
+
+
+class Subjects:
+    """Models of one set of weights, built when first asked for.
+
+    Resolutions share every tensor but the position tables, which are interpolated from the weights as given;
+    every dtype has one converted copy.
+
+    Attributes:
+        origin: where the weights come from, for reports.
+        trained: whether they come from a checkpoint.
+        device: of the models; set it before the first is built.
+    """
+
+    def __init__(self, config: XFMConfig, state: Mapping[str, Tensor], origin: str, *, trained: bool) -> None:
+        self.config = config
+        self.origin = origin
+        self.trained = trained
+        self.device = torch.device("cpu")
+        self._state = state
+        self._shared: dict[torch.dtype, dict[str, nn.Parameter]] = {}
+        self._models: dict[tuple[int, torch.dtype], XFM] = {}
+
+    @classmethod
+    def chosen(cls, preset: PresetName, checkpoint_path: Path | None, seed: int) -> Subjects:
+        """Weights of a checkpoint, or random ones where there is none."""
+        return cls.random(preset_config(preset), seed) if checkpoint_path is None else cls.load(checkpoint_path, preset)
+
+    @classmethod
+    def random(cls, config: XFMConfig, seed: int) -> Subjects:
+        """The weights of `random_state`."""
+        return cls(config, random_state(config, HEADS, seed), f"random weights (seed {seed})", trained=False)
+
+    @classmethod
+    def load(cls, path: str | Path, preset: PresetName) -> Subjects:
+        """Weights of an official checkpoint (then the preset gives the sizes) or of a folder that xfm-fast saved.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not fit.
+        """
+        path = Path(path)
+        if path.is_dir():
+            files = checkpoint.load_pretrained_files(path)
+            config, state = files.config, dict(files.state)
+        else:
+            config = XFMConfig.preset(preset)
+            state = checkpoint.read_state_dict(path)
+            table = next((t for name, t in state.items() if name.endswith(_TABLE)), None)
+            if table is not None:
+                config = config.replace(image_size=window_of(table) * config.patch_size)
+            state, _ = checkpoint.to_ours(state, config)
+        state = checkpoint.select_heads(state, HEADS)
+        with torch.device("meta"):
+            probe = XFM(config, heads=HEADS)
+        probe = probe.to_empty(device="cpu").eval()
+        # Heads of a fine-tuned checkpoint have no use here.
+        encoders = ("vision_encoder.", "text_encoder.", "fusion_encoder.")
+        surplus = [n for n in state if n not in probe.state_dict() and not n.startswith(encoders)]
+        if len(surplus) == len(state):
+            raise CheckpointError("the checkpoint holds no encoder of X-FM; give an X-FM checkpoint")
+        checkpoint.load_into(probe, state, what=f"checkpoint {path}", surplus=surplus)
+        return cls(config, probe.state_dict(), f"checkpoint {path}", trained=True)
+
+    def model(self, image_size: int, dtype: torch.dtype) -> XFM:
+        """The model for a resolution and a dtype, in evaluation mode."""
+        key = (image_size, dtype)
+        if key not in self._models:
+            config = self.config.replace(image_size=image_size)
+            if dtype not in self._shared:
+                self._shared[dtype] = {
+                    name: nn.Parameter(tensor.to(self.device, dtype), requires_grad=False)
+                    for name, tensor in self._state.items()
+                    if not name.endswith(_TABLE)
+                }
+            tables = {
+                name: checkpoint.interpolate_table(tensor, (config.grid, config.grid)).to(self.device, dtype)
+                for name, tensor in self._state.items()
+                if name.endswith(_TABLE)
+            }
+            with torch.device("meta"):
+                model = XFM(config, heads=HEADS)
+            model.load_state_dict({**self._shared[dtype], **tables}, assign=True)
+            self._models[key] = model.eval().requires_grad_(False)
+        return self._models[key]
+
+
+def preset_config(preset: PresetName) -> XFMConfig:
+    """A preset with a vocabulary that gives captions their usual length: tiny's own would cut words into letters."""
+    return XFMConfig.preset(preset, **({"vocab_size": 2048} if preset == "tiny" else {}))
+
+
+def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[str, Tensor]:
+    """Random weights. Unlike in a fresh model nothing is zero, so that every term takes part in comparisons."""
+    with torch.device("meta"):
+        shapes = XFM(config, heads=heads).state_dict()
+    state = {}
+    for name, shape in ((name, tensor.shape) for name, tensor in shapes.items()):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        mean, spread = 0.0, 0.02
+        if name.endswith(_TABLE):
+            spread = 0.2
+        elif ".gamma_" in name:
+            mean, spread = 0.1, 0.01
+        elif len(shape) == 1 and name.endswith("weight"):
+            mean, spread = 1.0, 0.05
+        state[name] = torch.empty(shape).normal_(mean, spread, generator=generator)
+    return state | ({"temp": torch.tensor(0.07)} if "temp" in state else {})
 
 
 def make_tokenizer(preset: PresetName, files: Path | None, collection: Collection) -> CaptionTokenizer:

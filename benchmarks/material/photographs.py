@@ -123,18 +123,14 @@ def from_folder(folder: str | Path, most: int = MOST_PHOTOS) -> Collection:
     skipped: list[Skipped] = []
     table = next((folder / name for name in _TABLES if (folder / name).is_file()), None)
     records = _beside(folder) if table is None else _READERS[table.suffix](table, skipped)
-    entries = []
-    for number, (image, captions, where) in enumerate(records):
+    merged: dict[str, _Entry] = {}
+    for image, captions, where in records:
         if not isinstance(image, str) or not image:
             skipped.append(Skipped(where, f"image is {image!r}, not a path"))
+        elif image in merged:
+            merged[image].captions.extend(captions)
         else:
-            entries.append((number, _Entry(image, folder / image, captions, where)))
-    merged: dict[str, _Entry] = {}
-    for _, entry in entries:
-        if entry.name in merged:
-            merged[entry.name].captions.extend(entry.captions)
-        else:
-            merged[entry.name] = entry._replace(captions=list(entry.captions))
+            merged[image] = _Entry(image, folder / image, list(captions), where)
     collection = _collected(str(folder), merged.values(), most)
     collection.skipped[:0] = skipped
     if not collection.names:

@@ -46,104 +46,66 @@ class Operation(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
-Draw = Callable[..., Tensor]
 Measure = Callable[[Callable[[], Any]], Any]
 
 
-def _relpos_attention(size: Size, draw: Draw) -> Operation:
-    window = (size.window, size.window)
-    shape = (size.images, size.window**2 + 1, HEADS, HEAD_DIM)
-    table = draw((2 * size.window - 1) ** 2 + 3, HEADS)
-    return Operation(
-        lambda *given: ops.relpos_attention(*given, window), (draw(*shape), draw(*shape), draw(*shape), table)
-    )
+def _made(name: str, scale: str, device: torch.device, dtype: torch.dtype) -> Operation:
+    size = SIZES[scale]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).to(device, dtype)
+
+    def product(inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+        return draw(size.rows, inputs), draw(outputs, inputs) / inputs**0.5, draw(outputs)
+
+    def norm(rows: int) -> tuple[Tensor, ...]:
+        return *(draw(size.rows, WIDTH) for _ in range(rows)), draw(WIDTH), draw(WIDTH)
+
+    tokens = size.texts * TEXT_LENGTH
+    match name:
+        case "relpos_attention":
+            window, shape = (size.window, size.window), (size.images, size.window**2 + 1, HEADS, HEAD_DIM)
+            table = draw((2 * size.window - 1) ** 2 + 3, HEADS)
+            given = (draw(*shape), draw(*shape), draw(*shape), table)
+            return Operation(lambda *given: ops.relpos_attention(*given, window), given)
+        case "varlen_attention":
+            ends = torch.arange(size.texts + 1, dtype=torch.int32, device=device) * TEXT_LENGTH
+            given = tuple(draw(tokens, HEADS, HEAD_DIM) for _ in range(3))
+            return Operation(lambda *given: ops.varlen_attention(*given, ends, ends, TEXT_LENGTH, TEXT_LENGTH), given)
+        case "layer_norm":
+            return Operation(lambda *given: ops.layer_norm(*given, 1e-5), norm(1))
+        case "add_layer_norm":
+            return Operation(lambda *given: ops.add_layer_norm(*given, 1e-5)[0], norm(2))
+        case "linear_add_layer_norm":
+            given = (*product(HIDDEN, WIDTH), *norm(1))
+            return Operation(lambda *given: ops.linear_add_layer_norm(*given, 1e-5)[0], given)
+        case "embed_layer_norm":
+            ids = torch.randint(size.vocabulary, (tokens,), device=device)
+            places = torch.arange(tokens, device=device) % TEXT_LENGTH + 2
+            given = (draw(size.vocabulary, WIDTH), draw(514, WIDTH), draw(WIDTH), draw(WIDTH), draw(WIDTH))
+            return Operation(lambda *given: ops.embed_layer_norm(ids, places, *given, 1e-5), given)
+        case "linear":
+            return Operation(ops.linear, product(WIDTH, 3 * WIDTH))
+        case "linear_gelu":
+            return Operation(ops.linear_gelu, product(WIDTH, HIDDEN))
+        case "linear_residual":
+            return Operation(ops.linear_residual, (*product(HIDDEN, WIDTH), draw(size.rows, WIDTH)))
+        case "mlp_residual":
+            given = (*product(WIDTH, HIDDEN), *product(HIDDEN, WIDTH)[1:], draw(size.rows, WIDTH))
+            return Operation(ops.mlp_residual, given)
+        case "linear_cross_entropy" | "token_log_likelihood":
+            given = (draw(size.labels, WIDTH), draw(size.vocabulary, WIDTH) / WIDTH**0.5, draw(size.vocabulary))
+            target = torch.randint(size.vocabulary, (size.labels,), device=device)
+            target[::IGNORED_SHARE] = -100
+            return Operation(lambda *given: getattr(ops, name)(*given, target), given)
+        case _:
+            raise ValueError(f"{name} has no case")
 
 
-def _varlen_attention(size: Size, draw: Draw) -> Operation:
-    shape = (size.texts * TEXT_LENGTH, HEADS, HEAD_DIM)
-    inputs = (draw(*shape), draw(*shape), draw(*shape))
-    ends = torch.arange(size.texts + 1, dtype=torch.int32, device=inputs[0].device) * TEXT_LENGTH
-    return Operation(lambda *given: ops.varlen_attention(*given, ends, ends, TEXT_LENGTH, TEXT_LENGTH), inputs)
-
-
-def _layer_norm(size: Size, draw: Draw) -> Operation:
-    return Operation(lambda *given: ops.layer_norm(*given, 1e-5), (draw(size.rows, WIDTH), draw(WIDTH), draw(WIDTH)))
-
-
-def _add_layer_norm(size: Size, draw: Draw) -> Operation:
-    inputs = (draw(size.rows, WIDTH), draw(size.rows, WIDTH), draw(WIDTH), draw(WIDTH))
-    return Operation(lambda *given: ops.add_layer_norm(*given, 1e-5)[0], inputs)
-
-
-def _linear_add_layer_norm(size: Size, draw: Draw) -> Operation:
-    inputs = (*_linear(size, draw, HIDDEN, WIDTH), draw(size.rows, WIDTH), draw(WIDTH), draw(WIDTH))
-    return Operation(lambda *given: ops.linear_add_layer_norm(*given, 1e-5)[0], inputs)
-
-
-def _embed_layer_norm(size: Size, draw: Draw) -> Operation:
-    tables = (draw(size.vocabulary, WIDTH), draw(514, WIDTH), draw(WIDTH), draw(WIDTH), draw(WIDTH))
-    count, device = size.texts * TEXT_LENGTH, tables[0].device
-    tokens = torch.randint(size.vocabulary, (count,), device=device)
-    positions = torch.arange(count, device=device) % TEXT_LENGTH + 2
-    return Operation(lambda *given: ops.embed_layer_norm(tokens, positions, *given, 1e-5), tables)
-
-
-def _linear(size: Size, draw: Draw, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(size.rows, inputs), draw(outputs, inputs) / inputs**0.5, draw(outputs)
-
-
-def _mlp_residual(size: Size, draw: Draw) -> Operation:
-    x, weight_in, bias_in = _linear(size, draw, WIDTH, HIDDEN)
-    weight_out = draw(WIDTH, HIDDEN) / HIDDEN**0.5
-    return Operation(ops.mlp_residual, (x, weight_in, bias_in, weight_out, draw(WIDTH), draw(size.rows, WIDTH)))
-
-
-def _vocabulary(size: Size, draw: Draw) -> tuple[tuple[Tensor, ...], Tensor]:
-    inputs = (draw(size.labels, WIDTH), draw(size.vocabulary, WIDTH) / WIDTH**0.5, draw(size.vocabulary))
-    target = torch.randint(size.vocabulary, (size.labels,), device=inputs[0].device)
-    target[::IGNORED_SHARE] = -100
-    return inputs, target
-
-
-def _linear_cross_entropy(size: Size, draw: Draw) -> Operation:
-    inputs, target = _vocabulary(size, draw)
-    return Operation(lambda *given: ops.linear_cross_entropy(*given, target), inputs)
-
-
-def _token_log_likelihood(size: Size, draw: Draw) -> Operation:
-    inputs, target = _vocabulary(size, draw)
-    return Operation(lambda *given: ops.token_log_likelihood(*given, target), inputs)
-
-
-def _sample_hard_negatives(size: Size, draw: Draw) -> Operation:
-    similarity = draw(size.rows, size.rows)
-    own = torch.eye(size.rows, dtype=torch.bool, device=similarity.device)
-    return Operation(lambda given: ops.sample_hard_negatives(given, own), (similarity,))
-
-
-OPERATIONS: dict[str, Callable[[Size, Draw], Operation]] = {
-    "add_layer_norm": _add_layer_norm,
-    "embed_layer_norm": _embed_layer_norm,
-    "layer_norm": _layer_norm,
-    "linear": lambda size, draw: Operation(ops.linear, _linear(size, draw, WIDTH, 3 * WIDTH)),
-    "linear_add_layer_norm": _linear_add_layer_norm,
-    "linear_cross_entropy": _linear_cross_entropy,
-    "linear_gelu": lambda size, draw: Operation(ops.linear_gelu, _linear(size, draw, WIDTH, HIDDEN)),
-    "linear_residual": lambda size, draw: Operation(
-        ops.linear_residual, (*_linear(size, draw, HIDDEN, WIDTH), draw(size.rows, WIDTH))
-    ),
-    "mlp_residual": _mlp_residual,
-    "relpos_attention": _relpos_attention,
-    "sample_hard_negatives": _sample_hard_negatives,
-    "token_log_likelihood": _token_log_likelihood,
-    "varlen_attention": _varlen_attention,
-}
-# What is drawn has no gradient.
-DIFFERENTIABLE = [name for name in OPERATIONS if name != "sample_hard_negatives"]
-
-
-def _made(name: str, size: str, device: torch.device, dtype: torch.dtype) -> Operation:
-    return OPERATIONS[name](SIZES[size], lambda *shape: torch.randn(shape).to(device, dtype))
+OPERATIONS = (
+    "add_layer_norm", "embed_layer_norm", "layer_norm", "linear", "linear_add_layer_norm", "linear_cross_entropy",
+    "linear_gelu", "linear_residual", "mlp_residual", "relpos_attention", "token_log_likelihood", "varlen_attention",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -163,7 +125,7 @@ def test_forward(
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_forward_and_backward(
     name: str, size: str, backend: Backend, benchmark: BenchmarkFixture, measure: Measure, device: torch.device,
     dtype: torch.dtype,

@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.material.subjects import random_state
+from xfm_fast.benchmarks.material.inputs import random_state
 from xfm_fast.config import PresetName
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import ALL_HEADS
@@ -126,29 +126,21 @@ def _patch_mask(subject: Subject) -> Tensor:
     return mask
 
 
-def _pairs(subject: Subject) -> Batch:
-    texts: dict[str, Any] = {name: tensor[:IMAGES] for name, tensor in _texts(subject).items()}
-    return PairBatch(**texts, image=subject.pixels, patch_mask=_patch_mask(subject))
-
-
-def _regions(subject: Subject) -> Batch:
-    boxes = torch.tensor([0.4, 0.5, 0.3, 0.2], device=subject.pixels.device, dtype=subject.pixels.dtype)
-    return RegionBatch(
-        **_texts(subject),
-        image=subject.pixels,
-        image_index=subject.image_index,
-        region_mask=subject.region_mask,
-        boxes=boxes.expand(TEXTS, 4),
-        is_image=torch.zeros(TEXTS, dtype=torch.bool, device=subject.pixels.device),
-    )
-
-
 # Batch -> the losses that a step on it has.
 BATCHES: dict[str, Callable[[Subject], Batch]] = {
-    "pairs: itc itm imlm mim": _pairs,
-    "regions: itc itm imlm bbox": _regions,
-    "texts: mlm": lambda subject: TextBatch(**_texts(subject)),
-    "images: mim": lambda subject: ImageBatch(image=subject.pixels, patch_mask=_patch_mask(subject)),
+    "pairs: itc itm imlm mim": lambda s: PairBatch(
+        **{name: tensor[:IMAGES] for name, tensor in _texts(s).items()}, image=s.pixels, patch_mask=_patch_mask(s)
+    ),
+    "regions: itc itm imlm bbox": lambda s: RegionBatch(
+        **_texts(s),
+        image=s.pixels,
+        image_index=s.image_index,
+        region_mask=s.region_mask,
+        boxes=s.pixels.new_tensor([0.4, 0.5, 0.3, 0.2]).expand(TEXTS, 4),
+        is_image=torch.zeros(TEXTS, dtype=torch.bool, device=s.pixels.device),
+    ),
+    "texts: mlm": lambda s: TextBatch(**_texts(s)),
+    "images: mim": lambda s: ImageBatch(image=s.pixels, patch_mask=_patch_mask(s)),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,13 @@ def png(document: Document, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UnavailableError("a PNG needs matplotlib; install it with pip install 'xfm-fast[bench]'") from None
-    panels = _chosen(document)
+    # One chart for each of the first kinds of work, in the type that gains most; or growth, in a sweep.
+    best: dict[str, charts.Bars] = {}
+    for panel in (*charts.speeds(document), *charts.evaluation(document)):
+        if panel.title not in best or _gain(panel) > _gain(best[panel.title]):
+            best[panel.title] = panel
+    panels = list[charts.Bars | charts.Plot](best.values()) or charts.growth(document)
+    panels = panels[:_MOST_PANELS]
     if not panels:
         raise UnavailableError("these results have no two contenders at the same work, so there is nothing to draw")
     installed = set(font_manager.get_font_names())
@@ -61,18 +66,22 @@ def png(document: Document, path: Path) -> None:
             axes = picture.add_axes((*box, (height - 48 - inset) / _HEIGHT), facecolor=_GROUND)
             title = textwrap.shorten(panel.title.split(" (")[0], 90 // across, placeholder=" …")
             axes.set_title(title, loc="left", fontsize=15, weight="bold", pad=10)
-            _bars(axes, panel, height - 48) if isinstance(panel, charts.Bars) else _plot(axes, panel)
+            if isinstance(panel, charts.Bars):
+                _bars(axes, panel, height - 48)
+                continue
+            for one in panel.series:
+                colour = {"ours": _OURS, "reference": _SOFT}.get(one.tone, _OTHER)
+                axes.plot(*zip(*one.points, strict=True), "os^D"[one.shape], color=colour, label=one.name)
+                if one.line:
+                    axes.plot(*zip(*one.line, strict=True), "--" if one.dashed else "-", color=colour)
+            axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel=panel.y_label)
+            axes.set_xticks(panel.x.ticks, [panel.tick(value, panel.x_unit) for value in panel.x.ticks])
+            axes.set_yticks(panel.y.ticks, [panel.tick(value, panel.y_unit) for value in panel.y.ticks])
+            axes.minorticks_off()
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False)
         picture.savefig(content, format="png")
     write_bytes({path: content.getvalue()})
-
-
-def _chosen(document: Document) -> Sequence[charts.Bars | charts.Plot]:
-    """One chart for each of the first kinds of work, in the type that gains most; or growth, in a sweep."""
-    best: dict[str, charts.Bars] = {}
-    for panel in (*charts.speeds(document), *charts.evaluation(document)):
-        if panel.title not in best or _gain(panel) > _gain(best[panel.title]):
-            best[panel.title] = panel
-    return list(best.values())[:_MOST_PANELS] or charts.growth(document)[:_MOST_PANELS]
 
 
 def _gain(panel: charts.Bars) -> float:
@@ -97,17 +106,3 @@ def _bars(axes: Axes, panel: charts.Bars, height: float) -> None:
     axes.set_xlim(0, max(bar.value for bar in shown) * 100 / charts.LONGEST_BAR)
     axes.set_ylim(height / pitch - 0.7, -0.7)
     axes.set_axis_off()
-
-
-def _plot(axes: Axes, panel: charts.Plot) -> None:
-    for one in panel.series:
-        colour = {"ours": _OURS, "reference": _SOFT}.get(one.tone, _OTHER)
-        axes.plot(*zip(*one.points, strict=True), "os^D"[one.shape], color=colour, label=one.name)
-        if one.line:
-            axes.plot(*zip(*one.line, strict=True), "--" if one.dashed else "-", color=colour)
-    axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel=panel.y_label)
-    axes.set_xticks(panel.x.ticks, [panel.tick(value, panel.x_unit) for value in panel.x.ticks])
-    axes.set_yticks(panel.y.ticks, [panel.tick(value, panel.y_unit) for value in panel.y.ticks])
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)

@@ -13,8 +13,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..record import OURS, Document, Fit, Row, groups
-from .table import FEWEST_POINTS, duration, marks, number, pace, seconds, si, speed, times, work
+from ..record import LEAST_POINTS, OURS, Document, Row, groups
+from .table import duration, marks, number, pace, seconds, si, speed, times, work
 
 # The longest bar leaves room for the factor at its end.
 LONGEST_BAR = 76.0
@@ -314,7 +314,7 @@ def growth(document: Document) -> list[Plot]:
     """Time of a run as the work grows, with the line through the logarithms where there are points enough for one."""
     made, palette = [], Palette(document)
     swept = [row for row in document.measured if row.x is not None and row.median_s]
-    fits = {(fit.work, fit.contender, fit.dtype): fit for fit in document.fits if fit.points >= FEWEST_POINTS}
+    fits = {(fit.work, fit.contender, fit.dtype): fit for fit in document.fits if fit.points >= LEAST_POINTS}
     for name in dict.fromkeys(row.work for row in swept):
         rows = [row for row in swept if row.work == name]
         label = next((fit.x_label for fit in document.fits if fit.work == name), "size")
@@ -324,19 +324,15 @@ def growth(document: Document) -> list[Plot]:
             own = [row for row in rows if (row.contender, row.dtype) == (contender, dtype)]
             points = sorted((row.x or 0.0, row.median_s or 0.0) for row in own)
             fit = fits.get((name, contender, dtype))
-            title = own[0].title if fit is None else f"{own[0].title}: {_exponent(fit)}"
-            line = () if fit is None else _fitted(points, fit.exponent)
+            title, line = own[0].title, tuple[tuple[float, float], ...]()
+            if fit is not None:
+                known = fit.low is not None and fit.high is not None
+                spread = f" ({fit.low:.2f} to {fit.high:.2f})" if known else ""
+                title = f"{title}: time grows as size^{fit.exponent:.2f}{spread}"
+                # The line of that slope through the middle of the points, as least squares puts it.
+                offset = statistics.fmean(math.log(at) - fit.exponent * math.log(size) for size, at in points)
+                ends = (points[0][0], points[-1][0])
+                line = tuple((x, math.exp(offset + fit.exponent * math.log(x))) for x in ends)
             plot.series.append(palette.series(own[0], points, title, line=line))
         made.append(plot)
     return made
-
-
-def _exponent(fit: Fit) -> str:
-    interval = "" if fit.low is None or fit.high is None else f" ({fit.low:.2f} to {fit.high:.2f})"
-    return f"time grows as size^{fit.exponent:.2f}{interval}"
-
-
-def _fitted(points: list[tuple[float, float]], exponent: float) -> list[tuple[float, float]]:
-    """Ends of the line of that slope through the middle of the points, as least squares puts it."""
-    offset = statistics.fmean(math.log(y) - exponent * math.log(x) for x, y in points)
-    return [(x, math.exp(offset + exponent * math.log(x))) for x in (points[0][0], points[-1][0])]

@@ -134,15 +134,32 @@ def compare(a: Document, b: Document) -> Changes:
         raise DataError(
             "no row of A is in B: they measured other work, sizes or types; repeat one with the options of the other"
         )
-    ratios = {key: _ratio(row, after[key]) for key, row in before.items() if key in after}
-    tested = [key for key in ratios if _decidable(before[key], after[key])]
+    ratios: dict[tuple[str, ...], float | None] = {}
+    tested = []
+    for key, one in before.items():
+        if key not in after:
+            continue
+        ratios[key], other = None, after[key]
+        m, n = len(one.samples), len(other.samples)
+        if m and n:
+            ratios[key] = statistics.median(one.samples) / statistics.median(other.samples)
+            # Could any outcome be significant? The smallest two-sided p-value is 2 over the number of orders.
+            if not one.contended and not other.contended and 2 / math.comb(m + n, m) < SIGNIFICANCE:
+                tested.append(key)
+        elif one.server and other.server and one.server.max_qps and other.server.max_qps:
+            ratios[key] = other.server.max_qps / one.server.max_qps
     tests = (stats.mannwhitneyu(before[key].samples, after[key].samples).pvalue for key in tested)
     adjusted = dict(zip(tested, stats.false_discovery_control(list(tests)) if tested else [], strict=True))
     changes = []
     for key in dict.fromkeys([*before, *after]):
         one, other = before.get(key), after.get(key)
-        if one is None or other is None or not (one.measured and other.measured):
-            changes += _missing(one, other)
+        had, has = (row is not None and row.measured for row in (one, other))
+        row = other or one
+        if row is not None and had != has:
+            gone = f"B: {other.status}. {other.reason or ''}".strip() if other is not None else "not in B"
+            verdict = "lost" if had else "new"
+            changes.append(Change(key, row.name, row.contender, row.dtype, verdict, reason=gone if had else ""))
+        if one is None or other is None or not (had and has):
             continue
         ratio = ratios[key]
         # The samples are of different runs.
@@ -165,34 +182,6 @@ def compare(a: Document, b: Document) -> Changes:
             )
         )
     return Changes(a.benchmark, changes, _flags(a, b))
-
-
-def _missing(one: Row | None, other: Row | None) -> list[Change]:
-    """A row that has numbers on one side; nothing where it has them on neither."""
-    had, has = (row is not None and row.measured for row in (one, other))
-    row = other or one
-    if row is None or had == has:
-        return []
-    gone = (
-        f"B: {other.status}. {other.reason or ''}".strip() if other is not None and had else "not in B" if had else ""
-    )
-    return [Change(row.key, row.name, row.contender, row.dtype, "lost" if had else "new", reason=gone)]
-
-
-def _ratio(one: Row, other: Row) -> float | None:
-    if one.samples and other.samples:
-        return statistics.median(one.samples) / statistics.median(other.samples)
-    if one.server and other.server and one.server.max_qps and other.server.max_qps:
-        return other.server.max_qps / one.server.max_qps
-    return None
-
-
-def _decidable(one: Row, other: Row) -> bool:
-    """Whether any outcome could be significant: the smallest two-sided p-value is 2 over the number of orders."""
-    m, n = len(one.samples), len(other.samples)
-    if not m or not n or one.contended or other.contended:
-        return False
-    return 2 / math.comb(m + n, m) < SIGNIFICANCE
 
 
 def _verdict(one: Row, other: Row, ratio: float | None, p: float | None) -> Verdict:

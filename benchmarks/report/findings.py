@@ -143,7 +143,16 @@ def description(document: Document) -> str:
 
 def facts(document: Document) -> list[tuple[str, str]]:
     """What was measured and how well it agrees: (name, words)."""
-    found = [("parity", _parity(document)), ("samples", _samples(document))]
+    found = []
+    judged = [(row, row.parity) for row in document.rows if row.ours and row.parity]
+    known = [(row, one) for row, one in judged if one.error is not None and one.band]
+    if known and all(one.passed for _, one in judged):
+        row, worst = max(known, key=lambda pair: (pair[1].error or 0) / (pair[1].band or 1))
+        words = f"{row.name} {row.dtype}, {worst.error:.1e} of {worst.band:.1e}"
+        found.append(("parity", f"equal in all {len(judged)} comparisons (closest to its limit: {words})"))
+    if counts := sorted({len(row.samples) for row in document.measured if row.samples}):
+        spread = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+        found.append(("samples", f"medians of {spread} samples, which took turns"))
     if model := document.model:
         found.append(("model", f"{model.preset}, {model.parameters / 1e6:.0f}M parameters, {model.origin}"))
     if recalls := _recalls(document):
@@ -168,25 +177,6 @@ def facts(document: Document) -> list[tuple[str, str]]:
     absent = [f"{one.label} ({one.reason})" for one in document.baselines if not one.present]
     found.append(("absent", "; ".join(absent)))
     return [(name, words) for name, words in found if words]
-
-
-def _parity(document: Document) -> str:
-    judged = [row for row in document.rows if row.ours and row.parity]
-    known = [(row, row.parity.error / row.parity.band) for row in judged if row.parity and row.parity.error is not None
-             and row.parity.band]  # fmt: skip
-    if not known or not all(row.parity and row.parity.passed for row in judged):
-        return ""
-    row = max(known, key=lambda one: one[1])[0]
-    worst = f"{row.name} {row.dtype}, {row.parity.error:.1e} of {row.parity.band:.1e}" if row.parity else ""
-    return f"equal in all {len(judged)} comparisons (closest to its limit: {worst})"
-
-
-def _samples(document: Document) -> str:
-    counts = sorted({len(row.samples) for row in document.measured if row.samples})
-    if not counts:
-        return ""
-    spread = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-    return f"medians of {spread} samples, which took turns"
 
 
 def _memory(document: Document, row: Row) -> str:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jinja2
 
-from ..record import Document
+from ..record import LEAST_POINTS, Document
 from . import charts, findings
-from .table import FEWEST_POINTS, tables
+from .table import tables
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader(__package__ or "", "templates"),
@@ -32,25 +32,9 @@ class Section(NamedTuple):
 
 def html(document: Document, *, image: str | None = None) -> str:
     """The page of a document; `image` is the address of its picture, for those who are shown a link."""
-    return _TEMPLATES.get_template("page.html").render(
-        title=findings.TITLES[document.benchmark],
-        description=findings.description(document),
-        image=image,
-        links=findings.links(),
-        place=findings.place(document),
-        remarks=list(findings.remarks(document)),
-        headlines=findings.headlines(document),
-        sections=[section for section in _sections(document) if section.charts],
-        tables=tables(document),
-        replaced={row.name: row.replaced for row in document.rows if row.replaced},
-        facts=[*findings.facts(document), *findings.circumstances(document)],
-    )
-
-
-def _sections(document: Document) -> list[Section]:
     bounded = any(row.bounds for row in document.rows)
     bounds = " A bound computes less than the work: it is no alternative." if bounded else ""
-    return [
+    sections = [
         Section(
             "Speed",
             "Longer is faster. Contenders took turns in one process; the stroke is a bootstrap interval of 95%. "
@@ -72,7 +56,7 @@ def _sections(document: Document) -> list[Section]:
         Section(
             "Cost as work grows",
             "Both scales are logarithmic. The line is a least-squares fit, where there are at least "
-            f"{FEWEST_POINTS} points; below 1 larger work is cheaper for each item.",
+            f"{LEAST_POINTS} points; below 1 larger work is cheaper for each item.",
             charts.growth(document),
         ),
         Section(
@@ -82,3 +66,16 @@ def _sections(document: Document) -> list[Section]:
             charts.roofs(document),
         ),
     ]
+    return _TEMPLATES.get_template("page.html").render(
+        title=findings.TITLES[document.benchmark],
+        description=findings.description(document),
+        image=image,
+        links=findings.links(),
+        place=findings.place(document),
+        remarks=list(findings.remarks(document)),
+        headlines=findings.headlines(document),
+        sections=[section for section in sections if section.charts],
+        tables=tables(document),
+        replaced={row.name: row.replaced for row in document.rows if row.replaced},
+        facts=[*findings.facts(document), *findings.circumstances(document)],
+    )

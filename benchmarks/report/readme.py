@@ -17,7 +17,7 @@ from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import DataError
 
 from ..files import load
-from .markdown import markdown
+from .table import markdown
 
 REGION = re.compile(
     r"(?P<begin><!-- bench:begin (?P<file>\S+) -->\n)(?P<table>.*?)(?P<end><!-- bench:end -->)", re.DOTALL

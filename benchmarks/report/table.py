@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..record import OURS, Coco, Comparison, Document, Row, Share
-
-FEWEST_POINTS = 4
-"""A line through fewer says nothing about how cost grows."""
+from ..record import LEAST_POINTS, OURS, Coco, Comparison, Document, Row, Share
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,26 @@ def build(
 
 
 def tables(document: Document) -> list[Table]:
-    """Every table of a document, the most important first; without empty ones."""
-    found = [_results(document), _fits(document), *_evaluation(document.coco), *_shares(document.measured)]
-    found += [_missing(document), _skipped(document)]
+    """Every table of a document, the most important first; without empty ones.
+
+    In that of all rows one line is a contender at its work; a baseline that is alone stands beside xfm-fast.
+    """
+    rows = document.measured
+    alone = {row.contender for row in rows if not row.ours} == {document.reference}
+    about = "† something else ran on the machine meanwhile. * interrupted."
+    about += " Errors are the largest difference from the reference, over its largest value."
+    size = f" ({document.model.preset} size)" if document.model else ""
+    columns = [Column(f"work{size}", work, number=False), *(_beside if alone else _among)(document), *_MEASURES]
+    skipped = document.data.skipped if document.data else []
+    reasons = [
+        Column("skipped", lambda skip: skip.what, number=False),
+        Column("reason", lambda skip: skip.reason, number=False),
+    ]
+    found = [
+        build("All rows", [row for row in rows if row.ours or not alone], columns, about),
+        _fits(document), *_evaluation(document.coco), *_shares(rows), _missing(document),
+        build(f"Skipped ({len(skipped)})", skipped, reasons, "Data that could not be used.", detail=True),
+    ]  # fmt: skip
     return [table for table in found if table.lines]
 
 
@@ -133,12 +147,6 @@ def _speed(row: Row) -> str:
     return f"{number(speed(row)[0])} {marks(row)}".rstrip()
 
 
-def _error(row: Row) -> str:
-    if row.parity is None:
-        return ""
-    return "not finite" if row.parity.error is None else f"{row.parity.error:.0e}"
-
-
 def _of(part: str, say: Callable[[Any], str | None]) -> Callable[[Row], str]:
     """A cell that says something of one part of a row, and nothing where the row has none."""
 
@@ -155,7 +163,7 @@ def _percent(value: float | None) -> str:
 
 # Everything that is told of a contender at its work beyond how fast it is.
 _MEASURES = [
-    Column("error", _error),
+    Column("error", _of("parity", lambda p: "not finite" if p.error is None else f"{p.error:.0e}")),
     Column("of matrix rate", _of("efficiency", lambda e: _percent(e.mfu))),
     Column("of the floor", _of("efficiency", lambda e: _percent(e.share_of_floor))),
     Column("peak GB", _of("memory", lambda m: f"{m.peak_bytes / 1e9:.2f}"), detail=True),
@@ -177,19 +185,6 @@ _MEASURES = [
     ),
     Column("J/item", _of("energy", lambda e: f"{e.joules_per_item:.3g}"), detail=True),
 ]
-
-
-def _results(document: Document) -> Table:
-    """One line for a contender at its work; where there is one baseline alone, it stands beside xfm-fast."""
-    rows = document.measured
-    others = {row.contender for row in rows if not row.ours}
-    about = "† something else ran on the machine meanwhile. * interrupted."
-    about += " Errors are the largest difference from the reference, over its largest value."
-    columns = _beside(document) if others == {document.reference} else _among(document)
-    if others == {document.reference}:
-        rows = [row for row in rows if row.ours]
-    size = f" ({document.model.preset} size)" if document.model else ""
-    return build("All rows", rows, [Column(f"work{size}", work, number=False), *columns, *_MEASURES], about)
 
 
 def _beside(document: Document) -> list[Column]:
@@ -273,7 +268,7 @@ def _fits(document: Document) -> Table:
         Column("points", lambda fit: str(fit.points), detail=True),
     ]
     about = "Time grows as size to the power of the exponent. Below 1 larger work is cheaper for each item."
-    fits = [fit for fit in document.fits if fit.points >= FEWEST_POINTS]
+    fits = [fit for fit in document.fits if fit.points >= LEAST_POINTS]
     return build("Cost as work grows", fits, columns, about)
 
 
@@ -345,15 +340,20 @@ def _missing(document: Document) -> Table:
     return build("Not measured", rows, columns, "Rows without numbers, and why.", detail=True)
 
 
-def _skipped(document: Document) -> Table:
-    skipped = document.data.skipped if document.data else []
-    columns = [
-        Column("skipped", lambda skip: skip.what, number=False),
-        Column("reason", lambda skip: skip.reason, number=False),
-    ]
-    return build(f"Skipped ({len(skipped)})", skipped, columns, "Data that could not be used.", detail=True)
-
-
 def cells(table: Table, columns: Sequence[int]) -> list[list[str]]:
     """The lines of a table with some of its columns."""
     return [[line[place] for place in columns] for line in table.lines]
+
+
+def markdown(document: Document) -> str:
+    """The main tables of a document for a README or an issue; ends with a line break."""
+    drawn = []
+    for table in tables(document):
+        if table.detail:
+            continue
+        places = [place for place, column in enumerate(table.columns) if not column.detail]
+        head, *lines = [[table.columns[place].head for place in places], *cells(table, places)]
+        rule = "".join("---:|" if table.columns[place].number else "---|" for place in places)
+        rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *lines)]
+        drawn.append("\n".join([rows[0], f"|{rule}", *rows[1:]]) + "\n")
+    return "\n".join(drawn)

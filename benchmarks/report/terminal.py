@@ -63,7 +63,11 @@ def _print(shown: Table, console: Console) -> None:
         # The work is said once, over all its contenders.
         first = "" if line[0] == above else line[0]
         above = line[0]
-        drawn.add_row(*map(_styled, [first, *line[1:]]), style="dim" if place in shown.weak else "")
+        row = []
+        for cell in (first, *line[1:]):
+            style = _STYLES.get(cell, "bold" if re.fullmatch(r"[\d.]+×.*", cell) else "")
+            row.append(f"[{style}]{escape(cell)}[/]" if style else escape(cell))
+        drawn.add_row(*row, style="dim" if place in shown.weak else "")
     console.print()
     if shown.title:
         console.print(f"[bold]{escape(shown.title)}[/]")
@@ -72,11 +76,6 @@ def _print(shown: Table, console: Console) -> None:
     console.print(drawn)
     if len(lines) > drawn.row_count:
         _say(f"... and {len(lines) - drawn.row_count} more (all are in the JSON file)", "dim", console)
-
-
-def _styled(cell: str) -> str:
-    style = _STYLES.get(cell, "bold" if re.fullmatch(r"[\d.]+×.*", cell) else "")
-    return f"[{style}]{escape(cell)}[/]" if style else escape(cell)
 
 
 def _least(column: Column, texts: Sequence[str], *, comfort: int = 0) -> int:

@@ -31,7 +31,6 @@ from ..measure import (
     FP32_BAND,
     Block,
     Progress,
-    Samples,
     interleave,
     interval,
     parity_band,
@@ -155,9 +154,25 @@ class _Evaluations:
         if samples.interrupted:
             raise KeyboardInterrupt
         steps = receipt(self.config, self.sizes)
-        keys = dict.fromkeys(name.split(": ")[1] for name in blocks)
-        parts = {key: self._parts(key, samples) for key in keys}
-        totals = {key: [float(sum(one)) for one in zip(*parts[key].values(), strict=True)] for key in keys}
+        if samples.failures:
+            raise RuntimeError(": ".join(next(iter(samples.failures.items()))))
+        # Seconds that each part takes in all, by round.
+        parts: dict[str, dict[str, list[float]]] = {}
+        for name in blocks:
+            part, key = name.split(": ")
+            parts.setdefault(key, {})[part] = [second * self.counts[part] for second in samples.seconds(name)]
+        totals = {key: [float(sum(one)) for one in zip(*found.values(), strict=True)] for key, found in parts.items()}
+        evaluations = []
+        for key, found in parts.items():
+            contender, dtype = key.split(" ")
+            count = steps[0].flops if contender == OFFICIAL else steps[-1].flops
+            evaluation = Evaluation(
+                procedure="official-algorithm" if contender == OFFICIAL else "xfm-fast", dtype=dtype, kind="projected",
+                pairs=self.sizes.pairs, flops=count, flops_per_s=count / statistics.median(totals[key]),
+                seconds={part: statistics.median(values) for part, values in found.items()},
+                total_s=interval(totals[key], 0.5),
+            )  # fmt: skip
+            evaluations.append(evaluation)
         # The first type that was measured is the one to compare in, as official results are in fp32.
         ours, official = totals[f"{OURS} {setting.dtypes[0]}"], totals[f"{OFFICIAL} fp32"]
         low, high = ratio_interval(official, ours)
@@ -169,7 +184,7 @@ class _Evaluations:
             image_size=self.scale.image_size,
             mean_length=statistics.fmean(self.sizes.lengths),
             padded_length=MAX_TOKENS,
-            evaluations=[self._projected(key, parts[key], totals[key], steps) for key in keys],
+            evaluations=evaluations,
             receipt=steps,
             speed_up=Interval(value=statistics.median(official) / statistics.median(ours), low=low, high=high),
             note="pairs that are candidates in both directions are counted twice here; ours scores them once",
@@ -202,7 +217,7 @@ class _Evaluations:
         )
 
     def _official_parts(self) -> dict[str, Block]:
-        twin = self.material.subjects.twin(self.scale.image_size, torch.float32)
+        twin = OfficialTwin(self.material.subjects.model(self.scale.image_size, torch.float32))
         pixels = self.material.pixels(_PHOTOS, self.scale.image_size)
         ids, mask = (tensor[:_CAPTIONS] for tensor in self.given)
         few = Texts(*(tensor[:_OFFICIAL_PAIRS] for tensor in self.given))
@@ -225,29 +240,6 @@ class _Evaluations:
                 return [time.perf_counter() - begun]
 
         return {name: lambda run=run: block(run) for name, run in parts.items()}
-
-    def _parts(self, key: str, samples: Samples) -> dict[str, list[float]]:
-        """Seconds that each part takes in all, by round.
-
-        Raises:
-            RuntimeError: a part could not be run.
-        """
-        names = {name: name.split(": ")[0] for name in samples.rounds if name.endswith(f": {key}")}
-        for name in names:
-            if name in samples.failures:
-                raise RuntimeError(f"{name}: {samples.failures[name]}")
-        return {part: [second * self.counts[part] for second in samples.seconds(name)] for name, part in names.items()}
-
-    def _projected(
-        self, key: str, parts: dict[str, list[float]], totals: list[float], steps: list[ReceiptStep]
-    ) -> Evaluation:
-        contender, dtype = key.split(" ")
-        count = steps[0].flops if contender == OFFICIAL else steps[-1].flops
-        return Evaluation(
-            procedure="official-algorithm" if contender == OFFICIAL else "xfm-fast", dtype=dtype, kind="projected",
-            pairs=self.sizes.pairs, flops=count, flops_per_s=count / statistics.median(totals),
-            seconds={part: statistics.median(values) for part, values in parts.items()}, total_s=interval(totals, 0.5),
-        )  # fmt: skip
 
     def _run(self, projected: Coco) -> Coco:
         """The evaluation of the setting's collection: ours in full, the official one as time allows."""
@@ -285,9 +277,10 @@ class _Evaluations:
             flops_per_s=steps[-1].flops / total, seconds=seconds, total_s=Interval(value=total), measured_share=1.0,
         )  # fmt: skip
         step("official procedure")
-        twin = material.subjects.twin(self.scale.image_size, torch.float32)
-        check = _OfficialRerank(twin, images.embeds.float(), ids.to(material.device), mask.to(material.device))
-        error, official_s, pairs = check.run(result, self.scale.budget_s)
+        twin = OfficialTwin(material.subjects.model(self.scale.image_size, torch.float32))
+        error, official_s, pairs = self._official_scores(
+            twin, images.embeds.float(), ids.to(material.device), mask.to(material.device), result
+        )
         share = pairs / sizes.pairs
         expected = next(e for e in projected.evaluations if e.procedure == OFFICIAL)
         parts = expected.seconds | {RERANKING: official_s / share}
@@ -321,44 +314,35 @@ class _Evaluations:
             }
         )  # fmt: skip
 
+    @torch.inference_mode()
+    def _official_scores(
+        self, twin: OfficialTwin, images: Tensor, ids: Tensor, mask: Tensor, result: RerankResult
+    ) -> tuple[float, float, int]:
+        """Re-rank image by image, then text by text, until the time is spent; at least one query of either direction.
 
-class _OfficialRerank:
-    """Re-ranks image by image, then text by text, until the time is spent, and compares the scores with ours."""
-
-    def __init__(self, twin: OfficialTwin, images: Tensor, ids: Tensor, mask: Tensor) -> None:
-        self._twin, self._images, self._mask = twin, images, mask
-        with torch.inference_mode():
-            parts = zip(ids.split(_TEXT_BATCH), mask.split(_TEXT_BATCH), strict=True)
-            self._texts = torch.cat([twin.encode_text(*part) for part in parts])
-
-    def run(self, result: RerankResult, budget_s: float) -> tuple[float, float, int]:
-        """Largest error of the scores, seconds, and pairs; at least one query of either direction."""
+        Returns:
+            Largest error of our scores, seconds, and pairs.
+        """
+        encoded = zip(ids.split(_TEXT_BATCH), mask.split(_TEXT_BATCH), strict=True)
+        texts = torch.cat([twin.encode_text(*part) for part in encoded])
         error, seconds, pairs = 0.0, 0.0, 0
-        matrices = (result.score_i2t, result.score_t2i)
-        # Directions take turns, so that a part is a part of both.
+        # Directions take turns, so that a part is a part of both; every beginning of a direction is spread over it.
         turns = [
-            (turn, direction, row) for direction in (0, 1) for turn, row in enumerate(_spread(len(matrices[direction])))
+            (turn, direction, row, scores[row])
+            for direction, scores in enumerate((result.score_i2t, result.score_t2i))
+            for turn, row in enumerate(sorted(range(len(scores)), key=lambda number: int(f"{number:032b}"[::-1], 2)))
         ]
-        for turn, direction, row in sorted(turns):
-            if turn and seconds > budget_s:
+        for turn, direction, row, scores in sorted(turns, key=lambda one: one[:2]):
+            if turn and seconds > self.scale.budget_s:
                 break
-            scores = matrices[direction][row]
             chosen = (scores != UNSCORED).nonzero()[:, 0]
             begun = time.perf_counter()
-            theirs = self._rerank(direction, row, chosen)
-            wait_for(self._images.device)
+            if direction == 0:
+                theirs = twin.rerank_image(images[row], texts[chosen], mask[chosen])
+            else:
+                theirs = twin.rerank_text(texts[row], mask[row], images[chosen])
+            wait_for(images.device)
             seconds += time.perf_counter() - begun
             pairs += len(chosen)
             error = max(error, relative_error(scores[chosen], theirs.cpu()))
         return error, seconds, pairs
-
-    @torch.inference_mode()
-    def _rerank(self, direction: int, row: int, chosen: Tensor) -> Tensor:
-        if direction == 0:
-            return self._twin.rerank_image(self._images[row], self._texts[chosen], self._mask[chosen])
-        return self._twin.rerank_text(self._texts[row], self._mask[row], self._images[chosen])
-
-
-def _spread(count: int) -> list[int]:
-    """All numbers below count, in an order whose every beginning is spread over them."""
-    return sorted(range(count), key=lambda number: int(f"{number:032b}"[::-1], 2))

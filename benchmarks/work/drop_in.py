@@ -80,6 +80,14 @@ class PublicModel:
     make: Callable[[int], Subject]
 
 
+MODELS: list[PublicModel] = []
+
+
+def _model(key: str, name: str, package: str, unit: str, **options: bool) -> Callable[[Callable[[int], Subject]], None]:
+    """List what the function makes; `options` are those of `accelerate`."""
+    return lambda make: MODELS.append(PublicModel(key, name, package, unit, options, make))
+
+
 def _texts(count: int, shortest: int, longest: int, padded: int, pad: int) -> tuple[Tensor, Tensor]:
     """Ids of texts of lengths evenly spread between the two, and their mask."""
     lengths = torch.linspace(shortest, longest, count).round().long()
@@ -87,6 +95,7 @@ def _texts(count: int, shortest: int, longest: int, padded: int, pad: int) -> tu
     return torch.where(mask, torch.randint(1000, 20000, mask.shape), pad), mask.long()
 
 
+@_model("roberta", "RoBERTa-base, 32 captions of 10-16 tokens padded to 40", "transformers", "texts", unpad=True)
 def _roberta(layers: int) -> Subject:
     from transformers import RobertaConfig, RobertaModel
 
@@ -102,6 +111,10 @@ def _roberta(layers: int) -> Subject:
     return Subject(RobertaModel(config), call, 32)
 
 
+@_model(
+    "bert-rerank", "BERT-base cross-encoder, a query with 16 passages of 30-128 tokens padded to 128", "transformers",
+    "pairs", unpad=True,
+)  # fmt: skip
 def _passages(layers: int) -> Subject:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -117,6 +130,10 @@ def _passages(layers: int) -> Subject:
     return Subject(BertForSequenceClassification(config), call, 16)
 
 
+@_model(
+    "blip-rerank", "BLIP's BERT with cross-attention, an image of 577 tokens with 16 captions of 10-16 tokens padded "
+    "to 40", "transformers", "pairs", unpad=True,
+)  # fmt: skip
 def _captions_of_an_image(layers: int) -> Subject:
     from transformers import BlipTextConfig, BlipTextModel
 
@@ -133,6 +150,10 @@ def _captions_of_an_image(layers: int) -> Subject:
     return Subject(BlipTextModel(config), call, 16)
 
 
+@_model(
+    "memory-rerank", "BERT-base with cross-attention, an image of 577 tokens with 64 captions of 10-16 tokens padded "
+    "to 40: Reranker against all pairs as one padded batch", "transformers", "pairs",
+)  # fmt: skip
 def _texts_of_an_image(layers: int) -> Subject:
     from transformers import BertConfig, BertModel
 
@@ -155,6 +176,7 @@ def _texts_of_an_image(layers: int) -> Subject:
     return Subject(model, call, 64, adapted)
 
 
+@_model("beit", "BEiT-v2-B/16 at 224 px, 8 images", "timm", "images")
 def _beit(layers: int) -> Subject:
     import timm
 
@@ -165,20 +187,6 @@ def _beit(layers: int) -> Subject:
         return model(pixels.to(next(model.parameters()).dtype))
 
     return Subject(model, call, 8)
-
-
-MODELS = (
-    PublicModel("roberta", "RoBERTa-base, 32 captions of 10-16 tokens padded to 40", "transformers", "texts",
-                {"unpad": True}, _roberta),
-    PublicModel("bert-rerank", "BERT-base cross-encoder, a query with 16 passages of 30-128 tokens padded to 128",
-                "transformers", "pairs", {"unpad": True}, _passages),
-    PublicModel("blip-rerank", "BLIP's BERT with cross-attention, an image of 577 tokens with 16 captions of 10-16 "
-                "tokens padded to 40", "transformers", "pairs", {"unpad": True}, _captions_of_an_image),
-    PublicModel("memory-rerank", "BERT-base with cross-attention, an image of 577 tokens with 64 captions of 10-16 "
-                "tokens padded to 40: Reranker against all pairs as one padded batch", "transformers", "pairs", {},
-                _texts_of_an_image),
-    PublicModel("beit", "BEiT-v2-B/16 at 224 px, 8 images", "timm", "images", {}, _beit),
-)  # fmt: skip
 
 
 def run(options: DropInOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:

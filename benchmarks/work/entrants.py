@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .. import machine
 from ..contenders.engine import Built, Clock, NoStages, Stages, wait_for
 from ..contenders.official_algorithm import OfficialEngine
 from ..contenders.registry import Contender, Setup
-from ..material.subjects import Subjects
+from ..material.inputs import Subjects
 from ..measure import DTYPES, Samples, one_line, parity_band
 from ..record import OFFICIAL, OURS, Cost, Efficiency, Mode, Parity, Row, Share, Status, Tokens, finite
 from .requests import Answer, Workload
@@ -63,10 +62,8 @@ class Entrant:
         elif self.dtype not in self.contender.dtypes:
             self.status, self.reason = "not offered", f"{self.contender.label} does not run in {self.dtype} here"
         else:
-            try:
+            with self.trying():
                 self.built = self.contender.build(setup)
-            except Exception as error:  # whatever a library raises becomes a row that says so
-                self.fail(error)
 
     @property
     def key(self) -> str:
@@ -80,9 +77,13 @@ class Entrant:
     def runs(self) -> bool:
         return self.status == "measured"
 
-    def fail(self, error: BaseException) -> None:
-        """It takes no further part."""
-        self.status, self.reason = "failed", one_line(error)
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Whatever a library raises inside becomes a row that says so, and the contender takes no further part."""
+        try:
+            yield
+        except Exception as error:
+            self.status, self.reason = "failed", one_line(error)
 
     def answer(self, workload: Workload) -> Callable[..., Any]:
         """How it answers requests: a function of their numbers, and of a clock for the stages, that waits for results.
@@ -114,27 +115,25 @@ def check(entrants: Sequence[Entrant], workload: Workload, subjects: Subjects, o
         if not entrant.runs or entrant.built is None:
             continue
         on_step(f"comparing {entrant.key}")
-        try:
+        with entrant.trying():
             answer = entrant.answer(workload)
             begun = time.perf_counter()
             answer(numbers[:1])
             first_call_s = time.perf_counter() - begun
             error, note = workload.compare(numbers, answer(numbers), reference.expected)
-        except Exception as failure:
-            entrant.fail(failure)
-            continue
-        if entrant.cost is None:
-            entrant.cost = Cost(
-                build_s=entrant.built.build_s, load_s=entrant.built.load_s, first_call_s=first_call_s,
-                artifact_bytes=entrant.built.artifact_bytes,
-            )  # fmt: skip
-        band = reference.band(entrant.dtype, error)
-        entrant.parity = Parity(
-            error=finite(error), band=band, passed=error <= band, against=f"{OFFICIAL} fp32", note=note
-        )
-        if not entrant.parity.passed:
-            entrant.status = "parity failed"
-            entrant.reason = f"error {error:.1e} exceeds {band:.1e}; no speed is reported"
+            if entrant.cost is None:
+                built = entrant.built
+                entrant.cost = Cost(
+                    build_s=built.build_s, load_s=built.load_s, first_call_s=first_call_s,
+                    artifact_bytes=built.artifact_bytes,
+                )  # fmt: skip
+            band = reference.band(entrant.dtype, error)
+            entrant.parity = Parity(
+                error=finite(error), band=band, passed=error <= band, against=f"{OFFICIAL} fp32", note=note
+            )
+            if not entrant.parity.passed:
+                entrant.status = "parity failed"
+                entrant.reason = f"error {error:.1e} exceeds {band:.1e}; no speed is reported"
 
 
 class _Reference:
@@ -143,6 +142,7 @@ class _Reference:
     def __init__(self, subjects: Subjects, workload: Workload, numbers: Sequence[int]) -> None:
         self._subjects, self._workload, self._numbers = subjects, workload, numbers
         self.expected = self._answer(torch.float32)
+        self._own: dict[str, float] = {}
 
     def _answer(self, dtype: torch.dtype) -> Any:
         with torch.inference_mode():
@@ -150,19 +150,15 @@ class _Reference:
             return self._workload.prepare(engine, dtype)(self._numbers, NoStages())
 
     def band(self, dtype: str, error: float) -> float:
-        """Its own error in fp32 is looked at only where it is needed: the run in fp64 is slow."""
-        if dtype == "fp32":
-            plain = parity_band(torch.float32)
-            return plain if error <= plain else parity_band(torch.float32, self._own_fp32)
-        return parity_band(DTYPES[dtype], self._own_bf16)
-
-    @cached_property
-    def _own_fp32(self) -> float:
-        return self._workload.compare(self._numbers, self.expected, self._answer(torch.float64)).error
-
-    @cached_property
-    def _own_bf16(self) -> float:
-        return self._workload.compare(self._numbers, self._answer(torch.bfloat16), self.expected).error
+        """The error that rounding explains; that of the algorithm itself is looked at only where it decides."""
+        kind, fp32 = DTYPES[dtype], dtype == "fp32"
+        if fp32 and error <= parity_band(kind):
+            return parity_band(kind)
+        if dtype not in self._own:
+            other = self._answer(torch.float64 if fp32 else kind)
+            pair = (self.expected, other) if fp32 else (other, self.expected)
+            self._own[dtype] = self._workload.compare(self._numbers, *pair).error
+        return parity_band(kind, self._own[dtype])
 
 
 def blank(entrant: Entrant, workload: Workload, mode: Mode, batch: int) -> Row:
@@ -220,11 +216,6 @@ def stages(answer: Callable[..., Any], numbers: Sequence[int], device: torch.dev
         for name, value in clock.seconds.items():
             found.setdefault(name, []).append(value)
     return _shares({name: statistics.median(values) for name, values in found.items()})
-
-
-def operations(entrant: Entrant, answer: Callable[..., Any], numbers: Sequence[int]) -> list[Share]:
-    """Kinds of operations of a run, for contenders that run in PyTorch."""
-    return [] if entrant.contender.schedule == "own" else operation_shares(lambda: answer(numbers), entrant.device)
 
 
 def kind_of(operation: str) -> str:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference, roofline
 
 from .. import machine
-from ..measure import DTYPES, Block, Progress, filled, interleave, parity_band, relative_error
+from ..measure import DTYPES, Block, Progress, filled, interleave, parity_band, relative_error, timed
 from ..options import KernelOptions
 from ..record import EAGER, OURS, Direction, Document, Efficiency, Parity, Row, finite
 
@@ -146,12 +146,7 @@ def _block(run: Callable[[], object], device: torch.device) -> Block:
         milliseconds: Any = do_bench(run, warmup=5, rep=20)
         return [float(milliseconds) / 1e3]
 
-    def on_cpu() -> list[float]:
-        start = time.perf_counter()
-        run()
-        return [time.perf_counter() - start]
-
-    return on_gpu if device.type == "cuda" else on_cpu
+    return on_gpu if device.type == "cuda" else lambda: [timed(run, device)[1]]
 
 
 def _leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -181,12 +176,59 @@ def _both(run: Run, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
 
 def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> list[Case]:
     """Every case; `small` shrinks them for a machine without a GPU, and for tests."""
-    windows = (4,) if small else (14, 24, 30)
-    made = [_relpos(window, 2 if small else 8, device, dtype) for window in windows]
-    made += [_packed_text(8 if small else 256, device, dtype), _grouped(64 if small else 3328, device, dtype)]
-    made += [_add_norm(64 if small else 8 * 577, device, dtype), _gelu(64 if small else 8 * 577, device, dtype)]
-    made.append(_vocabulary(32 if small else 1440, 512 if small else roofline.VOCABULARY, device, dtype))
-    return made
+    made = [_relpos(window, 2 if small else 8, device, dtype) for window in ((4,) if small else (14, 24, 30))]
+    texts, length, heads = 8 if small else 256, 13, (roofline.HEADS, roofline.HEAD_DIM)
+    tokens, packed = texts * length, torch.arange(texts + 1, dtype=torch.int32, device=device) * length
+    queries, keys = 64 if small else 3328, 577
+    ends = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (queries, keys)]
+    grouped = _varlen(
+        f"varlen_attention {queries} queries × {keys} keys",
+        partial(roofline.varlen_attention, queries * keys, queries, keys, f"{queries} × {keys}"),
+        (ends[0], ends[1]), _tensors(device, dtype, *((n, *heads) for n in (queries, keys, keys))),
+    )  # fmt: skip
+    grouped.others["SDPA"] = lambda q, k, v: _padded_sdpa(q, k, v, 1)
+    rows, width, hidden = 64 if small else 8 * 577, roofline.WIDTH, roofline.HIDDEN
+    x, weight, bias = _tensors(device, dtype, (rows, width), (hidden, width), (hidden,))
+
+    def eager_norm(*given: Tensor) -> Tensor:
+        return reference.add_layer_norm(*given, 1e-5)[0]
+
+    @torch.no_grad()
+    def copied(x: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
+        residual.clone()
+        return x.clone()
+
+    return [
+        *made,
+        _varlen(
+            f"varlen_attention {texts} texts × {length}",
+            partial(roofline.varlen_attention, tokens * length, tokens, tokens, f"{texts} × {length}"),
+            (packed, packed), _tensors(device, dtype, *[(tokens, *heads)] * 3),
+        ),
+        grouped,
+        _case(
+            f"add_layer_norm {rows} × {width}", partial(roofline.add_layer_norm, rows),
+            _tensors(device, dtype, (rows, width), (rows, width), (width,), (width,)),
+            lambda *a: ops.add_layer_norm(*a, 1e-5)[0], eager_norm, {EAGER: eager_norm},
+            {"copy of the same bytes": copied},
+        ),
+        _case(
+            f"linear_gelu {rows} × {width} → {hidden}", partial(roofline.linear_gelu, rows),
+            (x, weight / width**0.5, bias), ops.linear_gelu, reference.linear_gelu, {EAGER: reference.linear_gelu},
+            {"the product alone": F.linear},
+        ),
+        _vocabulary(32 if small else 1440, 512 if small else roofline.VOCABULARY, device, dtype),
+    ]  # fmt: skip
+
+
+def _case(
+    name: str, work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...], ours: Run, truth: Run,
+    others: dict[str, Run], bounds: dict[str, Run] | None = None,
+) -> Case:  # fmt: skip
+    """A case whose directions are timed apart; `work` takes `backward` and the size of an element."""
+    element = inputs[0].element_size()
+    backward = work(backward=True, element=element)
+    return Case(name, work(element=element), backward, inputs, ours, truth, others, bounds or {})
 
 
 def _tensors(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -231,16 +273,11 @@ def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype) -
     else:
         others["SDPA + bias"] = fused(None, True)
         bounds["SDPA without bias"] = fused(None, False)
-    return Case(
-        f"relpos_attention {batch} × {tokens}",
-        roofline.relpos_attention(batch, tokens, element=q.element_size()),
-        roofline.relpos_attention(batch, tokens, backward=True, element=q.element_size()),
-        (q, k, v, table),
-        lambda *a: ops.relpos_attention(*a, shape),
-        lambda *a: reference.relpos_attention(*a, shape, width**-0.5),
-        others,
-        bounds,
-    )
+    return _case(
+        f"relpos_attention {batch} × {tokens}", partial(roofline.relpos_attention, batch, tokens), (q, k, v, table),
+        lambda *a: ops.relpos_attention(*a, shape), lambda *a: reference.relpos_attention(*a, shape, width**-0.5),
+        others, bounds,
+    )  # fmt: skip
 
 
 def _flex(index: Tensor) -> Run:
@@ -272,15 +309,10 @@ def _varlen(
         others["torch varlen_attn"] = lambda *a: _torch_varlen(*a, *offsets, *longest)
     if q.is_cuda and available("flash_attn"):
         others["flash-attn"] = lambda *a: ops.varlen_attention(*a, *offsets, *longest, backend="flash_attn")
-    return Case(
-        name,
-        work(element=q.element_size()),
-        work(backward=True, element=q.element_size()),
-        inputs,
-        lambda *a: ops.varlen_attention(*a, *offsets, *longest),
-        lambda *a: reference.varlen_attention(*a, *offsets, scale),
-        others,
-    )
+    return _case(
+        name, work, inputs, lambda *a: ops.varlen_attention(*a, *offsets, *longest),
+        lambda *a: reference.varlen_attention(*a, *offsets, scale), others,
+    )  # fmt: skip
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:
@@ -299,70 +331,6 @@ def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
 def available(package: str) -> bool:
     """Whether an optional package can be imported."""
     return importlib.util.find_spec(package) is not None
-
-
-def _packed_text(texts: int, device: torch.device, dtype: torch.dtype) -> Case:
-    length = 13
-    offsets = torch.arange(texts + 1, dtype=torch.int32, device=device) * length
-    shape = (texts * length, roofline.HEADS, roofline.HEAD_DIM)
-
-    def work(**options: Any) -> roofline.Work:
-        tokens = texts * length
-        return roofline.varlen_attention(tokens * length, tokens, tokens, f"{texts} × {length}", **options)
-
-    return _varlen(
-        f"varlen_attention {texts} texts × {length}", work, (offsets, offsets), _tensors(device, dtype, *[shape] * 3)
-    )
-
-
-def _grouped(queries: int, device: torch.device, dtype: torch.dtype) -> Case:
-    keys = 577
-    ends = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (queries, keys)]
-    shapes = [(n, roofline.HEADS, roofline.HEAD_DIM) for n in (queries, keys, keys)]
-
-    def work(**options: Any) -> roofline.Work:
-        return roofline.varlen_attention(queries * keys, queries, keys, f"{queries} × {keys}", **options)
-
-    inputs = _tensors(device, dtype, *shapes)
-    made = _varlen(f"varlen_attention {queries} queries × {keys} keys", work, (ends[0], ends[1]), inputs)
-    made.others["SDPA"] = lambda q, k, v: _padded_sdpa(q, k, v, 1)
-    return made
-
-
-def _add_norm(rows: int, device: torch.device, dtype: torch.dtype) -> Case:
-    width = roofline.WIDTH
-    inputs = _tensors(device, dtype, (rows, width), (rows, width), (width,), (width,))
-    return Case(
-        f"add_layer_norm {rows} × {width}",
-        roofline.add_layer_norm(rows, element=inputs[0].element_size()),
-        roofline.add_layer_norm(rows, backward=True, element=inputs[0].element_size()),
-        inputs,
-        lambda *a: ops.add_layer_norm(*a, 1e-5)[0],
-        lambda *a: reference.add_layer_norm(*a, 1e-5)[0],
-        {EAGER: lambda *a: reference.add_layer_norm(*a, 1e-5)[0]},
-        {"copy of the same bytes": _copied},
-    )
-
-
-@torch.no_grad()
-def _copied(x: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
-    residual.clone()
-    return x.clone()
-
-
-def _gelu(rows: int, device: torch.device, dtype: torch.dtype) -> Case:
-    width, hidden = roofline.WIDTH, roofline.HIDDEN
-    x, weight, bias = _tensors(device, dtype, (rows, width), (hidden, width), (hidden,))
-    return Case(
-        f"linear_gelu {rows} × {width} → {hidden}",
-        roofline.linear_gelu(rows, element=x.element_size()),
-        roofline.linear_gelu(rows, backward=True, element=x.element_size()),
-        (x, weight / width**0.5, bias),
-        ops.linear_gelu,
-        reference.linear_gelu,
-        {EAGER: reference.linear_gelu},
-        {"the product alone": F.linear},
-    )
 
 
 def _vocabulary(rows: int, entries: int, device: torch.device, dtype: torch.dtype) -> Case:

@@ -22,7 +22,7 @@ from .. import machine
 from ..contenders.registry import SCENARIOS
 from ..measure import Progress, latency, percentile, rotated
 from ..options import ScenarioOptions
-from ..record import MODES, OFFICIAL, Comparison, Document, Mode, Row, Server, Trial
+from ..record import MODES, OFFICIAL, Comparison, Document, Mode, Server, Trial
 from .entrants import Entrant, blank
 from .setting import Scale, Setting, opened
 
@@ -96,7 +96,14 @@ class _Scenario:
             wrong = [entrant for entrant in self.entrants if not entrant.runs]
             setting.document.rows += [blank(entrant, self.workload, mode, 1) for mode in modes for entrant in wrong]
             return
-        self._warm_up()
+        for entrant in self._running():
+            setting.progress.step(f"{entrant.key}, warm-up")
+            with entrant.trying():
+                # Requests of every shape alone, and a batch: libraries prepare for shapes when they first see them.
+                answer = entrant.answer(self.workload)
+                for number in self.workload.distinct():
+                    answer([number])
+                answer(self.workload.batch(scale.batch))
         for mode in modes:
             setting.progress.stage(f"{self.workload.name(scale.batch if mode == 'offline' else 1)}, {mode}")
             if mode == "server":
@@ -107,18 +114,6 @@ class _Scenario:
                 budget_s=scale.budget_s, deadline=time.perf_counter() + 2 * scale.budget_s, block=scale.block,
                 split=True,
             )  # fmt: skip
-
-    def _warm_up(self) -> None:
-        """Requests of every shape alone, and a batch: libraries prepare for shapes when they first see them."""
-        for entrant in self._running():
-            self.setting.progress.step(f"{entrant.key}, warm-up")
-            try:
-                answer = entrant.answer(self.workload)
-                for number in self.workload.distinct():
-                    answer([number])
-                answer(self.workload.batch(self.scale.batch))
-            except Exception as error:  # whatever a library raises becomes a row that says so
-                entrant.fail(error)
 
     def _running(self) -> list[Entrant]:
         return [entrant for entrant in self.entrants if entrant.runs]
@@ -148,9 +143,29 @@ class _Scenario:
         for entrant in self.entrants:
             row, search = blank(entrant, self.workload, "server", 1), searches.get(entrant.key)
             if entrant.runs and search is not None:
-                row = self._server_row(row, search, best.get(entrant.key), bound_s, origin, interrupted)
+                served = best.get(entrant.key)
+                row.status, row.reason = "measured", None
+                if interrupted and not search.done:
+                    row.status, row.reason = "partial", f"interrupted after {len(search.trials)} trials"
+                elif served is None:
+                    row.reason = f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
+                elif search.worst == math.inf:
+                    row.reason = "the bound held at every rate that was tried"
+                row.server = Server(
+                    max_qps=search.best, bound_s=bound_s, bound_origin=origin, largest_batch=self.scale.batch,
+                    seed=self.options.seed, trials=search.trials,
+                )  # fmt: skip
+                row.latency = None if served is None else latency(served.latencies)
                 row.conditions = readings.conditions(entrant.dtype)
-                row.against = _rates_against(entrant.key, searches) if entrant.ours else []
+                # How many times the rate of the others ours is; one that held none is left out.
+                for other, its in searches.items() if entrant.ours else ():
+                    if other != entrant.key and its.best > 0:
+                        contender, dtype = other.rsplit(" ", 1)
+                        compared = Comparison(
+                            contender=contender, dtype=dtype, like_for_like=dtype == entrant.dtype,
+                            ratio=search.best / its.best,
+                        )  # fmt: skip
+                        row.against.append(compared)
             setting.document.rows.append(row)
         if interrupted:
             raise KeyboardInterrupt
@@ -163,18 +178,16 @@ class _Scenario:
         # Long enough that a rate which is too high by the resolution of the search piles up to the bound.
         least = rate * bound_s / (scale.resolution - 1)
         requests = int(max(10, least, min(scale.trial_requests, rate * scale.trial_s)))
-        try:
+        with entrant.trying():
             served = serve(
                 entrant.answer(self.workload), rate, requests, largest_batch=scale.batch, bound_s=bound_s,
                 seed=self.options.seed,
             )  # fmt: skip
-        except Exception as error:  # a baseline that breaks under load becomes a failed row
-            entrant.fail(error)
+            search.record(served.trial)
+            if served.trial.held and served.trial.rate >= search.best:
+                best[key] = served
+        if not entrant.runs:
             del searches[key]
-            return
-        search.record(served.trial)
-        if served.trial.held and served.trial.rate >= search.best:
-            best[key] = served
 
     def _paces(self) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of a request alone, and requests a second without a pause, in batches if that is faster."""
@@ -183,15 +196,11 @@ class _Scenario:
         batch = self.workload.batch(self.scale.batch)
         for entrant in self._running():
             self.setting.progress.step(f"{entrant.key}, pace")
-            try:
+            with entrant.trying():
                 answer = entrant.answer(self.workload)
-                seconds = [_seconds(answer, [number]) for number in range(_BOUND_SAMPLES)]
-                together = _seconds(answer, batch)
-            except Exception as error:
-                entrant.fail(error)
-            else:
-                alone[entrant.key] = statistics.median(seconds)
-                rates[entrant.key] = max(1 / alone[entrant.key], len(batch) / together)
+                seconds = statistics.median(_seconds(answer, [number]) for number in range(_BOUND_SAMPLES))
+                rates[entrant.key] = max(1 / seconds, len(batch) / _seconds(answer, batch))
+                alone[entrant.key] = seconds
         return alone, rates
 
     def _bound(self, single: dict[str, float]) -> tuple[float, str]:
@@ -205,39 +214,11 @@ class _Scenario:
             return _LEAST_BOUND_S, f"{origin} ({seconds * 1e3:.3g} ms), but at least {_LEAST_BOUND_S * 1e3:.0f} ms"
         return wanted, f"{origin} ({seconds * 1e3:.3g} ms)"
 
-    def _server_row(
-        self, row: Row, search: RateSearch, best: Served | None, bound_s: float, origin: str, interrupted: bool
-    ) -> Row:
-        status, reason = "measured", None
-        if interrupted and not search.done:
-            status, reason = "partial", f"interrupted after {len(search.trials)} trials"
-        elif best is None:
-            reason = f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
-        elif search.worst == math.inf:
-            reason = "the bound held at every rate that was tried"
-        server = Server(
-            max_qps=search.best, bound_s=bound_s, bound_origin=origin, largest_batch=self.scale.batch,
-            seed=self.options.seed, trials=search.trials,
-        )  # fmt: skip
-        found = None if best is None else latency(best.latencies)
-        return row.model_copy(update={"status": status, "reason": reason, "server": server, "latency": found})
-
 
 def _seconds(answer: Callable[..., Any], numbers: list[int]) -> float:
     begun = time.perf_counter()
     answer(numbers)
     return time.perf_counter() - begun
-
-
-def _rates_against(key: str, searches: dict[str, RateSearch]) -> list[Comparison]:
-    """How many times the rate of the others ours is; one that held none is left out."""
-    found, dtype = [], key.rsplit(" ", 1)[1]
-    for other, search in searches.items():
-        if other != key and search.best > 0:
-            contender, its_dtype = other.rsplit(" ", 1)
-            ratio, same = searches[key].best / search.best, its_dtype == dtype
-            found.append(Comparison(contender=contender, dtype=its_dtype, like_for_like=same, ratio=ratio))
-    return found
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:

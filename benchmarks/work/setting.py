@@ -17,9 +17,9 @@ import torch
 
 from .. import machine
 from ..contenders.registry import ALL, Setup, choose
+from ..machine import EnergyMeter
 from ..material import photographs
-from ..material.inputs import Material, described, make_tokenizer
-from ..material.subjects import Subjects
+from ..material.inputs import Material, Subjects, described, make_tokenizer
 from ..measure import (
     DTYPES,
     Block,
@@ -35,8 +35,7 @@ from ..measure import (
 )
 from ..options import ModelOptions
 from ..record import OFFICIAL, Baseline, Benchmark, ColdStart, Document, Mode, Model, Row, finite
-from ..telemetry import EnergyMeter
-from .entrants import Entrant, blank, check, efficiency, operations, stages, tokens
+from .entrants import Entrant, blank, check, efficiency, operation_shares, stages, tokens
 from .requests import EmbedImage, EmbedText, Rerank, Retrieve, Workload
 
 
@@ -207,17 +206,13 @@ class Setting:
         numbers, watched = workload.batch(batch), dict[str, Watched]()
         blocks: dict[str, Block] = {}
         for entrant in (entrant for entrant in entrants if entrant.runs):
-            try:
+            with entrant.trying():
                 answer = entrant.answer(workload)
-                watched[entrant.key] = Watched(partial(answer, numbers), self.device, waits=True)
-                blocks[entrant.key] = watched[entrant.key]
+                watched[entrant.key] = run = Watched(partial(answer, numbers), self.device, waits=True)
                 if mode == "single-stream":
                     self.progress.step(f"{entrant.key}, memory")
-                    watched[entrant.key]()
-                    blocks[entrant.key] = _single_requests(answer, block)
-            except Exception as error:  # whatever a library raises becomes a row that says so
-                entrant.fail(error)
-        blocks = {entrant.key: blocks[entrant.key] for entrant in entrants if entrant.runs}
+                    run()
+                blocks[entrant.key] = _single_requests(answer, block) if mode == "single-stream" else run
         samples = interleave(
             blocks, self.probes, rounds=rounds, budget_s=budget_s, most_rounds=most_rounds, deadline=deadline,
             warmups=warmups, meter=self.meter, on_step=self.progress.step,
@@ -232,11 +227,10 @@ class Setting:
             if split and row.status == "measured" and row.median_s is not None:
                 self.progress.step(f"{entrant.key}, where the time goes")
                 answer = entrant.answer(workload)
-                parts = {
-                    "stages": stages(answer, numbers, self.device, row.median_s),
-                    "operations": operations(entrant, answer, numbers),
-                }
-                row = row.model_copy(update=parts)
+                row.stages = stages(answer, numbers, self.device, row.median_s)
+                # Only PyTorch's own operations can be seen.
+                if entrant.contender.schedule != "own":
+                    row.operations = operation_shares(partial(answer, numbers), self.device)
             rows.append(row)
         self.document.rows += agreeing(rows)
         if samples.interrupted:
@@ -265,14 +259,11 @@ class Setting:
                 return empty.model_copy(update=differing(empty, error, band))
             row.parity = row.parity.model_copy(update={"error": finite(error), "band": band, "note": note})
         energy = None if self.meter.source is None else samples.energy(entrant.key, row.items, self.meter.source)
-        updates = {
-            "tokens": tokens(entrant, workload, numbers, row.median_s),
-            "efficiency": efficiency(entrant, workload, numbers, seen.output, row.median_s, samples),
-            "energy": energy,
-            "energy_note": self.meter.reason if energy is None else None,
-            "recall": workload.recall(seen.output),
-        }
-        return row.model_copy(update=updates)
+        row.tokens = tokens(entrant, workload, numbers, row.median_s)
+        row.efficiency = efficiency(entrant, workload, numbers, seen.output, row.median_s, samples)
+        row.energy, row.energy_note = energy, self.meter.reason if energy is None else None
+        row.recall = workload.recall(seen.output)
+        return row
 
     def finish(self) -> Document:
         """The document with its duration."""

@@ -14,10 +14,10 @@ from xfm_fast.errors import InputError
 from .. import machine
 from ..measure import Progress
 from ..options import SweepOptions
-from ..record import Document, Fit
+from ..record import LEAST_POINTS, Document, Fit
 from .entrants import Entrant
 from .scenario import known
-from .setting import Scale, Setting, opened
+from .setting import Scale, opened
 
 AXES = {
     "embed-image": ("batch", "resolution"),
@@ -28,8 +28,6 @@ AXES = {
 _LABELS = {"batch": "requests together", "resolution": "pixels along a side", "texts": "texts of an image",
            "lengths": "mean tokens of a text"}  # fmt: skip
 _ROUNDS, _MOST_ROUNDS = 3, 15
-LEAST_POINTS = 4
-"""Sizes from which an exponent is fitted: fewer lie on almost any line."""
 
 
 def default_values(options: SweepOptions) -> list[str]:
@@ -55,7 +53,11 @@ def run(
     known(work)
     if options.over not in AXES[work]:
         raise InputError(f"{work} cannot be swept over {options.over!r}; choose from {', '.join(AXES[work])}")
-    points = [_value(options.over, value) for value in (options.values or default_values(options))]
+    points: list[int | str] = []
+    for value in options.values or default_values(options):
+        if options.over != "lengths" and (not value.isdigit() or int(value) < 1):
+            raise InputError(f"{options.over} {value!r} is no number above zero")
+        points.append(value if options.over == "lengths" else int(value))
     if len(set(points)) < 2:
         raise InputError(f"a sweep over {options.over} needs two different values or more; {len(set(points))} given")
     device = machine.choose_device(options.device)
@@ -65,46 +67,34 @@ def run(
     with opened(options, "sweep", device, progress, command) as setting:
         setting.prepare(scale.image_size)
         setting.document.options["scenario"] = work
-        _measure(work, setting, scale, options, points)
+        built: dict[int, list[Entrant]] = {}
+        if options.over == "resolution":
+            for value in points:
+                setting.material.config(int(value))  # refuses impossible ones before anything is measured
+        field = "image_size" if options.over == "resolution" else options.over
+        for value in points:
+            setting.progress.stage(f"{work}, {options.over} {value}")
+            sized = replace(scale, **{field: value})
+            workload = sized.workload(work, setting.material)
+            if sized.image_size not in built:
+                built[sized.image_size] = setting.entrants(work, sized.image_size, options.baselines, options.official)
+            entrants = built[sized.image_size]
+            setting.check(entrants, workload)
+            # In a sweep over anything but the batch, one request is the work.
+            default = scale.batch if work == "embed-text" else 1
+            mean = workload.point.mean_length
+            setting.measure(
+                workload, entrants, batch=sized.batch if options.over == "batch" else options.batch or default,
+                rounds=_ROUNDS, budget_s=scale.budget_s / 5, most_rounds=_MOST_ROUNDS, warmups=1,
+                x=float(mean or 0) if options.over == "lengths" else float(value),
+            )  # fmt: skip
+            for entrant in entrants:
+                if entrant.status == "parity failed":
+                    # Other sizes may be right; each is checked for itself.
+                    entrant.status, entrant.reason = "measured", None
     document = setting.finish()
     document.fits = fits(document, options.over)
     return document
-
-
-def _value(axis: str, text: str) -> int | str:
-    if axis == "lengths":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"{axis} {text!r} is no number above zero")
-    return int(text)
-
-
-def _measure(work: str, setting: Setting, scale: Scale, options: SweepOptions, points: Sequence[int | str]) -> None:
-    built: dict[int, list[Entrant]] = {}
-    if options.over == "resolution":
-        for value in points:
-            setting.material.config(int(value))  # refuses impossible ones before anything is measured
-    field = "image_size" if options.over == "resolution" else options.over
-    for value in points:
-        setting.progress.stage(f"{work}, {options.over} {value}")
-        sized = replace(scale, **{field: value})
-        workload = sized.workload(work, setting.material)
-        if sized.image_size not in built:
-            built[sized.image_size] = setting.entrants(work, sized.image_size, options.baselines, options.official)
-        entrants = built[sized.image_size]
-        setting.check(entrants, workload)
-        # In a sweep over anything but the batch, one request is the work.
-        default = scale.batch if work == "embed-text" else 1
-        mean = workload.point.mean_length
-        setting.measure(
-            workload, entrants, batch=sized.batch if options.over == "batch" else options.batch or default,
-            rounds=_ROUNDS, budget_s=scale.budget_s / 5, most_rounds=_MOST_ROUNDS, warmups=1,
-            x=float(mean or 0) if options.over == "lengths" else float(value),
-        )  # fmt: skip
-        for entrant in entrants:
-            if entrant.status == "parity failed":
-                # Other sizes may be right; each is checked for itself.
-                entrant.status, entrant.reason = "measured", None
 
 
 def fits(document: Document, axis: str) -> list[Fit]:

@@ -40,11 +40,10 @@ from xfm_fast.objectives import pretraining_losses
 from xfm_fast.tokenizer import CaptionTokenizer
 
 from .. import machine
-from ..contenders.official_training import OfficialTrainingTwin
+from ..contenders.official_algorithm import OfficialTrainingTwin
 from ..material import photographs
-from ..material.inputs import described
+from ..material.inputs import described, preset_config, random_state
 from ..material.photographs import Collection
-from ..material.subjects import preset_config, random_state
 from ..measure import MachineProbes, Progress, Samples, Watched, differing, filled, interleave, parity_band
 from ..options import StepOptions
 from ..record import OFFICIAL, OURS, Document, Efficiency, Memory, Model, Parity, Point, Row, Tokens, finite
@@ -278,13 +277,10 @@ def pair_batch(
         texts.append(encode_pair_text(captions[turn], tokenizer, TextOptions(), rng))
     hidden, least = config.num_masking_patches, config.min_num_patches
     return collate_pairs(
-        list(collection.pixels(photos, config.image_size)),
-        texts,
-        pad_token_id=config.pad_token_id,
-        patch_masks=[block_mask(config.grid, hidden, least, rng) for _ in photos],
-        width=TextOptions().max_tokens,
+        list(collection.pixels(photos, config.image_size)), texts, pad_token_id=config.pad_token_id,
+        patch_masks=[block_mask(config.grid, hidden, least, rng) for _ in photos], width=TextOptions().max_tokens,
         most=TextOptions().masking.most,
-    )
+    )  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -320,25 +316,12 @@ class Difference(NamedTuple):
 
 
 class TrainingSubject:
-    """A model with all heads and random weights, its official twin on the same parameters, and a batch.
-
-    Args:
-        config: of the model.
-        batch: of pairs.
-        seed: of the weights.
-        device: where to run.
-        dtype: of the parameters and pixels.
-    """
+    """A model with all heads and random weights, its official twin on the same parameters, and a batch of pairs."""
 
     def __init__(
-        self,
-        config: XFMConfig,
-        batch: PairBatch,
-        *,
-        seed: int,
-        device: torch.device,
+        self, config: XFMConfig, batch: PairBatch, *, seed: int, device: torch.device,
         dtype: torch.dtype = torch.float32,
-    ) -> None:
+    ) -> None:  # fmt: skip
         with torch.device("meta"):
             model = XFM(config, heads=ALL_HEADS)
         state = random_state(config, ALL_HEADS, seed)
@@ -354,8 +337,6 @@ class TrainingSubject:
         """Forward and backward pass of all four losses, from no gradients to gradients in the parameters.
 
         Args:
-            procedure: ours or the official one.
-            autocast: type of autocast; none by default.
             given_negatives: take the neighbours of each pair as its negatives instead of drawing, so that both
                 procedures compute the same.
 
@@ -363,7 +344,8 @@ class TrainingSubject:
             The detached losses.
         """
         self.model.zero_grad(set_to_none=True)
-        negatives = self._neighbours() if given_negatives else None
+        own = torch.arange(len(self.batch.image), device=self.device)
+        negatives = (own.roll(-1), own.roll(1)) if given_negatives else None
         with torch.enable_grad():
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
                 if procedure == OURS:
@@ -382,10 +364,6 @@ class TrainingSubject:
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         self.model.zero_grad(set_to_none=True)
         return Outcome(losses, gradients)
-
-    def _neighbours(self) -> tuple[Tensor, Tensor]:
-        own = torch.arange(len(self.batch.image), device=self.device)
-        return own.roll(-1), own.roll(1)
 
 
 def difference(ours: Outcome, truth: Outcome) -> Difference:

@@ -155,10 +155,9 @@ def build_engines(
 
     Args:
         exported: the export's manifest; onnx: its folder.
-        folder: that receives the engines, existing.
-        library: that builds; targets: what its `check` returned.
+        folder: an existing one, which receives the engines.
+        targets: what the library's `check` returned.
         request: profiles and settings of the build, and what the graphs hold: 8-bit products, registered plugins.
-        progress: is told how far the build is.
         compare: see `pipeline.fill_folder`.
 
     Raises:
@@ -187,13 +186,13 @@ def build_engines(
                 version=library.version,
                 compute_capabilities=list(targets),
                 version_compatible=wanted.version_compatible,
-                hardware_compatibility=wanted.hardware_compatible or None,
+                hardware_compatibility=wanted.hardware_compatible,
             ),
             "options": {
                 "profiles": [str(profile) for profile in profiles],
                 "optimization_level": wanted.level,
                 "plugins": wanted.plugins,
-                "arithmetic": wanted.quantize or None,
+                "arithmetic": wanted.quantize,
             },
         }
     )
@@ -215,14 +214,12 @@ def build_engine(
     """Build one engine from one ONNX file.
 
     Args:
-        library: that builds.
         onnx: the graph; external weights lie beside it.
         engine: the file to write, whole or not at all.
         request: settings of the build, and whether the graph holds plugins, which are registered.
         targets: compute capabilities, as `library.check` returned them.
         profiles: shapes of every input, of each profile; none for a graph of fixed shapes.
         graph: its name in messages; by default that of the file.
-        progress: is told how far the build is.
 
     Raises:
         ExportError: the library cannot parse or build the graph; names the layer and the remedy.
@@ -302,7 +299,15 @@ class _Build:
         found = explain(messages, [(node.name, node.op_type, [*node.input, *node.output]) for node in nodes])
         layers = found.layers
         if not layers and not found.everywhere and network is not None:
-            layers = tuple(filter(None, [self._search(network)]))
+
+            def builds(part: Any) -> bool:
+                state = Interruption()
+                blob, _ = self._build(part, state, lambda *_: None)
+                if state.raised is not None:
+                    raise state.raised
+                return blob is not None
+
+            layers = tuple(filter(None, [first_failing_layer(network, builds)]))
         where = f" at {describe_layers(layers)}" if layers else ""
         said = "" if found.said in found.meaning else f" ({self.library.label} says: {found.said})"
         return ExportError(
@@ -310,23 +315,12 @@ class _Build:
             f"{found.remedy}{said}"
         )
 
-    def _search(self, network: Any) -> str:
-        def builds(part: Any) -> bool:
-            state = Interruption()
-            blob, _ = self._build(part, state, lambda *_: None)
-            if state.raised is not None:
-                raise state.raised
-            return blob is not None
-
-        return first_failing_layer(network, builds)
-
 
 def check_engine_file(path: Path, library: Library, *, expected_bytes: int | None = None) -> None:
     """See that an engine is whole before a runtime is given it, which has only an assertion to say otherwise.
 
     Args:
-        path: of the engine.
-        library: that is to run it.
+        library: the one that is to run it.
         expected_bytes: its size according to the manifest.
 
     Raises:

@@ -21,10 +21,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from xfm_fast.errors import ExportError, UnavailableError
 
-from ..request import TensorRTRequest, joined
+from ..request import HardwareCompatibility, TensorRTRequest, joined
 
 EngineConsumer = Literal["tensorrt", "tensorrt-rtx"]
-HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
 
 LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
 """The oldest compute capability with arithmetic in a type, as 10 · major + minor."""
@@ -61,7 +60,7 @@ class Library:
         """Everything about a request that can fail before a graph is exported.
 
         Args:
-            request: for engines.
+            request: the engines asked for.
             dtype: fp32, fp16, bf16, int8 or fp8.
 
         Returns:
@@ -85,7 +84,10 @@ class Library:
                 f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(targets)}; "
                 "leave out --sm and use --hardware-compatible, or use xfm-fast export tensorrt-rtx"
             )
-        if check_hardware_compatibility(request.hardware_compatible) == "ampere_plus" and present < 80:
+        level, known = request.hardware_compatible, get_args(HardwareCompatibility)
+        if level and level not in known:
+            raise UnavailableError(f"--hardware-compatible {level!r} is unknown; choose from {', '.join(known)}")
+        if level == "ampere_plus" and present < 80:
             raise UnavailableError(
                 f"engines for Ampere and later are built on such a GPU, and this one is SM{present}; leave out "
                 "--hardware-compatible"
@@ -266,19 +268,6 @@ def parse_targets(text: str) -> tuple[int, ...]:
             )
         targets.append(number)
     return tuple(dict.fromkeys(targets))
-
-
-def check_hardware_compatibility(text: str) -> str:
-    """A kind of compatibility, or no text for none.
-
-    Raises:
-        UnavailableError: it is unknown.
-    """
-    if text and text not in get_args(HardwareCompatibility):
-        raise UnavailableError(
-            f"--hardware-compatible {text!r} is unknown; choose from {', '.join(get_args(HardwareCompatibility))}"
-        )
-    return text
 
 
 def local_capability() -> int | None:

@@ -182,7 +182,7 @@ def first_failing_layer(network: Any, builds: Callable[[Any], bool]) -> str:
 
     Args:
         network: an `INetworkDefinition` that does not build; its outputs are changed.
-        builds: whether the network, as it then is, can be built.
+        builds: says if the network, as it then is, can be built.
 
     Returns:
         A name; empty when every part of the network builds, so that the failure comes from the whole.

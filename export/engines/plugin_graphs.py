@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from xfm_fast.errors import ExportError
+from xfm_fast.kernels.limits import HEAD_DIMS
 
 from ..consumers import LARGEST_FILE
 from ..graphs import OPERATOR
@@ -28,7 +29,6 @@ _TILE = 128
 """The padded bias holds whole tiles of keys: those of every launch configuration divide this."""
 
 _LARGEST = 60000.0
-_HEAD_DIMS = (32, 64, 80, 96, 128)
 _SMALL = 32
 _MIDDLE_SWAPPED = [0, 2, 1, 3]
 
@@ -37,7 +37,7 @@ def carry_attention(path: Path, *, longest: Mapping[str, int]) -> int:
     """Rewrite an ONNX file in place.
 
     Args:
-        path: of a graph whose attention is spelt as `xfm::Attention` or `Attention` nodes.
+        path: a graph whose attention is spelt as `xfm::Attention` or `Attention` nodes.
         longest: the greatest size of each axis, which chooses between small and large tiles.
 
     Returns:
@@ -57,8 +57,7 @@ def carry_attention(path: Path, *, longest: Mapping[str, int]) -> int:
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*shaped.input, *shaped.value_info, *shaped.output)
     }
-    rewriting = _Rewriting(model, dims, dict(longest))
-    changed = rewriting.run()
+    changed = _Rewriting(model, dims, dict(longest)).run()
     if changed:
         external = model.ByteSize() > LARGEST_FILE
         onnx.save(model, str(path), save_as_external_data=external, location=f"{path.name}.data")
@@ -89,18 +88,16 @@ class _Rewriting:
         return changed
 
     def _plugin(self, node: Any) -> list[Any] | None:
-        q = self.dims.get(node.input[0], [])
-        if len(q) != 4 or not isinstance(q[1], int) or q[3] not in _HEAD_DIMS:
+        q: list[Any] = list(self.dims.get(node.input[0], []))
+        if len(q) != 4 or not isinstance(q[1], int) or q[3] not in HEAD_DIMS:
             return None
         bias = node.input[3] if len(node.input) > 3 else ""
-        if bias in self.constants and isinstance(q[2], int):
-            return self._relpos(node, q, self.constants[bias])
-        return self._varlen(node, q, bias)
-
-    def _relpos(self, node: Any, q: list[Any], bias: np.ndarray) -> list[Any]:
+        if bias not in self.constants or not isinstance(q[2], int):
+            return self._varlen(node, q, bias)
         _, heads, tokens, head_dim = q
         scale = _scale(node, head_dim)
-        padded = padded_bias(torch.from_numpy(bias.astype(np.float32)).view(heads, tokens, tokens), scale)
+        values = torch.from_numpy(self.constants[bias].astype(np.float32))
+        padded = padded_bias(values.view(heads, tokens, tokens), scale)
         name = f"{node.name}_bias"
         self._constant(name, padded.numpy())
         attributes = {
@@ -109,6 +106,7 @@ class _Rewriting:
         return [_plugin_node(RELPOS, node, [*node.input[:3], name], node.output[0], attributes)]
 
     def _varlen(self, node: Any, q: list[Any], bias: str) -> list[Any]:
+        """As attention over sequences of one length; see the head of this module."""
         from onnx import TensorProto, helper
 
         own = node.name
@@ -133,11 +131,16 @@ class _Rewriting:
         flat = self._constant(f"{own}_flat", np.array([-1], np.int64))
         packed = [self._packed(name, add, which) for name, which in zip(node.input[:3], "qkv", strict=True)]
         cu_q, cu_k = offsets(packed[0], "q"), offsets(packed[1], "k")
+        mask = cu_k  # without a bias it is not read
         if bias:
-            mask = self._mask(bias, add)
-            mask = add("Reshape", [mask, flat], "mask_flat")
-        else:
-            mask = cu_k  # it is not read
+            # An additive mask, of 0 and a large negative number, as int32 of 1 and 0: one number a key.
+            producer = self.producers.get(bias)
+            single = producer.input[0] if producer is not None and producer.op_type == "Expand" else bias
+            # Any type compares as fp32; the limit lies between what shows a key and what hides it.
+            single = add("Cast", [single], "mask_single", to=TensorProto.FLOAT)
+            limit = self._constant("mask_limit", np.array(-1, np.float32))
+            real = add("Cast", [add("Greater", [single, limit], "mask_real")], "mask", to=TensorProto.INT32)
+            mask = add("Reshape", [real, flat], "mask_flat")
         small = self.longest.get(queries, _SMALL + 1) if isinstance(queries, str) else queries
         attributes = {
             "heads": heads, "head_dim": head_dim, "masked": int(bool(bias)), "small_tiles": int(small <= _SMALL),
@@ -156,18 +159,6 @@ class _Rewriting:
             if order == _MIDDLE_SWAPPED:
                 return producer.input[0]
         return add("Transpose", [name], f"{which}_packed", perm=_MIDDLE_SWAPPED)
-
-    def _mask(self, bias: str, add: Any) -> str:
-        """An additive mask, of 0 and a large negative number, as int32 of 1 and 0: one number a key."""
-        from onnx import TensorProto
-
-        producer = self.producers.get(bias)
-        if producer is not None and producer.op_type == "Expand":
-            bias = producer.input[0]
-        # Any type compares as fp32; the limit lies between what shows a key and what hides it.
-        single = add("Cast", [bias], "mask_single", to=TensorProto.FLOAT)
-        limit = self._constant("mask_limit", np.array(-1, np.float32))
-        return add("Cast", [add("Greater", [single, limit], "mask_real")], "mask", to=TensorProto.INT32)
 
     def _constant(self, name: str, value: np.ndarray) -> str:
         from onnx import numpy_helper
@@ -192,7 +183,7 @@ def padded_bias(bias: torch.Tensor, scale: float) -> torch.Tensor:
 
     Args:
         bias: `[H, N, N]` fp32.
-        scale: of the products.
+        scale: factor of the products.
 
     Returns:
         `[H, N, N_pad]` fp16, divided by the scale, with -inf in the columns beyond N.
@@ -245,16 +236,10 @@ def _constant_values(model: Any) -> dict[str, np.ndarray]:
     return found
 
 
-_WITHOUT_ATTENTION = ("image_memory",)
-
-
 def with_plugins(library: Library, arch: int, profiles: Sequence[ShapeProfile]) -> Rewrite:
     """Register the plugins and make a rewrite that puts them into graphs.
 
-    Args:
-        library: TensorRT.
-        arch: compute capability of the engines.
-        profiles: of the engines; the longest texts choose between small and large tiles.
+    The longest texts of the profiles choose between small and large tiles.
 
     Raises:
         UnavailableError, ExportError: see `plugins.register`.
@@ -266,7 +251,8 @@ def with_plugins(library: Library, arch: int, profiles: Sequence[ShapeProfile]) 
             longest[axis] = max(longest.get(axis, 0), sizes.most)
 
     def rewrite(record: GraphRecord, path: Path) -> None:
-        if record.name not in _WITHOUT_ATTENTION and not carry_attention(path, longest=longest):
+        # The image memory is products alone.
+        if record.name != "image_memory" and not carry_attention(path, longest=longest):
             raise ExportError(
                 f"no attention of graph {record.name!r} has a head dimension that the plugins support; leave out "
                 "--plugins"

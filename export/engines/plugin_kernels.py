@@ -74,10 +74,10 @@ class PluginKernel:
     """A compiled kernel as TensorRT is given it.
 
     Attributes:
-        name: of the entry in the PTX.
+        name: entry in the PTX.
         ptx: its text, with the arguments of the launch and no others.
         arguments: name → `pointer` or `int32`, in order.
-        threads: of a block.
+        threads: size of a block.
         shared_bytes: dynamic shared memory of a block.
         tiles: rows of queries and keys that a block works on.
     """
@@ -109,9 +109,7 @@ def compile_relpos(
     Args:
         dtype: bf16 or fp16.
         arch: compute capability, such as 90.
-        heads, head_dim, tokens: of the attention.
-        columns: of the padded bias.
-        scale: of the products.
+        columns: width of the padded bias.
 
     Raises:
         ExportError: no configuration fits the shared memory that TensorRT gives, or a compiled kernel has arguments
@@ -138,9 +136,9 @@ def compile_varlen(
     """`varlen_attention` for one architecture.
 
     Args:
-        dtype, arch, heads, head_dim, scale: as in `compile_relpos`.
-        masked: whether keys are masked; otherwise the mask is not read.
-        small_tiles: for sequences of up to `varlen_attention.SHORT` queries.
+        dtype, arch: as in `compile_relpos`.
+        masked: keys are masked; otherwise the mask is not read.
+        small_tiles: tiles for sequences of up to `varlen_attention.SHORT` queries.
 
     Raises:
         ExportError: as in `compile_relpos`.
@@ -217,8 +215,8 @@ def launch_arguments_only(ptx: str, arguments: Mapping[str, str]) -> str:
     end of its list. Both are unused by kernels that need no scratch memory.
 
     Args:
-        ptx: of one kernel.
-        arguments: of the launch, in order: name → `pointer` or `int32`.
+        ptx: text of one kernel.
+        arguments: the launch's, in order: name → `pointer` or `int32`.
 
     Raises:
         ExportError: the kernel reads such a parameter, or its other parameters are not the arguments.

@@ -61,15 +61,13 @@ def check_plugins(library: Library) -> None:
             "or leave out --plugins"
         )
     if importlib.util.find_spec("triton") is None:
-        raise UnavailableError("plugins are compiled by Triton, which is not installed; pip install triton (Linux)")
+        raise UnavailableError(
+            "plugins are compiled by Triton, which is not installed; pip install 'xfm-fast[triton]' (Linux)"
+        )
 
 
 def register(library: Library, arch: int) -> None:
-    """Make both plugins known to TensorRT, for one architecture a process.
-
-    Args:
-        library: TensorRT.
-        arch: compute capability that the engines are for, such as 90.
+    """Make both plugins known to TensorRT, for one architecture a process, such as 90.
 
     Raises:
         UnavailableError: see `check_plugins`.
@@ -82,10 +80,8 @@ def register(library: Library, arch: int) -> None:
     if known is not None:
         raise ExportError(f"the plugins of this process are for SM{known}; build for SM{arch} in another process")
     trtp = importlib.import_module(f"{library.module}.plugin")
-    for name, describe, implement in (
-        (RELPOS, _describe_relpos(library.trt, trtp), _implement_relpos(library.trt, trtp, arch)),
-        (VARLEN, _describe_varlen(library.trt, trtp), _implement_varlen(library.trt, trtp, arch)),
-    ):
+    for name, plugin in ((RELPOS, _relpos), (VARLEN, _varlen)):
+        describe, implement = plugin(library.trt, trtp, arch)
         interface = INTERFACES[name]
         tensors, attributes = dict.fromkeys(interface.tensors, trtp.TensorDesc), dict(interface.attributes)
         results = tuple[trtp.TensorDesc, trtp.TensorDesc]
@@ -105,26 +101,16 @@ def register(library: Library, arch: int) -> None:
     _registered[library.version] = arch
 
 
-def _describe_relpos(trt: Any, trtp: Any) -> Callable[..., Any]:
-    def relpos_attention(q, k, v, bias, heads, head_dim, tokens, columns, scale):
+_Plugin = tuple[Callable[..., Any], Callable[..., Any]]
+"""The shapes of a plugin's results, and its kernel."""
+
+
+def _relpos(trt: Any, trtp: Any, arch: int) -> _Plugin:
+    def describe(q, k, v, bias, heads, head_dim, tokens, columns, scale):
         """Like q `[B, H, N, D]`; and the logsumexp of the scores, `[B, H, N]`."""
         return q.like(), trtp.from_shape_expr((q.shape_expr[0], q.shape_expr[1], q.shape_expr[2]), dtype=trt.float32)
 
-    return relpos_attention
-
-
-def _describe_varlen(trt: Any, trtp: Any) -> Callable[..., Any]:
-    def varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, heads, head_dim, masked, small_tiles, scale
-    ):  # fmt: skip
-        """Like q `[P, L, H, D]`; and the logsumexp of the scores, `[H, P, L]`."""
-        return q.like(), trtp.from_shape_expr((q.shape_expr[2], q.shape_expr[0], q.shape_expr[1]), dtype=trt.float32)
-
-    return varlen_attention
-
-
-def _implement_relpos(trt: Any, trtp: Any, arch: int) -> Callable[..., Any]:
-    def relpos_attention(q, k, v, bias, heads, head_dim, tokens, columns, scale, outputs, tactic):
+    def implement(q, k, v, bias, heads, head_dim, tokens, columns, scale, outputs, tactic):
         from . import plugin_kernels
 
         kernel = plugin_kernels.compile_relpos(
@@ -134,11 +120,15 @@ def _implement_relpos(trt: Any, trtp: Any, arch: int) -> Callable[..., Any]:
         programs = plugin_kernels.relpos_programs(kernel, batch, heads, tokens)
         return _launch(trtp, kernel, programs, {"batch": batch})
 
-    return relpos_attention
+    return describe, implement
 
 
-def _implement_varlen(trt: Any, trtp: Any, arch: int) -> Callable[..., Any]:
-    def varlen_attention(
+def _varlen(trt: Any, trtp: Any, arch: int) -> _Plugin:
+    def describe(q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, heads, head_dim, masked, small_tiles, scale):
+        """Like q `[P, L, H, D]`; and the logsumexp of the scores, `[H, P, L]`."""
+        return q.like(), trtp.from_shape_expr((q.shape_expr[2], q.shape_expr[0], q.shape_expr[1]), dtype=trt.float32)
+
+    def implement(
         q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, heads, head_dim, masked, small_tiles, scale, outputs, tactic
     ):  # fmt: skip
         from . import plugin_kernels
@@ -151,7 +141,7 @@ def _implement_varlen(trt: Any, trtp: Any, arch: int) -> Callable[..., Any]:
         tiles = plugin_kernels.varlen_tiles(kernel, queries, sequences)
         return _launch(trtp, kernel, tiles * heads, {"sequences": sequences, "tiles": tiles, "queries": queries})
 
-    return varlen_attention
+    return describe, implement
 
 
 def _launch(trtp: Any, kernel: Any, programs: Any, integers: dict[str, Any]) -> tuple[Any, ...]:

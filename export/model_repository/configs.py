@@ -53,9 +53,14 @@ def _within(slot: Slot, wide: Slot) -> bool:
 
 
 def graph_config(
-    name: str, record: GraphRecord, backend: ModelBackend, options: RepositoryOptions, device: ServedDevice
+    name: str,
+    record: GraphRecord,
+    backend: ModelBackend,
+    options: RepositoryOptions,
+    device: ServedDevice,
+    runtime: str = "auto",
 ) -> dict[str, Any]:
-    """The configuration of a graph's model, which a backend runs on a device."""
+    """The configuration of a graph's model, which a backend runs on a device; a Python model in a session's runtime."""
     batch = most_batch(record, options.most_batch)
     slots = graph_slots(record)
     if device == "auto" and backend == "tensorrt":
@@ -74,13 +79,17 @@ def graph_config(
         "output": [_tensor(tensor, batch) for tensor in record.outputs],
     }
     if batch:
-        config["dynamic_batching"] = _batching(_preferred(slots, batch), options.queue_delay)
+        # Batches worth waiting for: those that profiles were tuned for, else powers of two.
+        tuned = {slot.ranges["batch"].best for slot in slots} - {None}
+        sizes = sorted(size for size in tuned or {2**power for power in range(2, 12)} if size and 1 < size <= batch)
+        config["dynamic_batching"] = _batching(sizes, options.queue_delay)
     config |= {
         "instance_group": [{"count": options.instances, "kind": Symbol(_KINDS[device]), "profile": profiles}],
         "model_warmup": _warmups(record, slots, batch),
     }
     if backend == "python":
-        config["parameters"] = _parameters({"export_folder": ".", "graph": record.name, "device": device}, device)
+        given = {"export_folder": ".", "graph": record.name, "device": device, "runtime": runtime}
+        config["parameters"] = _parameters(given, device)
     return config
 
 
@@ -90,10 +99,8 @@ def rank_config(
     """The configuration of the model from images and captions to scores.
 
     Args:
-        name: of the model.
         tokenizer: file in the version folder.
-        limits: of a request to this export.
-        options: of the repository.
+        limits: bounds of a request to this export.
         device: where tensors are between graphs.
     """
 
@@ -136,13 +143,6 @@ def rank_config(
 def _tensor(tensor: TensorRecord, batch: int) -> dict[str, Any]:
     dims = [dim if isinstance(dim, int) else -1 for dim in tensor.dims]
     return {"name": tensor.name, "data_type": Symbol(_DTYPES[tensor.dtype]), "dims": dims[1:] if batch else dims}
-
-
-def _preferred(slots: Sequence[Slot], batch: int) -> list[int]:
-    """Batches worth waiting for: those that profiles were tuned for, else powers of two."""
-    tuned = {slot.ranges["batch"].best for slot in slots} - {None}
-    sizes = tuned or {2**power for power in range(2, 12)}
-    return sorted(size for size in sizes if size is not None and 1 < size <= batch)
 
 
 def _batching(preferred: list[int], queue_delay: int) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,11 @@ from xfm_fast.errors import DataError, InputError, NonFiniteError, XFMError
 from xfm_fast.packing import Packing, ragged_rows
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
+from ..expected import padded_texts
+from ..manifest import GraphRecord
 from ..request import RankLimits
 from ..session import Session, SessionMemory
+from ..slots import Slot
 
 # Pillow reads formats that run other programs; from strangers only these are taken.
 _TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
@@ -37,7 +41,7 @@ class Query(NamedTuple):
 
     Attributes:
         images: contents of image files.
-        keys: of the images, by content.
+        keys: hashes of the images' contents.
         captions: token ids.
     """
 
@@ -73,10 +77,10 @@ class Ranker:
     """Answers requests over a session, several at a time.
 
     Args:
-        session: with the graphs `vision`, `text`, `image_memory` and `fusion`.
-        tokenizer: of the model.
-        limits: of a request.
-        cache_bytes: of image memories kept between requests.
+        session: one with the graphs `vision`, `text`, `image_memory` and `fusion`.
+        tokenizer: the model's.
+        limits: bounds of a request.
+        cache_bytes: room for image memories between requests.
     """
 
     def __init__(self, session: Session, tokenizer: CaptionTokenizer, limits: RankLimits, cache_bytes: int) -> None:
@@ -181,7 +185,10 @@ class Ranker:
         if not queries:
             return []
         rows = {ids: row for row, ids in enumerate(dict.fromkeys(ids for query in queries for ids in query.captions))}
-        tokens, lengths = self._encoded_texts(list(rows))
+        ids, mask = padded_texts(list(rows), self.session.config.pad_token_id)
+        embedded = self.session.encode_text(ids, mask)
+        # One after the other, without padding; their lengths stay on the host.
+        tokens, lengths = Packing.from_mask(mask.to(embedded.device)).pack(embedded), mask.sum(1)
         wanted: dict[bytes, dict[int, None]] = {}
         for query in queries:
             for key in query.keys:
@@ -203,16 +210,6 @@ class Ranker:
             )
             for query in queries
         ]
-
-    def _encoded_texts(self, captions: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Embeddings of the captions, one after the other without padding, and their lengths on the host."""
-        ids = torch.full((len(captions), max(map(len, captions))), self.session.config.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, caption in enumerate(captions):
-            ids[row, : len(caption)] = torch.tensor(caption)
-            mask[row, : len(caption)] = 1
-        embeds = self.session.encode_text(ids, mask)
-        return Packing.from_mask(mask.to(embeds.device)).pack(embeds), mask.sum(1)
 
     def _tiles(self, keys: Sequence[bytes], pairs: dict[bytes, list[int]], lengths: Tensor) -> list[list[bytes]]:
         """Images whose captions fill a pass together."""
@@ -265,10 +262,10 @@ class MemoryCache:
     """Tensors by the hash of what they were made from; the one not used for longest makes room.
 
     Args:
-        most_bytes: of all tensors together. One that is larger by itself is not kept; 0 keeps none.
+        most_bytes: limit of all tensors together. One that is larger by itself is not kept; 0 keeps none.
 
     Attributes:
-        nbytes: of the tensors that are kept.
+        nbytes: size of the tensors that are kept.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -301,3 +298,47 @@ class MemoryCache:
         while self.nbytes > self.most_bytes:
             _, dropped = self._kept.popitem(last=False)
             self.nbytes -= dropped.nbytes
+
+
+Infer = Callable[[str, Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
+"""Runs a model by its name: inputs by name and the names of the outputs → outputs that the caller owns.
+
+Raises `ExportError` when the model is not there or fails.
+"""
+
+
+def model_name(prefix: str, graph: str) -> str:
+    """The name of the model that serves a graph."""
+    return f"{prefix}_{graph}"
+
+
+class ServedRuntime:
+    """A `Runtime` whose graphs are models of the server.
+
+    Args:
+        infer: how a model is run.
+        prefix: beginning of the models' names.
+        device: where tensors go in and come out.
+    """
+
+    enqueues = False
+
+    def __init__(self, infer: Infer, prefix: str, device: torch.device) -> None:
+        self.description = f"models {prefix}_* of the server ({device})"
+        self.device = device
+        self._infer, self._prefix = infer, prefix
+
+    def load(self, record: GraphRecord, path: Path) -> ServedGraph:
+        """The model of a graph; the server has loaded it, or has not yet."""
+        return ServedGraph(self._infer, model_name(self._prefix, record.name), [out.name for out in record.outputs])
+
+
+class ServedGraph:
+    """A `LoadedGraph` in the server."""
+
+    def __init__(self, infer: Infer, name: str, outputs: Sequence[str]) -> None:
+        self._infer, self._name, self._outputs = infer, name, outputs
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """See `LoadedGraph`."""
+        return self._infer(self._name, inputs, self._outputs)

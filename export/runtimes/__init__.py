@@ -17,9 +17,9 @@ from torch import Tensor
 from xfm_fast.errors import ExportError, UnavailableError
 
 from ..manifest import GraphRecord, Manifest
+from ..request import RuntimeName
 from ..slots import Slot
 
-RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
 Precision = Literal["fp32", "bf16"]
@@ -44,8 +44,8 @@ class LoadedGraph(Protocol):
 
         Args:
             inputs: contiguous, of the graph's types, on the runtime's device.
-            slot: that takes them.
-            sizes: of the axes, which decide the shapes of the outputs.
+            slot: the one that takes them.
+            sizes: by axis; they decide the shapes of the outputs.
         """
         ...
 
@@ -54,9 +54,9 @@ class Runtime(Protocol):
     """A library on a device.
 
     Attributes:
-        description: of library, version and device.
-        device: of the tensors that go in and come out.
-        enqueues: whether calls return before the results are there, as on a GPU.
+        description: library, version and device, in words.
+        device: where tensors go in and come out.
+        enqueues: calls return before the results are there, as on a GPU.
     """
 
     description: str
@@ -72,8 +72,17 @@ class Runtime(Protocol):
         ...
 
 
-def choose_runtime(manifest: Manifest) -> RuntimeName:
-    """The runtime of an export: that of its engines or packages; of ONNX files the one that they were written for."""
+def choose_runtime(manifest: Manifest, folder: Path) -> RuntimeName:
+    """The runtime that is `auto` for an export: that of its engines; for ONNX files the one that they were written for.
+
+    Raises:
+        ExportError: the export holds packages, which are code and therefore asked for by name.
+    """
+    if manifest.kind == "aoti":
+        raise ExportError(
+            f"{folder} holds AOTInductor packages, native code that runs when it is loaded; if you trust "
+            "their origin, ask for it by name: runtime='aoti', or --runtime aoti on the command line"
+        )
     if manifest.kind != "onnx":
         return manifest.kind
     preferred: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
@@ -92,9 +101,7 @@ def open_runtime(
 
     Args:
         name: one of `RUNTIMES`.
-        manifest: of the export.
         device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
-        precision: of OpenVINO.
 
     Raises:
         UnavailableError: the runtime is unknown or not installed, or lacks the device, type or precision.
@@ -104,8 +111,9 @@ def open_runtime(
         raise UnavailableError(f"runtime {name!r} is unknown; choose from auto, {', '.join(RUNTIMES)}")
     kind = "onnx" if name in ("onnxruntime", "openvino") else name
     if manifest.kind != kind:
+        fitting = "aoti" if manifest.kind == "aoti" else "auto"
         raise ExportError(
-            f"runtime {name!r} runs {kind} and this export holds {manifest.kind}; load it with runtime='auto', or "
+            f"runtime {name!r} runs {kind} and this export holds {manifest.kind}; load it with runtime={fitting!r}, or "
             f"export again with xfm-fast export {kind}"
         )
     if precision is not None and name != "openvino":

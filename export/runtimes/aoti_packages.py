@@ -1,4 +1,7 @@
-"""AOTInductor packages on the CPU or an NVIDIA GPU: compiled code that takes and gives torch tensors."""
+"""AOTInductor packages on the CPU or an NVIDIA GPU: compiled code that takes and gives torch tensors.
+
+To load a package is to run what its author compiled, so this runtime serves only those who name it.
+"""
 
 from __future__ import annotations
 

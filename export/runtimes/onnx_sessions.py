@@ -19,7 +19,7 @@ from torch import Tensor
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
 from ..consumers import LARGEST_FILE
-from ..manifest import GraphRecord, Manifest, TensorRecord
+from ..manifest import GraphRecord, Manifest
 from ..slots import Slot, output_shapes
 from . import LoadedGraph, Precision, empty_outputs, failed_run, first_line
 
@@ -133,7 +133,14 @@ class WidenedOnnx:
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / path.name
                 widen(path, out)
-                return _WidenedGraph(self._wide.load(_widened(record), out))
+                wide = {
+                    side: [
+                        tensor.model_copy(update={"dtype": "float32"}) if tensor.dtype == "bfloat16" else tensor
+                        for tensor in getattr(record, side)
+                    ]
+                    for side in ("inputs", "outputs")
+                }
+                return _WidenedGraph(self._wide.load(record.model_copy(update=wide), out))
         except OSError as error:
             raise StorageError(
                 f"{path.name} could not be copied in fp32 to {tempfile.gettempdir()} ({error.strerror or error}); free "
@@ -152,20 +159,12 @@ class _WidenedGraph:
         return {name: value.bfloat16() for name, value in self._wide.run(given, slot, sizes).items()}
 
 
-def _widened(record: GraphRecord) -> GraphRecord:
-    def wide(tensors: list[TensorRecord]) -> list[TensorRecord]:
-        narrow = {"bfloat16": "float32"}
-        return [tensor.model_copy(update={"dtype": narrow.get(tensor.dtype, tensor.dtype)}) for tensor in tensors]
-
-    return record.model_copy(update={"inputs": wide(record.inputs), "outputs": wide(record.outputs)})
-
-
 def widen(path: Path, out: Path) -> None:
     """Write a copy of a bf16 graph whose inputs, outputs and arithmetic are fp32. Weights keep their value.
 
     Args:
-        path: of the graph; weights that lie beside it are read too.
-        out: in an existing folder; weights of more than two gigabytes go into a file beside it.
+        path: the graph; weights that lie beside it are read too.
+        out: the copy, in an existing folder; weights of more than two gigabytes go into a file beside it.
     """
     import onnx
     from onnx import numpy_helper

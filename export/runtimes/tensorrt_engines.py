@@ -57,8 +57,8 @@ class TensorRTEngines:
 
     Args:
         library: TensorRT, or TensorRT for RTX.
-        manifest: of the export.
-        device: of the tensors.
+        manifest: the export's.
+        device: where tensors are.
         cuda: `torch.cuda`, or what takes its place without a GPU.
     """
 

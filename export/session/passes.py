@@ -159,8 +159,7 @@ def plan_passes(
     Args:
         image_of: memory of each text.
         lengths: tokens of each text.
-        slots: of the fusion graph.
-        limits: of the passes.
+        slots: those of the fusion graph.
 
     Raises:
         InputError: a text is longer than any slot takes.

@@ -38,14 +38,14 @@ class ShapeRow:
 
     Attributes:
         slot: profile that ran it.
-        sizes: of the axes.
+        sizes: by axis.
         items: images or texts of a run; `item` says which.
-        runs: that were timed.
+        runs: how many were timed.
         throughput: items a second, runs following each other without a pause.
-        p50, p90, p99: of the latency of a run: inputs and outputs on the session's device, its results waited for.
+        p50, p90, p99: latency of a run: inputs and outputs on the session's device, its results waited for.
         enqueue: median time until the call comes back.
         host_to_device, device_to_host: median time to bring the inputs there and the outputs back, pinned.
-        peak_bytes: by which memory in use grew at most during a run: resident memory, or that of PyTorch on the GPU.
+        peak_bytes: greatest growth of memory in use during a run: resident memory, or that of PyTorch on the GPU.
     """
 
     slot: str
@@ -69,7 +69,7 @@ class GraphReport:
 
     Attributes:
         build_seconds: export and engine build, from the manifest.
-        artifact_bytes: of its files.
+        artifact_bytes: size of its files.
         load_seconds, warm_seconds, memory_bytes: see `session.LoadReport`.
     """
 
@@ -104,7 +104,7 @@ def measure_session(
     Graphs without profiles run one request at a time and a batch.
 
     Args:
-        session: that is ready.
+        session: a ready one.
         seconds: spent on timing each shape, but at least `LEAST_RUNS` runs.
         progress: is told what is being measured.
 
@@ -173,14 +173,22 @@ def _measured(session: Session, graph: GraphName, slot: Slot, sizes: Mapping[str
         latencies.append(time.perf_counter() - started)
     p50, p90, p99 = np.percentile(latencies, (50, 90, 99)).tolist()
     items = sizes["batch"] * sizes.get("texts", 1)
-    on_gpu = session.runtime.enqueues
+    on_gpu, seconds_each = session.runtime.enqueues, float(np.mean(latencies))
+    if on_gpu:
+        # The next run is enqueued before the last one ends.
+        session.synchronize()
+        started = time.perf_counter()
+        for _ in latencies:
+            run()
+        session.synchronize()
+        seconds_each = (time.perf_counter() - started) / len(latencies)
     return ShapeRow(
         slot=slot.name,
         sizes=dict(sizes),
         items=items,
         item="images" if graph in ("vision", "image_memory") else "texts",
         runs=len(latencies),
-        throughput=items / (_back_to_back(session, run, len(latencies)) if on_gpu else float(np.mean(latencies))),
+        throughput=items / seconds_each,
         p50=p50,
         p90=p90,
         p99=p99,
@@ -189,16 +197,6 @@ def _measured(session: Session, graph: GraphName, slot: Slot, sizes: Mapping[str
         device_to_host=_transfer(session, outputs, torch.device("cpu")) if on_gpu else None,
         peak_bytes=peak,
     )
-
-
-def _back_to_back(session: Session, run: Callable[[], Any], runs: int) -> float:
-    """Seconds of a run when the next one is enqueued before it ends."""
-    session.synchronize()
-    started = time.perf_counter()
-    for _ in range(runs):
-        run()
-    session.synchronize()
-    return (time.perf_counter() - started) / runs
 
 
 def _peak(session: Session, run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:

@@ -9,30 +9,47 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from xfm_fast import flops
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.memory import resident_bytes
 from xfm_fast.models import inputs as checks
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 
+from ..consumers import DTYPES
+from ..graphs import GraphName
 from ..manifest import Manifest
-from ..runtimes import Precision, Runtime
-from ..slots import choose_slot, largest, pad_tensor
+from ..runtimes import TORCH_DTYPES, LoadedGraph, Precision, Runtime, choose_runtime, empty_outputs, open_runtime
+from ..slots import (
+    Slot,
+    axes_of,
+    choose_slot,
+    graph_slots,
+    largest,
+    output_shapes,
+    pad_tensor,
+    request_sizes,
+    tensor_shape,
+    trim_tensor,
+)
 from .passes import FusionPass, PassLimits, plan_passes, token_batches
-from .runner import GraphRunner
 
 # Padded tokens of a pass, the price of a pass in tokens, and the step of lengths. A pass reads all weights of an
 # encoder and cuts the memory into layers, which takes a CPU as long as some dozens of tokens. A GPU profits from few
 # shapes.
 _LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
+
+_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16}
 
 
 @dataclass(frozen=True)
@@ -62,14 +79,35 @@ class SessionMemory:
         return SessionMemory(self.tensor[index])
 
 
-class Session(GraphRunner):
+@dataclass(frozen=True)
+class LoadReport:
+    """The cost of loading a graph.
+
+    Attributes:
+        load_seconds: reading and preparing it.
+        warm_seconds: its first runs, one for every slot.
+        memory_bytes: growth of memory in use: that of the process, or of the GPU.
+    """
+
+    load_seconds: float
+    warm_seconds: float
+    memory_bytes: int
+
+
+class Session:
     """Runs the graphs of an export folder under the names of the model. Use `Session.load`.
 
     Several threads may call a session. On ONNX Runtime their calls run side by side, on OpenVINO and TensorRT those of
-    the same graph follow each other. Loading and warming up are one thread's business.
+    the same graph follow each other. Loading and warming up are one thread's business: the constructor reads no graph
+    yet, `warm_up` does.
 
     Attributes:
-        limits: of the passes of texts.
+        manifest: entries of the export's `manifest.json`.
+        config: sizes of the model.
+        device: where results are; inputs are brought there.
+        dtype: type of embeddings and results.
+        loaded: cost of loading, by graph.
+        limits: sizes of the passes of texts.
     """
 
     def __init__(
@@ -82,7 +120,19 @@ class Session(GraphRunner):
         verify_files: bool = True,
         manifest: Manifest | None = None,
     ) -> None:
-        super().__init__(folder, runtime, device, precision=precision, verify_files=verify_files, manifest=manifest)
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder, check_files=verify_files) if manifest is None else manifest
+        self.config: XFMConfig = self.manifest.xfm_config
+        if isinstance(runtime, str):
+            name = choose_runtime(self.manifest, self.folder) if runtime == "auto" else runtime
+            runtime = open_runtime(name, self.manifest, device, precision)
+        self.runtime: Runtime = runtime
+        self.device: torch.device = self.runtime.device
+        self.dtype: torch.dtype = DTYPES[self.manifest.dtype]
+        self.loaded: dict[GraphName, LoadReport] = {}
+        self._graphs: dict[GraphName, LoadedGraph] = {}
+        self._slots = {record.name: graph_slots(record) for record in self.manifest.graphs}
+        self._ready = False
         self.limits = _LIMITS["cpu" if self.device.type == "cpu" else "cuda"]
         # What a graph computed beside an embedding, for as long as the embedding lives.
         self._carried: Any = WeakTensorKeyDictionary()
@@ -101,15 +151,18 @@ class Session(GraphRunner):
         """A session that is warm: every graph has run once in every profile.
 
         Args:
-            folder: of an export.
-            runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, or `auto` for what the export was made for.
+            folder: an export.
+            runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, `aoti`, or `auto` for what the export was
+                made for. `auto` is never `aoti`: such packages are native code that runs when it is loaded, so name it
+                for packages that you trust, and for no others. Engines of TensorRT deserve the same care.
             device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
-            precision: in which OpenVINO computes; by default in that of the export.
+            precision: type that OpenVINO computes in; by default the export's.
             verify_files: compare sizes and checksums of all files with the manifest, which reads them once more.
 
         Raises:
             ExportError: the files are not what the manifest says, the export was found to differ from its model, it is
-                for another runtime, version or GPU, or a graph cannot be loaded.
+                for another runtime, version or GPU, it holds packages and `aoti` was not named, or a graph cannot be
+                loaded.
             UnavailableError: the runtime is not installed, or lacks the device or type.
         """
         session = cls(folder, runtime, device, precision=precision, verify_files=verify_files)
@@ -120,6 +173,121 @@ class Session(GraphRunner):
             )
         session.warm_up()
         return session
+
+    @property
+    def ready(self) -> bool:
+        """True when all graphs are loaded and warm."""
+        return self._ready
+
+    @property
+    def description(self) -> str:
+        """Library, version and device."""
+        return self.runtime.description
+
+    def warm_up(self) -> None:
+        """Load every graph and run it once in every slot; `ready` is true afterwards.
+
+        Raises:
+            ExportError: a graph cannot be loaded or run.
+        """
+        for record in self.manifest.graphs:
+            if record.name in self._graphs:
+                continue
+            before, started = self.memory_in_use(), time.perf_counter()
+            graph = self.runtime.load(record, self.folder / record.file)
+            loaded = time.perf_counter()
+            self._graphs[record.name] = graph
+            for slot in self._slots[record.name]:
+                self.call(record.name, self.example_inputs(record.name, slot))
+            self.synchronize()
+            self.loaded[record.name] = LoadReport(
+                loaded - started, time.perf_counter() - loaded, max(self.memory_in_use() - before, 0)
+            )
+        self._ready = True
+
+    def slots(self, graph: GraphName) -> Sequence[Slot]:
+        """The shapes that a graph accepts."""
+        self.require(graph)
+        return self._slots[graph]
+
+    def example_inputs(self, graph: GraphName, slot: Slot, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """Inputs of zeros, ids and full masks, at the given sizes, or at those that the slot was tuned for."""
+        sizes = slot.example(_WARM_SIZES) if sizes is None else sizes
+        made = {}
+        for tensor in self.manifest.graph(graph).inputs:
+            filling = {"attention_mask": 1, "input_ids": self.config.eos_token_id}.get(tensor.name, 0)
+            made[tensor.name] = torch.full(
+                tensor_shape(tensor, sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
+            )
+        return made
+
+    def synchronize(self) -> None:
+        """Wait for results that are still being computed, on a GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def memory_in_use(self) -> int:
+        """Bytes: of this process, or of the whole GPU."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return total - free
+        return resident_bytes()
+
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One graph: all inputs by name, all outputs by name.
+
+        Sizes that no slot has are padded to the next one, and the results are cut to what was asked for.
+
+        Raises:
+            InputError: inputs that do not fit the graph, or sizes beyond every profile; names axis, size and range.
+            ExportError: the graph is not in this export.
+            UnavailableError: the session is not ready.
+        """
+        with torch.inference_mode():
+            return self.call(self.require(graph), inputs)
+
+    def call(self, name: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        record = self.manifest.graph(name)
+        sizes = request_sizes(record, inputs)
+        slot, padded = choose_slot(name, self._slots[name], sizes)
+        prepared = {}
+        for tensor in record.inputs:
+            value = inputs[tensor.name].detach().to(self.device, TORCH_DTYPES[tensor.dtype])
+            filling = self.config.pad_token_id if tensor.name == "input_ids" else 0
+            prepared[tensor.name] = pad_tensor(value, axes_of(tensor), padded, filling).contiguous()
+        outputs = self._graphs[name].run(prepared, slot, padded)
+        if padded == sizes:
+            return outputs
+        return {output.name: trim_tensor(outputs[output.name], axes_of(output), sizes) for output in record.outputs}
+
+    def require(self, name: str) -> GraphName:
+        if name not in self.manifest.graph_names:
+            raise ExportError(
+                f"graph {name!r} is not in {self.folder} (it has: {', '.join(self.manifest.graph_names)}); export it "
+                f"with --graphs"
+            )
+        if not self._ready:
+            raise UnavailableError("this session is not ready; call warm_up() first, or open it with Session.load")
+        return name
+
+    def parts(self, name: GraphName, batch: Tensor) -> Sequence[Tensor]:
+        """The rows of a batch in parts that the graph takes."""
+        most = largest(self._slots[name], "batch")
+        if not len(batch):
+            return ()
+        return (batch,) if most is None else batch.split(most)
+
+    def joined(self, name: GraphName, passes: Sequence[dict[str, Tensor]], batch: int) -> dict[str, Tensor]:
+        if len(passes) == 1:
+            return passes[0]
+        if not passes:
+            return self.zeros(name, {"batch": batch})
+        return {output: torch.cat([made[output] for made in passes]) for output in passes[0]}
+
+    def zeros(self, name: GraphName, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        record = self.manifest.graph(name)
+        made = empty_outputs(record, output_shapes(record, sizes), self.device)
+        return {output: value.zero_() for output, value in made.items()}
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -223,7 +391,7 @@ class Session(GraphRunner):
 
         Args:
             text_embeds: `[P, L, text_width]`; attention_mask: `[P, L]`.
-            memory: from `image_memory`.
+            memory: result of `image_memory`.
             image_index: `[P]` image of each text; by default text b belongs to image b.
             first_token_only: return token 0 alone. All tokens need an export with `all_tokens`.
 
@@ -283,7 +451,7 @@ class Session(GraphRunner):
         Args:
             tokens: `[sum(lengths), text_width]`.
             lengths: `[P]` tokens of each text, at least one.
-            memory: of the images.
+            memory: the images'.
             image_of: image of each text.
 
         Returns:
@@ -339,10 +507,6 @@ def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return tensor[rows[0] : rows[0] + len(rows)]
     return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
-
-
-if TYPE_CHECKING:
-    from . import Session, SessionMemory
 
 
 class SessionScorer:

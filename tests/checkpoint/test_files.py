@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.checkpoint.states import STATE, assert_same, written
+from tests.checkpoint.conftest import STATE, assert_same, written
 from tests.conftest import CASES, config, load_tensors
 from xfm_fast.checkpoint import (
     files,

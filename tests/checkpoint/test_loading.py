@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.checkpoint.states import assert_same
+from tests.checkpoint.conftest import assert_same
 from tests.conftest import config, load_tensors
 from xfm_fast.checkpoint import HEAD_PREFIXES, load_into, select_heads
 from xfm_fast.config import XFMConfig

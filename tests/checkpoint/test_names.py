@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.checkpoint.states import WORDS, assert_same, assert_same_shapes, meta
+from tests.checkpoint.conftest import WORDS, assert_same, assert_same_shapes, meta
 from tests.conftest import CASES, base_inputs, base_shapes, base_state, config, load_json, load_tensors, official_keys
 from xfm_fast.checkpoint import HEAD_PREFIXES, heads_in, load_into, select_heads, to_official, to_ours, underivable
 from xfm_fast.config import XFMConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.checkpoint.states import WORDS
+from tests.checkpoint.conftest import WORDS
 from tests.conftest import config, load_tensors
 from xfm_fast.checkpoint import beit2_state, initialise, interpolate_table, roberta_state, to_ours
 from xfm_fast.config import XFMConfig

@@ -66,7 +66,8 @@ def test_answers_weigh_their_share(tmp_path: Path) -> None:
     ]
     vqa, vg, gqa, test = vqa_records(_write(tmp_path / "a.json", rows))
     assert vqa.weighted_answers == [("yes", 0.75), ("no", 0.25)]
-    assert vg.weighted_answers == gqa.weighted_answers == [("two", 0.5)]
+    assert vg.weighted_answers == [("two", 0.5)]
+    assert gqa.weighted_answers == [("two", 1.0)]
     assert test.weighted_answers == []
 
 

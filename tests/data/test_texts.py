@@ -8,12 +8,7 @@ import pytest
 
 from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.options import TextOptions, TextStreamOptions
-from xfm_fast.data.texts import (
-    PREFIXES,
-    choose_text,
-    encode_pair_text,
-    encode_text,
-)
+from xfm_fast.data.texts import PREFIXES, choose_text, encode_pair_text, encode_text
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer
 

@@ -1,11 +1,12 @@
 """Caption cleaning against official examples, and the byte-level vocabulary."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -57,6 +58,73 @@ def test_special_tokens_have_their_official_places(tokenizer: CaptionTokenizer) 
     tokenizer.check(XFMConfig.preset("tiny"))
     tokenizer.check(XFMConfig.preset("base"))
     assert tokenizer.encode(["<mask>"], 5)[0][0, 1] == tokenizer.vocab_size - 1
+
+
+@pytest.fixture(scope="module")
+def roberta(tokenizer: CaptionTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer of transformers with the same vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("roberta")
+    tokenizer.save(folder / "tokenizer.json")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n", encoding="utf-8")
+    return transformers.RobertaTokenizer.from_pretrained(folder)
+
+
+@settings(deadline=None)
+@given(*[st.text("abcdeog ñ☕", max_size=40)] * 2, st.integers(3, 12))
+def test_pairs_are_encoded_as_transformers_does(
+    tokenizer: CaptionTokenizer, roberta: Any, first: str, second: str, half: int
+) -> None:
+    """With an even length, where its own implementations agree which text keeps the odd token."""
+    assume(first or second)
+    (expected,) = roberta([first], [second], max_length=2 * half, truncation=True)["input_ids"]
+    assert tokenizer.encode_pair(first, second, 2 * half) == expected
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(6, 30))
+def test_the_longer_text_of_a_pair_is_cut(tokenizer: CaptionTokenizer, first: int, second: int, most: int) -> None:
+    assume(first + second)
+    texts = ["a" * first, "ñ" * second]
+    kept = [tokenizer.encode_ids([text], 99)[0][1:-1] if text else [] for text in texts]
+    whole = [0, *kept[0], 2, 2, *kept[1], 2]
+    while len(kept[0]) + len(kept[1]) + 4 > most:
+        kept[0 if len(kept[0]) > len(kept[1]) else 1].pop()
+    found = tokenizer.encode_pair(*texts, max_tokens=most)
+    assert found == [0, *kept[0], 2, 2, *kept[1], 2]
+    assert len(found) == min(most, len(whole))
+
+
+def test_pairs_that_cannot_be_encoded(tokenizer: CaptionTokenizer) -> None:
+    with pytest.raises(DataError, match="max_tokens=5 leaves no room for two texts"):
+        tokenizer.encode_pair("a", "b", 5)
+    with pytest.raises(DataError, match="neither '' nor '' has tokens"):
+        tokenizer.encode_pair("", "")
+
+
+@pytest.mark.parametrize("prompt", ["a picture of ", "a picture of", "a picture of:  ", "", " "])
+@given(caption=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
+def test_a_prompt_begins_its_text(tokenizer: CaptionTokenizer, prompt: str, caption: str) -> None:
+    try:
+        caption = pre_caption(caption)
+    except DataError:
+        assume(False)
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    whole, _ = tokenizer.encode([f"{prompt.strip()} {caption}".strip()], 200)
+    assert whole[0, : len(prompt_ids)].tolist() == prompt_ids.tolist()
+    assert tokenizer.decode(prompt_ids.tolist()) == prompt.rstrip()
+
+
+def test_the_first_word_behind_a_prompt_is_learnt(tokenizer: CaptionTokenizer) -> None:
+    """RoBERTa's own way with "a picture of " takes the place of the caption's first word for the prompt's."""
+    whole, _ = tokenizer.encode(["a picture of dogs"], 40, pad_to_longest=True)
+    learnt = whole[0, len(tokenizer.encode_prompt("a picture of ")) :]
+    assert tokenizer.decode(learnt.tolist()) == " dogs"
+    with_blank = tokenizer.encode_ids(["a picture of "], 40)[0][:-1]
+    assert whole[0, : len(with_blank)].tolist() != with_blank
 
 
 def test_encoding_wraps_cuts_and_pads(tokenizer: CaptionTokenizer) -> None:

@@ -125,12 +125,7 @@ def test_the_official_parameters() -> None:
     assert probe.mean == probe.std == HALF
 
 
-@given(
-    width=st.integers(1, 400),
-    height=st.integers(1, 400),
-    low=st.floats(0.05, 1),
-    seed=st.integers(0, 2**32 - 1),
-)
+@given(width=st.integers(1, 400), height=st.integers(1, 400), low=st.floats(0.05, 1), seed=st.integers(0, 2**32 - 1))
 def test_crops_lie_inside(width: int, height: int, low: float, seed: int) -> None:
     left, top, right, bottom = random_crop_box(width, height, (low, 1.0), np.random.default_rng(seed))
     assert 0 <= left < right <= width

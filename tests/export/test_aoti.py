@@ -32,7 +32,7 @@ except ExportError as error:
 _FRESH = """
 import sys, torch
 from xfm_fast.export.session import Session
-session = Session.load(sys.argv[1])
+session = Session.load(sys.argv[1], "aoti")
 torch.save(session.run("image_memory", {"image_embeds": torch.load(sys.argv[2], weights_only=True)}), sys.argv[3])
 """
 
@@ -68,11 +68,12 @@ def test_a_package_is_verified_like_every_export(memory_package: Path, tmp_path:
     (check,) = [check for check in manifest.verification.checks if check.output == "memory"]
     assert [shape[0] for shape in check.shapes] == [1, 2, 4]
     copied = Path(shutil.copytree(memory_package, tmp_path / "copied"))
-    assert verify(copied).status == "verified"
+    assert verify(copied, "aoti").status == "verified"
+    assert "verified" in invoke(["export", "verify", str(copied), "--runtime", "aoti"]).output
 
 
 def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XFM, tmp_path: Path) -> None:
-    session = Session.load(memory_package)
+    session = Session.load(memory_package, "aoti")
     embeds = _embeds(small_model, 3)
     torch.save(embeds, tmp_path / "given.pt")
     arguments = [str(memory_package), str(tmp_path / "given.pt"), str(tmp_path / "found.pt")]
@@ -121,14 +122,35 @@ def test_a_package_from_elsewhere_is_not_loaded(memory_package: Path, tmp_path: 
     manifest.package.torch = "1.0.0"
     manifest.save(copied)
     with pytest.raises(ExportError, match=r"compiled by torch 1\.0\.0"):
-        Session.load(copied)
+        Session.load(copied, "aoti")
     with pytest.raises(UnavailableError, match="compiled for cpu, not for cuda"):
-        Session.load(memory_package, device="cuda")
+        Session.load(memory_package, "aoti", device="cuda")
     with pytest.raises(ExportError, match="runtime 'onnxruntime' runs onnx and this export holds aoti"):
         Session.load(memory_package, "onnxruntime")
     (copied / "image_memory.pt2").write_bytes(b"short")
     with pytest.raises(ExportError, match=r"image_memory\.pt2 is truncated"):
-        Session.load(copied)
+        Session.load(copied, "aoti")
+
+
+def test_a_package_runs_only_where_it_is_named(
+    memory_package: Path, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is native code: a folder that came from elsewhere must not run by being looked at."""
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda *_, **__: pytest.fail("a package was loaded"))
+    folder = Path(shutil.copytree(memory_package, tmp_path / "copied"))
+    before = (folder / "manifest.json").read_bytes()
+    said = rf"{folder} holds AOTInductor packages, native code that runs when it is loaded.*runtime='aoti'"
+    for load in (Session, Session.load, verify):
+        with pytest.raises(ExportError, match=said):
+            load(folder)
+    for command in ("verify", "report"):
+        done = invoke(["export", command, str(folder)])
+        assert done.exit_code == 2
+        assert "or --runtime aoti on the command line" in done.stderr
+        assert "code that runs when it is loaded" in " ".join(invoke(["export", command, "--help"]).output.split())
+    assert (folder / "manifest.json").read_bytes() == before
+    with pytest.raises(ExportError, match=said):
+        verify_export(folder, small_model)
 
 
 def test_instructions_come_from_the_system(tmp_path: Path) -> None:
@@ -151,8 +173,12 @@ def test_errors_come_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was read"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs an NVIDIA GPU and PyTorch finds none here" in _run(*given, "--device", "cuda")
-    assert "device 'tpu' is unknown; choose from cpu, cuda" in _run(*given, "--device", "tpu")
-    assert "dtype 'fp8' is unknown" in _run(*given, "--dtype", "fp8")
+    assert 'Invalid value "tpu" for --device. Choose from: "cpu", "cuda"' in _run(*given, "--device", "tpu")
+    assert 'Invalid value "fp8" for --dtype' in _run(*given, "--dtype", "fp8")
+    with pytest.raises(UnavailableError, match="device 'tpu' is unknown; choose from cpu, cuda"):
+        check_compiling("tpu", "fp32")
+    with pytest.raises(UnavailableError, match="dtype 'fp8' is unknown"):
+        check_compiling("cpu", "fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert "this GPU (SM75) has no bf16 arithmetic; use --dtype fp16" in _run(
@@ -198,7 +224,7 @@ def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Pa
         pytest.skip(str(error))
     model = make_model()
     export_packages(model, tmp_path, dtype=dtype, graphs=GRAPHS)
-    manifest = verify_export(tmp_path, model)
+    manifest = verify_export(tmp_path, model, runner="aoti")
     assert (manifest.status, manifest.reason) == ("verified", "")
     session = Session.load(tmp_path, "aoti")
     generator = torch.Generator().manual_seed(1)
@@ -226,7 +252,7 @@ def test_base_model_in_bf16(tmp_path: Path) -> None:
         pytest.skip(str(error))
     model = load_subject(ModelSource(preset="base")).model
     export_packages(model, tmp_path, dtype="bf16")
-    manifest = verify_export(tmp_path, model)
+    manifest = verify_export(tmp_path, model, runner="aoti")
     assert (manifest.status, manifest.reason) == ("verified", "")
     assert manifest.verification is not None
     assert all(ranks.agreement >= 0.99 for ranks in manifest.verification.ranks)

@@ -377,7 +377,7 @@ def test_openvino_gives_what_the_model_gives(small_model: XFM, exported_fp32: Pa
 
 def test_onnxruntime_says_what_it_lacks(exported_fp32: Path) -> None:
     manifest = Manifest.load(exported_fp32)
-    assert choose_runtime(manifest) == "onnxruntime"
+    assert choose_runtime(manifest, exported_fp32) == "onnxruntime"
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(UnavailableError, match=r"device cuda:0 cannot be used: this onnxruntime has no CUDA"):
             Session(exported_fp32, device="cuda:0")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.determinism import deterministic_algorithms
+from tests.agreement import deterministic_algorithms
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.test_cpu import usable
 from xfm_fast.kernels import reference

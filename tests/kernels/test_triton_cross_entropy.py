@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws, widened
-from tests.kernels.triton_testing import interpreted_kernels, poison
+from tests.kernels.triton_testing import interpreted_kernels, mutant, poison
 
 interpreted_kernels()
 
-from tests.kernels.mutants import mutant  # noqa: E402
+from tests.kernels.test_losses_cpu import Arguments, make  # noqa: E402
 from xfm_fast.kernels import reference  # noqa: E402
 from xfm_fast.kernels.triton import cross_entropy  # noqa: E402
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 @pytest.fixture
@@ -33,13 +32,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def shrink(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     monkeypatch.setattr(module, "_SLICE", 64)
     monkeypatch.setattr(module, "_BUFFER_BYTES", 64 * 4 * 8)
-
-
-def make(rows: int, width: int, vocabulary: int, dtype: torch.dtype, *, bias: bool = True) -> Arguments:
-    h = torch.randn(rows, width).to(dtype)
-    w = (torch.randn(vocabulary, width) / width**0.5 * 2).to(dtype)
-    target = torch.randint(0, vocabulary, (rows,))
-    return h, w, torch.randn(vocabulary).to(dtype) if bias else None, target
 
 
 def by_definition(arguments: Arguments, dout: Tensor, function: Any, *options: Any) -> list[Tensor]:

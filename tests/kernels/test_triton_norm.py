@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, widened
-from tests.kernels.triton_testing import interpreted_kernels, poison
+from tests.kernels.triton_testing import interpreted_kernels, mutant, poison
 
 interpreted_kernels()
 
-from tests.kernels.mutants import mutant  # noqa: E402
 from xfm_fast.kernels import reference  # noqa: E402
 from xfm_fast.kernels.triton import embed_layer_norm, layer_norm  # noqa: E402
 

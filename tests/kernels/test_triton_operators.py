@@ -1,6 +1,8 @@
-"""The registered operators reach the Triton kernels, forward and backward, and agree with the definitions."""
+"""The registered operators reach the Triton kernels, launched as tuned, and agree with the definitions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ interpreted_kernels()
 
 from tests.kernels.test_operators import CASES  # noqa: E402
 from xfm_fast import XFM, XFMConfig  # noqa: E402
-from xfm_fast.kernels import ops  # noqa: E402
+from xfm_fast.kernels import ops, tune  # noqa: E402
+from xfm_fast.kernels.triton import gelu, layer_norm  # noqa: E402
+from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
 
 
 def _run(case: str, backend: ops.Backend) -> list[Tensor]:
@@ -69,3 +73,43 @@ def test_a_whole_model_on_triton_kernels() -> None:
     for name, gradient in results["triton"][1].items():
         expected = results["reference"][1][name]
         assert (gradient - expected).abs().max() <= 1e-4 * max(1e-3, float(expected.abs().max())), name
+
+
+WIDTH = 63
+# The interpreter takes the configurations of the oldest architecture.
+ARCH = 80
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return [t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, Tensor)]
+
+
+@pytest.mark.parametrize("kernel", tune._WIDTHS)
+def test_row_kernels_are_launched_as_tuned(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_ROWS", 11)
+    seen: list[LaunchConfig] = []
+    for module in (gelu, layer_norm):
+        options = module.launch_options
+        monkeypatch.setattr(
+            module,
+            "launch_options",
+            lambda config, options=options, **k: (seen.append(config), options(config, **k))[1],
+        )
+    call = tune.model_workload(kernel, WIDTH, "fp32", device="cpu")
+    expected = _tensors(call())
+    in_use = seen[-1]
+    block = in_use.tiles["BLOCK"] if "norm" in kernel else 32
+    tuned = LaunchConfig({"BLOCK": block, "ROWS": 2 * in_use.tiles["ROWS"]}, 2, 1)
+    with tune.using(kernel, WIDTH, "fp32", ARCH, tuned), poison():
+        found = _tensors(call())
+    assert seen[-1] == tuned != in_use
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    call()
+    assert seen[-1] == in_use
+
+
+def test_an_unknown_kernel_has_no_workload() -> None:
+    with pytest.raises(ValueError, match="no shape is known at which to time kernel ordered_sum"):
+        tune.model_workload("ordered_sum", 768, "bf16", device="cpu")

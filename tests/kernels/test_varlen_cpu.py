@@ -58,10 +58,7 @@ def check(plan: Plan, lengths_q: list[int], lengths_k: list[int]) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), max_size=9),
-    st.booleans(),
-)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), max_size=9), st.booleans())
 def test_every_query_sees_the_keys_of_its_sequence_once(lengths: list[tuple[int, int]], bundled: bool) -> None:
     lengths_q, lengths_k = [n for n, _ in lengths], [m for _, m in lengths]
     check(plan_of(bounds(lengths_q), bounds(lengths_k), bundled), lengths_q, lengths_k)

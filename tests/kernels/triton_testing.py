@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,13 +121,37 @@ def mutated(file: str, old: str, new: str, folder: Path) -> Iterator[ModuleType]
     assert old in text, f"{file} does not contain {old!r} any more"
     (root / file).write_text(text.replace(old, new))
     spec = importlib.util.spec_from_file_location(name, root / "__init__.py", submodule_search_locations=[str(root)])
+    with _imported(spec) as package:
+        yield package
+
+
+@contextmanager
+def _imported(spec: ModuleSpec | None) -> Iterator[ModuleType]:
+    """A module that can be imported within the block: dataclasses look theirs up while they are made."""
     assert spec is not None
     assert spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[name] = package
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
     try:
-        spec.loader.exec_module(package)
-        yield package
+        spec.loader.exec_module(made)
+        yield made
     finally:
-        for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+        for module in [m for m in sys.modules if m == spec.name or m.startswith(f"{spec.name}.")]:
             del sys.modules[module]
+
+
+def mutant(module: ModuleType, old: str, new: str, folder: Path) -> Any:
+    """The module, imported once more from a copy of its source in which `new` stands for the only `old`.
+
+    The copy is a file because Triton reads the source of a kernel; it lies beside nothing, and imports its neighbours
+    by the package of the original.
+    """
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"
+    path = folder / f"mutant_{Path(module.__file__).name}"
+    path.write_text(source.replace(old, new))
+    name = f"{module.__package__}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    with _imported(spec) as copy:
+        return copy

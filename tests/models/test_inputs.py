@@ -76,10 +76,7 @@ REFUSED: dict[str, tuple[Callable[[XFM], object], list[str]]] = {
         ["input_ids", "512", "vocabulary of 512", "tokenizer"],
     ),
     "negative id": (lambda m: m.encode_text(ids([0, -100, 2])), ["input_ids", "-100", "tokenizer"]),
-    "mask of another shape": (
-        lambda m: m.encode_text(ids(), torch.ones(2, 4)),
-        ["attention_mask", "[2, 4]", "[2, 3]"],
-    ),
+    "mask of another shape": (lambda m: m.encode_text(ids(), torch.ones(2, 4)), ["attention_mask", "[2, 4]", "[2, 3]"]),
     "empty text": (
         lambda m: m.encode_text(ids(), EMPTY_TEXT),
         ["attention_mask of text 1", "all zeros", "leave it out"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -72,6 +73,15 @@ def text_batch(case: str) -> TextBatch:
 def image_batch(case: str) -> ImageBatch:
     x = inputs_of(f"{case}/inputs", torch.float64)
     return ImageBatch(image=x["image"], patch_mask=x["image_mask"])
+
+
+BATCHES: dict[str, Callable[[str], Batch]] = {
+    "pairs": pair_batch,
+    "pairs with ids": lambda case: pair_batch(case, ids=True),
+    "regions": region_batch,
+    "images": image_batch,
+    "texts": text_batch,
+}
 
 
 def rows(batch: Batch, *, image: slice | None = None, text: slice) -> dict[str, Any]:

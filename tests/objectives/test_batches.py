@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.objectives import steps
 from tests.objectives.steps import image_batch, model_of, negatives_of, pair_batch, region_batch, text_batch
 from xfm_fast.batches import IGNORED, Batch, RegionBatch, TextBatch
 from xfm_fast.objectives import pretraining_losses
@@ -80,7 +81,7 @@ def test_on_the_host_nothing_happens_unasked(batch: Batch) -> None:
 @pytest.mark.parametrize("kind", ["pairs", "regions", "texts"])
 def test_a_batch_that_was_never_on_the_host(monkeypatch: pytest.MonkeyPatch, case: str, kind: str) -> None:
     """Without a layout from the host, empty slots are carried along: the same losses, only slower."""
-    batch = {"pairs": pair_batch, "regions": region_batch, "texts": text_batch}[kind](case)
+    batch = steps.BATCHES[kind](case)
     negatives = None if kind == "texts" else negatives_of(case, batch)
     expected = pretraining_losses(model_of(case), batch, hard_negatives=negatives)
     with monkeypatch.context() as context:

@@ -63,7 +63,7 @@ def test_golden_losses_from_golden_tensors(case: str) -> None:
         "r_loss_giou_noisimage": box_giou_loss(*boxes),
     }
     for name, value in found.items():
-        assert_agrees(name, value, out[name], None, torch.float64)
+        assert_agrees(name, value, out[name], (), torch.float64)
 
 
 TARGETS = torch.tensor([[3, -100], [0, 4]])
@@ -73,10 +73,7 @@ OTHERS = torch.tensor([[0.45, 0.55, 0.5, 0.2], [0.8, 0.2, 0.1, 0.1], [0.71, 0.22
 
 DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]] = {
     "contrastive": (lambda i, t, s: contrastive_loss(i, t, s), lambda: (*features(4), torch.tensor(0.3).double())),
-    "contrastive with ids": (
-        lambda i, t: contrastive_loss(i, t, 0.2, torch.tensor([1, 2, 1, 3])),
-        lambda: features(4),
-    ),
+    "contrastive with ids": (lambda i, t: contrastive_loss(i, t, 0.2, torch.tensor([1, 2, 1, 3])), lambda: features(4)),
     "matching": (lambda x: matching_loss(x, torch.tensor([1, 0, 0])), lambda: (torch.randn(3, 2).double(),)),
     "masked lm": (lambda x: masked_lm_loss(x, TARGETS), lambda: (torch.randn(2, 2, 5).double(),)),
     "masked image": (
@@ -298,10 +295,7 @@ def test_contrastive_loss_of_perfect_and_uniform_features() -> None:
             lambda: masked_code_loss(torch.ones(2, 4, 3), torch.ones(2, 3), torch.ones(2, 3), torch.ones(5, 3)),
             r"codes are torch.float32 \[2, 3\]",
         ),
-        (
-            lambda: contrastive_rows(*features(2), 0.1, AllPairs(*features(4), 0), torch.ones(3)),
-            r"image_ids are \[3\]",
-        ),
+        (lambda: contrastive_rows(*features(2), 0.1, AllPairs(*features(4), 0), torch.ones(3)), r"image_ids are \[3\]"),
         (lambda: box_l1_loss(torch.ones(2, 4), torch.ones(3, 4)), r"\[2, 4\] and \[3, 4\]"),
         (lambda: box_giou_loss(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3)), r"is_image is \[3\]"),
     ],

@@ -1,9 +1,14 @@
-"""The work of a step, counted: nothing is computed twice, and nothing that is not read."""
+"""The work of a step: nothing is computed twice, nothing that is not read, and no tensor is asked for a number.
+
+On an accelerator each such question would stop the host until the device is done.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +16,25 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import CASES
-from tests.objectives.steps import model_of, negatives_of, pair_batch, region_batch, text_batch, total
+from tests.objectives.steps import (
+    BATCHES,
+    image_batch,
+    model_of,
+    negatives_of,
+    pair_batch,
+    region_batch,
+    text_batch,
+    total,
+)
 from xfm_fast import flops
-from xfm_fast.batches import IGNORED, TextBatch
-from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
-from xfm_fast.kernels import ops
+from xfm_fast.batches import IGNORED, Batch, TextBatch
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
+from xfm_fast.kernels import attention, norms, ops, products
+from xfm_fast.kernels import losses as kernel_losses
 from xfm_fast.models.fusion import FusionEncoder
 from xfm_fast.models.text import TextEncoder
 from xfm_fast.models.vision import VisionEncoder
+from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 
 
@@ -89,21 +105,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-def test_passes_of_a_step_of_pairs(calls: Counter[str]) -> None:
-    pretraining_losses(model_of("tiny_a"), pair_batch("tiny_a"))
+@pytest.mark.parametrize(("batch", "images"), [(pair_batch, 2), (region_batch, 1)], ids=["pairs", "regions"])
+def test_passes_of_a_step(batch: Callable[[str], Batch], images: int, calls: Counter[str]) -> None:
+    pretraining_losses(model_of("tiny_a"), batch("tiny_a"))
     assert calls == {
-        "VisionEncoder.forward with a graph": 2,
-        "TextEncoder.forward with a graph": 1,
-        "TextEncoder.forward": 1,
-        "FusionEncoder.project with a graph": 1,
-        "FusionEncoder.forward with a graph": 1,
-    }
-
-
-def test_passes_of_a_step_of_regions(calls: Counter[str]) -> None:
-    pretraining_losses(model_of("tiny_a"), region_batch("tiny_a"))
-    assert calls == {
-        "VisionEncoder.forward with a graph": 1,
+        "VisionEncoder.forward with a graph": images,
         "TextEncoder.forward with a graph": 1,
         "TextEncoder.forward": 1,
         "FusionEncoder.project with a graph": 1,
@@ -134,3 +140,103 @@ def test_vocabulary_logits_never_exist_in_full(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(type(model.fusion_encoder.lm_head), "forward", logits)
     for batch in (pair_batch("tiny_a"), region_batch("tiny_a"), text_batch("tiny_a")):
         pretraining_losses(model, batch)
+
+
+FUNCTIONS = ("nonzero", "argwhere", "unique", "bincount", "masked_select")
+CONVERSIONS = ("item", "tolist", "__bool__", "__int__", "__index__", "__float__")
+
+
+@contextmanager
+def no_questions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def forbid(owner: Any, name: str) -> None:
+        def asked(*_: object, **__: object) -> None:
+            raise AssertionError(f"{name} of a tensor: on an accelerator the host would wait here")
+
+        context.setattr(owner, name, asked)
+
+    with monkeypatch.context() as context:
+        for name in (*CONVERSIONS, *FUNCTIONS):
+            forbid(Tensor, name)
+        for name in ("is_nonzero", *FUNCTIONS):
+            forbid(torch, name)
+        yield
+
+
+def fresh(**overrides: object) -> XFM:
+    model = model_of("tiny_a", **overrides)
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_no_step_asks(
+    monkeypatch: pytest.MonkeyPatch, kind: str, given: bool, prepared: bool, dtype: torch.dtype
+) -> None:
+    model, batch = fresh().to(dtype), BATCHES[kind]("tiny_a")
+    try:
+        if prepared:
+            batch = batch.prepare()
+        negatives = negatives_of("tiny_a", batch) if given and kind not in ("images", "texts") else None
+        with no_questions(monkeypatch):
+            losses = pretraining_losses(model, batch, hard_negatives=negatives)
+            total(losses).backward()
+    finally:
+        model.double().zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "regions", "texts"])
+def test_nor_in_training_mode(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model = fresh().train()
+    try:
+        with no_questions(monkeypatch):
+            total(pretraining_losses(model, BATCHES[kind]("tiny_a"))).backward()
+    finally:
+        model.eval().zero_grad(set_to_none=True)
+
+
+def test_nor_when_masks_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh()
+    batch = type(image := image_batch("tiny_a"))(image=image.image)
+    with no_questions(monkeypatch):
+        pretraining_losses(model, batch)["mim"].backward()
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device without values, whose kernels are known by the shapes of their results: to ask for one is an error."""
+    for module in (attention, kernel_losses, norms, products):
+        monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
+    monkeypatch.setattr(attention, "HEAD_DIMS", (16,))
+    # Autocast does not know such a device.
+    monkeypatch.setattr(XFM, "_cast", lambda _, pixels: pixels)
+    return "meta"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_an_accelerator_is_never_waited_for(accelerator: str, kind: str, given: bool, training: bool) -> None:
+    """The whole path that a GPU takes, forward and backward, with negatives of a fixed capacity."""
+    batch = BATCHES[kind]("tiny_a")
+    config = model_of("tiny_a").config
+    with torch.device(accelerator):
+        model = XFM(config).double().train(training)
+    negatives = None
+    if given and kind not in ("images", "texts"):
+        first, second = negatives_of("tiny_a", batch)
+        negatives = first.to(accelerator), second.to(accelerator)
+    losses = pretraining_losses(model, batch.to(accelerator), hard_negatives=negatives)
+    assert all(loss.device.type == accelerator for loss in losses.values())
+    total(losses).backward()
+
+
+def test_questions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.ones(1)
+    asked = [lambda name=name: getattr(tensor, name)() for name in ("item", "tolist", "nonzero")]
+    for question in (*asked, lambda: bool(tensor), lambda: int(tensor)):
+        with no_questions(monkeypatch), pytest.raises(AssertionError):
+            question()

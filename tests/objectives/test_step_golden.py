@@ -1,4 +1,4 @@
-"""`pretraining_losses` against the official code: every loss and the gradient of every parameter, alone and summed."""
+"""`pretraining_losses` against the official code: every loss and gradient, alone and summed; and image codes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.agreement import relative_error, tensors
+from tests.agreement import assert_gradient_norms, relative_error, tensors
 from tests.conftest import CASES, load_json
 from tests.objectives.steps import (
+    BATCHES,
     gradients,
     image_batch,
+    image_codes,
     model_of,
     negatives_of,
-    pair_batch,
-    region_batch,
-    text_batch,
     total,
 )
-from xfm_fast.batches import Batch
+from xfm_fast.batches import ImageBatch, PairBatch
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import pretraining_losses
+from xfm_fast.objectives import ImageCodes, pretraining_losses
 
 # Far below the 1e-8 that counts as the same function; the sums are taken in another order, no more.
 SAME = 1e-9
@@ -34,19 +33,9 @@ Run = Callable[[str], tuple[XFM, dict[str, Tensor]]]
 @cache
 def run(case: str, kind: str, **overrides: object) -> tuple[XFM, dict[str, Tensor]]:
     model = model_of(case, **overrides)
-    batch: Batch = {
-        "pairs": pair_batch,
-        "pairs with ids": lambda name: pair_batch(name, ids=True),
-        "regions": region_batch,
-        "images": image_batch,
-        "texts": text_batch,
-    }[kind](case)
+    batch = BATCHES[kind](case)
     given = negatives_of(case, batch) if kind in ("pairs", "pairs with ids", "regions") else None
     return model, pretraining_losses(model, batch, hard_negatives=given)
-
-
-def mim_patches(case: str) -> tuple[XFM, dict[str, Tensor]]:
-    return run(case, "pairs", mim_patches_only=True)
 
 
 # Golden loss -> the step that has it, and its name there; None for the sum of all.
@@ -57,7 +46,7 @@ GOLDEN: dict[str, tuple[Run, str | None]] = {
     "imlm": (lambda case: run(case, "pairs"), "imlm"),
     "imlm_nodetach": (lambda case: run(case, "pairs", detach_text_for_mlm=False), "imlm"),
     "mim": (lambda case: run(case, "pairs"), "mim"),
-    "mim_patches_only": (mim_patches, "mim"),
+    "mim_patches_only": (lambda case: run(case, "pairs", mim_patches_only=True), "mim"),
     "mlm_text": (lambda case: run(case, "texts"), "mlm"),
     "r_bbox": (lambda case: run(case, "regions"), "bbox_l1"),
     "r_giou": (lambda case: run(case, "regions"), "bbox_giou"),
@@ -97,18 +86,6 @@ def test_values(case: str, kind: str) -> None:
         assert losses[name].item() == pytest.approx(stored[golden].item(), rel=SAME), name
 
 
-def assert_gradients(found: dict[str, Tensor | None], expected: dict[str, float | None], what: str) -> None:
-    largest = max(norm for norm in expected.values() if norm is not None)
-    for name, gradient in found.items():
-        norm = expected[name]
-        if norm is None:
-            assert gradient is None, f"{what} reaches {name}, which it must not"
-        else:
-            assert gradient is not None, f"{what} does not reach {name}"
-            # Gradients that are zero but for rounding (key biases) are rounding here too.
-            assert gradient.norm().item() == pytest.approx(norm, rel=SAME, abs=1e-13 * largest), f"{what}: {name}"
-
-
 @pytest.mark.parametrize("loss", GOLDEN)
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_norms(case: str, loss: str) -> None:
@@ -117,7 +94,7 @@ def test_gradient_norms(case: str, loss: str) -> None:
     model, losses = step(case)
     value = total(losses) if name is None else losses[name]
     assert value.item() == pytest.approx(golden["value"], rel=SAME)
-    assert_gradients(gradients(model, value), golden["grad_norm"], loss)
+    assert_gradient_norms(gradients(model, value), golden["grad_norm"], loss)
 
 
 @pytest.mark.parametrize("loss", GOLDEN)
@@ -147,7 +124,7 @@ def test_regions_by_local_attention(case: str, depth: int) -> None:
         assert losses[name].item() == pytest.approx(stored[key].item(), rel=SAME), name
     value = total(losses)
     assert value.item() == pytest.approx(golden["value"], rel=SAME)
-    assert_gradients(gradients(model, value), golden["grad_norm"], "total_region")
+    assert_gradient_norms(gradients(model, value), golden["grad_norm"], "total_region")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -155,7 +132,7 @@ def test_regions_by_local_attention(case: str, depth: int) -> None:
 def test_each_loss_asked_for_alone_is_the_same(case: str, kind: str) -> None:
     """What is left out changes nothing of what remains, though other paths compute it."""
     model, together = run(case, kind)
-    batch = pair_batch(case) if kind == "pairs" else region_batch(case)
+    batch = BATCHES[kind](case)
     for name, value in together.items():
         alone = pretraining_losses(model, batch, hard_negatives=negatives_of(case, batch), losses={name})
         assert set(alone) == {name}
@@ -167,3 +144,51 @@ def test_each_loss_asked_for_alone_is_the_same(case: str, kind: str) -> None:
                 assert gradient is other, f"{name}: {parameter}"
             else:
                 assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-14), f"{name}: {parameter}"
+
+
+def by_plain_operations(model: XFM, batch: PairBatch | ImageBatch, codes: ImageCodes) -> Tensor:
+    """The loss by plain operations on the hidden patches alone."""
+    mask = batch.patch_mask
+    assert mask is not None
+    with torch.no_grad():
+        targets = codes._tokenizer[0](batch.image)
+    logits = codes.head(model.encode_image(batch.image, mask)[:, 1:][mask.bool()])
+    return nn.functional.cross_entropy(logits, targets[mask.bool()])
+
+
+@pytest.mark.parametrize("kind", ["pairs", "images"])
+def test_a_step_predicts_codes(kind: str) -> None:
+    model, batch = model_of("tiny_a"), BATCHES[kind]("tiny_a")
+    codes = image_codes(model.config)
+    draw = [torch.Generator().manual_seed(1) for _ in range(2)]
+    found = pretraining_losses(model, batch, image_codes=codes, generator=draw[0])
+    plain = by_plain_operations(model, batch, codes)
+    assert found["mim"].item() == pytest.approx(plain.item(), rel=1e-10)
+    trained = [*model.vision_encoder.parameters(), *codes.parameters()]
+    ours, theirs = (torch.autograd.grad(loss, trained, allow_unused=True) for loss in (found["mim"], plain))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+    guided = pretraining_losses(model, batch, generator=draw[1])
+    assert guided.keys() == found.keys()
+    assert guided.pop("mim") != found.pop("mim")
+    for name, loss in guided.items():
+        assert loss.item() == pytest.approx(found[name].item(), rel=1e-12), name
+
+
+def test_images_alone_pass_the_encoder_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embeddings of the whole image are no target, so they are not computed."""
+    model, batch, passes = model_of("tiny_a"), image_batch("tiny_a"), []
+    encode = XFM.encode_image
+    monkeypatch.setattr(XFM, "encode_image", lambda *given: passes.append(len(given)) or encode(*given))
+    pretraining_losses(model, batch, image_codes=image_codes(model.config))
+    assert passes == [3]
+    pretraining_losses(model, batch)
+    assert sorted(passes) == [2, 3, 3]
+
+
+def test_a_tokenizer_is_neither_trained_nor_saved() -> None:
+    codes = ImageCodes(nn.Sequential(nn.Flatten(1), nn.Linear(48, 4)), width=8, codes=3)
+    assert {name: tuple(p.shape) for name, p in codes.named_parameters()} == {"head.weight": (3, 8), "head.bias": (3,)}
+    assert codes.state_dict().keys() == {"head.weight", "head.bias"}

@@ -55,15 +55,9 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: step(replace(TEXT, masked_labels=TEXT.masked_labels[:, 1:])),
         ["masked_labels", "[5, 3]", "[5, 4]"],
     ),
-    "too few images": (
-        lambda: step(replace(PAIR, image=PAIR.image[1:])),
-        ["3 images", "4 texts", "one each"],
-    ),
+    "too few images": (lambda: step(replace(PAIR, image=PAIR.image[1:])), ["3 images", "4 texts", "one each"]),
     "other image ids": (lambda: step(replace(PAIR, image_ids=OWN[1:])), ["image_ids", "[3]", "4 texts"]),
-    "other patch mask": (
-        lambda: step(PAIR, patch_mask=torch.ones(4, 17)),
-        ["patch_mask", "[4, 17]", "[4, 16]"],
-    ),
+    "other patch mask": (lambda: step(PAIR, patch_mask=torch.ones(4, 17)), ["patch_mask", "[4, 17]", "[4, 16]"]),
     "other boxes": (lambda: step(replace(REGION, boxes=REGION.boxes[1:])), ["boxes", "[4, 4]", "5 texts"]),
     "NaN box": (
         lambda: step(replace(REGION, boxes=changed(REGION.boxes, 2, 1, to=float("nan")))),
@@ -106,15 +100,9 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 3, 0, to=4))),
         ["masked_positions of text 3", "hold 4", "4 real tokens"],
     ),
-    "empty text": (
-        lambda: step(replace(TEXT, attention_mask=torch.zeros_like(TEXT.attention_mask))),
-        ["text 0"],
-    ),
+    "empty text": (lambda: step(replace(TEXT, attention_mask=torch.zeros_like(TEXT.attention_mask))), ["text 0"]),
     "one tensor of negatives": (lambda: step(PAIR, hard_negatives=OWN), ["hard_negatives", "Tensor", "text_negative"]),
-    "too few negatives": (
-        lambda: step(PAIR, hard_negatives=(OWN, OWN[1:])),
-        ["text_negative_index", "[3]", "4 pairs"],
-    ),
+    "too few negatives": (lambda: step(PAIR, hard_negatives=(OWN, OWN[1:])), ["text_negative_index", "[3]", "4 pairs"]),
     "floating negatives": (
         lambda: step(PAIR, hard_negatives=(OWN.double(), OWN)),
         ["image_negative_index", "float64", "4 pairs"],
@@ -123,10 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: step(PAIR, hard_negatives=(OWN, OWN + 1)),
         ["text_negative_index holds 4", "4 pairs", "from 0"],
     ),
-    "one pair": (
-        lambda: step(PairBatch(**rows(PAIR, text=slice(1)))),
-        ["1 pair(s) hold no negative", "at least 2"],
-    ),
+    "one pair": (lambda: step(PairBatch(**rows(PAIR, text=slice(1)))), ["1 pair(s) hold no negative", "at least 2"]),
     "one image": (
         lambda: step(replace(PAIR, image_ids=torch.full((4,), 7))),
         ["pair 0", "image id 7", "at least two images"],

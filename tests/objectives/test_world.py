@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.objectives import world
+from xfm_fast.objectives import pretraining_losses
 
 Found = list[dict[str, Any]]
 
@@ -78,6 +79,34 @@ def test_negatives_are_drawn_from_all_processes(found: Found) -> None:
     for result in found:
         assert set(result["drawn"]) == {"itc", "itm", "imlm", "mim"}
         assert all(loss.isfinite() for loss in result["drawn"].values())
+
+
+@pytest.mark.parametrize("case", world.DRAWN)
+def test_official_negatives_are_drawn_in_each_process(found: Found, case: str) -> None:
+    """Matching is what a process makes of its pairs when it is alone; the contrastive loss still sees all of them."""
+    size, (losses_of_all, _) = len(found), alone(case)
+    shared = set(losses_of_all) - {"itm"}
+    means = {name: sum(float(result["inside"][case][0][name]) for result in found) / size for name in shared}
+    for name, mean in means.items():
+        assert mean == pytest.approx(losses_of_all[name].item(), rel=1e-11), name
+    for rank, result in enumerate(found):
+        losses, gradients = result["inside"][case]
+        expected_losses, expected = world.drawn_inside(case, rank, size)
+        assert losses["itm"].item() == pytest.approx(expected_losses["itm"].item(), rel=1e-11)
+        assert_same_gradients(gradients["itm"], expected["itm"], f"{case} on rank {rank}")
+        if case == "pairs":
+            assert losses["itm"].item() != pytest.approx(result["drawn"]["itm"].item(), rel=1e-6)
+
+
+def test_official_negatives_change_nothing_in_one_process() -> None:
+    model, (batch, _) = world.model_for("pairs"), world.whole("pairs")
+    plain, official = (
+        pretraining_losses(model, batch, generator=torch.Generator().manual_seed(3), official_itm_negatives=inside)
+        for inside in (False, True)
+    )
+    assert {name: loss.item() for name, loss in official.items()} == pytest.approx(
+        {name: loss.item() for name, loss in plain.items()}, rel=1e-12
+    )
 
 
 def test_rows_are_all_that_a_process_computes() -> None:

@@ -25,6 +25,7 @@ CASES = (
     "pairs", "pairs with ids", "pairs with codes", "regions", "local regions", "texts", "images",
     "pairs with hidden patches only",
 )  # fmt: skip
+DRAWN = ("pairs", "pairs with ids", "regions")
 Result = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]
 
 
@@ -36,7 +37,11 @@ def whole(case: str) -> tuple[Batch, tuple[Tensor, Tensor] | None]:
     """The global batch, and negatives that come from anywhere in it."""
     config, draw = model_for(case).config, torch.Generator().manual_seed(11)
     if case.startswith("pairs"):
-        return pair_batch(PAIRS, config, 11, ids=case == "pairs with ids"), drawn(PAIRS, 11)
+        batch = pair_batch(PAIRS, config, 11, ids=case == "pairs with ids")
+        if batch.image_ids is not None:
+            # Images are shared within processes and between them, and each of four still has two to choose from.
+            batch = replace(batch, image_ids=torch.tensor([0, 1, 0, 2, 0, 3, 4, 2]))
+        return batch, drawn(PAIRS, 11)
     if "regions" in case:
         batch = region_batch(PAIRS, IMAGES, config, 11)
         # Neighbouring texts are of the same image, so that a process has its images to itself.
@@ -138,6 +143,19 @@ def negatives_drawn(rank: int, world: int) -> dict[str, Tensor]:
     return pretraining_losses(model, local, generator=torch.Generator().manual_seed(rank))
 
 
+def drawn_inside(case: str, rank: int, world: int) -> Result:
+    """Losses of one process's part whose negatives come out of it, and the gradients of matching.
+
+    Here they are those of a run alone; within a process group `official_itm_negatives` makes them so.
+    """
+    model, (batch, _) = model_for(case), whole(case)
+    local, _ = part(batch, None, rank, world)
+    generator = torch.Generator().manual_seed(rank)
+    losses = pretraining_losses(model, local, generator=generator, official_itm_negatives=True)
+    found = {name: g for name, g in gradients(model, losses["itm"]).items() if g is not None}
+    return {name: loss.detach() for name, loss in losses.items()}, {"itm": found}
+
+
 def _work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -147,6 +165,7 @@ def _work(rank: int, world: int, folder: str) -> None:
         found["wrapped"] = wrapped(rank, world)
         found["refused"] = refused(rank)
         found["drawn"] = {name: loss.detach() for name, loss in negatives_drawn(rank, world).items()}
+        found["inside"] = {case: drawn_inside(case, rank, world) for case in DRAWN}
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         end_groups()

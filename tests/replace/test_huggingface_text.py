@@ -22,10 +22,11 @@ from tests.replace.text_models import (  # noqa: E402
     assert_equal,
     batch,
     copies,
-    forbid,
     make,
     real,
+    with_fused_copy,
 )
+from tests.replace.vision_models import only_fused  # noqa: E402
 from xfm_fast import accelerate, accelerated  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import huggingface_text, register_attention  # noqa: E402
@@ -35,18 +36,10 @@ ENCODERS = ["BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "D
 BLIP: dict[str, Any] = {"encoder_hidden_size": 27}
 
 
-def only_fused(monkeypatch: pytest.MonkeyPatch, model: nn.Module, *kinds: str) -> None:
-    """Let the original forwards of these classes raise from now on."""
-    for kind in {original_class(module) for module in model.modules()}:
-        if kind.__name__ in kinds:
-            monkeypatch.setattr(kind, "forward", forbid(kind))
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_layers(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, fast = copies(make(name, attention=attention))
-    accelerate(fast)
+    model, fast = with_fused_copy(make(name, attention=attention))
     for given in (batch(), batch("left"), {"input_ids": batch()["input_ids"]}):
         assert_equal(model, fast, given)
     only_fused(monkeypatch, fast, name.replace("Model", "Layer"))
@@ -56,8 +49,7 @@ def test_layers(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("padding", ["right", "left", "holes"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_without_padding(name: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, fast = copies(make(name))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make(name), unpad=True)
     given = batch(padding)
     assert_equal(model, fast, given, only_real=True)
     only_fused(monkeypatch, fast, name, name.replace("Model", "Layer"))
@@ -68,14 +60,12 @@ def test_without_padding(name: str, padding: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_single_precision() -> None:
-    model, fast = copies(make("RobertaModel", torch.float32))
-    accelerate(fast, unpad=True, verify=batch())
+    model, fast = with_fused_copy(make("RobertaModel", torch.float32), unpad=True, verify=batch())
     assert_equal(model, fast, batch(), 1e-5, only_real=True)
 
 
 def test_types_positions_and_given_embeddings() -> None:
-    model, fast = copies(make("BertModel"))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("BertModel"), unpad=True)
     given = batch()
     given["token_type_ids"] = (torch.arange(max(LENGTHS)) > 4).long().expand(len(LENGTHS), -1)
     assert_equal(model, fast, given, only_real=True)
@@ -83,14 +73,12 @@ def test_types_positions_and_given_embeddings() -> None:
     assert_equal(model, fast, given, only_real=True)
     embedded = torch.randn(*given["input_ids"].shape, SIZES["hidden_size"], dtype=torch.float64)
     assert_equal(model, fast, {"inputs_embeds": embedded, "attention_mask": given["attention_mask"]}, only_real=True)
-    roberta, quick = copies(make("RobertaModel"))
-    accelerate(quick, unpad=True)
+    roberta, quick = with_fused_copy(make("RobertaModel"), unpad=True)
     assert_equal(roberta, quick, {"inputs_embeds": embedded, "attention_mask": given["attention_mask"]}, only_real=True)
 
 
 def test_a_text_without_tokens_is_left_to_the_original() -> None:
-    model, fast = copies(make("BertModel", attention="eager"))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("BertModel", attention="eager"), unpad=True)
     given = batch()
     given["attention_mask"][2] = 0
     assert_equal(model, fast, given)
@@ -98,8 +86,7 @@ def test_a_text_without_tokens_is_left_to_the_original() -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_masks_of_four_dimensions(attention: str) -> None:
-    model, fast = copies(make("BertModel", attention=attention))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("BertModel", attention=attention), unpad=True)
     given = batch()
     allowed = (torch.rand(len(LENGTHS), 1, max(LENGTHS), max(LENGTHS)) < 0.7) | torch.eye(max(LENGTHS)).bool()
     if TRANSFORMERS == 4:
@@ -114,8 +101,7 @@ def test_masks_of_four_dimensions(attention: str) -> None:
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_recorded_outputs(unpad: bool) -> None:
-    model, fast = copies(make("BertModel", attention="eager"))
-    accelerate(fast, unpad=unpad)
+    model, fast = with_fused_copy(make("BertModel", attention="eager"), unpad=unpad)
     for asked in ({"output_attentions": True}, {"output_hidden_states": True}):
         wanted, found = model(**batch(), **asked), fast(**batch(), **asked)
         for name in ("attentions", "hidden_states"):
@@ -127,8 +113,7 @@ def test_recorded_outputs(unpad: bool) -> None:
 
 
 def test_tuples_are_returned_where_asked_for() -> None:
-    model, fast = copies(make("BertModel"))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("BertModel"), unpad=True)
     wanted, found = model(**batch(), return_dict=False), fast(**batch(), return_dict=False)
     assert isinstance(found, tuple)
     torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-12)
@@ -170,8 +155,7 @@ def test_cross_attention_in_both_directions(unpad: bool, attention: str, monkeyp
 
 
 def test_generation_with_a_cache() -> None:
-    model, fast = copies(make("BertLMHeadModel", is_decoder=True).eval())
-    accelerate(fast)
+    model, fast = with_fused_copy(make("BertLMHeadModel", is_decoder=True).eval())
     prompt = {"input_ids": torch.tensor([[5, 9], [7, 3]])}
     wanted, found = (m.generate(**prompt, max_new_tokens=6, do_sample=False) for m in (model, fast))
     assert torch.equal(wanted, found)
@@ -180,8 +164,7 @@ def test_generation_with_a_cache() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("unpad", [False, True])
 def test_text_encoder_of_blip(unpad: bool, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, fast = copies(make("BlipTextModel", attention="eager", is_decoder=True, **BLIP))
-    accelerate(fast, unpad=unpad)
+    model, fast = with_fused_copy(make("BlipTextModel", attention="eager", is_decoder=True, **BLIP), unpad=unpad)
     states = torch.randn(len(LENGTHS), 7, BLIP["encoder_hidden_size"], dtype=torch.float64)
     given: dict[str, Any] = batch() | {"encoder_hidden_states": states[:1].expand_as(states) if shared else states}
     assert_equal(model, fast, given, only_real=unpad)
@@ -228,10 +211,7 @@ def test_every_layer_of_the_table(package: str) -> None:
     except KeyError:  # in transformers 4 some models have no choice of attention implementations
         config._attn_implementation = "eager"
         layer = kind(config)
-    _assert_layer_agrees(layer.double().eval())
-
-
-def _assert_layer_agrees(layer: Any) -> None:
+    layer = layer.double().eval()
     fast = copy.deepcopy(layer)
     accelerate(fast)
     x = torch.randn(3, 7, SIZES["hidden_size"], dtype=torch.float64).requires_grad_()
@@ -244,15 +224,13 @@ def _assert_layer_agrees(layer: Any) -> None:
 
 
 def test_another_activation() -> None:
-    model, fast = copies(make("BertModel", hidden_act="gelu_new"))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("BertModel", hidden_act="gelu_new"), unpad=True)
     assert_equal(model, fast, batch(), only_real=True)
 
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_gradient_checkpointing(unpad: bool) -> None:
-    model, fast = copies(make("RobertaModel"))
-    accelerate(fast, unpad=unpad)
+    model, fast = with_fused_copy(make("RobertaModel"), unpad=unpad)
     with warnings.catch_warnings():
         # transformers 5 has another name for it, and 4 not yet.
         warnings.simplefilter("ignore", FutureWarning)
@@ -296,8 +274,7 @@ def test_attention_dropout_alone_reaches_the_attention() -> None:
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_hooks_and_exchanged_parts_are_respected(unpad: bool) -> None:
-    model, fast = copies(make("RobertaModel"))
-    accelerate(fast, unpad=unpad)
+    model, fast = with_fused_copy(make("RobertaModel"), unpad=unpad)
     seen: list[Any] = []
     handle = fast.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *_: seen.append("dense"))
     assert_equal(model, fast, batch(), only_real=True)
@@ -319,15 +296,15 @@ def test_hooks_and_exchanged_parts_are_respected(unpad: bool) -> None:
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_bf16_keeps_the_types_of_the_outputs(unpad: bool) -> None:
-    model, fast = copies(make("RobertaModel", torch.float32))
-    accelerate(fast, unpad=unpad, dtype=torch.bfloat16, verify=batch())
+    model, fast = with_fused_copy(
+        make("RobertaModel", torch.float32), unpad=unpad, dtype=torch.bfloat16, verify=batch()
+    )
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             out = fast(**batch())
             assert out.last_hidden_state.dtype == torch.float32
     assert_equal(model, fast, batch(), 0.05, only_real=True)
-    halved, quick = copies(make("RobertaModel", torch.bfloat16))
-    accelerate(quick, unpad=unpad)
+    halved, quick = with_fused_copy(make("RobertaModel", torch.bfloat16), unpad=unpad)
     with torch.no_grad():
         wanted, found = (m(**batch()).last_hidden_state[batch()["attention_mask"] == 1] for m in (halved, quick))
     assert found.dtype == torch.bfloat16
@@ -335,8 +312,7 @@ def test_bf16_keeps_the_types_of_the_outputs(unpad: bool) -> None:
 
 
 def test_autocast() -> None:
-    model, fast = copies(make("RobertaModel", torch.float32))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("RobertaModel", torch.float32), unpad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(model, fast, batch(), 0.05, only_real=True)
 
@@ -344,8 +320,7 @@ def test_autocast() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("unpad", [False, True])
 def test_compiled(unpad: bool) -> None:
-    model, fast = copies(make("RobertaModel", torch.float32))
-    accelerate(fast, unpad=unpad)
+    model, fast = with_fused_copy(make("RobertaModel", torch.float32), unpad=unpad)
     fast.compile(backend="aot_eager")
     assert_equal(model, fast, batch(), 1e-5, only_real=True)
 
@@ -422,8 +397,7 @@ def test_attention_interface(name: str) -> None:
 
 
 def test_wrapped_for_distributed_training(tmp_path: Any) -> None:
-    model, fast = copies(make("RobertaForMaskedLM"))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("RobertaForMaskedLM"), unpad=True)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(fast)
@@ -439,8 +413,7 @@ def test_wrapped_for_distributed_training(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_the_plain_backend(unpad: bool) -> None:
-    model, fast = copies(make("RobertaModel"))
-    accelerate(fast, unpad=unpad, kernels="reference")
+    model, fast = with_fused_copy(make("RobertaModel"), unpad=unpad, kernels="reference")
     assert_equal(model, fast, batch(), only_real=True)
 
 
@@ -463,20 +436,17 @@ def only_loss(model: nn.Module, given: dict[str, Any]) -> tuple[torch.Tensor, di
 @pytest.mark.parametrize("unpad", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_logits(name: str, unpad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, fast = copies(make(name))
-    accelerate(fast, unpad=unpad)
+    model, fast = with_fused_copy(make(name), unpad=unpad)
     assert_equal(model, fast, batch(labels=True), only_real=True)
     assert_equal(model, fast, batch(), only_real=True)
-    kind = original_class(fast)
-    monkeypatch.setattr(kind, "forward", forbid(kind))
+    only_fused(monkeypatch, fast, name)
     fast(**batch(labels=True))
 
 
 @pytest.mark.parametrize("unpad", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_without_logits(name: str, unpad: bool) -> None:
-    model, fast = copies(make(name))
-    accelerate(fast, unpad=unpad, skip_logits=True)
+    model, fast = with_fused_copy(make(name), unpad=unpad, skip_logits=True)
     given = batch(labels=True)
     assert fast(**given).logits is None
     (wanted, gradients), (found, others) = only_loss(model, given), only_loss(fast, given)
@@ -507,8 +477,7 @@ def test_only_labelled_rows_meet_the_vocabulary(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_labels_that_the_original_must_judge(unpad: bool) -> None:
-    model, fast = copies(make("BertForMaskedLM"))
-    accelerate(fast, unpad=unpad)
+    model, fast = with_fused_copy(make("BertForMaskedLM"), unpad=unpad)
     given = batch(labels=True)
     none = given | {"labels": torch.full_like(given["labels"], -100)}
     assert torch.isnan(model(**none).loss)
@@ -523,8 +492,7 @@ def test_labels_that_the_original_must_judge(unpad: bool) -> None:
 
 
 def test_recorded_outputs_and_tuples() -> None:
-    model, fast = copies(make("BertForMaskedLM"))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("BertForMaskedLM"), unpad=True)
     given = batch(labels=True) | {"output_hidden_states": True}
     wanted, found = model(**given), fast(**given)
     for one, other in zip(wanted.hidden_states, found.hidden_states, strict=True):
@@ -538,8 +506,7 @@ def test_recorded_outputs_and_tuples() -> None:
 @pytest.mark.parametrize("part", ["cls", "cls.predictions", "cls.predictions.transform", "cls.predictions.decoder"])
 @pytest.mark.parametrize("labels", [False, True])
 def test_hooks_on_the_head_fire(part: str, labels: bool) -> None:
-    model, fast = copies(make("BertForMaskedLM"))
-    accelerate(fast, unpad=True)
+    model, fast = with_fused_copy(make("BertForMaskedLM"), unpad=True)
     seen: list[int] = []
     fast.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
     assert_equal(model, fast, batch(labels=labels), only_real=True)
@@ -569,8 +536,9 @@ def test_tied_weights_stay_tied() -> None:
 
 @pytest.mark.parametrize("unpad", [False, True])
 def test_bf16(unpad: bool) -> None:
-    model, fast = copies(make("RobertaForMaskedLM", torch.float32))
-    accelerate(fast, unpad=unpad, dtype=torch.bfloat16, skip_logits=True)
+    model, fast = with_fused_copy(
+        make("RobertaForMaskedLM", torch.float32), unpad=unpad, dtype=torch.bfloat16, skip_logits=True
+    )
     wanted, gradients = only_loss(model, batch(labels=True))
     found, others = only_loss(fast, batch(labels=True))
     torch.testing.assert_close(found, wanted, rtol=0.02, atol=0)

@@ -17,6 +17,7 @@ from tests.replace.vision_models import (  # noqa: E402
     IMAGE,
     WIDTH,
     assert_close,
+    fused_copy,
     gradients,
     only_fused,
     pixels,
@@ -39,14 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT without biases": ("ViT", {"qkv_bias": False, "hidden_act": "gelu_new"}),
     "DeiT": ("DeiT", {}),
     "BEiT": ("Beit", {"use_relative_position_bias": True}),
-    "BEiT with a shared bias": (
-        "Beit",
-        {"use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0},
-    ),
-    "BEiT with both biases": (
-        "Beit",
-        {"use_shared_relative_position_bias": True, "use_relative_position_bias": True},
-    ),
+    "BEiT with a shared bias": ("Beit", {"use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0}),
+    "BEiT with both biases": ("Beit", {"use_shared_relative_position_bias": True, "use_relative_position_bias": True}),
     "Data2Vec": ("Data2VecVision", {"use_relative_position_bias": True}),
     "Data2Vec with a shared bias": ("Data2VecVision", {"use_shared_relative_position_bias": True}),
     "CLIP's images": ("CLIPVision", {}),
@@ -105,8 +100,7 @@ def test_forward_and_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("kind", MODELS)
 def test_single_precision(kind: str, attention: str) -> None:
     model, batch = made(kind, torch.float32, attention), given(kind, torch.float32)
-    fast = copy.deepcopy(model)
-    accelerate(fast, verify=batch)
+    fast = fused_copy(model, verify=batch)
     assert_close(outcome(model, batch), outcome(fast, batch), 1e-5)
 
 
@@ -114,8 +108,7 @@ def test_single_precision(kind: str, attention: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_padded_texts(attention: str, training: bool) -> None:
     model = made("CLIP's texts", torch.float32, attention)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     mask = torch.arange(9) < torch.tensor([[9], [4], [6]])
     batch = given("CLIP's texts") | {"attention_mask": mask.long()}
     with torch.set_grad_enabled(training):
@@ -126,8 +119,7 @@ def test_padded_texts(attention: str, training: bool) -> None:
 @pytest.mark.parametrize("kind", ["BEiT", "BEiT with a shared bias", "Data2Vec"])
 def test_other_resolutions(kind: str) -> None:
     model = made(kind)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     for height, width in ((48, 48), (32, 48)):
         batch = {"pixel_values": torch.randn(2, 3, height, width, dtype=torch.float64)}
         for options in ({}, {"interpolate_pos_encoding": True}):
@@ -138,8 +130,7 @@ def test_other_resolutions(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ViT", "BEiT", "Data2Vec", "CLIP's images"])
 def test_attention_weights_come_from_the_original(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = made(kind, attention="eager"), given(kind)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     for options in ({"output_attentions": True}, {"output_hidden_states": True}):
         wanted, found = (each(**batch, **options) for each in (model, fast))
         for name in ("attentions", "hidden_states"):
@@ -187,8 +178,7 @@ def test_dropout(kind: str, where: str) -> None:
 @pytest.mark.parametrize("kind", ["BEiT", "CLIP's images"])
 def test_half_precision(kind: str) -> None:
     model, batch = made(kind, torch.float32), given(kind, torch.float32)
-    fast = copy.deepcopy(model)
-    accelerate(fast, dtype=torch.bfloat16)
+    fast = fused_copy(model, dtype=torch.bfloat16)
     with torch.no_grad():
         assert_close({"output": states(model, batch)}, {"output": states(fast, batch)}, 2.0**-5)
     assert_close(outcome(model, batch), outcome(fast, batch), 2.0**-4)
@@ -199,8 +189,7 @@ def test_half_precision(kind: str) -> None:
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
     dtype, bound = precise(kind)
     model, batch = made(kind, dtype), given(kind, dtype)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_close(outcome(model, batch), outcome(fast, batch), bound)
 
@@ -209,8 +198,7 @@ def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("kind", ["ViT", "BEiT", "Data2Vec", "CLIP's images"])
 def test_compiled(kind: str) -> None:
     model, batch = made(kind, torch.float32), given(kind, torch.float32)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     without_chance(fast)
     compiled = torch.compile(fast, backend="aot_eager")
     assert_close(outcome(model, batch), gradients(fast, partial(states, compiled, batch)), 1e-5)

@@ -211,10 +211,7 @@ def test_a_head_with_one_output() -> None:
     head = nn.Linear(WIDTH, 1)
     reranker = Reranker(model, head)
     fused = reranker.fused(
-        reranker.image_memory(given["image_embeds"]),
-        given["input_ids"],
-        given["attention_mask"],
-        given["image_index"],
+        reranker.image_memory(given["image_embeds"]), given["input_ids"], given["attention_mask"], given["image_index"]
     )
     assert fused.shape == (5, WIDTH)
     assert torch.allclose(_scores(reranker, given), head(fused)[:, 0])

@@ -18,6 +18,7 @@ from tests.replace.vision_models import (  # noqa: E402
     IMAGE,
     WIDTH,
     assert_close,
+    fused_copy,
     gradients,
     only_fused,
     pixels,
@@ -32,10 +33,7 @@ SMALL = {"img_size": IMAGE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "nu
 PARTS = ("Attention", "EvaAttention", "AttentionRope", "Mlp", "GluMlp", "SwiGLU", "DropPath", "LayerScale")
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BEiT-v2": ("beitv2_base_patch16_224", {}),
-    "BEiT with a shared bias": (
-        "beit_base_patch16_224",
-        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
-    ),
+    "BEiT with a shared bias": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
     "BEiT with both biases": ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True}),
     "BEiT without bias": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "init_values": None, "qkv_bias": False}),
     "ViT": ("vit_base_patch16_224", {}),
@@ -104,8 +102,7 @@ def test_stochastic_depth_is_drawn_alike(keep: float, scaled: bool) -> None:
 @pytest.mark.parametrize("kind", ["BEiT-v2", "ViT"])
 def test_dropout_keeps_the_mean(kind: str, where: str) -> None:
     model, x = made(kind, torch.float64, depth=1, **{where: 0.2}), pixels(batch=1)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     rows, means = x.expand(1024, -1, -1, -1), []
     with torch.no_grad():
         for each in (model.train(), fast.train()):
@@ -122,8 +119,7 @@ def test_dropout_keeps_the_mean(kind: str, where: str) -> None:
 
 def test_half_precision() -> None:
     model, x = made(dtype=torch.float32), pixels(torch.float32)
-    fast = copy.deepcopy(model)
-    accelerate(fast, dtype=torch.bfloat16)
+    fast = fused_copy(model, dtype=torch.bfloat16)
     with torch.no_grad():
         assert_close({"output": model(x)}, {"output": fast(x)}, 2.0**-5)
     wanted, found = outcome(model, x), outcome(fast, x)
@@ -135,8 +131,7 @@ def test_half_precision() -> None:
 
 def test_autocast() -> None:
     model, x = made(dtype=torch.float32), pixels(torch.float32)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(outcome(model, x), outcome(fast, x), 2.0**-4)
 
@@ -144,8 +139,7 @@ def test_autocast() -> None:
 @pytest.mark.parametrize("kind", ["BEiT-v2", "BEiT with a shared bias", "ViT"])
 def test_gradient_checkpointing(kind: str) -> None:
     model, x = made(kind, drop_path_rate=0.3), pixels()
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     fast.set_grad_checkpointing()
     found = []
     for each in (model.train(), fast.train()):
@@ -158,8 +152,7 @@ def test_gradient_checkpointing(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["BEiT-v2", "ViT"])
 def test_compiled(kind: str) -> None:
     model, x = made(kind, torch.float32), pixels(torch.float32)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     without_chance(fast)
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     assert_close(outcome(model, x), gradients(fast, partial(compiled, x)), 1e-5)
@@ -196,8 +189,7 @@ def test_a_hook_inside_is_called(name: str) -> None:
 
 def test_weights_that_change_are_seen() -> None:
     model, x = made(dtype=torch.float32), pixels(torch.float32)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     with torch.no_grad():
         fast(x)
         for each in (model, fast):
@@ -209,8 +201,7 @@ def test_weights_that_change_are_seen() -> None:
 
 def test_another_input_size() -> None:
     model = made()
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     for each in (model, fast):
         each.set_input_size((48, 40))
     x = pixels(size=48)[..., :40]
@@ -219,8 +210,7 @@ def test_another_input_size() -> None:
 
 def test_masks_run_the_original() -> None:
     model = made("ViT")
-    fast = copy.deepcopy(model)
-    accelerate(fast)
+    fast = fused_copy(model)
     x, mask = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.tril(torch.ones(5, 5, dtype=torch.bool))
     for options in ({"attn_mask": mask}, {"is_causal": True}):
         wanted, found = (each.blocks[0](x, **options) for each in (model, fast))

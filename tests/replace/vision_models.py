@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from xfm_fast import accelerate
 from xfm_fast.replace.swap import original_class
 
 WIDTH, IMAGE = 48, 32
@@ -23,6 +25,12 @@ def randomised(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modul
             centre = 1.0 if parameter.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
             parameter.normal_(centre, spread, generator=generator)
     return model.to(dtype).eval()
+
+
+def fused_copy(model: Any, **options: Any) -> Any:
+    fast = copy.deepcopy(model)
+    accelerate(fast, **options)
+    return fast
 
 
 def pixels(dtype: torch.dtype = torch.float64, size: int = IMAGE, batch: int = 3) -> Tensor:

@@ -214,8 +214,25 @@ def test_what_is_refused(model: CaptioningModel, x: dict[str, Tensor]) -> None:
         model(pixels, x["text_ids"], holes, prompt_length=3)
 
 
-def test_decoder_starts_from_the_text_encoder() -> None:
+def test_decoder_starts_from_the_fusion_encoder() -> None:
+    state = tensors("tiny_b/weights")
     model = CaptioningModel(config("tiny_b"))
+    assert model.load_official(state).fresh == []
+    started = model.text_decoder.state_dict()
+    assert any(".crossattention." in name for name in started)
+    for name, value in started.items():
+        assert torch.equal(value, state[f"fusion_encoder.{name}"]), name
+    assert not hasattr(model, "fusion_encoder")
+
+
+def test_a_decoder_starts_from_no_other_encoder() -> None:
+    with pytest.raises(InputError, match="decoder_from='vision' is no encoder to start from"):
+        CaptioningModel(config("tiny_b"), decoder_from="vision")  # type: ignore[arg-type]
+
+
+def test_decoder_starts_from_the_text_encoder_where_wanted() -> None:
+    model = CaptioningModel(config("tiny_b"), decoder_from="text")
+    assert len(model.text_decoder.roberta.encoder) == config("tiny_b").text_layers
     fresh = model.initialise_decoder(tensors("tiny_b/weights"))
     assert fresh
     assert all(".crossattention." in name for name in fresh)

@@ -25,7 +25,8 @@ from xfm_fast.tasks.vqa import VQAModel
 
 MODELS: dict[str, tuple[type[TaskModel], dict[str, Any], str]] = {
     "vqa": (VQAModel, {"decoder_layers": 2}, "text_decoder."),
-    "captioning": (CaptioningModel, {}, "text_decoder."),
+    # One layer more than the fusion encoder has, which stays fresh.
+    "captioning": (CaptioningModel, {"decoder_layers": 3}, "text_decoder."),
     "nlvr2": (NLVR2Model, {}, "cls_head."),
     "grounding": (GroundingModel, {}, ""),
     "image": (ClassificationModel, {"labels": 3, "modality": "image"}, "cls_head."),

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.conftest import CASES, config, golden, load_json, load_tensors
 from xfm_fast import XFM, Retriever, XFMConfig, flops
 from xfm_fast.errors import DataError, InputError, StorageError
-from xfm_fast.memory import create_mapped, open_mapped
+from xfm_fast.memory import open_mapped
 from xfm_fast.tasks import reranking
 from xfm_fast.tasks.reranking import ScoreJournal, top_candidates
 from xfm_fast.tasks.retrieval import UNSCORED, recall, rerank
@@ -235,18 +235,6 @@ def test_a_full_disk_is_a_clear_error_and_keeps_what_was_there(tmp_path) -> None
     journal._file = whole
     with journal:
         assert [image for image, _ in journal.records()] == [0]
-
-
-def test_a_collection_larger_than_the_disk_is_refused_at_once(tmp_path) -> None:
-    with pytest.raises(StorageError, match=r"needs .* GB and cannot be created"):
-        create_mapped(tmp_path / "huge", (1 << 50,), torch.float32)
-    assert not (tmp_path / "huge").exists()
-
-
-def test_a_mapped_file_of_another_size_is_refused(tmp_path) -> None:
-    create_mapped(tmp_path / "m", (3, 2), torch.bfloat16)
-    with pytest.raises(DataError, match=r"has 12 bytes; \[4, 2\] torch.bfloat16 takes 16"):
-        open_mapped(tmp_path / "m", (4, 2), torch.bfloat16)
 
 
 def test_bad_arguments(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests.determinism import deterministic_algorithms
+from tests.agreement import deterministic_algorithms
 from tests.training.small_runs import (
     Joined,
     Noise,

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.agreement import inputs_of, with_weights
-from tests.conftest import config, load_json
+from tests.agreement import with_weights
+from tests.conftest import CASES, config, load_json
+from tests.objectives.steps import image_batch, negatives_of, pair_batch, region_batch, text_batch, total
 from tests.training.small_runs import Joined, Noise, noise, numbers, run, small_recipe, without_dropout
-from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.batches import Batch, PairBatch, RegionBatch
 from xfm_fast.errors import InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import loop
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.loop import train
-from xfm_fast.training.optimizer import schedule_factor
+from xfm_fast.training.optimizer import AdamW, optimizer_groups, schedule_factor
 from xfm_fast.training.recipe import Recipe
+from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
 
 OFFICIAL_NAME = {
     "itc": "loss_itc", "itm": "loss_itm", "imlm": "loss_mlm", "mim": "loss_mim", "mlm": "loss_mlm",
     "bbox_l1": "loss_bbox", "bbox_giou": "loss_giou",
 }  # fmt: skip
+ALLOWED = 1e-8
+RECIPE = OptimizerRecipe(lr=1e-3, weight_decay=0.01, lr_mult=2, betas=(0.9, 0.98), eps=1e-8, clip_norm=1.0)
+
+
+def official_losses(case: str, model: XFM, batch: Batch, **options: Any) -> dict[str, Tensor]:
+    """The losses of a golden batch with the negatives that the official code drew."""
+    negatives = negatives_of(case, batch) if isinstance(batch, PairBatch | RegionBatch) else None
+    return pretraining_losses(model, batch, hard_negatives=negatives, **options)
 
 
 class Same:
@@ -42,35 +52,6 @@ class Same:
         return self.of
 
 
-def official_batches(case: str) -> tuple[dict[str, Same], dict[type, dict[str, Any]]]:
-    x = inputs_of(f"{case}/inputs", torch.float64)
-
-    def texts(prefix: str) -> dict[str, Any]:
-        return {
-            "input_ids": x[f"{prefix}text_ids"],
-            "attention_mask": x[f"{prefix}text_atts"],
-            "masked_input_ids": x[f"{prefix}text_ids_masked"],
-            "masked_positions": x[f"{prefix}masked_pos"],
-            "masked_labels": x[f"{prefix}masked_ids"],
-        }
-
-    def negatives(prefix: str) -> dict[str, Any]:
-        return {"hard_negatives": (x[f"{prefix}itm_image_neg_idx"], x[f"{prefix}itm_text_neg_idx"])}
-
-    regions = RegionBatch(
-        **texts("r_"), image=x["r_image"], image_index=x["r_idx_to_group_img"], region_mask=x["r_image_atts"],
-        boxes=x["r_target_bbox"], is_image=x["r_is_image"],
-    )  # fmt: skip
-    hidden = x["image_mask"].bool()
-    sources = {
-        "text": Same(TextBatch(**texts("t_"))),
-        "regions": Same(regions),
-        "images": Same(ImageBatch(image=x["image"], patch_mask=hidden)),
-        "pairs": Same(PairBatch(**texts(""), image=x["image"], patch_mask=hidden)),
-    }
-    return sources, {RegionBatch: negatives("r_"), PairBatch: negatives("")}
-
-
 @pytest.mark.parametrize("zero_grad", ["none", "zeros"])
 def test_the_loop_runs_the_official_trajectory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero_grad: str) -> None:
     """Two steps of three updates on the official tiny model in fp64: losses, gradient norms, final weights."""
@@ -79,12 +60,13 @@ def test_the_loop_runs_the_official_trajectory(tmp_path: Path, monkeypatch: pyte
     official = golden["zero_grad_set_to_none" if zero_grad == "none" else "zero_grad_to_zeros"]
     still = config(case, hidden_dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0)
     model = with_weights(XFM(still), case, torch.float64)
-    sources, drawn = official_batches(case)
-
-    def given(model: XFM, batch: Batch, **options: Any) -> dict[str, Tensor]:
-        return pretraining_losses(model, batch, **drawn.get(type(batch), {}), **options)
-
-    monkeypatch.setattr(loop, "pretraining_losses", given)
+    sources = {
+        "text": Same(text_batch(case)),
+        "regions": Same(region_batch(case)),
+        "images": Same(image_batch(case)),
+        "pairs": Same(pair_batch(case)),
+    }
+    monkeypatch.setattr(loop, "pretraining_losses", lambda *given, **options: official_losses(case, *given, **options))
     # The official run began with the second learning rate, for the first is 0.
     monkeypatch.setattr(
         loop,
@@ -110,6 +92,58 @@ def test_the_loop_runs_the_official_trajectory(tmp_path: Path, monkeypatch: pyte
     assert next(expected, None) is None
     for name, parameter in model.named_parameters():
         assert parameter.detach().norm().item() == pytest.approx(official["param_norm_after"][name], rel=1e-8), name
+
+
+@pytest.mark.parametrize("zero_grad", ["none", "zeros"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps(case: str, zero_grad: Literal["none", "zeros"]) -> None:
+    """The same without the loop, with dropout configured: every loss, gradient norm, rate and parameter norm."""
+    model = with_weights(XFM(config(case)), case, torch.float64)
+    golden = load_json(f"{case}/train_trajectory")
+    official = golden["zero_grad_set_to_none" if zero_grad == "none" else "zero_grad_to_zeros"]
+    makers = {"text": text_batch, "region": region_batch, "imagenet": image_batch, "image": pair_batch}
+    optimizer = AdamW(
+        optimizer_groups(model, RECIPE), lr=RECIPE.lr, betas=RECIPE.betas, eps=RECIPE.eps, zero_grad=zero_grad
+    )
+    peak = [group["lr"] for group in optimizer.param_groups]
+    expected = iter(official["steps"])
+    # The official run began with the second learning rate, for the first is 0.
+    for number in (1, 2):
+        factor = schedule_factor(ScheduleRecipe(warmup=2), number, steps=8, lr=RECIPE.lr)
+        for group, lr in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = lr * factor
+        for update in (["text"], ["region", "imagenet"], ["image"]):
+            step = next(expected)
+            assert step["step"] == "+".join(update)
+            rates = sorted({group["lr"] for group in optimizer.param_groups})
+            assert rates == pytest.approx([step["lr"], step["lr_large"]], rel=1e-12)
+            optimizer.zero_grad()
+            for name in update:
+                losses = official_losses(case, model, makers[name](case))
+                total(losses).backward()
+                stored = step["losses"].get(name, step["losses"])
+                for loss, value in losses.items():
+                    truth = stored[OFFICIAL_NAME[loss]]
+                    assert relative(value.item(), truth) < ALLOWED, f"{step['step']}: {name} {loss}"
+                said = {OFFICIAL_NAME[loss] for loss in losses}
+                assert not any(stored[loss] for loss in stored.keys() - said), "the official code had more losses"
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            assert relative(norm.item(), step["grad_norm_before_clip"]) < ALLOWED, step["step"]
+            optimizer.step()
+    assert next(expected, None) is None
+    for name, parameter in model.named_parameters():
+        truth = official["param_norm_after"][name]
+        assert relative(parameter.detach().norm().item(), truth) < ALLOWED, name
+
+
+def relative(value: float, truth: float) -> float:
+    return abs(value - truth) / (abs(truth) or 1.0)
+
+
+def test_the_two_variants_differ_by_far_more_than_the_tolerance() -> None:
+    golden = load_json("tiny_a/train_trajectory")
+    a, b = (golden[name]["param_norm_after"] for name in ("zero_grad_set_to_none", "zero_grad_to_zeros"))
+    assert max(relative(a[name], b[name]) for name in a) > 1e-5
 
 
 def means_only(folder: Path, **changes: Any) -> Recipe:
@@ -189,6 +223,30 @@ def test_weights_of_streams_multiply_their_losses(tmp_path: Path) -> None:
     (whole,), (quarter,) = numbers(tmp_path / "one"), numbers(tmp_path / "quarter")
     assert quarter["grad_norm/text"] == pytest.approx(whole["grad_norm/text"] / 4, rel=1e-5)
     assert quarter["loss/text/mlm"] == whole["loss/text/mlm"]
+
+
+def test_the_weight_of_regions_multiplies_their_box_losses(tmp_path: Path) -> None:
+    region = {"kind": "regions", "paths": "nowhere", "batch_size": 4, "losses": ["bbox_l1", "bbox_giou"]}
+    norms = {}
+    for weight in (1.0, 0.25):
+        streams, folder = {"regions": region | {"weight": weight}}, tmp_path / str(weight)
+        run(small_recipe(folder, model=without_dropout(), steps=1, streams=streams, updates=[["regions"]]))
+        norms[weight] = numbers(folder)[0]["grad_norm/regions"]
+    assert norms[0.25] == pytest.approx(norms[1.0] / 4, rel=1e-5)
+
+
+def test_the_method_reaches_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def losses(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+        seen.append(options)
+        return pretraining_losses(*arguments, **options)
+
+    monkeypatch.setattr(loop, "pretraining_losses", losses)
+    switched = {"stop_gradient": False, "official_itc_gradient": True, "official_itm_negatives": True}
+    run(small_recipe(tmp_path, steps=1, method=switched))
+    assert all(options | switched == options for options in seen)
+    assert len(seen) == 4
 
 
 def test_learning_rates_follow_the_schedule(tmp_path: Path) -> None:

@@ -234,15 +234,14 @@ def test_lines_are_json(tmp_path: Path) -> None:
     assert 0 < values["mfu"] < 2
 
 
-class Poisoned(Noise):
-    """From a number on, boxes are so large that their distances overflow when they are summed."""
-
-    def batch(self, number: int) -> Any:
-        batch = super().batch(number)
-        return batch if number < 6 else replace(batch, boxes=torch.full_like(batch.boxes, 3e38))
-
-
 def test_bad_batch_is_named_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    class Poisoned(Noise):
+        """From a number on, boxes are so large that their distances overflow when they are summed."""
+
+        def batch(self, number: int) -> Any:
+            batch = super().batch(number)
+            return batch if number < 6 else replace(batch, boxes=torch.full_like(batch.boxes, 3e38))
+
     recipe = small_recipe(tmp_path, steps=12, log={"every": 5})
     sources = noise(recipe) | {"regions": Poisoned("regions", recipe.model, 4)}
     with pytest.raises(
@@ -273,9 +272,7 @@ def test_packed_weights_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(selection, "_selections", {})
     for operation in ("linear", "linear_gelu", "linear_residual"):
         selection.settle(operation, torch.float32, "onednn-packed")
-    recipe = small_recipe(tmp_path)
-    model = XFM(recipe.model)
-    guard, batches = exploding(model, recipe)
+    model, guard, batches = exploding(tmp_path)
 
     def rerun(_: str, batch: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -286,15 +283,15 @@ def test_packed_weights_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.Monk
         guard.check([Value(3, "loss/images/mim", float("nan"))], batches, rerun)
 
 
-def exploding(model: XFM, recipe: Any) -> tuple[Guard, dict[str, Any]]:
-    return Guard(model, ModelNorms(model).names), {"images": batch_of(recipe, "images")}
+def exploding(folder: Path) -> tuple[XFM, Guard, dict[str, Any]]:
+    recipe = small_recipe(folder)
+    model = XFM(recipe.model)
+    return model, Guard(model, ModelNorms(model).names), {"images": batch_of(recipe, "images")}
 
 
 def test_first_operation_is_named(tmp_path: Path) -> None:
     """Of all that is NaN, the logarithm is where it began, right behind the last weight that was read."""
-    recipe = small_recipe(tmp_path)
-    model = XFM(recipe.model)
-    guard, batches = exploding(model, recipe)
+    model, guard, batches = exploding(tmp_path)
 
     def rerun(_: str, batch: Any) -> torch.Tensor:
         hidden = model.vision_proj(model.encode_image(batch.image)[:, 0])
@@ -306,9 +303,7 @@ def test_first_operation_is_named(tmp_path: Path) -> None:
 
 
 def test_first_operation_of_the_backward_pass_is_named(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path)
-    model = XFM(recipe.model)
-    guard, batches = exploding(model, recipe)
+    model, guard, batches = exploding(tmp_path)
 
     def rerun(_: str, batch: Any) -> torch.Tensor:
         # The square root of zero is finite, its derivative is not.
@@ -328,9 +323,7 @@ def test_first_operation_of_the_backward_pass_is_named(tmp_path: Path) -> None:
 
 def test_masks_of_infinity_are_no_fault(tmp_path: Path) -> None:
     """A pass that is fine is found to be fine, though attention hides keys by minus infinity."""
-    recipe = small_recipe(tmp_path)
-    model = XFM(recipe.model)
-    guard, batches = exploding(model, recipe)
+    model, guard, batches = exploding(tmp_path)
 
     def rerun(_: str, batch: Any) -> torch.Tensor:
         scores = torch.zeros(3, 3).masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf).softmax(1)
@@ -342,8 +335,7 @@ def test_masks_of_infinity_are_no_fault(tmp_path: Path) -> None:
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     """Losses look at inputs on a CPU alone."""
-    recipe = small_recipe(tmp_path)
-    guard, batches = exploding(XFM(recipe.model), recipe)
+    _, guard, batches = exploding(tmp_path)
     batches["images"].image[1, 0, 0, 0] = float("nan")
     with pytest.raises(
         NonFiniteError, match=r"loss images/mim is nan: image of the batch of stream images is not finite"
@@ -366,8 +358,7 @@ def test_overflow_of_a_scaled_loss_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_finite_values_pass_and_are_forgotten(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path)
-    guard, batches = exploding(XFM(recipe.model), recipe)
+    _, guard, batches = exploding(tmp_path)
     guard.watch(1, "pairs", [0], torch.tensor([float("nan")]))
     guard.check([Value(1, "grad_norm/pairs", 1.0)], batches)
     with pytest.raises(NonFiniteError) as caught:

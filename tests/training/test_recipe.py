@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,11 @@ def test_base_recipe_has_the_official_numbers() -> None:
     assert recipe.losses_of("pairs") == ("itc", "itm", "imlm", "mim")
     assert recipe.losses_of("imagenet") == ("mim",)
     assert recipe.losses_of("text") == ("mlm",)
-    assert recipe.steps == 100 * 5_114_489 // (32 * 96)
+    assert recipe.steps == 100 * math.ceil(5_114_489 / (32 * 96)) == 166_500
     assert recipe.method.stop_gradient
     assert recipe.method.mim_guidance
     assert not recipe.method.official_itc_gradient
+    assert not recipe.method.official_itm_negatives
 
 
 def test_overrides_reach_every_level() -> None:

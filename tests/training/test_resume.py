@@ -13,15 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.small_runs import (
-    in_processes,
-    noise,
-    numbers,
-    process_of_a_run,
-    run,
-    small_recipe,
-    without_dropout,
-)
+from tests.training.small_runs import in_processes, noise, numbers, process_of_a_run, run, small_recipe, without_dropout
 from xfm_fast.checkpoint import load_pretrained_files
 from xfm_fast.errors import CheckpointError, ConfigError, StorageError
 from xfm_fast.models.xfm import XFM

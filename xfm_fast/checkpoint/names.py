@@ -246,7 +246,17 @@ def to_official(
         if head_bias in out and kept in out:
             out.setdefault(second, out[kept])
     if integer_buffers:
-        out |= _integer_buffers(out, cfg)
+        positions = torch.arange(cfg.max_positions)[None]
+        for part in _LANGUAGE_MODELS:
+            if any(name.startswith(f"{part}.") for name in out):
+                out[f"{part}.roberta.embeddings.position_ids"] = positions
+        index: dict[int, Tensor] = {}
+        for name, value in list(out.items()):
+            if name.endswith(TABLE):
+                window = window_of(value)
+                if window not in index:
+                    index[window] = relative_position_index(window)
+                out[name.removesuffix(TABLE) + INDEX] = index[window]
     missing = underivable(out, cfg)
     if missing:
         logger.warning(
@@ -272,19 +282,3 @@ def underivable(state: Iterable[str], cfg: XFMConfig) -> list[str]:
         if cfg.vision_width != cfg.text_width:
             wanted += ["fusion_proj.weight", "fusion_proj.bias"]
     return [name for name in wanted if name not in present]
-
-
-def _integer_buffers(state: Mapping[str, Tensor], cfg: XFMConfig) -> dict[str, Tensor]:
-    buffers: dict[str, Tensor] = {}
-    positions = torch.arange(cfg.max_positions)[None]
-    for part in _LANGUAGE_MODELS:
-        if any(name.startswith(f"{part}.") for name in state):
-            buffers[f"{part}.roberta.embeddings.position_ids"] = positions
-    index: dict[int, Tensor] = {}
-    for name, value in state.items():
-        if name.endswith(TABLE):
-            window = window_of(value)
-            if window not in index:
-                index[window] = relative_position_index(window)
-            buffers[name.removesuffix(TABLE) + INDEX] = index[window]
-    return buffers

@@ -49,6 +49,7 @@ class CheckOptions:
         image_size: Of the model, for the estimates.
         batch_size: Of the memory estimate.
         list_first: How many broken rows to list.
+        tokenized: Texts hold WordPiece's ' ##', which is removed.
     """
 
     task: str
@@ -56,6 +57,7 @@ class CheckOptions:
     image_size: Annotated[int, Ge(32)] = 224
     batch_size: Annotated[int, Ge(1)] = 96
     list_first: Annotated[int, Ge(0)] = 20
+    tokenized: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def check(
         image_key=rows.image_key,
         caption_key=rows.caption_key,
         image_root=rows.image_root,
+        tokenized=options.tokenized,
         tolerate_bad=rows.tolerate_bad,
         most_problems=options.list_first,
     )

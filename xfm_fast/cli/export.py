@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from annotated_types import Ge
 from cyclopts import Parameter
@@ -24,7 +24,9 @@ from xfm_fast.export.request import (
     ModelSource,
     OnnxRequest,
     PackageRequest,
+    Preset,
     RepositoryRequest,
+    RuntimeChoice,
     TensorRTRequest,
 )
 
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 app = command_group("export")
 
-PRESETS = ("base", "tiny")
 _PHOTOS, _CAPTIONS = 4, 48
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
@@ -73,7 +74,10 @@ def onnx(*, out: Out, source: Flat[ModelSource] = ModelSource(), request: OnnxOp
 def aoti(
     *, out: Out, source: Flat[ModelSource] = ModelSource(), request: Flat[PackageRequest] = PackageRequest()
 ) -> int:
-    """Compile AOTInductor packages, run them, and compare them with the model."""
+    """Compile AOTInductor packages, run them, and compare them with the model.
+
+    A package is native code that runs when it is loaded; the commands that load one want `--runtime aoti`.
+    """
     from xfm_fast.export import aoti as library
 
     library.check_compiling(request.device, request.dtype)
@@ -119,15 +123,17 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
 
 
 @app.command
-def verify(folder: Path, /) -> int:
+def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
     """Check the files of an export and compare it once more with what the model computed.
 
     Args:
         folder: Folder of an export.
+        runtime: Library that runs the graphs. Packages of AOTInductor are code that runs when it is loaded: they want
+            aoti, for packages that you trust.
     """
     from xfm_fast.export import verification
 
-    return finish(verification.verify(folder), folder)
+    return finish(verification.verify(folder, runtime), folder)
 
 
 @app.command
@@ -135,7 +141,7 @@ def report(
     folder: Path,
     /,
     *,
-    runtime: str = "auto",
+    runtime: RuntimeChoice = "auto",
     device: str | None = None,
     seconds: Annotated[float, Ge(0)] = 2.0,
     as_json: Json = False,
@@ -144,7 +150,8 @@ def report(
 
     Args:
         folder: Folder of an export.
-        runtime: auto, onnxruntime, openvino, tensorrt-rtx, tensorrt or aoti.
+        runtime: Library that runs the graphs. Packages of AOTInductor are code that runs when it is loaded: they want
+            aoti, for packages that you trust.
         device: cpu, cuda or cuda:1. [a GPU where runtime and machine have one]
         seconds: Spent on timing each shape of each graph.
     """
@@ -184,6 +191,8 @@ def model_repository(
 ) -> None:
     """Write a model repository of NVIDIA's Triton Inference Server from an export.
 
+    Its Python models, and packages of AOTInductor in it, are code that the server runs: serve what you trust.
+
     Args:
         folder: Folder of an export.
         out: The repository; must not be there yet, or see --overwrite.
@@ -192,7 +201,7 @@ def model_repository(
     """
     from rich.markup import escape
 
-    from xfm_fast.export.model_repository.writing import check_free, write_model_repository
+    from xfm_fast.export.model_repository.repository import check_free, write_model_repository
     from xfm_fast.tokenizer import CaptionTokenizer
 
     wanted = request.options()
@@ -250,8 +259,8 @@ def load_subject(source: ModelSource) -> Subject:
     checkpoint, preset = source.checkpoint, source.preset
     if (checkpoint is None) == (preset is None):
         raise InputError("name either --checkpoint (its weights) or --preset (random weights), one of the two")
-    if preset is not None and preset not in PRESETS:
-        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if preset is not None and preset not in get_args(Preset):
+        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(get_args(Preset))}")
     if source.config is not None and (checkpoint is None or checkpoint.is_dir()):
         raise InputError("--config gives the sizes of an official checkpoint file; leave it out here")
     if checkpoint is None:
@@ -276,7 +285,7 @@ def load_subject(source: ModelSource) -> Subject:
 def _random(preset: Any, image_size: int | None) -> XFM:
     import torch
 
-    from xfm_fast.benchmarks.material.subjects import random_state
+    from xfm_fast.benchmarks.material.inputs import random_state
     from xfm_fast.config import XFMConfig
     from xfm_fast.models.xfm import XFM
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
@@ -21,7 +21,6 @@ from xfm_fast.errors import InputError, StorageError, UnavailableError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xfm_fast.benchmarks.machine import Package
     from xfm_fast.kernels.audit import Row
     from xfm_fast.kernels.audit.targets import Verdict
     from xfm_fast.kernels.triton.launch import KernelSpec
@@ -78,23 +77,17 @@ class TuneOptions(KernelOptions):
 
 def info(*, as_json: Json = False) -> None:
     """Say what this machine offers and which paths xfm-fast will take on it."""
+    from rich.markup import escape
+
     from xfm_fast.benchmarks import machine
-    from xfm_fast.benchmarks.paths import choose_paths
+    from xfm_fast.benchmarks.machine import choose_paths
 
     facts, packages, paths = machine.describe(), machine.optional_packages(), choose_paths()
     if as_json:
         print(json.dumps({"machine": facts, "packages": machine.as_dict(packages), "paths": paths}, indent=1))
-    else:
-        _print_info(facts, packages, paths)
-
-
-def _print_info(facts: dict[str, Any], packages: list[Package], paths: list[dict[str, Any]]) -> None:
-    from rich.markup import escape
-
-    from xfm_fast.benchmarks.machine import cpu_features
-
-    console = stdout(120)
-    features = (f"{name} {'[green]yes[/]' if there else '[dim]no[/]'}" for name, there in cpu_features().items())
+        return
+    console, there = stdout(120), machine.cpu_features()
+    features = (f"{name} {'[green]yes[/]' if has else '[dim]no[/]'}" for name, has in there.items())
     hardware = table("machine", "", "")
     hardware.add_row("processor", f"{escape(facts['cpu'])} ({facts['architecture']})")
     hardware.add_row("features", ", ".join(features))
@@ -239,7 +232,9 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
     from importlib.util import find_spec
 
     if find_spec("triton") is None:
-        raise UnavailableError("the kernels are written in Triton, which is not installed: pip install triton (Linux)")
+        raise UnavailableError(
+            "the kernels are written in Triton, which is not installed: pip install 'xfm-fast[triton]' (Linux)"
+        )
     from xfm_fast.kernels.audit import shipped_kernels
 
     specs = shipped_kernels()

@@ -66,10 +66,10 @@ class VQARecord(Annotation):
     def weighted_answers(self) -> list[tuple[str, float]]:
         """Each distinct answer with its weight in the loss.
 
-        The weight is its share of the answers; the single answers of Visual Genome and GQA weigh 0.5.
+        The weight is its share of the answers, so that a single one, as GQA has, weighs 1; Visual Genome's weigh 0.5.
         """
         answers = self.answer or ()
-        if self.dataset in ("vg", "gqa"):
+        if self.dataset == "vg":
             return [(answer, 0.5) for answer in answers[:1]]
         return [(answer, times / len(answers)) for answer, times in Counter(answers).items()]
 
@@ -164,12 +164,9 @@ def parse_annotation(element: Any, kind: type[Record]) -> Record:
     try:
         return kind.model_validate(element)
     except ValidationError as error:
-        raise DataError("; ".join(dict.fromkeys(_explain(each) for each in error.errors()))) from None
-
-
-def _explain(error: Any) -> str:
-    field = repr(str(error["loc"][0]))
-    if error["type"] == "missing":
-        return f"{field} is missing"
-    given = repr(error["input"])
-    return f"{field} is {given[:60] + '...' if len(given) > 60 else given} ({error['msg'].lower()})"
+        wrong = []
+        for problem in error.errors():
+            given = repr(problem["input"])
+            held = f"{given[:60] + '...' if len(given) > 60 else given} ({problem['msg'].lower()})"
+            wrong.append(f"{str(problem['loc'][0])!r} is {'missing' if problem['type'] == 'missing' else held}")
+        raise DataError("; ".join(dict.fromkeys(wrong))) from None

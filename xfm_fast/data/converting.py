@@ -195,9 +195,14 @@ def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[s
     """The files of a sample."""
     fields = dict(record)
     members: dict[str, bytes] = {}
-    value = fields.get(image_key)
-    content = value if isinstance(value, bytes) else _exact_bytes(value)
-    if content:
+    content = value = fields.get(image_key)
+    if isinstance(value, str):
+        content = None
+        with suppress(ValueError):
+            # The bytes that base64 stands for, if encoding them gives the same text again.
+            decoded = binascii.a2b_base64(value)
+            content = decoded if binascii.b2a_base64(decoded, newline=False).decode() == value else None
+    if content and isinstance(content, bytes):
         webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
         known = (suffix for magic, suffix in _MAGIC.items() if content.startswith(magic))
         members["webp" if webp else next(known, "img")] = content
@@ -211,14 +216,3 @@ def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[s
     if fields or not members:
         members["json"] = json.dumps(fields, separators=(",", ":")).encode()
     return members
-
-
-def _exact_bytes(value: Any) -> bytes | None:
-    """The bytes that base64 text stands for, if encoding them gives the same text again."""
-    if not isinstance(value, str):
-        return None
-    try:
-        content = binascii.a2b_base64(value)
-    except ValueError:
-        return None
-    return content if binascii.b2a_base64(content, newline=False).decode() == value else None

@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,13 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         DataError: the file cannot be read.
     """
     try:
-        handle = _handle(str(path))
+        handles, key = _open_files.handles, str(path)
+        handle = handles.pop(key, None)
+        if handle is None:
+            handle = os.open(key, os.O_RDONLY)
+            if len(handles) >= _MOST_OPEN:
+                os.close(handles.popitem(last=False)[1])
+        handles[key] = handle
         parts = []
         while size > 0 and (part := os.pread(handle, min(size, 1 << 30), start)):
             parts.append(part)
@@ -159,17 +166,6 @@ def unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path} cannot be read ({error.strerror or error}); check that it is a readable file")
 
 
-def _handle(path: str) -> int:
-    handles = _open_files.handles
-    handle = handles.pop(path, None)
-    if handle is None:
-        handle = os.open(path, os.O_RDONLY)
-        if len(handles) >= _MOST_OPEN:
-            os.close(handles.popitem(last=False)[1])
-    handles[path] = handle
-    return handle
-
-
 class IndexedFile:
     """A data file and its index, which begins with the number of its rows and is made when first needed.
 
@@ -182,12 +178,10 @@ class IndexedFile:
     def __init__(self, path: str | os.PathLike[str], build: Callable[[Path], np.ndarray], version: int) -> None:
         self.path = Path(path)
         self._build, self._version = build, version
-        self._found: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped array would be pickled with its content; another process maps the file again.
-        mapped = self._found is not None and not self._found.flags.owndata
-        return self.__dict__ | {"_found": None if mapped else self._found}
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded" or value.flags.owndata}
 
     def __len__(self) -> int:
         return int(self.index[0])
@@ -199,7 +193,7 @@ class IndexedFile:
     @property
     def modified(self) -> int:
         """The time of the file's last change, as its index was made, in nanoseconds."""
-        return int(self._loaded()[_HEAD - 1])
+        return int(self._loaded[_HEAD - 1])
 
     @property
     def index(self) -> np.ndarray:
@@ -208,15 +202,14 @@ class IndexedFile:
         Raises:
             DataError: the file cannot be read.
         """
-        return self._loaded()[_HEAD:]
+        return self._loaded[_HEAD:]
 
+    @cached_property
     def _loaded(self) -> np.ndarray:
-        if self._found is None:
-            self._found = self._load()
-        return self._found
-
-    def _load(self) -> np.ndarray:
-        paths = _index_paths(self.path)
+        # Beside the file, or in a cache folder when the data may not be changed.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
+        name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:32]
+        paths = [self.path.with_name(f".{self.path.name}.index"), cache / f"{name}.index"]
         try:
             with open(self.path, "rb") as data:
                 # Ranks that start together scan a file once: the first holds the lock, the others find its index.
@@ -239,13 +232,6 @@ class IndexedFile:
                 return made
         except OSError as error:
             raise unreadable(self.path, error) from None
-
-
-def _index_paths(path: Path) -> list[Path]:
-    """The files that an index may lie in: beside it, or in a cache folder when the data may not be changed."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
 
 
 def _read(path: Path, head: np.ndarray) -> np.ndarray | None:

@@ -153,7 +153,15 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
         warnings.simplefilter("ignore")
         try:
             with Image.open(io.BytesIO(data)) as opened:
-                _check_size(opened, name)
+                width, height = opened.size
+                if not width or not height:
+                    raise DataError(f"image {name} is {width}x{height} and has no pixels; replace it")
+                limit = Image.MAX_IMAGE_PIXELS
+                if limit is not None and width * height > limit:
+                    raise DataError(
+                        f"image {name} is {width}x{height} = {width * height:,} pixels, over the limit of {limit:,} "
+                        f"that guards against decompression bombs; {_BOMB_REMEDY}"
+                    )
                 return decode(opened)
         except (DataError, MemoryError):
             raise
@@ -168,18 +176,6 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
             raise DataError(
                 f"image {name} ({len(data)} bytes) is damaged or truncated ({error}); download or copy it again"
             ) from None
-
-
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if not width or not height:
-        raise DataError(f"image {name} is {width}x{height} and has no pixels; replace it")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise DataError(
-            f"image {name} is {width}x{height} = {width * height:,} pixels, over the limit of {limit:,} that guards "
-            f"against decompression bombs; {_BOMB_REMEDY}"
-        )
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -90,7 +90,14 @@ def mask_tokens(
     """
     if len(ids) < 2:
         raise InputError(f"a text of {len(ids)} token(s) has none to mask after <s>; it must have at least 2")
-    units = _words(ids, word_starts) if options.whole_word else [(place, place + 1) for place in range(1, len(ids))]
+    # (start, end) of every token, or word, after the first token.
+    starts = list(range(1, len(ids)))
+    if options.whole_word:
+        if word_starts is None or len(word_starts) != len(ids):
+            found = "none" if word_starts is None else f"{len(word_starts)}"
+            raise InputError(f"whole words need a word start for each of {len(ids)} tokens, got {found}")
+        starts = [place for place in starts if place == 1 or word_starts[place]]
+    units = list(zip(starts, [*starts[1:], len(ids)], strict=True))
     wanted = options.count(len(ids))
     positions = _choose(units, wanted, options, rng)
     masked = list(ids)
@@ -103,15 +110,6 @@ def mask_tokens(
         elif fate < 0.9:
             masked[place] = substitute
     return MaskedText(masked, positions, [ids[place] for place in positions])
-
-
-def _words(ids: Sequence[int], word_starts: Sequence[bool] | None) -> list[tuple[int, int]]:
-    """(start, end) of every word after the first token."""
-    if word_starts is None or len(word_starts) != len(ids):
-        found = "none" if word_starts is None else f"{len(word_starts)}"
-        raise InputError(f"whole words need a word start for each of {len(ids)} tokens, got {found}")
-    starts = [1, *(place for place in range(2, len(ids)) if word_starts[place])]
-    return list(zip(starts, [*starts[1:], len(ids)], strict=True))
 
 
 def _choose(units: list[tuple[int, int]], wanted: int, options: MaskingOptions, rng: np.random.Generator) -> list[int]:
@@ -133,19 +131,15 @@ def _choose(units: list[tuple[int, int]], wanted: int, options: MaskingOptions, 
                 collected += units[unit][1] - units[unit][0]
     kept = sorted(chosen)
     if collected > wanted:
-        kept = _fitting(kept, units, wanted, rng)
+        # A random subset of units that together are no longer than wanted, or one unit if the first drawn is.
+        fitting, total = [], 0
+        for place in rng.permutation(len(kept)).tolist():
+            length = units[kept[place]][1] - units[kept[place]][0]
+            if not fitting or total + length <= wanted:
+                fitting.append(kept[place])
+                total += length
+        kept = fitting
     return sorted(place for unit in kept for place in range(*units[unit]))[: options.most]
-
-
-def _fitting(chosen: list[int], units: list[tuple[int, int]], wanted: int, rng: np.random.Generator) -> list[int]:
-    """A random subset of units that together are no longer than wanted, or one unit if the first drawn is."""
-    kept, total = [], 0
-    for place in rng.permutation(len(chosen)).tolist():
-        length = units[chosen[place]][1] - units[chosen[place]][0]
-        if not kept or total + length <= wanted:
-            kept.append(chosen[place])
-            total += length
-    return kept
 
 
 def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -100,13 +100,6 @@ class Quarantine:
                 f"broken rows cannot be listed in {self.path} ({problem.strerror or problem}); choose another "
                 "quarantine file"
             ) from problem
-        self._check(rows, error)
-
-    def count(self, rows: Rows) -> int:
-        """The number of rows of a file that are known to be broken."""
-        return self._counts[rows.name, rows.modified]
-
-    def _check(self, rows: Rows, error: Exception) -> None:
         bad, of = self.count(rows), len(rows)
         if bad > max(1, self.tolerate_bad * of):
             raise DataError(
@@ -115,6 +108,10 @@ class Quarantine:
                 + ("" if self._temporary else f"They are listed in {self.path}. ")
                 + f"Mend the file (xfm-fast data check lists what is wrong) or raise {self._setting}"
             )
+
+    def count(self, rows: Rows) -> int:
+        """The number of rows of a file that are known to be broken."""
+        return self._counts[rows.name, rows.modified]
 
     def _forget(self) -> None:
         self._known: set[tuple[str, int | str, int]] = set()

@@ -131,7 +131,12 @@ def _scan_lines(path: Path) -> np.ndarray:
         start = os.pread(file.fileno(), 4096, 0)
         if not start:
             raise DataError(f"{path} is empty (0 bytes); download or write it again")
-        _check_start(path, start)
+        check_plain(path, start)
+        if start.removeprefix(_MARK).lstrip().startswith(b"["):
+            raise DataError(
+                f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object a line: write every "
+                "element on a line of its own"
+            )
         while count := file.readinto(buffer):
             ends.append(np.flatnonzero(view[:count] == _NEWLINE) + size)
             size += count
@@ -149,16 +154,6 @@ def _scan_lines(path: Path) -> np.ndarray:
     if len(rows) != rows[-1] + 1:
         parts.append(rows + 1)
     return np.concatenate(parts).astype(np.int64)
-
-
-def _check_start(path: Path, start: bytes) -> None:
-    check_plain(path, start)
-    text = start.removeprefix(_MARK).lstrip()
-    if text.startswith(b"["):
-        raise DataError(
-            f"{path} is a JSON array, as fine-tuning files are; pretraining reads one object a line: write every "
-            "element on a line of its own"
-        )
 
 
 class ShardFile(IndexedFile):

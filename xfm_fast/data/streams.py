@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from itertools import count
-from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -199,8 +198,5 @@ def _begin_worker(_: int) -> None:
     # Schedulers send a signal to all processes of a run. What it means is for the main one to say, which still needs
     # batches for the step that it is in.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _pass_over_once)
-
-
-def _pass_over_once(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
+        # Passed over once.
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))

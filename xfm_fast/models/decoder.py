@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.heads import LMHead
-from xfm_fast.models.layers import initialise_text
-from xfm_fast.models.text import TextTransformer
+from xfm_fast.models.text import TextTransformer, initialise_text
 from xfm_fast.packing import ImageGroups, Packing
 
 # Rows of vocabulary logits that exist at a time when only likelihoods are wanted: 200 MB in fp32 at base size.
@@ -261,7 +260,7 @@ class TextDecoder(nn.Module):
 
         Args:
             state: a pretraining state dict; official files hold fusion embeddings that our pretraining models lack.
-            encoder: `fusion_encoder` (answers) or `text_encoder` (captions).
+            encoder: `fusion_encoder`, or `text_encoder` (the official choice for captions).
 
         Returns:
             Names of the parameters that the encoder does not have or has in another shape, such as projections of a
@@ -378,7 +377,18 @@ def generate(
     Raises:
         InputError: numbers that contradict each other, or a prompt with padding.
     """
-    _check(decoder, memory, prompt_ids, max_length, num_beams, pad_token_id)
+    room = decoder.roberta.embeddings.position_embeddings.num_embeddings - decoder.roberta.embeddings.pad_token_id - 1
+    if prompt_ids.ndim != 2 or prompt_ids.shape[0] != memory.states or not prompt_ids.shape[1]:
+        raise InputError(f"prompt_ids are {[*prompt_ids.shape]}; they must be [{memory.states}, S] with S at least 1")
+    if num_beams < 1:
+        raise InputError(f"num_beams={num_beams}; it must be at least 1")
+    if not prompt_ids.shape[1] < max_length <= room:
+        raise InputError(
+            f"max_length={max_length} must exceed the {prompt_ids.shape[1]} tokens of the prompt and be at most "
+            f"{room}, where the position table ends"
+        )
+    if prompt_ids.device.type == "cpu" and bool((prompt_ids == pad_token_id).any()):
+        raise InputError("prompt_ids hold padding; give all images prompts of one length, or generate group by group")
     states, length = prompt_ids.shape
     past = DecoderCache(max_length)
     packing = Packing.from_mask(torch.ones_like(prompt_ids))
@@ -419,23 +429,6 @@ def generate(
     longest = max(map(len, ended), default=0)
     rows = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in ended]
     return prompt_ids.new_tensor(rows).view(states, longest)
-
-
-def _check(
-    decoder: TextDecoder, memory: DecoderMemory, prompt_ids: Tensor, max_length: int, num_beams: int, pad: int
-) -> None:
-    room = decoder.roberta.embeddings.position_embeddings.num_embeddings - decoder.roberta.embeddings.pad_token_id - 1
-    if prompt_ids.ndim != 2 or prompt_ids.shape[0] != memory.states or not prompt_ids.shape[1]:
-        raise InputError(f"prompt_ids are {[*prompt_ids.shape]}; they must be [{memory.states}, S] with S at least 1")
-    if num_beams < 1:
-        raise InputError(f"num_beams={num_beams}; it must be at least 1")
-    if not prompt_ids.shape[1] < max_length <= room:
-        raise InputError(
-            f"max_length={max_length} must exceed the {prompt_ids.shape[1]} tokens of the prompt and be at most "
-            f"{room}, where the position table ends"
-        )
-    if prompt_ids.device.type == "cpu" and bool((prompt_ids == pad).any()):
-        raise InputError("prompt_ids hold padding; give all images prompts of one length, or generate group by group")
 
 
 def _greedy(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.heads import LMHead
-from xfm_fast.models.layers import LayerStack, TransformerLayer, initialise_text
+from xfm_fast.models.text import LayerStack, TransformerLayer, initialise_text
 from xfm_fast.packing import ImageGroups, Reads, Sequences
 
 

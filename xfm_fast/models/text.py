@@ -1,13 +1,237 @@
-"""The RoBERTa text encoder, on packed tokens: no layer ever sees a padding token."""
+"""RoBERTa on packed tokens: the post-norm layer that all language modules share, and the text encoder made of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.derived import derived
 from xfm_fast.models.heads import LMHead
-from xfm_fast.models.layers import Embeddings, LayerStack, TransformerLayer, initialise_text
 from xfm_fast.packing import Packing, Reads
+
+
+def concatenated(name: str, *parts: Tensor) -> Tensor:
+    """Parameters side by side along the first dimension, so that one product does the work of several."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
+        return torch.cat(parts)
+    return derived(name, parts, lambda: torch.cat(parts))
+
+
+class AttentionProjections(nn.Module):
+    """Query, key and value projections of self-attention, or of cross-attention to a memory of another width."""
+
+    def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
+        super().__init__()
+        self.heads = config.text_heads
+        self.dropout = config.attention_dropout
+        width = config.text_width
+        memory_width = width if memory_width is None else memory_width
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(memory_width, width)
+        self.value = nn.Linear(memory_width, width)
+
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[T, width]` → q, k, v `[T, H, D]` with one product."""
+        weight = concatenated("qkv weight", self.query.weight, self.key.weight, self.value.weight)
+        bias = concatenated("qkv bias", self.query.bias, self.key.bias, self.value.bias)
+        q, k, v = ops.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return q, k, v
+
+    def project_query(self, x: Tensor) -> Tensor:
+        """`[T, width]` → `[T, H, D]`."""
+        return ops.linear(x, self.query.weight, self.query.bias).unflatten(-1, (self.heads, -1))
+
+    def project_memory(self, memory: Tensor) -> Tensor:
+        """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
+        weight = concatenated("kv weight", self.key.weight, self.value.weight)
+        bias = concatenated("kv bias", self.key.bias, self.value.bias)
+        return ops.linear(memory, weight, bias).unflatten(-1, (2, self.heads, -1))
+
+
+class ResidualNorm(nn.Module):
+    """The end of a post-norm branch: `LayerNorm(residual + dropout(dense(x)))`, as wide as the residual."""
+
+    def __init__(self, config: XFMConfig, inputs: int) -> None:
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.dense = nn.Linear(inputs, config.text_width)
+        self.LayerNorm = nn.LayerNorm(config.text_width, eps=config.text_layer_norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`[T, inputs]` and `[T, width]` → `[T, width]`."""
+        dense, norm = self.dense, self.LayerNorm
+        dropout_p = self.dropout if self.training else 0.0
+        return ops.linear_add_layer_norm(
+            x, dense.weight, dense.bias, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p, wide=True
+        )[0]
+
+
+class Attention(nn.Module):
+    """Projections and output of one attention branch."""
+
+    def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
+        super().__init__()
+        self.self = AttentionProjections(config, memory_width)
+        self.output = ResidualNorm(config, config.text_width)
+
+    def attend(
+        self,
+        residual: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        longest_q: int,
+        longest_k: int,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the projected `qkv`, its output projection, and residual and norm behind: `[T, width]`."""
+        context = ops.varlen_attention(
+            *qkv, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p=self.self.dropout_p, key_mask=key_mask
+        )
+        return self.output(context.flatten(-2), residual)
+
+
+class Intermediate(nn.Module):
+    """Parameters of the first half of the MLP."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, hidden)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, optional cross-attention, MLP; residual and LayerNorm behind each (post-norm, RoBERTa).
+
+    Args:
+        config: sizes of the text encoder, which all layers of this kind have.
+        memory_width: of the states that cross-attention sees; None for a layer without it.
+    """
+
+    def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        if memory_width is not None:
+            self.crossattention = Attention(config, memory_width)
+        self.intermediate = Intermediate(config.text_width, config.text_intermediate)
+        self.output = ResidualNorm(config, config.text_intermediate)
+
+    def self_attention(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        key_mask: Tensor | None = None,
+        *,
+        reads: Reads | None = None,
+    ) -> Tensor:
+        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, `[Q, width]` for Q reads alone."""
+        projections = self.attention.self
+        if reads is None:
+            qkv = projections.project_all(x)
+            return self.attention.attend(x, qkv, cu_seqlens, cu_seqlens, longest, longest, key_mask)
+        read = x.index_select(0, reads.rows)
+        k, v = projections.project_memory(x).unbind(-3)
+        qkv = (projections.project_query(read), k, v)
+        return self.attention.attend(read, qkv, reads.cu_seqlens, cu_seqlens, reads.longest, longest, key_mask)
+
+    def cross_attention(
+        self,
+        x: Tensor,
+        keys_values: Tensor,
+        cu_queries: Tensor,
+        cu_keys: Tensor,
+        longest_keys: int,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Queries `[T, width]` grouped over memories whose projections `[M, 2, H, D]` are given."""
+        k, v = keys_values.unbind(-3)
+        qkv = (self.crossattention.self.project_query(x), k, v)
+        # All queries bound the longest group: to know a tighter bound, the host would have to wait for the device.
+        return self.crossattention.attend(x, qkv, cu_queries, cu_keys, x.shape[0], longest_keys, key_mask)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """MLP with residual and norm: `[T, width]` → `[T, width]`."""
+        first, second, norm = self.intermediate.dense, self.output.dense, self.output.LayerNorm
+        if self.training and self.output.dropout:
+            return self.output(ops.linear_gelu(x, first.weight, first.bias), x)
+        summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
+        return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
+
+
+class Embeddings(nn.Module):
+    """Word + position + type embeddings, LayerNorm, dropout; on packed tokens."""
+
+    def __init__(self, config: XFMConfig) -> None:
+        super().__init__()
+        width, pad = config.text_width, config.pad_token_id
+        self.pad_token_id = pad
+        self.dropout = config.hidden_dropout
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(config.max_positions, width, padding_idx=pad)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.text_layer_norm_eps)
+
+    def position_ids(self, input_ids: Tensor) -> Tensor:
+        """`[P, L]`: real tokens count up from pad + 1, padding is numbered pad (RoBERTa, arXiv 1907.11692)."""
+        real = input_ids.ne(self.pad_token_id)
+        return real.cumsum(1) * real + self.pad_token_id
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Packed ids `[T]` and position ids `[T]` → `[T, width]`."""
+        normed = ops.embed_layer_norm(
+            tokens,
+            positions,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight[0],
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            padding_idx=self.pad_token_id,
+        )
+        return F.dropout(normed, self.dropout, self.training) if self.training else normed
+
+
+class LayerStack(nn.Module):
+    """The layers, under the official name `encoder.layer`."""
+
+    def __init__(self, layers: list[TransformerLayer]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+    def __iter__(self) -> Iterator[TransformerLayer]:
+        return cast("Iterator[TransformerLayer]", iter(self.layer))
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def __getitem__(self, index: int) -> TransformerLayer:
+        layer = self.layer[index]
+        assert isinstance(layer, TransformerLayer)
+        return layer
+
+
+def initialise_text(module: nn.Module) -> None:
+    """RoBERTa's initialisation: normal(0, 0.02) matrices and embeddings, padding row zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+            if part.padding_idx is not None:
+                with torch.no_grad():
+                    part.weight[part.padding_idx].zero_()
 
 
 class TextTransformer(nn.Module):

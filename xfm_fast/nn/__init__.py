@@ -11,8 +11,7 @@ Example, a post-norm text layer on packed tokens:
 """
 
 from xfm_fast.nn.attention import GroupedCrossAttention, PackedSelfAttention, RelPosAttention
-from xfm_fast.nn.pointwise import AddLayerNorm, GeluMLP
-from xfm_fast.nn.vocabulary import VocabularyLoss
+from xfm_fast.nn.pointwise import AddLayerNorm, GeluMLP, VocabularyLoss
 
 __all__ = [
     "AddLayerNorm",

@@ -64,6 +64,7 @@ def pretraining_losses(
     generator: torch.Generator | None = None,
     group: dist.ProcessGroup | None = None,
     official_itc_gradient: bool = False,
+    official_itm_negatives: bool = False,
     stop_gradient: bool = True,
     image_codes: ImageCodes | None = None,
 ) -> dict[str, Tensor]:
@@ -95,6 +96,8 @@ def pretraining_losses(
         group: the processes that share a global batch; by default all, where torch.distributed is initialised.
         official_itc_gradient: scale the gradient of the contrastive features by 1 / (number of processes), as the
             official gathering does.
+        official_itm_negatives: draw the negatives among the pairs of this process alone, as the official code does;
+            then no text travels. Without effect on `hard_negatives` that are given.
         stop_gradient: False lets ITM, IMLM and the box losses through to the language encoder: the ablation of the
             method, not fine-tuning.
         image_codes: what `mim` predicts instead of what the encoder makes of the whole image: MIM without guidance.
@@ -109,7 +112,15 @@ def pretraining_losses(
     """
     names = losses_of(batch, losses)
     world = World.of(group)
-    options = Options(hard_negatives, patch_mask, generator, official_itc_gradient, stop_gradient, image_codes)
+    options = Options(
+        hard_negatives,
+        patch_mask,
+        generator,
+        official_itc_gradient,
+        official_itm_negatives,
+        stop_gradient,
+        image_codes,
+    )
     if isinstance(batch, ImageBatch):
         return {"mim": _image_loss(model, batch, None, world, options)} if names else {}
     if isinstance(batch, PairBatch):
@@ -183,6 +194,7 @@ class Options:
     patch_mask: Tensor | None
     generator: torch.Generator | None
     official_itc_gradient: bool
+    official_itm_negatives: bool
     stop_gradient: bool
     image_codes: ImageCodes | None
 
@@ -219,6 +231,8 @@ class Step:
         self.boxes = not names.isdisjoint(BOXES)
         self.fuses = self.boxes or not names.isdisjoint({"itm", "imlm"})
         self.draws = "itm" in names and options.hard_negatives is None
+        # Those whose texts may become negatives here.
+        self.matched = World() if self.draws and options.official_itm_negatives else world
         for name, head in _HEADS.items():
             if name in names:
                 model.require_head(head)
@@ -264,7 +278,7 @@ class Step:
             # A later step clamps the temperature in place; a graph that is still waiting for its backward keeps a copy.
             pairs = (image, text, self.model.temp.clone())
             gathered = None
-            if self.world.size > 1:
+            if self.world.size > 1 and ("itc" in self.names or self.matched.size > 1):
                 images, texts = self.world.gather_with_gradient(torch.cat([image, text], dim=1)).chunk(2, dim=1)
                 ids = None if image_ids is None else self.world.gather(image_ids)
                 gathered = AllPairs(images, texts, self.world.rank * self.texts, ids)
@@ -276,14 +290,15 @@ class Step:
                 )
             if self.draws:
                 generator = self.options.generator
-                negatives = sample_hard_negatives(*pairs, image_ids, gathered=gathered, generator=generator)
+                among = gathered if self.matched.size > 1 else None
+                negatives = sample_hard_negatives(*pairs, image_ids, gathered=among, generator=generator)
         tokens = packed.detach() if self.options.stop_gradient else packed
         if "itm" not in self.names:
             return losses, Texts(tokens) if whole else None
         if negatives is None:
             negatives = check_negatives(self.options.hard_negatives, self.texts, self.texts * self.world.size)
-        table = TextTable.of(tokens, self.layout, self.world)
-        return losses, Texts(tokens, table, matching_pairs(self.layout, table, negatives, self.world))
+        table = TextTable.of(tokens, self.layout, self.matched)
+        return losses, Texts(tokens, table, matching_pairs(self.layout, table, negatives, self.matched))
 
     def _encode(self, ids: Tensor, *, graph: bool, first_only: bool = False) -> Tensor:
         packing = self.layout.packing
@@ -323,7 +338,7 @@ class Step:
             tables.append(self._encode(self.batch.masked_input_ids, graph=not detach))
             positions = torch.cat([positions, self.layout.targets])
         # With several processes a table holds the texts of all, most of which this one has no pair with.
-        each_once = self.layout.packing.repeated(len(tables)) if self.world.size == 1 else None
+        each_once = self.layout.packing.repeated(len(tables)) if self.matched.size == 1 else None
         encoder, table = self.model.fusion_encoder, torch.cat(tables)
         read = fuse_pairs(encoder, table, Pairs.joined(parts), positions, memory, each_once)
         pieces = iter(read.split([part.reads for part in parts]))
@@ -331,13 +346,19 @@ class Step:
         if "itm" in self.names:
             logits = self.model.match_logits(next(pieces)[:, None])
             matches = torch.arange(logits.shape[0], device=logits.device) < self.texts
-            if self.world.size == 1:
+            if self.matched.size == 1:
                 losses["itm"] = matching_loss(logits, matches)
             else:
                 # 3B pairs per process on average; how many lie here is a matter of which images were drawn.
                 losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (3 * self.texts)
         if self.boxes:
-            losses |= self._box_losses(next(pieces))
+            assert isinstance(self.batch, RegionBatch)
+            assert self.batch.regions is not None
+            predicted, boxed = self.model.predict_boxes(next(pieces)[:, None]), self.batch.regions.boxed
+            arguments = (predicted, self.batch.boxes[boxed].to(predicted.dtype), self.batch.is_image[boxed])
+            for name, box_loss in (("bbox_l1", box_l1_loss), ("bbox_giou", box_giou_loss)):
+                if name in self.names:
+                    losses[name] = self.world.mean(box_loss(*arguments), self.counts["boxes"])
         if "imlm" in self.names:
             hidden = encoder.lm_head.transform(next(pieces))
             loss = masked_token_loss(hidden, encoder.word_embeddings, encoder.lm_head.bias, self.layout.labels)
@@ -354,17 +375,6 @@ class Step:
         images = batch.image_index.long()[boxed] + self.texts
         longest, tokens = layout.packing.longest, batch.regions.boxed_tokens
         return Pairs.first_token(starts[boxed], lengths[boxed], images, tokens=tokens, longest=longest)
-
-    def _box_losses(self, fused: Tensor) -> dict[str, Tensor]:
-        batch = self.batch
-        assert isinstance(batch, RegionBatch)
-        assert batch.regions is not None
-        predicted, boxed = self.model.predict_boxes(fused[:, None]), batch.regions.boxed
-        arguments = (predicted, batch.boxes[boxed].to(predicted.dtype), batch.is_image[boxed])
-        found = {"bbox_l1": box_l1_loss, "bbox_giou": box_giou_loss}
-        return {
-            n: self.world.mean(loss(*arguments), self.counts["boxes"]) for n, loss in found.items() if n in self.names
-        }
 
 
 def region_memory(model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *, boxes: bool) -> PackedMemory:

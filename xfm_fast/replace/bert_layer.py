@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
-from xfm_fast.models.layers import concatenated
+from xfm_fast.models.text import concatenated
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability, why_not_bypassed
 

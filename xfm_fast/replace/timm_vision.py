@@ -14,7 +14,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
-from xfm_fast.models.layers import concatenated
+from xfm_fast.models.text import concatenated
 from xfm_fast.replace.swap import (
     Kinds,
     Rule,

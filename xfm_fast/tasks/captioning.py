@@ -8,6 +8,7 @@ smoothing); this is what it means to be, and its parts were run to check it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,22 +26,31 @@ class CaptioningModel(TaskModel):
 
     Args:
         config: sizes.
-        decoder_layers: by default as many as the text encoder has, whose weights the decoder starts from.
+        decoder_layers: by default as many as the encoder has whose weights the decoder starts from.
+        decoder_from: that encoder. The fusion encoder has learnt to look at images, as the decoder must; the text
+            encoder, the official choice, has no cross-attention, so that the decoder's starts at random.
     """
 
     own_parts = ("text_decoder.",)
 
-    def __init__(self, config: XFMConfig, *, decoder_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        config: XFMConfig,
+        *,
+        decoder_layers: int | None = None,
+        decoder_from: Literal["fusion", "text"] = "fusion",
+    ) -> None:
+        depths = {"fusion": config.fusion_layers, "text": config.text_layers}
+        if decoder_from not in depths:
+            raise InputError(f"decoder_from={decoder_from!r} is no encoder to start from; choose from fusion, text")
         super().__init__(config, heads=(), encoders=("vision",))
-        layers = config.text_layers if decoder_layers is None else decoder_layers
+        self.decoder_from = decoder_from
+        layers = depths[decoder_from] if decoder_layers is None else decoder_layers
         self.text_decoder = TextDecoder(config, layers, config.vision_width)
 
     def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Start the decoder from the text encoder of a pretraining state dict; see `TextDecoder.initialise_from`.
-
-        The text encoder has no cross-attention, so that of the decoder is left as it is.
-        """
-        return self.text_decoder.initialise_from(state, "text_encoder")
+        """Start the decoder from `decoder_from` of a pretraining state dict; see `TextDecoder.initialise_from`."""
+        return self.text_decoder.initialise_from(state, f"{self.decoder_from}_encoder")
 
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
         return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
@@ -64,7 +74,8 @@ class CaptioningModel(TaskModel):
             pixels: `[B, 3, R, R]`.
             caption_ids: `[B, L]`: `<s>`, prompt, caption, `</s>`, padding.
             caption_mask: `[B, L]`, real tokens first; by default everything but padding.
-            prompt_length: tokens of `<s>` and prompt, which are given and not learnt.
+            prompt_length: tokens of `<s>` and prompt, which are given and not learnt; those that
+                `CaptionTokenizer.encode_prompt` returns.
             label_smoothing: share of the target probability that is spread over the vocabulary.
 
         Raises:
@@ -114,8 +125,9 @@ class CaptioningModel(TaskModel):
 
         Args:
             pixels: `[B, 3, R, R]`.
-            prompt_ids: `[S]` or `[B, S]`: `<s>` and the prompt, without `</s>` and padding.
-            max_length, min_length: in tokens, prompt included; see `models.generation.generate`.
+            prompt_ids: `[S]` or `[B, S]`: `<s>` and the prompt, without `</s>` and padding, such as
+                `CaptionTokenizer.encode_prompt` returns.
+            max_length, min_length: in tokens, prompt included; see `models.decoder.generate`.
 
         Returns:
             `[B, length]` ids with prompt and `</s>`, padded.

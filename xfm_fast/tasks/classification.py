@@ -45,7 +45,9 @@ class ClassificationModel(TaskModel):
             work on one vector. By default `linear` on a frozen encoder and `mlp` otherwise.
             (Except for ImageNet the official code sizes it by the text width, so there the two widths must agree.)
         frozen: a linear probe: the encoders compute no gradient and stay in evaluation mode. The official "linear
-            probe" trains the five-layer head on the frozen encoder; `head="official_image"` reproduces it.
+            probe", whose published ImageNet accuracy is 81.2, trains the five-layer head (`head="official_image"`) and
+            leaves the frozen encoder's DropPath on in training, so that its features are noisy there; here they are
+            those of evaluation, and its number need not be this one's.
 
     Raises:
         InputError: no labels, or the image head on something else.
@@ -108,7 +110,12 @@ class ClassificationModel(TaskModel):
         Raises:
             InputError: an input that the modality needs is missing, or one that it does not read is given.
         """
-        self._check_inputs(pixels, input_ids)
+        for name, value, modality in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
+            needed = self.modality != modality
+            if needed != (value is not None):
+                state = "missing" if needed else "given"
+                reads = {"image": "pixels", "text": "input_ids", "pair": "pixels and input_ids"}[self.modality]
+                raise InputError(f"{name} is {state}; a classifier of modality {self.modality!r} reads {reads}")
         with torch.no_grad() if self.frozen else nullcontext():
             if pixels is None:
                 assert input_ids is not None
@@ -121,14 +128,6 @@ class ClassificationModel(TaskModel):
             if self.head == "official_image":
                 return torch.cat([image[:, 0], image[:, 1:].mean(1)], dim=-1)
             return image[:, 0]
-
-    def _check_inputs(self, pixels: Tensor | None, input_ids: Tensor | None) -> None:
-        for name, value, modality in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
-            needed = self.modality != modality
-            if needed != (value is not None):
-                state = "missing" if needed else "given"
-                reads = {"image": "pixels", "text": "input_ids", "pair": "pixels and input_ids"}[self.modality]
-                raise InputError(f"{name} is {state}; a classifier of modality {self.modality!r} reads {reads}")
 
     def logits(
         self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None

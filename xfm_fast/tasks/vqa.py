@@ -287,7 +287,14 @@ def vqa_accuracy(predictions: Mapping[int, str], annotations: Iterable[Mapping[s
         question = annotation["question_id"]
         if question not in predictions:
             raise DataError(f"question {question} has no prediction; predict an answer for every annotated question")
-        score = _consensus(predictions[question], [answer["answer"] for answer in annotation["answers"]])
+        given = normalise_answer(predictions[question].replace("\n", " ").replace("\t", " ").strip())
+        answers = [answer["answer"] for answer in annotation["answers"]]
+        if len(set(answers)) > 1:
+            # People's answers get the first step of the normalisation only, and only when they disagree.
+            answers = [strip_punctuation(answer) for answer in answers]
+        hits = answers.count(given)
+        # Leaving out one person at a time: those who gave this answer have one match fewer.
+        score = sum(min(1.0, (hits - (answer == given)) / 3) for answer in answers) / len(answers)
         scores[question] = score
         for kind, found in kinds.items():
             if kind in annotation:
@@ -301,17 +308,6 @@ def vqa_accuracy(predictions: Mapping[int, str], annotations: Iterable[Mapping[s
         by_type["question_type"],
         by_type["answer_type"],
     )
-
-
-def _consensus(prediction: str, answers: Sequence[str]) -> float:
-    given = prediction.replace("\n", " ").replace("\t", " ").strip()
-    if len(set(answers)) > 1:
-        # People's answers get the first step of the normalisation only, and only when they disagree.
-        answers = [strip_punctuation(answer) for answer in answers]
-    given = normalise_answer(given)
-    hits = answers.count(given)
-    # Leaving out one person at a time: those who gave this answer have one match fewer.
-    return sum(min(1.0, (hits - (answer == given)) / 3) for answer in answers) / len(answers)
 
 
 def _percent(scores: Sequence[float]) -> float:

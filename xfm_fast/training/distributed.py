@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from xfm_fast.batches import Batch
 from xfm_fast.errors import UnavailableError, XFMError
 from xfm_fast.kernels import derived
-from xfm_fast.models.layers import AttentionProjections, TransformerLayer
+from xfm_fast.models.text import AttentionProjections, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 

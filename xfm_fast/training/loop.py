@@ -122,6 +122,7 @@ def train(
             pretraining_losses,
             stop_gradient=method.stop_gradient,
             official_itc_gradient=method.official_itc_gradient,
+            official_itm_negatives=method.official_itm_negatives,
             image_codes=codes,
         )
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)

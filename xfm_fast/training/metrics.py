@@ -33,14 +33,13 @@ from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch,
 from xfm_fast.checkpoint import write_bytes
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
+from xfm_fast.kernels import roofline
 from xfm_fast.training.distributed import Processes
 from xfm_fast.training.recipe import Recipe
 from xfm_fast.training.recipe_fields import LogRecipe
 
 LOG_FILE = "log.jsonl"
 ENCODERS = ("vision_encoder", "text_encoder", "fusion_encoder")
-# Dense bf16 or fp16 on the tensor cores; NVIDIA's data sheets, SXM boards.
-_GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 _PROBE = 1024
 _BOXES = {"bbox_l1", "bbox_giou"}
 # The results of these operations hold whatever was in memory.
@@ -408,7 +407,7 @@ def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
     """The peak rate of matrix products: of a GPU that is known, or of this CPU, probed once; None otherwise."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [peak for gpu, peak in _GPU_PEAKS.items() if gpu in name]
+        known = [gpu.flops_per_s for gpu in roofline.GPUS if gpu.name in name]
         return known[0] if known and precision in ("bf16", "fp16") else None
     a = torch.ones(_PROBE, _PROBE, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     best = float("inf")

@@ -92,7 +92,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        self._check_updates()
+        used = [name for update in self.updates for name in update]
+        for name in used:
+            if name not in self.streams:
+                raise ValueError(_unknown(f"updates: {name}", self.streams, what="stream"))
+            if used.count(name) > 1:
+                raise ValueError(f"updates name stream {name} {used.count(name)} times; name each stream once")
+        if idle := [name for name in self.streams if name not in used]:
+            raise ValueError(f"stream {', '.join(idle)} is in no update; add it to updates, or remove it with null")
+        if not all(self.updates):
+            raise ValueError("an update is empty; name the streams whose gradients it sums, or remove it")
         warmup = self.schedule.warmup_steps(self.steps)
         if warmup > self.steps:
             raise ValueError(
@@ -120,18 +129,6 @@ class Recipe(Section):
         if not self.active_updates:
             raise ValueError("method.mim_guidance=false leaves no loss at all; add a stream of pairs, regions or text")
         return self
-
-    def _check_updates(self) -> None:
-        used = [name for update in self.updates for name in update]
-        for name in used:
-            if name not in self.streams:
-                raise ValueError(_unknown(f"updates: {name}", self.streams, what="stream"))
-            if used.count(name) > 1:
-                raise ValueError(f"updates name stream {name} {used.count(name)} times; name each stream once")
-        if idle := [name for name in self.streams if name not in used]:
-            raise ValueError(f"stream {', '.join(idle)} is in no update; add it to updates, or remove it with null")
-        if not all(self.updates):
-            raise ValueError("an update is empty; name the streams whose gradients it sums, or remove it")
 
     def losses_of(self, stream: str) -> tuple[LossName, ...]:
         """The losses that a stream gives in this run: its own or those of its kind, less what `method` takes away."""
@@ -257,7 +254,13 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     values = _read(name_or_path)
     for override in overrides:
         _override(values, override)
-    _drop_null_streams(values)
+    streams, updates = values.get("streams"), values.get("updates")
+    if isinstance(streams, dict):
+        gone = {name for name, stream in streams.items() if stream is None}
+        values["streams"] = {name: stream for name, stream in streams.items() if name not in gone}
+        if gone and isinstance(updates, list):
+            kept = [[name for name in update if name not in gone] for update in updates if isinstance(update, list)]
+            values["updates"] = [update for update in kept if update]
     return Recipe(**values)
 
 
@@ -302,17 +305,6 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {section} is a {type(inner).__name__} and has no keys inside")
         values = inner
     values[last] = value
-
-
-def _drop_null_streams(values: dict[str, Any]) -> None:
-    streams, updates = values.get("streams"), values.get("updates")
-    if not isinstance(streams, dict):
-        return
-    gone = {name for name, stream in streams.items() if stream is None}
-    values["streams"] = {name: stream for name, stream in streams.items() if name not in gone}
-    if gone and isinstance(updates, list):
-        kept = [[name for name in update if name not in gone] for update in updates if isinstance(update, list)]
-        values["updates"] = [update for update in kept if update]
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

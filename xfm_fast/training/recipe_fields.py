@@ -25,11 +25,9 @@ LOSSES_OF_KIND: dict[str, tuple[LossName, ...]] = {
 """What each kind of batch can give, in the order of the official sums."""
 
 
-def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
 
 
 class Section(BaseModel):
@@ -46,7 +44,12 @@ class Stream(StreamOptions):
 
     paths: Paths = Field(description="files, folders or glob patterns")
     batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
-    weight: float = Field(default=1.0, ge=0, description="multiplies the sum of the stream's losses")
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="multiplies the sum of the stream's losses, those of boxes too (the official code leaves the box "
+        "losses out, which is the same at its published weights of 1)",
+    )
     losses: tuple[LossName, ...] = Field(default=(), description="by default all that the kind can give")
 
     @model_validator(mode="after")
@@ -169,6 +172,9 @@ class Method(Section):
     )
     official_itc_gradient: bool = Field(
         default=False, description="1 / world size of the contrastive gradient, as the official gathering gives"
+    )
+    official_itm_negatives: bool = Field(
+        default=False, description="hard negatives out of the pairs of one process, as in the official code, not of all"
     )
 
     @model_validator(mode="after")

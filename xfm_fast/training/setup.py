@@ -116,8 +116,20 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
     recipe.check_machine(world_size=processes.world_size)
     folder = Path(recipe.checkpoint.folder)
     learnt = folder / TOKENIZER_FILE
+
+    def learn() -> None:
+        if not learnt.exists():
+            texts = list(islice(_texts(recipe), _TEXTS_TO_LEARN_FROM))
+            if not texts:
+                raise DataError(
+                    "tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer"
+                )
+            vocabulary = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
+            with _whole_file(learnt) as temporary:
+                vocabulary.save(temporary)
+
     if recipe.tokenizer == "train":
-        processes.from_first(lambda: None if learnt.exists() else _learn_vocabulary(recipe, learnt))
+        processes.from_first(learn)
     tokenizer = CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
     sources: dict[str, BatchSource[Any]] = {}
     # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
@@ -135,15 +147,6 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                 rank=processes.rank, world_size=processes.world_size,
             )  # fmt: skip
     return sources
-
-
-def _learn_vocabulary(recipe: Recipe, path: Path) -> None:
-    texts = list(islice(_texts(recipe), _TEXTS_TO_LEARN_FROM))
-    if not texts:
-        raise DataError("tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer")
-    tokenizer = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
-    with _whole_file(path) as temporary:
-        tokenizer.save(temporary)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"], given["export_folder"])
         device = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
         try:
-            self.session = Session.load(folder, device=None if given["device"] == "auto" else device)
+            self.session = Session.load(folder, given["runtime"], None if given["device"] == "auto" else device)
             self.graph = self.session.require(given["graph"])
         except XFMError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
@@ -39,7 +39,10 @@ class TritonPythonModel:
         alike: dict[Any, list[int]] = {}
         given: list[dict[str, Tensor]] = []
         for place, request in enumerate(requests):
-            tensors = {name: _tensor(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
+            tensors = {
+                name: torch.from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
+                for name in self.inputs
+            }
             given.append(tensors)
             shapes = tuple(value.shape[1:] for value in tensors.values())
             alike.setdefault(shapes if self.batched else place, []).append(place)
@@ -64,7 +67,3 @@ class TritonPythonModel:
             )
             for number in range(len(given))
         ]
-
-
-def _tensor(value: Any) -> Tensor:
-    return torch.from_dlpack(value.to_dlpack())

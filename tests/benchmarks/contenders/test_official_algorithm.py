@@ -1,15 +1,21 @@
 """The twin against the model and against golden vectors of the official code."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
+from tests.agreement import inputs_of, with_weights
+from tests.conftest import CASES, config, load_json
+from xfm_fast.batches import ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin, OfficialTwin, _drop_path
 from xfm_fast.checkpoint import load_into, to_ours
 from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError
+from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 
 TINY = XFMConfig.preset("tiny")
@@ -150,3 +156,170 @@ def test_reproduces_the_official_retrieval(
         i2t, t2i = twin.retrieve(images, texts, mask, facts["finetune"]["retrieval_eval"]["k_test"])
     _close(i2t, expected["retrieval_eval/score_i2t"])
     _close(t2i, expected["retrieval_eval/score_t2i"])
+
+
+# Golden name → the batch, the losses that are summed, and changes of the configuration.
+Golden = tuple[str, tuple[str, ...], dict[str, bool]]
+GOLDEN: dict[str, Golden] = {
+    "itc": ("pairs", ("itc",), {}),
+    "itc_idx": ("pairs with ids", ("itc",), {}),
+    "itm": ("pairs", ("itm",), {}),
+    "imlm": ("pairs", ("imlm",), {}),
+    "imlm_nodetach": ("pairs", ("imlm",), {"detach_text_for_mlm": False}),
+    "mim": ("pairs", ("mim",), {}),
+    "mim_patches_only": ("pairs", ("mim",), {"mim_patches_only": True}),
+    "total_image": ("pairs", ("itc", "itm", "imlm", "mim"), {}),
+    "r_bbox": ("regions", ("bbox_l1",), {}),
+    "r_giou": ("regions", ("bbox_giou",), {}),
+    "total_region": ("regions", ("itc", "itm", "imlm", "bbox_l1", "bbox_giou"), {}),
+    "total_imagenet": ("images", ("mim",), {}),
+    "mlm_text": ("texts", ("mlm",), {}),
+    "total_text": ("texts", ("mlm",), {}),
+}
+LOCAL = [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)]
+
+
+@cache
+def _model(case: str, dtype: torch.dtype = torch.float64, **changes: int | bool) -> XFM:
+    return with_weights(XFM(config(case, **changes)), case, dtype)
+
+
+def _text_fields(x: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    return {
+        "input_ids": x[f"{prefix}text_ids"],
+        "attention_mask": x[f"{prefix}text_atts"],
+        "masked_input_ids": x[f"{prefix}text_ids_masked"],
+        "masked_positions": x[f"{prefix}masked_pos"],
+        "masked_labels": x[f"{prefix}masked_ids"],
+    }
+
+
+def _losses(model: XFM, x: dict[str, Tensor], batch: str) -> dict[str, Tensor]:
+    twin = OfficialTrainingTwin(model)
+    negatives = x["itm_image_neg_idx"], x["itm_text_neg_idx"]
+    if batch == "texts":
+        return twin.losses(TextBatch(**_text_fields(x, "t_")))
+    if batch == "images":
+        return twin.losses(ImageBatch(image=x["image"]), patch_mask=x["image_mask"])
+    if batch == "regions":
+        regions = RegionBatch(
+            **_text_fields(x, "r_"),
+            image=x["r_image"],
+            image_index=x["r_idx_to_group_img"],
+            region_mask=x["r_image_atts"],
+            boxes=x["r_target_bbox"],
+            is_image=x["r_is_image"],
+        )
+        return twin.losses(regions, hard_negatives=(x["r_itm_image_neg_idx"], x["r_itm_text_neg_idx"]))
+    ids = x["idx"] if batch == "pairs with ids" else None
+    pairs = PairBatch(**_text_fields(x, ""), image=x["image"], image_ids=ids, patch_mask=x["image_mask"])
+    return twin.losses(pairs, hard_negatives=negatives)
+
+
+def _assert_official(model: XFM, total: Tensor, golden: dict[str, object], what: str) -> None:
+    model.zero_grad(set_to_none=True)
+    total.backward()
+    assert total.item() == pytest.approx(golden["value"], rel=1e-8)
+    expected = golden["grad_norm"]
+    assert isinstance(expected, dict)
+    largest = max(norm for norm in expected.values() if norm is not None)
+    for name, parameter in model.named_parameters():
+        if expected[name] is None:
+            assert parameter.grad is None, f"{what} reaches {name}, which it must not"
+        else:
+            assert parameter.grad is not None, f"{what} does not reach {name}"
+            # Gradients that are zero but for rounding (key biases) are rounding here too.
+            norm = float(parameter.grad.norm())
+            assert norm == pytest.approx(expected[name], rel=1e-8, abs=1e-12 * largest), f"{what}: {name}"
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_official(case: str, name: str) -> None:
+    batch, parts, changes = GOLDEN[name]
+    model = _model(case, **changes)
+    losses = _losses(model, inputs_of(f"{case}/inputs", torch.float64), batch)
+    total = torch.stack([losses[part] for part in parts]).sum()
+    _assert_official(model, total, load_json(f"{case}/grads")[name], name)
+
+
+@pytest.mark.parametrize(("case", "depth"), LOCAL)
+def test_local_attention_of_regions_is_official(case: str, depth: int) -> None:
+    model = _model(case, local_attn_depth=depth)
+    losses = _losses(model, inputs_of(f"{case}/inputs", torch.float64), "regions")
+    golden = load_json(f"local_attn/{case}_depth{depth}_grads")
+    _assert_official(model, torch.stack(list(losses.values())).sum(), golden["total_region"], "total_region")
+
+
+def test_one_degenerate_box_silences_the_official_overlap_loss() -> None:
+    x = inputs_of("tiny_a/inputs", torch.float64)
+    boxes = x["r_target_bbox"].clone()
+    boxes[0, 2] = -0.1
+    losses = _losses(_model("tiny_a"), x | {"r_target_bbox": boxes}, "regions")
+    assert losses["bbox_giou"].item() == 0
+    assert losses["bbox_l1"].item() > 0
+
+
+def test_negatives_are_never_of_the_same_image() -> None:
+    x = inputs_of("tiny_a/inputs", torch.float64)
+    model = _model("tiny_a")
+    twin = OfficialTrainingTwin(model)
+    image, text = twin.encode_image(x["image"]), twin.encode_text(x["text_ids"], x["text_atts"])
+    features = twin.project_image(image), twin.project_text(text)
+    ids = x["idx"].tolist()
+    found: set[tuple[int, int]] = set()
+    for _ in range(200):
+        images, texts = twin._draw_negatives(*features, None)
+        assert all(i != b and t != b for b, (i, t) in enumerate(zip(images, texts, strict=True)))
+        found |= set(enumerate(images))
+        images, texts = twin._draw_negatives(*features, x["idx"])
+        assert all(ids[i] != ids[b] != ids[t] for b, (i, t) in enumerate(zip(images, texts, strict=True)))
+    assert len(found) > len(ids), "the draw never varies"
+
+
+def test_drawn_negatives_give_the_losses_of_a_step() -> None:
+    x = inputs_of("tiny_b/inputs", torch.float64)
+    batch = PairBatch(**_text_fields(x, ""), image=x["image"], patch_mask=x["image_mask"])
+    losses = OfficialTrainingTwin(_model("tiny_b")).losses(batch)
+    assert set(losses) == {"itc", "itm", "imlm", "mim"}
+    assert all(bool(torch.isfinite(value)) and value.requires_grad for value in losses.values())
+
+
+def test_training_mode_drops_what_the_official_code_drops() -> None:
+    cfg = XFMConfig.preset("tiny", drop_path_rate=0.5)
+    model = XFM(cfg)
+    twin = OfficialTrainingTwin(model)
+    pixels = torch.randn(6, 3, cfg.image_size, cfg.image_size)
+    ids, mask = torch.randint(4, cfg.vocab_size, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    with torch.no_grad():
+        model.train()
+        assert not torch.equal(twin.encode_image(pixels), twin.encode_image(pixels))
+        assert not torch.equal(twin.encode_text(ids, mask), twin.encode_text(ids, mask))
+        # Without either kind of dropping, training mode computes what evaluation mode does.
+        for module in model.modules():
+            for name in ("dropout", "drop_path"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        trained = twin.encode_image(pixels), twin.encode_text(ids, mask)
+        model.eval()
+        assert torch.equal(trained[0], twin.encode_image(pixels))
+        assert torch.equal(trained[1], twin.encode_text(ids, mask))
+
+
+def test_stochastic_depth_leaves_whole_branches_out_and_keeps_the_mean() -> None:
+    cfg = XFMConfig.preset("tiny", drop_path_rate=0.4)
+    model = XFM(cfg).train()
+    block = model.vision_encoder.blocks[-1]
+    assert isinstance(block, Block)
+    dropped = _drop_path(block, torch.ones(4000, 2, 3))
+    per_image = dropped.flatten(1)
+    assert bool((per_image == per_image[:, :1]).all())
+    assert sorted(set(per_image[:, 0].tolist())) == pytest.approx([0, 1 / 0.6])
+    assert float(per_image.mean()) == pytest.approx(1, abs=0.05)
+
+
+def test_a_batch_without_patch_mask_is_refused() -> None:
+    cfg = XFMConfig.preset("tiny")
+    with pytest.raises(InputError, match="patch_mask"):
+        OfficialTrainingTwin(XFM(cfg)).losses(ImageBatch(image=torch.randn(1, 3, cfg.image_size, cfg.image_size)))

@@ -10,7 +10,7 @@ import torch
 from xfm_fast.benchmarks.contenders.engine import NoStages, Pairs, SearchIndex
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialEngine
 from xfm_fast.benchmarks.contenders.official_code import OfficialCodeEngine
-from xfm_fast.benchmarks.material.subjects import Subjects, preset_config
+from xfm_fast.benchmarks.material.inputs import Subjects, preset_config
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
@@ -20,7 +20,7 @@ import json, sys
 from pathlib import Path
 import torch
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
-from xfm_fast.benchmarks.material.subjects import HEADS
+from xfm_fast.benchmarks.material.inputs import HEADS
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 

@@ -6,36 +6,8 @@ import random
 import statistics
 from typing import Any, Literal
 
-from xfm_fast.benchmarks.record import (
-    Baseline,
-    Benchmark,
-    Coco,
-    ColdStart,
-    Comparison,
-    Conditions,
-    Cost,
-    Data,
-    Document,
-    Efficiency,
-    Evaluation,
-    Fit,
-    Interval,
-    Latency,
-    Memory,
-    Mode,
-    Model,
-    Parity,
-    Point,
-    Probe,
-    ReceiptStep,
-    Row,
-    Server,
-    Share,
-    Skip,
-    Status,
-    Tokens,
-    Trial,
-)
+from xfm_fast.benchmarks import record
+from xfm_fast.benchmarks.record import Baseline, Comparison, Document, Mode, Row, Trial
 
 MACHINE: dict[str, Any] = {
     "cpu": "Example CPU",
@@ -85,9 +57,9 @@ def _row(scenario: str, mode: Mode, contender: str, dtype: str, pace: float, cou
     times = samples(middle, count, len(scenario) + 7 * len(contender) + len(mode))
     ordered = sorted(times)
 
-    def quantile(share: float) -> Interval:
+    def quantile(share: float) -> record.Interval:
         value = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-        return Interval(value=value, low=value * 0.97, high=value * 1.04)
+        return record.Interval(value=value, low=value * 0.97, high=value * 1.04)
 
     row = Row(
         work=scenario,
@@ -96,15 +68,15 @@ def _row(scenario: str, mode: Mode, contender: str, dtype: str, pace: float, cou
         label=LABELS[contender],
         dtype=dtype,
         name=name,
-        point=Point(image_size=384),
+        point=record.Point(image_size=384),
         status="measured",
         unit=unit,
         items=items,
-        parity=Parity(error=1.3e-6, band=1e-5, passed=True, against="official-algorithm fp32"),
-        memory=Memory(peak_bytes=2_490_000_000, grown_bytes=30_000_000, method="high-water mark"),
-        cost=Cost(build_s=0.0 if contender != "onnxruntime" else 31.0, load_s=0.8, first_call_s=0.5),
+        parity=record.Parity(error=1.3e-6, band=1e-5, passed=True, against="official-algorithm fp32"),
+        memory=record.Memory(peak_bytes=2_490_000_000, grown_bytes=30_000_000, method="high-water mark"),
+        cost=record.Cost(build_s=0.0 if contender != "onnxruntime" else 31.0, load_s=0.8, first_call_s=0.5),
         energy_note="no RAPL counter: /sys/class/powercap is absent",
-        conditions=Conditions(
+        conditions=record.Conditions(
             gemm_flops_per_s=[3.4e11, 3.5e11],
             copy_bytes_per_s=[1.9e10, 1.92e10],
             contended=contender == "compile",
@@ -113,7 +85,7 @@ def _row(scenario: str, mode: Mode, contender: str, dtype: str, pace: float, cou
     )
     roof = 3.4e11 if dtype == "fp32" else 2.6e12
     share = min(0.28 / _PACE[contender], 0.9)
-    efficiency = Efficiency(
+    efficiency = record.Efficiency(
         flops=25_000_000_000,
         needed_flops=25_000_000_000,
         mfu=share,
@@ -126,23 +98,23 @@ def _row(scenario: str, mode: Mode, contender: str, dtype: str, pace: float, cou
     )
     changes: dict[str, Any] = {}
     if mode == "offline":
-        rate = Interval(value=items / middle, low=items / middle * 0.97, high=items / middle * 1.02)
+        rate = record.Interval(value=items / middle, low=items / middle * 0.97, high=items / middle * 1.02)
         changes = {"seconds": times, "throughput": rate, "efficiency": efficiency}
         if contender == "xfm-fast" and scenario == "rerank":
             parts = (("image memory", 0.21), ("fusion", 0.76), ("matching head", 0.03))
-            changes["stages"] = [Share(name=part, seconds=middle * share, share=share) for part, share in parts]
+            changes["stages"] = [record.Share(name=part, seconds=middle * share, share=share) for part, share in parts]
     else:
-        changes["latency"] = Latency(
+        changes["latency"] = record.Latency(
             samples=times, p50=quantile(0.5), p90=quantile(0.9), p99=quantile(0.99), mean=sum(times) / len(times)
         )
         parts = (("matrix products", 0.72), ("attention", 0.16), ("norms", 0.07), ("the rest", 0.05))
-        changes["operations"] = [Share(name=part, seconds=middle * share, share=share) for part, share in parts]
+        changes["operations"] = [record.Share(name=part, seconds=middle * share, share=share) for part, share in parts]
     if mode == "server":
         best = 0.7 / middle
         trials = [_trial(best * step, middle, step) for step in (0.4, 0.8, 1.0, 1.2, 1.6)]
         changes |= {
             "operations": [],
-            "server": Server(
+            "server": record.Server(
                 max_qps=best,
                 bound_s=4 * official,
                 bound_origin="4 x the p99 of one request of the official algorithm (fp32)",
@@ -153,7 +125,7 @@ def _row(scenario: str, mode: Mode, contender: str, dtype: str, pace: float, cou
         }
     if scenario != "embed-image":
         useful = 12 * items
-        changes["tokens"] = Tokens(
+        changes["tokens"] = record.Tokens(
             useful=useful, padded=40 * items, useful_per_s=useful / middle, padded_per_s=40 * items / middle
         )
     return row.model_copy(update=changes)
@@ -187,23 +159,9 @@ def scenarios(pace: float = 1.0, *, count: int = 20, dtypes: tuple[str, ...] = (
                 for dtype in (dtypes if contender == "xfm-fast" else ("fp32",))
             ]
             rows += [_compared(row, group) if row.contender == "xfm-fast" else row for row in group]
-    rows.append(
-        rows[1].model_copy(
-            update={
-                "contender": "openvino",
-                "label": "OpenVINO",
-                "status": "failed",
-                "reason": "RuntimeError: out of <memory>",
-                "latency": None,
-                "against": [],
-                "operations": [],
-                "conditions": None,
-                "memory": None,
-                "cost": None,
-                "parity": None,
-            }
-        )
-    )
+    gone = dict.fromkeys(("latency", "conditions", "memory", "cost", "parity")) | {"against": [], "operations": []}
+    failed = {"status": "failed", "reason": "RuntimeError: out of <memory>"}
+    rows.append(rows[1].model_copy(update={"contender": "openvino", "label": "OpenVINO"} | failed | gone))
     return _document("scenario", dtypes).model_copy(update={"rows": rows})
 
 
@@ -232,7 +190,7 @@ def sweep() -> Document:
             row = _row("embed-image", "offline", contender, "fp32", batch**exponent, 5)
             rows.append(row.model_copy(update={"x": float(batch), "name": f"embed {batch} images of 384 px"}))
         fits.append(
-            Fit(
+            record.Fit(
                 work="embed-image",
                 contender=contender,
                 dtype="fp32",
@@ -253,7 +211,7 @@ def coco() -> Document:
     procedures: tuple[tuple[Literal["official-algorithm", "xfm-fast"], float], ...]
     procedures = (("official-algorithm", 333.0), ("xfm-fast", 25.0))
     evaluations = [
-        Evaluation(
+        record.Evaluation(
             procedure=procedure,
             dtype="fp32",
             kind="projected",
@@ -261,11 +219,11 @@ def coco() -> Document:
             flops=1.93e17,
             flops_per_s=1.6e11,
             seconds={"embed images": 2000.0, "embed texts": 900.0, "re-rank": hours * 3600},
-            total_s=Interval(value=hours * 3600 + 2900, low=hours * 3590, high=hours * 3610),
+            total_s=record.Interval(value=hours * 3600 + 2900, low=hours * 3590, high=hours * 3610),
         )
         for procedure, hours in procedures
     ]
-    found = Coco(
+    found = record.Coco(
         origin="the sizes of COCO's 5k test split",
         images=5000,
         texts=25_010,
@@ -275,18 +233,18 @@ def coco() -> Document:
         padded_length=40,
         evaluations=evaluations,
         receipt=[
-            ReceiptStep(saving="official procedure", flops=1.93e17, factor=1.0),
-            ReceiptStep(saving="keys and values of an image projected once", flops=6.7e16, factor=2.9),
-            ReceiptStep(saving="no padding", flops=2.1e16, factor=3.1),
+            record.ReceiptStep(saving="official procedure", flops=1.93e17, factor=1.0),
+            record.ReceiptStep(saving="keys and values of an image projected once", flops=6.7e16, factor=2.9),
+            record.ReceiptStep(saving="no padding", flops=2.1e16, factor=3.1),
         ],
-        speed_up=Interval(value=13.0, low=12.8, high=13.2),
+        speed_up=record.Interval(value=13.0, low=12.8, high=13.2),
     )
     return _document("coco").model_copy(update={"coco": found})
 
 
-def _document(benchmark: Benchmark, dtypes: tuple[str, ...] = ("fp32",)) -> Document:
+def _document(benchmark: record.Benchmark, dtypes: tuple[str, ...] = ("fp32",)) -> Document:
     probes = {
-        dtype: Probe(
+        dtype: record.Probe(
             library="MKL" if dtype == "fp32" else "oneDNN",
             shape=[1280, 768, 3072],
             gemm_flops_per_s=3.4e11 if dtype == "fp32" else 2.6e12,
@@ -302,7 +260,7 @@ def _document(benchmark: Benchmark, dtypes: tuple[str, ...] = ("fp32",)) -> Docu
         options={"preset": "base", "quick": False},
         device="cpu",
         machine=MACHINE,
-        model=Model(
+        model=record.Model(
             preset="base",
             origin="random weights (seed 0)",
             trained=False,
@@ -310,14 +268,14 @@ def _document(benchmark: Benchmark, dtypes: tuple[str, ...] = ("fp32",)) -> Docu
             parameters=327_000_000,
             config={},
         ),
-        data=Data(
+        data=record.Data(
             origin="eighteen photographs",
             photos=18,
             captions=90,
             tokenizer="a vocabulary trained on 90 captions",
             vocabulary=1163,
         ),
-        cold_start=ColdStart(process_s=2.1, load_s=1.0, first_call_s=0.5),
+        cold_start=record.ColdStart(process_s=2.1, load_s=1.0, first_call_s=0.5),
         probes=probes,
         baselines=[
             Baseline(contender="xfm-fast", label="xfm-fast", works=["embed-image"], present=True, version="0.1.0"),
@@ -346,11 +304,11 @@ def pair(
     """Rows of xfm-fast in each type, so many times as fast as the reference in fp32, which is measured in all types."""
     label = {"official-algorithm": "official algorithm, eager"}.get(reference, reference)
     name_of_ours = "accelerated" if reference == "untouched" else "xfm-fast"
-    conditions = Conditions(gemm_flops_per_s=[1e11, 1.1e11], copy_bytes_per_s=[], contended=False, drift=1.0)
+    conditions = record.Conditions(gemm_flops_per_s=[1e11, 1.1e11], copy_bytes_per_s=[], contended=False, drift=1.0)
 
     def row(contender: str, label: str, dtype: str, middle: float) -> Row:
         seconds = [0.97 * middle, middle, 1.04 * middle]
-        rate = Interval(value=32 / middle, low=32 / seconds[-1], high=32 / seconds[0])
+        rate = record.Interval(value=32 / middle, low=32 / seconds[-1], high=32 / seconds[0])
         return Row(
             work=work,
             contender=contender,
@@ -360,10 +318,10 @@ def pair(
             status="measured",
             unit=unit,
             items=32,
-            parity=Parity(error=3e-6, band=1e-5, passed=True, against=f"{reference} fp32"),
+            parity=record.Parity(error=3e-6, band=1e-5, passed=True, against=f"{reference} fp32"),
             throughput=rate,
             seconds=seconds,
-            memory=Memory(peak_bytes=1_400_000_000, grown_bytes=90_000_000, method="high-water mark"),
+            memory=record.Memory(peak_bytes=1_400_000_000, grown_bytes=90_000_000, method="high-water mark"),
             conditions=conditions.model_copy(update={"contended": dtype in contended}),
         ).model_copy(update=more)
 
@@ -381,7 +339,7 @@ def pair(
     return [*rows, *others.values()]
 
 
-def _absent(row: Row, status: Status, reason: str, **more: Any) -> Row:
+def _absent(row: Row, status: record.Status, reason: str, **more: Any) -> Row:
     kept = {"status": status, "reason": reason, "parity": None, "throughput": None, "seconds": [], "against": []}
     return row.model_copy(update=kept | {"memory": None, "conditions": None} | more)
 
@@ -398,7 +356,7 @@ def suite() -> Document:
     skipped = [{"what": "<b>.jpg", "reason": "no image & no caption"}]
     made = _document("suite", ("fp32", "bf16"))
     assert made.data is not None
-    data = made.data.model_copy(update={"skipped": [Skip(**skip) for skip in skipped]})
+    data = made.data.model_copy(update={"skipped": [record.Skip(**skip) for skip in skipped]})
     return made.model_copy(update={"rows": rows, "data": data, "baselines": []})
 
 
@@ -406,7 +364,7 @@ def train_step() -> Document:
     """A step in two types, with its memory."""
     rows = pair("train-step", "training step, 8 pairs of 224 px", "pairs", {"fp32": 1.4, "bf16": 4.2})
     for place, row in enumerate(rows):
-        use = Memory(
+        use = record.Memory(
             peak_bytes=5_000_000_000 if row.ours else 10_000_000_000,
             grown_bytes=2_000_000_000 if row.ours else 3_000_000_000,
             method="high-water mark",
@@ -424,14 +382,7 @@ def drop_in() -> Document:
     texts = "RoBERTa-base, 32 captions of 10-16 tokens padded to 40"
     rows = pair("roberta", texts, "texts", {"fp32": 3.1, "bf16": 9.8}, reference="untouched", replaced=report)
     images = "BEiT-v2-B/16 at 224 px, 8 images"
-    rows += pair(
-        "beit",
-        images,
-        "images",
-        {"fp32": 1.2, "bf16": 4.4},
-        reference="untouched",
-        contended=("bf16",),
-    )
+    rows += pair("beit", images, "images", {"fp32": 1.2, "bf16": 4.4}, reference="untouched", contended=("bf16",))
     reason = "ImportError: no such class in this version of transformers"
     rows.append(_absent(rows[0], "failed", reason, work="bert", name="BERT-base cross-encoder", replaced=[]))
     return _document("drop-in").model_copy(update={"rows": rows, "model": None, "data": None, "baselines": []})

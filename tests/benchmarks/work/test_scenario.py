@@ -21,7 +21,7 @@ from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.contenders.ours import OurEngine
 from xfm_fast.benchmarks.contenders.registry import Contender
 from xfm_fast.benchmarks.files import load
-from xfm_fast.benchmarks.material.subjects import preset_config
+from xfm_fast.benchmarks.material.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import CocoOptions, ModelOptions, ScenarioOptions, SweepOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Row

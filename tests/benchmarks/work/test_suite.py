@@ -12,7 +12,7 @@ from rich.console import Console
 
 from xfm_fast.benchmarks import files, machine, report
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
-from xfm_fast.benchmarks.material.subjects import preset_config
+from xfm_fast.benchmarks.material.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import SuiteOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE, OURS, Document, Row, Skip

@@ -15,9 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from xfm_fast.benchmarks import files, machine, report
-from xfm_fast.benchmarks.contenders.official_training import OfficialTrainingTwin
+from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
 from xfm_fast.benchmarks.material import photographs
-from xfm_fast.benchmarks.material.subjects import preset_config
+from xfm_fast.benchmarks.material.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress, Readings, Samples, Watched, parity_band
 from xfm_fast.benchmarks.options import StepOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Memory, Parity, Row

@@ -22,11 +22,16 @@ from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError, ExportError, InputError, StorageError, UnavailableError, XFMError
 from xfm_fast.export import manifest as manifests
 from xfm_fast.export.manifest import EngineTarget, Manifest, PackageTarget, ProfileRecord
-from xfm_fast.export.model_repository import writing
+from xfm_fast.export.model_repository import repository as writing
 from xfm_fast.export.model_repository.configs import Symbol, render
-from xfm_fast.export.model_repository.planning import RepositoryOptions, plan_models
 from xfm_fast.export.model_repository.ranking import MemoryCache, RankLimits
-from xfm_fast.export.model_repository.writing import RECEIPT_FILE, Receipt, write_model_repository
+from xfm_fast.export.model_repository.repository import (
+    RECEIPT_FILE,
+    Receipt,
+    RepositoryOptions,
+    plan_models,
+    write_model_repository,
+)
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
@@ -459,6 +464,9 @@ def test_compiled_packages_are_served_where_they_were_compiled_for(
     planned = plan_models(manifest, RepositoryOptions(), tokenizer)
     assert {model.backend for model in planned} == {"python"}
     assert {model.config["instance_group"][0]["kind"] for model in planned} == {"KIND_CPU"}
+    # The one place beside a caller that names code: a repository, which is code as a whole.
+    given = {entry["key"]: entry["value"]["string_value"] for entry in planned[0].config["parameters"]}
+    assert given["runtime"] == "aoti"
 
 
 def test_what_is_there_is_not_replaced_unasked(

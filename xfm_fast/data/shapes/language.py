@@ -171,7 +171,17 @@ def questions(scene: Scene, split: Split) -> list[tuple[str, str]]:
 def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, bool]]:
     """Statements about a left image (`first`) and a right image, with their truth."""
     both = (first, second)
-    made = [*_counts(both), *_contents(both, split)]
+    left, right = len(first.things), len(second.things)
+    made = [
+        ("the left image contains more objects than the right image", left > right),
+        ("the right image contains more objects than the left image", right > left),
+    ]
+    for total in (left + right, left + right % 3 + 1):
+        made.append((f"there are {NUMBERS[total]} objects in total", total == left + right))
+    for count in sorted({left, right}):
+        noun = f"object{'s' * (count > 1)}"
+        made.append((f"both images contain exactly {NUMBERS[count]} {noun}", left == right == count))
+    made += _contents(both, split)
     for side, scene in (("left", first), ("right", second)):
         for a, b in zip(scene.things, scene.things[1:], strict=False):
             relation = main_relation(a, b)
@@ -195,16 +205,6 @@ def _relation_questions(scene: Scene) -> Iterator[tuple[str, str]]:
             yield f"is the {name} {claimed} the {other}", "yes" if claimed == relation else "no"
             if [k for k, one in enumerate(scene.things) if k != j and holds(relation, one, anchor)] == [i]:
                 yield f"what shape is {relation} the {other}", thing.shape
-
-
-def _counts(both: tuple[Scene, Scene]) -> Iterator[tuple[str, bool]]:
-    left, right = (len(scene.things) for scene in both)
-    yield "the left image contains more objects than the right image", left > right
-    yield "the right image contains more objects than the left image", right > left
-    for total in (left + right, left + right % 3 + 1):
-        yield f"there are {NUMBERS[total]} objects in total", total == left + right
-    for count in sorted({left, right}):
-        yield f"both images contain exactly {NUMBERS[count]} object{'s' * (count > 1)}", left == right == count
 
 
 def _contents(both: tuple[Scene, Scene], split: Split) -> Iterator[tuple[str, bool]]:

@@ -151,13 +151,12 @@ def _places(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
         places: list[tuple[int, int]] = []
         for side in sides:
             place = draws.between(1, CANVAS - 1 - side), draws.between(1, CANVAS - 1 - side)
-            if all(_apart(place, side, other, old) for other, old in zip(places, sides, strict=False)):
-                places.append(place)
-            else:
+            # Both axes of a pair overlap, a gap counted in: the scene is drawn anew.
+            if any(
+                all(place[i] + side + _GAP > other[i] and other[i] + its_side + _GAP > place[i] for i in range(2))
+                for other, its_side in zip(places, sides, strict=False)
+            ):
                 break
+            places.append(place)
         if len(places) == len(sides):
             return places
-
-
-def _apart(a: tuple[int, int], side_a: int, b: tuple[int, int], side_b: int) -> bool:
-    return any(a[i] + side_a + _GAP <= b[i] or b[i] + side_b + _GAP <= a[i] for i in range(2))

@@ -56,7 +56,12 @@ def write_world(
         StorageError: a file cannot be written.
     """
     folder = Path(folder)
-    counts = _checked(images)
+    for split, count in images.items():
+        if split not in SPLITS or count < 1:
+            raise DataError(
+                f"images[{split!r}]={count}: give a positive number for each split out of {', '.join(SPLITS)}"
+            )
+    counts: dict[Split, int] = {split: images[split] for split in SPLITS if split in images}
     wanted = {"format": FORMAT_VERSION, "seed": seed, "resolution": resolution, "images": counts}
     if (existing := _existing(folder, wanted)) is not None:
         return existing
@@ -81,15 +86,6 @@ def write_world(
             raise
         return existing
     return world
-
-
-def _checked(images: Mapping[Split, int]) -> dict[Split, int]:
-    for split, count in images.items():
-        if split not in SPLITS or count < 1:
-            raise DataError(
-                f"images[{split!r}]={count}: give a positive number for each split out of {', '.join(SPLITS)}"
-            )
-    return {split: images[split] for split in SPLITS if split in images}
 
 
 def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -131,8 +127,17 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
             {"image": path, "question": question, "answer": [answer], "question_id": number, "dataset": "vqa"}
             for number, (question, answer) in enumerate(questions(made, split), len(arrays["vqa"]))
         ]
-        arrays["nlvr"].append(_nlvr(before, made, split, [paths[index - 1], path], index))
-        arrays["grounding"] += _grounding(made, path, resolution, len(arrays["grounding"]))
+        # True and false statements about two consecutive scenes alternate.
+        wanted = index % 2 == 0
+        sentences = [sentence for sentence, truth in statements(before, made, split) if truth == wanted]
+        # 7 shares no factor with the lengths that occur often, so all kinds of statement come up.
+        sentence = sentences[7 * index % len(sentences)]
+        arrays["nlvr"].append({"images": [paths[index - 1], path], "sentence": sentence, "label": str(wanted)})
+        first = len(arrays["grounding"])
+        for number, element in enumerate(elements, first):
+            text = element["caption"]
+            text = f"{element['attributes']} {text}" if "attributes" in element else text[first % len(text)]
+            arrays["grounding"].append({"image": path, "text": text, "bbox": element["bb"], "ref_id": number})
         if split == "train":
             arrays["retrieval"] += [{"image": path, "caption": text, "image_id": path} for text in said]
         elif said[0] not in described:
@@ -175,24 +180,6 @@ def region_elements(made: Scene, resolution: int = CANVAS) -> list[dict[str, Any
         if related := [str(ref) for ref in named if ref.other is not None]:
             elements.append({"bb": box, "caption": related})
     return elements
-
-
-def _nlvr(left: Scene, right: Scene, split: Split, paths: list[str], index: int) -> dict[str, Any]:
-    """A statement about two consecutive scenes; true and false ones alternate."""
-    wanted = index % 2 == 0
-    sentences = [sentence for sentence, truth in statements(left, right, split) if truth == wanted]
-    # 7 shares no factor with the lengths that occur often, so all kinds of statement come up.
-    return {"images": paths, "sentence": sentences[7 * index % len(sentences)], "label": str(wanted)}
-
-
-def _grounding(made: Scene, path: str, resolution: int, first: int) -> list[dict[str, Any]]:
-    """Every element of the regions as an expression and its box."""
-    found = []
-    for element in region_elements(made, resolution):
-        said = element["caption"]
-        text = f"{element['attributes']} {said}" if "attributes" in element else said[first % len(said)]
-        found.append({"image": path, "text": text, "bbox": element["bb"], "ref_id": first + len(found)})
-    return found
 
 
 def _json_array(rows: Iterable[Any]) -> bytes:

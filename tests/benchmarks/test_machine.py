@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from xfm_fast.benchmarks.telemetry import EnergyMeter, GpuState
+from xfm_fast.benchmarks.machine import EnergyMeter, GpuState
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

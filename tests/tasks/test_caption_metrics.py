@@ -1,0 +1,97 @@
+"""Metrics of captions: against numbers of the COCO caption evaluation, and against it where it is installed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from xfm_fast.errors import InputError
+from xfm_fast.tasks.caption_metrics import bleu, caption_metrics, cider_d, rouge_l, words
+
+REFERENCES = {
+    1: ["A dog isn't on the red bench.", "the dog sits beside a bench (red)"],
+    2: ["two men ride horses on a beach", "Men on horses, by the sea; at 7:30.", "riders at the beach"],
+    3: ["a woman's red t-shirt"],
+    4: ["a plate of pizza with 50% cheese", "pizza on a plate"],
+    5: ["a cat"],
+}
+CANDIDATES = {
+    1: "a dog on a red bench",
+    2: "men ride horses on the beach the beach the beach",
+    3: "a red bus",
+    4: "pizza on a plate",
+    5: "",
+}
+# pycocoevalcap 1.2 with its own tokeniser.
+WANTED = {
+    "BLEU-1": 0.6211430213470861,
+    "BLEU-2": 0.4972508357917712,
+    "BLEU-3": 0.381238512953999,
+    "BLEU-4": 0.30333640401441786,
+    "ROUGE-L": 0.5564696251256056,
+    "CIDEr-D": 1.859578208764272,
+}
+
+
+def test_equal_to_the_coco_evaluation() -> None:
+    assert caption_metrics(CANDIDATES, REFERENCES) == pytest.approx(WANTED, rel=1e-12)
+    assert caption_metrics({str(i): c for i, c in CANDIDATES.items()}, {str(i): r for i, r in REFERENCES.items()}) == (
+        caption_metrics(CANDIDATES, REFERENCES)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A dog isn't on the bench.", "a dog is n't on the bench"),
+        ("women's t-shirts, 50% off!", "women 's t-shirts 50 % off"),
+        ("Mr. X at 7:30 -- in the U.S.", "mr. x at 7:30 in the u.s."),
+        ("a (red) sign: “STOP”", "a -lrb- red -rrb- sign stop"),
+        ("they’re here…", "they 're here"),
+        ("...", ""),
+    ],
+)
+def test_words(text: str, expected: str) -> None:
+    assert words(text) == expected.split()
+
+
+def test_equal_to_pycocoevalcap_on_random_captions() -> None:
+    bleu_scorer: Any = pytest.importorskip("pycocoevalcap.bleu.bleu")
+    cider_scorer: Any = pytest.importorskip("pycocoevalcap.cider.cider")
+    rouge_scorer: Any = pytest.importorskip("pycocoevalcap.rouge.rouge")
+    rng = random.Random(0)
+    vocabulary = list("abcdefghijklmn")
+
+    def caption() -> list[str]:
+        return rng.choices(vocabulary, k=rng.randint(1, 14))
+
+    references = [[caption() for _ in range(rng.randint(1, 5))] for _ in range(200)]
+    candidates = [rng.choice([rng.choice(texts), caption()]) for texts in references]
+    theirs = {i: [" ".join(text) for text in texts] for i, texts in enumerate(references)}
+    ours = {i: [" ".join(text)] for i, text in enumerate(candidates)}
+    assert [*bleu(candidates, references).values()] == bleu_scorer.Bleu(4).compute_score(theirs, ours, verbose=0)[0]
+    assert rouge_l(candidates, references) == pytest.approx(rouge_scorer.Rouge().compute_score(theirs, ours)[0])
+    assert cider_d(candidates, references) == pytest.approx(cider_scorer.Cider().compute_score(theirs, ours)[0])
+
+
+def test_perfect_and_foreign_captions() -> None:
+    perfect = caption_metrics({i: texts[0] for i, texts in REFERENCES.items()}, REFERENCES)
+    assert perfect["BLEU-4"] == pytest.approx(1)
+    assert perfect["ROUGE-L"] == pytest.approx(1)
+    foreign = caption_metrics(dict.fromkeys(REFERENCES, "xyz"), REFERENCES)
+    assert max(foreign.values()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("candidates", "references", "message"),
+    [
+        ({}, {}, "no captions"),
+        ({1: "a"}, {1: ["a"], 2: ["b"]}, "image 2 has references but no caption"),
+        ({1: "a", 2: "b"}, {1: ["a"], 2: []}, "image 2 has a caption but no reference"),
+    ],
+)
+def test_bad_input(candidates: dict[int, str], references: dict[int, list[str]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        caption_metrics(candidates, references)

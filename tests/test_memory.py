@@ -1,0 +1,21 @@
+"""Tensors in mapped files, and what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xfm_fast.errors import DataError, StorageError
+from xfm_fast.memory import create_mapped, open_mapped
+
+
+def test_a_collection_larger_than_the_disk_is_refused_at_once(tmp_path) -> None:
+    with pytest.raises(StorageError, match=r"needs .* GB and cannot be created"):
+        create_mapped(tmp_path / "huge", (1 << 50,), torch.float32)
+    assert not (tmp_path / "huge").exists()
+
+
+def test_a_mapped_file_of_another_size_is_refused(tmp_path) -> None:
+    create_mapped(tmp_path / "m", (3, 2), torch.bfloat16)
+    with pytest.raises(DataError, match=r"has 12 bytes; \[4, 2\] torch.bfloat16 takes 16"):
+        open_mapped(tmp_path / "m", (4, 2), torch.bfloat16)
