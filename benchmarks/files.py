@@ -45,7 +45,7 @@ def load(path: str | Path) -> Document:
 
 
 class Saved(NamedTuple):
-    """Where a run was written."""
+    """The files of a run."""
 
     document: Path
     page: Path

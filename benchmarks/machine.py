@@ -1,4 +1,4 @@
-"""What this machine offers: processor, memory, accelerators, optional packages, counters of energy, chosen kernels."""
+"""This machine's offer: processor, memory, accelerators, optional packages, counters of energy, chosen kernels."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Package:
 
     @property
     def remedy(self) -> str:
-        """What to type to get it."""
+        """The command that installs it."""
         return self.extra if " " in self.extra else f'pip install "xfm-fast[{self.extra}]"'
 
 
@@ -106,7 +106,7 @@ def cpu_features() -> dict[str, bool]:
 
 
 def has_native_bf16() -> bool:
-    """Whether the processor multiplies bf16 itself; elsewhere bf16 is emulated and slower than fp32."""
+    """True where the processor multiplies bf16 itself; elsewhere bf16 is emulated and slower than fp32."""
     features = cpu_features()
     return any(features.get(name, False) for name in _BF16_FEATURES)
 

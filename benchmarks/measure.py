@@ -190,7 +190,7 @@ def _onednn(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def moved(rates: Sequence[float]) -> bool:
-    """Whether a probe left its median by more than `CONTENTION`."""
+    """True where a probe left its median by more than `CONTENTION`."""
     middle = statistics.median(rates)
     return max(abs(rate / middle - 1) for rate in rates) > CONTENTION
 

@@ -134,7 +134,7 @@ class Efficiency(Record):
 
     Attributes:
         flops: that the contender's procedure needs (`xfm_fast.flops`); null where its own schedule is not known.
-        needed_flops: that the result needs, whoever computes it.
+        needed_flops: that the result needs, by whatever procedure.
         mfu: `needed_flops` a second, over the rate of the matrix probe; null where no such probe was taken.
         mfu_data_sheet: over the data sheet's rate, on a GPU that is known.
         utilisation: `flops` a second, over the rate of the matrix probe: how busy it kept the machine.
@@ -316,7 +316,7 @@ class Row(Record):
 
     @property
     def ours(self) -> bool:
-        """Whether it is xfm-fast, and no baseline."""
+        """True for xfm-fast, and no baseline."""
         return self.contender == OURS
 
     @property
@@ -337,7 +337,7 @@ class Row(Record):
 
     @property
     def measured(self) -> bool:
-        """Whether it has numbers, complete or interrupted."""
+        """True where it has numbers, complete or interrupted."""
         return self.status in ("measured", "partial") and bool(self.samples or self.server)
 
     @property
@@ -354,7 +354,7 @@ class Row(Record):
 
     @property
     def contended(self) -> bool:
-        """Whether something else ran on the machine meanwhile."""
+        """True where something else ran on the machine meanwhile."""
         return self.conditions is not None and self.conditions.contended
 
     @property
@@ -558,7 +558,7 @@ class Document(Record):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differed that should be equal; a failed baseline is no fault of ours."""
+        """True where nothing differed that should be equal; a failed baseline is no fault of ours."""
         equal = self.coco is None or self.coco.parity is None or self.coco.parity.passed
         return equal and not any(row.ours and row.status in ("failed", "parity failed") for row in self.rows)
 

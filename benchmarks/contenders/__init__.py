@@ -1,1 +1,1 @@
-"""Who does the work of a scenario: xfm-fast, the official algorithm, and whatever else is installed."""
+"""Those that do the work of a scenario: xfm-fast, the official algorithm, and whatever else is installed."""

@@ -36,7 +36,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """What a contender is built from.
+    """The parts that a contender is built from.
 
     Attributes:
         scratch: folder for files of this run.

@@ -1,4 +1,4 @@
-"""What every micro-benchmark shares: device, a dtype that suits it, fixed seeds, a clock that waits for a GPU."""
+"""Fixtures of every micro-benchmark: device, a dtype that suits it, fixed seeds, a clock that waits for a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def dtype(device: torch.device) -> torch.dtype:
-    """What the device is used with: bf16 on a GPU, fp32 on a CPU."""
+    """The type that the device is used with: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

@@ -87,7 +87,7 @@ def headlines(document: Document) -> list[Headline]:
 
 
 def remarks(document: Document) -> Iterator[tuple[str, str]]:
-    """What a reader must see first: (`bad`, `warning` or nothing, a sentence)."""
+    """Remarks that a reader must see first: (`bad`, `warning` or nothing, a sentence)."""
     if document.interrupted:
         yield "bad", "The run was interrupted: rows marked * hold the samples until then, later ones are missing."
     for row in document.rows:
@@ -142,7 +142,7 @@ def description(document: Document) -> str:
 
 
 def facts(document: Document) -> list[tuple[str, str]]:
-    """What was measured and how well it agrees: (name, words)."""
+    """Facts about what was measured and how well it agrees: (name, words)."""
     found = []
     judged = [(row, row.parity) for row in document.rows if row.ours and row.parity]
     known = [(row, one) for row, one in judged if one.error is not None and one.band]

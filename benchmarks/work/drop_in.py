@@ -1,4 +1,4 @@
-"""What `accelerate` is worth: models of transformers and timm as they come, against the same models accelerated.
+"""The worth of `accelerate`: models of transformers and timm as they come, against the same models accelerated.
 
 Both are in one process with the same weights and inputs, called in turns. A speed is reported beside the difference of
 the outputs, and not at all where that is more than rounding.

@@ -329,7 +329,7 @@ def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
 
 
 def available(package: str) -> bool:
-    """Whether an optional package can be imported."""
+    """True where an optional package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 

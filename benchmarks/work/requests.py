@@ -34,7 +34,7 @@ class Difference(NamedTuple):
 
 
 def padded(lengths: Sequence[int], schedule: Schedule, official: int) -> list[int]:
-    """What texts of these lengths become: as they are, as long as the longest of them, or as the official code pads."""
+    """The lengths that texts are padded to: not at all, to the longest of them, or as the official code pads."""
     if schedule in ("ours", "kept memories"):
         return list(lengths)
     return [official if schedule == "official" else max(lengths)] * len(lengths)

@@ -105,7 +105,7 @@ def without_masked_keys(
 
 
 class Side(NamedTuple):
-    """Where the tokens of a group lie on one side, queries or keys."""
+    """The places of a group's tokens on one side, queries or keys."""
 
     sequences: int
     longest: int

@@ -171,7 +171,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _usage(error: CycloptsError) -> str:
-    """What is wrong with a command line, in one line, with the nearest name where one is near."""
+    """The fault of a command line, in one line, with the nearest name where one is near."""
     from pydantic import ValidationError
 
     error.verbose = False

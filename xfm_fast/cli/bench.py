@@ -91,7 +91,7 @@ def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | No
 
 @app.command(name="coco")
 def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESULTS / "coco") -> int:
-    """What the retrieval evaluation of COCO's 5k test split costs on this machine: officially, with xfm-fast, and why.
+    """The cost of COCO's 5k retrieval evaluation on this machine: officially, with xfm-fast, and why.
 
     Projected from the times of all its parts; with --data run on your own images and captions.
 

@@ -1,4 +1,4 @@
-"""What commands show: tables, progress, and messages beside the results."""
+"""The output of commands: tables, progress, and messages beside the results."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ data = command_group("data", group=DATA, help="Check data files against a task, 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Where rows of line JSON and shards hold image and text, and how many may be broken.
+    """The fields of line JSON and shards that hold image and text, and the share of rows that may be broken.
 
     Attributes:
         image_key: Field of the image in line JSON.

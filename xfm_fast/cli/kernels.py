@@ -41,7 +41,7 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class AuditOptions(KernelOptions):
-    """What the kernels are compiled for, and what their figures are held against.
+    """The targets that kernels are compiled for, and the figures that they are held against.
 
     Attributes:
         arch: Architecture, such as 90; may be repeated. [all four]

@@ -68,7 +68,7 @@ class Processes:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process; all of them must ask."""
+        """True where the flag is set on any process; all of them must ask."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.uint8)

@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 
 class Stream(StreamOptions):
-    """What all streams have, besides the options of their kind.
+    """The keys of every stream, besides the options of its kind.
 
     Relative paths lie in the recipe's `data` folder, that of `image_root` too.
     """
@@ -89,7 +89,7 @@ STREAM_OF_KIND: dict[str, type[Stream]] = {
 
 
 class Init(Section):
-    """Where weights come from; what is not named starts at random."""
+    """The sources of the weights; what is not named starts at random."""
 
     roberta: str | None = Field(
         default=None, description="state dict of a Hugging Face RoBERTa, for the language encoder"
@@ -142,7 +142,7 @@ class ScheduleRecipe(Section):
         return warmup
 
     def warmup_steps(self, steps: int) -> int:
-        """Of a run of `steps`."""
+        """The number for a run of `steps`."""
         return self.warmup if isinstance(self.warmup, int) else int(self.warmup * steps)
 
 
@@ -185,7 +185,7 @@ class Method(Section):
 
 
 class CheckpointRecipe(Section):
-    """Where a run lives: checkpoints, logs, tokenizer, quarantine."""
+    """The folder of a run: checkpoints, logs, tokenizer, quarantine."""
 
     folder: str = Field(description="of this run alone")
     every: int = Field(default=1000, gt=0, description="steps")
@@ -193,7 +193,7 @@ class CheckpointRecipe(Section):
 
 
 class LogRecipe(Section):
-    """What is written while training, beside `log.jsonl`, which always is."""
+    """The logs of a run, beside `log.jsonl`, which always is written."""
 
     every: int = Field(default=50, gt=0, description="steps")
     tensorboard: bool = False
