@@ -75,7 +75,7 @@ def test_packed_counts_are_those_of_the_model(
         tokens = packing.pack(texts)
         attended, count = _measured(lambda: model.fusion_encoder.first_self_attention(tokens, packing))
         assert count == flops.first_self_attention(cfg, torch.tensor(LENGTHS)).total
-        options = {"first_token_only": first_token_only, "self_attended": self_attended}
+        options: dict[str, Any] = {"first_token_only": first_token_only, "self_attended": self_attended}
         start = attended if self_attended else tokens
         fused, count = _measured(lambda: model.fusion_encoder(start, packing, memory, groups, **options))
         assert count == flops.fusion(cfg, LENGTHS, **options).total

@@ -9,7 +9,7 @@ import torch
 
 from tests.objectives import steps
 from tests.objectives.steps import image_batch, model_of, negatives_of, pair_batch, region_batch, text_batch
-from xfm_fast.batches import IGNORED, Batch, RegionBatch, TextBatch
+from xfm_fast.batches import IGNORED, Batch, ImageBatch, RegionBatch, TextBatch
 from xfm_fast.objectives import pretraining_losses
 
 BATCHES = [pair_batch("tiny_a", ids=True), region_batch("tiny_b"), text_batch("tiny_a"), image_batch("tiny_a")]
@@ -82,6 +82,7 @@ def test_on_the_host_nothing_happens_unasked(batch: Batch) -> None:
 def test_a_batch_that_was_never_on_the_host(monkeypatch: pytest.MonkeyPatch, case: str, kind: str) -> None:
     """Without a layout from the host, empty slots are carried along: the same losses, only slower."""
     batch = steps.BATCHES[kind](case)
+    assert not isinstance(batch, ImageBatch)
     negatives = None if kind == "texts" else negatives_of(case, batch)
     expected = pretraining_losses(model_of(case), batch, hard_negatives=negatives)
     with monkeypatch.context() as context:

@@ -162,6 +162,7 @@ def test_a_step_predicts_codes(kind: str) -> None:
     codes = image_codes(model.config)
     draw = [torch.Generator().manual_seed(1) for _ in range(2)]
     found = pretraining_losses(model, batch, image_codes=codes, generator=draw[0])
+    assert isinstance(batch, PairBatch | ImageBatch)
     plain = by_plain_operations(model, batch, codes)
     assert found["mim"].item() == pytest.approx(plain.item(), rel=1e-10)
     trained = [*model.vision_encoder.parameters(), *codes.parameters()]
