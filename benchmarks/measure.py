@@ -41,6 +41,10 @@ _ENOUGH = 3
 
 # fp32 results agree to this, relative to the largest value.
 FP32_BAND = 1e-5
+# 16-bit results of the model differ from fp32 by the rounding of three encoders and of their embeddings, in spacings of
+# the type. The official algorithm's own error at a few requests is one draw: luck may make it a third of that, and then
+# says nothing about another order of summation.
+MODEL_ROUNDING = 3.5
 
 
 @dataclass

@@ -29,6 +29,7 @@ from ..material.inputs import MAX_TOKENS, Texts
 from ..measure import (
     DTYPES,
     FP32_BAND,
+    MODEL_ROUNDING,
     Block,
     Progress,
     interleave,
@@ -295,9 +296,9 @@ class _Evaluations:
             }
         )
         # The scores of ours pass through encoders of this type, those of the official procedure begin with its own
-        # texts: the rounding of three encoders and, in other types, of their embeddings.
-        eps = torch.finfo(DTYPES[dtype]).eps
-        band = parity_band(DTYPES[dtype], 3.5 * eps, fp32=3 * FP32_BAND)
+        # texts.
+        rounding = MODEL_ROUNDING * torch.finfo(DTYPES[dtype]).eps
+        band = parity_band(DTYPES[dtype], rounding, fp32=3 * FP32_BAND)
         others = [e for e in projected.evaluations if e.procedure != OFFICIAL and e.dtype != dtype]
         return projected.model_copy(
             update={

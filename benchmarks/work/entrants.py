@@ -19,7 +19,7 @@ from ..contenders.engine import Built, Clock, NoStages, Stages, wait_for
 from ..contenders.official_algorithm import OfficialEngine
 from ..contenders.registry import Contender, Setup
 from ..material.inputs import Subjects
-from ..measure import DTYPES, Samples, one_line, parity_band
+from ..measure import DTYPES, MODEL_ROUNDING, Samples, one_line, parity_band
 from ..record import OFFICIAL, OURS, Cost, Efficiency, Mode, Parity, Row, Share, Status, Tokens, finite
 from .requests import Answer, Workload
 
@@ -158,7 +158,8 @@ class _Reference:
             other = self._answer(torch.float64 if fp32 else kind)
             pair = (self.expected, other) if fp32 else (other, self.expected)
             self._own[dtype] = self._workload.compare(self._numbers, *pair).error
-        return parity_band(kind, self._own[dtype])
+        least = 0.0 if fp32 else MODEL_ROUNDING * torch.finfo(kind).eps
+        return parity_band(kind, max(self._own[dtype], least))
 
 
 def blank(entrant: Entrant, workload: Workload, mode: Mode, batch: int) -> Row:
