@@ -44,8 +44,8 @@ def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Path = _RESULTS)
     """Measure this machine: xfm-fast against the official algorithm, in one process, on real photographs.
 
     Without a sub-command the whole suite runs: image and text embedding, re-ranking, a retrieval from end to end.
-    It takes about three minutes on two cores, with --quick about one (a minute and a half of processor time). Results go to a JSON file
-    and a self-contained HTML page.
+    It takes about three minutes on two cores, with --quick about one (a minute and a half of processor time). Results
+    go to a JSON file and a self-contained HTML page.
 
     Args:
         out: Folder that receives the results.
