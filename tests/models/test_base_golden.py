@@ -38,6 +38,20 @@ def stats() -> dict[str, dict[str, Any]]:
     return load_json("base/stats")["tensors"]
 
 
+def official_error(name: str) -> float:
+    """The relative error of the official code in fp32: of a loss its own, of a tensor the worst of all tensors.
+
+    The error of four logits is one draw, and another library's may be three times as large. Tensors at the end of the
+    same encoders round alike, so that together they tell how far any of them may be off.
+    """
+    errors = {
+        key: entry["official_fp32_max_abs_diff_vs_fp64"] / entry["abs_max"]
+        for key, entry in stats().items()
+        if "official_fp32_max_abs_diff_vs_fp64" in entry and (entry["shape"] or key == name)
+    }
+    return max(errors.values()) if stats()[name]["shape"] else errors[name]
+
+
 def build(weights: dict[str, Tensor], dtype: torch.dtype, **overrides: Any) -> XFM:
     cfg = config("base", **overrides)
     with torch.device("meta"):
@@ -56,7 +70,7 @@ def compare(found: dict[str, Tensor], dtype: torch.dtype) -> None:
         scale = entry["abs_max"]
         allowed = EXACT * scale
         if dtype == torch.float32:
-            allowed = 3 * entry["official_fp32_max_abs_diff_vs_fp64"] + 4 * torch.finfo(dtype).eps * scale
+            allowed = (3 * official_error(name) + 4 * torch.finfo(dtype).eps) * scale
         assert [*value.shape] == entry["shape"]
         kept = [key for key in golden if key == name or key.startswith(f"{name}[")]
         if kept:
