@@ -1,7 +1,7 @@
 """The house rules that a program can check: which way imports point, and what no file may hold.
 
 Arrows between the parts of `xfm_fast` point one way,
-`cli → reproduce → training, tasks, export, benchmarks → models → kernels`:
+`cli → reproduce → finetuning → training, tasks, export, benchmarks → models → kernels`:
 a part imports from lower levels and from beside it, and no two parts import each other.
 """
 
@@ -33,9 +33,10 @@ LEVELS = {
     "tasks": 5,
     "export": 5,
     "benchmarks": 5,
-    "reproduce": 6,
-    "cli": 7,
-    "__main__": 8,
+    "finetuning": 6,
+    "reproduce": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 # flash_attn is a backend that is asked for by name.
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {

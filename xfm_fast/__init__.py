@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xfm_fast.config import XFMConfig as XFMConfig
+    from xfm_fast.finetuning.prediction import load as load
     from xfm_fast.models.xfm import XFM as XFM
     from xfm_fast.replace import accelerate as accelerate
     from xfm_fast.replace import accelerated as accelerated
@@ -28,12 +29,13 @@ if find_spec(f"{__name__}.kernels") is None:
 _HOMES = {
     "XFM": "xfm_fast.models.xfm",
     "XFMConfig": "xfm_fast.config",
+    "load": "xfm_fast.finetuning.prediction",
     "Retriever": "xfm_fast.tasks.retrieval",
     "accelerate": "xfm_fast.replace",
     "accelerated": "xfm_fast.replace",
 }
 
-__all__ = ["XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated"]
+__all__ = ["XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -158,7 +158,9 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
+class TensorBatch:
+    """What a training loop needs of a batch. Its tensors are fields, or fields of dataclasses in fields."""
+
     def prepare(self) -> Self:
         """The batch with its layout, which it then carries from device to device.
 
@@ -178,7 +180,7 @@ class _Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextBatch(_Batch):
+class TextBatch(TensorBatch):
     """B texts and their masked copies.
 
     Attributes:
@@ -258,7 +260,7 @@ class RegionBatch(TextBatch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageBatch(_Batch):
+class ImageBatch(TensorBatch):
     """B images without text.
 
     Attributes:

@@ -236,6 +236,10 @@ class CaptionTokenizer:
         """Identifies the vocabulary and how it is applied."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json` that `from_files` reads."""
+        return self._tokenizer.to_str(pretty=True)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `tokenizer.json` that `from_files` reads."""
         self._tokenizer.save(str(path))

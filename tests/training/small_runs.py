@@ -117,8 +117,8 @@ def numbers(folder: Path, after: int = 0) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in RATES} for line in lines]
 
 
-def kill_at(step: int) -> Callable[[int, Any], None]:
-    def kill(done: int, _: Any) -> None:
+def kill_at(step: int) -> Callable[[int, Any, Any], None]:
+    def kill(done: int, *_: object) -> None:
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 

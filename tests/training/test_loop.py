@@ -103,7 +103,11 @@ def test_two_steps(case: str, zero_grad: Literal["none", "zeros"]) -> None:
     official = golden["zero_grad_set_to_none" if zero_grad == "none" else "zero_grad_to_zeros"]
     makers = {"text": text_batch, "region": region_batch, "imagenet": image_batch, "image": pair_batch}
     optimizer = AdamW(
-        optimizer_groups(model, RECIPE), lr=RECIPE.lr, betas=RECIPE.betas, eps=RECIPE.eps, zero_grad=zero_grad
+        optimizer_groups(model, RECIPE, large_lr=Recipe.large_lr),
+        lr=RECIPE.lr,
+        betas=RECIPE.betas,
+        eps=RECIPE.eps,
+        zero_grad=zero_grad,
     )
     peak = [group["lr"] for group in optimizer.param_groups]
     expected = iter(official["steps"])
@@ -302,7 +306,7 @@ def test_fp16_leaves_out_what_overflows(tmp_path: Path, monkeypatch: pytest.Monk
 def test_fp16_resumes_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_LARGEST_LOSS_SCALE", 2.0**22)
 
-    def stop(step: int, _: XFM) -> None:
+    def stop(step: int, *_: object) -> None:
         if step == 6:
             raise InterruptedError
 
@@ -318,7 +322,7 @@ def test_fp16_resumes_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     seen = []
     result = run(
-        small_recipe(tmp_path, steps=5, ema=0.9), on_step=lambda step, model: seen.append((step, model.training))
+        small_recipe(tmp_path, steps=5, ema=0.9), on_step=lambda step, model, _: seen.append((step, model.training))
     )
     assert seen == [(step, True) for step in range(1, 6)]
     assert (result.step, result.interrupted) == (5, False)

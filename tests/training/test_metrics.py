@@ -257,7 +257,7 @@ def test_bad_batch_is_named_and_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_bad_parameter_is_named(tmp_path: Path) -> None:
-    def poison(step: int, model: XFM) -> None:
+    def poison(step: int, model: XFM, _: object) -> None:
         if step == 5:
             with torch.no_grad():
                 model.itm_head[0].weight[0, 0] = float("inf")  # type: ignore[union-attr, index]

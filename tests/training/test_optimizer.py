@@ -29,6 +29,7 @@ from xfm_fast.training.optimizer import (
     optimizer_groups,
     schedule_factor,
 )
+from xfm_fast.training.recipe import Recipe
 from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
 
 
@@ -36,7 +37,7 @@ def test_groups_are_the_official_ones() -> None:
     with torch.device("meta"):
         model = XFM(XFMConfig.preset("base"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = optimizer_groups(model, OptimizerRecipe(lr=1e-4, weight_decay=0.01, lr_mult=2))
+    groups = optimizer_groups(model, OptimizerRecipe(lr=1e-4, weight_decay=0.01, lr_mult=2), large_lr=Recipe.large_lr)
     official = load_json("optimizer_groups_base")["groups"]
     assert len(groups) == len(official) == 4
     dead = set()
@@ -62,7 +63,7 @@ def test_groups_leave_out_what_is_frozen_and_take_other_heads() -> None:
     assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [(3, 0.5, 1), (3, 0, 1)]
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="frozen"):
-        optimizer_groups(model, recipe)
+        optimizer_groups(model, recipe, large_lr=())
 
 
 LR, BETAS, EPS, DECAY = 0.03, (0.9, 0.98), 1e-3, 0.1

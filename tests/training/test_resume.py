@@ -98,7 +98,7 @@ def test_average_can_begin_later(tmp_path: Path) -> None:
 
 
 def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
-    def send(step: int, _: XFM) -> None:
+    def send(step: int, *_: object) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -251,6 +251,6 @@ def test_log_is_cut_where_the_run_goes_on(tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [*range(1, 9)]
 
 
-def _raise_at_seven(step: int, _: XFM) -> None:
+def _raise_at_seven(step: int, *_: object) -> None:
     if step == 7:
         raise RuntimeError("stop")

@@ -85,7 +85,7 @@ def test_recipe() -> None:
 def test_a_tokenizer_of_the_users(tmp_path: Path) -> None:
     """Its codes are learnt; a run that was stopped goes on to the bit; what is saved is a model like any other."""
 
-    def stop(step: int, _: XFM) -> None:
+    def stop(step: int, *_: object) -> None:
         if step == 6:
             raise InterruptedError
 

@@ -195,8 +195,10 @@ def save_pretrained(
     dir: str | os.PathLike[str],
     *,
     unused: Mapping[str, Tensor] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `config.json` and `model.safetensors`, and `unused.safetensors` when there are `unused`, into `dir`.
+    """Write `config.json` and `model.safetensors`, `unused.safetensors` when there are `unused`, and other `files` by
+    name, such as a tokenizer, into `dir`.
 
     All files are complete on disk under temporary names before the first one takes its place, so a full disk or a
     killed process leaves an earlier save as it was (only between two renames, which take no space, could one of the
@@ -219,6 +221,8 @@ def save_pretrained(
     if unused:
         dead = unused
         writers[folder / UNUSED_FILE] = lambda file: write_safetensors(file, dead)
+    for name, content in (files or {}).items():
+        writers[folder / name] = lambda file, content=content: _write(file, content)
     write_files(writers)
     if not unused:
         try:

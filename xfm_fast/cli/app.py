@@ -31,7 +31,7 @@ from cyclopts import (
 )
 
 from xfm_fast import __version__
-from xfm_fast.cli import console, data, kernels, options, train
+from xfm_fast.cli import console, data, finetune, kernels, options, train
 from xfm_fast.cli.options import DATA, MEASURE, SERVE, TRAIN
 from xfm_fast.errors import StorageError, UnavailableError, XFMError
 
@@ -92,7 +92,7 @@ app.command(
 )
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
-for command in (train.pretrain, train.gradflow):
+for command in (train.pretrain, finetune.finetune, finetune.evaluate, finetune.predict, train.gradflow):
     app.command(command, group=TRAIN)
 app.command(train.reproduce)
 app.command(data.data)

@@ -16,21 +16,22 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from xfm_fast.batches import Batch
+from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.items import ITEMS, BatchT, Items
 from xfm_fast.data.options import AnyStreamOptions, TextOptions
 from xfm_fast.data.order import item_generator, replacement, shuffled
 from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.records import Data, open_records
+from xfm_fast.data.records import Data, RecordSet, open_records
 from xfm_fast.errors import ConfigError, DataError, XFMError
 from xfm_fast.tokenizer import CaptionTokenizer
 
-B = TypeVar("B", bound=Batch)
-B_co = TypeVar("B_co", bound=Batch, covariant=True)
+B = TypeVar("B", bound=TensorBatch)
+B_co = TypeVar("B_co", bound=TensorBatch, covariant=True)
 
 # The random numbers of batches are others than those of items.
 _OF_BATCH = 1 << 16
@@ -48,74 +49,68 @@ class BatchSource(Protocol[B_co]):
         ...
 
 
-class Stream(Generic[BatchT]):
-    """Shuffled batches of the rows of some files.
+class ItemMaker(Protocol[B_co]):
+    """The way from records to items, and from items to a batch."""
+
+    def item(self, record: Any, rng: np.random.Generator) -> Any:
+        """One item; raises `DataError` when the record is broken."""
+        ...
+
+    def collate(self, items: list[Any], rng: np.random.Generator) -> B_co:
+        """The batch of some items; the generator is that of the batch."""
+        ...
+
+
+class ShuffledBatches(Generic[B_co]):
+    """Shuffled batches of some rows.
 
     An epoch visits every row once, in an order of its own, up to the last whole global batch; fewer rows than a global
     batch make one batch with repeated rows. Where a row is broken, the row at the same place of the next global batch
     takes its place.
 
     Args:
-        data: files of line JSON, WebDataset shards (see `find_files`), or a list of records.
-        options: of the kind of stream.
-        config: of the model.
-        tokenizer: of its vocabulary; images alone do without.
-        batch_size: pairs, images or texts of one rank. Texts about regions are a random selection of those of
-            `max_images` images, repeated if there are too few.
+        records: the rows.
+        items: made of them, and batches.
+        rows: that a batch of one rank is made of.
         seed: of the order and of all random numbers.
+        kind: sources of one seed and different kinds draw different numbers.
         rank: which part of every global batch.
         world_size: parts of a global batch.
-        number: distinguishes streams of the same kind and seed.
+        shuffle, window: see `StreamOptions`.
         quarantine: counts broken rows, and lists them in a file.
 
     Raises:
-        DataError: files cannot be read, or the vocabulary is not the model's.
-        ConfigError: the options do not go with the model, or describe no batches.
+        ConfigError: numbers that describe no batches.
     """
 
     def __init__(
         self,
-        data: Data,
-        options: AnyStreamOptions,
+        records: RecordSet,
+        items: ItemMaker[B_co],
         *,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        batch_size: int,
+        rows: int,
         seed: int,
+        kind: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        number: int = 0,
-        quarantine: Quarantine | str | os.PathLike[str] | None = None,
+        shuffle: bool = True,
+        window: int | None = None,
+        quarantine: Quarantine,
     ) -> None:
-        if isinstance(options, TextOptions):
-            if tokenizer is None:
-                raise ConfigError(f"a stream of {options.kind} needs a tokenizer; give that of the model")
-            tokenizer.check(config)
-            if options.max_tokens > config.max_text_length:
-                raise ConfigError(
-                    f"max_tokens={options.max_tokens} is more than the {config.max_text_length} positions of the "
-                    "model; use fewer"
-                )
-        self.items: Items[Any, Any, BatchT] = ITEMS[options.kind](options, config, tokenizer, batch_size)
-        rows = self.items.rows
         if rows < 1 or not 0 <= rank < world_size or seed < 0:
             raise ConfigError(
                 f"rows={rows}, rank={rank} of world_size={world_size}, seed={seed} describe no batches; rows must be "
                 "at least 1, seed at least 0 and rank below world_size"
             )
-        self.records = open_records(data, **options.record_keys)
-        if not isinstance(quarantine, Quarantine):
-            quarantine = Quarantine(quarantine, tolerate_bad=options.bad_share)
-        self.quarantine = quarantine
+        self.records, self.items, self.quarantine = records, items, quarantine
         self._rows, self._rank, self._stride = rows, rank, rows * world_size
-        # Streams with one seed draw different numbers.
-        self._seed, self._kind = seed, list(ITEMS).index(options.kind) + len(ITEMS) * number
-        self._shuffle, self._window = options.shuffle, options.window
+        self._seed, self._kind = seed, kind
+        self._shuffle, self._window = shuffle, window
 
     def __len__(self) -> int:
         return max(1, len(self.records) // self._stride)
 
-    def batch(self, number: int) -> BatchT:
+    def batch(self, number: int) -> B_co:
         """Batch `number` of this rank.
 
         Raises:
@@ -140,6 +135,60 @@ class Stream(Generic[BatchT]):
                 last = error
                 self.quarantine.add(rows, row, error)
         raise DataError(f"none of {of} rows can be used; the last was refused because {last}")
+
+
+class Stream(ShuffledBatches[BatchT]):
+    """Shuffled batches of pretraining; see `ShuffledBatches`.
+
+    Args:
+        data: files of line JSON, WebDataset shards (see `find_files`), or a list of records.
+        options: of the kind of stream.
+        config: of the model.
+        tokenizer: of its vocabulary; images alone do without.
+        batch_size: pairs, images or texts of one rank. Texts about regions are a random selection of those of
+            `max_images` images, repeated if there are too few.
+        seed, rank, world_size: as for `ShuffledBatches`.
+        number: distinguishes streams of the same kind and seed.
+        quarantine: counts broken rows, and lists them in a file.
+
+    Raises:
+        DataError: files cannot be read, or the vocabulary is not the model's.
+        ConfigError: the options do not go with the model, or describe no batches.
+    """
+
+    items: Items[Any, Any, BatchT]
+
+    def __init__(
+        self,
+        data: Data,
+        options: AnyStreamOptions,
+        *,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        number: int = 0,
+        quarantine: Quarantine | str | os.PathLike[str] | None = None,
+    ) -> None:
+        if isinstance(options, TextOptions):
+            if tokenizer is None:
+                raise ConfigError(f"a stream of {options.kind} needs a tokenizer; give that of the model")
+            tokenizer.check(config)
+            if options.max_tokens > config.max_text_length:
+                raise ConfigError(
+                    f"max_tokens={options.max_tokens} is more than the {config.max_text_length} positions of the "
+                    "model; use fewer"
+                )
+        items: Items[Any, Any, BatchT] = ITEMS[options.kind](options, config, tokenizer, batch_size)
+        if not isinstance(quarantine, Quarantine):
+            quarantine = Quarantine(quarantine, tolerate_bad=options.bad_share)
+        super().__init__(
+            open_records(data, **options.record_keys), items, rows=items.rows, seed=seed, rank=rank,
+            kind=list(ITEMS).index(options.kind) + len(ITEMS) * number, world_size=world_size,
+            shuffle=options.shuffle, window=options.window, quarantine=quarantine,
+        )  # fmt: skip
 
 
 def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[B]:

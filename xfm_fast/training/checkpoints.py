@@ -415,3 +415,22 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].clone())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].clone(), device)
+
+
+def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a model, or their average, put together where FSDP has shards; all processes must ask."""
+    state = of_the_model(model.state_dict()) | dict(average or {})
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+def save_whole(
+    model: XFM,
+    folder: Path,
+    processes: Processes,
+    *,
+    average: Mapping[str, Tensor] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """`save_pretrained` of a model in training, by the first process; all of them must ask."""
+    state = whole_state(model, average)
+    processes.from_first(lambda: save_pretrained(state, model.config, folder, files=files))

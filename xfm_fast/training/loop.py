@@ -14,17 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from xfm_fast.batches import Batch
-from xfm_fast.checkpoint import save_pretrained
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.streams import BatchSource, load_batches
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints
-from xfm_fast.training.checkpoints import CODES, Progress, of_the_model, random_state, seed_everything, set_random_state
+from xfm_fast.training.checkpoints import (
+    CODES,
+    Progress,
+    random_state,
+    save_whole,
+    seed_everything,
+    set_random_state,
+)
 from xfm_fast.training.distributed import (
     Losses,
     ParallelModel,
@@ -36,7 +40,7 @@ from xfm_fast.training.distributed import (
 )
 from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Work, mean_by_name
 from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
-from xfm_fast.training.recipe import Recipe, changes, position_after
+from xfm_fast.training.recipe import Recipe, Run, changes, position_after
 from xfm_fast.training.setup import build_model, image_codes, open_sources
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,14 +68,15 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Run,
     *,
     resume: bool = True,
     sources: Mapping[str, BatchSource[Any]] | None = None,
     model: XFM | None = None,
     image_tokenizer: Callable[[Tensor], Tensor] | None = None,
     objective: Losses | None = None,
-    on_step: Callable[[int, XFM], None] | None = None,
+    explained_by: Mapping[str, bytes] | None = None,
+    on_step: Callable[[int, XFM, WeightAverage | None], Mapping[str, float] | None] | None = None,
 ) -> TrainResult:
     """Run a recipe, alone or as one process of those that `torchrun` started.
 
@@ -80,7 +85,7 @@ def train(
     `average/` where there is one.
 
     Args:
-        recipe: the run.
+        recipe: the run. One that is not of pretraining comes with sources, model and objective.
         resume: go on from the newest whole checkpoint in the folder, if there is one.
         sources: batches of every stream, of this process; by default those of the recipe's paths. Batches have
             `recipe.micro_batch_size(stream)` items.
@@ -89,9 +94,10 @@ def train(
             normalised pixels → `[B, N]` integers.
         objective: gives the losses to minimise, `objective(model, batch, losses=names)` → scalars by name; by default
             those of pretraining, by the recipe's `method`.
-        on_step: called with the number of complete steps and the model (with FSDP a sharded one) after every step, on
-            every process. It need not leave the random state as it found it, but must do the same in every run that is
-            to give the same numbers.
+        explained_by: files by name that are saved beside the weights, such as a tokenizer.
+        on_step: called with the number of complete steps, the model (with FSDP a sharded one) and its average after
+            every step, on every process; what it returns goes into the log. It need not leave the random state as it
+            found it, but must do the same in every run that is to give the same numbers.
 
     Raises:
         ConfigError, DataError, UnavailableError: the recipe cannot run here.
@@ -103,32 +109,44 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(recipe.device))
         stop = stack.enter_context(stop_on_signal())
-        if sources is None:
-            sources = open_sources(recipe, processes)
+        if isinstance(recipe, Recipe):
+            sources = open_sources(recipe, processes) if sources is None else sources
+        elif sources is None or model is None or objective is None:
+            raise InputError("a run that is not of pretraining needs sources, model and objective; pass all three")
         if missing := [name for update in recipe.active_updates for name in update if name not in sources]:
             raise InputError(f"sources lack the stream {', '.join(missing)}; pass one for every stream of the recipe")
 
         # The same initial weights on every process, then dropout of its own on each.
         seed_everything(recipe.seed)
-        model = (build_model(recipe) if model is None else model).to(processes.device).train()
-        codes = image_codes(recipe, processes, image_tokenizer)
-        if codes is not None:
-            # With the model its head is trained, shared and kept; what is saved as the model leaves it out.
-            model.add_module(CODES, codes)
-            stack.callback(delattr, model, CODES)
+        if model is None:
+            assert isinstance(recipe, Recipe)
+            model = build_model(recipe)
+        model = model.to(processes.device).train()
+        if isinstance(recipe, Recipe):
+            codes = image_codes(recipe, processes, image_tokenizer)
+            if codes is not None:
+                # With the model its head is trained, shared and kept; what is saved as the model leaves it out.
+                model.add_module(CODES, codes)
+                stack.callback(delattr, model, CODES)
+            method = recipe.method
+            objective = objective or partial(
+                pretraining_losses,
+                stop_gradient=method.stop_gradient,
+                official_itc_gradient=method.official_itc_gradient,
+                official_itm_negatives=method.official_itm_negatives,
+                image_codes=codes,
+            )
+        assert objective is not None
+        losses_of = objective
         run_layers(model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile)
-        method = recipe.method
-        losses_of = objective or partial(
-            pretraining_losses,
-            stop_gradient=method.stop_gradient,
-            official_itc_gradient=method.official_itc_gradient,
-            official_itm_negatives=method.official_itm_negatives,
-            image_codes=codes,
-        )
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)
         options = recipe.optimizer
         optimizer = AdamW(
-            optimizer_groups(model, options), options.lr, options.betas, options.eps, zero_grad=options.zero_grad
+            optimizer_groups(model, options, large_lr=recipe.large_lr),
+            options.lr,
+            options.betas,
+            options.eps,
+            zero_grad=options.zero_grad,
         )
         peak_lr = [group["lr"] for group in optimizer.param_groups]
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema)
@@ -182,7 +200,9 @@ def train(
             step = progress.step + 1
             log_now = step % recipe.log.every == 0 or step % recipe.checkpoint.every == 0 or step == recipe.steps
             before = norms.copy() if log_now else None
-            factor = schedule_factor(recipe.schedule, progress.step, steps=recipe.steps, lr=options.lr)
+            factor = schedule_factor(
+                recipe.schedule, progress.step, steps=recipe.schedule.steps or recipe.steps, lr=options.lr
+            )
             for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
                 group["lr"] = lr * factor
 
@@ -196,7 +216,7 @@ def train(
                     progress.batches[stream] += 1
                     work.count(stream, batch, in_detail=log_now)
                     batch = batches[stream] = batch.to(processes.device)
-                    weight = recipe.streams[stream].weight / recipe.accumulate
+                    weight = recipe.weight_of(stream) / recipe.accumulate
                     with parallel.synchronised(last=number == len(losses)):
                         with precision:
                             loss, values = parallel(batch, recipe.losses_of(stream))
@@ -240,8 +260,8 @@ def train(
                 metrics |= work.rates(step - logged, seconds)
                 log.write(step, metrics)
                 logged, clock = step, time.perf_counter()
-            if on_step is not None:
-                on_step(step, model)
+            if on_step is not None and (told := on_step(step, model, average)):
+                log.write(step, told)
             if step % recipe.checkpoint.every == 0 or step == recipe.steps or interrupted:
                 checkpoints.save(
                     progress,
@@ -252,13 +272,13 @@ def train(
                 )
 
         if not interrupted:
-            _export(model.state_dict(), model.config, folder / "model", processes)
+            save_whole(model, folder / "model", processes, files=explained_by)
             if average is not None:
-                _export(model.state_dict() | average.state_dict(), model.config, folder / "average", processes)
+                save_whole(model, folder / "average", processes, average=average.state_dict(), files=explained_by)
         return TrainResult(progress.step, model, average, metrics, interrupted)
 
 
-def _resume(recipe: Recipe, progress: Progress, processes: Processes) -> tuple[list[str], dict[str, Tensor] | None]:
+def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list[str], dict[str, Tensor] | None]:
     """Go on from the newest whole checkpoint; returns messages for the user, and the random state of this process."""
     found = processes.from_first(lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints"))
     if found is None:
@@ -266,7 +286,7 @@ def _resume(recipe: Recipe, progress: Progress, processes: Processes) -> tuple[l
     notes = [*found.rejected, f"going on from {found.path}"]
     notes += changes(found.state["recipe"], recipe, found.state["world_size"], processes.world_size)
     checkpoints.load(found, progress, processes)
-    for stream in set(progress.batches) & set(recipe.streams):
+    for stream in {name for update in recipe.active_updates for name in update} & set(progress.batches):
         progress.batches[stream] = position_after(
             progress.batches[stream],
             stream,
@@ -279,8 +299,3 @@ def _resume(recipe: Recipe, progress: Progress, processes: Processes) -> tuple[l
     if saved is None:
         seed_everything(recipe.seed, processes.rank, progress.step)
     return notes, saved
-
-
-def _export(state: Mapping[str, Tensor], config: XFMConfig, folder: Path, processes: Processes) -> None:
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in of_the_model(state).items()}
-    processes.from_first(lambda: save_pretrained(whole, config, folder))

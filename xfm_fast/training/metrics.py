@@ -29,13 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xfm_fast import flops
-from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TensorBatch, TextBatch
 from xfm_fast.checkpoint import write_bytes
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
 from xfm_fast.kernels import roofline
 from xfm_fast.training.distributed import Processes
-from xfm_fast.training.recipe import Recipe
+from xfm_fast.training.recipe import Recipe, Run
 from xfm_fast.training.recipe_fields import LogRecipe
 
 LOG_FILE = "log.jsonl"
@@ -182,7 +182,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
         losses = {name.split("/", 1)[1]: number for name, number in values.items() if name.startswith("loss/")}
-        shown = "  ".join(f"{name} {number:.4g}" for name, number in losses.items())
+        shown = "  ".join(f"{name} {number:.4g}" for name, number in (losses or values).items())
         if self._bar is not None:
             self._bar.update(self._task, description=shown)
         else:
@@ -299,7 +299,7 @@ class Work:
         processes: of the run; the others are taken to do as much as this one.
     """
 
-    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+    def __init__(self, recipe: Run, processes: Processes) -> None:
         self._recipe = recipe
         self._processes = processes
         self._begin()
@@ -307,13 +307,14 @@ class Work:
     def _begin(self) -> None:
         self._images = self._tokens = self._flops = 0
 
-    def count(self, stream: str, batch: Batch, *, in_detail: bool) -> None:
+    def count(self, stream: str, batch: TensorBatch, *, in_detail: bool) -> None:
         """Take a batch on the CPU, with its operations if they are to be counted."""
         images, tokens = size_of(batch)
         self._images += images
         self._tokens += tokens
-        if in_detail:
-            recipe = self._recipe
+        recipe = self._recipe
+        # The operations of other tasks are not counted, so they have no mfu.
+        if in_detail and isinstance(recipe, Recipe) and isinstance(batch, TextBatch | ImageBatch):
             self._flops += training_flops(
                 recipe.model,
                 batch,
@@ -341,11 +342,10 @@ class Work:
         return rates
 
 
-def size_of(batch: Batch) -> tuple[int, int]:
-    """Images and real tokens of a batch on the CPU."""
-    images = len(batch.image) if isinstance(batch, (PairBatch, RegionBatch, ImageBatch)) else 0
-    tokens = int(batch.attention_mask.count_nonzero()) if isinstance(batch, TextBatch) else 0
-    return images, tokens
+def size_of(batch: TensorBatch) -> tuple[int, int]:
+    """Images and real tokens of a batch on the CPU, in its fields `image` and `attention_mask`."""
+    image, mask = getattr(batch, "image", None), getattr(batch, "attention_mask", None)
+    return 0 if image is None else len(image), 0 if mask is None else int(mask.count_nonzero())
 
 
 def training_flops(

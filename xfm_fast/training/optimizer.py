@@ -22,17 +22,12 @@ from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.kernels import host
 from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
 
-LARGE_LR = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
-"""Parameters whose names begin so learn `lr_mult` times faster in pretraining."""
-
 # Wherever they stand in a name: relative_position_bias_table, q_bias and v_bias are not decayed because of "bias";
 # fc_norm and layer_norm because of "norm.weight"; the LayerNorms inside MLP heads (itm_head.1.weight) are.
 _NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
 
 
-def optimizer_groups(
-    model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Iterable[str] = LARGE_LR
-) -> list[dict[str, Any]]:
+def optimizer_groups(model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Iterable[str]) -> list[dict[str, Any]]:
     """The official groups, {decay, no decay} × {lr, lr·lr_mult} in this order, without those that would be empty.
 
     Args:

@@ -1,4 +1,4 @@
-"""A recipe: everything that defines a pretraining run, typed and checked, from YAML and `key=value` overrides."""
+"""A recipe: everything that defines a run of training, typed and checked, from YAML and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.options import AnyStreamOptions, ImageOptions
 from xfm_fast.errors import ConfigError, DataError, UnavailableError
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
-    STREAM_OF_KIND,
     AnyStream,
     CheckpointRecipe,
     Init,
@@ -33,32 +32,23 @@ from xfm_fast.training.recipe_fields import (
 )
 
 
-class Recipe(Section):
-    """A pretraining run.
+class Run(Section):
+    """What every run of training has, whatever it minimises: the recipe of pretraining, and that of fine-tuning.
 
-    A step makes the `updates` in order; an update sums the gradients of its streams, clips and moves the optimizer
-    once; the schedule moves once per step. The official step without web data is `[[text], [regions, imagenet],
-    [pairs]]`, and with it `[[text], [regions, web, imagenet, pairs]]`.
-
-    Build one with `load_recipe`; as a mapping, `model` takes `preset` and fields of XFMConfig. Instances are
-    immutable, and every impossible combination raises `ConfigError`.
+    Instances are immutable, and every impossible combination raises `ConfigError`.
     """
+
+    large_lr: ClassVar[tuple[str, ...]] = ()
+    """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
 
     model: XFMConfig = Field(description="`preset: tiny | base`, and fields of XFMConfig")
     init: Init = Init()
-    tokenizer: str = Field(
-        "train", description="folder or file of a vocabulary, or `train`: learn one from the streams"
-    )
-    data: str = Field(".", description="folder that relative stream paths lie in")
     shapes: ShapesWorldRecipe | None = None
-    streams: dict[str, AnyStream] = Field(min_length=1)
-    updates: tuple[tuple[str, ...], ...] = Field(min_length=1)
 
-    steps: int = Field(gt=0)
+    steps: int
     accumulate: int = Field(1, gt=0, description="micro-batches into which every batch is split")
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
-    method: Method = Method()
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights")
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -76,7 +66,7 @@ class Recipe(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
+            raise ConfigError(_explain(error, type(self))) from None
 
     @field_validator("model", mode="before")
     @classmethod
@@ -89,6 +79,91 @@ class Recipe(Section):
         if unknown := [name for name in fields if name not in known]:
             raise ValueError("; ".join(_unknown(f"model.{name}", known) for name in unknown))
         return XFMConfig.preset(preset, **fields)
+
+    @model_validator(mode="after")
+    def _runs(self) -> Self:
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"schedule.min_lr={self.schedule.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower it"
+            )
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision=fp16 has no loss scaling on device=cpu; use bf16 or fp32")
+        return self
+
+    @property
+    def active_updates(self) -> tuple[tuple[str, ...], ...]:
+        """The streams of each update of a step."""
+        raise NotImplementedError
+
+    def losses_of(self, stream: str) -> tuple[str, ...]:
+        """The losses that a stream gives in this run."""
+        raise NotImplementedError
+
+    def weight_of(self, stream: str) -> float:
+        """What multiplies the sum of a stream's losses."""
+        raise NotImplementedError
+
+    def micro_batch_size(self, stream: str) -> int:
+        """Items that one rank passes through the model at once."""
+        raise NotImplementedError
+
+    @property
+    def folder_of_data(self) -> str:
+        """The folder that relative paths of data lie in."""
+        raise NotImplementedError
+
+    def make_world(self) -> None:
+        """Write the shapes world into the `data` folder, where the recipe has one and the folder has not.
+
+        One process of a group should do so, before any of them checks or reads.
+
+        Raises:
+            DataError: the folder holds something else.
+            StorageError: it cannot be written.
+        """
+        if self.shapes is None:
+            return
+        from xfm_fast.data.shapes import write_world
+
+        world = self.shapes
+        write_world(
+            self.folder_of_data,
+            seed=world.seed,
+            images={"train": world.train, "val": world.val, "test": world.test},
+            resolution=world.resolution,
+        )
+
+    def check_device(self) -> None:
+        """Raise `UnavailableError` for a device or precision that this machine does not offer."""
+        import torch
+
+        accelerated = torch.cuda.is_available()
+        if self.device == "cuda" and not accelerated:
+            raise UnavailableError("device=cuda, but PyTorch finds no GPU here; use device=cpu or auto")
+        if self.precision == "fp16" and not accelerated:
+            raise UnavailableError("precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32")
+
+
+class Recipe(Run):
+    """A pretraining run.
+
+    A step makes the `updates` in order; an update sums the gradients of its streams, clips and moves the optimizer
+    once; the schedule moves once per step. The official step without web data is `[[text], [regions, imagenet],
+    [pairs]]`, and with it `[[text], [regions, web, imagenet, pairs]]`.
+
+    Build one with `load_recipe`; as a mapping, `model` takes `preset` and fields of XFMConfig.
+    """
+
+    large_lr = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
+
+    tokenizer: str = Field(
+        "train", description="folder or file of a vocabulary, or `train`: learn one from the streams"
+    )
+    data: str = Field(".", description="folder that relative stream paths lie in")
+    streams: dict[str, AnyStream] = Field(min_length=1)
+    updates: tuple[tuple[str, ...], ...] = Field(min_length=1)
+    steps: int = Field(gt=0)
+    method: Method = Method()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -107,12 +182,6 @@ class Recipe(Section):
             raise ValueError(
                 f"schedule.warmup={warmup} is longer than the run of steps={self.steps}; shorten it or raise steps"
             )
-        if self.schedule.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"schedule.min_lr={self.schedule.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower it"
-            )
-        if self.precision == "fp16" and self.device == "cpu":
-            raise ValueError("precision=fp16 has no loss scaling on device=cpu; use bf16 or fp32")
         for name, stream in self.streams.items():
             if stream.batch_size % self.accumulate:
                 lower = stream.batch_size // self.accumulate * self.accumulate
@@ -143,8 +212,14 @@ class Recipe(Section):
         updates = (tuple(name for name in update if self.losses_of(name)) for update in self.updates)
         return tuple(update for update in updates if update)
 
+    def weight_of(self, stream: str) -> float:
+        return self.streams[stream].weight
+
+    @property
+    def folder_of_data(self) -> str:
+        return self.data
+
     def micro_batch_size(self, stream: str) -> int:
-        """Items that one rank passes through the model at once."""
         return self.streams[stream].batch_size // self.accumulate
 
     def micro_batch_images(self, stream: str) -> int:
@@ -180,27 +255,6 @@ class Recipe(Section):
             found += [Path(match) for match in matches]
         return found
 
-    def make_world(self) -> None:
-        """Write the shapes world into the `data` folder, where the recipe has one and the folder has not.
-
-        One process of a group should do so, before any of them checks or reads.
-
-        Raises:
-            DataError: the folder holds something else.
-            StorageError: it cannot be written.
-        """
-        if self.shapes is None:
-            return
-        from xfm_fast.data.shapes import write_world
-
-        world = self.shapes
-        write_world(
-            self.data,
-            seed=world.seed,
-            images={"train": world.train, "val": world.val, "test": world.test},
-            resolution=world.resolution,
-        )
-
     def check_machine(self, *, world_size: int = 1) -> None:
         """Check all that can only be known where the run starts: the data, the device, the size of the group.
 
@@ -209,13 +263,7 @@ class Recipe(Section):
             UnavailableError: a device or precision that this machine does not offer.
             ConfigError: batches that hold no negative.
         """
-        import torch
-
-        accelerated = torch.cuda.is_available()
-        if self.device == "cuda" and not accelerated:
-            raise UnavailableError("device=cuda, but PyTorch finds no GPU here; use device=cpu or auto")
-        if self.precision == "fp16" and not accelerated:
-            raise UnavailableError("precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or fp32")
+        self.check_device()
         for name in (name for update in self.active_updates for name in update):
             self.paths_of(name)
             pairs = self.micro_batch_size(name) * world_size
@@ -234,13 +282,17 @@ class Recipe(Section):
                 raise DataError(f"{key}: there is no {place}; give {key}=<path>")
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _shipped() if entry.name.endswith(".yaml"))
+PRETRAINING, FINETUNING = "xfm_fast.training", "xfm_fast.finetuning"
+"""The packages whose `recipes` come with this one."""
+
+
+def recipe_names(package: str = PRETRAINING) -> list[str]:
+    """The recipes that come with the package, of pretraining or of fine-tuning."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _shipped(package) if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe of the package by name, or a YAML file by path.
+    """A recipe of pretraining by name, or a YAML file by path.
 
     Args:
         name_or_path: such as `pretrain_tiny_shapes` or `my/recipe.yaml`.
@@ -251,9 +303,11 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         ConfigError: no such recipe, an unknown key (with the nearest known one), a wrong value, or values that cannot
             go together.
     """
-    values = _read(name_or_path)
-    for override in overrides:
-        _override(values, override)
+    values = override(read_recipe(name_or_path, PRETRAINING), overrides)
+    if "task" in values:
+        raise ConfigError(
+            f"recipe {name_or_path} has a task, so it is one of fine-tuning: xfm-fast finetune {name_or_path}"
+        )
     streams, updates = values.get("streams"), values.get("updates")
     if isinstance(streams, dict):
         gone = {name for name, stream in streams.items() if stream is None}
@@ -264,18 +318,27 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     return Recipe(**values)
 
 
-def _shipped() -> Iterable[Any]:
-    return files("xfm_fast.training").joinpath("recipes").iterdir()
+def _shipped(package: str) -> Iterable[Any]:
+    return files(package).joinpath("recipes").iterdir()
 
 
-def _read(name_or_path: str | Path) -> dict[str, Any]:
+def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
+    """The keys and values of a recipe of a package by name, or of a YAML file by path; not checked yet.
+
+    Raises:
+        ConfigError: there is none, or it is no YAML mapping.
+    """
     path = Path(name_or_path)
-    shipped = {entry.name: entry for entry in _shipped()}
+    shipped = {entry.name: entry for entry in _shipped(package)}
     source = shipped.get(f"{name_or_path}.yaml", path)
     if source is path and not path.is_file():
+        command, other = ("finetune", FINETUNING) if package == PRETRAINING else ("pretrain", PRETRAINING)
+        if str(name_or_path) in recipe_names(other):
+            raise ConfigError(f"{name_or_path} is a recipe of {command}: xfm-fast {command} {name_or_path}")
+        names = recipe_names(package)
         raise ConfigError(
-            f"there is no recipe {str(name_or_path)!r}{_suggestion(str(name_or_path), recipe_names())}; "
-            f"choose one of {', '.join(recipe_names())}, or give the path of a YAML file"
+            f"there is no recipe {str(name_or_path)!r}{_suggestion(str(name_or_path), names)}; "
+            f"choose one of {', '.join(names)}, or give the path of a YAML file"
         )
     try:
         values = yaml.safe_load(source.read_text(encoding="utf-8"))
@@ -285,6 +348,13 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {name_or_path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {name_or_path} holds a {type(values).__name__}; a mapping of keys is needed")
+    return values
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Values of a recipe with `key=value` put in, in place; see `load_recipe`."""
+    for each in overrides:
+        _override(values, each)
     return values
 
 
@@ -323,41 +393,63 @@ def _unknown(key: str, known: Iterable[str], what: str = "key") -> str:
     return f"{key} is no {what} of a recipe{_suggestion(name, known)}; known here: {', '.join(sorted(known))}"
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that exist in the section where an unknown one was found."""
-    section: Any = Recipe
-    if location[0] == "streams":
-        section = STREAM_OF_KIND[str(location[2])]
-        location = location[3:]
-    for part in location[:-1]:
-        inner = section.model_fields[str(part)].annotation
-        options = [inner, *get_args(inner)]
-        section = next(option for option in options if hasattr(option, "model_fields") or is_dataclass(option))
-    return [field.name for field in fields(section)] if is_dataclass(section) else list(section.model_fields)
+def _inside(hint: Any, part: int | str) -> tuple[Any, bool]:
+    """The type found at a part of pydantic's location in a value of type `hint`, and whether that part is a key.
+
+    It is none where pydantic says which member of a union it took, by its `kind`.
+    """
+    if get_origin(hint) is Annotated:
+        return _inside(get_args(hint)[0], part)
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        field = hint.model_fields.get(str(part))
+        return (None if field is None else field.annotation), True
+    if get_origin(hint) is dict:
+        return get_args(hint)[1], True
+    for option in get_args(hint):
+        if getattr(option, "model_fields", {}).get("kind") and option.model_fields["kind"].default == part:
+            return option, False
+    sections = [option for option in get_args(hint) if isinstance(option, type) and issubclass(option, BaseModel)]
+    return _inside(sections[0], part) if len(sections) == 1 else (None, True)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, recipe: type[Run]) -> str:
     lines = []
     for problem in error.errors():
-        location = problem["loc"]
-        # Behind the name of a stream pydantic puts its kind, which is no key.
-        shown = [*location[:2], *location[3:]] if location[:1] == ("streams",) and len(location) > 2 else [*location]
+        hint: Any = recipe
+        sections, shown = [hint], []
+        for part in problem["loc"]:
+            hint, is_key = _inside(hint, part)
+            sections.append(hint)
+            if is_key:
+                shown.append(part)
         where = ".".join(str(part) for part in shown)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(_unknown(where, _fields_at(location)))
+            lines.append(_unknown(where, _keys_of(sections[-2])))
         elif problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):
             lines.append(f"{where.rpartition('.')[0]} has too few values; give at least {place + 1}")
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing; add it to the recipe or as {where}=...")
         elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            kinds = ", ".join(STREAM_OF_KIND)
-            lines.append(f"{where}: a stream needs kind: one of {kinds}")
+            kinds = ", ".join(each.model_fields["kind"].default for each in get_args(_plain(hint)))
+            what = "a stream" if where.startswith("streams") else f"a {where}"
+            lines.append(f"{where}: {what} needs kind: one of {kinds}")
         elif not where or (problem["type"] == "value_error" and not isinstance(problem["input"], (str, int, float))):
             lines.append(f"{where}: {message}" if where else message)
         else:
             lines.append(f"{where}={problem['input']!r}: {message}")
     return "; ".join(lines)
+
+
+def _plain(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _keys_of(section: Any) -> list[str]:
+    """The keys of a section: a model, a dataclass, or one of these that may also be left out."""
+    options = [_plain(section), *get_args(_plain(section))]
+    section = next(option for option in options if hasattr(option, "model_fields") or is_dataclass(option))
+    return [field.name for field in fields(section)] if is_dataclass(section) else list(section.model_fields)
 
 
 # With these changed, the weights and the state of the optimizer would mean something else.
@@ -366,7 +458,7 @@ _FIXED = ("model.", "optimizer.zero_grad")
 _HARMLESS = ("checkpoint.", "log.", "workers", "data")
 
 
-def changes(before: Mapping[str, Any], recipe: Recipe, world_before: int, world_now: int) -> list[str]:
+def changes(before: Mapping[str, Any], recipe: Run, world_before: int, world_now: int) -> list[str]:
     """The differences from the run that a checkpoint belongs to, in words.
 
     Args:
@@ -399,7 +491,7 @@ def changes(before: Mapping[str, Any], recipe: Recipe, world_before: int, world_
 
 
 def position_after(
-    batches: int, stream: str, before: Mapping[str, Any], recipe: Recipe, world_before: int, world_now: int
+    batches: int, stream: str, before: Mapping[str, Any], recipe: Run, world_before: int, world_now: int
 ) -> int:
     """The batch at which a stream goes on, so that no item comes twice and less than a batch is left out.
 
@@ -409,7 +501,8 @@ def position_after(
         before, recipe: old and new recipe.
         world_before, world_now: processes.
     """
-    size = before["streams"][stream]["batch_size"] // before["accumulate"] * world_before
+    batch = before["streams"][stream] if "streams" in before else before
+    size = batch["batch_size"] // before["accumulate"] * world_before
     return -(-batches * size // (recipe.micro_batch_size(stream) * world_now))
 
 

@@ -80,12 +80,6 @@ class ImageStream(Stream, ImageStreamOptions):
 
 
 AnyStream = Annotated[TextStream | PairStream | RegionStream | ImageStream, Field(discriminator="kind")]
-STREAM_OF_KIND: dict[str, type[Stream]] = {
-    "text": TextStream,
-    "pairs": PairStream,
-    "regions": RegionStream,
-    "images": ImageStream,
-}
 
 
 class Init(Section):
@@ -131,6 +125,7 @@ class ScheduleRecipe(Section):
     """Linear warm-up from 0, then decay."""
 
     kind: Literal["linear", "cosine"] = "linear"
+    steps: int | None = Field(default=None, gt=0, description="length of the schedule; by default that of the run")
     warmup: int | float = Field(default=0, ge=0, description="a whole number of steps, or a fraction of them below 1")
     min_lr: float = Field(default=0.0, ge=0, description="where the decay of `lr` ends")
 

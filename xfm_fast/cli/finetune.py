@@ -1,0 +1,179 @@
+"""`xfm-fast finetune`, `evaluate` and `predict`: the tasks of the paper, and those of users."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge
+from cyclopts import Parameter
+
+from xfm_fast.cli.console import note, progress, stdout, table
+from xfm_fast.cli.options import UNFINISHED, Flat, Json
+
+if TYPE_CHECKING:
+    from xfm_fast.finetuning.run import ShowProgress
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is evaluated.
+
+    Attributes:
+        recipe: Recipe whose task, data and sizes are meant. [that of the run]
+        split: One of its data.splits. [every one]
+        out: Folder of the results. [RUN/evaluation, or runs/evaluate_RECIPE]
+    """
+
+    recipe: str | None = None
+    split: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Where requests come from, and how they are answered.
+
+    Attributes:
+        lines: JSON lines to answer, each with "image" and "text", or lists of them; a FILE behind it receives the
+            answers, a line each, and a stopped command goes on there. [answers go to standard output]
+        batch_size: Requests that are answered together.
+        device: Where the model runs.
+        dtype: Number format of the weights.
+    """
+
+    lines: Path | None = None
+    batch_size: Annotated[int, Ge(1)] = 32
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+def finetune(recipe: str, /, *overrides: str) -> int:
+    """Fine-tune a model for a task as a recipe says, and evaluate it; a run that was stopped goes on.
+
+    On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli finetune RECIPE. SIGTERM or Ctrl-C ends the run after
+    the step, with a checkpoint and exit code 75.
+
+    Args:
+        recipe: Recipe of the package by name, path of a YAML file, or a configuration of the official code.
+        overrides: key=value, such as init.checkpoint=xfm_1b3.th data.root=/data batch_size=16.
+    """
+    from xfm_fast.finetuning.recipe import load_finetune_recipe
+
+    loaded = load_finetune_recipe(recipe, overrides)
+    from xfm_fast.finetuning.run import finetune as run
+    from xfm_fast.kernels.cpu.workspace import keep_freed_memory
+
+    keep_freed_memory()
+    with _bars() as show:
+        result = run(loaded, show=show)
+    if result.interrupted:
+        note(f"stopped after step {result.step}; the same command goes on from there")
+        return UNFINISHED
+    _print(result.metrics)
+    _say(f"saved: {result.folder}; try it: xfm-fast predict {loaded.checkpoint.folder} ...")
+    return 0
+
+
+def evaluate(
+    weights: Annotated[Path, Parameter(name="RUN|CHECKPOINT")],
+    /,
+    *overrides: str,
+    options: Flat[EvaluateOptions] = EvaluateOptions(),
+    as_json: Json = False,
+) -> int:
+    """Evaluate a run, or a checkpoint by a recipe, and write the benchmark's own result file.
+
+    Works under torchrun too, with the same result on any number of processes. A killed evaluation goes on.
+
+    Args:
+        weights: A run, a folder of weights, or an official checkpoint.
+        overrides: key=value for the recipe, such as data.root=/data.
+    """
+    from xfm_fast.errors import ConfigError
+    from xfm_fast.finetuning.recipe import load_finetune_recipe
+    from xfm_fast.finetuning.run import evaluate as run
+    from xfm_fast.finetuning.run import recipe_of
+
+    if options.recipe is None:
+        recipe = recipe_of(weights, overrides)
+        out = options.out or Path(recipe.checkpoint.folder) / "evaluation"
+    else:
+        recipe = load_finetune_recipe(options.recipe, [*overrides, f"init.checkpoint={json.dumps(str(weights))}"])
+        out = options.out or Path("runs") / f"evaluate_{Path(options.recipe).stem}"
+    splits = [*recipe.data.splits] if options.split is None else [options.split]
+    if not splits:
+        raise ConfigError("the recipe has no split to evaluate on; add data.splits.test=<file>")
+    with _bars() as show:
+        metrics = {split: run(recipe, weights, split, out / split, show=show) for split in splits}
+    if as_json:
+        _say(json.dumps(metrics))
+    else:
+        _print(metrics)
+        _say(f"saved: {out}")
+    return 0
+
+
+def predict(
+    run: Annotated[Path, Parameter(name="RUN")],
+    /,
+    *items: Annotated[str, Parameter(name="FILE|TEXT")],
+    options: Flat[PredictOptions] = PredictOptions(),
+) -> int:
+    """Answer for image files and texts: a caption, an answer, a box, a class or a score, as JSON lines.
+
+    Args:
+        run: A run, or a folder of weights that one wrote.
+        items: Image files, and texts: what is no existing file is a text.
+    """
+    import torch
+
+    from xfm_fast.errors import InputError, UnavailableError
+    from xfm_fast.finetuning.prediction import answer_lines, load
+
+    if len(items) > 1 if options.lines else not items:
+        raise InputError("give image files and texts, or --lines with a file of requests and one for the answers")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
+    kind = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    predictor = load(run, device=kind, dtype=dtype)
+    if options.lines is not None:
+        with progress("answering") as told:
+            out = Path(items[0]) if items else None
+            for row in answer_lines(predictor, options.lines, out, options.batch_size, told):
+                print(json.dumps(row, ensure_ascii=False))
+        return 0
+    images = [item for item in items if Path(item).is_file()]
+    for row in predictor.predict(images, [item for item in items if item not in images]):
+        print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+@contextmanager
+def _bars() -> Iterator[ShowProgress]:
+    with progress("evaluating") as told:
+        yield lambda split, done, of: told(done, of)
+
+
+def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
+    names = [*dict.fromkeys(name for of_split in metrics.values() for name in of_split)]
+    made = table("", "split", *names, right=tuple(names))
+    for split, values in metrics.items():
+        made.add_row(split, *(f"{values[name]:.2f}" if name in values else "" for name in names))
+    if _first():
+        stdout().print(made)
+
+
+def _say(message: str) -> None:
+    if _first():
+        print(message)
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

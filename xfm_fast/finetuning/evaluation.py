@@ -1,0 +1,205 @@
+"""Evaluation of a model on a split, on any number of processes, that goes on where it was killed.
+
+Records are cut into batches that do not depend on the number of processes, and every batch is predicted by one of them,
+which appends the rows to a journal of its own. So the rows, and with them the metrics, are the same for any number of
+processes, an image never travels, and what a killed evaluation has done is not done again. All processes must see the
+folder of the journals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfm_fast.checkpoint import write_bytes
+from xfm_fast.errors import DataError, StorageError
+from xfm_fast.finetuning.task import Metrics, Row, Task
+from xfm_fast.models.xfm import XFM
+from xfm_fast.training.distributed import Processes
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Where and how a split is evaluated.
+
+    Attributes:
+        folder: of the results, and of journals while it goes on.
+        processes: that share the work.
+        batch_size: records that are predicted together, up to the group that is begun.
+        autocast: what predictions run in.
+        progress: called with records done by this process and in all.
+    """
+
+    folder: Path
+    processes: Processes = field(default_factory=Processes)
+    batch_size: int = 64
+    autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast("cpu", enabled=False)
+    progress: Callable[[int, int], None] = lambda done, of: None
+
+    def run(self, task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any]) -> Metrics:
+        """The metrics of a split, the same on every process; they and the files of the task then lie in the folder.
+
+        The model is in evaluation mode meanwhile, and afterwards in the mode that it was in.
+
+        Raises:
+            DataError: there are no records, or one cannot be predicted, such as for want of its image.
+            StorageError: the folder cannot be written.
+        """
+        if not records:
+            raise DataError("the split holds no records; a metric needs at least one")
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                metrics, files = task.evaluate(model, records, self)
+        finally:
+            model.train(training)
+
+        def save() -> Metrics:
+            said = {"metrics": metrics, "records": len(records), "task": task.options.kind}
+            content = {**files, METRICS_FILE: (json.dumps(said, indent=1) + "\n").encode()}
+            self.make_folder()
+            write_bytes({self.folder / name: data for name, data in content.items()})
+            for journal in self.folder.glob("rows-*.jsonl"):
+                journal.unlink()
+            return metrics
+
+        return self.processes.from_first(save)
+
+    def make_folder(self) -> None:
+        """Make the folder of the results."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"folder {self.folder} cannot be made ({error.strerror or error}); choose another"
+            ) from error
+
+    def rows(self, task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any]) -> list[Row]:
+        """The rows of all records on the first process, and none on the others."""
+        batches = _batches(task.groups(records), self.batch_size)
+        identity = fingerprint(task, model, records, self.batch_size)
+        done = self.processes.from_first(lambda: self._begin(identity))
+        left = [number for number in range(len(batches)) if number not in done]
+        path = self.folder / f"rows-{self.processes.rank:05d}.jsonl"
+
+        def work() -> None:
+            finished = 0
+            with _Journal(path, identity) as journal:
+                for number in left[self.processes.rank :: self.processes.world_size]:
+                    rows = task.predict(model, [records[place] for place in batches[number]])
+                    journal.append(number, rows)
+                    finished += len(rows)
+                    self.progress(finished * self.processes.world_size, len(records))
+
+        self.processes.together(work)
+        if not self.processes.first:
+            return []
+        of_batch = self._read(identity)
+        rows: list[Row] = [{} for _ in records]
+        for number, places in enumerate(batches):
+            for place, row in zip(places, of_batch[number], strict=True):
+                rows[place] = row
+        return rows
+
+    def _begin(self, identity: str) -> set[int]:
+        """The batches that journals of the same work hold; journals of other work are deleted."""
+        self.make_folder()
+        for path in self.folder.glob("rows-*.jsonl"):
+            if not _lines(path, identity):
+                path.unlink()
+        return {*self._read(identity)}
+
+    def _read(self, identity: str) -> dict[int, list[Row]]:
+        return {
+            line["batch"]: line["rows"]
+            for path in sorted(self.folder.glob("rows-*.jsonl"))
+            for line in _lines(path, identity)[1:]
+        }
+
+
+def fingerprint(task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any], batch_size: int) -> str:
+    """A digest of all that decides the rows."""
+    digest = hashlib.sha256(f"{task.options.model_dump_json()} {batch_size} {model.dtype}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {checksum(tensor):08x}".encode())
+    for record in records:
+        digest.update(record.model_dump_json().encode())
+    return digest.hexdigest()
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().flatten()
+    return zlib.crc32(data.view(torch.uint8).numpy().data) if data.numel() else 0
+
+
+def _batches(groups: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Whole groups together until there are at least `batch_size` records."""
+    batches: list[list[int]] = []
+    for group in groups:
+        if not batches or len(batches[-1]) >= batch_size:
+            batches.append([])
+        batches[-1] += group
+    return batches
+
+
+class _Journal:
+    """Rows of finished batches, a line each, behind a line that says what they are of."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+
+    def __enter__(self) -> _Journal:
+        try:
+            # Half a line that a killed process left would spoil the next one.
+            kept = _lines(self.path, self.identity) or [{"of": self.identity}]
+            write_bytes({self.path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._failure(error) from error
+        return self
+
+    def append(self, batch: int, rows: list[Row]) -> None:
+        """A finished batch; it is in the file when this returns."""
+        try:
+            self._file.write(json.dumps({"batch": batch, "rows": rows}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            with self._file:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.path} cannot be written ({error.strerror or error}); free space")
+
+
+def _lines(path: Path, identity: str) -> list[dict[str, Any]]:
+    """The whole lines of a journal, the first one included; none where it is not of this work."""
+    lines: list[dict[str, Any]] = []
+    try:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(text))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        # The last line of a killed process.
+        pass
+    return lines if lines and lines[0] == {"of": identity} else []

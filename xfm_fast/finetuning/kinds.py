@@ -1,0 +1,63 @@
+"""The tasks that there are, and what a folder says about the one that its weights were made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from xfm_fast.checkpoint.files import CONFIG_FILE
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError
+from xfm_fast.finetuning.nlvr2 import NLVR2Options, NLVR2Task
+from xfm_fast.finetuning.task import Task, TaskOptions
+from xfm_fast.tokenizer import CaptionTokenizer
+
+TASK_FILE, TOKENIZER_FILE = "task.json", "tokenizer.json"
+FORMAT_VERSION = 1
+
+TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {"nlvr2": NLVR2Task}
+AnyTask = Annotated[NLVR2Options, Field(discriminator="kind")]
+"""The section `task` of a recipe: one of these, by its `kind`."""
+
+
+def model_folder(path: Path) -> Path | None:
+    """The folder of weights that a path means: itself, or of a run its chosen or last one; None for anything else."""
+    return next((each for each in (path, path / "best", path / "model") if (each / CONFIG_FILE).is_file()), None)
+
+
+def explanation(task: Task[Any, Any, Any, Any]) -> dict[str, bytes]:
+    """The files that say what weights are for, to be saved beside them."""
+    said = {"format": FORMAT_VERSION, "task": task.options.model_dump(mode="json")}
+    files = {TASK_FILE: (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()}
+    return files | ({TOKENIZER_FILE: task.tokenizer.to_json().encode()} if task.reads_text else {})
+
+
+def task_of(folder: Path) -> TaskOptions | None:
+    """The task that a folder of weights says it is for; None for a pretrained model.
+
+    Raises:
+        CheckpointError: `task.json` is damaged, or of a later version.
+    """
+    path = folder / TASK_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT_VERSION:
+            version = content.get("format") if isinstance(content, Mapping) else None
+            raise CheckpointError(f"{path} has format {version!r}; this version reads {FORMAT_VERSION}")
+        return TypeAdapter(AnyTask).validate_python(content.get("task"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, ValidationError, json.JSONDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} does not describe a task ({reason}); copy the folder again") from None
+
+
+def make_task(
+    options: TaskOptions, config: XFMConfig, tokenizer: CaptionTokenizer | None, images: Path = Path()
+) -> Task[Any, Any, Any, Any]:
+    """The task of some completed options."""
+    return TASKS[options.kind](options, config, tokenizer, images=images)

@@ -1,0 +1,88 @@
+"""NLVR2: does a sentence describe a pair of images?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xfm_fast.data.annotations import AnnotationRows, NLVR2Record, nlvr2_rows
+from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tokenizer import pre_caption
+
+
+class NLVR2Options(TaskOptions):
+    """The task NLVR2."""
+
+    kind: Literal["nlvr2"] = "nlvr2"
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    max_words: int = Field(default=30, gt=0, description="of a sentence")
+    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+
+
+class Statement(NamedTuple):
+    """Two images, a sentence as ids, and whether it is true."""
+
+    images: tuple[Tensor, Tensor]
+    ids: list[int]
+    label: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class NLVR2Batch(PairInput):
+    """`image` `[2B, 3, R, R]` holds the first images of all statements, then the second ones; `targets` `[B]`."""
+
+    targets: Tensor
+
+
+class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
+    """See `xfm_fast.tasks.nlvr2`."""
+
+    options_type = NLVR2Options
+    large_lr = ("cls_head",)
+
+    def build(self) -> NLVR2Model:
+        return NLVR2Model(self.config)
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[NLVR2Record]]:
+        return nlvr2_rows(paths)
+
+    def _ids(self, sentence: str) -> list[int]:
+        options = self.options
+        return self.tokenizer.encode_ids([pre_caption(sentence, options.max_words)], options.max_tokens)[0]
+
+    def item(self, record: NLVR2Record, rng: np.random.Generator) -> Statement:
+        ids = self._ids(record.sentence)
+        first, second = (self.augmented(image, rng) for image in record.images)
+        return Statement((first, second), ids, record.label)
+
+    def collate(self, items: list[Statement], rng: np.random.Generator) -> NLVR2Batch:
+        ids, mask = self.padded([item.ids for item in items])
+        images = [item.images[place] for place in (0, 1) for item in items]
+        targets = torch.tensor([item.label for item in items], dtype=torch.int64)
+        return NLVR2Batch(image=torch.stack(images), input_ids=ids, attention_mask=mask, targets=targets)
+
+    def losses_of(self, model: NLVR2Model, batch: NLVR2Batch) -> dict[str, Tensor]:
+        return {"loss": model(batch.image, batch.input_ids, batch.attention_mask, batch.targets)}
+
+    def predict(self, model: NLVR2Model, records: Sequence[NLVR2Record]) -> list[Row]:
+        ids, mask = (each.to(model.device) for each in self.padded([self._ids(record.sentence) for record in records]))
+        pixels = torch.stack([self.pixels(record.images[place]) for place in (0, 1) for record in records])
+        shares = model.logits(pixels.to(model.device), ids, mask).double().softmax(-1)[:, 1].tolist()
+        return [{"answer": share > 0.5, "probability": share} for share in shares]
+
+    def score(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> Metrics:
+        right = [row["answer"] == record.label for row, record in zip(rows, records, strict=True)]
+        return {"accuracy": 100 * sum(right) / len(right)}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[NLVR2Record]:
+        need(images, texts, "two images and a sentence about both", ok=len(images) == 2 and len(texts) == 1)
+        pair = (str(images[0]), str(images[1]))
+        return [NLVR2Record(images=pair, sentence=texts[0], label=False)]

@@ -1,0 +1,212 @@
+"""The recipe of a fine-tuning run: a task, its data, and the fields of every run."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from xfm_fast.checkpoint.files import CONFIG_FILE
+from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.finetuning.kinds import TASKS, TOKENIZER_FILE, AnyTask, model_folder
+from xfm_fast.finetuning.official import from_official, is_official
+from xfm_fast.training.recipe import FINETUNING, Run, override, read_recipe
+from xfm_fast.training.recipe_fields import Paths, Section
+
+STREAM = "train"
+"""The name of the one stream of a fine-tuning run."""
+
+
+class DataSection(Section):
+    """The files of a task. Relative paths lie in `root`, and patterns such as `*.json` are expanded."""
+
+    root: str = Field(default=".", description="folder of everything")
+    images: str = Field(default="", description="folder in which the paths of images begin")
+    train: Paths = Field(description="files or folders to train on")
+    splits: dict[str, Paths] = Field(default={}, description="files or folders to evaluate on, by name: val, test, ...")
+    bad_share: float = Field(
+        default=0.01, ge=0, le=1, description="share of unreadable elements of a file at which training stops"
+    )
+
+
+class Choice(Section):
+    """How the weights are chosen that a run keeps as its best."""
+
+    by: str = Field(description="metric of the task, the larger the better")
+    on: str = Field(default="val", description="split; `test` is the official choice of retrieval")
+    every: int = Field(default=1, gt=0, description="epochs between two evaluations; the last one always has one")
+
+
+class FinetuneRecipe(Run):
+    """A fine-tuning run; see `xfm_fast.training.recipe.Run` for the fields that every run has.
+
+    `model` may leave `preset` out where `init.checkpoint` is a folder, whose sizes then are meant.
+    """
+
+    task: AnyTask
+    tokenizer: str | None = Field(
+        None, description="folder or file of the vocabulary; by default that in the folder of init.checkpoint"
+    )
+    data: DataSection
+    epochs: int = Field(gt=0)
+    steps: int = Field(0, ge=0, description="0: as many as the epochs have")
+    batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
+    eval_batch_size: int = Field(64, gt=0, description="records of a rank that are predicted together")
+    choose: Choice | None = Field(None, description="null keeps the last weights and evaluates at the end only")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_sizes_of_init(cls, values: Any) -> Any:
+        model, init = values.get("model", {}), values.get("init") or {}
+        place = init.get("checkpoint") if isinstance(init, Mapping) else None
+        folder = model_folder(Path(place)) if isinstance(place, str) else None
+        if folder is None or not isinstance(model, Mapping) or "preset" in model:
+            return values
+        try:
+            saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"init.checkpoint={place}: its {CONFIG_FILE} cannot be read ({error})") from None
+        return {**values, "model": {**saved, **model}}
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not split into accumulate={self.accumulate} equal micro-batches"
+            )
+        if self.choose is not None and self.choose.on not in self.data.splits:
+            known = ", ".join(self.data.splits) or "none"
+            raise ValueError(
+                f"choose.on={self.choose.on} is no split of data.splits ({known}); name one, or set choose=null"
+            )
+        return self
+
+    @property
+    def large_lr(self) -> tuple[str, ...]:  # type: ignore[override]
+        return TASKS[self.task.kind].large_lr
+
+    @property
+    def active_updates(self) -> tuple[tuple[str, ...], ...]:
+        return ((STREAM,),)
+
+    def losses_of(self, stream: str) -> tuple[str, ...]:
+        return TASKS[self.task.kind].losses
+
+    def weight_of(self, stream: str) -> float:
+        return 1.0
+
+    def micro_batch_size(self, stream: str) -> int:
+        return self.batch_size // self.accumulate
+
+    @property
+    def folder_of_data(self) -> str:
+        return self.data.root
+
+    @property
+    def image_folder(self) -> Path:
+        """The folder in which the paths of images begin."""
+        return Path(self.data.root) / self.data.images
+
+    def paths_of(self, split: str) -> list[Path]:
+        """The files and folders of `train` or of a split; patterns are expanded in sorted order.
+
+        Raises:
+            ConfigError: there is no such split.
+            DataError: a path or pattern of which there is nothing.
+        """
+        if split != STREAM and split not in self.data.splits:
+            raise ConfigError(f"there is no split {split}; data.splits has {', '.join(self.data.splits) or 'none'}")
+        key = "data.train" if split == STREAM else f"data.splits.{split}"
+        found: list[Path] = []
+        for path in self.data.train if split == STREAM else self.data.splits[split]:
+            pattern = str(Path(self.data.root) / path)
+            matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            if not matches:
+                raise DataError(f"{key}: there is no {pattern}; give {key}=..., or set data.root=<folder>")
+            found += [Path(match) for match in matches]
+        return found
+
+    def tokenizer_path(self) -> Path | None:
+        """The vocabulary that is named, or the one beside the weights to start from; None where there is neither."""
+        if self.tokenizer is not None:
+            return Path(self.tokenizer)
+        place = None if self.init.checkpoint is None else model_folder(Path(self.init.checkpoint))
+        near = [] if place is None else [place / TOKENIZER_FILE, place.parent / TOKENIZER_FILE]
+        return next((path for path in near if path.is_file()), None)
+
+    def check_machine(self) -> None:
+        """Check all that can only be known where the run starts, without reading data.
+
+        Raises:
+            DataError: a path that does not exist, by its key.
+            UnavailableError: a device or precision that this machine does not offer.
+        """
+        self.check_device()
+        for split in (STREAM, *self.data.splits):
+            self.paths_of(split)
+        places = {"init.roberta": self.init.roberta, "init.beit2": self.init.beit2}
+        places |= {"init.checkpoint": self.init.checkpoint, "tokenizer": self.tokenizer}
+        for key, place in places.items():
+            if place is not None and not Path(place).exists():
+                raise DataError(f"{key}: there is no {place}; give {key}=<path>")
+
+
+def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
+    """A recipe of fine-tuning by name, a YAML file by path, or a configuration of the official code.
+
+    Args:
+        name_or_path: such as `vqa2` or `my/recipe.yaml`.
+        overrides: `key=value`, such as `data.root=/data`; see `xfm_fast.training.recipe.load_recipe`.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key (with the nearest known one), a wrong value, or values that cannot
+            go together.
+    """
+    values = read_recipe(name_or_path, FINETUNING)
+    if is_official(values):
+        values = from_official(values, str(name_or_path))
+    values = override(values, overrides)
+    if "task" not in values:
+        raise ConfigError(
+            f"recipe {name_or_path} has no task, so it is none of fine-tuning; add task.kind=..., one of "
+            f"{', '.join(TASKS)}, or run xfm-fast pretrain {name_or_path}"
+        )
+    return FinetuneRecipe(**values)
+
+
+def resumed_steps(
+    recipe: FinetuneRecipe, rows: int, world_size: int, saved: Mapping[str, Any] | None, batches_done: int
+) -> FinetuneRecipe:
+    """The recipe with the number of steps of its epochs, and of its schedule.
+
+    An epoch has as many steps as whole global batches; the schedule counts the last, incomplete one too, as the
+    official code does although its loader drops that batch. A run that goes on with another number of processes has
+    the steps behind it, and those that the rest of its epochs takes now.
+
+    Args:
+        recipe: as written.
+        rows: to train on.
+        world_size: processes.
+        saved: `state.json` of the checkpoint that the run goes on from.
+        batches_done: micro-batches of this world size that it has behind it.
+    """
+    if recipe.steps:
+        return recipe
+    batch = recipe.batch_size * world_size
+    steps, schedule = recipe.epochs * max(1, rows // batch), recipe.epochs * max(1, -(-rows // batch))
+    if saved is not None and saved["world_size"] != world_size:
+        ahead = saved["step"] - batches_done // recipe.accumulate
+        steps, schedule = steps + ahead, schedule + ahead
+    elif saved is not None and all(
+        saved["recipe"].get(key) == getattr(recipe, key) for key in ("epochs", "batch_size")
+    ):
+        # What an earlier change of the number of processes made of them.
+        steps, schedule = saved["recipe"]["steps"], saved["recipe"]["schedule"]["steps"]
+    timetable = recipe.schedule
+    if timetable.steps is None:
+        timetable = timetable.model_copy(update={"steps": schedule})
+    return recipe.model_copy(update={"steps": steps, "schedule": timetable})

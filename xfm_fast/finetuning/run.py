@@ -1,0 +1,289 @@
+"""A fine-tuning run from its recipe to the metrics of its splits, and the evaluation of weights that exist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
+from xfm_fast.checkpoint.files import MODEL_FILE
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.records import RecordSet
+from xfm_fast.data.streams import ShuffledBatches
+from xfm_fast.errors import CheckpointError, ConfigError
+from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.kinds import explanation, make_task, model_folder, task_of
+from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, resumed_steps
+from xfm_fast.finetuning.task import Metrics, Task
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training import checkpoints
+from xfm_fast.training.checkpoints import save_whole, seed_everything, whole_state
+from xfm_fast.training.distributed import Processes, join_processes
+from xfm_fast.training.loop import train
+from xfm_fast.training.metrics import LOG_FILE, read_log
+from xfm_fast.training.optimizer import WeightAverage
+from xfm_fast.training.recipe import override, position_after
+
+RECIPE_FILE = "recipe.json"
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ShowProgress = Callable[[str, int, int], None]
+"""Called with a split, records done and records in all."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run came to.
+
+    Attributes:
+        step: that are complete.
+        folder: of the weights that were chosen.
+        metrics: of every split, by its name, of these weights; empty where the run was interrupted.
+        interrupted: a signal ended the run, which goes on from its last checkpoint.
+    """
+
+    step: int
+    folder: Path
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any, Any, Any]:
+    """The task of a recipe, with what its training files say about it.
+
+    Args:
+        complete: read these files; false where the options are complete already.
+    """
+    path = recipe.tokenizer_path()
+    tokenizer = None if path is None else CaptionTokenizer.from_files(path)
+    options = recipe.task
+    if complete:
+        options = options.completed(recipe.paths_of(STREAM), Path(recipe.data.root))
+    return make_task(options, recipe.model, tokenizer, recipe.image_folder)
+
+
+def initial_model(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any]) -> TaskModel:
+    """The model of a task with the weights that `init` names.
+
+    Raises:
+        CheckpointError: a source of weights cannot be read, does not fit, or is of another task.
+    """
+    model, init = task.build(), recipe.init
+    if init.checkpoint is not None:
+        load_weights(model, task, Path(init.checkpoint))
+    elif init.roberta or init.beit2:
+        initialise(model, roberta=init.roberta, beit2=init.beit2)
+    return model
+
+
+def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: Path) -> bool:
+    """Load a folder of ours, of this task or pretrained, or an official checkpoint, in place.
+
+    Returns:
+        True where the weights are those of the task, false where its own part was begun anew.
+
+    Raises:
+        CheckpointError: it cannot be read, does not fit, or is of another task.
+    """
+    folder = model_folder(place)
+    if folder is not None and (found := task_of(folder)) is not None and found.kind != task.options.kind:
+        raise CheckpointError(
+            f"{place} was fine-tuned for the task {found.kind}, and this is {task.options.kind}; give a pretrained "
+            "model, or one of this task"
+        )
+    # Our names are the official ones, so that position tables are fitted to this model's size either way.
+    state = read_state_dict(place if folder is None else folder / MODEL_FILE)
+    model.load_official(state)
+    return not model.own_parts or any(name.startswith(model.own_parts) for name in state)
+
+
+def finetune(
+    recipe: FinetuneRecipe, *, resume: bool = True, show: ShowProgress = lambda split, done, of: None
+) -> FinetuneResult:
+    """Run a recipe, alone or as one process of those that `torchrun` started.
+
+    In `recipe.checkpoint.folder` lie `recipe.json`; what `xfm_fast.training.loop.train` writes, `model/` with the last
+    weights among it; `best/`, the weights that `recipe.choose` prefers; and `evaluation/<split>/` with `metrics.json`
+    and the benchmark's own file for these. Folders of weights say what they are for, and `xfm_fast.load` reads them.
+
+    Args:
+        recipe: the run.
+        resume: go on from the newest whole checkpoint in the folder, if there is one.
+        show: told how far the evaluation of a split is.
+
+    Raises:
+        XFMError: as `train`; and data that cannot be read, before the first step.
+    """
+    folder = Path(recipe.checkpoint.folder)
+    with join_processes(recipe.device) as processes:
+        processes.from_first(recipe.make_world)
+        recipe.check_machine()
+        task = open_task(recipe)
+        recipe = recipe.model_copy(update={"task": task.options})
+        records = {split: task.records(recipe.paths_of(split)) for split in recipe.data.splits}
+        quarantine = Quarantine(
+            folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
+        )
+        rows = RecordSet(task.rows(recipe.paths_of(STREAM)))
+        source = ShuffledBatches(
+            rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
+            world_size=processes.world_size, quarantine=quarantine,
+        )  # fmt: skip
+        found = processes.from_first(lambda: checkpoints.newest(folder / "checkpoints")) if resume else None
+        done = 0
+        if found is not None:
+            world = found.state["world_size"]
+            taken = found.state["batches"].get(STREAM, 0)
+            done = position_after(taken, STREAM, found.state["recipe"], recipe, world, processes.world_size)
+        saved = None if found is None else found.state
+        recipe = resumed_steps(recipe, len(rows), processes.world_size, saved, done)
+        seed_everything(recipe.seed)
+        model = initial_model(recipe, task)
+        explained = explanation(task)
+        written = json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+        def keep_recipe() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes({folder / RECIPE_FILE: written.encode()})
+
+        processes.from_first(keep_recipe)
+        per_epoch = max(1, len(rows) // (recipe.batch_size * processes.world_size))
+        hook = _EpochEnd(recipe, task, records, processes, per_epoch, explained, show)
+        result = train(
+            recipe, resume=resume, sources={STREAM: source}, model=model,
+            objective=lambda model, batch, losses: task.losses_of(model, batch),
+            explained_by=explained, on_step=hook,
+        )  # fmt: skip
+        best = folder / "best"
+        chosen = best if (best / MODEL_FILE).is_file() else folder / ("model" if recipe.ema is None else "average")
+        if result.interrupted:
+            return FinetuneResult(result.step, chosen, interrupted=True)
+        weights = task.build().to(processes.device)
+        load_weights(weights, task, chosen)
+        metrics = {split: hook.evaluate(split, weights) for split in records}
+        return FinetuneResult(result.step, chosen, metrics)
+
+
+@dataclass
+class _EpochEnd:
+    """The evaluation at the end of an epoch, and the choice of the best weights."""
+
+    recipe: FinetuneRecipe
+    task: Task[Any, Any, Any, Any]
+    records: Mapping[str, list[Any]]
+    processes: Processes
+    per_epoch: int
+    explained: Mapping[str, bytes]
+    show: ShowProgress
+
+    def evaluate(self, split: str, model: XFM) -> Metrics:
+        """Metrics of a split."""
+        folder = Path(self.recipe.checkpoint.folder) / "evaluation" / split
+        return evaluation(self.recipe, folder, self.processes, partial(self.show, split)).run(
+            self.task, model, self.records[split]
+        )
+
+    def __call__(self, step: int, model: XFM, average: WeightAverage | None) -> Metrics | None:
+        choose, steps = self.recipe.choose, self.recipe.steps
+        # Steps that were made before the number of processes changed are not whole epochs of now.
+        begun = steps - self.recipe.epochs * self.per_epoch if steps > self.recipe.epochs * self.per_epoch else 0
+        every = self.per_epoch * (1 if choose is None else choose.every)
+        if choose is None or ((step - begun) % every and step != steps) or step <= begun:
+            return None
+        judged = model
+        if average is not None or self.recipe.parallel == "fsdp":
+            judged = self.task.build().to(self.processes.device)
+            judged.load_state_dict(whole_state(model, None if average is None else average.state_dict()))
+        metrics = self.evaluate(choose.on, judged)
+        if choose.by not in metrics:
+            known = ", ".join(metrics) or "none: its records hold no truth"
+            raise ConfigError(f"choose.by={choose.by} is no metric of {choose.on}; it has {known}")
+        folder, key = Path(self.recipe.checkpoint.folder), f"{choose.on}/{choose.by}"
+
+        def before() -> float | None:
+            lines = read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else []
+            return max((line[key] for line in lines if key in line and line["step"] < step), default=None)
+
+        earlier = self.processes.from_first(before)
+        if earlier is None or metrics[choose.by] > earlier:
+            files = dict(self.explained)
+            save_whole(judged, folder / "best", self.processes, files=files)
+        return {f"{choose.on}/{name}": value for name, value in metrics.items()}
+
+
+def evaluation(
+    recipe: FinetuneRecipe, folder: Path, processes: Processes, progress: Callable[[int, int], None]
+) -> Evaluation:
+    """The way in which a recipe evaluates."""
+    return Evaluation(
+        folder, processes, recipe.eval_batch_size, progress=progress,
+        autocast=lambda: torch.autocast(
+            processes.device.type, dtype=_AUTOCAST[recipe.precision], enabled=recipe.precision != "fp32"
+        ),
+    )  # fmt: skip
+
+
+def evaluate(
+    recipe: FinetuneRecipe,
+    weights: str | Path,
+    split: str,
+    folder: str | Path,
+    *,
+    show: ShowProgress = lambda split, done, of: None,
+) -> Metrics:
+    """The metrics of some weights on a split of a recipe, alone or as one process of those that `torchrun` started.
+
+    Args:
+        recipe: data, sizes and options; its own weights are not read.
+        weights: a run, a folder of weights, or an official checkpoint. A pretrained one is evaluated as it is, where
+            the task has no part of its own, such as retrieval.
+        split: name of `recipe.data.splits`.
+        folder: receives `metrics.json` and the benchmark's own file. A killed evaluation goes on there.
+        show: told how far it is.
+
+    Raises:
+        XFMError: the data or the weights cannot be read, or are of another task.
+    """
+    with join_processes(recipe.device) as processes:
+        processes.from_first(recipe.make_world)
+        recipe.check_device()
+        place = model_folder(Path(weights))
+        options = None if place is None else task_of(place)
+        if options is not None and options.kind == recipe.task.kind:
+            # The names of classes and answers are those of the weights.
+            recipe = recipe.model_copy(update={"task": options})
+        task = open_task(recipe, complete=options is None)
+        records = task.records(recipe.paths_of(split))
+        model = task.build().to(processes.device)
+        if not load_weights(model, task, Path(weights)):
+            raise CheckpointError(
+                f"{weights} lacks {', '.join(model.own_parts)}*, which the task {task.options.kind} trains; fine-tune "
+                "it first: xfm-fast finetune"
+            )
+        return evaluation(recipe, Path(folder), processes, partial(show, split)).run(task, model, records)
+
+
+def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
+    """The recipe that a run was made by, with some `key=value` put in.
+
+    Raises:
+        CheckpointError: the folder is none of a run.
+        ConfigError: an override is wrong.
+    """
+    path = run / RECIPE_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{run} is no fine-tuning run: its {RECIPE_FILE} cannot be read ({error}); give a run, or --recipe too"
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no recipe; copy the run again")
+    return FinetuneRecipe(**override(values, overrides))

@@ -1,0 +1,222 @@
+"""A task as the loop, the evaluation and the prediction see it: a file a task, with the functions that are named here.
+
+Training asks a task for rows of its files, items of rows, batches of items and losses of a batch; evaluation for
+records, groups of records that belong together, rows of results and metrics of these; prediction for records that
+stand for files and strings of a user.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xfm_fast.batches import TensorBatch
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
+from xfm_fast.data.images import decode_pixels, load_image
+from xfm_fast.data.transforms import finetuning_transform
+from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training.recipe_fields import Section
+
+if TYPE_CHECKING:
+    from xfm_fast.finetuning.evaluation import Evaluation
+
+RecordT = TypeVar("RecordT", bound=Annotation)
+OptionsT = TypeVar("OptionsT", bound="TaskOptions")
+BatchT = TypeVar("BatchT", bound=TensorBatch)
+ItemT = TypeVar("ItemT")
+
+Row = dict[str, Any]
+"""A result, as a line of JSON holds it."""
+Metrics = dict[str, float]
+
+
+class TaskOptions(Section):
+    """The section `task` of a recipe, whose `kind` says which task it is.
+
+    What a task learns about itself from its data, such as the names of its classes, is an option too, so that
+    `task.json` in a folder of weights says all of it.
+    """
+
+    kind: Any
+
+    def completed(self, train: Sequence[Path], root: Path) -> Self:
+        """The options with what the files say that training reads.
+
+        Args:
+            train: the files.
+            root: folder that relative paths in options lie in.
+
+        Raises:
+            DataError: a file cannot be read, or does not hold what the task needs.
+        """
+        return self
+
+
+class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
+    """A task: its model, its data, what it minimises, and what it is judged by.
+
+    Args:
+        options: completed ones.
+        config: of the model.
+        tokenizer: of the model's vocabulary.
+        images: folder that relative paths of images lie in.
+
+    Raises:
+        ConfigError: the options do not go with the model.
+        DataError: the vocabulary is not the model's.
+    """
+
+    options_type: ClassVar[type[TaskOptions]]
+    reads_text: ClassVar[bool] = True
+    losses: ClassVar[tuple[str, ...]] = ("loss",)
+    """Names of what is minimised, as a sum."""
+    large_lr: ClassVar[tuple[str, ...]] = ()
+    """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
+
+    def __init__(
+        self, options: OptionsT, config: XFMConfig, tokenizer: CaptionTokenizer | None = None, *, images: Path = Path()
+    ) -> None:
+        if self.reads_text:
+            if tokenizer is None:
+                raise ConfigError(f"the task {options.kind} reads text; name its vocabulary by tokenizer=<folder>")
+            tokenizer.check(config)
+        self.options, self.config, self.images = options, config, images
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer:
+        """The tokenizer of a task that reads text."""
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @abstractmethod
+    def build(self) -> TaskModel:
+        """The model of the task, with random weights."""
+
+    @abstractmethod
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+        """The rows of the files to train on; reading one gives a record, or raises `DataError` where it is broken."""
+
+    def test_rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+        """The rows of files to evaluate on, where these have another form."""
+        return self.rows(paths)
+
+    def records(self, paths: Sequence[Path]) -> list[RecordT]:
+        """The records of files to evaluate on.
+
+        Raises:
+            DataError: one of them is broken, or its image missing: a metric over the others would be one of something
+                else.
+        """
+        records = [record for rows in self.test_rows(paths) for record in rows.records()]
+        check_images(records, self.images)
+        return records
+
+    @abstractmethod
+    def item(self, record: RecordT, rng: np.random.Generator) -> ItemT:
+        """A training item of a record; raises `DataError` when it cannot be made, such as for want of the image."""
+
+    @abstractmethod
+    def collate(self, items: list[ItemT], rng: np.random.Generator) -> BatchT:
+        """The batch of some items."""
+
+    @abstractmethod
+    def losses_of(self, model: Any, batch: BatchT) -> dict[str, Tensor]:
+        """The scalars that `losses` names, whose sum is minimised."""
+
+    def groups(self, records: Sequence[RecordT]) -> list[list[int]]:
+        """The numbers of records that are predicted together, such as all questions about an image."""
+        return [[number] for number in range(len(records))]
+
+    @abstractmethod
+    def predict(self, model: Any, records: Sequence[RecordT]) -> list[Row]:
+        """The results of records, one row for each, in their order."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[Row], records: Sequence[RecordT]) -> Metrics:
+        """The metrics of all rows of a split, in percent; empty where the records hold no truth."""
+
+    def files(self, rows: Sequence[Row], records: Sequence[RecordT]) -> dict[str, bytes]:
+        """The results in the form that the benchmark's own evaluation takes, by file name."""
+        return {}
+
+    def evaluate(self, model: Any, records: Sequence[RecordT], work: Evaluation) -> tuple[Metrics, dict[str, bytes]]:
+        """Metrics and files of a split; all processes must ask, and the first one is answered."""
+        rows = work.rows(self, model, records)
+        return (self.score(rows, records), self.files(rows, records)) if work.processes.first else ({}, {})
+
+    @abstractmethod
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RecordT]:
+        """The records that a user means who names some images and some texts.
+
+        Raises:
+            InputError: they are not what the task needs.
+        """
+
+    def request(self, line: Mapping[str, Any]) -> RecordT:
+        """The record of a line of requests: `image` (or `images`) and `text`, which may be a list each.
+
+        Raises:
+            InputError: the line is not what the task needs, or asks for several results.
+        """
+        images, texts = ([] if value is None else value if isinstance(value, list) else [value] for value in (
+            line.get("images", line.get("image")), line.get("text")
+        ))  # fmt: skip
+        if not all(isinstance(value, str) for value in [*images, *texts]):
+            raise InputError('"image" and "text" of a request are strings, or lists of strings')
+        records = self.requests([Path(image) for image in images], texts)
+        if len(records) != 1:
+            raise InputError(f"a request is answered by one result and this one needs {len(records)}; give a line each")
+        return records[0]
+
+    def pixels(self, image: str | Path) -> Tensor:
+        """`[3, R, R]`: a whole image as evaluation sees it."""
+        return load_image(self.images / image, self.config.image_size)
+
+    def augmented(self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
+        """`[3, R, R]`: a random view of an image, as training sees it, or all of it where the options say so."""
+        if not getattr(self.options, "augment", True):
+            return self.pixels(image)
+        decoded = decode_pixels(self.images / image)
+        return finetuning_transform(self.config.image_size)(decoded, rng, may_flip=may_flip)
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids `[B, L]`, padded to the longest, and the mask of the real ones."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        return ids, mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairInput(TensorBatch):
+    """Images and texts of a batch.
+
+    Attributes:
+        image: `[I, 3, R, R]` normalised pixels.
+        input_ids: `[T, L]` int64, padded.
+        attention_mask: `[T, L]`, non-zero for real tokens.
+    """
+
+    image: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def need(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
+    """Raise `InputError` unless a request is `ok`, saying `what` the task needs."""
+    if not ok:
+        raise InputError(f"{len(images)} images and {len(texts)} texts were given; this model needs {what}")
