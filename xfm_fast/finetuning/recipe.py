@@ -37,7 +37,7 @@ class Choice(Section):
     """How the weights are chosen that a run keeps as its best."""
 
     by: str = Field(description="metric of the task, the larger the better")
-    on: str = Field(default="val", description="split; `test` is the official choice of retrieval")
+    split: str = Field(default="val", description="split; `test` is the official choice of retrieval")
     every: int = Field(default=1, gt=0, description="epochs between two evaluations; the last one always has one")
 
 
@@ -78,10 +78,10 @@ class FinetuneRecipe(Run):
             raise ValueError(
                 f"batch_size={self.batch_size} does not split into accumulate={self.accumulate} equal micro-batches"
             )
-        if self.choose is not None and self.choose.on not in self.data.splits:
+        if self.choose is not None and self.choose.split not in self.data.splits:
             known = ", ".join(self.data.splits) or "none"
             raise ValueError(
-                f"choose.on={self.choose.on} is no split of data.splits ({known}); name one, or set choose=null"
+                f"choose.split={self.choose.split} is no split of data.splits ({known}); name one, or set choose=null"
             )
         return self
 

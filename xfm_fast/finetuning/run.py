@@ -201,11 +201,11 @@ class _EpochEnd:
         if average is not None or self.recipe.parallel == "fsdp":
             judged = self.task.build().to(self.processes.device)
             judged.load_state_dict(whole_state(model, None if average is None else average.state_dict()))
-        metrics = self.evaluate(choose.on, judged)
+        metrics = self.evaluate(choose.split, judged)
         if choose.by not in metrics:
             known = ", ".join(metrics) or "none: its records hold no truth"
-            raise ConfigError(f"choose.by={choose.by} is no metric of {choose.on}; it has {known}")
-        folder, key = Path(self.recipe.checkpoint.folder), f"{choose.on}/{choose.by}"
+            raise ConfigError(f"choose.by={choose.by} is no metric of {choose.split}; it has {known}")
+        folder, key = Path(self.recipe.checkpoint.folder), f"{choose.split}/{choose.by}"
 
         def before() -> float | None:
             lines = read_log(folder / LOG_FILE) if (folder / LOG_FILE).is_file() else []
@@ -215,7 +215,7 @@ class _EpochEnd:
         if earlier is None or metrics[choose.by] > earlier:
             files = dict(self.explained)
             save_whole(judged, folder / "best", self.processes, files=files)
-        return {f"{choose.on}/{name}": value for name, value in metrics.items()}
+        return {f"{choose.split}/{name}": value for name, value in metrics.items()}
 
 
 def evaluation(
