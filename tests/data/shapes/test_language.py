@@ -15,13 +15,17 @@ from xfm_fast.data.shapes import (
     Scene,
     Split,
     Thing,
+    caption_facts,
     captions,
+    entailments,
     questions,
     references,
     scene,
     statements,
+    true_caption_share,
 )
 from xfm_fast.data.shapes.scenes import COLOURS, SHAPES
+from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import pre_caption
 
 SCENES = {split: [scene(11, index, split) for index in range(150)] for split in SPLITS}
@@ -64,6 +68,7 @@ def _all_texts(split: Split) -> Iterator[str]:
             yield from map(str, references(made, index))
         yield from (question for question, _ in questions(made, split))
         yield from (sentence for sentence, _ in statements(before, made, split))
+        yield from (sentence for index in range(3) for _, sentence, _ in entailments(made, before, index))
         before = made
 
 
@@ -196,6 +201,95 @@ def _true(sentence: str, left: Scene, right: Scene) -> bool:
     if match[2]:
         return has[match[2]]
     return all(has.values()) if match[1].startswith("both") else sum(has.values()) == 1
+
+
+@each_split
+def test_entailments_follow_or_are_false(split: Split) -> None:
+    kinds: dict[str, int] = {}
+    for index, (made, other) in enumerate(zip(SCENES[split], SCENES[split][1:], strict=False)):
+        pairs = entailments(made, other, index)
+        assert [truth for _, _, truth in pairs] in ([], [True, False])
+        for caption, statement, truth in pairs:
+            described = made if caption in captions(made) else other
+            assert caption in captions(described)
+            kind, holds = _follows(statement, described)
+            kinds[kind] = kinds.get(kind, 0) + 1
+            assert truth == holds, (caption, statement)
+    assert min(kinds[kind] for kind in ("number", "relation", "object")) > 20
+
+
+def _follows(statement: str, made: Scene) -> tuple[str, bool]:
+    if match := re.fullmatch("there (?:is|are) exactly (.*) objects?", statement):
+        return "number", len(made.things) == NUMBERS.index(match[1])
+    if match := re.fullmatch("(.*) is (left of|right of|above|below) (.*)", statement):
+        first, relation, second = match.groups()
+        pairs = [(a, b) for a in made.things for b in made.things if a is not b and _is(a, first) and _is(b, second)]
+        return "relation", any(_stands(a, relation, b) for a, b in pairs)
+    return "object", bool(_meant(made, statement.removeprefix("there is ")))
+
+
+def test_a_statement_alone_does_not_say_if_it_follows() -> None:
+    truths: dict[str, list[bool]] = {}
+    for index in range(3000):
+        for _, statement, truth in entailments(scene(2, index), scene(2, index + 1), index):
+            truths.setdefault(re.sub("right|above", "left", statement.replace("below", "left")), []).append(truth)
+    assert all(2 * sum(found) == len(found) for found in truths.values())
+
+
+@each_split
+def test_all_facts_of_the_captions_are_true(split: Split) -> None:
+    texts, scenes = zip(*((text, made) for made in SCENES[split] for text in captions(made)), strict=True)
+    for text, made in zip(texts, scenes, strict=True):
+        found = caption_facts(text, made)
+        assert found.understood, text
+        assert len(found.facts) == 5 * len(made.things) - 1
+        assert found.all_true, text
+    assert true_caption_share(texts, scenes) == 1
+
+
+@each_split
+def test_a_false_word_is_found(split: Split) -> None:
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
+    found = {"colour": 0, "shape": 0, "relation": 0}
+    for made in SCENES[split]:
+        text = captions(made)[len(found) % 4]
+        for kind, words in (("colour", COLOURS), ("shape", SHAPES)):
+            present = {getattr(thing, kind) for thing in made.things}
+            wrong = next(word for word in words if word not in present)
+            spoilt = re.sub("|".join(present), wrong, text, count=1)
+            false = [(fact.kind, fact.claim) for fact in caption_facts(spoilt, made).facts if not fact.true]
+            assert false == [(kind, wrong)], spoilt
+            found[kind] += 1
+        if len({thing.looks for thing in made.things}) == len(made.things) > 1:
+            spoilt = " ".join(opposite.get(word, word) for word in text.split())
+            false = [fact.kind for fact in caption_facts(spoilt, made).facts if not fact.true]
+            assert false == ["relation"] * (len(made.things) - 1), spoilt
+            found["relation"] += 1
+    assert min(found.values()) > 50
+
+
+def test_facts_of_captions_that_the_world_does_not_write() -> None:
+    left, right = (Thing("circle", "red", "small", "plain", x, 20, 16) for x in (2, 44))
+    made = Scene((left, right, Thing("star", "blue", "large", "plain", 20, 30, 24)), 200)
+
+    def judged(text: str) -> list[bool] | None:
+        found = caption_facts(text, made)
+        return [fact.true for fact in found.facts] if found.understood else None
+
+    assert judged("A star.") == [True]
+    assert judged("the red circle to the right of a star") == [True, True, True, True]
+    # Two circles are there, so either reading of the relation is true; a third one is not there.
+    assert judged("a circle right of a circle") == judged("a circle left of a circle") == [True] * 3
+    assert judged("a circle left of a circle left of a circle") != [True] * 5
+    crowd = caption_facts("a star left of a star left of a star left of a star", made).facts
+    assert sorted(fact.true for fact in crowd if fact.kind == "shape") == [False, False, False, True]
+    for text in ("", "a", "a red", "circle", "a circle left of", "a red blue circle", "a plain red circle", "a dog"):
+        assert judged(text) is None
+    assert judged("there is an object") == []
+    assert not caption_facts("there is an object", made).all_true
+    assert true_caption_share(["a star", "a dog", "an object", "a red star"], [made] * 4) == 0.25
+    with pytest.raises(DataError, match="one scene for each"):
+        true_caption_share(["a star"], [])
 
 
 @each_split

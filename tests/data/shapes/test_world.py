@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import io
 import json
@@ -96,10 +97,72 @@ def test_fine_tuning_files(world: Path, split: Split) -> None:
         assert np.array_equal(np.asarray(Image.open(world / path)), render(scene(4, index, split)))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_captioning_files(world: Path, split: Split) -> None:
+    rows = json.loads((world / f"captioning_{split}.json").read_text())
+    assert {row["image_id"] for row in rows} == set(range(COUNTS[split]))
+    assert all(row["image"] == f"images/{split}/{row['image_id']:06d}.png" for row in rows)
+    said = {index: captions(scene(4, index, split)) for index in range(COUNTS[split])}
+    truth = world / f"captioning_{split}_gt.json"
+    if split == "train":
+        assert [row["caption"] for row in rows] == [caption for index in said for caption in said[index]]
+        assert not truth.exists()
+        return
+    assert {row["image_id"]: row["caption"] for row in rows} == said
+    found = json.loads(truth.read_text())
+    assert [(row["id"], row["file_name"]) for row in found["images"]] == [
+        (row["image_id"], row["image"]) for row in rows
+    ]
+    references = {index: [row["caption"] for row in found["annotations"] if row["image_id"] == index] for index in said}
+    assert references == said
+    assert len({row["id"] for row in found["annotations"]}) == len(found["annotations"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_text_pairs_need_both_sentences(world: Path, split: Split) -> None:
+    rows = _table(world / f"text_{split}.tsv", "\t")
+    assert len(rows) >= COUNTS[split]
+    assert [row["label"] for row in rows] == ["yes", "no"] * (len(rows) // 2)
+    for yes, no in zip(rows[::2], rows[1::2], strict=True):
+        assert yes["sentence1"] != no["sentence1"]
+        if yes["sentence2"] != no["sentence2"]:
+            opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+            assert [opposite.get(word, word) for word in yes["sentence2"].split()] == no["sentence2"].split()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_image_labels_are_the_shape_of_what_stands_out(world: Path, split: Split) -> None:
+    rows = _table(world / f"image_{split}.csv", ",")
+    labels = [row["label"] for row in rows]
+    for row in rows:
+        made = scene(4, int(Path(row["image"]).stem), split)
+        assert row["label"] == max(made.things, key=lambda thing: thing.side).shape
+    assert labels
+    if split != "train":
+        assert len({labels.count(label) for label in labels}) == 1
+
+
+def _table(path: Path, separator: str) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter=separator))
+
+
+def test_the_published_files_stay_what_they_are(world: Path) -> None:
+    """Another digest would make numbers on the world of a seed incomparable; these files hold no picture."""
+    digests = json.loads((world / "world.json").read_text())["sha256"]
+    assert {task: digests[f"{task}_test.json"][:16] for task in ("vqa", "nlvr", "retrieval", "grounding")} == {
+        "vqa": "8ca39c171312bd39",
+        "nlvr": "c007961d31a0c54d",
+        "retrieval": "8be1e6bc4ae2b824",
+        "grounding": "80c093b30819f85f",
+    }
+
+
 def test_world_json_describes_the_files(world: Path) -> None:
     described = json.loads((world / "world.json").read_text())
     assert described["seed"] == 4
     assert described["images"] == COUNTS
+    assert described["labels"]["text"] == ["no", "yes"]
     assert described["held_out"]["train"] == []
     assert "red circle" in described["held_out"]["test"]
     for name, digest in described["sha256"].items():

@@ -6,7 +6,20 @@ writes 10,000 training, 500 validation and 500 test scenes in the official forma
 `render_batch([scene(seed, index, split) for index in ...])` and `captions(scene)` give the same data.
 """
 
-from xfm_fast.data.shapes.language import ANSWERS, VOCABULARY, Reference, captions, questions, references, statements
+from xfm_fast.data.shapes.language import (
+    ANSWERS,
+    VOCABULARY,
+    CaptionFacts,
+    Fact,
+    Reference,
+    caption_facts,
+    captions,
+    entailments,
+    questions,
+    references,
+    statements,
+    true_caption_share,
+)
 from xfm_fast.data.shapes.rendering import pixel_box, render, render_batch
 from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, Thing, allowed_pairs, scene
 from xfm_fast.data.shapes.world import write_world
@@ -17,12 +30,16 @@ __all__ = [
     "HELD_OUT",
     "SPLITS",
     "VOCABULARY",
+    "CaptionFacts",
+    "Fact",
     "Reference",
     "Scene",
     "Split",
     "Thing",
     "allowed_pairs",
+    "caption_facts",
     "captions",
+    "entailments",
     "pixel_box",
     "questions",
     "references",
@@ -30,5 +47,6 @@ __all__ = [
     "render_batch",
     "scene",
     "statements",
+    "true_caption_share",
     "write_world",
 ]

@@ -1,5 +1,7 @@
 """The language of scenes: captions, expressions that mean one object, questions, and statements that are true or false.
 
+`caption_facts` reads captions, those of a model too, and says which of their claims are true.
+
 The grammar is small and deterministic, and everything it says has a truth value: an expression is a `Reference`, which
 can be resolved against a scene, so one is handed out only if it means exactly one object. Questions and statements
 mention no combination that the split may not contain, not even to deny it.
@@ -7,12 +9,15 @@ mention no combination that the split may not contain, not even to deny it.
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations, pairwise, permutations, product
+from typing import Literal
 
 from xfm_fast.data.shapes.scenes import COLOURS, MARGIN, SHAPES, SIZES, TEXTURES, Scene, Split, Thing, allowed_pairs
+from xfm_fast.errors import DataError
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -26,6 +31,15 @@ VOCABULARY = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:], *
 """Every word of every caption, expression, question and statement."""
 ANSWERS = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:4], "yes", "no"}))
 """Every answer to a question."""
+Attribute = Literal["size", "colour", "texture", "shape"]
+ATTRIBUTES: tuple[Attribute, ...] = ("size", "colour", "texture", "shape")
+"""What can be said of an object, in the order in which a noun says it."""
+
+_CANONICAL = {other: relation for relation, other in _OTHER_WORDS.items()}
+_ADJECTIVES = "".join(f"(?:({'|'.join(words)}) )?" for words in (SIZES, COLOURS, TEXTURES))
+_NOUN = re.compile(rf"(?:an?|the) {_ADJECTIVES}({'|'.join(SHAPES)}|object)")
+_RELATION = re.compile(f" ({'|'.join((*OPPOSITE, *_OTHER_WORDS.values()))}) ")
+_OPENING = re.compile("(?:there is |the image contains |a picture of )?")
 
 
 @dataclass(frozen=True)
@@ -188,9 +202,143 @@ def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, boo
             for claimed in (relation, OPPOSITE[relation]):
                 x, y = (Reference(colour=thing.colour, shape=thing.shape) for thing in (a, b))
                 sentence = f"in the {side} image {with_article(x.noun)} is {claimed} {with_article(y.noun)}"
-                fitting = product(filter(x.fits, scene.things), filter(y.fits, scene.things))
-                made.append((sentence, any(one is not other and holds(claimed, one, other) for one, other in fitting)))
+                made.append((sentence, _related(scene, x, claimed, y)))
     return made
+
+
+def entailments(first: Scene, second: Scene, index: int) -> list[tuple[str, str, bool]]:
+    """Pairs of a caption and a statement that follows from it or does not: (caption, statement, truth).
+
+    They come two by two, the true one first, and neither half betrays the answer: both pairs have the same statement
+    and captions of different scenes, or they have captions of one scene and statements that are each other's opposite,
+    of which each is as often true as false. Whatever is denied is false of the scene, not merely unsaid.
+
+    Args:
+        first, second: any two scenes of a split.
+        index: a number that chooses the kind of statement (an object, how many there are, a relation) and the
+            paraphrases; consecutive ones give all kinds.
+
+    Returns:
+        Two pairs, or none where nothing tells the scenes apart.
+    """
+    # The numbers of kinds and paraphrases have no common factor, so no kind goes with a paraphrase.
+    kind, paraphrase = index % 3, index % 4
+    said, other = captions(first)[paraphrase], captions(second)[(paraphrase + 1) % 4]
+    if kind == 2:
+        again = captions(first)[(paraphrase + 1) % 4]
+        for a, b in pairwise(first.things):
+            x, y = (Reference(colour=thing.colour, shape=thing.shape) for thing in (a, b))
+            relation = main_relation(a, b)
+            opposite = OPPOSITE[relation]
+            if not _related(first, x, opposite, y):
+                left, right = with_article(x.noun), with_article(y.noun)
+                return [(said, f"{left} is {relation} {right}", True), (again, f"{left} is {opposite} {right}", False)]
+    number = len(first.things)
+    if kind == 1 and number != len(second.things):
+        claim = f"there {'is' if number == 1 else 'are'} exactly {NUMBERS[number]} object{'s' * (number > 1)}"
+        return [(said, claim, True), (other, claim, False)]
+    elsewhere = {(thing.colour, thing.shape) for thing in second.things}
+    only = sorted({(thing.colour, thing.shape) for thing in first.things} - elsewhere)
+    if not only:
+        return []
+    colour, shape = only[index % len(only)]
+    claim = f"there is {with_article(f'{colour} {shape}')}"
+    return [(said, claim, True), (other, claim, False)]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One claim of a caption: an attribute of an object ("red"), or a relation of two ("left of")."""
+
+    kind: Attribute | Literal["relation"]
+    claim: str
+    true: bool
+
+
+@dataclass(frozen=True)
+class CaptionFacts:
+    """The claims of a caption, in its order; none where it is not understood."""
+
+    understood: bool
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def all_true(self) -> bool:
+        """True if the caption claims something, and nothing false."""
+        return bool(self.facts) and all(fact.true for fact in self.facts)
+
+
+def caption_facts(text: str, scene: Scene) -> CaptionFacts:
+    """The claims of a caption, and which of them are true of a scene.
+
+    Understood are chains as `captions` makes them: an opening or none, then nouns joined by relations, each noun with
+    any of its attributes in their order. A caption may leave objects out. Each noun means another object, the
+    assignment being the one under which most attributes, then most relations are true; of a noun that finds no object
+    every claim is false.
+
+    Args:
+        text: a caption of any origin; capitals, surplus spaces and a full stop at the end do not matter.
+        scene: that it describes.
+    """
+    words = " ".join(text.lower().split()).removesuffix(".").rstrip()
+    parts = _RELATION.split(_OPENING.sub("", words, count=1))
+    nouns = [_NOUN.fullmatch(part) for part in parts[::2]]
+    if None in nouns:
+        return CaptionFacts(understood=False)
+    said = [dict(zip(ATTRIBUTES, noun.groups(), strict=True)) for noun in nouns if noun is not None]
+    relations = [_CANONICAL.get(relation, relation) for relation in parts[1::2]]
+    readings = (_judge(said, relations, meant) for meant in _assignments(scene.things, len(said)))
+    return CaptionFacts(understood=True, facts=max(readings, key=_likeness))
+
+
+def _assignments(things: Sequence[Thing], nouns: int) -> Iterator[tuple[Thing | None, ...]]:
+    """Every way to give each noun an object of its own, or each object a noun where there are more nouns."""
+    if nouns <= len(things):
+        yield from permutations(things, nouns)
+        return
+    for places in permutations(range(nouns), len(things)):
+        taken = dict(zip(places, things, strict=True))
+        yield tuple(taken.get(place) for place in range(nouns))
+
+
+def _judge(
+    said: Sequence[Mapping[Attribute, str | None]], relations: Sequence[str], meant: Sequence[Thing | None]
+) -> tuple[Fact, ...]:
+    facts: list[Fact] = []
+    for place, (attributes, thing) in enumerate(zip(said, meant, strict=True)):
+        if place:
+            before, relation = meant[place - 1], relations[place - 1]
+            true = before is not None and thing is not None and holds(relation, before, thing)
+            facts.append(Fact("relation", relation, true))
+        for kind in ATTRIBUTES:
+            claim = attributes[kind]
+            if claim is not None and claim != "object":
+                facts.append(Fact(kind, claim, thing is not None and getattr(thing, kind) == claim))
+    return tuple(facts)
+
+
+def _likeness(facts: Sequence[Fact]) -> tuple[int, int]:
+    """True attributes, true claims: of objects that changed places the relation is false, not the colours."""
+    return sum(fact.true for fact in facts if fact.kind != "relation"), sum(fact.true for fact in facts)
+
+
+def true_caption_share(texts: Sequence[str], scenes: Sequence[Scene]) -> float:
+    """Share of captions that state at least one fact and nothing false, each of its scene; one not understood is wrong.
+
+    Raises:
+        DataError: no captions, or another number of scenes.
+    """
+    if not texts or len(texts) != len(scenes):
+        raise DataError(
+            f"{len(texts)} captions and {len(scenes)} scenes: give one scene for each caption, at least one"
+        )
+    return sum(caption_facts(text, made).all_true for text, made in zip(texts, scenes, strict=True)) / len(texts)
+
+
+def _related(scene: Scene, x: Reference, relation: str, y: Reference) -> bool:
+    """True if some object that x fits is in this relation to another that y fits."""
+    fitting = product(filter(x.fits, scene.things), filter(y.fits, scene.things))
+    return any(one is not other and holds(relation, one, other) for one, other in fitting)
 
 
 def _relation_questions(scene: Scene) -> Iterator[tuple[str, str]]:

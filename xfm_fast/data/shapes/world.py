@@ -1,26 +1,42 @@
-"""The shapes world on disk, in the official formats: line-JSON for pretraining, JSON arrays for fine-tuning."""
+"""The shapes world on disk, in the official formats.
+
+Line-JSON for pretraining; JSON arrays, a tab-separated table and a CSV for fine-tuning.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from xfm_fast.data.files import new_folder
-from xfm_fast.data.shapes.language import ANSWERS, VOCABULARY, captions, full, questions, references, statements
+from xfm_fast.data.shapes.language import (
+    ANSWERS,
+    VOCABULARY,
+    captions,
+    entailments,
+    full,
+    questions,
+    references,
+    statements,
+)
 from xfm_fast.data.shapes.rendering import pixel_box, render
-from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, scene
+from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SHAPES, SPLITS, Scene, Split, scene
 from xfm_fast.errors import DataError, StorageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WORLD_FILE = "world.json"
+LABELS = {"text": ("no", "yes"), "image": SHAPES}
+"""The classes of the two classification tasks: the most frequent one is half and a sixth of val and test."""
 DEFAULT_IMAGES: Mapping[Split, int] = {"train": 10_000, "val": 500, "test": 500}
 
 
@@ -36,10 +52,18 @@ def write_world(
     For every split: `images/<split>/*.png`, and
 
     - `pairs_<split>.jsonl` (`binary`, `desc`: four paraphrases), `regions_<split>.jsonl` (`binary`, `caption`, `elems`)
-      and the fine-tuning files `vqa_`, `nlvr_`, `retrieval_` and `grounding_<split>.json`: all of the same scenes;
+      and the fine-tuning files `vqa_`, `nlvr_`, `retrieval_`, `grounding_` and `captioning_<split>.json`,
+      `text_<split>.tsv` and `image_<split>.csv`: all of the same scenes;
+    - `captioning_<split>_gt.json` for val and test, the references as the COCO evaluation reads them;
     - `images_<split>.jsonl` (`binary`) and `texts_<split>.jsonl` (`desc`): as many scenes again, different ones.
 
-    `answers.json` lists the answers, and `world.json` says what the world holds: seed, counts, vocabulary, the
+    Captioning has an element for every paraphrase in training, and one for every image with all four of them in val
+    and test; an image's id is its number. The text task (`sentence1`, `sentence2`, `label`) asks if a statement follows
+    from a caption: half of the answers are yes, and neither sentence alone says which (`entailments`). The image task
+    (`image`, `label`) asks for the shape of the largest object, in scenes with one object or exactly one large one; val
+    and test have equally many of all labels that occur, so chance is one in six.
+
+    `answers.json` lists the answers, and `world.json` says what the world holds: seed, counts, vocabulary, labels, the
     combinations that each split holds out, and the SHA-256 of every file.
 
     Args:
@@ -76,6 +100,7 @@ def write_world(
                 "rows": numbers,
                 "vocabulary": list(VOCABULARY),
                 "answers": list(ANSWERS),
+                "labels": {task: list(labels) for task, labels in LABELS.items()},
                 "held_out": {split: sorted(" ".join(pair) for pair in HELD_OUT[split]) for split in SPLITS},
                 "sha256": digests,
             }
@@ -109,7 +134,8 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
     pictures = folder / "images" / split
     pictures.mkdir(parents=True)
     rows: dict[str, list[Any]] = {name: [] for name in ("pairs", "regions", "images", "texts")}
-    arrays: dict[str, list[Any]] = {name: [] for name in ("vqa", "nlvr", "retrieval", "grounding")}
+    arrays: dict[str, list[Any]] = {name: [] for name in ("vqa", "nlvr", "retrieval", "grounding", "captioning")}
+    tables: dict[str, list[list[str]]] = {"text": [], "image": []}
     before = scene(seed, count - 1, split)
     paths = [f"images/{split}/{index:06d}.png" for index in range(count)]
     described: set[str] = set()
@@ -144,6 +170,16 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
             # Evaluation counts one right answer: a second image with the same description would be another.
             described.add(said[0])
             arrays["retrieval"].append({"image": path, "caption": said[:1]})
+        arrays["captioning"] += [
+            {"image": path, "caption": caption, "image_id": index} for caption in (said if split == "train" else [said])
+        ]
+        tables["text"] += [
+            [caption, statement, LABELS["text"][truth]]
+            for caption, statement, truth in entailments(made, before, index)
+        ]
+        large = [thing for thing in made.things if thing.size == "large"] if len(made.things) > 1 else made.things
+        if len(large) == 1:
+            tables["image"].append([path, large[0].shape])
         before = made
         other = scene(seed, count + index, split)
         rows["images"].append({"binary": base64.b64encode(_png(other, resolution)).decode()})
@@ -152,9 +188,44 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
     for name, lines in rows.items():
         data = b"".join((json.dumps(line, separators=(",", ":")) + "\n").encode() for line in lines)
         written[f"{name}_{split}.jsonl"] = len(lines), _write(folder / f"{name}_{split}.jsonl", data)
+    if split != "train":
+        annotations = [
+            {"image_id": row["image_id"], "caption": caption}
+            for row in arrays["captioning"]
+            for caption in row["caption"]
+        ]
+        truth = {
+            "images": [{"id": index, "file_name": path} for index, path in enumerate(paths)],
+            "annotations": [{"id": number} | annotation for number, annotation in enumerate(annotations)],
+        }
+        name = f"captioning_{split}_gt.json"
+        written[name] = len(annotations), _write(folder / name, (json.dumps(truth) + "\n").encode())
+        tables["image"] = _balanced(tables["image"])
+    for file, columns, separator in (
+        (f"text_{split}.tsv", ("sentence1", "sentence2", "label"), "\t"),
+        (f"image_{split}.csv", ("image", "label"), ","),
+    ):
+        lines = tables[file.partition("_")[0]]
+        table = io.StringIO()
+        csv.writer(table, delimiter=separator, lineterminator="\n").writerows([columns, *lines])
+        written[file] = len(lines), _write(folder / file, table.getvalue().encode())
     for name, array in arrays.items():
         written[f"{name}_{split}.json"] = len(array), _write(folder / f"{name}_{split}.json", _json_array(array))
     return written
+
+
+def _balanced(rows: Sequence[list[str]]) -> list[list[str]]:
+    """The first rows of every label, as many as the rarest label has."""
+    if not rows:
+        return []
+    least = min(Counter(label for _, label in rows).values())
+    seen: Counter[str] = Counter()
+    kept: list[list[str]] = []
+    for path, label in rows:
+        seen[label] += 1
+        if seen[label] <= least:
+            kept.append([path, label])
+    return kept
 
 
 def _png(made: Scene, resolution: int) -> bytes:
