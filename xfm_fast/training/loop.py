@@ -118,11 +118,8 @@ def train(
 
         # The same initial weights on every process, then dropout of its own on each.
         seed_everything(recipe.seed)
-        if model is None:
-            assert isinstance(recipe, Recipe)
-            model = build_model(recipe)
-        model = model.to(processes.device).train()
         if isinstance(recipe, Recipe):
+            model = (build_model(recipe) if model is None else model).to(processes.device)
             codes = image_codes(recipe, processes, image_tokenizer)
             if codes is not None:
                 # With the model its head is trained, shared and kept; what is saved as the model leaves it out.
@@ -136,8 +133,8 @@ def train(
                 official_itm_negatives=method.official_itm_negatives,
                 image_codes=codes,
             )
-        assert objective is not None
-        losses_of = objective
+        assert model is not None and objective is not None
+        model, losses_of = model.to(processes.device).train(), objective
         run_layers(model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile)
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)
         options = recipe.optimizer
