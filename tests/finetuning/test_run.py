@@ -92,7 +92,8 @@ def test_a_run_leaves_folders_that_explain_themselves(whole: FinetuneRecipe, wor
     best = max(line["val/accuracy"] for line in log if "val/accuracy" in line)
     assert json.loads(metrics(whole)["val"])["metrics"] == {"accuracy": best}
     predictor = xfm_fast.load(folder)
-    assert isinstance(predictor.model, NLVR2Model) and not predictor.model.training
+    assert isinstance(predictor.model, NLVR2Model)
+    assert not predictor.model.training
     images = [world / f"images/test/{number:06d}.png" for number in (0, 1)]
     (row,) = predictor.predict(images, ["there is a red circle in the left image"])
     assert row["answer"] == (row["probability"] > 0.5)
@@ -105,7 +106,8 @@ def test_killed_and_resumed(kill: Kill, whole: FinetuneRecipe, recipe: Make, tmp
     assert in_processes(process, 1, tmp_path / "meet", again, kill) == [-9]
     assert in_processes(process, 1, tmp_path / "meet", again, {}) == [0]
     assert numbers(Path(again.checkpoint.folder)) == numbers(Path(whole.checkpoint.folder))
-    assert weights(again) == weights(whole) and weights(again, "best") == weights(whole, "best")
+    assert weights(again) == weights(whole)
+    assert weights(again, "best") == weights(whole, "best")
     assert metrics(again) == metrics(whole)
 
 
