@@ -1,26 +1,62 @@
-"""Fine-tuning files: JSON arrays in the official formats, read whole and checked element by element."""
+"""The elements of fine-tuning files: records of each task, judged one by one as they are read."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from xfm_fast.data.files import Paths, check_plain, find_files, unreadable
+from xfm_fast.data.files import Paths, find_files, read_json, unreadable
 from xfm_fast.errors import DataError
 
 _SHOWN = 3
+ARRAY = "one JSON array of objects, [{...}, {...}]"
+# Boxes of COCO reach past the edge by rounding.
+_EDGE = 1.0
 
 
-Text = Annotated[str, Field(min_length=1)]
+def _no_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "it holds no text")
+    return text
+
+
+def _answered(value: Any) -> Any:
+    """Answers without the empty ones, which people gave now and then."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    answers = [each for each in map(answer_text, value) if not isinstance(each, str) or each.strip()]
+    if value and not answers:
+        raise PydanticCustomError("blank", "all answers are empty")
+    return answers
+
+
+def answer_text(value: Any) -> Any:
+    """One of ten answers, which stands in an object of its own or alone."""
+    return value.get("answer") if isinstance(value, dict) else value
+
+
+Text = Annotated[str, AfterValidator(_no_blank)]
 Identity = int | Text
 Texts = Annotated[
     tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
+Answers = Annotated[Texts, BeforeValidator(_answered)]
+# What ten people said, to score by: an empty answer is one of ten.
+PeopleAnswers = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: list(map(answer_text, value)) if isinstance(value, list) else value),
+]
+Label = Annotated[
+    str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value), AfterValidator(_no_blank)
 ]
 
 
@@ -59,8 +95,11 @@ class VQARecord(Annotation):
     image: Text
     question: Text
     question_id: Identity
-    answer: Texts | None = None
+    answer: Answers | None = Field(None, description="what training takes; empty answers are left out")
     dataset: str = "vqa"
+    answers: PeopleAnswers | None = Field(None, description="the ten people's, to score by")
+    question_type: str | None = None
+    answer_type: str | None = None
 
     @property
     def weighted_answers(self) -> list[tuple[str, float]]:
@@ -73,17 +112,44 @@ class VQARecord(Annotation):
             return [(answer, 0.5) for answer in answers[:1]]
         return [(answer, times / len(answers)) for answer, times in Counter(answers).items()]
 
+    @property
+    def scored(self) -> dict[str, Any] | None:
+        """The annotation that `tasks.vqa.vqa_accuracy` scores by; None where people's answers are not known."""
+        if self.answers is None:
+            return None
+        kinds = {"question_type": self.question_type, "answer_type": self.answer_type}
+        return {
+            "question_id": self.question_id,
+            "answers": [{"answer": answer} for answer in self.answers],
+            **{name: kind for name, kind in kinds.items() if kind is not None},
+        }
+
 
 class GroundingRecord(Annotation):
     """A phrase and the part of the image that it means.
 
-    The official files have no boxes (the refer toolkit looks them up by `ref_id`); `bbox` is what it gives.
+    The official files have no boxes; `grounding_rows` looks them up by `ref_id`.
     """
 
     image: Text
     text: Text
     ref_id: Identity
     bbox: tuple[float, float, float, float] | None = Field(None, description="x, y, w, h in pixels")
+    split: str | None = Field(None, description="val, testA, ...")
+    width: int | None = Field(None, gt=0, description="of the image, in pixels")
+    height: int | None = Field(None, gt=0, description="of the image, in pixels")
+
+    @model_validator(mode="after")
+    def _box_is_inside(self) -> GroundingRecord:
+        if self.bbox is not None:
+            x, y, w, h = self.bbox
+            if not all(map(math.isfinite, self.bbox)) or w <= 0 or h <= 0:
+                raise PydanticCustomError("box", "has no area; expected x, y, w, h in pixels")
+            right, below = self.width or math.inf, self.height or math.inf
+            if min(x, y) < -_EDGE or x + w > right + _EDGE or y + h > below + _EDGE:
+                size = f" {self.width}x{self.height}" if self.width and self.height else ""
+                raise PydanticCustomError("box", "is not inside the{size} image", {"size": size})
+        return self
 
 
 class CaptioningRecord(Annotation):
@@ -92,6 +158,49 @@ class CaptioningRecord(Annotation):
     image: Text
     caption: Text | None = None
     image_id: Identity | None = None
+
+    @property
+    def identity(self) -> int | str:
+        """`image_id`, or the digits after the last `_` of the file name, or else the file name."""
+        return self.image_id if self.image_id is not None else identity_of(self.image)
+
+
+class CaptioningTestRecord(Annotation):
+    """An image, with all captions that are known of it."""
+
+    image: Text
+    caption: Texts | None = None
+    image_id: Identity | None = None
+
+    @property
+    def identity(self) -> int | str:
+        """`image_id`, or the digits after the last `_` of the file name, or else the file name."""
+        return self.image_id if self.image_id is not None else identity_of(self.image)
+
+
+class TextRecord(Annotation):
+    """A text or a pair of texts, with its class where it is known."""
+
+    text: Text
+    text2: Text | None = None
+    label: Label | None = None
+    index: int | None = Field(None, description="the number that a benchmark's result file gives it")
+
+
+class TextScoreRecord(Annotation):
+    """A text or a pair of texts, with a number to predict where it is known."""
+
+    text: Text
+    text2: Text | None = None
+    label: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    index: int | None = None
+
+
+class ImageLabelRecord(Annotation):
+    """An image, with its class where it is known."""
+
+    image: Text
+    label: Label | None = None
 
 
 Record = TypeVar("Record", bound=Annotation)
@@ -124,30 +233,13 @@ def read_array(path: str | os.PathLike[str]) -> Sequence[Any]:
         DataError: it cannot be read, or is no JSON array, with line and column where it stops being one.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if not data.strip():
-        raise DataError(f"{path} is empty; download or write it again")
-    check_plain(path, data[:16])
-    try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
-    except json.JSONDecodeError as error:
-        expected = "one JSON array of objects, [{...}, {...}]"
-        if error.msg == "Extra data" and data.lstrip().startswith(b"{"):
-            expected += ", not one object a line as in pretraining"
-        raise DataError(f"{path}:{error.lineno}:{error.colno}: {error.msg}; expected {expected}") from None
-    except RecursionError:
-        raise DataError(
-            f"{path} is nested too deeply; expected one JSON array of objects, [{{...}}, {{...}}]"
-        ) from None
+    return array_of(path, read_json(path, ARRAY, lines=", not one object a line as in pretraining"))
+
+
+def array_of(path: Path, content: Any, known: str = "one array of objects, [{...}, {...}]") -> list[Any]:
+    """The content of a file, which must be an array that is not empty; messages say what is `known`."""
     if not isinstance(content, list):
-        raise DataError(
-            f"{path} holds a JSON {type(content).__name__}; expected one array of objects, [{{...}}, {{...}}]"
-        )
+        raise DataError(f"{path} holds a JSON {type(content).__name__}; expected {known}")
     if not content:
         raise DataError(f"{path} holds no elements; give at least one")
     return content
@@ -159,6 +251,8 @@ def parse_annotation(element: Any, kind: type[Record]) -> Record:
     Raises:
         DataError: says which fields are missing or wrong, and what they hold.
     """
+    if isinstance(element, DataError):
+        raise DataError(str(element))
     if not isinstance(element, dict):
         raise DataError(f"is a {type(element).__name__}; expected an object with {', '.join(kind.model_fields)}")
     try:
@@ -168,5 +262,199 @@ def parse_annotation(element: Any, kind: type[Record]) -> Record:
         for problem in error.errors():
             given = repr(problem["input"])
             held = f"{given[:60] + '...' if len(given) > 60 else given} ({problem['msg'].lower()})"
-            wrong.append(f"{str(problem['loc'][0])!r} is {'missing' if problem['type'] == 'missing' else held}")
+            if problem["type"] == "box":
+                wrong.append(f"box {element.get('bbox')} {problem['msg']}; correct or remove it")
+            else:
+                wrong.append(f"{str(problem['loc'][0])!r} is {'missing' if problem['type'] == 'missing' else held}")
         raise DataError("; ".join(dict.fromkeys(wrong))) from None
+
+
+class Elements(NamedTuple):
+    """What a file holds, before any of it is judged.
+
+    Attributes:
+        name: the path.
+        values: mappings of fields; a `DataError` stands for an element that is none.
+        labels: what messages call each element; None numbers them from 0.
+        notes: what was left out while reading, for a user to know.
+        others: more files that the values come from.
+    """
+
+    name: str
+    values: Sequence[Any]
+    labels: Sequence[int | str] | None = None
+    notes: tuple[str, ...] = ()
+    others: tuple[Path, ...] = ()
+
+
+class AnnotationRows(Generic[Record]):
+    """The elements of a fine-tuning file as `Rows` of records, each of which is judged when it is read.
+
+    Args:
+        path: what messages call the file.
+        elements: mappings of fields; a `DataError` stands for one that is none.
+        kind: of the records.
+        labels: what messages call each element; by default it is numbered from 0.
+        notes: what was left out while reading, for a user to know.
+        others: more files that the elements come from.
+
+    Raises:
+        DataError: a file cannot be found.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        elements: Sequence[Any],
+        kind: type[Record],
+        *,
+        labels: Sequence[int | str] | None = None,
+        notes: Sequence[str] = (),
+        others: Sequence[Path] = (),
+    ) -> None:
+        self.name, self.elements, self.kind, self.notes = os.fspath(path), elements, kind, tuple(notes)
+        self._labels = labels
+        try:
+            self.modified = max(os.stat(each).st_mtime_ns for each in (path, *others))
+        except OSError as error:
+            raise unreadable(Path(path), error) from None
+
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    def label(self, row: int) -> int | str:
+        return f"element {row}" if self._labels is None else self._labels[row]
+
+    def raw(self, row: int) -> bytes:
+        return json.dumps(self.elements[row], default=str, ensure_ascii=False).encode("utf-8", "replace")
+
+    def read(self, row: int) -> Record:
+        """The record of a row.
+
+        Raises:
+            DataError: fields are missing or wrong.
+        """
+        return parse_annotation(self.elements[row], self.kind)
+
+    def records(self) -> Iterator[Record]:
+        """All records in order, for files of which each element must be good.
+
+        Raises:
+            DataError: an element is broken: names the file and the element.
+        """
+        for row in range(len(self)):
+            try:
+                yield self.read(row)
+            except DataError as error:
+                raise DataError(f"{self.name}, {_place(self.label(row))}: {error}") from None
+
+
+def _place(label: int | str) -> str:
+    return f"line {label}" if isinstance(label, int) else label
+
+
+def as_rows(elements: Iterable[Elements], kind: type[Record]) -> list[AnnotationRows[Record]]:
+    """The rows of several files as records of one kind."""
+    return [
+        AnnotationRows(each.name, each.values, kind, labels=each.labels, notes=each.notes, others=each.others)
+        for each in elements
+    ]
+
+
+def label_names(rows: Iterable[AnnotationRows[Any]]) -> list[str]:
+    """The classes of all rows, sorted by name, as ImageFolder numbers them.
+
+    Raises:
+        DataError: no row has a label.
+    """
+    found = {
+        str(label)
+        for each in rows
+        for element in each.elements
+        if isinstance(element, dict) and (label := element.get("label")) not in (None, "")
+    }
+    if not found:
+        raise DataError("no row has a label; name the column that holds the classes")
+    return sorted(found)
+
+
+def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
+    """The answers that a VQA model ranks: a JSON array of strings.
+
+    Raises:
+        DataError: it is no such array, an answer is empty, or is there twice.
+    """
+    path = Path(path)
+    answers = array_of(path, read_json(path, "one JSON array of strings"), "one array of strings")
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            raise DataError(f"{path}: answer {number} is {answer!r}; expected a text that is not empty")
+    if twice := [answer for answer, times in Counter(answers).items() if times > 1]:
+        raise DataError(f"{path}: {_first(twice)} stand there more than once; leave one of each")
+    return answers
+
+
+class Named(NamedTuple):
+    """How many things were found, and the first three of them."""
+
+    number: int
+    first: tuple[str, ...]
+
+
+def image_names(items: Iterable[Any]) -> Iterator[str]:
+    """The images of rows (unread), of records, or of paths, in order; an image comes as often as it is named."""
+    for item in items:
+        if isinstance(item, AnnotationRows):
+            for element in item.elements:
+                if isinstance(element, dict):
+                    names = element.get("images") or (element.get("image"),)
+                    yield from (name for name in names if isinstance(name, str))
+        elif isinstance(item, Annotation):
+            yield from getattr(item, "images", None) or (getattr(item, "image"),)  # noqa: B009, not of every kind
+        else:
+            yield os.fspath(item)
+
+
+def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
+    """See that each image exists; none is opened.
+
+    Args:
+        items: rows, records or paths (see `image_names`).
+        root: folder that their names are below.
+
+    Raises:
+        DataError: images are missing: how many, and the first three.
+    """
+    names = dict.fromkeys(image_names(items))
+    absent = [name for name in names if not os.path.isfile(os.path.join(root, name))]
+    if absent:
+        raise DataError(
+            f"{len(absent)} of {len(names)} images do not exist below {os.fspath(root)}: {_first(absent)}; check the "
+            "image folder"
+        )
+
+
+def overlap(a: Iterable[Any], b: Iterable[Any]) -> Named:
+    """The images that two splits share, in the order of the second (see `image_names`)."""
+    known = set(map(os.path.normpath, image_names(a)))
+    shared = [name for name in dict.fromkeys(map(os.path.normpath, image_names(b))) if name in known]
+    return Named(len(shared), tuple(shared[:_SHOWN]))
+
+
+def unlisted_answers(records: Iterable[VQARecord], answers: Iterable[str]) -> Named:
+    """The most frequent answers of questions that a list of answers lacks, so that ranking cannot find them."""
+    listed = set(answers)
+    best = (max(Counter(record.answer).items(), key=lambda item: item[1])[0] for record in records if record.answer)
+    lacking = [answer for answer in best if answer not in listed]
+    return Named(len(lacking), tuple(dict.fromkeys(lacking))[:_SHOWN])
+
+
+def identity_of(image: str) -> int | str:
+    """The digits after the last `_` of a file name (COCO_val2014_000000000042.jpg is 42), or else the name."""
+    stem = Path(image).stem
+    digits = re.fullmatch(r"(?:.*_)?(\d+)", stem, re.ASCII)
+    return int(digits[1]) if digits else Path(image).name
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
+import json
 import os
+import pickle
 import secrets
 import shutil
 import threading
@@ -35,16 +38,23 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
 }
+# Opcodes that make containers, strings and numbers, or look after the stack: none that names or calls anything.
+_PLAIN = (
+    "MARK STOP POP POP_MARK DUP PROTO FRAME GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE NONE NEWTRUE "
+    "NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES DICT EMPTY_DICT SETITEM SETITEMS LIST EMPTY_LIST "
+    "APPEND APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3"
+)
 # The head of an index: version of the format, size and time of change of the file that it is of.
 _HEAD = 3
 
 
-def find_files(paths: Paths) -> list[Path]:
+def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: False) -> list[Path]:
     """The data files that paths name, in an order that does not depend on the file system.
 
     A string may hold several paths, separated by commas. Each is a file, a pattern (`*`, `?`, `[...]`; sorted) or a
     folder, of which all files count that are not hidden (sorted). Names that contain `_SUCCESS` are left out, as in
-    the official reader.
+    the official reader. Folders for which `whole` is true stay as they are: they are a data set each.
 
     Raises:
         DataError: a path names nothing, or the same file is named twice.
@@ -52,7 +62,9 @@ def find_files(paths: Paths) -> list[Path]:
     found: list[Path] = []
     for part in _parts(paths):
         path = Path(part)
-        if path.is_dir():
+        if path.is_dir() and whole(path):
+            inside = [path]
+        elif path.is_dir():
             inside = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
         elif path.exists():
             inside = [path]
@@ -94,6 +106,80 @@ def check_plain(path: Path, start: bytes) -> None:
             raise DataError(f"{path} is compressed ({name}) and cannot be read from the middle; decompress it first")
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+
+
+def read_json(
+    path: Path, expected: str, object_hook: Callable[[dict[str, Any]], Any] | None = None, *, lines: str | None = None
+) -> Any:
+    """The content of a JSON file, read whole.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark.
+        expected: what should stand there, for messages.
+        object_hook: replaces each object as it is parsed (see `json.loads`), so that large files take less memory.
+        lines: what to add to the message if the file holds an object a line.
+
+    Raises:
+        DataError: it cannot be read, or is no JSON, with line and column where it stops being so.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if not data.strip():
+        raise DataError(f"{path} is empty; download or write it again")
+    check_plain(path, data[:16])
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_hook=object_hook)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    except json.JSONDecodeError as error:
+        if lines and error.msg == "Extra data" and data.lstrip().startswith(b"{"):
+            expected += lines
+        raise DataError(f"{path}:{error.lineno}:{error.colno}: {error.msg}; expected {expected}") from None
+    except RecursionError:
+        raise DataError(f"{path} is nested too deeply; expected {expected}") from None
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """The content of a pickle of containers, strings and numbers; strings of Python 2 are read as Latin-1.
+
+    Raises:
+        DataError: it holds anything else, or is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    try:
+        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+    except _NotPlain as error:
+        raise DataError(
+            f"{path} holds more than containers, strings and numbers ({error}) and is not unpickled; get the file from "
+            "its authors"
+        ) from None
+    except Exception as error:
+        # Damaged bytes raise whatever they come upon.
+        raise DataError(f"{path} is no pickle that can be read ({error!r}); download it again") from None
+
+
+class _NotPlain(Exception):
+    """An opcode that names or calls something."""
+
+
+class _PlainOpcodes(dict[int, Any]):
+    def __missing__(self, opcode: int) -> Any:
+        raise _NotPlain(f"opcode {bytes([opcode])!r}")
+
+
+# The C unpickler cannot be told which opcodes to take, and a crafted memo index makes it reserve gigabytes.
+class _PlainUnpickler(pickle._Unpickler):
+    dispatch = _PlainOpcodes(
+        {code: pickle._Unpickler.dispatch[code] for code in (ord(getattr(pickle, name)) for name in _PLAIN.split())}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise _NotPlain(f"{module}.{name}")
 
 
 @contextmanager

@@ -60,8 +60,8 @@ class Rows(Protocol):
         """A row as it is stored, for excerpts."""
         ...
 
-    def read(self, row: int) -> Record:
-        """A row as a mapping of its fields. Raises `DataError` when it is broken."""
+    def read(self, row: int) -> Any:
+        """A row as a mapping of its fields, or as an `Annotation`. Raises `DataError` when it is broken."""
         ...
 
 

@@ -1,0 +1,454 @@
+"""Tables, line files and folders (CSV, TSV, line JSON, GLUE, images, `datasets`), and the tasks that have no others."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xfm_fast.data.annotations import AnnotationRows, Elements, ImageLabelRecord, TextRecord, TextScoreRecord, as_rows
+from xfm_fast.data.files import Paths, check_plain, find_files, unreadable
+from xfm_fast.errors import DataError, UnavailableError
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+_SHOWN = 3
+# A cell of megabytes is a quotation mark that nothing closes.
+_MOST_CELL = 1 << 22
+
+
+class Columns(Sequence[dict[str, Any]]):
+    """Elements kept as a list per field, for millions of them."""
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._columns = dict(columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        return {field: values[row] for field, values in self._columns.items()}
+
+
+class GlueSet(NamedTuple):
+    """A set of the GLUE benchmark as its zip holds it: names of columns, and the labels in the order of their classes.
+
+    `classes` is None where the label is a number to predict.
+    """
+
+    text: str
+    text2: str | None
+    label: str
+    classes: tuple[str, ...] | None
+
+
+GLUE = {
+    "cola": GlueSet("sentence", None, "label", ("0", "1")),
+    "mnli": GlueSet("sentence1", "sentence2", "gold_label", ("entailment", "neutral", "contradiction")),
+    "mrpc": GlueSet("#1 String", "#2 String", "Quality", ("0", "1")),
+    "qnli": GlueSet("question", "sentence", "label", ("entailment", "not_entailment")),
+    "qqp": GlueSet("question1", "question2", "is_duplicate", ("0", "1")),
+    "rte": GlueSet("sentence1", "sentence2", "label", ("entailment", "not_entailment")),
+    "sst2": GlueSet("sentence", None, "label", ("0", "1")),
+    "stsb": GlueSet("sentence1", "sentence2", "score", None),
+}
+# The columns that `datasets` gives these sets.
+_ON_DISK = {
+    "mrpc": GlueSet("sentence1", "sentence2", "label", None),
+    "mnli": GlueSet("premise", "hypothesis", "label", None),
+}
+_SPLIT_FILES = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
+_MNLI_FILES = {
+    "train": "train.tsv",
+    "val": "dev_matched.tsv",
+    "val_mismatched": "dev_mismatched.tsv",
+    "test": "test_matched.tsv",
+    "test_mismatched": "test_mismatched.tsv",
+}
+
+
+def text_rows(
+    paths: Paths,
+    *,
+    glue: str | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    scores: bool = False,
+) -> list[AnnotationRows[TextRecord]] | list[AnnotationRows[TextScoreRecord]]:
+    """Texts, or pairs of them, with their classes or scores.
+
+    Args:
+        paths: CSV, TSV or line JSON with `text` and, where there are, `text2`, `label`, `index`; files or folders of
+            GLUE's zips; folders that `datasets` saved (`save_to_disk`).
+        glue: the set of GLUE that the files are of (see `GLUE`).
+        split: in a folder: `train`, `val`, `test`, and of MNLI `val_mismatched`, `test_mismatched`.
+        columns: field → column, where it is called otherwise.
+        scores: labels are numbers to predict; those of `stsb` are.
+
+    Raises:
+        DataError: a file cannot be read, or is in none of these formats.
+        UnavailableError: a folder needs `datasets`, which is not installed.
+    """
+    classes = glue_set(glue).classes if glue is not None else None
+    names = {name: name for name in ("text", "text2", "label", "index")} | dict(columns or {})
+    optional = [name for name in ("text2", "label", "index") if name not in (columns or {})]
+    found = []
+    for path in find_files(paths, lambda folder: glue is not None or on_disk(folder)):
+        if path.is_dir() and on_disk(path):
+            found.append(read_dataset(path, names, split, glue))
+        elif glue is not None:
+            found.append(read_glue(path, glue, split))
+        elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
+            found.append(read_table(path, names, optional))
+        else:
+            raise DataError(f"{path} is no .csv, .tsv or .jsonl; convert it, or name the set of GLUE that it is of")
+    if scores or (glue is not None and classes is None):
+        return as_rows(found, TextScoreRecord)
+    return as_rows(found, TextRecord)
+
+
+def image_rows(paths: Paths, *, columns: Mapping[str, str] | None = None) -> list[AnnotationRows[ImageLabelRecord]]:
+    """Images with their classes.
+
+    Args:
+        paths: folders with a folder of images for each class, or CSV, TSV or line JSON with `image` and, where it is
+            known, `label`.
+        columns: field → column, where it is called otherwise.
+
+    Raises:
+        DataError: a file cannot be read, is in none of these formats, or a class folder holds no images.
+    """
+    names = {"image": "image", "label": "label"} | dict(columns or {})
+    found = []
+    for path in find_files(paths, lambda _: True):
+        if path.is_dir():
+            found.append(read_class_folder(path))
+        elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
+            found.append(read_table(path, names, [] if "label" in (columns or {}) else ["label"]))
+        else:
+            raise DataError(f"{path} is no folder of class folders, .csv, .tsv or .jsonl; give one of these")
+    return as_rows(found, ImageLabelRecord)
+
+
+def read_table(path: Path, columns: Mapping[str, str], optional: Sequence[str] = ()) -> Elements:
+    """The lines of a CSV or TSV file with a header, or of line JSON.
+
+    Args:
+        path: `.csv`, `.tsv`, or `.jsonl`.
+        columns: field → the column, or key, that holds it.
+        optional: fields that the file may lack.
+
+    Raises:
+        DataError: the file cannot be read, or lacks a column.
+    """
+    if path.suffix.lower() in LINE_SUFFIXES:
+        found = read_lines(path)
+        values = [
+            {field: value[column] for field, column in columns.items() if column in value}
+            if isinstance(value, dict)
+            else value
+            for value in found.values
+        ]
+        return found._replace(values=values)
+    lines = _cells(path)
+    _, header = next(lines, (0, []))
+    places = {field: header.index(column) for field, column in columns.items() if column in header}
+    if absent := [columns[field] for field in columns if field not in places and field not in optional]:
+        raise DataError(
+            f"{path} has no column {', '.join(map(repr, absent))}, but {', '.join(map(repr, header)) or 'no header'}; "
+            "name the columns to read"
+        )
+    values, labels = [], []
+    for line, cells in lines:
+        labels.append(line)
+        values.append(_chosen(cells, places, len(header)))
+    return _filled(Elements(str(path), values, labels))
+
+
+def _chosen(cells: Sequence[str], places: Mapping[str, int], width: int) -> dict[str, str] | DataError:
+    if len(cells) != width:
+        return DataError(f"the line has {len(cells)} columns and the header {width}; check its separators and quotes")
+    return {field: cells[place] for field, place in places.items()}
+
+
+def _filled(elements: Elements) -> Elements:
+    if not len(elements.values):
+        raise DataError(f"{elements.name} holds no elements; give at least one")
+    return elements
+
+
+def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """The line and the cells of each row of a table that is not blank, in the dialect that its suffix says."""
+    previous = csv.field_size_limit(_MOST_CELL)
+    try:
+        with open(path, "rb") as file:
+            check_plain(path, file.read(16))
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(
+                file,
+                delimiter="," if path.suffix.lower() == ".csv" else "\t",
+                quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+            )
+            line = 1
+            for cells in reader:
+                if cells:
+                    yield line, cells
+                line = reader.line_num + 1
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    except csv.Error as error:
+        raise DataError(f"{path} is no table ({error}); check for a quotation mark that nothing closes") from None
+    finally:
+        csv.field_size_limit(previous)
+
+
+def read_lines(path: Path) -> Elements:
+    """Line JSON, read whole; a line that is no object becomes a `DataError`.
+
+    Raises:
+        DataError: the file cannot be read, is empty, compressed or UTF-16.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    check_plain(path, data[:16])
+    values, labels = [], []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            labels.append(number)
+            try:
+                values.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                values.append(DataError(f"the line is no JSON ({error}); expected one object a line, such as {{...}}"))
+    return _filled(Elements(str(path), values, labels))
+
+
+def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
+    """A file of GLUE as the official zips hold it, or the file of a split in a folder of them.
+
+    Lines of MNLI whose annotators did not agree (`-`) are left out and counted in the notes.
+
+    Raises:
+        DataError: no such set or split, or the file lacks the columns of the set.
+    """
+    form = glue_set(name)
+    if path.is_dir():
+        files = _MNLI_FILES if name == "mnli" else _SPLIT_FILES
+        if split not in files:
+            raise DataError(f"split {split!r} of {name} is unknown; choose one of {', '.join(files)}")
+        path = path / files[split]
+    # Quotation marks are text there, and often unpaired.
+    lines = _cells(path, quotes=False)
+    first = next(lines, (0, []))
+    header = first[1]
+    if name == "cola" and len(header) == 4:
+        header = ["source", form.label, "mark", form.text]
+        rows = [first, *lines]
+    else:
+        rows = list(lines)
+    wanted = {"text": form.text, "text2": form.text2, "label": form.label}
+    places = {field: header.index(column) for field, column in wanted.items() if column in header}
+    if absent := [column for field, column in wanted.items() if column and field != "label" and field not in places]:
+        raise DataError(
+            f"{path} has no column {', '.join(map(repr, absent))} of {name}, but {', '.join(map(repr, header))}; "
+            "give the files of the official zip, and the set that they are of"
+        )
+    number = next((header.index(column) for column in ("index", "id") if column in header), None)
+    values, labels, dropped = [], [], []
+    for row, (line, cells) in enumerate(rows):
+        value = _chosen(cells, places, len(header))
+        if isinstance(value, dict):
+            if name == "mnli" and value.get("label") in ("-", "-1"):
+                dropped.append(line)
+                continue
+            value = _glue_value(value, form, row if number is None else cells[number])
+        values.append(value)
+        labels.append(line)
+    notes = ()
+    if dropped:
+        shown = ", ".join(map(str, dropped[:_SHOWN]))
+        notes = (f"{path}: {len(dropped)} lines without an agreed label were left out (line {shown})",)
+    return _filled(Elements(str(path), values, labels, notes))
+
+
+def glue_set(name: str) -> GlueSet:
+    """A set of GLUE by its name.
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    if name not in GLUE:
+        raise DataError(f"{name!r} is no set of GLUE that is known; choose one of {', '.join(GLUE)}")
+    return GLUE[name]
+
+
+def _glue_value(value: dict[str, Any], form: GlueSet, index: int | str) -> dict[str, Any] | DataError:
+    label = value.get("label")
+    if form.classes and label is not None and label not in form.classes:
+        return DataError(f"label {label!r} is none of {', '.join(form.classes)}; correct the line")
+    return {**value, "index": index}
+
+
+def on_disk(path: Path) -> bool:
+    """True for a folder that `datasets` wrote with `save_to_disk`."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = None, glue: str | None = None) -> Elements:
+    """The rows of a folder that `datasets` wrote with `save_to_disk`; numbered classes get their names.
+
+    Args:
+        path: the folder, of one set or of several splits.
+        columns: field → column; those of a set of GLUE are known.
+        split: which of several. `val` also finds `validation`.
+        glue: the set of GLUE, whose labels are called as in the official files.
+
+    Raises:
+        UnavailableError: `datasets` is not installed.
+        DataError: the folder cannot be read, the split is not there, or a column is not.
+    """
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UnavailableError(
+            f"{path} was written by the package datasets, which is not installed; install it (pip install datasets) "
+            "or save the set as CSV"
+        ) from None
+    try:
+        found: Any = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read by datasets ({error}); save it anew") from error
+    if isinstance(found, Mapping):
+        names = [split, {"val": "validation"}.get(str(split), split)]
+        if glue == "mnli":
+            kind, _, which = str(split).partition("_")
+            names.append(f"{'validation' if kind == 'val' else kind}_{which or 'matched'}")
+        chosen = next((name for name in names if name in found), None)
+        if chosen is None:
+            raise DataError(f"{path} has no split {split!r}; choose one of {', '.join(found)}")
+        found = found[chosen]
+    classes = None
+    if glue is not None:
+        form, classes = _ON_DISK.get(glue, GLUE[glue]), GLUE[glue].classes
+        label = "label" if "label" in found.column_names else form.label
+        columns = {"text": form.text, "label": label, "index": "idx"} | ({"text2": form.text2} if form.text2 else {})
+    present = {field: column for field, column in columns.items() if column in found.column_names}
+    if "text" not in present:
+        raise DataError(
+            f"{path} has no column {columns['text']!r}, but {', '.join(found.column_names)}; name the columns to read"
+        )
+    values = {field: list(found[column]) for field, column in present.items()}
+    if "label" in values:
+        names = classes or getattr(found.features[present["label"]], "names", None)
+        # Test sets of the hub say -1 where the label is not told.
+        if names is not None:
+            values["label"] = [
+                (names[label] if label >= 0 else None) if isinstance(label, int) else label for label in values["label"]
+            ]
+        elif glue is not None:
+            values["label"] = [None if label == -1 else label for label in values["label"]]
+    return _filled(Elements(str(path), Columns(values)))
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images in a folder and in those below it, sorted; hidden files are left out.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(Path(error.filename or folder), error)
+
+    found = []
+    for place, folders, names in os.walk(os.path.abspath(folder), followlinks=True, onerror=refuse):
+        # In place, so that the walk goes on in this order.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(place, name)
+            for name in sorted(names)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+        ]
+    return found
+
+
+def holds_images(folder: Path) -> bool:
+    """True for a folder with an image in it, or in a folder below it."""
+    return any(
+        os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith(".")
+        for _, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+
+
+def read_caption_folder(folder: Path) -> Elements:
+    """A folder of images with their captions beside them: `a.txt` holds those of `a.jpg`, one a line.
+
+    Raises:
+        DataError: no image has captions, or they are not UTF-8.
+    """
+    values, labels, bare = [], [], []
+    for image in find_images(folder):
+        try:
+            lines = image.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            bare.append(image.name)
+            continue
+        except OSError as error:
+            raise unreadable(image.with_suffix(".txt"), error) from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{image.with_suffix('.txt')} is not UTF-8 (byte {error.start}); convert it") from None
+        captions = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+        if not captions:
+            values.append(DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line"))
+            labels.append(image.name)
+        for number, caption in captions:
+            values.append({"image": str(image), "caption": caption, "image_id": str(image)})
+            labels.append(f"{image.with_suffix('.txt').name}:{number}")
+    if not values:
+        raise DataError(f"{folder} holds no image with captions beside it; write those of a.jpg to a.txt, one a line")
+    notes = ()
+    if bare:
+        notes = (f"{folder}: {len(bare)} images without captions were left out ({', '.join(bare[:_SHOWN])})",)
+    return Elements(str(folder), values, labels, notes)
+
+
+def read_image_folder(folder: Path) -> Elements:
+    """A folder of images without anything said of them."""
+    paths = list(map(str, find_images(folder)))
+    return _filled(Elements(str(folder), Columns({"image": paths}), paths))
+
+
+def read_class_folder(folder: Path) -> Elements:
+    """A folder with a folder of images for each class (torchvision's ImageFolder); classes and images sorted by name.
+
+    Raises:
+        DataError: there is no class folder, or one of them holds no image.
+    """
+    classes: list[Path] = []
+    with suppress(NotADirectoryError):
+        classes = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if not classes:
+        raise DataError(f"{folder} holds no class folders; expected class/image.jpg in it")
+    images: list[str] = []
+    labels: list[str] = []
+    for each in classes:
+        found = find_images(each)
+        if not found:
+            raise DataError(
+                f"class folder {each} holds no images ({', '.join(PICTURE_SUFFIXES)}); add some or remove the folder"
+            )
+        images += map(str, found)
+        labels += [each.name] * len(found)
+    return Elements(str(folder), Columns({"image": images, "label": labels}), images)

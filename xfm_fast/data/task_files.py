@@ -1,0 +1,593 @@
+"""The files of vision-language tasks: official arrays, tables and folders, and what authors publish (Karpathy's splits,
+COCO captions, VQA v2, NLVR2, RefCOCO) brought into the form of the official ones.
+
+A reader (`retrieval_rows`, `vqa_rows`, ...) takes any mix of files in the formats that it knows and gives the rows of
+each. It looks at no element until that is read, so that a broken one can be set aside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xfm_fast.data.annotations import (
+    ARRAY,
+    AnnotationRows,
+    CaptioningRecord,
+    CaptioningTestRecord,
+    Elements,
+    GroundingRecord,
+    NLVR2Record,
+    RetrievalRecord,
+    RetrievalTestRecord,
+    VQARecord,
+    answer_text,
+    array_of,
+    as_rows,
+    read_array,
+)
+from xfm_fast.data.files import Paths, find_files, read_json, read_plain_pickle, unreadable
+from xfm_fast.data.tables import (
+    LINE_SUFFIXES,
+    TABLE_SUFFIXES,
+    find_images,
+    holds_images,
+    read_caption_folder,
+    read_image_folder,
+    read_lines,
+    read_table,
+)
+from xfm_fast.errors import DataError
+
+VQA_IMAGE = "{split}/COCO_{split}_{image_id:012d}.jpg"
+NLVR2_IMAGE = "{folder}/{stem}-img{side}.png"
+COCO_IMAGE = "{file_name}"
+
+# Ten times the largest file of referring expressions.
+_MOST_PICKLE = 512 << 20
+_SHOWN = 3
+
+
+def retrieval_rows(
+    paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[AnnotationRows[RetrievalRecord]]:
+    """Image-caption pairs for training.
+
+    Args:
+        paths: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and `caption`, or folders
+            of images with their captions beside them (`a.jpg`, `a.txt`).
+        split: of Karpathy's files: `train` (takes `restval` in), `val`, `test`, or `all`.
+        columns: field → column of tables, where it is called otherwise.
+
+    Raises:
+        DataError: a file cannot be read, or is in none of these formats.
+    """
+    return as_rows(_captions(paths, split, columns), RetrievalRecord)
+
+
+def retrieval_test_rows(
+    paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[AnnotationRows[RetrievalTestRecord]]:
+    """Images with all their captions, in the order in which images come first; arguments as of `retrieval_rows`."""
+    return as_rows(map(_grouped, _captions(paths, split, columns)), RetrievalTestRecord)
+
+
+def captioning_rows(
+    paths: Paths,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    image_name: str = COCO_IMAGE,
+) -> list[AnnotationRows[CaptioningRecord]]:
+    """Images and captions for training, a pair each.
+
+    Args:
+        paths: as of `retrieval_rows`, or COCO's captions (`{images, annotations}`).
+        split, columns: as of `retrieval_rows`.
+        image_name: where an image of COCO's file lies below the image folder, such as `train2014/{file_name}`.
+
+    Raises:
+        DataError: a file cannot be read, or is in none of these formats.
+    """
+    return as_rows(_captions(paths, split, columns, image_name), CaptioningRecord)
+
+
+def captioning_test_rows(
+    paths: Paths,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    image_name: str = COCO_IMAGE,
+) -> list[AnnotationRows[CaptioningTestRecord]]:
+    """Images to caption, each once, with the captions that are known; also of a folder of images alone.
+
+    Arguments as of `captioning_rows`.
+    """
+    return as_rows(map(_grouped, _captions(paths, split, columns, image_name, bare=True)), CaptioningTestRecord)
+
+
+def read_coco_captions(path: str | os.PathLike[str]) -> dict[int | str, list[str]]:
+    """The captions of each image of a ground-truth file in COCO's format: `image_id` → captions.
+
+    Raises:
+        DataError: it is no such file, or one of its captions is broken.
+    """
+    path = Path(path)
+    content = read_json(path, "COCO captions, {images, annotations}")
+    if not is_coco(content) or "annotations" not in content:
+        raise DataError(f"{path} is no file of COCO captions; expected an object with images and annotations")
+    found: dict[int | str, list[str]] = {}
+    (rows,) = as_rows([coco_elements(path, content)], CaptioningRecord)
+    for record in rows.records():
+        found.setdefault(record.identity, []).append(record.caption or "")
+    return found
+
+
+def vqa_rows(paths: Paths, *, image_name: str = VQA_IMAGE) -> list[AnnotationRows[VQARecord]]:
+    """Questions about images.
+
+    Args:
+        paths: official JSON, or VQA v2's `*_questions.json` with their `*_annotations.json` beside them in any order.
+        image_name: where an image of VQA v2 lies below the image folder.
+
+    Raises:
+        DataError: a file cannot be read, or is in none of these formats.
+    """
+    arrays, documents = [], []
+    for path in find_files(paths):
+        content = read_json(path, "official JSON or VQA v2 questions and annotations", people_answer)
+        if isinstance(content, dict) and ("questions" in content or "annotations" in content):
+            documents.append((path, content))
+        else:
+            known = "an array of objects, or VQA v2's {questions} or {annotations}"
+            arrays.append(Elements(str(path), array_of(path, content, known)))
+    found = arrays + (vqa_elements(documents, image_name) if documents else [])
+    return as_rows([each._replace(notes=_empty_answers(each)) for each in found], VQARecord)
+
+
+def nlvr2_rows(paths: Paths, *, image_name: str = NLVR2_IMAGE) -> list[AnnotationRows[NLVR2Record]]:
+    """Statements about two images.
+
+    Args:
+        paths: official JSON, or the lines of NLVR2.
+        image_name: where an image of NLVR2's lines lies below the image folder.
+
+    Raises:
+        DataError: a file cannot be read, or is in none of these formats.
+    """
+    found = [
+        nlvr2_elements(path, image_name) if _first_byte(path) == b"{" else Elements(str(path), read_array(path))
+        for path in find_files(paths)
+    ]
+    return as_rows(found, NLVR2Record)
+
+
+def grounding_rows(
+    paths: Paths, *, split: str | None = None, image_name: str = COCO_IMAGE
+) -> list[AnnotationRows[GroundingRecord]]:
+    """Expressions and their boxes.
+
+    Args:
+        paths: JSON arrays with `image`, `text`, `ref_id` and, where it is known, `bbox`; refer's `refs(*).p` and
+            `instances.json`, which give boxes to arrays without, or are read alone, every sentence of every reference.
+        split: of refer's files: `train`, `val`, `testA`, `testB`; None for all.
+        image_name: where an image lies below the image folder, such as `train2014/{file_name}`; of refer's files alone.
+
+    Raises:
+        DataError: a file cannot be read, or one of refer's two is missing.
+    """
+    arrays: list[Elements] = []
+    refs: list[Path] = []
+    instances: list[Instances] = []
+    for path in find_files(paths):
+        if is_pickle(path):
+            refs.append(path)
+            continue
+        content = read_json(path, f"{ARRAY}, or COCO instances", without_outline)
+        if isinstance(content, dict):
+            instances.append(read_instances(path, content))
+        else:
+            arrays.append(Elements(str(path), array_of(path, content)))
+    if len(refs) != len(instances) or len(refs) > 1:
+        raise DataError(
+            f"{len(refs)} files of references and {len(instances)} of instances were given; give refs(*).p and "
+            "instances.json of one data set, or neither"
+        )
+    if refs and arrays:
+        arrays = [with_boxes(each, refs[0], instances[0], split) for each in arrays]
+    elif refs:
+        arrays = [referring_elements(refs[0], instances[0], split, image_name)]
+    elif split is not None:
+        raise DataError(f"split={split!r} is told by refer's files; give refs(*).p and instances.json too")
+    return as_rows(arrays, GroundingRecord)
+
+
+def _captions(
+    paths: Paths,
+    split: str | None,
+    columns: Mapping[str, str] | None,
+    image_name: str = COCO_IMAGE,
+    *,
+    bare: bool = False,
+) -> Iterator[Elements]:
+    """The captions of files in the formats of retrieval and captioning; images without where they may be `bare`."""
+    names = {"image": "image", "caption": "caption"} | dict(columns or {})
+    for path in find_files(paths, holds_images):
+        if path.is_dir():
+            beside = not bare or any(each.with_suffix(".txt").is_file() for each in find_images(path))
+            yield read_caption_folder(path) if beside else read_image_folder(path)
+        elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
+            found = read_table(path, names, ["caption"] if bare else [])
+            # Captions of one image must be known as such.
+            values = [
+                {"image_id": value["image"], **value} if isinstance(value, dict) and value.get("image") else value
+                for value in found.values
+            ]
+            yield found._replace(values=values)
+        else:
+            content = read_json(path, f"{ARRAY}, or an object of Karpathy or COCO")
+            if is_karpathy(content):
+                if split is None:
+                    raise DataError(f"{path} holds several splits; name one (train, val, test)")
+                yield karpathy_elements(path, content, split)
+            elif is_coco(content):
+                yield coco_elements(path, content, image_name)
+            else:
+                known = "an array of objects, Karpathy's {images: [{sentences}]}, or COCO's {images, annotations}"
+                yield Elements(str(path), array_of(path, content, known))
+
+
+def _grouped(elements: Elements) -> Elements:
+    """One element an image, with all its captions, at the place of its first one."""
+    first: dict[str, dict[str, Any]] = {}
+    values, labels = [], []
+    for number, value in enumerate(elements.values):
+        image = value.get("image") if isinstance(value, dict) else None
+        caption = value.get("caption") if isinstance(value, dict) else None
+        captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
+        if isinstance(image, str) and image in first:
+            first[image].setdefault("caption", []).extend(captions)
+            continue
+        if isinstance(image, str):
+            value = first[image] = {**value, **({"caption": [*captions]} if caption is not None else {})}
+        values.append(value)
+        labels.append(f"element {number}" if elements.labels is None else elements.labels[number])
+    return elements._replace(values=values, labels=labels)
+
+
+def _empty_answers(elements: Elements) -> tuple[str, ...]:
+    """A note of the answers that were empty; the official code trains on them."""
+    found = [
+        str(element.get("question_id"))
+        for element in elements.values
+        if isinstance(element, dict) and isinstance(answers := element.get("answer"), list)
+        for answer in map(answer_text, answers)
+        if isinstance(answer, str) and not answer.strip()
+    ]
+    if not found:
+        return ()
+    return (f"{elements.name}: {len(found)} empty answers were left out (question {', '.join(found[:_SHOWN])})",)
+
+
+def _first_byte(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def image_path(pattern: str, **fields: str | int) -> str:
+    """The name of an image below the image folder, by a pattern such as `train2014/{file_name}`.
+
+    Raises:
+        DataError: the pattern has a field that is not known.
+    """
+    try:
+        return pattern.format(**fields)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        known = ", ".join(f"{{{name}}}" for name in fields)
+        raise DataError(f"image_name={pattern!r} cannot be filled in ({error}); it may use {known}") from None
+
+
+def is_karpathy(content: Any) -> bool:
+    """True for the content of a `dataset_*.json` of Karpathy's splits."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
+
+
+def karpathy_elements(path: Path, content: Mapping[str, Any], split: str | None) -> Elements:
+    """The captions of a split, one an element; `train` takes `restval` in, as everyone does.
+
+    Args:
+        split: `train`, `val` or `test`; `all` for every caption.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    images = content["images"]
+    wanted = {"train", "restval"} if split == "train" else {split}
+    values, labels = [], []
+    for number, image in enumerate(images):
+        if not isinstance(image, dict):
+            values.append(DataError(f"is a {type(image).__name__}; expected an object with filename and sentences"))
+            labels.append(f"image {number}")
+            continue
+        if split != "all" and image.get("split") not in wanted:
+            continue
+        name = "/".join(str(part) for part in (image.get("filepath"), image.get("filename")) if part)
+        identity = next((image[key] for key in ("cocoid", "imgid") if key in image), name)
+        for place, sentence in enumerate(image.get("sentences") or [None]):
+            caption = sentence.get("raw") if isinstance(sentence, dict) else sentence
+            values.append({"image": name, "caption": caption, "image_id": identity})
+            labels.append(f"image {number}, sentence {place}")
+    if not values:
+        known = sorted({str(image.get("split")) for image in images if isinstance(image, dict)})
+        raise DataError(f"{path} has no split {split!r}; choose one of {', '.join(known)}")
+    return Elements(str(path), values, labels)
+
+
+def is_coco(content: Any) -> bool:
+    """True for the content of a file in COCO's format: `images`, each with its `file_name`."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "file_name" in images[0]
+
+
+def coco_elements(path: Path, content: Mapping[str, Any], pattern: str = COCO_IMAGE) -> Elements:
+    """The captions of a file in COCO's format, one an element; images alone (a test file) have none."""
+    names = {
+        image["id"]: image_path(pattern, file_name=image["file_name"], image_id=image["id"])
+        for image in content["images"]
+        if isinstance(image, dict) and "id" in image and "file_name" in image
+    }
+    if "annotations" not in content:
+        return Elements(str(path), [{"image": name, "image_id": identity} for identity, name in names.items()])
+    values: list[Any] = []
+    for annotation in content["annotations"]:
+        identity = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if identity not in names:
+            values.append(DataError(f"image_id {identity!r} is none of the file's images; correct or remove it"))
+        else:
+            values.append({"image": names[identity], "caption": annotation.get("caption"), "image_id": identity})
+    return Elements(str(path), values, [f"annotation {number}" for number in range(len(values))])
+
+
+def people_answer(fields: dict[str, Any]) -> Any:
+    """For `object_hook`: one of ten answers of VQA v2 as its text; four million of them as objects take gigabytes."""
+    return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
+
+
+class _Answers(NamedTuple):
+    """The annotations of all files: of each question, and the names of the sets that they are of."""
+
+    of: dict[Any, Mapping[str, Any]]
+    sets: set[Any]
+    files: tuple[Path, ...]
+
+
+def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]], pattern: str = VQA_IMAGE) -> list[Elements]:
+    """The questions of VQA v2 with their answers, one `Elements` a file of questions.
+
+    Args:
+        documents: paths and contents of files of questions, and of annotations where they are known.
+        pattern: of image names, with `{split}` and `{image_id}`.
+
+    Raises:
+        DataError: there is no file of questions.
+    """
+    documents = list(documents)
+    answers = _Answers({}, set(), tuple(path for path, content in documents if "annotations" in content))
+    for _, content in documents:
+        if "annotations" in content:
+            answers.sets.add(content.get("data_subtype"))
+            answers.of.update((each["question_id"], each) for each in content["annotations"] if "question_id" in each)
+    found = []
+    for path, content in documents:
+        if "questions" in content:
+            annotated = content.get("data_subtype") in answers.sets
+            # The questions of test-dev2015 are a part of those about the images of test2015.
+            split = str(content.get("data_subtype", "")).replace("-dev", "")
+            values = [
+                _question(each, answers.of.get(each.get("question_id")), annotated, split, pattern)
+                if isinstance(each, dict)
+                else each
+                for each in content["questions"]
+            ]
+            found.append(Elements(str(path), values, others=answers.files))
+    if not found:
+        raise DataError(f"{answers.files[0]} holds annotations alone; give the file of their questions too")
+    return found
+
+
+def _question(
+    question: Mapping[str, Any], annotation: Mapping[str, Any] | None, annotated: bool, split: str, pattern: str
+) -> dict[str, Any] | DataError:
+    identity, image = question.get("question_id"), question.get("image_id")
+    if not isinstance(image, int):
+        return DataError(f"question {identity} has no image (image_id is {image!r}); correct or remove it")
+    value = {
+        "image": image_path(pattern, split=split, image_id=image),
+        "question": question.get("question"),
+        "question_id": identity,
+    }
+    if annotation is None:
+        return (
+            DataError(f"question {identity} has no annotation; add it or remove the question") if annotated else value
+        )
+    kinds = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+    # Training takes the people's answers, and so does scoring.
+    return value | kinds | {"answer": annotation.get("answers"), "answers": annotation.get("answers")}
+
+
+def nlvr2_elements(path: Path, pattern: str = NLVR2_IMAGE) -> Elements:
+    """The lines of NLVR2 (`train.json`, `dev.json`, `test1.json`).
+
+    Args:
+        pattern: of image names, with `{stem}` (the identifier without its last number), `{side}` (0 or 1) and
+            `{folder}`: `train/DIRECTORY` for lines with a `directory`, else the split of the identifier.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    found = read_lines(path)
+    values = [_statement(value, pattern) if isinstance(value, dict) else value for value in found.values]
+    return found._replace(values=values)
+
+
+def _statement(line: Mapping[str, Any], pattern: str) -> Mapping[str, Any] | DataError:
+    identifier = line.get("identifier")
+    if identifier is None:
+        # An official element, one a line.
+        return line
+    stem, dash, _ = str(identifier).rpartition("-")
+    if not dash:
+        return DataError(f"identifier {identifier!r} is not of the form split-set-pair-sentence; correct the line")
+    folder = stem.partition("-")[0] + (f"/{line['directory']}" if "directory" in line else "")
+    images = [image_path(pattern, folder=folder, stem=stem, side=side) for side in (0, 1)]
+    return {**line, "images": images}
+
+
+class Referred(NamedTuple):
+    """An expression set of RefCOCO: the box that it means, in pixels, and where."""
+
+    image_id: int
+    annotation: int
+    split: str
+    sentences: tuple[str, ...]
+
+
+def is_pickle(path: Path) -> bool:
+    """True for the names of refer's files, such as `refs(unc).p`."""
+    return path.suffix.lower() in (".p", ".pkl", ".pickle")
+
+
+def read_refs(path: Path) -> dict[int, Referred]:
+    """The references of a `refs(*).p` by their `ref_id`.
+
+    The pickle may hold containers, strings and numbers alone; nothing in it is looked up or called.
+
+    Raises:
+        DataError: it holds something else, or is too large, truncated, or no list of references.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return _refs(path, status.st_mtime_ns, status.st_size)
+
+
+# The files of train, val and test are read one after another, and refer to the same references.
+@lru_cache(maxsize=1)
+def _refs(path: Path, modified: int, size: int) -> dict[int, Referred]:
+    if size > _MOST_PICKLE:
+        raise DataError(f"{path} has {size:,} bytes, over the limit of {_MOST_PICKLE:,} for references; check the file")
+    content = read_plain_pickle(path)
+    try:
+        return {
+            ref["ref_id"]: Referred(
+                ref["image_id"],
+                ref["ann_id"],
+                str(ref["split"]),
+                tuple(str(each.get("sent", each.get("raw"))) for each in ref["sentences"]),
+            )
+            for ref in content
+        }
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no list of references ({error!r}); expected ref_id, ann_id, image_id, split and sentences"
+        ) from None
+
+
+class Instances(NamedTuple):
+    """A file of COCO instances: boxes by annotation, and file name, width and height by image."""
+
+    path: Path
+    boxes: dict[int, Sequence[float]]
+    images: dict[int, tuple[str, int | None, int | None]]
+
+
+def without_outline(fields: dict[str, Any]) -> dict[str, Any]:
+    """For `object_hook`: an object of COCO without its outline, which is most of the file."""
+    fields.pop("segmentation", None)
+    return fields
+
+
+def read_instances(path: Path, content: Any) -> Instances:
+    """The boxes and images in the content of a file of COCO instances.
+
+    Raises:
+        DataError: it holds no images and annotations.
+    """
+    try:
+        return Instances(
+            path,
+            {each["id"]: each["bbox"] for each in content["annotations"]},
+            {each["id"]: (each["file_name"], each.get("width"), each.get("height")) for each in content["images"]},
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is no file of COCO instances ({error!r}); expected images and annotations") from None
+
+
+def referring_elements(
+    refs_path: Path, instances: Instances, split: str | None = None, pattern: str = COCO_IMAGE
+) -> Elements:
+    """Every sentence of every reference, with its box.
+
+    Raises:
+        DataError: the references cannot be read, or none is of the split.
+    """
+    refs = read_refs(refs_path)
+    values, labels = [], []
+    for identity, ref in refs.items():
+        if split is None or ref.split == split:
+            known = _place(identity, refs, instances)
+            if isinstance(known, dict):
+                name = image_path(pattern, file_name=instances.images[ref.image_id][0], image_id=ref.image_id)
+                known = {**known, "image": name, "ref_id": identity}
+            for number, sentence in enumerate(ref.sentences):
+                values.append({**known, "text": sentence} if isinstance(known, dict) else known)
+                labels.append(f"ref_id {identity}, sentence {number}")
+    if not values:
+        known_splits = sorted({ref.split for ref in refs.values()})
+        raise DataError(f"{refs_path} has no split {split!r}; choose one of {', '.join(known_splits)}")
+    return Elements(str(refs_path), values, labels, others=(instances.path,))
+
+
+def with_boxes(elements: Elements, refs_path: Path, instances: Instances, split: str | None = None) -> Elements:
+    """Official elements with the boxes that their `ref_id` means, their split, and the size of their image.
+
+    Raises:
+        DataError: the references cannot be read, or none of the elements is of the split.
+    """
+    refs = read_refs(refs_path)
+    values, labels = [], []
+    for number, element in enumerate(elements.values):
+        value = element
+        if isinstance(element, dict) and "ref_id" in element:
+            known = _place(element["ref_id"], refs, instances)
+            if isinstance(known, dict) and split is not None and known["split"] != split:
+                continue
+            value = {**element, **known} if isinstance(known, dict) else known
+        values.append(value)
+        labels.append(f"element {number}")
+    if not values:
+        raise DataError(f"{elements.name} has no element of split {split!r} of {refs_path}; choose another split")
+    return elements._replace(values=values, labels=labels, others=(refs_path, instances.path))
+
+
+def _place(identity: Any, refs: Mapping[int, Referred], instances: Instances) -> dict[str, Any] | DataError:
+    """The box, split and image size that a reference means."""
+    try:
+        ref = refs[identity]
+    except (KeyError, TypeError):
+        return DataError(f"ref_id {identity!r} is none of the references; check that both are of one data set")
+    if ref.annotation not in instances.boxes or ref.image_id not in instances.images:
+        return DataError(
+            f"ref_id {identity}: annotation {ref.annotation} or image {ref.image_id} is not in {instances.path}; "
+            "check that both are of one data set"
+        )
+    _, width, height = instances.images[ref.image_id]
+    return {"bbox": instances.boxes[ref.annotation], "split": ref.split, "width": width, "height": height}
