@@ -191,6 +191,13 @@ def test_boxes_of_grounding_lie_in_the_image(tmp_path: Path) -> None:
     assert [problem.row for problem in report.problems] == ["element 1"]
 
 
+def test_other_formats_of_fine_tuning(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "a.csv").write_text("image,caption\n0.jpg,a cat\nabsent.jpg,a dog\n")
+    report = _check(tmp_path / "a.csv", "retrieval")
+    assert (report.rows, [problem.row for problem in report.problems]) == (2, [3])
+
+
 def test_images_below_another_folder(tmp_path: Path) -> None:
     rows = _elements(tmp_path)["vqa"]
     (tmp_path / "files").mkdir()

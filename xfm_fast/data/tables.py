@@ -231,6 +231,8 @@ def read_lines(path: Path) -> Elements:
                 values.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 values.append(DataError(f"the line is no JSON ({error}); expected one object a line, such as {{...}}"))
+    if values and all(isinstance(value, DataError) for value in values):
+        raise DataError(f"{path}: none of {len(values)} lines can be read; of the first: {values[0]}")
     return _filled(Elements(str(path), values, labels))
 
 
