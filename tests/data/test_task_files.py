@@ -83,6 +83,8 @@ def test_tables_of_captions(tmp_path: Path) -> None:
         ("val2014/1.jpg", ("a cat", "b")),
         ("val2014/2.jpg", ("a dog, or two",)),
     ]
+    (rows,) = captioning_rows(_table(tmp_path))
+    assert [each.identity for each in rows.records()] == [1, 2, 1]
     other = _write(tmp_path / "b.tsv", "name\ttext\n1.jpg\ta cat\n")
     (named,) = captioning_rows(other, columns={"image": "name", "caption": "text"})
     assert named.read(0).caption == "a cat"
@@ -107,6 +109,10 @@ def test_images_alone_are_captioned(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(picture(0))
     (rows,) = captioning_test_rows(tmp_path)
     assert [(each.identity, each.caption) for each in rows.records()] == [(42, None), ("photo.png", None)]
+    (tmp_path / "photo.txt").write_text("a cat")
+    (rows,) = captioning_test_rows(tmp_path)
+    assert [each.caption for each in rows.records()] == [None, ("a cat",)]
+    (tmp_path / "photo.txt").unlink()
     with pytest.raises(DataError, match="no image with captions"):
         captioning_rows(tmp_path)
 
@@ -267,6 +273,16 @@ def test_strings_of_python_2(tmp_path: Path) -> None:
     assert read_plain_pickle(path) == ["caf\u00e9"]
 
 
+def test_a_pickle_reserves_no_more_memory_than_it_has_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.p"
+    # A memo index and the length of a byte array, both of two billion.
+    path.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    assert read_plain_pickle(path) == []
+    path.write_bytes(b"\x80\x05\x96\xff\xff\xff\x7f\x00\x00\x00\x00.")
+    with pytest.raises(DataError, match="is not unpickled"):
+        read_plain_pickle(path)
+
+
 @pytest.mark.parametrize(
     ("bbox", "message"),
     [
@@ -297,6 +313,25 @@ def test_other_content_is_named(tmp_path: Path, reader: Reader) -> None:
             reader(_write(tmp_path / "a.json", content))
     with pytest.raises(DataError, match="does not exist"):
         reader(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("reader", "content"),
+    [
+        (captioning_rows, {"images": [{"id": 1, "file_name": "a"}], "annotations": 5}),
+        (captioning_rows, {"images": [{"id": 1, "file_name": "a"}], "annotations": [5, {"image_id": []}]}),
+        (captioning_rows, {"images": [{"id": [], "file_name": "a"}], "annotations": [{"image_id": 1}]}),
+        (retrieval_rows, {"images": 5}),
+        (vqa_rows, {"questions": 5}),
+        (vqa_rows, {"questions": [5, {"question_id": [], "image_id": 1}], "annotations": [5, {"question_id": []}]}),
+        (grounding_rows, {"images": [], "annotations": [5]}),
+        (captioning_test_rows, [{"image": "a", "caption": {}}, {"image": "a", "caption": "b"}]),
+        (captioning_test_rows, [{"image": "a", "caption": ["b", 5]}]),
+    ],
+)
+def test_nothing_but_data_errors(tmp_path: Path, reader: Reader, content: Any) -> None:
+    with pytest.raises(DataError, match=r"a\.json"):
+        list(reader(_write(tmp_path / "a.json", content))[0].records())
 
 
 @pytest.mark.parametrize("reader", [retrieval_rows, captioning_rows, vqa_rows, nlvr2_rows, grounding_rows])
