@@ -131,8 +131,8 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
             lacking = unlisted_answers(_readable(rows), self.options.answers or ())
             if lacking.number:
                 shown = ", ".join(map(repr, lacking.first))
-                note = f"{rows.name}: the answers of {lacking.number} questions are not in task.answers, so that ranking"
-                rows.notes += (f"{note} cannot give them ({shown}, ...)",)
+                said = f"the answers of {lacking.number} questions are not in task.answers, so that ranking cannot give"
+                rows.notes += (f"{rows.name}: {said} them ({shown}, ...)",)
         return found
 
     def item(self, record: VQARecord, rng: np.random.Generator) -> Question:
