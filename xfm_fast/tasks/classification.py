@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -191,4 +191,6 @@ def correlations(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
     a, b = (values.double().cpu().numpy() for values in (predicted, targets))
     if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
         return 0.0, 0.0
-    return float(stats.pearsonr(a, b)[0]), float(stats.spearmanr(a, b)[0])
+    measures: tuple[Any, ...] = (stats.pearsonr, stats.spearmanr)
+    pearson, spearman = (float(measure(a, b).statistic) for measure in measures)
+    return pearson, spearman
