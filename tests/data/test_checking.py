@@ -166,7 +166,7 @@ def _elements(folder: Path) -> dict[str, list[dict[str, Any]]]:
         "vqa": [{**image, "question": "what is it?", "question_id": 0, "answer": ["cat"]}],
         "nlvr2": [{"images": ["0.jpg", "0.jpg"], "sentence": "two cats", "label": "True"}],
         "grounding": [{**image, "text": "a cat", "ref_id": 0, "bbox": [0, 0, 40, 30]}],
-        "captioning": [{**image, "caption": "a cat", "image_id": 0}, image],
+        "captioning": [{**image, "caption": "a cat", "image_id": 0}, image, {**image, "caption": ["a cat", "one cat"]}],
     }
 
 

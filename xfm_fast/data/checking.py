@@ -21,6 +21,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import (
     Annotation,
     CaptioningRecord,
+    CaptioningTestRecord,
     GroundingRecord,
     NLVR2Record,
     RetrievalRecord,
@@ -270,9 +271,9 @@ class _AnnotationReader(_Reader):
 
     def inspect(self, record: Mapping[str, Any], file: Path) -> None:
         kind = _ANNOTATIONS[self.report.task]
-        # Evaluation files of retrieval list all captions of an image.
-        if kind is RetrievalRecord and isinstance(record.get("caption"), list):
-            kind = RetrievalTestRecord
+        # Evaluation files list all captions of an image.
+        if isinstance(record.get("caption"), list):
+            kind = {RetrievalRecord: RetrievalTestRecord, CaptioningRecord: CaptioningTestRecord}.get(kind, kind)
         element = parse_annotation(record, kind).model_dump()
         sizes = [
             self.count_image((self.options.image_root or file.parent) / name)
