@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
 from xfm_fast.data.images import decode_pixels, load_image
+from xfm_fast.data.records import Rows
 from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.tasks.task_model import TaskModel
@@ -106,12 +107,12 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         """The model of the task, with random weights."""
 
     @abstractmethod
-    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
         """The rows of the files to train on; reading one gives a record, or raises `DataError` where it is broken."""
 
-    def test_rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+    def test_rows(self, paths: Sequence[Path]) -> Sequence[AnnotationRows[Any]]:
         """The rows of files to evaluate on, where these have another form."""
-        return self.rows(paths)
+        return cast("Sequence[AnnotationRows[Any]]", self.rows(paths))
 
     def records(self, paths: Sequence[Path]) -> list[RecordT]:
         """The records of files to evaluate on.
