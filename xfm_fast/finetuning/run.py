@@ -127,7 +127,7 @@ def finetune(
         recipe.check_machine()
         task = open_task(recipe)
         recipe = recipe.model_copy(update={"task": task.options})
-        records = {split: task.records(recipe.paths_of(split)) for split in recipe.data.splits}
+        records = {split: task.records(recipe.paths_of(split), split) for split in recipe.data.splits}
         quarantine = Quarantine(
             folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
         )
@@ -260,7 +260,7 @@ def evaluate(
             # The names of classes and answers are those of the weights.
             recipe = recipe.model_copy(update={"task": options})
         task = open_task(recipe, complete=options is None)
-        records = task.records(recipe.paths_of(split))
+        records = task.records(recipe.paths_of(split), split)
         model = task.build().to(processes.device)
         if not load_weights(model, task, Path(weights)):
             raise CheckpointError(
