@@ -20,7 +20,7 @@ from xfm_fast.errors import CheckpointError, ConfigError
 from xfm_fast.finetuning.evaluation import Evaluation
 from xfm_fast.finetuning.kinds import explanation, make_task, model_folder, task_of
 from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, resumed_steps
-from xfm_fast.finetuning.task import Metrics, Task
+from xfm_fast.finetuning.task import Metrics, Task, TaskOptions
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -65,7 +65,9 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
     tokenizer = None if path is None else CaptionTokenizer.from_files(path)
     options = recipe.task
     if complete:
-        options = options.completed(recipe.paths_of(STREAM), Path(recipe.data.root))
+        # What learns nothing from the files of training is evaluated without them.
+        learns = type(options).completed is not TaskOptions.completed
+        options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
     return make_task(options, recipe.model, tokenizer, recipe.image_folder)
 
 
