@@ -13,14 +13,15 @@ from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.finetuning.nlvr2 import NLVR2Options, NLVR2Task
+from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
 from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.tokenizer import CaptionTokenizer
 
 TASK_FILE, TOKENIZER_FILE = "task.json", "tokenizer.json"
 FORMAT_VERSION = 1
 
-TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {"nlvr2": NLVR2Task}
-AnyTask = Annotated[NLVR2Options, Field(discriminator="kind")]
+TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {"nlvr2": NLVR2Task, "retrieval": RetrievalTask}
+AnyTask = Annotated[NLVR2Options | RetrievalOptions, Field(discriminator="kind")]
 """The section `task` of a recipe: one of these, by its `kind`."""
 
 

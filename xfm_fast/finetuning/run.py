@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
 from xfm_fast.checkpoint.files import MODEL_FILE
+from xfm_fast.data.annotations import AnnotationRows, overlap
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches
@@ -133,7 +135,10 @@ def finetune(
         quarantine = Quarantine(
             folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
         )
-        rows = RecordSet(task.rows(recipe.paths_of(STREAM)))
+        files = task.rows(recipe.paths_of(STREAM))
+        if processes.first:
+            _warn_of_shared_images(files, records)
+        rows = RecordSet(files)
         source = ShuffledBatches(
             rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
             world_size=processes.world_size, quarantine=quarantine,
@@ -171,6 +176,21 @@ def finetune(
         load_weights(weights, task, chosen)
         metrics = {split: hook.evaluate(split, weights) for split in records}
         return FinetuneResult(result.step, chosen, metrics)
+
+
+def _warn_of_shared_images(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]) -> None:
+    """Say which splits hold images of training; a run may mean to, such as one that shall learn a few by heart."""
+    for split, records in splits.items():
+        if not records or not (hasattr(records[0], "image") or hasattr(records[0], "images")):
+            continue
+        shared = overlap(files, records)
+        if shared.number:
+            print(
+                f"{shared.number} images of the split {split} are in the files of training too "
+                f"({', '.join(shared.first)}{', ...' if shared.number > len(shared.first) else ''}), so its metrics do "
+                "not say how the model does on new ones; take them out of one of the two",
+                file=sys.stderr,
+            )
 
 
 @dataclass
