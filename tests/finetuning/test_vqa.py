@@ -123,7 +123,7 @@ def test_questions_are_cut_in_training_alone(task: VQATask, monkeypatch: pytest.
 
 
 def test_predictions_do_not_depend_on_the_batch(task: VQATask, model: VQAModel, world: Path) -> None:
-    records = task.records([world / "vqa_val.json"])[:20]
+    records = task.records([world / "vqa_val.json"], "val")[:20]
     with torch.no_grad():
         together = task.predict(model, records)
         alone = [task.predict(model, [each])[0] for each in records]
@@ -134,7 +134,7 @@ def test_predictions_do_not_depend_on_the_batch(task: VQATask, model: VQAModel, 
 
 
 def test_probabilities_are_those_of_writing_the_answer(task: VQATask, model: VQAModel, world: Path) -> None:
-    (asked, *_) = task.records([world / "vqa_val.json"])
+    (asked, *_) = task.records([world / "vqa_val.json"], "val")
     with torch.no_grad():
         best = task.predict(model, [asked])[0]
         batch = task.collate(
@@ -145,7 +145,7 @@ def test_probabilities_are_those_of_writing_the_answer(task: VQATask, model: VQA
 
 
 def test_an_image_is_encoded_once(task: VQATask, model: VQAModel, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = task.records([world / "vqa_val.json"])
+    records = task.records([world / "vqa_val.json"], "val")
     group = max(task.groups(records), key=len)
     assert {records[number].image for number in group} == {records[group[0]].image}
     assert len(group) > 3

@@ -72,7 +72,8 @@ class Evaluation:
             content = {**files, METRICS_FILE: (json.dumps(said, indent=1) + "\n").encode()}
             self.make_folder()
             write_bytes({self.folder / name: data for name, data in content.items()})
-            for journal in self.folder.glob("rows-*.jsonl"):
+            # A task may keep journals of another form under the same name.
+            for journal in self.folder.glob("rows-*"):
                 journal.unlink()
             return metrics
 

@@ -150,7 +150,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
             return self._torchvision_rows(paths, self.options.train_split)
         return [*image_rows(paths, columns=self.options.columns)]
 
-    def test_rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
         if self.options.dataset is not None:
             return self._torchvision_rows(paths, self.options.test_split)
         try:
@@ -181,8 +181,8 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
             rows.append(AnnotationRows(path, columns, TorchvisionRecord))
         return rows
 
-    def records(self, paths: Sequence[Path]) -> list[ImageLabelRecord]:
-        records = [record for rows in self.test_rows(paths) for record in rows.records()]
+    def records(self, paths: Sequence[Path], split: str) -> list[ImageLabelRecord]:
+        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
         check_images([record for record in records if not isinstance(record, TorchvisionRecord)], self.images)
         have_truth(records, self.options.labels)
         return records

@@ -110,18 +110,23 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
         """The rows of the files to train on; reading one gives a record, or raises `DataError` where it is broken."""
 
-    def test_rows(self, paths: Sequence[Path]) -> Sequence[AnnotationRows[Any]]:
-        """The rows of files to evaluate on, where these have another form."""
+    def test_rows(self, paths: Sequence[Path], split: str) -> Sequence[AnnotationRows[Any]]:
+        """The rows of files to evaluate on, where these have another form than those to train on.
+
+        Args:
+            paths: the files.
+            split: its name in the recipe, for files that hold several splits.
+        """
         return cast("Sequence[AnnotationRows[Any]]", self.rows(paths))
 
-    def records(self, paths: Sequence[Path]) -> list[RecordT]:
-        """The records of files to evaluate on.
+    def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
+        """The records of files to evaluate on; arguments as of `test_rows`.
 
         Raises:
             DataError: one of them is broken, or its image missing: a metric over the others would be one of something
                 else.
         """
-        records = [record for rows in self.test_rows(paths) for record in rows.records()]
+        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
         check_images(records, self.images)
         return records
 

@@ -126,7 +126,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
         return self._rows(paths, self.options.columns)
 
-    def test_rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
         try:
             return self.rows(paths)
         except DataError:
@@ -140,8 +140,8 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
         options = self.options
         return [*text_rows(paths, glue=options.glue, columns=columns, scores=options.regression)]
 
-    def records(self, paths: Sequence[Path]) -> list[Any]:
-        records = [record for rows in self.test_rows(paths) for record in rows.records()]
+    def records(self, paths: Sequence[Path], split: str) -> list[Any]:
+        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
         self._have_truth(records)
         return records
 
