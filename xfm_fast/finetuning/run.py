@@ -125,6 +125,10 @@ def finetune(
     Raises:
         XFMError: as `train`; and data that cannot be read, before the first step.
     """
+    if not recipe.epochs and not recipe.steps:
+        raise ConfigError(
+            "epochs=0 trains nothing; evaluate weights as they are: xfm-fast evaluate CHECKPOINT --recipe R"
+        )
     folder = Path(recipe.checkpoint.folder)
     with join_processes(recipe.device) as processes:
         processes.from_first(recipe.make_world)
