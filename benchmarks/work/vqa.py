@@ -245,18 +245,18 @@ class _Run:
         )  # fmt: skip
 
     def _name(self, work: Work) -> str:
-        count, k = work.questions or self.plan.questions, ANSWERS if work.whole_list else self.plan.k
-        said = work.says.format(k=k, n=f"{ANSWERS:,}", best=work.best, official=self.plan.k)
+        count, answers = work.questions or self.plan.questions, self.reference.trie.answers
+        said = work.says.format(k=self.plan.k, n=f"{answers:,}", best=work.best, official=self.plan.k)
         return f"{count} question{'s' * (count != 1)} to an image of {self.plan.image_size} px, {said}"
 
     def _row(self, work: Work, contender: str, dtype: str) -> Row:
         count = work.questions or self.plan.questions
-        lengths = self.reference.lengths[:count]
+        lengths, answers = self.reference.lengths[:count], self.reference.trie.answers
         return Row(
             work=work.name, name=self._name(work),
             point=Point(
-                image_size=self.plan.image_size, texts=count, mean_length=sum(lengths) / count, index=ANSWERS,
-                k=ANSWERS if work.whole_list else self.plan.k,
+                image_size=self.plan.image_size, texts=count, mean_length=sum(lengths) / count, index=answers,
+                k=answers if work.whole_list else self.plan.k,
             ),
             contender=contender, label=_LABELS[contender], dtype=dtype, status="measured", unit="questions",
             items=count, parity=self.parity.get((work.name, dtype)) if contender == OURS else None,
@@ -300,7 +300,7 @@ class Subject:
         ids, mask = (t[:count] for t in self._questions)
         image = torch.zeros(count, dtype=torch.long, device=self._device)
         memory = self.model.encode_questions(self._pixels, ids, mask, image)
-        k = ANSWERS if work.whole_list else self._k
+        k = self.trie.answers if work.whole_list else self._k
         # As the official score does it.
         found = self.model.rank_answers(memory, self.trie, k=k, best=work.best, count_first_token_twice=True)
         wait_for(self._device)
