@@ -3,7 +3,7 @@
 The 3,129 answers of VQA v2 in RoBERTa's tokens have 6,334 tokens between `<s>` and `</s>`, and 4,075 distinct prefixes.
 A decoded prefix of the base model costs 0.28 GFLOP: 0.20 in twelve layers, 0.08 for the normaliser of its softmax over
 the vocabulary, which every prefix needs whole. (Of the vocabulary's logits only those of the tokens that follow in some
-answer are needed besides.) All answers of a question are 1.1 TFLOP, 1.7 if each is decoded for itself, and 9.6 if each
+answer are needed besides.) All answers of a question are 1.1 TFLOP, 1.8 if each is decoded for itself, and 7.8 if each
 is padded to the longest and given its own keys and values of the question as well.
 
 Nodes of the trie are the prefixes that are decoded: every answer without its last token, and all that they begin with.
