@@ -275,8 +275,12 @@ def _attend(q: Tensor, known: Tensor, visible: list[tuple[Tensor, Tensor]]) -> T
     """
     context = torch.empty_like(q, memory_format=torch.contiguous_format)
     for queries, rows in visible:
-        k, v = known.index_select(0, rows.flatten()).unflatten(0, rows.shape).unbind(2)
-        # A few keys a query: products of such a shape are slower than elementwise passes.
-        weights = ((q[queries] * q.shape[-1] ** -0.5)[:, None] * k).sum(-1, keepdim=True).softmax(1)
-        context[queries] = (weights * v).sum(1)
+        # One to eight keys a query: matrix products of such a shape are slower than a pass for each key.
+        query = q[queries] * q.shape[-1] ** -0.5
+        keys = [known.index_select(0, place) for place in rows.unbind(1)]
+        weights = torch.stack([(query * key[:, 0]).sum(-1) for key in keys], -1).softmax(-1)
+        summed = weights[..., :1] * keys[0][:, 1]
+        for number, key in enumerate(keys[1:], start=1):
+            summed.addcmul_(weights[..., number, None], key[:, 1])
+        context[queries] = summed
     return context
