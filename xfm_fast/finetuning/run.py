@@ -68,7 +68,7 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
     options = recipe.task
     if complete:
         # What learns nothing from the files of training is evaluated without them.
-        learns = type(options).completed is not TaskOptions.completed
+        learns = options.learns and type(options).completed is not TaskOptions.completed
         options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
     return make_task(options, recipe.model, tokenizer, recipe.image_folder)
 
