@@ -42,7 +42,7 @@ class ImageTaskOptions(TaskOptions):
 
     kind: Literal["image"] = "image"
     dataset: str | None = Field(
-        None, description="data set of torchvision, such as CIFAR10; data.train and splits are the folder it lies in"
+        default=None, description="set of torchvision, such as CIFAR10; data.train and splits are the folder it lies in"
     )
     train_split: str = Field(default="train", description="of the data set of torchvision")
     test_split: str = Field(default="test", description="of the data set of torchvision")
@@ -56,7 +56,7 @@ class ImageTaskOptions(TaskOptions):
         "whole: the image resized, as other tasks evaluate",
     )
     head: HeadKind | None = Field(
-        None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
+        default=None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
     )
     frozen: bool = Field(default=False, description="train the head alone; with head=linear a linear probe")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)

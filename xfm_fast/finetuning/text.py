@@ -43,7 +43,9 @@ class TextTaskOptions(TaskOptions):
     """The task of classifying texts, or of giving them a number."""
 
     kind: Literal["text"] = "text"
-    glue: GlueName | None = Field(None, description="set of GLUE whose files are read, by its official zip or datasets")
+    glue: GlueName | None = Field(
+        default=None, description="set of GLUE whose files are read, from its zip or datasets"
+    )
     columns: dict[str, str] = Field(
         default={}, description="columns that are called otherwise: {text: sentence1, text2: sentence2}"
     )
