@@ -25,7 +25,7 @@ from xfm_fast.data.images import load_image
 from xfm_fast.data.shapes.scenes import SHAPES
 from xfm_fast.data.transforms import imagenet_training_transform
 from xfm_fast.errors import ConfigError, DataError, InputError
-from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions, LabelledImage
+from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions, LabelledImage, open_torchvision
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import finetune, open_task
 from xfm_fast.models.heads import DeepMLPHead
@@ -225,10 +225,26 @@ def test_a_set_of_torchvision(workers: int, recipe: Make, tmp_path: Path) -> Non
     assert "top1" in finetune(made).metrics["test"]
 
 
+def test_a_set_without_splits_is_split_always_alike(tmp_path: Path) -> None:
+    for name in ("001.axe", "002.bear"):
+        place = tmp_path / "caltech256" / "256_ObjectCategories" / name
+        place.mkdir(parents=True)
+        for number in range(1, 6):
+            Image.new("L", (9, 9)).save(place / f"{name[:3]}_{number:04d}.jpg")
+    train, test, again = (open_torchvision("Caltech256", tmp_path, split) for split in ("train", "test", "test"))
+    assert sorted([*train.numbers, *test.numbers]) == [*range(10)]
+    assert (len(test.numbers), test.numbers) == (2, again.numbers)
+    assert train.classes == ["001.axe", "002.bear"]
+    assert [number // 5 for number in train.numbers] == train.targets
+    assert test.picture(test.numbers[0]).mode == "RGB"
+
+
 def test_sets_of_torchvision_that_cannot_be_read(recipe: Make, tmp_path: Path) -> None:
     data = {"root": str(tmp_path), "train": ".", "splits": {"test": "."}}
     with pytest.raises(DataError, match=r"CIFAR10, split 'train', cannot be read from .*nothing is downloaded"):
         finetune(recipe("image", "", data=data, task={"dataset": "cifar10"}))
+    with pytest.raises(ConfigError, match=r"task\.dataset=FakeData is no data set"):
+        finetune(recipe("image", "", data=data, task={"dataset": "FakeData"}))
     with pytest.raises(ConfigError, match=r"task\.dataset=imagenot is no data set of torchvision"):
         finetune(recipe("image", "", data=data, task={"dataset": "imagenot"}))
     write_mnist(tmp_path)

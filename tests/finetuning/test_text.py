@@ -233,6 +233,15 @@ def test_bad_options(recipe: Make) -> None:
         open_task(recipe(*WORLD, task={**COLUMNS, "max_tokens": 99}))
 
 
+@pytest.mark.parametrize(("task", "file"), [({"glue": "rte"}, "train.tsv"), (COLUMNS, "dataset_dict.json")])
+def test_a_folder_of_splits_is_none(task: dict[str, Any], file: str, recipe: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / file).touch()
+    with pytest.raises(DataError, match=r"set holds several splits; name one, such as .*set/train or"):
+        open_task(recipe("text", "", task=task, data={"root": str(tmp_path), "train": "set"}))
+
+
 def test_a_test_file_without_labels_gets_predictions(recipe: Make, tmp_path: Path) -> None:
     result = run_on(recipe, tmp_path, TRAIN.replace("label", "stars"), "text\nso\nlala\n", columns={"label": "stars"})
     assert result.metrics["val"] == {}

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision import datasets
@@ -254,7 +255,7 @@ class TorchvisionSet:
     numbers: Sequence[int]
     targets: Sequence[int]
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> Image.Image:
         """The image of a number, as RGB.
 
         Raises:
@@ -284,7 +285,7 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
     kinds: dict[str, type[Any]] = {
         kind.lower(): value
         for kind, value in vars(datasets).items()
-        if isinstance(value, type) and issubclass(value, datasets.VisionDataset)
+        if isinstance(value, type) and "root" in inspect.signature(value).parameters
     }
     if name.lower() not in kinds:
         raise ConfigError(f"task.dataset={name} is no data set of torchvision; choose one, such as CIFAR10 or Food101")
