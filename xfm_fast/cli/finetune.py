@@ -129,7 +129,7 @@ def predict(
 
     Args:
         run: A run, or a folder of weights that one wrote.
-        items: Image files, and texts: what is no existing file is a text.
+        items: Image files, folders of such, and texts: what is neither a file nor a folder is a text.
     """
     import torch
 
@@ -149,10 +149,18 @@ def predict(
             for row in answer_lines(predictor, options.lines, out, options.batch_size, told):
                 print(json.dumps(row, ensure_ascii=False))
         return 0
-    images = [item for item in items if Path(item).is_file()]
-    for row in predictor.predict(images, [item for item in items if item not in images]):
-        print(json.dumps(row, ensure_ascii=False))
+    images = [image for item in items if Path(item).exists() for image in _images(Path(item))]
+    records = predictor.task.requests(images, [item for item in items if not Path(item).exists()])
+    for start in range(0, len(records), options.batch_size):
+        for row in predictor.answer(records[start : start + options.batch_size]):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
     return 0
+
+
+def _images(path: Path) -> list[Path]:
+    from xfm_fast.data.tables import find_images
+
+    return find_images(path) if path.is_dir() else [path]
 
 
 @contextmanager
