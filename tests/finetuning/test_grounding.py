@@ -228,7 +228,7 @@ def test_captions_of_regions(task: Open, world: Path) -> None:
     only = model(
         batch.image, batch.input_ids[boxed], batch.attention_mask[boxed], batch.boxes[boxed], batch.image_index[boxed]
     )
-    assert float(losses["bbox_l1"]) == pytest.approx(float(only.l1), rel=1e-5)
+    assert losses["bbox_l1"].item() == pytest.approx(only.l1.item(), rel=1e-5)
 
 
 def test_regions_first_then_expressions(recipe: Make, world: Path, photo: Path, tmp_path: Path) -> None:

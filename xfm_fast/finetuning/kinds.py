@@ -14,19 +14,28 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.finetuning.captioning import CaptioningOptions, CaptioningTask
 from xfm_fast.finetuning.grounding import GroundingOptions, GroundingTask
+from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions
 from xfm_fast.finetuning.nlvr2 import NLVR2Options, NLVR2Task
 from xfm_fast.finetuning.task import Task, TaskOptions
+from xfm_fast.finetuning.text import TextTask, TextTaskOptions
+from xfm_fast.finetuning.vqa import VQAOptions, VQATask
 from xfm_fast.tokenizer import CaptionTokenizer
 
 TASK_FILE, TOKENIZER_FILE = "task.json", "tokenizer.json"
 FORMAT_VERSION = 1
 
 TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {
-    "nlvr2": NLVR2Task,
-    "grounding": GroundingTask,
     "captioning": CaptioningTask,
+    "grounding": GroundingTask,
+    "image": ImageTask,
+    "nlvr2": NLVR2Task,
+    "text": TextTask,
+    "vqa": VQATask,
 }
-AnyTask = Annotated[NLVR2Options | GroundingOptions | CaptioningOptions, Field(discriminator="kind")]
+AnyTask = Annotated[
+    CaptioningOptions | GroundingOptions | ImageTaskOptions | NLVR2Options | TextTaskOptions | VQAOptions,
+    Field(discriminator="kind"),
+]
 """The section `task` of a recipe: one of these, by its `kind`."""
 
 

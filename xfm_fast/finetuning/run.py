@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,7 +132,10 @@ def finetune(
         quarantine = Quarantine(
             folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
         )
-        rows = RecordSet(task.rows(recipe.paths_of(STREAM)))
+        found_rows = task.rows(recipe.paths_of(STREAM))
+        for note in (note for each in found_rows for note in getattr(each, "notes", ()) if processes.first):
+            print(note, file=sys.stderr)
+        rows = RecordSet(found_rows)
         source = ShuffledBatches(
             rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
             world_size=processes.world_size, quarantine=quarantine,
@@ -258,7 +262,8 @@ def evaluate(
         options = None if place is None else task_of(place)
         if options is not None and options.kind == recipe.task.kind:
             # The names of classes and answers are those of the weights.
-            recipe = recipe.model_copy(update={"task": options})
+            chosen = {name: getattr(recipe.task, name) for name in options.free}
+            recipe = recipe.model_copy(update={"task": options.model_copy(update=chosen)})
         task = open_task(recipe, complete=options is None)
         records = task.records(recipe.paths_of(split))
         model = task.build().to(processes.device)

@@ -49,6 +49,8 @@ class TaskOptions(Section):
     """
 
     kind: Any
+    free: ClassVar[tuple[str, ...]] = ()
+    """Options that a recipe may still choose for weights that exist, such as how many answers are ranked."""
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """The options with what the files say that training reads.
@@ -218,6 +220,8 @@ class PairInput(TensorBatch):
 
 
 def need(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
-    """Raise `InputError` unless a request is `ok`, saying `what` the task needs."""
+    """Raise `InputError` unless a request is `ok` and none of its texts blank, saying `what` the task needs."""
     if not ok:
         raise InputError(f"{len(images)} images and {len(texts)} texts were given; this model needs {what}")
+    if blank := [number for number, text in enumerate(texts) if not text.strip()]:
+        raise InputError(f"text {blank[0]} of {len(texts)} is blank; this model needs {what}")
