@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -127,9 +128,31 @@ def test_losses_are_those_of_the_module(task: RetrievalTask, model: TaskModel, w
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_evaluation_is_a_re_ranking_of_all(
-    task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def process_of_a_run(rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe) -> None:
+    """What `in_processes` calls: fine-tune."""
+    join_group(rank, world_size, meeting_point)
+    finetune(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("official", [False, True])
+def test_the_contrastive_loss_ranges_over_all_processes(recipe: Make, tmp_path: Path, official: bool) -> None:
+    def itc(world_size: int) -> float:
+        made = recipe(
+            "retrieval", "retrieval_{}.json", steps=1, batch_size=8 // world_size,
+            model={"hidden_dropout": 0.0, "attention_dropout": 0.0, "drop_path_rate": 0.0},
+            task={"augment": False, "official_itm_negatives": official, "official_itc_gradient": official},
+            checkpoint={"folder": str(tmp_path / str(world_size))},
+        )  # fmt: skip
+        assert in_processes(process_of_a_run, world_size, tmp_path / f"meet{world_size}", made) == [0] * world_size
+        line = json.loads((tmp_path / str(world_size) / "log.jsonl").read_text().splitlines()[0])
+        assert math.isfinite(line["loss/train/itm"])
+        return line["loss/train/itc"]
+
+    assert itc(2) == pytest.approx(itc(1), rel=1e-5)
+
+
+def test_evaluation_is_a_re_ranking_of_all(task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path) -> None:
     records = task.records([world / "retrieval_test.json"], "test")
     metrics = Evaluation(tmp_path, batch_size=4).run(task, model, records)
 
@@ -210,7 +233,7 @@ def test_a_journal_of_other_weights_is_not_used(
 
 @pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_images(tmp_path: Path, task: RetrievalTask) -> None:
-    """Embeddings of all images of the larger set take 126 MB, of a block 4 MB."""
+    """The embeddings of the larger set take 135 MB, those of a block 2 MB."""
     cfg = task.config.replace(image_size=128, patch_size=8, vision_width=64, vision_depth=1)
     large = RetrievalTask(RetrievalOptions(k=2), cfg, task.tokenizer)
     large.pixels = lambda image: torch.randn(3, 128, 128)  # type: ignore[method-assign]
