@@ -218,6 +218,17 @@ def test_same_on_any_number_of_processes_and_after_a_kill(small: FinetuneRecipe,
     assert results("killed") == results("again") == results("1")
 
 
+def test_scores_do_not_tie_in_half_precision(
+    task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path
+) -> None:
+    """Ties count against the true answer."""
+    records = task.records([world / "retrieval_test.json"], "test")
+    half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    Evaluation(tmp_path, batch_size=4, autocast=half).run(task, model, records)
+    scores = load_file(tmp_path / "scores.safetensors")["score"]
+    assert bool((scores != scores.bfloat16()).any())
+
+
 def test_a_journal_of_other_weights_is_not_used(
     task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path
 ) -> None:
