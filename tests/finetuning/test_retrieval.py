@@ -181,9 +181,9 @@ def process_of_an_evaluation(
     join_group(rank, world_size, meeting_point)
     sync, done = reranking.ScoreJournal.sync, 0
 
-    def counted(journal: reranking.ScoreJournal) -> None:
+    def counted(self: reranking.ScoreJournal) -> None:
         nonlocal done
-        sync(journal)
+        sync(self)
         done += 1
         # A new journal begins with one.
         if done == 1 + kill_at:
@@ -247,7 +247,7 @@ def test_memory_is_flat_in_the_number_of_images(tmp_path: Path, task: RetrievalT
     """The embeddings of the larger set take 135 MB, those of a block 2 MB."""
     cfg = task.config.replace(image_size=128, patch_size=8, vision_width=64, vision_depth=1)
     large = RetrievalTask(RetrievalOptions(k=2), cfg, task.tokenizer)
-    large.pixels = lambda image: torch.randn(3, 128, 128)  # type: ignore[method-assign]
+    large.pixels = lambda image: torch.randn(3, 128, 128)
     model = large.build()
 
     def peak(images: int) -> int:
