@@ -24,7 +24,7 @@ from xfm_fast.batches import PairBatch
 from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import RetrievalTestRecord
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
-from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.evaluation import Evaluation, fingerprint
 from xfm_fast.finetuning.prediction import load
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
@@ -227,6 +227,10 @@ def test_scores_do_not_tie_in_half_precision(
     Evaluation(tmp_path, batch_size=4, autocast=half).run(task, model, records)
     scores = load_file(tmp_path / "scores.safetensors")["score"]
     assert bool((scores != scores.bfloat16()).any())
+    whole = fingerprint(task, model, records, 4)
+    with half():
+        # What was begun in another precision is not gone on with.
+        assert fingerprint(task, model, records, 4) != whole
 
 
 def test_a_journal_of_other_weights_is_not_used(
