@@ -19,7 +19,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme ablations test test-older test-all check lint types audit format dist clean distclean
+.PHONY: help venv install bench readme ablations downstream test test-older test-all check lint types audit format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ readme: $(VENV)/$(EXTRAS).stamp ## write the README's tables anew from benchmark
 
 ablations: $(VENV)/$(EXTRAS).stamp ## train the tiny model with and without the method, three seeds each
 	$(BIN)/xfm-fast reproduce ablations $(ARGS)
+
+downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of the paper
+	$(BIN)/xfm-fast reproduce downstream $(ARGS)
 
 test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -28,6 +28,13 @@ def test_shipped_recipe_says_what_to_expect(name: str) -> None:
     assert Recipe(**recipe.model_dump(mode="json")) == recipe
 
 
+def test_web_recipe_is_the_base_recipe_with_web_data() -> None:
+    base, web = load_recipe("pretrain_base_4m"), load_recipe("pretrain_base_web")
+    assert web.updates == (("text",), ("regions", "web", "imagenet", "pairs"))
+    assert web.streams == base.streams | {"web": base.streams["pairs"].model_copy(update={"paths": ("web",)})}
+    assert web.optimizer == base.optimizer
+
+
 def test_base_recipe_has_the_official_numbers() -> None:
     recipe = load_recipe("pretrain_base_4m")
     assert recipe.model == XFMConfig.preset("base")

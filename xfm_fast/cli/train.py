@@ -122,3 +122,37 @@ def ablations(*, options: Flat[AblationOptions] = AblationOptions()) -> int:
         note(f"{len(study.missing)} runs are missing; the same command goes on there")
         return UNFINISHED
     return 0
+
+
+@dataclass(frozen=True)
+class DownstreamOptions:
+    """The size of a study of the downstream tasks.
+
+    Attributes:
+        seeds: Runs of each task.
+        jobs: Runs at a time. [one a core]
+        out: Folder of the study; it goes on with what is there.
+    """
+
+    seeds: Annotated[int, Ge(1)] = 1
+    jobs: Annotated[int | None, Ge(1)] = None
+    out: Path = Path("runs/downstream")
+
+
+@reproduce.command
+def downstream(*, options: Flat[DownstreamOptions] = DownstreamOptions()) -> int:
+    """Pretrain a tiny model on the shapes world and fine-tune it for every task of the paper.
+
+    Reports the metric of each on combinations of colour and shape that no training file holds, beside what an answer
+    without looking gets. Finished runs are kept and not repeated.
+    """
+    from xfm_fast.reproduce.downstream import Table, markdown, run_downstream, save
+
+    def keep(table: Table) -> None:
+        save(table, options.out)
+        note(f"{len(table.missing)} runs to go")
+
+    result = run_downstream(options.out, seeds=options.seeds, jobs=options.jobs, on_change=keep)
+    print(markdown(result))
+    print("saved: " + ", ".join(str(path) for path in save(result, options.out)))
+    return 0

@@ -64,6 +64,11 @@ class FinetuneRecipe(Run):
         model, init = values.get("model", {}), values.get("init") or {}
         place = init.get("checkpoint") if isinstance(init, Mapping) else None
         folder = model_folder(Path(place)) if isinstance(place, str) else None
+        if place is not None and folder is None and "model" not in values:
+            raise ValueError(
+                f"init.checkpoint={place} is no folder of a model, whose sizes would be taken; give one, such as a run "
+                "of xfm-fast pretrain, or the sizes as model.preset=..."
+            )
         if folder is None or not isinstance(model, Mapping) or "preset" in model:
             return values
         try:

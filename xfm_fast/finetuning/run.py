@@ -137,7 +137,10 @@ def finetune(
         )
         files = task.rows(recipe.paths_of(STREAM))
         if processes.first:
-            _warn_of_shared_images(files, records)
+            annotated = [each for each in files if isinstance(each, AnnotationRows)]
+            for note in (note for each in annotated for note in each.notes):
+                print(note, file=sys.stderr)
+            _warn_of_shared_images(annotated, records)
         rows = RecordSet(files)
         source = ShuffledBatches(
             rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
@@ -280,7 +283,8 @@ def evaluate(
         options = None if place is None else task_of(place)
         if options is not None and options.kind == recipe.task.kind:
             # The names of classes and answers are those of the weights.
-            recipe = recipe.model_copy(update={"task": options})
+            chosen = {name: getattr(recipe.task, name) for name in options.free}
+            recipe = recipe.model_copy(update={"task": options.model_copy(update=chosen)})
         task = open_task(recipe, complete=options is None)
         records = task.records(recipe.paths_of(split), split)
         model = task.build().to(processes.device)

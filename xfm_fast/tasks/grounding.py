@@ -57,7 +57,10 @@ class GroundingModel(TaskModel):
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
         text = self.encode_text(input_ids, mask)
-        return self.predict_boxes(self.fuse(text, mask, memory, image_index, first_token_only=True))
+        fused = self.fuse(text, mask, memory, image_index, first_token_only=True)
+        # In bf16 a coordinate would be off by up to a 512th of the image.
+        with torch.autocast(fused.device.type, enabled=False):
+            return self.predict_boxes(fused.to(self.dtype))
 
     def forward(
         self,

@@ -133,7 +133,8 @@ def train(
                 official_itm_negatives=method.official_itm_negatives,
                 image_codes=codes,
             )
-        assert model is not None and objective is not None
+        assert model is not None
+        assert objective is not None
         model, losses_of = model.to(processes.device).train(), objective
         run_layers(model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile)
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)

@@ -398,16 +398,15 @@ def _inside(hint: Any, part: int | str) -> tuple[Any, bool]:
 
     It is none where pydantic says which member of a union it took, by its `kind`.
     """
-    if get_origin(hint) is Annotated:
-        return _inside(get_args(hint)[0], part)
+    hint = _plain(hint)
+    for option in (hint, *get_args(hint)):
+        if getattr(option, "model_fields", {}).get("kind") and option.model_fields["kind"].default == part:
+            return option, False
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         field = hint.model_fields.get(str(part))
         return (None if field is None else field.annotation), True
     if get_origin(hint) is dict:
         return get_args(hint)[1], True
-    for option in get_args(hint):
-        if getattr(option, "model_fields", {}).get("kind") and option.model_fields["kind"].default == part:
-            return option, False
     sections = [option for option in get_args(hint) if isinstance(option, type) and issubclass(option, BaseModel)]
     return _inside(sections[0], part) if len(sections) == 1 else (None, True)
 
@@ -431,7 +430,8 @@ def _explain(error: ValidationError, recipe: type[Run]) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing; add it to the recipe or as {where}=...")
         elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            kinds = ", ".join(each.model_fields["kind"].default for each in get_args(_plain(hint)))
+            members = get_args(_plain(hint)) or (hint,)
+            kinds = ", ".join(each.model_fields["kind"].default for each in members)
             what = "a stream" if where.startswith("streams") else f"a {where}"
             lines.append(f"{where}: {what} needs kind: one of {kinds}")
         elif not where or (problem["type"] == "value_error" and not isinstance(problem["input"], (str, int, float))):

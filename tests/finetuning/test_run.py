@@ -1,0 +1,201 @@
+"""A fine-tuning run: what it leaves, that it goes on as if it had not been killed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import xfm_fast
+from tests.finetuning.conftest import Make
+from tests.training.small_runs import in_processes, join_group, numbers
+from xfm_fast.errors import CheckpointError, ConfigError, DataError
+from xfm_fast.finetuning import run as runs
+from xfm_fast.finetuning.recipe import FinetuneRecipe, resumed_steps
+from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.training.metrics import read_log
+
+NLVR2 = "nlvr2", "nlvr_{}.json"
+CHOICE = {"by": "accuracy", "split": "val"}
+Kill = dict[str, int]
+
+
+def process(rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe, kill: Kill) -> None:
+    """One process of a run, which may kill itself behind a step or within an evaluation."""
+    join_group(rank, world_size, meeting_point)
+    calls = iter(range(1_000_000))
+    if "at_step" in kill:
+        hook = runs._EpochEnd.__call__
+
+        def dying(self: Any, step: int, *rest: Any) -> Any:
+            told = hook(self, step, *rest)
+            if step == kill["at_step"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return told
+
+        runs._EpochEnd.__call__ = dying  # type: ignore[method-assign]
+    if "at_batch" in kill:
+        from xfm_fast.finetuning.nlvr2 import NLVR2Task
+
+        predict = NLVR2Task.predict
+
+        def once(self: Any, *given: Any) -> Any:
+            if next(calls) == kill["at_batch"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return predict(self, *given)
+
+        NLVR2Task.predict = once  # type: ignore[method-assign]
+    finetune(recipe)
+
+
+def weights(recipe: FinetuneRecipe, name: str = "model") -> bytes:
+    return (Path(recipe.checkpoint.folder) / name / "model.safetensors").read_bytes()
+
+
+def metrics(recipe: FinetuneRecipe) -> dict[str, str]:
+    folder = Path(recipe.checkpoint.folder) / "evaluation"
+    return {split: (folder / split / "metrics.json").read_text() for split in recipe.data.splits}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path) -> FinetuneRecipe:
+    """A run that nothing happened to, in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    make: Make = recipe_fixture(world, pretrained, folder)
+    made = make(*NLVR2, choose=CHOICE)
+    assert in_processes(process, 1, folder / "meet", made, {}) == [0]
+    return made
+
+
+def recipe_fixture(world: Path, pretrained: Path, folder: Path) -> Make:
+    from tests.finetuning import conftest
+
+    return conftest.recipe.__wrapped__(world, pretrained, folder)  # type: ignore[attr-defined]
+
+
+def test_a_run_leaves_folders_that_explain_themselves(whole: FinetuneRecipe, world: Path) -> None:
+    folder = Path(whole.checkpoint.folder)
+    for name in ("best", "model"):
+        assert {each.name for each in (folder / name).iterdir()} == {
+            "config.json", "model.safetensors", "task.json", "tokenizer.json"
+        }  # fmt: skip
+    log = read_log(folder / "log.jsonl")
+    assert [line["step"] for line in log if "val/accuracy" in line] == [5, 10]
+    best = max(line["val/accuracy"] for line in log if "val/accuracy" in line)
+    assert json.loads(metrics(whole)["val"])["metrics"] == {"accuracy": best}
+    predictor = xfm_fast.load(folder)
+    assert isinstance(predictor.model, NLVR2Model)
+    assert not predictor.model.training
+    images = [world / f"images/test/{number:06d}.png" for number in (0, 1)]
+    (row,) = predictor.predict(images, ["there is a red circle in the left image"])
+    assert row["answer"] == (row["probability"] > 0.5)
+
+
+@pytest.mark.parametrize("kill", [{"at_step": 5}, {"at_step": 6}, {"at_batch": 1}, {"at_batch": 7}])
+def test_killed_and_resumed(kill: Kill, whole: FinetuneRecipe, recipe: Make, tmp_path: Path) -> None:
+    """Behind an epoch, between checkpoints, in the first evaluation and in the last one."""
+    again = recipe(*NLVR2, choose=CHOICE)
+    assert in_processes(process, 1, tmp_path / "meet", again, kill) == [-9]
+    assert in_processes(process, 1, tmp_path / "meet", again, {}) == [0]
+    assert numbers(Path(again.checkpoint.folder)) == numbers(Path(whole.checkpoint.folder))
+    assert weights(again) == weights(whole)
+    assert weights(again, "best") == weights(whole, "best")
+    assert metrics(again) == metrics(whole)
+
+
+def test_two_processes(recipe: Make, tmp_path: Path) -> None:
+    made = recipe(*NLVR2, choose=CHOICE, batch_size=4)
+    assert in_processes(process, 2, tmp_path / "meet", made, {}) == [0, 0]
+    alone = evaluate(made, Path(made.checkpoint.folder), "test", tmp_path / "alone")
+    assert json.loads(metrics(made)["test"])["metrics"] == alone
+
+
+def test_steps_of_epochs_are_kept_by_a_change_of_processes(recipe: Make) -> None:
+    made = recipe(*NLVR2)
+    one = resumed_steps(made, 40, 1, None, 0)
+    assert (one.steps, one.schedule.steps) == (10, 10)
+    odd = resumed_steps(made, 43, 1, None, 0)
+    assert (odd.steps, odd.schedule.steps) == (10, 12)
+    saved = {"world_size": 1, "step": 4, "recipe": one.model_dump(mode="json")}
+    two = resumed_steps(made, 40, 2, saved, 2)
+    assert two.steps == 4 + (2 * 2 - 2)
+    later = {"world_size": 2, "step": 5, "recipe": two.model_dump(mode="json")}
+    assert resumed_steps(made, 40, 2, later, 3).steps == two.steps
+    assert resumed_steps(recipe(*NLVR2, steps=3), 40, 1, None, 0).steps == 3
+
+
+def test_an_average_is_what_is_judged(recipe: Make) -> None:
+    made = recipe(*NLVR2, choose=CHOICE, ema=0.5, epochs=1)
+    result = finetune(made)
+    assert result.folder.name == "best"
+    assert weights(made, "best") == weights(made, "average") != weights(made)
+
+
+def test_a_run_chains(recipe: Make, tmp_path: Path) -> None:
+    first = recipe(*NLVR2, steps=1)
+    finetune(first)
+    second = recipe(
+        *NLVR2, steps=1, init={"checkpoint": first.checkpoint.folder}, checkpoint={"folder": str(tmp_path / "next")}
+    )
+    assert second.model == first.model
+    finetune(second)
+    assert recipe_of(tmp_path / "next", ["eval_batch_size=3"]).eval_batch_size == 3
+
+
+def test_what_is_refused_before_the_first_step(recipe: Make, pretrained: Path, world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"choose\.split=dev is no split"):
+        recipe(*NLVR2, choose={"by": "accuracy", "split": "dev"})
+    with pytest.raises(ConfigError, match=r"choose\.by=bleu is no metric of val; it has accuracy"):
+        finetune(recipe(*NLVR2, steps=1, choose={"by": "bleu", "split": "val"}))
+    with pytest.raises(ConfigError, match=r"task\.max_word is no key of a recipe \(did you mean max_words\?\)"):
+        recipe(*NLVR2, task={"max_word": 3})
+    with pytest.raises(ConfigError, match=r"task: .* needs kind: one of .*nlvr2"):
+        recipe("nlvr3", "x")
+    with pytest.raises(DataError, match=r"data\.train: there is no .*absent\.json"):
+        finetune(recipe("nlvr2", "absent.json"))
+    other = tmp_path / "other"
+    shutil.copytree(pretrained, other)
+    (other / "task.json").write_text('{"format": 1, "task": {"kind": "nlvr2", "surprise": 1}}')
+    with pytest.raises(CheckpointError, match=r"task\.json does not describe a task"):
+        finetune(recipe(*NLVR2, init={"checkpoint": str(other)}))
+    with pytest.raises(CheckpointError, match=r"lacks cls_head.*fine-tune it first"):
+        evaluate(recipe(*NLVR2), pretrained, "test", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="pretrained model, which has no task yet"):
+        xfm_fast.load(pretrained)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_element_is_quarantined_and_a_missing_test_image_named(
+    recipe: Make, world: Path, tmp_path: Path
+) -> None:
+    elements = json.loads((world / "nlvr_train.json").read_text())
+    del elements[3]["sentence"]
+    elements[5]["images"][0] = "images/train/none.png"
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(elements))
+    data = {"root": str(world), "train": str(path), "splits": {"val": "nlvr_val.json"}, "bad_share": 0.1}
+    made = recipe(*NLVR2, data=data, epochs=1)
+    finetune(made)
+    listed = (Path(made.checkpoint.folder) / "quarantine/train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in sorted(listed)] == ["element 3", "element 5"]
+    path.write_text(json.dumps(elements[4:]))
+    with pytest.raises(DataError, match=r"images/train/none\.png"):
+        evaluate(recipe(*NLVR2, data=data | {"splits": {"val": str(path)}}), "x", "val", tmp_path / "out")
+
+
+def test_the_whole_state_is_evaluated_in_evaluation_mode(recipe: Make, tmp_path: Path) -> None:
+    """Dropout would change a second evaluation of the same weights."""
+    made = recipe(*NLVR2, epochs=1)
+    finetune(made)
+    folder = Path(made.checkpoint.folder)
+    rows = [partial(evaluate, made, folder, "val", tmp_path / name)() for name in "ab"]
+    assert rows[0] == rows[1]
+    assert torch.is_grad_enabled()

@@ -1,0 +1,301 @@
+"""Heat maps equal Grad-CAM on a plain fusion encoder, and the boxes they choose those of the published rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.agreement import relative_error
+from xfm_fast import XFM, XFMConfig
+from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.heatmap import (
+    best_box,
+    cross_attention_heatmap,
+    detection_accuracy,
+    explicit_cross_attention,
+    overlay,
+    read_detections,
+)
+
+CONFIG = XFMConfig.preset("tiny", fusion_layers=4)
+LENGTHS = (9, 3, 6, 4, 7)
+BUILDERS: dict[str, Callable[[], XFM]] = {
+    "matching": lambda: XFM(CONFIG, heads=("matching", "contrastive")),
+    "boxes": lambda: GroundingModel(CONFIG),
+}
+
+
+@pytest.fixture(scope="module", params=list(BUILDERS))
+def model(request: pytest.FixtureRequest) -> XFM:
+    torch.manual_seed(3)
+    made = BUILDERS[request.param]().double().eval()
+    with torch.no_grad():
+        # As initialised, all patches would be attended to alike.
+        for name, parameter in made.named_parameters():
+            if "crossattention.self" in name or "itm_head" in name or "bbox_head" in name:
+                parameter.normal_(0, 0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels of as many images as texts, and texts of different lengths."""
+    torch.manual_seed(4)
+    ids = torch.randint(4, CONFIG.vocab_size, (len(LENGTHS), max(LENGTHS)))
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    return (
+        torch.randn(len(LENGTHS), 3, 32, 32).double(),
+        ids.where(mask, torch.tensor(CONFIG.pad_token_id)),
+        mask.long(),
+    )
+
+
+def _attention(block: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities `[H, t, M]` of a layer's attention, and the values `[H, M, D]` that they weigh."""
+    own = block.self
+    q, k, v = (
+        linear(states).unflatten(-1, (own.heads, -1)).transpose(0, 1)
+        for linear, states in ((own.query, x), (own.key, memory), (own.value, memory))
+    )
+    return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1), v
+
+
+def _add_norm(end: Any, branch: Tensor, x: Tensor) -> Tensor:
+    return F.layer_norm(
+        x + end.dense(branch), x.shape[-1:], end.LayerNorm.weight, end.LayerNorm.bias, end.LayerNorm.eps
+    )
+
+
+def _plain_heat(model: XFM, pixels: Tensor, ids: Tensor, mask: Tensor, layer: int, counted: Tensor) -> Tensor:
+    """One text over one image, without padding: `[grid, grid]`."""
+    with torch.no_grad():
+        memory = model.encode_image(pixels[None])[0]
+        x = model.encode_text(ids[None], mask[None])[0][mask.bool()]
+    kept = torch.empty(0)
+    for number, block in enumerate(model.fusion_encoder.roberta.encoder):
+        for attention in (block.attention, block.crossattention):
+            crossing = attention is block.crossattention
+            probabilities, values = _attention(attention, x, memory if crossing else x)
+            if number == layer and crossing:
+                kept = probabilities
+            x = _add_norm(attention.output, (probabilities @ values).transpose(0, 1).flatten(1), x)
+        x = _add_norm(block.output, F.gelu(block.intermediate.dense(x)), x)
+    if "matching" in model.heads:
+        (gradient,) = torch.autograd.grad(model.itm_head(x[:1])[0, 1], kept)
+        weight = gradient.clamp(min=0)
+    else:
+        box = model.bbox_head(x[:1]).sigmoid()[0]
+        weight = sum(torch.autograd.grad(each, kept, retain_graph=True)[0].abs() for each in box)
+    heat = (weight * kept).mean(0)[counted[mask.bool()].bool()].mean(0)[1:]
+    return heat.detach().view(CONFIG.grid, CONFIG.grid)
+
+
+def _inner(mask: Tensor) -> Tensor:
+    """Tokens between the first and the last real one."""
+    counted = mask.clone()
+    for row in counted:
+        places = row.nonzero().flatten()
+        row[places[0]] = row[places[-1]] = 0
+    return counted
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_equals_plain_grad_cam(model: XFM, batch: tuple[Tensor, Tensor, Tensor], layer: int, shared: bool) -> None:
+    pixels, ids, mask = batch
+    index = torch.tensor([2, 0, 2, 4, 0]) if shared else None
+    heat = cross_attention_heatmap(model, pixels, ids, mask, layer=layer, image_index=index)
+    images = torch.arange(len(ids)) if index is None else index
+    truth = torch.stack(
+        [_plain_heat(model, pixels[i], ids[p], mask[p], layer, _inner(mask)[p]) for p, i in enumerate(images.tolist())]
+    )
+    assert heat.shape == (len(ids), CONFIG.grid, CONFIG.grid)
+    assert not heat.requires_grad
+    assert float(truth.flatten(1).amax(1).min()) > 0
+    for found, wanted in zip(heat, truth, strict=True):
+        assert relative_error(found, wanted) < 1e-10
+
+
+def test_chosen_tokens_and_masks_with_holes(model: XFM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    pixels, ids, mask = batch
+    mask = mask.clone()
+    mask[0, 3] = mask[4, 0] = 0
+    tokens = torch.zeros_like(mask)
+    tokens[:, 0] = tokens[:, 1] = 1
+    for layer, counted in ((1, None), (1, tokens), (3, tokens | mask)):
+        given = (mask if counted is None else counted).clone()
+        if layer == 3:
+            given[4, 1] = 1
+        heat = cross_attention_heatmap(model, pixels, ids, mask, layer=layer, tokens=None if counted is None else given)
+        for p, found in enumerate(heat):
+            wanted = _inner(mask)[p] if counted is None else given[p] * mask[p]
+            assert relative_error(found, _plain_heat(model, pixels[p], ids[p], mask[p], layer, wanted)) < 1e-10
+
+
+def test_the_default_layer_ends_the_first_half(model: XFM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    assert torch.equal(cross_attention_heatmap(model, *batch), cross_attention_heatmap(model, *batch, layer=1))
+
+
+def test_the_model_is_left_as_it_was(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    pixels, ids, mask = batch
+    made = XFM(XFMConfig.preset("tiny"), heads=("matching",)).double().train()
+    made.vision_encoder.eval()
+    before = [module.training for module in made.modules()]
+    block = made.fusion_encoder.roberta.encoder[0]
+    assert isinstance(block, nn.Module)
+    attributes = set(vars(block))
+    with torch.inference_mode():
+        first = cross_attention_heatmap(made, pixels.clone(), ids.clone(), mask.clone())
+    assert [module.training for module in made.modules()] == before
+    assert set(vars(block)) == attributes
+    assert all(parameter.grad is None for parameter in made.parameters())
+    # Dropout was off, or two calls would differ.
+    assert torch.equal(first, cross_attention_heatmap(made, pixels, ids, mask))
+    with pytest.raises(ZeroDivisionError), explicit_cross_attention(made, 0):
+        raise ZeroDivisionError
+    assert set(vars(block)) == attributes
+
+
+@torch.no_grad()
+def test_explicit_attention_changes_no_result(model: XFM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    pixels, ids, mask = batch
+    seen = torch.ones(len(ids), CONFIG.num_image_tokens)
+    seen[1, 3:9] = 0
+    memory = model.image_memory(model.encode_image(pixels), seen)
+    text = model.encode_text(ids, mask)
+    fused = model.fuse(text, mask, memory)
+    with explicit_cross_attention(model, 2) as recorded:
+        again = model.fuse(text, mask, memory)
+    assert relative_error(again, fused) < 1e-10
+    (probabilities,) = recorded
+    assert probabilities.shape == (CONFIG.text_heads, sum(LENGTHS), CONFIG.num_image_tokens)
+    assert torch.allclose(probabilities.sum(-1), torch.ones((), dtype=torch.float64))
+    of_second = probabilities[:, LENGTHS[0] : LENGTHS[0] + LENGTHS[1]]
+    assert float(of_second[..., 3:9].max()) == 0 < float(of_second[..., 9:].min())
+
+
+def test_impossible_maps_are_refused(model: XFM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    pixels, ids, mask = batch
+    with pytest.raises(InputError, match="layers 0 to 3"):
+        cross_attention_heatmap(model, pixels, ids, mask, layer=4, tokens=mask)
+    with pytest.raises(InputError, match="is the last"):
+        cross_attention_heatmap(model, pixels, ids, mask, layer=3)
+    with pytest.raises(InputError, match="text 2 has no token"):
+        cross_attention_heatmap(model, pixels, ids, mask, tokens=mask * torch.tensor([1, 1, 0, 1, 1])[:, None])
+    with pytest.raises(InputError, match="text 1 is nothing but"):
+        cross_attention_heatmap(model, pixels, ids, mask * (torch.arange(9) < torch.tensor([9, 2, 9, 9, 9])[:, None]))
+    with pytest.raises(InputError, match=r"tokens is \[5, 2\]"):
+        cross_attention_heatmap(model, pixels, ids, mask, tokens=mask[:, :2])
+    with pytest.raises(UnavailableError, match="'matching' head"):
+        cross_attention_heatmap(XFM(CONFIG, heads=()), pixels, ids, mask)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_overlay_has_the_size_of_the_picture(mode: str, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (50, 30), (102, 102, 102)).convert(mode)
+    heat = torch.zeros(4, 4)
+    heat[1, 3] = 1e-9
+    over = overlay(picture, heat)
+    over.save(tmp_path / "over.png")
+    assert (over.mode, over.size) == ("RGB", (50, 30))
+    bright = np.asarray(over.convert("L"))
+    row, column = np.unravel_index(bright.argmax(), bright.shape)
+    assert 30 / 4 <= row < 30 / 2
+    assert column >= 3 * 50 / 4
+    assert bright[25, 5] == 51
+    assert np.unique(np.asarray(overlay(picture, heat * 0))).tolist() == [51]
+    with pytest.raises(InputError, match=r"\[1, 4, 4\]"):
+        overlay(picture, heat[None])
+
+
+def test_the_colour_map_grows_brighter() -> None:
+    level = np.linspace(0, 1, 256)[None]
+    picture = overlay(Image.new("RGB", (256, 1)), level)
+    brightness = np.asarray(picture, float)[0] @ [0.3, 0.59, 0.11]
+    assert (np.diff(brightness) > -1).all()
+    assert brightness[0] < 2 < 120 < brightness[-1]
+
+
+def test_best_box_is_the_published_rule() -> None:
+    generator = torch.Generator().manual_seed(5)
+    width, height = 61, 47
+    for _ in range(20):
+        heat = torch.rand(6, 6, generator=generator) ** 8
+        corners = torch.rand(12, 2, generator=generator) * torch.tensor([50.0, 40.0])
+        boxes = torch.cat([corners, 1 + torch.rand(12, 2, generator=generator) * 30], dim=1).double()
+        dense = F.interpolate(heat.double()[None, None], size=(height, width), mode="bicubic")[0, 0]
+        scores = [
+            float(dense[int(y) : int(y + h), int(x) : int(x + w)].sum()) / (w * h) ** 0.5
+            for x, y, w, h in boxes.tolist()
+        ]
+        assert best_box(heat, boxes, (width, height)) == int(np.argmax(scores))
+    heat = torch.zeros(4, 4)
+    heat[0, 0] = 1
+    assert best_box(heat, [[20, 20, 10, 10], [-5, -5, 16, 16], [0, 0, 40, 40]], (40, 40)) == 1
+
+
+@pytest.mark.parametrize("boxes", [torch.zeros(0, 4), [[1, 2, 3]], [[1, 2, 0, 3]]])
+def test_boxes_that_are_none_are_refused(boxes: Any) -> None:
+    with pytest.raises(InputError, match="boxes are"):
+        best_box(torch.ones(2, 2), boxes, (10, 10))
+
+
+def test_detection_accuracy() -> None:
+    reference = torch.tensor([[0.0, 0, 10, 10], [5, 5, 10, 10]])
+    assert (
+        detection_accuracy(reference + torch.tensor([[0.0], [20.0]]) * torch.tensor([1.0, 1, 0, 0]), reference) == 0.5
+    )
+    with pytest.raises(InputError, match=r"\[P, 4\]"):
+        detection_accuracy(reference[:1], reference)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [
+            {"det_id": 0, "image_id": 7, "box": [1, 2, 3, 4], "category_id": 1, "score": 0.9},
+            {"image": "a.png", "box": [0, 0, 5, 5]},
+            {"image_id": 7, "box": [1.5, 2, 3, 4]},
+        ],
+        {"7": [[1, 2, 3, 4, 0.9], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]},
+    ],
+)
+def test_both_forms_of_detections(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "dets.json").write_text(json.dumps(content))
+    found = read_detections(tmp_path / "dets.json")
+    assert {image: boxes.tolist() for image, boxes in found.items()} == {
+        "7": [[1, 2, 3, 4], [1.5, 2, 3, 4]],
+        "a.png": [[0, 0, 5, 5]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "no detections"),
+        ("3", "JSON int"),
+        ("[[1, 2, 3, 4]]", "element 0 .* list"),
+        ('[{"box": [1, 2, 3, 4]}]', "image_id=None"),
+        ('[{"image_id": 1, "box": [1, 2, 3, 4]}, {"image_id": 1, "box": [1, 2, 0, 4]}]', "element 1 .*w and h above 0"),
+        ('{"1": [[1, 2, 3, NaN]]}', "image 1, box 0"),
+        ('{"1": [["1", 2, 3, 4]]}', "image 1, box 0"),
+        ('{"1": 5}', "image 1 holds a int"),
+    ],
+)
+def test_detections_that_are_none_are_refused(tmp_path: Path, content: str, complaint: str) -> None:
+    (tmp_path / "dets.json").write_text(content)
+    with pytest.raises(DataError, match=complaint):
+        read_detections(tmp_path / "dets.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_detections(tmp_path / "absent.json")

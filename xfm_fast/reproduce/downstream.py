@@ -1,0 +1,226 @@
+"""Every task of the paper in miniature: a pretrained tiny model, fine-tuned for each on the shapes world, by seeds.
+
+Runs are processes of their own, one thread each and as many at a time as there are cores, started by the commands that
+a user types. A run that is finished is not repeated, and one that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.errors import XFMError
+from xfm_fast.finetuning.evaluation import METRICS_FILE
+from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, load_finetune_recipe
+from xfm_fast.finetuning.run import open_task
+from xfm_fast.finetuning.task import Task
+
+PRETRAINING = "pretrain_tiny_shapes"
+STEM = "downstream-tiny-shapes"
+SPLIT = "test"
+
+
+class Twin(NamedTuple):
+    """A task in miniature: its recipe, the metric that stands for it, and where that should arrive."""
+
+    recipe: str
+    metric: str
+    target: float | None
+
+
+TWINS = (
+    Twin("retrieval_tiny_shapes", "r_mean", 90),
+    Twin("vqa_tiny_shapes", "exact_match", 75),
+    Twin("nlvr2_tiny_shapes", "accuracy", 75),
+    Twin("grounding_tiny_shapes", "accuracy", 80),
+    Twin("captioning_tiny_shapes", "true_captions", 75),
+    Twin("captioning_tiny_shapes", "CIDEr-D", None),
+    Twin("text_tiny_shapes", "accuracy", None),
+    Twin("image_tiny_shapes", "top1", None),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a study came to.
+
+    Attributes:
+        values: of every twin, by seed.
+        chance: what an answer without looking gets, by twin.
+        seconds: of the process that finished a recipe, by recipe and seed; the pretraining's under its own name.
+        missing: recipes and seeds that are not finished.
+    """
+
+    values: dict[Twin, dict[int, float]]
+    chance: dict[Twin, float]
+    seconds: dict[str, dict[int, float]]
+    missing: tuple[tuple[str, int], ...]
+
+
+def run_downstream(
+    out: Path, *, seeds: int = 1, jobs: int | None = None, on_change: Callable[[Table], None] = lambda table: None
+) -> Table:
+    """Pretrain once, then fine-tune and evaluate every twin with every seed.
+
+    Args:
+        out: folder of the study.
+        seeds: 0, 1, ... of each twin; the pretrained model is the same.
+        jobs: runs at a time; by default as many as this process may use cores.
+        on_change: called with the table after every run.
+
+    Raises:
+        XFMError: a run failed; says which, and what it said.
+    """
+    if seeds < 1:
+        raise XFMError(f"seeds={seeds}; at least one is needed")
+    world, pretrained = out / "shapes_world", out / PRETRAINING
+    places = [f"data={world}", f"checkpoint.folder={pretrained}"]
+    if not (pretrained / "model").is_dir():
+        _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places])
+    plan = [(recipe, seed) for seed in range(seeds) for recipe in dict.fromkeys(twin.recipe for twin in TWINS)]
+
+    def train(recipe: str, seed: int) -> None:
+        folder = out / f"seed-{seed}" / recipe
+        if not (folder / "evaluation" / SPLIT / METRICS_FILE).is_file():
+            overrides = [
+                f"init.checkpoint={pretrained}", f"data.root={world}", f"checkpoint.folder={folder}", f"seed={seed}"
+            ]  # fmt: skip
+            _run(out, recipe, seed, ["finetune", recipe, *overrides])
+        on_change(read_table(out, seeds))
+
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
+        for done in [pool.submit(train, *each) for each in plan]:
+            done.result()
+    return read_table(out, seeds)
+
+
+def _run(out: Path, recipe: str, seed: int, command: Sequence[str]) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "xfm_fast", *command], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise XFMError(f"xfm-fast {' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
+    folder = out / "seconds" / recipe
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes({folder / f"{seed}.json": json.dumps(round(time.monotonic() - begun, 1)).encode()})
+
+
+def read_table(out: Path, seeds: int) -> Table:
+    """The table of what is finished in the folder of a study."""
+    values: dict[Twin, dict[int, float]] = {twin: {} for twin in TWINS}
+    missing: list[tuple[str, int]] = []
+    for twin in TWINS:
+        for seed in range(seeds):
+            path = out / f"seed-{seed}" / twin.recipe / "evaluation" / SPLIT / METRICS_FILE
+            if path.is_file():
+                values[twin][seed] = json.loads(path.read_text())["metrics"][twin.metric]
+            elif (twin.recipe, seed) not in missing:
+                missing.append((twin.recipe, seed))
+    seconds = {
+        folder.name: {int(path.stem): json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        for folder in sorted((out / "seconds").glob("*"))
+    }
+    chance = {twin: _chance(out, twin) for twin in TWINS if values[twin]}
+    return Table(values, chance, seconds, tuple(missing))
+
+
+def _chance(out: Path, twin: Twin) -> float:
+    """The metric of the best answer that does not look at what it answers for, chosen on the training files."""
+    places = [f"init.checkpoint={out / PRETRAINING}", f"data.root={out / 'shapes_world'}"]
+    recipe = load_finetune_recipe(twin.recipe, places)
+    task = open_task(recipe)
+    records = task.records(recipe.paths_of(SPLIT), SPLIT)
+    if recipe.task.kind == "retrieval":
+        return random_recall([len(record.caption) for record in records])
+    row = constant_answer(task, recipe)
+    return task.score([row] * len(records), records)[twin.metric]
+
+
+def random_recall(captions: Sequence[int]) -> float:
+    """Mean of R@1, R@5 and R@10 both ways, in percent, of a ranking at random; `captions` of each image."""
+    images, texts = len(captions), sum(captions)
+    of_texts = [100 * min(1.0, k / images) for k in (1, 5, 10)]
+
+    def missed(right: int, k: int) -> float:
+        """The chance that none of the `right` among all texts is in the first `k`."""
+        share = 1.0
+        for place in range(k):
+            share *= max(0, texts - right - place) / max(1, texts - place)
+        return share
+
+    of_images = [100 * sum(1 - missed(right, k) for right in captions) / images for k in (1, 5, 10)]
+    return sum(of_texts + of_images) / 6
+
+
+def constant_answer(task: Task[Any, Any, Any, Any], recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The most frequent answer, label or caption of the training files, or the mean of their boxes, as a row."""
+    records = [record for rows in task.rows(recipe.paths_of(STREAM)) for record in map(rows.read, range(len(rows)))]
+    kind = recipe.task.kind
+    if kind == "grounding":
+        box = torch.tensor([record.bbox for record in records], dtype=torch.float64).mean(0).tolist()
+        return {"bbox": box}
+    key, field = {
+        "vqa": ("answer", "answer"), "nlvr2": ("answer", "label"), "captioning": ("caption", "caption"),
+        "text": ("label", "label"), "image": ("label", "label"),
+    }[kind]  # fmt: skip
+    values = Counter(
+        each for record in records for value in (getattr(record, field),) for each in
+        (value if isinstance(value, tuple) else (value,))
+    )  # fmt: skip
+    return {key: values.most_common(1)[0][0]}
+
+
+def markdown(table: Table) -> str:
+    """The table as a page."""
+    seeds = sorted({seed for by_seed in table.values.values() for seed in by_seed})
+    heads = ["recipe", "metric", *(f"seed {seed}" for seed in seeds), "target", "without looking", "minutes"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for twin in TWINS:
+        by_seed = table.values[twin]
+        minutes = [seconds / 60 for seconds in table.seconds.get(twin.recipe, {}).values()]
+        lines.append("| " + " | ".join([
+            f"`{twin.recipe}`", twin.metric,
+            *(f"{by_seed[seed]:.1f}" if seed in by_seed else "" for seed in seeds),
+            "" if twin.target is None else f"≥ {twin.target:g}",
+            f"{table.chance[twin]:.1f}" if twin in table.chance else "",
+            f"{sum(minutes) / len(minutes):.1f}" if minutes else "",
+        ]) + " |")  # fmt: skip
+    said = (
+        "One tiny model pretrained on the shapes world, fine-tuned for every task; percent (CIDEr-D × 100) on the test "
+        'split, whose combinations of colour and shape no training file holds. "Without looking" is a random ranking '
+        "for retrieval, and elsewhere the best constant answer of the training files. Minutes are those of one core."
+    )
+    return "\n".join(["# The tasks of the paper in miniature", "", said, "", *lines, ""])
+
+
+def save(table: Table, folder: Path) -> list[Path]:
+    """Write the page and its numbers, both new or both old.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    numbers = [
+        {
+            "recipe": twin.recipe, "metric": twin.metric, "target": twin.target,
+            "by_seed": table.values[twin], "without_looking": table.chance.get(twin),
+        }
+        for twin in TWINS
+    ]  # fmt: skip
+    content = {"split": SPLIT, "rows": numbers, "seconds": table.seconds, "missing": table.missing}
+    written = {folder / f"{STEM}.md": markdown(table), folder / f"{STEM}.json": json.dumps(content, indent=1) + "\n"}
+    write_bytes({path: text.encode() for path, text in written.items()})
+    return list(written)
