@@ -296,6 +296,10 @@ def test_finetune_evaluate_and_predict(
     assert {"txt_r1", "img_r10", "r_mean"} <= set(result.metrics["test"])
     run = Path(recipe.checkpoint.folder)
     assert evaluate(recipe, run, "test", tmp_path / "again") == result.metrics["test"]
+    fewer = recipe.model_copy(update={"task": recipe.task.model_copy(update={"k": 1})})
+    evaluate(fewer, run, "test", tmp_path / "fewer")
+    receipt = json.loads((tmp_path / "fewer" / "receipt.json").read_text())
+    assert receipt["pairs_official"] == receipt["images"] + receipt["texts"]
     predictor = load(run)
     (row,) = predictor.predict([world / "images/test/000000.png"], ["a red circle", "a blue star"])
     assert [pair["text"] for pair in row["texts"]] == ["a red circle", "a blue star"]
