@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from xfm_fast.batches import PairBatch
 from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import RetrievalTestRecord
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
-from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.evaluation import Evaluation, fingerprint
 from xfm_fast.finetuning.prediction import load
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
@@ -127,9 +128,31 @@ def test_losses_are_those_of_the_module(task: RetrievalTask, model: TaskModel, w
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_evaluation_is_a_re_ranking_of_all(
-    task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def process_of_a_run(rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe) -> None:
+    """What `in_processes` calls: fine-tune."""
+    join_group(rank, world_size, meeting_point)
+    finetune(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("official", [False, True])
+def test_the_contrastive_loss_ranges_over_all_processes(recipe: Make, tmp_path: Path, official: bool) -> None:
+    def itc(world_size: int) -> float:
+        made = recipe(
+            "retrieval", "retrieval_{}.json", steps=1, batch_size=8 // world_size,
+            model={"hidden_dropout": 0.0, "attention_dropout": 0.0, "drop_path_rate": 0.0},
+            task={"augment": False, "official_itm_negatives": official, "official_itc_gradient": official},
+            checkpoint={"folder": str(tmp_path / str(world_size))},
+        )  # fmt: skip
+        assert in_processes(process_of_a_run, world_size, tmp_path / f"meet{world_size}", made) == [0] * world_size
+        line = json.loads((tmp_path / str(world_size) / "log.jsonl").read_text().splitlines()[0])
+        assert math.isfinite(line["loss/train/itm"])
+        return line["loss/train/itc"]
+
+    assert itc(2) == pytest.approx(itc(1), rel=1e-5)
+
+
+def test_evaluation_is_a_re_ranking_of_all(task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path) -> None:
     records = task.records([world / "retrieval_test.json"], "test")
     metrics = Evaluation(tmp_path, batch_size=4).run(task, model, records)
 
@@ -158,9 +181,9 @@ def process_of_an_evaluation(
     join_group(rank, world_size, meeting_point)
     sync, done = reranking.ScoreJournal.sync, 0
 
-    def counted(journal: reranking.ScoreJournal) -> None:
+    def counted(self: reranking.ScoreJournal) -> None:
         nonlocal done
-        sync(journal)
+        sync(self)
         done += 1
         # A new journal begins with one.
         if done == 1 + kill_at:
@@ -195,6 +218,21 @@ def test_same_on_any_number_of_processes_and_after_a_kill(small: FinetuneRecipe,
     assert results("killed") == results("again") == results("1")
 
 
+def test_scores_do_not_tie_in_half_precision(
+    task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path
+) -> None:
+    """Ties count against the true answer."""
+    records = task.records([world / "retrieval_test.json"], "test")
+    half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    Evaluation(tmp_path, batch_size=4, autocast=half).run(task, model, records)
+    scores = load_file(tmp_path / "scores.safetensors")["score"]
+    assert bool((scores != scores.bfloat16()).any())
+    whole = fingerprint(task, model, records, 4)
+    with half():
+        # What was begun in another precision is not gone on with.
+        assert fingerprint(task, model, records, 4) != whole
+
+
 def test_a_journal_of_other_weights_is_not_used(
     task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path
 ) -> None:
@@ -210,10 +248,10 @@ def test_a_journal_of_other_weights_is_not_used(
 
 @pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_images(tmp_path: Path, task: RetrievalTask) -> None:
-    """Embeddings of all images of the larger set take 126 MB, of a block 4 MB."""
+    """The embeddings of the larger set take 135 MB, those of a block 2 MB."""
     cfg = task.config.replace(image_size=128, patch_size=8, vision_width=64, vision_depth=1)
     large = RetrievalTask(RetrievalOptions(k=2), cfg, task.tokenizer)
-    large.pixels = lambda image: torch.randn(3, 128, 128)  # type: ignore[method-assign]
+    large.pixels = lambda image: torch.randn(3, 128, 128)
     model = large.build()
 
     def peak(images: int) -> int:
@@ -258,6 +296,10 @@ def test_finetune_evaluate_and_predict(
     assert {"txt_r1", "img_r10", "r_mean"} <= set(result.metrics["test"])
     run = Path(recipe.checkpoint.folder)
     assert evaluate(recipe, run, "test", tmp_path / "again") == result.metrics["test"]
+    fewer = recipe.model_copy(update={"task": recipe.task.model_copy(update={"k": 1})})
+    evaluate(fewer, run, "test", tmp_path / "fewer")
+    receipt = json.loads((tmp_path / "fewer" / "receipt.json").read_text())
+    assert receipt["pairs_official"] == receipt["images"] + receipt["texts"]
     predictor = load(run)
     (row,) = predictor.predict([world / "images/test/000000.png"], ["a red circle", "a blue star"])
     assert [pair["text"] for pair in row["texts"]] == ["a red circle", "a blue star"]

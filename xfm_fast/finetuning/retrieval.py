@@ -53,6 +53,7 @@ class RetrievalOptions(TaskOptions):
     """The task retrieval."""
 
     kind: Literal["retrieval"] = "retrieval"
+    free = ("k", "columns")
     k: int = Field(
         default=256, gt=0, description="texts of an image, and images of a text, that the fusion encoder ranks"
     )
