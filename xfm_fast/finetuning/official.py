@@ -122,6 +122,9 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     recipe["checkpoint"] = recipe["checkpoint"] | {"folder": f"runs/{Path(name).stem}"}
     optimizer, timetable = values.get("optimizer", {}), values.get("schedular", {})
     recipe["optimizer"] |= {key: float(optimizer[key]) for key in ("lr", "lr_mult") if key in optimizer}
+    if recipe["task"]["kind"] == "vqa":
+        # The official list of parameters to multiply it for is empty; here it means the decoder.
+        recipe["optimizer"]["lr_mult"] = 1.0
     # The image scripts decay by torch's default whatever the file says.
     if "weight_decay" in optimizer and recipe["task"]["kind"] != "image":
         recipe["optimizer"]["weight_decay"] = float(optimizer["weight_decay"])

@@ -102,6 +102,8 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
     """See `xfm_fast.tasks.vqa`."""
 
     options_type = VQAOptions
+    # A start from the fusion encoder leaves the decoder far from what it is to say; the official list is empty.
+    large_lr = ("text_decoder",)
 
     def __init__(
         self,
