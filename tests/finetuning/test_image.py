@@ -302,12 +302,12 @@ def test_handwritten_digits(tmp_path: Path) -> None:
     model = {"preset": "tiny", "image_size": 16, "patch_size": 4, "layer_scale_init": 1.0, "drop_path_rate": 0.0}
     model |= {"vision_depth": 2}
     values: dict[str, Any] = {
-        "task": {"kind": "image", "view": "whole"},
+        "task": {"kind": "image", "view": "whole", "mixup": 0.8},
         "model": model,
         "data": {"root": str(tmp_path), "train": "train", "splits": {"test": "test"}},
         "epochs": 30,
         "batch_size": 64,
-        "optimizer": {"lr": 2e-3, "clip_norm": 1.0},
+        "optimizer": {"lr": 2e-3, "weight_decay": 0.05, "clip_norm": 1.0},
         "schedule": {"warmup": 0.1},
         "device": "cpu",
         "checkpoint": {"folder": str(tmp_path / "run")},
