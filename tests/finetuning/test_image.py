@@ -21,9 +21,9 @@ from tests.finetuning.conftest import Make
 from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import ImageLabelRecord
-from xfm_fast.data.images import load_image
+from xfm_fast.data.images import MEAN, STD, load_image
 from xfm_fast.data.shapes.scenes import SHAPES
-from xfm_fast.data.transforms import imagenet_training_transform
+from xfm_fast.data.transforms import HALF, imagenet_training_transform
 from xfm_fast.errors import ConfigError, DataError, InputError
 from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions, LabelledImage, open_torchvision
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
@@ -80,6 +80,20 @@ def test_the_view_of_imagenet(recipe: Make, world: Path) -> None:
     assert not torch.equal(views[0], views[1])
 
 
+@pytest.mark.parametrize("view", ["whole", "probe"])
+def test_grey_images(view: str, recipe: Make, world: Path) -> None:
+    task = open_task(recipe(*WORLD, task={"view": view, "grey": True}))
+    assert isinstance(task, ImageTask)
+    record = ImageLabelRecord(image="images/train/000000.png", label=task.options.labels[0])
+    values = []
+    for pixels in (task.item(record, rng()).pixels, task._evaluated(record)):
+        mean, std = (MEAN, STD) if view == "whole" else (HALF, HALF)
+        values.append(pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+    for colours in values:
+        assert torch.allclose(colours[0], colours[1], atol=1e-5)
+        assert torch.allclose(colours[0], colours[2], atol=1e-5)
+
+
 def mixing(**options: Any) -> ImageTask:
     return ImageTask(ImageTaskOptions(labels=("a", "b", "c"), **options), XFMConfig.preset("tiny"))
 
@@ -110,7 +124,7 @@ def test_half_of_the_batches_are_cut() -> None:
 def test_predictions_do_not_depend_on_the_batch(recipe: Make) -> None:
     made = recipe(*WORLD, task=WHOLE)
     task = open_task(made)
-    model, records = task.build().eval(), task.records(made.paths_of("val"))[:4]
+    model, records = task.build().eval(), task.records(made.paths_of("val"), "val")[:4]
     for row, record in zip(task.predict(model, records), records, strict=True):
         (alone,) = task.predict(model, [record])
         assert row["answer"] == alone["answer"]
@@ -217,7 +231,7 @@ def test_a_set_of_torchvision(workers: int, recipe: Make, tmp_path: Path) -> Non
     opened = open_task(made)
     assert isinstance(opened, ImageTask)
     assert opened.options.labels[:2] == ("0 - zero", "1 - one")
-    records = opened.records([tmp_path])
+    records = opened.records([tmp_path], "test")
     assert [(record.image, record.label) for record in records] == [("test/0", "1 - one"), ("test/1", "0 - zero")]
     pixels = opened._evaluated(records[0])
     assert pixels.shape == (3, 32, 32)
@@ -249,7 +263,7 @@ def test_sets_of_torchvision_that_cannot_be_read(recipe: Make, tmp_path: Path) -
         finetune(recipe("image", "", data=data, task={"dataset": "imagenot"}))
     write_mnist(tmp_path)
     with pytest.raises(DataError, match="MNIST has no split 'val'; choose train or test"):
-        finetune(recipe("image", "", data=data, task={"dataset": "mnist", "test_split": "val"}))
+        finetune(recipe("image", "", data={**data, "splits": {"val": "."}}, task={"dataset": "mnist"}))
 
 
 def test_commands(world: Path, pretrained: Path, tmp_path: Path) -> None:
@@ -302,12 +316,12 @@ def test_handwritten_digits(tmp_path: Path) -> None:
     model = {"preset": "tiny", "image_size": 16, "patch_size": 4, "layer_scale_init": 1.0, "drop_path_rate": 0.0}
     model |= {"vision_depth": 2}
     values: dict[str, Any] = {
-        "task": {"kind": "image", "view": "whole"},
+        "task": {"kind": "image", "view": "whole", "mixup": 0.8},
         "model": model,
         "data": {"root": str(tmp_path), "train": "train", "splits": {"test": "test"}},
         "epochs": 30,
         "batch_size": 64,
-        "optimizer": {"lr": 2e-3, "clip_norm": 1.0},
+        "optimizer": {"lr": 2e-3, "weight_decay": 0.05, "clip_norm": 1.0},
         "schedule": {"warmup": 0.1},
         "device": "cpu",
         "checkpoint": {"folder": str(tmp_path / "run")},

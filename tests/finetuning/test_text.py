@@ -106,7 +106,7 @@ def test_a_text_is_not_cleaned(recipe: Make) -> None:
 def test_predictions_do_not_depend_on_the_batch(recipe: Make) -> None:
     made = recipe(*WORLD, task=COLUMNS)
     task = open_task(made)
-    model, records = task.build().eval(), task.records(made.paths_of("val"))[:5]
+    model, records = task.build().eval(), task.records(made.paths_of("val"), "val")[:5]
     together = task.predict(model, records)
     for row, record in zip(together, records, strict=True):
         (alone,) = task.predict(model, [record])
@@ -233,13 +233,21 @@ def test_bad_options(recipe: Make) -> None:
         open_task(recipe(*WORLD, task={**COLUMNS, "max_tokens": 99}))
 
 
-@pytest.mark.parametrize(("task", "file"), [({"glue": "rte"}, "train.tsv"), (COLUMNS, "dataset_dict.json")])
-def test_a_folder_of_splits_is_none(task: dict[str, Any], file: str, recipe: Make, tmp_path: Path) -> None:
-    folder = tmp_path / "set"
+def test_a_folder_holds_all_splits(recipe: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "RTE"
     folder.mkdir()
-    (folder / file).touch()
-    with pytest.raises(DataError, match=r"set holds several splits; name one, such as .*set/train or"):
-        open_task(recipe("text", "", task=task, data={"root": str(tmp_path), "train": "set"}))
+    header, line, test_header, test_line = LINES["rte"]
+    for split, known, each, count in (
+        ("train", header, line, 8),
+        ("dev", header, line, 2),
+        ("test", test_header, test_line, 3),
+    ):
+        (folder / f"{split}.tsv").write_text("\n".join([str(known), *(each.format(n) for n in range(count))]) + "\n")
+    data = {"root": str(tmp_path), "train": "RTE", "splits": {"val": "RTE", "test": "RTE"}}
+    made = recipe("text", "", task={"glue": "rte", "max_tokens": 64}, data=data, steps=1)
+    task = open_task(made)
+    assert [len(task.records([folder], split)) for split in ("val", "test")] == [2, 3]
+    assert set(finetune(made).metrics["val"]) == {"accuracy"}
 
 
 def test_a_test_file_without_labels_gets_predictions(recipe: Make, tmp_path: Path) -> None:

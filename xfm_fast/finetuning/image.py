@@ -43,10 +43,11 @@ class ImageTaskOptions(TaskOptions):
 
     kind: Literal["image"] = "image"
     dataset: str | None = Field(
-        default=None, description="set of torchvision, such as CIFAR10; data.train and splits are the folder it lies in"
+        default=None,
+        description="set of torchvision, such as CIFAR10; data.train is the folder that it lies in, and so is each of "
+        "data.splits, by the set's names: {test: cifar}",
     )
-    train_split: str = Field(default="train", description="of the data set of torchvision")
-    test_split: str = Field(default="test", description="of the data set of torchvision")
+    train_split: str = Field(default="train", description="of the set of torchvision; trainval of OxfordIIITPet")
     columns: dict[str, str] = Field(
         default={}, description="columns of a table that are called otherwise: {image: file}"
     )
@@ -56,6 +57,7 @@ class ImageTaskOptions(TaskOptions):
         description="imagenet: crop, flip, RandAugment, erasing, and a centre crop to evaluate; probe: crop, flip; "
         "whole: the image resized, as other tasks evaluate",
     )
+    grey: bool = Field(default=False, description="images lose their colours, where these must not tell the class")
     head: HeadKind | None = Field(
         default=None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
     )
@@ -153,7 +155,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
 
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
         if self.options.dataset is not None:
-            return self._torchvision_rows(paths, self.options.test_split)
+            return self._torchvision_rows(paths, split)
         try:
             return self.rows(paths)
         except DataError:
@@ -192,16 +194,20 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         target = class_number(record.label, self.options.labels)
         if self._train_view is None:
             return LabelledImage(self._evaluated(record), target)
+        if self.options.grey or isinstance(record, TorchvisionRecord):
+            return LabelledImage(self._train_view(self._picture(record), rng), target)
+        # In two thirds of the time.
+        return LabelledImage(self._train_view(decode_pixels(self.images / record.image), rng), target)
+
+    def _evaluated(self, record: ImageLabelRecord) -> Tensor:
+        return self._test_view(self._picture(record))
+
+    def _picture(self, record: ImageLabelRecord) -> Image.Image:
         if isinstance(record, TorchvisionRecord):
             picture = self._sets[record.folder, record.split].picture(record.number)
         else:
-            picture = decode_pixels(self.images / record.image)
-        return LabelledImage(self._train_view(picture, rng), target)
-
-    def _evaluated(self, record: ImageLabelRecord) -> Tensor:
-        if isinstance(record, TorchvisionRecord):
-            return self._test_view(self._sets[record.folder, record.split].picture(record.number))
-        return self._test_view(decode_image(self.images / record.image))
+            picture = decode_image(self.images / record.image)
+        return picture.convert("L").convert("RGB") if self.options.grey else picture
 
     def collate(self, items: list[LabelledImage], rng: np.random.Generator) -> LabelledImages:
         image = torch.stack([item.pixels for item in items])

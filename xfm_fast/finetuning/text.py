@@ -17,7 +17,7 @@ from torch import Tensor
 from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord
-from xfm_fast.data.tables import GLUE, on_disk, text_rows
+from xfm_fast.data.tables import GLUE, text_rows
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
 from xfm_fast.finetuning.evaluation import Evaluation
@@ -37,8 +37,6 @@ _RESULT_FILES: Mapping[str, str] = {
     "stsb": "STS-B.tsv",
 }
 _MOST_SIMILAR = 5.0
-# The package datasets writes a folder of splits with it, each of which is a folder that can be read alone.
-_OF_SPLITS = "dataset_dict.json"
 
 
 class TextTaskOptions(TaskOptions):
@@ -65,26 +63,24 @@ class TextTaskOptions(TaskOptions):
             raise ValueError("a regression has no classes; leave labels out")
         return self
 
+    def rows(
+        self, paths: Sequence[Path], split: str, columns: Mapping[str, str] | None = None
+    ) -> list[AnnotationRows[Any]]:
+        """The rows of files, or of a split in folders that hold several; `columns` instead of the options'."""
+        columns = self.columns if columns is None else columns
+        return [*text_rows(paths, glue=self.glue, split=split, columns=columns, scores=self.regression)]
+
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """The options with classes, and with whether texts come in pairs."""
         classes = None if self.glue is None else GLUE[self.glue].classes
         regression = self.regression or (self.glue is not None and classes is None)
-        rows = _rows(self, train, self.columns, scores=regression)
+        rows = self.rows(train, "train")
         elements = (element for each in rows for element in each.elements if isinstance(element, dict))
         changes: dict[str, Any] = {"regression": regression}
         changes["pairs"] = self.pairs or any(element.get("text2") not in (None, "") for element in elements)
         if not regression:
             changes["labels"] = class_names(self.labels or classes or (), rows)
         return self.model_copy(update=changes)
-
-
-def _rows(
-    options: TextTaskOptions, paths: Sequence[Path], columns: Mapping[str, str], *, scores: bool
-) -> list[AnnotationRows[Any]]:
-    for path in paths:
-        if (path / _OF_SPLITS).is_file() or (options.glue is not None and path.is_dir() and not on_disk(path)):
-            raise DataError(f"{path} holds several splits; name one, such as {path}/train or {path}/train.tsv")
-    return [*text_rows(paths, glue=options.glue, columns=columns, scores=scores)]
 
 
 class LabelledText(NamedTuple):
@@ -137,20 +133,17 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
         return ClassificationModel(self.config, len(self.options.labels) or 1, modality="text")
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
-        return self._rows(paths, self.options.columns)
+        return self.options.rows(paths, "train")
 
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
         try:
-            return self.rows(paths)
+            return self.options.rows(paths, split)
         except DataError:
             # A file to predict for may lack the column of labels, even where it is called otherwise.
             columns = {field: column for field, column in self.options.columns.items() if field != "label"}
             if columns == self.options.columns:
                 raise
-            return self._rows(paths, columns)
-
-    def _rows(self, paths: Sequence[Path], columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
-        return _rows(self.options, paths, columns, scores=self.options.regression)
+            return self.options.rows(paths, split, columns)
 
     def records(self, paths: Sequence[Path], split: str) -> list[Any]:
         records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
