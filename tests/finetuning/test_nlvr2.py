@@ -59,7 +59,7 @@ def test_recipes_path_gives_the_official_loss_and_gradients(tmp_path: Path, monk
 def test_predictions_do_not_depend_on_the_batch(recipe: Make, task: NLVR2Task, world: Path) -> None:
     model = initial_model(recipe(*FILES), task).eval()
     assert isinstance(model, NLVR2Model)
-    records = task.records([world / "nlvr_val.json"])
+    records = task.records([world / "nlvr_val.json"], "val")
     with torch.no_grad():
         together = task.predict(model, records)
         alone = [task.predict(model, [each])[0] for each in records]

@@ -113,15 +113,15 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
             return open_records(paths, image_key=pairs.image_key, caption_key=pairs.caption_key).files
         return captioning_rows(paths)
 
-    def test_rows(self, paths: Sequence[Path]) -> list[AnnotationRows[CaptioningTestRecord]]:
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[CaptioningTestRecord]]:
         return captioning_test_rows(paths)
 
-    def records(self, paths: Sequence[Path]) -> list[CaptioningTestRecord]:
+    def records(self, paths: Sequence[Path], split: str) -> list[CaptioningTestRecord]:
         files = find_files(paths, holds_images)
         truth = {path: captions for path in files if (captions := _coco_captions(path)) is not None}
         images = [path for path in files if path not in truth]
         # A file of COCO captions alone names its images itself.
-        records = super().records(images or files)
+        records = super().records(images or files, split)
         if images:
             said = {identity: captions for each in truth.values() for identity, captions in each.items()}
             records = [

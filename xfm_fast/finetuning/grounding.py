@@ -117,7 +117,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
             return open_records(paths, image_key=regions.image_key).files
         return [_of_splits(rows, training=True) for rows in grounding_rows(paths)]
 
-    def test_rows(self, paths: Sequence[Path]) -> list[AnnotationRows[GroundingRecord]]:
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[GroundingRecord]]:
         return [_of_splits(rows, training=False) for rows in grounding_rows(paths)]
 
     def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Expression | Regions:

@@ -16,6 +16,7 @@ from xfm_fast.finetuning.captioning import CaptioningOptions, CaptioningTask
 from xfm_fast.finetuning.grounding import GroundingOptions, GroundingTask
 from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions
 from xfm_fast.finetuning.nlvr2 import NLVR2Options, NLVR2Task
+from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
 from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.finetuning.text import TextTask, TextTaskOptions
 from xfm_fast.finetuning.vqa import VQAOptions, VQATask
@@ -29,11 +30,18 @@ TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {
     "grounding": GroundingTask,
     "image": ImageTask,
     "nlvr2": NLVR2Task,
+    "retrieval": RetrievalTask,
     "text": TextTask,
     "vqa": VQATask,
 }
 AnyTask = Annotated[
-    CaptioningOptions | GroundingOptions | ImageTaskOptions | NLVR2Options | TextTaskOptions | VQAOptions,
+    CaptioningOptions
+    | GroundingOptions
+    | ImageTaskOptions
+    | NLVR2Options
+    | RetrievalOptions
+    | TextTaskOptions
+    | VQAOptions,
     Field(discriminator="kind"),
 ]
 """The section `task` of a recipe: one of these, by its `kind`."""

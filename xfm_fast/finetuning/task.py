@@ -51,6 +51,8 @@ class TaskOptions(Section):
     kind: Any
     free: ClassVar[tuple[str, ...]] = ()
     """Options that a recipe may still choose for weights that exist, such as how many answers are ranked."""
+    learns: ClassVar[bool] = True
+    """False where `completed` does not read the files of training, which then need not be there for an evaluation."""
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """The options with what the files say that training reads.
@@ -110,18 +112,23 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
         """The rows of the files to train on; reading one gives a record, or raises `DataError` where it is broken."""
 
-    def test_rows(self, paths: Sequence[Path]) -> Sequence[AnnotationRows[Any]]:
-        """The rows of files to evaluate on, where these have another form."""
+    def test_rows(self, paths: Sequence[Path], split: str) -> Sequence[AnnotationRows[Any]]:
+        """The rows of files to evaluate on, where these have another form than those to train on.
+
+        Args:
+            paths: the files.
+            split: its name in the recipe, for files that hold several splits.
+        """
         return cast("Sequence[AnnotationRows[Any]]", self.rows(paths))
 
-    def records(self, paths: Sequence[Path]) -> list[RecordT]:
-        """The records of files to evaluate on.
+    def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
+        """The records of files to evaluate on; arguments as of `test_rows`.
 
         Raises:
             DataError: one of them is broken, or its image missing: a metric over the others would be one of something
                 else.
         """
-        records = [record for rows in self.test_rows(paths) for record in rows.records()]
+        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
         check_images(records, self.images)
         return records
 
