@@ -109,7 +109,7 @@ def test_lengths_that_cannot_be(task: Open, name: str, value: int) -> None:
 @torch.no_grad()
 def test_predictions_do_not_depend_on_the_batch(task: Open, world: Path) -> None:
     made = task(**LONG)
-    records = made.records([world / "captioning_test.json"])[:5]
+    records = made.records([world / "captioning_test.json"], "test")[:5]
     torch.manual_seed(1)
     model = made.build().eval()
     together = made.predict(model, records)
@@ -123,14 +123,14 @@ def test_written_text_is_clean(task: Open, world: Path, monkeypatch: pytest.Monk
     said = made.tokenizer.encode_ids(["a picture of a red star", "a picture of a large blue circle"], 40)
     ids, _ = made.padded(said)
     monkeypatch.setattr(CaptioningModel, "generate", lambda *_, **__: ids)
-    records = made.records([world / "captioning_test.json"])[:2]
+    records = made.records([world / "captioning_test.json"], "test")[:2]
     rows = made.predict(made.build(), records)
     assert [row["caption"] for row in rows] == ["a red star", "a large blue circle"]
 
 
 def test_score_and_file(task: Open, world: Path) -> None:
     made = task(facts=True)
-    records = made.records([world / "captioning_test.json"])
+    records = made.records([world / "captioning_test.json"], "test")
     texts = [captions(scene(0, number, "test"))[0] for number in range(len(records))]
     rows = [{"caption": text} for text in texts]
     metrics = made.score(rows, records)
@@ -152,7 +152,7 @@ def test_score_and_file(task: Open, world: Path) -> None:
 def test_truth_in_a_file_of_its_own(task: Open, world: Path, tmp_path: Path) -> None:
     """Official: images in one file, and COCO captions, which need not name their images, in another."""
     made = task()
-    whole = made.records([world / "captioning_val.json"])
+    whole = made.records([world / "captioning_val.json"], "test")
     images = tmp_path / "val.json"
     images.write_text(json.dumps([{"image": each.image} for each in whole]))
     truth = json.loads((world / "captioning_val_gt.json").read_text())
@@ -160,21 +160,34 @@ def test_truth_in_a_file_of_its_own(task: Open, world: Path, tmp_path: Path) -> 
         del each["file_name"]
     path = tmp_path / "gt.json"
     path.write_text(json.dumps(truth))
-    found = made.records([images, path])
+    found = made.records([images, path], "test")
     assert [(each.identity, each.caption) for each in found] == [(each.identity, each.caption) for each in whole]
-    assert {each.caption for each in made.records([images])} == {None}
-    alone = made.records([world / "captioning_val_gt.json"])
+    assert {each.caption for each in made.records([images], "test")} == {None}
+    alone = made.records([world / "captioning_val_gt.json"], "test")
     assert [(each.image, each.caption) for each in alone] == [(each.image, each.caption) for each in whole]
     path.write_text(json.dumps({"images": [], "annotations": [{"image_id": 1}]}))
     with pytest.raises(DataError, match=r"gt\.json, annotation 0 lacks image_id or caption"):
-        made.records([images, path])
+        made.records([images, path], "test")
+
+
+def test_splits_of_karpathy(task: Open, tmp_path: Path) -> None:
+    images = [
+        {"filename": f"{n}.png", "cocoid": n, "split": split, "sentences": [{"raw": f"a {split} star"}]}
+        for n, split in enumerate(("train", "restval", "test"))
+    ]
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images}))
+    made = task()
+    (train,), (test,) = made.rows([path]), made.test_rows([path], "test")
+    assert [train.read(n).image_id for n in range(len(train))] == [0, 1]
+    assert [(each.identity, each.caption) for each in test.records()] == [(2, ("a test star",))]
 
 
 def test_images_with_one_id(task: Open, world: Path, tmp_path: Path) -> None:
     for name in ("a_1.png", "b_1.png"):
         shutil.copy(world / "images/test/000000.png", tmp_path / name)
     with pytest.raises(DataError, match=r"a_1\.png and .*b_1\.png both have the id 1"):
-        task().records([tmp_path])
+        task().records([tmp_path], "test")
 
 
 def test_pairs_of_pretraining(task: Open, world: Path, tmp_path: Path) -> None:

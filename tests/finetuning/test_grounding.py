@@ -130,7 +130,7 @@ def test_boxes_at_the_edge(task: Open, photo: Path, augment: bool) -> None:
 @torch.no_grad()
 def test_predictions_do_not_depend_on_the_batch(task: Open, world: Path, photo: Path) -> None:
     made = task()
-    records = [*made.records([world / "grounding_test.json"])[:7], record(image=str(photo))]
+    records = [*made.records([world / "grounding_test.json"], "test")[:7], record(image=str(photo))]
     model = made.build().eval()
     together = made.predict(model, records)
     for each, row in zip(records, together, strict=True):
@@ -192,12 +192,12 @@ def test_files_of_refer(task: Open, refer: list[Path], tmp_path: Path) -> None:
     made = task()
     (alone,) = made.rows(refer)
     assert [alone.read(n).bbox for n in range(len(alone))] == [(0, 2, 20, 10)]
-    (others,) = made.test_rows(refer)
+    (others,) = made.test_rows(refer, "test")
     assert [each.split for each in others.records()] == ["val", "testA", "testB"]
     assert others.label(0) == "ref_id 1, sentence 0"
     arrays = tmp_path / "arrays.json"
     arrays.write_text(json.dumps([{"image": "x.png", "text": "star", "ref_id": n} for n in (2, 3)]))
-    (rows,) = made.test_rows([arrays, *refer])
+    (rows,) = made.test_rows([arrays, *refer], "test")
     assert [(each.image, each.bbox, each.split) for each in rows.records()] == [
         ("x.png", (2, 2, 20, 10), "testA"), ("x.png", (3, 2, 20, 10), "testB")
     ]  # fmt: skip

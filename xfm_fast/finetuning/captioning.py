@@ -111,10 +111,10 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
     def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
         if (pairs := self.options.pairs) is not None:
             return open_records(paths, image_key=pairs.image_key, caption_key=pairs.caption_key).files
-        return captioning_rows(paths)
+        return captioning_rows(paths, split="train")
 
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[CaptioningTestRecord]]:
-        return captioning_test_rows(paths)
+        return captioning_test_rows(paths, split=split)
 
     def records(self, paths: Sequence[Path], split: str) -> list[CaptioningTestRecord]:
         files = find_files(paths, holds_images)
