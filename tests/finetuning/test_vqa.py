@@ -123,7 +123,7 @@ def test_questions_are_cut_in_training_alone(task: VQATask, monkeypatch: pytest.
 
 
 def test_predictions_do_not_depend_on_the_batch(task: VQATask, model: VQAModel, world: Path) -> None:
-    records = task.records([world / "vqa_val.json"], "val")[:20]
+    records = task.records([world / "vqa_val.json"], "val")[:8]
     with torch.no_grad():
         together = task.predict(model, records)
         alone = [task.predict(model, [each])[0] for each in records]
@@ -279,6 +279,11 @@ def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys
     made = made.model_copy(update={"task": made.task.model_copy(update={"generate": True})})
     evaluate(made, run, "val", tmp_path / "free")
     assert len(json.loads((tmp_path / "free" / RESULT_FILE).read_text())) == 20
+
+
+def test_evaluation_needs_no_training_files(recipe: Make, world: Path) -> None:
+    data = {"root": str(world), "train": "not_here.json", "splits": {"val": "vqa_val.json"}}
+    assert len(open_task(recipe(*FILES, task=TINY, data=data)).options.answers) > 20
 
 
 def test_official_fine_tuned_weights_come_back_whole(task: VQATask, tmp_path: Path) -> None:

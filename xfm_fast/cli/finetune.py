@@ -136,7 +136,7 @@ def predict(
 
     Args:
         run: A run, or a folder of weights that one wrote.
-        items: Image files, and texts: what is no existing file is a text.
+        items: Image files, folders of such, and texts: what is neither a file nor a folder is a text.
     """
     import torch
 
@@ -158,13 +158,21 @@ def predict(
             for row in answer_lines(predictor, options.lines, out, options.batch_size, told):
                 print(json.dumps(row, ensure_ascii=False))
         return 0
-    images = [item for item in items if Path(item).is_file()]
-    texts = [item for item in items if item not in images]
+    paths = [image for item in items if Path(item).exists() for image in _images(Path(item))]
+    texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
-        return _heatmap(predictor, images, texts, options.heatmap, options.detections)
-    for row in predictor.predict(images, texts):
-        print(json.dumps(row, ensure_ascii=False))
+        return _heatmap(predictor, list(map(str, paths)), texts, options.heatmap, options.detections)
+    records = predictor.task.requests(paths, texts)
+    for start in range(0, len(records), options.batch_size):
+        for row in predictor.answer(records[start : start + options.batch_size]):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
     return 0
+
+
+def _images(path: Path) -> list[Path]:
+    from xfm_fast.data.tables import find_images
+
+    return find_images(path) if path.is_dir() else [path]
 
 
 def _heatmap(

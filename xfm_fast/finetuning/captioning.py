@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from xfm_fast.data.files import find_files, read_json
 from xfm_fast.data.images import record_pixels
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import Rows, open_records
+from xfm_fast.data.shapes import Scene, Split, scene, true_caption_share
+from xfm_fast.data.shapes.world import WORLD_FILE
 from xfm_fast.data.tables import holds_images
 from xfm_fast.data.task_files import captioning_rows, captioning_test_rows
 from xfm_fast.data.texts import choose_text
@@ -54,6 +57,9 @@ class CaptioningOptions(TaskOptions):
     max_length: int = Field(default=20, gt=0, description="tokens of a caption that is written, as in max_tokens")
     min_length: int = Field(default=5, ge=0, description="tokens before `</s>` may be written, prompt counted in")
     num_beams: int = Field(default=3, gt=0, description="1 takes the likeliest token at every step")
+    facts: bool = Field(
+        default=False, description="also score by what is true, which is known of images of a shapes world alone"
+    )
     pairs: CaptionedImages | None = Field(
         default=None,
         description="train on the pairs of pretraining first; splits hold files of captioning all the same",
@@ -178,7 +184,10 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         ]
 
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
-        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D`, times 100; see `tasks.caption_metrics`."""
+        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D`, times 100; see `tasks.caption_metrics`.
+
+        With the option `facts` also `true_captions`, the share of those that say something, and nothing false.
+        """
         if lacking := [record.image for record in records if record.caption is None]:
             if len(lacking) == len(records):
                 return {}
@@ -188,6 +197,9 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
             )
         said = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
         found = caption_metrics(said, {record.identity: record.caption or () for record in records})
+        if self.options.facts:
+            scenes = [_scene_of(self.images / record.image) for record in records]
+            found["true_captions"] = true_caption_share([row["caption"] for row in rows], scenes)
         return {name: 100 * value for name, value in found.items()}
 
     def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:
@@ -228,3 +240,21 @@ def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
         except (TypeError, KeyError, AttributeError):
             raise DataError(f"{path}, annotation {number} lacks image_id or caption; correct or remove it") from None
     return found
+
+
+def _scene_of(image: Path) -> Scene:
+    """The scene that an image of a shapes world shows.
+
+    Raises:
+        DataError: it is in no such world.
+    """
+    try:
+        seed = _seed_of(image.parents[2] / WORLD_FILE)
+        return scene(seed, int(image.stem), cast(Split, image.parent.name))
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise DataError(f"{image} is no image of a shapes world ({error}); set task.facts=false") from None
+
+
+@lru_cache(maxsize=1)
+def _seed_of(world: Path) -> int:
+    return json.loads(world.read_text(encoding="utf-8"))["seed"]

@@ -24,7 +24,7 @@ from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.data.transforms import picture_size
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
-from xfm_fast.tasks.grounding import GroundingModel, grounding_accuracy, pixel_boxes
+from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 # Boxes of COCO reach past the edge by rounding, in pixels.
@@ -166,19 +166,16 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         return [*of_image.values()]
 
     def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:
-        """Rows of `box` (x, y, w, h in pixels of the image), `relative` (cx, cy, w, h), `width` and `height`."""
+        """Rows of `bbox`: (x, y, w, h) in pixels of the image; `relative`: (cx, cy, w, h) as shares of its sides."""
         number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
         pixels, sizes = zip(*map(self._view, number), strict=True)
         index = torch.tensor([number[record.image] for record in records])
         ids, mask = self.padded([self._ids(record) for record in records])
         given = (each.to(model.device) for each in (torch.stack(pixels), ids, mask, index))
         relative = model.boxes(*given).double().cpu()
-        size = torch.tensor(sizes, dtype=torch.float64)[index]
+        inside = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[index])
         return [
-            {"box": box, "relative": share, "width": width, "height": height}
-            for box, share, (width, height) in zip(
-                pixel_boxes(relative, size).tolist(), relative.tolist(), size.long().tolist(), strict=True
-            )
+            {"bbox": box, "relative": shares} for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
         ]
 
     def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
@@ -190,19 +187,18 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
             raise DataError(
                 f"{len(records) - len(truth)} of {len(records)} expressions have no box; give a box to each, or to none"
             )
-        boxes = torch.tensor([row["relative"] for row in rows], dtype=torch.float64)
-        sizes = torch.tensor([(row["width"], row["height"]) for row in rows], dtype=torch.float64)
+        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
         reference = torch.tensor(truth, dtype=torch.float64)
-        metrics = {"accuracy": 100 * grounding_accuracy(boxes, sizes, reference)["all"]}
+        metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
         if all(splits := [record.split for record in records]):
-            shares = grounding_accuracy(boxes, sizes, reference, [str(split) for split in splits])
+            shares = box_accuracy(boxes, reference, [str(split) for split in splits])
             metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
         return metrics
 
     def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
         """`boxes.json`: `pred` is the relative box, as the official evaluation takes it."""
         found = [
-            {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["box"]}
+            {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]}
             for row, record in zip(rows, records, strict=True)
         ]
         return {"boxes.json": (json.dumps(found) + "\n").encode()}

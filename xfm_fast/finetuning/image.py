@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision import datasets
@@ -42,7 +43,7 @@ class ImageTaskOptions(TaskOptions):
 
     kind: Literal["image"] = "image"
     dataset: str | None = Field(
-        None, description="data set of torchvision, such as CIFAR10; data.train and splits are the folder it lies in"
+        default=None, description="set of torchvision, such as CIFAR10; data.train and splits are the folder it lies in"
     )
     train_split: str = Field(default="train", description="of the data set of torchvision")
     test_split: str = Field(default="test", description="of the data set of torchvision")
@@ -56,7 +57,7 @@ class ImageTaskOptions(TaskOptions):
         "whole: the image resized, as other tasks evaluate",
     )
     head: HeadKind | None = Field(
-        None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
+        default=None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
     )
     frozen: bool = Field(default=False, description="train the head alone; with head=linear a linear probe")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -254,7 +255,7 @@ class TorchvisionSet:
     numbers: Sequence[int]
     targets: Sequence[int]
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> Image.Image:
         """The image of a number, as RGB.
 
         Raises:
@@ -284,7 +285,7 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
     kinds: dict[str, type[Any]] = {
         kind.lower(): value
         for kind, value in vars(datasets).items()
-        if isinstance(value, type) and issubclass(value, datasets.VisionDataset)
+        if isinstance(value, type) and "root" in inspect.signature(value).parameters
     }
     if name.lower() not in kinds:
         raise ConfigError(f"task.dataset={name} is no data set of torchvision; choose one, such as CIFAR10 or Food101")

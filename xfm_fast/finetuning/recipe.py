@@ -52,7 +52,7 @@ class FinetuneRecipe(Run):
         None, description="folder or file of the vocabulary; by default that in the folder of init.checkpoint"
     )
     data: DataSection
-    epochs: int = Field(gt=0)
+    epochs: int = Field(ge=0, description="0 is for zero-shot evaluation alone")
     steps: int = Field(0, ge=0, description="0: as many as the epochs have")
     batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
     eval_batch_size: int = Field(64, gt=0, description="records of a rank that are predicted together")

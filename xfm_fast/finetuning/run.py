@@ -68,7 +68,7 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
     options = recipe.task
     if complete:
         # What learns nothing from the files of training is evaluated without them.
-        learns = type(options).completed is not TaskOptions.completed
+        learns = options.learns and type(options).completed is not TaskOptions.completed
         options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
     return make_task(options, recipe.model, tokenizer, recipe.image_folder)
 
@@ -125,6 +125,10 @@ def finetune(
     Raises:
         XFMError: as `train`; and data that cannot be read, before the first step.
     """
+    if not recipe.epochs and not recipe.steps:
+        raise ConfigError(
+            "epochs=0 trains nothing; evaluate weights as they are: xfm-fast evaluate CHECKPOINT --recipe R"
+        )
     folder = Path(recipe.checkpoint.folder)
     with join_processes(recipe.device) as processes:
         processes.from_first(recipe.make_world)

@@ -51,6 +51,8 @@ class TaskOptions(Section):
     kind: Any
     free: ClassVar[tuple[str, ...]] = ()
     """Options that a recipe may still choose for weights that exist, such as how many answers are ranked."""
+    learns: ClassVar[bool] = True
+    """False where `completed` does not read the files of training, which then need not be there for an evaluation."""
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """The options with what the files say that training reads.

@@ -17,7 +17,7 @@ from torch import Tensor
 from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord
-from xfm_fast.data.tables import GLUE, text_rows
+from xfm_fast.data.tables import GLUE, on_disk, text_rows
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
 from xfm_fast.finetuning.evaluation import Evaluation
@@ -37,13 +37,17 @@ _RESULT_FILES: Mapping[str, str] = {
     "stsb": "STS-B.tsv",
 }
 _MOST_SIMILAR = 5.0
+# The package datasets writes a folder of splits with it, each of which is a folder that can be read alone.
+_OF_SPLITS = "dataset_dict.json"
 
 
 class TextTaskOptions(TaskOptions):
     """The task of classifying texts, or of giving them a number."""
 
     kind: Literal["text"] = "text"
-    glue: GlueName | None = Field(None, description="set of GLUE whose files are read, by its official zip or datasets")
+    glue: GlueName | None = Field(
+        default=None, description="set of GLUE whose files are read, from its zip or datasets"
+    )
     columns: dict[str, str] = Field(
         default={}, description="columns that are called otherwise: {text: sentence1, text2: sentence2}"
     )
@@ -65,13 +69,22 @@ class TextTaskOptions(TaskOptions):
         """The options with classes, and with whether texts come in pairs."""
         classes = None if self.glue is None else GLUE[self.glue].classes
         regression = self.regression or (self.glue is not None and classes is None)
-        rows = text_rows(train, glue=self.glue, columns=self.columns, scores=regression)
+        rows = _rows(self, train, self.columns, scores=regression)
         elements = (element for each in rows for element in each.elements if isinstance(element, dict))
         changes: dict[str, Any] = {"regression": regression}
         changes["pairs"] = self.pairs or any(element.get("text2") not in (None, "") for element in elements)
         if not regression:
             changes["labels"] = class_names(self.labels or classes or (), rows)
         return self.model_copy(update=changes)
+
+
+def _rows(
+    options: TextTaskOptions, paths: Sequence[Path], columns: Mapping[str, str], *, scores: bool
+) -> list[AnnotationRows[Any]]:
+    for path in paths:
+        if (path / _OF_SPLITS).is_file() or (options.glue is not None and path.is_dir() and not on_disk(path)):
+            raise DataError(f"{path} holds several splits; name one, such as {path}/train or {path}/train.tsv")
+    return [*text_rows(paths, glue=options.glue, columns=columns, scores=scores)]
 
 
 class LabelledText(NamedTuple):
@@ -137,8 +150,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
             return self._rows(paths, columns)
 
     def _rows(self, paths: Sequence[Path], columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
-        options = self.options
-        return [*text_rows(paths, glue=options.glue, columns=columns, scores=options.regression)]
+        return _rows(self.options, paths, columns, scores=self.options.regression)
 
     def records(self, paths: Sequence[Path], split: str) -> list[Any]:
         records = [record for rows in self.test_rows(paths, split) for record in rows.records()]

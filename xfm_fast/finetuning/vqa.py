@@ -40,6 +40,7 @@ class VQAOptions(TaskOptions):
 
     kind: Literal["vqa"] = "vqa"
     free = ("k", "generate", "test_max_words")
+    learns = False
     decoder_layers: int = Field(default=12, gt=0)
     answers: str | tuple[str, ...] | None = Field(
         default=None, description="JSON array of the answers that are ranked, in data.root; or the answers themselves"
