@@ -182,18 +182,14 @@ def _heatmap(
     from xfm_fast.checkpoint import write_bytes
     from xfm_fast.data.images import decode_image
     from xfm_fast.errors import InputError
+    from xfm_fast.finetuning.weak_grounding import boxes_of
     from xfm_fast.tasks.heatmap import best_box, overlay, read_detections
 
     if len(images) != 1 or len(texts) != 1:
         raise InputError(
             f"--heatmap shows one text on one image; {len(images)} images and {len(texts)} texts are given"
         )
-    found = None if detections is None else read_detections(detections)
-    # Detectors name an image by its path, its file or its number.
-    names = (images[0], Path(images[0]).name, Path(images[0]).stem.rpartition("_")[2].lstrip("0") or "0")
-    boxes = None if found is None else next((found[name] for name in names if name in found), None)
-    if found is not None and boxes is None:
-        raise InputError(f"{detections} has no boxes for {' or '.join(names)}; give the detections of this image")
+    boxes = None if detections is None else boxes_of(images[0], read_detections(detections))
     heat = predictor.heatmap(images[0], texts[0])
     picture, content = decode_image(images[0]), io.BytesIO()
     overlay(picture, heat).save(content, format="PNG")

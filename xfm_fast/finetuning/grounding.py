@@ -115,10 +115,10 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
     def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
         if (regions := self.options.regions) is not None:
             return open_records(paths, image_key=regions.image_key).files
-        return [_of_splits(rows, training=True) for rows in grounding_rows(paths)]
+        return [expressions_of(rows, training=True) for rows in grounding_rows(paths)]
 
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[GroundingRecord]]:
-        return [_of_splits(rows, training=False) for rows in grounding_rows(paths)]
+        return [expressions_of(rows, training=False) for rows in grounding_rows(paths)]
 
     def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Expression | Regions:
         if not isinstance(record, GroundingRecord):
@@ -179,21 +179,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         ]
 
     def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
-        """Share of boxes with an intersection over union of .5 or more: `accuracy`, and `accuracy_<split>` by split."""
-        truth = [record.bbox for record in records if record.bbox is not None]
-        if not truth:
-            return {}
-        if len(truth) < len(records):
-            raise DataError(
-                f"{len(records) - len(truth)} of {len(records)} expressions have no box; give a box to each, or to none"
-            )
-        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
-        reference = torch.tensor(truth, dtype=torch.float64)
-        metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
-        if all(splits := [record.split for record in records]):
-            shares = box_accuracy(boxes, reference, [str(split) for split in splits])
-            metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
-        return metrics
+        return grounding_metrics(rows, records)
 
     def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
         """`boxes.json`: `pred` is the relative box, as the official evaluation takes it."""
@@ -221,7 +207,25 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         return evaluation_transform(self.config.image_size)(decoded), decoded.size
 
 
-def _of_splits(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:
+def grounding_metrics(rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
+    """Share of boxes with an intersection over union of .5 or more: `accuracy`, and `accuracy_<split>` by split."""
+    truth = [record.bbox for record in records if record.bbox is not None]
+    if not truth:
+        return {}
+    if len(truth) < len(records):
+        raise DataError(
+            f"{len(records) - len(truth)} of {len(records)} expressions have no box; give a box to each, or to none"
+        )
+    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
+    reference = torch.tensor(truth, dtype=torch.float64)
+    metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
+    if all(splits := [record.split for record in records]):
+        shares = box_accuracy(boxes, reference, [str(split) for split in splits])
+        metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
+    return metrics
+
+
+def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:
     """The rows without those that say they are of another split."""
 
     def kept(element: Any) -> bool:

@@ -20,6 +20,7 @@ from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
 from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.finetuning.text import TextTask, TextTaskOptions
 from xfm_fast.finetuning.vqa import VQAOptions, VQATask
+from xfm_fast.finetuning.weak_grounding import WeakGroundingOptions, WeakGroundingTask
 from xfm_fast.tokenizer import CaptionTokenizer
 
 TASK_FILE, TOKENIZER_FILE = "task.json", "tokenizer.json"
@@ -33,6 +34,7 @@ TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {
     "retrieval": RetrievalTask,
     "text": TextTask,
     "vqa": VQATask,
+    "weak_grounding": WeakGroundingTask,
 }
 AnyTask = Annotated[
     CaptioningOptions
@@ -41,7 +43,8 @@ AnyTask = Annotated[
     | NLVR2Options
     | RetrievalOptions
     | TextTaskOptions
-    | VQAOptions,
+    | VQAOptions
+    | WeakGroundingOptions,
     Field(discriminator="kind"),
 ]
 """The section `task` of a recipe: one of these, by its `kind`."""

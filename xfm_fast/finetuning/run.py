@@ -97,7 +97,8 @@ def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: Path) 
         CheckpointError: it cannot be read, does not fit, or is of another task.
     """
     folder = model_folder(place)
-    if folder is not None and (found := task_of(folder)) is not None and found.kind != task.options.kind:
+    kinds = (task.options.kind, *task.takes_weights_of)
+    if folder is not None and (found := task_of(folder)) is not None and found.kind not in kinds:
         raise CheckpointError(
             f"{place} was fine-tuned for the task {found.kind}, and this is {task.options.kind}; give a pretrained "
             "model, or one of this task"

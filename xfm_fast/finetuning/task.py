@@ -85,6 +85,8 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     reads_text: ClassVar[bool] = True
     losses: ClassVar[tuple[str, ...]] = ("loss",)
     """Names of what is minimised, as a sum."""
+    takes_weights_of: ClassVar[tuple[str, ...]] = ()
+    """Other tasks whose model is the same."""
     large_lr: ClassVar[tuple[str, ...]] = ()
     """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
 

@@ -1,0 +1,156 @@
+"""Grounding without boxes: a model that has learnt which texts describe an image points at what they mean.
+
+Training is that of retrieval, on images and expressions. At evaluation the heat of an expression (gradient times
+cross-attention, see `xfm_fast.tasks.heatmap`) chooses among the boxes that a detector found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xfm_fast.batches import PairBatch
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, RetrievalRecord, check_images
+from xfm_fast.data.images import decode_image
+from xfm_fast.data.task_files import grounding_rows
+from xfm_fast.errors import DataError, InputError
+from xfm_fast.finetuning.grounding import expressions_of, grounding_metrics
+from xfm_fast.finetuning.retrieval import Captioned, RetrievalOptions, RetrievalTask
+from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions
+from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tokenizer import CaptionTokenizer
+
+
+class WeakGroundingOptions(TaskOptions):
+    """The task of grounding without boxes to learn from."""
+
+    kind: Literal["weak_grounding"] = "weak_grounding"
+    free = ("layer",)
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    max_words: int = Field(default=30, gt=0, description="of an expression")
+    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    layer: int | None = Field(
+        default=None,
+        ge=0,
+        description="fusion layer whose attention is looked at; by default the end of the first half",
+    )
+
+
+class DetectedRecord(GroundingRecord):
+    """An expression, with the boxes that a detector found in its image."""
+
+    detected: tuple[tuple[float, float, float, float], ...]
+
+
+class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, PairBatch]):
+    """A split lists files of expressions as grounding does, and beside them the JSON of detections.
+
+    Detections name an image by its path, its file name or its number in COCO.
+    """
+
+    options_type = WeakGroundingOptions
+    takes_weights_of = ("retrieval",)
+    losses = ("itc", "itm")
+
+    def __init__(
+        self,
+        options: WeakGroundingOptions,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        *,
+        images: Path = Path(),
+    ) -> None:
+        super().__init__(options, config, tokenizer, images=images)
+        values = options.model_dump(exclude={"kind", "layer"})
+        self._retrieval = RetrievalTask(RetrievalOptions(**values), config, tokenizer, images=images)
+
+    def build(self) -> TaskModel:
+        return self._retrieval.build()
+
+    def rows(self, paths: Sequence[Path]) -> Sequence[AnnotationRows[Any]]:
+        return [expressions_of(rows, training=True) for rows in grounding_rows(paths)]
+
+    def records(self, paths: Sequence[Path], split: str) -> list[DetectedRecord]:
+        detections = {path: found for path in paths if (found := _detections(path)) is not None}
+        if not detections:
+            raise DataError(
+                f"data.splits.{split} lists no detections; add the JSON of boxes by image, such as MAttNet's dets.json"
+            )
+        expressions = grounding_rows([path for path in paths if path not in detections])
+        found = {image: boxes for each in detections.values() for image, boxes in each.items()}
+        records = [record for rows in expressions for record in expressions_of(rows, training=False).records()]
+        check_images(records, self.images)
+        return [
+            DetectedRecord.model_validate({**record.model_dump(), "detected": boxes_of(record.image, found).tolist()})
+            for record in records
+        ]
+
+    def item(self, record: GroundingRecord, rng: np.random.Generator) -> Captioned:
+        # Expressions of one image describe it all, and are no negatives of each other.
+        pair = {"image": record.image, "caption": record.text, "image_id": record.image}
+        return self._retrieval.item(RetrievalRecord.model_validate(pair), rng)
+
+    def collate(self, items: list[Captioned], rng: np.random.Generator) -> PairBatch:
+        return self._retrieval.collate(items, rng)
+
+    def losses_of(self, model: TaskModel, batch: PairBatch) -> dict[str, Tensor]:
+        return self._retrieval.losses_of(model, batch)
+
+    def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
+        """The expressions of an image together, so that it is encoded once."""
+        of_image: dict[str, list[int]] = {}
+        for number, record in enumerate(records):
+            of_image.setdefault(record.image, []).append(number)
+        return [*of_image.values()]
+
+    def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:
+        """Rows of `bbox`: the detection that is chosen, (x, y, w, h) in pixels of the image."""
+        number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
+        pixels = torch.stack([self.pixels(image) for image in number]).to(model.device)
+        index = torch.tensor([number[record.image] for record in records], device=model.device)
+        ids, mask = (
+            each.to(model.device) for each in self.padded([self._retrieval.ids(record.text) for record in records])
+        )
+        heat = cross_attention_heatmap(model, pixels, ids, mask, layer=self.options.layer, image_index=index).cpu()
+        sizes = {image: decode_image(self.images / image).size for image in number}
+        return [
+            {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
+            for of_text, record in zip(heat, records, strict=True)
+        ]
+
+    def score(self, rows: Sequence[Row], records: Sequence[DetectedRecord]) -> Metrics:
+        return grounding_metrics(rows, records)
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[DetectedRecord]:
+        raise InputError(
+            "this model chooses among detections: xfm-fast predict RUN FILE TEXT --heatmap OUT.png --detections JSON"
+        )
+
+
+def _detections(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return read_detections(path) if path.suffix == ".json" else None
+    except DataError:
+        return None
+
+
+def boxes_of(image: str, detections: Mapping[str, Tensor]) -> Tensor:
+    """The detections of an image, `[N, 4]`.
+
+    Raises:
+        DataError: there are none: says by which names they were looked for.
+    """
+    path = Path(image)
+    names = (image, path.name, path.stem.rpartition("_")[2].lstrip("0") or "0")
+    boxes = next((detections[name] for name in names if name in detections), None)
+    if boxes is None or not len(boxes):
+        raise DataError(f"the detections have no box for the image {' or '.join(dict.fromkeys(names))}; add some")
+    return boxes
