@@ -12,6 +12,7 @@ import torch
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
+from xfm_fast.models.hub import register_auto_classes
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -81,3 +82,17 @@ def test_errors_name_the_remedy(hub: Path, model: XFM, monkeypatch: pytest.Monke
         XFM.from_pretrained("someone/xfm-tiny")
     with pytest.raises(UnavailableError, match="pip install huggingface_hub"):
         model.push_to_hub("someone/xfm-tiny")
+
+
+def test_auto_model(model: XFM, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model.save_pretrained(tmp_path)
+    register_auto_classes()
+    register_auto_classes()
+    assert transformers.AutoConfig.from_pretrained(tmp_path).embed_dim == model.config.embed_dim
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, XFM)
+    torch.testing.assert_close(loaded.encode("a dog"), model.encode("a dog"))
+    assert transformers.AutoModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="device_map"):
+        transformers.AutoModel.from_pretrained(tmp_path, device_map="auto")

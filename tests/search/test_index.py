@@ -181,6 +181,28 @@ def test_a_cut_file_of_features_is_refused(photos: Path, model: SearchModel) -> 
         open_index(photos)
 
 
+def test_an_index_that_is_swapped_meanwhile_is_read_again(
+    photos: Path, model: SearchModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_index(photos, model)
+    write_picture(photos / "7.png", 7)
+    loads, swapped = json.loads, False
+
+    def late(text: str) -> Any:
+        nonlocal swapped
+        said = loads(text)
+        if "features" in said and not swapped:
+            swapped = True
+            build_index(photos, model)
+        return said
+
+    monkeypatch.setattr(json, "loads", late)
+    assert len(open_index(photos).entries) == 8
+    next(index_folder(photos).glob("images-*")).unlink()
+    with pytest.raises(DataError, match=r"lacks .*images-.*delete it and index again"):
+        open_index(photos)
+
+
 def test_an_index_moves_with_its_folder(photos: Path, model: SearchModel, tmp_path: Path) -> None:
     build_index(photos, model)
     moved = shutil.move(photos, tmp_path / "moved")

@@ -55,7 +55,8 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
     np.testing.assert_allclose([hit.similarity for hit in found.hits], similar, atol=1e-5)
     # The nearest four by features come first, by their match; the others follow by features.
     assert {*paths[:4]} == {paths[place] for place in similar.argsort(descending=True)[:4]}
-    matches = [hit.match for hit in found.hits[:4]]
+    assert all(hit.match is not None for hit in found.hits[:4])
+    matches = [hit.score for hit in found.hits[:4]]
     np.testing.assert_allclose(matches, [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5)
     assert matches == sorted(matches, reverse=True)
     assert [hit.match for hit in found.hits[4:]] == [None] * 3
@@ -102,6 +103,10 @@ def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path
     XFM.from_pretrained(weights, heads=["matching"]).save_pretrained(tmp_path / "blind")
     with pytest.raises(UnavailableError, match="has no contrastive head"):
         open_model(tmp_path / "blind")
+    dumb = open_model(weights)
+    dumb.model.tokenizer = None
+    with pytest.raises(UnavailableError, match=r"no tokenizer .*--tokenizer"):
+        search(indexed, dumb, TEXT)
     (tmp_path / "bare" / TASK_FILE).write_text('{"format": 1, "task": {"kind": "nlvr2"}}')
     with pytest.raises(CheckpointError, match="fine-tuned for the task nlvr2"):
         open_model(tmp_path / "bare")

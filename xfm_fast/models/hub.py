@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: fetched by name, pushed as the folder that `save_pretrained` writes."""
+"""Models on the Hugging Face Hub, fetched by name and pushed as `save_pretrained` writes them, and AutoModel."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
+from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 from xfm_fast.models.processor import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from xfm_fast.models.xfm import XFM
 
+# What AutoModel passes on of its own accord.
+_BOOKKEEPING = frozenset({"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"})
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -73,6 +78,37 @@ def push(
                 "and that you may write to it (hf auth login)"
             ) from error
     return str(getattr(done, "commit_url", done))
+
+
+def register_auto_classes() -> None:
+    """Let `transformers.AutoModel.from_pretrained` load X-FM, and `AutoConfig` its `config.json`.
+
+    The result is an `XFM`, not a `PreTrainedModel`: it takes `dtype`, `revision`, `heads` and `tokenizer` and refuses
+    the rest, such as `device_map`.
+
+    Raises:
+        UnavailableError: `transformers` is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UnavailableError("registering X-FM needs transformers; install it (pip install 'xfm-fast[hf]')") from None
+
+    from xfm_fast.models.xfm import XFM
+
+    class XFMAutoConfig(transformers.PretrainedConfig):
+        model_type = MODEL_TYPE
+
+    class XFMAutoModel:
+        @staticmethod
+        def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
+            given = {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}
+            dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
+            return XFM.from_pretrained(name, dtype=torch.float32 if dtype == "auto" else dtype, **given)
+
+    transformers.AutoConfig.register(MODEL_TYPE, XFMAutoConfig, exist_ok=True)
+    # It asks for nothing but `from_pretrained`.
+    transformers.AutoModel.register(XFMAutoConfig, XFMAutoModel, exist_ok=True)
 
 
 def _line(error: BaseException) -> str:

@@ -127,6 +127,17 @@ def open_index(path: str | os.PathLike[str]) -> SearchIndex:
     if folder is None:
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
     try:
+        return _read(folder)
+    except FileNotFoundError:
+        # Another process has put a new index in its place, and taken the old one's files away.
+        try:
+            return _read(folder)
+        except FileNotFoundError as error:
+            raise DataError(f"the index {folder} lacks {error.filename}; delete it and index again") from None
+
+
+def _read(folder: Path) -> SearchIndex:
+    try:
         said = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         if said["format"] != FORMAT_VERSION:
             raise DataError(
@@ -147,7 +158,7 @@ def open_index(path: str | os.PathLike[str]) -> SearchIndex:
             None if said["picture_folder"] is None else _beside(folder, said["picture_folder"]),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, (DataError, FileNotFoundError)):
             raise
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"the index {folder} is damaged ({reason}); delete it and index again") from None

@@ -84,6 +84,10 @@ def search(
         raise InputError(f"top={top}, candidates={candidates}; there must be at least 1 and 0")
     index.check(model)
     xfm = model.model
+    if isinstance(query, str) and xfm.tokenizer is None:
+        raise UnavailableError(
+            f"{model.source} has no tokenizer to read the text with; give one (--tokenizer), or search by an image"
+        )
     rerank = isinstance(query, str) and candidates > 0
     if rerank and not ("matching" in xfm.heads and xfm.config.fusion_layers):
         raise UnavailableError(
@@ -120,10 +124,9 @@ def search(
 def nearest(features: np.ndarray, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` rows of `features` `[N, E]` with the largest dot product with `query` `[E]`, and these, largest first."""
     rows, best = torch.empty(0, dtype=torch.long), torch.empty(0)
+    asked = query.numpy()
     for start in range(0, len(features), _BLOCK):
-        # A copy, for what is mapped cannot be written to, which tensors do not know.
-        block = torch.from_numpy(np.array(features[start : start + _BLOCK]))
-        found = block @ query
+        found = torch.from_numpy(features[start : start + _BLOCK] @ asked)
         values, places = found.topk(min(k, len(found)))
         values, order = torch.cat([best, values]).sort(descending=True, stable=True)
         best, rows = values[:k], torch.cat([rows, places + start])[order][:k]
