@@ -203,11 +203,20 @@ def test_an_index_that_is_swapped_meanwhile_is_read_again(
         open_index(photos)
 
 
-def test_an_index_moves_with_its_folder(photos: Path, model: SearchModel, tmp_path: Path) -> None:
+def test_an_index_moves_with_its_folder(photos: Path, model: SearchModel, tmp_path: Path, read: list[str]) -> None:
     build_index(photos, model)
-    moved = shutil.move(photos, tmp_path / "moved")
+    moved = Path(shutil.move(photos, tmp_path / "moved"))
     found = open_index(moved)
     assert found.collection.load(found.entries[0])[0].size == (80, 60)
+    read.clear()
+    assert build_index(moved, model).images == 7
+    assert read == []
+
+
+def test_the_index_of_another_collection_is_refused(photos: Path, model: SearchModel, tmp_path: Path) -> None:
+    build_index(photos, model, tmp_path / "index")
+    with pytest.raises(DataError, match=r"is the index of .*photos, and this is .*trip; name another folder"):
+        build_index(photos / "trip", model, tmp_path / "index")
 
 
 def test_rows_of_a_file(tmp_path: Path, model: SearchModel) -> None:

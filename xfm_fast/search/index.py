@@ -196,7 +196,8 @@ def build_index(
     """
     processes = processes or Processes()
     target = index_folder(path) if folder is None else Path(folder).expanduser()
-    collection = processes.together(lambda: open_collection(path, images))
+    place = _Place(Path(path).expanduser(), None if images is None else Path(images).expanduser())
+    collection = processes.together(lambda: open_collection(place.path, place.images))
     with _locked(target, processes):
 
         def begin() -> tuple[list[Entry], dict[str, str], list[Entry]]:
@@ -204,6 +205,11 @@ def build_index(
             old = open_index(target) if (target / INDEX_FILE).exists() else None
             if old is not None:
                 old.check(model)
+                if old.path.resolve() != place.path.resolve():
+                    raise DataError(
+                        f"{target} is the index of {old.path}, and this is {place.path}; name another folder "
+                        "(--index), or delete that one"
+                    )
             done = _versions(old, _parts(target, model))
             return entries, faults, [entry for entry in entries if entry.version not in done]
 
@@ -221,7 +227,6 @@ def build_index(
         processes.together(work)
         if processes.any(stop is not None and stop.is_set()):
             return IndexReport(target, interrupted=True)
-        place = _Place(Path(path).expanduser(), None if images is None else Path(images).expanduser())
         return processes.from_first(lambda: _assemble(target, model, place, entries, faults, todo))
 
 
