@@ -130,7 +130,7 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
 
     if recipe.tokenizer == "train":
         processes.from_first(learn)
-    tokenizer = tokenizer_of(recipe)
+    tokenizer = _tokenizer(recipe)
     sources: dict[str, BatchSource[Any]] = {}
     # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
     for number, name in enumerate(recipe.streams):
@@ -149,12 +149,12 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
     return sources
 
 
-def tokenizer_of(recipe: Recipe) -> CaptionTokenizer:
-    """The vocabulary of a recipe whose sources were opened.
+def tokenizer_file(recipe: Recipe) -> dict[str, bytes]:
+    """The file, by its name, of the vocabulary of a recipe whose sources were opened."""
+    return {TOKENIZER_FILE: _tokenizer(recipe).to_json().encode()}
 
-    Raises:
-        DataError: it cannot be read.
-    """
+
+def _tokenizer(recipe: Recipe) -> CaptionTokenizer:
     learnt = Path(recipe.checkpoint.folder) / TOKENIZER_FILE
     return CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
 
