@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.data.record_files import pairs, picture, write_lines, write_tar
 from tests.search.conftest import write_picture
@@ -25,6 +26,16 @@ def test_a_folder(photos: Path) -> None:
     assert entries[4].size == (photos / "trip/1.png").stat().st_size
     assert collection.load(entries[4])[0].size == (80, 60)
     assert collection.location(entries[4]) == str(photos / "trip/1.png")
+
+
+def test_photos_stand_upright(tmp_path: Path) -> None:
+    picture_of = Image.new("RGB", (80, 60))
+    exif = picture_of.getexif()
+    exif[0x0112] = 6
+    picture_of.save(tmp_path / "a.jpg", exif=exif)
+    picture_of.save(tmp_path / "b.jpg", exif=b"Exif\0\0damaged")
+    collection = open_collection(tmp_path)
+    assert [collection.load(entry)[0].size for entry in collection.listing().entries] == [(60, 80), (80, 60)]
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])

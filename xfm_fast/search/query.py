@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast.data.images import decode_image, evaluation_transform
+from xfm_fast.data.images import evaluation_transform
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.models.processor import batches, text_tokens
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search.collection import Entry
+from xfm_fast.search.collection import Entry, upright
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.model import SearchModel
 
@@ -95,7 +95,7 @@ def search(
         )
     if isinstance(query, Path):
         # Read here, so that a broken one is not taken for one of the collection.
-        features = xfm.encode(decode_image(query))
+        features = xfm.encode(upright(query))
     else:
         features = xfm.encode(query)
     rows, similarities = nearest(index.features, features.float().cpu(), max(top, candidates) if rerank else top)
