@@ -154,8 +154,8 @@ def test_a_config_says_its_type(tmp_path: Path, model: XFM) -> None:
     [
         ([], InputError, "the list is empty"),
         (["a dog", Path("a.png")], InputError, "texts and images; encode them in two calls"),
-        (np.zeros((3, 3)), InputError, "neither a text nor an image"),
-        ([3], InputError, "an? int is neither"),
+        (np.zeros((3, 3)), InputError, "is no type of texts or images"),
+        ([3], InputError, "int is no type of texts or images"),
         ("!?", DataError, "empty after cleaning"),
         (Path("nowhere.jpg"), DataError, "does not exist"),
     ],

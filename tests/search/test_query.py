@@ -120,6 +120,8 @@ def test_random_weights_are_the_same_each_time() -> None:
     assert first.source.random
     assert first.fingerprint == second.fingerprint
     assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(DataError, match="nowhere holds no tokenizer"):
+        open_model(ModelSource(tokenizer="nowhere"))
 
 
 def test_a_page(indexed: SearchIndex, model: SearchModel, photos: Path, tmp_path: Path) -> None:

@@ -117,8 +117,8 @@ def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
             raise InputError("the list holds texts and images; encode them in two calls")
         other = next(kind.__name__ for kind in kinds if kind not in (str, Path))
         raise InputError(
-            f"a {other} is neither a text nor an image; give strings, or paths and PIL images (tensors of pixels and "
-            "ids go to encode_image and encode_text)"
+            f"{other} is no type of texts or images; give strings, or paths and PIL images (tensors of pixels and ids "
+            "go to encode_image and encode_text)"
         )
     for item in items:
         # What it names is meant, more often than its name; "a dog" rarely is a file.

@@ -14,6 +14,7 @@ from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, UnavailableError
 from xfm_fast.finetuning.evaluation import checksum
 from xfm_fast.finetuning.kinds import model_folder, task_of
+from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -72,7 +73,9 @@ def open_model(
     """
     if not isinstance(source, ModelSource):
         source = ModelSource(str(source))
-    model = _random(source.size) if source.weights is None else _stored(source.weights, source.tokenizer)
+    model = (
+        _random(source.size, source.tokenizer) if source.weights is None else _stored(source.weights, source.tokenizer)
+    )
     if "contrastive" not in model.heads:
         raise UnavailableError(
             f"{source} has no contrastive head, by whose features images are found; give a pretrained model, or one "
@@ -107,7 +110,7 @@ def _stored(weights: str, tokenizer: str | None) -> XFM:
     return XFM.from_pretrained(weights if place is None else place, tokenizer=tokenizer)
 
 
-def _random(size: Size) -> XFM:
+def _random(size: Size, tokenizer: str | None) -> XFM:
     words = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 1000)
     config = XFMConfig.preset(size)
     if size == "tiny":
@@ -115,5 +118,5 @@ def _random(size: Size) -> XFM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = XFM(config)
-    model.tokenizer = words
+    model.tokenizer = words if tokenizer is None else read_tokenizer(tokenizer, config)
     return model
