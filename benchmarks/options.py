@@ -145,6 +145,25 @@ class StepOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VqaOptions(RunOptions):
+    """Options of visual question answering.
+
+    Attributes:
+        preset: Size of the model.
+        device: The device to measure. [a GPU where there is one]
+        image_size: Pixels along a side. [480; tiny 48]
+        questions: To the image. [5; quick 2]
+        k: Candidates of every question. [128]
+    """
+
+    preset: Preset = "base"
+    device: Device | None = None
+    image_size: Annotated[int | None, Ge(1)] = None
+    questions: Annotated[int | None, Ge(1)] = None
+    k: Annotated[int, Ge(1)] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
 class DropInOptions(RunOptions):
     """Options of the models of others; quick takes two layers and two samples, to see that all runs.
 

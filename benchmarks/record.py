@@ -24,7 +24,7 @@ SCHEMA_VERSION = 3
 OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code"
 UNTOUCHED, EAGER = "untouched", "eager"
 
-Benchmark = Literal["suite", "scenario", "sweep", "coco", "train-step", "drop-in", "kernels"]
+Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels"]
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Direction = Literal["forward", "backward", "forward and backward"]
@@ -240,11 +240,12 @@ class Point(Record):
     Attributes:
         batch: requests that run together (offline), or 1.
         image_size: pixels along a side.
-        texts: in a request; captions of a `rerank` request, 1 for `retrieve`, all those of a `retrieval`.
+        texts: in a request; captions of a `rerank` request, 1 for `retrieve`, all those of a `retrieval`, questions of
+            `vqa`.
         lengths: distribution of the texts' lengths, by name.
         mean_length: tokens.
         padded_length: tokens that a padding contender computes for each text.
-        index: images that are searched; `k`: re-ranked of them.
+        index: images that are searched, or answers that are ranked; `k`: candidates among them.
         dropout: whether a training step has it.
     """
 
@@ -263,8 +264,8 @@ class Row(Record):
     """One contender at one kind of work, in one mode, type and size.
 
     Attributes:
-        work: `embed-image`, `embed-text`, `rerank`, `retrieve`, `retrieval` (of a whole collection), `train-step`; the
-            key of a model of `drop-in`; an operation of `kernels`.
+        work: `embed-image`, `embed-text`, `rerank`, `retrieve`, `retrieval` (of a whole collection), `vqa` and
+            `vqa-...`, `train-step`; the key of a model of `drop-in`; an operation of `kernels`.
         mode: how requests come; everything that runs back to back is `offline`.
         direction: of an operation.
         contender: stable name; `label` is for readers.

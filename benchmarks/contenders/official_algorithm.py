@@ -15,10 +15,11 @@ from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatc
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.reference import relative_position_index
 from xfm_fast.models.heads import LMHead, MLPHead
-from xfm_fast.models.text import Attention, LayerStack, ResidualNorm, TransformerLayer
+from xfm_fast.models.text import Attention, Embeddings, LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 from xfm_fast.nn import RelPosAttention
+from xfm_fast.tasks.vqa import AnswerRanking, VQAModel
 
 from .engine import Clock, Everything, Found, NoStages, Pairs, Part, SearchIndex, ordered, parts_under
 
@@ -78,19 +79,21 @@ class OfficialTwin:
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`[B, L]` ids and mask → `[B, L, text_width]`, padded positions computed like the others."""
         encoder = self.model.text_encoder.roberta
-        embeddings = encoder.embeddings
+        x = self._embed_tokens(encoder.embeddings, input_ids)
+        mask = _additive(attention_mask, x.dtype)
+        for layer in _layers(encoder.encoder):
+            x = self._self_attention(layer, x, mask)
+            x = self._feed_forward(layer, x)
+        return x
+
+    def _embed_tokens(self, embeddings: Embeddings, input_ids: Tensor) -> Tensor:
         real = input_ids.ne(self.config.pad_token_id).int()
         positions = (real.cumsum(1).type_as(real) * real).long() + self.config.pad_token_id
         padding = self.config.pad_token_id
         x = F.embedding(input_ids, embeddings.word_embeddings.weight, padding)
         x = x + F.embedding(torch.zeros_like(input_ids), embeddings.token_type_embeddings.weight)
         x += F.embedding(positions, embeddings.position_embeddings.weight, padding)
-        x = F.dropout(layer_norm(embeddings.LayerNorm, x), embeddings.dropout, embeddings.training)
-        mask = _additive(attention_mask, x.dtype)
-        for layer in _layers(encoder.encoder):
-            x = self._self_attention(layer, x, mask)
-            x = self._feed_forward(layer, x)
-        return x
+        return F.dropout(layer_norm(embeddings.LayerNorm, x), embeddings.dropout, embeddings.training)
 
     def fuse_pairs(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, token_mask: Tensor | None = None
@@ -345,6 +348,61 @@ class OfficialTrainingTwin(OfficialTwin):
         return loss + F.mse_loss(masked[:, 0, :], target[:, 0, :])
 
 
+class OfficialAnswerTwin(OfficialTwin):
+    """Ranks a list of answers as the official evaluation of VQA v2 does.
+
+    Beside what `OfficialTwin` does: an image is encoded for each of its questions; after the first tokens of all
+    answers are compared, the k candidates of a question are decoded from `<s>` on, padded to the longest answer of the
+    whole list, each with a copy of the question's states, whose keys and values every layer projects for every copy;
+    logits over the whole vocabulary exist for every token, and the first token counts twice in the score.
+    """
+
+    def __init__(self, model: VQAModel) -> None:
+        super().__init__(model)
+        self._decoder = model.text_decoder
+
+    def rank_answers(
+        self, pixels: Tensor, question_ids: Tensor, question_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor,
+        k: int,
+    ) -> AnswerRanking:  # fmt: skip
+        """The k candidates of Q questions, best first.
+
+        Args:
+            pixels: `[Q, 3, R, R]`, the image of each question.
+            question_ids, question_mask: `[Q, L]`. The decoder attends to padded tokens too.
+            answer_ids, answer_mask: `[N, La]`.
+        """
+        text = self.encode_text(question_ids, question_mask)
+        states = self.fuse_pairs(text, question_mask, self.encode_image(pixels))
+        begun = answer_ids[:1, :1].repeat(len(states), 1)
+        first = self._answer_logits(begun, torch.ones_like(begun), states)[:, 0]
+        probabilities = first.softmax(1).index_select(1, answer_ids[:, 1])
+        likeliest, candidates = probabilities.topk(k, dim=1)
+        chosen = candidates.flatten()
+        ids, mask = answer_ids[chosen], answer_mask[chosen]
+        copies = states.unsqueeze(1).repeat(1, k, 1, 1).flatten(0, 1)
+        logits = self._answer_logits(ids, mask, copies)[:, :-1].contiguous()
+        targets = ids.masked_fill(mask == 0, -100)[:, 1:].contiguous()
+        losses = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="none")
+        scores = likeliest.log() - losses.view(len(ids), -1).sum(1).view_as(likeliest)
+        best = scores.topk(k, dim=1)
+        return AnswerRanking(candidates.gather(1, best.indices), best.values)
+
+    def _answer_logits(self, ids: Tensor, mask: Tensor, states: Tensor) -> Tensor:
+        """`[A, L]` texts, each with its own `[A, M, width]` → `[A, L, vocabulary]`."""
+        decoder = self._decoder
+        x = self._embed_tokens(decoder.roberta.embeddings, ids)
+        order = torch.arange(ids.shape[1], device=ids.device)
+        seen = (order[None, :] <= order[:, None])[None].to(x.dtype) * mask[:, None, :].to(x.dtype)
+        causal = (1.0 - seen[:, None]) * _MASKED
+        everywhere = _additive(torch.ones(states.shape[:2], device=ids.device), x.dtype)
+        for layer in _layers(decoder.roberta.encoder):
+            x = self._self_attention(layer, x, causal)
+            x = _attend(cast(Attention, layer.crossattention), x, states, everywhere)
+            x = self._feed_forward(layer, x)
+        return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)
+
+
 def _layers(stack: LayerStack) -> Iterator[TransformerLayer]:
     return (cast(TransformerLayer, layer) for layer in stack.layer)
 
@@ -407,9 +465,13 @@ def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
 
 def _lm_loss(head: LMHead, word_embeddings: Tensor, embeds: Tensor, batch: TextBatch) -> Tensor:
     where = batch.masked_positions.unsqueeze(2).expand(-1, -1, embeds.shape[-1])
-    x = F.gelu(F.linear(torch.gather(embeds, 1, where), head.dense.weight, head.dense.bias))
-    logits = F.linear(layer_norm(head.layer_norm, x), word_embeddings, head.bias)
+    logits = _lm_logits(head, word_embeddings, torch.gather(embeds, 1, where))
     return F.cross_entropy(logits.flatten(0, 1), batch.masked_labels.flatten(), ignore_index=-100)
+
+
+def _lm_logits(head: LMHead, word_embeddings: Tensor, embeds: Tensor) -> Tensor:
+    x = F.gelu(F.linear(embeds, head.dense.weight, head.dense.bias))
+    return F.linear(layer_norm(head.layer_norm, x), word_embeddings, head.bias)
 
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]

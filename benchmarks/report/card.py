@@ -22,8 +22,8 @@ _FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
 _MOST_PANELS, _LEAST_PITCH, _MOST_PITCH = 4, 46.0, 62.0
 
 
-def png(document: Document, path: Path) -> None:
-    """Draw the picture of a document.
+def png(document: Document, path: Path, *, source: str = "") -> None:
+    """Draw the picture of a document, which says its `source` where programs look for it.
 
     Raises:
         UnavailableError: matplotlib is not installed, or the document has nothing to draw.
@@ -80,7 +80,7 @@ def png(document: Document, path: Path) -> None:
             axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False)
-        picture.savefig(content, format="png")
+        picture.savefig(content, format="png", metadata={"Source": source})
     write_bytes({path: content.getvalue()})
 
 

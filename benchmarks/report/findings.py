@@ -17,6 +17,7 @@ TITLES = {
     "scenario": "Beside other runtimes",
     "sweep": "Cost as work grows",
     "coco": "A whole retrieval evaluation",
+    "vqa": "Questions answered, fast against official",
     "train-step": "A training step, fast against official",
     "drop-in": "accelerate(model), against the model untouched",
     "kernels": "Operations, against their alternatives",

@@ -1,22 +1,26 @@
-"""The README's tables of measurements, written from the committed results they name.
+"""The tables of measurements in README and docs, written from the committed results they name.
 
     python -m xfm_fast.benchmarks.report.readme           # rewrite them: make readme
     python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
-README. A further table needs its two markers and nothing else.
+page. A further table needs its two markers and nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import DataError
 
 from ..files import load
+from .card import png
 from .table import markdown
 
 REGION = re.compile(
@@ -24,36 +28,61 @@ REGION = re.compile(
 )
 
 
-def regenerated(readme: Path) -> str:
-    """The text of a README with every table as its results have it.
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE, PICTURED = ROOT / "docs/accelerate.png", ROOT / "benchmarks/results/drop-in-cpu-amx-2threads.json"
+"""The README's picture, and the results that it shows."""
+
+
+def pages() -> list[Path]:
+    """The README and the docs of this checkout."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def picture_is_stale() -> bool:
+    """True where the picture does not say that it shows the results of now."""
+    try:
+        with Image.open(PICTURE) as picture:
+            return picture.info.get("Source") != _digest(PICTURED)
+    except OSError:
+        return True
+
+
+def _digest(path: Path) -> str:
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def regenerated(page: Path) -> str:
+    """The text of a page with every table as its results have it.
 
     Raises:
         DataError: a marker without its other half, or results that are absent or of another schema.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     begun, ended = text.count("<!-- bench:begin"), text.count("<!-- bench:end -->")
     if not begun == ended == len(REGION.findall(text)):
         raise DataError(
-            f"{readme} has {begun} begin and {ended} end markers that do not pair up; write "
+            f"{page} has {begun} begin and {ended} end markers that do not pair up; write "
             "<!-- bench:begin FILE --> and <!-- bench:end --> around every table"
         )
 
     def table(region: re.Match[str]) -> str:
-        return region["begin"] + markdown(load(readme.parent / region["file"])) + region["end"]
+        return region["begin"] + markdown(load(page.parent / region["file"])) + region["end"]
 
     return REGION.sub(table, text)
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrite the README of this checkout, or with `--check` say whether that would change it."""
-    readme = Path(__file__).resolve().parents[2] / "README.md"
-    text = regenerated(readme)
-    stale = text != readme.read_text(encoding="utf-8")
+    """Rewrite the tables of this checkout, or with `--check` say whether that would change a page."""
+    fresh = {page: regenerated(page) for page in pages()}
+    stale = {page: text for page, text in fresh.items() if text != page.read_text(encoding="utf-8")}
+    names = [page.name for page in stale] + ([PICTURE.name] if picture_is_stale() else [])
     if "--check" in arguments:
-        print("README.md: tables are stale; run make readme" if stale else "README.md: tables are up to date")
-        return int(stale)
-    if stale:
-        write_bytes({readme: text.encode()})
+        for name in names:
+            print(f"{name} is stale; run make readme")
+        return int(bool(names))
+    write_bytes({page: text.encode() for page, text in stale.items()})
+    if picture_is_stale():
+        png(load(PICTURED), PICTURE, source=_digest(PICTURED))
     return 0
 
 

@@ -49,7 +49,7 @@ def test_a_sweep_is_printed_and_saved(values: str, points: list[int], tmp_path: 
 def test_the_list_has_all_scenarios_and_baselines() -> None:
     done = invoke(["bench", "list"])
     assert done.exit_code == 0, done.output
-    for name in ("embed-image", "embed-text", "rerank", "retrieve", "train-step", "kernels"):
+    for name in ("embed-image", "embed-text", "rerank", "retrieve", "vqa", "train-step", "kernels"):
         assert name in done.output
     for name in (
         "official-algorithm",
@@ -68,6 +68,7 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
     [
         (["scenario", "caption"], "choose from embed-image"),
         (["scenario", "train-step"], "xfm-fast bench train-step"),
+        (["scenario", "vqa"], "xfm-fast bench vqa"),
         (["sweep", "kernels", "--over", "batch"], "xfm-fast bench kernels"),
         (["scenario", "rerank", "--preset", "huge"], 'Choose from: "base", "tiny"'),
         (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),

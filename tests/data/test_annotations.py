@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,20 @@ from typing import Any
 import pytest
 
 from xfm_fast.data.annotations import (
+    AnnotationRows,
     CaptioningRecord,
     GroundingRecord,
     NLVR2Record,
     RetrievalRecord,
     RetrievalTestRecord,
     VQARecord,
+    check_images,
+    overlap,
     read_annotations,
+    read_answer_list,
+    unlisted_answers,
 )
+from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.errors import DataError
 
 retrieval_records = partial(read_annotations, kind=RetrievalRecord)
@@ -134,3 +141,65 @@ def test_other_encodings(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=message):
             retrieval_records(path)
+
+
+def _rows(tmp_path: Path, *images: object) -> AnnotationRows[RetrievalRecord]:
+    path = _write(tmp_path / "rows.json", [{"image": image, "caption": "a", "image_id": 1} for image in images])
+    return AnnotationRows(path, json.loads(path.read_text()), RetrievalRecord)
+
+
+def test_broken_elements_are_set_aside(tmp_path: Path) -> None:
+    rows = pickle.loads(pickle.dumps(_rows(tmp_path, "a.jpg", "", *"bcd")))
+    quarantine = Quarantine(tmp_path / "broken.jsonl", tolerate_bad=0.3)
+    with pytest.raises(DataError, match="'image' is ''") as caught:
+        rows.read(1)
+    quarantine.add(rows, 1, caught.value)
+    assert (quarantine.count(rows), rows.read(4).image) == (1, "d")
+    (listed,) = map(json.loads, (tmp_path / "broken.jsonl").read_text().splitlines())
+    assert (listed["row"], json.loads(listed["excerpt"])["image"]) == ("element 1", "")
+
+
+def test_images_that_do_not_exist_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    rows = _rows(tmp_path, "a.jpg", "b.jpg", "c.jpg", "b.jpg", "d.jpg", "e.jpg", 5)
+    with pytest.raises(DataError, match=r"4 of 5 images .*: 'b.jpg', 'c.jpg', 'd.jpg', \.\.\.; check the image folder"):
+        check_images([rows], tmp_path)
+    check_images([rows.read(0), "a.jpg", tmp_path / "a.jpg"], tmp_path)
+    pair = NLVR2Record(images=("a.jpg", "z.jpg"), sentence="s", label=True)
+    with pytest.raises(DataError, match="1 of 2 images"):
+        check_images([pair], tmp_path)
+
+
+def test_images_of_two_splits(tmp_path: Path) -> None:
+    train = _rows(tmp_path, *(f"{name}.jpg" for name in "abcdef"))
+    assert overlap([train], ["./e.jpg", "z.jpg", "e.jpg", "c.jpg"]) == (2, ("e.jpg", "c.jpg"))
+    assert overlap([train], ["z.jpg"]) == (0, ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (["yes", "no", "yes"], "'yes' stand there more than once"),
+        (["yes", " "], "answer 1 is ' '"),
+        (["yes", None], "answer 1 is None"),
+        ([], "no elements"),
+        ({"yes": 0}, "one array of strings"),
+    ],
+)
+def test_wrong_answer_lists(tmp_path: Path, content: Any, message: str) -> None:
+    assert read_answer_list(_write(tmp_path / "b.json", ["yes", "no"])) == ["yes", "no"]
+    with pytest.raises(DataError, match=message):
+        read_answer_list(_write(tmp_path / "a.json", content))
+
+
+def test_answers_that_a_list_lacks() -> None:
+    answers = [("yes", "yes", "maybe"), ("red", "blue", "red"), ("red",), None]
+    records = [VQARecord(image="a", question="q", question_id=1, answer=each) for each in answers]
+    assert unlisted_answers(records, ["yes", "blue"]) == (2, ("red",))
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_blank_texts_are_refused(tmp_path: Path, blank: str) -> None:
+    path = _write(tmp_path / "a.json", [{"image": "a", "caption": blank, "image_id": 1}])
+    with pytest.raises(DataError, match=r"'caption' is .*holds no text"):
+        retrieval_records(path)

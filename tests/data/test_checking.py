@@ -180,7 +180,7 @@ def test_fine_tuning_files(tmp_path: Path, task: str) -> None:
     assert report.seconds_per_item is None or report.seconds_per_item > 0
     absent = json.loads(json.dumps(good[0]).replace("0.jpg", "absent.jpg"))
     report = _check(_array(tmp_path / "b.json", [*good, absent, {}, 5]), task)
-    assert [problem.row for problem in report.problems] == [len(good), len(good) + 1, len(good) + 2]
+    assert [problem.row for problem in report.problems] == [f"element {len(good) + broken}" for broken in range(3)]
     assert "absent.jpg does not exist" in report.problems[0].reason
     assert "is missing" in report.problems[1].reason
 
@@ -188,7 +188,14 @@ def test_fine_tuning_files(tmp_path: Path, task: str) -> None:
 def test_boxes_of_grounding_lie_in_the_image(tmp_path: Path) -> None:
     (good,) = _elements(tmp_path)["grounding"]
     report = _check(_array(tmp_path / "a.json", [good, {**good, "bbox": [30, 0, 20, 10]}]), "grounding")
-    assert [problem.row for problem in report.problems] == [1]
+    assert [problem.row for problem in report.problems] == ["element 1"]
+
+
+def test_other_formats_of_fine_tuning(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "a.csv").write_text("image,caption\n0.jpg,a cat\nabsent.jpg,a dog\n")
+    report = _check(tmp_path / "a.csv", "retrieval")
+    assert (report.rows, [problem.row for problem in report.problems]) == (2, [3])
 
 
 def test_images_below_another_folder(tmp_path: Path) -> None:

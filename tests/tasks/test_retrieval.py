@@ -20,7 +20,7 @@ from xfm_fast import XFM, Retriever, XFMConfig, flops
 from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.memory import open_mapped
 from xfm_fast.tasks import reranking
-from xfm_fast.tasks.reranking import ScoreJournal, top_candidates
+from xfm_fast.tasks.reranking import ScoreJournal, candidate_recall, top_candidates
 from xfm_fast.tasks.retrieval import UNSCORED, recall, rerank
 
 
@@ -145,6 +145,25 @@ def test_recall_equals_the_official_metric(kind: str) -> None:
     i2t, t2i = (torch.from_numpy(scores[name]) for name in names)
     result = recall(i2t, t2i, torch.arange(100) // 5)
     assert result == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(12, 20), st.integers(1, 60), st.integers(0, 999))
+def test_recall_of_candidates_is_that_of_the_matrices(images: int, k: int, seed: int) -> None:
+    """With more than ten wrong answers to every query, an unscored true one is no hit in the matrices either."""
+    generator = torch.Generator().manual_seed(seed)
+    image_of_text = torch.cat([torch.arange(images), torch.randint(images, (images,), generator=generator)])
+    features = [torch.randn(n, 4, generator=generator) for n in (images, len(image_of_text))]
+    candidates = top_candidates(features[0], features[1], k, k)
+    # Few values, so that there are ties.
+    scores = torch.randint(5, (candidates.pairs,), generator=generator).float()
+    matrices = []
+    for chosen in (candidates.for_image, candidates.for_text):
+        matrix = torch.full((images, len(image_of_text)), UNSCORED)
+        matrix[candidates.images[chosen], candidates.texts[chosen]] = scores[chosen]
+        matrices.append(matrix)
+    expected = recall(matrices[0], matrices[1].t(), image_of_text)
+    assert candidate_recall(candidates, scores, image_of_text) == expected
 
 
 def test_an_unscored_answer_is_never_a_hit() -> None:

@@ -14,6 +14,8 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models.decoder import TextDecoder, _visible_keys
 from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks import answer_trie
+from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.vqa import VQAModel, exact_match, normalise_answer, vqa_accuracy
 
 
@@ -106,6 +108,101 @@ def test_training_loss_ignores_padding_of_answers(model: VQAModel, x: dict[str, 
         loss = model(*question(x), x["train_answer_ids"], x["train_answer_atts"], *rest)
         wider = torch.nn.functional.pad(x["train_answer_ids"], (0, 3), value=1)
         assert float(model(*question(x), wider, None, *rest)) == pytest.approx(float(loss), rel=1e-12)
+
+
+FAMILY = [
+    [0, 5, 2], [0, 5, 6, 2], [0, 5, 6, 7, 2], [0, 5, 6, 8, 2], [0, 9, 6, 7, 2], [0, 9, 2], [0, 9, 2], [0, 10, 11],
+    [0, 10, 11, 12, 13, 2], [0, 14, 2],
+]  # fmt: skip
+"""Answers that begin alike, that are the beginning of another one, that come twice, and that end without `</s>`."""
+
+
+def family() -> Tensor:
+    return torch.tensor([ids + [1] * (6 - len(ids)) for ids in FAMILY])
+
+
+def decoded_rows(model: VQAModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of states that reach the vocabulary, a call each."""
+    seen: list[int] = []
+    transform = model.text_decoder.lm_head.transform
+
+    def counting(hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return transform(hidden)
+
+    monkeypatch.setattr(model.text_decoder.lm_head, "transform", counting)
+    return seen
+
+
+def test_trie_of_a_family() -> None:
+    trie = AnswerTrie.of(family(), None, config("tiny_b"))
+    prefixes = {tuple(ids[:n]) for ids in FAMILY for n in range(1, len(ids))}
+    assert (trie.answers, trie.nodes) == (10, len(prefixes))
+    assert trie.edges == len({tuple(ids[:n]) for ids in FAMILY for n in range(2, len(ids) + 1)})
+    for answer, ids in enumerate(FAMILY):
+        nodes, edges = trie.answer_nodes[answer, : len(ids) - 1], trie.answer_edges[answer, : len(ids) - 1]
+        assert [*trie.tokens[nodes].tolist(), ids[-1]] == ids
+        assert trie.edge_tokens[edges].tolist() == ids[1:]
+        assert trie.paths[nodes[-1], : len(nodes)].tolist() == nodes.tolist()
+        assert bool((trie.edge_starts[nodes] <= edges).all() & (edges < trie.edge_starts[nodes + 1]).all())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("nodes_of_a_pass", [8192, 1])
+def test_answers_that_begin_alike_are_decoded_once(
+    model: VQAModel, x: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, nodes_of_a_pass: int
+) -> None:
+    monkeypatch.setattr(answer_trie, "_NODES", nodes_of_a_pass)
+    given = x | {"answer_ids": family(), "answer_atts": family().ne(1)}
+    memory, trie = model.encode_questions(*question(x)), AnswerTrie.of(family(), None, model.config)
+    rows = decoded_rows(model, monkeypatch)
+    ranking = model.rank_answers(memory, trie, k=10)
+    assert sum(rows) == 3 * trie.nodes
+    for q in range(3):
+        expected = whole_answer_log_likelihoods(model, given, q)
+        assert torch.allclose(ranking.scores[q], expected.sort(descending=True).values, rtol=1e-12, atol=0)
+        assert torch.allclose(ranking.scores[q], expected[ranking.indices[q]], rtol=1e-12, atol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(("k", "best"), [(10, 1), (10, 3), (6, 2)])
+def test_the_best_are_exact_without_decoding_all(
+    model: VQAModel, x: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, k: int, best: int, twice: bool
+) -> None:
+    monkeypatch.setattr(answer_trie, "_SEEDS", 1)
+    memory, trie = model.encode_questions(*question(x)), AnswerTrie.of(x["answer_ids"], None, model.config)
+    every = model.rank_answers(memory, trie, k=k, count_first_token_twice=twice)
+    rows = decoded_rows(model, monkeypatch)
+    found = model.rank_answers(memory, trie, k=k, best=best, count_first_token_twice=twice)
+    assert torch.equal(found.indices, every.indices[:, :best])
+    assert torch.allclose(found.scores, every.scores[:, :best], rtol=1e-12, atol=0)
+    assert sum(rows) < 3 * trie.nodes
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_questions_of_any_length_are_answered_freely_in_one_batch(
+    model: VQAModel, x: dict[str, Tensor], beams: int
+) -> None:
+    lengths = x["question_atts"].sum(1).tolist()
+    assert len(set(lengths)) > 1
+    together = model.generate(model.encode_questions(*question(x)), max_length=7, num_beams=beams)
+    for q, length in enumerate(lengths):
+        memory = model.encode_questions(x["image"][q : q + 1], x["question_ids"][q : q + 1, :length])
+        alone = model.generate(memory, max_length=7, num_beams=beams)[0].tolist()
+        assert together[q].tolist() == alone + [model.config.pad_token_id] * (together.shape[1] - len(alone))
+
+
+def test_bad_numbers_of_answers(model: VQAModel, x: dict[str, Tensor]) -> None:
+    with torch.inference_mode():
+        memory = model.encode_questions(*question(x))
+        with pytest.raises(InputError, match="best=4; with 3 candidates it must be 1 to 3"):
+            model.rank_answers(memory, x["answer_ids"], k=3, best=4)
+        with pytest.raises(InputError, match="max_length=1 must exceed the 1 tokens of the prompt"):
+            model.generate(memory, max_length=1)
+    with pytest.raises(InputError, match="answer list is empty"):
+        AnswerTrie.of(torch.empty(0, 4, dtype=torch.long), None, model.config)
 
 
 def change(answers: Tensor, edit: Callable[[Tensor], None]) -> Tensor:

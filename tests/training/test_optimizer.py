@@ -61,6 +61,8 @@ def test_groups_leave_out_what_is_frozen_and_take_other_heads() -> None:
     model["body"].requires_grad_(False)
     groups = optimizer_groups(model, recipe, large_lr=("cls_head",))
     assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [(3, 0.5, 1), (3, 0, 1)]
+    (group,) = optimizer_groups(model, recipe.model_copy(update={"decay_all": True}), large_lr=("cls_head",))
+    assert (group["weight_decay"], len(group["params"])) == (0.5, 2)
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="frozen"):
         optimizer_groups(model, recipe, large_lr=())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from xfm_fast.cli.console import note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
 
 if TYPE_CHECKING:
+    from xfm_fast.finetuning.prediction import Predictor
     from xfm_fast.finetuning.run import ShowProgress
 
 
@@ -42,12 +45,16 @@ class PredictOptions:
     Attributes:
         lines: JSON lines to answer, each with "image" and "text", or lists of them; a FILE behind it receives the
             answers, a line each, and a stopped command goes on there. [answers go to standard output]
+        heatmap: PNG of where a FILE shows what a TEXT says: gradient times attention of the fusion encoder.
+        detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
         batch_size: Requests that are answered together.
         device: Where the model runs.
         dtype: Number format of the weights.
     """
 
     lines: Path | None = None
+    heatmap: Path | None = None
+    detections: Path | None = None
     batch_size: Annotated[int, Ge(1)] = 32
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -129,13 +136,15 @@ def predict(
 
     Args:
         run: A run, or a folder of weights that one wrote.
-        items: Image files, and texts: what is no existing file is a text.
+        items: Image files, folders of such, and texts: what is neither a file nor a folder is a text.
     """
     import torch
 
     from xfm_fast.errors import InputError, UnavailableError
     from xfm_fast.finetuning.prediction import answer_lines, load
 
+    if options.detections is not None and options.heatmap is None:
+        raise InputError("--detections choose among boxes by heat; add --heatmap FILE")
     if len(items) > 1 if options.lines else not items:
         raise InputError("give image files and texts, or --lines with a file of requests and one for the answers")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -149,9 +158,49 @@ def predict(
             for row in answer_lines(predictor, options.lines, out, options.batch_size, told):
                 print(json.dumps(row, ensure_ascii=False))
         return 0
-    images = [item for item in items if Path(item).is_file()]
-    for row in predictor.predict(images, [item for item in items if item not in images]):
-        print(json.dumps(row, ensure_ascii=False))
+    paths = [image for item in items if Path(item).exists() for image in _images(Path(item))]
+    texts = [item for item in items if not Path(item).exists()]
+    if options.heatmap is not None:
+        return _heatmap(predictor, list(map(str, paths)), texts, options.heatmap, options.detections)
+    records = predictor.task.requests(paths, texts)
+    for start in range(0, len(records), options.batch_size):
+        for row in predictor.answer(records[start : start + options.batch_size]):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    return 0
+
+
+def _images(path: Path) -> list[Path]:
+    from xfm_fast.data.tables import find_images
+
+    return find_images(path) if path.is_dir() else [path]
+
+
+def _heatmap(
+    predictor: Predictor, images: Sequence[str], texts: Sequence[str], path: Path, detections: Path | None
+) -> int:
+    """Draw the heat of one text over one image, and name the detection that it chooses."""
+    from xfm_fast.checkpoint import write_bytes
+    from xfm_fast.data.images import decode_image
+    from xfm_fast.errors import InputError
+    from xfm_fast.tasks.heatmap import best_box, overlay, read_detections
+
+    if len(images) != 1 or len(texts) != 1:
+        raise InputError(
+            f"--heatmap shows one text on one image; {len(images)} images and {len(texts)} texts are given"
+        )
+    found = None if detections is None else read_detections(detections)
+    # Detectors name an image by its path, its file or its number.
+    names = (images[0], Path(images[0]).name, Path(images[0]).stem.rpartition("_")[2].lstrip("0") or "0")
+    boxes = None if found is None else next((found[name] for name in names if name in found), None)
+    if found is not None and boxes is None:
+        raise InputError(f"{detections} has no boxes for {' or '.join(names)}; give the detections of this image")
+    heat = predictor.heatmap(images[0], texts[0])
+    picture, content = decode_image(images[0]), io.BytesIO()
+    overlay(picture, heat).save(content, format="PNG")
+    write_bytes({path: content.getvalue()})
+    if boxes is not None:
+        print(json.dumps({"bbox": boxes[best_box(heat, boxes, picture.size)].tolist()}))
+    print(f"saved: {path}", file=sys.stderr)
     return 0
 
 

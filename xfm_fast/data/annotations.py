@@ -95,9 +95,9 @@ class VQARecord(Annotation):
     image: Text
     question: Text
     question_id: Identity
-    answer: Answers | None = Field(None, description="what training takes; empty answers are left out")
+    answer: Answers | None = Field(default=None, description="what training takes; empty answers are left out")
     dataset: str = "vqa"
-    answers: PeopleAnswers | None = Field(None, description="the ten people's, to score by")
+    answers: PeopleAnswers | None = Field(default=None, description="the ten people's, to score by")
     question_type: str | None = None
     answer_type: str | None = None
 
@@ -134,10 +134,10 @@ class GroundingRecord(Annotation):
     image: Text
     text: Text
     ref_id: Identity
-    bbox: tuple[float, float, float, float] | None = Field(None, description="x, y, w, h in pixels")
-    split: str | None = Field(None, description="val, testA, ...")
-    width: int | None = Field(None, gt=0, description="of the image, in pixels")
-    height: int | None = Field(None, gt=0, description="of the image, in pixels")
+    bbox: tuple[float, float, float, float] | None = Field(default=None, description="x, y, w, h in pixels")
+    split: str | None = Field(default=None, description="val, testA, ...")
+    width: int | None = Field(default=None, gt=0, description="of the image, in pixels")
+    height: int | None = Field(default=None, gt=0, description="of the image, in pixels")
 
     @model_validator(mode="after")
     def _box_is_inside(self) -> GroundingRecord:
@@ -184,7 +184,7 @@ class TextRecord(Annotation):
     text: Text
     text2: Text | None = None
     label: Label | None = None
-    index: int | None = Field(None, description="the number that a benchmark's result file gives it")
+    index: int | None = Field(default=None, description="the number that a benchmark's result file gives it")
 
 
 class TextScoreRecord(Annotation):

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain
@@ -18,36 +18,25 @@ import numpy as np
 from PIL import Image
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import (
-    Annotation,
-    CaptioningRecord,
-    CaptioningTestRecord,
-    GroundingRecord,
-    NLVR2Record,
-    RetrievalRecord,
-    RetrievalTestRecord,
-    VQARecord,
-    parse_annotation,
-    read_array,
-)
-from xfm_fast.data.files import find_files
+from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, RetrievalTestRecord, parse_annotation
 from xfm_fast.data.images import decode_pixels, image_source, image_values
 from xfm_fast.data.items import ITEMS
 from xfm_fast.data.options import STREAM_KINDS, AnyStreamOptions, ImageOptions, RegionOptions, TextOptions
 from xfm_fast.data.order import item_generator
-from xfm_fast.data.records import ListRows, RecordSet, open_records
-from xfm_fast.data.regions import box_inside, every_region_text
+from xfm_fast.data.records import RecordSet, Rows, open_records
+from xfm_fast.data.regions import every_region_text
+from xfm_fast.data.task_files import captioning_rows, grounding_rows, nlvr2_rows, retrieval_rows, vqa_rows
 from xfm_fast.data.texts import IDS_KEY, clean_text, every_text, text_of
 from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer
 
-_ANNOTATIONS: dict[str, type[Annotation]] = {
-    "retrieval": RetrievalRecord,
-    "vqa": VQARecord,
-    "nlvr2": NLVR2Record,
-    "grounding": GroundingRecord,
-    "captioning": CaptioningRecord,
+_ANNOTATIONS: dict[str, Callable[[Any], Sequence[AnnotationRows[Any]]]] = {
+    "retrieval": lambda data: retrieval_rows(data, split="all"),
+    "vqa": vqa_rows,
+    "nlvr2": nlvr2_rows,
+    "grounding": grounding_rows,
+    "captioning": lambda data: captioning_rows(data, split="all"),
 }
 TASKS = (*STREAM_KINDS, *_ANNOTATIONS)
 
@@ -107,7 +96,7 @@ def check(
         records = open_records(data, **options.stream(task).record_keys)
         reader: _Reader = _StreamReader(report, options)
     else:
-        records = RecordSet([ListRows(read_array(path), str(path)) for path in find_files(data)])
+        records = RecordSet(_ANNOTATIONS[task](data))
         reader = _AnnotationReader(report, options)
     digests = array("Q")
     done = 0
@@ -117,7 +106,7 @@ def check(
         for row in range(len(rows)):
             try:
                 digests.append(int.from_bytes(blake2b(rows.raw(row), digest_size=8).digest(), "little"))
-                reader.inspect(rows.read(row), Path(rows.name))
+                reader.inspect(reader.record(rows, row), Path(rows.name))
             except DataError as error:
                 counts.broken += 1
                 if len(report.problems) < options.most_problems:
@@ -138,7 +127,7 @@ def _seconds_per_item(records: RecordSet, reader: _Reader) -> float | None:
         rows, row = records.locate(int(number))
         begun = time.perf_counter()
         try:
-            reader.item(rows.read(row), Path(rows.name))
+            reader.item(reader.record(rows, row), Path(rows.name))
         except DataError:
             continue
         # What is set up for the first item is not what an item costs.
@@ -161,12 +150,16 @@ class _Reader(ABC):
         self.report, self.options = report, options
         self._sizes: dict[Path, tuple[int, int]] = {}
 
+    def record(self, rows: Rows, row: int) -> Any:
+        """A row as the task reads it; raises `DataError` when it is broken."""
+        return rows.read(row)
+
     @abstractmethod
-    def item(self, record: Mapping[str, Any], file: Path) -> None:
+    def item(self, record: Any, file: Path) -> None:
         """Read a record as training does."""
 
     @abstractmethod
-    def inspect(self, record: Mapping[str, Any], file: Path) -> None:
+    def inspect(self, record: Any, file: Path) -> None:
         """Add what a record holds to the report; raises `DataError` when it is broken."""
 
     def count_text(self, text: str, options: TextOptions) -> None:
@@ -265,22 +258,28 @@ class _AnnotationReader(_Reader):
         self._transform = finetuning_transform(options.config.image_size)
         self._generator = item_generator(0, 0, 0, 0)
 
-    def item(self, record: Mapping[str, Any], file: Path) -> None:
-        for name in record.get("images") or [record.get("image")]:
-            self._transform(decode_pixels((self.options.image_root or file.parent) / str(name)), self._generator)
+    def record(self, rows: Rows, row: int) -> Any:
+        assert isinstance(rows, AnnotationRows)
+        element = rows.elements[row]
+        # Evaluation files of retrieval list all captions of an image.
+        several = isinstance(element, dict) and isinstance(element.get("caption"), list)
+        if several and self.report.task == "retrieval":
+            return parse_annotation(element, RetrievalTestRecord)
+        return rows.read(row)
 
-    def inspect(self, record: Mapping[str, Any], file: Path) -> None:
-        kind = _ANNOTATIONS[self.report.task]
-        # Evaluation files list all captions of an image.
-        if isinstance(record.get("caption"), list):
-            kind = {RetrievalRecord: RetrievalTestRecord, CaptioningRecord: CaptioningTestRecord}.get(kind, kind)
-        element = parse_annotation(record, kind).model_dump()
+    def item(self, record: Any, file: Path) -> None:
+        for name in getattr(record, "images", None) or [record.image]:
+            self._transform(decode_pixels((self.options.image_root or file.parent) / name), self._generator)
+
+    def inspect(self, record: Any, file: Path) -> None:
+        element = record.model_dump()
         sizes = [
             self.count_image((self.options.image_root or file.parent) / name)
             for name in element.get("images") or [element["image"]]
         ]
         if element.get("bbox") is not None:
-            box_inside(element["bbox"], *sizes[0])
+            width, height = sizes[0]
+            parse_annotation({**element, "width": width, "height": height}, GroundingRecord)
         texts = next(element[name] for name in ("caption", "question", "sentence", "text") if name in element)
         for text in (texts,) if isinstance(texts, str) else texts or ():
             self.count_text(text, _FINETUNING)

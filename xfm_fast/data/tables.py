@@ -1,4 +1,4 @@
-"""Tables, line files and folders (CSV, TSV, line JSON, GLUE, images, `datasets`), and the tasks read from them alone."""
+"""Tables, line files and folders (CSV, TSV, line JSON, GLUE, images, `datasets`), and the tasks that have no others."""
 
 from __future__ import annotations
 
@@ -231,6 +231,8 @@ def read_lines(path: Path) -> Elements:
                 values.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 values.append(DataError(f"the line is no JSON ({error}); expected one object a line, such as {{...}}"))
+    if values and all(isinstance(value, DataError) for value in values):
+        raise DataError(f"{path}: none of {len(values)} lines can be read; of the first: {values[0]}")
     return _filled(Elements(str(path), values, labels))
 
 
@@ -392,18 +394,26 @@ def holds_images(folder: Path) -> bool:
     )
 
 
-def read_caption_folder(folder: Path) -> Elements:
+def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
     """A folder of images with their captions beside them: `a.txt` holds those of `a.jpg`, one a line.
+
+    Args:
+        folder: looked through with the folders below it.
+        bare: images without captions count too; else they are left out, and counted in the notes.
 
     Raises:
         DataError: no image has captions, or they are not UTF-8.
     """
-    values, labels, bare = [], [], []
+    values, labels, left_out = [], [], []
     for image in find_images(folder):
         try:
             lines = image.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines()
         except FileNotFoundError:
-            bare.append(image.name)
+            if bare:
+                values.append({"image": str(image)})
+                labels.append(image.name)
+            else:
+                left_out.append(image.name)
             continue
         except OSError as error:
             raise unreadable(image.with_suffix(".txt"), error) from None
@@ -414,20 +424,14 @@ def read_caption_folder(folder: Path) -> Elements:
             values.append(DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line"))
             labels.append(image.name)
         for number, caption in captions:
-            values.append({"image": str(image), "caption": caption, "image_id": str(image)})
+            values.append({"image": str(image), "caption": caption})
             labels.append(f"{image.with_suffix('.txt').name}:{number}")
     if not values:
         raise DataError(f"{folder} holds no image with captions beside it; write those of a.jpg to a.txt, one a line")
     notes = ()
-    if bare:
-        notes = (f"{folder}: {len(bare)} images without captions were left out ({', '.join(bare[:_SHOWN])})",)
+    if left_out:
+        notes = (f"{folder}: {len(left_out)} images without captions were left out ({', '.join(left_out[:_SHOWN])})",)
     return Elements(str(folder), values, labels, notes)
-
-
-def read_image_folder(folder: Path) -> Elements:
-    """A folder of images without anything said of them."""
-    paths = list(map(str, find_images(folder)))
-    return _filled(Elements(str(folder), Columns({"image": paths}), paths))
 
 
 def read_class_folder(folder: Path) -> Elements:

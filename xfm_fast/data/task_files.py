@@ -8,7 +8,7 @@ each. It looks at no element until that is read, so that a broken one can be set
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +27,15 @@ from xfm_fast.data.annotations import (
     answer_text,
     array_of,
     as_rows,
+    identity_of,
     read_array,
 )
 from xfm_fast.data.files import Paths, find_files, read_json, read_plain_pickle, unreadable
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
     TABLE_SUFFIXES,
-    find_images,
     holds_images,
     read_caption_folder,
-    read_image_folder,
     read_lines,
     read_table,
 )
@@ -65,7 +64,8 @@ def retrieval_rows(
     Raises:
         DataError: a file cannot be read, or is in none of these formats.
     """
-    return as_rows(_captions(paths, split, columns), RetrievalRecord)
+    # The whole name: images of two folders may be called alike, and captions of one image must be known as such.
+    return as_rows(_captions(paths, split, columns, identity=str), RetrievalRecord)
 
 
 def retrieval_test_rows(
@@ -211,19 +211,24 @@ def _captions(
     columns: Mapping[str, str] | None,
     image_name: str = COCO_IMAGE,
     *,
+    identity: Callable[[str], int | str] = identity_of,
     bare: bool = False,
 ) -> Iterator[Elements]:
-    """The captions of files in the formats of retrieval and captioning; images without where they may be `bare`."""
+    """The captions of files in the formats of retrieval and captioning; images without where they may be `bare`.
+
+    `identity` is the `image_id` of an image in tables and folders.
+    """
     names = {"image": "image", "caption": "caption"} | dict(columns or {})
     for path in find_files(paths, holds_images):
-        if path.is_dir():
-            beside = not bare or any(each.with_suffix(".txt").is_file() for each in find_images(path))
-            yield read_caption_folder(path) if beside else read_image_folder(path)
-        elif path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
-            found = read_table(path, names, ["caption"] if bare else [])
-            # Captions of one image must be known as such.
+        if path.is_dir() or path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
+            if path.is_dir():
+                found = read_caption_folder(path, bare=bare)
+            else:
+                found = read_table(path, names, ["caption"] if bare else [])
             values = [
-                {"image_id": value["image"], **value} if isinstance(value, dict) and value.get("image") else value
+                {"image_id": identity(image), **value}
+                if isinstance(value, dict) and isinstance(image := value.get("image"), str)
+                else value
                 for value in found.values
             ]
             yield found._replace(values=values)
@@ -252,7 +257,9 @@ def _grouped(elements: Elements) -> Elements:
             first[image].setdefault("caption", []).extend(captions)
             continue
         if isinstance(image, str):
-            value = first[image] = {**value, **({"caption": [*captions]} if caption is not None else {})}
+            value = first[image] = {name: each for name, each in value.items() if name != "caption"}
+            if captions:
+                value["caption"] = [*captions]
         values.append(value)
         labels.append(f"element {number}" if elements.labels is None else elements.labels[number])
     return elements._replace(values=values, labels=labels)
@@ -341,14 +348,14 @@ def coco_elements(path: Path, content: Mapping[str, Any], pattern: str = COCO_IM
     names = {
         image["id"]: image_path(pattern, file_name=image["file_name"], image_id=image["id"])
         for image in content["images"]
-        if isinstance(image, dict) and "id" in image and "file_name" in image
+        if isinstance(image, dict) and isinstance(image.get("id"), (int, str)) and "file_name" in image
     }
     if "annotations" not in content:
         return Elements(str(path), [{"image": name, "image_id": identity} for identity, name in names.items()])
     values: list[Any] = []
-    for annotation in content["annotations"]:
+    for annotation in array_of(path, content["annotations"]):
         identity = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if identity not in names:
+        if not isinstance(identity, (int, str)) or identity not in names:
             values.append(DataError(f"image_id {identity!r} is none of the file's images; correct or remove it"))
         else:
             values.append({"image": names[identity], "caption": annotation.get("caption"), "image_id": identity})
@@ -358,14 +365,6 @@ def coco_elements(path: Path, content: Mapping[str, Any], pattern: str = COCO_IM
 def people_answer(fields: dict[str, Any]) -> Any:
     """For `object_hook`: one of ten answers of VQA v2 as its text; four million of them as objects take gigabytes."""
     return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
-
-
-class _Answers(NamedTuple):
-    """The annotations of all files: of each question, and the names of the sets that they are of."""
-
-    of: dict[Any, Mapping[str, Any]]
-    sets: set[Any]
-    files: tuple[Path, ...]
 
 
 def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]], pattern: str = VQA_IMAGE) -> list[Elements]:
@@ -379,31 +378,35 @@ def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]], pattern: s
         DataError: there is no file of questions.
     """
     documents = list(documents)
-    answers = _Answers({}, set(), tuple(path for path, content in documents if "annotations" in content))
-    for _, content in documents:
+    answers: dict[Any, Mapping[str, Any]] = {}
+    sets, files = set(), []
+    for path, content in documents:
         if "annotations" in content:
-            answers.sets.add(content.get("data_subtype"))
-            answers.of.update((each["question_id"], each) for each in content["annotations"] if "question_id" in each)
+            files.append(path)
+            sets.add(content.get("data_subtype"))
+            answers.update(
+                (each["question_id"], each)
+                for each in array_of(path, content["annotations"])
+                if isinstance(each, dict) and isinstance(each.get("question_id"), (int, str))
+            )
     found = []
     for path, content in documents:
         if "questions" in content:
-            annotated = content.get("data_subtype") in answers.sets
+            annotated = content.get("data_subtype") in sets
             # The questions of test-dev2015 are a part of those about the images of test2015.
             split = str(content.get("data_subtype", "")).replace("-dev", "")
             values = [
-                _question(each, answers.of.get(each.get("question_id")), annotated, split, pattern)
-                if isinstance(each, dict)
-                else each
-                for each in content["questions"]
+                _question(each, answers, annotated, split, pattern) if isinstance(each, dict) else each
+                for each in array_of(path, content["questions"])
             ]
-            found.append(Elements(str(path), values, others=answers.files))
+            found.append(Elements(str(path), values, others=tuple(files)))
     if not found:
-        raise DataError(f"{answers.files[0]} holds annotations alone; give the file of their questions too")
+        raise DataError(f"{files[0]} holds annotations alone; give the file of their questions too")
     return found
 
 
 def _question(
-    question: Mapping[str, Any], annotation: Mapping[str, Any] | None, annotated: bool, split: str, pattern: str
+    question: Mapping[str, Any], annotations: Mapping[Any, Any], annotated: bool, split: str, pattern: str
 ) -> dict[str, Any] | DataError:
     identity, image = question.get("question_id"), question.get("image_id")
     if not isinstance(image, int):
@@ -413,6 +416,7 @@ def _question(
         "question": question.get("question"),
         "question_id": identity,
     }
+    annotation = annotations.get(identity) if isinstance(identity, (int, str)) else None
     if annotation is None:
         return (
             DataError(f"question {identity} has no annotation; add it or remove the question") if annotated else value

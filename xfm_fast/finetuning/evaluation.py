@@ -72,7 +72,8 @@ class Evaluation:
             content = {**files, METRICS_FILE: (json.dumps(said, indent=1) + "\n").encode()}
             self.make_folder()
             write_bytes({self.folder / name: data for name, data in content.items()})
-            for journal in self.folder.glob("rows-*.jsonl"):
+            # A task may keep journals of another form under the same name.
+            for journal in self.folder.glob("rows-*"):
                 journal.unlink()
             return metrics
 
@@ -132,7 +133,10 @@ class Evaluation:
 
 def fingerprint(task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any], batch_size: int) -> str:
     """A digest of all that decides the rows."""
-    digest = hashlib.sha256(f"{task.options.model_dump_json()} {batch_size} {model.dtype}".encode())
+    kind = model.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    said = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision}"
+    digest = hashlib.sha256(said.encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {checksum(tensor):08x}".encode())
     for record in records:

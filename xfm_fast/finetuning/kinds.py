@@ -12,15 +12,38 @@ from pydantic import Field, TypeAdapter, ValidationError
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
+from xfm_fast.finetuning.captioning import CaptioningOptions, CaptioningTask
+from xfm_fast.finetuning.grounding import GroundingOptions, GroundingTask
+from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions
 from xfm_fast.finetuning.nlvr2 import NLVR2Options, NLVR2Task
+from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
 from xfm_fast.finetuning.task import Task, TaskOptions
+from xfm_fast.finetuning.text import TextTask, TextTaskOptions
+from xfm_fast.finetuning.vqa import VQAOptions, VQATask
 from xfm_fast.tokenizer import CaptionTokenizer
 
 TASK_FILE, TOKENIZER_FILE = "task.json", "tokenizer.json"
 FORMAT_VERSION = 1
 
-TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {"nlvr2": NLVR2Task}
-AnyTask = Annotated[NLVR2Options, Field(discriminator="kind")]
+TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {
+    "captioning": CaptioningTask,
+    "grounding": GroundingTask,
+    "image": ImageTask,
+    "nlvr2": NLVR2Task,
+    "retrieval": RetrievalTask,
+    "text": TextTask,
+    "vqa": VQATask,
+}
+AnyTask = Annotated[
+    CaptioningOptions
+    | GroundingOptions
+    | ImageTaskOptions
+    | NLVR2Options
+    | RetrievalOptions
+    | TextTaskOptions
+    | VQAOptions,
+    Field(discriminator="kind"),
+]
 """The section `task` of a recipe: one of these, by its `kind`."""
 
 

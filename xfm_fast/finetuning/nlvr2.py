@@ -18,6 +18,14 @@ from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions,
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tokenizer import pre_caption
 
+RESULT_FILE = "nlvr2_result.csv"
+
+
+class NLVR2Line(NLVR2Record):
+    """A statement as the benchmark publishes it, with its name."""
+
+    identifier: str | None = Field(default=None, description="such as test1-0-1-0: split, set, pair, sentence")
+
 
 class NLVR2Options(TaskOptions):
     """The task NLVR2."""
@@ -53,7 +61,10 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
         return NLVR2Model(self.config)
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[NLVR2Record]]:
-        return nlvr2_rows(paths)
+        found = nlvr2_rows(paths)
+        for rows in found:
+            rows.kind = NLVR2Line
+        return found
 
     def _ids(self, sentence: str) -> list[int]:
         options = self.options
@@ -82,6 +93,12 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
     def score(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> Metrics:
         right = [row["answer"] == record.label for row, record in zip(rows, records, strict=True)]
         return {"accuracy": 100 * sum(right) / len(right)}
+
+    def files(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> dict[str, bytes]:
+        """Lines `identifier,label` for the benchmark's script; a number stands for an identifier that is not there."""
+        names = [getattr(record, "identifier", None) or number for number, record in enumerate(records)]
+        lines = [f"{name},{row['answer']}\n" for name, row in zip(names, rows, strict=True)]
+        return {RESULT_FILE: "".join(lines).encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[NLVR2Record]:
         need(images, texts, "two images and a sentence about both", ok=len(images) == 2 and len(texts) == 1)

@@ -1,22 +1,199 @@
-"""Configurations of the official code as recipes: its keys are translated, and one that is not known is named."""
+"""Configurations of the official code as recipes.
+
+A file of the official code is our recipe of the same task with the file's values put in. Every key of the published
+files has a place here: a key of ours, one of the model's, a value that it must have, or none where it changes nothing.
+Any other key is named. Paths stay as they are, relative to where the command runs; weights come by `init.checkpoint`.
+"""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError
+from xfm_fast.training.recipe import FINETUNING, read_recipe
+
+_SECTIONS = {"schedular", "train_file", "train_file_regions", "glue_datasets"}
+
+# Keys of theirs and the key of ours that takes their value.
+_KEYS = {
+    "image_root": "data.images",
+    "batch_size": "batch_size",
+    "batch_size_train": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "batch_size_test": "eval_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "max_tokens": "task.max_tokens",
+    "max_words": "task.max_words",
+    "max_length": "task.max_length",
+    "min_length": "task.min_length",
+    "num_beams": "task.num_beams",
+    "prompt": "task.prompt",
+    "label_smoothing": "task.label_smoothing",
+    "smoothing": "task.label_smoothing",
+    "mixup": "task.mixup",
+    "cutmix": "task.cutmix",
+    "is_lp": "task.frozen",
+    "k_test": "task.k",
+    "num_dec_layers": "task.decoder_layers",
+    "answer_list": "task.answers",
+    "careful_hflip": "task.careful_flip",
+    "num_readers": "workers",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "num_train_epochs": "epochs",
+    "seed": "seed",
+}
+# Read by XFMConfig.from_official.
+_MODEL = {
+    "use_beit_v2", "vision_config", "image_res", "patch_size", "local_attn_depth", "text_encoder",
+    "text_num_hidden_layers", "text_fusion_start_at", "fusion_num_hidden_layers", "fusion_fusion_start_at", "embed_dim",
+    "temp",
+}  # fmt: skip
+# What the official code does with other values is not offered.
+_ONLY: dict[str, Any] = {
+    "decoder_fusion_start_at": 0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "reprob": 0.25,
+    "remode": "pixel", "recount": 1, "aa": "rand-m9-mstd0.5-inc1", "use_huggingface_models": False,
+    "pad_to_max_length": False, "lr_scheduler_type": "linear", "num_warmup_steps": 0, "gradient_accumulation_steps": 1,
+    "use_xbrain": True, "calc_image_bbox_loss": False,
+}  # fmt: skip
+# Without effect on a result: how the official code evaluates, what its programs read from elsewhere or not at all.
+_IDLE = {
+    "accumulation_steps", "batch_size_test_text", "start_eval", "train_dataset_size", "num_labels", "cutmix_minmax",
+    "color_jitter", "max_train_steps", "use_slow_tokenizer", "output_dir", "checkpoint", "ckpt_frequent",
+    "model_name_or_path", "accelerator", "mask_whole_word", "mask_prob", "max_masks", "skipgram_prb", "skipgram_size",
+}  # fmt: skip
+# Keys that are read together below.
+_READ = {
+    "train_file", "val_file", "test_file", "validation_file", "val_gt_file", "test_gt_file", "train_file_regions",
+    "regions", "images", "vqa_root", "vg_root", "refcoco_data", "det_file", "coco_file", "dataset", "task_name",
+    "glue_datasets", "optimizer", "schedular",
+}  # fmt: skip
+_TORCHVISION = {
+    "food101": "Food101", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stanfordcars": "StanfordCars",
+    "fgvcaircraft": "FGVCAircraft", "dtd": "DTD", "oxfordiiitpet": "OxfordIIITPet", "flowers102": "Flowers102",
+    "mnist": "MNIST", "stl10": "STL10", "sun397": "SUN397", "caltech101": "Caltech101", "caltech256": "Caltech256",
+    "gtsrb": "GTSRB", "country211": "Country211", "fer2013": "FER2013", "pcam": "PCAM", "kitti": "Kitti",
+    "renderedsst2": "RenderedSST2",
+}  # fmt: skip
 
 
 def is_official(values: Mapping[str, Any]) -> bool:
-    """True of a mapping with the sections of the official YAML files."""
-    return "schedular" in values or "train_file" in values
+    """True of a mapping with the sections of the official files."""
+    return "task" not in values and bool(_SECTIONS & values.keys())
 
 
 def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The values of a recipe.
 
+    Args:
+        values: of the file.
+        name: of the file, for messages and for the folder of the run.
+
     Raises:
-        ConfigError: keys that have no meaning here, or a task that cannot be told.
+        ConfigError: keys that have no meaning here, or values that are not offered.
     """
-    raise ConfigError(f"{name} is a configuration of the official code; it cannot be read yet")
+    known = [*_KEYS, *_MODEL, *_ONLY, *_IDLE, *_READ]
+    if unknown := [key for key in values if key not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ConfigError(
+            f"{name}: {', '.join(unknown)} is no key of the official fine-tuning files"
+            f"{f' (did you mean {near[0]}?)' if near else ''}; take it out, or write a recipe of your own"
+        )
+    if other := [key for key, value in _ONLY.items() if values.get(key, value) not in (value, None)]:
+        raise ConfigError(f"{name}: {other[0]}={values[other[0]]!r} is not offered; only {_ONLY[other[0]]!r} is")
+    base = _base(values, name)
+    recipe = read_recipe(base, FINETUNING)
+    for key, ours in _KEYS.items():
+        if values.get(key) is not None and not (ours == "task.max_length" and base.startswith("glue_")):
+            _put(recipe, ours, values[key])
+    if base.startswith("glue_") and "max_length" in values:
+        recipe["task"]["max_tokens"] = values["max_length"]
+    if values.get("is_lp"):
+        recipe["task"] |= {"mixup": 0.0, "cutmix": 0.0}
+    recipe["model"] = XFMConfig.from_official(dict(values)).model_dump()
+    recipe["tokenizer"] = values["text_encoder"]
+    recipe["init"] = {}
+    recipe["data"] = _data(values, recipe["data"], base) | {"root": "."}
+    recipe["task"] |= _task(values, base)
+    recipe["checkpoint"] = recipe["checkpoint"] | {"folder": f"runs/{Path(name).stem}"}
+    optimizer, timetable = values.get("optimizer", {}), values.get("schedular", {})
+    recipe["optimizer"] |= {key: float(optimizer[key]) for key in ("lr", "lr_mult") if key in optimizer}
+    if recipe["task"]["kind"] == "vqa":
+        # The official list of parameters to multiply it for is empty; here it means the decoder.
+        recipe["optimizer"]["lr_mult"] = 1.0
+    # The image scripts decay by torch's default whatever the file says.
+    if "weight_decay" in optimizer and recipe["task"]["kind"] != "image":
+        recipe["optimizer"]["weight_decay"] = float(optimizer["weight_decay"])
+    recipe["optimizer"]["lr"] = float(recipe["optimizer"]["lr"])
+    recipe["epochs"] = timetable.get("epochs", recipe["epochs"])
+    if "num_warmup_steps" in timetable:
+        recipe["schedule"]["warmup"] = timetable["num_warmup_steps"]
+    if "warmup_epochs" in timetable:
+        recipe["schedule"]["warmup"] = timetable["warmup_epochs"] / timetable["epochs"]
+    if "min_lr" in timetable:
+        recipe["schedule"]["min_lr"] = float(timetable["min_lr"])
+    if (choice := recipe.get("choose")) is not None and choice["split"] not in recipe["data"]["splits"]:
+        recipe["choose"] = None
+    return recipe
+
+
+def _base(values: Mapping[str, Any], name: str) -> str:
+    """Our recipe of the same task."""
+    task = values.get("task_name")
+    if "glue_datasets" in values:
+        return f"glue_{task}"
+    if "dataset" in values:
+        return "imagenet_linear" if values.get("is_lp") else "imagenet_ft"
+    for key, base in (
+        ("train_file_regions", "refcoco_domain"), ("refcoco_data", "refcoco_plus"), ("answer_list", "vqa2"),
+        ("prompt", "coco_captioning"), ("images", "captioning_domain"), ("k_test", "retrieval_coco"),
+    ):  # fmt: skip
+        if key in values:
+            return base
+    if "train_file" in values and "val_file" in values:
+        return "nlvr2"
+    raise ConfigError(f"{name}: its keys do not tell which task of the official code it is for; write a recipe")
+
+
+def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """The section `data`: their files, beside what the recipe says of its own."""
+    if base.startswith("glue_"):
+        folder = f"{values['glue_datasets']}/{values['task_name']}"
+        return {**data, "train": folder, "splits": dict.fromkeys(data["splits"], folder)}
+    if base.startswith("imagenet"):
+        folder = values["dataset"]
+        if values["task_name"] in _TORCHVISION:
+            return {**data, "train": folder, "splits": {"test": folder}}
+        return {**data, "train": f"{folder}/train", "splits": {"val": f"{folder}/val"}}
+    if base == "refcoco_domain":
+        return {**data, "train": values["train_file_regions"]}
+    found = {split: values[key] for split, key in (("val", "val_file"), ("test", "test_file")) if values.get(key)}
+    beside: list[str] = []
+    if base == "refcoco_plus":
+        # The refer toolkit finds these below its folder; `det_file` and `coco_file` serve detections alone.
+        beside = [str(Path(values["refcoco_data"]) / "refcoco+" / name) for name in ("refs(unc).p", "instances.json")]
+    truth = {split: values.get(f"{split}_gt_file") for split in ("val", "test")}
+    splits = {split: [*_list(paths), *beside, *_list(truth[split])] for split, paths in found.items()}
+    return {**data, "train": [*_list(values["train_file"]), *beside], "splits": splits}
+
+
+def _task(values: Mapping[str, Any], base: str) -> dict[str, Any]:
+    if base == "vqa2":
+        # Each root is relative to where the command runs, as data.images is.
+        return {"image_folders": {"vqa": values["vqa_root"], "vg": values["vg_root"]}}
+    if base.startswith("imagenet") and values["task_name"] in _TORCHVISION:
+        return {"dataset": _TORCHVISION[values["task_name"]], "view": "probe"}
+    return {}
+
+
+def _list(value: Any) -> list[str]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _put(recipe: dict[str, Any], key: str, value: Any) -> None:
+    section, _, last = key.rpartition(".")
+    (recipe[section] if section else recipe)[last] = value

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
@@ -18,7 +19,8 @@ from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, t
 from xfm_fast.finetuning.run import load_weights
 from xfm_fast.finetuning.task import Row, Task
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.tasks.heatmap import cross_attention_heatmap
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ class Predictor:
             DataError: an image cannot be read.
         """
         return self.answer(self.task.requests([Path(image) for image in images], list(texts)))
+
+    def heatmap(self, image: str | Path, text: str) -> Tensor:
+        """The patches of an image that a text is about, `[grid, grid]`; see `xfm_fast.tasks.heatmap`.
+
+        Raises:
+            InputError: the model has neither the matching head nor the box head.
+            DataError: the image cannot be read, or the text is empty.
+        """
+        device = self.model.device
+        pixels = self.task.pixels(image)[None].to(device)
+        ids, mask = self.task.tokenizer.encode(
+            [pre_caption(text)], self.model.config.max_text_length, pad_to_longest=True
+        )
+        return cross_attention_heatmap(self.model, pixels, ids.to(device), mask.to(device))[0].cpu()
 
     @torch.no_grad()
     def answer(self, records: Sequence[Any]) -> list[Row]:

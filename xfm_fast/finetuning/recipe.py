@@ -52,7 +52,7 @@ class FinetuneRecipe(Run):
         None, description="folder or file of the vocabulary; by default that in the folder of init.checkpoint"
     )
     data: DataSection
-    epochs: int = Field(gt=0)
+    epochs: int = Field(ge=0, description="0 is for zero-shot evaluation alone")
     steps: int = Field(0, ge=0, description="0: as many as the epochs have")
     batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
     eval_batch_size: int = Field(64, gt=0, description="records of a rank that are predicted together")
@@ -64,6 +64,11 @@ class FinetuneRecipe(Run):
         model, init = values.get("model", {}), values.get("init") or {}
         place = init.get("checkpoint") if isinstance(init, Mapping) else None
         folder = model_folder(Path(place)) if isinstance(place, str) else None
+        if place is not None and folder is None and "model" not in values:
+            raise ValueError(
+                f"init.checkpoint={place} is no folder of a model, whose sizes would be taken; give one, such as a run "
+                "of xfm-fast pretrain, or the sizes as model.preset=..."
+            )
         if folder is None or not isinstance(model, Mapping) or "preset" in model:
             return values
         try:

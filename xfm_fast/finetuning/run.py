@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
 from xfm_fast.checkpoint.files import MODEL_FILE
+from xfm_fast.data.annotations import AnnotationRows, overlap
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches
@@ -20,7 +22,7 @@ from xfm_fast.errors import CheckpointError, ConfigError
 from xfm_fast.finetuning.evaluation import Evaluation
 from xfm_fast.finetuning.kinds import explanation, make_task, model_folder, task_of
 from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, resumed_steps
-from xfm_fast.finetuning.task import Metrics, Task
+from xfm_fast.finetuning.task import Metrics, Task, TaskOptions
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -65,7 +67,9 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
     tokenizer = None if path is None else CaptionTokenizer.from_files(path)
     options = recipe.task
     if complete:
-        options = options.completed(recipe.paths_of(STREAM), Path(recipe.data.root))
+        # What learns nothing from the files of training is evaluated without them.
+        learns = options.learns and type(options).completed is not TaskOptions.completed
+        options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
     return make_task(options, recipe.model, tokenizer, recipe.image_folder)
 
 
@@ -121,17 +125,27 @@ def finetune(
     Raises:
         XFMError: as `train`; and data that cannot be read, before the first step.
     """
+    if not recipe.epochs and not recipe.steps:
+        raise ConfigError(
+            "epochs=0 trains nothing; evaluate weights as they are: xfm-fast evaluate CHECKPOINT --recipe R"
+        )
     folder = Path(recipe.checkpoint.folder)
     with join_processes(recipe.device) as processes:
         processes.from_first(recipe.make_world)
         recipe.check_machine()
         task = open_task(recipe)
         recipe = recipe.model_copy(update={"task": task.options})
-        records = {split: task.records(recipe.paths_of(split)) for split in recipe.data.splits}
+        records = {split: task.records(recipe.paths_of(split), split) for split in recipe.data.splits}
         quarantine = Quarantine(
             folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
         )
-        rows = RecordSet(task.rows(recipe.paths_of(STREAM)))
+        files = task.rows(recipe.paths_of(STREAM))
+        if processes.first:
+            annotated = [each for each in files if isinstance(each, AnnotationRows)]
+            for note in (note for each in annotated for note in each.notes):
+                print(note, file=sys.stderr)
+            _warn_of_shared_images(annotated, records)
+        rows = RecordSet(files)
         source = ShuffledBatches(
             rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
             world_size=processes.world_size, quarantine=quarantine,
@@ -169,6 +183,21 @@ def finetune(
         load_weights(weights, task, chosen)
         metrics = {split: hook.evaluate(split, weights) for split in records}
         return FinetuneResult(result.step, chosen, metrics)
+
+
+def _warn_of_shared_images(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]) -> None:
+    """Say which splits hold images of training; a run may mean to, such as one that shall learn a few by heart."""
+    for split, records in splits.items():
+        if not records or not (hasattr(records[0], "image") or hasattr(records[0], "images")):
+            continue
+        shared = overlap(files, records)
+        if shared.number:
+            print(
+                f"{shared.number} images of the split {split} are in the files of training too "
+                f"({', '.join(shared.first)}{', ...' if shared.number > len(shared.first) else ''}), so its metrics do "
+                "not say how the model does on new ones; take them out of one of the two",
+                file=sys.stderr,
+            )
 
 
 @dataclass
@@ -258,9 +287,10 @@ def evaluate(
         options = None if place is None else task_of(place)
         if options is not None and options.kind == recipe.task.kind:
             # The names of classes and answers are those of the weights.
-            recipe = recipe.model_copy(update={"task": options})
+            chosen = {name: getattr(recipe.task, name) for name in options.free}
+            recipe = recipe.model_copy(update={"task": options.model_copy(update=chosen)})
         task = open_task(recipe, complete=options is None)
-        records = task.records(recipe.paths_of(split))
+        records = task.records(recipe.paths_of(split), split)
         model = task.build().to(processes.device)
         if not load_weights(model, task, Path(weights)):
             raise CheckpointError(

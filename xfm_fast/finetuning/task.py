@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
 from xfm_fast.data.images import decode_pixels, load_image
+from xfm_fast.data.records import Rows
 from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.tasks.task_model import TaskModel
@@ -48,6 +49,10 @@ class TaskOptions(Section):
     """
 
     kind: Any
+    free: ClassVar[tuple[str, ...]] = ()
+    """Options that a recipe may still choose for weights that exist, such as how many answers are ranked."""
+    learns: ClassVar[bool] = True
+    """False where `completed` does not read the files of training, which then need not be there for an evaluation."""
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """The options with what the files say that training reads.
@@ -104,21 +109,26 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         """The model of the task, with random weights."""
 
     @abstractmethod
-    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
         """The rows of the files to train on; reading one gives a record, or raises `DataError` where it is broken."""
 
-    def test_rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
-        """The rows of files to evaluate on, where these have another form."""
-        return self.rows(paths)
+    def test_rows(self, paths: Sequence[Path], split: str) -> Sequence[AnnotationRows[Any]]:
+        """The rows of files to evaluate on, where these have another form than those to train on.
 
-    def records(self, paths: Sequence[Path]) -> list[RecordT]:
-        """The records of files to evaluate on.
+        Args:
+            paths: the files.
+            split: its name in the recipe, for files that hold several splits.
+        """
+        return cast("Sequence[AnnotationRows[Any]]", self.rows(paths))
+
+    def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
+        """The records of files to evaluate on; arguments as of `test_rows`.
 
         Raises:
             DataError: one of them is broken, or its image missing: a metric over the others would be one of something
                 else.
         """
-        records = [record for rows in self.test_rows(paths) for record in rows.records()]
+        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
         check_images(records, self.images)
         return records
 
@@ -217,6 +227,8 @@ class PairInput(TensorBatch):
 
 
 def need(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
-    """Raise `InputError` unless a request is `ok`, saying `what` the task needs."""
+    """Raise `InputError` unless a request is `ok` and none of its texts blank, saying `what` the task needs."""
     if not ok:
         raise InputError(f"{len(images)} images and {len(texts)} texts were given; this model needs {what}")
+    if blank := [number for number, text in enumerate(texts) if not text.strip()]:
+        raise InputError(f"text {blank[0]} of {len(texts)} is blank; this model needs {what}")

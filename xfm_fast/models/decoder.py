@@ -29,7 +29,7 @@ class DecoderMemory:
     Attributes:
         layers: one `[T, 2, H, D]` tensor per layer, the B states packed one after the other.
         cu_seqlens: `[B + 1]` int32 offsets of the states.
-        longest: tokens of the longest one.
+        longest: tokens of the longest one, or an upper bound.
     """
 
     layers: tuple[Tensor, ...]
@@ -39,6 +39,19 @@ class DecoderMemory:
     @property
     def states(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def even(self) -> bool:
+        """True if all states have the same length."""
+        return self.layers[0].shape[0] == self.states * self.longest
+
+    def part(self, start: int, stop: int) -> DecoderMemory:
+        """The memory of the states from `start` to `stop`; nothing is copied."""
+        if (start, stop) == (0, self.states):
+            return self
+        first, last = self.cu_seqlens[[start, stop]].tolist()
+        cu_seqlens = self.cu_seqlens[start : stop + 1] - first
+        return DecoderMemory(tuple(layer[first:last] for layer in self.layers), cu_seqlens, self.longest)
 
 
 class DecoderCache:
@@ -80,26 +93,6 @@ class DecoderCache:
             chosen.extend(layer, *self.known(layer, rows))
         chosen.advance(self.length)
         return chosen
-
-
-class SharedPrefix:
-    """The cache of a prefix that many texts have in common: text a continues text `rows[a]` of the cache.
-
-    What the texts add is not kept, so that thousands of short continuations cost no memory beyond their own layer.
-    """
-
-    def __init__(self, cache: DecoderCache, rows: Tensor) -> None:
-        self.length = cache.length
-        self._cache = cache
-        self._rows = rows
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put `[A, n, H, D]` behind the prefix; returns all length + n keys and values."""
-        known_keys, known_values = self._cache.known(layer, self._rows)
-        return torch.cat([known_keys, keys], 1), torch.cat([known_values, values], 1)
-
-    def advance(self, tokens: int) -> None:
-        """The prefix stays as it is."""
 
 
 class TextDecoder(nn.Module):
@@ -144,7 +137,7 @@ class TextDecoder(nn.Module):
         memory: DecoderMemory,
         groups: ImageGroups,
         *,
-        past: DecoderCache | SharedPrefix | None = None,
+        past: DecoderCache | None = None,
     ) -> Tensor:
         """Hidden states of A texts.
 
@@ -181,7 +174,7 @@ class TextDecoder(nn.Module):
 
         Args:
             input_ids: `[A]`, A a multiple of B: the first A / B texts belong to state 0, and so on.
-            memory: of the B states, all of the same length.
+            memory: of the B states.
             past: of the A texts; receives the new token.
 
         Returns:
@@ -189,15 +182,19 @@ class TextDecoder(nn.Module):
         """
         texts, states = input_ids.shape[0], memory.states
         x = self.roberta.embeddings(input_ids, self._positions(input_ids[:, None], past.length)[:, 0])
+        each = torch.arange(states + 1, dtype=torch.int32, device=x.device) * (texts // states)
         for number, layer in enumerate(self.roberta.encoder):
             q, k, v = layer.attention.self.project_all(x)
             k, v = past.extend(number, k[:, None], v[:, None])
             x = layer.attention.output(_attention(q[:, None], k, v, layer.attention.self.dropout_p)[:, 0], x)
             # The texts of a state are the queries of one attention over its keys, which are read where they lie.
-            projections = layer.crossattention.self
-            q = projections.project_query(x).unflatten(0, (states, -1))
-            k, v = memory.layers[number].unflatten(0, (states, -1)).unbind(2)
-            x = layer.crossattention.output(_attention(q, k, v, projections.dropout_p).reshape(texts, -1), x)
+            if memory.even:
+                projections = layer.crossattention.self
+                q = projections.project_query(x).unflatten(0, (states, -1))
+                k, v = memory.layers[number].unflatten(0, (states, -1)).unbind(2)
+                x = layer.crossattention.output(_attention(q, k, v, projections.dropout_p).reshape(texts, -1), x)
+            else:
+                x = layer.cross_attention(x, memory.layers[number], each, memory.cu_seqlens, memory.longest)
             x = layer.feed_forward(x)
         past.advance(1)
         return x
@@ -361,7 +358,7 @@ def generate(
 
     Args:
         decoder: in evaluation mode, unless dropout is wanted.
-        memory: of B states of the same length.
+        memory: of B states.
         prompt_ids: `[B, S]`, without padding.
         max_length: of the result in tokens, prompt included.
         min_length: the end token cannot come before this many tokens, prompt included.

@@ -143,7 +143,7 @@ def _chance(out: Path, twin: Twin) -> float:
     places = [f"init.checkpoint={out / PRETRAINING}", f"data.root={out / 'shapes_world'}"]
     recipe = load_finetune_recipe(twin.recipe, places)
     task = open_task(recipe)
-    records = task.records(recipe.paths_of(SPLIT))
+    records = task.records(recipe.paths_of(SPLIT), SPLIT)
     if recipe.task.kind == "retrieval":
         return random_recall([len(record.caption) for record in records])
     row = constant_answer(task, recipe)
@@ -168,7 +168,7 @@ def random_recall(captions: Sequence[int]) -> float:
 
 def constant_answer(task: Task[Any, Any, Any, Any], recipe: FinetuneRecipe) -> dict[str, Any]:
     """The most frequent answer, label or caption of the training files, or the mean of their boxes, as a row."""
-    records = [record for rows in task.rows(recipe.paths_of(STREAM)) for record in rows.records()]
+    records = [record for rows in task.rows(recipe.paths_of(STREAM)) for record in map(rows.read, range(len(rows)))]
     kind = recipe.task.kind
     if kind == "grounding":
         box = torch.tensor([record.bbox for record in records], dtype=torch.float64).mean(0).tolist()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -172,7 +173,7 @@ def top_k_accuracy(logits: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5)) 
 
 def matthews_correlation(predicted: Tensor, targets: Tensor) -> float:
     """Matthews correlation of two binary `[B]` tensors (GLUE's CoLA); 0 when either is constant."""
-    return _pearson(predicted, targets)
+    return correlations(predicted, targets)[0]
 
 
 def f1_score(predicted: Tensor, targets: Tensor) -> float:
@@ -184,16 +185,12 @@ def f1_score(predicted: Tensor, targets: Tensor) -> float:
 
 def correlations(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
     """Pearson and Spearman correlation of two `[B]` tensors (GLUE's STS-B); 0 when either is constant."""
-    return _pearson(predicted, targets), _pearson(_ranks(predicted), _ranks(targets))
+    # SciPy's statistics take a second to import.
+    from scipy import stats
 
-
-def _pearson(a: Tensor, b: Tensor) -> float:
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    scale = float((a.square().sum() * b.square().sum()).sqrt())
-    return float((a * b).sum()) / scale if scale else 0.0
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Places in ascending order, equal values sharing their mean place."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+    a, b = (values.double().cpu().numpy() for values in (predicted, targets))
+    if len(a) < 2 or not np.ptp(a) or not np.ptp(b):
+        return 0.0, 0.0
+    measures: tuple[Any, ...] = (stats.pearsonr, stats.spearmanr)
+    pearson, spearman = (float(measure(a, b).statistic) for measure in measures)
+    return pearson, spearman

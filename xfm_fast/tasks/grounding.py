@@ -57,7 +57,10 @@ class GroundingModel(TaskModel):
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
         text = self.encode_text(input_ids, mask)
-        return self.predict_boxes(self.fuse(text, mask, memory, image_index, first_token_only=True))
+        fused = self.fuse(text, mask, memory, image_index, first_token_only=True)
+        # In bf16 a coordinate would be off by up to a 512th of the image.
+        with torch.autocast(fused.device.type, enabled=False):
+            return self.predict_boxes(fused.to(self.dtype))
 
     def forward(
         self,
@@ -99,12 +102,22 @@ def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
 def grounding_accuracy(
     boxes: Tensor, sizes: Tensor, reference: Tensor, splits: Sequence[str] | None = None, *, threshold: float = 0.5
 ) -> dict[str, float]:
+    """`box_accuracy` of predictions (cx, cy, w, h) `[P, 4]` relative to images of `sizes` (width, height) `[P, 2]`."""
+    count = boxes.shape[0]
+    if sizes.shape != (count, 2):
+        raise InputError(
+            f"{count} boxes and sizes {[*sizes.shape]} do not belong together; there must be one of each per expression"
+        )
+    return box_accuracy(pixel_boxes(boxes, sizes), reference, splits, threshold=threshold)
+
+
+def box_accuracy(
+    boxes: Tensor, reference: Tensor, splits: Sequence[str] | None = None, *, threshold: float = 0.5
+) -> dict[str, float]:
     """Share of expressions whose box has at least `threshold` IoU with the reference.
 
     Args:
-        boxes: `[P, 4]` predictions (cx, cy, w, h) relative to the image.
-        sizes: `[P, 2]` (width, height) of the original images in pixels.
-        reference: `[P, 4]` (x, y, w, h) in pixels.
+        boxes, reference: `[P, 4]` (x, y, w, h) in pixels.
         splits: `[P]` names such as `val`, `testA`, `testB`.
 
     Returns:
@@ -115,13 +128,12 @@ def grounding_accuracy(
     """
     count = boxes.shape[0]
     names = ["all"] * count if splits is None else list(splits)
-    if not count or sizes.shape != (count, 2) or reference.shape != (count, 4) or len(names) != count:
+    if not count or reference.shape != (count, 4) or len(names) != count:
         raise InputError(
-            f"{count} boxes, sizes {[*sizes.shape]}, reference boxes {[*reference.shape]} and {len(names)} splits do "
-            "not belong together; there must be one of each per expression"
+            f"{count} boxes, reference boxes {[*reference.shape]} and {len(names)} splits do not belong together; "
+            "there must be one of each per expression"
         )
-    right = (pixel_iou(pixel_boxes(boxes, sizes), reference) >= threshold).tolist()
     grouped: dict[str, list[bool]] = {}
-    for name, hit in zip(names, right, strict=True):
+    for name, hit in zip(names, (pixel_iou(boxes, reference) >= threshold).tolist(), strict=True):
         grouped.setdefault(name, []).append(hit)
     return {name: sum(hits) / len(hits) for name, hits in grouped.items()}

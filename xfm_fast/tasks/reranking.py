@@ -93,7 +93,9 @@ class ModelScorer:
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: ImageMemory, groups: ImageGroups) -> Tensor:
         fused = self.model.fusion_encoder(tokens, sequences, memory, groups, first_token_only=True, self_attended=True)
-        return self.model.match_logits(fused[:, None])[:, 1]
+        # In half precision many pairs would have equal scores, and ties count against the true one.
+        with torch.autocast(fused.device.type, enabled=False):
+            return self.model.match_logits(fused[:, None].to(self.model.dtype))[:, 1]
 
     def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
         return flops.fusion(self.config, lengths, image_tokens, first_token_only=True, self_attended=True)
@@ -130,7 +132,13 @@ class TextIndex:
 
 
 class Receipt(NamedTuple):
-    """The cost of a re-ranking, beside that of the official procedure."""
+    """The cost of a re-ranking, beside that of the official procedure.
+
+    Attributes:
+        pairs_official: of both directions, as the official procedure scores them.
+        pairs_resumed: scores that were in a journal.
+        tokens: of the scored texts, each as often as it is scored; `padded_tokens` those of the official procedure.
+    """
 
     images: int
     texts: int
@@ -151,6 +159,44 @@ class Receipt(NamedTuple):
     def flops_ratio(self) -> float:
         """The FLOPs of the official procedure over those spent here."""
         return self.flops_official / self.flops if self.flops else 1.0
+
+    @classmethod
+    def of(
+        cls,
+        config: XFMConfig,
+        candidates: Candidates,
+        lengths: Tensor,
+        image_tokens: int,
+        *,
+        resumed: int = 0,
+        spent: flops.Count | None = None,
+    ) -> Receipt:
+        """The receipt for scoring some candidates.
+
+        Args:
+            config: of the model.
+            candidates: all of them.
+            lengths: `[T]` tokens of every text.
+            image_tokens: of every image.
+            resumed: pairs whose scores were there.
+            spent: by default what scoring all of them takes where no image memory is computed twice.
+        """
+        of_pairs, images, padded = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1, int(lengths.max())
+        official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
+        if spent is None:
+            spent = flops.first_self_attention(config, lengths) + flops.image_memory(config, images, image_tokens)
+            spent += flops.fusion(config, of_pairs, image_tokens, first_token_only=True, self_attended=True)
+        return cls(
+            images=images,
+            texts=lengths.shape[0],
+            pairs_official=official,
+            pairs_scored=candidates.pairs,
+            pairs_resumed=resumed,
+            tokens=int(of_pairs.sum()),
+            padded_tokens=official * padded,
+            flops=spent.total,
+            flops_official=flops.official_fusion(config, official, padded, image_tokens).total,
+        )
 
 
 @dataclass(frozen=True)
@@ -222,8 +268,14 @@ def score_candidates(
     token_budget: int | None,
     resume: str | Path | None,
     progress: Progress | None,
+    *,
+    prepared: bool = False,
 ) -> RerankResult:
-    """Score every candidate pair once; see `xfm_fast.tasks.retrieval.rerank` for the arguments."""
+    """Score every candidate pair once; see `xfm_fast.tasks.retrieval.rerank` for the arguments.
+
+    Args:
+        prepared: the tokens of the texts are those that `prepare_texts` made, for several calls.
+    """
     with ExitStack() as stack:
         journal = None
         if resume is not None:
@@ -243,9 +295,9 @@ def score_candidates(
         starts = offsets(texts.lengths)[:-1].long()
         memory, memory_of = None, None
         spent = flops.Count()
-        prepared = texts.tokens
-        if done < candidates.pairs:
-            prepared = _prepare(scorer, texts, budget)
+        tokens_of_texts = texts.tokens
+        if done < candidates.pairs and not prepared:
+            tokens_of_texts = prepare_texts(scorer, texts, budget)
             spent += scorer.preparation_flops(texts.lengths)
         for tile in _tiles(candidates, texts.lengths.cpu(), finished, budget, most):
             chosen = [piece.image for piece in tile]
@@ -259,7 +311,7 @@ def score_candidates(
             pairs = torch.cat([torch.arange(piece.start, piece.stop) for piece in tile])
             selected = candidates.texts[pairs].to(device)
             lengths = texts.lengths[selected]
-            tokens = prepared.index_select(0, ragged_rows(starts[selected], lengths))
+            tokens = tokens_of_texts.index_select(0, ragged_rows(starts[selected], lengths))
             groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
             scored = scorer.scores(tokens, Sequences.from_lengths(lengths), memory, groups)
             spent += scorer.fusion_flops(lengths, groups, images.embeds.shape[1])
@@ -274,7 +326,9 @@ def score_candidates(
                 journal.sync()
             if progress is not None:
                 progress(done, candidates.pairs)
-        return RerankResult(candidates, scores, _receipt(scorer.config, images, texts, candidates, resumed, spent))
+        lengths, image_tokens = texts.lengths.cpu(), images.embeds.shape[1]
+        receipt = Receipt.of(scorer.config, candidates, lengths, image_tokens, resumed=resumed, spent=spent)
+        return RerankResult(candidates, scores, receipt)
 
 
 def _score_dtype(texts: TextIndex) -> torch.dtype:
@@ -282,8 +336,11 @@ def _score_dtype(texts: TextIndex) -> torch.dtype:
     return torch.promote_types(texts.tokens.dtype, torch.float32)
 
 
-def _prepare(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
-    """The image-independent part of fusion for all texts, in slices of about `budget` tokens."""
+def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
+    """The image-independent part of fusion for all texts, in slices of about `budget` tokens: `[sum(lengths), width]`.
+
+    Which texts share a slice can change the last bit.
+    """
     bounds = offsets(texts.lengths).tolist()
     parts: list[Tensor] = []
     start = 0
@@ -308,26 +365,6 @@ def _restore(journal: ScoreJournal, candidates: Candidates, scores: Tensor) -> s
         scores[cu_pairs[image] : cu_pairs[image + 1]] = values
         finished.add(image)
     return finished
-
-
-def _receipt(
-    config: XFMConfig, images: ImageIndex, texts: TextIndex, candidates: Candidates, resumed: int, spent: flops.Count
-) -> Receipt:
-    scored = candidates.pairs
-    image_tokens = images.embeds.shape[1]
-    padded = int(texts.lengths.max())
-    official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
-    return Receipt(
-        images=len(images),
-        texts=len(texts),
-        pairs_official=official,
-        pairs_scored=scored,
-        pairs_resumed=resumed,
-        tokens=int(texts.lengths[candidates.texts].sum()),
-        padded_tokens=official * padded,
-        flops=spent.total,
-        flops_official=flops.official_fusion(config, official, padded, image_tokens).total,
-    )
 
 
 def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates) -> str:
@@ -367,6 +404,12 @@ class Candidates:
     def images(self) -> Tensor:
         """`[Q]` image of each pair."""
         return torch.arange(self.cu_pairs.shape[0] - 1).repeat_interleave(self.cu_pairs.diff())
+
+    def of_images(self, start: int, stop: int) -> Candidates:
+        """The pairs of the images `start:stop`, which then are numbered from 0."""
+        cu_pairs = self.cu_pairs[start : stop + 1]
+        pairs = slice(int(cu_pairs[0]), int(cu_pairs[-1]))
+        return Candidates(cu_pairs - cu_pairs[0], self.texts[pairs], self.for_image[pairs], self.for_text[pairs])
 
 
 def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int, per_text: int) -> Candidates:
@@ -431,6 +474,28 @@ def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[
     text_rank = ((score_i2t >= best) & ~positive).sum(1)
     true = score_t2i.gather(1, image_of_text[:, None])
     image_rank = (score_t2i >= true).sum(1) - 1
+    return _shares(text_rank, image_rank)
+
+
+def candidate_recall(candidates: Candidates, scores: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """`recall` from the scores `[Q]` of the candidates alone, without a matrix of images and texts."""
+    images, true = candidates.images, image_of_text[candidates.texts] == candidates.images
+    ranks = []
+    for queries, chosen, number in (
+        (images, candidates.for_image, candidates.cu_pairs.shape[0] - 1),
+        (candidates.texts, candidates.for_text, image_of_text.shape[0]),
+    ):
+        right, wrong = chosen & true, chosen & ~true
+        best = scores.new_zeros(number).scatter_reduce(0, queries[right], scores[right], "amax", include_self=False)
+        ahead = torch.bincount(queries[wrong][scores[wrong] >= best[queries[wrong]]], minlength=number)
+        # A true answer that was no candidate is never a hit.
+        found = torch.zeros(number, dtype=torch.bool).index_fill(0, queries[right], True)
+        ranks.append(torch.where(found, ahead, torch.iinfo(torch.long).max))
+    return _shares(*ranks)
+
+
+def _shares(text_rank: Tensor, image_rank: Tensor) -> dict[str, float]:
+    """The metric, from how many wrong texts stand before the best true one of each image, and images of each text."""
     result: dict[str, float] = {}
     for name, ranks in (("txt", text_rank), ("img", image_rank)):
         for depth in (1, 5, 10):

@@ -18,8 +18,9 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
-from xfm_fast.models.decoder import DecoderCache, DecoderMemory, SharedPrefix, TextDecoder
-from xfm_fast.packing import ImageGroups, Packing, offsets
+from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
+from xfm_fast.packing import ImageGroups, offsets
+from xfm_fast.tasks.answer_trie import AnswerTrie, check_answers, rank
 from xfm_fast.tasks.task_model import TaskModel
 
 # The tables of the VQA v2 evaluation protocol (arXiv 1505.00468), with its oddities: "somebody'd" loses its apostrophe,
@@ -70,13 +71,13 @@ class AnswerRanking(NamedTuple):
     """The best answers of Q questions, best first."""
 
     indices: Tensor
-    """`[Q, k]` rows of the answer list."""
+    """`[Q, best]` rows of the answer list."""
     scores: Tensor
-    """`[Q, k]` log-likelihood of each answer given the question."""
+    """`[Q, best]` log-likelihood of each answer given the question."""
 
     @property
     def probabilities(self) -> Tensor:
-        """`[Q, k]`: softmax over the k candidates, which is not the probability over all answers."""
+        """`[Q, best]`: softmax over the answers that are here, which is not the probability over all answers."""
         return self.scores.softmax(-1)
 
 
@@ -153,7 +154,7 @@ class VQAModel(TaskModel):
         Raises:
             InputError: numbers that do not add up, or anything the encoders cannot accept.
         """
-        mask = _check_answers(answer_ids, answer_mask, self.config)
+        mask = check_answers(answer_ids, answer_mask, self.config)
         questions, answers = question_ids.shape[0], answer_ids.shape[0]
         if answers_per_question.shape != (questions,) or answer_weights.shape != (answers,):
             raise InputError(
@@ -173,71 +174,71 @@ class VQAModel(TaskModel):
     def rank_answers(
         self,
         memory: DecoderMemory,
-        answer_ids: Tensor,
+        answers: AnswerTrie | Tensor,
         answer_mask: Tensor | None = None,
         *,
         k: int = 128,
+        best: int | None = None,
         count_first_token_twice: bool = False,
     ) -> AnswerRanking:
-        """The k likeliest answers out of N: candidates by their first token, ranked by their exact log-likelihood.
+        """The likeliest answers out of N: k candidates by their first token, ranked by their exact log-likelihood.
 
-        `<s>` is decoded once per question and shared by all its candidates, of which only the tokens that are followed
-        by another one are decoded; the official code decodes every candidate whole and padded.
+        What candidates begin with in common is decoded once per question (see `answer_trie`); the official code decodes
+        every candidate whole and padded.
 
         Args:
             memory: from `encode_questions`.
-            answer_ids: `[N, La]` the answer list, tokenised with `<s> ... </s>` and padded.
-            answer_mask: `[N, La]`, real tokens first; by default everything but padding.
+            answers: the answer list as `AnswerTrie.of` makes it, once for all batches; or its ids `[N, La]`, tokenised
+                with `<s> ... </s>` and padded.
+            answer_mask: of ids, `[N, La]`, real tokens first; by default everything but padding.
             k: number of candidates; N ranks all answers exactly.
+            best: how many of the candidates are wanted, by default all k. Candidates that cannot be among the best are
+                not decoded to their end: the answer out of all N (k = N, best = 1) then costs less than 128 candidates
+                do officially, and with a model that knows what it says, a few prefixes.
             count_first_token_twice: the official score adds the log-probability of the first answer token once more,
                 which favours answers whose first token is likely. True reproduces it.
 
+        Returns:
+            Indices and scores `[Q, best]`.
+
         Raises:
-            InputError: k outside 1..N, or answers that do not start alike or hold fewer than two tokens.
+            InputError: k outside 1..N, best outside 1..k, or answers that do not start alike or hold fewer than two
+                tokens.
         """
-        mask = _check_answers(answer_ids, answer_mask, self.config)
-        questions, answers = memory.states, answer_ids.shape[0]
-        if not 1 <= k <= answers:
-            raise InputError(f"k={k}; with {answers} answers it must be 1 to {answers}")
-        decoder = self.text_decoder
-        start = DecoderCache(1)
-        # `<s>` of every question; `start` receives its keys and values.
-        begun = answer_ids[:1, :1].expand(questions, 1)
-        one_each = ImageGroups(torch.arange(questions + 1, device=begun.device))
-        hidden = decoder(begun, Packing.from_mask(torch.ones_like(begun)), memory, one_each, past=start)
-        first = decoder.logits(hidden).log_softmax(-1).index_select(1, answer_ids[:, 1].long())
-        candidates = first.topk(k, dim=1).indices
-        scores = first.gather(1, candidates)
-        if count_first_token_twice:
-            scores = 2 * scores
-        if answer_ids.shape[1] > 2:
-            chosen = candidates.flatten()
-            rows = torch.arange(questions, device=chosen.device)
-            packing = Packing.from_mask(mask[chosen, 2:])
-            groups = ImageGroups(torch.arange(questions + 1, device=chosen.device) * k)
-            prefix = SharedPrefix(start, rows.repeat_interleave(k))
-            hidden = decoder(answer_ids[chosen, 1:-1], packing, memory, groups, past=prefix)
-            losses = decoder.cross_entropy(hidden, packing.pack(answer_ids[chosen, 2:]).long())
-            scores = scores - packing.unpad(losses).sum(1).view(questions, k)
-        ranked = scores.topk(k, dim=1)
-        return AnswerRanking(candidates.gather(1, ranked.indices), ranked.values)
+        trie = answers if isinstance(answers, AnswerTrie) else AnswerTrie.of(answers, answer_mask, self.config)
+        if not 1 <= k <= trie.answers:
+            raise InputError(f"k={k}; with {trie.answers} answers it must be 1 to {trie.answers}")
+        if best is not None and not 1 <= best <= k:
+            raise InputError(f"best={best}; with {k} candidates it must be 1 to {k}")
+        found = rank(
+            self.text_decoder, memory, trie, k=k, best=k if best is None else best,
+            first_token_twice=count_first_token_twice,
+        )  # fmt: skip
+        return AnswerRanking(*found)
 
+    @torch.no_grad()
+    def generate(
+        self, memory: DecoderMemory, *, max_length: int = 20, num_beams: int = 1, length_penalty: float = 1.0
+    ) -> Tensor:
+        """Answers written freely, without a list; questions of different lengths share a batch.
 
-def _check_answers(answer_ids: Tensor, answer_mask: Tensor | None, config: XFMConfig) -> Tensor:
-    """Returns the boolean mask of answers that start with the same token and have another one to predict."""
-    mask = inputs.check_tokens(answer_ids, answer_mask, config)
-    if answer_ids.shape[1] < 2:
-        raise InputError(f"answer_ids are {[*answer_ids.shape]}; an answer has at least <s> and </s>")
-    if answer_ids.device.type == "cpu":
-        if not bool(mask[:, :2].all()):
-            row = int(mask[:, :2].all(1).long().argmin())
-            raise InputError(f"answer {row} holds fewer than two tokens; answers are tokenised with <s> and </s>")
-        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise InputError("answer_mask has gaps; the real tokens of an answer come first")
-        if bool((answer_ids[:, 0] != answer_ids[0, 0]).any()):
-            row = int((answer_ids[:, 0] != answer_ids[0, 0]).long().argmax())
-            raise InputError(f"answer {row} starts with token {int(answer_ids[row, 0])}, answer 0 with another one")
-    return mask
+        Args:
+            memory: from `encode_questions`, of Q questions.
+            max_length: of an answer in tokens, `<s>` and `</s>` included.
+            num_beams, length_penalty: see `models.decoder.generate`.
+
+        Returns:
+            `[Q, length]` ids: `<s>`, the answer, `</s>`, then padding; without `</s>` where `max_length` cut it off.
+
+        Raises:
+            InputError: a length that the decoder has no positions for, or no beams.
+        """
+        config = self.config
+        prompt = torch.full((memory.states, 1), config.bos_token_id, device=memory.cu_seqlens.device)
+        return generate(
+            self.text_decoder, memory, prompt, max_length=max_length, num_beams=num_beams,
+            length_penalty=length_penalty, pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id,
+        )  # fmt: skip
 
 
 def strip_punctuation(answer: str) -> str:

@@ -48,7 +48,7 @@ def optimizer_groups(model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Ite
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = not any(part in name for part in _NO_DECAY)
+            decayed = recipe.decay_all or not any(part in name for part in _NO_DECAY)
             members[name.split(".")[0] in fast, decayed].append(parameter)
     groups = [
         {

@@ -103,6 +103,9 @@ class OptimizerRecipe(Section):
 
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
+    decay_all: bool = Field(
+        default=False, description="decay biases and norms too, as the official code does in ImageNet fine-tuning alone"
+    )
     lr_mult: float = Field(default=2.0, gt=0, description="learning rate of heads and temperature, as a multiple of lr")
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)

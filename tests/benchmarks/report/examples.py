@@ -376,6 +376,15 @@ def train_step() -> Document:
     return _document("train-step", ("fp32", "bf16")).model_copy(update={"rows": rows, "baselines": []})
 
 
+def vqa() -> Document:
+    """Questions answered in two types, of candidates and of a whole list."""
+    asked = "5 questions to an image of 480 px"
+    rows = pair("vqa", f"{asked}, 128 of 3,129 answers ranked", "questions", {"fp32": 8.0, "bf16": 15.0})
+    every = f"{asked}, the best of all 3,129 answers (official: of 128)"
+    rows += pair("vqa-all", every, "questions", {"fp32": 1.7, "bf16": 2.9})
+    return _document("vqa", ("fp32", "bf16")).model_copy(update={"rows": rows, "baselines": []})
+
+
 def drop_in() -> Document:
     """Two models in two types, one of them contended, and one that failed."""
     report = ["module           class         replaced by", "encoder.layer.0  RobertaLayer  FusedLayer"]
@@ -403,6 +412,7 @@ DOCUMENTS = {
     "scenario": scenarios,
     "sweep": sweep,
     "coco": coco,
+    "vqa": vqa,
     "train-step": train_step,
     "drop-in": drop_in,
     "kernels": kernels,

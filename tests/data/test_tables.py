@@ -1,0 +1,214 @@
+"""Tables and folders of texts and images: columns, the sets of GLUE, class folders."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.data.record_files import picture, write_lines
+from xfm_fast.data.annotations import TextScoreRecord, label_names
+from xfm_fast.data.tables import GLUE, image_rows, text_rows
+from xfm_fast.errors import DataError, UnavailableError
+
+# A line of training and one of the test file of each set, with their headers, as the official zips hold them.
+SETS = {
+    "cola": (['gj04\t0\t*\tThey said "so.', "gj04\t1\t\tHi."], ["index\tsentence", "0\tBill left."]),
+    "mnli": (
+        [
+            "index\tpromptID\tpairID\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+            '4\t1\t1n\t(A)\t(B)\tHe "ran.\tHe moved.\tneutral\tentailment',
+            "5\t1\t1n\t(A)\t(B)\tHe ran.\tHe flew.\tneutral\t-",
+        ],
+        ["index\tpromptID\tpairID\tsentence1\tsentence2", "7\t1\t1n\tA.\tB."],
+    ),
+    "mrpc": (
+        ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t70\t71\tA "b.\tA b.'],
+        ["index\t#1 ID\t#2 ID\t#1 String\t#2 String", "0\t10\t11\tA.\tB."],
+    ),
+    "qnli": (
+        ["index\tquestion\tsentence\tlabel", "0\tWhen?\tIn 1990.\tnot_entailment"],
+        ["index\tquestion\tsentence", "0\tWho?\tHe."],
+    ),
+    "qqp": (
+        ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "133273\t213221\t213222\tHow?\tWhy?\t0"],
+        ["id\tquestion1\tquestion2", "0\tHow?\tWhy?"],
+    ),
+    "rte": (
+        ["index\tsentence1\tsentence2\tlabel", "0\tA.\tB.\tentailment"],
+        ["index\tsentence1\tsentence2", "0\tA.\tB."],
+    ),
+    "sst2": (["sentence\tlabel", "hide new secretions \t0"], ["index\tsentence", "0\tuneasy mishmash"]),
+    "stsb": (
+        [
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+            "0\tmain\tMSR\t2012\t0001\tnone\tnone\tA.\tB.\t3.800",
+        ],
+        [
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2",
+            "0\tm\tM\t2\t1\tn\tn\tA.\tB.",
+        ],
+    ),
+}
+
+
+def _text(path: Path, content: str) -> Path:
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_sets_of_glue(tmp_path: Path, name: str) -> None:
+    train, test = ("\n".join(lines) + "\n" for lines in SETS[name])
+    (rows,) = text_rows(_text(tmp_path / "train.tsv", train), glue=name)
+    record = rows.read(0)
+    assert record.text
+    assert (record.text2 is None) == (name in ("cola", "sst2"))
+    assert record.label in (GLUE[name].classes or (3.8,))
+    assert isinstance(record, TextScoreRecord) == (name == "stsb")
+    _text(tmp_path / ("test_matched.tsv" if name == "mnli" else "test.tsv"), test)
+    (tested,) = text_rows(tmp_path, glue=name, split="test")
+    assert (tested.read(0).label, tested.read(0).index) == (None, 7 if name == "mnli" else 0)
+
+
+def test_lines_that_annotators_disagreed_on_are_left_out(tmp_path: Path) -> None:
+    (rows,) = text_rows(_text(tmp_path / "train.tsv", "\n".join(SETS["mnli"][0])), glue="mnli")
+    assert (len(rows), rows.read(0).index, rows.label(0)) == (1, 4, 2)
+    assert rows.notes == (f"{tmp_path}/train.tsv: 1 lines without an agreed label were left out (line 3)",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sentence\tlabel\nfine\t2\n", "label '2' is none of 0, 1"),
+        ("sentence\tlabel\nfine\n", "the line has 1 columns and the header 2"),
+        ("sentence\tlabel\n \t1\n", "'text' is ' '"),
+    ],
+)
+def test_broken_lines_of_glue(tmp_path: Path, content: str, message: str) -> None:
+    (rows,) = text_rows(_text(tmp_path / "dev.tsv", content), glue="sst2")
+    with pytest.raises(DataError, match=message):
+        rows.read(0)
+
+
+def test_other_sets_and_splits_are_named(tmp_path: Path) -> None:
+    path = _text(tmp_path / "dev.tsv", "sentence\tlabel\nfine\t1\n")
+    with pytest.raises(DataError, match="choose one of cola, mnli"):
+        text_rows(path, glue="wnli")
+    with pytest.raises(DataError, match="no column 'sentence1', 'sentence2' of rte, but 'sentence', 'label'"):
+        text_rows(path, glue="rte")
+    with pytest.raises(DataError, match="val_mismatched"):
+        text_rows(tmp_path, glue="mnli", split="dev")
+    with pytest.raises(DataError, match=r"no \.csv"):
+        text_rows(_text(tmp_path / "a.txt", "a"))
+
+
+def test_tables_of_texts(tmp_path: Path) -> None:
+    (rows,) = text_rows(_text(tmp_path / "a.csv", 'text,label\n"a ""b"",\nc",good\n\nd,bad\ne\nf,\n'))
+    assert [(rows.read(row).text, rows.read(row).label, rows.label(row)) for row in (0, 1)] == [
+        ('a "b",\nc', "good", 2),
+        ("d", "bad", 5),
+    ]
+    for row, message in [(2, "the line has 1 columns"), (3, "'label' is ''")]:
+        with pytest.raises(DataError, match=message):
+            rows.read(row)
+    assert label_names([rows]) == ["bad", "good"]
+    with pytest.raises(DataError, match="no column 'class', but 'text', 'label'"):
+        text_rows(tmp_path / "a.csv", columns={"label": "class"})
+    with pytest.raises(DataError, match="quotation mark"):
+        text_rows(_text(tmp_path / "b.csv", 'text\n"' + "a" * 5_000_000))
+
+
+def test_lines_of_texts(tmp_path: Path) -> None:
+    lines = [{"premise": "a", "hypothesis": "b", "label": 1}, {"premise": "c", "label": 0.5}, "{", {"hypothesis": "d"}]
+    path = write_lines(tmp_path / "a.jsonl", lines)
+    columns = {"text": "premise", "text2": "hypothesis"}
+    (rows,) = text_rows(path, columns=columns)
+    assert (rows.read(0).text2, rows.read(0).label) == ("b", "1")
+    for row, message in [(2, "no JSON"), (3, "'text' is missing")]:
+        with pytest.raises(DataError, match=message):
+            rows.read(row)
+    (scored,) = text_rows(path, columns=columns, scores=True)
+    assert [scored.read(row).label for row in (0, 1)] == [1.0, 0.5]
+
+
+class _Column(list[Any]):
+    pass
+
+
+class _Dataset:
+    """As much of `datasets.Dataset` as the reader uses."""
+
+    def __init__(self, columns: dict[str, list[Any]], names: list[str] | None) -> None:
+        self._columns, self.column_names = columns, list(columns)
+        self.features = {name: SimpleNamespace(names=names if name == "label" else None) for name in columns}
+
+    def __getitem__(self, name: str) -> _Column:
+        return _Column(self._columns[name])
+
+
+def _dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Any) -> Path:
+    module = ModuleType("datasets")
+    module.load_from_disk = lambda path: found  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return _marked(tmp_path)
+
+
+def _marked(folder: Path) -> Path:
+    _text(folder / "dataset_dict.json", json.dumps({"splits": ["train"]}))
+    return folder
+
+
+def test_sets_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [2, -1], "idx": [0, 1]}
+    found = {"validation_matched": _Dataset(columns, ["entailment", "neutral", "contradiction"])}
+    folder = _dataset_folder(tmp_path, monkeypatch, found)
+    (rows,) = text_rows(folder, glue="mnli", split="val")
+    assert [(each.text, each.text2, each.label, each.index) for each in rows.records()] == [
+        ("a", "c", "contradiction", 0),
+        ("b", "d", None, 1),
+    ]
+    (own,) = text_rows(folder, split="validation_matched", columns={"text": "hypothesis"})
+    assert own.read(0).text == "c"
+    with pytest.raises(DataError, match="no split 'train'; choose one of validation_matched"):
+        text_rows(folder, split="train")
+    with pytest.raises(DataError, match="no column 'text', but premise"):
+        text_rows(folder, split="validation_matched")
+
+
+def test_datasets_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UnavailableError, match="pip install datasets"):
+        text_rows(_marked(tmp_path), split="train")
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    for name in ("10/b.jpg", "10/deep/a.png", "9/A.JPEG", "9/.hidden.jpg", "9/notes.txt", ".git/a.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(0))
+    (rows,) = image_rows(tmp_path)
+    assert [(Path(each.image).name, each.label) for each in rows.records()] == [
+        ("b.jpg", "10"),
+        ("a.png", "10"),
+        ("A.JPEG", "9"),
+    ]
+    assert label_names([rows]) == ["10", "9"]
+    assert Path(rows.read(0).image).is_absolute()
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match=r"class folder .*cat holds no images"):
+        image_rows(tmp_path)
+    with pytest.raises(DataError, match="no class folders"):
+        image_rows(tmp_path / "9")
+
+
+def test_tables_of_images(tmp_path: Path) -> None:
+    path = _text(tmp_path / "a.csv", "image,label\na.jpg,cat\nb.jpg,dog\n")
+    (rows,) = image_rows(path)
+    assert [(each.image, each.label) for each in rows.records()] == [("a.jpg", "cat"), ("b.jpg", "dog")]
+    (bare,) = image_rows(_text(tmp_path / "b.csv", "image\na.jpg\n"))
+    assert bare.read(0).label is None
+    with pytest.raises(DataError, match="no row has a label"):
+        label_names([bare])

@@ -1,0 +1,350 @@
+"""Files of vision-language tasks: each format gives the records of the official one, and wrong ones are named."""
+
+import json
+import os
+import pickle
+import pickletools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.record_files import picture, write_lines
+from xfm_fast.data.annotations import AnnotationRows
+from xfm_fast.data.files import read_plain_pickle
+from xfm_fast.data.task_files import (
+    captioning_rows,
+    captioning_test_rows,
+    grounding_rows,
+    nlvr2_rows,
+    read_coco_captions,
+    retrieval_rows,
+    retrieval_test_rows,
+    vqa_rows,
+)
+from xfm_fast.errors import DataError
+from xfm_fast.tasks.vqa import vqa_accuracy
+
+
+def _write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def _karpathy(path: Path) -> Path:
+    def image(number: int, split: str, *captions: str) -> dict[str, Any]:
+        names = {"filepath": "val2014", "filename": f"{number}.jpg", "cocoid": number}
+        return {**names, "split": split, "sentences": [{"raw": caption, "tokens": []} for caption in captions]}
+
+    images = [image(1, "train", "a cat", "one cat"), image(2, "restval", "a dog"), image(3, "test", "a cow", "cows")]
+    return _write(path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+
+
+def _table(path: Path) -> Path:
+    return _write(
+        path / "a.csv", 'image,caption\nval2014/1.jpg,a cat\nval2014/2.jpg,"a dog, or two"\nval2014/1.jpg,b\n'
+    )
+
+
+def _folder(path: Path) -> Path:
+    folder = path / "images"
+    folder.mkdir()
+    for name, captions in {"a": "a cat\n\none cat\n", "b": "a dog", "c": None}.items():
+        (folder / f"{name}.jpg").write_bytes(picture(0))
+        if captions is not None:
+            (folder / f"{name}.txt").write_text(captions)
+    return folder
+
+
+def test_karpathy_splits(tmp_path: Path) -> None:
+    path = _karpathy(tmp_path)
+    (train,) = retrieval_rows(path, split="train")
+    assert [(each.image, each.caption, each.image_id) for each in train.records()] == [
+        ("val2014/1.jpg", "a cat", 1),
+        ("val2014/1.jpg", "one cat", 1),
+        ("val2014/2.jpg", "a dog", 2),
+    ]
+    (test,) = retrieval_test_rows(path, split="test")
+    assert [(each.image, each.caption) for each in test.records()] == [("val2014/3.jpg", ("a cow", "cows"))]
+    with pytest.raises(DataError, match="no split 'val'; choose one of restval, test, train"):
+        retrieval_rows(path, split="val")
+    with pytest.raises(DataError, match="name one"):
+        retrieval_rows(path)
+
+
+def test_tables_of_captions(tmp_path: Path) -> None:
+    (train,) = retrieval_rows(_table(tmp_path))
+    first, second, third = train.records()
+    assert (first.image_id, second.caption) == (third.image_id, "a dog, or two")
+    assert train.label(1) == 3
+    (test,) = retrieval_test_rows(_table(tmp_path))
+    assert [(each.image, each.caption) for each in test.records()] == [
+        ("val2014/1.jpg", ("a cat", "b")),
+        ("val2014/2.jpg", ("a dog, or two",)),
+    ]
+    (rows,) = captioning_rows(_table(tmp_path))
+    assert [each.identity for each in rows.records()] == [1, 2, 1]
+    other = _write(tmp_path / "b.tsv", "name\ttext\n1.jpg\ta cat\n")
+    (named,) = captioning_rows(other, columns={"image": "name", "caption": "text"})
+    assert named.read(0).caption == "a cat"
+    with pytest.raises(DataError, match="no column 'image', 'caption', but 'name', 'text'"):
+        retrieval_rows(other)
+
+
+def test_captions_beside_images(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    (train,) = retrieval_rows(folder)
+    captions = [(Path(each.image).name, each.caption) for each in train.records()]
+    assert captions == [("a.jpg", "a cat"), ("a.jpg", "one cat"), ("b.jpg", "a dog")]
+    assert train.label(1) == "a.txt:3"
+    assert train.notes == (f"{folder}: 1 images without captions were left out (c.jpg)",)
+    assert (tmp_path / "anywhere" / train.read(0).image).is_file()
+    (test,) = retrieval_test_rows(folder)
+    assert [len(each.caption) for each in test.records()] == [2, 1]
+
+
+def test_images_alone_are_captioned(tmp_path: Path) -> None:
+    for name in ("COCO_val2014_000000000042.jpg", "photo.png"):
+        (tmp_path / name).write_bytes(picture(0))
+    (rows,) = captioning_test_rows(tmp_path)
+    assert [(each.identity, each.caption) for each in rows.records()] == [(42, None), ("photo.png", None)]
+    (tmp_path / "photo.txt").write_text("a cat")
+    (rows,) = captioning_test_rows(tmp_path)
+    assert [each.caption for each in rows.records()] == [None, ("a cat",)]
+    (tmp_path / "photo.txt").unlink()
+    with pytest.raises(DataError, match="no image with captions"):
+        captioning_rows(tmp_path)
+
+
+def test_coco_captions(tmp_path: Path) -> None:
+    images = [{"id": 7, "file_name": "7.jpg"}, {"id": 8, "file_name": "8.jpg"}]
+    captions = [{"image_id": 8, "caption": "a"}, {"image_id": 7, "caption": "b"}, {"image_id": 8, "caption": "c"}]
+    path = _write(tmp_path / "a.json", {"images": images, "annotations": captions})
+    assert read_coco_captions(path) == {8: ["a", "c"], 7: ["b"]}
+    (train,) = captioning_rows(path, image_name="val2014/{file_name}")
+    assert (train.read(0).image, train.read(0).caption, train.read(0).identity) == ("val2014/8.jpg", "a", 8)
+    (test,) = captioning_test_rows(path)
+    assert [(each.image, each.caption) for each in test.records()] == [("8.jpg", ("a", "c")), ("7.jpg", ("b",))]
+    with pytest.raises(DataError, match=r"it may use \{file_name\}, \{image_id\}"):
+        captioning_rows(path, image_name="{name}")
+    (alone,) = captioning_test_rows(_write(tmp_path / "b.json", {"images": images}))
+    assert [each.identity for each in alone.records()] == [7, 8]
+    stray = _write(tmp_path / "c.json", {"images": images, "annotations": [{"image_id": 9, "caption": "a"}]})
+    with pytest.raises(DataError, match="annotation 0: image_id 9 is none"):
+        read_coco_captions(stray)
+
+
+def _vqa(path: Path, *, subtype: str = "train2014", people: tuple[str, ...] = ("yes",) * 7 + ("no", "", "")) -> Path:
+    path.mkdir(exist_ok=True)
+    questions = [{"image_id": 9, "question": "is it?", "question_id": number} for number in (90, 91)]
+    questions.append({"question": "where is it?", "question_id": 92})
+    _write(path / "v2_questions.json", {"questions": questions, "data_subtype": subtype})
+    answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": n} for n, answer in enumerate(people)]
+    annotation = {"question_id": 90, "answers": answers, "question_type": "is", "answer_type": "yes/no"}
+    _write(path / "v2_annotations.json", {"annotations": [annotation], "data_subtype": "train2014"})
+    return path
+
+
+def test_vqa_v2(tmp_path: Path) -> None:
+    (rows,) = vqa_rows(_vqa(tmp_path / "a"))
+    record = rows.read(0)
+    assert record.image == "train2014/COCO_train2014_000000000009.jpg"
+    assert dict(record.weighted_answers) == {"yes": pytest.approx(7 / 8), "no": pytest.approx(1 / 8)}
+    assert rows.notes[0].endswith("2 empty answers were left out (question 90, 90)")
+    # People's empty answers count when scoring.
+    assert record.scored is not None
+    assert len(record.scored["answers"]) == 10
+    assert vqa_accuracy({90: "no"}, [record.scored]).per_answer_type == {"yes/no": 30.0}
+    for row, message in [(1, "question 91 has no annotation"), (2, "question 92 has no image")]:
+        with pytest.raises(DataError, match=message):
+            rows.read(row)
+
+
+def test_vqa_v2_without_answers(tmp_path: Path) -> None:
+    folder = _vqa(tmp_path / "a", subtype="test-dev2015")
+    (rows,) = vqa_rows(folder)
+    assert (rows.read(1).image, rows.read(1).answer) == ("test2015/COCO_test2015_000000000009.jpg", None)
+    (flat,) = vqa_rows(folder, image_name="{image_id}.jpg")
+    assert flat.read(0).image == "9.jpg"
+    with pytest.raises(DataError, match="annotations alone"):
+        vqa_rows(folder / "v2_annotations.json")
+
+
+@pytest.mark.parametrize("answers", [["", " "], []])
+def test_a_question_whose_answers_are_all_empty_is_broken(tmp_path: Path, answers: list[str]) -> None:
+    element = {"image": "a", "question": "q", "question_id": 1, "answer": answers}
+    (rows,) = vqa_rows(_write(tmp_path / "a.json", [element]))
+    with pytest.raises(DataError, match="'answer' is"):
+        rows.read(0)
+
+
+def test_lines_of_nlvr2(tmp_path: Path) -> None:
+    line = {"sentence": "two dogs", "label": "True", "left_url": "http://a"}
+    lines = [
+        {**line, "identifier": "train-10171-0-1", "directory": 22},
+        {**line, "identifier": "dev-850-3-0", "label": "False"},
+        {**line, "identifier": "nothing"},
+        "{",
+    ]
+    (rows,) = nlvr2_rows(write_lines(tmp_path / "train.json", lines))
+    assert rows.read(0).images == ("train/22/train-10171-0-img0.png", "train/22/train-10171-0-img1.png")
+    assert rows.read(1).images[1] == "dev/dev-850-3-img1.png"
+    assert (rows.read(0).label, rows.read(1).label, rows.label(3)) == (True, False, 4)
+    for row, message in [(2, "identifier 'nothing'"), (3, "no JSON")]:
+        with pytest.raises(DataError, match=message):
+            rows.read(row)
+    (flat,) = nlvr2_rows(tmp_path / "train.json", image_name="{stem}-img{side}.png")
+    assert flat.read(1).images[0] == "dev-850-3-img0.png"
+
+
+def _refer(folder: Path, protocol: int = 2) -> tuple[Path, Path]:
+    def ref(number: int, split: str, *sentences: str) -> dict[str, Any]:
+        said = [{"tokens": each.split(), "raw": each.upper(), "sent": each, "sent_id": 0} for each in sentences]
+        return {"ref_id": number, "ann_id": 10 + number, "image_id": 7, "split": split, "sentences": said}
+
+    refs = [ref(0, "train", "left dog", "brown dog"), ref(1, "testA", "man"), ref(2, "val", "ghost")]
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol))
+    boxes = [{"id": 10, "bbox": [1, 2, 3.5, 4], "segmentation": [[1, 2]]}, {"id": 11, "bbox": [90, 0, 20, 10]}]
+    images = [{"id": 7, "file_name": "COCO_7.jpg", "width": 100, "height": 80}]
+    return folder / "refs(unc).p", _write(folder / "instances.json", {"images": images, "annotations": boxes})
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_references_alone(tmp_path: Path, protocol: int) -> None:
+    (rows,) = grounding_rows(_refer(tmp_path, protocol), image_name="train2014/{file_name}")
+    first, second = rows.read(0), rows.read(1)
+    assert (first.text, second.text, first.image) == ("left dog", "brown dog", "train2014/COCO_7.jpg")
+    assert (first.bbox, first.ref_id, first.split, first.width, first.height) == ((1, 2, 3.5, 4), 0, "train", 100, 80)
+    for row, message in [(2, "is not inside the 100x80 image"), (3, "annotation 12 or image 7 is not in")]:
+        with pytest.raises(DataError, match=message):
+            rows.read(row)
+    (val,) = grounding_rows(_refer(tmp_path), split="testA")
+    assert (len(val), val.label(0)) == (1, "ref_id 1, sentence 0")
+
+
+def test_official_elements_get_their_boxes(tmp_path: Path) -> None:
+    elements = [{"image": "a.jpg", "text": "dog", "ref_id": ref} for ref in (0, 1, 5)]
+    official = _write(tmp_path / "a.json", elements)
+    (rows,) = grounding_rows([official, *_refer(tmp_path)])
+    assert (rows.read(0).bbox, rows.read(0).image, rows.name) == ((1, 2, 3.5, 4), "a.jpg", str(official))
+    with pytest.raises(DataError, match="ref_id 5 is none of the references"):
+        rows.read(2)
+    (train,) = grounding_rows([official, *_refer(tmp_path)], split="train")
+    assert [train.label(row) for row in range(len(train))] == ["element 0", "element 2"]
+    with pytest.raises(DataError, match="1 files of references and 0 of instances"):
+        grounding_rows([official, _refer(tmp_path)[0]])
+    with pytest.raises(DataError, match=r"give refs\(\*\)\.p"):
+        grounding_rows(official, split="val")
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps([_Harmful()], 0), "posix.mkdir|opcode"),
+        (pickle.dumps([_Harmful()], 2), "opcode b'c'"),
+        (pickle.dumps([_Harmful()], 4), "opcode"),
+        (pickle.dumps([{1}], 4), "opcode"),
+        (pickle.dumps([1, 2, 3], 2)[:-3], "no pickle that can be read"),
+        (b"", "no pickle that can be read"),
+        (pickle.dumps({"a": 1}, 2), "no list of references"),
+    ],
+)
+def test_nothing_in_a_pickle_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, instances = _refer(tmp_path)
+    (tmp_path / "refs(bad).p").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        grounding_rows([tmp_path / "refs(bad).p", instances])
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_strings_of_python_2(tmp_path: Path) -> None:
+    path = tmp_path / "a.p"
+    path.write_bytes(b"\x80\x02]q\x00U\x04caf\xe9q\x01a.")
+    assert [opcode.name for opcode, _, _ in pickletools.genops(path.read_bytes())][3] == "SHORT_BINSTRING"
+    assert read_plain_pickle(path) == ["caf\u00e9"]
+
+
+def test_a_pickle_reserves_no_more_memory_than_it_has_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.p"
+    # A memo index and the length of a byte array, both of two billion.
+    path.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    assert read_plain_pickle(path) == []
+    path.write_bytes(b"\x80\x05\x96\xff\xff\xff\x7f\x00\x00\x00\x00.")
+    with pytest.raises(DataError, match="is not unpickled"):
+        read_plain_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "message"),
+    [
+        ([0, 0, 0, 5], "has no area"),
+        ([0, 0, 5, -1], "has no area"),
+        ([0, 0, float("inf"), 5], "has no area"),
+        ([-3, 0, 5, 5], "is not inside"),
+        ([5, 5, 96.5, 5], "is not inside the 100x50 image"),
+        ([0, 0, 5], "'bbox' is"),
+    ],
+)
+def test_boxes_lie_in_their_image(tmp_path: Path, bbox: list[float], message: str) -> None:
+    element = {"image": "a", "text": "dog", "ref_id": 1, "width": 100, "height": 50}
+    good = {**element, "bbox": [90.0, 0, 10.0000001, 50]}
+    (rows,) = grounding_rows(_write(tmp_path / "a.json", [good, {**element, "bbox": bbox}]))
+    assert rows.read(0).width == 100
+    with pytest.raises(DataError, match=message):
+        rows.read(1)
+
+
+Reader = Callable[[Path], list[AnnotationRows[Any]]]
+
+
+@pytest.mark.parametrize("reader", [retrieval_rows, captioning_rows, vqa_rows, nlvr2_rows, grounding_rows])
+def test_other_content_is_named(tmp_path: Path, reader: Reader) -> None:
+    for content in ("", "[]", '"a"', "5", '{"a": 1, "b": }', "no JSON"):
+        with pytest.raises(DataError, match=r"a\.json"):
+            reader(_write(tmp_path / "a.json", content))
+    with pytest.raises(DataError, match="does not exist"):
+        reader(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("reader", "content"),
+    [
+        (captioning_rows, {"images": [{"id": 1, "file_name": "a"}], "annotations": 5}),
+        (captioning_rows, {"images": [{"id": 1, "file_name": "a"}], "annotations": [5, {"image_id": []}]}),
+        (captioning_rows, {"images": [{"id": [], "file_name": "a"}], "annotations": [{"image_id": 1}]}),
+        (retrieval_rows, {"images": 5}),
+        (vqa_rows, {"questions": 5}),
+        (vqa_rows, {"questions": [5, {"question_id": [], "image_id": 1}], "annotations": [5, {"question_id": []}]}),
+        (grounding_rows, {"images": [], "annotations": [5]}),
+        (captioning_test_rows, [{"image": "a", "caption": {}}, {"image": "a", "caption": "b"}]),
+        (captioning_test_rows, [{"image": "a", "caption": ["b", 5]}]),
+    ],
+)
+def test_nothing_but_data_errors(tmp_path: Path, reader: Reader, content: Any) -> None:
+    with pytest.raises(DataError, match=r"a\.json"):
+        list(reader(_write(tmp_path / "a.json", content))[0].records())
+
+
+@pytest.mark.parametrize("reader", [retrieval_rows, captioning_rows, vqa_rows, nlvr2_rows, grounding_rows])
+def test_one_broken_element_is_refused_alone(tmp_path: Path, reader: Reader) -> None:
+    good = {"image": "a", "images": ["a", "b"], "caption": "c", "image_id": 1, "question": "q", "question_id": 1}
+    good |= {"sentence": "s", "label": "True", "text": "t", "ref_id": 1}
+    broken = {**good, "image": " ", "images": ["a", ""]}
+    (rows,) = reader(_write(tmp_path / "a.json", [good, broken, 5]))
+    assert (len(rows), rows.label(1), rows.modified) == (3, "element 1", (tmp_path / "a.json").stat().st_mtime_ns)
+    rows.read(0)
+    for row in (1, 2):
+        with pytest.raises(DataError):
+            rows.read(row)
+    assert json.loads(rows.raw(1)) == broken
+    with pytest.raises(DataError, match=r"a\.json, element 1: "):
+        list(rows.records())

@@ -1,0 +1,254 @@
+"""Captioning from its files to its metrics, and the stage on pairs of pretraining before it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import xfm_fast
+from tests.agreement import inputs_of, tensors, with_weights
+from tests.cli.runner import invoke
+from tests.conftest import config
+from tests.finetuning.conftest import Make
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import CaptioningTestRecord
+from xfm_fast.data.images import load_image
+from xfm_fast.data.shapes import captions, scene
+from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.finetuning.captioning import CaptioningBatch, CaptioningOptions, CaptioningTask
+from xfm_fast.finetuning.recipe import load_finetune_recipe
+from xfm_fast.finetuning.run import finetune, load_weights
+from xfm_fast.tasks.caption_metrics import caption_metrics
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tokenizer import CaptionTokenizer
+
+FILES = "captioning", "captioning_{}.json"
+# Most of the model's positions are for captions of three objects.
+LONG = {"max_length": 24, "num_beams": 2}
+Open = Callable[..., CaptioningTask]
+
+
+@pytest.fixture
+def task(world: Path, pretrained: Path) -> Open:
+    """Makes the task on the small world."""
+
+    def make(images: Path = world, **options: Any) -> CaptioningTask:
+        tokenizer = CaptionTokenizer.from_files(pretrained)
+        return CaptioningTask(
+            CaptioningOptions(**options), XFMConfig.load(pretrained / "config.json"), tokenizer, images=images
+        )
+
+    return make
+
+
+def generator() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_the_loss_is_the_official_one(task: Open) -> None:
+    """The official model cannot be constructed; its parts give the sums of losses without smoothing."""
+    made = task(prompt="a picture", label_smoothing=0)
+    x = {name.partition("/")[2]: t for name, t in inputs_of("tiny_b/ft_inputs", torch.float64).items()
+         if name.startswith("captioning/")}  # fmt: skip
+    truth = tensors("tiny_b/ft_outputs")
+    assert len(made.prompt) == x["prompt_ids"].shape[1]
+    model = with_weights(CaptioningModel(config("tiny_b"), decoder_layers=3), "tiny_b", torch.float64, "captioning")
+    batch = CaptioningBatch(image=x["image"], input_ids=x["text_ids"], attention_mask=x["text_atts"])
+    predicted = (truth["captioning/labels"] != -100).sum()
+    wanted = truth["captioning/loss_per_sample_sum"].sum() / predicted
+    assert float(made.losses_of(model, batch)["loss"]) == pytest.approx(float(wanted), rel=1e-10)
+
+
+def test_the_path_of_a_row(task: Open, world: Path) -> None:
+    made = task(augment=False)
+    (rows,) = made.rows([world / "captioning_train.json"])
+    records: list[Any] = [rows.read(number) for number in (0, 1, 7)]
+    batch = made.collate([made.item(each, generator()) for each in records], generator())
+    assert torch.equal(batch.image, torch.stack([load_image(world / each.image, 32) for each in records]))
+    texts = [f"a picture of {each.caption}" for each in records]
+    ids, mask = made.tokenizer.encode(texts, 40, pad_to_longest=True)
+    assert torch.equal(batch.input_ids, ids)
+    assert torch.equal(ids[:, : len(made.prompt)], made.prompt.expand(3, -1))
+    model = made.build().eval()
+    found = made.losses_of(model, batch)["loss"]
+    found.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    wanted = model(batch.image, ids, mask, prompt_length=len(made.prompt), label_smoothing=0.1)
+    wanted.backward()
+    assert found == wanted
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        assert (gradient is None and parameter.grad is None) or torch.equal(gradient, parameter.grad)  # type: ignore[arg-type]
+
+
+def test_an_empty_prompt_and_cut_captions(task: Open, world: Path) -> None:
+    (rows,) = task().rows([world / "captioning_train.json"])
+    record: Any = rows.read(0)
+    bare = task(prompt="", max_words=2, augment=False).item(record, generator())
+    assert bare.ids == task().tokenizer.encode_ids([" ".join(record.caption.split()[:2])], 40)[0]
+    short = task(max_tokens=7, augment=False).item(record, generator())
+    assert len(short.ids) == 7
+    assert short.ids[-1] == task().tokenizer.eos_token_id
+    with pytest.raises(DataError, match="has no caption to learn"):
+        task().item(record.model_copy(update={"caption": None}), generator())
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_tokens", 5), ("max_length", 5), ("max_length", 100_000)])
+def test_lengths_that_cannot_be(task: Open, name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"task\.{name}={value}; the prompt 'a picture of ' and a word need 6"):
+        task(**{name: value})
+
+
+@torch.no_grad()
+def test_predictions_do_not_depend_on_the_batch(task: Open, world: Path) -> None:
+    made = task(**LONG)
+    records = made.records([world / "captioning_test.json"], "test")[:5]
+    torch.manual_seed(1)
+    model = made.build().eval()
+    together = made.predict(model, records)
+    assert together == [row for each in records for row in made.predict(model, [each])]
+    assert [row["image"] for row in together] == [each.image for each in records]
+
+
+def test_written_text_is_clean(task: Open, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt, special tokens and padding are no part of a caption, and it does not begin with a space."""
+    made = task()
+    said = made.tokenizer.encode_ids(["a picture of a red star", "a picture of a large blue circle"], 40)
+    ids, _ = made.padded(said)
+    monkeypatch.setattr(CaptioningModel, "generate", lambda *_, **__: ids)
+    records = made.records([world / "captioning_test.json"], "test")[:2]
+    rows = made.predict(made.build(), records)
+    assert [row["caption"] for row in rows] == ["a red star", "a large blue circle"]
+
+
+def test_score_and_file(task: Open, world: Path) -> None:
+    made = task(facts=True)
+    records = made.records([world / "captioning_test.json"], "test")
+    texts = [captions(scene(0, number, "test"))[0] for number in range(len(records))]
+    rows = [{"caption": text} for text in texts]
+    metrics = made.score(rows, records)
+    known = caption_metrics(dict(enumerate(texts)), {n: each.caption or () for n, each in enumerate(records)})
+    assert metrics == {name: 100 * value for name, value in known.items()} | {"true_captions": 100.0}
+    wrong = [{"caption": "nothing that is understood"}, *rows[1:]]
+    assert made.score(wrong, records)["true_captions"] == pytest.approx(100 * (1 - 1 / len(rows)))
+    assert "true_captions" not in task().score(rows, records)
+    (file,) = made.files(rows, records).values()
+    assert json.loads(file) == [{"image_id": n, "caption": text} for n, text in enumerate(texts)]
+    bare = [each.model_copy(update={"caption": None}) for each in records]
+    assert made.score(rows, bare) == {}
+    with pytest.raises(DataError, match=rf"1 of {len(rows)} images have no captions to score by"):
+        made.score(rows, [bare[0], *records[1:]])
+    with pytest.raises(DataError, match=r"is no image of a shapes world .*task\.facts=false"):
+        made.score(rows[:1], [CaptioningTestRecord(image="photo.png", caption=("a dog",), image_id=0)])
+
+
+def test_truth_in_a_file_of_its_own(task: Open, world: Path, tmp_path: Path) -> None:
+    """Official: images in one file, and COCO captions, which need not name their images, in another."""
+    made = task()
+    whole = made.records([world / "captioning_val.json"], "test")
+    images = tmp_path / "val.json"
+    images.write_text(json.dumps([{"image": each.image} for each in whole]))
+    truth = json.loads((world / "captioning_val_gt.json").read_text())
+    for each in truth["images"]:
+        del each["file_name"]
+    path = tmp_path / "gt.json"
+    path.write_text(json.dumps(truth))
+    found = made.records([images, path], "test")
+    assert [(each.identity, each.caption) for each in found] == [(each.identity, each.caption) for each in whole]
+    assert {each.caption for each in made.records([images], "test")} == {None}
+    alone = made.records([world / "captioning_val_gt.json"], "test")
+    assert [(each.image, each.caption) for each in alone] == [(each.image, each.caption) for each in whole]
+    path.write_text(json.dumps({"images": [], "annotations": [{"image_id": 1}]}))
+    with pytest.raises(DataError, match=r"gt\.json, annotation 0 lacks image_id or caption"):
+        made.records([images, path], "test")
+
+
+def test_splits_of_karpathy(task: Open, tmp_path: Path) -> None:
+    images = [
+        {"filename": f"{n}.png", "cocoid": n, "split": split, "sentences": [{"raw": f"a {split} star"}]}
+        for n, split in enumerate(("train", "restval", "test"))
+    ]
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images}))
+    made = task()
+    (train,), (test,) = made.rows([path]), made.test_rows([path], "test")
+    assert [train.read(n).image_id for n in range(len(train))] == [0, 1]
+    assert [(each.identity, each.caption) for each in test.records()] == [(2, ("a test star",))]
+
+
+def test_images_with_one_id(task: Open, world: Path, tmp_path: Path) -> None:
+    for name in ("a_1.png", "b_1.png"):
+        shutil.copy(world / "images/test/000000.png", tmp_path / name)
+    with pytest.raises(DataError, match=r"a_1\.png and .*b_1\.png both have the id 1"):
+        task().records([tmp_path], "test")
+
+
+def test_pairs_of_pretraining(task: Open, world: Path, tmp_path: Path) -> None:
+    made = task(pairs={"augment": False})
+    (rows,) = made.rows([world / "pairs_train.jsonl"])
+    record: Any = rows.read(0)
+    item = made.item(record, generator())
+    assert torch.allclose(item.image, load_image(world / "images/train/000000.png", 32), atol=1e-5)
+    assert made.tokenizer.decode(item.ids).removeprefix("a picture of ") in record["desc"]
+    assert made.item(record, generator()).ids == item.ids
+    with pytest.raises(DataError, match="no field 'desc'"):
+        made.item({"binary": record["binary"]}, generator())
+    named = task(pairs={"augment": False, "image_key": "image", "image_root": "images", "caption_key": "text"})
+    again = named.item({"image": "train/000000.png", "text": "a star"}, generator())
+    assert torch.equal(again.image, item.image)
+
+
+def test_pairs_first_then_captions(recipe: Make, world: Path, tmp_path: Path) -> None:
+    domain = recipe(*FILES, task={"pairs": {}}, steps=2, data={"root": str(world), "train": "pairs_train.jsonl"})
+    finetune(domain)
+    after = recipe(
+        *FILES, task={"augment": False, "facts": True, **LONG}, steps=2, init={"checkpoint": domain.checkpoint.folder},
+        checkpoint={"folder": str(tmp_path / "after")}, choose={"by": "CIDEr-D", "split": "val"},
+    )  # fmt: skip
+    result = finetune(after)
+    assert {"BLEU-4", "CIDEr-D", "ROUGE-L", "true_captions"} <= set(result.metrics["test"])
+    written = json.loads((tmp_path / "after/evaluation/test/captions.json").read_text())
+    assert [each["image_id"] for each in written] == [*range(12)]
+    assert invoke(["evaluate", tmp_path / "after", "--split", "test", "--json"]).stdout == (
+        json.dumps({"test": result.metrics["test"]}) + "\n"
+    )
+    # A folder of images, in pieces, and alone.
+    done = invoke(["predict", tmp_path / "after", world / "images/test", "--batch-size", "5"])
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == [f"{number:06d}.png" for number in range(12)]
+    assert [row["caption"] for row in rows] == [each["caption"] for each in written]
+    (row,) = xfm_fast.load(tmp_path / "after").predict([world / "images/test/000003.png"])
+    assert row["caption"] == written[3]["caption"]
+
+
+def test_the_decoder_begins_as_the_fusion_encoder(task: Open, pretrained: Path) -> None:
+    made = task()
+    model = made.build()
+    assert not load_weights(model, made, pretrained)
+    from xfm_fast.models.xfm import XFM
+
+    fusion = XFM.from_pretrained(pretrained).fusion_encoder.state_dict()
+    started = model.text_decoder.state_dict()
+    assert all(torch.equal(started[name], value) for name, value in fusion.items() if name in started)
+    assert any("crossattention" in name for name in set(fusion) & set(started))
+
+
+def test_requests(task: Open) -> None:
+    made = task()
+    assert [each.image for each in made.requests([Path("a.png"), Path("b.png")], [])] == ["a.png", "b.png"]
+    for images, texts in (([], []), (["a.png"], ["a star"])):
+        with pytest.raises(InputError, match="this model needs one image or several, and no text"):
+            made.requests([Path(each) for each in images], texts)
+    assert made.request({"image": "a.png"}).image == "a.png"
+
+
+@pytest.mark.parametrize("name", ["coco_captioning", "captioning_domain", "captioning_tiny_shapes"])
+def test_recipes(name: str) -> None:
+    assert isinstance(load_finetune_recipe(name).task, CaptioningOptions)

@@ -1,0 +1,330 @@
+"""Images in classes: the recipe's path against the module and golden, mixing, torchvision's sets, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import xfm_fast
+from tests.agreement import EXACT, assert_gradient_norms, inputs_of, tensors, with_weights
+from tests.cli.runner import invoke
+from tests.conftest import config, load_json
+from tests.finetuning.conftest import Make
+from xfm_fast.checkpoint import to_official
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import ImageLabelRecord
+from xfm_fast.data.images import MEAN, STD, load_image
+from xfm_fast.data.shapes.scenes import SHAPES
+from xfm_fast.data.transforms import HALF, imagenet_training_transform
+from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions, LabelledImage, open_torchvision
+from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
+from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.models.heads import DeepMLPHead
+
+WORLD = "image", "image_{}.csv"
+WHOLE: dict[str, Any] = {"view": "whole", "head": "mlp"}
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("case", ["cls_image", "cls_image_lp"])
+def test_losses_and_gradients_are_golden(case: str) -> None:
+    x = inputs_of("tiny_b/ft_inputs", torch.float64)
+    options = ImageTaskOptions(labels=tuple("abcde"), head="official_image", frozen=case == "cls_image_lp")
+    task = ImageTask(options, config("tiny_b"))
+    model = with_weights(task.build(), "tiny_b", torch.float64, "cls_image")
+    targets = map(int, x["cls/targets"])
+    batch = task.collate([LabelledImage(*each) for each in zip(x["cls/image"], targets, strict=True)], rng())
+    loss = task.losses_of(model, batch)["loss"]
+    assert float(loss.detach()) == pytest.approx(float(tensors("tiny_b/ft_outputs")[f"{case}/loss"]), rel=EXACT)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {
+        name.replace("text_encoder.", "text_encoder.roberta."): norm
+        for name, norm in load_json("tiny_b/ft_grads")[case]["grad_norm"].items()
+    }
+    assert_gradient_norms(found, expected, case, zero_is_none=True)
+
+
+def test_rows_become_batches(recipe: Make, world: Path) -> None:
+    task = open_task(recipe(*WORLD, task=WHOLE))
+    assert set(task.options.labels) <= set(SHAPES)
+    (rows,) = task.rows([world / "image_train.csv"])
+    records = [rows.read(number) for number in range(4)]
+    batch = task.collate([task.item(record, rng()) for record in records], rng())
+    pixels = torch.stack([load_image(world / record.image, 32) for record in records])
+    assert torch.equal(batch.image, pixels)
+    targets = torch.tensor([task.options.labels.index(record.label or "") for record in records])
+    model = task.build().eval()
+    assert torch.equal(task.losses_of(model, batch)["loss"], model(pixels, targets=targets))
+
+
+def test_the_view_of_imagenet(recipe: Make, world: Path) -> None:
+    task = open_task(recipe(*WORLD))
+    record = ImageLabelRecord(image="images/train/000000.png", label=task.options.labels[0])
+    picture = Image.open(world / record.image).convert("RGB")
+    views = [task.item(record, rng(seed)).pixels for seed in range(8)]
+    for seed, view in enumerate(views):
+        assert torch.equal(view, imagenet_training_transform(32)(picture, rng(seed)))
+    assert not torch.equal(views[0], views[1])
+
+
+@pytest.mark.parametrize("view", ["whole", "probe"])
+def test_grey_images(view: str, recipe: Make, world: Path) -> None:
+    task = open_task(recipe(*WORLD, task={"view": view, "grey": True}))
+    assert isinstance(task, ImageTask)
+    record = ImageLabelRecord(image="images/train/000000.png", label=task.options.labels[0])
+    values = []
+    for pixels in (task.item(record, rng()).pixels, task._evaluated(record)):
+        mean, std = (MEAN, STD) if view == "whole" else (HALF, HALF)
+        values.append(pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+    for colours in values:
+        assert torch.allclose(colours[0], colours[1], atol=1e-5)
+        assert torch.allclose(colours[0], colours[2], atol=1e-5)
+
+
+def mixing(**options: Any) -> ImageTask:
+    return ImageTask(ImageTaskOptions(labels=("a", "b", "c"), **options), XFMConfig.preset("tiny"))
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixing_is_a_function_of_the_batch(options: dict[str, float]) -> None:
+    task = mixing(**options)
+    items = [LabelledImage(torch.full((3, 8, 8), float(n)), n) for n in range(3)]
+    state = torch.get_rng_state()
+    first, again, other = (task.collate(items, rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.image, again.image)
+    assert torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.targets, other.targets)
+    assert torch.allclose(first.targets.sum(1), torch.ones(3))
+    # Pixels are mixed in the proportion of the classes.
+    classes = first.targets @ torch.arange(3.0)
+    assert torch.allclose(first.image.mean((1, 2, 3)), classes, atol=1e-5)
+
+
+def test_half_of_the_batches_are_cut() -> None:
+    task = mixing(mixup=0.8, cutmix=1.0)
+    items = [LabelledImage(torch.full((3, 8, 8), float(n)), n) for n in range(2)]
+    cut = [bool((task.collate(items, rng(n)).image % 1 == 0).all()) for n in range(100)]
+    assert 30 <= sum(cut) <= 70
+
+
+def test_predictions_do_not_depend_on_the_batch(recipe: Make) -> None:
+    made = recipe(*WORLD, task=WHOLE)
+    task = open_task(made)
+    model, records = task.build().eval(), task.records(made.paths_of("val"), "val")[:4]
+    for row, record in zip(task.predict(model, records), records, strict=True):
+        (alone,) = task.predict(model, [record])
+        assert row["answer"] == alone["answer"]
+        assert row["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
+
+
+def test_scores() -> None:
+    task = ImageTask(ImageTaskOptions(labels=tuple("abcdefg")), XFMConfig.preset("tiny"))
+    records = [ImageLabelRecord(image="x", label=label) for label in "abg"]
+    rows = [{"answer": "a", "probabilities": dict.fromkeys("abcde", 0.1)}] * 3
+    assert task.score(rows, records) == {"top1": pytest.approx(100 / 3), "top5": pytest.approx(200 / 3)}
+    assert task.score(rows[:1], [ImageLabelRecord(image="x")]) == {}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Two folders with two classes each, which a pixel tells apart."""
+    for split in ("train", "val"):
+        for name, colour in (("dark", 20), ("light", 220)):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (40, 36), (colour + number,) * 3).save(place / f"{number}.png")
+    return tmp_path
+
+
+def of_folders(recipe: Make, folder: Path, **changes: Any) -> FinetuneRecipe:
+    data = {"root": str(folder), "train": "train", "splits": {"val": "val"}}
+    return recipe("image", "", data=data, **{"steps": 2, **changes})
+
+
+def test_folders_of_classes(recipe: Make, folders: Path) -> None:
+    result = finetune(of_folders(recipe, folders, task={"frozen": True, "mixup": 0.2, "label_smoothing": 0.1}))
+    assert result.metrics["val"]["top5"] == 100
+    said = json.loads((folders / "run/evaluation/val/predictions.json").read_text())
+    assert [Path(row["image"]).parts[-2:] for row in said][::7] == [("dark", "0.png"), ("light", "3.png")]
+    predictor = xfm_fast.load(result.folder)
+    first, second = predictor.predict([folders / "val/dark/0.png", folders / "val/light/1.png"])
+    assert set(first["probabilities"]) == set(second["probabilities"]) == {"dark", "light"}
+    with pytest.raises(InputError, match="needs images, and no text"):
+        predictor.predict([], ["a"])
+
+
+def test_a_linear_probe_moves_its_head_alone(recipe: Make, folders: Path, pretrained: Path) -> None:
+    result = finetune(of_folders(recipe, folders, task={"frozen": True}))
+    model = xfm_fast.load(result.folder).model
+    assert isinstance(model.cls_head, torch.nn.Linear)
+    for name, value in xfm_fast.XFM.from_pretrained(pretrained).state_dict().items():
+        if name.startswith("vision_encoder."):
+            assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_bad_data(recipe: Make, folders: Path) -> None:
+    def refused(said: str, **changes: Any) -> None:
+        with pytest.raises(DataError, match=said):
+            finetune(of_folders(recipe, folders, **changes))
+        assert not (folders / "run/checkpoints").exists()
+
+    (folders / "train/empty").mkdir()
+    refused("class folder .*empty holds no images")
+    (folders / "train/empty").rmdir()
+    shutil.copytree(folders / "val/dark", folders / "val/dim")
+    refused(r"4 of 12 records .* such as 'dim' \(4\)")
+    shutil.rmtree(folders / "val/dim")
+    shutil.rmtree(folders / "train/light")
+    refused("one class only, 'dark'")
+    (folders / "train.csv").write_text("image,label\na.png,x\nb.png,y\n")
+    data = {"root": str(folders), "train": "train.csv", "splits": {"val": "train.csv"}}
+    with pytest.raises(DataError, match="2 of 2 images do not exist below"):
+        finetune(recipe("image", "", data=data))
+    with pytest.raises(DataError, match="no column 'file', but 'image', 'label'"):
+        finetune(recipe("image", "", data=data, task={"columns": {"image": "file"}}))
+    with pytest.raises(ConfigError, match="columns: file is no field; known here: image, label"):
+        recipe("image", "", data=data, task={"columns": {"file": "image"}})
+
+
+def test_images_without_labels_get_predictions(recipe: Make, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "unlabelled.csv").write_text("image\nimages/test/000000.png\n")
+    (tmp_path / "train.csv").write_text((world / "image_train.csv").read_text().replace("label", "shape", 1))
+    splits = {"test": str(tmp_path / "unlabelled.csv")}
+    data = {"root": str(world), "train": str(tmp_path / "train.csv"), "splits": splits}
+    task = {**WHOLE, "columns": {"label": "shape"}}
+    assert finetune(recipe("image", "", data=data, task=task, steps=1)).metrics == {"test": {}}
+    assert len(json.loads((tmp_path / "run/evaluation/test/predictions.json").read_text())) == 1
+
+
+def write_mnist(folder: Path) -> None:
+    """Eight images of two digits to train on, and two to test on, as torchvision finds them."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, labels in (("train", [0, 1] * 4), ("t10k", [1, 0])):
+        pixels = np.stack([np.full((28, 28), 40 + 170 * label, np.uint8) for label in labels])
+        head = struct.pack(">iiii", 0x803, len(labels), 28, 28)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(labels)) + bytes(labels))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_of_torchvision(workers: int, recipe: Make, tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    data = {"root": str(tmp_path), "train": ".", "splits": {"test": "."}}
+    task = {"dataset": "mnist", "view": "probe", "frozen": True}
+    made = recipe("image", "", data=data, task=task, steps=2, workers=workers)
+    opened = open_task(made)
+    assert isinstance(opened, ImageTask)
+    assert opened.options.labels[:2] == ("0 - zero", "1 - one")
+    records = opened.records([tmp_path], "test")
+    assert [(record.image, record.label) for record in records] == [("test/0", "1 - one"), ("test/1", "0 - zero")]
+    pixels = opened._evaluated(records[0])
+    assert pixels.shape == (3, 32, 32)
+    assert float(pixels.mean()) == pytest.approx((210 / 255 - 0.5) / 0.5, abs=0.01)
+    assert "top1" in finetune(made).metrics["test"]
+
+
+def test_a_set_without_splits_is_split_always_alike(tmp_path: Path) -> None:
+    for name in ("001.axe", "002.bear"):
+        place = tmp_path / "caltech256" / "256_ObjectCategories" / name
+        place.mkdir(parents=True)
+        for number in range(1, 6):
+            Image.new("L", (9, 9)).save(place / f"{name[:3]}_{number:04d}.jpg")
+    train, test, again = (open_torchvision("Caltech256", tmp_path, split) for split in ("train", "test", "test"))
+    assert sorted([*train.numbers, *test.numbers]) == [*range(10)]
+    assert (len(test.numbers), test.numbers) == (2, again.numbers)
+    assert train.classes == ["001.axe", "002.bear"]
+    assert [number // 5 for number in train.numbers] == train.targets
+    assert test.picture(test.numbers[0]).mode == "RGB"
+
+
+def test_sets_of_torchvision_that_cannot_be_read(recipe: Make, tmp_path: Path) -> None:
+    data = {"root": str(tmp_path), "train": ".", "splits": {"test": "."}}
+    with pytest.raises(DataError, match=r"CIFAR10, split 'train', cannot be read from .*nothing is downloaded"):
+        finetune(recipe("image", "", data=data, task={"dataset": "cifar10"}))
+    with pytest.raises(ConfigError, match=r"task\.dataset=FakeData is no data set"):
+        finetune(recipe("image", "", data=data, task={"dataset": "FakeData"}))
+    with pytest.raises(ConfigError, match=r"task\.dataset=imagenot is no data set of torchvision"):
+        finetune(recipe("image", "", data=data, task={"dataset": "imagenot"}))
+    write_mnist(tmp_path)
+    with pytest.raises(DataError, match="MNIST has no split 'val'; choose train or test"):
+        finetune(recipe("image", "", data={**data, "splits": {"val": "."}}, task={"dataset": "mnist"}))
+
+
+def test_commands(world: Path, pretrained: Path, tmp_path: Path) -> None:
+    run, changes = tmp_path / "run", [f"data.root={world}", "shapes=null", "batch_size=8", "steps=2"]
+    done = invoke(
+        ["finetune", "image_tiny_shapes", f"init.checkpoint={pretrained}", f"checkpoint.folder={run}", *changes]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(invoke(["evaluate", run, "--split", "test", "--json"]).stdout)
+    assert set(told["test"]) == {"top1", "top5"}
+    row = json.loads(invoke(["predict", run, world / "images/test/000001.png"]).stdout)
+    assert row["answer"] in SHAPES
+    assert row["probabilities"][row["answer"]] == max(row["probabilities"].values())
+
+
+def test_official_checkpoints(tmp_path: Path) -> None:
+    task = ImageTask(ImageTaskOptions(labels=("a", "b"), head="official_image"), XFMConfig.preset("tiny"))
+    official = {name: torch.randn_like(value) for name, value in task.build().state_dict().items()}
+    torch.save({"model": official}, tmp_path / "imagenet.th")
+    model = task.build()
+    model.load_official(tmp_path / "imagenet.th")
+    assert isinstance(model.cls_head, DeepMLPHead)
+    back = to_official(model.state_dict(), model.config, naming="fine-tuning")
+    for name, value in official.items():
+        assert torch.equal(back[name], value), name
+
+
+def test_recipes() -> None:
+    whole, probe = load_finetune_recipe("imagenet_ft"), load_finetune_recipe("imagenet_linear")
+    for made, batch in ((whole, 128), (probe, 256)):
+        assert isinstance(made.task, ImageTaskOptions)
+        assert (made.task.view, made.task.head, made.task.label_smoothing) == ("imagenet", "official_image", 0.1)
+        assert (made.batch_size, made.epochs, made.optimizer.lr, made.schedule.min_lr) == (batch, 100, 4e-5, 1e-7)
+        assert (made.schedule.kind, made.schedule.warmup) == ("cosine", 0.1)
+        assert made.optimizer.decay_all
+    assert isinstance(whole.task, ImageTaskOptions)
+    assert (whole.task.mixup, whole.task.cutmix, whole.task.frozen) == (0.8, 1.0, False)
+    assert isinstance(probe.task, ImageTaskOptions)
+    assert (probe.task.mixup, probe.task.cutmix, probe.task.frozen) == (0, 0, True)
+
+
+@pytest.mark.slow
+def test_handwritten_digits(tmp_path: Path) -> None:
+    """scikit-learn's 1,797 digits of 8 by 8 pixels, from random weights."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        place = tmp_path / ("test" if number % 4 == 0 else "train") / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype(np.uint8)).save(place / f"{number}.png")
+    model = {"preset": "tiny", "image_size": 16, "patch_size": 4, "layer_scale_init": 1.0, "drop_path_rate": 0.0}
+    model |= {"vision_depth": 2}
+    values: dict[str, Any] = {
+        "task": {"kind": "image", "view": "whole", "mixup": 0.8},
+        "model": model,
+        "data": {"root": str(tmp_path), "train": "train", "splits": {"test": "test"}},
+        "epochs": 30,
+        "batch_size": 64,
+        "optimizer": {"lr": 2e-3, "weight_decay": 0.05, "clip_norm": 1.0},
+        "schedule": {"warmup": 0.1},
+        "device": "cpu",
+        "checkpoint": {"folder": str(tmp_path / "run")},
+    }
+    top1 = finetune(FinetuneRecipe(**values)).metrics["test"]["top1"]
+    assert top1 >= 95, f"{top1:.1f}% of the digits are right"

@@ -1,0 +1,133 @@
+"""The official configurations as recipes. The values are those of the published files, written out anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import ConfigError
+from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
+from xfm_fast.finetuning.run import finetune
+
+MODEL: dict[str, Any] = {
+    "use_beit_v2": True, "vision_config": "configs/model/config_beit2_base.json", "image_res": 384, "patch_size": 16,
+    "local_attn_depth": -1, "text_encoder": "../data/roberta-base", "text_num_hidden_layers": 12,
+    "text_fusion_start_at": 12, "fusion_num_hidden_layers": 12, "fusion_fusion_start_at": 0,
+}  # fmt: skip
+IMAGE: dict[str, Any] = MODEL | {
+    "image_res": 224, "text_num_hidden_layers": 0, "text_fusion_start_at": 0, "fusion_num_hidden_layers": 0,
+    "batch_size_test": 512, "num_readers": 4, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "smoothing": 0.1, "num_labels": 1000, "color_jitter": None,
+    "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel", "recount": 1,
+}  # fmt: skip
+
+
+def trained(lr: str, epochs: int) -> dict[str, Any]:
+    # YAML 1.1 reads 3e-5 as text.
+    return {
+        "optimizer": {"opt": "adamW", "lr": lr, "weight_decay": 0.01, "lr_mult": 2},
+        "schedular": {"sched": "linear", "lr": lr, "epochs": epochs, "num_warmup_steps": 0.1},
+    }
+
+
+def files(name: str) -> dict[str, Any]:
+    return {
+        "train_file": [f"d/{name}_train.json"],
+        "val_file": f"d/{name}_val.json",
+        "test_file": f"d/{name}_test.json",
+    }
+
+
+RETRIEVAL = MODEL | trained("3e-5", 20) | files("coco") | {
+    "image_root": "../images/coco/", "batch_size_train": 32, "batch_size_test": 64, "batch_size_test_text": 64,
+    "max_tokens": 40, "embed_dim": 256, "temp": 0.07, "k_test": 256, "accumulation_steps": 1,
+}  # fmt: skip
+VQA = MODEL | trained("2e-5", 10) | {
+    "train_file": ["vqa_train.json", "vg_qa.json"], "test_file": ["vqa_test.json"], "answer_list": "answers.json",
+    "vqa_root": "../images/coco/", "vg_root": "../images/vg/", "image_res": 480, "num_dec_layers": 12,
+    "decoder_fusion_start_at": 0, "batch_size_train": 24, "batch_size_test": 32, "max_tokens": 40, "k_test": 128,
+    "start_eval": 2,
+}  # fmt: skip
+GROUNDING = MODEL | trained("2e-5", 15) | {
+    "train_file": ["rc_train.json"], "test_file": ["rc_val.json", "rc_test.json"], "refcoco_data": "../data/finetune/",
+    "det_file": "dets.json", "coco_file": "cocos.json", "image_root": "../images/coco/", "careful_hflip": True,
+    "batch_size": 20, "max_tokens": 40,
+}  # fmt: skip
+CAPTIONING = MODEL | trained("1e-5", 5) | files("ck") | {
+    "image_root": "../images/coco/", "val_gt_file": "ck_val_gt.json", "test_gt_file": "ck_test_gt.json",
+    "batch_size_train": 32, "batch_size_test": 32, "max_tokens": 40, "label_smoothing": 0.1, "max_length": 20,
+    "min_length": 5, "num_beams": 3, "prompt": "a picture of ",
+}  # fmt: skip
+GLUE = MODEL | {
+    "train_file": None, "validation_file": None, "test_file": None, "glue_datasets": "../glue", "task_name": "mnli",
+    "num_labels": 3, "max_length": 128, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 8,
+    "learning_rate": "2e-5", "weight_decay": 0.0, "num_train_epochs": 5, "lr_scheduler_type": "linear", "seed": 42,
+    "num_warmup_steps": 0, "fusion_num_hidden_layers": 0, "use_xbrain": True,
+}  # fmt: skip
+PROBE = IMAGE | {
+    "task_name": "cifar10", "dataset": "../images/cifar10", "batch_size_train": 256, "is_lp": True,
+    "optimizer": {"opt": "adamW", "lr": "2e-5", "weight_decay": 0.02, "momentum": 0.9},
+    "schedular": {"lr": "2e-5", "min_lr": 0, "epochs": 100, "warmup_epochs": 10},
+}  # fmt: skip
+
+
+def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRecipe:
+    path = tmp_path / "official.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_finetune_recipe(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("values", "ours", "same"),
+    [
+        # The multiple of lr differs, which nothing of retrieval learns by.
+        (RETRIEVAL, "retrieval_coco", {"task", "model", "epochs", "batch_size", "schedule", "choose"}),
+        (MODEL | trained("1e-5", 15) | files("nlvr") | {"image_root": "i", "batch_size": 8}, "nlvr2",
+         {"task", "model", "epochs", "batch_size", "optimizer", "schedule"}),
+        (VQA, "vqa2", {"model", "epochs", "batch_size", "optimizer", "schedule"}),
+        (GROUNDING, "refcoco_plus", {"task", "model", "epochs", "batch_size", "optimizer", "schedule"}),
+        (CAPTIONING, "coco_captioning", {"task", "model", "epochs", "batch_size", "optimizer", "schedule", "choose"}),
+        (GLUE, "glue_mnli", {"task", "epochs", "batch_size", "optimizer", "schedule"}),
+    ],
+)  # fmt: skip
+def test_a_published_file_is_our_recipe(values: dict[str, Any], ours: str, same: set[str], tmp_path: Path) -> None:
+    """The shipped recipes hold the official numbers, so that both say the same."""
+    official, shipped = load(values, tmp_path), load_finetune_recipe(ours)
+    for section in same:
+        assert getattr(official, section) == getattr(shipped, section), section
+    assert official.checkpoint.folder == "runs/official"
+
+
+def test_files_and_folders_are_those_of_the_file(tmp_path: Path) -> None:
+    retrieval = load(RETRIEVAL, tmp_path, "batch_size=4", "init.checkpoint=x.th")
+    assert retrieval.data.train == ("d/coco_train.json",)
+    assert retrieval.data.splits == {"val": ("d/coco_val.json",), "test": ("d/coco_test.json",)}
+    assert (retrieval.batch_size, retrieval.eval_batch_size, retrieval.tokenizer) == (4, 64, "../data/roberta-base")
+    assert str(retrieval.image_folder) == "../images/coco"
+    grounding = load(GROUNDING, tmp_path)
+    beside = ("../data/finetune/refcoco+/refs(unc).p", "../data/finetune/refcoco+/instances.json")
+    assert grounding.data.train == ("rc_train.json", *beside)
+    assert grounding.data.splits == {"test": ("rc_val.json", "rc_test.json", *beside)}
+    assert grounding.choose is None
+    captioning = load(CAPTIONING, tmp_path)
+    assert captioning.data.splits["val"] == ("d/ck_val.json", "ck_val_gt.json")
+    probe = load(PROBE, tmp_path)
+    assert probe.task.kind == "image"
+    assert (probe.task.dataset, probe.task.frozen, probe.task.mixup, probe.task.view) == ("CIFAR10", True, 0, "probe")
+    assert (probe.schedule.kind, probe.schedule.warmup, probe.optimizer.weight_decay) == ("cosine", 0.1, 0.01)
+    assert probe.model == XFMConfig.preset("base", text_layers=0, fusion_layers=0)
+
+
+def test_what_cannot_be_translated_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"k_tset is no key of the official .*\(did you mean k_test\?\)"):
+        load(RETRIEVAL | {"k_tset": 3}, tmp_path)
+    with pytest.raises(ConfigError, match=r"mixup_prob=0\.5 is not offered; only 1\.0 is"):
+        load(PROBE | {"mixup_prob": 0.5}, tmp_path)
+    with pytest.raises(ConfigError, match=r"epochs=0 trains nothing; .* xfm-fast evaluate"):
+        finetune(load(RETRIEVAL | trained("3e-5", 0), tmp_path))
+    with pytest.raises(ConfigError, match="do not tell which task"):
+        load(MODEL | {"train_file": ["x"]}, tmp_path)

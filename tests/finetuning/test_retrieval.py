@@ -1,0 +1,421 @@
+"""Retrieval as a task: losses of the recipe's path, evaluation on any number of processes, prediction, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weights
+from tests.conftest import CASES, config, load_json, official_keys
+from tests.training.small_runs import in_processes, join_group
+from xfm_fast.batches import PairBatch
+from xfm_fast.checkpoint import to_official
+from xfm_fast.data.annotations import RetrievalTestRecord
+from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
+from xfm_fast.finetuning.evaluation import Evaluation, fingerprint
+from xfm_fast.finetuning.prediction import load
+from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
+from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
+from xfm_fast.finetuning.run import evaluate, finetune, open_task
+from xfm_fast.memory import PeakMemory
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import contrastive_loss, matching_loss, step
+from xfm_fast.objectives.losses import HardNegatives, sample_hard_negatives
+from xfm_fast.tasks import reranking
+from xfm_fast.tasks.retrieval import Retriever
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tokenizer import CaptionTokenizer
+
+Make = Callable[..., FinetuneRecipe]
+RESULTS = ("metrics.json", "receipt.json", "scores.safetensors")
+
+
+@pytest.fixture
+def small(recipe: Make) -> FinetuneRecipe:
+    return recipe("retrieval", "retrieval_{}.json", task={"k": 5, "augment": False, "max_tokens": 32}, epochs=1)
+
+
+@pytest.fixture
+def task(small: FinetuneRecipe) -> RetrievalTask:
+    made = open_task(small)
+    assert isinstance(made, RetrievalTask)
+    return made
+
+
+@pytest.fixture
+def model(pretrained: Path) -> TaskModel:
+    return TaskModel.from_pretrained(pretrained)
+
+
+def without_tokenizer(case: str, size: int) -> RetrievalTask:
+    """The task of a golden model, for what reads no text."""
+    options = RetrievalOptions(max_tokens=20)
+    return RetrievalTask(options, config(case, image_size=size), create_autospec(CaptionTokenizer))
+
+
+def batch_of(task: RetrievalTask, world: Path, rows: list[int]) -> PairBatch:
+    (read,) = task.rows([world / "retrieval_train.json"])
+    rng = np.random.default_rng(0)
+    return task.collate([task.item(read.read(row), rng) for row in rows], rng)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_the_official_ones(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, size = inputs_of(f"{case}/ft_inputs", torch.float64), load_json(f"{case}/config")["ft_res"]
+    values = {name.partition("/")[2]: value for name, value in x.items() if name.startswith("retrieval/")}
+    made = without_tokenizer(case, size)
+    model = with_weights(XFM(config(case), heads=("contrastive", "matching")), case, torch.float32)
+    model.set_image_size(size)
+    model.double()
+    drawn = HardNegatives(values["itm_image_neg_idx"], values["itm_text_neg_idx"])
+    monkeypatch.setattr(step, "sample_hard_negatives", lambda *_, **__: drawn)
+    nothing = torch.zeros(len(values["text_ids"]), 0, dtype=torch.long)
+    batch = PairBatch(
+        input_ids=values["text_ids"], attention_mask=values["text_atts"], masked_input_ids=values["text_ids"],
+        masked_positions=nothing, masked_labels=nothing, image=values["image"], image_ids=values["idx"],
+    )  # fmt: skip
+    losses = made.losses_of(model, batch)
+    torch.stack([*losses.values()]).sum().backward()
+    official = tensors(f"{case}/ft_outputs")
+    for name in ("itc", "itm"):
+        torch.testing.assert_close(losses[name].detach(), official[f"retrieval/loss_{name}"], rtol=1e-10, atol=0)
+    norms = load_json(f"{case}/ft_grads")["retrieval"]["grad_norm"]
+    expected = {name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in norms.items()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_gradient_norms(found, expected, "retrieval", zero_is_none=True)
+
+
+def test_losses_are_those_of_the_module(task: RetrievalTask, model: TaskModel, world: Path) -> None:
+    """Rows 0 and 1 are captions of one image, which share their targets and are never each other's negative."""
+    batch = batch_of(task, world, [0, 1, 4, 8])
+    assert batch.image_ids is not None
+    assert [*map(batch.image_ids.tolist().index, batch.image_ids.tolist())] == [0, 0, 2, 3]
+    assert batch.input_ids.shape == (4, 32)
+    torch.manual_seed(0)
+    losses = task.losses_of(model, batch)
+    torch.stack([*losses.values()]).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+
+    image, mask = model.encode_image(batch.image), batch.attention_mask
+    text = model.encode_text(batch.input_ids, mask)
+    features = model.project_image(image), model.project_text(text)
+    torch.manual_seed(0)
+    negatives = sample_hard_negatives(*features, model.temp, batch.image_ids)
+    own = torch.arange(4)
+    texts, images = torch.cat([own, own, negatives.texts]), torch.cat([own, negatives.images, own])
+    fused = model.fuse(text[texts], mask[texts], model.image_memory(image), images, first_token_only=True)
+    expected = {
+        "itc": contrastive_loss(*features, model.temp, batch.image_ids),
+        "itm": matching_loss(model.match_logits(fused), torch.arange(12) < 4),
+    }
+    torch.stack([*expected.values()]).sum().backward()
+    torch.testing.assert_close(losses, expected)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def process_of_a_run(rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe) -> None:
+    """What `in_processes` calls: fine-tune."""
+    join_group(rank, world_size, meeting_point)
+    finetune(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("official", [False, True])
+def test_the_contrastive_loss_ranges_over_all_processes(recipe: Make, tmp_path: Path, official: bool) -> None:
+    def itc(world_size: int) -> float:
+        made = recipe(
+            "retrieval", "retrieval_{}.json", steps=1, batch_size=8 // world_size,
+            model={"hidden_dropout": 0.0, "attention_dropout": 0.0, "drop_path_rate": 0.0},
+            task={"augment": False, "official_itm_negatives": official, "official_itc_gradient": official},
+            checkpoint={"folder": str(tmp_path / str(world_size))},
+        )  # fmt: skip
+        assert in_processes(process_of_a_run, world_size, tmp_path / f"meet{world_size}", made) == [0] * world_size
+        line = json.loads((tmp_path / str(world_size) / "log.jsonl").read_text().splitlines()[0])
+        assert math.isfinite(line["loss/train/itm"])
+        return line["loss/train/itc"]
+
+    assert itc(2) == pytest.approx(itc(1), rel=1e-5)
+
+
+def test_evaluation_is_a_re_ranking_of_all(task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path) -> None:
+    records = task.records([world / "retrieval_test.json"], "test")
+    metrics = Evaluation(tmp_path, batch_size=4).run(task, model, records)
+
+    retriever = Retriever(model)
+    images = retriever.embed_images([torch.stack([task.pixels(record.image) for record in records])])
+    captions = [caption for record in records for caption in record.caption]
+    texts = retriever.embed_texts([task.padded([task.ids(caption) for caption in captions])])
+    expected = retriever.rerank(images, texts, k=5)
+    found = load_file(tmp_path / "scores.safetensors")
+    assert torch.equal(found["text"].long(), expected.candidates.texts)
+    assert torch.equal(found["image"].long(), expected.candidates.images)
+    torch.testing.assert_close(found["score"], expected.scores, rtol=1e-5, atol=1e-5)
+    assert metrics == expected.recall(torch.arange(len(records)))
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    assert receipt["flops"] == expected.receipt.flops
+    assert receipt["flops_official"] == expected.receipt.flops_official
+    assert receipt["pairs_scored"] == len(found["score"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(RESULTS)
+    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"] == metrics
+
+
+def process_of_an_evaluation(
+    rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRecipe, folder: Path, kill_at: int
+) -> None:
+    """What `in_processes` calls: evaluate, and die when `kill_at` blocks are scored."""
+    join_group(rank, world_size, meeting_point)
+    sync, done = reranking.ScoreJournal.sync, 0
+
+    def counted(self: reranking.ScoreJournal) -> None:
+        nonlocal done
+        sync(self)
+        done += 1
+        # A new journal begins with one.
+        if done == 1 + kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    reranking.ScoreJournal.sync = counted
+    assert recipe.init.checkpoint is not None
+    evaluate(recipe, recipe.init.checkpoint, "test", folder)
+
+
+@pytest.mark.slow
+def test_same_on_any_number_of_processes_and_after_a_kill(small: FinetuneRecipe, tmp_path: Path) -> None:
+    def run(name: str, world_size: int, kill_at: int = -1) -> list[int]:
+        return in_processes(
+            process_of_an_evaluation, world_size, tmp_path / f"{name}-{world_size}-{kill_at}", small, tmp_path / name,
+            kill_at,
+        )  # fmt: skip
+
+    def results(name: str) -> list[bytes]:
+        return [(tmp_path / name / each).read_bytes() for each in RESULTS]
+
+    for world_size in (1, 2, 4):
+        assert run(str(world_size), world_size) == [0] * world_size
+    assert results("2") == results("1")
+    assert results("4") == results("1")
+    assert run("killed", 1, kill_at=2) == [-signal.SIGKILL]
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    shutil.copytree(tmp_path / "killed", tmp_path / "again")
+    # Two of three blocks are done.
+    assert run("again", 1, kill_at=2) == [0]
+    assert run("killed", 2) == [0, 0]
+    assert results("killed") == results("again") == results("1")
+
+
+def test_scores_do_not_tie_in_half_precision(
+    task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path
+) -> None:
+    """Ties count against the true answer."""
+    records = task.records([world / "retrieval_test.json"], "test")
+    half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    Evaluation(tmp_path, batch_size=4, autocast=half).run(task, model, records)
+    scores = load_file(tmp_path / "scores.safetensors")["score"]
+    assert bool((scores != scores.bfloat16()).any())
+    whole = fingerprint(task, model, records, 4)
+    with half():
+        # What was begun in another precision is not gone on with.
+        assert fingerprint(task, model, records, 4) != whole
+
+
+def test_a_journal_of_other_weights_is_not_used(
+    task: RetrievalTask, model: TaskModel, world: Path, tmp_path: Path
+) -> None:
+    records = task.records([world / "retrieval_test.json"], "test")
+    metrics = Evaluation(tmp_path / "a", batch_size=4).run(task, model, records)
+    other = tmp_path / "b"
+    with reranking.ScoreJournal(other / "rows-00000.bin", "other work") as journal:
+        journal.append(0, torch.full((3,), 1e6))
+    (other / "images-00007.bin").write_bytes(b"left")
+    assert Evaluation(other, batch_size=4).run(task, model, records) == metrics
+    assert sorted(path.name for path in other.iterdir()) == sorted(RESULTS)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_the_number_of_images(tmp_path: Path, task: RetrievalTask) -> None:
+    """The embeddings of the larger set take 135 MB, those of a block 2 MB."""
+    cfg = task.config.replace(image_size=128, patch_size=8, vision_width=64, vision_depth=1)
+    large = RetrievalTask(RetrievalOptions(k=2), cfg, task.tokenizer)
+    large.pixels = lambda image: torch.randn(3, 128, 128)
+    model = large.build()
+
+    def peak(images: int) -> int:
+        records = [RetrievalTestRecord(image=f"{n}.png", caption=("a red circle",)) for n in range(images)]
+        with PeakMemory() as memory:
+            Evaluation(tmp_path, batch_size=32).run(large, model, records)
+        return memory.peak - memory.start
+
+    peak(64)
+    assert peak(2048) - peak(256) < 25e6
+
+
+def test_predict_gives_every_pair_and_does_not_depend_on_the_batch(
+    task: RetrievalTask, model: TaskModel, world: Path
+) -> None:
+    images = [world / f"images/test/00000{number}.png" for number in range(3)]
+    texts = ["a red circle", "a large blue star left of a green square", "a red circle"]
+    records = task.requests(images, texts)
+    with torch.no_grad():
+        together = task.predict(model, records)
+        alone = [task.predict(model, [record])[0] for record in records]
+    assert [row["image"] for row in together] == [str(image) for image in images]
+    for row, single in zip(together, alone, strict=True):
+        assert [pair["text"] for pair in row["texts"]] == texts
+        assert row["texts"][0] == row["texts"][2]
+        for pair, other in zip(row["texts"], single["texts"], strict=True):
+            assert pair["probability"] == pytest.approx(other["probability"], abs=1e-5)
+            assert pair["cosine"] == pytest.approx(other["cosine"], abs=1e-5)
+    scores = Retriever(model)
+    embedded = scores.embed_images([torch.stack([task.pixels(image) for image in images])])
+    ranked = scores.rerank(embedded, scores.embed_texts([task.padded([task.ids(text) for text in texts[:2]])]), k=2)
+    order = [pair["probability"] for row in together for pair in row["texts"][:2]]
+    assert np.argsort(order[:2]).tolist() == ranked.score_i2t[0].argsort().tolist()
+
+
+def test_finetune_evaluate_and_predict(
+    small: FinetuneRecipe, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small.model_copy(update={"steps": 2})
+    result = finetune(recipe)
+    assert set(result.metrics) == {"val", "test"}
+    assert {"txt_r1", "img_r10", "r_mean"} <= set(result.metrics["test"])
+    run = Path(recipe.checkpoint.folder)
+    assert evaluate(recipe, run, "test", tmp_path / "again") == result.metrics["test"]
+    fewer = recipe.model_copy(update={"task": recipe.task.model_copy(update={"k": 1})})
+    evaluate(fewer, run, "test", tmp_path / "fewer")
+    receipt = json.loads((tmp_path / "fewer" / "receipt.json").read_text())
+    assert receipt["pairs_official"] == receipt["images"] + receipt["texts"]
+    predictor = load(run)
+    (row,) = predictor.predict([world / "images/test/000000.png"], ["a red circle", "a blue star"])
+    assert [pair["text"] for pair in row["texts"]] == ["a red circle", "a blue star"]
+    assert "images of the split" not in capsys.readouterr().err
+
+
+def test_images_in_training_and_in_a_split_are_named(small: FinetuneRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    data = small.data.model_copy(update={"splits": {"val": ("retrieval_train.json",)}})
+    finetune(small.model_copy(update={"data": data, "steps": 1}))
+    assert "40 images of the split val are in the files of training too" in capsys.readouterr().err
+
+
+def test_a_pretrained_model_is_evaluated_as_it_is_without_files_of_training(
+    small: FinetuneRecipe, pretrained: Path, tmp_path: Path
+) -> None:
+    data = small.data.model_copy(update={"train": ("not_here.json",)})
+    assert "r_mean" in evaluate(small.model_copy(update={"data": data}), pretrained, "test", tmp_path / "zero")
+
+
+def karpathy(world: Path, folder: Path, splits: dict[str, str]) -> Path:
+    """A file as Karpathy's, of the images of several official ones."""
+    images = [
+        {"filepath": "images/" + split, "filename": Path(row["image"]).name, "split": name, "imgid": 100 * n + number,
+         "sentences": [{"raw": row["caption"] if isinstance(row["caption"], str) else row["caption"][0]}]}
+        for n, (name, split) in enumerate(splits.items())
+        for number, row in enumerate(json.loads((world / f"retrieval_{split}.json").read_text())[:4])
+    ]  # fmt: skip
+    path = folder / "dataset_shapes.json"
+    path.write_text(json.dumps({"images": images, "dataset": "shapes"}))
+    return path
+
+
+def test_karpathys_file_gives_each_split(task: RetrievalTask, world: Path, tmp_path: Path) -> None:
+    path = karpathy(world, tmp_path, {"restval": "train", "val": "val", "test": "test"})
+    for split in ("val", "test"):
+        records = task.records([path], split)
+        assert len(records) == 4
+        assert all(record.image.startswith(f"images/{split}/") for record in records)
+    (rows,) = task.rows([path])
+    assert len(rows) == 4
+
+
+def test_tables_and_folders(small: FinetuneRecipe, world: Path, tmp_path: Path) -> None:
+    elements = json.loads((world / "retrieval_train.json").read_text())[:8]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["file", "said"], *([each["image"], each["caption"]] for each in elements)])
+    options = RetrievalOptions(columns={"image": "file", "caption": "said"}, augment=False)
+    made = RetrievalTask(options, small.model, open_task(small).tokenizer, images=world)
+    (rows,) = made.rows([tmp_path / "pairs.csv"])
+    first, second, third = (made.item(rows.read(row), np.random.default_rng(0)) for row in (0, 1, 4))
+    assert first.image_id == second.image_id != third.image_id
+    assert [len(record.caption) for record in made.records([tmp_path / "pairs.csv"], "test")] == [4, 4]
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(world / elements[0]["image"], folder / "a.png")
+    (folder / "a.txt").write_text("a red circle\na circle\n")
+    (record,) = made.records([folder], "test")
+    assert record.caption == ("a red circle", "a circle")
+    assert made.pixels(record.image).shape == (3, 32, 32)
+
+
+def test_bad_input(small: FinetuneRecipe, task: RetrievalTask, world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps([{"image": "images/test/nowhere.png", "caption": ["a circle"]}]))
+    with pytest.raises(DataError, match=r"1 of 1 images do not exist.*nowhere\.png"):
+        task.records([path], "test")
+    (rows,) = task.rows([world / "retrieval_train.json"])
+    record = rows.read(0).model_copy(update={"image": "images/train/nowhere.png"})
+    with pytest.raises(DataError, match=r"nowhere\.png"):
+        task.item(record, np.random.default_rng(0))
+    with pytest.raises(InputError, match="1 images and 0 texts"):
+        task.requests([Path("a.png")], [])
+    with pytest.raises(InputError, match="empty after cleaning"):
+        task.requests([Path("a.png")], ["..."])
+    with pytest.raises(InputError, match="give a line each"):
+        task.request({"images": ["a.png", "b.png"], "text": "a dog"})
+    assert task.request({"image": "a.png", "text": ["a dog", "a cat"]}).caption == ("a dog", "a cat")
+    with pytest.raises(ConfigError, match=r"task\.max_tokens=900"):
+        RetrievalTask(RetrievalOptions(max_tokens=900), small.model, task.tokenizer)
+
+
+@pytest.mark.parametrize("name", ["retrieval_coco", "retrieval_flickr30k", "retrieval_tiny_shapes"])
+def test_recipes_load(name: str, pretrained: Path) -> None:
+    loaded = load_finetune_recipe(name, [f"init.checkpoint={pretrained}"])
+    assert isinstance(loaded.task, RetrievalOptions)
+    assert loaded.choose is not None
+    assert loaded.choose.by == "r_mean"
+    assert loaded.optimizer.clip_norm is None
+    # The official list of faster parameters is empty for retrieval.
+    assert loaded.large_lr == ()
+
+
+def test_official_fine_tuned_weights_come_back_whole(task: RetrievalTask, tmp_path: Path) -> None:
+    first = task.build()
+    official = to_official(first.state_dict(), task.config, naming="fine-tuning")
+    torch.save({"model": official}, tmp_path / "fine_tuned.th")
+    second = task.build()
+    second.load_official(tmp_path / "fine_tuned.th")
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+    again = to_official(second.state_dict(), task.config, naming="fine-tuning")
+    assert all(torch.equal(again[name], value) for name, value in official.items())
+
+
+def test_base_size_names_and_shapes_are_the_official_ones() -> None:
+    with torch.device("meta"):
+        model = without_tokenizer("base", 384).build()
+    known = official_keys("XFMForRetrieval")
+    for name, value in model.state_dict().items():
+        assert [*value.shape] == known[name.replace("text_encoder.roberta.", "text_encoder.")]["shape"], name
+
+
+def test_weights_of_another_task_are_refused(recipe: Make, small: FinetuneRecipe, tmp_path: Path) -> None:
+    other = recipe("nlvr2", "nlvr_{}.json", steps=1, checkpoint={"folder": str(tmp_path / "nlvr2")})
+    finetune(other)
+    with pytest.raises(CheckpointError, match=r"fine-tuned for the task nlvr2, and this is retrieval"):
+        evaluate(small, tmp_path / "nlvr2", "test", tmp_path / "out")

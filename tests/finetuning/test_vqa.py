@@ -1,0 +1,301 @@
+"""VQA from files to results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import xfm_fast
+from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weights
+from tests.conftest import config, load_json
+from tests.finetuning.conftest import Make
+from tests.finetuning.golden_words import word_tokenizer, words
+from xfm_fast.checkpoint import to_official
+from xfm_fast.data.annotations import VQARecord
+from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.finetuning.recipe import load_finetune_recipe
+from xfm_fast.finetuning.run import evaluate, finetune, initial_model, load_weights, open_task
+from xfm_fast.finetuning.vqa import RESULT_FILE, VQAOptions, VQATask
+from xfm_fast.tasks.vqa import VQAModel
+
+FILES = "vqa", "vqa_{}.json"
+TINY = {"decoder_layers": 2, "answers": "answers.json", "k": "all", "augment": False}
+PIXELS = torch.zeros(3, 8, 8)
+
+
+@pytest.fixture
+def task(recipe: Make) -> VQATask:
+    made = open_task(recipe(*FILES, task=TINY))
+    assert isinstance(made, VQATask)
+    return made
+
+
+@pytest.fixture
+def model(recipe: Make, task: VQATask) -> VQAModel:
+    made = initial_model(recipe(*FILES, task=TINY), task)
+    assert isinstance(made, VQAModel)
+    return made.eval()
+
+
+def record(**fields: Any) -> VQARecord:
+    return VQARecord(**{"image": "a.png", "question": "what is it", "question_id": 0, "answer": ["dog"]} | fields)
+
+
+def written(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_recipes_path_gives_the_official_loss_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file with ten answers to each question; weights are their shares."""
+    x = {k.partition("/")[2]: v for k, v in inputs_of("tiny_b/ft_inputs", torch.float64).items() if k[:4] == "vqa/"}
+    cfg = config("tiny_b")
+    task = VQATask(
+        VQAOptions(decoder_layers=3, generate=True, augment=False), cfg, word_tokenizer(cfg.vocab_size), images=tmp_path
+    )
+    monkeypatch.setattr(task, "pixels", lambda name: x["image"][int(Path(name).name)])
+    texts, shares = [words(ids) for ids in x["train_answer_ids"]], x["train_weights"].tolist()
+    first, elements = 0, []
+    for number, ids in enumerate(x["question_ids"]):
+        last = first + int(x["train_n_answers"][number])
+        said = [
+            text
+            for text, share in zip(texts[first:last], shares[first:last], strict=True)
+            for _ in range(round(10 * share))
+        ]
+        elements.append({"image": str(number), "question": words(ids), "question_id": number, "answer": said})
+        first = last
+    (rows,) = task.rows([written(tmp_path / "train.json", elements)])
+    rng = np.random.default_rng(0)
+    batch = task.collate([task.item(rows.read(row), rng) for row in range(len(rows))], rng)
+    model = with_weights(VQAModel(cfg, decoder_layers=3), "tiny_b", torch.float64, "vqa")
+    loss = task.losses_of(model, batch)["loss"]
+    assert float(loss.detach()) == pytest.approx(float(tensors("tiny_b/ft_outputs")["vqa/train_loss"]), rel=1e-6)
+    loss.backward()
+    official = load_json("tiny_b/ft_grads")["vqa"]["grad_norm"]
+    expected = {name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in official.items()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_gradient_norms(found, expected, "loss", rel=1e-6, zero_is_none=True)
+
+
+def test_weights_of_other_data_sets(task: VQATask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visual Genome's only answer counts half, GQA's whole."""
+    monkeypatch.setattr(task, "pixels", lambda name: PIXELS)
+    rng = np.random.default_rng(0)
+    batch = task.collate([task.item(record(dataset=name, answer="dog"), rng) for name in ("vg", "gqa")], rng)
+    assert batch.answer_weights.tolist() == [0.5, 1.0]
+    assert batch.answers_per_question.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("question", "answers", "may_flip"),
+    [
+        ("what is it", ["dog"], True),
+        ("what is on the LEFT", ["dog"], False),
+        ("which leftover is it", ["dog"], False),
+        ("where is it", ["dog", "to the right"], False),
+    ],
+)
+def test_no_mirror_where_a_side_is_meant(
+    task: VQATask, monkeypatch: pytest.MonkeyPatch, question: str, answers: list[str], may_flip: bool
+) -> None:
+    seen = []
+    monkeypatch.setattr(task, "augmented", lambda image, rng, may_flip: seen.append(may_flip) or PIXELS)
+    task.item(record(question=question, answer=answers), np.random.default_rng(0))
+    assert seen == [may_flip]
+
+
+def test_questions_are_cut_in_training_alone(task: VQATask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "pixels", lambda name: PIXELS)
+    encode = task.tokenizer.encode_ids
+    many, long = (record(question=" ".join([word] * 60)) for word in ("cyan", "quixotry"))
+    assert task.item(many, np.random.default_rng(0)).ids == encode([" ".join(["cyan"] * 30)], 40)[0]
+    assert len(task.item(long, np.random.default_rng(0)).ids) == 40
+    assert task._asked(many) == encode([" ".join(["cyan"] * 50)], 500)[0]
+    assert task._asked(record(question="?!")) == [0, 2]
+
+
+def test_predictions_do_not_depend_on_the_batch(task: VQATask, model: VQAModel, world: Path) -> None:
+    records = task.records([world / "vqa_val.json"], "val")[:8]
+    with torch.no_grad():
+        together = task.predict(model, records)
+        alone = [task.predict(model, [each])[0] for each in records]
+    for a, b in zip(together, alone, strict=True):
+        assert a["answer"] == b["answer"]
+        assert a["probability"] == pytest.approx(b["probability"], rel=1e-3)
+        assert [each["answer"] for each in a["runners_up"]] == [each["answer"] for each in b["runners_up"]]
+
+
+def test_probabilities_are_those_of_writing_the_answer(task: VQATask, model: VQAModel, world: Path) -> None:
+    (asked, *_) = task.records([world / "vqa_val.json"], "val")
+    with torch.no_grad():
+        best = task.predict(model, [asked])[0]
+        batch = task.collate(
+            [task.item(asked.model_copy(update={"answer": (best["answer"],)}), np.random.default_rng(0))],
+            np.random.default_rng(0),
+        )
+        assert float((-task.losses_of(model, batch)["loss"]).exp()) == pytest.approx(best["probability"], rel=1e-3)
+
+
+def test_an_image_is_encoded_once(task: VQATask, model: VQAModel, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = task.records([world / "vqa_val.json"], "val")
+    group = max(task.groups(records), key=len)
+    assert {records[number].image for number in group} == {records[group[0]].image}
+    assert len(group) > 3
+    encoded: list[Tensor] = []
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda pixels: encoded.append(pixels) or encode(pixels))
+    with torch.no_grad():
+        task.predict(model, [records[number] for number in group])
+    assert [len(pixels) for pixels in encoded] == [1]
+
+
+def golden_records(*, official: bool) -> Sequence[VQARecord]:
+    """With ten people's answers as VQA v2 has them, or as the official files do."""
+    found = []
+    for annotation in load_json("metrics/vqa_inputs")["annotations"]:
+        said = [each["answer"] for each in annotation["answers"]]
+        kinds = (
+            {}
+            if official
+            else {
+                "question_type": annotation["question_type"],
+                "answer_type": annotation["answer_type"],
+                "answers": said,
+            }
+        )
+        found.append(record(question_id=annotation["question_id"], answer=said, **kinds))
+    return found
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_accuracy_is_the_official_one(task: VQATask, official: bool) -> None:
+    golden, records = load_json("metrics/metrics")["vqa"]["accuracy"], golden_records(official=official)
+    given = {each["question_id"]: each["answer"] for each in load_json("metrics/vqa_inputs")["predictions"]}
+    rows = [{"answer": given[each.question_id]} for each in records]
+    found = task.score(rows, records)
+    by_type = {f"accuracy_{kind.replace('/', '_')}": value for kind, value in golden["perAnswerType"].items()}
+    found.pop("exact_match")
+    assert found == {"accuracy": golden["overall"]} | ({} if official else by_type)
+
+
+def test_exact_match_and_the_file_of_evalai(task: VQATask) -> None:
+    records = [record(question_id=7), record(question_id="a", answer=["cat", "dog", "dog"]), record(answer=None)]
+    rows = [{"answer": "dog"}, {"answer": "cat"}, {"answer": "ox"}]
+    assert task.score(rows, records) == {"exact_match": 50.0}
+    assert task.score(rows[2:], records[2:]) == {}
+    assert json.loads(task.files(rows, records)[RESULT_FILE])[:2] == [
+        {"question_id": 7, "answer": "dog"},
+        {"question_id": "a", "answer": "cat"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "message"),
+    [
+        (0, ["what"], "0 images and 1 texts"),
+        (2, ["what"], "2 images"),
+        (1, [], "1 images and 0 texts were given; this model needs an image and questions about it"),
+        (1, ["what", " "], "text 1 of 2 is blank"),
+    ],
+)
+def test_requests_that_are_none(task: VQATask, images: int, texts: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        task.requests([Path("a.png")] * images, texts)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"a": 1}, "holds a JSON dict; expected one array of strings"),
+        (["a", "b", "a"], "'a' stand there more than once"),
+        (["a", " "], "answer 1 is ' '"),
+        (["a", 2], "answer 1 is 2"),
+    ],
+)
+def test_answer_lists_that_are_none(recipe: Make, tmp_path: Path, answers: Any, message: str) -> None:
+    path = written(tmp_path / "answers.json", answers)
+    with pytest.raises(DataError, match=message):
+        open_task(recipe(*FILES, task=TINY | {"answers": str(path)}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 25}, r"task\.k=25, but there are 2\d answers"),
+        ({"k": 0}, "k=0 ranks nothing"),
+        ({"answers": None}, "there are no answers to rank"),
+    ],
+)
+def test_options_that_do_not_go(recipe: Make, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_task(recipe(*FILES, task=TINY | options))
+
+
+def test_questions_without_image_or_answers(task: VQATask, tmp_path: Path) -> None:
+    elements = [
+        {"question": "what", "question_id": 3, "answer": ["dog"]},
+        {"image": "a.png", "question": "?", "question_id": 4},
+    ]
+    (rows,) = task.rows([written(tmp_path / "train.json", elements)])
+    with pytest.raises(DataError, match="'image' is missing"):
+        rows.read(0)
+    with pytest.raises(DataError, match="question 4 has no answer"):
+        task.item(rows.read(1), np.random.default_rng(0))
+
+
+def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two sets with images in folders of their own; an unlisted and an empty answer; ranked, then written freely."""
+    elements = json.loads((world / "vqa_train.json").read_text())[:20]
+    folder, name = str(world / "images"), "train/000000.png"
+    own = [each | {"image": each["image"].removeprefix("images/")} for each in elements]
+    other = [each | {"dataset": "vg", "image": "000000.png", "answer": "unheard of"} for each in elements[:4]]
+    files = [
+        written(tmp_path / "vqa.json", [own[0] | {"answer": ["", "two"]}, *own[1:]]),
+        written(tmp_path / "vg.json", other),
+    ]
+    made = recipe(
+        *FILES, epochs=1, steps=2,
+        task=TINY | {"image_folders": {"vqa": folder, "vg": f"{folder}/train"}},
+        data={"root": str(world), "train": list(map(str, files)), "splits": {"val": str(files[0])}},
+    )  # fmt: skip
+    result = finetune(made)
+    said = capsys.readouterr().err
+    assert "the answers of 4 questions are not in task.answers, so that ranking cannot give them ('unheard of'" in said
+    assert "1 empty answers were left out" in said
+    run = Path(made.checkpoint.folder)
+    assert len(json.loads((run / "evaluation/val" / RESULT_FILE).read_text())) == 20
+    assert result.metrics["val"].keys() == {"exact_match"}
+    (first, second) = xfm_fast.load(run).predict([f"{folder}/{name}"], ["how many objects are there", "what"])
+    assert first["answer"] in json.loads((world / "answers.json").read_text())
+    assert len(second["runners_up"]) == 4
+    made = made.model_copy(update={"task": made.task.model_copy(update={"generate": True})})
+    evaluate(made, run, "val", tmp_path / "free")
+    assert len(json.loads((tmp_path / "free" / RESULT_FILE).read_text())) == 20
+
+
+def test_evaluation_needs_no_training_files(recipe: Make, world: Path) -> None:
+    data = {"root": str(world), "train": "not_here.json", "splits": {"val": "vqa_val.json"}}
+    assert len(open_task(recipe(*FILES, task=TINY, data=data)).options.answers) > 20
+
+
+def test_official_fine_tuned_weights_come_back_whole(task: VQATask, tmp_path: Path) -> None:
+    official = to_official(task.build().state_dict(), task.config, naming="fine-tuning")
+    torch.save({"model": official}, tmp_path / "fine_tuned.th")
+    model = task.build()
+    assert load_weights(model, task, tmp_path / "fine_tuned.th")
+    back = to_official(model.state_dict(), task.config, naming="fine-tuning")
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[name], value) for name, value in official.items())
+
+
+@pytest.mark.parametrize("name", ["vqa2", "vqa_tiny_shapes"])
+def test_recipes_of_the_package(name: str, pretrained: Path) -> None:
+    assert load_finetune_recipe(name, [f"init.checkpoint={pretrained}"]).task.kind == "vqa"

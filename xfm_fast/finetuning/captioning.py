@@ -1,0 +1,260 @@
+"""Captioning: write what an image shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import Annotation, AnnotationRows, CaptioningRecord, CaptioningTestRecord
+from xfm_fast.data.files import find_files, read_json
+from xfm_fast.data.images import record_pixels
+from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.records import Rows, open_records
+from xfm_fast.data.shapes import Scene, Split, scene, true_caption_share
+from xfm_fast.data.shapes.world import WORLD_FILE
+from xfm_fast.data.tables import holds_images
+from xfm_fast.data.task_files import captioning_rows, captioning_test_rows
+from xfm_fast.data.texts import choose_text
+from xfm_fast.data.transforms import pretraining_transform, whole_image
+from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
+from xfm_fast.tasks.caption_metrics import caption_metrics
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+
+class CaptionedImages(ImageOptions):
+    """Images with captions as pretraining reads them, in line JSON or shards, in place of the files of captioning."""
+
+    caption_key: str = Field(
+        default="desc",
+        description="field of the caption: a string, or a list or mapping of such, of which one is drawn",
+    )
+    language: str | None = Field(
+        default=None, description="which text to take where there is one for each of several languages; null draws one"
+    )
+
+
+class CaptioningOptions(TaskOptions):
+    """The task of captioning."""
+
+    kind: Literal["captioning"] = "captioning"
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    prompt: str = Field(default="a picture of ", description="that captions continue; it is given, and not learnt")
+    max_words: int = Field(default=40, gt=0, description="of a caption to learn")
+    max_tokens: int = Field(default=40, ge=3, description="`<s>`, prompt and `</s>` counted in, of a caption to learn")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    max_length: int = Field(default=20, gt=0, description="tokens of a caption that is written, as in max_tokens")
+    min_length: int = Field(default=5, ge=0, description="tokens before `</s>` may be written, prompt counted in")
+    num_beams: int = Field(default=3, gt=0, description="1 takes the likeliest token at every step")
+    facts: bool = Field(
+        default=False, description="also score by what is true, which is known of images of a shapes world alone"
+    )
+    pairs: CaptionedImages | None = Field(
+        default=None,
+        description="train on the pairs of pretraining first; splits hold files of captioning all the same",
+    )
+
+
+class Captioned(NamedTuple):
+    """A view of an image, and `<s> prompt caption </s>` as ids."""
+
+    image: Tensor
+    ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningBatch(PairInput):
+    """`image` `[B, 3, R, R]` and a caption of each with its prompt, `input_ids` `[B, L]`."""
+
+
+class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, CaptioningBatch]):
+    """See `xfm_fast.tasks.captioning`.
+
+    The files of a split name images with all their captions; or images alone, with a file of COCO captions beside them
+    whose captions have the images' ids. Folders of images can be captioned too, and are not scored.
+    """
+
+    options_type = CaptioningOptions
+
+    def __init__(
+        self,
+        options: CaptioningOptions,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        *,
+        images: Path = Path(),
+    ) -> None:
+        super().__init__(options, config, tokenizer, images=images)
+        self.prompt = self.tokenizer.encode_prompt(options.prompt)
+        least, longest = len(self.prompt) + 2, config.max_text_length
+        for name, value in (("max_tokens", options.max_tokens), ("max_length", options.max_length)):
+            if not least <= value <= longest:
+                raise ConfigError(
+                    f"task.{name}={value}; the prompt {options.prompt!r} and a word need {least}, and the model has "
+                    f"{longest} positions"
+                )
+
+    def build(self) -> CaptioningModel:
+        return CaptioningModel(self.config)
+
+    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
+        if (pairs := self.options.pairs) is not None:
+            return open_records(paths, image_key=pairs.image_key, caption_key=pairs.caption_key).files
+        return captioning_rows(paths, split="train")
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[CaptioningTestRecord]]:
+        return captioning_test_rows(paths, split=split)
+
+    def records(self, paths: Sequence[Path], split: str) -> list[CaptioningTestRecord]:
+        files = find_files(paths, holds_images)
+        truth = {path: captions for path in files if (captions := _coco_captions(path)) is not None}
+        images = [path for path in files if path not in truth]
+        # A file of COCO captions alone names its images itself.
+        records = super().records(images or files, split)
+        if images:
+            said = {identity: captions for each in truth.values() for identity, captions in each.items()}
+            records = [
+                record
+                if record.caption is not None or record.identity not in said
+                else record.model_copy(update={"caption": tuple(said[record.identity])})
+                for record in records
+            ]
+        first: dict[int | str, str] = {}
+        for record in records:
+            if (other := first.setdefault(record.identity, record.image)) != record.image:
+                raise DataError(
+                    f"images {other} and {record.image} both have the id {record.identity}, by which captions are "
+                    "scored; give each an image_id of its own"
+                )
+        return records
+
+    def item(self, record: Annotation | Mapping[str, Any], rng: np.random.Generator) -> Captioned:
+        pairs, size = self.options.pairs, self.config.image_size
+        if isinstance(record, CaptioningRecord):
+            if record.caption is None:
+                raise DataError(f"image {record.image} has no caption to learn; add one, or remove the element")
+            ids = self._ids(record.caption)
+            return Captioned(self.augmented(record.image, rng), ids)
+        assert pairs is not None
+        assert isinstance(record, Mapping)
+        if pairs.caption_key not in record:
+            raise DataError(f"the record has no field {pairs.caption_key!r}; name the field of the caption")
+        # The text first: where it is broken the image need not be decoded.
+        ids = self._ids(choose_text(record[pairs.caption_key], rng, language=pairs.language))
+        root = None if pairs.image_root is None else self.images / pairs.image_root
+        picture = record_pixels(record, pairs.model_copy(update={"image_root": root}), rng)
+        view = pretraining_transform(size)(picture, rng) if pairs.augment else whole_image(picture, size)
+        return Captioned(view, ids)
+
+    def collate(self, items: list[Captioned], rng: np.random.Generator) -> CaptioningBatch:
+        ids, mask = self.padded([item.ids for item in items])
+        return CaptioningBatch(image=torch.stack([item.image for item in items]), input_ids=ids, attention_mask=mask)
+
+    def losses_of(self, model: CaptioningModel, batch: CaptioningBatch) -> dict[str, Tensor]:
+        loss = model(
+            batch.image, batch.input_ids, batch.attention_mask, prompt_length=len(self.prompt),
+            label_smoothing=self.options.label_smoothing,
+        )  # fmt: skip
+        return {"loss": loss}
+
+    def predict(self, model: CaptioningModel, records: Sequence[CaptioningTestRecord]) -> list[Row]:
+        """Rows of `image`, its path, and `caption`, without the prompt."""
+        options = self.options
+        pixels = torch.stack([self.pixels(record.image) for record in records])
+        written = model.generate(
+            pixels.to(model.device), self.prompt.to(model.device), max_length=options.max_length,
+            min_length=options.min_length, num_beams=options.num_beams,
+        )  # fmt: skip
+        texts = [self.tokenizer.decode(ids) for ids in written[:, len(self.prompt) :].tolist()]
+        # The first token carries the space behind the prompt.
+        return [
+            {"image": record.image, "caption": " ".join(text.split())}
+            for record, text in zip(records, texts, strict=True)
+        ]
+
+    def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
+        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D`, times 100; see `tasks.caption_metrics`.
+
+        With the option `facts` also `true_captions`, the share of those that say something, and nothing false.
+        """
+        if lacking := [record.image for record in records if record.caption is None]:
+            if len(lacking) == len(records):
+                return {}
+            raise DataError(
+                f"{len(lacking)} of {len(records)} images have no captions to score by, {lacking[0]} first; give "
+                "captions to all, or to none"
+            )
+        said = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
+        found = caption_metrics(said, {record.identity: record.caption or () for record in records})
+        if self.options.facts:
+            scenes = [_scene_of(self.images / record.image) for record in records]
+            found["true_captions"] = true_caption_share([row["caption"] for row in rows], scenes)
+        return {name: 100 * value for name, value in found.items()}
+
+    def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:
+        """`captions.json`, as the COCO evaluation takes it."""
+        found = [
+            {"image_id": record.identity, "caption": row["caption"]} for row, record in zip(rows, records, strict=True)
+        ]
+        return {"captions.json": (json.dumps(found, ensure_ascii=False) + "\n").encode()}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[CaptioningTestRecord]:
+        need(images, texts, "one image or several, and no text", ok=len(images) > 0 and not texts)
+        return [CaptioningTestRecord(image=str(image)) for image in images]
+
+    def _ids(self, caption: str) -> list[int]:
+        text = pre_caption(caption, self.options.max_words)
+        if prompt := self.options.prompt.rstrip():
+            text = f"{prompt} {text}"
+        return self.tokenizer.encode_ids([text], self.options.max_tokens)[0]
+
+
+def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
+    """The captions of a ground-truth file in COCO's format by image id, which need not name the images; None for any
+    other file.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if path.suffix.lower() != ".json":
+        return None
+    content = read_json(path, "one JSON array of objects, or COCO captions")
+    if not isinstance(content, dict) or "annotations" not in content:
+        return None
+    found: dict[int | str, list[str]] = {}
+    for number, annotation in enumerate(content["annotations"]):
+        try:
+            identity, caption = annotation["image_id"], annotation["caption"]
+            found.setdefault(identity, []).append(caption.strip())
+        except (TypeError, KeyError, AttributeError):
+            raise DataError(f"{path}, annotation {number} lacks image_id or caption; correct or remove it") from None
+    return found
+
+
+def _scene_of(image: Path) -> Scene:
+    """The scene that an image of a shapes world shows.
+
+    Raises:
+        DataError: it is in no such world.
+    """
+    try:
+        seed = _seed_of(image.parents[2] / WORLD_FILE)
+        return scene(seed, int(image.stem), cast(Split, image.parent.name))
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise DataError(f"{image} is no image of a shapes world ({error}); set task.facts=false") from None
+
+
+@lru_cache(maxsize=1)
+def _seed_of(world: Path) -> int:
+    return json.loads(world.read_text(encoding="utf-8"))["seed"]

@@ -1,0 +1,248 @@
+"""Grounding: which box of the image does an expression refer to?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import AnnotationRows, GroundingRecord
+from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform
+from xfm_fast.data.items import RegionItems, Regions
+from xfm_fast.data.options import RegionOptions, RegionStreamOptions
+from xfm_fast.data.records import Rows, open_records
+from xfm_fast.data.regions import Rectangle, box_inside, relative_box, sample_grounding
+from xfm_fast.data.task_files import grounding_rows
+from xfm_fast.data.transforms import picture_size
+from xfm_fast.errors import DataError
+from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
+from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+# Boxes of COCO reach past the edge by rounding, in pixels.
+_EDGE = 1.0
+
+
+class CaptionedRegions(RegionOptions):
+    """Regions of images in place of expressions: line JSON as pretraining reads it.
+
+    A row is an image, so `batch_size` of the recipe counts images; of their texts a random selection makes the batch.
+    """
+
+    careful_flip: bool = Field(default=True, description="do not mirror images whose captions say left or right")
+    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    max_words: int | None = Field(default=40, gt=0, description="texts are cleaned and cut to this many words")
+    max_images: int = Field(default=28, gt=0, description="images of `texts` texts")
+    texts: int = Field(default=64, gt=0, description="texts of a batch of `max_images` images, and so in proportion")
+
+
+class GroundingOptions(TaskOptions):
+    """The task of grounding."""
+
+    kind: Literal["grounding"] = "grounding"
+    augment: bool = Field(
+        default=True, description="random crop around the box, flip and RandAugment; else images are only resized"
+    )
+    careful_flip: bool = Field(default=True, description="do not mirror images whose expression says left or right")
+    max_words: int = Field(default=30, gt=0, description="of an expression")
+    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    regions: CaptionedRegions | None = Field(
+        default=None, description="train on captions of regions first; splits hold expressions all the same"
+    )
+
+
+class Expression(NamedTuple):
+    """A view of an image, an expression as ids, and its box `[4]`: (cx, cy, w, h) relative to the view."""
+
+    image: Tensor
+    ids: list[int]
+    box: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingBatch(PairInput):
+    """Images and the texts about them.
+
+    Attributes:
+        boxes: `[T, 4]` (cx, cy, w, h) relative to the image.
+        image_index: `[T]` image of each text; None where text t belongs to image t.
+        is_image: `[T]`, true where a text describes the whole image and there is no box to predict; None where none
+            does.
+    """
+
+    boxes: Tensor
+    image_index: Tensor | None = None
+    is_image: Tensor | None = None
+
+
+class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions, GroundingBatch]):
+    """See `xfm_fast.tasks.grounding`.
+
+    The files of a split are arrays of expressions with a box each; or arrays without boxes and, beside them, refer's
+    `refs(*).p` and `instances.json`, which may also stand alone. Of elements that say which split they are of,
+    training takes those of `train`, and evaluation all others.
+    """
+
+    options_type = GroundingOptions
+    losses = ("bbox_l1", "bbox_giou")
+
+    def __init__(
+        self,
+        options: GroundingOptions,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        *,
+        images: Path = Path(),
+    ) -> None:
+        super().__init__(options, config, tokenizer, images=images)
+        if (regions := options.regions) is not None:
+            values = regions.model_dump(exclude={"texts"})
+            if regions.image_root is not None:
+                values["image_root"] = images / regions.image_root
+            self._regions = RegionItems(RegionStreamOptions(**values), config, self.tokenizer, regions.texts)
+
+    def build(self) -> GroundingModel:
+        return GroundingModel(self.config)
+
+    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
+        if (regions := self.options.regions) is not None:
+            return open_records(paths, image_key=regions.image_key).files
+        return [_of_splits(rows, training=True) for rows in grounding_rows(paths)]
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[GroundingRecord]]:
+        return [_of_splits(rows, training=False) for rows in grounding_rows(paths)]
+
+    def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Expression | Regions:
+        if not isinstance(record, GroundingRecord):
+            return self._regions.item(record, rng)
+        ids = self._ids(record)
+        if record.bbox is None:
+            raise DataError(
+                f"expression {record.ref_id} has no box; give it a bbox, or name refs(*).p and instances.json of its "
+                "data set among the files"
+            )
+        if not self.options.augment:
+            image, (width, height) = self._view(record.image)
+            box = box_inside(_without_rounding(record.bbox, width, height), width, height)
+            return Expression(image, ids, torch.tensor(relative_box(box, Rectangle(0, 0, width, height))))
+        picture = decode_pixels(self.images / record.image)
+        image, target = sample_grounding(
+            picture, _without_rounding(record.bbox, *picture_size(picture)), record.text, rng,
+            size=self.config.image_size, careful_flip=self.options.careful_flip,
+        )  # fmt: skip
+        return Expression(image, ids, target)
+
+    def collate(self, items: list[Expression | Regions], rng: np.random.Generator) -> GroundingBatch:
+        if (regions := self.options.regions) is not None:
+            texts = -(-regions.texts * len(items) // regions.max_images)
+            batch = replace(self._regions, batch_size=texts).collate(items, rng)  # type: ignore[arg-type]
+            return GroundingBatch(
+                image=batch.image, input_ids=batch.input_ids, attention_mask=batch.attention_mask, boxes=batch.boxes,
+                image_index=batch.image_index, is_image=batch.is_image,
+            )  # fmt: skip
+        images, texts, boxes = zip(*items, strict=True)
+        ids, mask = self.padded(texts)
+        return GroundingBatch(image=torch.stack(images), input_ids=ids, attention_mask=mask, boxes=torch.stack(boxes))
+
+    def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> dict[str, Tensor]:
+        losses = model(
+            batch.image, batch.input_ids, batch.attention_mask, batch.boxes, batch.image_index, batch.is_image
+        )
+        return {"bbox_l1": losses.l1, "bbox_giou": losses.giou}
+
+    def groups(self, records: Sequence[GroundingRecord]) -> list[list[int]]:
+        """The expressions of an image together, so that it is encoded once."""
+        of_image: dict[str, list[int]] = {}
+        for number, record in enumerate(records):
+            of_image.setdefault(record.image, []).append(number)
+        return [*of_image.values()]
+
+    def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:
+        """Rows of `bbox`: (x, y, w, h) in pixels of the image; `relative`: (cx, cy, w, h) as shares of its sides."""
+        number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
+        pixels, sizes = zip(*map(self._view, number), strict=True)
+        index = torch.tensor([number[record.image] for record in records])
+        ids, mask = self.padded([self._ids(record) for record in records])
+        given = (each.to(model.device) for each in (torch.stack(pixels), ids, mask, index))
+        relative = model.boxes(*given).double().cpu()
+        inside = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[index])
+        return [
+            {"bbox": box, "relative": shares} for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
+        ]
+
+    def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
+        """Share of boxes with an intersection over union of .5 or more: `accuracy`, and `accuracy_<split>` by split."""
+        truth = [record.bbox for record in records if record.bbox is not None]
+        if not truth:
+            return {}
+        if len(truth) < len(records):
+            raise DataError(
+                f"{len(records) - len(truth)} of {len(records)} expressions have no box; give a box to each, or to none"
+            )
+        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
+        reference = torch.tensor(truth, dtype=torch.float64)
+        metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
+        if all(splits := [record.split for record in records]):
+            shares = box_accuracy(boxes, reference, [str(split) for split in splits])
+            metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
+        return metrics
+
+    def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
+        """`boxes.json`: `pred` is the relative box, as the official evaluation takes it."""
+        found = [
+            {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]}
+            for row, record in zip(rows, records, strict=True)
+        ]
+        return {"boxes.json": (json.dumps(found) + "\n").encode()}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[GroundingRecord]:
+        need(images, texts, "an image and one expression or several", ok=len(images) == 1 and len(texts) > 0)
+        image = str(images[0])
+        return [
+            GroundingRecord.model_validate({"image": image, "text": text, "ref_id": number})
+            for number, text in enumerate(texts)
+        ]
+
+    def _ids(self, record: GroundingRecord) -> list[int]:
+        text = pre_caption(record.text, self.options.max_words)
+        return self.tokenizer.encode_ids([text], self.options.max_tokens)[0]
+
+    def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
+        """`[3, R, R]`: a whole image as evaluation sees it; and its width and height in pixels."""
+        decoded = decode_image(self.images / image)
+        return evaluation_transform(self.config.image_size)(decoded), decoded.size
+
+
+def _of_splits(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:
+    """The rows without those that say they are of another split."""
+
+    def kept(element: Any) -> bool:
+        split = element.get("split") if isinstance(element, dict) else None
+        return split is None or (split == "train") == training
+
+    chosen = [number for number, element in enumerate(rows.elements) if kept(element)]
+    if len(chosen) == len(rows):
+        return rows
+    if not chosen:
+        wanted = "the split train" if training else "a split other than train"
+        raise DataError(f"{rows.name} has no element of {wanted}; give the file of another split")
+    return AnnotationRows(
+        rows.name, [rows.elements[number] for number in chosen], rows.kind,
+        labels=[rows.label(number) for number in chosen], notes=rows.notes,
+    )  # fmt: skip
+
+
+def _without_rounding(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """A box without what reaches past the edge of the image by rounding; one that is outside stays so."""
+    x, y, w, h = box
+    left, top, right, below = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    past = max(left - x, top - y, x + w - right, y + h - below)
+    return (left, top, right - left, below - top) if 0 < past <= _EDGE else (x, y, w, h)

@@ -1,0 +1,342 @@
+"""Images and their class: folders of classes, tables, and the data sets of torchvision."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from xfm_fast.batches import TensorBatch
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import AnnotationRows, ImageLabelRecord, check_images
+from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform
+from xfm_fast.data.tables import Columns, image_rows
+from xfm_fast.data.transforms import (
+    Picture,
+    imagenet_evaluation_transform,
+    imagenet_training_transform,
+    probe_evaluation_transform,
+    probe_training_transform,
+)
+from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
+from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions, need
+from xfm_fast.tasks.classification import ClassificationModel, HeadKind
+from xfm_fast.tokenizer import CaptionTokenizer
+
+_TRAINED_SHARE = 0.8
+
+
+class ImageTaskOptions(TaskOptions):
+    """The task of classifying images."""
+
+    kind: Literal["image"] = "image"
+    dataset: str | None = Field(
+        default=None,
+        description="set of torchvision, such as CIFAR10; data.train is the folder that it lies in, and so is each of "
+        "data.splits, by the set's names: {test: cifar}",
+    )
+    train_split: str = Field(default="train", description="of the set of torchvision; trainval of OxfordIIITPet")
+    columns: dict[str, str] = Field(
+        default={}, description="columns of a table that are called otherwise: {image: file}"
+    )
+    labels: tuple[str, ...] = Field(default=(), description="classes; by default those of the training files, sorted")
+    view: Literal["imagenet", "probe", "whole"] = Field(
+        default="imagenet",
+        description="imagenet: crop, flip, RandAugment, erasing, and a centre crop to evaluate; probe: crop, flip; "
+        "whole: the image resized, as other tasks evaluate",
+    )
+    grey: bool = Field(default=False, description="images lose their colours, where these must not tell the class")
+    head: HeadKind | None = Field(
+        default=None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
+    )
+    frozen: bool = Field(default=False, description="train the head alone; with head=linear a linear probe")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0, description="alpha of Mixup; 0 for none")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix; with mixup, half of the batches take each")
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Self:
+        check_columns(self.columns, ImageLabelRecord)
+        return self
+
+    def completed(self, train: Sequence[Path], root: Path) -> Self:
+        """The options with the classes."""
+        if self.dataset is not None:
+            found = open_torchvision(self.dataset, train[0], self.train_split)
+            return self.model_copy(update={"labels": class_names(self.labels or found.classes, ())})
+        rows = image_rows(train, columns=self.columns)
+        return self.model_copy(update={"labels": class_names(self.labels, rows)})
+
+
+class LabelledImage(NamedTuple):
+    """An image `[3, R, R]` and the number of its class."""
+
+    pixels: Tensor
+    target: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages(TensorBatch):
+    """B images and their classes.
+
+    Attributes:
+        image: `[B, 3, R, R]` normalised pixels.
+        targets: `[B]` int64 classes; `[B, classes]` probabilities where images were mixed.
+    """
+
+    image: Tensor
+    targets: Tensor
+
+
+class TorchvisionRecord(ImageLabelRecord):
+    """An image by its number in a data set of torchvision."""
+
+    folder: str
+    split: str
+    number: int
+
+
+class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, LabelledImages]):
+    """See `xfm_fast.tasks.classification`."""
+
+    options_type = ImageTaskOptions
+    reads_text = False
+    large_lr = ("cls_head",)
+
+    def __init__(
+        self,
+        options: ImageTaskOptions,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        *,
+        images: Path = Path(),
+    ) -> None:
+        super().__init__(options, config, tokenizer, images=images)
+        size, name = config.image_size, (options.dataset or "").lower()
+        self._train_view: Callable[[Picture, np.random.Generator], Tensor] | None
+        if options.view == "imagenet":
+            self._train_view, self._test_view = imagenet_training_transform(size), imagenet_evaluation_transform(size)
+        elif options.view == "probe":
+            self._train_view = probe_training_transform(size, name)
+            self._test_view = probe_evaluation_transform(size, name)
+        else:
+            self._train_view, self._test_view = None, evaluation_transform(size)
+        count = len(options.labels)
+        mixes: list[v2.Transform] = []
+        if options.mixup:
+            mixes.append(v2.MixUp(alpha=options.mixup, num_classes=count))
+        if options.cutmix:
+            mixes.append(v2.CutMix(alpha=options.cutmix, num_classes=count))
+        self._mix = v2.RandomChoice(mixes) if mixes else None
+        self._sets: dict[tuple[str, str], TorchvisionSet] = {}
+
+    def build(self) -> ClassificationModel:
+        options = self.options
+        return ClassificationModel(
+            self.config, len(options.labels), modality="image", head=options.head, frozen=options.frozen
+        )
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+        if self.options.dataset is not None:
+            return self._torchvision_rows(paths, self.options.train_split)
+        return [*image_rows(paths, columns=self.options.columns)]
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
+        if self.options.dataset is not None:
+            return self._torchvision_rows(paths, split)
+        try:
+            return self.rows(paths)
+        except DataError:
+            # A file to predict for may lack the column of labels, even where it is called otherwise.
+            columns = {field: column for field, column in self.options.columns.items() if field != "label"}
+            if columns == self.options.columns:
+                raise
+            return [*image_rows(paths, columns=columns)]
+
+    def _torchvision_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
+        rows: list[AnnotationRows[Any]] = []
+        for path in paths:
+            assert self.options.dataset is not None
+            key = str(path), split
+            found = self._sets[key] = open_torchvision(self.options.dataset, path, split)
+            count = len(found.numbers)
+            columns = Columns(
+                {
+                    "image": [f"{split}/{number}" for number in found.numbers],
+                    "label": [found.classes[target] for target in found.targets],
+                    "folder": [str(path)] * count,
+                    "split": [split] * count,
+                    "number": found.numbers,
+                }
+            )
+            rows.append(AnnotationRows(path, columns, TorchvisionRecord))
+        return rows
+
+    def records(self, paths: Sequence[Path], split: str) -> list[ImageLabelRecord]:
+        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
+        check_images([record for record in records if not isinstance(record, TorchvisionRecord)], self.images)
+        have_truth(records, self.options.labels)
+        return records
+
+    def item(self, record: ImageLabelRecord, rng: np.random.Generator) -> LabelledImage:
+        target = class_number(record.label, self.options.labels)
+        if self._train_view is None:
+            return LabelledImage(self._evaluated(record), target)
+        if self.options.grey or isinstance(record, TorchvisionRecord):
+            return LabelledImage(self._train_view(self._picture(record), rng), target)
+        # In two thirds of the time.
+        return LabelledImage(self._train_view(decode_pixels(self.images / record.image), rng), target)
+
+    def _evaluated(self, record: ImageLabelRecord) -> Tensor:
+        return self._test_view(self._picture(record))
+
+    def _picture(self, record: ImageLabelRecord) -> Image.Image:
+        if isinstance(record, TorchvisionRecord):
+            picture = self._sets[record.folder, record.split].picture(record.number)
+        else:
+            picture = decode_image(self.images / record.image)
+        return picture.convert("L").convert("RGB") if self.options.grey else picture
+
+    def collate(self, items: list[LabelledImage], rng: np.random.Generator) -> LabelledImages:
+        image = torch.stack([item.pixels for item in items])
+        targets = torch.tensor([item.target for item in items])
+        if self._mix is not None:
+            # torchvision draws from the CPU's global state, which here is the batch's for so long. (torch.manual_seed
+            # would seed the GPU's too, and dropout would begin anew at every batch.)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(rng.integers(1 << 63)))
+                image, targets = self._mix(image, targets)
+        return LabelledImages(image=image, targets=targets)
+
+    def losses_of(self, model: ClassificationModel, batch: LabelledImages) -> dict[str, Tensor]:
+        smoothing = self.options.label_smoothing
+        return {"loss": model(batch.image, targets=batch.targets, label_smoothing=smoothing)}
+
+    def predict(self, model: ClassificationModel, records: Sequence[ImageLabelRecord]) -> list[Row]:
+        pixels = torch.stack([self._evaluated(record) for record in records])
+        return class_rows(model.logits(pixels.to(model.device)), self.options.labels)
+
+    def score(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> Metrics:
+        if not have_truth(records, self.options.labels):
+            return {}
+        pairs = [*zip(rows, records, strict=True)]
+        first = sum(row["answer"] == record.label for row, record in pairs)
+        among = sum(record.label in row["probabilities"] for row, record in pairs)
+        return {"top1": 100 * first / len(pairs), "top5": 100 * among / len(pairs)}
+
+    def files(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> dict[str, bytes]:
+        said = [{"image": record.image, **row} for row, record in zip(rows, records, strict=True)]
+        return {"predictions.json": (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[ImageLabelRecord]:
+        need(images, texts, "images, and no text", ok=bool(images) and not texts)
+        return [ImageLabelRecord(image=str(image)) for image in images]
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """A split of a data set of torchvision.
+
+    Attributes:
+        data: the data set.
+        classes: their names.
+        numbers: images of the split.
+        targets: the class of each of them.
+    """
+
+    data: Any
+    classes: Sequence[str]
+    numbers: Sequence[int]
+    targets: Sequence[int]
+
+    def picture(self, number: int) -> Image.Image:
+        """The image of a number, as RGB.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            return self.data[number][0].convert("RGB")
+        except (OSError, ValueError) as error:
+            raise DataError(f"image {number} of {type(self.data).__name__} cannot be read ({error})") from None
+
+
+def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
+    """A split of a data set that torchvision knows; nothing is downloaded.
+
+    Sets without splits, such as Caltech101, have `train` and `test`: four fifths and one, drawn always alike. (The
+    official code draws them anew in every run.)
+
+    Args:
+        name: of torchvision's class, in any case of letters.
+        folder: its `root`.
+        split: what the class calls it; `train` and `test` where it only tells these two apart.
+
+    Raises:
+        ConfigError: torchvision has no such set, or it is none of images with a class each.
+        DataError: the folder does not hold it, or it has no such split.
+    """
+    kinds: dict[str, type[Any]] = {
+        kind.lower(): value
+        for kind, value in vars(datasets).items()
+        if isinstance(value, type) and "root" in inspect.signature(value).parameters
+    }
+    if name.lower() not in kinds:
+        raise ConfigError(f"task.dataset={name} is no data set of torchvision; choose one, such as CIFAR10 or Food101")
+    kind = kinds[name.lower()]
+    known = inspect.signature(kind.__init__).parameters
+    options: dict[str, Any] = {"download": False} if "download" in known else {}
+    if "split" in known:
+        options["split"] = split
+    elif split not in ("train", "test"):
+        raise DataError(f"{kind.__name__} has no split {split!r}; choose train or test")
+    elif "train" in known:
+        options["train"] = split == "train"
+    try:
+        data = kind(folder, **options)
+    except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{kind.__name__}, split {split!r}, cannot be read from {folder} ({reason}); put the files there as "
+            "torchvision lays them out: nothing is downloaded here"
+        ) from None
+    targets = _targets(data)
+    numbers = range(len(targets))
+    if not options.keys() & {"split", "train"}:
+        drawn = np.random.default_rng(0).permutation(len(targets)).tolist()
+        trained = int(_TRAINED_SHARE * len(drawn))
+        numbers = drawn[:trained] if split == "train" else drawn[trained:]
+    classes = list(getattr(data, "classes", None) or getattr(data, "categories", None) or ())
+    if len(classes) <= max(targets):
+        classes = [str(number) for number in range(max(targets) + 1)]
+    return TorchvisionSet(data, [*map(str, classes)], numbers, [targets[number] for number in numbers])
+
+
+def _targets(data: Any) -> list[int]:
+    """The classes of all images, which most sets hold ready under one name or another."""
+    held = next(
+        (value for name in ("targets", "_labels", "labels", "y") if (value := getattr(data, name, None)) is not None),
+        None,
+    )
+    if held is None:
+        pairs = getattr(data, "_samples", None) or getattr(data, "samples", None)
+        held = [pair[1] for pair in (pairs or (data[number] for number in range(len(data))))]
+    try:
+        targets = [int(target) for target in held]
+    except (TypeError, ValueError):
+        targets = []
+    if len(targets) != len(data) or not targets or min(targets) < 0:
+        raise ConfigError(f"{type(data).__name__} is no set of images with a class each; choose another task.dataset")
+    return targets

@@ -1,0 +1,321 @@
+"""Retrieval: which texts describe an image, and which image does a text mean?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import save
+from torch import Tensor
+
+from xfm_fast.batches import PairBatch
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import AnnotationRows, RetrievalRecord, RetrievalTestRecord
+from xfm_fast.data.items import collate_pairs
+from xfm_fast.data.task_files import retrieval_rows, retrieval_test_rows
+from xfm_fast.data.texts import EncodedText
+from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.finetuning.evaluation import Evaluation, checksum, fingerprint
+from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions, need
+from xfm_fast.memory import open_mapped
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import pretraining_losses
+from xfm_fast.packing import Sequences
+from xfm_fast.tasks.reranking import (
+    UNSCORED,
+    Candidates,
+    ImageIndex,
+    Receipt,
+    ScoreJournal,
+    TextIndex,
+    candidate_recall,
+    score_candidates,
+    top_candidates,
+)
+from xfm_fast.tasks.retrieval import Retriever
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+T = TypeVar("T")
+
+RECEIPT_FILE, SCORES_FILE = "receipt.json", "scores.safetensors"
+
+
+class RetrievalOptions(TaskOptions):
+    """The task retrieval."""
+
+    kind: Literal["retrieval"] = "retrieval"
+    free = ("k", "columns")
+    k: int = Field(
+        default=256, gt=0, description="texts of an image, and images of a text, that the fusion encoder ranks"
+    )
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    max_words: int = Field(default=30, gt=0, description="of a text")
+    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    columns: dict[Literal["image", "caption"], str] = Field(
+        default={}, description="columns of tables, where they are called otherwise"
+    )
+    official_itm_negatives: bool = Field(default=False, description="draw negatives among the pairs of one rank alone")
+    official_itc_gradient: bool = Field(default=False, description="scale the gradient of features by 1 / (ranks)")
+
+
+class Captioned(NamedTuple):
+    """An image, one of its captions, and the number that all its captions share."""
+
+    image: Tensor
+    text: EncodedText
+    image_id: int
+
+
+class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
+    """Fine-tuning by the contrastive and the matching loss, evaluation by re-ranking (see `xfm_fast.tasks.retrieval`).
+
+    Raises:
+        ConfigError: `max_tokens` are more than the model numbers.
+    """
+
+    options_type = RetrievalOptions
+    losses = ("itc", "itm")
+
+    def __init__(
+        self,
+        options: RetrievalOptions,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        *,
+        images: Path = Path(),
+    ) -> None:
+        super().__init__(options, config, tokenizer, images=images)
+        if options.max_tokens > config.max_text_length:
+            raise ConfigError(
+                f"task.max_tokens={options.max_tokens} is more than the {config.max_text_length} positions of the "
+                "model; use fewer"
+            )
+
+    def build(self) -> TaskModel:
+        return TaskModel(self.config, heads=("contrastive", "matching"))
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[RetrievalRecord]]:
+        return retrieval_rows(paths, split="train", columns=_columns(self.options))
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[RetrievalTestRecord]]:
+        return retrieval_test_rows(paths, split=split, columns=_columns(self.options))
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text. Training cuts too long ones as evaluation does, which the official code leaves whole."""
+        options = self.options
+        return self.tokenizer.encode_ids([pre_caption(text, options.max_words)], options.max_tokens)[0]
+
+    def item(self, record: RetrievalRecord, rng: np.random.Generator) -> Captioned:
+        ids = self.ids(record.caption)
+        # A digest is the same on every rank, whatever it has read before.
+        digest = hashlib.blake2b(json.dumps(record.image_id).encode(), digest_size=8).digest()
+        image_id = int.from_bytes(digest, "big", signed=True)
+        return Captioned(self.augmented(record.image, rng), EncodedText(ids, ids, [], []), image_id)
+
+    def collate(self, items: list[Captioned], rng: np.random.Generator) -> PairBatch:
+        images, texts, image_ids = zip(*items, strict=True)
+        # Ranks exchange texts, which then must be equally wide. Padding is left out of all computations.
+        return collate_pairs(
+            images, texts, pad_token_id=self.tokenizer.pad_token_id, image_ids=image_ids, width=self.options.max_tokens
+        )
+
+    def losses_of(self, model: XFM, batch: PairBatch) -> dict[str, Tensor]:
+        # Unlike pretraining, the official fine-tuning lets the matching loss through to the language encoder.
+        return pretraining_losses(
+            model, batch, losses=self.losses, stop_gradient=False,
+            official_itm_negatives=self.options.official_itm_negatives,
+            official_itc_gradient=self.options.official_itc_gradient,
+        )  # fmt: skip
+
+    def predict(self, model: XFM, records: Sequence[RetrievalTestRecord]) -> list[Row]:
+        """For each image its texts with the probability that they match, and the cosine of the two features."""
+        place = {text: number for number, text in enumerate(dict.fromkeys(t for r in records for t in r.caption))}
+        ids, mask = (each.to(model.device) for each in self.padded([self.ids(text) for text in place]))
+        pixels = torch.stack([self.pixels(record.image) for record in records]).to(model.device, model.dtype)
+        images, texts = model.encode_image(pixels), model.encode_text(ids, mask)
+        of_image = torch.tensor([n for n, record in enumerate(records) for _ in record.caption], device=model.device)
+        of_text = torch.tensor([place[text] for record in records for text in record.caption], device=model.device)
+        cosine = (model.project_image(images)[of_image] * model.project_text(texts)[of_text]).double().sum(-1).tolist()
+        fused = model.fuse(
+            texts[of_text], mask[of_text], model.image_memory(images), of_image, first_token_only=True
+        )  # fmt: skip
+        probability = model.match_logits(fused).double().softmax(-1)[:, 1].tolist()
+        values = iter(zip(probability, cosine, strict=True))
+        return [
+            {
+                "image": record.image,
+                "texts": [
+                    {"text": text, "probability": p, "cosine": c}
+                    for text, (p, c) in zip(record.caption, values, strict=False)
+                ],
+            }
+            for record in records
+        ]
+
+    def score(self, rows: Sequence[Row], records: Sequence[RetrievalTestRecord]) -> Metrics:
+        """Nothing: pairs that were asked for do not say how they rank among all others; `evaluate` does."""
+        return {}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RetrievalTestRecord]:
+        need(images, texts, "an image and a text, or several of each", ok=bool(images and texts))
+        for text in texts:
+            try:
+                self.ids(text)
+            except DataError as error:
+                raise InputError(str(error)) from None
+        return [RetrievalTestRecord(image=str(image), caption=tuple(texts)) for image in images]
+
+    def evaluate(
+        self, model: XFM, records: Sequence[RetrievalTestRecord], work: Evaluation
+    ) -> tuple[Metrics, dict[str, bytes]]:
+        return _Ranking(self, model, records, work).run()
+
+
+@dataclass
+class _Ranking:
+    """The evaluation of a split, whose images are shared over processes in blocks.
+
+    A block is embedded and scored by one process, in which its embeddings stay, in a file. Blocks are the same for any
+    number of processes, and nothing is computed from two of them at once, so that every score is the same to the last
+    bit. Texts are embedded once, shared in blocks too, and then held by every process.
+    """
+
+    task: RetrievalTask
+    model: XFM
+    records: Sequence[RetrievalTestRecord]
+    work: Evaluation
+
+    def __post_init__(self) -> None:
+        self.retriever = Retriever(self.model)
+        self.processes, self.folder = self.work.processes, self.work.folder
+        size, images = self.work.batch_size, len(self.records)
+        self.blocks = [(start, min(start + size, images)) for start in range(0, images, size)]
+        self.own = range(self.processes.rank, len(self.blocks), self.processes.world_size)
+
+    def run(self) -> tuple[Metrics, dict[str, bytes]]:
+        """The metrics and the files of the split, on the first process."""
+        identity = fingerprint(self.task, self.model, self.records, self.work.batch_size)
+        self.processes.from_first(self._make_room)
+        k = self.task.options.k
+        try:
+            texts = self._texts()
+            embedded = self.processes.together(lambda: {number: self._embed(number) for number in self.own})
+            features = torch.cat(self._merged(embedded))
+            candidates = self.processes.from_first(lambda: top_candidates(features, texts.features.cpu(), k, k))
+            # Features that another machine computed may differ in the last bit, and then other pairs may be meant.
+            identity += f" {checksum(candidates.texts):08x} {checksum(candidates.cu_pairs):08x}"
+            finished = self.processes.from_first(lambda: self._read(identity, candidates)[1])
+            self.processes.together(lambda: self._score(identity, candidates, finished, texts, features))
+        finally:
+            for number in self.own:
+                self._embeddings(number).unlink(missing_ok=True)
+        if not self.processes.first:
+            return {}, {}
+        scores, _ = self._read(identity, candidates)
+        captions = torch.tensor([len(record.caption) for record in self.records])
+        image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
+        receipt = Receipt.of(self.model.config, candidates, texts.lengths.cpu(), self.model.config.num_image_tokens)
+        # How much of it an evaluation found that had been killed is no part of the result.
+        said = {name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"}
+        said |= {"pairs_saved": receipt.pairs_saved, "flops_ratio": receipt.flops_ratio}
+        pairs = {"image": candidates.images.int(), "text": candidates.texts.int(), "score": scores}
+        pairs |= {"for_image": candidates.for_image, "for_text": candidates.for_text}
+        return candidate_recall(candidates, scores, image_of_text), {
+            RECEIPT_FILE: (json.dumps(said, indent=1) + "\n").encode(),
+            SCORES_FILE: save(pairs),
+        }
+
+    def _embeddings(self, block: int) -> Path:
+        return self.folder / f"images-{block:05d}.bin"
+
+    def _make_room(self) -> None:
+        self.work.make_folder()
+        for left in self.folder.glob("images-*.bin"):
+            left.unlink()
+
+    def _merged(self, values: dict[int, T]) -> list[T]:
+        """The values of all blocks, in order."""
+        found = {number: value for part in self.processes.gather(values) for number, value in part.items()}
+        return [found[number] for number in sorted(found)]
+
+    @torch.inference_mode()
+    def _texts(self) -> TextIndex:
+        """All texts, with tokens as `prepare_texts` makes them."""
+        ids = [self.task.ids(caption) for record in self.records for caption in record.caption]
+        size, device, scorer = self.work.batch_size, self.model.device, self.retriever.scorer
+
+        def embed() -> dict[int, tuple[Tensor, ...]]:
+            made: dict[int, tuple[Tensor, ...]] = {}
+            for start in range(self.processes.rank * size, len(ids), self.processes.world_size * size):
+                index = self.retriever.embed_texts([self.task.padded(ids[start : start + size])])
+                tokens = scorer.prepare(index.tokens, Sequences.from_lengths(index.lengths))
+                made[start] = tuple(part.cpu() for part in (tokens, index.lengths, index.features))
+            return made
+
+        parts = self._merged(self.processes.together(embed))
+        return TextIndex(*(torch.cat(each).to(device) for each in zip(*parts, strict=True)))
+
+    def _embed(self, block: int) -> Tensor:
+        """Features `[B, embed_dim]` of a block of images, whose embeddings go into its file."""
+        start, stop = self.blocks[block]
+        pixels = torch.stack([self.task.pixels(record.image) for record in self.records[start:stop]])
+        batches = [pixels.to(self.model.device, self.model.dtype)]
+        # A mapping for each block: what of one file was touched would all count as memory of the process.
+        index = self.retriever.embed_images(batches, path=self._embeddings(block), count=stop - start)
+        return index.features.cpu()
+
+    def _score(
+        self, identity: str, candidates: Candidates, finished: Tensor, texts: TextIndex, features: Tensor
+    ) -> None:
+        """Score the blocks of this process that are not finished."""
+        config, model, done = self.model.config, self.model, 0
+        with self._journal(self.processes.rank, identity) as journal:
+            # Half a record that a killed process left would spoil the next one.
+            deque(journal.records(), maxlen=0)
+            for number in self.own:
+                start, stop = self.blocks[number]
+                if not bool(finished[start:stop].all()):
+                    shape = (stop - start, config.num_image_tokens, config.vision_width)
+                    embeds = open_mapped(self._embeddings(number), shape, model.dtype)
+                    images, pairs = ImageIndex(embeds, features[start:stop]), candidates.of_images(start, stop)
+                    result = score_candidates(
+                        self.retriever.scorer, images, texts, pairs, None, None, None, prepared=True
+                    )  # fmt: skip
+                    for image, scores in enumerate(result.scores.split(pairs.cu_pairs.diff().tolist()), start):
+                        journal.append(image, scores)
+                    journal.sync()
+                self._embeddings(number).unlink()
+                done += stop - start
+                self.work.progress(min(done * self.processes.world_size, len(self.records)), len(self.records))
+
+    def _journal(self, rank: int, identity: str) -> ScoreJournal:
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return ScoreJournal(self.folder / f"rows-{rank:05d}.bin", identity, dtype)
+
+    def _read(self, identity: str, candidates: Candidates) -> tuple[Tensor, Tensor]:
+        """Scores `[Q]` of the pairs in all journals, and which images are finished; other work is deleted."""
+        cu_pairs = candidates.cu_pairs.tolist()
+        scores = torch.full((candidates.pairs,), UNSCORED, dtype=torch.promote_types(self.model.dtype, torch.float32))
+        finished = candidates.cu_pairs.diff() == 0
+        for path in sorted(self.folder.glob("rows-*")):
+            try:
+                with self._journal(int(path.stem.removeprefix("rows-")), identity) as journal:
+                    for image, values in journal.records():
+                        scores[cu_pairs[image] : cu_pairs[image + 1]] = values
+                        finished[image] = True
+            except (DataError, ValueError):
+                path.unlink()
+        return scores, finished
+
+
+def _columns(options: RetrievalOptions) -> dict[str, str]:
+    return {str(field): column for field, column in options.columns.items()}

@@ -1,0 +1,229 @@
+"""Texts, or pairs of them: their class, or a number. The sets of GLUE, and tables of one's own."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from xfm_fast.batches import TensorBatch
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord
+from xfm_fast.data.tables import GLUE, text_rows
+from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
+from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions, need
+from xfm_fast.tasks.classification import ClassificationModel, correlations, f1_score, matthews_correlation
+from xfm_fast.tokenizer import CaptionTokenizer
+
+GlueName = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
+_RESULT_FILES: Mapping[str, str] = {
+    "cola": "CoLA.tsv",
+    "mnli": "MNLI-m.tsv",
+    "mrpc": "MRPC.tsv",
+    "qnli": "QNLI.tsv",
+    "qqp": "QQP.tsv",
+    "rte": "RTE.tsv",
+    "sst2": "SST-2.tsv",
+    "stsb": "STS-B.tsv",
+}
+_MOST_SIMILAR = 5.0
+
+
+class TextTaskOptions(TaskOptions):
+    """The task of classifying texts, or of giving them a number."""
+
+    kind: Literal["text"] = "text"
+    glue: GlueName | None = Field(
+        default=None, description="set of GLUE whose files are read, from its zip or datasets"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="columns that are called otherwise: {text: sentence1, text2: sentence2}"
+    )
+    regression: bool = Field(default=False, description="labels are numbers to predict, as those of stsb are")
+    labels: tuple[str, ...] = Field(default=(), description="classes; by default those of the training files, sorted")
+    pairs: bool = Field(default=False, description="texts come in pairs; the training files say so too")
+    max_tokens: int = Field(default=128, ge=6, description="special tokens included; the longer text of a pair is cut")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        check_columns(self.columns, TextRecord)
+        if self.glue is not None and self.columns:
+            raise ValueError(f"the columns of glue={self.glue} are known; leave columns out")
+        if self.regression and self.labels:
+            raise ValueError("a regression has no classes; leave labels out")
+        return self
+
+    def rows(
+        self, paths: Sequence[Path], split: str, columns: Mapping[str, str] | None = None
+    ) -> list[AnnotationRows[Any]]:
+        """The rows of files, or of a split in folders that hold several; `columns` instead of the options'."""
+        columns = self.columns if columns is None else columns
+        return [*text_rows(paths, glue=self.glue, split=split, columns=columns, scores=self.regression)]
+
+    def completed(self, train: Sequence[Path], root: Path) -> Self:
+        """The options with classes, and with whether texts come in pairs."""
+        classes = None if self.glue is None else GLUE[self.glue].classes
+        regression = self.regression or (self.glue is not None and classes is None)
+        rows = self.rows(train, "train")
+        elements = (element for each in rows for element in each.elements if isinstance(element, dict))
+        changes: dict[str, Any] = {"regression": regression}
+        changes["pairs"] = self.pairs or any(element.get("text2") not in (None, "") for element in elements)
+        if not regression:
+            changes["labels"] = class_names(self.labels or classes or (), rows)
+        return self.model_copy(update=changes)
+
+
+class LabelledText(NamedTuple):
+    """A text, or a pair, as ids, with the number of its class or the value to predict."""
+
+    ids: list[int]
+    target: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledTexts(TensorBatch):
+    """B texts and what is to be said of them.
+
+    Attributes:
+        input_ids: `[B, L]` int64, padded.
+        attention_mask: `[B, L]`, non-zero for real tokens.
+        targets: `[B]` classes (int64), or numbers (float32).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+
+
+AnyTextRecord = TextRecord | TextScoreRecord
+
+
+class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
+    """See `xfm_fast.tasks.classification`. Texts are read as they are, not cleaned like captions."""
+
+    options_type = TextTaskOptions
+    large_lr = ("cls_head",)
+
+    def __init__(
+        self,
+        options: TextTaskOptions,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        *,
+        images: Path = Path(),
+    ) -> None:
+        super().__init__(options, config, tokenizer, images=images)
+        if options.max_tokens > config.max_text_length:
+            raise ConfigError(
+                f"task.max_tokens={options.max_tokens} exceeds the {config.max_text_length} tokens that "
+                f"model.max_positions={config.max_positions} can number; lower it"
+            )
+
+    def build(self) -> ClassificationModel:
+        return ClassificationModel(self.config, len(self.options.labels) or 1, modality="text")
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+        return self.options.rows(paths, "train")
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
+        try:
+            return self.options.rows(paths, split)
+        except DataError:
+            # A file to predict for may lack the column of labels, even where it is called otherwise.
+            columns = {field: column for field, column in self.options.columns.items() if field != "label"}
+            if columns == self.options.columns:
+                raise
+            return self.options.rows(paths, split, columns)
+
+    def records(self, paths: Sequence[Path], split: str) -> list[Any]:
+        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
+        self._have_truth(records)
+        return records
+
+    def _have_truth(self, records: Sequence[AnyTextRecord]) -> bool:
+        return have_truth(records, None if self.options.regression else self.options.labels)
+
+    def _ids(self, record: AnyTextRecord) -> list[int]:
+        if record.text2 is not None:
+            return self.tokenizer.encode_pair(record.text, record.text2, self.options.max_tokens)
+        return self.tokenizer.encode_ids([record.text], self.options.max_tokens)[0]
+
+    def item(self, record: AnyTextRecord, rng: np.random.Generator) -> LabelledText:
+        if isinstance(record, TextRecord):
+            return LabelledText(self._ids(record), class_number(record.label, self.options.labels))
+        if record.label is None:
+            raise DataError("'label' is missing; training needs the number to predict")
+        return LabelledText(self._ids(record), record.label)
+
+    def collate(self, items: list[LabelledText], rng: np.random.Generator) -> LabelledTexts:
+        ids, mask = self.padded([item.ids for item in items])
+        dtype = torch.float32 if self.options.regression else torch.int64
+        targets = torch.tensor([item.target for item in items], dtype=dtype)
+        return LabelledTexts(input_ids=ids, attention_mask=mask, targets=targets)
+
+    def losses_of(self, model: ClassificationModel, batch: LabelledTexts) -> dict[str, Tensor]:
+        return {"loss": model(None, batch.input_ids, batch.attention_mask, targets=batch.targets)}
+
+    def predict(self, model: ClassificationModel, records: Sequence[AnyTextRecord]) -> list[Row]:
+        ids, mask = (each.to(model.device) for each in self.padded([self._ids(record) for record in records]))
+        logits = model.logits(None, ids, mask)
+        if self.options.regression:
+            return [{"answer": value} for value in logits[:, 0].tolist()]
+        return class_rows(logits, self.options.labels)
+
+    def score(self, rows: Sequence[Row], records: Sequence[AnyTextRecord]) -> Metrics:
+        if not self._have_truth(records):
+            return {}
+        options = self.options
+        pairs = [(row["answer"], record.label) for row, record in zip(rows, records, strict=True)]
+        if not options.regression:
+            pairs = [(options.labels.index(answer), options.labels.index(label)) for answer, label in pairs]
+        predicted, targets = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+        if options.regression:
+            pearson, spearman = correlations(predicted, targets)
+            return {"pearson": 100 * pearson, "spearman": 100 * spearman}
+        metrics = {"accuracy": 100 * (predicted == targets).double().mean().item()}
+        if options.glue in ("mrpc", "qqp"):
+            metrics["f1"] = 100 * f1_score(predicted, targets)
+        if options.glue == "cola":
+            metrics["matthews"] = 100 * matthews_correlation(predicted, targets)
+        return metrics
+
+    def files(self, rows: Sequence[Row], records: Sequence[AnyTextRecord]) -> dict[str, bytes]:
+        """The table that GLUE's server takes, by the name that it wants: `index` and `prediction`."""
+        table = io.StringIO()
+        writer = csv.writer(table, delimiter="\t", lineterminator="\n")
+        writer.writerow(["index", "prediction"])
+        for number, (row, record) in enumerate(zip(rows, records, strict=True)):
+            answer = row["answer"]
+            if self.options.glue == "stsb":
+                answer = f"{min(max(answer, 0.0), _MOST_SIMILAR):.3f}"
+            writer.writerow([number if record.index is None else record.index, answer])
+        name = _RESULT_FILES[self.options.glue] if self.options.glue is not None else "predictions.tsv"
+        return {name: table.getvalue().encode()}
+
+    def evaluate(
+        self, model: ClassificationModel, records: Sequence[AnyTextRecord], work: Evaluation
+    ) -> tuple[Metrics, dict[str, bytes]]:
+        metrics, files = super().evaluate(model, records, work)
+        # The two halves of MNLI are two files, and only the name of the split tells them apart.
+        if self.options.glue == "mnli" and "mismatched" in work.folder.name:
+            files = {name.replace("MNLI-m.", "MNLI-mm."): content for name, content in files.items()}
+        return metrics, files
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[Any]:
+        if self.options.pairs:
+            need(images, texts, "two texts, and no image", ok=not images and len(texts) == 2)
+            return [TextRecord(text=texts[0], text2=texts[1], index=None)]
+        need(images, texts, "texts, and no image", ok=not images and bool(texts))
+        return [TextRecord(text=text, index=None) for text in texts]

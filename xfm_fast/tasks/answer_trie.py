@@ -1,0 +1,286 @@
+"""A list of answers as a prefix trie: what answers begin with in common is decoded once per question.
+
+The 3,129 answers of VQA v2 in RoBERTa's tokens have 6,334 tokens between `<s>` and `</s>`, and 4,075 distinct prefixes.
+A decoded prefix of the base model costs 0.28 GFLOP: 0.20 in twelve layers, 0.08 for the normaliser of its softmax over
+the vocabulary, which every prefix needs whole. (Of the vocabulary's logits only those of the tokens that follow in some
+answer are needed besides.) All answers of a question are 1.1 TFLOP, 1.8 if each is decoded for itself, and 7.8 if each
+is padded to the longest and given its own keys and values of the question as well.
+
+Nodes of the trie are the prefixes that are decoded: every answer without its last token, and all that they begin with.
+Edges are the tokens that follow, so an answer is a path of edges, and its log-likelihood the sum along it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import ops
+from xfm_fast.models import inputs
+from xfm_fast.models.decoder import DecoderMemory, TextDecoder
+from xfm_fast.packing import offsets, ragged_rows
+
+# Nodes of one pass. More make products no faster, and keys and values of a layer take 6 KB each (base, fp32).
+_NODES = 8192
+# Answers of a question that are decoded whole before any is ruled out: about as many as the time to read the weights
+# allows, since the better the best of them is, the fewer others have to be looked at.
+_SEEDS = 16
+
+
+@dataclass(frozen=True)
+class AnswerTrie:
+    """N answers as a trie of `nodes` prefixes and `edges` tokens behind them; node 0 is `<s>`, on which all begin.
+
+    Attributes:
+        tokens: `[nodes]` last token of each prefix.
+        paths: `[nodes, D]` the nodes that a prefix begins with, `<s>` first, itself last; then 0 up to D.
+        depths: `[nodes]` tokens of the prefix before its last one; ascending.
+        edge_starts: `[nodes + 1]`: the edges of node i are those from `edge_starts[i]` to `edge_starts[i + 1]`.
+        edge_tokens: `[edges]`.
+        answer_nodes: `[N, D]` the nodes that an answer needs, in order; then 0.
+        answer_edges: `[N, D]` its edges, in order; then `edges`, which stands for none.
+    """
+
+    tokens: Tensor
+    paths: Tensor
+    depths: Tensor
+    edge_starts: Tensor
+    edge_tokens: Tensor
+    answer_nodes: Tensor
+    answer_edges: Tensor
+
+    @classmethod
+    def of(cls, answer_ids: Tensor, answer_mask: Tensor | None, config: XFMConfig) -> AnswerTrie:
+        """Build the trie, once for all batches of questions.
+
+        Args:
+            answer_ids: `[N, La]` the answer list, tokenised with `<s> ... </s>` and padded.
+            answer_mask: `[N, La]`, real tokens first; by default everything but padding.
+            config: of the model that is to rank them.
+
+        Raises:
+            InputError: no answers, answers that do not start alike or hold fewer than two tokens, tokens that the
+                model does not have, or a mask with gaps.
+        """
+        mask = check_answers(answer_ids, answer_mask, config)
+        lengths = mask.sum(1).tolist()
+        answers = [ids[:length] for ids, length in zip(answer_ids.tolist(), lengths, strict=True)]
+        # Shorter prefixes come first, so that a node's number is larger than those of all that it begins with.
+        prefixes = sorted({tuple(ids[:n]) for ids in answers for n in range(1, len(ids))}, key=len)
+        nodes = {prefix: number for number, prefix in enumerate(prefixes)}
+        following: list[list[int]] = [[] for _ in prefixes]
+        whole = sorted({tuple(ids[:n]) for ids in answers for n in range(2, len(ids) + 1)})
+        for prefix in whole:
+            following[nodes[prefix[:-1]]].append(prefix[-1])
+        counts = torch.tensor([len(tokens) for tokens in following])
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        edges = {
+            (*prefix, token): start + place
+            for prefix, tokens, start in zip(prefixes, following, starts.tolist(), strict=False)
+            for place, token in enumerate(tokens)
+        }
+        deepest = max(lengths) - 1
+
+        def padded(rows: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([row + [value] * (deepest - len(row)) for row in rows], device=answer_ids.device)
+
+        steps = [[tuple(ids[:n]) for n in range(1, len(ids) + 1)] for ids in answers]
+        return cls(
+            tokens=torch.tensor([prefix[-1] for prefix in prefixes], device=answer_ids.device),
+            paths=padded([[nodes[prefix[:n]] for n in range(1, len(prefix) + 1)] for prefix in prefixes], 0),
+            depths=torch.tensor([len(prefix) - 1 for prefix in prefixes], device=answer_ids.device),
+            edge_starts=starts.to(answer_ids.device),
+            edge_tokens=torch.tensor([token for tokens in following for token in tokens], device=answer_ids.device),
+            answer_nodes=padded([[nodes[step] for step in path[:-1]] for path in steps], 0),
+            answer_edges=padded([[edges[step] for step in path[1:]] for path in steps], len(edges)),
+        )
+
+    @property
+    def answers(self) -> int:
+        return self.answer_edges.shape[0]
+
+    @property
+    def nodes(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def edges(self) -> int:
+        return self.edge_tokens.shape[0]
+
+
+def check_answers(answer_ids: Tensor, answer_mask: Tensor | None, config: XFMConfig) -> Tensor:
+    """Returns the boolean mask of answers that start with the same token and have another one to predict."""
+    mask = inputs.check_tokens(answer_ids, answer_mask, config)
+    if not answer_ids.shape[0]:
+        raise InputError("the answer list is empty; give at least one answer")
+    if answer_ids.shape[1] < 2:
+        raise InputError(f"answer_ids are {[*answer_ids.shape]}; an answer has at least <s> and </s>")
+    if answer_ids.device.type == "cpu":
+        if not bool(mask[:, :2].all()):
+            row = int(mask[:, :2].all(1).long().argmin())
+            raise InputError(f"answer {row} holds fewer than two tokens; answers are tokenised with <s> and </s>")
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise InputError("answer_mask has gaps; the real tokens of an answer come first")
+        if bool((answer_ids[:, 0] != answer_ids[0, 0]).any()):
+            row = int((answer_ids[:, 0] != answer_ids[0, 0]).long().argmax())
+            raise InputError(f"answer {row} starts with token {int(answer_ids[row, 0])}, answer 0 with another one")
+    return mask
+
+
+class Ranked(NamedTuple):
+    """Rows of the answer list and their log-likelihoods, best first: both `[Q, best]`."""
+
+    indices: Tensor
+    scores: Tensor
+
+
+def rank(
+    decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie, *, k: int, best: int, first_token_twice: bool
+) -> Ranked:
+    """The `best` likeliest of the k answers whose first token is likeliest, for the Q questions of the memory.
+
+    With best = k all of them are decoded, in one pass. With fewer a prefix is left out once it is less likely than
+    `best` whole answers, because the answers that begin with it are less likely still: the result is the same.
+    """
+    # At most this many nodes are decoded for a question.
+    most = min(trie.nodes, k * trie.answer_nodes.shape[1])
+    step = max(1, _NODES // most)
+    parts = [
+        _rank_part(decoder, memory.part(start, min(start + step, memory.states)), trie, k, best, first_token_twice)
+        for start in range(0, memory.states, step)
+    ]
+    return Ranked(torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts]))
+
+
+def _rank_part(
+    decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie, k: int, best: int, first_token_twice: bool
+) -> Ranked:
+    tree = _DecodedTree(decoder, memory, trie)
+    tree.decode(tree.none.index_fill(1, tree.none.new_zeros(1, dtype=torch.long), True), keep=True)
+    if first_token_twice:
+        tree.log_likelihoods *= 2
+    candidates = tree.log_likelihoods[:, trie.answer_edges[:, 0]].topk(k, dim=1).indices
+    nodes, edges = trie.answer_nodes[candidates], trie.answer_edges[candidates]
+    # The candidates come in the order of their first tokens' likelihood.
+    wanted = nodes if best == k else nodes[:, : max(best, _SEEDS)]
+    chosen = tree.none.scatter(1, wanted.flatten(1), True)
+    while True:
+        tree.decode(chosen & (tree.places < 0), keep=best < k)
+        # An edge that is not known yet counts 0, the most that it can be: a sum is the score, or a bound on it.
+        scores = tree.log_likelihoods.gather(1, edges.flatten(1)).view(edges.shape).sum(-1)
+        if best == k:
+            break
+        missing = (tree.places < 0).gather(1, nodes.flatten(1)).view(nodes.shape)
+        unfinished = missing.any(-1)
+        worst = scores.masked_fill(unfinished, -torch.inf).topk(best, dim=1).values[:, -1:]
+        open_ = unfinished & (scores >= worst)
+        if not bool(open_.any()):
+            scores = scores.masked_fill(unfinished, -torch.inf)
+            break
+        following = nodes.gather(2, missing.long().argmax(-1, keepdim=True))[..., 0]
+        # Node 0 has been decoded: it stands for answers without a next node.
+        chosen = tree.none.scatter(1, following * open_, True)
+    ranked = scores.topk(best, dim=1)
+    return Ranked(candidates.gather(1, ranked.indices), ranked.values)
+
+
+class _DecodedTree:
+    """The nodes of a trie that were decoded for each of Q questions, and the log-likelihoods of their edges.
+
+    Attributes:
+        none: `[Q, nodes]`, False.
+        places: `[Q, nodes]` row of a node in the keys and values; -1 before it is decoded.
+        log_likelihoods: `[Q, edges + 1]` of an edge given its node; 0 for the edges of nodes that were not decoded.
+    """
+
+    def __init__(self, decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie) -> None:
+        self._decoder, self._memory, self._trie = decoder, memory, trie
+        shape = (memory.states, trie.nodes)
+        self.none = torch.zeros(shape, dtype=torch.bool, device=trie.tokens.device)
+        self.places = torch.full(shape, -1, device=trie.tokens.device)
+        wide = torch.promote_types(decoder.word_embeddings.dtype, torch.float32)
+        self.log_likelihoods = torch.zeros(memory.states, trie.edges + 1, dtype=wide, device=trie.tokens.device)
+        self._layers: list[Tensor] = []  # [rows, 2, H, D]
+        self._rows = 0
+
+    def decode(self, chosen: Tensor, *, keep: bool) -> None:
+        """Decode the nodes that are True in `chosen` `[Q, nodes]`; those before them are there, or chosen as well.
+
+        Args:
+            keep: whether nodes of later calls continue these.
+        """
+        trie, memory, decoder = self._trie, self._memory, self._decoder
+        questions, nodes = chosen.nonzero(as_tuple=True)
+        if not len(nodes):
+            return
+        self.places[questions, nodes] = torch.arange(self._rows, self._rows + len(nodes), device=nodes.device)
+        depths = trie.depths[nodes]
+        visible: list[tuple[Tensor, Tensor]] = []
+        for depth in depths.unique().tolist():
+            rows = (depths == depth).nonzero().flatten()
+            before = trie.paths[nodes[rows], : depth + 1]
+            visible.append((rows, self.places[questions[rows, None], before]))
+        groups = offsets(torch.bincount(questions, minlength=memory.states))
+        embeddings = decoder.roberta.embeddings
+        x = embeddings(trie.tokens[nodes], depths + embeddings.pad_token_id + 1)
+        for number, layer in enumerate(decoder.roberta.encoder):
+            q, k, v = layer.attention.self.project_all(x)
+            known = k.new_empty(self._rows + len(nodes), 2, *k.shape[1:])
+            if self._rows:
+                known[: self._rows] = self._layers[number]
+            known[self._rows :, 0], known[self._rows :, 1] = k, v
+            if keep:
+                self._layers[number : number + 1] = [known]
+            x = layer.attention.output(_attend(q, known, visible).flatten(1), x)
+            x = layer.cross_attention(x, memory.layers[number], groups, memory.cu_seqlens, memory.longest)
+            x = layer.feed_forward(x)
+        if keep:
+            self._rows += len(nodes)
+        self._read_edges(decoder.lm_head.transform(x), questions, nodes)
+
+    def _read_edges(self, hidden: Tensor, questions: Tensor, nodes: Tensor) -> None:
+        """Log-likelihoods of all edges of the nodes, whose states before the vocabulary are `hidden` `[n, width]`."""
+        trie, words, bias = self._trie, self._decoder.word_embeddings, self._decoder.lm_head.bias
+        first = trie.edge_starts[nodes]
+        # One edge of a node tells the normaliser of its softmax; the others differ from it by their logits.
+        one = ops.token_log_likelihood(hidden, words, bias, trie.edge_tokens[first])
+        counts = trie.edge_starts[nodes + 1] - first
+        edges = ragged_rows(first, counts)
+        rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
+        wide = self.log_likelihoods.dtype
+
+        def logits(rows: Tensor, tokens: Tensor) -> Tensor:
+            return (hidden[rows].to(wide) * words[tokens].to(wide)).sum(1) + bias[tokens].to(wide)
+
+        others = logits(rows, trie.edge_tokens[edges])
+        begins = counts.cumsum(0) - counts
+        differences = others - others[begins].index_select(0, rows)
+        self.log_likelihoods[questions[rows], edges] = one.to(wide)[rows] + differences
+
+
+def _attend(q: Tensor, known: Tensor, visible: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Every query over the keys and values of its own prefix.
+
+    Args:
+        q: `[n, H, D]`; known: `[rows, 2, H, D]`.
+        visible: for prefixes of equal length, which queries they are `[m]` and the rows that each sees `[m, length]`.
+
+    Returns:
+        `[n, H, D]`.
+    """
+    context = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for queries, rows in visible:
+        # One to eight keys a query: matrix products of such a shape are slower than a pass for each key.
+        query = q[queries] * q.shape[-1] ** -0.5
+        keys = [known.index_select(0, place) for place in rows.unbind(1)]
+        weights = torch.stack([(query * key[:, 0]).sum(-1) for key in keys], -1).softmax(-1)
+        summed = weights[..., :1] * keys[0][:, 1]
+        for number, key in enumerate(keys[1:], start=1):
+            summed.addcmul_(weights[..., number, None], key[:, 1])
+        context[queries] = summed
+    return context
