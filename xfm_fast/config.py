@@ -13,6 +13,8 @@ from xfm_fast.errors import ConfigError
 
 PresetName = Literal["tiny", "base"]
 
+MODEL_TYPE = "xfm"
+
 # The sizes that the official constructors hard-code by name, and those of the published roberta-base config.json.
 _BEIT_SIZES = {
     "base": {"vision_width": 768, "vision_depth": 12, "vision_heads": 12},
@@ -217,11 +219,19 @@ class XFMConfig(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> XFMConfig:
-        """Read a `config.json` that `save` wrote."""
-        return cls(**_read_mapping(Path(path)))
+        """Read a `config.json` that `save_pretrained` wrote."""
+        values = _read_mapping(Path(path))
+        kind = values.pop("model_type", MODEL_TYPE)
+        if kind != MODEL_TYPE:
+            raise ConfigError(
+                f"{path} describes a model of model_type={kind!r}; XFM reads {MODEL_TYPE!r}: give a folder that "
+                "save_pretrained wrote"
+            )
+        return cls(**values)
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+        """The content of a `config.json` that `load` reads; `model_type` tells other libraries what it describes."""
+        return json.dumps({"model_type": MODEL_TYPE, **self.model_dump()}, indent=2) + "\n"
 
 
 def _explain(error: ValidationError) -> str:

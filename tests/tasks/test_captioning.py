@@ -40,7 +40,7 @@ def decoder_of(model: CaptioningModel, image: Tensor) -> NextLogProbs:
     def next_log_probs(ids: list[int]) -> Tensor:
         tokens = torch.tensor([ids])
         packing, alone = Packing.from_mask(torch.ones_like(tokens)), ImageGroups(torch.tensor([0, 1]))
-        hidden = model.text_decoder(tokens, packing, model.encode(image[None]), alone)
+        hidden = model.text_decoder(tokens, packing, model.decoder_memory(image[None]), alone)
         return model.text_decoder.logits(hidden[-1:])[0].log_softmax(-1)
 
     return next_log_probs
@@ -203,7 +203,9 @@ def test_what_is_refused(model: CaptioningModel, x: dict[str, Tensor]) -> None:
     with pytest.raises(InputError, match=r"prompt_ids are \[2, 3\]"):
         model.generate(pixels, prompt[:2])
     with pytest.raises(InputError, match="prompt_ids hold padding"):
-        generate(model.text_decoder, model.encode(pixels), prompt.index_fill(1, torch.tensor([2]), PAD), max_length=9)
+        generate(
+            model.text_decoder, model.decoder_memory(pixels), prompt.index_fill(1, torch.tensor([2]), PAD), max_length=9
+        )
     with pytest.raises(InputError, match="2 images for 3 captions"):
         model(pixels[:2], x["text_ids"], prompt_length=3)
     with pytest.raises(InputError, match="prompt_length=9"):

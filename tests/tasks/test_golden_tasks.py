@@ -99,7 +99,7 @@ def grounding(model: GroundingModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
 def captioning(model: CaptioningModel, x: dict[str, Tensor]) -> dict[str, Tensor]:
     ids, mask, prompt = x["text_ids"], x["text_atts"], x["prompt_ids"].shape[1]
     packing = Packing.from_mask(mask, keep_padding=True)
-    hidden = model.text_decoder(ids, packing, model.encode(x["image"]), ImageGroups(torch.arange(len(ids) + 1)))
+    hidden = model.text_decoder(ids, packing, model.decoder_memory(x["image"]), ImageGroups(torch.arange(len(ids) + 1)))
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :prompt] = -100
     out = {

@@ -141,6 +141,9 @@ def test_a_codebook_is_learnt_once(tmp_path: Path) -> None:
     written = (folder / CODEBOOK_FILE).stat().st_mtime_ns
     train(load_recipe("pretrain_tiny_shapes", [*sizes, *options, "steps=2"]))
     assert (folder / CODEBOOK_FILE).stat().st_mtime_ns == written
+    # The vocabulary that the run learnt lies with its weights.
+    assert XFM.from_pretrained(folder / "model").encode("a red circle").ndim == 1
+    assert (folder / "model" / "tokenizer.json").is_file()
 
 
 def test_gradients_flow_as_they_should() -> None:

@@ -31,8 +31,8 @@ from cyclopts import (
 )
 
 from xfm_fast import __version__
-from xfm_fast.cli import console, data, finetune, kernels, options, train
-from xfm_fast.cli.options import DATA, MEASURE, SERVE, TRAIN
+from xfm_fast.cli import console, data, finetune, kernels, options, search, train
+from xfm_fast.cli.options import DATA, MEASURE, SEARCH, SERVE, TRAIN
 from xfm_fast.errors import StorageError, UnavailableError, XFMError
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
 for command in (train.pretrain, finetune.finetune, finetune.evaluate, finetune.predict, train.gradflow):
     app.command(command, group=TRAIN)
+for command in (search.index, search.search):
+    app.command(command, group=SEARCH)
 app.command(train.reproduce)
 app.command(data.data)
 app.command(data.convert, group=DATA)

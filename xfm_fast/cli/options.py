@@ -15,8 +15,8 @@ Flat = Annotated[T, Parameter(name="*")]
 
 Json = Annotated[bool, Parameter(name="--json", help="Print JSON instead of tables.")]
 
-MEASURE, TRAIN, DATA, SERVE = (
-    Group.create_ordered(name) for name in ("Measure", "Train", "Data and checkpoints", "Export and serve")
+MEASURE, TRAIN, SEARCH, DATA, SERVE = (
+    Group.create_ordered(name) for name in ("Measure", "Train", "Search", "Data and checkpoints", "Export and serve")
 )
 """The groups of the commands in help."""
 OPTIONS = Group("Options")

@@ -63,7 +63,7 @@ def decode_image(source: Source, name: str | None = None) -> Image.Image:
             `PIL.Image.MAX_IMAGE_PIXELS`, or holds values without a defined white.
     """
     name, data = _content(source, name)
-    return _decoded(data, name, lambda opened: _to_rgb(opened, name))
+    return _decoded(data, name, lambda opened: to_rgb(opened, name))
 
 
 def decode_pixels(source: Source, name: str | None = None) -> Tensor:
@@ -82,7 +82,7 @@ def decode_pixels(source: Source, name: str | None = None) -> Tensor:
                 found = _FAST[opened.format](encoded, mode=ImageReadMode.RGB)
                 if found.dtype == torch.uint8:
                     return found
-        return torch.from_numpy(np.array(_to_rgb(opened, name))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(opened, name))).permute(2, 0, 1)
 
     return _decoded(data, name, pixels)
 
@@ -178,7 +178,12 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
             ) from None
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A decoded image as RGB: transparency is dropped, 16-bit grey values are scaled to 8 bits.
+
+    Raises:
+        DataError: it holds values without a defined white; `name` is what the error calls it.
+    """
     if image.mode == "F":
         raise DataError(f"image {name} holds floating-point values without a defined white; convert it to 8 bits")
     if image.mode.startswith("I"):

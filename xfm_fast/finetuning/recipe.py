@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from xfm_fast.checkpoint.files import CONFIG_FILE
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.kinds import TASKS, TOKENIZER_FILE, AnyTask, model_folder
 from xfm_fast.finetuning.official import from_official, is_official
@@ -72,9 +72,9 @@ class FinetuneRecipe(Run):
         if folder is None or not isinstance(model, Mapping) or "preset" in model:
             return values
         try:
-            saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"init.checkpoint={place}: its {CONFIG_FILE} cannot be read ({error})") from None
+            saved = XFMConfig.load(folder / CONFIG_FILE).model_dump()
+        except ConfigError as error:
+            raise ValueError(f"init.checkpoint={place}: {error}") from None
         return {**values, "model": {**saved, **model}}
 
     @model_validator(mode="after")

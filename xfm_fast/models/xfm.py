@@ -1,13 +1,16 @@
-"""XFM: language encoder, vision encoder and fusion encoder with their heads (arXiv 2301.05065)."""
+"""XFM: language encoder, vision encoder and fusion encoder with their heads (arXiv 2301.05065).
+
+`encode`, `match`, `ground` and `similarity` take strings and images; what they are made of takes tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +21,51 @@ from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops
-from xfm_fast.models import inputs
+from xfm_fast.models import hub, inputs
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.heads import MLPHead
+from xfm_fast.models.processor import (
+    TOKENIZER_FILE,
+    Picture,
+    are_texts,
+    batches,
+    evaluating,
+    find_tokenizer,
+    image_pixels,
+    is_picture,
+    open_image,
+    read_tokenizer,
+    text_tokens,
+)
 from xfm_fast.models.text import TextEncoder
 from xfm_fast.models.vision import Block, VisionEncoder
 from xfm_fast.packing import ImageGroups, Packing, Sequences
+from xfm_fast.tokenizer import CaptionTokenizer
 
 ALL_HEADS: tuple[Head, ...] = get_args(Head)
 Encoder = Literal["vision", "text", "fusion"]
 ALL_ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
+
+
+class XFMOutput(NamedTuple):
+    """The results of `XFM.forward`; None where there was no such input, or the model has no such head.
+
+    Attributes:
+        image_embeds: `[B, 1 + N, vision_width]`.
+        text_embeds: `[B, L, text_width]`, zeros at padded positions.
+        image_features, text_features: `[B, embed_dim]`, L2-normalised.
+        fused: `[B, L, text_width]`, text b with image b, zeros at padded positions.
+        match_logits: `[B, 2]`; column 1 scores "text describes image".
+        boxes: `[B, 4]` (cx, cy, w, h) relative to the image.
+    """
+
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    fused: Tensor | None = None
+    match_logits: Tensor | None = None
+    boxes: Tensor | None = None
 
 
 class XFM(nn.Module):
@@ -43,6 +81,9 @@ class XFM(nn.Module):
 
     load_report: checkpoint.LoadReport | None = None
     """Changes and omissions of loading an official checkpoint."""
+
+    tokenizer: CaptionTokenizer | None = None
+    """Reads the texts of `encode`, `match` and `ground`; saved with the model."""
 
     def __init__(
         self, config: XFMConfig, *, heads: Iterable[Head] = ALL_HEADS, encoders: Iterable[Encoder] = ALL_ENCODERS
@@ -81,6 +122,7 @@ class XFM(nn.Module):
         *,
         heads: Iterable[Head] = ALL_HEADS,
         dtype: torch.dtype = torch.float32,
+        tokenizer: CaptionTokenizer | str | Path | None = None,
     ) -> Self:
         """Load an official checkpoint, of pretraining or fine-tuning.
 
@@ -92,26 +134,55 @@ class XFM(nn.Module):
             config: sizes of the model.
             heads: heads to load; a fine-tuned checkpoint lacks some. Those not named are left out.
             dtype: of the parameters.
+            tokenizer: reads texts; or a folder with RoBERTa's `vocab.json` and `merges.txt`, or a `tokenizer.json`.
 
         Raises:
+            DataError: the tokenizer cannot be read, or belongs to another model.
             CheckpointError: the file cannot be read, or lists every parameter that is missing, unexpected or misshapen.
         """
         what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
+        vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, config)
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
         ours, report = checkpoint.to_ours(state, config)
         heads = tuple(heads)
         model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype)
-        model.load_report = report
+        model.load_report, model.tokenizer = report, vocabulary
         return model
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, heads: Iterable[Head] | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        *,
+        heads: Iterable[Head] | None = None,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: CaptionTokenizer | str | Path | None = None,
+        revision: str | None = None,
     ) -> Self:
-        """Load a folder that `save_pretrained` wrote; by default with the heads that it holds."""
-        files = checkpoint.load_pretrained_files(folder)
+        """Load a folder that `save_pretrained` wrote, with the tokenizer that lies there.
+
+        Args:
+            folder: the folder, or a model on the Hugging Face Hub by its name, `"org/name"`.
+            heads: heads to load; by default those that it holds.
+            dtype: of the parameters.
+            tokenizer: instead of that of the folder; see `from_official`.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            CheckpointError: the folder is not there, or holds no such model, or a damaged one.
+            ConfigError: its `config.json` describes no model.
+            DataError: the tokenizer cannot be read, or belongs to another model.
+        """
+        place = hub.local_folder(folder, revision)
+        files = checkpoint.load_pretrained_files(place)
         heads = checkpoint.heads_in(files.state) if heads is None else tuple(heads)
-        return cls._loaded(files.config, heads, checkpoint.select_heads(files.state, heads), f"model {folder}", dtype)
+        model = cls._loaded(files.config, heads, checkpoint.select_heads(files.state, heads), f"model {folder}", dtype)
+        model.load_tokenizer(tokenizer, place)
+        return model
+
+    def load_tokenizer(self, source: CaptionTokenizer | str | Path | None, folder: Path) -> None:
+        """Take a tokenizer, or without one that of a folder of weights, if there is one."""
+        self.tokenizer = find_tokenizer(folder, self.config) if source is None else read_tokenizer(source, self.config)
 
     @classmethod
     def _loaded(
@@ -127,8 +198,21 @@ class XFM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; each appears whole or not at all."""
-        checkpoint.save_pretrained(self.state_dict(), self.config, folder)
+        """Write `config.json`, `model.safetensors` and, where there is a tokenizer, `tokenizer.json`.
+
+        Each appears whole or not at all.
+        """
+        files = None if self.tokenizer is None else {TOKENIZER_FILE: self.tokenizer.to_json().encode()}
+        checkpoint.save_pretrained(self.state_dict(), self.config, folder, files=files)
+
+    def push_to_hub(self, name: str, *, private: bool = False, message: str = "Upload X-FM") -> str:
+        """Put what `save_pretrained` writes on the Hugging Face Hub, as `"org/name"`; returns the commit's address.
+
+        Raises:
+            UnavailableError: `huggingface_hub` is not installed.
+            StorageError: the Hub cannot be reached, or refuses.
+        """
+        return hub.push(self, name, private=private, message=message)
 
     def set_image_size(self, image_size: int) -> None:
         """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""
@@ -158,6 +242,140 @@ class XFM(nn.Module):
                 f"this model was built without the {head!r} head (it has: {', '.join(self.heads) or 'none'}); "
                 f"build or load it with heads=(..., {head!r})"
             )
+
+    def encode(self, items: str | Picture | Sequence[str] | Sequence[Picture], *, batch_size: int = 32) -> Tensor:
+        """Contrastive features of texts or images, on which the cosine similarity is a dot product.
+
+            >>> model.encode("a dog on a beach").shape
+            torch.Size([256])
+            >>> model.encode([Path("a.jpg"), PIL.Image.open("b.png")]).shape
+            torch.Size([2, 256])
+
+        Args:
+            items: a string is a text, a `Path` or PIL image an image; or a list of either kind. Texts are cleaned as
+                captions are and cut to 40 tokens, images resized whole.
+            batch_size: items that are computed together.
+
+        Returns:
+            `[embed_dim]` of one, `[N, embed_dim]` of a list; L2-normalised.
+
+        Raises:
+            InputError: something else, both kinds in one list, or a string that names a file.
+            UnavailableError: the model lacks the contrastive head, or has no tokenizer for texts.
+            DataError: an image is broken, a text empty after cleaning.
+        """
+        single = isinstance(items, str) or is_picture(items)
+        every: Sequence[str] | Sequence[Picture] = [items] if single else list(items)  # type: ignore[assignment, list-item]
+        self.require_head("contrastive")
+        features = []
+        with evaluating(self):
+            if are_texts(every):
+                for texts in batches(every, batch_size):
+                    input_ids, mask = text_tokens(texts, self.tokenizer, self.config, self.device)
+                    features.append(self.project_text(self.encode_text(input_ids, mask)))
+            else:
+                for images in batches(every, batch_size):
+                    pixels = image_pixels(images, self.config, self.device)
+                    features.append(self.project_image(self.encode_image(pixels)))
+        return features[0][0] if single else torch.cat(features)
+
+    def similarity(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Tensor:
+        """Cosine similarity of images and texts: `[I, T]`, without the dimension of what is one and no list.
+
+        Args:
+            images: image files, as strings or paths, or PIL images.
+            texts: as of `encode`, which also says what it raises.
+        """
+        single = isinstance(images, str) or is_picture(images)
+        many: list[Picture] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+        of_images = self.encode([Path(each) if isinstance(each, str) else each for each in many])
+        of_texts = self.encode(texts)
+        found = of_images @ (of_texts if isinstance(texts, str) else of_texts.T)
+        return found[0] if single else found
+
+    def match(self, image: Picture, texts: str | Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """The probability that each text describes the image, which is encoded once: `[T]`, or a scalar of one text.
+
+        Args:
+            image: image file, as a string or path, or PIL image.
+            texts: as of `encode`.
+            batch_size: texts that are computed together.
+
+        Raises:
+            InputError: there are no texts.
+            UnavailableError: the model lacks the matching head, or has no tokenizer.
+            DataError: the image is broken, a text empty after cleaning.
+        """
+        self.require_head("matching")
+        with evaluating(self):
+            logits = [self.match_logits(fused) for fused in self._fuse_texts(open_image(image), texts, batch_size)]
+        found = torch.cat(logits).float().softmax(1)[:, 1]
+        return found[0] if isinstance(texts, str) else found
+
+    def ground(self, image: Picture, text: str | Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """The boxes of what texts refer to, in pixels of the image: `[T, 4]` (x, y, w, h), or `[4]` of one text.
+
+        Arguments and errors as of `match`, with the head `boxes`. An EXIF orientation of the image is not applied.
+        """
+        self.require_head("boxes")
+        picture = open_image(image)
+        with evaluating(self):
+            boxes = [self.predict_boxes(fused) for fused in self._fuse_texts(picture, text, batch_size)]
+        relative = torch.cat(boxes).float()
+        # The square that the model sees does not keep the aspect of the image.
+        size = relative.new_tensor(picture.size)
+        centre, sides = relative[:, :2] * size, relative[:, 2:] * size
+        found = torch.cat([centre - sides / 2, sides], dim=1)
+        return found[0] if isinstance(text, str) else found
+
+    def _fuse_texts(self, image: Picture, texts: str | Sequence[str], batch_size: int) -> Iterator[Tensor]:
+        """`[T, 1, text_width]` of the next T texts with the image, whose memory is made once."""
+        every = [texts] if isinstance(texts, str) else list(texts)
+        if not are_texts(every):
+            raise InputError("texts are images; give the image first, then strings")
+        memory = None
+        for some in batches(every, batch_size):
+            input_ids, mask = text_tokens(some, self.tokenizer, self.config, self.device)
+            if memory is None:
+                memory = self.image_memory(self.encode_image(image_pixels([image], self.config, self.device)))
+            of_one = torch.zeros(len(some), dtype=torch.long, device=self.device)
+            yield self.fuse(self.encode_text(input_ids, mask), mask, memory, of_one, first_token_only=True)
+
+    def forward(
+        self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> XFMOutput:
+        """All that the model says about B images, B texts, or B pairs of them: what DDP, `torch.compile` and trainers
+        call. It computes no loss; `xfm_fast.objectives` does, of its result or of a batch. Heads that the loss does
+        not read get no gradient, so DDP needs `find_unused_parameters=True`.
+
+        Args:
+            pixels: `[B, 3, R, R]` normalised images.
+            input_ids: `[B, L]`.
+            attention_mask: `[B, L]`, non-zero for real tokens; by default everything but the padding id.
+
+        Raises:
+            InputError: there are neither images nor texts, or they are not what the encoders take.
+        """
+        if pixels is None and input_ids is None:
+            raise InputError("neither pixels nor input_ids were given; pass one or both")
+        image = None if pixels is None else self.encode_image(pixels)
+        if input_ids is not None and attention_mask is None:
+            attention_mask = input_ids.ne(self.config.pad_token_id)
+        text = None if input_ids is None else self.encode_text(input_ids, attention_mask)
+        fused = None
+        if image is not None and text is not None and self.config.fusion_layers:
+            assert attention_mask is not None
+            fused = self.fuse(text, attention_mask, self.image_memory(image))
+        contrastive = "contrastive" in self.heads
+        return XFMOutput(
+            image_embeds=image,
+            text_embeds=text,
+            image_features=self.project_image(image) if contrastive and image is not None else None,
+            text_features=self.project_text(text) if contrastive and text is not None else None,
+            fused=fused,
+            match_logits=self.match_logits(fused) if "matching" in self.heads and fused is not None else None,
+            boxes=self.predict_boxes(fused) if "boxes" in self.heads and fused is not None else None,
+        )
 
     def encode_image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Vision encoder.

@@ -15,11 +15,11 @@ from typing import Any
 
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.models.processor import TOKENIZER_FILE
 from xfm_fast.reproduce.evaluation import HeldOut, evaluate
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.loop import train
 from xfm_fast.training.recipe import Recipe, load_recipe
-from xfm_fast.training.setup import TOKENIZER_FILE
 
 RECIPE = "pretrain_tiny_shapes"
 RESULT_FILE = "result.json"

@@ -55,7 +55,7 @@ class CaptioningModel(TaskModel):
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
         return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
 
-    def encode(self, pixels: Tensor) -> DecoderMemory:
+    def decoder_memory(self, pixels: Tensor) -> DecoderMemory:
         """The decoder's memory of images `[B, 3, R, R]`, projected once for all steps and beams."""
         return self.text_decoder.memory(self.encode_image(pixels))
 
@@ -91,7 +91,7 @@ class CaptioningModel(TaskModel):
             raise InputError("caption_mask has gaps; the real tokens of a caption come first")
         groups = ImageGroups(torch.arange(images + 1, device=mask.device))
         return self.text_decoder.token_losses(
-            caption_ids, mask, self.encode(pixels), groups, given=prompt_length, label_smoothing=label_smoothing
+            caption_ids, mask, self.decoder_memory(pixels), groups, given=prompt_length, label_smoothing=label_smoothing
         )
 
     def forward(
@@ -136,7 +136,7 @@ class CaptioningModel(TaskModel):
             prompt_ids = prompt_ids.expand(pixels.shape[0], -1)
         inputs.check_tokens(prompt_ids, None, self.config)
         with torch.no_grad():
-            memory = self.encode(pixels)
+            memory = self.decoder_memory(pixels)
         return generate(
             self.text_decoder,
             memory,

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from xfm_fast import checkpoint
 from xfm_fast.config import XFMConfig
+from xfm_fast.models.hub import local_folder
+from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head
+from xfm_fast.tokenizer import CaptionTokenizer
 
 
 class TaskModel(XFM):
     """An X-FM with the encoders and heads that a task reads, and a part of its own that pretraining does not have."""
+
+    if TYPE_CHECKING:
+        # A task takes what it needs, and returns its loss.
+        forward: Callable[..., Any]
 
     own_parts: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the parameters that a pretraining checkpoint lacks."""
@@ -64,16 +71,18 @@ class TaskModel(XFM):
         *,
         heads: Iterable[Head] = (),
         dtype: torch.dtype = torch.float32,
+        tokenizer: CaptionTokenizer | str | Path | None = None,
         **options: Any,
     ) -> Self:
         """Build the model and `load_official`.
 
         Args:
-            source, config, dtype: as for `XFM.from_official`.
+            source, config, dtype, tokenizer: as for `XFM.from_official`.
             heads: without effect; a task has the heads that it needs.
             options: of the constructor, such as `labels` or `decoder_layers`.
         """
         model = cls(config, **options)
+        model.tokenizer = None if tokenizer is None else read_tokenizer(tokenizer, config)
         model.load_official(source)
         return model.to(dtype).eval()
 
@@ -84,18 +93,22 @@ class TaskModel(XFM):
         *,
         heads: Iterable[Head] | None = None,
         dtype: torch.dtype = torch.float32,
+        tokenizer: CaptionTokenizer | str | Path | None = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Self:
         """Load a folder that `save_pretrained` wrote, of this task or of a pretraining model.
 
         Args:
-            folder, dtype: as for `XFM.from_pretrained`.
+            folder, dtype, tokenizer, revision: as for `XFM.from_pretrained`.
             heads: without effect; a task has the heads that it needs.
             options: of the constructor, such as `labels` or `decoder_layers`; those the model was saved with.
         """
-        files = checkpoint.load_pretrained_files(folder)
+        place = local_folder(folder, revision)
+        files = checkpoint.load_pretrained_files(place)
         model = cls(files.config, **options)
         result = model._load(files.state, f"model {folder}")
         if result.fresh:
             model._start_own_parts(files.state | (files.unused or {}), result.fresh)
+        model.load_tokenizer(tokenizer, place)
         return model.to(dtype).eval()

@@ -41,7 +41,7 @@ from xfm_fast.training.distributed import (
 from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Work, mean_by_name
 from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
 from xfm_fast.training.recipe import Recipe, Run, changes, position_after
-from xfm_fast.training.setup import build_model, image_codes, open_sources
+from xfm_fast.training.setup import build_model, image_codes, open_sources, tokenizer_file
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The official loss scale starts high and is capped at this.
@@ -94,7 +94,7 @@ def train(
             normalised pixels → `[B, N]` integers.
         objective: gives the losses to minimise, `objective(model, batch, losses=names)` → scalars by name; by default
             those of pretraining, by the recipe's `method`.
-        explained_by: files by name that are saved beside the weights, such as a tokenizer.
+        explained_by: files by name that are saved beside the weights; by default the tokenizer of the recipe's paths.
         on_step: called with the number of complete steps, the model (with FSDP a sharded one) and its average after
             every step, on every process; what it returns goes into the log. It need not leave the random state as it
             found it, but must do the same in every run that is to give the same numbers.
@@ -110,7 +110,8 @@ def train(
         processes = stack.enter_context(join_processes(recipe.device))
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):
-            sources = open_sources(recipe, processes) if sources is None else sources
+            if sources is None:
+                sources, explained_by = open_sources(recipe, processes), explained_by or tokenizer_file(recipe)
         elif sources is None or model is None or objective is None:
             raise InputError("a run that is not of pretraining needs sources, model and objective; pass all three")
         if missing := [name for update in recipe.active_updates for name in update if name not in sources]:
@@ -139,13 +140,8 @@ def train(
         run_layers(model, activation_checkpointing=recipe.activation_checkpointing, compiled=recipe.compile)
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)
         options = recipe.optimizer
-        optimizer = AdamW(
-            optimizer_groups(model, options, large_lr=recipe.large_lr),
-            options.lr,
-            options.betas,
-            options.eps,
-            zero_grad=options.zero_grad,
-        )
+        groups = optimizer_groups(model, options, large_lr=recipe.large_lr)
+        optimizer = AdamW(groups, options.lr, options.betas, options.eps, zero_grad=options.zero_grad)
         peak_lr = [group["lr"] for group in optimizer.param_groups]
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema)
         scaler = torch.amp.GradScaler(

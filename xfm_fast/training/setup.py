@@ -21,6 +21,7 @@ from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
 from xfm_fast.data.transforms import whole_image
 from xfm_fast.errors import DataError, InputError, StorageError
+from xfm_fast.models.processor import TOKENIZER_FILE
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -33,7 +34,6 @@ from xfm_fast.training.recipe_fields import (
     TextStream,
 )
 
-TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "image_codes.safetensors"
 # A vocabulary of a few thousand entries does not change with more, nor does a codebook.
 _TEXTS_TO_LEARN_FROM = 100_000
@@ -130,7 +130,7 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
 
     if recipe.tokenizer == "train":
         processes.from_first(learn)
-    tokenizer = CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
+    tokenizer = _tokenizer(recipe)
     sources: dict[str, BatchSource[Any]] = {}
     # Numbered by the recipe, so that a stream shows the same batches when an ablation leaves out another one.
     for number, name in enumerate(recipe.streams):
@@ -147,6 +147,16 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                 rank=processes.rank, world_size=processes.world_size,
             )  # fmt: skip
     return sources
+
+
+def tokenizer_file(recipe: Recipe) -> dict[str, bytes]:
+    """The file, by its name, of the vocabulary of a recipe whose sources were opened."""
+    return {TOKENIZER_FILE: _tokenizer(recipe).to_json().encode()}
+
+
+def _tokenizer(recipe: Recipe) -> CaptionTokenizer:
+    learnt = Path(recipe.checkpoint.folder) / TOKENIZER_FILE
+    return CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""`xfm-fast index` and `search`, as one types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.runner import invoke
+from tests.search.conftest import write_model, write_picture
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(4):
+        write_picture(tmp_path / "photos" / f"{number}.png", number)
+    return tmp_path / "photos"
+
+
+def test_random_weights_are_said_loudly(folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.png").write_bytes(b"none")
+    done = invoke(["index", folder])
+    assert done.exit_code == 0
+    assert "THE WEIGHTS ARE RANDOM" in done.stderr
+    assert "left out broken.png" in done.stderr
+    assert "indexed: 4 images, 4 of them read now, 0 gone, 1 left out" in done.stdout
+    done = invoke(["search", folder, "a red circle", "--top", 3, "--sheet", tmp_path / "sheet.html"])
+    assert done.exit_code == 0
+    assert "THE WEIGHTS ARE RANDOM" in done.stderr
+    assert done.stdout.count(".png") == 3
+    assert "The weights are random" in (tmp_path / "sheet.html").read_text()
+
+
+def test_a_model_and_an_index_of_ones_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "weights", seed=0)
+    monkeypatch.chdir(tmp_path)
+    done = invoke(["index", "photos", "--model", "weights", "--index", "found", "--json"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["images"] == 4
+    # From elsewhere, the index knows its model and its images.
+    monkeypatch.chdir(folder)
+    done = invoke(["search", tmp_path / "found", "a red circle", "--json"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert not found["random"]
+    assert len(found["hits"]) == 4
+    assert all(0 <= hit["match"] <= 1 for hit in found["hits"])
+    done = invoke(["search", tmp_path / "found", "2.png", "--json"])
+    best = json.loads(done.stdout)["hits"][0]
+    assert (Path(best["path"]), best["match"]) == (folder / "2.png", None)
+
+
+def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "weights", seed=0)
+    assert "has no index; make one" in invoke(["search", folder, "a dog"]).stderr
+    invoke(["index", folder, "--model", tmp_path / "weights"])
+    for arguments, message in (
+        (["search", folder, "a dog", "--random", "tiny"], "was made with"),
+        (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "exclude each other"),
+        (["search", folder, "a dog", "--sheet", "a.gif"], ".html or .png"),
+        (["index", folder, "--random", "tiny"], "make another one elsewhere (--index)"),
+        (["index", tmp_path / "nowhere"], "does not exist"),
+        (["index", folder, "--model", tmp_path / "nothing"], "is no folder"),
+    ):
+        done = invoke(arguments)
+        assert done.exit_code == 2
+        assert message in done.stderr

@@ -1,0 +1,156 @@
+"""Searches: exact by features, re-ranked by the fusion encoder, and shown."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.search.conftest import write_model, write_picture
+from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError
+from xfm_fast.finetuning.kinds import TASK_FILE
+from xfm_fast.models.xfm import XFM
+from xfm_fast.search import (
+    ModelSource,
+    SearchIndex,
+    SearchModel,
+    build_index,
+    open_index,
+    open_model,
+    query,
+    search,
+    write_sheet,
+)
+
+TEXT = "a red circle"
+
+
+@pytest.fixture
+def indexed(photos: Path, model: SearchModel) -> SearchIndex:
+    build_index(photos, model)
+    return open_index(photos)
+
+
+def test_nearest_is_exact_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
+    asked = torch.from_numpy(features[700])
+    whole = torch.from_numpy(features) @ asked
+    monkeypatch.setattr(query, "_BLOCK", 64)
+    for k in (1, 100, 2000):
+        rows, values = query.nearest(features, asked, k)
+        assert rows.tolist() == whole.argsort(descending=True)[:k].tolist()
+        torch.testing.assert_close(values, whole[rows])
+
+
+def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: SearchModel) -> None:
+    found = search(indexed, model, TEXT, candidates=4, top=20, batch_size=3)
+    paths = [Path(hit.location) for hit in found.hits]
+    similar = model.model.similarity(paths, TEXT)
+    np.testing.assert_allclose([hit.similarity for hit in found.hits], similar, atol=1e-5)
+    # The nearest four by features come first, by their match; the others follow by features.
+    assert {*paths[:4]} == {paths[place] for place in similar.argsort(descending=True)[:4]}
+    assert all(hit.match is not None for hit in found.hits[:4])
+    matches = [hit.score for hit in found.hits[:4]]
+    np.testing.assert_allclose(matches, [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5)
+    assert matches == sorted(matches, reverse=True)
+    assert [hit.match for hit in found.hits[4:]] == [None] * 3
+    assert [hit.similarity for hit in found.hits[4:]] == sorted((h.similarity for h in found.hits[4:]), reverse=True)
+    assert [hit.location for hit in search(indexed, model, TEXT, candidates=4, top=2).hits] == [*map(str, paths[:2])]
+
+
+def test_without_candidates_features_decide(indexed: SearchIndex, model: SearchModel) -> None:
+    hits = search(indexed, model, TEXT, candidates=0, top=3).hits
+    assert [hit.score for hit in hits] == sorted((hit.similarity for hit in hits), reverse=True)
+    assert len(hits) == 3
+
+
+def test_an_image_finds_itself(indexed: SearchIndex, model: SearchModel, photos: Path) -> None:
+    hit = search(indexed, model, photos / "trip/3.png", top=1).hits[0]
+    assert hit.location == str(photos / "trip/3.png")
+    assert hit.similarity == pytest.approx(1, abs=1e-5)
+
+
+def test_images_that_are_gone_are_passed_over(indexed: SearchIndex, model: SearchModel, photos: Path) -> None:
+    (photos / "0.png").unlink()
+    found = search(indexed, model, TEXT, top=20)
+    assert len(found.hits) == 6
+    assert [*found.lost] == [str(photos / "0.png")]
+
+
+def test_bad_queries(indexed: SearchIndex, model: SearchModel, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="empty after cleaning"):
+        search(indexed, model, "?!")
+    with pytest.raises(DataError, match=r"nowhere\.png does not exist"):
+        search(indexed, model, Path("nowhere.png"))
+    with pytest.raises(InputError, match="top=0"):
+        search(indexed, model, TEXT, top=0)
+    with pytest.raises(DataError, match="was made with"):
+        search(indexed, open_model(write_model(tmp_path / "other", seed=1)), TEXT)
+
+
+def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path: Path) -> None:
+    bare = XFM.from_pretrained(weights, heads=["contrastive"])
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UnavailableError, match="no matching head to score candidates with"):
+        search(indexed, open_model(tmp_path / "bare"), TEXT)
+    assert search(indexed, open_model(tmp_path / "bare"), TEXT, candidates=0).hits
+    XFM.from_pretrained(weights, heads=["matching"]).save_pretrained(tmp_path / "blind")
+    with pytest.raises(UnavailableError, match="has no contrastive head"):
+        open_model(tmp_path / "blind")
+    dumb = open_model(weights)
+    dumb.model.tokenizer = None
+    with pytest.raises(UnavailableError, match=r"no tokenizer .*--tokenizer"):
+        search(indexed, dumb, TEXT)
+    (tmp_path / "bare" / TASK_FILE).write_text('{"format": 1, "task": {"kind": "nlvr2"}}')
+    with pytest.raises(CheckpointError, match="fine-tuned for the task nlvr2"):
+        open_model(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="is a file; give a folder"):
+        open_model(weights / "config.json")
+
+
+def test_random_weights_are_the_same_each_time() -> None:
+    before = torch.get_rng_state()
+    first, second = open_model(ModelSource()), open_model(ModelSource())
+    assert first.source.random
+    assert first.fingerprint == second.fingerprint
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(DataError, match="nowhere holds no tokenizer"):
+        open_model(ModelSource(tokenizer="nowhere"))
+
+
+def test_a_page(indexed: SearchIndex, model: SearchModel, photos: Path, tmp_path: Path) -> None:
+    write_picture(photos / "<b>.png", 8)
+    build_index(photos, model)
+    again = open_index(photos)
+    found = search(again, model, TEXT, top=20)
+    page = write_sheet(tmp_path / "out" / "sheet.html", "a <red> circle", found, again).read_text()
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(pictures) == 8
+    assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (80, 60)
+    assert "a &lt;red&gt; circle" in page
+    assert "&lt;b&gt;.png" in page
+    assert "<b>" not in page
+    assert "random" not in page
+    assert "http" not in page
+
+
+def test_a_picture(photos: Path, tmp_path: Path) -> None:
+    model = open_model(ModelSource())
+    build_index(photos, model)
+    indexed = open_index(photos)
+    found = search(indexed, model, TEXT)
+    # An image that is gone meanwhile leaves its place empty.
+    Path(found.hits[0].location).unlink()
+    found.hits[0] = found.hits[0]._replace(image=None)
+    sheet = Image.open(write_sheet(tmp_path / "sheet.png", TEXT, found, indexed))
+    assert sheet.width > 4 * 240
+    red = (np.asarray(sheet)[:60] == (190, 0, 0)).all(2)
+    assert red.any(), "nothing says that the weights are random"
+    with pytest.raises(InputError, match=r"\.html or \.png"):
+        write_sheet(tmp_path / "sheet.gif", TEXT, found, indexed)

@@ -1,0 +1,208 @@
+"""`xfm-fast index` and `search`: one's own images, found by text or by image."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge
+from cyclopts import Parameter
+
+from xfm_fast.cli.console import note, progress, stdout, table
+from xfm_fast.cli.options import UNFINISHED, Flat, Json
+
+if TYPE_CHECKING:
+    import torch
+
+    from xfm_fast.search import ModelSource
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """The model, and where it runs.
+
+    Attributes:
+        model: A run, a folder that save_pretrained wrote, or a name on the Hugging Face Hub. [that of the index, else
+            random weights, with which nothing is found but all can be tried]
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the model's folder]
+        random: Random weights of this size.
+        device: Where the model runs.
+        dtype: Number format of the weights.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    random: Literal["tiny", "base"] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """The index and the work on it.
+
+    Attributes:
+        index: Folder of the index. [.xfm-index in the folder, or beside the file]
+        images: Folder of the images, where a file lists their paths. [that of the file]
+        batch_size: Images that are computed together.
+        workers: Threads that read and decode images.
+    """
+
+    index: Path | None = None
+    images: Path | None = None
+    batch_size: Annotated[int, Ge(1)] = 32
+    workers: Annotated[int, Ge(1)] = 4
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How much is looked for, and how it is shown.
+
+    Attributes:
+        top: Images to show.
+        candidates: Images, nearest by features, that the fusion encoder reads together with the text; 0 leaves it at
+            features.
+        sheet: Contact sheet to write, .html or .png.
+    """
+
+    top: Annotated[int, Ge(1)] = 12
+    candidates: Annotated[int, Ge(0)] = 64
+    sheet: Path | None = None
+
+
+def index(
+    collection: Annotated[Path, Parameter(name="FOLDER|FILE")],
+    /,
+    *,
+    options: Flat[IndexOptions] = IndexOptions(),
+    weights: Flat[WeightOptions] = WeightOptions(),
+    as_json: Json = False,
+) -> int:
+    """Make images searchable, or renew their index: only new and changed ones are read.
+
+    A stopped command goes on where it was. Images that cannot be read are listed and left out. On several processes:
+    torchrun --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
+
+    Args:
+        collection: Folder of images; CSV, JSON or JSON lines with image and, if known, caption; JSON lines with binary
+            and desc; WebDataset shard.
+    """
+    from xfm_fast.search import build_index, index_folder, open_index, open_model
+    from xfm_fast.search.index import INDEX_FILE
+    from xfm_fast.training.distributed import join_processes, stop_on_signal
+
+    target = options.index or index_folder(collection)
+    known = open_index(target).model if (target / INDEX_FILE).is_file() else None
+    source = _source(weights, known)
+    with join_processes(weights.device) as processes, stop_on_signal() as stop, progress("indexing") as told:
+        if source.random and processes.first:
+            _warn(source)
+        model = processes.together(lambda: open_model(source, device=processes.device, dtype=_dtype(weights.dtype)))
+        report = build_index(
+            collection, model, target, images=options.images, batch_size=options.batch_size, workers=options.workers,
+            processes=processes, progress=told, stop=stop,
+        )  # fmt: skip
+        first = processes.first
+    if not first:
+        return UNFINISHED if report.interrupted else 0
+    if report.interrupted:
+        note("stopped; the same command goes on from there")
+        return UNFINISHED
+    if as_json:
+        print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random}))
+        return 0
+    for name, reason in list(report.faults.items())[:_SHOWN]:
+        note(f"left out {name}: {reason}")
+    if len(report.faults) > _SHOWN:
+        note(f"left out {len(report.faults) - _SHOWN:,} more; --json lists all")
+    left = f", {len(report.faults):,} left out" if report.faults else ""
+    print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
+    print(f"saved: {report.folder}; try it: xfm-fast search {collection if options.index is None else target} ...")
+    return 0
+
+
+def search(
+    where: Annotated[Path, Parameter(name="FOLDER|INDEX")],
+    query: Annotated[str, Parameter(name="TEXT|IMAGE")],
+    /,
+    *,
+    options: Flat[SearchOptions] = SearchOptions(),
+    weights: Flat[WeightOptions] = WeightOptions(),
+    as_json: Json = False,
+) -> int:
+    """Find the images that a text describes, or that resemble an image, in what was indexed.
+
+    Args:
+        where: What was indexed, or the folder of the index.
+        query: A text; or an image file: what is no existing file is a text.
+    """
+    from xfm_fast.errors import InputError, UnavailableError
+    from xfm_fast.search import open_index, open_model, write_sheet
+    from xfm_fast.search import search as find
+
+    if options.sheet is not None and options.sheet.suffix.lower() not in (".html", ".htm", ".png"):
+        raise InputError(f"--sheet {options.sheet}: a contact sheet is .html or .png")
+    found_index = open_index(where)
+    source = _source(weights, found_index.model)
+    if source.random:
+        _warn(source)
+    import torch
+
+    if weights.device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
+    device = "cuda" if weights.device != "cpu" and torch.cuda.is_available() else "cpu"
+    model = open_model(source, device=device, dtype=_dtype(weights.dtype))
+    asked = Path(query) if os.path.isfile(query) else query
+    found = find(found_index, model, asked, top=options.top, candidates=options.candidates)
+    for name, reason in list(found.lost.items())[:_SHOWN]:
+        note(f"passed over {name}: {reason}; index again")
+    if as_json:
+        rows = [
+            {
+                "rank": rank, "path": hit.location, "match": hit.match, "similarity": hit.similarity,
+                "caption": hit.entry.caption,
+            }
+            for rank, hit in enumerate(found.hits, start=1)
+        ]  # fmt: skip
+        print(json.dumps({"query": query, "random": source.random, "hits": rows}))
+    else:
+        made = table("", "", "match", "similarity", "image", right=("", "match", "similarity"))
+        from rich.markup import escape
+
+        for rank, hit in enumerate(found.hits, start=1):
+            match = "" if hit.match is None else f"{hit.match:.1%}"
+            made.add_row(str(rank), match, f"{hit.similarity:.3f}", escape(hit.location))
+        stdout().print(made)
+    if options.sheet is not None:
+        written = write_sheet(options.sheet, asked, found, found_index)
+        note(f"saved: {written}") if as_json else print(f"saved: {written}")
+    return 0
+
+
+def _source(weights: WeightOptions, known: ModelSource | None) -> ModelSource:
+    """The weights that are asked for, or those of an index."""
+    from dataclasses import replace
+
+    from xfm_fast.errors import InputError
+    from xfm_fast.search import ModelSource
+
+    if weights.model is not None and weights.random is not None:
+        raise InputError(f"--model {weights.model} and --random {weights.random} exclude each other; give one")
+    if weights.model is None and weights.random is None and known is not None:
+        return known if weights.tokenizer is None else replace(known, tokenizer=weights.tokenizer)
+    return ModelSource(weights.model, weights.tokenizer, weights.random or "tiny")
+
+
+def _warn(source: ModelSource) -> None:
+    note(f"THE WEIGHTS ARE RANDOM ({source}): results mean nothing. Give --model for one that was trained")
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -1,0 +1,116 @@
+"""Models on the Hugging Face Hub, fetched by name and pushed as `save_pretrained` writes them, and AutoModel."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
+from xfm_fast.config import MODEL_TYPE
+from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
+from xfm_fast.models.processor import TOKENIZER_FILE
+
+if TYPE_CHECKING:
+    from xfm_fast.models.xfm import XFM
+
+# What AutoModel passes on of its own accord.
+_BOOKKEEPING = frozenset({"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"})
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is; of a model on the Hub, such as `"org/name"`, the copy in the Hub's cache, fetched if need be.
+
+    Args:
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: there is neither a folder nor a model of that name, or the Hub cannot be reached.
+    """
+    path = Path(name)
+    if isinstance(name, Path) or path.exists() or not _NAME.fullmatch(name):
+        return path
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CheckpointError(
+            f"{name} is no folder here; if it is a model on the Hugging Face Hub, install huggingface_hub"
+        ) from None
+    try:
+        # Nothing else is fetched, whatever lies there.
+        wanted = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here, and cannot be fetched from the Hugging Face Hub ({_line(error)}); check the "
+            "name, the connection, and that you may read it (hf auth login)"
+        ) from error
+
+
+def push(
+    model: XFM, name: str, *, private: bool = False, message: str = "Upload X-FM", token: str | None = None
+) -> str:
+    """Make the model `name`, such as `"org/name"`, on the Hub hold what `save_pretrained` writes; returns its address.
+
+    Raises:
+        UnavailableError: `huggingface_hub` is not installed.
+        StorageError: the Hub cannot be reached, or refuses.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UnavailableError(
+            "pushing a model needs huggingface_hub; install it (pip install huggingface_hub)"
+        ) from None
+    hub: Any = huggingface_hub.HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        try:
+            hub.create_repo(name, private=private, exist_ok=True)
+            done = hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"{name} could not be pushed to the Hugging Face Hub ({_line(error)}); check the name, the connection, "
+                "and that you may write to it (hf auth login)"
+            ) from error
+    return str(getattr(done, "commit_url", done))
+
+
+def register_auto_classes() -> None:
+    """Let `transformers.AutoModel.from_pretrained` load X-FM, and `AutoConfig` its `config.json`.
+
+    The result is an `XFM`, not a `PreTrainedModel`: it takes `dtype`, `revision`, `heads` and `tokenizer` and refuses
+    the rest, such as `device_map`.
+
+    Raises:
+        UnavailableError: `transformers` is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UnavailableError("registering X-FM needs transformers; install it (pip install 'xfm-fast[hf]')") from None
+
+    from xfm_fast.models.xfm import XFM
+
+    class XFMAutoConfig(transformers.PretrainedConfig):
+        model_type = MODEL_TYPE
+
+    class XFMAutoModel:
+        @staticmethod
+        def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
+            given = {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}
+            dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
+            return XFM.from_pretrained(name, dtype=torch.float32 if dtype == "auto" else dtype, **given)
+
+    transformers.AutoConfig.register(MODEL_TYPE, XFMAutoConfig, exist_ok=True)
+    # It asks for nothing but `from_pretrained`.
+    transformers.AutoModel.register(XFMAutoConfig, XFMAutoModel, exist_ok=True)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

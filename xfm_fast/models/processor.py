@@ -1,0 +1,157 @@
+"""Strings, image files and PIL images as the tensors that a model takes, prepared as the official evaluation does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeGuard, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.images import decode_image, evaluation_transform, to_rgb
+from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+T = TypeVar("T")
+Picture = str | os.PathLike[str] | Image.Image
+"""An image file, or an image that is open."""
+
+TOKENIZER_FILE = "tokenizer.json"
+# Of captions in the official retrieval.
+_MAX_WORDS, _MAX_TOKENS = 30, 40
+
+
+def find_tokenizer(folder: Path, config: XFMConfig) -> CaptionTokenizer | None:
+    """The tokenizer that lies with the weights in `folder`; None where there is none.
+
+    Raises:
+        DataError: it is damaged, or belongs to another model.
+    """
+    places = [folder]
+    if folder.name in ("model", "average"):
+        # A run keeps the vocabulary that it learnt beside the folders of its weights.
+        places.append(folder.parent)
+    path = next((each / TOKENIZER_FILE for each in places if (each / TOKENIZER_FILE).is_file()), None)
+    return None if path is None else read_tokenizer(path, config)
+
+
+def read_tokenizer(source: CaptionTokenizer | str | os.PathLike[str], config: XFMConfig) -> CaptionTokenizer:
+    """A tokenizer, or that of a `tokenizer.json` or a folder with `vocab.json` and `merges.txt`, for a model.
+
+    Raises:
+        DataError: there is none, it is damaged, or belongs to another model.
+    """
+    tokenizer = source if isinstance(source, CaptionTokenizer) else CaptionTokenizer.from_files(source)
+    tokenizer.check(config)
+    return tokenizer
+
+
+def text_tokens(
+    texts: Sequence[str], tokenizer: CaptionTokenizer | None, config: XFMConfig, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask of texts, `[T, L]` each, L as long as the longest of them needs.
+
+    Texts are cleaned as captions are: lower case, no punctuation, the first 30 words; then cut to 40 tokens.
+
+    Raises:
+        UnavailableError: there is no tokenizer.
+        DataError: a text is empty after cleaning.
+    """
+    if tokenizer is None:
+        raise UnavailableError(
+            "this model has no tokenizer to read texts with; load it with tokenizer='FOLDER', which holds RoBERTa's "
+            "vocab.json and merges.txt or a tokenizer.json, or set model.tokenizer"
+        )
+    longest = min(_MAX_TOKENS, config.max_text_length)
+    cleaned = [pre_caption(text, _MAX_WORDS) for text in texts]
+    input_ids, mask = tokenizer.encode(cleaned, longest, pad_to_longest=True)
+    return input_ids.to(device), mask.to(device)
+
+
+def image_pixels(images: Sequence[Picture], config: XFMConfig, device: torch.device | None = None) -> Tensor:
+    """Normalised pixels `[B, 3, R, R]` of images, each resized whole to the model's square.
+
+    Raises:
+        DataError: a file is no image, or a broken one.
+    """
+    transform = evaluation_transform(config.image_size)
+    return torch.stack([transform(open_image(image)) for image in images]).to(device)
+
+
+def open_image(image: Picture) -> Image.Image:
+    """An image as RGB. As in the official code, an EXIF orientation is not applied.
+
+    Raises:
+        DataError: the file is no image, or a broken one.
+    """
+    if not isinstance(image, Image.Image):
+        return decode_image(image)
+    name = str(getattr(image, "filename", "") or f"{image.width}x{image.height} {image.mode}")
+    try:
+        return to_rgb(image, name)
+    except (OSError, ValueError, SyntaxError) as error:
+        # Pillow reads the file of an image when its pixels are asked for.
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"image {name} cannot be read ({error}); open it again") from None
+
+
+def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
+    """True for strings, false for images.
+
+    Raises:
+        InputError: both are there, or something else, or a string that names a file.
+    """
+    if not items:
+        raise InputError("the list is empty; give at least one text or image")
+    kinds = {str if isinstance(item, str) else Path if is_picture(item) else type(item) for item in items}
+    if kinds == {Path}:
+        return False
+    if kinds != {str}:
+        if kinds <= {str, Path}:
+            raise InputError("the list holds texts and images; encode them in two calls")
+        other = next(kind.__name__ for kind in kinds if kind not in (str, Path))
+        raise InputError(
+            f"{other} is no type of texts or images; give strings, or paths and PIL images (tensors of pixels and ids "
+            "go to encode_image and encode_text)"
+        )
+    for item in items:
+        # What it names is meant, more often than its name; "a dog" rarely is a file.
+        if isinstance(item, str) and Path(item).suffix and os.path.isfile(item):
+            raise InputError(f"{item!r} is a file, and strings are texts here; write Path({item!r}) for the image")
+    return True
+
+
+def is_picture(item: object) -> TypeGuard[Picture]:
+    """True for a path or a PIL image; a string is a text."""
+    return isinstance(item, (os.PathLike, Image.Image))
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Slices of a sequence.
+
+    Raises:
+        InputError: the size is not positive.
+    """
+    if size < 1:
+        raise InputError(f"batch_size={size}; it must be at least 1")
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients inside the block; afterwards the model trains again if it did."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if training:
+            model.train()

@@ -1,0 +1,31 @@
+"""Search one's own images by text or by image: an index of features on disk, re-ranked with the fusion encoder.
+
+    index = build_index("photos", open_model("runs/base/model"))
+    for hit in search(open_index("photos"), open_model("runs/base/model"), "a red bicycle").hits: ...
+
+`xfm-fast index` and `xfm-fast search` are these functions.
+"""
+
+from xfm_fast.search.collection import Collection, Entry, open_collection
+from xfm_fast.search.index import IndexReport, SearchIndex, build_index, index_folder, open_index
+from xfm_fast.search.model import ModelSource, SearchModel, open_model
+from xfm_fast.search.query import Found, Hit, search
+from xfm_fast.search.sheet import write_sheet
+
+__all__ = [
+    "Collection",
+    "Entry",
+    "Found",
+    "Hit",
+    "IndexReport",
+    "ModelSource",
+    "SearchIndex",
+    "SearchModel",
+    "build_index",
+    "index_folder",
+    "open_collection",
+    "open_index",
+    "open_model",
+    "search",
+    "write_sheet",
+]

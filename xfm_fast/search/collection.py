@@ -1,0 +1,222 @@
+"""Collections of images: folders, lists of paths (CSV, JSON, JSON lines), and shards or lines that hold the images."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from PIL import Image, ImageOps
+
+from xfm_fast.data.images import decode_image, image_source, image_values
+from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.records import RecordSet, open_records
+from xfm_fast.data.tables import LINE_SUFFIXES, PICTURE_SUFFIXES, TABLE_SUFFIXES
+from xfm_fast.data.task_files import captioning_test_rows
+from xfm_fast.errors import DataError
+
+_IMAGES = ImageOptions()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image of a collection, as it was found.
+
+    Attributes:
+        name: unique in the collection: a path below its folder, or `FILE#ROW`.
+        size: of its file in bytes; -1 where there is none.
+        modified: time of the file's last change, in nanoseconds.
+        row: where it is one of many in a file, its number.
+        caption: the text that goes with it.
+    """
+
+    name: str
+    size: int
+    modified: int
+    row: int | None = None
+    caption: str | None = None
+
+    @property
+    def version(self) -> tuple[str, int, int, int | None]:
+        """What tells that an image is the same as before."""
+        return self.name, self.size, self.modified, self.row
+
+
+class Listing(NamedTuple):
+    """The images of a collection by name, and the reasons why rows of its files are none."""
+
+    entries: list[Entry]
+    faults: dict[str, str]
+
+
+class Collection(Protocol):
+    """Images that can be listed and opened."""
+
+    def listing(self) -> Listing:
+        """All images as they are now, in the order of their names or rows."""
+        ...
+
+    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
+        """An image as RGB, and its caption. Raises `DataError` when it is broken; may be called by several threads."""
+        ...
+
+    def location(self, entry: Entry) -> str:
+        """The path of an image, or its name where it has none."""
+        ...
+
+
+def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> Collection:
+    """The images of a folder, and of those below it; or of a file that lists or holds them.
+
+    Args:
+        path: a folder; a CSV, TSV, JSON or JSON-lines file with `image` and, where there is one, `caption`; JSON lines
+            with `binary` (base64) and `desc`; a WebDataset shard, or a folder of such.
+        images: folder of the paths in a list; by default that of the file.
+
+    Raises:
+        DataError: there is nothing there, or no images.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        # Shards lie in folders, too. Data files beside images are about these.
+        shards = sorted(path.glob("*.tar"))
+        return Records(path, open_records(shards)) if shards and not _files(path) else Folder(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a folder of images, or a file that lists or holds some")
+    suffix = path.suffix.lower()
+    if ".tar" in path.suffixes:
+        return Records(path, open_records(path))
+    if suffix in LINE_SUFFIXES and _IMAGES.image_key in _first_object(path):
+        return Records(path, open_records(path))
+    if suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json"):
+        return Table(path, path.parent if images is None else Path(images).expanduser())
+    kinds = ", ".join((*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json", ".tar"))
+    raise DataError(f"{path} is neither a folder of images nor a file of one of {kinds}; give one of these")
+
+
+class Folder:
+    """The images in a folder and below it; what is hidden is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def listing(self) -> Listing:
+        names = _files(self.path)
+        if not names:
+            raise DataError(f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it")
+        return Listing([_entry(name, self.path / name) for name in names], {})
+
+    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
+        return upright(self.path / entry.name), None
+
+    def location(self, entry: Entry) -> str:
+        return str(self.path / entry.name)
+
+
+class Table:
+    """The images that a file lists by their paths, each once, with the first of its captions."""
+
+    def __init__(self, path: Path, images: Path) -> None:
+        self.path, self.images = path, images
+
+    def listing(self) -> Listing:
+        entries: dict[str, Entry] = {}
+        faults: dict[str, str] = {}
+        for rows in captioning_test_rows(self.path):
+            for row in range(len(rows)):
+                try:
+                    record = rows.read(row)
+                except DataError as error:
+                    faults[f"{self.path.name}#{rows.label(row)}"] = str(error)
+                    continue
+                found = _entry(record.image, self.images / record.image)
+                entries.setdefault(found.name, replace(found, caption=record.caption[0] if record.caption else None))
+        return Listing([*entries.values()], faults)
+
+    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
+        return upright(self.images / entry.name), entry.caption
+
+    def location(self, entry: Entry) -> str:
+        return str(self.images / entry.name)
+
+
+class Records:
+    """The images that shards or lines hold. A file that has changed counts as new, whole."""
+
+    def __init__(self, path: Path, records: RecordSet) -> None:
+        self.path, self.records = path, records
+
+    def listing(self) -> Listing:
+        entries = []
+        number = 0
+        for rows in self.records.files:
+            size = os.stat(rows.name).st_size
+            for row in range(len(rows)):
+                name = f"{Path(rows.name).name}#{rows.label(row)}"
+                entries.append(Entry(name, size, rows.modified, number))
+                number += 1
+        return Listing(entries, {})
+
+    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
+        assert entry.row is not None
+        if entry.row >= len(self.records):
+            raise DataError(f"{entry.name} is no longer there; index the collection again")
+        rows, row = self.records.locate(entry.row)
+        record = rows.read(row)
+        image = upright(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
+        return image, _text(record.get("desc", record.get("caption")))
+
+    def location(self, entry: Entry) -> str:
+        return entry.name
+
+
+def upright(source: Path | bytes, name: str | None = None) -> Image.Image:
+    """`decode_image`, turned as its EXIF orientation says, without which many photos of telephones lie on their side.
+
+    The official code, whose data sets hold no such photos, does not turn them.
+    """
+    image = decode_image(source, name)
+    # A camera that writes damaged EXIF takes whole pictures.
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _files(folder: Path) -> list[str]:
+    """Images in a folder and below, as paths with slashes, sorted."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        below = Path(parent).relative_to(folder)
+        for name in files:
+            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
+                found.append((below / name).as_posix())
+    return sorted(found)
+
+
+def _entry(name: str, path: Path) -> Entry:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return Entry(name, -1, -1)
+    return Entry(name, status.st_size, status.st_mtime_ns)
+
+
+def _first_object(path: Path) -> Any:
+    """The first line of a file, which decides what the file holds; empty where it is no object."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    """A caption, or the first one of several."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, str) else None

@@ -1,0 +1,154 @@
+"""A search: the nearest features of all, and of these the best by the fusion encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xfm_fast.data.images import evaluation_transform
+from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.models.processor import batches, text_tokens
+from xfm_fast.models.xfm import XFM
+from xfm_fast.search.collection import Entry, upright
+from xfm_fast.search.index import SearchIndex
+from xfm_fast.search.model import SearchModel
+
+# Rows that are compared at a time: 64 MB of features of the base model.
+_BLOCK = 1 << 16
+
+
+class Hit(NamedTuple):
+    """An image that was found.
+
+    Attributes:
+        location: its path, or its name in a file of many.
+        similarity: cosine of its features and the query's.
+        match: probability that the text describes it; None where the fusion encoder was not asked.
+        entry: its entry of the index.
+        image: it, opened; None where that was not needed.
+    """
+
+    location: str
+    similarity: float
+    match: float | None
+    entry: Entry
+    image: Image.Image | None
+
+    @property
+    def score(self) -> float:
+        """What hits are ordered by."""
+        return self.similarity if self.match is None else self.match
+
+
+class Found(NamedTuple):
+    """Hits, best first, and the reasons why indexed images could no longer be read."""
+
+    hits: list[Hit]
+    lost: dict[str, str]
+
+
+def search(
+    index: SearchIndex,
+    model: SearchModel,
+    query: str | Path,
+    *,
+    top: int = 12,
+    candidates: int = 64,
+    batch_size: int = 16,
+) -> Found:
+    """Find the images that a text describes, or that resemble an image.
+
+    The nearest `candidates` of all features, which are compared exactly, are scored by the fusion encoder, which reads
+    each of these images together with the text. Resemblance of images is that of their features.
+
+    Args:
+        index: of the same model.
+        model: see `open_model`.
+        query: a text; or, as a `Path`, an image.
+        top: hits to return, at most.
+        candidates: images to score together with the text; 0 leaves it at features.
+        batch_size: candidates that are computed together.
+
+    Raises:
+        DataError: the index is of another model, the image is broken, the text empty.
+        UnavailableError: the model has no tokenizer, or no matching head.
+        InputError: `top` or `candidates` cannot be.
+    """
+    if top < 1 or candidates < 0:
+        raise InputError(f"top={top}, candidates={candidates}; there must be at least 1 and 0")
+    index.check(model)
+    xfm = model.model
+    if isinstance(query, str) and xfm.tokenizer is None:
+        raise UnavailableError(
+            f"{model.source} has no tokenizer to read the text with; give one (--tokenizer), or search by an image"
+        )
+    rerank = isinstance(query, str) and candidates > 0
+    if rerank and not ("matching" in xfm.heads and xfm.config.fusion_layers):
+        raise UnavailableError(
+            f"{model.source} has no matching head to score candidates with; search by features alone (candidates=0)"
+        )
+    if isinstance(query, Path):
+        # Read here, so that a broken one is not taken for one of the collection.
+        features = xfm.encode(upright(query))
+    else:
+        features = xfm.encode(query)
+    rows, similarities = nearest(index.features, features.float().cpu(), max(top, candidates) if rerank else top)
+    entries = [index.entries[row] for row in rows.tolist()]
+    hits = [
+        Hit(index.collection.location(entry), similarity, None, entry, None)
+        for entry, similarity in zip(entries, similarities.tolist(), strict=True)
+    ]
+    lost: dict[str, str] = {}
+    if rerank and isinstance(query, str):
+        opened = []
+        for hit in hits[:candidates]:
+            try:
+                opened.append(hit._replace(image=index.collection.load(hit.entry)[0]))
+            except DataError as error:
+                lost[hit.location] = str(error)
+        scores = match_images(xfm, [hit.image for hit in opened if hit.image], query, batch_size)
+        scored = [hit._replace(match=score) for hit, score in zip(opened, scores.tolist(), strict=True)]
+        # Where fewer candidates are scored than hits are wanted, the others follow.
+        hits = sorted(scored, key=_order) + sorted(hits[candidates:], key=_order)
+    else:
+        hits = sorted(hits, key=_order)
+    return Found(hits[:top], lost)
+
+
+def nearest(features: np.ndarray, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` rows of `features` `[N, E]` with the largest dot product with `query` `[E]`, and these, largest first."""
+    rows, best = torch.empty(0, dtype=torch.long), torch.empty(0)
+    asked = query.numpy()
+    for start in range(0, len(features), _BLOCK):
+        found = torch.from_numpy(features[start : start + _BLOCK] @ asked)
+        values, places = found.topk(min(k, len(found)))
+        values, order = torch.cat([best, values]).sort(descending=True, stable=True)
+        best, rows = values[:k], torch.cat([rows, places + start])[order][:k]
+    return rows, best
+
+
+def match_images(model: XFM, images: Sequence[Image.Image], text: str, batch_size: int) -> Tensor:
+    """The probability that the text describes each image: `[I]`; the text is encoded once."""
+    device = model.device
+    transform = evaluation_transform(model.config.image_size)
+    found = [torch.empty(0)]
+    with torch.no_grad():
+        input_ids, mask = text_tokens([text], model.tokenizer, model.config, device)
+        embeds = model.encode_text(input_ids, mask)
+        for some in batches(images, batch_size):
+            pixels = torch.stack([transform(image) for image in some]).to(device)
+            memory = model.image_memory(model.encode_image(pixels))
+            count = len(some)
+            fused = model.fuse(embeds.expand(count, -1, -1), mask.expand(count, -1), memory, first_token_only=True)
+            found.append(model.match_logits(fused).float().softmax(1)[:, 1].cpu())
+    return torch.cat(found)
+
+
+def _order(hit: Hit) -> tuple[float, float, str]:
+    return -hit.score, -hit.similarity, hit.location
