@@ -1,4 +1,4 @@
-"""Every command and program of the README works, and its numbers are those of the committed measurement."""
+"""Every command and program of README and docs works, and their numbers are those of the committed measurements."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -17,31 +18,39 @@ import torch
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.files import load
-from xfm_fast.benchmarks.report.readme import regenerated
+from xfm_fast.benchmarks.report.readme import pages, picture_is_stale, regenerated
 from xfm_fast.benchmarks.report.table import number, times
-from xfm_fast.data.shapes import write_world
 from xfm_fast.errors import DataError
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.verification import verify_export
 from xfm_fast.reproduce.ablations import TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = pages()
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
-def _commands(program: str) -> list[str]:
-    """Lines of the shell blocks that start `program`, without their comments."""
-    lines = [line.split("#")[0].strip() for block in _blocks("bash") for line in block.splitlines()]
-    return sorted({line for line in lines if line.startswith(program + " ")})
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
-def _mentioned(program: str) -> list[str]:
+def _blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of the blocks that are run, in their order."""
+    return re.findall(r"^```(bash|python)\n(.*?)^```", _text(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def _commands(block: str) -> list[list[str]]:
+    """The lines of a shell block as words, without comments."""
+    lines = [line.split("  #")[0].strip() for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line]
+
+
+def _mentioned(page: Path, program: str) -> list[str]:
     """Commands in running text; some take minutes or need a GPU or the reader's own files."""
-    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", _text(page), flags=re.DOTALL)
     return sorted(set(re.findall(rf"`({program} [^`]*)`", text)))
 
 
@@ -51,58 +60,93 @@ def _small(program: str) -> str:
     return program.replace("1230", "123")
 
 
-@pytest.mark.parametrize("number", range(len(_blocks("python"))))
-def test_programs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(compile(_small(_blocks("python")[number]), f"README.md block {number}", "exec"), {})
-
-
-@pytest.mark.parametrize("command", sorted({*_commands("make"), *_mentioned("make")}))
-def test_make_targets(command: str) -> None:
-    dry = subprocess.run(
-        ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert dry.returncode == 0, dry.stderr
-    if command.startswith("make bench"):
-        assert "xfm-fast bench" in dry.stdout
-
-
-@pytest.mark.parametrize("command", _commands("xfm-fast"))
-def test_command_line(command: str, tmp_path: Path) -> None:
-    words = shlex.split(command)[1:]
+def _run(words: list[str], folder: Path) -> None:
+    """Run a command in a folder where there is what a reader would have."""
+    if words[0] == "make":
+        assert words[1] in MAKEFILE
+        return
+    words = words[1:]
     if words[0] == "convert":
         config = XFMConfig.preset("tiny")
         if words[1] == "folder":
-            XFM(config).save_pretrained(tmp_path / "folder")
+            XFM(config).save_pretrained(folder / "folder")
         else:
-            torch.save({"model": load_tensors("tiny_b/weights")}, tmp_path / words[1])
+            torch.save({"model": load_tensors("tiny_b/weights")}, folder / words[1])
             words += ["--config", str(ROOT / "tests/golden/tiny_b/config.json")]
-    if words[:2] == ["data", "check"]:
-        write_world(tmp_path / "world", images={"train": 8, "val": 2, "test": 2})
     if words[:2] in (["export", "verify"], ["export", "model-repository"]):
         model = XFM(XFMConfig.preset("tiny")).eval()
-        export_onnx(model, tmp_path / words[2], consumer="onnxruntime", dtype="fp32", graphs=("image_memory",))
-        verify_export(tmp_path / words[2], model)
-    run = [sys.executable, "-m", "xfm_fast.cli", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+        export_onnx(model, folder / words[2], consumer="onnxruntime", dtype="fp32", graphs=("image_memory",))
+        verify_export(folder / words[2], model)
+    done = subprocess.run(
+        [sys.executable, "-m", "xfm_fast", *words], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
 
 
-@pytest.mark.parametrize("command", _mentioned("xfm-fast"))
-def test_commands_in_running_text_exist(command: str) -> None:
-    words = [word for word in shlex.split(command)[1:] if not word.startswith("-") and not word.isupper()]
-    run = [sys.executable, "-m", "xfm_fast.cli", *words, "--help"]
+@each_page
+def test_blocks_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for language, block in _blocks(page):
+        if language == "python":
+            exec(compile(_small(block), f"a block of {page.name}", "exec"), {})
+        else:
+            for words in _commands(block):
+                _run(words, tmp_path)
+
+
+@each_page
+def test_commands_in_running_text_exist(page: Path) -> None:
+    for command in _mentioned(page, "make"):
+        assert shlex.split(command)[1] in MAKEFILE, command
+    for command in _mentioned(page, "xfm-fast"):
+        words = [word for word in shlex.split(command)[1:] if not word.startswith("-") and not word.isupper()]
+        text = _help(tuple(words))
+        for option in re.findall(r"--[a-z-]+", command):
+            assert option in text, command
+
+
+@lru_cache
+def _help(words: tuple[str, ...]) -> str:
+    # Arguments of a command may stand between it and --help.
+    run = [sys.executable, "-m", "xfm_fast", *words, "--help"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    for option in re.findall(r"--[a-z-]+", command):
-        assert option in done.stdout
+    return done.stdout
 
 
-def test_the_tables_are_those_of_the_committed_results() -> None:
-    assert re.findall(r"<!-- bench:begin (\S+) -->", README), "the README has no generated table"
-    assert regenerated(ROOT / "README.md") == README, "a table is stale: run make readme"
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", _text(page)):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@each_page
+def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
+    assert regenerated(page) == _text(page), "a table is stale: run make readme"
+
+
+def test_the_picture_shows_the_committed_results() -> None:
+    assert not picture_is_stale(), "docs/accelerate.png is stale: run make readme"
+
+
+def test_the_ratios_in_the_readme_are_those_of_the_committed_results() -> None:
+    document = load(ROOT / "benchmarks/results/cpu-amx-2threads.json")
+    like = {
+        (row.name.split(" (")[0], row.dtype): times(ratio.ratio)
+        for row in document.measured
+        if row.ours and (ratio := document.like_for_like(row)) is not None
+    }
+    found = re.search(
+        r"re-ranking (\S+) in bf16 and (\S+) in fp32, texts\s+(\S+) and (\S+), images (\S+) and (\S+) \(",
+        _text(ROOT / "README.md"),
+    )
+    assert found
+    works = ("re-rank 1 image of 384 px x 64 captions", "embed 32 captions", "embed 8 images of 224 px")
+    said = [number for work in works for number in (like[work, "bf16"], like[work, "fp32"])]
+    assert [*found.groups()] == said
 
 
 def test_a_stale_table_is_found_and_rewritten(tmp_path: Path) -> None:
@@ -151,9 +195,11 @@ def test_the_ablations_are_those_of_the_committed_study() -> None:
             for metric in ("image_to_text_r1", "text_to_image_r1", "grounding")
         ]
         minutes = sum(run["cost"]["cpu_seconds"] for run in runs) / len(runs) / 60
-        assert f"| {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |" in README
+        assert f"| {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |" in _text(ROOT / "docs/training.md")
 
 
-def test_the_readme_has_the_sections_that_people_look_for() -> None:
-    for heading in ("Two commands", "One real output", "Measured", "Use it", "Plug it into your own model", "Export"):
-        assert f"\n## {heading}\n" in README
+def test_the_readme_is_short_and_has_the_sections_that_people_look_for() -> None:
+    text = _text(ROOT / "README.md")
+    assert len(text.splitlines()) <= 150
+    for heading in ("Install", "Accelerate a model", "X-FM on your images and words", "What else it does", "Limits"):
+        assert f"\n## {heading}\n" in text

@@ -199,11 +199,12 @@ def _lines(path: Path, identity: str) -> list[dict[str, Any]]:
     """The whole lines of a journal, the first one included; none where it is not of this work."""
     lines: list[dict[str, Any]] = []
     try:
-        for text in path.read_text(encoding="utf-8").splitlines():
+        # Not splitlines, which also ends lines within a JSON string. Behind the last line feed there is nothing.
+        for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
             lines.append(json.loads(text))
     except FileNotFoundError:
         return []
     except ValueError:
-        # The last line of a killed process.
+        # What a killed process or a power cut left; the lines before it count.
         pass
     return lines if lines and lines[0] == {"of": identity} else []

@@ -89,6 +89,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     task = make_task(options, XFMConfig.load(place / CONFIG_FILE), tokenizer)
     model = task.build()
     load_weights(model, task, place)
+    model.tokenizer = tokenizer
     return Predictor(model.to(device=device, dtype=dtype).eval(), task)
 
 
@@ -136,7 +137,8 @@ def answer_lines(
 
 def _requests(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also ends lines within a JSON string.
+        texts = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); give a file of JSON lines") from None
     records = []

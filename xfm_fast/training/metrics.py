@@ -206,7 +206,7 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, float]]:
     """The lines of a `log.jsonl`; a last line that a killed process left unfinished is passed over."""
     lines: list[dict[str, float]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").split("\n"):
         try:
             lines.append(json.loads(text))
         except ValueError:
