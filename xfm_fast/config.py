@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from xfm_fast.documents import MOST_YAML_BYTES, parse_json, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError
 
 PresetName = Literal["tiny", "base"]
@@ -241,11 +242,11 @@ def _explain(error: ValidationError) -> str:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         # YAML reads JSON too, but takes 1e-06 for a string; the suffix decides.
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, MOST_YAML_BYTES)
+        value = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read ({error}); check the path") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"configuration {path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(

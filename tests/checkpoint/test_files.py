@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,52 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "nowhere.th")
     with pytest.raises(CheckpointError, match="is a folder"):
         read_state_dict(tmp_path)
+
+
+def _cyclic(path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    torch.save(content, path)
+
+
+def _repacked(
+    path: Path, change: Callable[[bytes], bytes] = lambda data: data, how: int = zipfile.ZIP_DEFLATED
+) -> None:
+    torch.save({"w": torch.zeros(100_000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, change(data))
+
+
+def _flipped(path: Path) -> None:
+    torch.save({"w": torch.full((1000,), 1.5)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.full((4,), 1.5).numpy().tobytes()) + 40] ^= 1
+    path.write_bytes(data)
+
+
+class _Huge:
+    def __reduce__(self) -> Any:
+        return bytearray, (1 << 62,)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "holds itself": (_cyclic, "holds a dict under 'model'"),
+    "packed": (_repacked, "in packed form"),
+    "a bomb": (lambda path: _repacked(path, lambda data: bytes(1 << 24)), "in packed form"),
+    "a flipped bit": (_flipped, "damaged or truncated PyTorch checkpoint"),
+    "expanded": (lambda path: torch.save({"w": torch.zeros(1).expand(1 << 50)}, path), "repeats 4 bytes as a tensor"),
+    "an allocation": (lambda path: path.write_bytes(pickle.dumps(_Huge(), 2)), "asks for|not a PyTorch checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_torch_files(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
+    make(tmp_path / "x.th")
+    with pytest.raises(CheckpointError, match=message):
+        read_state_dict(tmp_path / "x.th")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.999])

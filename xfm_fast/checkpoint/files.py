@@ -42,6 +42,7 @@ _DTYPES = {
 }
 # Where training programs keep the weights inside what they save, in the order in which they are looked for.
 _NESTINGS = ("model", "module", "state_dict")
+_MOST_NESTINGS = 8
 # Prefixes that DistributedDataParallel and torch.compile put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
 _AGAIN = "download or copy it again and compare checksums"
@@ -72,6 +73,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     form = _format(path)
+    if form == "zip":
+        _check_zip(path)
     if form != "safetensors":
         return _as_state_dict(_load_torch(path, mmap=form == "zip"), path)
     try:
@@ -127,6 +130,29 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     )
 
 
+def _check_zip(path: Path) -> None:
+    """Refuse an archive whose files are not those that were saved: PyTorch does not look at the archive's checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                # PyTorch compresses nothing, and a packed file may unfold to any size.
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                    raise CheckpointError(
+                        f"{path} holds {entry.filename} in packed form, as no program that saves weights writes it; "
+                        "re-save the file with torch.save where you trust it"
+                    )
+                with archive.open(entry) as file:
+                    while file.read(1 << 22):
+                        pass
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is a damaged or truncated PyTorch checkpoint "
+            f"({_first_line(error)}); {_AGAIN}"
+        ) from None
+
+
 def _load_torch(path: Path, *, mmap: bool) -> Any:
     try:
         # Training programs like to store their command line next to the weights. Rebuilding a Namespace only fills
@@ -134,7 +160,9 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
-        raise
+        raise CheckpointError(
+            f"{path} asks for more memory than there is; {_AGAIN}"
+        ) from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -150,7 +178,8 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
 
 def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     where = ""
-    while isinstance(content, Mapping):
+    # A mapping may hold itself.
+    while isinstance(content, Mapping) and where.count("[") < _MOST_NESTINGS:
         inner = next((name for name in _NESTINGS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
@@ -168,6 +197,11 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}{where} holds a {type(value).__name__} under {name!r} where a tensor is needed; save "
                 "model.state_dict() alone or under 'model'"
+            )
+        if value.layout == torch.strided and not value.is_meta and value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{name!r} in {path}{where} repeats {value.untyped_storage().nbytes():,} bytes as a tensor of "
+                f"{list(value.shape)}; save it with .contiguous()"
             )
         state[name] = value.detach()
     for prefix in _WRAPPERS:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from xfm_fast.checkpoint.files import write_files
+from xfm_fast.documents import check_text
 from xfm_fast.errors import DataError, StorageError
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -130,7 +131,9 @@ def read_json(
         raise DataError(f"{path} is empty; download or write it again")
     check_plain(path, data[:16])
     try:
-        return json.loads(data.decode("utf-8-sig"), object_hook=object_hook)
+        value = json.loads(data.decode("utf-8-sig"), object_hook=object_hook)
+        check_text(value, data)
+        return value
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     except json.JSONDecodeError as error:
@@ -139,6 +142,8 @@ def read_json(
         raise DataError(f"{path}:{error.lineno}:{error.colno}: {error.msg}; expected {expected}") from None
     except RecursionError:
         raise DataError(f"{path} is nested too deeply; expected {expected}") from None
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}; expected {expected}") from None
 
 
 def read_plain_pickle(path: Path) -> Any:

@@ -18,7 +18,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses
-from xfm_fast.training.checkpoints import MODEL, STATE, is_sharded, load_weights
+from xfm_fast.training.checkpoints import MODEL, STATE, is_sharded, load_weights, read_state
 from xfm_fast.training.recipe import Recipe, load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
 from xfm_fast.training.setup import build_model
@@ -237,7 +237,7 @@ def gradient_flow_of(
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:
-    return Recipe(**json.loads((checkpoint / STATE).read_text())["recipe"])
+    return Recipe(**read_state(checkpoint)["recipe"])
 
 
 def _of_recipe(model: XFM, recipe: Recipe, *, size: int, seed: int) -> GradientFlow:

@@ -282,17 +282,14 @@ def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list
     if found is None:
         return [], None
     notes = [*found.rejected, f"going on from {found.path}"]
-    notes += changes(found.state["recipe"], recipe, found.state["world_size"], processes.world_size)
-    checkpoints.load(found, progress, processes)
-    for stream in {name for update in recipe.active_updates for name in update} & set(progress.batches):
-        progress.batches[stream] = position_after(
-            progress.batches[stream],
-            stream,
-            found.state["recipe"],
-            recipe,
-            found.state["world_size"],
-            processes.world_size,
-        )
+    before, world = found.state["recipe"], found.state["world_size"]
+    with checkpoints.reading(found.path):
+        notes += changes(before, recipe, world, processes.world_size)
+        checkpoints.load(found, progress, processes)
+        for stream in {name for update in recipe.active_updates for name in update} & set(progress.batches):
+            progress.batches[stream] = position_after(
+                progress.batches[stream], stream, before, recipe, world, processes.world_size
+            )
     saved = checkpoints.random_states(found, processes)
     if saved is None:
         seed_everything(recipe.seed, processes.rank, progress.step)
