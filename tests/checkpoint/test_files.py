@@ -36,6 +36,7 @@ from xfm_fast.checkpoint import (
 )
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError
+from xfm_fast.models.xfm import XFM
 
 
 @pytest.mark.parametrize("suffix", [".th", ".pth", ".bin", ".pt"])
@@ -450,3 +451,17 @@ def test_saving_over_the_file_that_is_being_read(tmp_path: Path) -> None:
     loaded = load_pretrained_files(tmp_path)
     save_pretrained(loaded.state, loaded.config, tmp_path)
     assert_same(load_pretrained_files(tmp_path).state, STATE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"text_layers": 20_000}, "text_layers=3"), ({"vocab_size": 10**6}, "vocab_size=512")],
+)
+def test_a_false_config_is_seen_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(XFMConfig.preset("tiny", **changes).to_json())
+    monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
+    with pytest.raises(CheckpointError, match=message):
+        XFM.from_pretrained(tmp_path)

@@ -161,7 +161,7 @@ def test_torn_checkpoint_is_said_and_its_steps_made_again(
     assert newest(folder / "checkpoints").path.name == "step-00000008"
 
 
-def _resealed(change: Callable[[Path], None]) -> Callable[[Path], None]:
+def _resealed(change: Callable[[Path], Any]) -> Callable[[Path], Any]:
     def damage(path: Path) -> None:
         change(path)
         (path / "manifest.json").unlink()
@@ -170,7 +170,7 @@ def _resealed(change: Callable[[Path], None]) -> Callable[[Path], None]:
     return damage
 
 
-def _state(**changes: Any) -> Callable[[Path], None]:
+def _state(**changes: Any) -> Callable[[Path], Any]:
     def change(path: Path) -> None:
         state = json.loads((path / "state.json").read_text())
         (path / "state.json").write_text(json.dumps(state | changes))
@@ -178,7 +178,7 @@ def _state(**changes: Any) -> Callable[[Path], None]:
     return _resealed(change)
 
 
-def _manifest(content: str | dict[str, Any]) -> Callable[[Path], None]:
+def _manifest(content: str | dict[str, Any]) -> Callable[[Path], Any]:
     return lambda path: (path / "manifest.json").write_text(
         content if isinstance(content, str) else json.dumps(content)
     )

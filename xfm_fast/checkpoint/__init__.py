@@ -10,7 +10,7 @@ from xfm_fast.checkpoint.files import (
     write_files,
     write_safetensors,
 )
-from xfm_fast.checkpoint.loading import LoadResult, load_into
+from xfm_fast.checkpoint.loading import LoadResult, compare, load_into, require_depth
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
     Head,
@@ -32,6 +32,7 @@ __all__ = [
     "LoadResult",
     "PretrainedFiles",
     "beit2_state",
+    "compare",
     "heads_in",
     "initialise",
     "interpolate_table",
@@ -39,6 +40,7 @@ __all__ = [
     "load_pretrained_files",
     "read_state_dict",
     "relative_position_index",
+    "require_depth",
     "roberta_state",
     "save_pretrained",
     "select_heads",

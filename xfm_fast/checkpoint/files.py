@@ -160,9 +160,7 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
-        raise CheckpointError(
-            f"{path} asks for more memory than there is; {_AGAIN}"
-        ) from None
+        raise CheckpointError(f"{path} asks for more memory than there is; {_AGAIN}") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:

@@ -117,9 +117,11 @@ class XFM(nn.Module):
     def _loaded(
         cls, config: XFMConfig, heads: tuple[Head, ...], state: Mapping[str, Tensor], what: str, dtype: torch.dtype
     ) -> Self:
+        checkpoint.require_depth(config, state, what=what)
         # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
         with torch.device("meta"):
             model = cls(config, heads=heads)
+        checkpoint.compare(model, state, what=what)
         model = model.to(dtype).to_empty(device="cpu")
         if not config.learnable_temperature and "contrastive" in heads:
             model.temp.fill_(config.temperature)

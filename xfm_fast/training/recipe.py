@@ -349,6 +349,8 @@ def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
         raise ConfigError(f"recipe {name_or_path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {name_or_path} holds a {type(values).__name__}; a mapping of keys is needed")
+    if other := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"recipe {name_or_path} has the key {other[0]!r}, which is no name; remove it")
     return values
 
 
