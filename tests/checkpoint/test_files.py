@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pickle
 import signal
@@ -27,6 +28,7 @@ from tests.checkpoint.conftest import STATE, assert_same, written
 from tests.conftest import CASES, config, load_tensors
 from xfm_fast.checkpoint import (
     files,
+    hold,
     load_pretrained_files,
     read_state_dict,
     save_pretrained,
@@ -465,3 +467,81 @@ def test_a_false_config_is_seen_before_anything_is_built(
     monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
     with pytest.raises(CheckpointError, match=message):
         XFM.from_pretrained(tmp_path)
+
+
+@pytest.fixture(params=["fcntl", "no fcntl", "no locks there"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "no fcntl":
+        monkeypatch.setattr(files, "fcntl", None)
+    elif request.param == "no locks there":
+        monkeypatch.setattr(files.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no")))
+    return request.param
+
+
+def _holding(lock: Path) -> subprocess.Popen[str]:
+    program = f"""
+        import time
+        from pathlib import Path
+        from xfm_fast.checkpoint import files, hold
+        with hold(Path({str(lock)!r}), "it"):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_holds_and_the_second_is_told_who(tmp_path: Path, locks: str) -> None:
+    lock = tmp_path / "run" / ".lock"
+    other = _holding(lock)
+    try:
+        with pytest.raises(StorageError, match=rf"the run is in use by process {other.pid} on .* since 20"):
+            with hold(lock, "the run"):
+                pytest.fail("it was held twice")
+    finally:
+        other.kill()
+        other.wait()
+    # What a killed process leaves is no obstacle.
+    assert lock.exists()
+    with hold(lock, "the run"):
+        with pytest.raises(StorageError, match=rf"in use by process {os.getpid()} "), hold(lock, "the run"):
+            pytest.fail("it was held twice")
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_a_forked_child_does_not_hold(tmp_path: Path) -> None:
+    program = f"""
+        import os, time
+        from pathlib import Path
+        from xfm_fast.checkpoint import hold
+        with hold(Path({str(tmp_path / "l")!r}), "it"):
+            if not os.fork():
+                print(os.getpid(), flush=True)
+                time.sleep(60)
+            os.kill(os.getpid(), 9)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.wait()
+    try:
+        with hold(tmp_path / "l", "it"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="cannot be written"), hold(tmp_path / "l", "it"):
+        pass
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(StorageError, match="cannot be written"), hold(tmp_path / "run" / ".lock", "it"):
+        pass

@@ -222,6 +222,39 @@ def test_damaged_scores_are_computed_again(tmp_path) -> None:
         assert [scores.tolist() for _, scores in journal.records()] == [[0, 0], [1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("kept", [0, 10, 40, None])
+def test_zeros_that_a_power_cut_left_are_torn(tmp_path, kept: int | None) -> None:
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        header = journal._file.tell()
+        journal.append(1, torch.ones(2))
+    data = (tmp_path / "s").read_bytes()
+    (tmp_path / "s").write_bytes(data[:kept] + bytes(4096))
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        assert [image for image, _ in journal.records()] == ([1] if kept is None else [])
+        assert journal._file.tell() == (len(data) if kept is None else header)
+
+
+def test_a_journal_has_one_writer(tmp_path) -> None:
+    with ScoreJournal(tmp_path / "s", "f"), pytest.raises(StorageError, match="is in use by process"):
+        ScoreJournal(tmp_path / "s", "f")
+    with ScoreJournal(tmp_path / "s", "f"):
+        pass
+    with pytest.raises(DataError, match="other work"):
+        ScoreJournal(tmp_path / "s", "g")
+    with ScoreJournal(tmp_path / "s", "f"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_record_that_claims_too_much_is_torn(tmp_path) -> None:
+    with ScoreJournal(tmp_path / "s", "f"):
+        pass
+    with (tmp_path / "s").open("ab") as file:
+        file.write(b"\1\0\0\0" + b"\xff" * 8)
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        assert not [*journal.records()]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_a_clear_error_and_keeps_what_was_there(tmp_path) -> None:
     journal = ScoreJournal(tmp_path / "scores.bin", "f")

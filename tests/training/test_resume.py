@@ -98,10 +98,11 @@ def test_average_can_begin_later(tmp_path: Path) -> None:
         torch.testing.assert_close(average[name], parameter + 0.25 * (now[name] - parameter))
 
 
-def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path, sent: signal.Signals) -> None:
     def send(step: int, *_: object) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
 
     recipe = small_recipe(tmp_path / "stopped", steps=7)
     stopped = run(recipe, on_step=send)
@@ -112,6 +113,19 @@ def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
     assert run(recipe).interrupted is False
     run(small_recipe(tmp_path / "whole", steps=7))
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def start_another(step: int, *_: object) -> None:
+        with pytest.raises(StorageError) as caught:
+            run(small_recipe(tmp_path, steps=2, seed=7))
+        said.append(str(caught.value))
+
+    assert run(small_recipe(tmp_path, steps=2), on_step=start_another).step == 2
+    assert f"checkpoint.folder={tmp_path} is in use by process {os.getpid()}" in said[0]
+    assert not (tmp_path / ".lock").exists()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from xfm_fast.checkpoint.files import (
     PretrainedFiles,
+    hold,
     load_pretrained_files,
     read_state_dict,
     save_pretrained,
@@ -34,6 +35,7 @@ __all__ = [
     "beit2_state",
     "compare",
     "heads_in",
+    "hold",
     "initialise",
     "interpolate_table",
     "load_into",

@@ -295,15 +295,19 @@ def _shard(module: _LossSum, processes: Processes, replicated: set[nn.Parameter]
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets, so that a run can end between two steps; the second acts as ever.
+    """An event that the first SIGTERM, SIGINT or SIGHUP sets, so that a run can end between two steps.
 
-    Outside of the main thread, where Python handles no signals, it is never set.
+    The second acts as ever. A SIGHUP that is ignored, as `nohup` has it, stays so. Outside of the main thread, where
+    Python handles no signals, the event is never set.
     """
     request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    wanted = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.getsignal(number) for number in wanted}
+    if before.get(signal.SIGHUP) == signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def note(number: int, _: FrameType | None) -> None:
         request.set()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast.batches import Batch
+from xfm_fast.checkpoint import hold
 from xfm_fast.data.streams import BatchSource, load_batches
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.models.xfm import XFM
@@ -108,6 +109,7 @@ def train(
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(recipe.device))
+        processes.from_first(lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}")))
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):
             sources = open_sources(recipe, processes) if sources is None else sources
