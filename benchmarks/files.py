@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from xfm_fast.checkpoint.files import write_bytes
-from xfm_fast.documents import read_json
+from xfm_fast.documents import advice, read_json
 from xfm_fast.errors import DataError, StorageError
 
 from .record import SCHEMA_VERSION, Document
@@ -40,7 +40,7 @@ def load(path: str | Path) -> Document:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(
-            f"{path} is damaged: {where}: {first['msg']} ({error.error_count()} faults); measure again"
+            f"{path} is damaged: {where}: {advice(first)} ({error.error_count()} faults); measure again"
         ) from None
 
 

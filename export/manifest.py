@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xfm_fast import __version__
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.config import XFMConfig
-from xfm_fast.documents import is_plain_name, read_json
+from xfm_fast.documents import advice, is_plain_name, read_json
 from xfm_fast.errors import ExportError, StorageError
 
 from .consumers import Consumer, DType
@@ -297,7 +297,7 @@ class Manifest(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ExportError(f"{path} is damaged at {where} ({first['msg']}); export again") from None
+            raise ExportError(f"{path} is damaged at {where} ({advice(first)}); export again") from None
 
     def require_target(self, *, library_version: str, compute_capability: int | None) -> None:
         """Compare an engine's target with this machine.

@@ -12,7 +12,7 @@ import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from xfm_fast.documents import MOST_YAML_BYTES, parse_json, parse_yaml, read_bytes
+from xfm_fast.documents import MOST_YAML_BYTES, advice, parse_json, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError
 
 PresetName = Literal["tiny", "base"]
@@ -288,7 +288,7 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = advice(problem)
         if not where:
             lines.append(message)
         elif problem["type"] == "extra_forbidden":

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,51 @@ def check_text(value: Any, text: str | bytes) -> None:
 def is_plain_name(name: str) -> bool:
     """True for the name of a file in a folder, which leads nowhere else: no path, nor a name that no system takes."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(os.fsencode(name)) <= 255
+
+
+def advice(problem: Mapping[str, Any]) -> str:
+    """The words of a problem that pydantic found (an element of `ValidationError.errors()`), as what to write instead.
+
+    What a validator of ours said stays as it is.
+    """
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _ADVICE:
+        return _ADVICE[kind].format(**context)
+    for ending, said in _ADVICE_OF_KINDS.items():
+        if kind.endswith(ending) or kind.startswith(ending):
+            return said.format(**context)
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+_ADVICE = {
+    "greater_than": "use more than {gt}",
+    "greater_than_equal": "use at least {ge}",
+    "less_than": "use less than {lt}",
+    "less_than_equal": "use at most {le}",
+    "finite_number": "use a finite number",
+    "predicate_failed": "use a finite number",
+    "literal_error": "use {expected}",
+    "missing": "is missing; add it",
+    "extra_forbidden": "is not known; remove it",
+    "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
+    "int_from_float": "use a whole number, without a fraction",
+    "model_type": "give names with values",
+    "none_required": "leave it out",
+}
+_ADVICE_OF_KINDS = {
+    "int_": "use a whole number",
+    "float_": "use a number",
+    "bool_": "use true or false",
+    "string_": "use text",
+    "path_": "use a path",
+    "list_type": "give a list",
+    "tuple_type": "give a list",
+    "set_type": "give a list",
+    "dict_type": "give names with values",
+    "mapping_type": "give names with values",
+    "dataclass_type": "give names with values",
+}
 
 
 def _decoded(text: str | bytes) -> str:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xfm_fast import __version__
 from xfm_fast.checkpoint.files import sync_folder, write_bytes
-from xfm_fast.documents import read_json
+from xfm_fast.documents import advice, read_json
 from xfm_fast.errors import ExportError, InputError, StorageError
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -93,7 +93,7 @@ class Receipt(_Record):
                 f"{path} cannot be read ({error.strerror or error}); write the repository again"
             ) from None
         except ValueError as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            reason = advice(error.errors()[0]) if isinstance(error, ValidationError) else error
             raise StorageError(f"{path} is damaged ({reason}); write the repository again") from None
 
 

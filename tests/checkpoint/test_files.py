@@ -497,9 +497,9 @@ def test_one_holds_and_the_second_is_told_who(tmp_path: Path, locks: str) -> Non
     lock = tmp_path / "run" / ".lock"
     other = _holding(lock)
     try:
-        with pytest.raises(StorageError, match=rf"the run is in use by process {other.pid} on .* since 20"):
-            with hold(lock, "the run"):
-                pytest.fail("it was held twice")
+        message = rf"the run is in use by process {other.pid} on .* since 20"
+        with pytest.raises(StorageError, match=message), hold(lock, "the run"):
+            pytest.fail("it was held twice")
     finally:
         other.kill()
         other.wait()

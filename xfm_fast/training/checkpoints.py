@@ -44,7 +44,7 @@ from xfm_fast.checkpoint import (
     write_files,
     write_safetensors,
 )
-from xfm_fast.documents import is_plain_name, read_json
+from xfm_fast.documents import advice, is_plain_name, read_json
 from xfm_fast.errors import CheckpointError, StorageError, XFMError
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
@@ -246,7 +246,7 @@ def read_state(path: Path) -> dict[str, Any]:
         return state
     except ValidationError as error:
         first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        reason = f"{'.'.join(map(str, first['loc']))}: {advice(first)}"
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError as error:

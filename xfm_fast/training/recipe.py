@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.options import AnyStreamOptions, ImageOptions
-from xfm_fast.documents import MOST_YAML_BYTES, parse_yaml, read_bytes
+from xfm_fast.documents import MOST_YAML_BYTES, advice, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError, DataError, UnavailableError
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
@@ -57,8 +57,8 @@ class Run(Section):
     activation_checkpointing: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    seed: int = Field(0, ge=0)
-    workers: int = Field(0, ge=0, description="loader processes of each stream and rank")
+    seed: int = Field(0, ge=0, lt=2**63)
+    workers: int = Field(0, ge=0, le=1024, description="loader processes of each stream and rank")
 
     checkpoint: CheckpointRecipe
     log: LogRecipe = LogRecipe()
@@ -163,7 +163,7 @@ class Recipe(Run):
     data: str = Field(".", description="folder that relative stream paths lie in")
     streams: dict[str, AnyStream] = Field(min_length=1)
     updates: tuple[tuple[str, ...], ...] = Field(min_length=1)
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, lt=2**31)
     method: Method = Method()
 
     @model_validator(mode="after")
@@ -425,7 +425,7 @@ def _explain(error: ValidationError, recipe: type[Run]) -> str:
             if is_key:
                 shown.append(part)
         where = ".".join(str(part) for part in shown)
-        message = problem["msg"].removeprefix("Value error, ")
+        message = advice(problem)
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(_unknown(where, _keys_of(sections[-2])))
         elif problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):
