@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from xfm_fast import documents
 from xfm_fast.benchmarks import files
+from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.files import find_files
 from xfm_fast.data.files import read_json as read_annotations
 from xfm_fast.data.records import LineFile
 from xfm_fast.documents import is_plain_name, parse_json, parse_yaml, read_bytes
-from xfm_fast.errors import ConfigError, DataError, ExportError, StorageError, XFMError
+from xfm_fast.errors import CheckpointError, ConfigError, DataError, ExportError, StorageError, XFMError
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.model_repository.repository import Receipt
 from xfm_fast.tasks.heatmap import read_detections
@@ -76,6 +78,13 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(OSError, match="not a file"):
             read_bytes(path, 10)
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(DataError, match="not a file"):
+            find_files(str(path))
+        with pytest.raises(DataError, match="not a file"):
+            read_annotations(path, "a list")
+        with pytest.raises(CheckpointError, match="not a file"):
+            read_state_dict(path)
     (tmp_path / "long").write_bytes(bytes(11))
     with pytest.raises(ValueError, match="more than 10 bytes"):
         read_bytes(tmp_path / "long", 10)

@@ -31,14 +31,24 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
         OSError: it cannot be read, or is a pipe or a device, which might never end.
         ValueError: it is larger.
     """
-    path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is a folder or a device, not a file", str(path))
+    path = require_file(path)
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most:,} bytes")
     return content
+
+
+def require_file(path: str | os.PathLike[str]) -> Path:
+    """The path, of a regular file.
+
+    Raises:
+        OSError: it is none: reading a pipe or a device might never end.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is a folder or a device, not a file", str(path))
+    return path
 
 
 def read_json(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> Any:

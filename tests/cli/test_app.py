@@ -233,17 +233,17 @@ def test_values_that_are_wrong(arguments: list[str], message: str) -> None:
         (["bench", "--seed", 10**30], "use at most 9223372036854775807"),
         (["bench", "coco", "--k", 99999999999], "use at most 1000000"),
         (["bench", "scenario", "rerank", "--image-size", 10**18], "use at most 16384"),
-        (["bench", "scenario", "rerank", "--p99-ms", "nan"], "use a finite number"),
-        (["bench", "scenario", "rerank", "--p99-ms", "inf"], "use at most 1000000000"),
+        (["bench", "scenario", "rerank", "--p99-ms", "nan"], "use more than 0"),
+        (["bench", "scenario", "rerank", "--p99-ms", "inf"], "use a finite number"),
         (["convert", "a", "b", "--image-size", 10**18], "use at most 16384"),
         (["convert", "a", "b", "--image-size", -5], "use at least 1"),
-        (["export", "onnx", "--preset", "tiny", "--image-size", 10**18], "use at most 16384"),
+        (["export", "onnx", "--out", "a", "--preset", "tiny", "--image-size", 10**18], "use at most 16384"),
         (["pretrain", "pretrain_base_4m", f"seed={10**18}0"], "use less than 9223372036854775808"),
         (["pretrain", "pretrain_base_4m", "workers=100000"], "use at most 1024"),
         (["pretrain", "pretrain_base_4m", "model.vocab_size=4000000000"], "out of all proportion"),
         (["pretrain", "pretrain_base_4m", "model.vocab_size=2000000000"], "this machine has"),
         (["pretrain", "pretrain_base_4m", f"steps={'[' * 5000}"], "nested"),
-        (["pretrain", "x" * 300], "there is no recipe"),
+        (["pretrain", "x" * 300], "choose a shorter name"),
     ],
 )
 def test_what_is_out_of_bounds_comes_with_advice(arguments: list[Any], advice: str) -> None:
@@ -266,7 +266,7 @@ def _circle(folder: Path) -> str:
         ["gradflow", "{}"],
         ["export", "verify", "{}"],
         ["export", "report", "{}"],
-        ["export", "onnx", "--checkpoint", "{}"],
+        ["export", "onnx", "--out", "o", "--checkpoint", "{}"],
         ["bench", "report", "{}"],
         ["bench", "compare", "{}", "{}"],
         ["data", "check", "{}", "--task", "text"],
@@ -276,12 +276,12 @@ def _circle(folder: Path) -> str:
     ],
     ids=lambda arguments: " ".join(arguments),
 )
-@pytest.mark.parametrize("name", ["long", "circle", "surrogate", "zero", "device", "newline"])
+@pytest.mark.parametrize("name", ["long", "circle", "surrogate", "device", "newline"])
 def test_every_command_speaks_of_names_in_sentences(
     arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {"long": "x" * 300, "surrogate": "a\udcff", "zero": "a\0b", "device": "/dev/zero", "newline": "a\nb"}
+    names = {"long": "x" * 300, "surrogate": "a\udcff", "device": "/dev/zero", "newline": "a\nb"}
     given = _circle(tmp_path) if name == "circle" else names[name]
     done = invoke([word.format(given) for word in arguments])
     assert done.exit_code == 2, done.output[-2000:]

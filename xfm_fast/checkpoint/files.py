@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.documents import parse_json
+from xfm_fast.documents import parse_json, require_file
 from xfm_fast.errors import CheckpointError, StorageError
 
 try:
@@ -106,7 +106,7 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
             "save_pretrained wrote"
         )
     try:
-        with path.open("rb") as file:
+        with require_file(path).open("rb") as file:
             head = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist; check the path") from None

@@ -220,12 +220,14 @@ _REMEDIES = {
 def _told(error: Exception) -> int:
     """Say in a sentence what is no error of ours; returns the exit code."""
     said = " ".join(str(error).split())[:300]
+    if isinstance(error, RuntimeError) and said.startswith("Symlink loop"):
+        # As Python up to 3.12 puts it.
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), said.partition("'")[2].rstrip("'"))
     if isinstance(error, OSError):
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):
+        # Our own writers raise errors of ours, so this is what was printed.
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
             _drop_output()
-            console.note(f"standard output cannot be written ({error.strerror or said}); results were lost: free space")
+            console.note(f"standard output cannot be written ({error.strerror}); results were lost: free space")
             return USAGE_ERROR
         name = f"{error.filename} cannot be used" if error.filename is not None else "the system refused"
         remedy = _REMEDIES.get(error.errno or 0, "XFM_DEBUG=1 shows where")
