@@ -370,6 +370,7 @@ class Candidates:
         return torch.arange(self.cu_pairs.shape[0] - 1).repeat_interleave(self.cu_pairs.diff())
 
 
+@torch.no_grad()
 def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int, per_text: int) -> Candidates:
     """The most similar texts of every image and the most similar images of every text.
 
