@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,24 @@ def test_damaged_scores_are_computed_again(tmp_path) -> None:
         journal.append(2, torch.ones(2))
     with ScoreJournal(tmp_path / "s", "f") as journal:
         assert [scores.tolist() for _, scores in journal.records()] == [[0, 0], [1, 1], [1, 1]]
+
+
+def test_searching_needs_no_gradient_and_finds_nothing_in_nothing(small: tuple[XFM, Tensor, Tensor, Tensor]) -> None:
+    retriever = Retriever(small[0])
+    pixels, ids, mask = torch.randn(3, 3, 32, 32), torch.tensor([[0, 5, 6, 2], [0, 7, 8, 2]]), torch.ones(2, 4)
+    images, texts = retriever.embed_images([pixels]), retriever.embed_texts([(ids, mask)])
+    with_grad = [
+        replace(index, **{name: getattr(index, name).clone().requires_grad_() for name in names})
+        for index, names in ((images, ("features", "embeds")), (texts, ("features", "tokens")))
+    ]
+    expected = retriever.search_images(texts, images, 2)
+    assert torch.equal(retriever.search_images(with_grad[1], with_grad[0], 2)[0], expected[0])
+    assert not retriever.search_texts(*with_grad, 2)[1].requires_grad
+    no_images, no_texts = retriever.embed_images([pixels[:0]]), retriever.embed_texts([(ids[:0], mask[:0])])
+    assert retriever.search_images(texts, no_images, 2)[0].shape == (2, 0)
+    assert retriever.search_texts(images, no_texts, 2)[0].shape == (3, 0)
+    with pytest.raises(InputError, match="token_budget=-5"):
+        Retriever(small[0], token_budget=-5)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 40, None])

@@ -316,7 +316,7 @@ def _receipt(
 ) -> Receipt:
     scored = candidates.pairs
     image_tokens = images.embeds.shape[1]
-    padded = int(texts.lengths.max())
+    padded = int(texts.lengths.max()) if len(texts) else 0
     official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
     return Receipt(
         images=len(images),
