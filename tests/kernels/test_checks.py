@@ -333,7 +333,7 @@ def test_refusals_are_errors_that_a_user_can_mend() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "auto", "cpu"])
 @pytest.mark.parametrize("kind", ["window", "packed"])
-def test_a_mask_that_hides_all_gives_zeros_and_no_gradient(backend: str, kind: str) -> None:
+def test_a_mask_that_hides_all_gives_zeros_and_no_gradient(backend: Any, kind: str) -> None:
     """By definition, in every backend: the first of two sequences has no key to attend to."""
     shape = (2, 5, 2, 16)
     q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
@@ -343,8 +343,8 @@ def test_a_mask_that_hides_all_gives_zeros_and_no_gradient(backend: str, kind: s
         out = ops.relpos_attention(q, k, v, table, (2, 2), key_mask=mask, backend=backend)
     else:
         bounds = torch.tensor([0, 5, 10], dtype=torch.int32)
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = ops.varlen_attention(*flat, bounds, bounds, 5, 5, key_mask=mask.flatten(), backend=backend).view(shape)
+        flat: Any = [*(x.flatten(0, 1) for x in (q, k, v)), bounds, bounds, 5, 5]
+        out = ops.varlen_attention(*flat, key_mask=mask.flatten(), backend=backend).view(shape)
     out.sum().backward()
     for tensor in (out, q.grad, k.grad, v.grad):
         assert tensor is not None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,13 +228,13 @@ def test_searching_needs_no_gradient_and_finds_nothing_in_nothing(small: tuple[X
     retriever = Retriever(small[0])
     pixels, ids, mask = torch.randn(3, 3, 32, 32), torch.tensor([[0, 5, 6, 2], [0, 7, 8, 2]]), torch.ones(2, 4)
     images, texts = retriever.embed_images([pixels]), retriever.embed_texts([(ids, mask)])
-    with_grad = [
+    with_grad: list[Any] = [
         replace(index, **{name: getattr(index, name).clone().requires_grad_() for name in names})
         for index, names in ((images, ("features", "embeds")), (texts, ("features", "tokens")))
     ]
     expected = retriever.search_images(texts, images, 2)
     assert torch.equal(retriever.search_images(with_grad[1], with_grad[0], 2)[0], expected[0])
-    assert not retriever.search_texts(*with_grad, 2)[1].requires_grad
+    assert not retriever.search_texts(with_grad[0], with_grad[1], 2)[1].requires_grad
     no_images, no_texts = retriever.embed_images([pixels[:0]]), retriever.embed_texts([(ids[:0], mask[:0])])
     assert retriever.search_images(texts, no_images, 2)[0].shape == (2, 0)
     assert retriever.search_texts(images, no_texts, 2)[0].shape == (3, 0)
