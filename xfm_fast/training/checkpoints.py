@@ -507,7 +507,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights of a model, or their average, put together where FSDP has shards; all processes must ask."""
-    state = of_the_model({**model.state_dict(), **(average or {})})
+    state = of_the_model(model.state_dict() | dict(average or {}))
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 
