@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.documents import advice, read_json
 from xfm_fast.errors import DataError, StorageError
 
 from .record import SCHEMA_VERSION, Document
@@ -23,10 +23,10 @@ def load(path: str | Path) -> Document:
         DataError: the file cannot be read, is not JSON, is damaged, or is of another schema, whose version is named.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); name a results file that exists") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); name a file that xfm-fast bench wrote") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
@@ -40,7 +40,7 @@ def load(path: str | Path) -> Document:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(
-            f"{path} is damaged: {where}: {first['msg']} ({error.error_count()} faults); measure again"
+            f"{path} is damaged: {where}: {advice(first)} ({error.error_count()} faults); measure again"
         ) from None
 
 

@@ -6,10 +6,11 @@ Nothing heavy is imported here, so that help and errors of the command line come
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Predicate
 
 Preset = Literal["base", "tiny"]
 Device = Literal["cpu", "cuda"]
@@ -29,8 +30,8 @@ class RunOptions:
 
     quick: bool = False
     dtype: tuple[DType, ...] = ("auto",)
-    threads: Annotated[int | None, Ge(1)] = None
-    seed: Annotated[int, Ge(0)] = 0
+    threads: Annotated[int | None, Ge(1), Le(4096)] = None
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,9 @@ class SizeOptions(SuiteOptions):
 
     baselines: tuple[str, ...] = ()
     device: Device | None = None
-    image_size: Annotated[int | None, Ge(1)] = None
-    batch: Annotated[int | None, Ge(1)] = None
-    texts: Annotated[int | None, Ge(1)] = None
+    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
+    batch: Annotated[int | None, Ge(1), Le(1_000_000)] = None
+    texts: Annotated[int | None, Ge(1), Le(1_000_000)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,10 @@ class ScenarioOptions(SizeOptions):
     """
 
     mode: tuple[Literal["single-stream", "offline", "server"], ...] = ()
-    p99_ms: Annotated[float | None, Gt(0)] = None
+    p99_ms: Annotated[float | None, Gt(0), Predicate(isfinite)] = None
     lengths: str = "captions"
-    index: Annotated[int | None, Ge(1)] = None
-    k: Annotated[int | None, Ge(1)] = None
+    index: Annotated[int | None, Ge(1), Le(1_000_000)] = None
+    k: Annotated[int | None, Ge(1), Le(1_000_000)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +125,9 @@ class CocoOptions(ModelOptions):
     """
 
     device: Device | None = None
-    images: Annotated[int, Ge(1)] = 64
-    image_size: Annotated[int | None, Ge(1)] = None
-    k: Annotated[int | None, Ge(1)] = None
+    images: Annotated[int, Ge(1), Le(1_000_000)] = 64
+    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
+    k: Annotated[int | None, Ge(1), Le(1_000_000)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class StepOptions(RunOptions):
 
     preset: Preset = "base"
     device: Device | None = None
-    pairs: Annotated[int | None, Ge(2)] = None
+    pairs: Annotated[int | None, Ge(2), Le(1_000_000)] = None
 
 
 @dataclass(frozen=True, kw_only=True)

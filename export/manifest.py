@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xfm_fast import __version__
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import advice, is_plain_name, read_json
 from xfm_fast.errors import ExportError, StorageError
 
 from .consumers import Consumer, DType
@@ -48,8 +50,9 @@ class FileRecord(_Record):
 class AxisRecord(_Record):
     """The sizes that a dynamic dimension may take."""
 
-    least: int = 1
-    most: int | None = None
+    # A session runs every graph once at its least sizes.
+    least: int = Field(1, ge=1, le=1 << 16)
+    most: int | None = Field(None, ge=1)
 
 
 class TensorRecord(_Record):
@@ -203,6 +206,23 @@ class Manifest(_Record):
     def graph_names(self) -> tuple[GraphName, ...]:
         return tuple(graph.name for graph in self.graphs)
 
+    def require_files(self, folder: Path) -> None:
+        """See that every file that a graph consists of is one whose size and checksum the manifest holds.
+
+        Raises:
+            ExportError: a graph lies in a file, or has weights in one, that the manifest does not list.
+        """
+        listed = {record.name for record in self.files}
+        for graph in self.graphs:
+            used = {graph.file, *graph.files}
+            if self.kind == "onnx" and graph.file in listed:
+                used |= external_files(folder / graph.file)
+            if unlisted := sorted(used - listed):
+                raise ExportError(
+                    f"graph {graph.name!r} in {folder} lies in {unlisted[0]!r}, which {MANIFEST_FILE} does not list "
+                    "among its files; export again"
+                )
+
     def graph(self, name: str) -> GraphRecord:
         """The record of a graph.
 
@@ -251,7 +271,7 @@ class Manifest(_Record):
     def _read(cls, folder: Path) -> Self:
         path = folder / MANIFEST_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             raise ExportError(f"{folder} has no {MANIFEST_FILE}; give the folder of a finished export") from None
         except OSError as error:
@@ -269,11 +289,15 @@ class Manifest(_Record):
                 f"{FORMAT_VERSION}: {remedy}"
             )
         try:
-            return cls.model_validate(content)
+            manifest = cls.model_validate(content)
+            names = [name for graph in manifest.graphs for name in (graph.file, *graph.files)]
+            if foreign := [n for n in (*names, *(record.name for record in manifest.files)) if not is_plain_name(n)]:
+                raise ExportError(f"{path} names {foreign[0]!r}, which is no file of this folder; export again")
+            return manifest
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ExportError(f"{path} is damaged at {where} ({first['msg']}); export again") from None
+            raise ExportError(f"{path} is damaged at {where} ({advice(first)}); export again") from None
 
     def require_target(self, *, library_version: str, compute_capability: int | None) -> None:
         """Compare an engine's target with this machine.
@@ -331,6 +355,76 @@ def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
             yield f"{record.name} is missing"
         except OSError as error:
             yield f"{record.name} cannot be read ({error.strerror or error})"
+
+
+# Where tensors lie in the messages of ONNX: message → number of a field → message in it.
+_MESSAGES: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+
+
+def external_files(path: Path) -> set[str]:
+    """The names of the files in which an ONNX graph says that weights of it lie; needs no package.
+
+    Raises:
+        ExportError: the file cannot be read or is no ONNX graph.
+    """
+    names: set[str] = set()
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            rest = [("model", 0, len(content))]
+            while rest:
+                message, start, end = rest.pop()
+                entry: dict[int, bytes] = {}
+                for number, first, last in _fields(content, start, end):
+                    if message == "entry":
+                        entry[number] = content[first:last]
+                    elif (inner := _MESSAGES[message].get(number)) is not None:
+                        rest.append((inner, first, last))
+                if entry.get(1) == b"location":
+                    names.add(entry.get(2, b"").decode())
+    except (OSError, ValueError, IndexError) as error:
+        raise ExportError(f"{path} is no ONNX graph that can be read ({error}); export again") from None
+    return names
+
+
+def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, begin and end of every field of a message that has a length (protobuf's wire type 2)."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = content[at]
+            value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+            if byte < 128:
+                return value, at
+            if shift > 63:
+                raise ValueError("a number in it has no end")
+
+    while at < end:
+        tag, at = varint(at)
+        kind = tag & 7
+        size = 0
+        if kind == 0:
+            _, at = varint(at)
+        elif kind == 2:
+            size, at = varint(at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"a field in it has wire type {kind}")
+        if at + size > end:
+            raise ValueError("a field in it ends behind its message")
+        if kind == 2:
+            yield tag >> 3, at, at + size
+        at += size
 
 
 def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:

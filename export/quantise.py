@@ -228,6 +228,7 @@ def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
     if folder.resolve() == out.resolve():
         raise InputError(f"{out} holds the fp32 export; name another folder for the int8 one")
     source = Manifest.load(folder)
+    source.require_files(Path(folder))
     arithmetic = source.options.get("arithmetic") or source.dtype
     if source.kind != "onnx" or arithmetic != "fp32":
         raise ExportError(

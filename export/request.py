@@ -53,7 +53,7 @@ class ModelSource:
     checkpoint: Path | None = None
     preset: Preset | None = None
     config: Path | None = None
-    image_size: Annotated[int | None, Ge(1)] = None
+    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
     tokenizer: Path | None = None
     data: Path | None = None
 

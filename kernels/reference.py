@@ -90,9 +90,17 @@ def relpos_attention(
 ) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scores = (q * scale) @ k.transpose(-1, -2) + position_bias(table, window)
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+    weights = _weights(scores, None if key_mask is None else key_mask[:, None, None, :])
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _weights(scores: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Softmax over the keys that the mask leaves; a query without any yields zeros, and so do its gradients."""
+    if key_mask is None:
+        return scores.softmax(-1)
+    # With -inf in its place, a row of nothing else would be NaN, and its gradient too.
+    least = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~key_mask, least).softmax(-1).masked_fill(~key_mask, 0)
 
 
 def varlen_attention(
@@ -113,10 +121,7 @@ def varlen_attention(
         queries = q[bounds_q[i] : bounds_q[i + 1]].transpose(0, 1)
         keys, values = (t[bounds_k[i] : bounds_k[i + 1]].transpose(0, 1) for t in (k, v))
         scores = queries @ keys.transpose(-1, -2) * scale
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[bounds_k[i] : bounds_k[i + 1]], -torch.inf)
-        # A sequence without any key to attend to yields zeros.
-        weights = torch.nan_to_num(scores.softmax(-1)) if key_mask is not None else scores.softmax(-1)
+        weights = _weights(scores, None if key_mask is None else key_mask[bounds_k[i] : bounds_k[i + 1]])
         outputs.append((drop(weights) @ values).transpose(0, 1))
     return torch.cat(outputs) if outputs else q.new_zeros(q.shape)
 

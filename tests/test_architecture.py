@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "errors": 0,
+    "documents": 0,
     "config": 1,
     "memory": 1,
     "kernels": 1,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.conftest import golden
-from xfm_fast import XFMConfig
+from xfm_fast import XFM, XFMConfig, config
 from xfm_fast.errors import ConfigError
 
 TRAINING = {
@@ -125,7 +127,7 @@ def test_missing_entries_and_unreadable_files(tmp_path: Path) -> None:
         ("a.yaml", "a: [1", "is not valid yaml"),
         ("b.json", "{", "is not valid json"),
         ("c.yaml", "- 1\n", "holds a list; a mapping"),
-        ("d.yaml", b"\xff\xfe\x00", "cannot be read"),
+        ("d.yaml", b"\xff\xfe\x00", "not UTF-8"),
     ):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -133,3 +135,49 @@ def test_missing_entries_and_unreadable_files(tmp_path: Path) -> None:
             XFMConfig.from_official(path)
     with pytest.raises(ConfigError, match="preset 'huge' is unknown; choose one of base, tiny"):
         XFMConfig.preset("huge")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_layers": 10**9}, "text_layers=1000000000"),
+        ({"fusion_layers": 10**9, "text_width": 12}, "fusion_layers=1000000000"),
+        ({"vocab_size": 2**31 - 1}, "vocab_size=2147483647"),
+        ({"image_size": 8_000_000}, "image_size=8000000"),
+        ({"image_size": 10**18}, "image_size=1000000000000000000 is out of all proportion"),
+        ({"vocab_size": 2**40}, "vocab_size=1099511627776 is out of all proportion"),
+        ({"local_attn_depth": -(10**30)}, "out of all proportion"),
+        ({"vision_mlp_ratio": 1e300}, r"vision_mlp_ratio=1e\+300"),
+        ({"vision_mlp_ratio": float("inf")}, "vision_mlp_ratio=inf"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+    ],
+)
+def test_sizes_are_bounded_by_the_memory_of_the_machine(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        XFMConfig.preset("base", **changes)
+
+
+def test_the_bound_is_a_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        parameters = 4 * sum(parameter.numel() for parameter in XFM(XFMConfig.preset("base")).parameters())
+    monkeypatch.setattr(config, "_memory", lambda: parameters)
+    XFMConfig.preset("base")
+    monkeypatch.setattr(config, "_memory", lambda: parameters * 8 // 10)
+    with pytest.raises(ConfigError, match="and this machine has"):
+        XFMConfig.preset("base")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.yaml", "1: 2"),
+        ("c.yaml", yaml.safe_dump(TRAINING | {"temp": "warm"})),
+        ("c.yaml", yaml.safe_dump(TRAINING | {"text_fusion_start_at": [1]})),
+        ("c.yaml", yaml.safe_dump(TRAINING | {"text_num_hidden_layers": {}})),
+        ("c.json", "{"),
+    ],
+)
+def test_files_of_other_kinds_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError):
+        XFMConfig.from_official(tmp_path / name)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from xfm_fast.documents import MOST_YAML_BYTES, advice, parse_json, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError
 
 PresetName = Literal["tiny", "base"]
@@ -34,6 +38,9 @@ _ROBERTA_BASE = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }
+_MOST = 2**31 - 1
+# A layer costs this many numbers' worth of memory in Python objects, however narrow it is.
+_LAYER = 10_000
 _PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
     "tiny": {
@@ -60,10 +67,11 @@ class XFMConfig(BaseModel):
     """The hyper-parameters of an X-FM model (arXiv 2301.05065). The defaults are the base model.
 
     Build one with `XFMConfig.preset`, `XFMConfig.from_official` or by keyword; instances are immutable, and
-    `replace` makes a changed copy. Every impossible combination raises `ConfigError`.
+    `replace` makes a changed copy. Every impossible combination raises `ConfigError`, one whose weights do not fit into
+    the memory of this machine included: numbers from a file are believed only as far as they can be built.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     image_size: int = Field(224, gt=0, description="input resolution in pixels, a multiple of patch_size")
     patch_size: int = Field(16, gt=0)
@@ -119,6 +127,9 @@ class XFMConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for name in type(self).model_fields:
+            if isinstance(value := getattr(self, name), int) and abs(value) > _MOST:
+                raise ValueError(f"{name}={value} is out of all proportion; use at most {_MOST}")
         for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
@@ -154,7 +165,38 @@ class XFMConfig(BaseModel):
                 f"num_masking_patches={self.num_masking_patches} exceeds the {self.num_patches} patches of a "
                 f"{self.image_size}-pixel image; lower it or raise image_size"
             )
+        self._check_memory()
         return self
+
+    def _check_memory(self) -> None:
+        """Refuse what cannot be built here, by a lower bound of its bytes in fp32, before anything is allocated."""
+        text, vision, inner = self.text_width, self.vision_width, self.text_intermediate
+        # Whole numbers of Python have no largest one, but fractions have.
+        mlp = int(min(vision * self.vision_mlp_ratio, 1e30))
+        side = 2 * self.grid - 1
+        parts = {
+            ("vision_depth", "vision_width", "vision_mlp_ratio"): self.vision_depth
+            * (4 * vision**2 + 2 * vision * mlp + _LAYER),
+            ("image_size", "patch_size", "vision_depth"): side**2 * self.vision_heads * self.vision_depth
+            + self.num_image_tokens**2,
+            ("patch_size", "vision_width"): 3 * self.patch_size**2 * vision,
+            ("text_layers", "text_width", "text_intermediate"): self.text_layers
+            * (4 * text**2 + 2 * text * inner + _LAYER),
+            ("fusion_layers", "text_width", "text_intermediate"): self.fusion_layers
+            * (6 * text**2 + 2 * text * (inner + vision) + _LAYER),
+            ("vocab_size", "text_width"): self.vocab_size * text,
+            ("max_positions", "text_width"): self.max_positions * text,
+            ("type_vocab_size", "text_width"): self.type_vocab_size * text,
+            ("embed_dim", "vision_width", "text_width"): self.embed_dim * (vision + text),
+        }
+        needed, there = 4 * sum(parts.values()), _memory()
+        if needed > there:
+            most = max(parts, key=lambda names: parts[names])
+            raise ValueError(
+                f"{', '.join(f'{name}={getattr(self, name)}' for name in most)}: the model takes at least "
+                f"{needed / 1e9:,.1f} GB and this machine has {there / 1e9:,.1f} GB; use smaller sizes, or a larger "
+                "machine"
+            )
 
     @property
     def grid(self) -> int:
@@ -214,7 +256,15 @@ class XFMConfig(BaseModel):
         if not isinstance(source, dict):
             base = Path(source).resolve().parent
             source = _read_mapping(Path(source))
-        fields = _from_flat(source) if "text_width" in source else _from_training_yaml(source, roberta, base)
+        try:
+            fields = _from_flat(source) if "text_width" in source else _from_training_yaml(source, roberta, base)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
+            # A value of another kind, such as a list where a number belongs.
+            raise ConfigError(
+                f"the official configuration holds a value of a wrong kind ({error}); correct it"
+            ) from None
         return cls(**(fields | overrides))
 
     @classmethod
@@ -234,11 +284,21 @@ class XFMConfig(BaseModel):
         return json.dumps({"model_type": MODEL_TYPE, **self.model_dump()}, indent=2) + "\n"
 
 
+@cache
+def _memory() -> int:
+    """Memory that this process may have, in bytes."""
+    found = [psutil.virtual_memory().total]
+    with suppress(OSError, ValueError):
+        # The limit of a container, where there is one; else it says "max".
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = advice(problem)
         if not where:
             lines.append(message)
         elif problem["type"] == "extra_forbidden":
@@ -251,16 +311,18 @@ def _explain(error: ValidationError) -> str:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         # YAML reads JSON too, but takes 1e-06 for a string; the suffix decides.
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, MOST_YAML_BYTES)
+        value = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except OSError as error:
         raise ConfigError(f"configuration {path} cannot be read ({error}); check the path") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"configuration {path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(
             f"configuration {path} holds a {type(value).__name__}; a mapping of names to values is needed"
         )
+    if other := [name for name in value if not isinstance(name, str)]:
+        raise ConfigError(f"configuration {path} has the key {other[0]!r}, which is no name; remove it")
     return value
 
 

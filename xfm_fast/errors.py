@@ -1,6 +1,6 @@
 """The errors that xfm-fast raises on purpose: each names the thing, its value and the remedy.
 
-The command line turns every `XFMError` into one line and exit code 2; anything else is a bug and keeps its traceback.
+The command line turns every `XFMError` into one line and exit code 2, and a bug into one and exit code 70.
 """
 
 

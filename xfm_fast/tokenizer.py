@@ -73,7 +73,13 @@ class CaptionTokenizer:
             )
         self.bos_token_id, self.pad_token_id, self.eos_token_id = (ids[token] for token in (BOS, PAD, EOS))
         special = {BOS, PAD, EOS, UNK, MASK}
-        self._starts_word = [False] * tokenizer.get_vocab_size()
+        size, most = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=-1)
+        if most >= size:
+            raise DataError(
+                f"the vocabulary in {origin} has {size} entries and an id of {most}; give one whose ids are numbered "
+                "from 0 without gaps"
+            )
+        self._starts_word = [False] * size
         for token, number in tokenizer.get_vocab().items():
             self._starts_word[number] = token in special or token[:1] in _WHITE
 
@@ -182,7 +188,7 @@ class CaptionTokenizer:
         if max_tokens < 3:
             raise DataError(f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3")
         rows = []
-        for number, encoding in enumerate(self._tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+        for number, encoding in enumerate(self._encoded(list(texts))):
             if not encoding.ids:
                 raise DataError(f"text {number} ({texts[number]!r}) has no tokens; write words or remove it")
             rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
@@ -201,7 +207,7 @@ class CaptionTokenizer:
             raise DataError(
                 f"max_tokens={max_tokens} leaves no room for two texts and their <s> and </s>; use at least 6"
             )
-        a, b = (e.ids for e in self._tokenizer.encode_batch([first, second], add_special_tokens=False))
+        a, b = (encoding.ids for encoding in self._encoded([first, second]))
         if not (a or b):
             raise DataError(f"neither {first!r} nor {second!r} has tokens; write words or remove the pair")
         room = max_tokens - 4
@@ -215,8 +221,22 @@ class CaptionTokenizer:
         White space at its end is left out. Byte-level tokens carry the space before them, so a last space of its own
         is no token of the whole text: a model that is given one never learns, nor writes, the word that belongs there.
         """
-        ids = self._tokenizer.encode(prompt.rstrip(), add_special_tokens=False).ids
+        ids = self._encoded([prompt.rstrip()])[0].ids
         return torch.tensor([self.bos_token_id, *ids])
+
+    def _encoded(self, texts: list[str]) -> list[Any]:
+        try:
+            return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except (TypeError, UnicodeError):
+            # The library does not say which.
+            for number, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise DataError(f"text {number} is a {type(text).__name__}; give strings") from None
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise DataError(f"text {number} ({text!a}) holds half of a surrogate pair; remove it") from None
+            raise
 
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
         """A mark for each id that begins a word, for whole-word masking: `<s> tokens </s>` as `encode_ids` makes them.

@@ -25,6 +25,7 @@ from .official_algorithm import OfficialEngine
 from .ours import MemoryEngine, OurEngine
 from .public_modules import TimmEngine, TransformersEngine
 
+CLONE_MARK = "models/xfm.py"
 SCENARIOS = ("embed-image", "embed-text", "rerank", "retrieve")
 _ALL_WORK = (*SCENARIOS, "retrieval")
 # Encoders of Hugging Face that a kind of work passes through.
@@ -204,12 +205,15 @@ def choose(
         official: clone of the official repository.
 
     Raises:
-        UnavailableError: a name is unknown.
+        UnavailableError: a name is unknown, or `official` is no clone.
     """
     known = {contender.name: contender for contender in ALL}
     unknown = [name for name in asked if name not in known]
     if unknown:
         raise UnavailableError(f"baseline {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+    # Asked for by name: a path without the code must not end in a table without its row.
+    if official is not None and not (official / CLONE_MARK).is_file():
+        raise UnavailableError(f"--official {official} has no {CLONE_MARK}; name a clone of the official repository")
     present, absent = [], {}
     for contender in ALL:
         why = contender.why_absent(device)

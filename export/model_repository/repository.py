@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xfm_fast import __version__
 from xfm_fast.checkpoint.files import sync_folder, write_bytes
+from xfm_fast.documents import advice, read_json
 from xfm_fast.errors import ExportError, InputError, StorageError
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -86,13 +87,14 @@ class Receipt(_Record):
         """
         path = Path(folder) / RECEIPT_FILE
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate(read_json(path))
         except OSError as error:
             raise StorageError(
                 f"{path} cannot be read ({error.strerror or error}); write the repository again"
             ) from None
-        except ValidationError as error:
-            raise StorageError(f"{path} is damaged ({error.errors()[0]['msg']}); write the repository again") from None
+        except ValueError as error:
+            reason = advice(error.errors()[0]) if isinstance(error, ValidationError) else error
+            raise StorageError(f"{path} is damaged ({reason}); write the repository again") from None
 
 
 def write_model_repository(
@@ -110,7 +112,7 @@ def write_model_repository(
         folder: the export; its files are compared with its manifest first, and copied.
         out: the repository. A failure at any moment leaves what was there before.
         tokenizer: the model's, for the rank pipeline.
-        overwrite: replace a repository that was made so, and nothing else.
+        overwrite: replace a repository that was made so. Files in it that are not of its receipt are kept.
 
     Raises:
         ExportError, InputError, DataError, UnavailableError: see `plan_models`; or the export is damaged.
@@ -137,7 +139,11 @@ def write_model_repository(
             _write_model(model, folder, temporary, tokenizer)
         receipt = _receipt(manifest, models, options, tokenizer, temporary)
         write_bytes({temporary / RECEIPT_FILE: receipt.model_dump_json(indent=1).encode() + b"\n"})
+        if (repository / RECEIPT_FILE).is_file():
+            _keep_foreign(repository, temporary)
         _put_in_place(temporary, repository)
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(
             f"{out} cannot be written ({error.strerror or error}); nothing there was changed: free space or choose "
@@ -225,6 +231,22 @@ def _receipt(
         ],
         files=files,
     )
+
+
+def _keep_foreign(earlier: Path, made: Path) -> None:
+    """Put what others laid into the earlier repository into the new one as well."""
+    ours = {file.name for file in Receipt.load(earlier).files} | {RECEIPT_FILE}
+    for path in sorted(earlier.rglob("*")):
+        name = path.relative_to(earlier).as_posix()
+        if name in ours or (path.is_dir() and not path.is_symlink()):
+            continue
+        kept = made / name
+        if os.path.lexists(kept):
+            raise StorageError(
+                f"{path} is no file of xfm-fast, and the new repository has one of this name; move it to another place"
+            )
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, kept, follow_symlinks=False)
 
 
 def _put_in_place(made: Path, out: Path) -> None:

@@ -21,15 +21,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from xfm_fast import flops
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.memory import resident_bytes
 from xfm_fast.models import inputs as checks
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 
 from ..consumers import DTYPES
 from ..graphs import GraphName
-from ..manifest import Manifest
-from ..runtimes import TORCH_DTYPES, LoadedGraph, Precision, Runtime, choose_runtime, empty_outputs, open_runtime
+from ..manifest import MANIFEST_FILE, Manifest
+from ..runtimes import (
+    TORCH_DTYPES,
+    LoadedGraph,
+    Precision,
+    Runtime,
+    choose_runtime,
+    empty_outputs,
+    first_line,
+    open_runtime,
+)
 from ..slots import (
     Slot,
     axes_of,
@@ -126,12 +135,19 @@ class Session:
         if isinstance(runtime, str):
             name = choose_runtime(self.manifest, self.folder) if runtime == "auto" else runtime
             runtime = open_runtime(name, self.manifest, device, precision)
+            self.manifest.require_files(self.folder)
         self.runtime: Runtime = runtime
         self.device: torch.device = self.runtime.device
         self.dtype: torch.dtype = DTYPES[self.manifest.dtype]
         self.loaded: dict[GraphName, LoadReport] = {}
         self._graphs: dict[GraphName, LoadedGraph] = {}
-        self._slots = {record.name: graph_slots(record) for record in self.manifest.graphs}
+        try:
+            self._slots = {record.name: graph_slots(record) for record in self.manifest.graphs}
+        except (LookupError, TypeError, ValueError) as error:
+            raise ExportError(
+                f"{MANIFEST_FILE} in {folder} describes inputs that no graph has ({type(error).__name__}: {error}); "
+                "export again"
+            ) from None
         self._ready = False
         self.limits = _LIMITS["cpu" if self.device.type == "cpu" else "cuda"]
         # What a graph computed beside an embedding, for as long as the embedding lives.
@@ -197,9 +213,17 @@ class Session:
             graph = self.runtime.load(record, self.folder / record.file)
             loaded = time.perf_counter()
             self._graphs[record.name] = graph
-            for slot in self._slots[record.name]:
-                self.call(record.name, self.example_inputs(record.name, slot))
-            self.synchronize()
+            try:
+                for slot in self._slots[record.name]:
+                    self.call(record.name, self.example_inputs(record.name, slot))
+                self.synchronize()
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                if isinstance(error, XFMError):
+                    raise
+                raise ExportError(
+                    f"graph {record.name!r} does not run as {MANIFEST_FILE} describes it ({first_line(error)}); export "
+                    "it again"
+                ) from error
             self.loaded[record.name] = LoadReport(
                 loaded - started, time.perf_counter() - loaded, max(self.memory_in_use() - before, 0)
             )

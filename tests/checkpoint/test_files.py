@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tests.checkpoint.conftest import STATE, assert_same, written
 from tests.conftest import CASES, config, load_tensors
 from xfm_fast.checkpoint import (
     files,
+    hold,
     load_pretrained_files,
     read_state_dict,
     save_pretrained,
@@ -35,6 +38,7 @@ from xfm_fast.checkpoint import (
 )
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError
+from xfm_fast.models.xfm import XFM
 
 
 @pytest.mark.parametrize("suffix", [".th", ".pth", ".bin", ".pt"])
@@ -102,6 +106,52 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "nowhere.th")
     with pytest.raises(CheckpointError, match="is a folder"):
         read_state_dict(tmp_path)
+
+
+def _cyclic(path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    torch.save(content, path)
+
+
+def _repacked(
+    path: Path, change: Callable[[bytes], bytes] = lambda data: data, how: int = zipfile.ZIP_DEFLATED
+) -> None:
+    torch.save({"w": torch.zeros(100_000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, change(data))
+
+
+def _flipped(path: Path) -> None:
+    torch.save({"w": torch.full((1000,), 1.5)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.full((4,), 1.5).numpy().tobytes()) + 40] ^= 1
+    path.write_bytes(data)
+
+
+class _Huge:
+    def __reduce__(self) -> Any:
+        return bytearray, (1 << 62,)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "holds itself": (_cyclic, "holds a dict under 'model'"),
+    "packed": (_repacked, "in packed form"),
+    "a bomb": (lambda path: _repacked(path, lambda data: bytes(1 << 24)), "in packed form"),
+    "a flipped bit": (_flipped, "damaged or truncated PyTorch checkpoint"),
+    "expanded": (lambda path: torch.save({"w": torch.zeros(1).expand(1 << 50)}, path), "repeats 4 bytes as a tensor"),
+    "an allocation": (lambda path: path.write_bytes(pickle.dumps(_Huge(), 2)), "asks for|not a PyTorch checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_torch_files(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
+    make(tmp_path / "x.th")
+    with pytest.raises(CheckpointError, match=message):
+        read_state_dict(tmp_path / "x.th")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.999])
@@ -403,3 +453,95 @@ def test_saving_over_the_file_that_is_being_read(tmp_path: Path) -> None:
     loaded = load_pretrained_files(tmp_path)
     save_pretrained(loaded.state, loaded.config, tmp_path)
     assert_same(load_pretrained_files(tmp_path).state, STATE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"text_layers": 20_000}, "text_layers=3"), ({"vocab_size": 10**6}, "vocab_size=512")],
+)
+def test_a_false_config_is_seen_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(XFMConfig.preset("tiny", **changes).to_json())
+    monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
+    with pytest.raises(CheckpointError, match=message):
+        XFM.from_pretrained(tmp_path)
+
+
+@pytest.fixture(params=["fcntl", "no fcntl", "no locks there"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "no fcntl":
+        monkeypatch.setattr(files, "fcntl", None)
+    elif request.param == "no locks there":
+        monkeypatch.setattr(files.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no")))
+    return request.param
+
+
+def _holding(lock: Path) -> subprocess.Popen[str]:
+    program = f"""
+        import time
+        from pathlib import Path
+        from xfm_fast.checkpoint import files, hold
+        with hold(Path({str(lock)!r}), "it"):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_holds_and_the_second_is_told_who(tmp_path: Path, locks: str) -> None:
+    lock = tmp_path / "run" / ".lock"
+    other = _holding(lock)
+    try:
+        message = rf"the run is in use by process {other.pid} on .* since 20"
+        with pytest.raises(StorageError, match=message), hold(lock, "the run"):
+            pytest.fail("it was held twice")
+    finally:
+        other.kill()
+        other.wait()
+    # What a killed process leaves is no obstacle.
+    assert lock.exists()
+    with hold(lock, "the run"):
+        with pytest.raises(StorageError, match=rf"in use by process {os.getpid()} "), hold(lock, "the run"):
+            pytest.fail("it was held twice")
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_a_forked_child_does_not_hold(tmp_path: Path) -> None:
+    program = f"""
+        import os, time
+        from pathlib import Path
+        from xfm_fast.checkpoint import hold
+        with hold(Path({str(tmp_path / "l")!r}), "it"):
+            if not os.fork():
+                print(os.getpid(), flush=True)
+                time.sleep(60)
+            os.kill(os.getpid(), 9)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.wait()
+    try:
+        with hold(tmp_path / "l", "it"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="cannot be written"), hold(tmp_path / "l", "it"):
+        pass
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(StorageError, match="cannot be written"), hold(tmp_path / "run" / ".lock", "it"):
+        pass

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, mistakes and completion of every command; processes of its own."""
 
+import errno
 import json
 import os
 import re
@@ -206,7 +207,7 @@ def test_tuples_take_commas_and_may_be_repeated() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["audit", "--jobs", "0"], 'Invalid value "0" for --jobs: Input should be greater than or equal to 1.'),
+        (["audit", "--jobs", "0"], 'Invalid value "0" for --jobs: use at least 1.'),
         (["audit", "--jobs", "2.5"], 'Invalid value for --jobs: unable to convert "2.5" into int.'),
         (["audit", "--arch", "90,ninety"], 'unable to convert "ninety" into int'),
         (["data", "check", "a", "--task", "text", "--tolerate-bad", "2"], 'Invalid value "2.0" for --tolerate-bad'),
@@ -223,6 +224,131 @@ def test_values_that_are_wrong(arguments: list[str], message: str) -> None:
     assert message in done.stderr
     assert done.stderr.rstrip().endswith("--help")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["bench", "--threads", 10**8], "use at most 4096"),
+        (["bench", "--seed", 10**30], "use at most 9223372036854775807"),
+        (["bench", "coco", "--k", 99999999999], "use at most 1000000"),
+        (["bench", "scenario", "rerank", "--image-size", 10**18], "use at most 16384"),
+        (["bench", "scenario", "rerank", "--p99-ms", "nan"], "use more than 0"),
+        (["bench", "scenario", "rerank", "--p99-ms", "inf"], "use a finite number"),
+        (["convert", "a", "b", "--image-size", 10**18], "use at most 16384"),
+        (["convert", "a", "b", "--image-size", -5], "use at least 1"),
+        (["export", "onnx", "--out", "a", "--preset", "tiny", "--image-size", 10**18], "use at most 16384"),
+        (["pretrain", "pretrain_base_4m", f"seed={10**18}0"], "use less than 9223372036854775808"),
+        (["pretrain", "pretrain_base_4m", "workers=100000"], "use at most 1024"),
+        (["pretrain", "pretrain_base_4m", "model.vocab_size=4000000000"], "out of all proportion"),
+        (["pretrain", "pretrain_base_4m", "model.vocab_size=2000000000"], "this machine has"),
+        (["pretrain", "pretrain_base_4m", f"steps={'[' * 5000}"], "nested"),
+        (["pretrain", "x" * 300], "choose a shorter name"),
+    ],
+)
+def test_what_is_out_of_bounds_comes_with_advice(arguments: list[Any], advice: str) -> None:
+    done = invoke(arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert advice in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def _circle(folder: Path) -> str:
+    (folder / "circle").symlink_to("circle")
+    return str(folder / "circle")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "{}", "out"],
+        ["convert", "{}", "out", "--config", "{}"],
+        ["gradflow", "{}"],
+        ["export", "verify", "{}"],
+        ["export", "report", "{}"],
+        ["export", "onnx", "--out", "o", "--checkpoint", "{}"],
+        ["bench", "report", "{}"],
+        ["bench", "compare", "{}", "{}"],
+        ["data", "check", "{}", "--task", "text"],
+        ["data", "convert", "{}", "{}/a"],
+        ["pretrain", "{}"],
+        ["finetune", "{}"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+@pytest.mark.parametrize("name", ["long", "circle", "surrogate", "device", "newline"])
+def test_every_command_speaks_of_names_in_sentences(
+    arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"long": "x" * 300, "surrogate": "a\udcff", "device": "/dev/zero", "newline": "a\nb"}
+    given = _circle(tmp_path) if name == "circle" else names[name]
+    done = invoke([word.format(given) for word in arguments])
+    assert done.exit_code == 2, done.output[-2000:]
+    assert done.stderr.startswith("xfm-fast: ")
+    assert "fault of xfm-fast" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x"),
+            2,
+            "x cannot be used (File name too long); choose a shorter",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "check its permissions"),
+        (OSError("odd"), 2, "the system refused (odd); XFM_DEBUG=1"),
+        (MemoryError(), 2, "memory is used up"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "memory is used up"),
+        (RecursionError("deep"), 2, "nested too deeply"),
+        (KeyError("a\nb"), 70, "this is a fault of xfm-fast, KeyError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_no_error_is_a_traceback_unless_asked_for(
+    error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("xfm_fast.benchmarks.machine.describe", fail)
+    done = invoke(["info"])
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setenv("XFM_DEBUG", "1")
+    with pytest.raises(type(error)):
+        invoke(["info"])
+
+
+@pytest.mark.parametrize(
+    ("shell", "environment", "codes", "message"),
+    [
+        ("info", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, (0,), ""),
+        ("--help", {"PYTHONIOENCODING": "ascii"}, (0,), ""),
+        ("bench report gr\u00f6\u00dfe", {"PYTHONIOENCODING": "ascii"}, (2,), "cannot be read"),
+        ("--help >&-", {}, (2,), "standard output is closed"),
+        ("--help > /dev/full", {}, (2,), "standard output cannot be written (No space left on device)"),
+        ("inof 2>&-", {}, (2,), ""),
+        ("inof 2>/dev/full", {}, (1, 2, 120), ""),
+        ("pretrain pretrain_tiny_shapes", {"WORLD_SIZE": "2"}, (2,), "RANK is not set; start them with torchrun"),
+        ("pretrain pretrain_tiny_shapes", {"WORLD_SIZE": "x"}, (2,), "WORLD_SIZE is 'x'"),
+    ],
+    ids=str,
+)
+def test_terminals_that_are_not_as_they_should_be(
+    tmp_path: Path, shell: str, environment: dict[str, str], codes: tuple[int, ...], message: str
+) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m xfm_fast {shell}"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True,
+        check=False, timeout=170,
+    )  # fmt: skip
+    assert done.returncode in codes, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 @pytest.mark.parametrize("group", [[], ["data"], ["reproduce"], ["export"]])

@@ -227,3 +227,23 @@ def test_impossible_sizes(tokenizer: CaptionTokenizer) -> None:
         CaptionTokenizer.train_on_texts(TEXTS, 100)
     with pytest.raises(DataError, match="at least 3"):
         tokenizer.encode(TEXTS, 2)
+
+
+@pytest.mark.parametrize("change", [{"vocab": {}}, {"vocab": {"<s>": 0, "<pad>": 1, "</s>": 2**32 - 1}, "merges": []}])
+def test_false_vocabularies_are_refused(tmp_path: Path, tokenizer: CaptionTokenizer, change: dict[str, Any]) -> None:
+    content = json.loads(tokenizer.to_json())
+    content["model"] |= {"merges": []} | change
+    content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"lacks <s>|ids are numbered"):
+        CaptionTokenizer.from_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [lambda t, x: t.encode([x]), lambda t, x: t.encode_pair("a", x), lambda t, x: t.encode_prompt(x)],
+    ids=["texts", "pair", "prompt"],
+)
+def test_half_a_surrogate_pair_is_named(tokenizer: CaptionTokenizer, encode: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"'a \\ud800'\) holds half of a surrogate pair"):
+        encode(tokenizer, "a \ud800")

@@ -329,3 +329,25 @@ def test_flash_attention_takes_no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals_are_errors_that_a_user_can_mend() -> None:
     with pytest.raises(InputError):
         _call("linear", {"bias": _random(1)}, "auto")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", "cpu"])
+@pytest.mark.parametrize("kind", ["window", "packed"])
+def test_a_mask_that_hides_all_gives_zeros_and_no_gradient(backend: Any, kind: str) -> None:
+    """By definition, in every backend: the first of two sequences has no key to attend to."""
+    shape = (2, 5, 2, 16)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[False] * 5, [True, False, True, True, True]])
+    if kind == "window":
+        table = torch.randn(12, 2, requires_grad=True)
+        out = ops.relpos_attention(q, k, v, table, (2, 2), key_mask=mask, backend=backend)
+    else:
+        bounds = torch.tensor([0, 5, 10], dtype=torch.int32)
+        flat: Any = [*(x.flatten(0, 1) for x in (q, k, v)), bounds, bounds, 5, 5]
+        out = ops.varlen_attention(*flat, key_mask=mask.flatten(), backend=backend).view(shape)
+    out.sum().backward()
+    for tensor in (out, q.grad, k.grad, v.grad):
+        assert tensor is not None
+        assert torch.isfinite(tensor).all()
+        assert not tensor[0].any()
+    assert out[1].any()

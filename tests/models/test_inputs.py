@@ -6,7 +6,9 @@ import ast
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +56,8 @@ EMPTY_REGION[1, 1:] = 0
 
 # (call, what the message names: the thing, its value, the remedy)
 REFUSED: dict[str, tuple[Callable[[XFM], object], list[str]]] = {
+    "an array": (lambda m: m.encode_image(cast("Any", pixels().numpy())), ["pixels", "ndarray", "torch.from_numpy"]),
+    "an additive mask": (lambda m: fuse(m, mask=torch.full((3, 4), -1.0)), ["attention_mask", "below 0", "give 1"]),
     "pixels without batch": (lambda m: m.encode_image(pixels(3, 32, 32)), ["pixels", "[3, 32, 32]", "[B, 3, 32, 32]"]),
     "grey pixels": (lambda m: m.encode_image(pixels(2, 1, 32, 32)), ["pixels", "[2, 1, 32, 32]", "[B, 3, 32, 32]"]),
     "bytes": (lambda m: m.encode_image(pixels().byte()), ["pixels", "torch.uint8", "normalise"]),
@@ -187,3 +191,77 @@ def test_unknown_head_and_missing_fusion() -> None:
     with pytest.raises(UnavailableError, match="no fusion layers"):
         without.image_memory(torch.zeros(1, 17, 64))
     assert issubclass(UnavailableError, XFMError)
+
+
+WRONG_KINDS: dict[str, Callable[[XFM, Any], object]] = {
+    "pixels": lambda m, x: m.encode_image(x),
+    "patch_mask": lambda m, x: m.encode_image(pixels(), x),
+    "input_ids": lambda m, x: m.encode_text(x),
+    "attention_mask": lambda m, x: m.encode_text(ids(), x),
+    "image embeddings": lambda m, x: m.image_memory(x),
+    "text embeddings": lambda m, x: m.project_text(x),
+    "token_mask": lambda m, x: m.image_memory(torch.zeros(2, 17, 64), x),
+    "image_index": lambda m, x: regions(m, x, torch.ones(2, 17)),
+    "fused embeddings": lambda m, x: m.match_logits(x),
+}
+
+
+@pytest.mark.parametrize(("name", "call"), WRONG_KINDS.items(), ids=WRONG_KINDS)
+@pytest.mark.parametrize("value", [np.zeros((2, 3)), [[1.0]], "text"], ids=["array", "list", "text"])
+def test_what_is_no_tensor_is_named(model: XFM, name: str, call: Callable[[XFM, Any], object], value: Any) -> None:
+    with pytest.raises(InputError, match=rf"{name} is a {type(value).__name__}; give a tensor"):
+        call(model, value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), -10000.0])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, bad: m.encode_text(ids(), torch.tensor([[0, 0, bad], [0, 0, 0]])),
+        lambda m, bad: m.image_memory(torch.zeros(1, 17, 64), torch.full((1, 17), bad)),
+        lambda m, bad: m.encode_image(pixels(1, 3, 32, 32), torch.full((1, 16), bad)),
+        lambda m, bad: regions(m, torch.tensor([0]), torch.full((1, 17), bad)),
+    ],
+    ids=["text", "memory", "patches", "regions"],
+)
+def test_masks_that_are_added_and_nan_are_refused(model: XFM, call: Callable[..., object], bad: float) -> None:
+    with pytest.raises(InputError, match="mask holds NaN or numbers below 0"):
+        call(model, bad)
+
+
+def test_missing_encoders_are_named() -> None:
+    with pytest.raises(InputError, match="encoder 'x' is unknown; choose from vision, text, fusion"):
+        XFM(CONFIG, encoders=("x",))  # type: ignore[arg-type]
+    without = XFM(CONFIG, heads=(), encoders=())
+    calls: dict[str, Callable[[], object]] = {
+        "vision": lambda: without.encode_image(pixels()),
+        "text": lambda: without.encode_text(ids()),
+        "fusion": lambda: without.image_memory(torch.zeros(1, 17, 64)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(UnavailableError, match=f"without the {name} encoder"):
+            call()
+
+
+@pytest.mark.parametrize("depth", [-1, 1])
+def test_nothing_gives_empty_tensors(depth: int) -> None:
+    model = XFM(CONFIG.replace(local_attn_depth=depth)).eval()
+    none, one = pixels(0, 3, 32, 32), pixels(2, 3, 32, 32)
+    index, mask = torch.empty(0, dtype=torch.long), torch.empty(0, 17)
+    with torch.no_grad():
+        images = model.encode_image(none, torch.zeros(0, 16))
+        texts = model.encode_text(torch.empty(0, 5, dtype=torch.long))
+        fused = model.fuse(texts, torch.ones(0, 5), model.image_memory(images))
+        several = model.fuse(texts, torch.ones(0, 5), model.image_memory(model.encode_image(one)), index)
+        shapes = [
+            (images, (0, 17, 64)), (texts, (0, 5, 64)), (fused, (0, 5, 64)), (several, (0, 5, 64)),
+            (model.project_image(images), (0, 32)), (model.project_text(texts), (0, 32)),
+            (model.match_logits(fused), (0, 2)), (model.predict_boxes(fused), (0, 4)),
+            (model.mlm_logits(texts), (0, 5, 512)), (model.imlm_logits(fused), (0, 5, 512)),
+            *((found, (0, 17, 64)) for found in model.encode_regions(one, index, mask)),
+            (model.encode_region_tokens(one, index, mask)[0], (0, 17 if depth > 0 else 1, 64)),
+            (model.encode_region_tokens(one, index, mask)[1], (2, 17, 64)),
+            (model.encode_region_tokens(none, index, mask)[1], (0, 17, 64)),
+        ]  # fmt: skip
+    for number, (found, shape) in enumerate(shapes):
+        assert found.shape == shape, number

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,6 +241,57 @@ def test_damaged_scores_are_computed_again(tmp_path) -> None:
         journal.append(2, torch.ones(2))
     with ScoreJournal(tmp_path / "s", "f") as journal:
         assert [scores.tolist() for _, scores in journal.records()] == [[0, 0], [1, 1], [1, 1]]
+
+
+def test_searching_needs_no_gradient_and_finds_nothing_in_nothing(small: tuple[XFM, Tensor, Tensor, Tensor]) -> None:
+    retriever = Retriever(small[0])
+    pixels, ids, mask = torch.randn(3, 3, 32, 32), torch.tensor([[0, 5, 6, 2], [0, 7, 8, 2]]), torch.ones(2, 4)
+    images, texts = retriever.embed_images([pixels]), retriever.embed_texts([(ids, mask)])
+    with_grad: list[Any] = [
+        replace(index, **{name: getattr(index, name).clone().requires_grad_() for name in names})
+        for index, names in ((images, ("features", "embeds")), (texts, ("features", "tokens")))
+    ]
+    expected = retriever.search_images(texts, images, 2)
+    assert torch.equal(retriever.search_images(with_grad[1], with_grad[0], 2)[0], expected[0])
+    assert not retriever.search_texts(with_grad[0], with_grad[1], 2)[1].requires_grad
+    no_images, no_texts = retriever.embed_images([pixels[:0]]), retriever.embed_texts([(ids[:0], mask[:0])])
+    assert retriever.search_images(texts, no_images, 2)[0].shape == (2, 0)
+    assert retriever.search_texts(images, no_texts, 2)[0].shape == (3, 0)
+    with pytest.raises(InputError, match="token_budget=-5"):
+        Retriever(small[0], token_budget=-5)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 40, None])
+def test_zeros_that_a_power_cut_left_are_torn(tmp_path, kept: int | None) -> None:
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        header = journal._file.tell()
+        journal.append(1, torch.ones(2))
+    data = (tmp_path / "s").read_bytes()
+    (tmp_path / "s").write_bytes(data[:kept] + bytes(4096))
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        assert [image for image, _ in journal.records()] == ([1] if kept is None else [])
+        assert journal._file.tell() == (len(data) if kept is None else header)
+
+
+def test_a_journal_has_one_writer(tmp_path) -> None:
+    with ScoreJournal(tmp_path / "s", "f"), pytest.raises(StorageError, match="is in use by process"):
+        ScoreJournal(tmp_path / "s", "f")
+    with ScoreJournal(tmp_path / "s", "f"):
+        pass
+    with pytest.raises(DataError, match="other work"):
+        ScoreJournal(tmp_path / "s", "g")
+    with ScoreJournal(tmp_path / "s", "f"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_record_that_claims_too_much_is_torn(tmp_path) -> None:
+    with ScoreJournal(tmp_path / "s", "f"):
+        pass
+    with (tmp_path / "s").open("ab") as file:
+        file.write(b"\1\0\0\0" + b"\xff" * 8)
+    with ScoreJournal(tmp_path / "s", "f") as journal:
+        assert not [*journal.records()]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -128,7 +128,7 @@ IMPOSSIBLE = {
     "updates=[[text], [regions], [pairs]]": "stream images is in no update; add it to updates, or remove it with null",
     "updates=[[text], [], [regions, images], [pairs]]": "an update is empty",
     "updates=[[text, text], [regions, images], [pairs]]": "updates name stream text 2 times",
-    "precision=fp8": "precision='fp8': Input should be 'fp32', 'bf16' or 'fp16'",
+    "precision=fp8": "precision='fp8': use 'fp32', 'bf16' or 'fp16'",
     "optimizer.betas=[0.9, 1]": "optimizer.betas: both must lie in [0, 1)",
     "optimizer.betas=[0.9]": "optimizer.betas has too few values; give at least 2",
     "init={checkpoint: a, beit2: b}": "init: checkpoint fills the encoders too",

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,11 @@ def test_average_can_begin_later(tmp_path: Path) -> None:
         torch.testing.assert_close(average[name], parameter + 0.25 * (now[name] - parameter))
 
 
-def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path, sent: signal.Signals) -> None:
     def send(step: int, *_: object) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
 
     recipe = small_recipe(tmp_path / "stopped", steps=7)
     stopped = run(recipe, on_step=send)
@@ -111,6 +113,19 @@ def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
     assert run(recipe).interrupted is False
     run(small_recipe(tmp_path / "whole", steps=7))
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def start_another(step: int, *_: object) -> None:
+        with pytest.raises(StorageError) as caught:
+            run(small_recipe(tmp_path, steps=2, seed=7))
+        said.append(str(caught.value))
+
+    assert run(small_recipe(tmp_path, steps=2), on_step=start_another).step == 2
+    assert f"checkpoint.folder={tmp_path} is in use by process {os.getpid()}" in said[0]
+    assert not (tmp_path / ".lock").exists()
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +173,91 @@ def test_torn_checkpoint_is_said_and_its_steps_made_again(
     assert "step-00000004" in told
     assert numbers(folder) == numbers(two_checkpoints)
     assert newest(folder / "checkpoints").path.name == "step-00000008"
+
+
+def _resealed(change: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    def damage(path: Path) -> None:
+        change(path)
+        (path / "manifest.json").unlink()
+        checkpoints._seal(path)
+
+    return damage
+
+
+def _state(**changes: Any) -> Callable[[Path], Any]:
+    def change(path: Path) -> None:
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps(state | changes))
+
+    return _resealed(change)
+
+
+def _manifest(content: str | dict[str, Any]) -> Callable[[Path], Any]:
+    return lambda path: (path / "manifest.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "deep manifest": (_manifest("[" * 100_000), "nested"),
+    "no files": (_manifest({"files": {}}), "does not list"),
+    "foreign file": (_manifest({"files": {"../x": {"bytes": 1, "sha256": ""}}}), "is no file of this folder"),
+    "name with zero": (_manifest({"files": {"a\0": {"bytes": 1, "sha256": ""}}}), "is no file of this folder"),
+    "unlisted file": (lambda path: (path / "more").touch(), "does not list more"),
+    "deep state": (_resealed(lambda path: _write(path / "state.json", "[" * 100_000)), "nested"),
+    "state is a list": (_resealed(lambda path: _write(path / "state.json", "[]")), "no state of a run"),
+    "negative step": (_state(step=-5), "step"),
+    "another step": (_state(step=5), "it is of step 5"),
+    "negative batches": (_state(batches={"text": -1}), "batches"),
+    "text for a number": (_state(step="8"), "step"),
+    "unknown type": (_state(cpu_kernels=[["linear", "load", "aten"]]), "cpu_kernels"),
+    "no recipe": (_state(recipe=3), "recipe"),
+}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_false_checkpoint_is_passed_over(
+    tmp_path: Path, two_checkpoints: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints / "checkpoints", folder)
+    (folder / "step-³").mkdir()
+    (folder / f"step-{'9' * 5000}"[:250]).mkdir()
+    damage(folder / "step-00000008")
+    found = newest(folder)
+    assert found is not None
+    assert found.path.name == "step-00000004"
+    assert message in found.rejected[-1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": {}},
+        {"scaler": {"scale": "x"}, "optimizer": {"groups": [], "numbers": {}}},
+        {"optimizer": {"groups": None, "numbers": {"optimizer/nothing/step": 1}}},
+        {"batches": {"text": 2**63}},
+        {"world_size": 2**40},
+        {"cpu_kernels": []},
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_fit_are_an_error(tmp_path: Path, two_checkpoints: Path, changes: dict[str, Any]) -> None:
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints/step-00000008"
+    optimizer = changes.get("optimizer", {})
+    if optimizer and optimizer["groups"] is None:
+        optimizer["groups"] = json.loads((path / "state.json").read_text())["optimizer"]["groups"]
+    _state(**changes)(path)
+    try:
+        run(small_recipe(tmp_path, steps=9))
+    except (CheckpointError, ConfigError):
+        return
+    assert "batches" in changes or "world_size" in changes, "what can be believed is gone on from"
 
 
 def test_nothing_whole_is_an_error(tmp_path: Path, two_checkpoints: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_folder_at_another_resolution(saved: XFM, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_model_is_refused(saved: XFM, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"text_encoder\.roberta\.encoder\.layer\.1"):
+    with pytest.raises(CheckpointError, match="text_layers=1"):
         begun(tmp_path, text_layers=2)
 
 

@@ -2,6 +2,7 @@
 
 from xfm_fast.checkpoint.files import (
     PretrainedFiles,
+    hold,
     load_pretrained_files,
     read_state_dict,
     save_pretrained,
@@ -10,7 +11,7 @@ from xfm_fast.checkpoint.files import (
     write_files,
     write_safetensors,
 )
-from xfm_fast.checkpoint.loading import LoadResult, load_into
+from xfm_fast.checkpoint.loading import LoadResult, compare, load_into, require_depth
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
     Head,
@@ -32,13 +33,16 @@ __all__ = [
     "LoadResult",
     "PretrainedFiles",
     "beit2_state",
+    "compare",
     "heads_in",
+    "hold",
     "initialise",
     "interpolate_table",
     "load_into",
     "load_pretrained_files",
     "read_state_dict",
     "relative_position_index",
+    "require_depth",
     "roberta_state",
     "save_pretrained",
     "select_heads",

@@ -6,25 +6,37 @@ A failure at any moment of a write leaves what was there before.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
 import re
 import secrets
+import socket
+import threading
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import parse_json, require_file
 from xfm_fast.errors import CheckpointError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # not every system has it
+    fcntl = None
 
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
@@ -42,6 +54,7 @@ _DTYPES = {
 }
 # Where training programs keep the weights inside what they save, in the order in which they are looked for.
 _NESTINGS = ("model", "module", "state_dict")
+_MOST_NESTINGS = 8
 # Prefixes that DistributedDataParallel and torch.compile put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
 _AGAIN = "download or copy it again and compare checksums"
@@ -72,6 +85,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     form = _format(path)
+    if form == "zip":
+        _check_zip(path)
     if form != "safetensors":
         return _as_state_dict(_load_torch(path, mmap=form == "zip"), path)
     try:
@@ -91,7 +106,7 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
             "save_pretrained wrote"
         )
     try:
-        with path.open("rb") as file:
+        with require_file(path).open("rb") as file:
             head = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist; check the path") from None
@@ -127,6 +142,29 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     )
 
 
+def _check_zip(path: Path) -> None:
+    """Refuse an archive whose files are not those that were saved: PyTorch does not look at the archive's checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                # PyTorch compresses nothing, and a packed file may unfold to any size.
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                    raise CheckpointError(
+                        f"{path} holds {entry.filename} in packed form, as no program that saves weights writes it; "
+                        "re-save the file with torch.save where you trust it"
+                    )
+                with archive.open(entry) as file:
+                    while file.read(1 << 22):
+                        pass
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is a damaged or truncated PyTorch checkpoint "
+            f"({_first_line(error)}); {_AGAIN}"
+        ) from None
+
+
 def _load_torch(path: Path, *, mmap: bool) -> Any:
     try:
         # Training programs like to store their command line next to the weights. Rebuilding a Namespace only fills
@@ -134,7 +172,7 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
-        raise
+        raise CheckpointError(f"{path} asks for more memory than there is; {_AGAIN}") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -150,7 +188,8 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
 
 def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     where = ""
-    while isinstance(content, Mapping):
+    # A mapping may hold itself.
+    while isinstance(content, Mapping) and where.count("[") < _MOST_NESTINGS:
         inner = next((name for name in _NESTINGS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
@@ -168,6 +207,11 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}{where} holds a {type(value).__name__} under {name!r} where a tensor is needed; save "
                 "model.state_dict() alone or under 'model'"
+            )
+        if value.layout == torch.strided and not value.is_meta and value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{name!r} in {path}{where} repeats {value.untyped_storage().nbytes():,} bytes as a tensor of "
+                f"{list(value.shape)}; save it with .contiguous()"
             )
         state[name] = value.detach()
     for prefix in _WRAPPERS:
@@ -343,6 +387,93 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
         )
     return state
+
+
+_held: set[Path] = set()
+_held_guard = threading.Lock()
+
+
+@contextmanager
+def hold(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock file, alone among all processes that can see it, until the block ends or the process does.
+
+    The file says who holds it and goes with the block. Processes that are forked inside the block do not hold it. Where
+    the file system has no locks the file itself is one, which a holder on this machine that has died has left.
+
+    Args:
+        lock: the file; its folder is made where it is missing.
+        what: the thing that is held, for the message, such as `the run in runs/a`.
+
+    Raises:
+        StorageError: another process, or another part of this one, holds it, and which; or the file cannot be written.
+    """
+    me = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        key = lock.parent.resolve() / lock.name
+        # The system's locks are of a process as a whole, and are lost when it closes the file anywhere.
+        with _held_guard:
+            if key in _held:
+                raise _in_use(what, me)
+            file = _locked(lock, what)
+            _held.add(key)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{lock} cannot be written ({_reason(error)}); choose another folder") from error
+    try:
+        with suppress(OSError):
+            os.truncate(file.fileno(), 0)
+            file.write(json.dumps(me).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)
+        with _held_guard:
+            _held.discard(key)
+            file.close()
+
+
+def _locked(lock: Path, what: str) -> FileIO:
+    while True:
+        file = FileIO(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, "no locks")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(file)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise _in_use(what, holder) from None
+            # Another machine's process may live, and one of this machine has left its file if it does not.
+            if holder and (holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])):
+                file.close()
+                raise _in_use(what, holder) from None
+        try:
+            # It may have been that of a holder that went, and removed it, in between.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()
+
+
+def _holder(file: FileIO) -> dict[str, Any]:
+    try:
+        holder = parse_json(os.pread(file.fileno(), 1000, 0))
+        return holder if isinstance(holder, dict) and isinstance(holder.get("process"), int) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _in_use(what: str, holder: Mapping[str, Any]) -> StorageError:
+    who = f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}" if holder else "another"
+    return StorageError(f"{what} is in use by {who}; wait until it ends, or choose another folder")
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xfm_fast.checkpoint.names import HEAD_PREFIXES, TABLE, TIED, head_of, is_dead, our_name
 from xfm_fast.checkpoint.position_table import window_of
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
 
 _SHOWN = 8
@@ -54,6 +55,27 @@ def load_into(
             f"{what} cannot be loaded: {len(on_meta)} parameters of the model, such as {on_meta[0]!r}, are on the meta "
             "device and have no memory; call model.to_empty(device=...) first"
         )
+    result = compare(module, state, what=what, fresh=fresh, surplus=surplus)
+    with torch.no_grad():
+        for name in own:
+            if name in state:
+                own[name].copy_(state[name])
+    return result
+
+
+def compare(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    what: str,
+    fresh: Collection[str] = (),
+    surplus: Collection[str] = (),
+) -> LoadResult:
+    """The first half of `load_into`, which changes nothing; the module may be on the meta device.
+
+    Values are looked at where the module has memory for them.
+    """
+    own = module.state_dict()
     absent = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     result = LoadResult(
@@ -65,7 +87,7 @@ def load_into(
     common = [name for name in own if name in state]
     shapes = [name for name in common if state[name].shape != own[name].shape]
     dtypes = [name for name in common if not _convertible(state[name], own[name])]
-    bad_values = [name for name in common if name not in dtypes and not _finite(state[name])]
+    bad_values = [n for n in common if n not in dtypes and not own[n].is_meta and not _finite(state[n])]
 
     groups = [
         ("missing", missing),
@@ -88,10 +110,26 @@ def load_into(
         raise CheckpointError(
             "\n".join([f"{what} does not fit the model; nothing was loaded", *problems, *(f"-> {r}" for r in remedies)])
         )
-    with torch.no_grad():
-        for name in common:
-            own[name].copy_(state[name])
     return result
+
+
+def require_depth(config: XFMConfig, state: Mapping[str, Tensor], *, what: str) -> None:
+    """Refuse a configuration of more layers than there are weights for, before a layer is built.
+
+    Raises:
+        CheckpointError: names the fields, and the numbers of the weights.
+    """
+    found = {name: _depth(state, prefix) for prefix, name in _STACKS}
+    if not any(0 < depth < getattr(config, name) for name, depth in found.items()):
+        return
+    for name, dimension, setting in _SIZES:
+        if name in state and state[name].dim() > dimension:
+            found[setting] = state[name].shape[dimension]
+    differing = [f"{name}={value}" for name, value in found.items() if value and value != getattr(config, name)]
+    raise CheckpointError(
+        f"{what} does not fit the model; nothing was loaded\n-> the checkpoint belongs to a model with "
+        f"{', '.join(differing)}: set that in the configuration"
+    )
 
 
 def _convertible(value: Tensor, target: Tensor) -> bool:

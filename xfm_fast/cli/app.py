@@ -11,6 +11,8 @@ answers what is misspelt with the nearest name. What it lacks is `read_values`.
 from __future__ import annotations
 
 import atexit
+import errno
+import io
 import os
 import sys
 import traceback
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 BROKEN_PIPE = 1
 USAGE_ERROR = 2
+BUG = 70
 INTERRUPTED = 130
 
 
@@ -132,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command line, by default that of the process, and exits with its code."""
     if arguments is None:
         arguments = sys.argv[1:]
+    _make_writable()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(run(arguments))
     # One of several processes, whose threads may wait for the interpreter while it is taken down: it ends at once, when
@@ -139,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     code = 1
     try:
         code = run(arguments)
-    except Exception:
+    except Exception:  # with XFM_DEBUG
         traceback.print_exc()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -149,8 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit code of a command line. Errors that a user can mend are one message on standard error and code 2."""
+    """The exit code of a command line.
+
+    Errors that a user can mend are one message on standard error and code 2, and what is a bug is one and code 70. With
+    `XFM_DEBUG=1` in the environment what is not an error of ours keeps its traceback.
+    """
     try:
+        if sys.stdout is None:
+            console.note("standard output is closed, and results would be lost; send it to a file or to /dev/null")
+            return USAGE_ERROR
         command, bound, _ = app.parse_args(arguments)
         code: Any = command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
@@ -164,17 +175,83 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has enough, as in `xfm-fast info | head`; what is left to flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
+    except Exception as error:
+        if os.environ.get("XFM_DEBUG", "0") not in ("", "0"):
+            raise
+        return _told(error)
     if getattr(command, "__name__", "") == "help_print" and not {"--help", "-h"} & set(arguments):
         # A group without a command, which shows what there is.
         return USAGE_ERROR
     return code or 0
 
 
+def _make_writable() -> None:
+    """Have every character printed, by its number where the terminal does not know it, and messages go somewhere."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it stays for the rest of the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# What to do about a refusal of the operating system.
+_REMEDIES = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose another folder",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file in it",
+    errno.EEXIST: "choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its links lead in a circle: name the file that is meant",
+    errno.ENOSPC: "free space or choose another folder",
+    errno.EDQUOT: "free space or choose another folder",
+    errno.EMFILE: "raise the limit with ulimit -n",
+    errno.ENOMEM: "use less memory or a larger machine",
+}
+
+
+def _told(error: Exception) -> int:
+    """Say in a sentence what is no error of ours; returns the exit code."""
+    said = " ".join(str(error).split())[:300]
+    if isinstance(error, RuntimeError) and said.startswith("Symlink loop"):
+        # As Python up to 3.12 puts it.
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), said.partition("'")[2].rstrip("'"))
+    if isinstance(error, OSError):
+        # Our own writers raise errors of ours, so this is what was printed.
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
+            _drop_output()
+            console.note(f"standard output cannot be written ({error.strerror}); results were lost: free space")
+            return USAGE_ERROR
+        name = f"{error.filename} cannot be used" if error.filename is not None else "the system refused"
+        remedy = _REMEDIES.get(error.errno or 0, "XFM_DEBUG=1 shows where")
+        console.note(f"{name} ({error.strerror or said}); {remedy}")
+        return USAGE_ERROR
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said:
+        console.note(f"memory is used up ({said or 'MemoryError'}); use smaller sizes or a larger machine")
+        return USAGE_ERROR
+    if isinstance(error, RecursionError):
+        console.note("the input is nested too deeply; flatten it")
+        return USAGE_ERROR
+    console.note(
+        f"this is a fault of xfm-fast, {type(error).__name__}: {said}; please report it with what XFM_DEBUG=1 shows"
+    )
+    return BUG
+
+
 def _usage(error: CycloptsError) -> str:
     """The fault of a command line, in one line, with the nearest name where one is near."""
     from pydantic import ValidationError
+
+    from xfm_fast.documents import advice
 
     error.verbose = False
     text = str(error)
@@ -190,6 +267,6 @@ def _usage(error: CycloptsError) -> str:
         wrong, option = error.__cause__.errors()[0], error.argument.name if error.argument else "*"
         if option == "*":
             option = f"--{default_name_transform(str(wrong['loc'][0]))}"
-        text = f'Invalid value "{wrong["input"]}" for {option}: {wrong["msg"]}.'
+        text = f'Invalid value "{wrong["input"]}" for {option}: {advice(wrong)}.'
     chain = " ".join(["xfm-fast", *(error.command_chain or ())])
     return f"{text} See {chain} --help"

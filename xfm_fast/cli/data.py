@@ -54,7 +54,7 @@ class CheckOptions:
 
     task: str
     tokenizer: Path | None = None
-    image_size: Annotated[int, Ge(32)] = 224
+    image_size: Annotated[int, Ge(32), Le(16384)] = 224
     batch_size: Annotated[int, Ge(1)] = 96
     list_first: Annotated[int, Ge(0)] = 20
     tokenized: bool = False
@@ -88,7 +88,7 @@ class WorldOptions:
         test: Scenes to report on; their combinations occur nowhere else.
     """
 
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     train: Annotated[int, Ge(1)] = 10_000
     val: Annotated[int, Ge(1)] = 500
     test: Annotated[int, Ge(1)] = 500
@@ -107,7 +107,7 @@ class ConvertOptions:
     """
 
     to: Literal["official", "xfm"] | None = None
-    image_size: Annotated[int | None, Ge(1)] = None
+    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
     config: Path | None = None
     preset: Literal["base", "tiny"] = "base"
     keep_unused: Annotated[bool, Parameter(negative="--drop-unused")] = True

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from xfm_fast.checkpoint.files import write_files
+from xfm_fast.documents import check_text, require_file
 from xfm_fast.errors import DataError, StorageError
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -67,7 +68,10 @@ def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: Fals
         elif path.is_dir():
             inside = sorted(each for each in path.iterdir() if each.is_file() and not each.name.startswith("."))
         elif path.exists():
-            inside = [path]
+            try:
+                inside = [require_file(path)]
+            except OSError as error:
+                raise unreadable(path, error) from None
         else:
             inside = [Path(each) for each in sorted(glob.glob(part)) if Path(each).is_file()]
             if not inside:
@@ -123,14 +127,16 @@ def read_json(
         DataError: it cannot be read, or is no JSON, with line and column where it stops being so.
     """
     try:
-        data = path.read_bytes()
+        data = require_file(path).read_bytes()
     except OSError as error:
         raise unreadable(path, error) from None
     if not data.strip():
         raise DataError(f"{path} is empty; download or write it again")
     check_plain(path, data[:16])
     try:
-        return json.loads(data.decode("utf-8-sig"), object_hook=object_hook)
+        value = json.loads(data.decode("utf-8-sig"), object_hook=object_hook)
+        check_text(value, data)
+        return value
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     except json.JSONDecodeError as error:
@@ -139,6 +145,8 @@ def read_json(
         raise DataError(f"{path}:{error.lineno}:{error.colno}: {error.msg}; expected {expected}") from None
     except RecursionError:
         raise DataError(f"{path} is nested too deeply; expected {expected}") from None
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}; expected {expected}") from None
 
 
 def read_plain_pickle(path: Path) -> Any:
@@ -148,7 +156,7 @@ def read_plain_pickle(path: Path) -> Any:
         DataError: it holds anything else, or is damaged.
     """
     try:
-        data = path.read_bytes()
+        data = require_file(path).read_bytes()
     except OSError as error:
         raise unreadable(path, error) from None
     try:

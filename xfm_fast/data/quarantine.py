@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.data.records import Rows
+from xfm_fast.documents import parse_json
 from xfm_fast.errors import DataError, StorageError
 
 _EXCERPT = 120
@@ -128,7 +129,7 @@ class Quarantine:
             *lines, self._tail = (self._tail + part).split(b"\n")
             for line in lines:
                 with suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                     key = (entry["file"], entry["row"], entry["modified"])
                     if key not in self._known:
                         self._known.add(key)

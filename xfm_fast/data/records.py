@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, read_range
+from xfm_fast.documents import check_text
 from xfm_fast.errors import DataError
 
 Record = Mapping[str, Any]
@@ -107,6 +108,7 @@ class LineFile(IndexedFile):
         line = self.raw(row)
         try:
             record = json.loads(line)
+            check_text(record, line)
         except UnicodeDecodeError as error:
             raise DataError(f"the line is not UTF-8 (byte {error.start}: {error.reason}); convert the file") from None
         except (ValueError, RecursionError) as error:
@@ -229,6 +231,7 @@ class ShardFile(IndexedFile):
         if "json" in files:
             try:
                 record = json.loads(files["json"])
+                check_text(record, files["json"])
             except (ValueError, RecursionError) as error:
                 raise DataError(f"the .json of the sample is no JSON ({error})") from None
             if not isinstance(record, dict):

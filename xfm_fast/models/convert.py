@@ -154,10 +154,12 @@ def _check(found: _Source, source: Path) -> None:
     config = found.config
     if "contrastive" in heads:
         config = config.replace(learnable_temperature="temp" in found.state)
+    checkpoint.require_depth(config, found.state, what=f"checkpoint {source}")
     with torch.device("meta"):
         model = XFM(config, heads=heads, encoders=encoders)
     known = tuple(model.state_dict())
     task = [name for name in names if name not in known and not name.startswith(tuple(_ENCODERS.values()))]
+    checkpoint.compare(model, found.state, what=f"checkpoint {source}", surplus=task)
     checkpoint.load_into(model.to_empty(device="cpu"), found.state, what=f"checkpoint {source}", surplus=task)
     found.config = config
     if task:

@@ -21,8 +21,27 @@ def _first_false(flags: Tensor) -> int:
     return host.integer(flags.long().argmin())
 
 
+def _tensor(value: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor):
+        remedy = "torch.from_numpy(...)" if type(value).__module__ == "numpy" else "torch.as_tensor(...)"
+        raise InputError(f"{name} is a {type(value).__name__}; give a tensor, as {remedy} makes it")
+
+
+def _mask(mask: Tensor, name: str) -> Tensor:
+    """The mask as booleans, where it holds what can only be meant so."""
+    # Of an additive mask every number that hides a token would count as "real".
+    looked_at = mask.is_floating_point() and on_host(mask) and mask.numel()
+    if looked_at and not host.all_true(mask >= 0):
+        raise InputError(
+            f"{name} holds NaN or numbers below 0, as masks that are added to scores do; give 1 for what counts and 0 "
+            "for the rest"
+        )
+    return mask.bool()
+
+
 def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
     """Images `[B, 3, R, R]` of the model's resolution, finite floating point."""
+    _tensor(pixels, "pixels")
     size = config.image_size
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise InputError(f"pixels are {[*pixels.shape]}; images must be [B, 3, {size}, {size}]")
@@ -47,14 +66,16 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
 
 def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> Tensor:
     """Returns the `[B, N]` mask of hidden patches as booleans."""
+    _tensor(patch_mask, "patch_mask")
     expected = (pixels.shape[0], config.num_patches)
     if patch_mask.shape != expected:
         raise InputError(f"patch_mask is {[*patch_mask.shape]}; it must be {[*expected]}, True where a patch is hidden")
-    return patch_mask.bool()
+    return _mask(patch_mask, "patch_mask")
 
 
 def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMConfig) -> Tensor:
     """Returns the boolean attention mask; without one, everything but padding is real."""
+    _tensor(input_ids, "input_ids")
     if input_ids.ndim != 2:
         raise InputError(f"input_ids are {[*input_ids.shape]}; texts must be [B, L]")
     if input_ids.dtype not in _INTEGERS:
@@ -78,9 +99,10 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
 
 def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
     """Returns the mask as booleans; every text has at least one token."""
+    _tensor(attention_mask, "attention_mask")
     if [*attention_mask.shape] != shape:
         raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
-    mask = attention_mask.bool()
+    mask = _mask(attention_mask, "attention_mask")
     if on_host(mask) and mask.numel():
         filled = mask.any(1)
         if not host.all_true(filled):
@@ -93,12 +115,14 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
 
 def check_embeddings(embeds: Tensor, width: int, name: str) -> None:
     """Embeddings `[B, tokens, width]`."""
+    _tensor(embeds, name)
     if embeds.ndim != 3 or embeds.shape[-1] != width:
         raise InputError(f"{name} are {[*embeds.shape]}; they must be [B, tokens, {width}]")
 
 
 def check_image_index(image_index: Tensor, images: int, rows: int, what: str) -> Tensor:
     """Returns `[rows]` int64 below `images`."""
+    _tensor(image_index, "image_index")
     if image_index.ndim != 1 or image_index.shape[0] != rows or image_index.dtype not in _INTEGERS:
         raise InputError(
             f"image_index is {image_index.dtype} {[*image_index.shape]}; it must hold one integer for each of the "
@@ -114,9 +138,10 @@ def check_image_index(image_index: Tensor, images: int, rows: int, what: str) ->
 
 def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     """Returns the mask as booleans."""
+    _tensor(token_mask, name)
     if token_mask.shape != shape:
         raise InputError(f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for the tokens that count")
-    return token_mask.bool()
+    return _mask(token_mask, name)
 
 
 def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> Tensor:

@@ -95,6 +95,10 @@ class XFM(nn.Module):
             if head not in ALL_HEADS:
                 raise InputError(f"head {head!r} is unknown; choose from {', '.join(ALL_HEADS)}")
         built = tuple(encoders)
+        for encoder in built:
+            if encoder not in ALL_ENCODERS:
+                raise InputError(f"encoder {encoder!r} is unknown; choose from {', '.join(ALL_ENCODERS)}")
+        self.encoders = built
         if "vision" in built:
             self.vision_encoder = VisionEncoder(config)
         if "text" in built:
@@ -188,9 +192,11 @@ class XFM(nn.Module):
     def _loaded(
         cls, config: XFMConfig, heads: tuple[Head, ...], state: Mapping[str, Tensor], what: str, dtype: torch.dtype
     ) -> Self:
+        checkpoint.require_depth(config, state, what=what)
         # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
         with torch.device("meta"):
             model = cls(config, heads=heads)
+        checkpoint.compare(model, state, what=what)
         model = model.to(dtype).to_empty(device="cpu")
         if not config.learnable_temperature and "contrastive" in heads:
             model.temp.fill_(config.temperature)
@@ -241,6 +247,13 @@ class XFM(nn.Module):
             raise UnavailableError(
                 f"this model was built without the {head!r} head (it has: {', '.join(self.heads) or 'none'}); "
                 f"build or load it with heads=(..., {head!r})"
+            )
+
+    def require_encoder(self, encoder: Encoder) -> None:
+        if encoder not in self.encoders:
+            raise UnavailableError(
+                f"this model was built without the {encoder} encoder (it has: {', '.join(self.encoders) or 'none'}); "
+                f"build it with encoders=(..., {encoder!r})"
             )
 
     def encode(self, items: str | Picture | Sequence[str] | Sequence[Picture], *, batch_size: int = 32) -> Tensor:
@@ -387,9 +400,12 @@ class XFM(nn.Module):
         Returns:
             `[B, 1 + N, vision_width]`: image token, then patches.
         """
+        self.require_encoder("vision")
         inputs.check_pixels(pixels, self.config)
         if patch_mask is not None:
             patch_mask = inputs.check_patch_mask(patch_mask, pixels, self.config)
+        if not pixels.shape[0]:
+            return self._no_images(pixels)
         return self.vision_encoder(self._cast(pixels), patch_mask)
 
     def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -403,7 +419,10 @@ class XFM(nn.Module):
         Returns:
             Two `[R, 1 + N, vision_width]`: with the region's token first, and the whole image.
         """
-        return self.vision_encoder.regions(*self._checked_regions(pixels, image_index, region_mask))
+        checked = self._checked_regions(pixels, image_index, region_mask)
+        if not region_mask.shape[0]:
+            return self._no_images(pixels), self._no_images(pixels)
+        return self.vision_encoder.regions(*checked)
 
     def encode_region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
         """`encode_regions` without a copy of its image for every region; arguments as there.
@@ -412,12 +431,21 @@ class XFM(nn.Module):
             The tokens that regions have to themselves, `[R, 1, vision_width]` (`[R, 1 + N, vision_width]` with
             `local_attn_depth > 0`), and the images `[B, 1 + N, vision_width]`.
         """
-        return self.vision_encoder.region_tokens(*self._checked_regions(pixels, image_index, region_mask))
+        checked = self._checked_regions(pixels, image_index, region_mask)
+        if not region_mask.shape[0]:
+            tokens = self._no_images(pixels)
+            return tokens if self.config.local_attn_depth > 0 else tokens[:, :1], self.encode_image(pixels)
+        return self.vision_encoder.region_tokens(*checked)
+
+    def _no_images(self, pixels: Tensor) -> Tensor:
+        return self._cast(pixels).new_zeros(0, self.config.num_image_tokens, self.config.vision_width)
 
     def _checked_regions(
         self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        self.require_encoder("vision")
         inputs.check_pixels(pixels, self.config)
+        inputs.check_token_mask(region_mask, (len(region_mask), self.config.num_image_tokens), "region_mask")
         image_index = inputs.check_image_index(image_index, pixels.shape[0], region_mask.shape[0], "regions")
         region_mask = inputs.check_region_mask(region_mask, region_mask.shape[0], self.config)
         return self._cast(pixels), image_index, region_mask
@@ -435,6 +463,7 @@ class XFM(nn.Module):
         Returns:
             `[B, L, text_width]`.
         """
+        self.require_encoder("text")
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         packing = Packing.from_mask(mask, keep_padding=keep_padding)
         return packing.unpad(self.text_encoder(input_ids, packing))
@@ -458,6 +487,7 @@ class XFM(nn.Module):
             image_embeds: `[B, 1 + N, vision_width]` (or any number of tokens).
             token_mask: `[B, 1 + N]`, zero for tokens that texts must not attend to (patches outside a region).
         """
+        self.require_encoder("fusion")
         inputs.check_embeddings(image_embeds, self.config.vision_width, "image embeddings")
         if not self.config.fusion_layers:
             raise UnavailableError("this model has no fusion layers (fusion_layers=0)")

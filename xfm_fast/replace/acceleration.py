@@ -50,6 +50,9 @@ def accelerate(
     are unaffected. Calls that the fused form does not cover (attention weights as output, caches, adapters inside) run
     the original code.
 
+    The change is one of classes and is not atomic over a model: no other thread may call, train or copy the model while
+    `accelerate` or `revert` runs. Before and after, threads may share it as they could without.
+
     Args:
         model: any module.
         kernels: backend of the ops; one asked for by name never falls back.
@@ -151,7 +154,10 @@ class Report:
         return [entry for entry in self.entries if entry.reason is not None]
 
     def revert(self) -> None:
-        """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm."""
+        """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm.
+
+        No other thread may use the model meanwhile.
+        """
         for module in self._modules:
             if is_fused(module):
                 restore(module)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.documents import read_json
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.models.processor import TOKENIZER_FILE
 from xfm_fast.reproduce.evaluation import HeldOut, evaluate
@@ -180,7 +181,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 def _read(variant: str, seed: int, recipe: Recipe) -> Run | None:
     path = Path(recipe.checkpoint.folder) / RESULT_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         run = Run(variant, seed, dict(content["metrics"]), dict(content["cost"]))
         described = content["recipe"]
     except FileNotFoundError:

@@ -7,7 +7,6 @@ Given the boxes of a detector, the one with most heat grounds a text without the
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.files import unreadable
+from xfm_fast.documents import read_json
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.text import TransformerLayer
@@ -315,10 +315,10 @@ def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}); write it again") from None
     found: dict[str, list[list[float]]] = {}
     if isinstance(content, list):

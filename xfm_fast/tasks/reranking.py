@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast import flops
+from xfm_fast.checkpoint import hold
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError, StorageError
 from xfm_fast.models.fusion import ImageMemory
@@ -412,6 +413,7 @@ class Candidates:
         return Candidates(cu_pairs - cu_pairs[0], self.texts[pairs], self.for_image[pairs], self.for_text[pairs])
 
 
+@torch.no_grad()
 def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int, per_text: int) -> Candidates:
     """The most similar texts of every image and the most similar images of every text.
 
@@ -518,12 +520,17 @@ class ScoreJournal:
         self.path = Path(path)
         self.dtype = dtype
         self._header = _MAGIC + f"{fingerprint} {dtype}\n".encode()
+        self._alone = ExitStack()
+        self._alone.enter_context(hold(self.path.with_name(f".{self.path.name}.lock"), f"the journal {self.path}"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
             found = self._file.read(len(self._header))
             if found != self._header:
-                if found and not self._header.startswith(found):
+                # After a power cut a file may have its length and zeros for its content.
+                if not self._header.startswith(found.rstrip(b"\0")):
+                    self._file.close()
+                    self._alone.close()
                     raise DataError(
                         f"{self.path} holds the scores of other work (other weights, embeddings or k); delete it to "
                         "start anew or name another folder. Embeddings that are computed again, not kept in a file, "
@@ -534,14 +541,19 @@ class ScoreJournal:
                 self._file.write(self._header)
                 self.sync()
         except OSError as error:
+            self._alone.close()
             raise self._failure(error) from None
 
     def records(self) -> Iterator[tuple[int, Tensor]]:
         """Every whole record, in the order written; the file is cut behind the last one."""
         self._file.seek(len(self._header))
         end = self._file.tell()
-        while len(head := self._file.read(_RECORD.size)) == _RECORD.size:
+        size = os.fstat(self._file.fileno()).st_size
+        # Zeros, which a power cut may leave, would read as no scores of image 0, with the right checksum.
+        while len(head := self._file.read(_RECORD.size)) == _RECORD.size and any(head):
             image, count, checksum = _RECORD.unpack(head)
+            if self.dtype.itemsize * count > size:
+                break
             body = self._file.read(self.dtype.itemsize * count)
             if len(body) != self.dtype.itemsize * count or zlib.crc32(body, image) != checksum:
                 break
@@ -584,3 +596,5 @@ class ScoreJournal:
             # Closing flushes: a disk that filled up fails here once more, and the first failure is the one to report.
             if kind is None:
                 raise self._failure(failure) from None
+        finally:
+            self._alone.close()

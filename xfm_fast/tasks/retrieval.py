@@ -82,6 +82,8 @@ class Retriever:
     """
 
     def __init__(self, model: XFM | RetrievalModel, *, token_budget: int | None = None) -> None:
+        if token_budget is not None and token_budget < 1:
+            raise InputError(f"token_budget={token_budget}; a pass takes at least 1 token: raise it, or leave it out")
         self.model = model
         if isinstance(model, XFM):
             model.eval()

@@ -24,13 +24,14 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -43,7 +44,8 @@ from xfm_fast.checkpoint import (
     write_files,
     write_safetensors,
 )
-from xfm_fast.errors import CheckpointError, StorageError
+from xfm_fast.documents import advice, is_plain_name, read_json
+from xfm_fast.errors import CheckpointError, StorageError, XFMError
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
@@ -72,6 +74,26 @@ class Progress:
     average: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     batches: dict[str, int] = field(default_factory=dict)
+
+
+class _Groups(BaseModel):
+    groups: list[list[str]]
+    numbers: dict[str, Any]
+
+
+class _State(BaseModel):
+    """The keys of `state.json` that a run goes on from."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    format: Literal[1]
+    step: int = Field(ge=0)
+    batches: dict[str, Annotated[int, Field(ge=0)]]
+    world_size: int = Field(gt=0)
+    scaler: dict[str, Any]
+    optimizer: _Groups
+    cpu_kernels: list[list[tuple[str, Literal["float64", "float32", "bfloat16", "float16"], str]]]
+    recipe: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -188,19 +210,66 @@ def newest(folder: Path) -> Checkpoint | None:
     for path in _steps(folder):
         fault = _fault(path)
         if fault is None:
-            state = json.loads((path / STATE).read_text())
-            if state["format"] > FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format {state['format']}, this version of xfm-fast reads up to {FORMAT_VERSION}; "
-                    "upgrade xfm-fast"
-                )
-            return Checkpoint(path, state, tuple(rejected))
+            try:
+                return Checkpoint(path, read_state(path), tuple(rejected))
+            except _Later:
+                raise
+            except CheckpointError as error:
+                fault = str(error)
         rejected.append(f"{path} is damaged: {fault}")
     if rejected:
         raise CheckpointError(
             f"no checkpoint in {folder} is whole ({'; '.join(rejected)}); delete the folder to start the run anew"
         )
     return None
+
+
+class _Later(CheckpointError):
+    """Written by a later version."""
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of `state.json` of the checkpoint `path`, whose keys are of the right kinds.
+
+    Raises:
+        CheckpointError: it is not, or was written by a later version.
+    """
+    try:
+        state = read_json(path / STATE)
+        if isinstance(state, dict) and isinstance(written := state.get("format"), int) and written > FORMAT_VERSION:
+            raise _Later(
+                f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
+            )
+        _State.model_validate_json(json.dumps(state))
+        if path.name.startswith(_PREFIX) and state["step"] != _step(path):
+            raise ValueError(f"it is of step {state['step']}")
+        return state
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {advice(first)}"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except ValueError as error:
+        reason = str(error)
+    raise CheckpointError(f"{path / STATE} is no state of a run ({reason}); take another checkpoint")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around the use of what a checkpoint holds: what its parts say of each other may be false.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    try:
+        yield
+    except XFMError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the parts of {path} do not fit each other ({type(error).__name__}: {error}); delete it to go on from an "
+            "earlier one, or set checkpoint.folder to a new folder"
+        ) from error
 
 
 def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> None:
@@ -227,8 +296,9 @@ def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> No
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(_like(read[name], tensor))
-    _load_optimizer(progress, checkpoint, read)
-    progress.scaler.load_state_dict(checkpoint.state["scaler"])
+    with reading(path):
+        _load_optimizer(progress, checkpoint, read)
+        progress.scaler.load_state_dict(checkpoint.state["scaler"])
     progress.step = checkpoint.state["step"]
     progress.batches = dict(checkpoint.state["batches"])
 
@@ -240,11 +310,15 @@ def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Ten
     """
     if checkpoint.state["world_size"] != processes.world_size:
         return None
-    for operation, dtype, chosen in checkpoint.state["cpu_kernels"][processes.rank]:
-        settle(operation, getattr(torch, dtype), chosen)
     prefix = f"random/{processes.rank}/"
     read = read_state_dict(checkpoint.path / TENSORS)
-    return {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
+    state = {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
+    with reading(checkpoint.path):
+        # Tried out here, where a false one can be told from a fault of the run.
+        set_random_state(state, processes.device)
+        for operation, dtype, chosen in checkpoint.state["cpu_kernels"][processes.rank]:
+            settle(operation, getattr(torch, dtype), chosen)
+    return state
 
 
 def _group_names(model: XFM, optimizer: Optimizer) -> list[list[str]]:
@@ -285,8 +359,8 @@ def is_sharded(path: Path) -> bool:
         CheckpointError: `state.json` is damaged.
     """
     try:
-        return _is_sharded(json.loads((path / STATE).read_text()), path)
-    except FileNotFoundError:
+        return _is_sharded(read_json(path / STATE), path)
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read ({error}); take another checkpoint") from None
@@ -351,7 +425,15 @@ def _seal(folder: Path) -> None:
 def _fault(path: Path) -> str | None:
     """The damage of a checkpoint in words; None where it is whole."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = read_json(path / MANIFEST)["files"]
+        if foreign := [name for name in files if not all(map(is_plain_name, name.split("/")))]:
+            return f"{MANIFEST} lists {foreign[0]!r}, which is no file of this folder"
+        held = {each.relative_to(path).as_posix() for each in path.rglob("*") if not each.is_dir()} - {MANIFEST}
+        # A file that nobody vouches for would be read unseen, were it one of ours.
+        if unlisted := sorted(held - set(files)):
+            return f"{MANIFEST} does not list {unlisted[0]}"
+        if absent := {STATE, TENSORS} - set(files):
+            return f"{MANIFEST} does not list {min(absent)}"
         for name, entry in files.items():
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
@@ -368,8 +450,14 @@ def _fault(path: Path) -> str | None:
 
 def _steps(folder: Path) -> Iterator[Path]:
     """Folders of checkpoints, newest first."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    yield from sorted(found, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
+    found = [path for path in folder.glob(f"{_PREFIX}*") if _step(path) is not None]
+    yield from sorted(found, key=lambda path: -(_step(path) or 0))
+
+
+def _step(path: Path) -> int | None:
+    # `isdigit` alone takes a superscript for a digit.
+    digits = path.name.removeprefix(_PREFIX)
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
 
 
 def _digest(path: Path) -> str:

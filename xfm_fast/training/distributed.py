@@ -138,7 +138,7 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
         UnavailableError: `device="cuda"` without a GPU for this process.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _environment("LOCAL_RANK", 0)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise UnavailableError(
@@ -147,7 +147,7 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
             )
         torch.cuda.set_device(local)
     target = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    started = not dist.is_initialized() and _environment("WORLD_SIZE", 1) > 1
     if started:
         store, rank, world_size = _rendezvous()
         # Under a prefix of its own, for a second group must not find the addresses of the first one.
@@ -173,7 +173,28 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
 @cache
 def _rendezvous() -> tuple[dist.Store, int, int]:
     """The store that the launched processes share, the rank of this one, and their number."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        _environment(name)
+    if not os.environ.get("MASTER_ADDR"):
+        raise _started_otherwise("MASTER_ADDR", "is not set")
     return next(iter(rendezvous("env://")))
+
+
+def _environment(name: str, otherwise: int | None = None) -> int:
+    """A whole number that `torchrun` sets."""
+    value = os.environ.get(name)
+    if value is None and otherwise is not None:
+        return otherwise
+    if value is None or not (value.isascii() and value.isdigit()):
+        raise _started_otherwise(name, "is not set" if value is None else f"is {value!r}")
+    return int(value)
+
+
+def _started_otherwise(name: str, fault: str) -> UnavailableError:
+    return UnavailableError(
+        f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} says that this is one of several processes, but {name} {fault}; "
+        "start them with torchrun, or unset WORLD_SIZE"
+    )
 
 
 def end_groups() -> None:
@@ -295,15 +316,19 @@ def _shard(module: _LossSum, processes: Processes, replicated: set[nn.Parameter]
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets, so that a run can end between two steps; the second acts as ever.
+    """An event that the first SIGTERM, SIGINT or SIGHUP sets, so that a run can end between two steps.
 
-    Outside of the main thread, where Python handles no signals, it is never set.
+    The second acts as ever. A SIGHUP that is ignored, as `nohup` has it, stays so. Outside of the main thread, where
+    Python handles no signals, the event is never set.
     """
     request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    wanted = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.getsignal(number) for number in wanted}
+    if before.get(signal.SIGHUP) == signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def note(number: int, _: FrameType | None) -> None:
         request.set()

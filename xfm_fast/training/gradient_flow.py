@@ -15,6 +15,7 @@ from torch import Tensor
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses
@@ -237,7 +238,12 @@ def gradient_flow_of(
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:
-    return Recipe(**json.loads((checkpoint / STATE).read_text())["recipe"])
+    try:
+        return Recipe(**read_json(checkpoint / STATE)["recipe"])
+    except ConfigError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE} holds no recipe ({error}); take another checkpoint") from None
 
 
 def _of_recipe(model: XFM, recipe: Recipe, *, size: int, seed: int) -> GradientFlow:

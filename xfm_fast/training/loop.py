@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast.batches import Batch
+from xfm_fast.checkpoint import hold
 from xfm_fast.data.streams import BatchSource, load_batches
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.models.xfm import XFM
@@ -108,6 +109,7 @@ def train(
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(recipe.device))
+        processes.from_first(lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}")))
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):
             if sources is None:
@@ -278,17 +280,14 @@ def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list
     if found is None:
         return [], None
     notes = [*found.rejected, f"going on from {found.path}"]
-    notes += changes(found.state["recipe"], recipe, found.state["world_size"], processes.world_size)
-    checkpoints.load(found, progress, processes)
-    for stream in {name for update in recipe.active_updates for name in update} & set(progress.batches):
-        progress.batches[stream] = position_after(
-            progress.batches[stream],
-            stream,
-            found.state["recipe"],
-            recipe,
-            found.state["world_size"],
-            processes.world_size,
-        )
+    before, world = found.state["recipe"], found.state["world_size"]
+    with checkpoints.reading(found.path):
+        notes += changes(before, recipe, world, processes.world_size)
+        checkpoints.load(found, progress, processes)
+        for stream in {name for update in recipe.active_updates for name in update} & set(progress.batches):
+            progress.batches[stream] = position_after(
+                progress.batches[stream], stream, before, recipe, world, processes.world_size
+            )
     saved = checkpoints.random_states(found, processes)
     if saved is None:
         seed_everything(recipe.seed, processes.rank, progress.step)

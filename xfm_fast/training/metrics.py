@@ -12,6 +12,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TensorBatch, TextBatch
 from xfm_fast.checkpoint import write_bytes
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import parse_json
 from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
 from xfm_fast.kernels import roofline
 from xfm_fast.training.distributed import Processes
@@ -204,13 +206,13 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a `log.jsonl`; a last line that a killed process left unfinished is passed over."""
+    """The lines of a `log.jsonl`; what a killed process or a power cut left unfinished is passed over."""
     lines: list[dict[str, float]] = []
-    for text in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
+    for text in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            line = parse_json(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.options import AnyStreamOptions, ImageOptions
+from xfm_fast.documents import MOST_YAML_BYTES, advice, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError, DataError, UnavailableError
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
@@ -56,8 +57,8 @@ class Run(Section):
     activation_checkpointing: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    seed: int = Field(0, ge=0)
-    workers: int = Field(0, ge=0, description="loader processes of each stream and rank")
+    seed: int = Field(0, ge=0, lt=2**63)
+    workers: int = Field(0, ge=0, le=1024, description="loader processes of each stream and rank")
 
     checkpoint: CheckpointRecipe
     log: LogRecipe = LogRecipe()
@@ -162,7 +163,7 @@ class Recipe(Run):
     data: str = Field(".", description="folder that relative stream paths lie in")
     streams: dict[str, AnyStream] = Field(min_length=1)
     updates: tuple[tuple[str, ...], ...] = Field(min_length=1)
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, lt=2**31)
     method: Method = Method()
 
     @model_validator(mode="after")
@@ -341,13 +342,15 @@ def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
             f"choose one of {', '.join(names)}, or give the path of a YAML file"
         )
     try:
-        values = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = parse_yaml(source.read_bytes() if source is not path else read_bytes(path, MOST_YAML_BYTES))
+    except OSError as error:
         raise ConfigError(f"recipe {name_or_path} cannot be read ({error}); check the path") from None
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {name_or_path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {name_or_path} holds a {type(values).__name__}; a mapping of keys is needed")
+    if other := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"recipe {name_or_path} has the key {other[0]!r}, which is no name; remove it")
     return values
 
 
@@ -363,8 +366,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r} is no key=value; write, for example, steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
     *sections, last = key.split(".")
     for section in sections:
@@ -377,7 +380,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} in line {error.problem_mark.line + 1}"
     return " ".join(str(error).split())
@@ -422,7 +425,7 @@ def _explain(error: ValidationError, recipe: type[Run]) -> str:
             if is_key:
                 shown.append(part)
         where = ".".join(str(part) for part in shown)
-        message = problem["msg"].removeprefix("Value error, ")
+        message = advice(problem)
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(_unknown(where, _keys_of(sections[-2])))
         elif problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):

@@ -487,6 +487,24 @@ def test_what_is_there_is_not_replaced_unasked(
         write_model_repository(exported_fp32, exported_fp32 / "models", tokenizer=tokenizer)
 
 
+def test_files_of_others_survive(exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "models"
+    receipt = write_model_repository(exported_fp32, out, tokenizer=tokenizer)
+    kept = {"theirs/1/model.plan": b"p", f"{receipt.models[0].name}/notes.md": b"n"}
+    for name, content in kept.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    write_model_repository(exported_fp32, out, RepositoryOptions(prefix="new"), tokenizer=tokenizer, overwrite=True)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    (out / "again_rank").mkdir()
+    (out / "again_rank/config.pbtxt").write_bytes(b"mine")
+    with pytest.raises(StorageError, match=r"config\.pbtxt is no file of xfm-fast"):
+        write_model_repository(
+            exported_fp32, out, RepositoryOptions(prefix="again"), tokenizer=tokenizer, overwrite=True
+        )
+    assert (out / "again_rank/config.pbtxt").read_bytes() == b"mine"
+
+
 def test_a_failure_leaves_what_was_there(
     exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

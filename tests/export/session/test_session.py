@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from xfm_fast import XFM, Retriever, flops
-from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export.manifest import Manifest
+from xfm_fast.errors import ConfigError, ExportError, InputError, UnavailableError, XFMError
+from xfm_fast.export.manifest import Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.session import Session
 from xfm_fast.packing import ImageGroups
@@ -296,3 +299,50 @@ def test_half_precision_stays_within_its_band(exported_fp16: Path, small_model: 
         found, expected = session.encode_image(pixels), small_model.encode_image(pixels)
     assert found.dtype == torch.float16
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def _graph(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, dict[str, Any]], Any]:
+    return lambda folder, content: change(next(graph for graph in content["graphs"] if graph["name"] == "text"))
+
+
+def _unlisted_weights(folder: Path, content: dict[str, Any]) -> None:
+    import onnx
+
+    graph = content["graphs"][0]
+    onnx.save(onnx.load(folder / graph["file"]), folder / graph["file"], save_as_external_data=True, location="more")
+    content["files"] = [record.model_dump() for record in record_files(folder, [r["name"] for r in content["files"]])]
+
+
+FALSE: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
+    "no files": lambda folder, content: content.update(files=[]),
+    "unlisted weights": _unlisted_weights,
+    "file outside": _graph(lambda graph: graph.update(file="../text.onnx")),
+    "files outside": _graph(lambda graph: graph["files"].append("..")),
+    "not a graph": lambda folder, content: content["graphs"][0].update(file="manifest.json"),
+    "unknown axis": _graph(lambda graph: graph.update(axes={})),
+    "unknown input": _graph(lambda graph: graph["inputs"][0].update(name="x")),
+    "no inputs": _graph(lambda graph: graph.update(inputs=[])),
+    "no outputs": _graph(lambda graph: graph.update(outputs=[])),
+    "another output": _graph(lambda graph: graph["outputs"][0].update(name="fused")),
+    "another type": _graph(lambda graph: graph["inputs"][0].update(dtype="float32")),
+    "other dimensions": _graph(lambda graph: graph["inputs"][0].update(dims=["batch"])),
+    "empty profile": _graph(lambda graph: graph.update(profiles=[{"name": "a", "least": {}, "best": {}, "most": {}}])),
+    "huge least": _graph(lambda graph: graph["axes"]["batch"].update(least=2**62)),
+    "negative least": _graph(lambda graph: graph["axes"]["batch"].update(least=-5)),
+    "impossible config": lambda folder, content: content["config"].update(vision_heads=7),
+    "config of another kind": lambda folder, content: content.update(config={"x": []}),
+}
+
+
+@pytest.mark.parametrize("change", FALSE.values(), ids=FALSE)
+def test_false_manifests_are_refused(
+    exported_fp32: Path, tmp_path: Path, change: Callable[[Path, dict[str, Any]], Any]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported_fp32, folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    change(folder, content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(XFMError) as caught:
+        Session.load(folder, "onnxruntime", "cpu")
+    assert isinstance(caught.value, ExportError | ConfigError | InputError)

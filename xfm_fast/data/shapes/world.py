@@ -31,6 +31,7 @@ from xfm_fast.data.shapes.language import (
 )
 from xfm_fast.data.shapes.rendering import pixel_box, render
 from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SHAPES, SPLITS, Scene, Split, scene
+from xfm_fast.documents import read_json
 from xfm_fast.errors import DataError, StorageError
 
 FORMAT_VERSION = 2
@@ -118,7 +119,7 @@ def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        found = json.loads((folder / WORLD_FILE).read_text(encoding="utf-8"))
+        found = read_json(folder / WORLD_FILE)
     except (OSError, ValueError):
         raise DataError(f"{folder} exists and is no shapes world; choose another folder or remove it") from None
     differing = [f"{name} {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
