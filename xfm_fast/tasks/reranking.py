@@ -182,7 +182,8 @@ class Receipt(NamedTuple):
             resumed: pairs whose scores were there.
             spent: by default what scoring all of them takes where no image memory is computed twice.
         """
-        of_pairs, images, padded = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1, int(lengths.max())
+        of_pairs, images = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1
+        padded = int(lengths.max()) if len(lengths) else 0
         official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
         if spent is None:
             spent = flops.first_self_attention(config, lengths) + flops.image_memory(config, images, image_tokens)

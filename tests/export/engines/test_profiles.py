@@ -24,7 +24,7 @@ TEXT = GraphRecord(
         TensorRecord(name="attention_mask", dtype="int64", dims=["batch", "length"]),
     ],
     outputs=[TensorRecord(name="text_feature", dtype="float16", dims=["batch", 32])],
-    axes={"batch": AxisRecord(), "length": AxisRecord(most=64)},
+    axes={"batch": AxisRecord(least=1, most=None), "length": AxisRecord(least=1, most=64)},
     build_seconds=0,
 )
 
