@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 from cyclopts import Parameter
@@ -44,7 +44,7 @@ class PredictOptions:
 
     Attributes:
         lines: JSON lines to answer, each with "image" and "text", or lists of them; a FILE behind it receives the
-            answers, a line each, and a stopped command goes on there. [answers go to standard output]
+            answers, a line each, and a stopped command goes on. [answers go to standard output]
         heatmap: PNG of where a FILE shows what a TEXT says: gradient times attention of the fusion encoder.
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
         batch_size: Requests that are answered together.
@@ -134,39 +134,55 @@ def predict(
 ) -> int:
     """Answer for image files and texts: a caption, an answer, a box, a class or a score, as JSON lines.
 
+    Under torchrun the processes share the requests of --lines.
+
     Args:
         run: A run, or a folder of weights that one wrote.
         items: Image files, folders of such, and texts: what is neither a file nor a folder is a text.
     """
     import torch
 
-    from xfm_fast.errors import InputError, UnavailableError
-    from xfm_fast.finetuning.prediction import answer_lines, load
+    from xfm_fast.errors import InputError
+    from xfm_fast.finetuning.evaluation import Evaluation
+    from xfm_fast.finetuning.prediction import answer_lines, load, requests_in
+    from xfm_fast.training.distributed import join_processes
 
     if options.detections is not None and options.heatmap is None:
         raise InputError("--detections choose among boxes by heat; add --heatmap FILE")
     if len(items) > 1 if options.lines else not items:
         raise InputError("give image files and texts, or --lines with a file of requests and one for the answers")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
-    kind = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    predictor = load(run, device=kind, dtype=dtype)
-    if options.lines is not None:
+    with join_processes(options.device) as processes:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+        predictor = load(run, device=processes.device, dtype=dtype)
+        if options.lines is None:
+            # There is too little to share.
+            return _predict(predictor, items, options) if processes.first else 0
+        if not items:
+            for records in _parts(requests_in(predictor.task, options.lines), options.batch_size):
+                for row in predictor.answer(records) if processes.first else []:
+                    print(json.dumps(row, ensure_ascii=False), flush=True)
+            return 0
+        out = Path(items[0])
         with progress("answering") as told:
-            out = Path(items[0]) if items else None
-            for row in answer_lines(predictor, options.lines, out, options.batch_size, told):
-                print(json.dumps(row, ensure_ascii=False))
-        return 0
+            work = Evaluation(out.with_name(f".{out.name}.parts"), processes, options.batch_size, progress=told)
+            answer_lines(predictor, options.lines, out, work)
+    _say(f"saved: {out}")
+    return 0
+
+
+def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions) -> int:
     paths = [image for item in items if Path(item).exists() for image in _images(Path(item))]
     texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
         return _heatmap(predictor, list(map(str, paths)), texts, options.heatmap, options.detections)
-    records = predictor.task.requests(paths, texts)
-    for start in range(0, len(records), options.batch_size):
-        for row in predictor.answer(records[start : start + options.batch_size]):
+    for records in _parts(predictor.task.requests(paths, texts), options.batch_size):
+        for row in predictor.answer(records):
             print(json.dumps(row, ensure_ascii=False), flush=True)
     return 0
+
+
+def _parts(records: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (records[start : start + size] for start in range(0, len(records), size))
 
 
 def _images(path: Path) -> list[Path]:

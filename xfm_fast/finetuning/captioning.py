@@ -86,6 +86,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
     """
 
     options_type = CaptioningOptions
+    metrics = ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "true_captions")
 
     def __init__(
         self,
@@ -257,4 +258,4 @@ def _scene_of(image: Path) -> Scene:
 
 @lru_cache(maxsize=1)
 def _seed_of(world: Path) -> int:
-    return json.loads(world.read_text(encoding="utf-8"))["seed"]
+    return read_json(world, "the description of a shapes world")["seed"]

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from xfm_fast.checkpoint import write_bytes
+from xfm_fast.checkpoint.files import hold
+from xfm_fast.documents import parse_json
 from xfm_fast.errors import DataError, StorageError
 from xfm_fast.finetuning.task import Metrics, Row, Task
 from xfm_fast.models.xfm import XFM
@@ -92,7 +94,19 @@ class Evaluation:
         """The rows of all records on the first process, and none on the others."""
         batches = _batches(task.groups(records), self.batch_size)
         identity = fingerprint(task, model, records, self.batch_size)
-        done = self.processes.from_first(lambda: self._begin(identity))
+        with ExitStack() as alone:
+            done = self.processes.from_first(lambda: self._begin(identity, alone))
+            return self._shared(task, model, records, batches, identity, done)
+
+    def _shared(
+        self,
+        task: Task[Any, Any, Any, Any],
+        model: XFM,
+        records: Sequence[Any],
+        batches: Sequence[Sequence[int]],
+        identity: str,
+        done: Container[int],
+    ) -> list[Row]:
         left = [number for number in range(len(batches)) if number not in done]
         path = self.folder / f"rows-{self.processes.rank:05d}.jsonl"
 
@@ -115,9 +129,10 @@ class Evaluation:
                 rows[place] = row
         return rows
 
-    def _begin(self, identity: str) -> set[int]:
+    def _begin(self, identity: str, alone: ExitStack) -> set[int]:
         """The batches that journals of the same work hold; journals of other work are deleted."""
         self.make_folder()
+        alone.enter_context(hold(self.folder / ".lock", f"the evaluation in {self.folder}"))
         for path in self.folder.glob("rows-*.jsonl"):
             if not _lines(path, identity):
                 path.unlink()
@@ -201,7 +216,7 @@ def _lines(path: Path, identity: str) -> list[dict[str, Any]]:
     try:
         # Not splitlines, which also ends lines within a JSON string. Behind the last line feed there is nothing.
         for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            lines.append(json.loads(text))
+            lines.append(parse_json(text))
     except FileNotFoundError:
         return []
     except ValueError:

@@ -92,6 +92,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
     """
 
     options_type = GroundingOptions
+    metrics = ("accuracy", "accuracy_val", "accuracy_testA", "accuracy_testB")
     losses = ("bbox_l1", "bbox_giou")
 
     def __init__(

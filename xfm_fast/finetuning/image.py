@@ -112,6 +112,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
     """See `xfm_fast.tasks.classification`."""
 
     options_type = ImageTaskOptions
+    metrics = ("top1", "top5")
     reads_text = False
     large_lr = ("cls_head",)
 

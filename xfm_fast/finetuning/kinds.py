@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError
 from xfm_fast.finetuning.captioning import CaptioningOptions, CaptioningTask
 from xfm_fast.finetuning.grounding import GroundingOptions, GroundingTask
@@ -70,14 +71,14 @@ def task_of(folder: Path) -> TaskOptions | None:
     """
     path = folder / TASK_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, Mapping) or content.get("format") != FORMAT_VERSION:
             version = content.get("format") if isinstance(content, Mapping) else None
             raise CheckpointError(f"{path} has format {version!r}; this version reads {FORMAT_VERSION}")
         return TypeAdapter(AnyTask).validate_python(content.get("task"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, ValidationError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} does not describe a task ({reason}); copy the folder again") from None
 

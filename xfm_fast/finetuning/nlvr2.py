@@ -55,6 +55,7 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
     """See `xfm_fast.tasks.nlvr2`."""
 
     options_type = NLVR2Options
+    metrics = ("accuracy",)
     large_lr = ("cls_head",)
 
     def build(self) -> NLVR2Model:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xfm_fast.checkpoint import write_bytes
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import parse_json
 from xfm_fast.errors import CheckpointError, DataError, InputError, StorageError
+from xfm_fast.finetuning.evaluation import Evaluation
 from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, task_of
 from xfm_fast.finetuning.run import load_weights
 from xfm_fast.finetuning.task import Row, Task
@@ -93,49 +96,40 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     return Predictor(model.to(device=device, dtype=dtype).eval(), task)
 
 
-def answer_lines(
-    predictor: Predictor, lines: Path, out: Path | None, batch_size: int, progress: Callable[[int, int], None]
-) -> Iterator[Row]:
-    """Answer a file of requests, a line of JSON each, in its order.
+def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation) -> int:
+    """Answer a file of requests, a line of JSON each, in its order; called by all processes of a group.
 
     Args:
         predictor: the model.
         lines: the requests; see `Task.request`.
-        out: receives the answers, a line each; those that are there already are not made again. None yields them.
-        batch_size: requests that are answered together.
-        progress: called with requests done and in all.
+        out: receives the answers, a line each, when all are made.
+        work: whose folder keeps answers until then, so that a killed command goes on, and then is removed.
 
-    Yields:
-        The answers, where there is no `out`.
+    Returns:
+        The number of answers.
 
     Raises:
         DataError: a line is no request, by its number; checked before the first one is answered.
-        StorageError: `out` cannot be written, or holds something else.
+        StorageError: `out` or the folder cannot be written.
     """
-    records = _requests(predictor.task, lines)
-    try:
-        done = 0 if out is None or not out.exists() else _whole_lines(out)
-        file = None if out is None else out.open("a", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written ({error.strerror or error}); choose another file") from error
-    if done > len(records):
-        raise StorageError(f"{out} has {done} answers and {lines} {len(records)} requests; choose another file")
-    for start in range(done, len(records), batch_size):
-        rows = predictor.answer(records[start : start + batch_size])
-        if file is None:
-            yield from rows
-        else:
-            try:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-                file.flush()
-            except OSError as error:
-                raise StorageError(f"{out} cannot be written ({error.strerror or error}); free space") from error
-        progress(start + len(rows), len(records))
-    if file is not None:
-        file.close()
+    records = work.processes.from_first(lambda: requests_in(predictor.task, lines))
+    with torch.no_grad():
+        rows = work.rows(predictor.task, predictor.model, records)
+
+    def save() -> None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"folder {out.parent} cannot be made ({error.strerror or error})") from error
+        write_bytes({out: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()})
+        shutil.rmtree(work.folder)
+
+    work.processes.from_first(save)
+    return len(records)
 
 
-def _requests(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
+def requests_in(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
+    """The records of a file of requests, a line of JSON each."""
     try:
         # Not splitlines, which also ends lines within a JSON string.
         texts = path.read_text(encoding="utf-8").split("\n")
@@ -146,19 +140,12 @@ def _requests(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             if not isinstance(line, Mapping):
                 raise InputError('a request is an object such as {"image": "photo.jpg", "text": "a dog"}')
             records.append(task.request(line))
-        except (ValueError, RecursionError, InputError) as error:
+        except ValueError as error:
             raise DataError(f"{path}:{number}: {error}") from None
+    if not records:
+        raise DataError(f"{path} holds no requests; write one a line")
     return records
-
-
-def _whole_lines(path: Path) -> int:
-    """The number of whole lines of a file, of which half a line that a killed process left is cut off."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    return content.count(b"\n")

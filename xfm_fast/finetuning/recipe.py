@@ -83,6 +83,10 @@ class FinetuneRecipe(Run):
             raise ValueError(
                 f"batch_size={self.batch_size} does not split into accumulate={self.accumulate} equal micro-batches"
             )
+        if self.choose is not None and self.choose.by not in (known := TASKS[self.task.kind].metrics):
+            raise ValueError(
+                f"choose.by={self.choose.by} is no metric of the task {self.task.kind}; it has {', '.join(known)}"
+            )
         if self.choose is not None and self.choose.split not in self.data.splits:
             known = ", ".join(self.data.splits) or "none"
             raise ValueError(

@@ -83,6 +83,7 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
     """
 
     options_type = RetrievalOptions
+    metrics = ("r_mean", *(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")))
     losses = ("itc", "itm")
 
     def __init__(

@@ -18,6 +18,7 @@ from xfm_fast.data.annotations import AnnotationRows, overlap
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches
+from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError
 from xfm_fast.finetuning.evaluation import Evaluation
 from xfm_fast.finetuning.kinds import explanation, make_task, model_folder, task_of
@@ -310,8 +311,8 @@ def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
     """
     path = run / RECIPE_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{run} is no fine-tuning run: its {RECIPE_FILE} cannot be read ({error}); give a run, or --recipe too"
         ) from None

@@ -83,6 +83,8 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
     options_type: ClassVar[type[TaskOptions]]
     reads_text: ClassVar[bool] = True
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """Names of what `score` may give, by one of which a recipe chooses."""
     losses: ClassVar[tuple[str, ...]] = ("loss",)
     """Names of what is minimised, as a sum."""
     takes_weights_of: ClassVar[tuple[str, ...]] = ()

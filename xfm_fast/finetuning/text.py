@@ -112,6 +112,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
     """See `xfm_fast.tasks.classification`. Texts are read as they are, not cleaned like captions."""
 
     options_type = TextTaskOptions
+    metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
     large_lr = ("cls_head",)
 
     def __init__(

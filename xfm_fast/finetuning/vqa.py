@@ -102,6 +102,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
     """See `xfm_fast.tasks.vqa`."""
 
     options_type = VQAOptions
+    metrics = ("accuracy", "exact_match", "accuracy_yes_no", "accuracy_number", "accuracy_other")
     # A start from the fusion encoder leaves the decoder far from what it is to say; the official list is empty.
     large_lr = ("text_decoder",)
 

@@ -21,7 +21,7 @@ from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, Retrieval
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.errors import DataError, InputError
-from xfm_fast.finetuning.grounding import expressions_of, grounding_metrics
+from xfm_fast.finetuning.grounding import GroundingTask, expressions_of, grounding_metrics
 from xfm_fast.finetuning.retrieval import Captioned, RetrievalOptions, RetrievalTask
 from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
@@ -57,6 +57,7 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
     """
 
     options_type = WeakGroundingOptions
+    metrics = GroundingTask.metrics
     takes_weights_of = ("retrieval",)
     losses = ("itc", "itm")
 

@@ -1,0 +1,123 @@
+"""`load` and `predict`: answers for files and strings, and for files of requests on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.runner import invoke
+from tests.finetuning.conftest import Make
+from tests.training.small_runs import in_processes, join_group
+from xfm_fast.errors import DataError, InputError
+from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.prediction import answer_lines, load
+from xfm_fast.finetuning.run import finetune
+from xfm_fast.training.distributed import join_processes
+
+SENTENCES = ("there is a red circle in the left image", "both images show a star")
+
+
+@pytest.fixture
+def run(recipe: Make) -> Path:
+    made = recipe("nlvr2", "nlvr_{}.json", steps=1)
+    finetune(made)
+    return Path(made.checkpoint.folder)
+
+
+@pytest.fixture
+def requests(world: Path, tmp_path: Path) -> Path:
+    """Nine requests, one a line, with a blank line and a sentence with a line separator of Unicode."""
+    images = sorted(map(str, (world / "images/test").glob("*.png")))
+    lines = [{"images": images[n : n + 2], "text": SENTENCES[n % 2] + ("\u2028" if n == 4 else "")} for n in range(9)]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
+    return path
+
+
+def process(rank: int, world_size: int, meeting: Path, run: Path, lines: Path, out: Path, kill_at: int) -> None:
+    join_group(rank, world_size, meeting)
+    predictor = load(run)
+    task, calls = predictor.task, iter(range(1000))
+    predict = task.predict
+
+    def dying(model: Any, records: Any) -> Any:
+        if next(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return predict(model, records)
+
+    task.predict = dying  # type: ignore[method-assign]
+    with join_processes("cpu") as processes:
+        answer_lines(predictor, lines, out, Evaluation(out.with_name(".parts"), processes, 2))
+
+
+def test_files_of_requests(run: Path, requests: Path, tmp_path: Path) -> None:
+    """Two processes, and one that was killed in its third batch, answer as one does."""
+    answers = []
+    for number, (processes, kill_at) in enumerate([(1, -1), (2, -1), (1, 2)]):
+        out = tmp_path / f"{number}" / "answers.jsonl"
+        codes = in_processes(process, processes, tmp_path / f"meet{number}", run, requests, out, kill_at)
+        if kill_at >= 0:
+            assert codes == [-9]
+            assert not out.exists()
+            codes = in_processes(process, 1, tmp_path / "again", run, requests, out, -1)
+        assert set(codes) == {0}
+        assert [path.name for path in out.parent.iterdir()] == ["answers.jsonl"]
+        answers.append(out.read_bytes())
+    assert len(answers[0].splitlines()) == 9
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_the_command(run: Path, requests: Path, world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    done = invoke(["predict", run, "--lines", requests, out, "--batch-size", 4])
+    assert done.exit_code == 0, done.stderr
+    assert invoke(["predict", run, "--lines", requests, "--batch-size", 4]).stdout == out.read_text()
+    images = [world / f"images/test/{number:06d}.png" for number in (0, 1)]
+    assert set(json.loads(invoke(["predict", run, *images, SENTENCES[0]]).stdout)) == {"answer", "probability"}
+    for wrong, said in (
+        ([images[0], SENTENCES[0]], "1 images and 1 texts were given"),
+        ([], "give image files and texts"),
+        (["--lines", requests, out, "x"], "give image files and texts"),
+        ([*images, SENTENCES[0], "--detections", "d.json"], "add --heatmap"),
+        ([*images, SENTENCES[0], "--heatmap", "h.png"], "--heatmap shows one text on one image"),
+    ):
+        done = invoke(["predict", run, *wrong])
+        assert done.exit_code == 2
+        assert said in done.stderr
+
+
+def test_a_heat_map(recipe: Make, world: Path, tmp_path: Path) -> None:
+    made = recipe("grounding", "grounding_{}.json", steps=1, task={"augment": False})
+    finetune(made)
+    image, out, boxes = world / "images/test/000001.png", tmp_path / "heat.png", tmp_path / "boxes.json"
+    boxes.write_text(json.dumps({"000001.png": [[0, 0, 9, 9], [12, 12, 8, 8]]}))
+    done = invoke(["predict", made.checkpoint.folder, image, "a circle", "--heatmap", out, "--detections", boxes])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["bbox"] in ([0, 0, 9, 9], [12, 12, 8, 8])
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_request(run: Path, tmp_path: Path) -> None:
+    predictor, path = load(run), tmp_path / "lines.jsonl"
+    work = Evaluation(tmp_path / "parts")
+    for text, said in (
+        ("[1]", r"lines\.jsonl:1: a request is an object"),
+        ('{"image": 3}', "strings, or lists of strings"),
+        ('{"images": ["a.png"], "text": "b"}', "two images"),
+        ("{", r"lines\.jsonl:1: "),
+        ("", "holds no requests"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=said):
+            answer_lines(predictor, path, tmp_path / "out", work)
+    with pytest.raises(DataError, match="cannot be read"):
+        answer_lines(predictor, tmp_path / "none", tmp_path / "out", work)
+    assert not (tmp_path / "out").exists()
+    assert not work.folder.exists()
+    with pytest.raises(InputError, match="two images and a sentence"):
+        predictor.predict(["a.png"], ["b"])
