@@ -12,7 +12,7 @@ import torch
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
-from xfm_fast.models.hub import register_auto_classes
+from xfm_fast.models.auto import register_auto_classes
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 

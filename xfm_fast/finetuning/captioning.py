@@ -27,7 +27,8 @@ from xfm_fast.data.task_files import captioning_rows, captioning_test_rows
 from xfm_fast.data.texts import choose_text
 from xfm_fast.data.transforms import pretraining_transform, whole_image
 from xfm_fast.errors import ConfigError, DataError
-from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
+from xfm_fast.finetuning.evaluation import Metrics, Row
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
 from xfm_fast.tasks.caption_metrics import caption_metrics
 from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption

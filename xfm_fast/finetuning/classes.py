@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xfm_fast.data.annotations import Annotation, AnnotationRows, label_names
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.task import Row
+from xfm_fast.finetuning.evaluation import Row
 
 _SHOWN = 3
 

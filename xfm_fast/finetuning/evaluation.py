@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +25,33 @@ from xfm_fast.checkpoint import write_bytes
 from xfm_fast.checkpoint.files import hold
 from xfm_fast.documents import parse_json
 from xfm_fast.errors import DataError, StorageError
-from xfm_fast.finetuning.task import Metrics, Row, Task
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
 
 METRICS_FILE = "metrics.json"
+
+Row = dict[str, Any]
+"""A result, as a line of JSON holds it."""
+Metrics = dict[str, float]
+
+
+class Judged(Protocol):
+    """The part of a task that evaluation needs; see `xfm_fast.finetuning.task.Task`."""
+
+    @property
+    def options(self) -> Any: ...
+
+    def groups(self, records: Sequence[Any]) -> list[list[int]]:
+        """The numbers of records that are predicted together."""
+        ...
+
+    def predict(self, model: Any, records: Sequence[Any]) -> list[Row]:
+        """The results of records, one row for each."""
+        ...
+
+    def evaluate(self, model: Any, records: Sequence[Any], work: Evaluation) -> tuple[Metrics, dict[str, bytes]]:
+        """Metrics and files of a split."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class Evaluation:
     autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast("cpu", enabled=False)
     progress: Callable[[int, int], None] = lambda done, of: None
 
-    def run(self, task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any]) -> Metrics:
+    def run(self, task: Judged, model: XFM, records: Sequence[Any]) -> Metrics:
         """The metrics of a split, the same on every process; they and the files of the task then lie in the folder.
 
         The model is in evaluation mode meanwhile, and afterwards in the mode that it was in.
@@ -90,7 +112,7 @@ class Evaluation:
                 f"folder {self.folder} cannot be made ({error.strerror or error}); choose another"
             ) from error
 
-    def rows(self, task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any]) -> list[Row]:
+    def rows(self, task: Judged, model: XFM, records: Sequence[Any]) -> list[Row]:
         """The rows of all records on the first process, and none on the others."""
         batches = _batches(task.groups(records), self.batch_size)
         identity = fingerprint(task, model, records, self.batch_size)
@@ -100,7 +122,7 @@ class Evaluation:
 
     def _shared(
         self,
-        task: Task[Any, Any, Any, Any],
+        task: Judged,
         model: XFM,
         records: Sequence[Any],
         batches: Sequence[Sequence[int]],
@@ -146,7 +168,7 @@ class Evaluation:
         }
 
 
-def fingerprint(task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any], batch_size: int) -> str:
+def fingerprint(task: Judged, model: XFM, records: Sequence[Any], batch_size: int) -> str:
     """A digest of all that decides the rows."""
     kind = model.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype

@@ -23,7 +23,8 @@ from xfm_fast.data.regions import Rectangle, box_inside, relative_box, sample_gr
 from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.data.transforms import picture_size
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
+from xfm_fast.finetuning.evaluation import Metrics, Row
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
 from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 

@@ -31,7 +31,8 @@ from xfm_fast.data.transforms import (
 )
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
-from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions, need
+from xfm_fast.finetuning.evaluation import Metrics, Row
+from xfm_fast.finetuning.task import Task, TaskOptions, need
 from xfm_fast.tasks.classification import ClassificationModel, HeadKind
 from xfm_fast.tokenizer import CaptionTokenizer
 

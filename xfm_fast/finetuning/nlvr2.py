@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xfm_fast.data.annotations import AnnotationRows, NLVR2Record
 from xfm_fast.data.task_files import nlvr2_rows
-from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
+from xfm_fast.finetuning.evaluation import Metrics, Row
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tokenizer import pre_caption
 

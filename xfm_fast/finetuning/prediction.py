@@ -17,10 +17,10 @@ from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import parse_json
 from xfm_fast.errors import CheckpointError, DataError, InputError, StorageError
-from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.evaluation import Evaluation, Row
 from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, task_of
 from xfm_fast.finetuning.run import load_weights
-from xfm_fast.finetuning.task import Row, Task
+from xfm_fast.finetuning.task import Task
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption

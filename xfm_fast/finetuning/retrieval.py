@@ -23,8 +23,8 @@ from xfm_fast.data.items import collate_pairs
 from xfm_fast.data.task_files import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import ConfigError, DataError, InputError
-from xfm_fast.finetuning.evaluation import Evaluation, checksum, fingerprint
-from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions, need
+from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row, checksum, fingerprint
+from xfm_fast.finetuning.task import Task, TaskOptions, need
 from xfm_fast.memory import open_mapped
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses

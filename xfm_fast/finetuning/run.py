@@ -20,10 +20,10 @@ from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches
 from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError
-from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.evaluation import Evaluation, Metrics
 from xfm_fast.finetuning.kinds import explanation, make_task, model_folder, task_of
 from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, resumed_steps
-from xfm_fast.finetuning.task import Metrics, Task, TaskOptions
+from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer

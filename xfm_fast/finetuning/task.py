@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,21 +24,15 @@ from xfm_fast.data.images import decode_pixels, load_image
 from xfm_fast.data.records import Rows
 from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe_fields import Section
-
-if TYPE_CHECKING:
-    from xfm_fast.finetuning.evaluation import Evaluation
 
 RecordT = TypeVar("RecordT", bound=Annotation)
 OptionsT = TypeVar("OptionsT", bound="TaskOptions")
 BatchT = TypeVar("BatchT", bound=TensorBatch)
 ItemT = TypeVar("ItemT")
-
-Row = dict[str, Any]
-"""A result, as a line of JSON holds it."""
-Metrics = dict[str, float]
 
 
 class TaskOptions(Section):

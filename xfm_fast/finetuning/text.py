@@ -20,8 +20,8 @@ from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecor
 from xfm_fast.data.tables import GLUE, text_rows
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
-from xfm_fast.finetuning.evaluation import Evaluation
-from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions, need
+from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
+from xfm_fast.finetuning.task import Task, TaskOptions, need
 from xfm_fast.tasks.classification import ClassificationModel, correlations, f1_score, matthews_correlation
 from xfm_fast.tokenizer import CaptionTokenizer
 

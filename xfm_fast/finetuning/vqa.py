@@ -20,7 +20,7 @@ from xfm_fast.data.annotations import AnnotationRows, VQARecord, read_answer_lis
 from xfm_fast.data.task_files import vqa_rows
 from xfm_fast.data.transforms import mentions_side
 from xfm_fast.errors import ConfigError, DataError
-from xfm_fast.finetuning.task import Metrics, PairInput, Row, Task, TaskOptions, need
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
 from xfm_fast.models.decoder import DecoderMemory
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.answer_trie import AnswerTrie
@@ -28,7 +28,7 @@ from xfm_fast.tasks.vqa import VQAModel, exact_match, vqa_accuracy
 from xfm_fast.tokenizer import CaptionTokenizer, pre_question
 
 if TYPE_CHECKING:
-    from xfm_fast.finetuning.evaluation import Evaluation
+    from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
 
 RESULT_FILE = "vqa_result.json"
 _RUNNERS_UP = 4

@@ -21,9 +21,10 @@ from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, Retrieval
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.errors import DataError, InputError
+from xfm_fast.finetuning.evaluation import Metrics, Row
 from xfm_fast.finetuning.grounding import GroundingTask, expressions_of, grounding_metrics
 from xfm_fast.finetuning.retrieval import Captioned, RetrievalOptions, RetrievalTask
-from xfm_fast.finetuning.task import Metrics, Row, Task, TaskOptions
+from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer

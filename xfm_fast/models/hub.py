@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any, Protocol
 
 from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
-from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 from xfm_fast.models.processor import TOKENIZER_FILE
 
-if TYPE_CHECKING:
-    from xfm_fast.models.xfm import XFM
 
-# What AutoModel passes on of its own accord.
-_BOOKKEEPING = frozenset({"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"})
+class Saves(Protocol):
+    """A model that writes its folder."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder."""
+        ...
+
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,7 +53,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def push(
-    model: XFM, name: str, *, private: bool = False, message: str = "Upload X-FM", token: str | None = None
+    model: Saves, name: str, *, private: bool = False, message: str = "Upload X-FM", token: str | None = None
 ) -> str:
     """Make the model `name`, such as `"org/name"`, on the Hub hold what `save_pretrained` writes; returns its address.
 
@@ -78,37 +79,6 @@ def push(
                 "and that you may write to it (hf auth login)"
             ) from error
     return str(getattr(done, "commit_url", done))
-
-
-def register_auto_classes() -> None:
-    """Let `transformers.AutoModel.from_pretrained` load X-FM, and `AutoConfig` its `config.json`.
-
-    The result is an `XFM`, not a `PreTrainedModel`: it takes `dtype`, `revision`, `heads` and `tokenizer` and refuses
-    the rest, such as `device_map`.
-
-    Raises:
-        UnavailableError: `transformers` is not installed.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise UnavailableError("registering X-FM needs transformers; install it (pip install 'xfm-fast[hf]')") from None
-
-    from xfm_fast.models.xfm import XFM
-
-    class XFMAutoConfig(transformers.PretrainedConfig):
-        model_type = MODEL_TYPE
-
-    class XFMAutoModel:
-        @staticmethod
-        def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
-            given = {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}
-            dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
-            return XFM.from_pretrained(name, dtype=torch.float32 if dtype == "auto" else dtype, **given)
-
-    transformers.AutoConfig.register(MODEL_TYPE, XFMAutoConfig, exist_ok=True)
-    # It asks for nothing but `from_pretrained`.
-    transformers.AutoModel.register(XFMAutoConfig, XFMAutoModel, exist_ok=True)
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,44 @@
+"""X-FM among transformers' automatic classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xfm_fast.config import MODEL_TYPE
+from xfm_fast.errors import UnavailableError
+from xfm_fast.models.xfm import XFM
+
+# What AutoModel passes on of its own accord.
+_BOOKKEEPING = frozenset({"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"})
+
+
+def register_auto_classes() -> None:
+    """Let `transformers.AutoModel.from_pretrained` load X-FM, and `AutoConfig` its `config.json`.
+
+    The result is an `XFM`, not a `PreTrainedModel`: it takes `dtype`, `revision`, `heads` and `tokenizer` and refuses
+    the rest, such as `device_map`.
+
+    Raises:
+        UnavailableError: `transformers` is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UnavailableError("registering X-FM needs transformers; install it (pip install 'xfm-fast[hf]')") from None
+
+    class XFMAutoConfig(transformers.PretrainedConfig):
+        model_type = MODEL_TYPE
+
+    class XFMAutoModel:
+        @staticmethod
+        def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
+            given = {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}
+            dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
+            return XFM.from_pretrained(name, dtype=torch.float32 if dtype == "auto" else dtype, **given)
+
+    transformers.AutoConfig.register(MODEL_TYPE, XFMAutoConfig, exist_ok=True)
+    # It asks for nothing but `from_pretrained`.
+    transformers.AutoModel.register(XFMAutoConfig, XFMAutoModel, exist_ok=True)
