@@ -198,6 +198,16 @@ def test_the_ablations_are_those_of_the_committed_study() -> None:
         assert f"| {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |" in _text(ROOT / "docs/training.md")
 
 
+def test_the_downstream_table_is_that_of_the_committed_study() -> None:
+    study = (ROOT / "benchmarks/results/downstream-tiny-shapes.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in study.splitlines() if line.startswith("|"))
+    page = _text(ROOT / "docs/fine-tuning.md")
+    assert page.split("<!-- downstream:begin -->\n")[1].split("\n<!-- downstream:end -->")[0] == table
+    document = json.loads((ROOT / "benchmarks/results/downstream-tiny-shapes.json").read_text(encoding="utf-8"))
+    for row in document["rows"]:
+        assert all(f"| {value:.1f} |" in table for value in row["by_seed"].values())
+
+
 def test_the_readme_is_short_and_has_the_sections_that_people_look_for() -> None:
     text = _text(ROOT / "README.md")
     assert len(text.splitlines()) <= 150

@@ -140,7 +140,7 @@ FAULTY = "import xfm_fast.training.recipe as recipe; recipe.load_recipe = lambda
         (["--version"], "", 0),
         (["pretrain", "nowhere"], "", 2),
         (["gradflow", "pretrain_tiny_shapes", "method.stop_gradient=false", "--check"], "", 1),
-        (["pretrain", "any"], FAULTY, 1),
+        (["pretrain", "any"], FAULTY, 70),
     ],
 )
 def test_exit_codes(arguments: list[str], before: str, code: int) -> None:

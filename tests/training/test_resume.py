@@ -99,7 +99,13 @@ def test_average_can_begin_later(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
-def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path, sent: signal.Signals) -> None:
+def test_interruption_writes_a_checkpoint_and_goes_on(
+    tmp_path: Path, sent: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    # Where the tests run under nohup, SIGHUP is to be passed over.
+    before = signal.signal(sent, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(sent, before))
+
     def send(step: int, *_: object) -> None:
         if step == 3:
             os.kill(os.getpid(), sent)

@@ -18,7 +18,13 @@ import numpy as np
 from PIL import Image
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, RetrievalTestRecord, parse_annotation
+from xfm_fast.data.annotations import (
+    AnnotationRows,
+    CaptioningTestRecord,
+    GroundingRecord,
+    RetrievalTestRecord,
+    parse_annotation,
+)
 from xfm_fast.data.images import decode_pixels, image_source, image_values
 from xfm_fast.data.items import ITEMS
 from xfm_fast.data.options import STREAM_KINDS, AnyStreamOptions, ImageOptions, RegionOptions, TextOptions
@@ -261,10 +267,11 @@ class _AnnotationReader(_Reader):
     def record(self, rows: Rows, row: int) -> Any:
         assert isinstance(rows, AnnotationRows)
         element = rows.elements[row]
-        # Evaluation files of retrieval list all captions of an image.
+        # Evaluation files list all captions of an image.
         several = isinstance(element, dict) and isinstance(element.get("caption"), list)
-        if several and self.report.task == "retrieval":
-            return parse_annotation(element, RetrievalTestRecord)
+        kinds = {"retrieval": RetrievalTestRecord, "captioning": CaptioningTestRecord}
+        if several and self.report.task in kinds:
+            return parse_annotation(element, kinds[self.report.task])
         return rows.read(row)
 
     def item(self, record: Any, file: Path) -> None:
