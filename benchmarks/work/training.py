@@ -60,7 +60,7 @@ FP32_GRADIENT_BAND = 3e-5
 _NOISE = 1e-4
 # By type of device: pairs of the full and of the quick measurement.
 _PAIRS = {"cpu": (8, 2), "cuda": (96, 16)}
-_LABELS = {OURS: "xfm-fast", OFFICIAL: "official procedure, eager"}
+LABELS = {OURS: "xfm-fast", OFFICIAL: "official procedure, eager"}
 _MEMORY_STEPS = 2
 _BATCH, _TASK = "batch.safetensors", "task.json"
 
@@ -109,18 +109,36 @@ def run(options: StepOptions, progress: Progress | None = None, command: Sequenc
 
 def _plan(options: StepOptions) -> tuple[StepPlan, dict[str, str]]:
     device = machine.choose_device(options.device)
-    on_gpu = device.type == "cuda"
-    # On a GPU this model is not trained in fp32.
-    asked = ("bf16",) if on_gpu and options.dtype == ("auto",) else options.dtype
-    names, absent = machine.choose_dtypes(asked, device)
+    names, absent = chosen_dtypes(options, device)
     pairs = _PAIRS[device.type][options.quick] if options.pairs is None else options.pairs
     if pairs < 2:
         raise UnavailableError(f"a step of {pairs} pair has no hard negatives; use --pairs 2 or more")
-    rounds, warmups = (10, 3) if on_gpu else (3, 1)
+    return StepPlan(device, names, pairs, *repetitions(options, device)), absent
+
+
+def chosen_dtypes(options: StepOptions, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The types to measure, and why others that were asked for are absent."""
+    # On a GPU this model is not trained in fp32.
+    asked = ("bf16",) if device.type == "cuda" and options.dtype == ("auto",) else options.dtype
+    return machine.choose_dtypes(asked, device)
+
+
+class Repetitions(NamedTuple):
+    """How often a step is timed: without and with dropout, rounds, warm-ups, and seconds for more rounds."""
+
+    dropout: tuple[bool, ...]
+    rounds: int
+    warmups: int
+    budget_s: float
+
+
+def repetitions(options: StepOptions, device: torch.device) -> Repetitions:
+    """What suits the device and the haste."""
+    rounds, warmups = (10, 3) if device.type == "cuda" else (3, 1)
     budget_s = 0.2 if options.preset == "tiny" else 10.0
     if options.quick:
-        return StepPlan(device, names, pairs, (False,), 2, warmups, budget_s / 10), absent
-    return StepPlan(device, names, pairs, (False, True), rounds, warmups, budget_s), absent
+        return Repetitions((False,), 2, warmups, budget_s / 10)
+    return Repetitions((False, True), rounds, warmups, budget_s)
 
 
 class StepRun:
@@ -271,7 +289,7 @@ class StepRun:
             work="train-step-dropout" if dropout else "train-step",
             name=f"training step, {size}, ITC + ITM + IMLM + MIM" + ", with dropout" * dropout,
             point=Point(batch=self.plan.pairs, image_size=self.config.image_size, dropout=dropout),
-            contender=procedure, label=_LABELS[procedure], dtype=dtype, status="measured", unit="pairs",
+            contender=procedure, label=LABELS[procedure], dtype=dtype, status="measured", unit="pairs",
             items=self.plan.pairs, parity=self._parity(procedure, dtype, dropout),
         )  # fmt: skip
 
