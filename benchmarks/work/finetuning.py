@@ -44,6 +44,7 @@ from ..material.questions import answer_list, questions
 from ..measure import MachineProbes, Progress
 from ..options import FINE_TUNING, FineTuned, StepOptions
 from ..record import OFFICIAL, OURS, Document, Model, Point, Row
+from .finetuning_cost import Shape, step_costs
 from .training import LABELS, Procedure, StepPlan, StepRun, StepSubject, chosen_dtypes, repetitions
 
 Batch = dict[str, Any]
@@ -293,11 +294,12 @@ class _TaskRun(StepRun):
         material = Material(collection, tokenizer, self.config, self.options.seed)
         subject = FineTuningSubject(self.name, material, self.plan.pairs, self.plan.device)
         self.subject = subject
-        mask = subject.text_mask
-        self.lengths: list[int] = [] if mask is None else mask.sum(1).tolist()
-        self.padded = 0 if mask is None else mask.shape[1]
+        shape = subject.shape
+        self.lengths, self.padded = shape.lengths, shape.padded
         if self.lengths:
             self.tokens = {OURS: sum(self.lengths), OFFICIAL: len(self.lengths) * self.padded}
+        costs = step_costs(self.name, self.config, shape)
+        self.flops = {OURS: costs.needed, OFFICIAL: costs.official}
         # Of several tasks the document describes the largest model.
         parameters = sum(parameter.numel() for parameter in subject.model.parameters())
         if self.document.model is None or self.document.model.parameters < parameters:
@@ -330,7 +332,7 @@ class FineTuningSubject(StepSubject):
     """
 
     def __init__(self, name: FineTuned, material: Material, count: int, device: torch.device) -> None:
-        self.task, self.device, self._count = TASKS[name], device, count
+        self.name, self.task, self.device, self._count = name, TASKS[name], device, count
         with torch.random.fork_rng(devices=[]):
             # What pretraining does not have keeps its own initialisation.
             torch.manual_seed(material.seed)
@@ -353,6 +355,18 @@ class FineTuningSubject(StepSubject):
             return pairs.attention_mask
         names = ("question_mask", "attention_mask", "caption_mask")
         return next((self.batch[name] for name in names if name in self.batch), None)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the batch."""
+        mask, answers, given = self.text_mask, self.batch.get("answer_mask"), self.batch.get("prompt_length", 1)
+        lengths: list[int] = [] if mask is None else mask.sum(1).tolist()
+        each = [] if answers is None else answers.sum(1).split(self.batch["answers_per_question"].tolist())
+        return Shape(
+            items=self.items, lengths=lengths, padded=0 if mask is None else mask.shape[1],
+            answers=[part.tolist() for part in each], padded_answer=0 if answers is None else answers.shape[1],
+            given=given, decoder_layers=_layers(self.model.config), classes=_CLASSES.get(self.name, 0),
+        )  # fmt: skip
 
     def losses(self, procedure: Procedure, hard_negatives: Negatives) -> Losses:
         if procedure == OURS:

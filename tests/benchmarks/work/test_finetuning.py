@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from xfm_fast.benchmarks.contenders.official_finetuning import OfficialFineTuningTwin
 from xfm_fast.benchmarks.material import photographs
@@ -17,6 +18,7 @@ from xfm_fast.benchmarks.options import FINE_TUNING, FineTuned, StepOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document
 from xfm_fast.benchmarks.work import finetuning
 from xfm_fast.benchmarks.work.finetuning import TASKS, FineTuningSubject, Material
+from xfm_fast.benchmarks.work.finetuning_cost import step_costs
 from xfm_fast.benchmarks.work.training import AUTOCAST, FP32_GRADIENT_BAND, difference
 from xfm_fast.errors import InputError
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -79,6 +81,16 @@ def test_all_that_the_loss_reads_receives_a_gradient(name: FineTuned, material: 
         "image": {"vision_encoder", "cls_head"},
     }
     assert reached == wanted[name] | ({"itm_head"} if name == "retrieval" else set())
+
+
+@each_task
+def test_operations_of_the_official_step_are_counted_right(name: FineTuned, material: Material) -> None:
+    subject = FineTuningSubject(name, material, 3, CPU)
+    costs = step_costs(name, CONFIG, subject.shape)
+    with FlopCounterMode(display=False) as counter:
+        subject.step(OFFICIAL, given_negatives=True)
+    assert costs.official == counter.get_total_flops()
+    assert 0 < costs.needed <= costs.official
 
 
 def test_a_question_has_several_answers_and_texts_are_ragged(material: Material) -> None:
