@@ -145,7 +145,7 @@ class StepOptions(RunOptions):
     """
 
     preset: Preset = "base"
-    task: FineTuned | Literal["all"] | None = None
+    task: Literal[FineTuned, "all"] | None = None
     device: Device | None = None
     pairs: Annotated[int | None, Ge(2), Le(1_000_000)] = None
 

@@ -124,8 +124,8 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
     """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task: ours against the official procedure.
 
     Both leave the same gradients, which is checked first. The base model takes several minutes on two cores and 9 GB of
-    memory. Results go to a JSON file and a self-contained HTML page; those of a GPU, in a checkout, also to
-    benchmarks/results, to be committed.
+    memory. Results go to a JSON file and a self-contained HTML page; those of pretraining on a GPU, in a checkout, also
+    to benchmarks/results, to be committed.
 
     Args:
         out: Folder that receives the results.
@@ -135,7 +135,8 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
 
     run = training.run if options.task is None else finetuning.run
     document = _measured(lambda progress, command: run(options, progress, command))
-    code, folder = _finish(document, out), files.reference_folder()
+    # The file of a GPU's pretraining step is not for those of tasks.
+    code, folder = _finish(document, out), files.reference_folder() if options.task is None else None
     if folder is not None and document.device == "cuda" and code == 0:
         stdout().print(f"to be committed: {files.save_reference(document, folder)}", soft_wrap=True)
     return code
