@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, Predicate
 
 Preset = Literal["base", "tiny"]
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
+FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
+FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +138,14 @@ class StepOptions(RunOptions):
 
     Attributes:
         preset: Size of the model.
+        task: Of fine-tuning, or all of them, one after another. [a step of pretraining]
         device: The device to measure. [a GPU where there is one]
-        pairs: Image-text pairs in the batch. [8 on a CPU, 96 on a GPU]
+        pairs: Image-text pairs, or items of the task, in the batch. [8 on a CPU, 96 on a GPU; of a task 4 or 8 on a
+            CPU, the official batch on a GPU]
     """
 
     preset: Preset = "base"
+    task: Literal[FineTuned, "all"] | None = None
     device: Device | None = None
     pairs: Annotated[int | None, Ge(2), Le(1_000_000)] = None
 

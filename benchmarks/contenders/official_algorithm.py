@@ -14,7 +14,8 @@ from torchvision.ops import box_convert, generalized_box_iou
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.reference import relative_position_index
-from xfm_fast.models.heads import LMHead, MLPHead
+from xfm_fast.models.decoder import TextDecoder
+from xfm_fast.models.heads import DeepMLPHead, LMHead, MLPHead
 from xfm_fast.models.text import Attention, Embeddings, LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
@@ -119,6 +120,19 @@ class OfficialTwin:
             x = _attend(cast(Attention, layer.crossattention), x, image_embeds, image_mask)
             x = self._feed_forward(layer, x)
         return x
+
+    def decode(self, decoder: TextDecoder, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor) -> Tensor:
+        """Logits `[A, L, vocabulary]` of texts `[A, L]`, each with states `[A, M, width]` and their mask `[A, M]`."""
+        x = self._embed_tokens(decoder.roberta.embeddings, ids)
+        order = torch.arange(ids.shape[1], device=ids.device)
+        seen = (order[None, :] <= order[:, None])[None].to(x.dtype) * mask[:, None, :].to(x.dtype)
+        causal = (1.0 - seen[:, None]) * _MASKED
+        visible = _additive(state_mask, x.dtype)
+        for layer in _layers(decoder.roberta.encoder):
+            x = self._self_attention(layer, x, causal)
+            x = _attend(cast(Attention, layer.crossattention), x, states, visible)
+            x = self._feed_forward(layer, x)
+        return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 2]`, read from token 0."""
@@ -262,14 +276,7 @@ class OfficialTrainingTwin(OfficialTwin):
             fused = self.fuse_pairs(text.detach(), batch.attention_mask, whole)
             boxes = mlp_head(self.model.bbox_head, fused[:, 0, :]).sigmoid()
             target, counted = batch.boxes.to(boxes.dtype), 1 - batch.is_image.to(boxes.dtype)
-            distance = F.l1_loss(boxes, target, reduction="none") * counted.view(-1, 1)
-            corners = [box_convert(one, "cxcywh", "xyxy") for one in (boxes, target)]
-            if any(bool((one[:, 2:] < one[:, :2]).any()) for one in corners):
-                # One box with a negative side, and the official code drops the loss of all.
-                overlap = torch.zeros_like(counted)
-            else:
-                overlap = (1 - torch.diag(generalized_box_iou(*corners))) * counted
-            return losses | {"bbox_l1": distance.sum() / counted.sum(), "bbox_giou": overlap.sum() / counted.sum()}
+            return losses | box_losses(boxes, target, counted)
         encoder = self.model.text_encoder
         embeds = self.encode_text(batch.masked_input_ids, batch.attention_mask)
         return {"mlm": _lm_loss(encoder.lm_head, encoder.word_embeddings, embeds, batch)}
@@ -279,6 +286,21 @@ class OfficialTrainingTwin(OfficialTwin):
         image_ids: Tensor | None, hard_negatives: tuple[Tensor, Tensor] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """ITC, ITM and IMLM of texts `[B, L, text_width]` with an image each `[B, 1 + N, vision_width]`."""
+        losses = self.contrast_and_match(
+            batch.attention_mask, image, text, text.detach(), token_mask, image_ids, hard_negatives
+        )
+        masked = self.encode_text(batch.masked_input_ids, batch.attention_mask)
+        if self.config.detach_text_for_mlm:
+            masked = masked.detach()
+        fused = self.fuse_pairs(masked, batch.attention_mask, image, token_mask)
+        encoder = self.model.fusion_encoder
+        return losses | {"imlm": _lm_loss(encoder.lm_head, encoder.word_embeddings, fused, batch)}
+
+    def contrast_and_match(
+        self, attention_mask: Tensor, image: Tensor, text: Tensor, matched: Tensor, token_mask: Tensor | None = None,
+        image_ids: Tensor | None = None, hard_negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """ITC and ITM of texts `[B, L, text_width]` with an image each; `matched` are the texts that ITM sees."""
         with torch.no_grad():
             self.model.temp.clamp_(self.config.min_temperature, self.config.max_temperature)
         features = self.project_image(image), self.project_text(text)
@@ -296,13 +318,8 @@ class OfficialTrainingTwin(OfficialTwin):
             negatives = self._draw_negatives(*features, image_ids)
         else:
             negatives = hard_negatives[0].tolist(), hard_negatives[1].tolist()
-        itm = self._matching(text.detach(), batch.attention_mask, image, token_mask, negatives)
-        masked = self.encode_text(batch.masked_input_ids, batch.attention_mask)
-        if self.config.detach_text_for_mlm:
-            masked = masked.detach()
-        fused = self.fuse_pairs(masked, batch.attention_mask, image, token_mask)
-        encoder = self.model.fusion_encoder
-        return {"itc": itc, "itm": itm, "imlm": _lm_loss(encoder.lm_head, encoder.word_embeddings, fused, batch)}
+        itm = self._matching(matched, attention_mask, image, token_mask, negatives)
+        return {"itc": itc, "itm": itm}
 
     @torch.no_grad()
     def _draw_negatives(self, image: Tensor, text: Tensor, image_ids: Tensor | None) -> tuple[list[int], list[int]]:
@@ -390,17 +407,7 @@ class OfficialAnswerTwin(OfficialTwin):
 
     def _answer_logits(self, ids: Tensor, mask: Tensor, states: Tensor) -> Tensor:
         """`[A, L]` texts, each with its own `[A, M, width]` → `[A, L, vocabulary]`."""
-        decoder = self._decoder
-        x = self._embed_tokens(decoder.roberta.embeddings, ids)
-        order = torch.arange(ids.shape[1], device=ids.device)
-        seen = (order[None, :] <= order[:, None])[None].to(x.dtype) * mask[:, None, :].to(x.dtype)
-        causal = (1.0 - seen[:, None]) * _MASKED
-        everywhere = _additive(torch.ones(states.shape[:2], device=ids.device), x.dtype)
-        for layer in _layers(decoder.roberta.encoder):
-            x = self._self_attention(layer, x, causal)
-            x = _attend(cast(Attention, layer.crossattention), x, states, everywhere)
-            x = self._feed_forward(layer, x)
-        return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)
+        return self.decode(self._decoder, ids, mask, states, torch.ones(states.shape[:2], device=ids.device))
 
 
 def _layers(stack: LayerStack) -> Iterator[TransformerLayer]:
@@ -412,7 +419,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def mlp_head(head: MLPHead, x: Tensor) -> Tensor:
+def mlp_head(head: MLPHead | DeepMLPHead, x: Tensor) -> Tensor:
     """`[P, width]` → `[P, outputs]`, part by part."""
     for part in head:
         if isinstance(part, nn.Linear):
@@ -422,6 +429,18 @@ def mlp_head(head: MLPHead, x: Tensor) -> Tensor:
         else:
             x = F.gelu(x)
     return x
+
+
+def box_losses(boxes: Tensor, target: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """L1 and GIoU losses of boxes `[P, 4]` (cx, cy, w, h); `counted` `[P]` is one where there is a box to predict."""
+    distance = F.l1_loss(boxes, target, reduction="none") * counted.view(-1, 1)
+    corners = [box_convert(one, "cxcywh", "xyxy") for one in (boxes, target)]
+    if any(bool((one[:, 2:] < one[:, :2]).any()) for one in corners):
+        # One box with a negative side, and the official code drops the loss of all.
+        overlap = torch.zeros_like(counted)
+    else:
+        overlap = (1 - torch.diag(generalized_box_iou(*corners))) * counted
+    return {"bbox_l1": distance.sum() / counted.sum(), "bbox_giou": overlap.sum() / counted.sum()}
 
 
 def _drop_path(block: Block, branch: Tensor) -> Tensor:

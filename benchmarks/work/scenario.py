@@ -39,7 +39,7 @@ _FIRST_SHARE = 0.7
 _SPIN_S = 0.0005
 ELSEWHERE = {
     "vqa": "questions to an image, answered from a list of 3,129: xfm-fast bench vqa",
-    "train-step": "a step of pretraining, forward and backward: xfm-fast bench train-step",
+    "train-step": "a step of pretraining or of a task, forward and backward: xfm-fast bench train-step",
     "kernels": "every operation against its alternatives: xfm-fast bench kernels",
 }
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -59,13 +60,13 @@ FP32_GRADIENT_BAND = 3e-5
 _NOISE = 1e-4
 # By type of device: pairs of the full and of the quick measurement.
 _PAIRS = {"cpu": (8, 2), "cuda": (96, 16)}
-_LABELS = {OURS: "xfm-fast", OFFICIAL: "official procedure, eager"}
+LABELS = {OURS: "xfm-fast", OFFICIAL: "official procedure, eager"}
 _MEMORY_STEPS = 2
 _BATCH, _TASK = "batch.safetensors", "task.json"
 
 
 @dataclass(frozen=True)
-class _Plan:
+class StepPlan:
     """The options with everything decided."""
 
     device: torch.device
@@ -95,7 +96,7 @@ def run(options: StepOptions, progress: Progress | None = None, command: Sequenc
     plan, absent = _plan(options)
     document = Document.begun("train-step", vars(options), command, plan.device.type)
     try:
-        _Run(options, plan, progress or Progress(), document).measure(absent)
+        StepRun(options, plan, progress or Progress(), document).measure(absent)
     except KeyboardInterrupt:
         document.interrupted = True
     except torch.OutOfMemoryError:
@@ -106,29 +107,56 @@ def run(options: StepOptions, progress: Progress | None = None, command: Sequenc
     return document
 
 
-def _plan(options: StepOptions) -> tuple[_Plan, dict[str, str]]:
+def _plan(options: StepOptions) -> tuple[StepPlan, dict[str, str]]:
     device = machine.choose_device(options.device)
-    on_gpu = device.type == "cuda"
-    # On a GPU this model is not trained in fp32.
-    asked = ("bf16",) if on_gpu and options.dtype == ("auto",) else options.dtype
-    names, absent = machine.choose_dtypes(asked, device)
+    names, absent = chosen_dtypes(options, device)
     pairs = _PAIRS[device.type][options.quick] if options.pairs is None else options.pairs
     if pairs < 2:
         raise UnavailableError(f"a step of {pairs} pair has no hard negatives; use --pairs 2 or more")
-    rounds, warmups = (10, 3) if on_gpu else (3, 1)
+    return StepPlan(device, names, pairs, *repetitions(options, device)), absent
+
+
+def chosen_dtypes(options: StepOptions, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The types to measure, and why others that were asked for are absent."""
+    # On a GPU this model is not trained in fp32.
+    asked = ("bf16",) if device.type == "cuda" and options.dtype == ("auto",) else options.dtype
+    return machine.choose_dtypes(asked, device)
+
+
+class Repetitions(NamedTuple):
+    """How often a step is timed: without and with dropout, rounds, warm-ups, and seconds for more rounds."""
+
+    dropout: tuple[bool, ...]
+    rounds: int
+    warmups: int
+    budget_s: float
+
+
+def repetitions(options: StepOptions, device: torch.device) -> Repetitions:
+    """What suits the device and the haste."""
+    rounds, warmups = (10, 3) if device.type == "cuda" else (3, 1)
     budget_s = 0.2 if options.preset == "tiny" else 10.0
     if options.quick:
-        return _Plan(device, names, pairs, (False,), 2, warmups, budget_s / 10), absent
-    return _Plan(device, names, pairs, (False, True), rounds, warmups, budget_s), absent
+        return Repetitions((False,), 2, warmups, budget_s / 10)
+    return Repetitions((False, True), rounds, warmups, budget_s)
 
 
-class _Run:
-    def __init__(self, options: StepOptions, plan: _Plan, progress: Progress, document: Document) -> None:
+class StepRun:
+    """Compares and times the two procedures of one step, and fills the document; by itself that of pretraining."""
+
+    says = "training step"
+    """What is done, in names of stages."""
+
+    def __init__(self, options: StepOptions, plan: StepPlan, progress: Progress, document: Document) -> None:
         self.options, self.plan, self.progress, self.document = options, plan, progress, document
         self.config = preset_config(options.preset)
         self.dtypes = list(plan.dtypes)
         self.parity: dict[str, Parity] = {}
         self.memory: dict[tuple[Procedure, str, bool], Memory] = {}
+        # Rows leave out what is not known here.
+        self.tokens: dict[str, int] = {}
+        self.flops: dict[str, int] = {}
+        self.subject: StepSubject
         self.gpu = machine.data_sheet(plan.device)
 
     def measure(self, absent: dict[str, str]) -> None:
@@ -163,33 +191,14 @@ class _Run:
             meaningful_recall=False, config=self.config.model_dump(),
             parameters=sum(parameter.numel() for parameter in self.subject.model.parameters()),
         )  # fmt: skip
-        self.progress.stage("checking that both leave the same gradients")
-        self._check()
+        self.check()
         probes = MachineProbes(self.dtypes, plan.device)
         document.probes = probes.describe()
-        for dropout in plan.dropout:
-            for dtype in self.plan.dtypes:
-                parity = self.parity[dtype]
-                if not parity.passed:
-                    row = self._row(OURS, dtype, dropout)
-                    error = math.inf if parity.error is None else parity.error
-                    document.rows.append(row.model_copy(update=differing(row, error, parity.band or 0.0)))
-            if self.dtypes:
-                self._time(dropout, probes)
-            document.rows += [
-                self._row(OURS, dtype, dropout).model_copy(update={"status": "not offered", "reason": reason})
-                for dtype, reason in absent.items()
-            ]
+        self.time(probes, absent)
 
-    def _variants(self) -> list[tuple[Procedure, str]]:
-        """Procedures and types that are run; the official one in the types of ours too where there is time for it."""
-        official = {self.plan.official_dtype(name) for name in self.dtypes}
-        official |= set() if self.options.quick else set(self.dtypes)
-        ours: list[tuple[Procedure, str]] = [(OURS, name) for name in self.dtypes]
-        return [*ours, *((OFFICIAL, name) for name in AUTOCAST if name in official)]
-
-    def _check(self) -> None:
-        """Losses and gradients of both procedures on the batch that will be timed, negatives being given."""
+    def check(self) -> None:
+        """Compare losses and gradients on the batch that will be timed, negatives being given."""
+        self.progress.stage("checking that both leave the same gradients")
         self.progress.step(f"{OFFICIAL} fp32")
         truth = self.subject.outcome(OFFICIAL)
         for name in self.plan.dtypes:
@@ -207,9 +216,32 @@ class _Run:
             if not self.parity[name].passed:
                 self.dtypes.remove(name)
 
+    def time(self, probes: MachineProbes, absent: Mapping[str, str]) -> None:
+        """Add the rows of both procedures; `absent` are types that this machine does not offer, and why."""
+        for dropout in self.plan.dropout:
+            for dtype in self.plan.dtypes:
+                parity = self.parity[dtype]
+                if not parity.passed:
+                    row = self._row(OURS, dtype, dropout)
+                    error = math.inf if parity.error is None else parity.error
+                    self.document.rows.append(row.model_copy(update=differing(row, error, parity.band or 0.0)))
+            if self.dtypes:
+                self._time(dropout, probes)
+            self.document.rows += [
+                self._row(OURS, dtype, dropout).model_copy(update={"status": "not offered", "reason": reason})
+                for dtype, reason in absent.items()
+            ]
+
+    def _variants(self) -> list[tuple[Procedure, str]]:
+        """Procedures and types that are run; the official one in the types of ours too where there is time for it."""
+        official = {self.plan.official_dtype(name) for name in self.dtypes}
+        official |= set() if self.options.quick else set(self.dtypes)
+        ours: list[tuple[Procedure, str]] = [(OURS, name) for name in self.dtypes]
+        return [*ours, *((OFFICIAL, name) for name in AUTOCAST if name in official)]
+
     def _time(self, dropout: bool, probes: MachineProbes) -> None:
         plan = self.plan
-        self.progress.stage("training step" + ", with dropout" * dropout)
+        self.progress.stage(self.says + ", with dropout" * dropout)
         watched = {
             f"{procedure} {dtype}": Watched(partial(self.subject.step, procedure, AUTOCAST[dtype]), plan.device)
             for procedure, dtype in self._variants()
@@ -234,12 +266,13 @@ class _Run:
             if self.plan.device.type == "cuda" and seen is not None:
                 memory = cuda_memory_use(seen.peak_bytes, self.subject.model)
             row = filled(self._row(procedure, dtype, dropout), key, samples, memory)
-            if row.median_s is not None:
+            if row.median_s is not None and self.tokens:
                 useful, computed = self.tokens[OURS], self.tokens[procedure]
                 row.tokens = Tokens(
                     useful=useful, padded=computed, useful_per_s=useful / row.median_s,
                     padded_per_s=computed / row.median_s,
                 )  # fmt: skip
+            if row.median_s is not None and self.flops:
                 needed, own = self.flops[OURS], self.flops[procedure]
                 # The sheet's rate is that of 16-bit products.
                 sheet = None if self.gpu is None or dtype == "fp32" else needed / row.median_s / self.gpu.flops_per_s
@@ -251,17 +284,20 @@ class _Run:
         return rows
 
     def _row(self, procedure: Procedure, dtype: str, dropout: bool) -> Row:
-        parity = self.parity.get(dtype) if procedure == OURS else None
-        if dropout and parity is not None:
-            parity = parity.model_copy(update={"note": f"{parity.note}; compared without dropout"})
         size = f"{self.plan.pairs} pairs of {self.config.image_size} px"
         return Row(
             work="train-step-dropout" if dropout else "train-step",
             name=f"training step, {size}, ITC + ITM + IMLM + MIM" + ", with dropout" * dropout,
             point=Point(batch=self.plan.pairs, image_size=self.config.image_size, dropout=dropout),
-            contender=procedure, label=_LABELS[procedure], dtype=dtype, status="measured", unit="pairs",
-            items=self.plan.pairs, parity=parity,
+            contender=procedure, label=LABELS[procedure], dtype=dtype, status="measured", unit="pairs",
+            items=self.plan.pairs, parity=self._parity(procedure, dtype, dropout),
         )  # fmt: skip
+
+    def _parity(self, procedure: Procedure, dtype: str, dropout: bool) -> Parity | None:
+        parity = self.parity.get(dtype) if procedure == OURS else None
+        if not dropout or parity is None:
+            return parity
+        return parity.model_copy(update={"note": f"{parity.note}; compared without dropout"})
 
 
 def pair_batch(
@@ -315,7 +351,57 @@ class Difference(NamedTuple):
         return f"losses {self.losses:.1e}, gradients {self.gradients:.1e}, worst: {self.parameter}"
 
 
-class TrainingSubject:
+class StepSubject(ABC):
+    """A model and a batch, on which both procedures do the same step.
+
+    Attributes:
+        model: whose parameters both read, and which receive the gradients.
+        device: of model and batch.
+    """
+
+    model: XFM
+    device: torch.device
+
+    @abstractmethod
+    def losses(self, procedure: Procedure, hard_negatives: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+        """The losses whose sum the step minimises; negatives are drawn where none are given."""
+
+    @property
+    @abstractmethod
+    def items(self) -> int:
+        """Pairs, or whatever else the batch holds."""
+
+    def step(
+        self, procedure: Procedure, autocast: torch.dtype | None = None, *, given_negatives: bool = False
+    ) -> dict[str, Tensor]:
+        """Forward and backward pass of all losses, from no gradients to gradients in the parameters.
+
+        Args:
+            given_negatives: take the neighbours of each pair as its negatives instead of drawing, so that both
+                procedures compute the same.
+
+        Returns:
+            The detached losses.
+        """
+        self.model.zero_grad(set_to_none=True)
+        own = torch.arange(self.items, device=self.device)
+        negatives = (own.roll(-1), own.roll(1)) if given_negatives else None
+        with torch.enable_grad():
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                losses = self.losses(procedure, negatives)
+                total = torch.stack([loss.float() if autocast else loss for loss in losses.values()]).sum()
+            total.backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def outcome(self, procedure: Procedure, autocast: torch.dtype | None = None) -> Outcome:
+        """A step with given negatives, and its gradients, which the parameters give away."""
+        losses = self.step(procedure, autocast, given_negatives=True)
+        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        self.model.zero_grad(set_to_none=True)
+        return Outcome(losses, gradients)
+
+
+class TrainingSubject(StepSubject):
     """A model with all heads and random weights, its official twin on the same parameters, and a batch of pairs."""
 
     def __init__(
@@ -331,39 +417,16 @@ class TrainingSubject:
         self.device = device
         self.batch = replace(batch, image=batch.image.to(dtype)).to(device)
 
-    def step(
-        self, procedure: Procedure, autocast: torch.dtype | None = None, *, given_negatives: bool = False
-    ) -> dict[str, Tensor]:
-        """Forward and backward pass of all four losses, from no gradients to gradients in the parameters.
+    @property
+    def items(self) -> int:
+        return len(self.batch.image)
 
-        Args:
-            given_negatives: take the neighbours of each pair as its negatives instead of drawing, so that both
-                procedures compute the same.
-
-        Returns:
-            The detached losses.
-        """
-        self.model.zero_grad(set_to_none=True)
-        own = torch.arange(len(self.batch.image), device=self.device)
-        negatives = (own.roll(-1), own.roll(1)) if given_negatives else None
-        with torch.enable_grad():
-            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-                if procedure == OURS:
-                    losses = pretraining_losses(self.model, self.batch, hard_negatives=negatives)
-                elif procedure == OFFICIAL:
-                    losses = self.official.losses(self.batch, hard_negatives=negatives)
-                else:
-                    assert_never(procedure)
-                total = torch.stack([loss.float() if autocast else loss for loss in losses.values()]).sum()
-            total.backward()
-        return {name: loss.detach() for name, loss in losses.items()}
-
-    def outcome(self, procedure: Procedure, autocast: torch.dtype | None = None) -> Outcome:
-        """A step with given negatives, and its gradients, which the parameters give away."""
-        losses = self.step(procedure, autocast, given_negatives=True)
-        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
-        self.model.zero_grad(set_to_none=True)
-        return Outcome(losses, gradients)
+    def losses(self, procedure: Procedure, hard_negatives: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+        if procedure == OURS:
+            return pretraining_losses(self.model, self.batch, hard_negatives=hard_negatives)
+        if procedure == OFFICIAL:
+            return self.official.losses(self.batch, hard_negatives=hard_negatives)
+        assert_never(procedure)
 
 
 def difference(ours: Outcome, truth: Outcome) -> Difference:

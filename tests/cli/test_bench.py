@@ -1,4 +1,4 @@
-"""`xfm-fast bench scenario`, `sweep`, `coco` and `list` as a user meets them, in this process."""
+"""`xfm-fast bench scenario`, `sweep`, `coco`, `train-step` and `list` as a user meets them, in this process."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def test_a_sweep_is_printed_and_saved(values: str, points: list[int], tmp_path: 
     assert [fit["points"] for fit in latest["fits"]] == points
 
 
+def test_the_step_of_a_task_is_printed_and_saved(tmp_path: Path) -> None:
+    options = ["--task", "text", "--preset", "tiny", "--quick", "--threads", "1", "--dtype", "fp32", "--device", "cpu"]
+    done = invoke(["bench", "train-step", *options, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    latest = json.loads((tmp_path / "latest.json").read_text())
+    assert {row["work"] for row in latest["rows"]} == {"finetune-text"}
+
+
 def test_the_list_has_all_scenarios_and_baselines() -> None:
     done = invoke(["bench", "list"])
     assert done.exit_code == 0, done.output
@@ -73,6 +81,7 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
         (["scenario", "rerank", "--preset", "huge"], 'Choose from: "base", "tiny"'),
         (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
         (["coco", "--preset", "tiny", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
+        (["train-step", "--task", "mlm"], 'Choose from: "retrieval", "vqa"'),
     ],
 )
 def test_what_is_unknown_is_named(words: list[str], message: str) -> None:

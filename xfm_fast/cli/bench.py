@@ -121,20 +121,22 @@ def bench_vqa(*, options: Flat[VqaOptions] = VqaOptions(), out: Path = _RESULTS 
 
 @app.command(name="train-step")
 def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = _RESULTS / "train-step") -> int:
-    """Time forward and backward pass of ITC, ITM, IMLM and MIM: ours against the official procedure.
+    """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task: ours against the official procedure.
 
     Both leave the same gradients, which is checked first. The base model takes several minutes on two cores and 9 GB of
-    memory. Results go to a JSON file and a self-contained HTML page; those of a GPU, in a checkout, also to
-    benchmarks/results, to be committed.
+    memory. Results go to a JSON file and a self-contained HTML page; those of pretraining on a GPU, in a checkout, also
+    to benchmarks/results, to be committed.
 
     Args:
         out: Folder that receives the results.
     """
     from xfm_fast.benchmarks import files
-    from xfm_fast.benchmarks.work import training
+    from xfm_fast.benchmarks.work import finetuning, training
 
-    document = _measured(lambda progress, command: training.run(options, progress, command))
-    code, folder = _finish(document, out), files.reference_folder()
+    run = training.run if options.task is None else finetuning.run
+    document = _measured(lambda progress, command: run(options, progress, command))
+    # The file of a GPU's pretraining step is not for those of tasks.
+    code, folder = _finish(document, out), files.reference_folder() if options.task is None else None
     if folder is not None and document.device == "cuda" and code == 0:
         stdout().print(f"to be committed: {files.save_reference(document, folder)}", soft_wrap=True)
     return code

@@ -270,11 +270,11 @@ def test_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _gpu_rows(subject: TrainingSubject, gpu: GPU | None) -> list[Row]:
     """The rows that a GPU's samples would give."""
-    plan = training._Plan(torch.device("cuda"), ["bf16"], 96, (False,), 2, 1, 0.0)
+    plan = training.StepPlan(torch.device("cuda"), ["bf16"], 96, (False,), 2, 1, 0.0)
     document = Document.begun("train-step", {}, [], "cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "data_sheet", lambda device: gpu)
-        run = training._Run(StepOptions(preset="tiny", quick=True), plan, Progress(), document)
+        run = training.StepRun(StepOptions(preset="tiny", quick=True), plan, Progress(), document)
     run.subject, run.flops = subject, {OURS: 400, OFFICIAL: 900}
     run.tokens = {OURS: 10, OFFICIAL: 30}
     run.parity = {"bf16": Parity(error=0.01, band=0.02, passed=True, against=f"{OFFICIAL} fp32", note="worst: temp")}

@@ -1,0 +1,374 @@
+"""One step of fine-tuning of each task, forward and backward: ours against the official procedure, in one process.
+
+Both run on the same parameters and the same batch, and leave the same losses and gradients, which is checked before
+anything is timed. Images are photographs, texts their captions; questions and answers, and the texts of
+classification, are random tokens. Items in a batch are few on a CPU; on a GPU they are the official batch sizes. How
+much the official procedure loses to padding and copies depends on the lengths, and on how many answers a question has:
+
+- captions have 10 to 15 tokens, so that padding costs next to nothing; questions have the lengths of VQA v2;
+- questions have 1, 3, 2, 5, 1, 2, 4, 2 distinct answers in turn, 2.5 on average;
+- texts have 128, 16, 64, 32, 96, 24, 48, 40 tokens in turn, so that more than half of a padded batch is padding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.items import collate_pairs
+from xfm_fast.data.texts import EncodedText
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.objectives import pretraining_losses
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tasks.classification import ClassificationModel
+from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tokenizer import CaptionTokenizer
+
+from .. import machine
+from ..contenders.official_finetuning import OfficialFineTuningTwin
+from ..material import photographs
+from ..material.inputs import MAX_TOKENS, described, preset_config, random_state
+from ..material.photographs import Collection
+from ..material.questions import answer_list, questions
+from ..measure import MachineProbes, Progress
+from ..options import FINE_TUNING, FineTuned, StepOptions
+from ..record import OFFICIAL, OURS, Document, Model, Point, Row
+from .finetuning_cost import Shape, step_costs
+from .training import LABELS, Procedure, StepPlan, StepRun, StepSubject, chosen_dtypes, repetitions
+
+Batch = dict[str, Any]
+"""Arguments of a task's loss by name."""
+Losses = dict[str, Tensor]
+Negatives = tuple[Tensor, Tensor] | None
+
+_PROMPT = "a picture of "
+_CLASSES = {"text": 3, "image": 1000}
+_ANSWERS = (1, 3, 2, 5, 1, 2, 4, 2)
+_TEXT_LENGTHS = (128, 16, 64, 32, 96, 24, 48, 40)
+# The official decoder's; a small model, which is there to see that all runs, has those of its fusion encoder.
+_DECODER_LAYERS = 12
+
+
+@dataclass(frozen=True)
+class Material:
+    """What batches are made of: photographs with captions, their tokenizer, and a model's sizes."""
+
+    collection: Collection
+    tokenizer: CaptionTokenizer
+    config: XFMConfig
+    seed: int
+
+    def pixels(self, count: int) -> Tensor:
+        """`[count, 3, R, R]`; photographs come again where they are too few."""
+        photos = len(self.collection.names)
+        return self.collection.pixels((number % photos for number in range(count)), self.config.image_size)
+
+    def captions(self, count: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask, `[count, L]`, padded to the longest."""
+        return self.tokenizer.encode(self.collection.texts(count), MAX_TOKENS, pad_to_longest=True)
+
+    def random(self) -> torch.Generator:
+        """The same every time."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def _retrieval(material: Material, count: int) -> Batch:
+    ids = material.tokenizer.encode_ids(material.collection.texts(count), MAX_TOKENS)
+    photos = len(material.collection.names)
+    return {
+        "batch": collate_pairs(
+            list(material.pixels(count)), [EncodedText(row, row, [], []) for row in ids],
+            pad_token_id=material.config.pad_token_id, image_ids=[number % photos for number in range(count)],
+        )
+    }  # fmt: skip
+
+
+def _vqa(material: Material, count: int) -> Batch:
+    asked = questions(material.config, count, material.seed)
+    each = torch.tensor([_ANSWERS[number % len(_ANSWERS)] for number in range(count)])
+    known = answer_list(material.config, material.seed)
+    given = torch.arange(int(each.sum())) % len(known.ids)
+    mask = known.mask[given]
+    longest = int(mask.sum(1).max())
+    return {
+        "pixels": material.pixels(count),
+        "question_ids": asked.ids,
+        "question_mask": asked.mask,
+        "answer_ids": known.ids[given, :longest],
+        "answer_mask": mask[:, :longest],
+        "answers_per_question": each,
+        "answer_weights": torch.repeat_interleave(1 / each, each),
+    }
+
+
+def _nlvr2(material: Material, count: int) -> Batch:
+    ids, mask = material.captions(count)
+    targets = torch.arange(count) % 2
+    return {"pixels": material.pixels(2 * count), "input_ids": ids, "attention_mask": mask, "targets": targets}
+
+
+def _grounding(material: Material, count: int) -> Batch:
+    ids, mask = material.captions(count)
+    # Centres and sides: every box lies inside its image.
+    boxes = 0.35 + 0.3 * torch.rand(count, 4, generator=material.random())
+    return {"pixels": material.pixels(count), "input_ids": ids, "attention_mask": mask, "target": boxes}
+
+
+def _captioning(material: Material, count: int) -> Batch:
+    tokenizer = material.tokenizer
+    texts = [_PROMPT + caption for caption in material.collection.texts(count)]
+    ids, mask = tokenizer.encode(texts, MAX_TOKENS, pad_to_longest=True)
+    return {
+        "pixels": material.pixels(count), "caption_ids": ids, "caption_mask": mask,
+        "prompt_length": len(tokenizer.encode_prompt(_PROMPT)), "label_smoothing": 0.1,
+    }  # fmt: skip
+
+
+def _text(material: Material, count: int) -> Batch:
+    config, generator = material.config, material.random()
+    lengths = torch.tensor([_TEXT_LENGTHS[number % len(_TEXT_LENGTHS)] for number in range(count)])
+    lengths = lengths.clamp(max=config.max_text_length)
+    first = max(config.pad_token_id, config.bos_token_id, config.eos_token_id) + 1
+    ids = torch.randint(first, config.vocab_size, (count, int(lengths.max())), generator=generator)
+    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    ids[:, 0], ids[torch.arange(count), lengths - 1] = config.bos_token_id, config.eos_token_id
+    ids = ids.masked_fill(mask == 0, config.pad_token_id)
+    return {"input_ids": ids, "attention_mask": mask, "targets": torch.arange(count) % _CLASSES["text"]}
+
+
+def _image(material: Material, count: int) -> Batch:
+    # What Mixup makes of two classes.
+    targets = torch.zeros(count, _CLASSES["image"])
+    targets[:, 0], targets[torch.arange(count), 1 + torch.arange(count) % (_CLASSES["image"] - 1)] = 0.3, 0.7
+    return {"pixels": material.pixels(count), "targets": targets}
+
+
+def _ours_retrieval(model: XFM, batch: Batch, negatives: Negatives) -> Losses:
+    return pretraining_losses(
+        model, batch["batch"], losses=("itc", "itm"), stop_gradient=False, hard_negatives=negatives
+    )
+
+
+def _ours(model: XFM, batch: Batch, negatives: Negatives) -> Losses:
+    found: Tensor | tuple[Tensor, Tensor] = model(**batch)
+    return {"loss": found} if isinstance(found, Tensor) else dict(zip(("bbox_l1", "bbox_giou"), found, strict=True))
+
+
+def _official(name: str, twin: OfficialFineTuningTwin, batch: Batch, negatives: Negatives) -> Losses:
+    found: Tensor | Losses = getattr(twin, name)(**batch)
+    return {"loss": found} if isinstance(found, Tensor) else found
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the step of a task consists of.
+
+    Attributes:
+        says: the task, for readers.
+        unit: what `counts` counts: items of a batch on a CPU, of a quick run on it, and on a GPU.
+        image_size: the official one; None where there is no image.
+        official: the method of the twin.
+    """
+
+    says: str
+    unit: str
+    counts: tuple[int, int, int]
+    image_size: int | None
+    build: Callable[[XFMConfig], XFM]
+    batch: Callable[[Material, int], Batch]
+    official: Callable[[OfficialFineTuningTwin, Batch, Negatives], Losses]
+    ours: Callable[[XFM, Batch, Negatives], Losses] = _ours
+
+
+def _layers(config: XFMConfig) -> int:
+    return min(_DECODER_LAYERS, config.fusion_layers)
+
+
+TASKS: Mapping[FineTuned, _Task] = {
+    "retrieval": _Task(
+        "retrieval (ITC + ITM)", "pairs", (4, 2, 32), 384,
+        lambda config: TaskModel(config, heads=("contrastive", "matching")), _retrieval,
+        lambda twin, batch, negatives: twin.retrieval(batch["batch"], negatives), _ours_retrieval,
+    ),
+    "vqa": _Task(
+        "VQA", "questions", (4, 2, 24), 480,
+        lambda config: VQAModel(config, decoder_layers=_layers(config)), _vqa, partial(_official, "answers"),
+    ),
+    "nlvr2": _Task("NLVR2", "statements", (4, 2, 8), 384, NLVR2Model, _nlvr2, partial(_official, "statements")),
+    "grounding": _Task(
+        "grounding", "expressions", (4, 2, 20), 384, GroundingModel, _grounding, partial(_official, "grounding")
+    ),
+    "captioning": _Task(
+        "captioning", "captions", (4, 2, 32), 384,
+        lambda config: CaptioningModel(config, decoder_layers=_layers(config)), _captioning,
+        partial(_official, "captions"),
+    ),
+    "text": _Task(
+        "text classification", "texts", (8, 2, 32), None,
+        lambda config: ClassificationModel(config, _CLASSES["text"], modality="text"), _text,
+        partial(_official, "texts"),
+    ),
+    "image": _Task(
+        "image classification", "images", (8, 2, 128), 224,
+        lambda config: ClassificationModel(config, _CLASSES["image"], modality="image", head="official_image"), _image,
+        partial(_official, "images"),
+    ),
+}  # fmt: skip
+
+
+def run(options: StepOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
+    """Measure a fine-tuning step of `options.task`, or of every task, on this machine.
+
+    An interruption (Ctrl-C) ends the run early and keeps the rows measured so far.
+
+    Raises:
+        XFMError: an option cannot be used, or a step does not fit into memory.
+    """
+    if options.task is None:
+        raise InputError(f"task=None names no task; choose from {', '.join(TASKS)}, or all")
+    started = time.perf_counter()
+    torch.set_num_threads(options.threads or machine.default_threads())
+    torch.manual_seed(options.seed)
+    names: tuple[FineTuned, ...] = FINE_TUNING if options.task == "all" else (options.task,)
+    device = machine.choose_device(options.device)
+    document = Document.begun("train-step", vars(options), command, device.type)
+    try:
+        _measure(names, options, device, progress or Progress(), document)
+    except KeyboardInterrupt:
+        document.interrupted = True
+    except torch.OutOfMemoryError:
+        raise UnavailableError("a step does not fit into the memory of this GPU; lower --pairs") from None
+    document.duration_s = time.perf_counter() - started
+    return document
+
+
+def _measure(
+    names: Sequence[FineTuned], options: StepOptions, device: torch.device, progress: Progress, document: Document
+) -> None:
+    dtypes, absent = chosen_dtypes(options, device)
+    repeats = repetitions(options, device)
+    progress.begin(1 + len(names) * (2 + len(repeats.dropout)))
+    progress.stage("photographs and captions")
+    collection, config = photographs.bundled(), preset_config(options.preset)
+    tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
+    document.data = described(collection, tokenizer)
+    probes = MachineProbes(dtypes, device)
+    document.probes = probes.describe()
+    for name in names:
+        task = TASKS[name]
+        count = options.pairs or task.counts[2 if device.type == "cuda" else options.quick]
+        plan = StepPlan(device, dtypes, count, *repeats)
+        progress.stage(f"model, {task.says}")
+        step = _TaskRun(name, options, plan, progress, document)
+        step.prepare(collection, tokenizer)
+        step.check()
+        step.time(probes, absent)
+
+
+class _TaskRun(StepRun):
+    """The step of one task."""
+
+    def __init__(
+        self, name: FineTuned, options: StepOptions, plan: StepPlan, progress: Progress, document: Document
+    ) -> None:
+        super().__init__(options, plan, progress, document)
+        self.name: FineTuned = name
+        self.task = TASKS[name]
+        self.says = f"fine-tuning step, {self.task.says}"
+        if options.preset != "tiny" and self.task.image_size is not None:
+            self.config = self.config.replace(image_size=self.task.image_size)
+
+    def prepare(self, collection: Collection, tokenizer: CaptionTokenizer) -> None:
+        """Build the model and the batch."""
+        material = Material(collection, tokenizer, self.config, self.options.seed)
+        subject = FineTuningSubject(self.name, material, self.plan.pairs, self.plan.device)
+        self.subject = subject
+        shape = subject.shape
+        self.lengths, self.padded = shape.lengths, shape.padded
+        if self.lengths:
+            self.tokens = {OURS: sum(self.lengths), OFFICIAL: len(self.lengths) * self.padded}
+        costs = step_costs(self.name, self.config, shape)
+        self.flops = {OURS: costs.needed, OFFICIAL: costs.official}
+        # Of several tasks the document describes the largest model.
+        parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+        if self.document.model is None or self.document.model.parameters < parameters:
+            self.document.model = Model(
+                preset=self.options.preset, origin=f"random weights (seed {self.options.seed})", trained=False,
+                meaningful_recall=False, config=self.config.model_dump(), parameters=parameters,
+            )  # fmt: skip
+
+    def _row(self, procedure: Procedure, dtype: str, dropout: bool) -> Row:
+        task, count, lengths = self.task, self.plan.pairs, self.lengths
+        size = "" if task.image_size is None else f" of {self.config.image_size} px"
+        tokens = "" if task.image_size is not None else f" of {min(lengths)}-{max(lengths)} tokens"
+        return Row(
+            work=f"finetune-{self.name}" + "-dropout" * dropout,
+            name=f"{self.says}, {count} {task.unit}{size}{tokens}" + ", with dropout" * dropout,
+            point=Point(
+                batch=count, image_size=None if task.image_size is None else self.config.image_size, dropout=dropout,
+                mean_length=sum(lengths) / len(lengths) if lengths else None, padded_length=self.padded or None,
+            ),
+            contender=procedure, label=LABELS[procedure], dtype=dtype, status="measured", unit=task.unit,
+            items=count, parity=self._parity(procedure, dtype, dropout),
+        )  # fmt: skip
+
+
+class FineTuningSubject(StepSubject):
+    """The model of a task with random weights, its official twin on the same parameters, and a batch.
+
+    Args:
+        count: items of the batch.
+    """
+
+    def __init__(self, name: FineTuned, material: Material, count: int, device: torch.device) -> None:
+        self.name, self.task, self.device, self._count = name, TASKS[name], device, count
+        with torch.random.fork_rng(devices=[]):
+            # What pretraining does not have keeps its own initialisation.
+            torch.manual_seed(material.seed)
+            model = self.task.build(material.config)
+        model.load_state_dict(random_state(material.config, model.heads, material.seed), strict=False)
+        self.model = model.to(device).eval()
+        self.official = OfficialFineTuningTwin(self.model)
+        batch = self.task.batch(material, count)
+        self.batch: Batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+    @property
+    def items(self) -> int:
+        return self._count
+
+    @property
+    def text_mask(self) -> Tensor | None:
+        """`[T, L]` of the texts that the encoder, or of captions the decoder, reads; None where there are none."""
+        pairs = self.batch.get("batch")
+        if pairs is not None:
+            return pairs.attention_mask
+        names = ("question_mask", "attention_mask", "caption_mask")
+        return next((self.batch[name] for name in names if name in self.batch), None)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the batch."""
+        mask, answers, given = self.text_mask, self.batch.get("answer_mask"), self.batch.get("prompt_length", 1)
+        lengths: list[int] = [] if mask is None else mask.sum(1).tolist()
+        each = [] if answers is None else answers.sum(1).split(self.batch["answers_per_question"].tolist())
+        return Shape(
+            items=self.items, lengths=lengths, padded=0 if mask is None else mask.shape[1],
+            answers=[part.tolist() for part in each], padded_answer=0 if answers is None else answers.shape[1],
+            given=given, decoder_layers=_layers(self.model.config), classes=_CLASSES.get(self.name, 0),
+        )  # fmt: skip
+
+    def losses(self, procedure: Procedure, hard_negatives: Negatives) -> Losses:
+        if procedure == OURS:
+            return self.task.ours(self.model, self.batch, hard_negatives)
+        return self.task.official(self.official, self.batch, hard_negatives)
