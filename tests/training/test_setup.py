@@ -68,7 +68,7 @@ def by_brightness(image: Tensor) -> Tensor:
     return (patches * 20).clamp(-1.9, 1.9).add(2).long()
 
 
-def test_recipe() -> None:
+def test_recipe(tmp_path: Path) -> None:
     recipe = load_recipe("pretrain_tiny_shapes", ["method.mim_guidance=false", "method.image_codes.codes=64"])
     assert "mim" in recipe.losses_of("pairs")
     assert recipe.losses_of("images") == ("mim",)
@@ -79,7 +79,9 @@ def test_recipe() -> None:
         load_recipe("pretrain_tiny_shapes", ["method.mim_guidance=false", "method.image_codes.code=64"])
     # A tokenizer alone says nothing of how many codes it has.
     with pytest.raises(InputError, match="MIM predicts no codes"):
-        run(small_recipe(Path("nowhere")), image_tokenizer=by_brightness)
+        run(small_recipe(tmp_path / "run"), image_tokenizer=by_brightness)
+    # Nothing is left of what was refused.
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_of_the_users(tmp_path: Path) -> None:

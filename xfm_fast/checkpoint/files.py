@@ -412,6 +412,7 @@ def hold(lock: Path, what: str) -> Iterator[None]:
         "host": socket.gethostname(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    made = not lock.parent.exists()
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         key = lock.parent.resolve() / lock.name
@@ -433,6 +434,9 @@ def hold(lock: Path, what: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.unlink(missing_ok=True)
+            # What was refused inside leaves no empty folder.
+            if made:
+                lock.parent.rmdir()
         with _held_guard:
             _held.discard(key)
             file.close()
