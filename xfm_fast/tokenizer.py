@@ -171,7 +171,11 @@ class CaptionTokenizer:
             input_ids and attention_mask, int64 `[B, L]`; the mask is 1 for real tokens.
         """
         rows = self.encode_ids(texts, max_tokens)
-        width = max(map(len, rows), default=0) if pad_to_longest else max_tokens
+        return self.pad(rows, None if pad_to_longest else max_tokens)
+
+    def pad(self, rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask `[B, L]` of texts as ids, padded to `width`, or to the longest of them."""
+        width = max(map(len, rows), default=0) if width is None else width
         ids = torch.full((len(rows), width), self.pad_token_id)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):

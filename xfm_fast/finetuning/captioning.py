@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, CaptioningRecord, CaptioningTestRecord
 from xfm_fast.data.files import find_files, read_json
 from xfm_fast.data.images import record_pixels
@@ -31,7 +30,7 @@ from xfm_fast.finetuning.evaluation import Metrics, Row
 from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
 from xfm_fast.tasks.caption_metrics import caption_metrics
 from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.tokenizer import pre_caption
 
 
 class CaptionedImages(ImageOptions):
@@ -86,18 +85,10 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
     whose captions have the images' ids. Folders of images can be captioned too, and are not scored.
     """
 
-    options_type = CaptioningOptions
     metrics = ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "true_captions")
 
-    def __init__(
-        self,
-        options: CaptioningOptions,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-    ) -> None:
-        super().__init__(options, config, tokenizer, images=images)
+    def prepare(self) -> None:
+        options, config = self.options, self.config
         self.prompt = self.tokenizer.encode_prompt(options.prompt)
         least, longest = len(self.prompt) + 2, config.max_text_length
         for name, value in (("max_tokens", options.max_tokens), ("max_length", options.max_length)):

@@ -11,21 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from xfm_fast.checkpoint import write_bytes
 from xfm_fast.checkpoint.files import hold
 from xfm_fast.documents import parse_json
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.models.processor import evaluating
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.reranking import checksum
 from xfm_fast.training.distributed import Processes
 
 METRICS_FILE = "metrics.json"
@@ -83,13 +83,8 @@ class Evaluation:
         """
         if not records:
             raise DataError("the split holds no records; a metric needs at least one")
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), self.autocast():
-                metrics, files = task.evaluate(model, records, self)
-        finally:
-            model.train(training)
+        with evaluating(model), self.autocast():
+            metrics, files = task.evaluate(model, records, self)
 
         def save() -> Metrics:
             said = {"metrics": metrics, "records": len(records), "task": task.options.kind}
@@ -118,33 +113,22 @@ class Evaluation:
         identity = fingerprint(task, model, records, self.batch_size)
         with ExitStack() as alone:
             done = self.processes.from_first(lambda: self._begin(identity, alone))
-            return self._shared(task, model, records, batches, identity, done)
+            left = [number for number in range(len(batches)) if number not in done]
+            path = self.folder / f"rows-{self.processes.rank:05d}.jsonl"
 
-    def _shared(
-        self,
-        task: Judged,
-        model: XFM,
-        records: Sequence[Any],
-        batches: Sequence[Sequence[int]],
-        identity: str,
-        done: Container[int],
-    ) -> list[Row]:
-        left = [number for number in range(len(batches)) if number not in done]
-        path = self.folder / f"rows-{self.processes.rank:05d}.jsonl"
+            def work() -> None:
+                finished = 0
+                with _Journal(path, identity) as journal:
+                    for number in left[self.processes.rank :: self.processes.world_size]:
+                        rows = task.predict(model, [records[place] for place in batches[number]])
+                        journal.append(number, rows)
+                        finished += len(rows)
+                        self.progress(finished * self.processes.world_size, len(records))
 
-        def work() -> None:
-            finished = 0
-            with _Journal(path, identity) as journal:
-                for number in left[self.processes.rank :: self.processes.world_size]:
-                    rows = task.predict(model, [records[place] for place in batches[number]])
-                    journal.append(number, rows)
-                    finished += len(rows)
-                    self.progress(finished * self.processes.world_size, len(records))
-
-        self.processes.together(work)
-        if not self.processes.first:
-            return []
-        of_batch = self._read(identity)
+            self.processes.together(work)
+            if not self.processes.first:
+                return []
+            of_batch = self._read(identity)
         rows: list[Row] = [{} for _ in records]
         for number, places in enumerate(batches):
             for place, row in zip(places, of_batch[number], strict=True):
@@ -179,12 +163,6 @@ def fingerprint(task: Judged, model: XFM, records: Sequence[Any], batch_size: in
     for record in records:
         digest.update(record.model_dump_json().encode())
     return digest.hexdigest()
-
-
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
-    data = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(data.view(torch.uint8).numpy().data) if data.numel() else 0
 
 
 def _batches(groups: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, GroundingRecord
 from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform
 from xfm_fast.data.items import RegionItems, Regions
@@ -24,9 +23,9 @@ from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.data.transforms import picture_size
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, by_image, need
 from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes
-from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.tokenizer import pre_caption
 
 # Boxes of COCO reach past the edge by rounding, in pixels.
 _EDGE = 1.0
@@ -92,19 +91,11 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
     training takes those of `train`, and evaluation all others.
     """
 
-    options_type = GroundingOptions
     metrics = ("accuracy", "accuracy_val", "accuracy_testA", "accuracy_testB")
     losses = ("bbox_l1", "bbox_giou")
 
-    def __init__(
-        self,
-        options: GroundingOptions,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-    ) -> None:
-        super().__init__(options, config, tokenizer, images=images)
+    def prepare(self) -> None:
+        options, config, images = self.options, self.config, self.images
         if (regions := options.regions) is not None:
             values = regions.model_dump(exclude={"texts"})
             if regions.image_root is not None:
@@ -162,10 +153,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
 
     def groups(self, records: Sequence[GroundingRecord]) -> list[list[int]]:
         """The expressions of an image together, so that it is encoded once."""
-        of_image: dict[str, list[int]] = {}
-        for number, record in enumerate(records):
-            of_image.setdefault(record.image, []).append(number)
-        return [*of_image.values()]
+        return by_image(records)
 
     def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:
         """Rows of `bbox`: (x, y, w, h) in pixels of the image; `relative`: (cx, cy, w, h) as shares of its sides."""

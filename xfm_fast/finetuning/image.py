@@ -18,7 +18,6 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from xfm_fast.batches import TensorBatch
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, ImageLabelRecord, check_images
 from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform
 from xfm_fast.data.tables import Columns, image_rows
@@ -34,7 +33,6 @@ from xfm_fast.finetuning.classes import check_columns, class_names, class_number
 from xfm_fast.finetuning.evaluation import Metrics, Row
 from xfm_fast.finetuning.task import Task, TaskOptions, need
 from xfm_fast.tasks.classification import ClassificationModel, HeadKind
-from xfm_fast.tokenizer import CaptionTokenizer
 
 _TRAINED_SHARE = 0.8
 
@@ -112,20 +110,12 @@ class TorchvisionRecord(ImageLabelRecord):
 class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, LabelledImages]):
     """See `xfm_fast.tasks.classification`."""
 
-    options_type = ImageTaskOptions
     metrics = ("top1", "top5")
     reads_text = False
     large_lr = ("cls_head",)
 
-    def __init__(
-        self,
-        options: ImageTaskOptions,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-    ) -> None:
-        super().__init__(options, config, tokenizer, images=images)
+    def prepare(self) -> None:
+        options, config = self.options, self.config
         size, name = config.image_size, (options.dataset or "").lower()
         self._train_view: Callable[[Picture, np.random.Generator], Tensor] | None
         if options.view == "imagenet":

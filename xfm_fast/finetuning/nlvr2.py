@@ -55,7 +55,6 @@ class NLVR2Batch(PairInput):
 class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
     """See `xfm_fast.tasks.nlvr2`."""
 
-    options_type = NLVR2Options
     metrics = ("accuracy",)
     large_lr = ("cls_head",)
 

@@ -17,13 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xfm_fast.batches import PairBatch
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, RetrievalRecord, RetrievalTestRecord
 from xfm_fast.data.items import collate_pairs
 from xfm_fast.data.task_files import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
-from xfm_fast.errors import ConfigError, DataError, InputError
-from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row, checksum, fingerprint
+from xfm_fast.errors import DataError, InputError
+from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row, fingerprint
 from xfm_fast.finetuning.task import Task, TaskOptions, need
 from xfm_fast.memory import open_mapped
 from xfm_fast.models.xfm import XFM
@@ -37,12 +36,13 @@ from xfm_fast.tasks.reranking import (
     ScoreJournal,
     TextIndex,
     candidate_recall,
+    checksum,
     score_candidates,
     top_candidates,
 )
 from xfm_fast.tasks.retrieval import Retriever
 from xfm_fast.tasks.task_model import TaskModel
-from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.tokenizer import pre_caption
 
 T = TypeVar("T")
 
@@ -82,24 +82,11 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         ConfigError: `max_tokens` are more than the model numbers.
     """
 
-    options_type = RetrievalOptions
     metrics = ("r_mean", *(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")))
     losses = ("itc", "itm")
 
-    def __init__(
-        self,
-        options: RetrievalOptions,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-    ) -> None:
-        super().__init__(options, config, tokenizer, images=images)
-        if options.max_tokens > config.max_text_length:
-            raise ConfigError(
-                f"task.max_tokens={options.max_tokens} is more than the {config.max_text_length} positions of the "
-                "model; use fewer"
-            )
+    def prepare(self) -> None:
+        self.check_length(self.options.max_tokens)
 
     def build(self) -> TaskModel:
         return TaskModel(self.config, heads=("contrastive", "matching"))

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
 from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.data.annotations import AnnotationRows, overlap
@@ -34,9 +32,9 @@ from xfm_fast.training.loop import train
 from xfm_fast.training.metrics import LOG_FILE, read_log
 from xfm_fast.training.optimizer import WeightAverage
 from xfm_fast.training.recipe import override, position_after
+from xfm_fast.training.setup import autocast
 
 RECIPE_FILE = "recipe.json"
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ShowProgress = Callable[[str, int, int], None]
 """Called with a split, records done and records in all."""
 
@@ -244,8 +242,7 @@ class _EpochEnd:
 
         earlier = self.processes.from_first(before)
         if earlier is None or metrics[choose.by] > earlier:
-            files = dict(self.explained)
-            save_whole(judged, folder / "best", self.processes, files=files)
+            save_whole(judged, folder / "best", self.processes, files=self.explained)
         return {f"{choose.split}/{name}": value for name, value in metrics.items()}
 
 
@@ -253,12 +250,8 @@ def evaluation(
     recipe: FinetuneRecipe, folder: Path, processes: Processes, progress: Callable[[int, int], None]
 ) -> Evaluation:
     """The way in which a recipe evaluates."""
-    return Evaluation(
-        folder, processes, recipe.eval_batch_size, progress=progress,
-        autocast=lambda: torch.autocast(
-            processes.device.type, dtype=_AUTOCAST[recipe.precision], enabled=recipe.precision != "fp32"
-        ),
-    )  # fmt: skip
+    precision = partial(autocast, recipe, processes)
+    return Evaluation(folder, processes, recipe.eval_batch_size, autocast=precision, progress=progress)
 
 
 def evaluate(

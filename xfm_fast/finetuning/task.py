@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from xfm_fast.batches import TensorBatch
@@ -75,7 +74,6 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         DataError: the vocabulary is not the model's.
     """
 
-    options_type: ClassVar[type[TaskOptions]]
     reads_text: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of what `score` may give, by one of which a recipe chooses."""
@@ -95,6 +93,19 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
             tokenizer.check(config)
         self.options, self.config, self.images = options, config, images
         self._tokenizer = tokenizer
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Check the options against the model, and make what all items need; the end of the constructor."""
+
+    def check_length(self, max_tokens: int) -> None:
+        """Raise `ConfigError` unless the model can number so many tokens of a text."""
+        config = self.config
+        if max_tokens > config.max_text_length:
+            raise ConfigError(
+                f"task.max_tokens={max_tokens} exceeds the {config.max_text_length} tokens that "
+                f"model.max_positions={config.max_positions} can number; lower it"
+            )
 
     @property
     def tokenizer(self) -> CaptionTokenizer:
@@ -200,13 +211,7 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids `[B, L]`, padded to the longest, and the mask of the real ones."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = 1
-        return ids, mask
+        return self.tokenizer.pad(rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +227,14 @@ class PairInput(TensorBatch):
     image: Tensor
     input_ids: Tensor
     attention_mask: Tensor
+
+
+def by_image(records: Sequence[Any]) -> list[list[int]]:
+    """The numbers of the records of each image, so that it is encoded once."""
+    of_image: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        of_image.setdefault(record.image, []).append(number)
+    return [*of_image.values()]
 
 
 def need(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:

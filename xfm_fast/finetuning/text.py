@@ -15,15 +15,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from xfm_fast.batches import TensorBatch
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord
 from xfm_fast.data.tables import GLUE, text_rows
-from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.errors import DataError
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
 from xfm_fast.finetuning.task import Task, TaskOptions, need
 from xfm_fast.tasks.classification import ClassificationModel, correlations, f1_score, matthews_correlation
-from xfm_fast.tokenizer import CaptionTokenizer
 
 GlueName = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 _RESULT_FILES: Mapping[str, str] = {
@@ -111,24 +109,11 @@ AnyTextRecord = TextRecord | TextScoreRecord
 class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
     """See `xfm_fast.tasks.classification`. Texts are read as they are, not cleaned like captions."""
 
-    options_type = TextTaskOptions
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
     large_lr = ("cls_head",)
 
-    def __init__(
-        self,
-        options: TextTaskOptions,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-    ) -> None:
-        super().__init__(options, config, tokenizer, images=images)
-        if options.max_tokens > config.max_text_length:
-            raise ConfigError(
-                f"task.max_tokens={options.max_tokens} exceeds the {config.max_text_length} tokens that "
-                f"model.max_positions={config.max_positions} can number; lower it"
-            )
+    def prepare(self) -> None:
+        self.check_length(self.options.max_tokens)
 
     def build(self) -> ClassificationModel:
         return ClassificationModel(self.config, len(self.options.labels) or 1, modality="text")

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, VQARecord, read_answer_list, unlisted_answers
 from xfm_fast.data.task_files import vqa_rows
 from xfm_fast.data.transforms import mentions_side
@@ -25,7 +24,7 @@ from xfm_fast.models.decoder import DecoderMemory
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.vqa import VQAModel, exact_match, vqa_accuracy
-from xfm_fast.tokenizer import CaptionTokenizer, pre_question
+from xfm_fast.tokenizer import pre_question
 
 if TYPE_CHECKING:
     from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
@@ -101,20 +100,12 @@ class VQABatch(PairInput):
 class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
     """See `xfm_fast.tasks.vqa`."""
 
-    options_type = VQAOptions
     metrics = ("accuracy", "exact_match", "accuracy_yes_no", "accuracy_number", "accuracy_other")
     # A start from the fusion encoder leaves the decoder far from what it is to say; the official list is empty.
     large_lr = ("text_decoder",)
 
-    def __init__(
-        self,
-        options: VQAOptions,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-    ) -> None:
-        super().__init__(options, config, tokenizer, images=images)
+    def prepare(self) -> None:
+        options = self.options
         answers = options.answers or ()
         k = options.k if isinstance(options.k, int) else 1
         if not options.generate and k > len(answers):

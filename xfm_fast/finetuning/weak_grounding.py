@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.batches import PairBatch
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, RetrievalRecord, check_images
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.task_files import grounding_rows
@@ -24,10 +23,9 @@ from xfm_fast.errors import DataError, InputError
 from xfm_fast.finetuning.evaluation import Metrics, Row
 from xfm_fast.finetuning.grounding import GroundingTask, expressions_of, grounding_metrics
 from xfm_fast.finetuning.retrieval import Captioned, RetrievalOptions, RetrievalTask
-from xfm_fast.finetuning.task import Task, TaskOptions
+from xfm_fast.finetuning.task import Task, TaskOptions, by_image
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
 from xfm_fast.tasks.task_model import TaskModel
-from xfm_fast.tokenizer import CaptionTokenizer
 
 
 class WeakGroundingOptions(TaskOptions):
@@ -57,22 +55,13 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
     Detections name an image by its path, its file name or its number in COCO.
     """
 
-    options_type = WeakGroundingOptions
     metrics = GroundingTask.metrics
     takes_weights_of = ("retrieval",)
     losses = ("itc", "itm")
 
-    def __init__(
-        self,
-        options: WeakGroundingOptions,
-        config: XFMConfig,
-        tokenizer: CaptionTokenizer | None = None,
-        *,
-        images: Path = Path(),
-    ) -> None:
-        super().__init__(options, config, tokenizer, images=images)
-        values = options.model_dump(exclude={"kind", "layer"})
-        self._retrieval = RetrievalTask(RetrievalOptions(**values), config, tokenizer, images=images)
+    def prepare(self) -> None:
+        values = self.options.model_dump(exclude={"kind", "layer"})
+        self._retrieval = RetrievalTask(RetrievalOptions(**values), self.config, self.tokenizer, images=self.images)
 
     def build(self) -> TaskModel:
         return self._retrieval.build()
@@ -108,10 +97,7 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
 
     def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
         """The expressions of an image together, so that it is encoded once."""
-        of_image: dict[str, list[int]] = {}
-        for number, record in enumerate(records):
-            of_image.setdefault(record.image, []).append(number)
-        return [*of_image.values()]
+        return by_image(records)
 
     def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:
         """Rows of `bbox`: the detection that is chosen, (x, y, w, h) in pixels of the image."""

@@ -146,12 +146,20 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside the block; afterwards the model trains again if it did."""
-    training = model.training
+    """Without dropout and gradients inside the block; afterwards every part trains again that did."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True
+
+
+def pixel_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (cx, cy, w, h) relative to an image `[P, 4]` and sizes (width, height) in pixels `[P, 2]` → (x, y, w, h)
+    in pixels of the original image, whose aspect the square input did not keep: `[P, 4]`.
+    """
+    centre, sides = boxes[:, :2] * sizes, boxes[:, 2:] * sizes
+    return torch.cat([centre - sides / 2, sides], dim=1)

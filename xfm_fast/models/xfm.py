@@ -34,6 +34,7 @@ from xfm_fast.models.processor import (
     image_pixels,
     is_picture,
     open_image,
+    pixel_boxes,
     read_tokenizer,
     text_tokens,
 )
@@ -335,10 +336,7 @@ class XFM(nn.Module):
         with evaluating(self):
             boxes = [self.predict_boxes(fused) for fused in self._fuse_texts(picture, text, batch_size)]
         relative = torch.cat(boxes).float()
-        # The square that the model sees does not keep the aspect of the image.
-        size = relative.new_tensor(picture.size)
-        centre, sides = relative[:, :2] * size, relative[:, 2:] * size
-        found = torch.cat([centre - sides / 2, sides], dim=1)
+        found = pixel_boxes(relative, relative.new_tensor([picture.size]).expand(len(relative), 2))
         return found[0] if isinstance(text, str) else found
 
     def _fuse_texts(self, image: Picture, texts: str | Sequence[str], batch_size: int) -> Iterator[Tensor]:

@@ -12,10 +12,10 @@ import torch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, UnavailableError
-from xfm_fast.finetuning.evaluation import checksum
 from xfm_fast.finetuning.kinds import model_folder, task_of
 from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.reranking import checksum
 from xfm_fast.tokenizer import CaptionTokenizer
 
 Size = Literal["tiny", "base"]

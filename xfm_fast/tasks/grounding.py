@@ -15,8 +15,18 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
+from xfm_fast.models.processor import pixel_boxes
 from xfm_fast.objectives import box_giou_loss, box_l1_loss
 from xfm_fast.tasks.task_model import TaskModel
+
+__all__ = [
+    "GroundingLosses",
+    "GroundingModel",
+    "box_accuracy",
+    "grounding_accuracy",
+    "pixel_boxes",
+    "pixel_iou",
+]
 
 
 class GroundingLosses(NamedTuple):
@@ -74,14 +84,6 @@ class GroundingModel(TaskModel):
         """Training losses against `target` `[P, 4]`; captions of whole images (`is_image` `[P]`) do not count."""
         predicted = self.boxes(pixels, input_ids, attention_mask, image_index)
         return GroundingLosses(box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image))
-
-
-def pixel_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (cx, cy, w, h) relative to an image `[P, 4]` and sizes (width, height) in pixels `[P, 2]` → (x, y, w, h)
-    in pixels of the original image, whose aspect the square input did not keep: `[P, 4]`.
-    """
-    centre, sides = boxes[:, :2] * sizes, boxes[:, 2:] * sizes
-    return torch.cat([centre - sides / 2, sides], dim=1)
 
 
 def pixel_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from xfm_fast.data.files import unreadable
 from xfm_fast.documents import read_json
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
+from xfm_fast.models.processor import evaluating
 from xfm_fast.models.text import TransformerLayer
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
@@ -74,11 +75,10 @@ def cross_attention_heatmap(
     if "boxes" not in model.heads:
         model.require_head("matching")
     # The caller may be in inference mode, whose tensors take part in no gradient.
-    with torch.inference_mode(False), _evaluating(model):
+    with torch.inference_mode(False), evaluating(model):
         mask = inputs.check_tokens(input_ids, attention_mask, config)
-        with torch.no_grad():
-            memory = model.image_memory(model.encode_image(pixels))
-            text = model.encode_text(input_ids, mask)
+        memory = model.image_memory(model.encode_image(pixels))
+        text = model.encode_text(input_ids, mask)
         number = max(0, config.fusion_layers // 2 - 1) if layer is None else layer
         chosen = _chosen(mask, tokens, number, config.fusion_layers)
         with torch.enable_grad(), explicit_cross_attention(model, number) as recorded:
@@ -173,18 +173,6 @@ def _attend(
         ]
     )
     return attention.output(context.flatten(-2), x)
-
-
-@contextmanager
-def _evaluating(model: XFM) -> Iterator[None]:
-    """Evaluation mode for the time of a block; parts that were frozen in it by themselves stay so."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Tensor:

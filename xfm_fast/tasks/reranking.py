@@ -102,11 +102,11 @@ class ModelScorer:
         return flops.fusion(self.config, lengths, image_tokens, first_token_only=True, self_attended=True)
 
     def fingerprint(self) -> str:
-        checksum = 0
+        crc = 0
         for name, tensor in self.model.state_dict().items():
             if name.startswith(("fusion_encoder.roberta.encoder", "itm_head")):
-                checksum = _checksum(tensor, checksum)
-        return f"{checksum:08x}"
+                crc = checksum(tensor, crc)
+        return f"{crc:08x}"
 
 
 @dataclass(frozen=True)
@@ -374,11 +374,12 @@ def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candi
     digest = hashlib.sha256(scorer.fingerprint().encode())
     digest.update(f"{[*images.embeds.shape]} {images.embeds.dtype} {texts.tokens.dtype}".encode())
     for tensor in (images.features, texts.features, texts.tokens, texts.lengths, candidates.cu_pairs, candidates.texts):
-        digest.update(f"{_checksum(tensor):08x}".encode())
+        digest.update(f"{checksum(tensor):08x}".encode())
     return digest.hexdigest()
 
 
-def _checksum(tensor: Tensor, start: int = 0) -> int:
+def checksum(tensor: Tensor, start: int = 0) -> int:
+    """CRC-32 of a tensor's bytes, behind those that gave `start`."""
     data = tensor.detach().cpu().contiguous().flatten()
     return zlib.crc32(data.view(torch.uint8).numpy().data, start) if data.numel() else start
 

@@ -42,9 +42,8 @@ from xfm_fast.training.distributed import (
 from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Work, mean_by_name
 from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
 from xfm_fast.training.recipe import Recipe, Run, changes, position_after
-from xfm_fast.training.setup import build_model, image_codes, open_sources, tokenizer_file
+from xfm_fast.training.setup import autocast, build_model, image_codes, open_sources, tokenizer_file
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The official loss scale starts high and is capped at this.
 _LARGEST_LOSS_SCALE = 1024.0
 
@@ -149,9 +148,7 @@ def train(
         scaler = torch.amp.GradScaler(
             processes.device.type, init_scale=_LARGEST_LOSS_SCALE, enabled=recipe.precision == "fp16"
         )
-        precision = torch.autocast(
-            processes.device.type, dtype=_AUTOCAST[recipe.precision], enabled=recipe.precision != "fp32"
-        )
+        precision = autocast(recipe, processes)
         progress = Progress(model, optimizer, scaler, {} if average is None else average.state_dict())
         seed_everything(recipe.seed, processes.rank)
         if not resume and (found := sorted((folder / "checkpoints").glob("step-*"))):

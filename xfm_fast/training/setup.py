@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
@@ -26,7 +27,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training.distributed import Processes
-from xfm_fast.training.recipe import Recipe
+from xfm_fast.training.recipe import Recipe, Run
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
     ImageStream,
@@ -38,6 +39,13 @@ CODEBOOK_FILE = "image_codes.safetensors"
 # A vocabulary of a few thousand entries does not change with more, nor does a codebook.
 _TEXTS_TO_LEARN_FROM = 100_000
 _IMAGES_TO_LEARN_FROM = 2_000
+
+
+def autocast(recipe: Run, processes: Processes) -> torch.autocast:
+    """The precision of a run, as a context; entering it anew is allowed."""
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    enabled = recipe.precision != "fp32"
+    return torch.autocast(processes.device.type, dtype=kinds[recipe.precision], enabled=enabled)
 
 
 def build_model(recipe: Recipe) -> XFM:
