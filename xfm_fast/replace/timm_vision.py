@@ -15,6 +15,7 @@ from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
+from xfm_fast.replace.structure import Parts, called
 from xfm_fast.replace.swap import (
     Kinds,
     Rule,
@@ -25,7 +26,7 @@ from xfm_fast.replace.swap import (
     probability,
     why_not_bypassed,
 )
-from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, called, lacks_parameters, row_scale
+from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters, row_scale
 
 _NORMS = (nn.LayerNorm, LayerNorm)
 _MAYBE_DROP_PATH = (nn.Identity, DropPath)
