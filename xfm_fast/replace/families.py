@@ -82,13 +82,15 @@ class Family:
         weights_p: dropout of the attention weights: a module, or a number that holds in training.
         branch_p: dropout modules at the end of the branches; empty for none.
         scales: LayerScale of each branch.
-        drop_path: stochastic depth of both branches.
+        drop_paths: stochastic depth of each branch.
         bias: argument with a bias `[B, H, N, N]` that is added to the scaled products.
         rotary: argument with cosines and sines of rotary positions.
         chunks: attribute that makes the feed-forward run in chunks.
         joins: compute queries, keys and values in one product.
         pair: the layer returns its output and None.
         scores: makes an attention that knows more than a mask and a bias, of the layer and the call; None declines.
+        also_takes: further arguments, which scores understands.
+        windowed: attends within windows of an image; `window_block` has the form.
     """
 
     layer: str
@@ -103,7 +105,7 @@ class Family:
     weights_p: str
     branch_p: tuple[str, str] = ("", "")
     scales: tuple[str, str] = ("", "")
-    drop_path: str = ""
+    drop_paths: tuple[str, str] = ("", "")
     bias: str = ""
     rotary: str = ""
     chunks: str = ""
@@ -111,6 +113,7 @@ class Family:
     pair: bool = False
     scores: Callable[[Any, Mapping[str, Any]], Attend | None] | None = None
     also_takes: tuple[str, ...] = ()
+    windowed: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -200,8 +203,7 @@ class FamilyLayer(CalledByName):
         bypassed |= dict.fromkeys(family.linears, nn.Linear)
         bypassed |= dict.fromkeys(family.norms, (nn.LayerNorm, nn.Identity))
         bypassed |= dict.fromkeys(family.dropouts, (nn.Dropout, nn.Identity))
-        if family.drop_path:
-            bypassed[family.drop_path] = (nn.Identity, *own)
+        bypassed |= {name: (nn.Identity, *own) for name in family.drop_paths if name}
         named = super().adapted(original)
         returns_tuple = "output_attentions" in named["names"] or family.pair
         return {**named, "layer_family": family, "bypassed": bypassed, "returns_tuple": returns_tuple}
@@ -246,7 +248,11 @@ class FamilyLayer(CalledByName):
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects; rotary positions likewise."""
-        return _ORDERS[self.layer_family.order](self._parts(rotary), x, attend, settings)
+        return self.compute(self._parts(rotary), attend, x, settings)
+
+    def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:
+        """The parts in the order of the family."""
+        return _ORDERS[self.layer_family.order](parts, x, attend, settings)
 
     def _attention(self, call: Mapping[str, Any]) -> Attend | None:
         """The attention that a call asks for; None where the original has to be asked."""
@@ -269,7 +275,7 @@ class FamilyLayer(CalledByName):
         inner = [find(self, name) for name in mlp.inner]
         gelu = is_erf_gelu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
         plain = len(inner) == 1 and not mlp.halved and gelu
-        drop = partial(_row_scale, find(self, family.drop_path)) if family.drop_path else None
+        drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
         return Parts(
             norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
             qkv=(joined("qkv", layers),) if family.joins else tuple((each.weight, each.bias) for each in layers),  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
@@ -280,7 +286,7 @@ class FamilyLayer(CalledByName):
             fc2=find(self, mlp.outer),  # pyright: ignore[reportArgumentType]
             hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
             gammas=tuple(attrgetter(name)(self) if name else None for name in family.scales),  # pyright: ignore[reportArgumentType]
-            row_scales=() if drop is None else (drop, drop),
+            row_scales=drops if any(family.drop_paths) else (),
             attention_p=self._chance(family.weights_p),
             hidden_p=self._chance(mlp.dropout),
             branch_p=(self._chance(family.branch_p[0]), self._chance(family.branch_p[1])),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from xfm_fast.replace.disentangled import disentangled
 from xfm_fast.replace.encoder import Encoder, UnpaddedEncoder, is_encoder, register_encoder
 from xfm_fast.replace.families import Family, FamilyLayer, Mlp, family_of, register
 from xfm_fast.replace.swap import Rule, original_class
+from xfm_fast.replace.window_block import WindowLayer
 
 _FC = Mlp(("mlp.fc1",), "mlp.activation_fn", "mlp.fc2")
 _GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.act_fn", "mlp.down_proj")
@@ -107,6 +110,22 @@ TEXT = (
         bias="position_bias",
         chunks="chunk_size_feed_forward",
     ),
+    Family(
+        layer="deberta_v2.DebertaV2Layer",
+        order="behind sums",
+        attention="attention.self",
+        own="DebertaV2Attention DisentangledSelfAttention DebertaV2SelfOutput DebertaV2Intermediate DebertaV2Output",
+        qkv=_projections("attention.self", "query_proj key_proj value_proj"),
+        proj="attention.output.dense",
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        mlps=(_BERT_MLP,),
+        head_size="attention.self.attention_head_size",
+        weights_p="attention.self.dropout",
+        branch_p=("attention.output.dropout", "output.dropout"),
+        pair=True,
+        scores=disentangled,
+        also_takes=("relative_pos", "rel_embeddings"),
+    ),
 )
 
 
@@ -141,7 +160,7 @@ def _dino(layer: str, own: str, mlps: tuple[Mlp, ...], weights_p: str, rotary: s
         head_size="attention.head_dim",
         weights_p=weights_p,
         scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
-        drop_path="drop_path",
+        drop_paths=("drop_path", "drop_path"),
         rotary=rotary,
         joins=False,
     )
@@ -183,6 +202,37 @@ VISION = (
         weights_p="attention.attention_dropout",
         branch_p=("dropout", "dropout"),
         joins=False,
+    ),
+    Family(
+        layer="swin.SwinLayer",
+        order="before",
+        attention="attention",
+        own="SwinAttention SwinMLP SwinDropPath",
+        qkv=_projections("attention"),
+        proj="attention.o_proj",
+        norms=("layernorm_before", "layernorm_after"),
+        mlps=(_FC,),
+        head_size="attention.head_dim",
+        weights_p="attention.attention_dropout",
+        branch_p=("dropout", "dropout"),
+        drop_paths=("drop_path", ""),
+        joins=False,
+        windowed=True,
+    ),
+    Family(
+        layer="swinv2.Swinv2Layer",
+        order="behind branches",
+        attention="attention.self",
+        own="Swinv2Attention Swinv2SelfAttention Swinv2SelfOutput Swinv2Intermediate Swinv2Output Swinv2DropPath",
+        qkv=_projections("attention.self", "query key value"),
+        proj="attention.output.dense",
+        norms=("layernorm_before", "layernorm_after"),
+        mlps=(_BERT_MLP,),
+        head_size="attention.self.attention_head_size",
+        weights_p="attention.self.dropout",
+        branch_p=("attention.output.dropout", "output.dropout"),
+        drop_paths=("drop_path", "drop_path"),
+        windowed=True,
     ),
 )
 
@@ -248,11 +298,18 @@ register(*TEXT, *VISION)
 register_encoder(*ENCODERS)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return family_of(original_class(module)) is not None
+def _is_layer(module: nn.Module, windowed: bool = False) -> bool:
+    family = family_of(original_class(module))
+    return family is not None and family.windowed is windowed
 
 
 RULES: tuple[Rule, ...] = (
     Rule("UnpaddedEncoder", is_encoder, UnpaddedEncoder, "padding left out of all layers"),
     Rule("FamilyLayer", _is_layer, FamilyLayer, "products, activation, sums and norms fused"),
+    Rule(
+        "WindowLayer",
+        partial(_is_layer, windowed=True),
+        WindowLayer,
+        "windows in one gather, bias and mask kept; products fused",
+    ),
 )

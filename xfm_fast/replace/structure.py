@@ -42,6 +42,7 @@ class Parts(NamedTuple):
         branch_p: dropout at the end of each branch.
         adapt: what happens to queries and keys `[..., H, D]` (norms, rotation), if anything.
         inner_norms: before proj and before fc2; called, whatever they are.
+        windows: cuts an image up before the attention and puts it together behind it.
     """
 
     norms: tuple[nn.Module, nn.Module]
@@ -59,6 +60,10 @@ class Parts(NamedTuple):
     branch_p: tuple[float, float] = (0.0, 0.0)
     adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
+    windows: Any = None
+
+
+Order = Callable[[Parts, Tensor, Attend, Settings], Tensor]
 
 
 def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
@@ -109,8 +114,10 @@ def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> 
 
 def attended(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """Projections and attention of `[..., width]`, before the projection behind it."""
-    q, k, v = projected(parts, x, settings)
+    q, k, v = projected(parts, x if parts.windows is None else parts.windows.split(x), settings)
     context = attend(q, k, v, parts.attention_p, settings)
+    # Put together before the projection behind it, which spares that the filling and lets it add the residual.
+    context = context if parts.windows is None else parts.windows.merge(context)
     return context if parts.inner_norms[0] is None else called(parts.inner_norms[0], context)
 
 

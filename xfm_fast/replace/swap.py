@@ -287,6 +287,7 @@ _FAMILIES = (
     ("xfm_fast.replace.huggingface_families", "transformers"),
     ("xfm_fast.replace.huggingface_vision", "transformers"),
     ("xfm_fast.replace.timm_vision", "timm"),
+    ("xfm_fast.replace.open_clip_towers", "open_clip"),
     ("xfm_fast.replace.official", None),
     ("xfm_fast.replace.torch_modules", None),
 )

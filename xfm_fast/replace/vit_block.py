@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu.attention import biased_attention
-from xfm_fast.replace.structure import Parts, branch_types, pre_norm
+from xfm_fast.replace.structure import Order, Parts, branch_types, pre_norm
 from xfm_fast.replace.swap import Fused, Settings, find, why_not_bypassed
 
 
@@ -102,14 +102,16 @@ class PreNormBlock(Fused):
         """True if the fused computation applies to a tensor now."""
         return x.ndim == 3 and x.numel() > 0 and self.intact()
 
-    def compute(self, parts: Parts, x: Tensor, bias: Bias = None, *, causal: bool = False) -> Tensor:
+    def compute(
+        self, parts: Parts, x: Tensor, bias: Bias = None, *, causal: bool = False, order: Order = pre_norm
+    ) -> Tensor:
         """`[B, N, width]` → `[B, N, width]`; bias and causal as in `attention`."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
             return attention(q, k, v, parts.scale, bias, settings, dropout_p=dropout_p, causal=causal)
 
         with branch_types(self.settings, x.device) as settings:
-            return pre_norm(parts, x, attend, settings)
+            return order(parts, x, attend, settings)
 
     def is_erf_gelu(self, name: str) -> bool:
         """True if a part is the erf form of GELU, and may be computed around."""
