@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -106,8 +107,12 @@ PARTS = (
     "RelPosAttention",
     "SwinAttention",
     "Swinv2Attention",
-    "Mlp",
 )
+
+
+def quick(kinds: Iterable[str], *chosen: str) -> list[Any]:
+    """All kinds, of which the chosen ones run in the quick suite."""
+    return [kind if kind in chosen else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 def made(kind: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **options: Any) -> Any:
@@ -163,17 +168,9 @@ def test_forward_and_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
             assert_close({"output": wanted}, {"output": states(fast.eval(), batch)}, 1e-12)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_single_precision(kind: str, attention: str) -> None:
-    model, batch = made(kind, torch.float32, attention), given(kind, torch.float32)
-    fast = fused_copy(model, verify=batch)
-    assert_close(outcome(model, batch), outcome(fast, batch), 1e-5)
-
-
-@pytest.mark.parametrize("kind", TIMM)
-def test_single_precision_of_timm(kind: str) -> None:
-    model, batch = made(kind, torch.float32), given(kind, torch.float32)
+@pytest.mark.parametrize("kind", MODELS)
+def test_single_precision(kind: str) -> None:
+    model, batch = made(kind, torch.float32, "eager"), given(kind, torch.float32)
     fast = fused_copy(model, verify=batch)
     assert_close(outcome(model, batch), outcome(fast, batch), 1e-5)
 
@@ -191,10 +188,10 @@ DROPOUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", DROPOUTS)
+@pytest.mark.parametrize("kind", quick(DROPOUTS, "DINOv2", "Swin V2", "timm's vit_relpos", "timm's Swin"))
 def test_dropout_keeps_mean_and_spread(kind: str) -> None:
     model = made(kind, torch.float32, **DROPOUTS[kind])
-    fast, copies, moments = fused_copy(model), 384, []
+    fast, copies, moments = fused_copy(model), 256, []
     batch = {name: value[:1].expand(copies, *value.shape[1:]) for name, value in given(kind, torch.float32).items()}
     with torch.no_grad():
         for each in (model.train(), fast.train()):
@@ -232,7 +229,7 @@ def test_gradient_checkpointing(kind: str) -> None:
     assert_close(outcome(model, batch), outcome(fast, batch), 1e-12)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", quick(MODELS, "SigLIP 2", "DINOv3", "Swin V2", "timm's vit_srelpos", "timm's Swin"))
 def test_autocast_and_half_precision(kind: str) -> None:
     model, batch = made(kind, torch.float32), given(kind, torch.float32)
     fast = fused_copy(model)
