@@ -71,10 +71,15 @@ def store_heads(base, rows, stride, inside, a, b, DIM: tl.constexpr, D_A: tl.con
 
 
 @triton.jit
-def load_bias(pointers, inside, MASKED: tl.constexpr):
-    """A tile of the bias in fp32, -inf where it has no entry."""
+def load_bias(base, rows, stride, columns, left, MASKED: tl.constexpr):
+    """A tile of the bias in fp32, -inf where there is no key: of a row, `left` entries are left.
+
+    Rows are padded with -inf to a multiple of 16 entries, so that the mask leaves whole vectors.
+    """
+    pointers = base + (rows[:, None] * stride + columns[None, :])
     if MASKED:
-        tile = tl.load(pointers, mask=inside, other=float("-inf"))
+        padded = (left + 15) // 16 * 16
+        tile = tl.load(pointers, mask=(columns < padded)[None, :], other=float("-inf"))
     else:
         tile = tl.load(pointers)
     return tile.to(tl.float32)
@@ -103,16 +108,26 @@ def weights_of(scores, bias, row_lse, SCALE: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
+def add_product(acc, x, y, PRECISION: tl.constexpr):
+    """acc + x y, with a sum of its own.
+
+    Were it the accumulator of the product, the product would still be in flight when the next tile begins, and Hopper's
+    compiler would make every product wait for the one before.
+    """
+    return tl.fma(acc, tl.full(acc.shape, 1.0, tl.float32), tl.dot(x, y, input_precision=PRECISION))
+
+
+@triton.jit
 def forward_step(
     q_a, q_b, acc_a, acc_b, row_max, row_sum,
-    k_base, v_base, stride_kn, stride_vn, bias_pointers, mask_base, inside, seed, head, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, mask_base, inside, left, seed, head, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over one tile of keys. Scores stay unscaled; the scale is applied within the exponent."""
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_heads(k_base, columns, stride_kn, inside, DIM, D_A, D_B, MASKED)
-    bias = load_bias(bias_pointers, inside[None, :], MASKED) * (1.0 / SCALE)
+    bias = load_bias(bias_base, bias_rows, stride_bm, columns, left, MASKED) * (1.0 / SCALE)
     scores = tl.dot(q_a, tl.trans(k_a), bias, input_precision=PRECISION)
     if D_B > 0:
         scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=PRECISION)
@@ -163,7 +178,6 @@ def forward_kernel(
     k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8)
     v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8)
     bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
-    bias_rows = clamped[:, None] * stride_bm
     mask_base = mask_ptr + b * keys
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     token = b * queries + start
@@ -178,8 +192,8 @@ def forward_kernel(
     for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):
         acc_a, acc_b, row_max, row_sum = forward_step(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), mask_base + first,
-            columns, seed, h, token + rows, first + columns,
+            k_base, v_base, stride_kn, stride_vn, bias_base, clamped, stride_bm, mask_base + first, columns, BLOCK_N,
+            seed, h, token + rows, first + columns,
             SCALE, DIM, D_A, D_B, BLOCK_N, PRECISION, False, HAS_MASK, THRESHOLD,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
@@ -189,8 +203,8 @@ def forward_kernel(
         last = tl.arange(0, TAIL)
         acc_a, acc_b, row_max, row_sum = forward_step(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), mask_base + full,
-            last < keys - full, seed, h, token + rows, full + last,
+            k_base, v_base, stride_kn, stride_vn, bias_base, clamped, stride_bm, mask_base + full, last < keys - full,
+            keys - full, seed, h, token + rows, full + last,
             SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD,
         )  # fmt: skip
     rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
@@ -237,10 +251,10 @@ def statistics_kernel(
 @triton.jit
 def dkdv_step(
     k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
-    q_base, g_base, stride_qn, stride_gn, lse_base, delta_base, bias_pointers, inside, present,
+    q_base, g_base, stride_qn, stride_gn, lse_base, delta_base, bias_base, bias_rows, stride_bm, left, inside,
     seed, head, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
 
@@ -255,7 +269,7 @@ def dkdv_step(
     else:
         row_lse = tl.load(lse_base + rows)
         delta = tl.load(delta_base + rows)
-    bias = tl.trans(load_bias(bias_pointers, present[None, :], True))
+    bias = tl.trans(load_bias(bias_base, bias_rows, stride_bm, tl.arange(0, BLOCK_N), left, True))
     weights = weights_of(product(k_a, k_b, q_a, q_b, D_B, PRECISION), bias, row_lse[None, :], SCALE, PRECISION)
     g_a, g_b = load_heads(g_base, rows, stride_gn, inside, DIM, D_A, D_B, MASKED)
     dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
@@ -267,11 +281,11 @@ def dkdv_step(
         dweights = tl.where(keep, dweights * rescale, 0.0)
     dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
     kept = kept.to(q_a.dtype)
-    dv_a = tl.dot(kept, g_a, dv_a, input_precision=PRECISION)
-    dk_a = tl.dot(dscores, q_a, dk_a, input_precision=PRECISION)
+    dv_a = add_product(dv_a, kept, g_a, PRECISION)
+    dk_a = add_product(dk_a, dscores, q_a, PRECISION)
     if D_B > 0:
-        dv_b = tl.dot(kept, g_b, dv_b, input_precision=PRECISION)
-        dk_b = tl.dot(dscores, q_b, dk_b, input_precision=PRECISION)
+        dv_b = add_product(dv_b, kept, g_b, PRECISION)
+        dk_b = add_product(dk_b, dscores, q_b, PRECISION)
     return dk_a, dk_b, dv_a, dv_b
 
 
@@ -310,21 +324,19 @@ def dkdv_kernel(
     for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):
         dk_a, dk_b, dv_a, dv_b = dkdv_step(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            lse_base + first, delta_base + first, bias_base + (rows[:, None] * stride_bm + columns[None, :]),
-            rows, inside, seed, h, b * queries + first + rows, start + columns,
-            SCALE, DIM, D_A, D_B, BLOCK_M, PRECISION, False, THRESHOLD,
+            lse_base + first, delta_base + first, bias_base, rows, stride_bm, keys - start, rows, seed, h, b * queries + first + rows, start + columns,
+            SCALE, DIM, D_A, D_B, BLOCK_M, BLOCK_N, PRECISION, False, THRESHOLD,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
         g_base += BLOCK_M * stride_gn
         bias_base += BLOCK_M * stride_bm
     if TAIL > 0:
         last = tl.arange(0, TAIL)
-        bias_rows = tl.minimum(last, queries - 1 - full)[:, None] * stride_bm
+        bias_rows = tl.minimum(last, queries - 1 - full)
         dk_a, dk_b, dv_a, dv_b = dkdv_step(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            lse_base + full, delta_base + full, bias_base + (bias_rows + columns[None, :]),
-            last < queries - full, inside, seed, h, b * queries + full + last, start + columns,
-            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD,
+            lse_base + full, delta_base + full, bias_base, bias_rows, stride_bm, keys - start, last < queries - full, seed, h, b * queries + full + last, start + columns,
+            SCALE, DIM, D_A, D_B, TAIL, BLOCK_N, PRECISION, True, THRESHOLD,
         )  # fmt: skip
     dk_a = dk_a * SCALE
     dk_b = dk_b * SCALE
@@ -344,7 +356,7 @@ def dkdv_kernel(
 @triton.jit
 def dq_step(
     q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta,
-    k_base, v_base, stride_kn, stride_vn, bias_pointers, dbias_pointers, mask_base, inside, present,
+    k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, dbias_pointers, mask_base, inside, left, present,
     seed, head, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -353,7 +365,7 @@ def dq_step(
     """Gradient of a tile of queries from one tile of keys; it still lacks SCALE. `present`: queries that exist."""
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_heads(k_base, columns, stride_kn, inside, DIM, D_A, D_B, MASKED)
-    bias = load_bias(bias_pointers, inside[None, :], MASKED)
+    bias = load_bias(bias_base, bias_rows, stride_bm, columns, left, MASKED)
     if HAS_MASK:
         allowed = tl.load(mask_base + columns, mask=inside, other=0) if MASKED else tl.load(mask_base + columns)
         bias = tl.where((allowed != 0)[None, :], bias, float("-inf"))
@@ -369,9 +381,9 @@ def dq_step(
         kept = present[:, None] & inside[None, :] if MASKED else present[:, None]
         tl.store(dbias_pointers, wide.to(dbias_pointers.dtype.element_ty), mask=kept)
     dscores = wide.to(k_a.dtype)
-    dq_a = tl.dot(dscores, k_a, dq_a, input_precision=PRECISION)
+    dq_a = add_product(dq_a, dscores, k_a, PRECISION)
     if D_B > 0:
-        dq_b = tl.dot(dscores, k_b, dq_b, input_precision=PRECISION)
+        dq_b = add_product(dq_b, dscores, k_b, PRECISION)
     return dq_a, dq_b
 
 
@@ -379,7 +391,7 @@ def dq_step(
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, mask_ptr, seed_ptr, row_lse_ptr, delta_ptr, dq_ptr, dbias_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_gb, stride_gn, stride_gh, stride_bg, stride_bh, stride_bm, batch, heads, period, queries, keys,
+    stride_gb, stride_gn, stride_gh, stride_bg, stride_bh, stride_bm, stride_dm, batch, heads, period, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, STORE_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
@@ -403,9 +415,8 @@ def dq_kernel(
     k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8)
     v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8)
     bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
-    bias_rows = clamped[:, None] * stride_bm
-    dbias_base = dbias_ptr + statistics * keys
-    dbias_rows = rows[:, None] * keys
+    dbias_base = dbias_ptr + statistics * stride_dm
+    dbias_rows = rows[:, None] * stride_dm
     mask_base = mask_ptr + b * keys
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     token = b * queries + start
@@ -416,8 +427,8 @@ def dq_kernel(
     for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):
         dq_a, dq_b = dq_step(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base + (bias_rows + columns[None, :]), dbias_base + (dbias_rows + columns[None, :]),
-            mask_base + first, columns, inside, seed, h, token + rows, first + columns,
+            bias_base, clamped, stride_bm, dbias_base + (dbias_rows + columns[None, :]),
+            mask_base + first, columns, BLOCK_N, inside, seed, h, token + rows, first + columns,
             SCALE, DIM, D_A, D_B, BLOCK_N, PRECISION, False, HAS_MASK, THRESHOLD, STORE_BIAS,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
@@ -428,8 +439,8 @@ def dq_kernel(
         last = tl.arange(0, TAIL)
         dq_a, dq_b = dq_step(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base + (bias_rows + last[None, :]), dbias_base + (dbias_rows + last[None, :]),
-            mask_base + full, last < keys - full, inside, seed, h, token + rows, full + last,
+            bias_base, clamped, stride_bm, dbias_base + (dbias_rows + last[None, :]),
+            mask_base + full, last < keys - full, keys - full, inside, seed, h, token + rows, full + last,
             SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD, STORE_BIAS,
         )  # fmt: skip
     stride_dn = heads * DIM
@@ -441,7 +452,7 @@ def dq_kernel(
 def dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, mask_ptr, seed_ptr, row_lse_ptr, delta_ptr, dbias_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_gb, stride_gn, stride_gh, stride_bg, stride_bh, stride_bm, batch, heads, period, queries, keys,
+    stride_gb, stride_gn, stride_gh, stride_bg, stride_bh, stride_bm, stride_dm, batch, heads, period, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -465,7 +476,7 @@ def dbias_kernel(
     clamped_rows = tl.minimum(rows, queries - 1 - start_m)
     clamped_columns = tl.minimum(columns, keys - 1 - start_n)
     bias_base = bias_ptr + g * stride_bg + h * stride_bh + tl.cast(start_m, tl.int64) * stride_bm + start_n
-    bias = load_bias(bias_base + clamped_rows[:, None] * stride_bm + columns[None, :], present[None, :], True)
+    bias = load_bias(bias_base, clamped_rows, stride_bm, columns, keys - start_n, True)
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for entry in tl.range(part * share, tl.minimum(part * share + share, sharing), num_stages=STAGES):
@@ -493,7 +504,7 @@ def dbias_kernel(
             dweights = tl.where(keep, dweights * rescale, 0.0)
         acc += weights * (dweights - delta[:, None])
     place = ((part * tl.cast(period, tl.int64) + g) * heads + h) * queries + start_m
-    dbias = dbias_ptr + place * keys + start_n + (rows[:, None] * keys + columns[None, :])
+    dbias = dbias_ptr + place * stride_dm + start_n + (rows[:, None] * stride_dm + columns[None, :])
     kept = (rows < queries - start_m)[:, None] & present[None, :]
     tl.store(dbias, acc.to(dbias_ptr.dtype.element_ty), mask=kept)
 
@@ -585,7 +596,7 @@ def bias_attention_backward(
         dq, dk, dv in the type of q, and dbias `[G, H, Nq, Nk]` in the type of the bias, all contiguous.
     """
     checks.bias_arguments(q, k, v, bias, key_mask, dropout_p, seed)
-    (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
     q, k, v, dout, out = (_aligned(t) for t in (q, k, v, dout, out))
     make = torch.zeros if not q.numel() or not k.numel() else torch.empty
     dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
@@ -596,13 +607,14 @@ def bias_attention_backward(
     period = bias.shape[0]
     delta, row_lse = _statistics(out, dout, lse, dlse)
     inputs = (q, k, v, dout, bias, _bytes(key_mask, q), q if seed is None else seed, row_lse, delta)
-    sizes = (*_strides(q, k, v, dout), *bias.stride()[:3], batch, heads, period, queries, keys)
+    strides = (*_strides(q, k, v, dout), *bias.stride()[:3])
+    counts = (batch, heads, period, queries, keys)
     chance = (scale, key_mask, dropout_p, seed)
 
     constants, config = _constants("bias_dkdv", q, *chance)
     grid = (triton.cdiv(keys, config.tiles["BLOCK_N"]) * batch * heads,)
     dkdv_kernel[grid](
-        *inputs, dk, dv, *sizes, TAIL=tail_size(queries, config.tiles["BLOCK_M"]), **constants,
+        *inputs, dk, dv, *strides, *counts, TAIL=tail_size(queries, config.tiles["BLOCK_M"]), **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -610,7 +622,7 @@ def bias_attention_backward(
     constants, config = _constants("bias_dq", q, *chance)
     grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
     dq_kernel[grid](
-        *inputs, dq, dbias if alone else q, *sizes, STORE_BIAS=alone,
+        *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
         TAIL=tail_size(keys, config.tiles["BLOCK_N"]), **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -623,7 +635,7 @@ def bias_attention_backward(
     parts = bias_partials(batch // period, programs)
     partial = dbias if parts == 1 else torch.empty((parts, *dbias.shape), dtype=torch.float32, device=q.device)
     dbias_kernel[(programs, parts)](
-        *inputs, partial, *sizes, **constants, num_warps=config.num_warps, num_stages=config.num_stages
+        *inputs, partial, *strides, keys, *counts, **constants, num_warps=config.num_warps, num_stages=config.num_stages
     )
     return dq, dk, dv, dbias if parts == 1 else partial.sum(0).to(bias.dtype)
 
@@ -655,19 +667,18 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _bias_rows(bias: Tensor) -> Tensor:
-    """The bias itself if its rows are contiguous and begin where a load of 128 bits may, else a padded copy."""
-    outer = [stride for size, stride in zip(bias.shape[:3], bias.stride()[:3], strict=True) if size > 1]
-    aligned = all(stride % 16 == 0 for stride in outer) and bias.stride(2) * 256 < 2**31
-    if aligned and (bias.stride(3) == 1 or bias.shape[3] == 1):
+    """The bias itself if its rows are contiguous, of whole vectors and begin where one may, else a padded copy."""
+    sizes, strides = bias.shape, bias.stride()
+    aligned = all(stride % 16 == 0 for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1)
+    if aligned and strides[2] * 256 < 2**31 and strides[3] == 1 and sizes[3] % 16 == 0:
         return bias
-    # Two entries of one row are no copy of a matrix: what is expanded stays so.
-    shown = tuple(
-        slice(None) if stride or size == 1 else slice(1) for size, stride in zip(bias.shape, bias.stride(), strict=True)
-    )
-    small = bias[shown[:3]]
-    room = torch.empty((*small.shape[:3], triton.cdiv(bias.shape[3], 16) * 16), dtype=bias.dtype, device=bias.device)
-    copy = room[..., : bias.shape[3]].copy_(small)
-    return copy.expand(*bias.shape)
+    # What is expanded, as the heads of a mask, is copied once.
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in strides[:3])
+    small = bias[once]
+    padded = triton.cdiv(sizes[3], 16) * 16
+    room = torch.full((*small.shape[:3], padded), -torch.inf, dtype=bias.dtype, device=bias.device)
+    room[..., : sizes[3]] = small
+    return room.expand(*sizes[:3], padded)
 
 
 def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
