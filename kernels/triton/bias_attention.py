@@ -86,6 +86,16 @@ def load_bias(base, rows, stride, columns, left, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_transposed(base, rows, stride, columns, left):
+    """A tile of the bias as [keys, queries], in its own type.
+
+    Zeros where there is no key: what follows from them is not stored, and other zeros than -inf cost nothing.
+    """
+    padded = (left + 15) // 16 * 16
+    return tl.load(base + (rows[None, :] * stride + columns[:, None]), mask=(columns < padded)[:, None], other=0.0)
+
+
+@triton.jit
 def locate(tiles, batch, period):
     """(tile, batch entry, head) of a program. Neighbours share keys, values and gradients, then the bias."""
     entry = tl.program_id(0) // tiles % batch
@@ -251,10 +261,10 @@ def statistics_kernel(
 @triton.jit
 def dkdv_step(
     k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
-    q_base, g_base, stride_qn, stride_gn, lse_base, delta_base, bias_base, bias_rows, stride_bm, left, inside,
+    q_base, g_base, stride_qn, stride_gn, lse_base, delta_base, bias, inside,
     seed, head, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
 
@@ -269,8 +279,9 @@ def dkdv_step(
     else:
         row_lse = tl.load(lse_base + rows)
         delta = tl.load(delta_base + rows)
-    bias = tl.trans(load_bias(bias_base, bias_rows, stride_bm, tl.arange(0, BLOCK_N), left, True))
-    weights = weights_of(product(k_a, k_b, q_a, q_b, D_B, PRECISION), bias, row_lse[None, :], SCALE, PRECISION)
+    weights = weights_of(
+        product(k_a, k_b, q_a, q_b, D_B, PRECISION), bias.to(tl.float32), row_lse[None, :], SCALE, PRECISION
+    )
     g_a, g_b = load_heads(g_base, rows, stride_gn, inside, DIM, D_A, D_B, MASKED)
     dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
     kept = weights
@@ -321,22 +332,28 @@ def dkdv_kernel(
     dv_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
     rows = tl.arange(0, BLOCK_M)
     full = queries // BLOCK_M * BLOCK_M
+    # The compiler does not prefetch a tile that it has to transpose, so each is read one iteration ahead.
+    bias = load_transposed(bias_base, tl.minimum(rows, queries - 1), stride_bm, columns, keys - start)
     for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):
+        bias_base += BLOCK_M * stride_bm
+        ahead = tl.minimum(rows, queries - 1 - BLOCK_M - first)
+        following = load_transposed(bias_base, ahead, stride_bm, columns, keys - start)
         dk_a, dk_b, dv_a, dv_b = dkdv_step(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            lse_base + first, delta_base + first, bias_base, rows, stride_bm, keys - start, rows, seed, h, b * queries + first + rows, start + columns,
-            SCALE, DIM, D_A, D_B, BLOCK_M, BLOCK_N, PRECISION, False, THRESHOLD,
+            lse_base + first, delta_base + first, bias, rows, seed, h, b * queries + first + rows, start + columns,
+            SCALE, DIM, D_A, D_B, BLOCK_M, PRECISION, False, THRESHOLD,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
         g_base += BLOCK_M * stride_gn
-        bias_base += BLOCK_M * stride_bm
+        bias = following
     if TAIL > 0:
         last = tl.arange(0, TAIL)
-        bias_rows = tl.minimum(last, queries - 1 - full)
+        bias = load_transposed(bias_base, tl.minimum(last, queries - 1 - full), stride_bm, columns, keys - start)
         dk_a, dk_b, dv_a, dv_b = dkdv_step(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            lse_base + full, delta_base + full, bias_base, bias_rows, stride_bm, keys - start, last < queries - full, seed, h, b * queries + full + last, start + columns,
-            SCALE, DIM, D_A, D_B, TAIL, BLOCK_N, PRECISION, True, THRESHOLD,
+            lse_base + full, delta_base + full, bias, last < queries - full,
+            seed, h, b * queries + full + last, start + columns,
+            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD,
         )  # fmt: skip
     dk_a = dk_a * SCALE
     dk_b = dk_b * SCALE
