@@ -119,7 +119,7 @@ def weights_of(scores, bias, row_lse, SCALE: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def add_product(acc, x, y, PRECISION: tl.constexpr):
-    """acc + x y, with a sum of its own.
+    """A sum plus x y, the product with an accumulator of its own.
 
     Were it the accumulator of the product, the product would still be in flight when the next tile begins, and Hopper's
     compiler would make every product wait for the one before.
@@ -130,7 +130,8 @@ def add_product(acc, x, y, PRECISION: tl.constexpr):
 @triton.jit
 def forward_step(
     q_a, q_b, acc_a, acc_b, row_max, row_sum,
-    k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, mask_base, inside, left, seed, head, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, mask_base, inside, left,
+    seed, head, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -155,8 +156,7 @@ def forward_step(
         weights = tl.where(dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
     v_a, v_b = load_heads(v_base, columns, stride_vn, inside, DIM, D_A, D_B, MASKED)
     weights = weights.to(v_a.dtype)
-    # Were the sum the accumulator of this product, it would still be in flight when the next one reads its bias, and
-    # Hopper's compiler would make each product wait for the one before.
+    # As in `add_product`, with the sum shrunk on the way.
     acc_a = tl.fma(
         acc_a, tl.broadcast_to(shrink[:, None], acc_a.shape), tl.dot(weights, v_a, input_precision=PRECISION)
     )
@@ -373,8 +373,8 @@ def dkdv_kernel(
 @triton.jit
 def dq_step(
     q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta,
-    k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, dbias_pointers, mask_base, inside, left, present,
-    seed, head, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, dbias_pointers, mask_base, inside, left,
+    present, seed, head, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     STORE_BIAS: tl.constexpr,
