@@ -112,7 +112,7 @@ def bias_arguments(
     wanted = (heads, queries, keys)
     if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], wanted, strict=True)):
         raise InputError(
-            f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}], or have 1"
+            f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}] or have 1"
             " where it is the same for all"
         )
     if bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0]):
