@@ -7,7 +7,9 @@ share, and needs transformers.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ def register_attention(name: str = NAME) -> str:
         ) from None
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, padding_mask)
-    _register_data2vec(name)
+    _register_classes(name)
     return name
 
 
@@ -111,46 +113,47 @@ def _bias(
     return added.to(query.dtype) if wide else added
 
 
-@cache
-def _data2vec_attention(original: type[nn.Module]) -> type[nn.Module]:
-    """Data2Vec-Vision's attention, which is a class by the implementation's name and no function."""
-    plain: Any = original
+# Vision models whose attention is a class by the implementation's name and no function; later versions have no tables.
+_TABLES = {
+    "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
+    "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
+}
 
-    class FastData2VecVisionSelfAttention(plain):
-        def forward(
-            self,
-            hidden_states: Tensor,
-            output_attentions: bool = False,
-            relative_position_bias: Tensor | None = None,
-            interpolate_pos_encoding: bool = False,
-            resolution: tuple[int, int] | None = None,
-        ) -> Any:
-            biased = self.has_relative_position_bias or relative_position_bias is not None
-            if output_attentions or not biased:
-                return super().forward(
-                    hidden_states, output_attentions, relative_position_bias, interpolate_pos_encoding, resolution
-                )
-            bias = relative_position_bias
+
+def _register_classes(name: str) -> None:
+    for family, table in _TABLES.items():
+        try:
+            classes = getattr(import_module(family), table, None)
+        except ImportError:
+            continue
+        if classes is not None:
+            classes[name] = _with_bias_kernel(classes["sdpa"])
+
+
+@cache
+def _with_bias_kernel(original: type[nn.Module]) -> type[nn.Module]:
+    """BEiT's attention of older versions, which Data2Vec-Vision has too, with both biases in one kernel."""
+    plain: Any = original
+    signature = inspect.signature(plain.forward)
+
+    class BiasKernelAttention(plain):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(self, *args, **kwargs).arguments
+            shared = call.get("relative_position_bias")
+            asks = call.get("output_attentions") or call.get("head_mask") is not None
+            if asks or not (self.has_relative_position_bias or shared is not None):
+                return super().forward(*args, **kwargs)
+            states, bias = call["hidden_states"], shared
             if self.has_relative_position_bias:
-                assert resolution is not None
-                window = tuple(side // self.config.patch_size for side in resolution)
-                own = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
+                window = tuple(side // self.config.patch_size for side in call["resolution"])
+                interpolated = call.get("interpolate_pos_encoding", False)
+                own = self.relative_position_bias(window, interpolated, dim_size=states.shape[1])
                 bias = own if bias is None else own + bias
+            assert bias is not None
             shape = (self.num_attention_heads, self.attention_head_size)
-            q, k, v = (part(hidden_states).unflatten(-1, shape) for part in (self.query, self.key, self.value))
-            bias = bias[None] if bias is not None and bias.ndim == 3 else bias
+            q, k, v = (part(states).unflatten(-1, shape) for part in (self.query, self.key, self.value))
             dropout = self.dropout.p if self.training else 0.0
+            bias = bias[None] if bias.ndim == 3 else bias
             return (ops.bias_attention(q, k, v, bias, None, dropout).flatten(2),)
 
-    return FastData2VecVisionSelfAttention
-
-
-def _register_data2vec(name: str) -> None:
-    try:
-        from transformers.models.data2vec import modeling_data2vec_vision as family
-    except ImportError:
-        return
-    # Later versions ask the common table, and have no table of their own.
-    classes = getattr(family, "DATA2VEC_VISION_SELF_ATTENTION_CLASSES", None)
-    if classes is not None:
-        classes[name] = _data2vec_attention(classes["sdpa"])
+    return BiasKernelAttention
