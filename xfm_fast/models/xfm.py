@@ -148,10 +148,46 @@ class XFM(nn.Module):
         what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
         vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, config)
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
+        checkpoint.refuse_relative(state, what)
         ours, report = checkpoint.to_ours(state, config)
         heads = tuple(heads)
         model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype)
         model.load_report, model.tokenizer = report, vocabulary
+        return model
+
+    @classmethod
+    def from_x2vlm(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        image_size: int | None = None,
+        text_heads: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: CaptionTokenizer | str | Path | None = None,
+    ) -> Self:
+        """Load a checkpoint of X²-VLM or of CCLM-X²-VLM, which compute what this model computes, in other names.
+
+        The sizes and the heads are those of the weights. Masked image modelling, which X²-VLM does not do, starts from
+        a zero token; language layers have no vocabulary head there, and none here.
+
+        Args:
+            source: as for `from_official`.
+            image_size: in pixels; by default that of the weights.
+            text_heads: attention heads of language and fusion; by default one for each 64 columns.
+            dtype: of the parameters.
+            tokenizer: a folder with BERT's `vocab.txt`, or a `tokenizer.json` (of XLM-R for CCLM).
+
+        Raises:
+            DataError: the tokenizer cannot be read, or belongs to another model.
+            CheckpointError: the file cannot be read, is of another model (X-VLM, ALBEF and BLIP look at images in other
+                ways, and the error says in which), of a task without a counterpart here, or incomplete.
+        """
+        what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
+        state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
+        found = checkpoint.read_x2vlm(state, what=what, image_size=image_size, text_heads=text_heads)
+        vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, found.config)
+        model = cls._loaded(found.config, checkpoint.heads_in(found.state), found.state, what, dtype)
+        model.load_report, model.tokenizer = found.report, vocabulary
         return model
 
     @classmethod
