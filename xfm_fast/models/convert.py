@@ -17,6 +17,8 @@ from xfm_fast.checkpoint.names import TABLE, fit_table, our_name
 from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.models.hub import PREPROCESSOR_FILE
+from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import ALL_ENCODERS, ALL_HEADS, XFM, Encoder, Head
 
 _SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
@@ -56,7 +58,8 @@ def to_xfm_folder(
         raise InputError(f"destination {destination} is a file name; our form is a folder: name one")
     found = _read(source, config, image_size)
     unused = found.unused if keep_unused else None
-    checkpoint.save_pretrained(found.state, found.config, destination, unused=unused)
+    files = {PREPROCESSOR_FILE: preprocessor_json(found.config)}
+    checkpoint.save_pretrained(found.state, found.config, destination, unused=unused, files=files)
     if found.unused and not keep_unused:
         found.report.append(f"dropped: {_listed(list(found.unused))}")
     found.report.append(f"wrote {destination}: {_amount(found.state)} at {found.config.image_size} pixels")
