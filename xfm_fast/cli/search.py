@@ -89,8 +89,8 @@ def index(
     torchrun --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
 
     Args:
-        collection: Folder of images; CSV, JSON or JSON lines with image and, if known, caption; JSON lines with binary
-            and desc; WebDataset shard.
+        collection: Folder of images, with captions beside them or in captions.csv; CSV, JSON or JSON lines with image
+            and, if known, caption; JSON lines with binary and desc; WebDataset shard.
     """
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from xfm_fast.checkpoint import write_bytes, write_files
+from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.errors import DataError, StorageError
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search.collection import Collection, Entry, open_collection
 from xfm_fast.search.model import ModelSource, SearchModel
 from xfm_fast.training.distributed import Processes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
 # Images whose features a killed run may lose.
 _PART = 256
@@ -146,14 +146,14 @@ def _read(folder: Path) -> SearchIndex:
             )
         lines = (folder / said["entries"]).read_text(encoding="utf-8").splitlines()
         count, width = int(said["images"]), int(said["width"])
-        entries = [Entry(**json.loads(line)) for line in lines]
+        entries = [_entry(json.loads(line)) for line in lines]
         features: np.ndarray = np.empty((0, width), np.float32)
         if count:
             features = np.memmap(folder / said["features"], np.float32, "r", shape=(count, width)).view(np.ndarray)
         if len(entries) != count or (folder / said["features"]).stat().st_size != 4 * count * width:
             raise ValueError(f"{len(entries)} entries for {count} images")
         return SearchIndex(
-            folder, entries, features, dict(said["faults"]), [Entry(**each) for each in said["broken"]],
+            folder, entries, features, dict(said["faults"]), [_entry(each) for each in said["broken"]],
             ModelSource(**said["model"]), str(said["fingerprint"]), _beside(folder, said["path"]),
             None if said["picture_folder"] is None else _beside(folder, said["picture_folder"]),
         )  # fmt: skip
@@ -261,8 +261,8 @@ def _embed(
 
     def load(entry: Entry) -> tuple[Entry, Tensor | str]:
         try:
-            image, caption = collection.load(entry)
-            return replace(entry, caption=caption), transform(image)
+            image, captions = collection.load(entry)
+            return replace(entry, captions=captions), transform(image)
         except DataError as error:
             return entry, str(error)
 
@@ -332,7 +332,7 @@ def _parts(folder: Path, model: SearchModel) -> list[_Part]:
                 continue
             faults = [line.pop("fault") for line in lines]
             features = np.fromfile(path.with_suffix(".f32"), np.float32).reshape(-1, width)
-            part = _Part([Entry(**line) for line in lines], features, faults)
+            part = _Part([_entry(line) for line in lines], features, faults)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # A part that is damaged is made again.
             continue
@@ -378,7 +378,7 @@ def _assemble(
             broken.append(entry)
             reasons[entry.name] = told.get(entry.name, "it could not be read")
         else:
-            kept.append(replace(entry, caption=entry.caption or known.caption))
+            kept.append(replace(entry, captions=entry.captions or (known.captions if entry.row is not None else ())))
             features.append(feature)
     if not kept:
         name, reason = next(iter(reasons.items()))
@@ -451,6 +451,10 @@ def _locked(folder: Path, processes: Processes) -> Iterator[None]:
 def _lines(values: Sequence[Mapping[str, Any]]) -> bytes:
     # ASCII, for names need not be Unicode, and some characters of captions end a line.
     return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def _entry(values: Mapping[str, Any]) -> Entry:
+    return Entry(**{**values, "captions": tuple(values["captions"])})
 
 
 def _absolute(source: ModelSource) -> ModelSource:

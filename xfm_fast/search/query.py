@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xfm_fast.data.collection import Entry, upright
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.models.processor import batches, text_tokens
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search.collection import Entry, upright
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.model import SearchModel
 
