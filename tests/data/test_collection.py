@@ -175,7 +175,8 @@ def test_one_convention_everywhere(form: str, tmp_path: Path) -> None:
     assert len(records) == 2
     rng = np.random.default_rng(0)
     for number in range(2):
-        record = (lambda rows, row: rows.read(row))(*records.locate(number))
+        rows, row = records.locate(number)
+        record = rows.read(row)
         assert torch.equal(record_pixels(record, ImageOptions(), rng), pixels[number])
         said = record["desc"]
         assert [said] if isinstance(said, str) else said == [["a red circle"], ["a blue star", "a star"]][number]

@@ -415,11 +415,10 @@ class PairRows:
     def __init__(self, path: Path, *, image_key: str, caption_key: str) -> None:
         self.name = str(path)
         self._keys = image_key, caption_key
-        if path.is_dir() and (table := caption_table(path)) is None:
+        table = caption_table(path) if path.is_dir() else path
+        if table is None:
             elements, folder = read_caption_folder(path), path
         else:
-            table = path if not path.is_dir() else table
-            assert table is not None
             names = {IMAGE_COLUMN: IMAGE_COLUMN, CAPTION_COLUMN: CAPTION_COLUMN}
             elements, folder = read_table(table, names), table.parent
         self._rows = _by_image(elements, folder)
