@@ -325,7 +325,7 @@ def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int])
     """Photographs and captions to compare on, and a note for the user (empty when there is nothing to say).
 
     Args:
-        data: a folder of images with captions; by default the bundled photographs, and generated images where those
+        data: images with captions; by default the bundled photographs, and generated images where those
             are not installed.
         sizes: of the axes that the export fixes.
     """
@@ -334,7 +334,7 @@ def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int])
 
     longest = sizes.get("length", LONGEST)
     if data is not None:
-        return _examples(photographs.from_folder(data, most=_PHOTOS), subject, longest), ""
+        return _examples(photographs.from_files(data, most=_PHOTOS), subject, longest), ""
     try:
         collection = photographs.bundled()
     except DataError as error:
