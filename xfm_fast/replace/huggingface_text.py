@@ -61,10 +61,14 @@ _MODELS = {
     "xlm_roberta": "XLMRobertaModel",
 }
 _EMBEDDINGS = {
+    "albert": "AlbertEmbeddings",
     "bert": "BertEmbeddings",
     "blip": "BlipTextEmbeddings",
     "camembert": "CamembertEmbeddings",
     "data2vec": "Data2VecTextEmbeddings Data2VecTextForTextEmbeddings",
+    "distilbert": "Embeddings",
+    "electra": "ElectraEmbeddings",
+    "mpnet": "MPNetEmbeddings",
     "roberta": "RobertaEmbeddings",
     "xlm_roberta": "XLMRobertaEmbeddings",
 }
@@ -80,6 +84,7 @@ _HEADS = {
     "blip": "BlipTextLMPredictionHead",
     "camembert": "CamembertLMHead",
     "data2vec": "Data2VecTextLMHead",
+    "mpnet": "MPNetLMHead",
     "roberta": "RobertaLMHead",
     "xlm_roberta": "XLMRobertaLMHead",
 }
