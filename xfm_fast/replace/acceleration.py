@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.backend import Backend, resolve
+from xfm_fast.replace import adapters
 from xfm_fast.replace.swap import (
     BANDS,
     Fused,
@@ -135,6 +136,9 @@ class Entry:
 class Report:
     """The modules of a model that were recognised: what was replaced, what was not and why. Printing it gives a table.
 
+    The table is of the moment: a module whose parts were exchanged or observed since (by adapters, quantisation, hooks)
+    is shown with the reason why its original runs.
+
     Attributes:
         entries: in the order of `model.named_modules()`.
         differences: largest difference of each output that `verify` compared, relative to the output's largest value.
@@ -153,6 +157,16 @@ class Report:
         """Recognised and not replaced."""
         return [entry for entry in self.entries if entry.reason is not None]
 
+    @property
+    def declining(self) -> dict[str, str]:
+        """Replaced modules whose original runs just now, by path, and why."""
+        found = {}
+        for entry, module in zip(self.replaced, self._modules, strict=False):
+            reason = module.declines() if isinstance(module, Fused) else "it was reverted"
+            if reason is not None:
+                found[entry.path] = reason
+        return found
+
     def revert(self) -> None:
         """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm.
 
@@ -164,19 +178,27 @@ class Report:
 
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "why, or what it saves")]
-        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        declining = self.declining
         for entry in self.entries:
-            kind = (entry.class_name, entry.fused, entry.gain, entry.reason or "")
-            groups.setdefault(kind, []).append(entry.path)
-        for (class_name, fused, gain, reason), paths in groups.items():
+            fate, why = entry.fused, entry.gain
+            if entry.reason is not None:
+                fate, why = "left alone", entry.reason
+            elif entry.path in declining:
+                fate, why = "runs its original", declining[entry.path]
+            groups.setdefault((entry.class_name, fate, why), []).append(entry.path)
+        for (class_name, fate, why), paths in groups.items():
             place = paths[0] or "(the model)"
             if len(paths) > 1:
                 place += f" and {len(paths) - 1} alike"
-            rows.append((place, class_name, "left alone" if reason else fused, reason or gain))
+            rows.append((place, class_name, fate, why))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
+        if declining:
+            lines[-1] += f"; {len(declining)} of those replaced run their original at present"
+        lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
         return "\n".join(lines)
 

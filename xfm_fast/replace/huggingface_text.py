@@ -16,6 +16,7 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, on_host
+from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.bert_layer import (
     FusedEmbeddings,
     Packed,
@@ -190,11 +191,11 @@ class FusedLayer(CalledByName):
             expected[f"{branch}.output"] = kinds("SelfOutput")
             expected[f"{branch}.self.dropout"] = (nn.Dropout,)
             for name in ("query", "key", "value"):
-                expected[f"{branch}.self.{name}"] = (nn.Linear,)
+                expected[f"{branch}.self.{name}"] = (nn.Linear, Adaptable)
         expected["output"] = kinds("Output")
-        expected["intermediate.dense"] = (nn.Linear,)
+        expected["intermediate.dense"] = (nn.Linear, Adaptable)
         for end in ("attention.output", "crossattention.output", "output"):
-            expected |= {f"{end}.dense": (nn.Linear,), f"{end}.LayerNorm": (nn.LayerNorm,)}
+            expected |= {f"{end}.dense": (nn.Linear, Adaptable), f"{end}.LayerNorm": (nn.LayerNorm,)}
             expected[f"{end}.dropout"] = (nn.Dropout,)
         named = super().adapted(original)
         return {**named, "bypassed": expected, "returns_tuple": "output_attentions" in named["names"]}
@@ -290,6 +291,11 @@ class UnpaddedModel(CalledByName):
         if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
             return "a causal decoder keeps its padding"
         return None
+
+    def declines(self) -> str | None:
+        layers = [layer for layer in cast(Any, self).encoder.layer if isinstance(layer, FusedLayer)]
+        reasons = [reason for layer in layers if (reason := layer.declines()) is not None]
+        return f"padding is computed, since of a layer {reasons[0]}" if reasons else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
