@@ -15,6 +15,10 @@ from torch.utils import _pytree as pytree
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.replace import adapters
+from xfm_fast.replace.frozen import FrozenLinear
+from xfm_fast.replace.frozen import check as check_freezable
+from xfm_fast.replace.frozen import freeze as freeze_weights
+from xfm_fast.replace.packed_weight import place_of
 from xfm_fast.replace.swap import (
     BANDS,
     Fused,
@@ -42,6 +46,7 @@ def accelerate(
     exclude: Selection | None = None,
     unpad: bool = False,
     skip_logits: bool = False,
+    freeze: bool = False,
     verify: Any = None,
 ) -> Report:
     """Make the modules of a live model fast, in place and on this instance only.
@@ -64,6 +69,9 @@ def accelerate(
             where the original leaves values without meaning.
         skip_logits: masked-language heads in training mode return `logits=None` when they are given labels, so that
             only the labelled positions meet the vocabulary. By default logits are returned as ever.
+        freeze: for inference on a CPU: lay the weights of text layers out for the library that is fastest here, in the
+            place of the parameters instead of beside them. No parameter then takes gradients, state dicts are as ever,
+            and `revert` restores every bit.
         verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor) that the model is
             run on before and after, in evaluation mode.
 
@@ -84,12 +92,18 @@ def accelerate(
     if include is not None:
         chosen = _under(chosen, include, "include")
     chosen = {path: module for path, module in chosen.items() if path not in excluded}
+    if freeze:
+        check_freezable(model, settings)
     before = None if verify is None else _outputs(model, verify)
-    undo = [(module, fused_form(module), module.settings) for module in model.modules() if isinstance(module, Fused)]
-    for module, _, _ in undo:
+    former = [module for module in model.modules() if isinstance(module, Fused)]
+    undo = [(module, fused_form(module), module.settings) for module in former if not isinstance(module, FrozenLinear)]
+    frozen = next((module.settings for module in former if isinstance(module, FrozenLinear)), None)
+    for module in former:
         restore(module)
     try:
         report = _replace(model, chosen, settings)
+        if freeze:
+            report.freeze(model, settings)
         if before is not None:
             after = _outputs(model, verify)
             report.differences.update(_compared(before, after, verify, dtype))
@@ -97,8 +111,10 @@ def accelerate(
         for module in model.modules():
             if is_fused(module):
                 restore(module)
-        for module, form, former in undo:
-            swap(module, form, former)
+        for module, form, its_settings in undo:
+            swap(module, form, its_settings)
+        if frozen is not None:
+            freeze_weights(model, [module for module, _, _ in undo if isinstance(module, Fused)], frozen)
         raise
     return report
 
@@ -147,6 +163,7 @@ class Report:
     entries: list[Entry]
     differences: dict[str, float] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
+    _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
 
     @property
     def replaced(self) -> list[Entry]:
@@ -172,9 +189,24 @@ class Report:
 
         No other thread may use the model meanwhile.
         """
-        for module in self._modules:
+        for module in (*self._modules, *self._frozen):
             if is_fused(module):
                 restore(module)
+
+    def freeze(self, model: nn.Module, settings: Settings) -> None:
+        """Pack the weights of the replaced modules in place."""
+        self._frozen = freeze_weights(model, [m for m in self._modules if isinstance(m, Fused)], settings)
+        if not self._frozen:
+            raise InputError(
+                "freeze=True finds no weight to lay out: it knows the layers of BERT-like text models with linear "
+                "layers of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
+            )
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the weights that lie packed in place of parameters."""
+        packs = {id(pack): pack for pack, _ in map(place_of, filter(is_fused, self._frozen))}
+        return sum(pack.nbytes for pack in packs.values())
 
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "why, or what it saves")]
@@ -198,6 +230,8 @@ class Report:
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
         if declining:
             lines[-1] += f"; {len(declining)} of those replaced run their original at present"
+        if frozen := self.frozen_bytes:
+            lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside")
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
         return "\n".join(lines)

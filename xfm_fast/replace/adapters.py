@@ -68,6 +68,8 @@ def base_layer(layer: nn.Module) -> Any:
 def why_not(layer: Any) -> str | None:
     """The reason why adapters of a layer have to be called; None if what they do is known."""
     base = layer.base_layer
+    if "weight" not in base._parameters:
+        return "adapts a frozen layer; accelerate again without freeze=True"
     if type(base) is not nn.Linear:
         return f"adapts a {type(base).__name__}"
     if getattr(layer, "fan_in_fan_out", False):

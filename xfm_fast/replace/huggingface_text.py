@@ -168,6 +168,10 @@ def is_of(table: dict[str, str], module: nn.Module) -> bool:
 class FusedLayer(CalledByName):
     """A whole layer: one product for query, key and value, and each branch's end in one pass with its norm."""
 
+    joint: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        ("crossattention.self.key", "crossattention.self.value"),
+    )
     returns_tuple: ClassVar[bool] = False
     _understood: ClassVar[set[str]] = {
         "hidden_states",
