@@ -199,9 +199,11 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
         The packing, and whether the memory's mask hides nothing. None where a text has no token at all: what softmax
         makes of nothing is the original's own business.
     """
+    mask = mask.bool()
+    if torch.compiler.is_compiling():
+        return _traced_plan(mask, keep_first), memory_mask is None
     if not mask.numel():
         return None
-    mask = mask.bool()
     kept = mask.clone() if keep_first else mask
     if keep_first:
         kept[:, 0] = True
@@ -222,6 +224,23 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
         positions=places, cu_seqlens=offsets(lengths), shape=shape, key_mask=key_mask, max_seqlen=int(longest)
     )
     return packing, bool(whole_memory)
+
+
+def _traced_plan(mask: Tensor, keep_first: bool) -> Packing:
+    """The packing in a graph, where no value may decide what is computed: only the number of kept tokens is read.
+
+    The first token of a text, kept as a query where it is padding, attends to the real ones; in a text without any, to
+    nothing, which leaves zeros.
+    """
+    kept = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
+    places = kept.flatten().nonzero().flatten()
+    return Packing(
+        positions=places,
+        cu_seqlens=offsets(kept.sum(1)),
+        shape=(mask.shape[0], mask.shape[1]),
+        key_mask=mask.flatten().index_select(0, places) if keep_first else None,
+        max_seqlen=mask.shape[1],
+    )
 
 
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
