@@ -184,7 +184,7 @@ def compile_rows(
     forms = list(forms)
     tasks = [Task.of(f.spec.request(f.variant, f.dtype, f.arch, f.config), f.arch) for f in forms]
     figures = compile_all(tasks, jobs=jobs, cache_dir=cache_dir, progress=progress)
-    return [_row(form, figures[task.key]) for form, task in zip(forms, tasks, strict=True)]
+    return [_row(form, figures[task.figures_key]) for form, task in zip(forms, tasks, strict=True)]
 
 
 def describe(config: LaunchConfig) -> str:
