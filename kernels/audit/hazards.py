@@ -1,4 +1,4 @@
-"""Faults that show in machine code without running it: tiles that go through registers, writes that no barrier covers."""
+"""Faults that machine code shows: products that run one by one, tiles staged in registers, writes without a barrier."""
 
 from __future__ import annotations
 

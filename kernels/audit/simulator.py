@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .cards import Card
-from .sass import Instruction, Loop, MachineCode
+from .sass import Instruction, MachineCode
 
 PARTITIONS = 4
 # The first of these iterations fills the pipes; the others are what every further one costs.
@@ -31,11 +31,14 @@ _MEMORY_QUEUE = 16
 TENSOR, MEMORY, SHARED = "tensor cores", "memory pipe", "shared memory"
 
 _ALU = frozenset(
-    "IADD3 LOP3 SHF FMNMX FSETP ISETP SEL FSEL PRMT LEA IMNMX VIADD VIMNMX PLOP3 P2R R2P BMSK SGXT VIADDMNMX F2FP MOV"
-    " FCHK VOTE FMNMX3 HMNMX2 HSETP2 CS2R IABS VIMNMX3 F2FP".split()
-)
-_FMA = frozenset("FFMA FADD FMUL FSWZADD HFMA2 HADD2 HMUL2 FFMA2 FADD2 FMUL2".split())
-_SPECIAL = frozenset("MUFU I2F F2I I2FP F2F POPC FLO FRND".split())
+    (
+        "BMSK", "CS2R", "F2FP", "FCHK", "FMNMX", "FMNMX3", "FSEL", "FSETP", "HMNMX2", "HSETP2", "IABS", "IADD3",
+        "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VIADD",
+        "VIADDMNMX", "VIMNMX", "VIMNMX3", "VOTE",
+    )
+)  # fmt: skip
+_FMA = frozenset(["FFMA", "FADD", "FMUL", "FSWZADD", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FADD2", "FMUL2"])
+_SPECIAL = frozenset(["MUFU", "I2F", "F2I", "I2FP", "F2F", "POPC", "FLO", "FRND"])
 _UNIFORM = re.compile(r"U[A-Z0-9]+|R2UR|S2UR")
 _SHARED_ACCESS = frozenset(("LDS", "LDSM", "STS", "STSM", "LDTM", "STTM", "ATOMS"))
 _GLOBAL_READS = frozenset(("LDG", "LD", "LDL"))
@@ -143,57 +146,49 @@ def walk(code: MachineCode) -> tuple[list[Instruction], list[Instruction], list[
     """
     main = code.main_loop
     first = main.start if main else -1
+    path = _path(code, first)
+    begin = next((n for n, i in enumerate(path) if i.address == first), len(path))
     inside = {i.address for i in main.instructions} if main else set[int]()
-    path, entered, left = _path(code, main, first)
-    if not entered:
-        return path, [], []
-    begin = next(n for n, i in enumerate(path) if i.address == first)
     end = next((n for n in range(begin, len(path)) if path[n].address not in inside), len(path))
-    assert left
     return path[:begin], path[begin:end], path[end:]
 
 
-def _path(code: MachineCode, main: Loop | None, first: int) -> tuple[list[Instruction], bool, bool]:
-    """One way from entry to exit, through the main loop once; and whether it came to the loop, and out of the kernel."""
+def _path(code: MachineCode, first: int) -> list[Instruction]:
+    """One way from entry to exit that passes an address or, where that is -1, half of the kernel at least."""
     instructions = code.instructions
     places = {i.address: n for n, i in enumerate(instructions)}
     path: list[Instruction] = []
-    # Branches that were not taken: if the way ends before the main loop, the last of them was the way to it.
+    # Branches that were not taken: if the way ends too early, the last of them was the way to the work.
     other: list[tuple[int, int]] = []
-    place, seen, entered = 0, set[int](), False
-    while place < len(instructions):
+    place, seen = 0, set[int]()
+    while place < len(instructions) and place not in seen:
         instruction = instructions[place]
-        if place in seen:
-            break
         seen.add(place)
         path.append(instruction)
-        entered = entered or instruction.address == first
         target = places.get(instruction.target) if instruction.target is not None else None
         place += 1
         if instruction.opcode == "BRA" and target is not None:
-            if instruction.predicate:
-                if target >= place:
-                    other.append((len(path), target))
-            elif target not in seen:
+            if not instruction.predicate and target not in seen:
                 place = target
+            elif instruction.predicate and target >= place:
+                other.append((len(path), target))
         elif instruction.opcode in ("EXIT", "RET") and not instruction.predicate:
-            if entered or main is None and 2 * len(path) >= len(instructions) or not other:
-                return path, entered, True
+            there = any(i.address == first for i in path) if first >= 0 else 2 * len(path) >= len(instructions)
+            if there or not other:
+                break
             length, place = other.pop()
-            if place in seen:
-                return path, entered, True
             del path[length:]
-    return path, entered, True
+    return path
 
 
 def moved(instruction: Instruction, rows: frozenset[tuple[str, int]]) -> int:
     """Bytes that an instruction of one warp moves between the multiprocessor and the second-level cache."""
     name = instruction.opcode
-    if name in ("LDG", "LD", "LDGSTS") and instruction.line in rows:
-        return _SECTOR
-    if name in ("LDG", "LD", "LDGSTS", "STG", "ST", "RED", "REDG", "ATOMG"):
-        return _bits(instruction) // 8 * _LANES
-    return 0
+    if name not in ("LDG", "LD", "LDGSTS", "STG", "ST", "RED", "REDG", "ATOMG"):
+        return 0
+    bits = _bits(instruction)
+    # A thread that reads two values at least has a part of a row of its own.
+    return _SECTOR if instruction.line in rows and bits <= 32 else bits // 8 * _LANES
 
 
 def step(instruction: Instruction, card: Card, products: Sequence[tuple[int, int]] = ()) -> Step:
