@@ -116,10 +116,26 @@ def _rows(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], pro
     across = math.ceil(variant["width"] / tiles["BLOCK"])
     shape = f"{rows} × {variant['width']}"
     live = variant["width"] / (across * tiles["BLOCK"])
-    if kernel.endswith("_forward"):
-        return Launch(shape, steps * across, 0, live=live)
-    programs = min(steps, _PROGRAMS_PER_PROCESSOR * processors)
-    return Launch(shape, programs * across, steps / programs, live=live)
+    programs = steps if kernel.endswith("_forward") else min(steps, _PROGRAMS_PER_PROCESSOR * processors)
+    element, partials = _row_traffic(kernel, variant)
+    moved = variant["width"] * (element * rows + (4 * partials * programs if programs < steps else 0))
+    return Launch(shape, programs * across, 0 if kernel.endswith("_forward") else steps / programs, moved, live)
+
+
+def _row_traffic(kernel: str, variant: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes that each element of a row is read and written with, and partial sums that each program leaves in fp32."""
+    residual, gamma = variant.get("residual", False), variant.get("gamma", False)
+    if kernel == "add_layer_norm_forward":  # x, normed; the other addend, the sum
+        return 2 * (4 if residual else 2), 0
+    if kernel == "add_layer_norm_backward":  # dnormed, sum, dx; dsum; x again for gamma; dresidual where it differs
+        return 2 * (3 + residual + gamma + (gamma or variant.get("dropout", False))), 2 + gamma
+    if kernel == "bias_gelu_forward":
+        return 2 * 2, 0
+    if kernel == "bias_gelu_backward":
+        return 2 * 3, 1
+    if kernel == "embed_layer_norm_forward":  # the word's row; positions stay in the cache
+        return 2 * 2, 0
+    return 2 * 2 + 4, 3  # the gradient of the sum is left in fp32
 
 
 def _ordered_sum(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
@@ -130,13 +146,16 @@ def _ordered_sum(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, in
 
 
 def _vocabulary(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
-    return Launch(f"{LABELLED_ROWS} × {variant['width']}", LABELLED_ROWS, 0, live=variant["width"] / tiles["BLOCK"])
+    width = variant["width"]
+    moved = 2 * LABELLED_ROWS * width * (2 if kernel == "softmax_gradient" else 1)
+    return Launch(f"{LABELLED_ROWS} × {width}", LABELLED_ROWS, 0, moved, width / tiles["BLOCK"])
 
 
 def _segments(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
     across = math.ceil(variant["width"] / tiles["BLOCK_COLUMNS"])
     # Of the rows that a program could add, one is there: nearly every id occurs once.
-    return Launch(f"{_TEXT_TOKENS} × {variant['width']}", _TEXT_TOKENS * across, 1, live=1 / tiles["BLOCK_ROWS"])
+    moved = _TEXT_TOKENS * variant["width"] * (4 + 2)
+    return Launch(f"{_TEXT_TOKENS} × {variant['width']}", _TEXT_TOKENS * across, 1, moved, 1 / tiles["BLOCK_ROWS"])
 
 
 # Beginning of a kernel's name → its launch; the longest that fits counts.

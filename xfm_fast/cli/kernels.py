@@ -277,7 +277,8 @@ def _constants(arch: int) -> str:
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     """Search the kernels' launch configurations on this machine's GPU and write them to kernels/tuning.
 
-    Configurations that spill are rejected by the audit before any is timed. Every result is saved as it is found.
+    Configurations that spill are rejected by the audit before any is timed, and of the rest only the best predicted are
+    timed. Every result is saved as it is found.
     """
     import torch
 
@@ -313,7 +314,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
                     remedy = "name another folder with --out"
                     raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
                 times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
-                tried = f"{choice.timed} timed, {choice.rejected} rejected"
+                tried = f"{choice.timed} timed, {choice.passed_over} predicted slower, {choice.rejected} rejected"
                 print(f"{spec.name} {kind} {size}: {times}; {tried}")
     if path is None:
         raise InputError("none of these kernels has a configuration to tune at these head dimensions")
