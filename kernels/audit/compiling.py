@@ -130,7 +130,8 @@ class Figures:
             TypeError: fields are missing or unknown.
         """
         timing = fields.get("timing")
-        return cls(**fields | {"timing": None if timing is None else Timing(**timing)})
+        made: dict[str, Any] = {**fields, "timing": None if timing is None else Timing(**timing)}
+        return cls(**made)
 
 
 def compiler() -> str:

@@ -57,19 +57,20 @@ def model_launch(kernel: str, variant: Mapping[str, Any], config: LaunchConfig, 
     return None if family is None else _FAMILIES[family](kernel, variant, config.tiles, card(arch).multiprocessors)
 
 
-def _relpos(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
+def _biased(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
+    """Self-attention of images with a bias that all of them share."""
     tokens = variant.get("tokens", IMAGE_TOKENS)
     rows, columns = math.ceil(tokens / tiles["BLOCK_M"]), math.ceil(tokens / tiles["BLOCK_N"])
     operand = 2 * IMAGES * tokens * HEADS * variant["head_dim"]
     bias = 2 * HEADS * tokens**2 * (variant.get("bias") is not False)
     shape = f"{IMAGES} × {tokens}"
-    if kernel == "relpos_dbias":
+    if kernel.endswith("_dbias"):
         programs = rows * columns * HEADS
         parts = max(1, min(IMAGES, _BIAS_PARTS, _BIAS_PROGRAMS // programs))
         return Launch(shape, programs * parts, math.ceil(IMAGES / parts), 4 * operand + bias * (1 + 2 * parts))
-    if kernel.startswith("relpos_dkdv"):
+    if "_dkdv" in kernel:
         return Launch(shape, columns * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_M"]), 6 * operand + bias)
-    operands = 4 if kernel == "relpos_forward" else 5
+    operands = 4 if kernel.endswith("_forward") else 5
     return Launch(shape, rows * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_N"]), operands * operand + bias)
 
 
@@ -160,10 +161,12 @@ def _segments(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int],
 
 # Beginning of a kernel's name → its launch; the longest that fits counts.
 _FAMILIES: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, int], int], Launch]] = {
-    "relpos_": _relpos,
+    "relpos_": _biased,
+    "bias_": _biased,
     "relpos_table_gradient": _table_gradient,
     "varlen_": _varlen,
     "attention_backward_statistics": _statistics,
+    "bias_attention_statistics": _statistics,
     "add_layer_norm_": _rows,
     "bias_gelu_": _rows,
     "embed_layer_norm_": _rows,

@@ -11,7 +11,7 @@ The kernel is walked once from entry to exit, its main loop a few times over: ti
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -131,7 +131,7 @@ def simulate(
         resident=resident,
         outside=round(run.end - turns * iteration, 1),
         iteration=round(iteration, 1),
-        tensor_outside=round(run.busy[TENSOR] - turns * tensor, 1),
+        tensor_outside=round(run.tensor_busy - turns * tensor, 1),
         tensor_iteration=round(tensor, 1),
         bytes_outside=warps * sum(moved(i, single) for i in (*before, *after)),
         bytes_iteration=warps * sum(moved(i, single) for i in body),
@@ -327,8 +327,8 @@ class _Partition:
         self._shared_free = 0.0
         self._starts = [0.0] * (len(parts) + 1)
         self._tensor = [0.0] * len(parts)
-        self._stalls: list[Counter[str]] = [Counter() for _ in parts]
-        self.busy: Counter[str] = Counter()
+        self._stalls: list[dict[str, float]] = [defaultdict(float) for _ in parts]
+        self.tensor_busy = 0.0
         self.end = 0.0
 
     def begun(self, part: int) -> float:
@@ -342,9 +342,13 @@ class _Partition:
     def stall_shares(self) -> dict[str, float]:
         """Cause → share of the time that warps wait, in the loop's later turns or, without a loop, in all parts."""
         chosen = self._stalls[2:-1] if len(self._parts) > 2 else self._stalls
-        total = sum(sum(part.values()) for part in chosen)
-        summed = sum(chosen, Counter())
-        return {cause: round(amount / total, 3) for cause, amount in summed.most_common() if amount >= 0.005 * total}
+        summed: dict[str, float] = defaultdict(float)
+        for part in chosen:
+            for cause, amount in part.items():
+                summed[cause] += amount
+        total = sum(summed.values())
+        ordered = sorted(summed.items(), key=lambda item: -item[1])
+        return {cause: round(amount / total, 3) for cause, amount in ordered if amount >= 0.005 * total}
 
     def finish(self) -> None:
         """Lets every warp run to its end.
@@ -410,7 +414,7 @@ class _Partition:
                 finish = max(finish, self._shared_free)
         self._free[pipe] = finish
         if pipe is TENSOR:
-            self.busy[TENSOR] += busy
+            self.tensor_busy += busy
             self._tensor[warp.part] += busy
         result = max(finish, self._shared_free if current.shared else 0.0) + max(0.0, current.latency - busy)
         if role:
