@@ -1,7 +1,7 @@
 """The time that a launch will take on the card of an architecture, and what takes it.
 
-time = waves × (cycles outside the main loop + turns × cycles of a turn) / clock, unless the second-level cache or main
-memory needs longer for what the programs move; plus the overhead of a launch. A wave is as many programs as all
+time = waves × (cycles outside the main loop + turns × cycles of a turn) / clock, unless the L2 cache or main memory
+needs longer for what the programs move; plus the overhead of a launch. A wave is as many programs as all
 multiprocessors hold at once; a wave that is not full takes as long as one that is.
 """
 
@@ -25,7 +25,7 @@ class Prediction:
     Attributes:
         microseconds: of the launch.
         tensor_busy: share of them in which the tensor cores work.
-        bound_by: `"memory"`, `"second-level cache"`, `"tensor cores"`, or, of warps that wait, for what most.
+        bound_by: `"memory"`, `"L2 cache"`, `"tensor cores"`, or, of warps that wait, for what most.
         waves: of programs, the last of which may not be full.
         shape: of the launch.
     """
@@ -57,7 +57,7 @@ def predict(timing: Timing, launch: Launch, card: Card) -> Prediction:
     if computing >= max(caching, loading):
         bound = _cause(timing)
     else:
-        bound = "memory" if loading >= caching else "second-level cache"
+        bound = "memory" if loading >= caching else "L2 cache"
     return Prediction(seconds * 1e6, working / seconds, bound, waves, launch.shape)
 
 
@@ -65,4 +65,4 @@ def _cause(timing: Timing) -> str:
     if timing.iteration and timing.tensor_iteration >= _SATURATED * timing.iteration:
         return TENSOR
     cause = next(iter(timing.stalls), "issue")
-    return "results of tensor cores" if cause == TENSOR else cause
+    return "tensor core latency" if cause == TENSOR else cause

@@ -22,13 +22,14 @@ PARTITIONS = 4
 # The first of these iterations fills the pipes; the others are what every further one costs.
 ITERATIONS = 4
 _LANES = 32
+_NO_SCOREBOARD = 7
 _SECTOR = 32  # bytes of the least that the second-level cache gives
 
 # How far ahead of a busy pipe instructions are accepted: the tensor cores' queue, that of memory instructions.
 _TENSOR_QUEUE = 64
 _MEMORY_QUEUE = 16
 
-TENSOR, MEMORY, SHARED = "tensor cores", "memory pipe", "shared memory"
+TENSOR, MEMORY = "tensor cores", "memory pipe"
 
 _ALU = frozenset(
     (
@@ -80,6 +81,7 @@ class Step:
             and until its operands were read, 7 being none. `waits`: those that it waits for.
         pipe: that it occupies for `busy` cycles, and shared memory for `shared` cycles of the whole multiprocessor.
         latency: from the beginning to the result; 0 where the compiler's stall counts cover it.
+        cause: of a stall, for those who wait for the result.
         role: what it does beyond that, see `_role`.
         left: groups that may stay open behind it, of one that waits for groups.
     """
@@ -92,6 +94,7 @@ class Step:
     busy: float
     latency: float
     shared: float
+    cause: str = ""
     role: str = ""
     left: int = 0
 
@@ -200,13 +203,14 @@ def step(instruction: Instruction, card: Card, products: Sequence[tuple[int, int
     found = _LEFT.search(instruction.operands) if role in ("wgmma wait", "copy wait") else None
     return Step(
         stall=max(1, word >> 41 & 0xF),
-        sets=word >> 46 & 7 if word else 7,
-        frees=word >> 49 & 7 if word else 7,
+        sets=word >> 46 & 7 if word else _NO_SCOREBOARD,
+        frees=word >> 49 & 7 if word else _NO_SCOREBOARD,
         waits=tuple(b for b in range(6) if waits >> b & 1),
         pipe=pipe,
         busy=busy,
         latency=latency,
         shared=shared,
+        cause=_cause(instruction, pipe),
         role=role,
         left=int(found[1], 16) if found else 0,
     )
@@ -228,6 +232,17 @@ def _role(instruction: Instruction) -> str:
         "UTMALDG": "bulk copy", "UBLKCP": "bulk copy",
     }  # fmt: skip
     return roles.get(name, "")
+
+
+def _cause(instruction: Instruction, pipe: str) -> str:
+    name = instruction.opcode
+    if pipe is not MEMORY:
+        return pipe
+    if name == "SHFL":
+        return "shuffles"
+    if name in ("LDC", "ULDC", "LDCU"):
+        return "constants"
+    return "shared memory" if name in _SHARED_ACCESS else "async copies" if name == "LDGSTS" else "global memory"
 
 
 def _demand(
@@ -292,21 +307,26 @@ class _Warp:
     """The state of one warp: where it is, when it may go on, and what it has under way."""
 
     __slots__ = (
-        "arrived", "bulk", "cause", "copies", "copying", "groups", "instruction", "leader", "part", "phases", "program",
-        "ready", "scoreboards", "since",
+        "arrived", "cause", "causes", "copies", "copying", "groups", "instruction", "leader", "part", "phases",
+        "program", "ready", "scoreboards", "since",
     )  # fmt: skip
 
     def __init__(self, program: int, ready: float, *, leader: bool) -> None:
         self.program, self.ready, self.leader = program, ready, leader
         self.part = self.instruction = 0
-        self.since, self.cause = ready, "stall counts"
+        self.since, self.cause = ready, "fixed latencies"
         self.scoreboards = [0.0] * 6
+        self.causes = [""] * 6
         self.groups: list[float] = []
         self.copies: list[float] = []
         self.copying = 0.0
         self.arrived = False
         self.phases = 0
-        self.bulk = 0.0
+
+
+def _set(warp: _Warp, scoreboard: int, until: float, cause: str) -> None:
+    if until > warp.scoreboards[scoreboard]:
+        warp.scoreboards[scoreboard], warp.causes[scoreboard] = until, cause
 
 
 class _Partition:
@@ -419,12 +439,11 @@ class _Partition:
         result = max(finish, self._shared_free if current.shared else 0.0) + max(0.0, current.latency - busy)
         if role:
             self._asynchronous(warp, current, now, finish)
-        if current.sets != 7:
-            done = result if current.latency else now + self._card.latency["other"]
-            warp.scoreboards[current.sets] = max(warp.scoreboards[current.sets], done)
-        if current.frees != 7:
-            read = (finish if pipe is TENSOR or pipe is MEMORY else now) + self._card.latency["other"]
-            warp.scoreboards[current.frees] = max(warp.scoreboards[current.frees], read)
+        if current.sets != _NO_SCOREBOARD:
+            _set(warp, current.sets, result if current.latency else now + self._card.latency["other"], current.cause)
+        if current.frees != _NO_SCOREBOARD:
+            read = finish if pipe is TENSOR or pipe is MEMORY else now
+            _set(warp, current.frees, read + self._card.latency["other"], current.cause)
         if result > self.end and not current.role.startswith("copy"):
             self.end = result
         self._advance(warp, now + current.stall)
@@ -482,11 +501,11 @@ class _Partition:
     def _await(self, warp: _Warp, ready: float) -> None:
         """Finds when the next instruction may issue, but for its pipe, and what it waits for longest."""
         current = self._parts[warp.part][warp.instruction]
-        since, cause = ready, "stall counts"
+        since, cause = ready, "fixed latencies"
         scoreboards = warp.scoreboards
         for number in current.waits:
             if scoreboards[number] > since:
-                since, cause = scoreboards[number], "results of loads and functions"
+                since, cause = scoreboards[number], warp.causes[number]
         if current.role == "wgmma wait" and len(warp.groups) > current.left:
             done = sorted(warp.groups)[len(warp.groups) - current.left - 1]
             if done > since:
@@ -494,7 +513,7 @@ class _Partition:
         elif current.role == "copy wait" and len(warp.copies) > current.left:
             done = warp.copies[len(warp.copies) - current.left - 1]
             if done > since:
-                since, cause = done, "copies to shared memory"
+                since, cause = done, "async copies"
         elif current.role == "phase wait":
             phases = self._phases[warp.program]
             if warp.phases < len(phases) and phases[warp.phases] > since:

@@ -152,7 +152,7 @@ class TestPartition:
         alone, four = turn(loop(*body)), turn(loop(*body), warps=16)
         assert alone.iteration == pytest.approx(HOPPER.latency["load"] + 2, abs=6)
         assert four.iteration < 1.2 * alone.iteration
-        assert next(iter(alone.stalls)) == "results of loads and functions"
+        assert next(iter(alone.stalls)) == "global memory"
 
     def test_products_that_wait_for_each_other_leave_the_tensor_cores_idle(self) -> None:
         product = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"
@@ -171,7 +171,7 @@ class TestPartition:
         early = turn(loop(*copy, "DEPBAR.LE SB0, 0x1", "FADD R1, R1, R2"))
         assert late.iteration > HOPPER.latency["copy"]
         assert early.iteration < 0.7 * late.iteration
-        assert next(iter(late.stalls)) == "copies to shared memory"
+        assert next(iter(late.stalls)) == "async copies"
         assert early.bytes_iteration == 4 * 512
 
     def test_a_barrier_holds_the_warps_of_a_program(self) -> None:
@@ -270,7 +270,7 @@ class TestPrediction:
     def test_what_is_moved_can_take_longer(self) -> None:
         busy = _timing(bytes_iteration=100_000)
         cached = predict(busy, Launch("toy", 50, 20, bytes=1.0), self.SMALL)
-        assert cached.bound_by == "second-level cache"
+        assert cached.bound_by == "L2 cache"
         assert cached.microseconds == pytest.approx(50 * (1000 + 20 * 100_000) / (10 * 10) / 1e3)
         half = predict(busy, Launch("toy", 50, 20, bytes=1.0, live=0.5), self.SMALL)
         assert half.microseconds == pytest.approx(cached.microseconds / 2)
