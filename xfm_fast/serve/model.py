@@ -127,7 +127,7 @@ class ServedModel:
         return picture._replace(pixels=self.ranker.decode(picture, name))
 
     def cost(self, work: Work) -> int:
-        """Tokens that some work takes: those of texts, as often as they are paired, and of images that are not known."""
+        """Tokens that work takes: those of texts, as often as they are paired, and of images that are not known yet."""
         texts = [ids for query in work.queries for ids in query.captions for _ in query.pictures]
         texts += [item.ids for item in work.items if isinstance(item, Text)]
         images = {picture.key for query in work.queries for picture in query.pictures if picture.pixels is not None}
@@ -202,11 +202,8 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
     else:
         if options.config is not None:
             raise InputError(f"--config {options.config} gives the sizes of an official checkpoint file; leave it out")
-        found = open_model(
-            ModelSource(None if path is None else str(path), words, options.random or "tiny"),
-            device=device,
-            dtype=dtype,
-        )
+        wanted = ModelSource(None if path is None else str(path), words, options.random or "tiny")
+        found = open_model(wanted, device=device, dtype=dtype)
         model, source = found.model, str(found.source)
         name = f"random-{options.random}" if path is None else path.resolve().name if path.exists() else str(path)
     if model.tokenizer is None:

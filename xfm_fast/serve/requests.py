@@ -39,6 +39,8 @@ from xfm_fast.tasks.ranking import Picture, Query
 
 R = TypeVar("R", bound=Request)
 Scoring = Literal["match", "similarity"]
+# Faults of values that are of another kind altogether.
+_KINDS = ("string_type", "model_type", "list_type", "int_type")
 # A Cohere client pays for this many documents at a time.
 _DOCUMENTS_PER_UNIT = 100
 
@@ -275,8 +277,9 @@ def _finite(values: Tensor) -> Tensor:
 def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
     """The gravest of the faults that pydantic found, with its place; it lists one for every type of a union."""
     faults = error.errors(include_url=False)
-    # What a validator of ours said, and then what lies deepest, is nearest to what was meant.
-    fault = max(faults, key=lambda each: (each["type"] == "value_error", len(each["loc"])))
+    # What a validator of ours said is nearest to what was meant, then what is wrong with a value of the right kind, and
+    # then what lies deepest.
+    fault = max(faults, key=lambda e: (e["type"] == "value_error", e["type"] not in _KINDS, len(e["loc"])))
     names = {"text", "image", "content", "type", "image_url", "url", *kind.model_fields}
     names |= {"data_1", "data_2", "queries", "items"}
     place = ""

@@ -60,6 +60,7 @@ AnyItem = str | Item
 """A string is a text."""
 
 Items = Annotated[list[AnyItem], Field(min_length=1)]
+Tokens = Annotated[list[int], Field(min_length=1)]
 
 
 class RerankRequest(Request):
@@ -79,7 +80,8 @@ class RerankRequest(Request):
 class EmbeddingsRequest(Request):
     """Texts and images to be embedded: L2-normalised features, of which dot products are cosine similarities."""
 
-    input: AnyItem | Items | list[int] | list[list[int]]
+    # Token ids are understood so far that their sender is told why they are not taken.
+    input: AnyItem | Items | Tokens | Annotated[list[Tokens], Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="that of the model; the features cannot be shortened")
 

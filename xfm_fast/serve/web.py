@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from xfm_fast.serve.problem import Problem
 
 _PIECE = 1 << 16
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
@@ -27,8 +26,6 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         # Addresses that carry one of IPv4, which is where the connection ends.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in _TRANSLATED:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None and not is_public(str(inner)):
             return False
         if ip.is_site_local:
@@ -80,7 +77,7 @@ class WebFetcher:
         if not target.isascii() or any(ord(character) <= 32 or ord(character) == 127 for character in target):
             raise Problem(422, f"URL {shown} holds characters that a URL may not; percent-encode them")
         connection = _Pinned(host, port, address, secure, self.seconds)
-        # A timeout of the socket is one of every read; a server that sends a byte a second would hold a thread for days.
+        # A socket's timeout is that of one read; a server that sends a byte a second would hold a thread for days.
         alarm = threading.Timer(self.seconds, connection.abort)
         alarm.daemon = True
         alarm.start()
@@ -127,14 +124,16 @@ class _Pinned(http.client.HTTPConnection):
         super().__init__(host, port, timeout=timeout)
         self.default_port = 443 if secure else 80
         self._address, self._secure = address, secure
+        self._opened: socket.socket | None = None
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock = self._opened = socket.create_connection((self._address, self.port), self.timeout)
         if self._secure:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            self.sock = self._opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self) -> None:
         """End whatever is being waited for, from another thread."""
-        if (sock := self.sock) is not None:
+        # `sock` is none as soon as the head of an answer says that no other will follow.
+        if self._opened is not None:
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                self._opened.shutdown(socket.SHUT_RDWR)
