@@ -52,8 +52,8 @@ def test_an_export_is_served(exported_fp32: Path, small_model: XFM, words: Path,
 def test_exports_that_cannot_be_served(exported_fp32: Path, words: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no tokenizer\.json to read texts with"):
         load(exported_fp32, SourceOptions(device="cpu"), 0)
-    with pytest.raises(DataError, match="no readable tokenizer|lacks"):
-        (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="is no readable tokenizer"):
         load(exported_fp32, SourceOptions(device="cpu", tokenizer=tmp_path / "tokenizer.json"), 0)
     manifest = Manifest.load(exported_fp32)
     part = Path(shutil.copytree(exported_fp32, tmp_path / "part"))
