@@ -591,7 +591,7 @@ class Document(Record):
 
     @property
     def reference(self) -> str:
-        """The contender that speed-ups are told against: official algorithm, untouched model, eager operation, and so on."""
+        """The contender that speed-ups are told against, such as the official algorithm or the untouched model."""
         return {"drop-in": UNTOUCHED, "kernels": EAGER, "serve": ONE_AT_A_TIME}.get(self.benchmark, OFFICIAL)
 
     def beside(self, row: Row, contender: str, dtype: str) -> Row | None:

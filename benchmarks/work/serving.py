@@ -8,6 +8,7 @@ A soak then lets clients of all kinds, careless ones among them, ask for minutes
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import random
@@ -355,7 +356,13 @@ class _Load:
         """Scores of some requests of both kinds against `XFM.match` in fp32."""
         requests = [self.material.known(4, self.chance), self.material.new(4, self.chance)]
         expected = [score for asked in requests for score in offline(model, asked)]
-        band = parity_band(_DTYPES[self.options.dtype])
+        own, dtype = 0.0, _DTYPES[self.options.dtype]
+        if dtype != torch.float32:
+            # What the type alone changes, without a service.
+            narrow = copy.deepcopy(model).to(dtype)
+            found = [score for asked in requests for score in offline(narrow, asked)]
+            own = relative_error(torch.tensor(found), torch.tensor(expected))
+        band = parity_band(dtype, own)
         for name, running in self.running.items():
             found = [score for asked in requests for score in served(running.port, asked)]
             error = relative_error(torch.tensor(found), torch.tensor(expected))
