@@ -31,6 +31,7 @@ import psutil
 import torch
 from PIL import Image
 
+from xfm_fast.checkpoint import Head
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
@@ -330,7 +331,8 @@ def run(options: ServeOptions, progress: Progress | None = None, command: Sequen
 def _model(options: ServeOptions) -> XFM:
     if options.checkpoint is not None:
         return XFM.from_pretrained(options.checkpoint)
-    config, heads = preset_config(options.preset), ("contrastive", "matching")
+    config = preset_config(options.preset)
+    heads: tuple[Head, ...] = ("contrastive", "matching")
     with torch.device("meta"):
         model = XFM(config, heads=heads)
     model.load_state_dict(random_state(config, heads, options.seed), assign=True)

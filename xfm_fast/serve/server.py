@@ -85,7 +85,8 @@ def _taken(options: ServiceOptions, error: OSError) -> UnavailableError:
 
 def address(sock: socket.socket) -> str:
     """The address of a service, for clients on this machine."""
-    host, port = sock.getsockname()[:2]
+    name = sock.getsockname()
+    host, port = str(name[0]), name[1]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -148,7 +149,7 @@ class PatientProtocol(H11Protocol):
         super().__init__(*arguments, **settings)
         self._alarm: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._set()
 

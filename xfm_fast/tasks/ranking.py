@@ -185,7 +185,8 @@ class ModelRanks:
 
     def _captions(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for first, last in _slices(attention_mask.sum(1).tolist(), self.token_budget):
-            yield tuple(each[first:last].to(self.model.device) for each in (input_ids, attention_mask))
+            ids, mask = input_ids[first:last], attention_mask[first:last]
+            yield ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
