@@ -24,7 +24,7 @@ SCHEMA_VERSION = 3
 OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code"
 UNTOUCHED, EAGER = "untouched", "eager"
 
-Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels"]
+Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "device"]
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Direction = Literal["forward", "backward", "forward and backward"]
@@ -282,6 +282,8 @@ class Row(Record):
         recall: of a `retrieval`.
         replaced: lines of the report of `accelerate`, in `drop-in`.
         bounds: computes less than the work and so bounds its time, in `kernels`; it has no parity.
+        host_s: in which the host issues a run, where the GPU's time was taken apart from it.
+        timed_by: what took `seconds`; of kernels on a GPU graph replay, or events where no graph can hold the work.
     """
 
     work: str
@@ -315,6 +317,8 @@ class Row(Record):
     recall: dict[str, float] | None = None
     replaced: list[str] = []
     bounds: bool = False
+    host_s: float | None = None
+    timed_by: Literal["clock", "events", "graph replay"] | None = None
 
     @property
     def ours(self) -> bool:
@@ -572,7 +576,7 @@ class Document(Record):
     @property
     def reference(self) -> str:
         """The contender that speed-ups are told against: official algorithm, untouched model, or eager operation."""
-        return {"drop-in": UNTOUCHED, "kernels": EAGER}.get(self.benchmark, OFFICIAL)
+        return {"drop-in": UNTOUCHED, "kernels": EAGER, "device": EAGER}.get(self.benchmark, OFFICIAL)
 
     def beside(self, row: Row, contender: str, dtype: str) -> Row | None:
         """The row of another contender at the same work."""
