@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -77,13 +77,19 @@ class Entrant:
     runs: dict[Direction, Callable[[], Callable[[], object]]] = field(default_factory=dict)
 
 
-def entrants(case: Case) -> dict[str, Entrant]:
-    """Every contender of a case, compared with the definition. One that raises an error is alone in that."""
+def entrants(case: Case, only: Collection[str] | None = None) -> dict[str, Entrant]:
+    """Every contender of a case, compared with the definition. One that raises an error is alone in that.
+
+    Args:
+        only: names of those that are looked at; None for all.
+    """
     truth = case.truth(*(t.double() for t in case.inputs))
     kind = case.inputs[0].dtype
     band = parity_band(kind, relative_error(case.truth(*case.inputs), truth), fp32=4 * torch.finfo(kind).eps)
     found = {name: Entrant(status="absent", reason=why) for name, why in case.absent.items()}
     for name, run in case.contenders.items():
+        if only is not None and name not in only:
+            continue
         entrant = found[name] = Entrant()
         try:
             with torch.no_grad():
