@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -108,6 +108,11 @@ class Packing(Sequences):
             order=order,
             key_mask=rows.flatten() if keep_padding else None,
         )
+
+    def to(self, device: torch.device) -> Packing:
+        """The same layout on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[P, L, ...]` → `[T, ...]`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.replace import adapters
 from xfm_fast.replace.frozen import FrozenLinear
@@ -47,6 +48,7 @@ def accelerate(
     unpad: bool = False,
     skip_logits: bool = False,
     freeze: bool = False,
+    cuda_graphs: bool = False,
     verify: Any = None,
 ) -> Report:
     """Make the modules of a live model fast, in place and on this instance only.
@@ -72,6 +74,8 @@ def accelerate(
         freeze: for inference on a CPU: lay the weights of text layers out for the library that is fastest here, in the
             place of the parameters instead of beside them. No parameter then takes gradients, state dicts are as ever,
             and `revert` restores every bit.
+        cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs: each shape is captured at its
+            first call. For models whose sizes do not depend on values; any other raises an error at its first call.
         verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor) that the model is
             run on before and after, in evaluation mode.
 
@@ -87,6 +91,14 @@ def accelerate(
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
     settings = Settings(kernels, dtype, unpad, skip_logits)
     _check_machine(model, settings)
+    if cuda_graphs:
+        if unpad:
+            raise InputError(
+                "unpad=True packs as many tokens as the values of a mask say, and cuda_graphs=True needs fixed sizes; "
+                "leave one of them out"
+            )
+        require_gpu(model)
+    graphs = model.__dict__.pop("forward") if _in_graphs(model) else None
     chosen = dict(model.named_modules())
     excluded = {} if exclude is None else _under(chosen, exclude, "exclude")
     if include is not None:
@@ -107,6 +119,9 @@ def accelerate(
         if before is not None:
             after = _outputs(model, verify)
             report.differences.update(_compared(before, after, verify, dtype))
+        if cuda_graphs:
+            model.__dict__["forward"] = CallGraphs(model.forward, model)
+            report._model = model
     except BaseException:
         for module in model.modules():
             if is_fused(module):
@@ -115,6 +130,8 @@ def accelerate(
             swap(module, form, its_settings)
         if frozen is not None:
             freeze_weights(model, [module for module, _, _ in undo if isinstance(module, Fused)], frozen)
+        if graphs is not None:
+            model.__dict__["forward"] = graphs
         raise
     return report
 
@@ -164,6 +181,8 @@ class Report:
     differences: dict[str, float] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
+    _model: nn.Module | None = field(default=None, repr=False)
+    """The model, where its calls are replayed as graphs."""
 
     @property
     def replaced(self) -> list[Entry]:
@@ -189,6 +208,8 @@ class Report:
 
         No other thread may use the model meanwhile.
         """
+        if self._model is not None and _in_graphs(self._model):
+            del self._model.__dict__["forward"]
         for module in (*self._modules, *self._frozen):
             if is_fused(module):
                 restore(module)
@@ -235,6 +256,11 @@ class Report:
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
         return "\n".join(lines)
+
+
+def _in_graphs(model: nn.Module) -> bool:
+    """True if the calls of a model are replayed as graphs."""
+    return isinstance(model.__dict__.get("forward"), CallGraphs)
 
 
 class _InOneType(Fused):
