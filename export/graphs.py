@@ -389,7 +389,11 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _with_feature(embeds: Tensor, projection: nn.Linear | None) -> tuple[Tensor, ...]:
-    return (embeds,) if projection is None else (embeds, F.normalize(projection(embeds[:, 0]), dim=-1))
+    if projection is None:
+        return (embeds,)
+    # PyTorch's own 1e-12 is zero in half precision, and a feature of zeros would be divided by it.
+    eps = 1e-12 if embeds.dtype.itemsize > 2 else 1e-6
+    return embeds, F.normalize(projection(embeds[:, 0]), dim=-1, eps=eps)
 
 
 def _head(head: MLPHead, x: Tensor) -> Tensor:

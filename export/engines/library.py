@@ -200,6 +200,8 @@ class TensorRTForRTX(Library):
 
     def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
         self._common(config, request)
+        # An engine that allocates for itself while it runs cannot be captured as a CUDA graph.
+        config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(targets)
         for number, target in enumerate(targets):
             config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{target}"), number)

@@ -416,7 +416,7 @@ def finish(manifest: Manifest, folder: Path) -> int:
     """Show an export, its comparison and the verdict.
 
     Returns:
-        The exit code: 0 verified, 1 it differs from the model, 3 its graphs agree and its engines could not be run here,
+        The exit code: 0 verified, 1 it differs from the model, 3 its graphs agree and its engines could not run here,
         4 nothing could be compared.
     """
     from rich.markup import escape
