@@ -24,9 +24,7 @@ SCHEMA_VERSION = 3
 OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code"
 UNTOUCHED, EAGER, ONE_AT_A_TIME = "untouched", "eager", "one-at-a-time"
 
-Benchmark = Literal[
-    "suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve", "device"
-]
+Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve", "device"]
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Direction = Literal["forward", "backward", "forward and backward"]

@@ -56,7 +56,17 @@ DROPOUTS = {
 }
 # Rotary positions and ModernBERT's softmax are computed in fp32 whatever the model is.
 SINGLE = ("ModernBERT",)
-LAYERS = ["MPNetLayer", "TransformerBlock", "ElectraLayer", "AlbertLayer", "XLMRobertaLayer", "ModernBertEncoderLayer", "NomicBertLayer", "LayoutLMv3Layer", "DebertaV2Layer"]
+LAYERS = [
+    "MPNetLayer",
+    "TransformerBlock",
+    "ElectraLayer",
+    "AlbertLayer",
+    "XLMRobertaLayer",
+    "ModernBertEncoderLayer",
+    "NomicBertLayer",
+    "LayoutLMv3Layer",
+    "DebertaV2Layer",
+]
 
 
 def made(
