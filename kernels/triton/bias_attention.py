@@ -569,7 +569,7 @@ def bias_attention_forward(
     q, k, v = (_aligned(t) for t in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    constants, config = _constants("bias_forward", q, scale, key_mask, dropout_p, seed)
+    constants, config = _constants("bias_attention_forward", q, scale, key_mask, dropout_p, seed)
     if q.numel():
         bias = _bias_rows(bias)
         grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
@@ -628,7 +628,7 @@ def bias_attention_backward(
     counts = (batch, heads, period, queries, keys)
     chance = (scale, key_mask, dropout_p, seed)
 
-    constants, config = _constants("bias_dkdv", q, *chance)
+    constants, config = _constants("bias_attention_dkdv", q, *chance)
     grid = (triton.cdiv(keys, config.tiles["BLOCK_N"]) * batch * heads,)
     dkdv_kernel[grid](
         *inputs, dk, dv, *strides, *counts, TAIL=tail_size(queries, config.tiles["BLOCK_M"]), **constants,
@@ -636,7 +636,7 @@ def bias_attention_backward(
     )  # fmt: skip
 
     alone = bias_gradient and period == batch
-    constants, config = _constants("bias_dq", q, *chance)
+    constants, config = _constants("bias_attention_dq", q, *chance)
     grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
     dq_kernel[grid](
         *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
@@ -646,7 +646,7 @@ def bias_attention_backward(
     if alone or not bias_gradient:
         return dq, dk, dv, dbias
 
-    constants, config = _constants("bias_dbias", q, *chance)
+    constants, config = _constants("bias_attention_dbias", q, *chance)
     tiles = triton.cdiv(queries, config.tiles["BLOCK_M"]) * triton.cdiv(keys, config.tiles["BLOCK_N"])
     programs = tiles * period * heads
     parts = bias_partials(batch // period, programs)
@@ -742,7 +742,7 @@ def _kernel_constants(
 def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> KernelSpec:
     def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
         head_dim, threshold = variant["head_dim"], dropout_threshold(variant.get("dropout", 0.0))
-        looped = config.tiles["BLOCK_M" if name == "bias_dkdv" else "BLOCK_N"]
+        looped = config.tiles["BLOCK_M" if name == "bias_attention_dkdv" else "BLOCK_N"]
         found = _kernel_constants(head_dim, dtype, head_dim**-0.5, threshold, variant.get("mask", False), config)
         given = {"TAIL": tail_size(577, looped), "STORE_BIAS": variant.get("own_bias", False)}
         return found | {key: value for key, value in given.items() if key in kernel.arg_names}
@@ -750,7 +750,7 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
     def types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
         special = {"mask_ptr": "*u8", "seed_ptr": "*i64"}
         special |= dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-        if name == "bias_dbias":
+        if name == "bias_attention_dbias":
             special["dbias_ptr"] = "*fp32"
         return argument_types(
             kernel, dtype, special, constants(variant, dtype, LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}))
@@ -778,10 +778,10 @@ def _statistics_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
 _HEAD_DIMS = tuple({"head_dim": head_dim} for head_dim in (64, 72, 128, 256))
 _CHANCE = {"head_dim": 64, "mask": True, "dropout": 0.1}
 KERNELS: list[KernelSpec] = [
-    _spec("bias_forward", forward_kernel, (*_HEAD_DIMS, _CHANCE)),
-    _spec("bias_dkdv", dkdv_kernel, (*_HEAD_DIMS, _CHANCE)),
-    _spec("bias_dq", dq_kernel, (*_HEAD_DIMS, {"head_dim": 64, "own_bias": True}, _CHANCE)),
-    _spec("bias_dbias", dbias_kernel, (*_HEAD_DIMS, _CHANCE)),
+    _spec("bias_attention_forward", forward_kernel, (*_HEAD_DIMS, _CHANCE)),
+    _spec("bias_attention_dkdv", dkdv_kernel, (*_HEAD_DIMS, _CHANCE)),
+    _spec("bias_attention_dq", dq_kernel, (*_HEAD_DIMS, {"head_dim": 64, "own_bias": True}, _CHANCE)),
+    _spec("bias_attention_dbias", dbias_kernel, (*_HEAD_DIMS, _CHANCE)),
     KernelSpec(
         name="bias_attention_statistics",
         kernel=statistics_kernel,
