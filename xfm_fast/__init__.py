@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xfm_fast import graphs as graphs
     from xfm_fast.config import XFMConfig as XFMConfig
     from xfm_fast.finetuning.prediction import load as load
     from xfm_fast.models.xfm import XFM as XFM
@@ -37,10 +38,14 @@ _HOMES = {
     "register_attention": "xfm_fast.replace",
 }
 
-__all__ = ["XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "load", "register_attention"]
+__all__ = [
+    "XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "graphs", "load", "register_attention",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "graphs":
+        return import_module("xfm_fast.graphs")
     if name not in _HOMES:
         raise AttributeError(f"module 'xfm_fast' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

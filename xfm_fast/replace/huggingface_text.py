@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, on_host
+from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.bert_layer import (
     FusedEmbeddings,
     Packed,
@@ -61,10 +62,14 @@ _MODELS = {
     "xlm_roberta": "XLMRobertaModel",
 }
 _EMBEDDINGS = {
+    "albert": "AlbertEmbeddings",
     "bert": "BertEmbeddings",
     "blip": "BlipTextEmbeddings",
     "camembert": "CamembertEmbeddings",
     "data2vec": "Data2VecTextEmbeddings Data2VecTextForTextEmbeddings",
+    "distilbert": "Embeddings",
+    "electra": "ElectraEmbeddings",
+    "mpnet": "MPNetEmbeddings",
     "roberta": "RobertaEmbeddings",
     "xlm_roberta": "XLMRobertaEmbeddings",
 }
@@ -80,6 +85,7 @@ _HEADS = {
     "blip": "BlipTextLMPredictionHead",
     "camembert": "CamembertLMHead",
     "data2vec": "Data2VecTextLMHead",
+    "mpnet": "MPNetLMHead",
     "roberta": "RobertaLMHead",
     "xlm_roberta": "XLMRobertaLMHead",
 }
@@ -103,6 +109,10 @@ def is_of(table: dict[str, str], module: nn.Module) -> bool:
 class FusedLayer(CalledByName):
     """A whole layer: one product for query, key and value, and each branch's end in one pass with its norm."""
 
+    joint: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        ("crossattention.self.key", "crossattention.self.value"),
+    )
     returns_tuple: ClassVar[bool] = False
     _understood: ClassVar[set[str]] = {
         "hidden_states",
@@ -126,11 +136,11 @@ class FusedLayer(CalledByName):
             expected[f"{branch}.output"] = kinds("SelfOutput")
             expected[f"{branch}.self.dropout"] = (nn.Dropout,)
             for name in ("query", "key", "value"):
-                expected[f"{branch}.self.{name}"] = (nn.Linear,)
+                expected[f"{branch}.self.{name}"] = (nn.Linear, Adaptable)
         expected["output"] = kinds("Output")
-        expected["intermediate.dense"] = (nn.Linear,)
+        expected["intermediate.dense"] = (nn.Linear, Adaptable)
         for end in ("attention.output", "crossattention.output", "output"):
-            expected |= {f"{end}.dense": (nn.Linear,), f"{end}.LayerNorm": (nn.LayerNorm,)}
+            expected |= {f"{end}.dense": (nn.Linear, Adaptable), f"{end}.LayerNorm": (nn.LayerNorm,)}
             expected[f"{end}.dropout"] = (nn.Dropout,)
         named = super().adapted(original)
         return {**named, "bypassed": expected, "returns_tuple": "output_attentions" in named["names"]}
@@ -226,6 +236,11 @@ class UnpaddedModel(CalledByName):
         if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
             return "a causal decoder keeps its padding"
         return None
+
+    def declines(self) -> str | None:
+        layers = [layer for layer in cast(Any, self).encoder.layer if isinstance(layer, FusedLayer)]
+        reasons = [reason for layer in layers if (reason := layer.declines()) is not None]
+        return f"padding is computed, since of a layer {reasons[0]}" if reasons else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
