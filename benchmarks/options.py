@@ -191,3 +191,16 @@ class KernelOptions:
 
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     small: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TryOptions(RunOptions):
+    """Options of trying one's own model.
+
+    Attributes:
+        texts: File of UTF-8, a text a line. [captions of mixed length]
+        images: Folder of images. [the photographs]
+    """
+
+    texts: Path | None = None
+    images: Path | None = None
