@@ -127,9 +127,7 @@ def open_model(name: str) -> Opened:
     kind: Any = next((one for one in known if one is not None), transformers.AutoModel)
     files = [f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
     if not files:
-        raise CheckpointError(
-            f"{folder} has no weights (model.safetensors); give the folder that save_pretrained wrote"
-        )
+        raise CheckpointError(f"{folder} has no model.safetensors; give the folder that save_pretrained wrote")
     try:
         model = kind.from_pretrained(str(folder), local_files_only=True, weights_only=True)
     except Exception as error:  # transformers raises whatever it comes upon in a foreign file
@@ -240,8 +238,9 @@ def text_batch(opened: Opened, texts: list[str]) -> Batch:
     Raises:
         DataError: the tokenizer cannot be read, or has ids that the model lacks.
     """
-    embeddings = opened.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    known = int(embeddings.weight.shape[0])
+    # The text tower of a model with two.
+    tower: Any = getattr(opened.model, "text_model", opened.model)
+    known = int(tower.get_input_embeddings().weight.shape[0])
     config: Any = opened.model.config
     text = getattr(config, "text_config", config)
     # RoBERTa counts positions from behind its pad.
