@@ -440,6 +440,7 @@ def fused_form(module: nn.Module) -> type[Fused]:
 _FAMILIES = (
     ("xfm_fast.replace.huggingface_text", "transformers"),
     ("xfm_fast.replace.huggingface_vision", "transformers"),
+    ("xfm_fast.replace.clip_text", None),
     ("xfm_fast.replace.timm_vision", "timm"),
     ("xfm_fast.replace.official", None),
     ("xfm_fast.replace.torch_modules", None),
