@@ -23,7 +23,7 @@ from .cards import Card
 from .sass import Instruction, MachineCode
 
 PARTITIONS = 4
-# Of the main loop. The first fills the pipes, in the last they run empty; those between are what every further one costs.
+# Of the main loop. The first fills the pipes, in the last they run empty; those between are what one more costs.
 ITERATIONS = 4
 _LANES = 32
 _NO_SCOREBOARD = 7
