@@ -43,7 +43,7 @@ class ModelOptions(RunOptions):
     Attributes:
         preset: Size of the model.
         checkpoint: Official .th/.pth, .safetensors, or a folder that save_pretrained wrote. [random weights]
-        data: Folder of images with captions, instead of the photographs.
+        data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
     """
 

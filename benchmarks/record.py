@@ -24,7 +24,7 @@ SCHEMA_VERSION = 3
 OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code"
 UNTOUCHED, EAGER, ONE_AT_A_TIME = "untouched", "eager", "one-at-a-time"
 
-Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve"]
+Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve", "device"]
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Direction = Literal["forward", "backward", "forward and backward"]
@@ -301,6 +301,8 @@ class Row(Record):
         recall: of a `retrieval`.
         replaced: lines of the report of `accelerate`, in `drop-in`.
         bounds: computes less than the work and so bounds its time, in `kernels`; it has no parity.
+        host_s: in which the host issues a run, where the GPU's time was taken apart from it.
+        timed_by: what took `seconds`; of kernels on a GPU graph replay, or events where no graph can hold the work.
     """
 
     work: str
@@ -335,6 +337,8 @@ class Row(Record):
     recall: dict[str, float] | None = None
     replaced: list[str] = []
     bounds: bool = False
+    host_s: float | None = None
+    timed_by: Literal["clock", "events", "graph replay"] | None = None
 
     @property
     def ours(self) -> bool:
@@ -592,7 +596,8 @@ class Document(Record):
     @property
     def reference(self) -> str:
         """The contender that speed-ups are told against, such as the official algorithm or the untouched model."""
-        return {"drop-in": UNTOUCHED, "kernels": EAGER, "serve": ONE_AT_A_TIME}.get(self.benchmark, OFFICIAL)
+        others = {"drop-in": UNTOUCHED, "kernels": EAGER, "device": EAGER, "serve": ONE_AT_A_TIME}
+        return others.get(self.benchmark, OFFICIAL)
 
     def beside(self, row: Row, contender: str, dtype: str) -> Row | None:
         """The row of another contender at the same work."""

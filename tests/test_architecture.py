@@ -28,6 +28,7 @@ LEVELS = {
     "data": 2,
     "checkpoint": 2,
     "models": 3,
+    "graphs": 4,
     "objectives": 4,
     "replace": 4,
     "training": 5,

@@ -174,11 +174,17 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
 def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonFile = None) -> int:
     """Time every operation against eager PyTorch, SDPA, FlexAttention, flash-attn and Liger, as far as installed.
 
-    A contender that is less accurate than the same precision allows is not timed. Ctrl-C keeps what was measured.
+    A contender that is less accurate than the same precision allows is not timed. Rows are saved as they are measured,
+    and Ctrl-C keeps those that are.
     """
+    from xfm_fast.benchmarks import files
     from xfm_fast.benchmarks.work import kernels
 
-    return _keep(_measured(lambda progress, command: kernels.run(options, progress, command)), json)
+    def keep(document: Document) -> None:
+        if json is not None:
+            files.save_as(document, json)
+
+    return _keep(_measured(lambda progress, command: kernels.run(options, progress, command, keep)), json)
 
 
 @app.command(name="list")
