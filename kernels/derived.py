@@ -69,6 +69,11 @@ def _values(source: Tensor) -> Tensor:
     return flat if flat.numel() <= _COMPARED_WHOLE else flat[:: flat.numel() // _SAMPLES]
 
 
+def forget(source: Tensor) -> None:
+    """Forget everything that was computed from a tensor as its first source."""
+    _entries.pop(id(source), None)
+
+
 def clear() -> None:
     """Forget everything, for example to free memory before training."""
     _entries.clear()

@@ -37,6 +37,7 @@ LEVELS = {
     "benchmarks": 5,
     "finetuning": 6,
     "search": 6,
+    "serve": 7,
     "reproduce": 7,
     "cli": 8,
     "__main__": 9,

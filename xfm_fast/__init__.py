@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from xfm_fast.models.xfm import XFM as XFM
     from xfm_fast.replace import accelerate as accelerate
     from xfm_fast.replace import accelerated as accelerated
+    from xfm_fast.replace import register_attention as register_attention
     from xfm_fast.tasks.retrieval import Retriever as Retriever
 
 __version__ = "0.1.0"
@@ -34,9 +35,12 @@ _HOMES = {
     "Retriever": "xfm_fast.tasks.retrieval",
     "accelerate": "xfm_fast.replace",
     "accelerated": "xfm_fast.replace",
+    "register_attention": "xfm_fast.replace",
 }
 
-__all__ = ["XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "graphs", "load"]
+__all__ = [
+    "XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "graphs", "load", "register_attention",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

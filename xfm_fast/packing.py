@@ -36,11 +36,14 @@ class Sequences:
         mask = None if self.key_mask is None else self.key_mask.repeat(times)
         return Sequences(cu_seqlens=offsets(copies), key_mask=mask, max_seqlen=self.max_seqlen)
 
-    @cached_property
+    @property
     def longest(self) -> int:
         """Length of the longest text in tokens; `max_seqlen` where that is given."""
-        if self.max_seqlen is not None:
-            return self.max_seqlen
+        # A compiler cannot enter the lock of a cached property, and need not where this is known.
+        return self._measured if self.max_seqlen is None else self.max_seqlen
+
+    @cached_property
+    def _measured(self) -> int:
         lengths = self.cu_seqlens.diff()
         if not lengths.numel():
             return 0

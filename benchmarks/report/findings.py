@@ -21,6 +21,7 @@ TITLES = {
     "train-step": "A training step, fast against official",
     "drop-in": "accelerate(model), against the model untouched",
     "kernels": "Operations, against their alternatives",
+    "serve": "The HTTP service under load, against one request at a time",
     "device": "The first hour on a GPU",
 }
 

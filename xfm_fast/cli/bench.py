@@ -15,6 +15,7 @@ from xfm_fast.benchmarks.options import (
     DropInOptions,
     KernelOptions,
     ScenarioOptions,
+    ServeOptions,
     StepOptions,
     SuiteOptions,
     SweepOptions,
@@ -117,6 +118,21 @@ def bench_vqa(*, options: Flat[VqaOptions] = VqaOptions(), out: Path = _RESULTS 
     from xfm_fast.benchmarks.work import vqa
 
     return _finish(_measured(lambda progress, command: vqa.run(options, progress, command)), out)
+
+
+@app.command(name="serve")
+def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RESULTS / "serve") -> int:
+    """Load the HTTP service with clients that re-rank, against the same service taking one request at a time.
+
+    Every contender is a process of its own, and answers are compared with the model's first. Results go to a JSON file
+    and a self-contained HTML page; exit code 1 says that an answer differed, a request failed, or memory grew.
+
+    Args:
+        out: Folder that receives the results.
+    """
+    from xfm_fast.benchmarks.work import serving
+
+    return _finish(_measured(lambda progress, command: serving.run(options, progress, command)), out)
 
 
 @app.command(name="train-step")
