@@ -13,7 +13,6 @@ from tests.kernels.triton_testing import interpreted_kernels, poison
 interpreted_kernels()
 
 from tests.kernels.test_operators import CASES  # noqa: E402
-from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.kernels import ops, tune  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm  # noqa: E402
 from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
@@ -49,6 +48,8 @@ def test_dropout_replays_its_mask_in_the_gradient() -> None:
 
 def test_a_whole_model_on_triton_kernels() -> None:
     """Vision, text and fusion encoders, forward and backward, on the kernels that a GPU would run."""
+    from xfm_fast import XFM, XFMConfig
+
     torch.manual_seed(0)
     config = XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=2, vocab_size=64)
     config = config.replace(vision_width=64, vision_heads=2, text_width=64, text_heads=2)
