@@ -11,8 +11,8 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.nn import RelPosAttention
 
-# Devices that pass once over the sum of a branch and the norm behind it, also where the norm is of the next block. A CPU
-# adds the sum within the product instead.
+# Devices that pass once over the sum of a branch and the norm behind it, the next block's or not. A CPU adds the sum
+# within the product instead.
 _JOINING = ("cuda",)
 
 
