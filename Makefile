@@ -44,6 +44,9 @@ ablations: $(VENV)/$(EXTRAS).stamp ## train the tiny model with and without the 
 downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of the paper
 	$(BIN)/xfm-fast reproduce downstream $(ARGS)
 
+soak: $(VENV)/$(EXTRAS).stamp ## ask a service of the tiny model for ten minutes, and watch its memory
+	$(BIN)/xfm-fast bench serve --preset tiny --quick --clients 8 --rounds 1 --soak 600 $(ARGS)
+
 test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 

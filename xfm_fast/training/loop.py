@@ -19,6 +19,8 @@ from xfm_fast.batches import Batch
 from xfm_fast.checkpoint import hold
 from xfm_fast.data.streams import BatchSource, load_batches
 from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.models.hub import PREPROCESSOR_FILE
+from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints
@@ -122,6 +124,7 @@ def train(
         seed_everything(recipe.seed)
         if isinstance(recipe, Recipe):
             model = (build_model(recipe) if model is None else model).to(processes.device)
+            explained_by = {PREPROCESSOR_FILE: preprocessor_json(model.config)} | dict(explained_by or {})
             codes = image_codes(recipe, processes, image_tokenizer)
             if codes is not None:
                 # With the model its head is trained, shared and kept; what is saved as the model leaves it out.

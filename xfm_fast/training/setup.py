@@ -22,7 +22,7 @@ from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
 from xfm_fast.data.transforms import whole_image
 from xfm_fast.errors import DataError, InputError, StorageError
-from xfm_fast.models.processor import TOKENIZER_FILE
+from xfm_fast.models.hub import TOKENIZER_FILE
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
