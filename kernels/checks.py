@@ -95,7 +95,6 @@ def relpos_arguments(
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
 
 
-<<<<<<< HEAD
 def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
     """A bias that `relpos_bias` made for operands `[B, N, H, D]`, with its columns padded or not."""
     tokens, heads = q.shape[1:3]
@@ -105,7 +104,8 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
             f"bias is {bias.dtype} {[*bias.shape]} on {bias.device}; here relpos_bias makes [{heads}, {tokens}, "
             f"{columns}] on {q.device}: give what it returned for the same table, window and device"
         )
-=======
+
+
 def bias_arguments(
     q: Tensor,
     k: Tensor,
@@ -139,7 +139,6 @@ def bias_arguments(
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, keys)):
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[batch, keys]}")
     dropout(dropout_p, seed)
->>>>>>> main
 
 
 def varlen_arguments(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> None:

@@ -5,7 +5,8 @@ projections, expanding a position table, packing a weight for oneDNN). `derived`
 its first source and dies with it; it is recomputed when any source was written to, moved or converted.
 
 On a GPU, a caller on another stream waits until the value is there; and what is captured into a CUDA graph is computed
-within it: the graph would go on reading memory that is given back when a source changes.
+within it, or else the graph would go on reading memory that is given back when a source changes. Who sees to that is
+spared the work by `held`.
 
 Writes through `.data` escape PyTorch's version counter. On CPU, the values of the first source are therefore compared
 as well: all of a small one, some of a large one, which no optimizer step or moving average leaves as they were.
@@ -13,8 +14,10 @@ as well: all of a small one, some of a large one, which no optimizer step or mov
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -48,7 +51,7 @@ def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) ->
         with torch.inference_mode(False), torch.no_grad():
             found = compute()
             entry = kept[name] = (stamp, values.clone(), found, _Filled(sources[0].device) if values.is_cuda else None)
-    if entry[3] is not None:
+    if entry[3] is not None and not _capturing(sources[0]):
         entry[3].wait(entry[2])
     return entry[2]
 
@@ -71,8 +74,32 @@ class _Filled:
                     tensor.record_stream(current)
 
 
+class _Held(threading.local):
+    on: bool = False
+
+
+_held = _Held()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within the block, captured graphs read what is kept instead of computing it at every replay.
+
+    The caller holds what is `remembered` as long as the graph, and captures it anew when a source has changed.
+    """
+    outside, _held.on = _held.on, True
+    try:
+        yield
+    finally:
+        _held.on = outside
+
+
 def _captured(source: Tensor) -> bool:
-    """True if the current stream is being captured into a CUDA graph."""
+    """True if a value is to be a part of the graph that is being captured."""
+    return not _held.on and _capturing(source)
+
+
+def _capturing(source: Tensor) -> bool:
     return source.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

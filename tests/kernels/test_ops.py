@@ -368,9 +368,11 @@ def test_nothing_derived_within_a_graph_is_kept(monkeypatch: pytest.MonkeyPatch)
     """A graph fills its own memory, and goes on reading what it was captured with."""
     weight = nn.Parameter(torch.ones(2))
     kept = derived("twice", (weight,), lambda: weight.detach() * 2)
-    monkeypatch.setattr(derived_module, "_captured", lambda source: source is weight)
+    monkeypatch.setattr(derived_module, "_capturing", lambda source: source is weight)
     captured = derived("twice", (weight,), lambda: weight.detach() * 2)
     assert captured is not kept
+    with derived_module.held():
+        assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
     monkeypatch.undo()
     assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
 
