@@ -47,6 +47,9 @@ downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of 
 docs: $(VENV)/docs.stamp ## build the pages of docs/ with the API into site/; a warning fails it
 	$(BIN)/mkdocs build --quiet $(ARGS)
 
+soak: $(VENV)/$(EXTRAS).stamp ## ask a service of the tiny model for ten minutes, and watch its memory
+	$(BIN)/xfm-fast bench serve --preset tiny --quick --clients 8 --rounds 1 --soak 600 $(ARGS)
+
 test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 

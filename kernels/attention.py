@@ -198,7 +198,7 @@ def _relpos_backward(
     bias = _bias(table, window).to(q.dtype)
     dq, dk, dv, dbias = tiled_attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
     assert dbias is not None
-    return dq, dk, dv, attention.table_gradient(dbias, window, table.shape[0]).to(table.dtype)
+    return dq, dk, dv, attention.table_gradient(dbias[0], window, table.shape[0]).to(table.dtype)
 
 
 def _relpos_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -92,6 +92,41 @@ def relpos_arguments(
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
 
 
+def bias_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    key_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """Arguments of `bias_attention`."""
+    fit = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+    if not fit or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise InputError(
+            f"q must be [B, Nq, H, D] and k, v [B, Nk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        )
+    _one_attention_type(q, k, v)
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    wanted = (heads, queries, keys)
+    if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], wanted, strict=True)):
+        raise InputError(
+            f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}] or have 1"
+            " where it is the same for all"
+        )
+    if bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0]):
+        raise InputError(f"bias has {bias.shape[0]} entries for a batch of {batch}; it must have 1, or a divisor of it")
+    if not bias.is_floating_point() or (bias.dtype == torch.float64) != (q.dtype == torch.float64):
+        raise InputError(
+            f"bias is {bias.dtype} and q {q.dtype}; convert the bias: floating point, float64 only beside float64"
+            " (of a boolean mask, zeros and -inf)"
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, keys)):
+        raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[batch, keys]}")
+    dropout(dropout_p, seed)
+
+
 def varlen_arguments(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> None:
     """Arguments of `varlen_attention`, but for the contents of its offsets."""
     cu_seqlens_q, cu_seqlens_k, key_mask = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.key_mask

@@ -11,7 +11,7 @@ as well: all of a small one, some of a large one, which no optimizer step or mov
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) ->
     kept = _entries_of(sources[0])
     values = _values(sources[0])
     entry = kept.get(name)
-    if entry is None or entry[0] != stamp or not torch.equal(entry[1], values):
+    if entry is None or entry[0] != stamp or (values.numel() and not torch.equal(entry[1], values)):
         # The first caller may be in inference mode; what is kept must serve training too.
         with torch.inference_mode(False), torch.no_grad():
             entry = kept[name] = (stamp, values.clone(), compute())
@@ -69,6 +69,19 @@ def _values(source: Tensor) -> Tensor:
     return flat if flat.numel() <= _COMPARED_WHOLE else flat[:: flat.numel() // _SAMPLES]
 
 
+def forget(source: Tensor) -> None:
+    """Forget everything that was computed from a tensor as its first source."""
+    _entries.pop(id(source), None)
+
+
 def clear() -> None:
     """Forget everything, for example to free memory before training."""
     _entries.clear()
+
+
+def remembered(sources: Iterable[Tensor]) -> list[Any]:
+    """Everything that is remembered of these tensors: whoever reads it by its address, as a CUDA graph does, holds this
+    list, so that it outlives a change of its source and `clear`.
+    """
+    found = [_entries[id(source)] for source in sources if id(source) in _entries]
+    return [entry[2] for _, kept in found for entry in kept.values()]

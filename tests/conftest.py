@@ -192,6 +192,12 @@ base_state_fixture = _as_fixture(base_state)
 base_inputs_fixture = _as_fixture(base_inputs)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a GPU are collected everywhere, so that a machine without one can count them, and skipped there."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU that PyTorch can use")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     random.seed(0)

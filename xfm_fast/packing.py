@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -36,11 +36,14 @@ class Sequences:
         mask = None if self.key_mask is None else self.key_mask.repeat(times)
         return Sequences(cu_seqlens=offsets(copies), key_mask=mask, max_seqlen=self.max_seqlen)
 
-    @cached_property
+    @property
     def longest(self) -> int:
         """Length of the longest text in tokens; `max_seqlen` where that is given."""
-        if self.max_seqlen is not None:
-            return self.max_seqlen
+        # A compiler cannot enter the lock of a cached property, and need not where this is known.
+        return self._measured if self.max_seqlen is None else self.max_seqlen
+
+    @cached_property
+    def _measured(self) -> int:
         lengths = self.cu_seqlens.diff()
         if not lengths.numel():
             return 0
@@ -105,6 +108,11 @@ class Packing(Sequences):
             order=order,
             key_mask=rows.flatten() if keep_padding else None,
         )
+
+    def to(self, device: torch.device) -> Packing:
+        """The same layout on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[P, L, ...]` → `[T, ...]`."""

@@ -302,3 +302,30 @@ def _input_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _weight_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return _random(dtype, (_SUMMED, _WIDTH), (_SUMMED, _WIDTH))
+
+
+def prefers_onednn(dtype: torch.dtype) -> bool:
+    """True where oneDNN multiplies a weight faster than MKL, so that it pays to lay weights out for it."""
+    return dtype in (torch.float32, torch.bfloat16) and _choose("linear", _ROWS, dtype) != "aten"
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """A weight `[M, K]` in oneDNN's blocked layout; `to_dense()` gives the same bits back."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+
+
+def linear_of_laid_out(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """`x W^T + b`, or its GELU in the erf form: x `[..., K]`, weight `[M, K]` as `laid_out` gives it."""
+    rows = _rows(x)
+    # Which of the two is faster was found for weights that are packed at every call or once; the GELU is the same.
+    fused = gelu and "+gelu" not in _choose("linear_gelu", max(rows.shape[0], _FEW), x.dtype)
+    out = multiply(_LAID_OUT_GELU if fused else onednn_linear, rows, weight, bias)
+    return (torch.ops.aten.gelu_(out) if gelu and not fused else out).view(*x.shape[:-1], weight.shape[0])
+
+
+def residual_of_laid_out(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`residual + x W^T + b`, weight as in `linear_of_laid_out`."""
+    return multiply(_onednn_residual, _rows(x), weight, bias, _rows(residual)).view(residual.shape)
+
+
+_LAID_OUT_GELU = partial(onednn_linear, gelu=True)

@@ -166,11 +166,12 @@ def dkdv_tile(
     k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
     q_base, g_base, stride_qn, stride_gn, lse_pointer, delta_pointer, bias_pointers, inside, seed, head, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr, TURNED: tl.constexpr = False,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
 
-    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. Queries
+    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. TURNED says
+    that the bias pointers are so too: only then can the tile be copied to shared memory ahead of its use. Queries
     outside need no mask on scores: their lse is +inf, which makes their weights zero.
     """
     rows = tl.arange(0, BLOCK_M)
@@ -182,7 +183,8 @@ def dkdv_tile(
         row_lse = tl.load(lse_pointer + rows)
         delta = tl.load(delta_pointer + rows)
     if HAS_BIAS:
-        scores = biased_product(tl.trans(tl.load(bias_pointers)), k_a, k_b, q_a, q_b, D_B, PRECISION)
+        bias = tl.load(bias_pointers)
+        scores = biased_product(bias if TURNED else tl.trans(bias), k_a, k_b, q_a, q_b, D_B, PRECISION)
     else:
         scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION)
     weights = softmax_weights(scores, row_lse[None, :], SCALE, PRECISION)
@@ -276,7 +278,7 @@ def dot_precision(dtype: str) -> str:
     return "ieee" if dtype == "fp32" else "tf32"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def backward_statistics_kernel(
     out_ptr, dout_ptr, lse_ptr, delta_ptr, row_lse_ptr,
     stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh, tokens, heads,

@@ -44,7 +44,7 @@ def first_stage_programs(steps: int, device: torch.device) -> int:
     return max(1, min(steps, most))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def ordered_sum_kernel(
     partials_ptr,
     first_ptr,

@@ -66,7 +66,7 @@ def locate_tile(cu_ptr, sequences, tile, BLOCK: tl.constexpr):
     return s, start.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tiles", "queries"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, out_ptr, lse_ptr,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
@@ -135,7 +135,7 @@ def forward_kernel(
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tiles", "queries", "heads"])
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh,
@@ -202,7 +202,7 @@ def dkdv_kernel(
     store_pieces(dk_ptr + gradient, columns, stride_dn, inside, dk_a, dk_b, D_A, D_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tiles", "queries", "heads"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, row_lse_ptr, delta_ptr, dq_ptr,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh,

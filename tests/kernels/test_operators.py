@@ -48,6 +48,15 @@ def varlen_inputs(
     return [t.to(dtype).detach().requires_grad_(grad) for t in (q, k, v)]
 
 
+def bias_inputs(
+    dtype: torch.dtype = torch.float32, grad: bool = True, *, entries: int = 1, width: int = 8
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((4, 5, 2, width), (4, 9, 2, width), (4, 9, 2, width), (entries, 2, 5, 9))
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [t.to(dtype).detach().requires_grad_(grad) for t in made]
+
+
 def relpos(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     return ops.relpos_attention(q, k, v, table, WINDOW)
 
@@ -76,11 +85,28 @@ def joined(results: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat(results, -1)
 
 
+# A batch entry without keys, and one with all.
+KEY_MASK = torch.tensor([[True] * 9, [False] * 9, [True] * 4 + [False] * 5, [False, True, True] * 3])
+
+
+def bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    return ops.bias_attention(q, k, v, bias, **options)
+
+
+def bias_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Both results in one; of a query that sees nothing, the logsumexp is held at a number."""
+    out, lse = ops.bias_attention(q, k, v, bias, KEY_MASK, return_lse=True)
+    return torch.cat([out.flatten(2), lse.clamp_min(-9).transpose(1, 2).to(out.dtype)], -1)
+
+
 ROW_SCALE = torch.tensor([0.0, 1.25, 1.25])
 TOKENS = torch.tensor([[3, 1, 10], [3, 0, 1]])
 TARGETS = torch.tensor([4, 49, -100, 0, 7, 7, -100, 12, 1])
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]] = {
     "relpos": (relpos, relpos_inputs),
+    "bias": (bias, bias_inputs),
+    "bias, by entry": (lambda *a: bias(*a, key_mask=KEY_MASK), lambda *a, **k: bias_inputs(*a, entries=4, **k)),
+    "bias, by window": (bias_with_lse, lambda *a, **k: bias_inputs(*a, entries=2, **k)),
     "varlen": (varlen, varlen_inputs),
     "varlen, long": (long_varlen, lambda *a, **k: varlen_inputs(*a, queries=170, keys=150, **k)),
     "varlen, masked": (lambda q, k, v: varlen(q, k, v, key_mask=torch.arange(20) % 3 != 0), varlen_inputs),

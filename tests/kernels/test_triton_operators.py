@@ -22,7 +22,7 @@ from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
 def _run(case: str, backend: ops.Backend) -> list[Tensor]:
     function, inputs = CASES[case]
     # The Triton kernels have the head dimensions of real models.
-    arguments = inputs(width=32) if case.startswith(("relpos", "varlen")) else inputs()
+    arguments = inputs(width=32) if case.startswith(("relpos", "varlen", "bias")) else inputs()
     with ops.use_backend(backend), poison():
         out = function(*arguments)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))

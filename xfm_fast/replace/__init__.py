@@ -1,7 +1,7 @@
 """Fused modules for models that others wrote: swapped in on a live instance, verified, and taken out again."""
 
 from xfm_fast.replace.acceleration import Entry, Report, accelerate, accelerated
-from xfm_fast.replace.huggingface_text import register_attention
+from xfm_fast.replace.attention_interface import register_attention
 from xfm_fast.replace.rerank import Reranker
 from xfm_fast.replace.swap import Fused, Rule
 

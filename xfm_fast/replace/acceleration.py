@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
+from xfm_fast.replace import adapters
+from xfm_fast.replace.frozen import FrozenLinear
+from xfm_fast.replace.frozen import check as check_freezable
+from xfm_fast.replace.frozen import freeze as freeze_weights
+from xfm_fast.replace.packed_weight import place_of
 from xfm_fast.replace.swap import (
     BANDS,
     Fused,
@@ -41,6 +47,8 @@ def accelerate(
     exclude: Selection | None = None,
     unpad: bool = False,
     skip_logits: bool = False,
+    freeze: bool = False,
+    cuda_graphs: bool = False,
     verify: Any = None,
 ) -> Report:
     """Make the modules of a live model fast, in place and on this instance only.
@@ -63,6 +71,11 @@ def accelerate(
             where the original leaves values without meaning.
         skip_logits: masked-language heads in training mode return `logits=None` when they are given labels, so that
             only the labelled positions meet the vocabulary. By default logits are returned as ever.
+        freeze: for inference on a CPU: lay the weights of text layers out for the library that is fastest here, in the
+            place of the parameters instead of beside them. No parameter then takes gradients, state dicts are as ever,
+            and `revert` restores every bit.
+        cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs: each shape is captured at its
+            first call. For models whose sizes do not depend on values; any other raises an error at its first call.
         verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor) that the model is
             run on before and after, in evaluation mode.
 
@@ -78,26 +91,47 @@ def accelerate(
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
     settings = Settings(kernels, dtype, unpad, skip_logits)
     _check_machine(model, settings)
+    if cuda_graphs:
+        if unpad:
+            raise InputError(
+                "unpad=True packs as many tokens as the values of a mask say, and cuda_graphs=True needs fixed sizes; "
+                "leave one of them out"
+            )
+        require_gpu(model)
+    graphs = model.__dict__.pop("forward") if _in_graphs(model) else None
     chosen = dict(model.named_modules())
     excluded = {} if exclude is None else _under(chosen, exclude, "exclude")
     if include is not None:
         chosen = _under(chosen, include, "include")
     chosen = {path: module for path, module in chosen.items() if path not in excluded}
+    if freeze:
+        check_freezable(model, settings)
     before = None if verify is None else _outputs(model, verify)
-    undo = [(module, fused_form(module), module.settings) for module in model.modules() if isinstance(module, Fused)]
-    for module, _, _ in undo:
+    former = [module for module in model.modules() if isinstance(module, Fused)]
+    undo = [(module, fused_form(module), module.settings) for module in former if not isinstance(module, FrozenLinear)]
+    frozen = next((module.settings for module in former if isinstance(module, FrozenLinear)), None)
+    for module in former:
         restore(module)
     try:
         report = _replace(model, chosen, settings)
+        if freeze:
+            report.freeze(model, settings)
         if before is not None:
             after = _outputs(model, verify)
             report.differences.update(_compared(before, after, verify, dtype))
+        if cuda_graphs:
+            model.__dict__["forward"] = CallGraphs(model.forward, model)
+            report._model = model
     except BaseException:
         for module in model.modules():
             if is_fused(module):
                 restore(module)
-        for module, form, former in undo:
-            swap(module, form, former)
+        for module, form, its_settings in undo:
+            swap(module, form, its_settings)
+        if frozen is not None:
+            freeze_weights(model, [module for module, _, _ in undo if isinstance(module, Fused)], frozen)
+        if graphs is not None:
+            model.__dict__["forward"] = graphs
         raise
     return report
 
@@ -135,6 +169,9 @@ class Entry:
 class Report:
     """The modules of a model that were recognised: what was replaced, what was not and why. Printing it gives a table.
 
+    The table is of the moment: a module whose parts were exchanged or observed since (by adapters, quantisation, hooks)
+    is shown with the reason why its original runs.
+
     Attributes:
         entries: in the order of `model.named_modules()`.
         differences: largest difference of each output that `verify` compared, relative to the output's largest value.
@@ -143,6 +180,9 @@ class Report:
     entries: list[Entry]
     differences: dict[str, float] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
+    _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
+    _model: nn.Module | None = field(default=None, repr=False)
+    """The model, where its calls are replayed as graphs."""
 
     @property
     def replaced(self) -> list[Entry]:
@@ -153,32 +193,74 @@ class Report:
         """Recognised and not replaced."""
         return [entry for entry in self.entries if entry.reason is not None]
 
+    @property
+    def declining(self) -> dict[str, str]:
+        """Replaced modules whose original runs just now, by path, and why."""
+        found = {}
+        for entry, module in zip(self.replaced, self._modules, strict=False):
+            reason = module.declines() if isinstance(module, Fused) else "it was reverted"
+            if reason is not None:
+                found[entry.path] = reason
+        return found
+
     def revert(self) -> None:
         """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm.
 
         No other thread may use the model meanwhile.
         """
-        for module in self._modules:
+        if self._model is not None and _in_graphs(self._model):
+            del self._model.__dict__["forward"]
+        for module in (*self._modules, *self._frozen):
             if is_fused(module):
                 restore(module)
 
+    def freeze(self, model: nn.Module, settings: Settings) -> None:
+        """Pack the weights of the replaced modules in place."""
+        self._frozen = freeze_weights(model, [m for m in self._modules if isinstance(m, Fused)], settings)
+        if not self._frozen:
+            raise InputError(
+                "freeze=True finds no weight to lay out: it knows the layers of BERT-like text models with linear "
+                "layers of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
+            )
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the weights that lie packed in place of parameters."""
+        packs = {id(pack): pack for pack, _ in map(place_of, filter(is_fused, self._frozen))}
+        return sum(pack.nbytes for pack in packs.values())
+
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "why, or what it saves")]
-        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        declining = self.declining
         for entry in self.entries:
-            kind = (entry.class_name, entry.fused, entry.gain, entry.reason or "")
-            groups.setdefault(kind, []).append(entry.path)
-        for (class_name, fused, gain, reason), paths in groups.items():
+            fate, why = entry.fused, entry.gain
+            if entry.reason is not None:
+                fate, why = "left alone", entry.reason
+            elif entry.path in declining:
+                fate, why = "runs its original", declining[entry.path]
+            groups.setdefault((entry.class_name, fate, why), []).append(entry.path)
+        for (class_name, fate, why), paths in groups.items():
             place = paths[0] or "(the model)"
             if len(paths) > 1:
                 place += f" and {len(paths) - 1} alike"
-            rows.append((place, class_name, "left alone" if reason else fused, reason or gain))
+            rows.append((place, class_name, fate, why))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
+        if declining:
+            lines[-1] += f"; {len(declining)} of those replaced run their original at present"
+        if frozen := self.frozen_bytes:
+            lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside")
+        lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
         return "\n".join(lines)
+
+
+def _in_graphs(model: nn.Module) -> bool:
+    """True if the calls of a model are replayed as graphs."""
+    return isinstance(model.__dict__.get("forward"), CallGraphs)
 
 
 class _InOneType(Fused):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
-from xfm_fast.models.text import concatenated
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability, why_not_bypassed
 
@@ -200,9 +199,11 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
         The packing, and whether the memory's mask hides nothing. None where a text has no token at all: what softmax
         makes of nothing is the original's own business.
     """
+    mask = mask.bool()
+    if torch.compiler.is_compiling():
+        return _traced_plan(mask, keep_first), memory_mask is None
     if not mask.numel():
         return None
-    mask = mask.bool()
     kept = mask.clone() if keep_first else mask
     if keep_first:
         kept[:, 0] = True
@@ -223,6 +224,23 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
         positions=places, cu_seqlens=offsets(lengths), shape=shape, key_mask=key_mask, max_seqlen=int(longest)
     )
     return packing, bool(whole_memory)
+
+
+def _traced_plan(mask: Tensor, keep_first: bool) -> Packing:
+    """The packing in a graph, where no value may decide what is computed: only the number of kept tokens is read.
+
+    The first token of a text, kept as a query where it is padding, attends to the real ones; in a text without any, to
+    nothing, which leaves zeros.
+    """
+    kept = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
+    places = kept.flatten().nonzero().flatten()
+    return Packing(
+        positions=places,
+        cu_seqlens=offsets(kept.sum(1)),
+        shape=(mask.shape[0], mask.shape[1]),
+        key_mask=mask.flatten().index_select(0, places) if keep_first else None,
+        max_seqlen=mask.shape[1],
+    )
 
 
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
@@ -268,20 +286,17 @@ def run_layer(
     """
     projections = layer.attention.self
     if reads is None:
-        parts = (projections.query, projections.key, projections.value)
-        weight = concatenated("qkv weight", *(p.weight for p in parts))
-        bias = concatenated("qkv bias", *(p.bias for p in parts))
-        qkv = settings.linear(x, weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, projections.num_attention_heads, -1)).unbind(-3)
+        made = settings.products("qkv", x, projections.query, projections.key, projections.value)
+        q, k, v = (t.unflatten(-1, (projections.num_attention_heads, -1)) for t in made)
     else:
-        k, v = keys_values(layer.attention, x, settings).unbind(-3)
+        k, v = keys_values(layer.attention, x, settings)
         x = x.index_select(0, reads)
         q = _query(projections, x, settings)
     x = _close(layer.attention.output, attend(q, k, v, _chance(projections), settings).flatten(-2), x, settings)
     if memory is not None:
         cross = layer.crossattention
-        states = memory.states if memory.projected else keys_values(cross, memory.states, settings)
-        k, v = states.unbind(-3)
+        states = memory.states
+        k, v = states.unbind(-3) if memory.projected else keys_values(cross, states, settings)
         q = _query(cross.self, x, settings)
         # One memory for a whole padded batch: its queries form a single sequence.
         asked = q.flatten(0, 1)[None] if memory.shared else q
@@ -291,33 +306,23 @@ def run_layer(
     return _close(layer.output, hidden, x, settings)
 
 
-def keys_values(attention: Any, states: Tensor, settings: Settings) -> Tensor:
-    """`[..., width]` → keys and values `[..., 2, H, D]`, with one product."""
+def keys_values(attention: Any, states: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """`[..., width]` → keys and values, `[..., H, D]` each, with one product."""
     projections = attention.self
-    weight = concatenated("kv weight", projections.key.weight, projections.value.weight)
-    bias = concatenated("kv bias", projections.key.bias, projections.value.bias)
-    return settings.linear(states, weight, bias).unflatten(-1, (2, projections.num_attention_heads, -1))
+    k, v = settings.products("kv", states, projections.key, projections.value)
+    heads = projections.num_attention_heads
+    return k.unflatten(-1, (heads, -1)), v.unflatten(-1, (heads, -1))
 
 
 def _query(projections: Any, x: Tensor, settings: Settings) -> Tensor:
-    q = settings.linear(x, projections.query.weight, projections.query.bias)
+    (q,) = settings.products("query", x, projections.query)
     return q.unflatten(-1, (projections.num_attention_heads, -1))
 
 
 def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
     """The end of a branch: product, dropout, residual, LayerNorm."""
-    dense, norm = end.dense, end.LayerNorm
-    return ops.linear_add_layer_norm(
-        settings.operand(x),
-        *settings.affine(dense.weight, dense.bias),
-        residual,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        dropout_p=probability(end.dropout),
-        wide=True,
-        backend=settings.backend,
-    )[0]
+    p = probability(end.dropout)
+    return settings.closed(x, end.dense, end.LayerNorm, residual, dropout_p=p, wide=True)[0]
 
 
 def _chance(projections: Any) -> float:

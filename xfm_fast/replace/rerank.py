@@ -18,6 +18,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.inputs import check_attention_mask, check_embeddings, check_image_index, check_token_mask
+from xfm_fast.models.text import concatenated
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
 from xfm_fast.replace.bert_layer import (
     LAYER_PARTS,
@@ -26,7 +27,6 @@ from xfm_fast.replace.bert_layer import (
     drops_paths,
     has_cross_attention,
     is_layer,
-    keys_values,
     run_layer,
     why_not_plain,
 )
@@ -95,7 +95,7 @@ class Reranker:
             token_mask = check_token_mask(token_mask, (images, tokens), "token_mask")
         settings = self._settings
         with settings.own_types(image_embeds.device):
-            layers = [keys_values(layer.crossattention, image_embeds, settings) for layer in self._crossing]
+            layers = [_keys_values(layer.crossattention.self, image_embeds, settings) for layer in self._crossing]
         return ImageMemory(tuple(layers), token_mask)
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -222,6 +222,13 @@ class Reranker:
                 projected += 1
             x = run_layer(layer, x, _within(packing, asking), self._settings, seen, reads=reads)
         return x
+
+
+def _keys_values(projections: Any, images: Tensor, settings: Settings) -> Tensor:
+    """`[B, M, image width]` → keys and values side by side `[B, M, 2, H, D]`."""
+    weight = concatenated("kv weight", projections.key.weight, projections.value.weight)
+    bias = concatenated("kv bias", projections.key.bias, projections.value.bias)
+    return settings.linear(images, weight, bias).unflatten(-1, (2, projections.num_attention_heads, -1))
 
 
 def _within(packing: Packing, asking: Sequences | None = None) -> Packed:

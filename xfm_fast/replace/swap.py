@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, reduce, wraps
 from importlib import import_module
 from types import FunctionType
 from typing import Any, ClassVar, overload
@@ -25,6 +25,9 @@ from torch.nn.modules import module as module_internals
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.derived import derived
+from xfm_fast.models.text import concatenated
+from xfm_fast.replace import adapters
+from xfm_fast.replace.packed_weight import pack_of
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 # Relative to the largest value of an output. Rounding differs wherever a sum is taken in another order.
@@ -86,12 +89,85 @@ class Settings:
         """`x Wᵀ + b` in the type that is computed in."""
         return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
 
+    def products(self, name: str, x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+        """The products of x `[..., K]` with layers of one input, `[..., M]` each, by one product; adapters included.
+
+        Args:
+            name: of the weights side by side, which are kept under it.
+        """
+        packed = pack_of(layers)
+        if packed is not None:
+            biases = [layer.bias for layer in layers]
+            bias = biases[0] if len(layers) == 1 else self._joined(f"{name} bias", biases, packed.sizes)
+            made = packed.linear(self.operand(x), bias)
+            return (made,) if len(layers) == 1 else made.split(packed.sizes, -1)
+        bases = [adapters.base_layer(layer) for layer in layers]
+        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        later: list[list[adapters.Addition]] = []
+        for place, layer in enumerate(layers):
+            found = adapters.additions(layer) if layer is not bases[place] else []
+            merged = adapters.added(weights[place], biases[place], found) if found else None
+            if merged is not None:
+                (weights[place], biases[place]), found = merged, []
+            later.append(found)
+        if len(layers) == 1:
+            made: tuple[Tensor, ...] = (self.linear(x, weights[0], biases[0]),)
+        else:
+            widths = [weight.shape[0] for weight in weights]
+            bias = self._joined(f"{name} bias", biases, widths)
+            made = self.linear(x, concatenated(f"{name} weight", *weights), bias).split(widths, -1)
+        if not any(later):
+            return made
+        x = self.operand(x)
+        return tuple(reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True))
+
+    @staticmethod
+    def _joined(name: str, biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+        given = [bias for bias in biases if bias is not None]
+        if not given:
+            return None
+        whole = [given[0].new_zeros(m) if bias is None else bias for bias, m in zip(biases, widths, strict=True)]
+        return concatenated(name, *whole)
+
+    def affine_of(self, layer: Any) -> tuple[Tensor, Any] | None:
+        """Weight and bias of a layer with its adapters added; None where these have to be computed apart."""
+        base = adapters.base_layer(layer)
+        weight, bias = base.weight, base.bias
+        if base is not layer and (found := adapters.additions(layer)):
+            merged = adapters.added(weight, bias, found)
+            if merged is None:
+                return None
+            weight, bias = merged
+        return self.affine(weight, bias)
+
     def activated(self, x: Tensor, dense: Any, activation: Any) -> Tensor:
-        """`activation(dense(x))`, in one pass where the activation is the erf form of GELU."""
-        if is_erf_gelu(activation):
-            affine = self.affine(dense.weight, dense.bias)
+        """`activation(dense(x))`, in one pass where the activation is the erf form of GELU; adapters included."""
+        erf_gelu = is_erf_gelu(activation)
+        packed = pack_of((dense,)) if erf_gelu else None
+        if packed is not None:
+            return packed.linear(self.operand(x), dense.bias, gelu=True)
+        affine = self.affine_of(dense) if erf_gelu else None
+        if affine is not None:
             return ops.linear_gelu(self.operand(x), *affine, backend=self.backend)
-        return activation(self.linear(x, dense.weight, dense.bias))
+        return activation(self.products("", x, dense)[0])
+
+    def closed(
+        self, x: Tensor, dense: Any, norm: Any, residual: Tensor, *, dropout_p: float = 0.0, wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The end of a branch and the norm behind it: of `residual + dropout(dense(x))`; adapters included.
+
+        Returns:
+            (normed, summed), both `[..., M]`.
+        """
+        packed = pack_of((dense,))
+        if packed is not None and not dropout_p:
+            summed = packed.residual(self.operand(x), dense.bias, residual)
+            return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps, backend=self.backend), summed
+        affine, scale = self.affine_of(dense), (norm.weight, norm.bias, norm.eps)
+        after: dict[str, Any] = {"dropout_p": dropout_p, "wide": wide, "backend": self.backend}
+        if affine is None:
+            return ops.add_layer_norm(self.products("", x, dense)[0], residual, *scale, **after)
+        return ops.linear_add_layer_norm(self.operand(x), *affine, residual, *scale, **after)
 
     @contextmanager
     def own_types(self, device: torch.device) -> Iterator[None]:
@@ -109,9 +185,11 @@ class Fused(nn.Module):
     Attributes:
         bypassed: submodules whose parameters the fused computation reads without calling them, by dotted name, with
             the class that it takes each for (nn.Module: any). Where one of them is missing, it is ignored.
+        joint: linear layers of one input, by the same names, that are multiplied together by `Settings.products`.
     """
 
     bypassed: ClassVar[Mapping[str, Kinds]] = {}
+    joint: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -134,6 +212,13 @@ class Fused(nn.Module):
         runs then.
         """
         return why_not_bypassed(self, type(self).bypassed) is None
+
+    def declines(self) -> str | None:
+        """The reason why calls run the original just now, whatever they ask for; None if they need not."""
+        return why_not_bypassed(self, type(self).bypassed)
+
+    def release(self) -> None:
+        """Give up what the module holds because it is fused, just before it has its own class again."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and cannot be looked up by name, so it is made again.
@@ -172,6 +257,8 @@ def restore(module: nn.Module) -> None:
     """Give a module its own class back."""
     if _own_forward_left_behind(module):
         del module.__dict__["forward"]
+    if isinstance(module, Fused):
+        module.release()
     module.__class__ = original_class(module)
     del module.__dict__[_SETTINGS]
 
@@ -206,7 +293,13 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
             continue
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if nn.Module not in kinds and original_class(part) not in kinds:
-            return f"{name} is a {type(part).__name__}"
+            if adapters.Adaptable not in kinds or not adapters.is_adapted(part):
+                return f"{name} is a {type(part).__name__}"
+            reason = adapters.why_not(part)
+            if reason is None and any(observed(called) for called in adapters.parts_called(part)):
+                reason = "has hooks inside"
+            if reason is not None:
+                return f"{name} {reason}"
         if observed(part):
             return f"{name} has hooks"
     return None
@@ -284,8 +377,10 @@ def fused_form(module: nn.Module) -> type[Fused]:
 # imported already for the family to be looked at: no model of it can exist otherwise.
 _FAMILIES = (
     ("xfm_fast.replace.huggingface_text", "transformers"),
+    ("xfm_fast.replace.huggingface_families", "transformers"),
     ("xfm_fast.replace.huggingface_vision", "transformers"),
     ("xfm_fast.replace.timm_vision", "timm"),
+    ("xfm_fast.replace.open_clip_towers", "open_clip"),
     ("xfm_fast.replace.official", None),
     ("xfm_fast.replace.torch_modules", None),
 )

@@ -34,7 +34,7 @@ from xfm_fast.packing import ImageGroups, Sequences, offsets, ragged_rows
 UNSCORED = -100.0
 
 # Query tokens of one pass through the fusion encoder: enough to fill the matrix units, few enough to stay in cache.
-_TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
 # Image memories held at a time; a 384-pixel image of the base model takes 42 MB in fp32.
 _MEMORY_BYTES = 1 << 30
 # Similarities are ranked in slices of this many values, so that a large collection needs no full matrix.
@@ -285,7 +285,7 @@ def score_candidates(
             path = Path(resume) / "scores.bin"
             journal = stack.enter_context(ScoreJournal(path, fingerprint, _score_dtype(texts)))
         device = texts.tokens.device
-        budget = _TOKEN_BUDGET.get(device.type, _TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
+        budget = TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
         per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
         most = max(1, _MEMORY_BYTES // per_image)
         scores = torch.full((candidates.pairs,), UNSCORED, dtype=_score_dtype(texts))

@@ -1,0 +1,218 @@
+"""LoRA of peft around the linear layers of fused forms: peft's own results, whichever came first."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from tests.replace.text_models import assert_equal, batch, make  # noqa: E402
+from xfm_fast import accelerate  # noqa: E402
+from xfm_fast.replace.huggingface_text import FusedLayer  # noqa: E402
+from xfm_fast.replace.swap import is_fused  # noqa: E402
+
+EVERYWHERE = ["query", "key", "value", "dense"]
+BOUND = 1e-12
+
+
+def adapted(model: Any, *names: str, targets: list[str] | None = None, **options: Any) -> Any:
+    """The model with adapters whose factors are not zero."""
+    made: Any = None
+    for name in names or ("default",):
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets or ["query", "value"], **options)
+        if made is None:
+            made = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            made.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+    return made.double()
+
+
+def only_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let adapted layers raise where they are called."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the original ran")
+
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "forward", refuse)
+
+
+def outputs(model: Any, given: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**given).last_hidden_state[given["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("first", ["peft", "accelerate"])
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("targets", [None, EVERYWHERE])
+def test_forward_and_gradients(first: str, unpad: bool, targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("BertModel")
+    fast = copy.deepcopy(model)
+    original = adapted(model, targets=targets)
+    if first == "peft":
+        fast = adapted(fast, targets=targets)
+        report = accelerate(fast, unpad=unpad)
+    else:
+        report = accelerate(fast, unpad=unpad)
+        fast = adapted(fast, targets=targets)
+    given = batch()
+    trainable = [name for name, p in fast.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert_equal(original, fast, given, BOUND, only_real=unpad)
+    wanted = outputs(original, given)
+    assert not torch.allclose(wanted, outputs(make("BertModel"), given), rtol=1e-2)
+    assert not report.declining, str(report)
+    assert "LoRA adapters on" in str(report)
+    assert "'default' at work" in str(report)
+    if targets is None:
+        only_fused(monkeypatch)
+        assert torch.allclose(outputs(fast, given), wanted, rtol=0, atol=BOUND * float(wanted.abs().max()))
+
+
+def test_every_change_of_an_adapter_is_seen() -> None:
+    """The sum of weight and adapters is kept, so each way to change one has to be noticed."""
+    original, fast = (adapted(make("BertModel"), "one", "two", targets=EVERYWHERE).eval() for _ in range(2))
+    accelerate(fast, unpad=True)
+    given, seen = batch(), []
+
+    def compare() -> None:
+        wanted, found = outputs(original, given), outputs(fast, given)
+        assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
+        assert not any(torch.allclose(wanted, other) for other in seen)
+        seen.append(wanted)
+
+    compare()
+    for model in (original, fast):
+        model.set_adapter("two")
+    compare()
+    for model in (original, fast):
+        model.base_model.set_adapter(["one", "two"])
+    compare()
+    for model in (original, fast):
+        for layer in model.modules():
+            if isinstance(layer, peft.tuners.lora.layer.Linear):
+                layer.set_scale("one", 0.5)
+    compare()
+    for model in (original, fast):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(1.5)
+    compare()
+    with original.disable_adapter(), fast.disable_adapter():
+        compare()
+        assert "disabled" in str(accelerate(fast, unpad=True))
+    for model in (original, fast):
+        model.merge_adapter()
+    wanted, found = outputs(original, given), outputs(fast, given)
+    assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
+    with original.disable_adapter(), fast.disable_adapter():
+        wanted, found = outputs(original, given), outputs(fast, given)
+        assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
+
+
+def test_merged_for_good() -> None:
+    original, fast = (adapted(make("BertModel"), targets=EVERYWHERE).eval() for _ in range(2))
+    report = accelerate(fast)
+    plain = fast.merge_and_unload()
+    assert all(type(layer.attention.self.query) is nn.Linear for layer in plain.encoder.layer)
+    assert all(is_fused(layer) and layer.declines() is None for layer in plain.encoder.layer)
+    wanted, found = outputs(original, batch()), outputs(plain, batch())
+    assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
+    assert "LoRA" not in str(report)
+
+
+def test_dropout_is_on_the_input_of_the_adapter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same draws the same numbers: what is dropped is told by a mask that the input's shape makes."""
+
+    def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return x * (torch.arange(x.shape[-1]) % 3 != 0) / (1 - p) if training and p else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropped)
+    original, fast = (adapted(make("BertModel"), targets=EVERYWHERE, lora_dropout=0.25).train() for _ in range(2))
+    accelerate(fast)
+    assert_equal(original, fast, batch(), BOUND)
+    trained = outputs(fast, batch())
+    assert not torch.allclose(trained, outputs(fast.eval(), batch()))
+
+
+def test_bias_and_mixed_types() -> None:
+    original, fast = (adapted(make("BertModel"), targets=EVERYWHERE, lora_bias=True).eval() for _ in range(2))
+    accelerate(fast)
+    assert_equal(original, fast, batch(), BOUND)
+    wanted, found = outputs(original, batch()), outputs(fast, batch())
+    assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
+    for model in (original, fast):
+        model.bfloat16()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+    wanted, found = outputs(original, batch()).float(), outputs(fast, batch()).float()
+    assert float((found - wanted).abs().max()) <= 2.0**-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("first", ["peft", "accelerate"])
+def test_other_adapters_run_and_are_told(first: str) -> None:
+    model = make("BertModel")
+    fast = copy.deepcopy(model)
+    original = adapted(model, use_dora=True)
+    if first == "peft":
+        fast = adapted(fast, use_dora=True)
+        report = accelerate(fast)
+        told = {entry.reason for entry in report.left}
+        assert "embeddings" in str(report)
+    else:
+        report = accelerate(fast)
+        assert not report.declining
+        fast = adapted(fast, use_dora=True)
+        told = {reason for path, reason in report.declining.items() if "layer" in path}
+        assert "run their original at present" in str(report)
+    kind = "attention.self.query has the adapter 'default' of another kind than plain LoRA (Dora)"
+    assert any(kind in reason for reason in told if reason)
+    assert_equal(original, fast, batch(), BOUND)
+
+
+def test_a_hook_inside_of_an_adapter_is_called() -> None:
+    fast = adapted(make("BertModel")).eval()
+    report = accelerate(fast)
+    layer = fast.base_model.model.encoder.layer[0].attention.self.query
+    seen: list[int] = []
+    handle = layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
+    assert any("query has hooks inside" in reason for reason in report.declining.values())
+    outputs(fast, batch())
+    assert seen == [1]
+    handle.remove()
+    assert not report.declining
+
+
+def test_adapters_by_row_of_a_batch() -> None:
+    original, fast = (adapted(make("BertModel"), "one", "two").eval() for _ in range(2))
+    accelerate(fast, unpad=True)
+    given = batch() | {"adapter_names": ["one", "two", "__base__", "one", "two"]}
+    with torch.no_grad():
+        wanted, found = original(**given).last_hidden_state, fast(**given).last_hidden_state
+    assert torch.equal(wanted, found)
+
+
+def test_frozen_weights_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training adapters must not cost the gradient of the weights that they stand beside."""
+    from xfm_fast.kernels.cpu import products
+
+    fast = adapted(make("BertModel", torch.float32)).float().train()
+    accelerate(fast, unpad=True)
+    made: list[torch.Size] = []
+    inner = products.weight_gradient
+    monkeypatch.setattr(products, "weight_gradient", lambda dout, x: made.append(dout.shape) or inner(dout, x))
+    fast(**batch()).last_hidden_state.sum().backward()
+    assert made == []
+    assert any(isinstance(m, FusedLayer) for m in fast.modules())

@@ -1,0 +1,216 @@
+"""Weights packed in place of parameters: the same numbers, no second copy, and every bit back."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+
+from tests.replace.text_models import batch, make
+from xfm_fast import accelerate
+from xfm_fast.errors import InputError
+from xfm_fast.kernels.cpu import products
+from xfm_fast.replace.swap import is_fused
+
+
+@pytest.fixture(params=[True, False], ids=["blocked", "dense"], autouse=True)
+def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both layouts, whichever this processor would choose."""
+    monkeypatch.setattr(products, "prefers_onednn", lambda dtype: request.param)
+    return request.param
+
+
+def model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    return make("BertModel", dtype, **changes).eval()
+
+
+def outputs(made: Any, given: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return made(**given).last_hidden_state[given["attention_mask"].bool()].float()
+
+
+def assert_near(found: Tensor, wanted: Tensor, band: float) -> None:
+    assert float((found - wanted).abs().max()) <= band * float(wanted.abs().max())
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that exist."""
+    gc.collect()
+    dense, packed = {}, 0
+    for found in gc.get_objects():
+        if not issubclass(type(found), Tensor):
+            continue
+        if found.is_mkldnn:
+            packed += found.numel() * found.element_size()
+        else:
+            dense[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+    return packed + sum(dense.values())
+
+
+@pytest.mark.parametrize(("dtype", "band"), [(torch.float32, 1e-5), (torch.bfloat16, 2.0**-5)])
+@pytest.mark.parametrize("unpad", [False, True])
+def test_outputs_and_every_bit_back(dtype: torch.dtype, band: float, unpad: bool, blocked: bool) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    made, given = model(dtype), batch()
+    names, parameters = zip(*made.named_parameters(), strict=True)
+    made.embeddings.LayerNorm.weight.requires_grad_(False)
+    before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
+    report = accelerate(made, unpad=unpad, freeze=True, verify=given)
+    assert_near(outputs(made, given), wanted, band)
+    layer = made.encoder.layer[0]
+    linears = [m for m in layer.modules() if type(m).__bases__[-1] is nn.Linear]
+    assert len(linears) == 6
+    assert all("weight" not in m._parameters for m in linears)
+    assert layer.attention.self.query.__dict__["_xfm_fast_weight"][0].blocked == blocked
+    assert "MB of weights packed in place" in str(report)
+    report.revert()
+    report.revert()
+    after = made.state_dict()
+    assert [*after] == [*before]
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [*made.named_parameters()] == [*zip(names, parameters, strict=True)]
+    assert all(p is q for p, q in zip(made.parameters(), parameters, strict=True))
+    assert [p.requires_grad for p in parameters].count(False) == 1
+    assert torch.equal(outputs(made, given), wanted)
+    assert not any(is_fused(m) or "_xfm_fast" in str(vars(m).keys()) for m in made.modules())
+
+
+def test_memory_is_that_of_the_model_alone() -> None:
+    """Counted in bytes of all tensors: after many calls there is one copy of every weight."""
+    # What calls need beside weights (buffers for activations, the derived masks) is of a fixed size, and small here.
+    made = model(num_hidden_layers=3, hidden_size=192, intermediate_size=768)
+    given, weights = batch(), sum(p.nbytes for p in made.encoder.parameters() if p.ndim == 2)
+    # The operands that decide between libraries stay, and are made once.
+    other = copy.deepcopy(made)
+    accelerate(other, unpad=True)
+    outputs(other, given)
+    del other
+    untouched = live_bytes()
+    # What an earlier acceleration keeps beside the weights goes, too.
+    accelerate(made, unpad=True)
+    outputs(made, given)
+    report = accelerate(made, unpad=True, freeze=True)
+    assert report.frozen_bytes == weights
+    frozen = live_bytes()
+    for _ in range(2):
+        outputs(made, given)
+    used = live_bytes()
+    slack = weights // 10
+    assert abs(frozen - untouched) < slack
+    assert used - untouched < slack
+    report.revert()
+    assert abs(live_bytes() - untouched) < slack
+
+
+def test_state_dicts_and_copies(blocked: bool) -> None:
+    made, given = model(), batch()
+    before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
+    report = accelerate(made, freeze=True)
+    frozen = made.state_dict()
+    assert [*frozen] == [*before]
+    assert all(torch.equal(frozen[name], before[name]) for name in before)
+    other = model()
+    other.load_state_dict(frozen)
+    copies = (copy.deepcopy(made), pickle.loads(pickle.dumps(made)))
+    report.revert()
+    for copied in copies:
+        query = copied.encoder.layer[0].attention.self.query
+        assert "weight" not in query._parameters
+        packs = [
+            getattr(copied.encoder.layer[0].attention.self, n).__dict__["_xfm_fast_weight"][0] for n in ("query", "key")
+        ]
+        assert packs[0] is packs[1]
+        assert packs[0].blocked == blocked
+        assert_near(outputs(copied, given), wanted, 1e-5)
+
+
+def test_uses_that_cannot_be() -> None:
+    made, given = model(), batch()
+    state = copy.deepcopy(made.state_dict())
+    report = accelerate(made, freeze=True)
+    made.to("cpu")
+    made.float()
+    assert report.frozen_bytes
+    with pytest.raises(InputError, match=r"query.weight is frozen for inference and takes no other values"):
+        made.load_state_dict(state)
+    with pytest.raises(InputError, match=r"in training mode; call model.eval\(\), or report.revert\(\)"):
+        made.train()(**given)
+    made.eval()
+    report.revert()
+    made.load_state_dict(state)
+    made.train()(**given).last_hidden_state.sum().backward()
+
+
+def test_another_type_thaws() -> None:
+    made, given = model(), batch()
+    wanted = outputs(copy.deepcopy(made).double(), given)
+    report = accelerate(made, freeze=True)
+    made.double()
+    assert report.frozen_bytes == 0
+    assert {p.dtype for p in made.parameters()} == {torch.float64}
+    assert "weight" in made.encoder.layer[0].output.dense._parameters
+    assert_near(outputs(made, given), wanted, 1e-6)
+    report.revert()
+    assert all(p.requires_grad for p in made.parameters())
+
+
+def test_gradients_of_inputs_are_exact() -> None:
+    made = model()
+    embeds, mask = torch.randn(2, 7, 48), torch.ones(2, 7)
+    sides = []
+    for freeze in (False, True):
+        report = accelerate(made, freeze=freeze)
+        given = embeds.clone().requires_grad_()
+        made(inputs_embeds=given, attention_mask=mask).last_hidden_state.square().sum().backward()
+        report.revert()
+        sides.append(given.grad)
+    assert_near(sides[1], sides[0], 1e-5)
+    assert all(p.grad is not None for p in made.encoder.parameters())
+
+
+def test_a_failure_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, given = model(), batch()
+    wanted = outputs(made, given)
+    report = accelerate(made, freeze=True)
+    frozen = outputs(made, given)
+    monkeypatch.setattr("xfm_fast.replace.acceleration._compared", lambda *_: (_ for _ in ()).throw(InputError("no")))
+    with pytest.raises(InputError, match="no"):
+        accelerate(made, verify=given)
+    assert "weight" not in made.encoder.layer[0].output.dense._parameters
+    assert torch.equal(outputs(made, given), frozen)
+    accelerate(made).revert()
+    assert torch.equal(outputs(made, given), wanted)
+    assert all(p.requires_grad for p in made.parameters())
+    report.revert()
+    with pytest.raises(InputError, match="no"):
+        accelerate(made, freeze=True, verify=given)
+    assert torch.equal(outputs(made, given), wanted)
+    assert all(p.requires_grad for p in made.parameters())
+
+
+def test_layers_that_stay() -> None:
+    made, given = model(), batch()
+    seen: list[int] = []
+    first, second = made.encoder.layer
+    first.attention.self.key.register_forward_hook(lambda *_: seen.append(1))
+    second.output.dense.weight = made.encoder.layer[0].output.dense.weight
+    wanted = outputs(made, given)
+    seen.clear()
+    accelerate(made, freeze=True)
+    assert_near(outputs(made, given), wanted, 1e-5)
+    assert seen == [1]
+    assert "weight" in first.attention.self.query._parameters
+    assert "weight" in second.output.dense._parameters
+    assert "weight" not in second.attention.self.query._parameters
+    with pytest.raises(InputError, match="finds no weight to lay out"):
+        accelerate(nn.TransformerEncoderLayer(8, 2, 16), freeze=True)
+    with pytest.raises(InputError, match=r"convert the model first: model.to\(torch.bfloat16\)"):
+        accelerate(model(), freeze=True, dtype=torch.bfloat16)
