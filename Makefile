@@ -19,7 +19,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme ablations downstream docs soak test test-older test-all check lint types audit format dist clean distclean
+.PHONY: help venv install bench readme ablations downstream soak docs test test-older test-all check lint types audit format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,11 +44,11 @@ ablations: $(VENV)/$(EXTRAS).stamp ## train the tiny model with and without the 
 downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of the paper
 	$(BIN)/xfm-fast reproduce downstream $(ARGS)
 
-docs: $(VENV)/docs.stamp ## build the pages of docs/ with the API into site/; a warning fails it
-	$(BIN)/mkdocs build --quiet $(ARGS)
-
 soak: $(VENV)/$(EXTRAS).stamp ## ask a service of the tiny model for ten minutes, and watch its memory
 	$(BIN)/xfm-fast bench serve --preset tiny --quick --clients 8 --rounds 1 --soak 600 $(ARGS)
+
+docs: $(VENV)/docs.stamp ## build the pages of docs/ with the API into site/; a warning fails it
+	$(BIN)/mkdocs build --quiet $(ARGS)
 
 test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -585,9 +585,10 @@ class XFM(nn.Module):
         if image_index is None:
             if texts != memory.images:
                 raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
-            image_index = torch.arange(texts, device=text_embeds.device)
-        image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
-        groups = ImageGroups.from_index(image_index, memory.images)
+            groups = ImageGroups(torch.arange(texts + 1, dtype=torch.int32, device=text_embeds.device))
+        else:
+            image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
+            groups = ImageGroups.from_index(image_index, memory.images, text_embeds.device)
         packing = Packing.from_mask(mask, order=groups.order, keep_padding=keep_padding)
         fused = self.fusion_encoder(
             packing.pack(text_embeds), packing, memory, groups, first_token_only=first_token_only
