@@ -28,7 +28,7 @@ from xfm_fast.errors import InputError
 from .. import checks
 from ..limits import BIAS_HEAD_DIMS, HIDDEN
 from .attention_tiles import LOG2E, argument_types, dot_precision, dropout_keep, load_rows, positive_scale, product
-from .bias_config import bias_config
+from .bias_config import bias_config, sums_apart
 from .launch import KernelSpec, LaunchConfig, architecture, dtype_name, tail_size
 from .varlen_attention import dropout_threshold
 
@@ -632,7 +632,7 @@ def bias_attention_backward(
     for wanted in _sums(head_dim):
         dkdv_kernel[grid](
             q, k, v, dout, turned, *rest, dk, dv, *operands, *turned.stride()[:3], *counts,
-            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=_apart("bias_attention_dkdv", head_dim),
+            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=sums_apart(config),
             **wanted, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
@@ -641,7 +641,7 @@ def bias_attention_backward(
     grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
     dq_kernel[grid](
         *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
-        APART=_apart("bias_attention_dq", head_dim),
+        APART=sums_apart(config),
         TAIL=tail_size(keys, config.tiles["BLOCK_N"]), **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -741,11 +741,6 @@ def _kernel_constants(
     return constants | {"THRESHOLD": threshold, "HAS_MASK": masked, "STAGES": config.num_stages, **config.tiles}
 
 
-def _apart(kernel: str, head_dim: int) -> bool:
-    """True if the registers suffice for products with accumulators of their own."""
-    return head_dim <= (64 if kernel == "bias_attention_dkdv" else 192)
-
-
 def _sums(head_dim: int) -> tuple[dict[str, bool], ...]:
     """The launches of the dkdv kernel: one for both sums, or two."""
     return ({"DK": True, "DV": True},) if head_dim <= 128 else ({"DK": True, "DV": False}, {"DK": False, "DV": True})
@@ -759,7 +754,7 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
         given = {
             "TAIL": tail_size(577, looped),
             "STORE_BIAS": variant.get("own_bias", False),
-            "APART": _apart(name, head_dim),
+            "APART": sums_apart(config),
             **_sums(head_dim)[0],
         }
         return found | {key: value for key, value in given.items() if key in kernel.arg_names}
