@@ -1,6 +1,7 @@
 """Attention with a general bias, in the manner of FlashAttention-2 (arXiv 2307.08691).
 
-The bias is read as it lies in memory, in its own type, and prefetched with the keys. It may be shared by the batch, of
+The bias is read in its own type, as it lies in memory where that allows whole vectors, and prefetched with the keys.
+It may be shared by the batch, of
 an entry each, or of one for every entry of a period, as windows of an image share masks. Its gradient has one writer:
 where every batch entry has a bias of its own, the kernel of dq stores it on the way; else a kernel sums it over the
 entries that share it, in order.
