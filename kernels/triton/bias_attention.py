@@ -2,8 +2,8 @@
 
 The bias is read in its own type, as it lies in memory where that allows whole vectors, and prefetched with the keys. It
 may be shared by the batch, of an entry each, or of one for every entry of a period, as windows of an image share masks.
-Its gradient has one writer: where every batch entry has a bias of its own, the kernel of dq stores it on the way; else a
-kernel sums it over the entries that share it, in order.
+Its gradient has one writer: where every batch entry has a bias of its own, the kernel of dq stores it on the way; else
+a kernel sums it over the entries that share it, in order.
 
 A score is hidden by a bias of `limits.HIDDEN` or less. Queries of which all scores are hidden have a logsumexp of -inf,
 of which the statistics of the backward pass make +inf: that makes their weights zero there.
