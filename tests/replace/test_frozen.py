@@ -214,3 +214,24 @@ def test_layers_that_stay() -> None:
         accelerate(nn.TransformerEncoderLayer(8, 2, 16), freeze=True)
     with pytest.raises(InputError, match=r"convert the model first: model.to\(torch.bfloat16\)"):
         accelerate(model(), freeze=True, dtype=torch.bfloat16)
+
+
+def test_weights_that_are_no_plain_numbers() -> None:
+    """Quantised, mixed, or not there: told in a sentence, and the model is as it was."""
+    with torch.device("meta"):
+        empty = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(InputError, match="parameters have no values yet"):
+        accelerate(empty)
+    made, given = model(), batch()
+    made.encoder.layer[0].attention.output.LayerNorm.bfloat16()
+    report = accelerate(made)
+    mixed = next(entry for entry in report.left if entry.path == "encoder.layer.0")
+    assert "is torch.float32 and attention.output.LayerNorm torch.bfloat16" in str(mixed.reason)
+    assert [entry.path for entry in report.replaced if "layer" in entry.path] == ["encoder.layer.1"]
+    report.revert()
+    quantised = torch.ao.quantization.quantize_dynamic(model(), {nn.Linear})
+    wanted = outputs(quantised, given)
+    report = accelerate(quantised)
+    reason = next(entry.reason for entry in report.left if entry.path == "encoder.layer.0")
+    assert "quantized.dynamic" in str(reason)
+    assert_near(outputs(quantised, given), wanted, 1e-5)

@@ -304,7 +304,9 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if nn.Module not in kinds and original_class(part) not in kinds:
             if adapters.Adaptable not in kinds or not adapters.is_adapted(part):
-                return f"{name} is a {type(part).__name__}"
+                own = original_class(part)
+                alike = any(own.__name__ == kind.__name__ for kind in kinds)
+                return f"{name} is a {f'{own.__module__}.' if alike else ''}{own.__name__}"
             reason = adapters.why_not(part)
             if reason is None and any(observed(called) for called in adapters.parts_called(part)):
                 reason = "has hooks inside"
