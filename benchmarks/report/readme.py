@@ -4,8 +4,8 @@
     python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
-page. `<!-- bench:begin FILE gains -->` has one line a model of `bench drop-in`. A further table needs its two markers and
-nothing else.
+page. `<!-- bench:begin FILE gains -->` has one line a model of `bench drop-in`. A further table needs its two markers
+and nothing else.
 """
 
 from __future__ import annotations
