@@ -25,8 +25,11 @@ from xfm_fast.memory import PeakMemory
 
 from .machine import EnergyMeter, GpuState
 from .record import Comparison, Conditions, Energy, Interval, Latency, Memory, Probe, Row, finite
+from .timing import DTYPES, one_line, rotated, timed
+from .timing import FP32_BAND as FP32_BAND
+from .timing import parity_band as parity_band
+from .timing import relative_error as relative_error
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # One layer's worth of work for the MLP of a base-size encoder; on a GPU a product that fills it.
 PROBE_SHAPE = {"cpu": (1280, 768, 3072), "cuda": (8192, 8192, 8192)}
 # Beyond any cache, and a millisecond of a GPU's time.
@@ -39,8 +42,6 @@ _RESAMPLES = 2000
 _ENOUGH = 3
 """Samples from which an interval is told."""
 
-# fp32 results agree to this, relative to the largest value.
-FP32_BAND = 1e-5
 # 16-bit results of the model differ from fp32 by the rounding of three encoders and of their embeddings, in spacings of
 # the type. The official algorithm's own error at a few requests is one draw: luck may make it a third of that, and then
 # says nothing about another order of summation.
@@ -62,49 +63,12 @@ class Progress:
     step: Callable[[str], None] = lambda what: None
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest |a - b| / largest |b|; infinite for another shape and for NaN."""
-    if ours.shape != theirs.shape:
-        return math.inf
-    error = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
-    return error if math.isfinite(error) else math.inf
-
-
-def parity_band(dtype: torch.dtype, own: float = 0.0, fp32: float = FP32_BAND) -> float:
-    """The relative error that rounding explains.
-
-    Args:
-        own: error of the reference itself: of its result in this type against fp32, in fp32 against fp64.
-        fp32: what is allowed in fp32 in any case. Weights that round worse may use three times the reference's own
-            error; other types twice that error, and the spacing of their numbers.
-    """
-    return max(fp32, 3 * own) if dtype == torch.float32 else 2 * own + torch.finfo(dtype).eps
-
-
 class Sample(NamedTuple):
     """One run: its output and seconds, and the memory that it took, of the process or of CUDA's allocator."""
 
     output: Any
     seconds: float
     memory: Memory
-
-
-def timed(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> tuple[Any, float]:
-    """Output and seconds. On a GPU the time is that between two events of the stream, around all kernels of the run.
-
-    Args:
-        waits: the run returns when its results are there, by whatever stream: then the clock tells the time.
-    """
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-    for event in events[:1]:
-        event.record()
-    start = time.perf_counter()
-    output = run()
-    seconds = time.perf_counter() - start
-    for event in events[1:]:
-        event.record()
-        torch.cuda.synchronize()
-    return output, seconds if waits or not events else events[0].elapsed_time(events[1]) / 1e3
 
 
 def sample(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> Sample:
@@ -383,13 +347,6 @@ def interleave(
     return out
 
 
-def rotated(names: list[str], shift: int) -> list[str]:
-    """The order of a round: begun one further every time, and backwards every other time."""
-    shift %= len(names)
-    order = names[shift:] + names[:shift]
-    return order if shift % 2 == 0 else order[::-1]
-
-
 def _attempt(name: str, block: Block, out: Samples, meter: EnergyMeter | None = None) -> list[float] | None:
     if name in out.failures:
         return None
@@ -404,12 +361,6 @@ def _attempt(name: str, block: Block, out: Samples, meter: EnergyMeter | None = 
         out.joules[name] = out.joules.get(name, 0.0) + counter.joules() - before
         out.busy_s[name] = out.busy_s.get(name, 0.0) + time.perf_counter() - begun
     return seconds
-
-
-def one_line(error: BaseException) -> str:
-    """An error of any library for a cell of a table."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def filled(row: Row, key: str, samples: Samples, memory: Memory | None = None) -> Row:

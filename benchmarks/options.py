@@ -43,7 +43,7 @@ class ModelOptions(RunOptions):
     Attributes:
         preset: Size of the model.
         checkpoint: Official .th/.pth, .safetensors, or a folder that save_pretrained wrote. [random weights]
-        data: Folder of images with captions, instead of the photographs.
+        data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
     """
 
@@ -192,6 +192,41 @@ class KernelOptions:
 
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     small: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of the service under load.
+
+    Attributes:
+        preset: Size of the model.
+        checkpoint: Folder that save_pretrained wrote. [random weights]
+        data: Folder of images with captions, instead of the photographs.
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
+        device: The device to measure. [a GPU where there is one]
+        dtype: Number format of the weights.
+        clients: Clients that ask at a time, with commas.
+        documents: Documents of a request.
+        requests: Requests of a window, at least as many as clients.
+        rounds: Windows of each contender.
+        soak: Seconds of a soak with all kinds of requests after the measurements; 600 are ten minutes.
+        quick: Two contenders instead of three.
+        seed: Of random weights and of what is asked.
+    """
+
+    preset: Preset = "base"
+    checkpoint: Path | None = None
+    data: Path | None = None
+    tokenizer: Path | None = None
+    device: Device | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
+    documents: Annotated[int, Ge(4), Le(64)] = 16
+    requests: Annotated[int, Ge(1)] = 32
+    rounds: Annotated[int, Ge(1)] = 5
+    soak: Annotated[float, Ge(0)] = 0.0
+    quick: bool = False
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

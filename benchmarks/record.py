@@ -22,9 +22,9 @@ from . import machine
 
 SCHEMA_VERSION = 3
 OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code"
-UNTOUCHED, EAGER = "untouched", "eager"
+UNTOUCHED, EAGER, ONE_AT_A_TIME = "untouched", "eager", "one-at-a-time"
 
-Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels"]
+Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve", "device"]
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Direction = Literal["forward", "backward", "forward and backward"]
@@ -110,6 +110,25 @@ class Server(Record):
     arrivals: Literal["poisson"] = "poisson"
     seed: int
     trials: list[Trial]
+
+
+class Clients(Record):
+    """Clients of a service, each of which asks again when it was answered.
+
+    Attributes:
+        clients: at a time.
+        requests: of all windows.
+        p50, p99: seconds from a request to its answer.
+        failures: requests without the answer that was due.
+        cpu_s: processor time of the service for a request; null where it was not looked at.
+    """
+
+    clients: int
+    requests: int
+    p50: Interval
+    p99: Interval
+    failures: int
+    cpu_s: Interval | None = None
 
 
 class Share(Record):
@@ -247,6 +266,7 @@ class Point(Record):
         padded_length: tokens that a padding contender computes for each text.
         index: images that are searched, or answers that are ranked; `k`: candidates among them.
         dropout: whether a training step has it.
+        clients: that ask a service at a time.
     """
 
     batch: int = 1
@@ -258,6 +278,7 @@ class Point(Record):
     index: int | None = None
     k: int | None = None
     dropout: bool | None = None
+    clients: int | None = None
 
 
 class Row(Record):
@@ -282,6 +303,8 @@ class Row(Record):
         recall: of a `retrieval`.
         replaced: lines of the report of `accelerate`, in `drop-in`.
         bounds: computes less than the work and so bounds its time, in `kernels`; it has no parity.
+        host_s: in which the host issues a run, where the GPU's time was taken apart from it.
+        timed_by: what took `seconds`; of kernels on a GPU graph replay, or events where no graph can hold the work.
     """
 
     work: str
@@ -302,6 +325,7 @@ class Row(Record):
     throughput: Interval | None = None
     seconds: list[float] = []
     server: Server | None = None
+    clients: Clients | None = None
     against: list[Comparison] = []
     stages: list[Share] = []
     operations: list[Share] = []
@@ -315,6 +339,8 @@ class Row(Record):
     recall: dict[str, float] | None = None
     replaced: list[str] = []
     bounds: bool = False
+    host_s: float | None = None
+    timed_by: Literal["clock", "events", "graph replay"] | None = None
 
     @property
     def ours(self) -> bool:
@@ -571,8 +597,9 @@ class Document(Record):
 
     @property
     def reference(self) -> str:
-        """The contender that speed-ups are told against: official algorithm, untouched model, or eager operation."""
-        return {"drop-in": UNTOUCHED, "kernels": EAGER}.get(self.benchmark, OFFICIAL)
+        """The contender that speed-ups are told against, such as the official algorithm or the untouched model."""
+        others = {"drop-in": UNTOUCHED, "kernels": EAGER, "device": EAGER, "serve": ONE_AT_A_TIME}
+        return others.get(self.benchmark, OFFICIAL)
 
     def beside(self, row: Row, contender: str, dtype: str) -> Row | None:
         """The row of another contender at the same work."""

@@ -60,8 +60,8 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
             f"opset {opset} has no bf16 convolution; choose {_BF16_OPSET} to {_NEWEST_OPSET}, or --dtype fp16"
         )
     preferred = Profile("function", _ATTENTION_OPSET)
-    if consumer == "openvino" or (consumer == "tensorrt-rtx" and dtype == "fp32"):
-        # OpenVINO fuses the primitives itself; TensorRT for RTX has no fp32 kernel behind Attention.
+    if consumer == "openvino" or (consumer in ("tensorrt", "tensorrt-rtx") and dtype == "fp32"):
+        # OpenVINO fuses the primitives itself; neither TensorRT has an fp32 kernel behind Attention.
         preferred = Profile("primitives", _GELU_OPSET)
     elif consumer == "tensorrt-rtx":
         preferred = Profile("opset23", _ATTENTION_OPSET)

@@ -89,8 +89,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: Attent
         scores = torch.matmul(q * scale, k.transpose(-1, -2))
         return torch.matmul((scores if bias is None else scores + bias).softmax(-1), v)
     if bias is not None:
-        # ONNX Runtime's CPU kernel does not broadcast the batch and query dimensions of a mask.
-        bias = bias.expand(*q.shape[:3], k.shape[2]) if bias.shape[-2] == 1 else bias
+        # ONNX Runtime's CPU kernel broadcasts the heads of a mask, and neither its batch nor its queries.
+        bias = bias.expand(q.shape[0], -1, q.shape[2], k.shape[2]) if bias.shape[-2] == 1 else bias
     if form == "opset23":
         return torch.onnx.ops.attention(q, k, v, bias, scale=scale)[0]
     inputs = (q, k, v) if bias is None else (q, k, v, bias)
@@ -116,6 +116,25 @@ class Graph(nn.Module):
         return {axis: size for axis, size in sizes.items() if axis in axes}
 
 
+class _Joined(nn.Module):
+    """Linear layers of one input as one product.
+
+    Weights are joined when the graph is built: an exporter folds a constant up to a size only, and leaves the joining
+    of large ones to every inference.
+    """
+
+    def __init__(self, *parts: nn.Linear) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor
+        # Buffers: the parameters of a graph are those of the model, once.
+        self.register_buffer("weight", torch.cat([part.weight.detach() for part in parts]), persistent=False)
+        self.register_buffer("bias", torch.cat([part.bias.detach() for part in parts]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 class VisionGraph(Graph):
     """Pixels to image embeddings and the contrastive feature."""
 
@@ -125,10 +144,14 @@ class VisionGraph(Graph):
         self.pools = config.local_attn_depth <= 0
         self.encoder, self.form = model.vision_encoder, form
         self.projection = model.vision_proj if "contrastive" in model.heads else None
-        self.position_index: Tensor
-        index = relative_position_index((config.grid, config.grid)).flatten()
-        self.register_buffer("position_index", index, persistent=False)
         size, tokens = config.image_size, config.num_image_tokens
+        # Gathered here for the reason that `_Joined` has: a gather in every layer of every inference otherwise.
+        index = relative_position_index((config.grid, config.grid)).flatten()
+        for number, block in enumerate(self.encoder.blocks):
+            assert isinstance(block, Block)
+            table = block.attn.relative_position_bias_table.detach()
+            bias = table.t()[:, index.to(table.device)].view(1, block.attn.heads, tokens, tokens)
+            self.register_buffer(f"position_bias_{number}", bias, persistent=False)
         self.inputs = (TensorSpec("pixels", "compute", (BATCH, 3, size, size)),)
         self.outputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)
         if self.projection is not None:
@@ -141,9 +164,9 @@ class VisionGraph(Graph):
         patches = F.conv2d(pixels, convolution.weight, convolution.bias, stride=convolution.stride)
         x = patches.flatten(2).transpose(1, 2)
         x = torch.cat([encoder.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        for block in encoder.blocks:
+        for number, block in enumerate(encoder.blocks):
             assert isinstance(block, Block)
-            x = self._block(block, x)
+            x = self._block(block, x, self.get_buffer(f"position_bias_{number}"))
         if self.pools:
             x = _norm(encoder.fc_norm, x[:, 1:])
             x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
@@ -151,12 +174,11 @@ class VisionGraph(Graph):
             x = _norm(encoder.fc_norm, x)
         return _with_feature(x, self.projection)
 
-    def _block(self, block: Block, x: Tensor) -> Tensor:
-        parts, tokens = block.attn, x.shape[1]
+    def _block(self, block: Block, x: Tensor, position: Tensor) -> Tensor:
+        parts = block.attn
         bias = torch.cat([parts.q_bias, torch.zeros_like(parts.q_bias), parts.v_bias])
         qkv = F.linear(_norm(block.norm1, x), parts.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, parts.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        position = parts.relative_position_bias_table.t()[:, self.position_index].view(1, parts.heads, tokens, tokens)
         context = attention(q, k, v, position, self.form).transpose(1, 2).flatten(2)
         x = x + block.gamma_1 * parts.proj(context)
         hidden = F.gelu(block.mlp.fc1(_norm(block.norm2, x)))
@@ -171,6 +193,7 @@ class TextGraph(Graph):
         config = model.config
         self.encoder, self.form = model.text_encoder.roberta, form
         self.projection = model.text_proj if "contrastive" in model.heads else None
+        self.attentions = nn.ModuleList(_SelfAttention(layer, form) for layer in _layers(self.encoder.encoder))
         self.inputs = (
             TensorSpec("input_ids", "int64", (BATCH, LENGTH)),
             TensorSpec("attention_mask", "int64", (BATCH, LENGTH)),
@@ -187,9 +210,8 @@ class TextGraph(Graph):
         x = x + F.embedding(positions, embeddings.position_embeddings.weight)
         x = _norm(embeddings.LayerNorm, x + embeddings.token_type_embeddings.weight[0])
         mask = _additive(attention_mask, x.dtype)
-        for layer in _layers(self.encoder.encoder):
-            x = _self_attention(layer, x, mask, self.form)
-            x = _feed_forward(layer, x)
+        for attend, layer in zip(self.attentions, _layers(self.encoder.encoder), strict=True):
+            x = _feed_forward(layer, attend(x, mask))
         return _with_feature(x, self.projection)
 
 
@@ -203,7 +225,9 @@ class ImageMemoryGraph(Graph):
         self.heads, self.layers = config.text_heads, config.fusion_layers
         # The projections alone, not the layers that they belong to: the graph weighs what it needs.
         attentions = [layer.crossattention.self for layer in _layers(model.fusion_encoder.roberta.encoder)]
-        self.projections = nn.ModuleList([part for parts in attentions for part in (parts.key, parts.value)])
+        projections = [part for parts in attentions for part in (parts.key, parts.value)]
+        self.parts = nn.ModuleList(projections)
+        self.projections = _Joined(*projections)
         tokens = config.num_image_tokens
         self.inputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)
         self.outputs = (_memory_spec(model),)
@@ -211,9 +235,7 @@ class ImageMemoryGraph(Graph):
     def forward(self, image_embeds: Tensor) -> tuple[Tensor]:
         """`[B, M, vision_width]` → `[B, layers, 2, H, M, D]`."""
         # One product for all layers: its result is put in order once, where 24 results would be joined as well.
-        parts = [part for part in self.projections if isinstance(part, nn.Linear)]
-        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-        projected = F.linear(image_embeds, weight, bias).unflatten(-1, (self.layers, 2, self.heads, -1))
+        projected = self.projections(image_embeds).unflatten(-1, (self.layers, 2, self.heads, -1))
         return (projected.permute(0, 2, 3, 4, 1, 5).contiguous(),)
 
 
@@ -229,6 +251,11 @@ class FusionGraph(Graph):
         config = model.config
         _require_fusion(model)
         self.stack, self.form, self.all_tokens = model.fusion_encoder.roberta.encoder, form, all_tokens
+        last = len(self.stack) - 1
+        self.attentions = nn.ModuleList(
+            _SelfAttention(layer, form, first_only=number == last and not all_tokens)
+            for number, layer in enumerate(_layers(self.stack))
+        )
         self.match_head = model.itm_head if "matching" in model.heads else None
         self.box_head = model.bbox_head if "boxes" in model.heads else None
         self.inputs = (
@@ -269,10 +296,8 @@ class FusionGraph(Graph):
         mask = _additive(attention_mask.reshape(batch * texts, length), x.dtype)
         # Keys and values of all layers side by side, so that runtimes that copy what they cut copy it once.
         memory = memory.flatten(1, 2)
-        last = len(self.stack) - 1
-        for number, layer in enumerate(_layers(self.stack)):
-            first_only = number == last and not self.all_tokens
-            x = _self_attention(layer, x, mask, self.form, first_only=first_only)
+        for number, (attend, layer) in enumerate(zip(self.attentions, _layers(self.stack), strict=True)):
+            x = attend(x, mask)
             parts = layer.crossattention
             q = parts.self.query(x).reshape(batch, -1, parts.self.heads, width // parts.self.heads).transpose(1, 2)
             context = attention(q, memory[:, 2 * number], memory[:, 2 * number + 1], None, self.form)
@@ -364,7 +389,11 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _with_feature(embeds: Tensor, projection: nn.Linear | None) -> tuple[Tensor, ...]:
-    return (embeds,) if projection is None else (embeds, F.normalize(projection(embeds[:, 0]), dim=-1))
+    if projection is None:
+        return (embeds,)
+    # PyTorch's own 1e-12 is zero in half precision, and a feature of zeros would be divided by it.
+    eps = 1e-12 if embeds.dtype.itemsize > 2 else 1e-6
+    return embeds, F.normalize(projection(embeds[:, 0]), dim=-1, eps=eps)
 
 
 def _head(head: MLPHead, x: Tensor) -> Tensor:
@@ -378,19 +407,29 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - mask[:, None, None, :].to(dtype)) * _MASKED
 
 
-def _self_attention(
-    layer: TransformerLayer, x: Tensor, mask: Tensor, form: AttentionForm, *, first_only: bool = False
-) -> Tensor:
-    """`[P, L, width]` → the same, or `[P, 1, width]` for token 0 alone."""
-    parts = layer.attention.self
-    queries = x[:, :1] if first_only else x
+class _SelfAttention(nn.Module):
+    """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, 1, width]` for token 0 alone."""
 
-    def heads(projection: nn.Linear, source: Tensor) -> Tensor:
-        return projection(source).unflatten(-1, (parts.heads, -1)).transpose(1, 2)
+    def __init__(self, layer: TransformerLayer, form: AttentionForm, *, first_only: bool = False) -> None:
+        super().__init__()
+        parts = layer.attention.self
+        self.form, self.heads, self.first_only = form, parts.heads, first_only
+        self.output = layer.attention.output
+        self.first = parts.query if first_only else None
+        self.products = _Joined(*(() if first_only else (parts.query,)), parts.key, parts.value)
 
-    q, k, v = heads(parts.query, queries), heads(parts.key, x), heads(parts.value, x)
-    context = attention(q, k, v, mask, form).transpose(1, 2).flatten(2)
-    return _residual_norm(layer.attention.output, context, queries)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Attend among the tokens of a text, where `mask` `[P, 1, 1, L]` is added to the scores."""
+        queries = x[:, :1] if self.first_only else x
+        projected = self.products(x)
+        if self.first is not None:
+            projected = projected.unflatten(-1, (2, self.heads, -1))
+            q = self.first(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q, k, v = projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        context = attention(q, k, v, mask, self.form).transpose(1, 2).flatten(2)
+        return _residual_norm(self.output, context, queries)
 
 
 def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .graphs import AttentionForm, GraphName
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
-Status = Literal["verified", "failed", "unverified"]
+Status = Literal["verified", "failed", "graphs verified", "unverified"]
 Kind = Literal["onnx", "tensorrt", "tensorrt-rtx", "aoti"]
 
 
@@ -156,6 +156,12 @@ class VerificationRecord(_Record):
     checks: list[Check]
     ranks: list[RankCheck]
 
+    @property
+    def differing(self) -> list[str]:
+        """The outputs and ranks that differ from the model by more than is allowed."""
+        outputs = [f"{check.graph} {check.output}" for check in self.checks if not check.passed]
+        return outputs + [f"ranks by {check.graph}" for check in self.ranks if not check.passed]
+
 
 class Manifest(_Record):
     """An export. `load` reads one and compares it with the files; `save` writes it.
@@ -166,9 +172,12 @@ class Manifest(_Record):
         source: where the weights come from, in words.
         weights_sha256: hash of names and values of the parameters that were exported.
         fixed: axes that have one size in every graph.
-        status: `verified` or `failed` once compared with the model; `reason` says more.
+        status: `verified` or `failed` once compared with the model; `graphs verified` where only the ONNX graphs that
+            engines were built from could be; `reason` says more.
         versions: packages that took part.
         examples: what the reference was made from, in words.
+        verification: the comparison of the files themselves.
+        graphs_verification: of engines, the comparison of the ONNX graphs that they were built from, on the CPU.
     """
 
     format: int = FORMAT_VERSION
@@ -196,6 +205,7 @@ class Manifest(_Record):
     reason: str = ""
     examples: str = ""
     verification: VerificationRecord | None = None
+    graphs_verification: VerificationRecord | None = None
 
     @property
     def xfm_config(self) -> XFMConfig:

@@ -47,7 +47,7 @@ class ModelSource:
         config: Official YAML, or a JSON of sizes, of a checkpoint file that is not of base size.
         image_size: Interpolate position tables to this size.
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json.
-        data: Folder of images with captions to verify on, instead of the photographs.
+        data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
 
     checkpoint: Path | None = None

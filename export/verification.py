@@ -89,8 +89,8 @@ def verify(folder: str | Path, runner: Runner | str = "auto", *, check_files: bo
         check_files: compare the files with the manifest first.
 
     Returns:
-        The manifest as written: `verified`, `failed`, or `unverified` with the reason that no runtime of this machine
-        can run the export.
+        The manifest as written: `verified`, `failed`, or where no runtime of this machine can run the export
+        `graphs verified` (engines whose ONNX graphs were compared) or `unverified`, with the reason.
 
     Raises:
         ExportError: the folder is not what its manifest says, has no reference, or holds packages and `aoti` was not
@@ -114,7 +114,16 @@ def compare_with_reference(
             runner = default_runner(folder, manifest, runner)
         checks, ranks = compare(manifest, reference, runner)
     except UnavailableError as error:
-        manifest.status, manifest.reason, manifest.verification = "unverified", str(error), None
+        manifest.verification, graphs = None, manifest.graphs_verification
+        if graphs is None:
+            manifest.status, manifest.reason = "unverified", str(error)
+        elif graphs.differing:
+            manifest.status, manifest.reason = (
+                "failed",
+                f"its graphs differ from the model: {', '.join(graphs.differing)}",
+            )
+        else:
+            manifest.status, manifest.reason = "graphs verified", f"engine not run here: {error}"
         return
     manifest.verification = VerificationRecord(
         runtime=runner.description,
@@ -123,8 +132,7 @@ def compare_with_reference(
         checks=checks,
         ranks=ranks,
     )
-    bad = [f"{check.graph} {check.output}" for check in checks if not check.passed]
-    bad += [f"ranks by {check.graph}" for check in ranks if not check.passed]
+    bad = manifest.verification.differing
     manifest.status = "failed" if bad else "verified"
     manifest.reason = f"differs from the model: {', '.join(bad)}" if bad else ""
 

@@ -22,6 +22,9 @@ from xfm_fast.errors import InputError
 
 from . import host
 
+BIAS_TILE = 128
+"""Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
+
 
 class _Switch(threading.local):
     on: bool = False
@@ -90,6 +93,52 @@ def relpos_arguments(
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
+
+
+def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
+    """A bias that `relpos_bias` made for operands `[B, N, H, D]`, with its columns padded or not."""
+    tokens, heads = q.shape[1:3]
+    columns = -(-tokens // BIAS_TILE) * BIAS_TILE if padded else tokens
+    if bias.shape != (heads, tokens, columns) or not bias.is_floating_point() or bias.device != q.device:
+        raise InputError(
+            f"bias is {bias.dtype} {[*bias.shape]} on {bias.device}; here relpos_bias makes [{heads}, {tokens}, "
+            f"{columns}] on {q.device}: give what it returned for the same table, window and device"
+        )
+
+
+def bias_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    key_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """Arguments of `bias_attention`."""
+    fit = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+    if not fit or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise InputError(
+            f"q must be [B, Nq, H, D] and k, v [B, Nk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        )
+    _one_attention_type(q, k, v)
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    wanted = (heads, queries, keys)
+    if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], wanted, strict=True)):
+        raise InputError(
+            f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}] or have 1"
+            " where it is the same for all"
+        )
+    if bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0]):
+        raise InputError(f"bias has {bias.shape[0]} entries for a batch of {batch}; it must have 1, or a divisor of it")
+    if not bias.is_floating_point() or (bias.dtype == torch.float64) != (q.dtype == torch.float64):
+        raise InputError(
+            f"bias is {bias.dtype} and q {q.dtype}; convert the bias: floating point, float64 only beside float64"
+            " (of a boolean mask, zeros and -inf)"
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, keys)):
+        raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[batch, keys]}")
+    dropout(dropout_p, seed)
 
 
 def varlen_arguments(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> None:

@@ -10,8 +10,9 @@ What shapes, types and devices make impossible is refused always; offsets, label
 
 from __future__ import annotations
 
-from .attention import relpos_attention, varlen_attention
+from .attention import relpos_attention, relpos_bias, varlen_attention
 from .backend import Backend, use_backend
+from .bias_attention import bias_attention
 from .checks import check_contents
 from .losses import linear_cross_entropy, token_log_likelihood
 from .norms import add_layer_norm, embed_layer_norm, layer_norm, linear_add_layer_norm
@@ -20,6 +21,7 @@ from .products import linear, linear_gelu, linear_residual, mlp_residual
 __all__ = [
     "Backend",
     "add_layer_norm",
+    "bias_attention",
     "check_contents",
     "embed_layer_norm",
     "layer_norm",
@@ -30,6 +32,7 @@ __all__ = [
     "linear_residual",
     "mlp_residual",
     "relpos_attention",
+    "relpos_bias",
     "token_log_likelihood",
     "use_backend",
     "varlen_attention",

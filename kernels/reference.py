@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
+from .limits import HIDDEN
 
 
 def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -92,6 +93,27 @@ def relpos_attention(
     scores = (q * scale) @ k.transpose(-1, -2) + position_bias(table, window)
     weights = _weights(scores, None if key_mask is None else key_mask[:, None, None, :])
     return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse). Batch entry b takes entry b mod G of the bias `[G, H, Nq, Nk]`."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    repeated = bias.repeat(q.shape[0] // max(1, bias.shape[0]), 1, 1, 1)
+    scores = (q * scale) @ k.transpose(-1, -2) + repeated
+    seen = repeated > HIDDEN if key_mask is None else (repeated > HIDDEN) & key_mask[:, None, None, :]
+    weights = _dropout(dropout_p, seed, q.device)(_weights(scores, seen))
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    lse = wide.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2), lse
 
 
 def _weights(scores: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -1,7 +1,9 @@
 """Searches launch configurations on a GPU, offline, and writes them to `kernels/tuning/sm_<arch>.json`.
 
-Candidates come from a grid. The audit rejects those that spill, do not fit or do not compile, before any is timed; the
-fastest of the rest whose every shipped form passes the same audit wins. `launch.config_for` reads the table.
+Candidates come from a grid. The audit rejects those that spill, do not fit or do not compile, and predicts the time of
+the rest; the best few by that are timed. The fastest of these whose every shipped form passes the same audit wins.
+`launch.config_for` reads the table. What was compiled stays in the audit's cache, so that a second search, or one that
+was interrupted, compiles nothing again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
 TUNING = Path(__file__).resolve().parent / "tuning"
 # What is slower by less than this may be the same: timings vary by as much. The configuration in use then stays.
 MARGIN = 0.02
+# Candidates that are timed, besides the configuration in use: the model of time is good enough to find the best among
+# so many, not to name it.
+TIMED = 6
 
 Timer = Callable[[Callable[[], Any]], float]
 """Seconds that a call takes."""
@@ -52,7 +57,7 @@ class Choice:
         size: head dimension of an attention kernel, width of the rows of another one.
         seconds: time of the call that was measured; `before`: with the configuration in use until now.
         rejected: candidates that the audit turned down.
-        timed: candidates that were timed.
+        timed: candidates that were timed; `passed_over`: those that were not, being predicted to be slower.
     """
 
     kernel: str
@@ -63,6 +68,7 @@ class Choice:
     before: float
     rejected: int
     timed: int
+    passed_over: int = 0
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
@@ -135,7 +141,8 @@ def search(
 
     in_use = spec.config(forms[0], dtype, arch)
     configs = [in_use, *(c for c in (candidates(spec.name, size) if grid is None else grid) if c != in_use)]
-    good = [c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
+    passed = [(c, row) for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
+    good = promising(passed, in_use)
     run = workload(spec.name, size, dtype)
     times: list[tuple[float, int]] = []
     for number, config in enumerate(good):
@@ -147,9 +154,24 @@ def search(
         if all(map(acceptable, examine(forms, [good[number]]))):
             seconds = next(s for s, n in times if n == number)
             return Choice(
-                spec.name, dtype, size, good[number], seconds, before, len(configs) - len(good), len(good)
+                spec.name, dtype, size, good[number], seconds, before,
+                rejected=len(configs) - len(passed), timed=len(good), passed_over=len(passed) - len(good),
             )  # fmt: skip
     raise ValueError(f"kernel {spec.name} at {axis} {size}: every configuration spills or does not fit")
+
+
+def promising(candidates: Iterable[tuple[LaunchConfig, Row]], in_use: LaunchConfig) -> list[LaunchConfig]:
+    """The configurations that are worth timing: the one in use, then the `TIMED` best predicted ones.
+
+    All of them, in their order, where the model of time does not know the kernel's shapes.
+    """
+    pairs = list(candidates)
+    times = [row.prediction.microseconds for _, row in pairs if row.prediction is not None]
+    if len(times) < len(pairs):
+        return [config for config, _ in pairs]
+    own = [config for config, _ in pairs if config == in_use]
+    others = [(time, n) for n, ((config, _), time) in enumerate(zip(pairs, times, strict=True)) if config != in_use]
+    return own + [pairs[n][0] for _, n in sorted(others)[:TIMED]]
 
 
 @contextmanager
@@ -228,7 +250,20 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
         return _varlen(noise, size, *lengths, part)
     if kernel in _WIDTHS:
         return _rows(noise, size, kernel)
+    if kernel.startswith("bias_attention_"):
+        return _bias(noise, size, forward=part == "attention_forward")
     raise ValueError(f"no shape is known at which to time kernel {kernel}")
+
+
+def _bias(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:
+    from .triton import bias_attention as module
+
+    q, k, v, dout = (noise(8, 577, 12, head_dim) for _ in range(4))
+    bias, scale = noise(1, 12, 577, 577), head_dim**-0.5
+    if forward:
+        return lambda: module.bias_attention_forward(q, k, v, bias, scale)
+    out, lse = module.bias_attention_forward(q, k, v, bias, scale)
+    return lambda: module.bias_attention_backward(dout, None, q, k, v, bias, out, lse, scale)
 
 
 def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:

@@ -1,7 +1,7 @@
 """The house rules that a program can check: which way imports point, and what no file may hold.
 
 Arrows between the parts of `xfm_fast` point one way,
-`cli → reproduce → finetuning, search → training, tasks, export, benchmarks → models → kernels`:
+`cli → reproduce, serve → finetuning, search → training, tasks, export, benchmarks → models → kernels`:
 a part imports from lower levels and from beside it, and no two parts import each other.
 """
 
@@ -28,6 +28,7 @@ LEVELS = {
     "data": 2,
     "checkpoint": 2,
     "models": 3,
+    "graphs": 4,
     "objectives": 4,
     "replace": 4,
     "training": 5,
@@ -36,6 +37,7 @@ LEVELS = {
     "benchmarks": 5,
     "finetuning": 6,
     "search": 6,
+    "serve": 7,
     "reproduce": 7,
     "cli": 8,
     "__main__": 9,

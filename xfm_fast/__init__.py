@@ -10,11 +10,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xfm_fast import graphs as graphs
     from xfm_fast.config import XFMConfig as XFMConfig
     from xfm_fast.finetuning.prediction import load as load
     from xfm_fast.models.xfm import XFM as XFM
     from xfm_fast.replace import accelerate as accelerate
     from xfm_fast.replace import accelerated as accelerated
+    from xfm_fast.replace import register_attention as register_attention
     from xfm_fast.tasks.retrieval import Retriever as Retriever
 
 __version__ = "0.1.0"
@@ -33,12 +35,17 @@ _HOMES = {
     "Retriever": "xfm_fast.tasks.retrieval",
     "accelerate": "xfm_fast.replace",
     "accelerated": "xfm_fast.replace",
+    "register_attention": "xfm_fast.replace",
 }
 
-__all__ = ["XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "load"]
+__all__ = [
+    "XFM", "Retriever", "XFMConfig", "__version__", "accelerate", "accelerated", "graphs", "load", "register_attention",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "graphs":
+        return import_module("xfm_fast.graphs")
     if name not in _HOMES:
         raise AttributeError(f"module 'xfm_fast' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

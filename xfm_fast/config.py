@@ -104,7 +104,12 @@ class XFMConfig(BaseModel):
     hidden_dropout: float = Field(0.1, ge=0, lt=1)
     attention_dropout: float = Field(0.1, ge=0, lt=1)
 
+    mask_token: int | None = Field(
+        None, ge=0, description="id of the token that stands for a hidden word; by default the last of the vocabulary"
+    )
+
     fusion_layers: int = Field(12, ge=0)
+    fusion_layer_norm_eps: float | None = Field(None, gt=0, description="by default that of the text encoder")
     embed_dim: int = Field(256, gt=0, description="width of the contrastive space")
     head_layer_norm_eps: float = Field(1e-5, gt=0)
     temperature: float = Field(0.07, gt=0, description="initial temperature of the contrastive loss")
@@ -152,8 +157,8 @@ class XFMConfig(BaseModel):
                 f"max_positions={self.max_positions} leaves no position after pad_token_id={self.pad_token_id}; "
                 f"use at least {self.pad_token_id + 2}"
             )
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if getattr(self, name) >= self.vocab_size:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token"):
+            if (getattr(self, name) or 0) >= self.vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} lies outside vocab_size={self.vocab_size}")
         if not self.min_temperature <= self.temperature <= self.max_temperature:
             raise ValueError(
@@ -214,8 +219,8 @@ class XFMConfig(BaseModel):
 
     @property
     def mask_token_id(self) -> int:
-        """RoBERTa keeps `<mask>` as the last entry of its vocabulary."""
-        return self.vocab_size - 1
+        """The id of the token that stands for a hidden word, which RoBERTa keeps as the last of its vocabulary."""
+        return self.vocab_size - 1 if self.mask_token is None else self.mask_token
 
     @property
     def max_text_length(self) -> int:

@@ -1,4 +1,4 @@
-"""Captions to token ids: the official cleaning, and byte-level BPE with RoBERTa's special tokens."""
+"""Captions to token ids: the official cleaning, and RoBERTa's byte-level BPE, or BERT's word pieces of X²-VLM."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError
 
 BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
+# BERT's names of the same, in this order.
+_OF_BERT = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 
 _TO_SPACE = str.maketrans(dict.fromkeys(",.'!?\"()*#:;~-/", " "))
 _SPACES = re.compile(r"\s{2,}")
 _BYTES = 256
-# How byte-level BPE writes the space, the tab and the line breaks that a token may begin with.
-_WHITE = frozenset("ĠĉĊčċČ")
+# How byte-level BPE writes the space, the tab and the line breaks that a token may begin with; XLM-R writes the last.
+_WHITE = frozenset("ĠĉĊčċČ▁")
 
 
 def pre_caption(caption: str, max_words: int = 30) -> str:
@@ -53,7 +55,7 @@ def pre_question(question: str, max_words: int = 30) -> str:
 
 
 class CaptionTokenizer:
-    """Byte-level BPE as RoBERTa uses it: `<s> tokens </s>`, cut to a length and padded.
+    """Byte-level BPE as RoBERTa uses it: `<s> tokens </s>`, cut to a length and padded; or BERT's `[CLS] pieces [SEP]`.
 
     Attributes:
         origin: where the vocabulary comes from, for reports.
@@ -64,15 +66,16 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        ids = {token: number for token in (BOS, PAD, EOS) if (number := tokenizer.token_to_id(token)) is not None}
-        absent = [token for token in (BOS, PAD, EOS) if token not in ids]
+        pieces = tokenizer.token_to_id(BOS) is None and tokenizer.token_to_id(_OF_BERT[0]) is not None
+        self._special = bos, pad, eos, _, _ = _OF_BERT if pieces else (BOS, PAD, EOS, UNK, MASK)
+        ids = {token: number for token in (bos, pad, eos) if (number := tokenizer.token_to_id(token)) is not None}
+        absent = [token for token in (bos, pad, eos) if token not in ids]
         if absent:
             raise DataError(
                 f"the vocabulary in {origin} lacks {', '.join(absent)}; give RoBERTa's vocab.json and merges.txt, or a "
                 "tokenizer.json with RoBERTa's special tokens"
             )
-        self.bos_token_id, self.pad_token_id, self.eos_token_id = (ids[token] for token in (BOS, PAD, EOS))
-        special = {BOS, PAD, EOS, UNK, MASK}
+        self.bos_token_id, self.pad_token_id, self.eos_token_id = (ids[token] for token in (bos, pad, eos))
         size, most = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=-1)
         if most >= size:
             raise DataError(
@@ -81,20 +84,24 @@ class CaptionTokenizer:
             )
         self._starts_word = [False] * size
         for token, number in tokenizer.get_vocab().items():
-            self._starts_word[number] = token in special or token[:1] in _WHITE
+            starts = not token.startswith("##") if pieces else token[:1] in _WHITE
+            self._starts_word[number] = token in self._special or starts
 
     @classmethod
     def from_files(cls, path: str | os.PathLike[str]) -> CaptionTokenizer:
-        """Read a `tokenizer.json`, or a folder that holds one, or `vocab.json` and `merges.txt`.
+        """Read a `tokenizer.json`, or a folder that holds one, `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
 
         Raises:
-            DataError: files are missing or damaged, or the vocabulary has no RoBERTa special tokens.
+            DataError: files are missing or damaged, or the vocabulary lacks the special tokens of RoBERTa and of BERT.
         """
         path = Path(path)
         single = path / "tokenizer.json" if path.is_dir() else path
         vocabulary, merges = path / "vocab.json", path / "merges.txt"
         if single.is_file():
             return cls(_parsed(single, lambda: Tokenizer.from_file(str(single))), str(single))
+        pieces = path / "vocab.txt"
+        if pieces.is_file() and not vocabulary.is_file():
+            return cls(_parsed(path, lambda: _word_pieces(pieces)), str(path))
         if not (vocabulary.is_file() and merges.is_file()):
             raise DataError(
                 f"{path} holds no tokenizer; give a tokenizer.json, or a folder with it or with vocab.json, merges.txt"
@@ -138,9 +145,10 @@ class CaptionTokenizer:
         Raises:
             DataError: the vocabulary has none, so nothing can be masked.
         """
-        number = self._tokenizer.token_to_id(MASK)
+        mask = self._special[-1]
+        number = self._tokenizer.token_to_id(mask)
         if number is None:
-            raise DataError(f"the vocabulary in {self.origin} lacks {MASK}; give RoBERTa's vocabulary, which has it")
+            raise DataError(f"the vocabulary in {self.origin} lacks {mask}; give RoBERTa's vocabulary, which has it")
         return number
 
     def check(self, config: XFMConfig) -> None:
@@ -211,6 +219,11 @@ class CaptionTokenizer:
             raise DataError(
                 f"max_tokens={max_tokens} leaves no room for two texts and their <s> and </s>; use at least 6"
             )
+        if self._special is _OF_BERT:
+            raise DataError(
+                f"the vocabulary in {self.origin} is BERT's, which tells two texts apart by token types, and XFM has "
+                "none; give RoBERTa's"
+            )
         a, b = (encoding.ids for encoding in self._encoded([first, second]))
         if not (a or b):
             raise DataError(f"neither {first!r} nor {second!r} has tokens; write words or remove the pair")
@@ -277,6 +290,16 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer.add_special_tokens(
         [token for token in (BOS, PAD, EOS, UNK, MASK) if tokenizer.token_to_id(token) is not None]
     )
+    return tokenizer
+
+
+def _word_pieces(vocabulary: Path) -> Tokenizer:
+    """BERT's tokenizer without case, as X²-VLM reads captions."""
+    tokenizer = Tokenizer(models.WordPiece.from_file(str(vocabulary), unk_token=_OF_BERT[3]))
+    setattr(tokenizer, "normalizer", normalizers.BertNormalizer(lowercase=True))  # noqa: B010
+    setattr(tokenizer, "pre_tokenizer", pre_tokenizers.BertPreTokenizer())  # noqa: B010
+    setattr(tokenizer, "decoder", decoders.WordPiece())  # noqa: B010
+    tokenizer.add_special_tokens([token for token in _OF_BERT if tokenizer.token_to_id(token) is not None])
     return tokenizer
 
 

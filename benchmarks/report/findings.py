@@ -21,6 +21,8 @@ TITLES = {
     "train-step": "A training step, fast against official",
     "drop-in": "accelerate(model), against the model untouched",
     "kernels": "Operations, against their alternatives",
+    "serve": "The HTTP service under load, against one request at a time",
+    "device": "The first hour on a GPU",
 }
 
 
@@ -54,7 +56,7 @@ def headlines(document: Document) -> list[Headline]:
     for row in document.measured:
         compared = document.headline(row)
         # The operations are many and small: their charts say more than a number each.
-        if compared is not None and document.benchmark != "kernels" and row.x is None:
+        if compared is not None and document.benchmark not in ("kernels", "device") and row.x is None:
             key = (row.work, row.mode, str(row.point.image_size)) if document.benchmark == "suite" else row.place[:2]
             found.setdefault(key, []).append((row, compared))
     made = []

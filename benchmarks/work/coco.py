@@ -19,7 +19,7 @@ from torch import Tensor
 from xfm_fast import flops
 from xfm_fast.config import XFMConfig
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
-from xfm_fast.tasks.reranking import ModelScorer
+from xfm_fast.tasks.reranking import TOKEN_BUDGET, ModelScorer
 from xfm_fast.tasks.retrieval import UNSCORED, RerankResult, Retriever
 
 from .. import machine
@@ -45,11 +45,35 @@ from .setting import Scale, Setting, opened
 # Of the test split of Karpathy and Fei-Fei, as the official evaluation reads it, and its k_test.
 IMAGES, TEXTS, CANDIDATES = 5000, 25010, 256
 RERANKING = "fusion, keys and values included"
-# Texts of one pass over an image, about the tokens that the scheduler of re-ranking gives it.
-_PASS_TEXTS = 160
-_OFFICIAL_PAIRS = 16
-_PHOTOS, _CAPTIONS = 4, 64
 _IMAGE_BATCH, _TEXT_BATCH = 8, 64
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The size of one timed pass of every part: as large as the evaluation gives it to such a device.
+
+    Attributes:
+        photos, captions: embedded together.
+        texts: of a pass of re-ranking, over `images`; about the tokens that its scheduler gives a pass.
+        official_pairs: of an image, which the official procedure scores together.
+    """
+
+    photos: int = 4
+    captions: int = 64
+    texts: int = 160
+    images: int = 1
+    official_pairs: int = 16
+
+    @classmethod
+    def of(cls, device: torch.device, sizes: Sizes) -> Passes:
+        """A GPU that is given a CPU's passes is mostly waited for: it would seem several times slower than it is."""
+        if device.type != "cuda":
+            return cls()
+        # An image has the candidates of both directions, and a pass as many of them as fit.
+        each = max(1, sizes.pairs // sizes.images)
+        texts = max(1, int(TOKEN_BUDGET["cuda"] / statistics.fmean(sizes.lengths)))
+        images = min(64, max(1, round(texts / each)))
+        return cls(64, 1024, texts, images, min(sizes.k, sizes.texts))
 
 
 @dataclass(frozen=True)
@@ -125,21 +149,22 @@ class _Evaluations:
     def __init__(self, setting: Setting, options: CocoOptions, scale: Scale) -> None:
         self.setting, self.material, self.scale = setting, setting.material, scale
         self.config = self.material.config(scale.image_size)
-        self.given = self.material.texts(_PASS_TEXTS)
         collection, self.measured = self.material.collection, options.data is not None
         images = len(collection.names) if self.measured else IMAGES
         texts = len(collection.captions) if self.measured else TEXTS
         k = options.k or CANDIDATES
         sample = self.material.encoded(collection.captions).lengths
         self.sizes = Sizes(images, texts, min(k, images, texts) if self.measured else k, sample)
+        self.passes = passes = Passes.of(self.material.device, self.sizes)
+        self.given = self.material.texts(max(passes.texts, passes.captions, passes.official_pairs))
         # The count of work for each part of a procedure, by its name.
         self.counts = {
-            "embed images": images / _PHOTOS,
-            "embed texts": texts / _CAPTIONS,
-            "first self-attention": texts / _PASS_TEXTS,
-            "image memory": float(images),
-            "fusion and matching head": self.sizes.pairs / _PASS_TEXTS,
-            RERANKING: self.sizes.pairs / _OFFICIAL_PAIRS,
+            "embed images": images / passes.photos,
+            "embed texts": texts / passes.captions,
+            "first self-attention": texts / passes.texts,
+            "image memory": images / passes.images,
+            "fusion and matching head": self.sizes.pairs / passes.texts,
+            RERANKING: self.sizes.pairs / passes.official_pairs,
         }
 
     def measure(self) -> Coco:
@@ -198,15 +223,19 @@ class _Evaluations:
     def _our_parts(self, dtype: str) -> dict[str, Block]:
         model = self.material.subjects.model(self.scale.image_size, DTYPES[dtype])
         scorer = ModelScorer(model)
-        pixels = self.material.pixels(_PHOTOS, self.scale.image_size).to(DTYPES[dtype])
-        ids, mask = (tensor[:_CAPTIONS] for tensor in self.given)
+        passes, device = self.passes, self.material.device
+        pixels = self.material.pixels(passes.photos, self.scale.image_size).to(DTYPES[dtype])
+        ids, mask = (tensor[: passes.captions] for tensor in self.given)
+        of_pass = Texts(*(tensor[: passes.texts] for tensor in self.given))
         with torch.inference_mode():
-            image = model.encode_image(pixels[:1])
-            packing = Packing.from_mask(self.given.mask)
-            tokens = packing.pack(model.encode_text(*self.given))
+            image = model.encode_image(pixels[: passes.images])
+            packing = Packing.from_mask(of_pass.mask)
+            tokens = packing.pack(model.encode_text(*of_pass))
             sequences = Sequences.from_lengths(packing.cu_seqlens.diff().long())
             prepared, memory = scorer.prepare(tokens, sequences), scorer.memory(image)
-        groups = ImageGroups(offsets(torch.tensor([len(self.given.ids)], device=self.material.device)))
+        texts = torch.full((passes.images,), passes.texts // passes.images, device=device)
+        texts[0] += passes.texts % passes.images
+        groups = ImageGroups(offsets(texts))
         return self._timed(
             {
                 "embed images": lambda: model.project_image(model.encode_image(pixels)),
@@ -219,9 +248,9 @@ class _Evaluations:
 
     def _official_parts(self) -> dict[str, Block]:
         twin = OfficialTwin(self.material.subjects.model(self.scale.image_size, torch.float32))
-        pixels = self.material.pixels(_PHOTOS, self.scale.image_size)
-        ids, mask = (tensor[:_CAPTIONS] for tensor in self.given)
-        few = Texts(*(tensor[:_OFFICIAL_PAIRS] for tensor in self.given))
+        pixels = self.material.pixels(self.passes.photos, self.scale.image_size)
+        ids, mask = (tensor[: self.passes.captions] for tensor in self.given)
+        few = Texts(*(tensor[: self.passes.official_pairs] for tensor in self.given))
         with torch.inference_mode():
             image, embeds = twin.encode_image(pixels[:1])[0], twin.encode_text(*few)
         return self._timed(

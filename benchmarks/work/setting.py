@@ -135,7 +135,7 @@ class Setting:
         """
         options, folder = self.options, self.options.data
         self.progress.stage("photographs and captions")
-        collection = photographs.bundled() if folder is None else photographs.from_folder(folder, most_photos)
+        collection = photographs.bundled() if folder is None else photographs.from_files(folder, most_photos)
         tokenizer = make_tokenizer(options.preset, options.tokenizer, collection)
         self.document.data = described(collection, tokenizer)
         self.progress.stage("model")

@@ -19,7 +19,7 @@ from xfm_fast.models.xfm import XFM
 
 from ..consumers import Profile, data_type, profile
 from ..expected import Examples, generated_examples
-from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord
+from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from ..onnx import Rewrite, export_onnx, require_onnx
 from ..pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder
 from ..quantise import QUANTISATIONS, check_quantisation, quantising
@@ -70,8 +70,8 @@ def export_engines(
         consumer: which library builds.
         request: which graphs, their form, and how the engines are built.
         source, tokenizer_sha256: see `pipeline.export_graphs`.
-        examples: calibrate 8-bit products, and compare the engines with the model; without, the manifest says
-            `unverified`, and generated ones calibrate.
+        examples: calibrate 8-bit products, and compare with the model: the ONNX graphs on the CPU, and the engines
+            where they run. Without, the manifest says `unverified`, and generated ones calibrate.
         progress: is told how far the build is.
         changes: fields of the request.
 
@@ -100,9 +100,18 @@ def export_engines(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if wanted.keep_onnx else Path(scratch)
         exported = export_onnx(model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256)
-        for record in exported.graphs:
-            if rewrite is not None:
+        if wanted.quantize:
+            exported.options["arithmetic"] = wanted.quantize
+        # No CPU runs a plugin, and it has the function of the nodes that it stands for.
+        if wanted.plugins:
+            _compare_graphs(exported, onnx, model, examples)
+        if rewrite is not None:
+            for record in exported.graphs:
                 rewrite(record, onnx / record.file)
+            exported.files = record_files(onnx, [record.name for record in exported.files])
+        if not wanted.plugins:
+            _compare_graphs(exported, onnx, model, examples)
+        exported.save(onnx)
 
         def compare(content: Manifest) -> None:
             if examples is not None:
@@ -111,6 +120,11 @@ def export_engines(
         return build_engines(
             exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
         )
+
+
+def _compare_graphs(exported: Manifest, onnx: Path, model: XFM, examples: Examples | None) -> None:
+    if examples is not None:
+        compare_with_model(exported, onnx, model, examples)
 
 
 def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Library, tuple[int, ...], Profile]:
@@ -181,6 +195,10 @@ def build_engines(
             "kind": library.consumer,
             "consumer": library.consumer,
             "versions": exported.versions | {library.consumer: library.version},
+            "status": "unverified",
+            "reason": "it was not compared with the model",
+            "verification": None,
+            "graphs_verification": exported.verification,
             "target": EngineTarget(
                 library=library.consumer,
                 version=library.version,
@@ -255,6 +273,11 @@ class _Build:
     def run(self, engine: Path) -> BuiltEngine:
         started = time.perf_counter()
         network = self.library.create_network(self.builder, plugins=self.request.plugins)
+        if network is None:
+            raise ExportError(
+                f"{self.library.label} {self.library.version} makes no network ({said(self.errors)}); see that the "
+                "driver fits the library, or upgrade both"
+            )
         parser = self.library.trt.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(self.onnx)):
             raise self._failure(parser_errors(parser) + self.errors, "read")

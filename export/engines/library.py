@@ -28,7 +28,8 @@ EngineConsumer = Literal["tensorrt", "tensorrt-rtx"]
 LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
 """The oldest compute capability with arithmetic in a type, as 10 · major + minor."""
 
-_OLDEST_TENSORRT = (10, 0)
+# The first whose parser imports `Attention` and which has every attribute that is used here.
+_OLDEST_TENSORRT = (10, 14)
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER = 24
 
@@ -71,7 +72,11 @@ class Library:
                 a kind of compatibility that the library does not offer.
         """
         if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
-            raise UnavailableError(f"TensorRT {self.version} is too old; pip install 'tensorrt>=10'")
+            oldest = ".".join(map(str, _OLDEST_TENSORRT))
+            raise UnavailableError(
+                f"TensorRT {self.version} is too old, {oldest} being the first that reads attention; pip install "
+                f"'tensorrt>={oldest}'"
+            )
         present = local_capability()
         if present is None:
             raise UnavailableError(
@@ -91,6 +96,11 @@ class Library:
             raise UnavailableError(
                 f"engines for Ampere and later are built on such a GPU, and this one is SM{present}; leave out "
                 "--hardware-compatible"
+            )
+        if request.plugins and level:
+            raise UnavailableError(
+                f"a plugin carries PTX for the GPU of this machine alone, SM{present}, so its engine runs on no other; "
+                "leave out --hardware-compatible or --plugins"
             )
         check_type((present,), dtype)
         return (present,)
@@ -118,6 +128,8 @@ class Library:
                 config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def _common(self, config: Any, request: TensorRTRequest) -> None:
+        # On by default, it rounds the operands of fp32 products to 10 bits: an error a hundred times that of fp32.
+        config.clear_flag(self.trt.BuilderFlag.TF32)
         if request.level is not None:
             config.builder_optimization_level = request.level
 
@@ -188,6 +200,8 @@ class TensorRTForRTX(Library):
 
     def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
         self._common(config, request)
+        # An engine that allocates for itself while it runs cannot be captured as a CUDA graph.
+        config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(targets)
         for number, target in enumerate(targets):
             config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{target}"), number)

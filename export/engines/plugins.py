@@ -1,4 +1,4 @@
-"""TensorRT plugins that carry our Triton kernels in the engine, compiled ahead of time (TensorRT 10.9 or later).
+"""TensorRT plugins that carry our Triton kernels in the engine, compiled ahead of time (`tensorrt.plugin`).
 
 An engine that was built with them runs without Python and without Triton: it holds the kernels' PTX. `register` makes
 the plugins known to TensorRT; `plugin_graphs.carry_attention` makes a graph use them.
@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from xfm_fast.errors import ExportError, UnavailableError
@@ -20,7 +21,8 @@ from .library import Library
 NAMESPACE = "xfm"
 RELPOS, VARLEN = "relpos_attention", "varlen_attention"
 
-_OLDEST = (10, 9)
+# Up to this version `tensorrt.plugin` compares a NumPy type in a way that NumPy 2.4 no longer allows.
+_OLD_NUMPY, _NEWEST_NUMPY = (11, 1), (2, 4)
 _registered: dict[str, int] = {}
 
 
@@ -47,18 +49,18 @@ def check_plugins(library: Library) -> None:
     """See that plugins can be used, before a graph is exported.
 
     Raises:
-        UnavailableError: the library has no such plugins, is too old, or Triton is not installed.
+        UnavailableError: the library has no such plugins or does not fit NumPy, or Triton is not installed.
     """
-    numbers = tuple(int(part) for part in re.findall(r"\d+", library.version)[:2])
     if library.consumer != "tensorrt":
         raise UnavailableError(
             f"{library.label} has no plugins that are compiled ahead of time; leave out --plugins, or use xfm-fast "
             "export tensorrt"
         )
-    if numbers < _OLDEST:
+    numpy = metadata.version("numpy")
+    if _numbers(library.version) <= _OLD_NUMPY and _numbers(numpy) >= _NEWEST_NUMPY:
         raise UnavailableError(
-            f"TensorRT {library.version} has no plugins that are compiled ahead of time; pip install 'tensorrt>=10.9' "
-            "or leave out --plugins"
+            f"the plugins of TensorRT {library.version} do not work with NumPy {numpy}; pip install 'numpy<2.4', use "
+            "a later TensorRT, or leave out --plugins"
         )
     if importlib.util.find_spec("triton") is None:
         raise UnavailableError(
@@ -152,6 +154,10 @@ def _launch(trtp: Any, kernel: Any, programs: Any, integers: dict[str, Any]) -> 
     launch.grid_x, launch.block_x, launch.shared_mem = programs, kernel.threads, kernel.shared_bytes
     values = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in integers.values()])
     return kernel.name.encode(), kernel.ptx.encode(), launch, values
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _dtype(trt: Any, tensor: Any) -> str:

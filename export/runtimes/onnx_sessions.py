@@ -70,7 +70,7 @@ class OnnxSessions:
         """See `Runtime.load`."""
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.device.type == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self.device.index}))
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self.device.index, "use_tf32": 0}))
         try:
             session = self._library.InferenceSession(str(path), self._options(record), providers=providers)
         except Exception as error:  # the library's own classes, which share no public base

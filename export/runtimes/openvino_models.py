@@ -17,6 +17,8 @@ from ..slots import Slot, output_shapes
 from . import Precision, empty_outputs, failed_run
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
+_FIRST_WITH_ATTENTION = (2026, 4)
+"""The oldest version that was seen to read the operator `Attention` of opset 23."""
 
 
 def open_runtime(
@@ -40,10 +42,12 @@ class OpenVinoModels:
             raise UnavailableError(
                 "OpenVINO reads no bf16 tensors from NumPy; export with --dtype fp32 and load with precision='bf16'"
             )
-        if manifest.attention != "primitives":
+        version = openvino.__version__
+        known = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
+        if manifest.attention != "primitives" and known < _FIRST_WITH_ATTENTION:
             raise ExportError(
-                f"this export spells attention as {manifest.attention}, which OpenVINO does not read; export it with "
-                "--for openvino"
+                f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
+                f"it with --for openvino, or pip install 'openvino>={'.'.join(map(str, _FIRST_WITH_ATTENTION))}'"
             )
         if precision is not None and precision not in _HINTS:
             raise UnavailableError(f"precision {precision!r} is unknown; choose from {', '.join(_HINTS)}")

@@ -1,8 +1,11 @@
 """TensorRT and TensorRT for RTX: engines that read and write torch tensors where they lie.
 
-Every profile has an execution context of its own, because switching profiles is slow. Shapes that an engine was tuned
-for with a single size of the batch are captured as CUDA graphs, again with contexts of their own: a captured graph
-keeps pointing at the state of the context that it was captured from.
+Every profile has an execution context of its own, because switching profiles is slow; as one runs at a time, on one
+stream, they share the memory of activations, which is as large as the largest profile asks for. Shapes that an engine
+was tuned for with a single size of the batch are captured as CUDA graphs, with contexts and memory of their own: a
+captured graph keeps pointing at both, and is replayed on the caller's stream. TensorRT for RTX captures by itself
+(`WHOLE_GRAPH_CAPTURE`): it compiles kernels for a shape in the background, and a graph of our own would keep those that
+it ran in the meantime.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,15 +108,19 @@ class _Engine:
         self._stream: Any = self._cuda.Stream(self._device)
         self._kernels = _KernelCache(runtime.library, engine, path, self._cuda.get_device_capability(self._device))
         slots = graph_slots(record)
-        self._contexts = [self._context(slot.number) for slot in slots]
+        self._activations = self._memory(self.activation_bytes)
+        self._contexts = [self._context(slot.number, self._activations) for slot in slots]
         self._captured: dict[tuple[int, tuple[tuple[str, int], ...]], _Captured] = {}
-        for slot in slots:
-            self._capture(slot)
-        self._kernels.save()
+        if not self._kernels.captures:
+            for slot in slots:
+                self._capture(slot)
+        # Kernels are compiled by the first runs, and in the background by later ones.
+        self._cold = {slot.number for slot in slots}
+        weakref.finalize(self, self._kernels.save).atexit = False
 
     @property
     def activation_bytes(self) -> int:
-        """GPU memory of one context."""
+        """GPU memory that the contexts share: what the largest profile asks for."""
         return int(self._engine.device_memory_size_v2)
 
     @property
@@ -123,24 +131,40 @@ class _Engine:
     def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         with self._lock:
             captured = self._captured.get(_key(slot, sizes))
-            if captured is not None:
-                return captured.replay(inputs)
-            outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
-            current = self._cuda.current_stream(self._device)
-            # Kept until the caller's stream waits for the engine's, so that this memory is not given away before.
-            bound = {name: value.clone() if value.data_ptr() % _ALIGNMENT else value for name, value in inputs.items()}
-            self._stream.wait_stream(current)
-            self._enqueue(self._contexts[slot.number], bound, outputs)
-            current.wait_stream(self._stream)
+            outputs = self._launch(inputs, slot, sizes) if captured is None else captured.replay(inputs)
+            if slot.number in self._cold:
+                self._cold.remove(slot.number)
+                if not self._cold:
+                    self._kernels.save()
             return outputs
 
-    def _context(self, profile: int) -> Any:
+    def _launch(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
+        current = self._cuda.current_stream(self._device)
+        # Kept until the caller's stream waits for the engine's, so that this memory is not given away before.
+        bound = {name: value.clone() if value.data_ptr() % _ALIGNMENT else value for name, value in inputs.items()}
+        self._stream.wait_stream(current)
+        self._enqueue(self._contexts[slot.number], bound, outputs)
+        current.wait_stream(self._stream)
+        return outputs
+
+    def _memory(self, size: int) -> Tensor:
+        try:
+            return torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            raise ExportError(
+                f"graph {self._record.name!r} needs {size / 1e6:.0f} MB of GPU memory for its activations, which are "
+                f"not free ({' '.join(str(error).split())[:200]}); build it with smaller profiles"
+            ) from None
+
+    def _context(self, profile: int, memory: Tensor) -> Any:
         context = self._kernels.context()
         if context is None:
             raise ExportError(
-                f"graph {self._record.name!r} needs {self.activation_bytes / 1e6:.0f} MB of GPU memory for profile "
-                f"{profile}, which are not free ({said(self._runtime.errors)}); build it with smaller profiles"
+                f"{self._runtime.library.label} makes no context for profile {profile} of graph {self._record.name!r} "
+                f"({said(self._runtime.errors)}); free memory of the GPU, or build it with smaller profiles"
             )
+        context.set_device_memory(-(-memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT, memory.numel() - _ALIGNMENT)
         if self._record.profiles:
             context.set_optimization_profile_async(profile, self._stream.cuda_stream)
         return context
@@ -172,7 +196,11 @@ class _Engine:
             shape = [*(sizes[axis] for axis in axes), *rest]
             inputs[tensor.name] = torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype], device=self._device)
         outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
-        context = self._context(slot.number)
+        number = slot.number
+        profiled = bool(self._record.profiles)
+        size = self._engine.get_device_memory_size_for_profile_v2(number) if profiled else self.activation_bytes
+        memory = self._memory(int(size))
+        context = self._context(number, memory)
         self._stream.wait_stream(self._cuda.current_stream(self._device))
         # The first run of a shape does work that cannot be recorded.
         self._enqueue(context, inputs, outputs)
@@ -187,7 +215,9 @@ class _Engine:
         except (RuntimeError, ExportError) as error:
             _log.info("graph %r runs without a CUDA graph at %s: %s", self._record.name, sizes, error)
             return
-        self._captured[_key(slot, sizes)] = _Captured(self._cuda, self._device, context, graph, inputs, outputs)
+        self._captured[_key(slot, sizes)] = _Captured(
+            self._cuda, self._device, (context, memory), graph, inputs, outputs
+        )
 
 
 class _Captured:
@@ -197,14 +227,14 @@ class _Captured:
         self,
         cuda: Any,
         device: torch.device,
-        context: Any,
+        kept: tuple[Any, Tensor],
         graph: Any,
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
     ) -> None:
         self._cuda, self._device, self._graph = cuda, device, graph
-        # Kept alive: the graph points into it.
-        self._context = context
+        # Context and memory are kept alive: the graph points into them.
+        self._kept = kept
         self._inputs, self._outputs = inputs, outputs
         self._free: Any = None
 
@@ -223,10 +253,15 @@ class _Captured:
 
 
 class _KernelCache:
-    """Contexts of an engine; for RTX with the kernels that earlier loads on this GPU compiled, in a file beside it."""
+    """Contexts of an engine; for RTX with the kernels that earlier loads on this GPU compiled, in a file beside it.
+
+    Attributes:
+        captures: the contexts capture CUDA graphs by themselves.
+    """
 
     def __init__(self, library: Library, engine: Any, path: Path, capability: tuple[int, int]) -> None:
-        self._engine = engine
+        self._engine, self._trt = engine, library.trt
+        self.captures = False
         self._config: Any = None
         self._cache: Any = None
         if not hasattr(engine, "create_runtime_config") or library.consumer != "tensorrt-rtx":
@@ -239,11 +274,15 @@ class _KernelCache:
             self._stored = self._path.read_bytes()
             self._cache.deserialize(self._stored)
         self._config.set_runtime_cache(self._cache)
+        self._config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._config.set_execution_context_allocation_strategy(strategy)
+        self.captures = True
 
     def context(self) -> Any:
         """A new context; None where memory is lacking."""
         if self._config is None:
-            return self._engine.create_execution_context()
+            return self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         return self._engine.create_execution_context(self._config)
 
     def save(self) -> None:

@@ -12,6 +12,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 _REGISTERS = 65536
 _PARTITIONS = 4  # of a multiprocessor, each with a quarter of the registers
 _REGISTER_UNIT = 256  # a warp's registers are a multiple of this
+_MOST_REGISTERS = 255  # of a thread
 _RESERVED_SHARED = 1024  # the driver's, of every block
 _SHARED_UNIT = 128
 _TENSOR_MEMORY = 512  # columns
@@ -68,6 +69,18 @@ def occupancy(arch: int, *, registers: int, shared_bytes: int, warps: int, tenso
     shared = _round_up(shared_bytes + _RESERVED_SHARED, _SHARED_UNIT)
     blocks = min(limit.blocks, resident_warps // warps, limit.shared // shared)
     return min(blocks, _TENSOR_MEMORY // tensor_memory) if tensor_memory else blocks
+
+
+def register_limit(arch: int, *, registers: int, shared_bytes: int, warps: int, tensor_memory: int = 0) -> int:
+    """The most registers that a kernel may take before fewer of its blocks fit, 255 at most.
+
+    The arguments are those of `occupancy`. For eight warps the cliffs are 128, for four also 168 and 128.
+    """
+
+    def blocks(count: int) -> int:
+        return occupancy(arch, registers=count, shared_bytes=shared_bytes, warps=warps, tensor_memory=tensor_memory)
+
+    return max(count for count in range(registers, _MOST_REGISTERS + 1) if blocks(count) == blocks(registers))
 
 
 def _round_up(value: int, unit: int) -> int:

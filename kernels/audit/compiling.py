@@ -1,12 +1,14 @@
 """Compiles many kernels at once, in processes of their own, and remembers what it found.
 
 A process for each core, because Triton's compiler may abort: then one compilation is lost and the process replaced.
-Figures are cached under a hash of everything that they depend on.
+Binaries are cached under a hash of what is compiled, figures under that and a hash of what reads the machine code:
+a better reading, or other constants of a card, need no compilation.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -24,11 +26,17 @@ from queue import Queue
 from typing import Any
 
 from ..triton.launch import CompileRequest
+from .simulator import Timing
 
 
 @dataclass(frozen=True)
 class Task:
-    """One compilation, as data that another process can read: the kernel by its name, not as an object."""
+    """One compilation, as data that another process can read: the kernel by its name, not as an object.
+
+    Attributes:
+        key: of the binary.
+        programs: how many are launched, as far as a model of time needs it; 0 if that is not known.
+    """
 
     module: str
     function: str
@@ -38,9 +46,15 @@ class Task:
     options: dict[str, int]
     arch: int
     key: str
+    programs: int = 0
+
+    @property
+    def figures_key(self) -> str:
+        """The key of the figures, which are read from the binary."""
+        return hashlib.sha256(repr((self.key, self.programs, _source(*_READING))).encode()).hexdigest()
 
     @classmethod
-    def of(cls, request: CompileRequest, arch: int) -> Task:
+    def of(cls, request: CompileRequest, arch: int, programs: int = 0) -> Task:
         """The compilation of a request for one architecture.
 
         Raises:
@@ -50,23 +64,48 @@ class Task:
         if not hasattr(kernel, "cache_key"):
             raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
         content = (request.signature, _plain(request.constexprs), request.attrs, request.options)
-        parts = (kernel.cache_key, kernel.fn.__qualname__, repr(content), arch, compiler(), _audit_source())
+        parts = (kernel.cache_key, kernel.fn.__qualname__, repr(content), arch, compiler(), _source(*_COMPILING))
         key = hashlib.sha256(repr(parts).encode()).hexdigest()
         return cls(
             kernel.fn.__module__, kernel.fn.__qualname__, request.signature, request.constexprs,
-            request.attrs, request.options, arch, key,
+            request.attrs, request.options, arch, key, programs,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
+class Binary:
+    """The outcome of one compilation.
+
+    Attributes:
+        listing: the disassembly, with encodings and source lines; `resources`: what the binary needs.
+        row_lines: source lines that load a value per row, see `sass.row_lines`.
+        warnings: codes of the assembler's warnings, such as `C7515`.
+        products: sizes (M, N) of what Blackwell's tensor cores multiply, which the listing does not show.
+    """
+
+    listing: str
+    resources: str
+    row_lines: list[tuple[str, int]]
+    warnings: list[str]
+    products: list[tuple[int, int]]
+    shared_bytes: int
+    tensor_memory: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class Figures:
-    """The outcome of compiling one kernel for one architecture; `error` is set and all else empty where it failed."""
+    """What the binary of one kernel for one architecture shows; `error` is set and all else empty where it failed.
+
+    The fields are those of `rows.Row`.
+    """
 
     registers: int = 0
     stack_bytes: int = 0
     shared_bytes: int = 0
     tensor_memory: int = 0
     warps: int = 0
+    occupancy: int = 0
     instructions: int = 0
     tensor_core: dict[str, int] | None = None
     loads: dict[str, int] | None = None
@@ -74,9 +113,25 @@ class Figures:
     local_stores: int = 0
     loop_instructions: int = 0
     loop_tensor_core: int = 0
+    loop_waits: int = 0
     inner_loads: dict[str, int] | None = None
     tile_loads: dict[str, int] | None = None
+    staged_tiles: int = 0
+    unfenced_writes: int = 0
+    warnings: list[str] | None = None
+    timing: Timing | None = None
     error: str = ""
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Figures:
+        """The figures that `asdict` made a dictionary of.
+
+        Raises:
+            TypeError: fields are missing or unknown.
+        """
+        timing = fields.get("timing")
+        made: dict[str, Any] = {**fields, "timing": None if timing is None else Timing(**timing)}
+        return cls(**made)
 
 
 def compiler() -> str:
@@ -101,7 +156,7 @@ def compile_all(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Figures]:
-    """Key → figures of every task, each key compiled once.
+    """`figures_key` → figures of every task, each compiled once.
 
     Args:
         tasks: the compilations; a repeated key is compiled once.
@@ -110,7 +165,7 @@ def compile_all(
         progress: is told how many compilations are done, and of how many, cached ones not counted.
     """
     folder = default_cache() if cache_dir is None else cache_dir
-    wanted = {task.key: task for task in tasks}
+    wanted = {task.figures_key: task for task in tasks}
     found = {key: figures for key in wanted if (figures := _read(folder, key)) is not None}
     missing = [task for key, task in wanted.items() if key not in found]
     if not missing:
@@ -119,7 +174,7 @@ def compile_all(
     idle: Queue[_Worker] = Queue()
     with tempfile.TemporaryDirectory(prefix="xfm-audit-") as scratch, ThreadPoolExecutor(workers) as threads:
         for number in range(workers):
-            idle.put(_Worker(Path(scratch), number))
+            idle.put(_Worker(Path(scratch), number, folder))
 
         def run(task: Task) -> Figures:
             worker = idle.get()
@@ -130,9 +185,9 @@ def compile_all(
 
         try:
             for done, (task, figures) in enumerate(zip(missing, threads.map(run, missing), strict=True), 1):
-                found[task.key] = figures
+                found[task.figures_key] = figures
                 if not figures.error:
-                    _write(folder, task.key, figures)
+                    _write(_place(folder, task.figures_key, "json"), json.dumps(asdict(figures)).encode())
                 if progress is not None:
                     progress(done, len(missing))
         finally:
@@ -145,8 +200,9 @@ def compile_all(
 class _Worker:
     """A compiling process, started when it is first needed and again after it died."""
 
-    def __init__(self, scratch: Path, number: int) -> None:
+    def __init__(self, scratch: Path, number: int, folder: Path) -> None:
         self._scratch = scratch
+        self._folder = folder
         self._log = scratch / f"worker-{number}.log"
         self._process: subprocess.Popen[str] | None = None
 
@@ -164,7 +220,7 @@ class _Worker:
             self._process = None
             said = self._log.read_text(errors="replace").strip().splitlines()
             return Figures(error=f"the compiler died with exit code {process.wait()}: {' '.join(said[-1:])}")
-        return Figures(**json.loads(answer))
+        return Figures.from_dict(json.loads(answer))
 
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -176,9 +232,10 @@ class _Worker:
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
             "TRITON_CACHE_DIR": str(self._scratch),
             "TRITON_DISABLE_LINE_INFO": "0",
+            "TRITON_DUMP_PTXAS_LOG": "1",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", f"{__package__}.worker"]
+        command = [sys.executable, "-m", f"{__package__}.worker", str(self._folder)]
         with self._log.open("w") as log:
             return subprocess.Popen(
                 command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
@@ -189,28 +246,47 @@ def _plain(constexprs: dict[str, Any]) -> dict[str, str]:
     return {name: repr(value) for name, value in constexprs.items()}
 
 
+_COMPILING = ("worker.py", "sass.py")
+_READING = (
+    "worker.py", "figures.py", "sass.py", "hazards.py", "simulator.py", "architectures.py", "cards.py", "cards.json",
+)  # fmt: skip
+
+
 @cache
-def _audit_source() -> str:
-    """A hash of what turns machine code into figures."""
-    files = (Path(__file__).with_name(name) for name in ("compiling.py", "worker.py", "sass.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def _source(*names: str) -> str:
+    """A hash of files of this package."""
+    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in names)).hexdigest()
 
 
-def _place(folder: Path, key: str) -> Path:
-    return folder / key[:2] / f"{key}.json"
+def read_binary(folder: Path, key: str) -> Binary | None:
+    """A binary of the cache; none if it is not there, or damaged."""
+    try:
+        fields = json.loads(gzip.decompress(_place(folder, key, "json.gz").read_bytes()))
+        pairs = {name: [tuple(pair) for pair in fields[name]] for name in ("row_lines", "products")}
+        return Binary(**fields | pairs)
+    except (OSError, EOFError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_binary(folder: Path, key: str, binary: Binary) -> None:
+    """Keeps a binary in the cache."""
+    _write(_place(folder, key, "json.gz"), gzip.compress(json.dumps(asdict(binary)).encode(), mtime=0))
+
+
+def _place(folder: Path, key: str, kind: str) -> Path:
+    return folder / key[:2] / f"{key}.{kind}"
 
 
 def _read(folder: Path, key: str) -> Figures | None:
     try:
-        return Figures(**json.loads(_place(folder, key).read_text()))
+        return Figures.from_dict(json.loads(_place(folder, key, "json").read_text()))
     except (OSError, ValueError, TypeError):  # absent, or cut short by a full disk
         return None
 
 
-def _write(folder: Path, key: str, figures: Figures) -> None:
-    place = _place(folder, key)
+def _write(place: Path, content: bytes) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     # Two audits may run at once: a reader sees all of the file or none.
-    with tempfile.NamedTemporaryFile("w", dir=place.parent, suffix=".tmp", delete=False) as file:
-        json.dump(asdict(figures), file)
+    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
+        file.write(content)
     os.replace(file.name, place)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..triton.launch import KernelSpec, LaunchConfig
 from . import sass
-from .architectures import ARCHITECTURES, limits, occupancy
+from .architectures import ARCHITECTURES, limits, register_limit
+from .cards import card
 from .compiling import Figures, Task, compile_all
+from .launches import Launch, model_launch
+from .prediction import Prediction, predict
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,13 @@ class Row:
             inner loops; `tile_loads`: of these, all but the loads of scalars and of a value per row.
         wide_loads: whether every tile in an inner loop is loaded with at least 128 bits a thread; none where no loop
             loads any. `wide_share`: the part of the bits that is.
-        instructions: of the whole kernel; `loop_instructions` and `loop_tensor_core`: of its main loop.
+        instructions: of the whole kernel; `loop_instructions` and `loop_tensor_core`: of its main loop; `loop_waits`:
+            those of them that wait for Hopper's tensor cores.
+        register_limit: the most registers that leave the occupancy as it is.
+        staged_tiles, unfenced_writes: see `hazards`.
+        warnings: codes of the assembler's warnings; C7510 to C7519 say that tensor-core products run one by one.
+        prediction: time at the model's shape on the architecture's card; none where no shape is known.
+        stalls: share of the time that warps wait in the main loop, by cause, as the model of time has it.
         error: what the compiler said, if it failed; then all figures are zero.
     """
 
@@ -56,6 +65,13 @@ class Row:
     loop_tensor_core: int
     local_loads: int
     local_stores: int
+    loop_waits: int = 0
+    register_limit: int = 255
+    staged_tiles: int = 0
+    unfenced_writes: int = 0
+    warnings: tuple[str, ...] = ()
+    prediction: Prediction | None = None
+    stalls: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
     @property
@@ -73,9 +89,31 @@ class Row:
         """Instructions of the main loop for each one that multiplies matrices."""
         return self.loop_instructions / self.loop_tensor_core if self.loop_tensor_core else None
 
+    @property
+    def waits_per_tensor_core(self) -> float | None:
+        """Waits in the main loop for each product of Hopper's tensor cores; 1 where they run one by one."""
+        return (
+            self.loop_waits / self.loop_tensor_core if self.tensor_core.get("HGMMA") and self.loop_tensor_core else None
+        )
+
+    @property
+    def serialised(self) -> tuple[str, ...]:
+        """The warnings of the assembler that say that products of the tensor cores run one by one."""
+        return tuple(code for code in self.warnings if "C7510" <= code <= "C7519")
+
     def as_dict(self) -> dict[str, Any]:
         """The row for a JSON file."""
-        return asdict(self) | {"instructions_per_tensor_core": self.instructions_per_tensor_core}
+        fields = asdict(self)
+        prediction = fields.pop("prediction") or {}
+        return fields | {
+            "instructions_per_tensor_core": self.instructions_per_tensor_core,
+            "waits_per_tensor_core": self.waits_per_tensor_core,
+            "predicted_us": prediction.get("microseconds"),
+            "tensor_busy": prediction.get("tensor_busy"),
+            "bound_by": prediction.get("bound_by"),
+            "waves": prediction.get("waves"),
+            "shape": prediction.get("shape"),
+        }
 
 
 def shipped_kernels() -> list[KernelSpec]:
@@ -182,9 +220,15 @@ def compile_rows(
 ) -> list[Row]:
     """One row for each form, in their order; the arguments are those of `audit`."""
     forms = list(forms)
-    tasks = [Task.of(f.spec.request(f.variant, f.dtype, f.arch, f.config), f.arch) for f in forms]
+    launches = [model_launch(f.spec.name, f.variant, f.config, f.arch) for f in forms]
+    tasks = [
+        Task.of(f.spec.request(f.variant, f.dtype, f.arch, f.config), f.arch, launch.programs if launch else 0)
+        for f, launch in zip(forms, launches, strict=True)
+    ]
     figures = compile_all(tasks, jobs=jobs, cache_dir=cache_dir, progress=progress)
-    return [_row(form, figures[task.key]) for form, task in zip(forms, tasks, strict=True)]
+    return [
+        _row(form, figures[task.figures_key], launch) for form, task, launch in zip(forms, tasks, launches, strict=True)
+    ]
 
 
 def describe(config: LaunchConfig) -> str:
@@ -201,20 +245,21 @@ def _key(kernel: str, variant: Mapping[str, Any], arch: int, dtype: str) -> str:
     return f"{kernel} | {_describe_variant(variant)} | sm_{arch} | {dtype}"
 
 
-def _row(form: Form, found: Figures) -> Row:
+def _row(form: Form, found: Figures, launch: Launch | None) -> Row:
     spec, arch = form.spec, form.arch
     tiles = found.tile_loads or {}
     bits = {load: count * sass.load_bits(load) for load, count in tiles.items()}
     wide = sum(amount for load, amount in bits.items() if sass.load_bits(load) >= 128)
-    blocks = 0
+    most = 0
     if not found.error:
-        blocks = occupancy(
+        most = register_limit(
             arch,
             registers=found.registers,
             shared_bytes=found.shared_bytes,
             warps=found.warps,
             tensor_memory=found.tensor_memory,
         )
+    prediction = predict(found.timing, launch, card(arch)) if found.timing and launch else None
     return Row(
         kernel=spec.name,
         variant=dict(form.variant),
@@ -225,7 +270,7 @@ def _row(form: Form, found: Figures) -> Row:
         stack_bytes=found.stack_bytes,
         shared_bytes=found.shared_bytes,
         shared_limit=limits(arch).block_shared,
-        occupancy=blocks,
+        occupancy=found.occupancy,
         tensor_core=found.tensor_core or {},
         multiplies=spec.tensor_core,
         loads=found.loads or {},
@@ -238,5 +283,12 @@ def _row(form: Form, found: Figures) -> Row:
         loop_tensor_core=found.loop_tensor_core,
         local_loads=found.local_loads,
         local_stores=found.local_stores,
+        loop_waits=found.loop_waits,
+        register_limit=most,
+        staged_tiles=found.staged_tiles,
+        unfenced_writes=found.unfenced_writes,
+        warnings=tuple(found.warnings or ()),
+        prediction=prediction,
+        stalls=found.timing.stalls if found.timing else {},
         error=found.error,
     )

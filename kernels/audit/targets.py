@@ -10,6 +10,8 @@ from .rows import Row
 from .sass import load_bits
 
 BIAS_OVERHEAD = 0.12
+# Waits of one product in three let the others run behind each other.
+WAITS = 0.35
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,22 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     return [
         _each("no spills", rows, lambda row: row.stack_bytes and f"{row.stack_bytes} B of stack"),
         _each("fits the shared memory", rows, _shared_excess),
+        _each("registers to spare", rows, lambda row: row.registers >= 255 and f"{row.registers}, the most there are"),
+        _each(
+            f"at most {WAITS} waits per product of Hopper's tensor cores",
+            [row for row in rows if row.waits_per_tensor_core is not None],
+            lambda row: (row.waits_per_tensor_core or 0) > WAITS and f"{row.waits_per_tensor_core:.2f}",
+        ),
+        _each(
+            "products of the tensor cores are not serialised, by the assembler's word",
+            [row for row in rows if row.multiplies],
+            lambda row: ", ".join(row.serialised),
+        ),
+        _each(
+            "tiles of inner loops reach shared memory without going through registers",
+            [row for row in rows if row.multiplies],
+            lambda row: row.staged_tiles and f"{row.staged_tiles} loads",
+        ),
         _each("the architecture's own tensor cores", [row for row in rows if row.multiplies], _wrong_tensor_core),
         _each(
             "128-bit loads of tiles in every inner loop",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
+import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,63 +17,65 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from . import sass
-from .compiling import Figures, Task
+from .compiling import Binary, Figures, Task, read_binary, write_binary
 from .sass import row_lines
 
-# From Hopper on the disassembler counts the driver's reserve as the kernel's.
-_RESERVED_SHARED = 1024
+_WARNING = re.compile(r"\((C\d{4})\)")
+_PRODUCT = re.compile(r"\btcgen05\.mma\.[^;]*, (%r\d+), [^,;]*;")
+_CONSTANT = re.compile(r"\bmov\.[bus]32\s+(%r\d+), (-?\d+);")
 
 
-def compile_task(task: Task) -> Figures:
-    """Compiles and measures one kernel.
+def compile_task(task: Task) -> Binary:
+    """Compiles one kernel.
 
     Raises:
         Exception: whatever the compiler makes of a kernel that it does not like.
     """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     kernel: Any = importlib.import_module(task.module)
     for name in task.function.split("."):
         kernel = getattr(kernel, name)
     source = ASTSource(kernel, task.signature, task.constexprs, task.attrs)
-    compiled: Any = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=dict(task.options))
-    code = disassemble(compiled.asm["cubin"])
-    rows = row_lines(compiled.asm["ttgir"], compiled.asm["ptx"])
-    loop = code.main_loop
-    inner = [i for inner_loop in code.inner_loops for i in inner_loop.instructions]
-    static = max(0, code.static_shared_bytes - (_RESERVED_SHARED if task.arch >= 90 else 0))
-    opcodes = sorted({i.opcode for i in code.instructions if i.tensor_core})
-    return Figures(
-        registers=code.registers,
-        stack_bytes=code.stack_bytes,
-        shared_bytes=static + compiled.metadata.shared,
+    # The environment asks Triton to print what the assembler says.
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compiled: Any = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=dict(task.options))
+    listing, resources = disassemble(compiled.asm["cubin"])
+    return Binary(
+        listing=listing,
+        resources=resources,
+        row_lines=sorted(row_lines(compiled.asm["ttgir"], compiled.asm["ptx"])),
+        warnings=sorted(set(_WARNING.findall(said.getvalue()))),
+        products=product_sizes(compiled.asm["ptx"]),
+        shared_bytes=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warps=compiled.metadata.num_warps,
-        instructions=len(code.instructions),
-        tensor_core={opcode: code.count(opcode) for opcode in opcodes},
-        loads=dict(sass.count_loads(code.instructions)),
-        local_loads=code.count("LDL"),
-        local_stores=code.count("STL"),
-        loop_instructions=len(loop.instructions) if loop else 0,
-        loop_tensor_core=loop.tensor_core if loop else 0,
-        inner_loads=dict(sass.count_loads(inner)),
-        tile_loads=dict(sass.count_loads(i for i in inner if i.line not in rows)),
     )
 
 
-def disassemble(cubin: bytes) -> sass.MachineCode:
-    """The machine code of a binary, and the resources that it takes, by the tools that come with Triton."""
+def product_sizes(ptx: str) -> list[tuple[int, int]]:
+    """(M, N) of every product of Blackwell's tensor cores, from its instruction descriptor, where that is a constant.
+
+    Source: PTX ISA, "Instruction descriptor": N / 8 in bits 17 to 22, M / 16 in bits 24 to 28.
+    """
+    constants = dict(_CONSTANT.findall(ptx))
+    given = [int(constants[name]) for name in _PRODUCT.findall(ptx) if name in constants]
+    return [((word >> 24 & 0x1F) * 16, (word >> 17 & 0x3F) * 8) for word in given]
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """The listing of a binary, and the resources that it takes, by the tools that come with Triton."""
+    from triton import knobs
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tools: Any = knobs.nvidia
         # -ndf leaves out an analysis of indirect branches, of which Triton makes none.
-        listing = _output(tools.nvdisasm.path, "-g", "-c", "-ndf", file.name)
-        return sass.parse(listing, _output(tools.cuobjdump.path, "-res-usage", file.name))
+        listing = _output(tools.nvdisasm.path, "-hex", "-g", "-c", "-ndf", file.name)
+        return listing, _output(tools.cuobjdump.path, "-res-usage", file.name)
 
 
 def _output(*command: str) -> str:
@@ -80,12 +85,18 @@ def _output(*command: str) -> str:
     return done.stdout
 
 
-def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Answers every line until there are no more."""
+def serve(requests: IO[str], answers: IO[str], folder: Path) -> None:
+    """Answers every line until there are no more; binaries come from the cache in the folder, or go there."""
+    from .figures import measure
+
     for line in requests:
         task: Task = pickle.loads(base64.b64decode(line))
         try:
-            figures = compile_task(task)
+            binary = read_binary(folder, task.key)
+            if binary is None:
+                binary = compile_task(task)
+                write_binary(folder, task.key, binary)
+            figures = measure(binary, task.arch, task.programs)
         except Exception as error:
             # The compiler's errors have many types. All mean the same here, and the audit reports every one.
             figures = Figures(error=f"{type(error).__name__}: {error}")
@@ -97,4 +108,4 @@ if __name__ == "__main__":
     # Compilers print; what they print must not be taken for an answer.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(sys.stdin, channel)
+    serve(sys.stdin, channel, Path(sys.argv[1]))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..limits import HIDDEN
 from .selection import select
 from .workspace import Dropout, scratch
 
@@ -28,6 +29,13 @@ _SHORT_SCORES = 64 * 64
 _FEW = 4
 # Scores of one tile; half of a typical per-core share of the last-level cache leaves room for keys and values.
 _TILE_BYTES = 4 << 20
+
+
+class Hiding(NamedTuple):
+    """Keys may be hidden, by the bias or by a mask."""
+
+    key_mask: Tensor | None = None
+    """`[B, Nk]` boolean, False for keys that a batch entry does not attend to."""
 
 
 class Tile(NamedTuple):
@@ -57,15 +65,21 @@ def tile_shape(batch: int, heads: int, queries: int, keys: int, itemsize: int) -
     return 1, pair, max(1, min(queries, most // pair))
 
 
-def tiles(q: Tensor, keys: int) -> Iterator[Tile]:
-    """The tiles of a score tensor for queries `[B, Nq, H, D]`. Forward and backward go through the same ones."""
+def tiles(q: Tensor, keys: int, period: int = 1) -> Iterator[Tile]:
+    """The tiles of a score tensor for queries `[B, Nq, H, D]`. Forward and backward go through the same ones.
+
+    Their batch entries are whole periods, or lie within one: entries a period apart share a bias.
+    """
     batch, queries, heads, _ = q.shape
     entries, group, rows = tile_shape(batch, heads, queries, keys, q.element_size())
+    entries = entries // period * period or entries
+    within = batch if entries >= period else period
     for h in range(0, heads, group):
-        for b in range(0, batch, entries):
-            for r in range(0, queries, rows):
-                parts = (slice(b, min(b + entries, batch)), slice(h, min(h + group, heads)))
-                yield Tile(*parts, slice(r, min(r + rows, queries)), r == 0, r + rows >= queries)
+        for base in range(0, batch, within):
+            for b in range(base, base + within, entries):
+                for r in range(0, queries, rows):
+                    parts = (slice(b, min(b + entries, base + within)), slice(h, min(h + group, heads)))
+                    yield Tile(*parts, slice(r, min(r + rows, queries)), r == 0, r + rows >= queries)
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
@@ -114,26 +128,31 @@ def tiled_attention(
     scale: float,
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
+    hiding: Hiding | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention `[B, Nq, H, D]`, contiguous.
 
     Args:
         q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides.
-        bias: `[B or 1, H or 1, Nq or 1, Nk]`, added to the scaled products; -inf hides a key, of which every query has
-            to see at least one.
+        bias: `[G, H or 1, Nq or 1, Nk]`, added to the scaled products, entry b mod G to batch entry b: G divides B.
+            -inf hides a key, of which every query has to see at least one unless `hiding` is given.
         dropout: of the weights.
+        hiding: keys may be hidden from all queries, or all keys from a query, which then receives zeros.
+        lse: `[B, H, Nq]`, at least fp32: receives the logsumexp of the scores.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
     # Multiplied into the product that follows, which costs nothing there.
     rescale = 1.0 if dropout is None else 1 / dropout.kept
     # Placeholders: the first tile of a group of heads copies their keys and values, the others of the group reuse them.
     keys = values = q
-    for tile in tiles(q, k.shape[1]):
+    for tile in tiles(q, k.shape[1], 1 if bias is None else bias.shape[0]):
         where = (tile.batch, tile.rows, tile.heads)
         if tile.first:
             keys = head_major("keys", k[tile.batch, :, tile.heads])
             values = head_major("values", v[tile.batch, :, tile.heads])
-        weights = tile_weights(head_major("queries", q[where]), keys, scale, tile, bias)
+        into = None if lse is None else lse[tile.batch, tile.heads, tile.rows]
+        weights = tile_weights(head_major("queries", q[where]), keys, scale, tile, bias, hiding, into)
         if dropout is not None:
             weights *= dropout.mask(tuple(weights.shape), weights.dtype)
         out[where] = token_major(product("attended", weights, values, rescale), out[where])
@@ -151,28 +170,33 @@ def tiled_attention_backward(
     *,
     bias_gradient: bool = False,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
+    hiding: Hiding | None = None,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `tiled_attention`; the weights are computed again, so that none outlives the forward pass.
 
     Args:
         dout: `[B, Nq, H, D]`; the rest as in the forward pass. `dropout` replays its masks.
-        bias_gradient: whether the gradient of a bias `[1, H, Nq, Nk]` is wanted.
+        bias_gradient: whether the gradient of a bias `[G, H, Nq, Nk]` is wanted.
         into: where dq, dk, dv are written, of any strides; new tensors by default.
+        dlse: the gradient of the logsumexp, `[B, H, Nq]`.
 
     Returns:
-        dq, dk, dv, and the gradient of the bias `[H, Nq, Nk]` in fp32 (fp64 for fp64), summed over the batch in order.
+        dq, dk, dv, and the gradient of the bias `[G, H, Nq, Nk]` in fp32 (fp64 for fp64), summed over the batch in
+        order.
     """
     dq, dk, dv = into or [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
-    scores = (q.shape[2], q.shape[1], k.shape[1])
+    period = 1 if bias is None else bias.shape[0]
+    scores = (period, q.shape[2], q.shape[1], k.shape[1])
     dbias = torch.empty(scores, dtype=torch.promote_types(q.dtype, torch.float32)) if bias_gradient else None
     rescale = 1.0 if dropout is None else 1 / dropout.kept
     keys = values = q
-    for tile in tiles(q, k.shape[1]):
+    for tile in tiles(q, k.shape[1], period):
         where, whole = (tile.batch, tile.rows, tile.heads), (tile.batch, slice(None), tile.heads)
         if tile.first:
             keys, values = head_major("keys", k[whole]), head_major("values", v[whole])
         queries, upstream = head_major("queries", q[where]), head_major("upstream", dout[where])
-        weights = tile_weights(queries, keys, scale, tile, bias)
+        weights = tile_weights(queries, keys, scale, tile, bias, hiding)
         # Before the mask, as in the forward pass: both draw the same bits only if they ask in the same order.
         dscores, kept = product("dscores", upstream, values.transpose(1, 2), rescale), weights
         if dropout is not None:
@@ -182,10 +206,14 @@ def tiled_attention_backward(
         _accumulate(dv[whole], kept, upstream, rescale, tile, "dv")
         # In place: two tensors of a tile's scores would not stay in cache.
         torch.ops.aten._softmax_backward_data.out(dscores, weights, -1, q.dtype, grad_input=dscores)
+        if dlse is not None:
+            of_rows = dlse[tile.batch, tile.heads, tile.rows].reshape(*weights.shape[:2], 1)
+            dscores.addcmul_(weights, of_rows.to(q.dtype))
         dq[where] = token_major(product("attended", dscores, keys, scale), dq[where])
         _accumulate(dk[whole], dscores, queries, scale, tile, "dk")
         if dbias is not None:
-            _accumulate_bias(dbias[tile.heads, tile.rows], dscores, first=tile.batch.start == 0)
+            place = dbias[_of_period(tile, period), tile.heads, tile.rows]
+            _accumulate_bias(place, dscores, first=tile.batch.start < period)
     return dq, dk, dv, dbias
 
 
@@ -208,12 +236,21 @@ def product(name: str, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     return torch.baddbmm(place, x, y, beta=0, alpha=scale, out=place)
 
 
-def tile_weights(q: Tensor, k: Tensor, scale: float, tile: Tile, bias: Tensor | None) -> Tensor:
+def tile_weights(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    tile: Tile,
+    bias: Tensor | None,
+    hiding: Hiding | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Softmax of the scores of a tile, `[b·h, r, Nk]` in scratch memory.
 
     Args:
         q, k: `[b·h, r, D]` and `[b·h, Nk, D]`.
-        scale, bias: as in `tiled_attention`.
+        scale, bias, hiding: as in `tiled_attention`.
+        lse: `[b, h, r]`: receives the logsumexp of the scores.
     """
     if bias is None:
         scores = product("scores", q, k.transpose(1, 2), scale)
@@ -222,10 +259,25 @@ def tile_weights(q: Tensor, k: Tensor, scale: float, tile: Tile, bias: Tensor | 
     scores = scratch("scores", shape, q.dtype)
     flat = scores.view(q.shape[0], *shape[2:])
     # Inside the product the bias is added before the rounding to half precision.
-    parts = zip((tile.batch, tile.heads, tile.rows), bias.shape, strict=False)
-    scores.copy_(bias[tuple(slice(None) if size == 1 else part for part, size in parts)])
+    parts = zip((_of_period(tile, bias.shape[0]), tile.heads, tile.rows), bias.shape, strict=False)
+    part = bias[tuple(slice(None) if size == 1 else part for part, size in parts)]
+    scores.view(-1, part.shape[0], *shape[1:]).copy_(part)
+    if hiding is not None and hiding.key_mask is not None:
+        scores.masked_fill_(~hiding.key_mask[tile.batch, None, None, :], -torch.inf)
     flat.baddbmm_(q, k.transpose(1, 2), alpha=scale)
-    return torch.softmax(flat, -1, out=flat)
+    blind = None if hiding is None else flat.amax(-1, keepdim=True) <= HIDDEN
+    if lse is not None:
+        found = torch.logsumexp(flat.to(lse.dtype), -1)
+        lse.copy_((found if blind is None else found.masked_fill_(blind[..., 0], -torch.inf)).view(lse.shape))
+    torch.softmax(flat, -1, out=flat)
+    return flat if blind is None else flat.masked_fill_(blind, 0)
+
+
+def _of_period(tile: Tile, period: int) -> slice:
+    """The entries of a bias of `period` entries that a tile takes: those of a whole period, or of its part of one."""
+    entries = tile.batch.stop - tile.batch.start
+    first = tile.batch.start % period
+    return slice(0, period) if entries >= period else slice(first, first + entries)
 
 
 def _accumulate(gradient: Tensor, scores: Tensor, rows: Tensor, scale: float, tile: Tile, name: str) -> None:
@@ -240,7 +292,7 @@ def _accumulate(gradient: Tensor, scores: Tensor, rows: Tensor, scale: float, ti
 
 
 def _accumulate_bias(gradient: Tensor, dscores: Tensor, *, first: bool) -> None:
-    """Add the score gradients `[b·h, r, Nk]` of a tile's batch entries, one after the other, to `[h, r, Nk]`."""
+    """Add the score gradients `[b·h, r, Nk]` of a tile, one period after the other, to `[g, h, r, Nk]`."""
     for entry in dscores.view(-1, *gradient.shape):
         if first:
             gradient.copy_(entry)

@@ -5,8 +5,8 @@ Both attention families loop over these steps; they differ in where a tile lies.
 - A head dimension comes as two pieces `_a` and `_b` (see `split_head_dim`); without a second piece, D_B is 0 and the
   `_b` operands are dummies that the compiler removes.
 - Products accumulate in fp32. The softmax is computed in base 2. Scores stay unscaled and the scale is applied within
-  the exponent. A bias comes divided by the scale, so that it can be what the accumulator of the product starts from:
-  it then costs its load and its conversion to fp32, and no arithmetic.
+  the exponent. A bias comes divided by the scale, so that it is added to the product or, where registers are short, is
+  what the accumulator starts from.
 - MASKED says that the tile may extend beyond the last row; `inside` tells where it does.
 - THRESHOLD is the dropout probability times 2³² (0: none).
 """
@@ -121,7 +121,10 @@ def forward_tile(
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
     if HAS_BIAS:
-        scores = biased_product(tl.load(bias_pointers), q_a, q_b, k_a, k_b, D_B, PRECISION)
+        bias = tl.load(bias_pointers).to(tl.float32)
+        # Behind the product, which then need not wait for it. Written as a sum, the compiler would make it what the
+        # accumulator starts from.
+        scores = tl.fma(bias, 1.0, product(q_a, q_b, k_a, k_b, D_B, PRECISION))
     else:
         scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
         if HAS_MASK:
@@ -166,11 +169,12 @@ def dkdv_tile(
     k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
     q_base, g_base, stride_qn, stride_gn, lse_pointer, delta_pointer, bias_pointers, inside, seed, head, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr, TURNED: tl.constexpr = False,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
 
-    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. Queries
+    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. TURNED says
+    that the bias pointers are so too: only then can the tile be copied to shared memory ahead of its use. Queries
     outside need no mask on scores: their lse is +inf, which makes their weights zero.
     """
     rows = tl.arange(0, BLOCK_M)
@@ -182,7 +186,8 @@ def dkdv_tile(
         row_lse = tl.load(lse_pointer + rows)
         delta = tl.load(delta_pointer + rows)
     if HAS_BIAS:
-        scores = biased_product(tl.trans(tl.load(bias_pointers)), k_a, k_b, q_a, q_b, D_B, PRECISION)
+        bias = tl.load(bias_pointers)
+        scores = biased_product(bias if TURNED else tl.trans(bias), k_a, k_b, q_a, q_b, D_B, PRECISION)
     else:
         scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION)
     weights = softmax_weights(scores, row_lse[None, :], SCALE, PRECISION)
@@ -276,7 +281,7 @@ def dot_precision(dtype: str) -> str:
     return "ieee" if dtype == "fp32" else "tf32"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def backward_statistics_kernel(
     out_ptr, dout_ptr, lse_ptr, delta_ptr, row_lse_ptr,
     stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh, tokens, heads,

@@ -47,7 +47,7 @@ def load_slice(pointers, offsets, columns):
     return tl.where(offsets < columns, logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "columns", "vocabulary", "ignore_index"])
 def running_softmax_kernel(
     logits_ptr,
     target_ptr,
@@ -109,7 +109,7 @@ def running_softmax_kernel(
             tl.store(total_ptr + row, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "columns", "vocabulary"])
 def softmax_gradient_kernel(
     logits_ptr,
     target_ptr,

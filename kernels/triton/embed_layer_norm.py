@@ -48,7 +48,7 @@ def embedding_sum(
     return tl.where((there & ~known)[:, None] & across[None, :], float("nan"), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "words", "places"])
 def embed_layer_norm_forward_kernel(
     tokens_ptr,
     positions_ptr,
@@ -85,7 +85,7 @@ def embed_layer_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "words", "places"])
 def embed_layer_norm_backward_kernel(
     dnormed_ptr,
     tokens_ptr,
@@ -139,7 +139,7 @@ def embed_layer_norm_backward_kernel(
     tl.store(place + 2 * programs * WIDTH, dtype_row, mask=across)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "entries", "skipped"])
 def segment_sum_kernel(
     ids_ptr,
     order_ptr,

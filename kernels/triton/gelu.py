@@ -23,7 +23,7 @@ FORWARD = LaunchConfig({"BLOCK": 1024, "ROWS": 2}, num_warps=4, num_stages=1)
 BACKWARD = LaunchConfig({"BLOCK": 512, "ROWS": 4}, num_warps=4, num_stages=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def bias_gelu_forward_kernel(
     y_ptr, bias_ptr, out_ptr, stride_y, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -39,7 +39,7 @@ def bias_gelu_forward_kernel(
     tl.store(out_ptr + far * WIDTH + columns[None, :], gelu, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def bias_gelu_backward_kernel(
     dout_ptr,
     y_ptr,

@@ -161,21 +161,21 @@ _Row = tuple[int, int, int, int]
 _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
     "relpos_forward": {
         80: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
-        90: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+        90: ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
         100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-        120: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
+        120: ((64, 64, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2)),
     },
     "relpos_dkdv": {
-        80: ((64, 32, 4, 2), (64, 16, 8, 2), (64, 32, 8, 2)),
-        90: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        80: ((64, 32, 4, 2), (64, 16, 8, 2), (64, 16, 4, 2)),
+        90: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
         100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
-        120: ((64, 16, 4, 2), (64, 16, 8, 2), (64, 32, 8, 2)),
+        120: ((64, 16, 4, 2), (64, 16, 8, 2), (64, 16, 4, 2)),
     },
     "relpos_dq": {
         80: ((64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)),
         90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         100: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
-        120: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        120: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
     },
     "relpos_dbias": {
         80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
@@ -185,7 +185,7 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
     },
     "varlen_forward": {
         80: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
-        90: ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        90: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
         100: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
         120: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
     },
@@ -236,12 +236,12 @@ def _nearest(arch: int) -> int:
     return 90 if arch < 100 else 100 if arch < 120 else 120
 
 
-def tail_size(tokens: int, block: int) -> int:
+def tail_size(tokens: int, block: int, masked: int = 32) -> int:
     """Rows of the last, partial tile: 0, or the smallest power of two from 16 up that holds the rest.
 
-    Tiles of up to 32 rows have no tile of another size behind them; it would save little.
+    Tiles of up to `masked` rows have no tile of another size behind them; it would save little.
     """
     rest = tokens % block
-    if rest == 0 or block <= 32:
+    if rest == 0 or block <= masked:
         return block if rest else 0
     return max(16, triton.next_power_of_2(rest))

@@ -71,7 +71,7 @@ def normalise_backward(dnormed, normalised, weight, rstd, WIDTH: tl.constexpr):
     return (scaled - normalised * along[:, None] - mean[:, None]) * rstd[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows_per_scale", "drop_below"])
 def add_layer_norm_forward_kernel(
     x_ptr,
     residual_ptr,
@@ -128,7 +128,7 @@ def add_layer_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "rows_per_scale", "drop_below"])
 def add_layer_norm_backward_kernel(
     dnormed_ptr,
     dsummed_ptr,

@@ -42,20 +42,23 @@ from .attention_tiles import (
     store_pieces,
 )
 from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name, tail_size
-from .relpos_table import TABLE_SPEC, bias_dtype, materialise_bias, table_gradient
+from .relpos_table import BIAS_SPEC, TABLE_SPEC, bias_dtype, materialise_bias, table_gradient, turn
 
 __all__ = ["KERNELS", "materialise_bias", "relpos_attention_backward", "relpos_attention_forward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh, stride_bias, batch, heads, tokens,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """BLOCK_M queries of one head of one batch entry, against all keys."""
+    """BLOCK_M queries of one head of one batch entry, against all keys.
+
+    With STAGES, the loop's loads of the bias are copied ahead of their use too, not only those of keys and values.
+    """
     tiles = tl.cdiv(tokens, BLOCK_M)
     # Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
     start = tl.program_id(0) % tiles * BLOCK_M
@@ -77,7 +80,7 @@ def forward_kernel(
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     full = tokens // BLOCK_N * BLOCK_N
-    for _ in range(0, full, BLOCK_N):
+    for _ in tl.range(0, full, BLOCK_N, num_stages=STAGES):
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), columns, columns,
@@ -88,12 +91,15 @@ def forward_kernel(
         bias_base += BLOCK_N
     if TAIL > 0:
         # The class token makes N one more than a multiple of a tile at many sizes: the last tile has a size of its own.
-        last = tl.arange(0, TAIL)
-        acc_a, acc_b, row_max, row_sum = forward_tile(
-            q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), last < tokens - full, last,
-            0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
-        )  # fmt: skip
+        # The branch is always taken: it is a fence, without which ptxas finds Hopper's products of the loop still under
+        # way where those of the last tile begin, and serialises every product of the kernel (C7515).
+        if full < tokens:
+            last = tl.arange(0, TAIL)
+            acc_a, acc_b, row_max, row_sum = forward_tile(
+                q_a, q_b, acc_a, acc_b, row_max, row_sum,
+                k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), last < tokens - full,
+                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
+            )  # fmt: skip
     inverse = (1.0 / row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
@@ -105,22 +111,25 @@ def forward_kernel(
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gn, stride_gh, stride_bias, batch, heads, tokens,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, from all queries."""
+    """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, from all queries.
+
+    The bias lies `[H, keys, queries]`, with -inf in the columns beyond the last query.
+    """
     tiles = tl.cdiv(tokens, BLOCK_N)
     start = tl.program_id(0) % tiles * BLOCK_N
     b = (tl.program_id(0) // tiles % batch).to(tl.int64)
     h = (tl.program_id(0) // tiles // batch).to(tl.int64)
     columns = tl.arange(0, BLOCK_N)
     inside = columns < tokens - start
-    # Keys beyond the last have a bias of -inf, so their weights are zero whatever is read for them.
+    # Keys beyond the last repeat it: they read valid memory and are not stored.
     clamped = tl.minimum(columns, tokens - 1 - start)
     k_base = k_ptr + b * stride_kb + h * stride_kh + start.to(tl.int64) * stride_kn
     v_base = v_ptr + b * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vn
@@ -130,7 +139,7 @@ def dkdv_kernel(
     g_base = dout_ptr + b * stride_gb + h * stride_gh
     row_lse = row_lse_ptr + (b * heads + h) * tokens
     delta = delta_ptr + (b * heads + h) * tokens
-    bias_columns = bias_ptr + h * tokens * stride_bias + (start + columns)[None, :]
+    bias_keys = bias_ptr + (h * tokens + start) * stride_bias + clamped[:, None] * stride_bias
     dk_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dv_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dk_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
@@ -139,32 +148,29 @@ def dkdv_kernel(
     # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
     MASKED: tl.constexpr = TAIL == BLOCK_M
     full = (tl.cdiv(tokens, BLOCK_M) if MASKED else tokens // BLOCK_M) * BLOCK_M
-    for first in range(0, full, BLOCK_M):
-        bias_rows = first + rows
-        if MASKED:
-            bias_rows = tl.minimum(bias_rows, tokens - 1)
+    for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):
         dk_a, dk_b, dv_a, dv_b = dkdv_tile(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            row_lse + first, delta + first, bias_columns + bias_rows[:, None] * stride_bias, rows < tokens - first,
-            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_M, PRECISION, True, MASKED, 0,
+            row_lse + first, delta + first, bias_keys + (first + rows)[None, :], rows < tokens - first,
+            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_M, PRECISION, True, MASKED, 0, True,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
         g_base += BLOCK_M * stride_gn
     if TAIL > 0 and not MASKED:
-        last = tl.arange(0, TAIL)
-        bias_last = bias_columns + tl.minimum(full + last, tokens - 1)[:, None] * stride_bias
-        dk_a, dk_b, dv_a, dv_b = dkdv_tile(
-            k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            row_lse + full, delta + full, bias_last, last < tokens - full,
-            0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, True, True, 0,
-        )  # fmt: skip
+        if full < tokens:  # a fence, see `forward_kernel`
+            last = tl.arange(0, TAIL)
+            dk_a, dk_b, dv_a, dv_b = dkdv_tile(
+                k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
+                row_lse + full, delta + full, bias_keys + (full + last)[None, :], last < tokens - full,
+                0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, True, True, 0, True,
+            )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
     gradient = (b * tokens + start) * stride_dn + h * (D_A + D_B)
     store_pieces(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, D_A, D_B)
     store_pieces(dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, D_A, D_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, row_lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -194,29 +200,32 @@ def dq_kernel(
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
-    full = tokens // BLOCK_N * BLOCK_N
-    for _ in range(0, full, BLOCK_N):
+    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
+    MASKED: tl.constexpr = TAIL == BLOCK_N
+    full = (tl.cdiv(tokens, BLOCK_N) if MASKED else tokens // BLOCK_N) * BLOCK_N
+    for first in range(0, full, BLOCK_N):
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base + (bias_rows + columns[None, :]), columns, columns, 0, 0, 0, 0,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, True, False, False, 0,
+            bias_base + (bias_rows + columns[None, :]), columns < tokens - first, columns, 0, 0, 0, 0,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, True, MASKED, False, 0,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
         bias_base += BLOCK_N
-    if TAIL > 0:
-        last = tl.arange(0, TAIL)
-        dq_a, dq_b = dq_tile(
-            q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base + (bias_rows + last[None, :]), last < tokens - full, last, 0, 0, 0, 0,
-            SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0,
-        )  # fmt: skip
+    if TAIL > 0 and not MASKED:
+        if full < tokens:  # a fence, as in the forward kernel
+            last = tl.arange(0, TAIL)
+            dq_a, dq_b = dq_tile(
+                q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
+                bias_base + (bias_rows + last[None, :]), last < tokens - full, last, 0, 0, 0, 0,
+                SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0,
+            )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
     dq_base = dq_ptr + (b * tokens + start) * stride_dn + h * (D_A + D_B)
     store_pieces(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, D_A, D_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, row_lse_ptr, delta_ptr, dbias_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -267,6 +276,8 @@ def dbias_kernel(
     tl.store(dbias + rows[:, None] * stride_bias + columns[None, :], acc, mask=inside)
 
 
+# Tiles of at most so many queries are masked in the loop of the dkdv kernel, instead of a last tile of their own.
+MASKED_QUERIES = 16
 # Four programs for each of some 130 multiprocessors.
 _PROGRAMS = 512
 
@@ -302,7 +313,8 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
         grid = (triton.cdiv(tokens, config.tiles["BLOCK_M"]) * batch * heads,)
         forward_kernel[grid](
             q, k, v, bias, out, lse, *_strides(q, k, v, out), bias.stride(1), batch, heads, tokens,
-            HAS_BIAS=True, TAIL=tail, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+            HAS_BIAS=True, TAIL=tail, STAGES=config.num_stages, **constants,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
 
@@ -318,6 +330,7 @@ def relpos_attention_backward(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    turned_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `relpos_attention_forward`, and of the table that the bias was made of. The same bits every time.
 
@@ -330,6 +343,7 @@ def relpos_attention_backward(
         q, k, v, bias, scale: as in the forward pass; out, lse: its results.
         table_rows: rows of the table, (2wh-1)(2ww-1)+3.
         window: (wh, ww), N = 1 + wh·ww.
+        turned_bias: `[H, keys, queries]`, as `materialise_bias` makes it with `turned`; by default a copy of the bias.
 
     Returns:
         dq, dk, dv `[B, N, H, D]` in the type of q, and dtable `[table_rows, H]` in fp32.
@@ -344,21 +358,23 @@ def relpos_attention_backward(
     if not q.numel():
         return dq, dk, dv, torch.zeros((table_rows, heads), dtype=torch.float32, device=q.device)
     delta, row_lse = backward_statistics(out, dout, lse)
-    inputs = (q, k, v, dout, bias, row_lse, delta)
+    turned_bias = turn(bias) if turned_bias is None else turned_bias
+    _check(q, k, v, turned_bias)
+    inputs, statistics = (q, k, v, dout, bias), (row_lse, delta)
     sizes = (*_strides(q, k, v, dout), bias.stride(1), batch, heads, tokens)
 
     constants, config = _constants("relpos_dkdv", q, scale)
     grid = (triton.cdiv(tokens, config.tiles["BLOCK_N"]) * batch * heads,)
-    _tail(bias, tokens, config.tiles["BLOCK_N"])
     dkdv_kernel[grid](
-        *inputs, dk, dv, *sizes, TAIL=tail_size(tokens, config.tiles["BLOCK_M"]), **constants,
+        q, k, v, dout, turned_bias, *statistics, dk, dv, *sizes,
+        TAIL=_tail(turned_bias, tokens, config.tiles["BLOCK_M"], MASKED_QUERIES), STAGES=config.num_stages, **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
     constants, config = _constants("relpos_dq", q, scale)
     grid = (triton.cdiv(tokens, config.tiles["BLOCK_M"]) * batch * heads,)
     dq_kernel[grid](
-        *inputs, dq, *sizes, TAIL=_tail(bias, tokens, config.tiles["BLOCK_N"]), **constants,
+        *inputs, *statistics, dq, *sizes, TAIL=_tail(bias, tokens, config.tiles["BLOCK_N"]), **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -368,7 +384,7 @@ def relpos_attention_backward(
     parts = bias_partials(batch, tiles * heads)
     dbias = torch.empty((parts, *bias.shape), dtype=torch.float32, device=q.device)
     dbias_kernel[(tiles * heads, parts)](
-        *inputs, dbias, *sizes, **constants, num_warps=config.num_warps, num_stages=config.num_stages
+        *inputs, *statistics, dbias, *sizes, **constants, num_warps=config.num_warps, num_stages=config.num_stages
     )
     return dq, dk, dv, table_gradient(dbias, window)
 
@@ -396,9 +412,9 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
-def _tail(bias: Tensor, tokens: int, block: int) -> int:
+def _tail(bias: Tensor, tokens: int, block: int, masked: int = 32) -> int:
     """Columns of the last tile, which the padding of the bias must hold."""
-    tail = tail_size(tokens, block)
+    tail = tail_size(tokens, block, masked)
     needed = triton.cdiv(tokens, block) * block
     if bias.shape[2] < needed:
         raise InputError(f"bias has {bias.shape[2]} columns for {tokens} tokens; tiles of {block} need {needed}")
@@ -408,7 +424,7 @@ def _tail(bias: Tensor, tokens: int, block: int) -> int:
 def _types(kernel: Any, variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
     special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr", "dbias_ptr"), "*fp32")
     special["bias_ptr"] = "*fp32" if dtype == "fp32" else "*fp16"
-    constexprs = {"SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL"}
+    constexprs = {"SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES"}
     return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
 
 
@@ -419,7 +435,9 @@ def _spec(name: str, kernel: Any, extras: tuple[Mapping[str, Any], ...]) -> Kern
         head_dim = variant["head_dim"]
         out = _kernel_constants(head_dim, dtype, head_dim**-0.5, config)
         looped = config.tiles["BLOCK_M" if name == "relpos_dkdv" else "BLOCK_N"]
-        given = {"TAIL": tail_size(variant.get("tokens", 0), looped), "HAS_BIAS": variant.get("bias", True)}
+        masked = MASKED_QUERIES if name == "relpos_dkdv" else 32
+        tail = tail_size(variant.get("tokens", 0), looped, masked)
+        given = {"TAIL": tail, "HAS_BIAS": variant.get("bias", True), "STAGES": config.num_stages}
         return out | {key: value for key, value in given.items() if key in kernel.arg_names}
 
     return KernelSpec(
@@ -439,6 +457,7 @@ KERNELS: list[KernelSpec] = [
     _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},)),
     _spec("relpos_dq", dq_kernel, ({"tokens": 577},)),
     _spec("relpos_dbias", dbias_kernel, ({},)),
+    BIAS_SPEC,
     TABLE_SPEC,
     STATISTICS_SPEC,
 ]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import relative_position_index
+from ..checks import BIAS_TILE
 from .launch import KernelSpec, LaunchConfig
 
 
@@ -30,8 +30,51 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
+# Quotients beyond these are as good as infinite in a softmax, and differences between them stay finite.
+_LARGEST = {torch.float16: 60000.0, torch.float32: 1e30}
+_BIAS = LaunchConfig({"ROWS": 16, "BLOCK": 128}, num_warps=4, num_stages=1)
+
+
+@triton.jit(do_not_specialize=["heads", "height", "width"])
+def bias_kernel(
+    table_ptr, bias_ptr, stride_bias, heads, height, width, scale,
+    LARGEST: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias: table entries over the scale.
+
+    Rows of the table are as in `reference.relative_position_index`; columns beyond the last receive -inf.
+    """
+    tokens = 1 + height * width
+    h = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    row_y, row_x = (rows - 1) // width, (rows - 1) % width
+    column_y, column_x = (columns - 1) // width, (columns - 1) % width
+    dy, dx = row_y[:, None] - column_y[None, :], row_x[:, None] - column_x[None, :]
+    from_class, to_class = (rows == 0)[:, None], (columns == 0)[None, :]
+    if TURNED:
+        dy, dx = -dy, -dx
+        from_class, to_class = to_class, from_class
+    patches = (2 * height - 1) * (2 * width - 1)
+    entry = (dy + height - 1) * (2 * width - 1) + dx + width - 1
+    entry = tl.where(from_class, tl.where(to_class, patches + 2, patches), tl.where(to_class, patches + 1, entry))
+    inside = (rows < tokens)[:, None] & (columns < tokens)[None, :]
+    value = tl.div_rn(tl.load(table_ptr + entry * heads + h, mask=inside, other=0.0).to(tl.float32), scale)
+    # Comparisons with NaN are false, so that it stays.
+    value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
+    value = tl.where((columns < tokens)[None, :], value, float("-inf"))
+    base = bias_ptr + h * tokens * stride_bias
+    tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
+
+
 def materialise_bias(
-    table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float, tile: int = 128
+    table: Tensor,
+    window: tuple[int, int],
+    dtype: torch.dtype,
+    scale: float,
+    tile: int = BIAS_TILE,
+    *,
+    turned: bool = False,
 ) -> Tensor:
     """The bias of every (query, key) pair divided by the scale, with columns of -inf up to a multiple of `tile`.
 
@@ -40,26 +83,33 @@ def materialise_bias(
         window: (wh, ww), N = 1 + wh·ww.
         dtype: what attention computes in.
         scale: of the products of attention, which multiplies their sum with the bias.
-        tile: at least the widest tile of keys of any kernel, 128.
+        tile: at least the widest tile of keys or queries of any kernel; a multiple of 128.
+        turned: rows are keys and columns queries, as the kernel of dk and dv reads it.
 
     Returns:
-        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`. In fp16, quotients beyond ±60000 are clamped: a bias of
-        7500, at head dimension 64, is as good as infinite in a softmax.
+        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`. Quotients beyond ±60000 in fp16 and ±1e30 in fp32 are
+        clamped, -inf with them: a bias of 7500, at head dimension 64, is as good as infinite in a softmax.
     """
-    index = relative_position_index(window, table.device)
-    tokens, heads = index.shape[0], table.shape[1]
+    table = table.detach().contiguous()
+    tokens, heads = 1 + window[0] * window[1], table.shape[1]
     storage = bias_dtype(dtype)
     padded = triton.cdiv(tokens, tile) * tile
-    bias = torch.full((heads, tokens, padded), -torch.inf, dtype=storage, device=table.device)
-    # Half-precision tables are divided in fp32, so that the quotient is rounded once.
-    entries = table.detach().t().float() / scale
-    if storage == torch.float16:
-        entries = entries.clamp(-60000, 60000)
-    bias[:, :, :tokens] = entries.to(storage)[:, index.view(-1)].view(heads, tokens, tokens)
+    bias = torch.empty((heads, tokens, padded), dtype=storage, device=table.device)
+    bias_kernel[(triton.cdiv(tokens, _BIAS.tiles["ROWS"]), heads, padded // _BIAS.tiles["BLOCK"])](
+        table, bias, padded, heads, *window, scale, LARGEST=_LARGEST[storage], TURNED=turned,
+        **_BIAS.tiles, num_warps=_BIAS.num_warps, num_stages=_BIAS.num_stages,
+    )  # fmt: skip
     return bias
 
 
-@triton.jit
+def turn(bias: Tensor) -> Tensor:
+    """`[H, queries, keys]` as `materialise_bias` makes it → `[H, keys, queries]`, as it makes it with `turned`."""
+    turned, tokens = torch.full_like(bias, -torch.inf), bias.shape[1]
+    turned[..., :tokens] = bias[..., :tokens].transpose(1, 2)
+    return turned
+
+
+@triton.jit(do_not_specialize=["parts", "heads", "height", "width"])
 def table_gradient_kernel(
     dbias_ptr, dtable_ptr, stride_bias, parts, heads, height, width,
     BLOCK_X: tl.constexpr, BLOCK_DX: tl.constexpr,
@@ -75,7 +125,7 @@ def table_gradient_kernel(
     h = tl.program_id(1)
     program = tl.program_id(0)
     last = (2 * height - 1) * blocks
-    part_size = heads.to(tl.int64) * tokens * stride_bias
+    part_size = tl.cast(heads, tl.int64) * tokens * stride_bias
     head_base = dbias_ptr + h.to(tl.int64) * tokens * stride_bias
     if program < last:
         dy = program // blocks - (height - 1)
@@ -124,6 +174,26 @@ def table_gradient(dbias: Tensor, window: tuple[int, int]) -> Tensor:
         **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dtable
+
+
+def _bias_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
+    integers = ("stride_bias", "heads", "height", "width")
+    return {"table_ptr": f"*{dtype}", "bias_ptr": "*fp16", **dict.fromkeys(integers, "i32"), "scale": "fp32"}
+
+
+BIAS_SPEC = KernelSpec(
+    name="relpos_bias",
+    kernel=bias_kernel,
+    variants=({"turned": False}, {"turned": True}),
+    types=_bias_types,
+    constants=lambda variant, dtype, config: {
+        "LARGEST": _LARGEST[torch.float16],
+        "TURNED": variant["turned"],
+        **config.tiles,
+    },
+    config=lambda variant, dtype, arch: _BIAS,
+    tensor_core=False,
+)
 
 
 def _types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:

@@ -169,3 +169,16 @@ def test_what_a_model_cannot_give_is_named(small_model: XFM) -> None:
         build("image_memory", XFM(config.replace(fusion_layers=0), heads=()), "function")
     with pytest.raises(UnavailableError, match="'nonsense' is unknown; choose from vision"):
         build("nonsense", small_model, "function")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["vision", "text"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_feature_of_zeros_is_zeros(make_model: MakeModel, dtype: torch.dtype, name: GraphName) -> None:
+    model = make_model().to(dtype)
+    with torch.no_grad():
+        for projection in (model.vision_proj, model.text_proj):
+            projection.weight.zero_()
+            projection.bias.zero_()
+        inputs = (_pixels(model, 1),) if name == "vision" else _texts(model, (4,))
+        _, feature = build(name, model, "function")(*inputs)
+    assert torch.equal(feature, torch.zeros_like(feature))

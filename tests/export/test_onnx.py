@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import getpass
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xfm_fast import __version__
+from xfm_fast import XFMConfig, __version__
 from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
@@ -255,3 +256,40 @@ def test_profiles() -> None:
     assert profile("tensorrt", "fp16", 22) == Profile("primitives", 22)
     forms = {profile(c, d).form for c in CONSUMERS for d in DTYPES if (c, d) != NOT_READ}
     assert forms == {*get_args(AttentionForm)}
+
+
+@pytest.mark.parametrize("form", get_args(AttentionForm))
+def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionForm, tmp_path: Path) -> None:
+    """As wide as the base model, where exporters no longer fold constants, and two layers deep, which is quick."""
+    layers = 2
+    config = XFMConfig.preset("base").replace(
+        vision_depth=layers, text_layers=layers, fusion_layers=layers, vocab_size=300
+    )
+    model = XFM(config).eval()
+    spelling = Profile(form, 20 if form == "primitives" else 23)
+    # Of a layer: queries, keys and values at once, the output, and two of the MLP; fusion has those of the
+    # cross-attention besides, less the memory's. The heads: a feature, two of the match, two of the boxes. Token 0 of
+    # the last layer of fusion has its query by itself.
+    for name, products, attentions, gathers in (
+        ("vision", 4 * layers + 1, layers, 1),
+        ("text", 4 * layers + 1, layers, 3),
+        ("image_memory", 1, 0, 0),
+        ("fusion", 6 * layers + 4 + 1, 2 * layers, 2 * layers),
+    ):
+        path = tmp_path / f"{name}.onnx"
+        write_onnx(build(name, model, form), path, spelling, "fp32")
+        graph = onnx.load(path).graph
+        found = Counter(node.op_type for node in graph.node)
+        inner = 2 * attentions if form == "primitives" else 0
+        assert found["MatMul"] + found["Gemm"] - inner == products, (name, found)
+        assert found["GatherND"] == 0, (name, found)
+        assert found["Gather"] == gathers, (name, found)
+        if form != "primitives":
+            assert found["Attention"] == attentions
+            if name == "vision":
+                continue
+            # A mask is one for all heads.
+            sizes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
+            masks = [node.input[3] for node in graph.node if node.op_type == "Attention" and len(node.input) > 3]
+            assert len(masks) == min(attentions, layers)
+            assert all(sizes[mask][1].dim_value == 1 for mask in masks)

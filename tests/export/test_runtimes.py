@@ -28,6 +28,7 @@ from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
 from xfm_fast.export.session import Session
+from xfm_fast.export.slots import graph_slots
 from xfm_fast.export.verification import verify
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the stand-in for engines computes with onnxruntime")
@@ -97,6 +98,11 @@ class FakeContext:
         self.profile: int | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.memory: tuple[int, int] | None = None
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0
+        self.memory = address, size
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
@@ -123,8 +129,13 @@ class FakeContext:
             self._run(shapes, addresses)
         return True
 
+    def _need(self) -> int:
+        return self.engine.get_device_memory_size_for_profile_v2(self.profile or 0)
+
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         self.engine.runs.append((self.profile, shapes))
+        assert self.memory is not None
+        assert self.memory[1] >= self._need(), "activations do not fit"
         record = self.engine.record
         feeds = {t.name: _memory(addresses[t.name], shapes[t.name], t.dtype) for t in record.inputs}
         results = self.engine.session.run([output.name for output in record.outputs], feeds)
@@ -135,6 +146,9 @@ class FakeContext:
 class FakeEngine:
     device_memory_size_v2 = 1 << 20
 
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return self.device_memory_size_v2 if profile else 1 << 10
+
     def __init__(self, cuda: FakeCuda, logger: Any, record: Any, onnx: str) -> None:
         self.cuda, self.logger, self.record = cuda, logger, record
         self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
@@ -142,7 +156,8 @@ class FakeEngine:
         self.contexts: list[FakeContext] = []
         self.broken = False
 
-    def create_execution_context(self) -> FakeContext:
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        assert strategy == "user managed"
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
@@ -194,6 +209,8 @@ class Fakes:
                 return fakes.engines[name]
 
         trt.ILogger, trt.Runtime = ILogger, Runtime  # pyright: ignore[reportAttributeAccessIssue]
+        strategies = types.SimpleNamespace(USER_MANAGED="user managed")
+        trt.ExecutionContextAllocationStrategy = strategies  # pyright: ignore[reportAttributeAccessIssue]
         self.library = Library.__new__(Library)
         self.library.trt, self.library.version = trt, "10.14.1"
 
@@ -246,6 +263,11 @@ def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small
     session = Session.load(engines)
     vision = fakes.engines["vision"]
     assert [context.profile for context in vision.contexts] == [0, 1, 0]
+    # One context runs at a time, so both share the memory of activations; a captured graph has its own, of its size.
+    shared, again, captured = (context.memory for context in vision.contexts)
+    assert shared == again == (shared[0], vision.device_memory_size_v2)
+    assert captured[1] == 1 << 10
+    assert not shared[0] <= captured[0] < shared[0] + shared[1]
     fakes.cuda.log.clear()
     one = session.encode_image(_pixels(small_model, 1))
     assert fakes.cuda.log == ["replay"] or fakes.cuda.log == ["caller waits for an event", "replay"]
@@ -347,27 +369,58 @@ def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
         def serialize(self) -> bytes:
             return self.content + b"+kernel"
 
-    config: Any = types.SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=lambda cache: None)
+    config: Any = types.SimpleNamespace(
+        create_runtime_cache=Cache,
+        set_runtime_cache=lambda cache: None,
+        set_execution_context_allocation_strategy=lambda strategy: setattr(config, "allocation", strategy),
+    )
     engine: Any = types.SimpleNamespace(
         create_runtime_config=lambda: config, create_execution_context=lambda given: (given, "context")
     )
-    library: Any = types.SimpleNamespace(consumer="tensorrt-rtx", version="1.7.1")
+    rtx = pytest.importorskip("tensorrt_rtx", reason="the names of its strategies")
+    library: Any = types.SimpleNamespace(consumer="tensorrt-rtx", version="1.7.1", trt=rtx)
     for expected in (b"+kernel", b"+kernel+kernel"):
         kernels = tensorrt_engines._KernelCache(library, engine, tmp_path / "text.engine", (12, 0))
         assert kernels.context() == (config, "context")
+        # Its own capture knows when a kernel is still being compiled, and activations are shared between profiles.
+        assert kernels.captures
+        assert config.cuda_graph_strategy == rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        assert config.allocation == rtx.ExecutionContextAllocationStrategy.USER_MANAGED
         kernels.save()
         assert (tmp_path / "text.sm120.1.7.1.kernels").read_bytes() == expected
     # A folder that cannot be written is no failure.
     tensorrt_engines._KernelCache(library, engine, tmp_path / "absent" / "text.engine", (12, 0)).save()
 
 
-def test_openvino_gives_what_the_model_gives(small_model: XFM, exported_fp32: Path, tmp_path: Path) -> None:
+def test_kernels_are_kept_when_every_profile_has_run(
+    engines: Path, small_model: XFM, fakes: Fakes, monkeypatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(tensorrt_engines._KernelCache, "save", lambda self: saved.append(1))
+    session = Session(engines)
+    record = session.manifest.graph("vision")
+    engine = session.runtime.load(record, engines / record.file)
+    for slot in graph_slots(record):
+        assert not saved
+        sizes = {"batch": slot.number + 1}
+        engine.run({"pixels": _pixels(small_model, sizes["batch"])}, slot, sizes)
+    assert saved
+
+
+def test_openvino_gives_what_the_model_gives(
+    small_model: XFM, exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("openvino", reason="optional")
     export_onnx(small_model, tmp_path, consumer="openvino")
     session = Session.load(tmp_path)
     assert session.description.endswith("CPU, fp32")
     _same_retrieval(small_model, session)
-    with pytest.raises(ExportError, match="spells attention as function, which OpenVINO does not read"):
+    openvino = pytest.importorskip("openvino")
+    version = [int(part) for part in openvino.__version__.split("-")[0].split(".")[:2]]
+    if version >= [2026, 4]:
+        _same_retrieval(small_model, Session.load(exported_fp32, "openvino"))
+    monkeypatch.setattr(openvino, "__version__", "2026.3.1-20000-abcdef")
+    with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO 2026\.3.* does not read"):
         Session.load(exported_fp32, "openvino")
     with pytest.raises(UnavailableError, match="precision 'fp8' is unknown; choose from fp32, bf16"):
         Session(tmp_path, precision="fp8")  # pyright: ignore[reportArgumentType]

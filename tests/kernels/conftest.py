@@ -1,8 +1,13 @@
-"""Every library in its turn, whichever this machine runs faster."""
+"""Every library in its turn, whichever this machine runs faster; and Triton kernels interpreted or compiled.
+
+Every test of a module `test_triton_*` exists twice: interpreted, on a machine without a GPU, and compiled, marked
+`gpu`. There the types that it is parametrised by include bf16, whose sums and products the interpreter gets wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -49,3 +54,54 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def each_library(*names: str) -> pytest.MarkDecorator:
     """A test that runs with each of these libraries."""
     return pytest.mark.parametrize("library", names or LIBRARIES, indirect=True)
+
+
+def _on_triton(metafunc: pytest.Metafunc) -> bool:
+    return metafunc.module.__name__.rpartition(".")[2].startswith("test_triton_")
+
+
+def _with_bf16(mark: pytest.Mark) -> pytest.Mark:
+    """A parametrisation over `dtype` with bf16 on a GPU; any other as it is."""
+    if mark.name != "parametrize" or mark.args[0] != "dtype" or torch.bfloat16 in mark.args[1]:
+        return mark
+    added, options = pytest.param(torch.bfloat16, marks=pytest.mark.gpu), dict(mark.kwargs)
+    if options.get("ids") is not None and not callable(options["ids"]):
+        options["ids"] = [*options["ids"], "bf16"]
+    return pytest.mark.parametrize("dtype", [*mark.args[1], added], **options).mark
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs before pytest reads the marks, so that a test names its types once and need not know of GPUs."""
+    if _on_triton(metafunc):
+        metafunc.definition.own_markers[:] = map(_with_bf16, metafunc.definition.own_markers)
+        ways = ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)]
+        metafunc.parametrize("execution", ways, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what would be bf16 in the interpreter: it is there for GPUs only."""
+
+    def meant(item: pytest.Item) -> bool:
+        way = item.callspec.params.get("execution") if hasattr(item, "callspec") else None  # pyright: ignore[reportAttributeAccessIssue]
+        return way != "interpreted" or item.get_closest_marker("gpu") is None
+
+    items[:] = filter(meant, items)
+
+
+@pytest.fixture(autouse=True)
+def execution(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How the kernels of a Triton test run; nothing for other tests."""
+    way = getattr(request, "param", None)
+    if way == "interpreted" and os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("Triton compiles in this process; without a GPU or with TRITON_INTERPRET=1 it interprets")
+    if way != "compiled":
+        yield
+        return
+    if os.environ["TRITON_INTERPRET"] == "1":
+        pytest.skip("Triton interprets in this process; unset TRITON_INTERPRET")
+    from tests.kernels.triton_testing import compiled_kernels
+
+    with compiled_kernels(torch.device("cuda")):
+        yield

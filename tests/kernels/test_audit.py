@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from xfm_fast.kernels import tune
-from xfm_fast.kernels.audit import Row, occupancy, ratchet, sass, targets
-from xfm_fast.kernels.audit.compiling import Figures, compile_all
+from xfm_fast.kernels.audit import Row, occupancy, ratchet, sass, shipped_kernels, targets, worker
+from xfm_fast.kernels.audit.compiling import Binary, Figures, compile_all
+from xfm_fast.kernels.audit.prediction import Prediction
 from xfm_fast.kernels.audit.sass import row_lines
+from xfm_fast.kernels.audit.simulator import Timing
 from xfm_fast.kernels.triton.launch import LaunchConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +167,8 @@ def _row(**changes: Any) -> Row:
         registers=100, stack_bytes=0, shared_bytes=1024, shared_limit=232448, occupancy=4, tensor_core={"HGMMA": 8},
         multiplies=True, loads={"LDGSTS.128": 8},
         inner_loads={"LDGSTS.128": 4}, tile_loads={"LDGSTS.128": 4}, wide_loads=True, wide_share=1.0,
-        instructions=900, loop_instructions=300, loop_tensor_core=8, local_loads=0, local_stores=0,
+        instructions=900, loop_instructions=300, loop_tensor_core=8, local_loads=0, local_stores=0, loop_waits=2,
+        prediction=Prediction(30.0, 0.3, "memory", 2, "toy"),
     )  # fmt: skip
     return replace(row, **changes)
 
@@ -190,6 +193,11 @@ def _compare(*rows: Row, accepted: ratchet.Accepted, compiler: str = "triton 1")
         ({"wide_share": 0.5, "wide_loads": False}, "wide_share 1.0 → 0.5"),
         ({"tensor_core": {"HMMA": 8}}, "no HGMMA any more"),
         ({"error": "CompilationError: no"}, "does not compile: CompilationError: no"),
+        ({"loop_waits": 8}, "waits_per_tensor_core 0.25 → 1.0"),
+        ({"warnings": ("C7515",)}, "warnings none → C7515"),
+        ({"staged_tiles": 4}, "staged_tiles 0 → 4"),
+        ({"unfenced_writes": 2}, "unfenced_writes 0 → 2"),
+        ({"prediction": Prediction(31.0, 0.3, "memory", 2, "toy")}, "predicted_us 30.0 → 31.0"),
     ],
 )
 def test_ratchet_names_what_got_worse(change: dict[str, Any], says: str) -> None:
@@ -207,6 +215,29 @@ def test_ratchet_passes_what_is_as_good_or_better() -> None:
     assert "stages=2 → BLOCK_M=32" in line
 
 
+def _in(microseconds: float) -> Prediction:
+    return Prediction(microseconds, 0.3, "memory", 2, "toy")
+
+
+def test_what_makes_a_kernel_quicker_may_cost_registers() -> None:
+    quicker = _compare(_row(prediction=_in(25.0), registers=140, occupancy=3), accepted=_accepted(_row()))
+    assert not quicker.worse
+    assert "registers 100 → 140" in quicker.better[0]
+    assert "predicted_us 30.0 → 25.0" in quicker.better[0]
+    # Not by what the model cannot tell; never spills.
+    assert _compare(_row(prediction=_in(29.7), registers=140), accepted=_accepted(_row())).worse
+    assert _compare(_row(prediction=_in(25.0), stack_bytes=8), accepted=_accepted(_row())).worse
+    assert not _compare(_row(prediction=_in(30.3)), accepted=_accepted(_row())).worse
+
+
+def test_figures_of_an_older_ratchet_file_are_not_missed() -> None:
+    old = ratchet.figures(_row())
+    for name in ("waits_per_tensor_core", "staged_tiles", "unfenced_writes", "warnings", "predicted_us"):
+        del old[name]
+    accepted = ratchet.Accepted("triton 1", {_row().key: old})
+    assert _compare(_row(loop_waits=8, staged_tiles=4), accepted=accepted) == ratchet.Comparison([], [])
+
+
 def test_ratchet_reports_new_and_missing_forms() -> None:
     comparison = _compare(_row(), accepted=_accepted(_row(dtype="fp16")))
     assert comparison.worse == [
@@ -222,6 +253,29 @@ def test_another_compiler_is_held_to_what_does_not_depend_on_it() -> None:
     assert "triton 2" in counts.note
     spills = _compare(_row(stack_bytes=64), accepted=_accepted(_row()), compiler="triton 2")
     assert len(spills.worse) == 1
+
+
+def test_another_compilers_faults_are_recorded_beside_the_accepted_figures(tmp_path: Path) -> None:
+    path = tmp_path / "ratchet.json"
+    with pytest.raises(ValueError, match="no figures of another compiler"):
+        ratchet.accept_compiler([_row()], compiler="triton 2", path=path)
+    ratchet.accept([_row(), _row(arch=80)], compiler="triton 1", path=path)
+    spilling, same = _row(stack_bytes=8, registers=200), _row(arch=80, registers=200)
+    unknown = _compare(spilling, same, accepted=ratchet.read(path), compiler="triton 2")
+    assert "never examined" in unknown.note
+    assert unknown.worse == [f"{spilling.key}: stack_bytes 0 → 8"]
+    assert ratchet.accept_compiler([spilling, same], compiler="triton 2", path=path) == 1
+    accepted = ratchet.read(path)
+    assert accepted.rows[spilling.key] == ratchet.figures(_row())
+    assert accepted.others == {"triton 2": {spilling.key: {"stack_bytes": 8}}}
+    known = _compare(spilling, same, accepted=accepted, compiler="triton 2")
+    assert not known.worse
+    assert "1 exceptions are accepted" in known.note
+    assert _compare(replace(spilling, stack_bytes=16), same, accepted=accepted, compiler="triton 2").worse
+    # Others of the file survive what is accepted later, of this compiler and of the first one.
+    assert ratchet.accept_compiler([_row()], compiler="triton 2", path=path) == 0
+    ratchet.accept([_row(registers=90)], compiler="triton 1", path=path)
+    assert ratchet.read(path).others == {"triton 2": {}}
 
 
 def test_accepting_keeps_other_rows(tmp_path: Path) -> None:
@@ -256,6 +310,15 @@ def test_targets() -> None:
     narrow = _row(wide_loads=False, wide_share=0.9, tile_loads={"LDG.32": 2, "LDGSTS.128": 4})
     (line,) = missed(narrow)["128-bit loads of tiles in every inner loop"]
     assert line.endswith("2 LDG.32; 90% of the bytes are wide")
+    (line,) = missed(_row(loop_waits=8))["at most 0.35 waits per product of Hopper's tensor cores"]
+    assert line.endswith("bf16: 1.00")
+    (line,) = missed(_row(warnings=("C7515", "C7600")))[
+        "products of the tensor cores are not serialised, by the assembler's word"
+    ]
+    assert line.endswith("bf16: C7515")
+    (line,) = missed(_row(staged_tiles=4))["tiles of inner loops reach shared memory without going through registers"]
+    assert line.endswith("4 loads")
+    assert missed(_row(registers=255))["registers to spare"]
     assert missed(_row(occupancy=1))["two blocks a multiprocessor at head dimension 64"]
     assert not missed(_row(occupancy=1, variant={"head_dim": 128}))
 
@@ -273,7 +336,7 @@ def test_bias_is_compared_with_the_form_without() -> None:
 
 _COMPILE_TWICE = """
 import json, sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tests.kernels import toy_kernels
 from xfm_fast.kernels.audit import audit, compile_rows, shipped_forms
@@ -346,19 +409,47 @@ def test_a_compiler_that_dies_loses_one_kernel(tmp_path: Path, monkeypatch: pyte
 
     (tmp_path / "toy_fatal.py").write_text("import os\nprint('taken for an answer?')\nos._exit(7)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = compile_all([task("one", "toy_fatal"), task("two", "no_such_module")], jobs=1, cache_dir=tmp_path / "cache")
-    assert "died with exit code 7" in found["one"].error
-    assert "no_such_module" in found["two"].error
+    tasks = [task("one", "toy_fatal"), task("two", "no_such_module")]
+    fatal, absent = compile_all(tasks, jobs=1, cache_dir=tmp_path / "cache").values()
+    assert "died with exit code 7" in fatal.error
+    assert "no_such_module" in absent.error
 
 
 def test_damaged_cache_files_are_ignored(tmp_path: Path) -> None:
     from xfm_fast.kernels.audit import compiling
 
-    compiling._write(tmp_path, "abcd", Figures(registers=7))
-    assert compiling._read(tmp_path, "abcd") == Figures(registers=7)
-    compiling._place(tmp_path, "abcd").write_text('{"registers"')
+    place = compiling._place(tmp_path, "abcd", "json")
+    timing = Timing(2, 10.0, 5.0, 1.0, 2.0, 100, 50, {"barriers": 1.0})
+    figures = Figures(registers=7, timing=timing, warnings=["C7515"])
+    compiling._write(place, json.dumps(asdict(figures)).encode())
+    assert compiling._read(tmp_path, "abcd") == figures
+    place.write_text('{"registers"')
     assert compiling._read(tmp_path, "abcd") is None
-    assert os.listdir(tmp_path / "ab") == ["abcd.json"]
+    binary = Binary("toy:", "REG:40", [("toy.py", 7)], ["C7515"], [(128, 64)], 0, 0, 4)
+    compiling.write_binary(tmp_path, "abcd", binary)
+    assert compiling.read_binary(tmp_path, "abcd") == binary
+    packed = compiling._place(tmp_path, "abcd", "json.gz")
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert compiling.read_binary(tmp_path, "abcd") is None
+    assert sorted(os.listdir(tmp_path / "ab")) == ["abcd.json", "abcd.json.gz"]
+
+
+def test_sizes_of_blackwells_products_are_read_from_their_descriptors() -> None:
+    ptx = """
+	mov.b32 	%r181, 135267472;
+	@%p15 tcgen05.mma.cta_group::1.kind::f16 [ %r946 + 0 ], %rd70, %rd71, %r181, %p14;
+	@%p19 tcgen05.mma.cta_group::1.kind::f16 [ %r1101 + 0 ], [ %r374 + 8 ], %rd99, %r375, %p18;
+"""
+    # The second one's descriptor is no constant.
+    assert worker.product_sizes(ptx) == [(128, 64)]
+
+
+def test_another_reading_needs_no_compilation() -> None:
+    from xfm_fast.kernels.audit.compiling import Task
+
+    one = Task("module", "kernel", {}, {}, {}, {}, 80, "key", programs=100)
+    assert one.figures_key != replace(one, programs=200).figures_key != replace(one, key="other").figures_key
+    assert one.key == replace(one, programs=200).key
 
 
 def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -419,6 +510,8 @@ def test_tuning_saves_what_it_finds_and_goes_on(
     from xfm_fast.cli import kernels
     from xfm_fast.kernels.triton import launch
 
+    # What imports the architecture's name while it is patched would keep it.
+    shipped_kernels()
     # The command removes it; afterwards it is what it was.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -130,7 +130,7 @@ def test_gradients_of_tiles(
     for i, gradient in enumerate(found if biased else found[:3]):
         assert gradient is not None
         # The gradient of the bias is summed and returned in fp32.
-        value = gradient[None].to(dtype) if i == 3 else gradient
+        value = gradient.to(dtype)
         arguments = (dout, q, k, v, 0.3, bias)
         assert_as_accurate(value, lambda *given, i=i: attention_gradients(*given)[i], *arguments)
 

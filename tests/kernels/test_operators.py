@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,13 +16,15 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.conftest import each_library
-from xfm_fast.kernels import ops, reference
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import library, ops, reference
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.varlen import plan_of
 
@@ -46,6 +49,15 @@ def varlen_inputs(
     q = torch.randn(queries, 3, width, generator=generator, dtype=torch.float64)
     k, v = torch.randn(keys, 2, 3, width, generator=generator, dtype=torch.float64).unbind(1)
     return [t.to(dtype).detach().requires_grad_(grad) for t in (q, k, v)]
+
+
+def bias_inputs(
+    dtype: torch.dtype = torch.float32, grad: bool = True, *, entries: int = 1, width: int = 8
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((4, 5, 2, width), (4, 9, 2, width), (4, 9, 2, width), (entries, 2, 5, 9))
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [t.to(dtype).detach().requires_grad_(grad) for t in made]
 
 
 def relpos(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
@@ -76,11 +88,28 @@ def joined(results: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat(results, -1)
 
 
+# A batch entry without keys, and one with all.
+KEY_MASK = torch.tensor([[True] * 9, [False] * 9, [True] * 4 + [False] * 5, [False, True, True] * 3])
+
+
+def bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    return ops.bias_attention(q, k, v, bias, **options)
+
+
+def bias_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Both results in one; of a query that sees nothing, the logsumexp is held at a number."""
+    out, lse = ops.bias_attention(q, k, v, bias, KEY_MASK, return_lse=True)
+    return torch.cat([out.flatten(2), lse.clamp_min(-9).transpose(1, 2).to(out.dtype)], -1)
+
+
 ROW_SCALE = torch.tensor([0.0, 1.25, 1.25])
 TOKENS = torch.tensor([[3, 1, 10], [3, 0, 1]])
 TARGETS = torch.tensor([4, 49, -100, 0, 7, 7, -100, 12, 1])
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]] = {
     "relpos": (relpos, relpos_inputs),
+    "bias": (bias, bias_inputs),
+    "bias, by entry": (lambda *a: bias(*a, key_mask=KEY_MASK), lambda *a, **k: bias_inputs(*a, entries=4, **k)),
+    "bias, by window": (bias_with_lse, lambda *a, **k: bias_inputs(*a, entries=2, **k)),
     "varlen": (varlen, varlen_inputs),
     "varlen, long": (long_varlen, lambda *a, **k: varlen_inputs(*a, queries=170, keys=150, **k)),
     "varlen, masked": (lambda q, k, v: varlen(q, k, v, key_mask=torch.arange(20) % 3 != 0), varlen_inputs),
@@ -263,6 +292,34 @@ def test_functional_call_with_other_parameters() -> None:
     out = torch.func.functional_call(layer, {"table": other}, (q, k, v))
     torch.testing.assert_close(out, relpos(q, k, v, other))
     assert torch.autograd.grad(out.sum(), other)[0].abs().sum() > 0
+
+
+def test_an_implementation_runs_on_the_device_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the current device, which is not that of the arguments where a model is spread."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        entered.append(of)
+        yield
+        entered.append(torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        second = torch.empty(2, device="cuda:1")
+        run = library.on_device_of_arguments(lambda *given: len(entered))
+        assert run(3, torch.empty(2), None, second) == 1
+    assert entered == [torch.device("cuda:1"), torch.device("cpu")]
+
+
+def test_a_position_bias_of_another_table_is_refused() -> None:
+    q, k, v, table = relpos_inputs(grad=False)
+    bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=1.0)
+    torch.testing.assert_close(ops.relpos_attention(q, k, v, table, WINDOW, bias=bias), relpos(q, k, v, table))
+    with pytest.raises(InputError, match=r"bias is torch.float32 \[4, 15, 16\].*relpos_bias makes"):
+        ops.relpos_attention(q, k, v, table, WINDOW, bias=bias[:, 1:])
+    with pytest.raises(InputError, match="interpolate it"):
+        ops.relpos_bias(table[1:], WINDOW, dtype=q.dtype, scale=1.0)
 
 
 def test_distributed_data_parallel(tmp_path) -> None:

@@ -150,6 +150,27 @@ def test_bias_is_the_table_entry_over_the_scale_and_infinite_beyond(dtype: torch
     assert (bias[..., 13:] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("window", [(1, 1), (3, 4), (2, 70)])
+def test_turned_bias_has_keys_as_rows(window: tuple[int, int], dtype: torch.dtype) -> None:
+    table = torch.randn(table_rows(window), 2)
+    with poison():
+        plain = relpos_table.materialise_bias(table, window, dtype, 0.3)
+        turned = relpos_table.materialise_bias(table, window, dtype, 0.3, turned=True)
+    assert torch.equal(turned, relpos_table.turn(plain))
+    assert torch.equal(relpos_table.turn(turned), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_keys_that_the_table_hides_with_minus_infinity(dtype: torch.dtype) -> None:
+    """Also where a tile of keys holds no other: what is hidden has no weight, and the rest is as without it."""
+    window = (1, 79)
+    args = inputs(window, 1, 1, 32, dtype)
+    # The class token looks at no patch, and patches look at those no farther than five to their right.
+    args[3][: 79 - 6], args[3][-3] = -torch.inf, -torch.inf
+    check(args, window)
+
+
 def test_bias_beyond_the_range_of_half_precision_stays_finite() -> None:
     bias = relpos_table.materialise_bias(torch.full((4, 1), 1e6), (1, 1), torch.bfloat16, 0.125)
     assert bias[..., :2].isfinite().all()
@@ -207,14 +228,11 @@ MUTATIONS = {
     "unscaled dk": ("triton/relpos_attention.py", "dk_a * SCALE, dk_b", "dk_a, dk_b"),
     "skipped last tile": ("triton/relpos_attention.py", "if TAIL > 0:\n        # The", "if TAIL > 999:\n        # The"),
     "skipped last tile of dq": (
-        "triton/relpos_attention.py", "    if TAIL > 0:\n        last", "    if TAIL > 999:\n        last",
+        "triton/relpos_attention.py", "if full < tokens:  # a fence, as in", "if full > tokens:  # a fence, as in",
     ),
-    "transposed bias": ("triton/relpos_table.py", "[:, index.view(-1)]", "[:, index.t().reshape(-1)]"),
-    "bias not transposed with the scores": (
-        "triton/relpos_attention.py",
-        "bias_columns + bias_rows[:, None] * stride_bias",
-        "bias_ptr + h * tokens * stride_bias + (start + columns)[None, :] * stride_bias + bias_rows[:, None]",
-    ),
+    "skipped last tile of dk": ("triton/relpos_attention.py", "if TAIL > 0 and not", "if TAIL > 999 and not"),
+    "transposed bias": ("triton/relpos_table.py", "if TURNED:", "if not TURNED:"),
+    "bias not transposed with the scores": ("triton/relpos_table.py", "turned[..., :tokens] =", "turned[:] = bias  #"),
     "dropped class entry of dtable": ("triton/relpos_table.py", "to_itself += tl.load(base)", "to_itself += 0.0"),
     "dropped row of dtable": (
         "triton/relpos_table.py", "tl.minimum(height, height + dy)", "tl.minimum(height - 1, height + dy)",

@@ -1,43 +1,56 @@
-"""How Triton kernels are tested without a GPU: the interpreter, poisoned memory, seeded bugs.
+"""How Triton kernels are tested: interpreted without a GPU, compiled with one; poisoned memory, seeded bugs.
 
 Import this module before anything that imports Triton. `triton.jit` decides when it decorates whether a function is
 compiled or interpreted, and Triton's own library is decorated when Triton is imported, so one process can do only one
 of the two. Tests that compile start a process of their own with `compiling_environment()`.
+
+The tests make their tensors on the CPU, where the definitions are computed too. `compiled_kernels` carries the
+arguments of every launcher to the GPU, with their strides and the memory that they share, and its results back: so the
+same tests run on both, and nothing in them has to know where.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# As tests/conftest.py decides it for the whole suite.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
 
 def interpreted_kernels() -> None:
-    """Skips the test module that imports this one where Triton is missing. Runs when this module is imported.
+    """Skips the test module that imports this one where kernels can neither be interpreted nor compiled and run.
+
+    Runs when this module is imported.
 
     Raises:
         RuntimeError: Triton was imported as a compiler, so that kernels cannot be interpreted any more.
     """
     if not HAS_TRITON:
         pytest.skip("Triton is not installed", allow_module_level=True)
-    if os.environ["TRITON_INTERPRET"] != "1":
-        pytest.skip("TRITON_INTERPRET is set to something else than 1", allow_module_level=True)
+    if not INTERPRETED:
+        if not torch.cuda.is_available():
+            pytest.skip("TRITON_INTERPRET is not 1, and there is no GPU to run on", allow_module_level=True)
+        return
     import triton
     import triton.language as tl
 
@@ -48,6 +61,100 @@ def interpreted_kernels() -> None:
 
 
 interpreted_kernels()
+
+
+class Carried:
+    """A launcher whose tensors are carried to a device and back, so that tests need not know of the device.
+
+    A tensor is carried with the whole memory that it is a view of: views of one projection stay views of one. What the
+    launcher writes into its arguments is written into those of the caller, and a result that lies in the memory of an
+    argument lies in that of the caller's. Calls that launchers make among themselves, with tensors that are there
+    already, go straight through.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self.__name__, self.__module__, self.__doc__ = function.__name__, function.__module__, function.__doc__
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        if Carried._depth or not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return self.function(*args, **kwargs)
+        here: dict[int, Tensor] = {}
+        there: dict[int, Tensor] = {}
+
+        def over(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            key = leaf.untyped_storage().data_ptr()
+            if key not in there:
+                here[key] = _whole_memory(leaf)
+                # A copy even where the device is the same, so that the way there and back can be tested without a GPU.
+                there[key] = here[key].to(self.device, copy=True)
+            return _view(there[key], leaf)
+
+        moved = pytree.tree_unflatten([over(leaf) for leaf in leaves], form)
+        Carried._depth += 1
+        try:
+            found = self.function(*moved[0], **moved[1])
+        finally:
+            Carried._depth -= 1
+        for key, memory in there.items():
+            here[key].copy_(memory)
+        of_arguments = {memory.untyped_storage().data_ptr(): key for key, memory in there.items()}
+
+        def back(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            key = of_arguments.get(leaf.untyped_storage().data_ptr())
+            return leaf.cpu() if key is None or not leaf.numel() else _view(here[key], leaf)
+
+        return pytree.tree_map(back, found)
+
+    _depth = 0
+
+
+def _whole_memory(tensor: Tensor) -> Tensor:
+    """The memory that a tensor is a view of, as bytes."""
+    return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _view(memory: Tensor, like: Tensor) -> Tensor:
+    """The tensor in other memory that lies there as `like` lies in its own."""
+    empty = torch.tensor([], dtype=like.dtype, device=memory.device)
+    return empty.set_(memory.untyped_storage(), like.storage_offset(), like.shape, like.stride())
+
+
+@contextmanager
+def compiled_kernels(device: torch.device) -> Iterator[None]:
+    """Within the block, the launchers of `xfm_fast.kernels.triton` take CPU tensors and run on this device, and the
+    backend `triton` of the operations does.
+    """
+    import xfm_fast.kernels.triton as family
+    from xfm_fast.kernels import backend
+
+    modules = [importlib.import_module(f"{family.__name__}.{name}") for _, name, _ in iter_modules(family.__path__)]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name, value in vars(module).copy().items():
+                # Imported ones too: a module calls its neighbours' launchers by its own name for them.
+                own = inspect.isfunction(value) and value.__module__.startswith(family.__name__)
+                if own and not name.startswith("_"):
+                    patch.setattr(module, name, Carried(value, device))
+        why_not = backend._why_not
+        patch.setattr(
+            backend,
+            "_why_not",
+            lambda name, kind, index: None if (name, kind) == ("triton", "cpu") else why_not(name, kind, index),
+        )
+        yield
+
+
+def shown_to_the_interpreter() -> None:
+    """Skips a test that only the interpreter can pass or needs to."""
+    if not INTERPRETED:
+        pytest.skip("bugs are seeded for the interpreter; compiling every one of them would take minutes")
 
 
 def compiling_environment() -> dict[str, str]:
@@ -111,6 +218,7 @@ def mutated(file: str, old: str, new: str, folder: Path) -> Iterator[ModuleType]
     """
     import xfm_fast.kernels
 
+    shown_to_the_interpreter()
     source = Path(str(xfm_fast.kernels.__file__)).parent
     name = f"mutant_{abs(hash((file, old, new, str(folder))))}"
     root = folder / name
@@ -146,6 +254,7 @@ def mutant(module: ModuleType, old: str, new: str, folder: Path) -> Any:
     The copy is a file because Triton reads the source of a kernel; it lies beside nothing, and imports its neighbours
     by the package of the original.
     """
+    shown_to_the_interpreter()
     assert module.__file__ is not None
     source = Path(module.__file__).read_text()
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"

@@ -1,4 +1,4 @@
-"""Models by the name that they have on the Hugging Face Hub, with the Hub played by a folder."""
+"""Models by the name that they have on the Hugging Face Hub, played by a folder, and among transformers' classes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
+from xfm_fast.data.images import MEAN, STD
+from xfm_fast.data.shapes import render, scene
+from xfm_fast.errors import CheckpointError, DataError, InputError, StorageError, UnavailableError
 from xfm_fast.models.auto import register_auto_classes
+from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -33,16 +37,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "hub"
 
     class Api:
+        def __init__(self, token: str | None = None) -> None:
+            assert token in (None, "secret")
+
+        def file_exists(self, name: str, file: str) -> bool:
+            return (root / name / file).exists()
+
         def create_repo(self, name: str, **options: Any) -> None:
             if name.startswith("closed/"):
                 raise OSError("403 Forbidden\nwith a long page")
             (root / name).mkdir(parents=True, exist_ok=True)
 
-        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+        def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> str:
+            assert options.keys() == {"commit_message", "revision", "create_pr"}
             shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
             return f"hub://{repo_id}"
 
-    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, *, allow_patterns: list[str], revision: str | None = None) -> str:
         if not (root / name).is_dir():
             raise OSError(f"404 {name}")
         assert "model.safetensors" in allow_patterns
@@ -57,8 +68,14 @@ def test_pushed_and_fetched(hub: Path, model: XFM, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     assert model.push_to_hub("someone/xfm-tiny") == "hub://someone/xfm-tiny"
     assert {path.name for path in (hub / "someone/xfm-tiny").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json"
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"
     }  # fmt: skip
+    card = (hub / "someone/xfm-tiny/README.md").read_text()
+    assert 'XFM.from_pretrained("someone/xfm-tiny")' in card
+    # A card that somebody wrote stays.
+    (hub / "someone/xfm-tiny/README.md").write_text("mine")
+    model.push_to_hub("someone/xfm-tiny", token="secret", branch="main", create_pr=True)
+    assert (hub / "someone/xfm-tiny/README.md").read_text() == "mine"
     fetched = XFM.from_pretrained("someone/xfm-tiny")
     torch.testing.assert_close(fetched.encode("a dog"), model.encode("a dog"))
 
@@ -96,3 +113,45 @@ def test_auto_model(model: XFM, tmp_path: Path) -> None:
     assert transformers.AutoModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="device_map"):
         transformers.AutoModel.from_pretrained(tmp_path, device_map="auto")
+
+
+def test_auto_processor(model: XFM, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model.save_pretrained(tmp_path)
+    photo = Image.fromarray(render(scene(0, 0, "train"), 64)).resize((80, 60))
+    photo.save(tmp_path / "photo.png")
+    register_auto_classes()
+    for source in (tmp_path, str(tmp_path)):
+        processor = transformers.AutoProcessor.from_pretrained(source)
+        assert type(processor) is XFMProcessor
+    made = processor(images=[str(tmp_path / "photo.png"), photo], text=["a dog", "dog"])
+    found = model(**made)
+    torch.testing.assert_close(found.text_features, model.encode(["a dog", "dog"]))
+    torch.testing.assert_close(found.image_features, model.encode([photo, photo]))
+    # Other libraries read the same file. Theirs resizes a tensor, and may round a value of 0 to 255 otherwise.
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert theirs.image_mean == pytest.approx([*MEAN])
+    pixels = theirs(photo, return_tensors="pt")["pixel_values"]
+    assert (pixels - made["pixels"][1:]).abs().max() < 1.5 / 255 / min(STD)
+
+
+def test_processor(model: XFM, tmp_path: Path) -> None:
+    model.tokenizer, kept = None, model.tokenizer
+    model.save_pretrained(tmp_path)
+    processor = XFMProcessor.from_pretrained(tmp_path)
+    assert processor.tokenizer is None
+    with pytest.raises(UnavailableError, match="no tokenizer"):
+        processor(text="a dog")
+    XFMProcessor(model.config, kept).save_pretrained(tmp_path)
+    again = XFMProcessor.from_pretrained(tmp_path)
+    assert {*again(text="a dog")} == {"input_ids", "attention_mask"}
+    for call, message in (
+        (lambda: again(), "neither images nor text"),
+        (lambda: again(images=[]), "list of images is empty"),
+        (lambda: again(text=[]), "list of texts is empty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    (tmp_path / "note.png").write_text("a text file")
+    with pytest.raises(DataError, match="in no format that Pillow reads"):
+        again(images=tmp_path / "note.png")

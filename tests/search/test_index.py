@@ -159,9 +159,9 @@ def test_another_model_is_refused(photos: Path, model: SearchModel, tmp_path: Pa
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda said: said | {"format": 2}, "has format 2, and this version reads 1; delete it"),
+        (lambda said: said | {"format": 1}, "has format 1, and this version reads 2; delete it"),
         (lambda said: said | {"images": 5}, "is damaged .*entries for 5 images"),
-        (lambda said: {"format": 1}, "is damaged"),
+        (lambda said: {"format": 2}, "is damaged"),
         (lambda said: [], "is damaged"),
     ],
 )

@@ -23,7 +23,6 @@ from xfm_fast.search import (
     build_index,
     open_index,
     open_model,
-    query,
     search,
     write_sheet,
 )
@@ -35,17 +34,6 @@ TEXT = "a red circle"
 def indexed(photos: Path, model: SearchModel) -> SearchIndex:
     build_index(photos, model)
     return open_index(photos)
-
-
-def test_nearest_is_exact_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
-    asked = torch.from_numpy(features[700])
-    whole = torch.from_numpy(features) @ asked
-    monkeypatch.setattr(query, "_BLOCK", 64)
-    for k in (1, 100, 2000):
-        rows, values = query.nearest(features, asked, k)
-        assert rows.tolist() == whole.argsort(descending=True)[:k].tolist()
-        torch.testing.assert_close(values, whole[rows])
 
 
 def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: SearchModel) -> None:

@@ -23,6 +23,7 @@ from xfm_fast.checkpoint.names import (
     underivable,
 )
 from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index
+from xfm_fast.checkpoint.relatives import Relative, read_x2vlm, refuse_relative, relative_of
 from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initialise, roberta_state
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LoadReport",
     "LoadResult",
     "PretrainedFiles",
+    "Relative",
     "beit2_state",
     "compare",
     "heads_in",
@@ -41,6 +43,9 @@ __all__ = [
     "load_into",
     "load_pretrained_files",
     "read_state_dict",
+    "read_x2vlm",
+    "refuse_relative",
+    "relative_of",
     "relative_position_index",
     "require_depth",
     "roberta_state",

@@ -33,7 +33,7 @@ from cyclopts import (
 )
 
 from xfm_fast import __version__
-from xfm_fast.cli import console, data, finetune, kernels, options, search, train, trial
+from xfm_fast.cli import console, data, finetune, kernels, options, search, serve, train, trial
 from xfm_fast.cli.options import DATA, MEASURE, SEARCH, SERVE, TRAIN
 from xfm_fast.errors import StorageError, UnavailableError, XFMError
 
@@ -93,6 +93,7 @@ app.command(
     group=SERVE,
     help="Export to ONNX and engines, verified against the model. Exit code 1: the export differs from the model.",
 )
+app.command(serve.serve, group=SERVE)
 app.command(trial.trial, name="try", group=MEASURE)
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)

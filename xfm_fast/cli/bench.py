@@ -15,6 +15,7 @@ from xfm_fast.benchmarks.options import (
     DropInOptions,
     KernelOptions,
     ScenarioOptions,
+    ServeOptions,
     StepOptions,
     SuiteOptions,
     SweepOptions,
@@ -119,6 +120,21 @@ def bench_vqa(*, options: Flat[VqaOptions] = VqaOptions(), out: Path = _RESULTS 
     return _finish(_measured(lambda progress, command: vqa.run(options, progress, command)), out)
 
 
+@app.command(name="serve")
+def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RESULTS / "serve") -> int:
+    """Load the HTTP service with clients that re-rank, against the same service taking one request at a time.
+
+    Every contender is a process of its own, and answers are compared with the model's first. Results go to a JSON file
+    and a self-contained HTML page; exit code 1 says that an answer differed, a request failed, or memory grew.
+
+    Args:
+        out: Folder that receives the results.
+    """
+    from xfm_fast.benchmarks.work import serving
+
+    return _finish(_measured(lambda progress, command: serving.run(options, progress, command)), out)
+
+
 @app.command(name="train-step")
 def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = _RESULTS / "train-step") -> int:
     """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task: ours against the official procedure.
@@ -159,11 +175,17 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
 def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonFile = None) -> int:
     """Time every operation against eager PyTorch, SDPA, FlexAttention, flash-attn and Liger, as far as installed.
 
-    A contender that is less accurate than the same precision allows is not timed. Ctrl-C keeps what was measured.
+    A contender that is less accurate than the same precision allows is not timed. Rows are saved as they are measured,
+    and Ctrl-C keeps those that are.
     """
+    from xfm_fast.benchmarks import files
     from xfm_fast.benchmarks.work import kernels
 
-    return _keep(_measured(lambda progress, command: kernels.run(options, progress, command)), json)
+    def keep(document: Document) -> None:
+        if json is not None:
+            files.save_as(document, json)
+
+    return _keep(_measured(lambda progress, command: kernels.run(options, progress, command, keep)), json)
 
 
 @app.command(name="list")

@@ -206,7 +206,7 @@ def convert(source: Path, destination: Path, /, *, options: Flat[ConvertOptions]
     """Convert a checkpoint between the official form and ours; there and back is the identity.
 
     Args:
-        source: Official checkpoint file, or a folder that xfm-fast wrote.
+        source: Official checkpoint file, one of X²-VLM, or a folder that xfm-fast wrote.
         destination: Folder (to xfm) or .safetensors/.th/.pth file (to official).
     """
     from xfm_fast.config import XFMConfig

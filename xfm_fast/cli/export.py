@@ -325,7 +325,7 @@ def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int])
     """Photographs and captions to compare on, and a note for the user (empty when there is nothing to say).
 
     Args:
-        data: a folder of images with captions; by default the bundled photographs, and generated images where those
+        data: images with captions; by default the bundled photographs, and generated images where those
             are not installed.
         sizes: of the axes that the export fixes.
     """
@@ -334,7 +334,7 @@ def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int])
 
     longest = sizes.get("length", LONGEST)
     if data is not None:
-        return _examples(photographs.from_folder(data, most=_PHOTOS), subject, longest), ""
+        return _examples(photographs.from_files(data, most=_PHOTOS), subject, longest), ""
     try:
         collection = photographs.bundled()
     except DataError as error:
@@ -413,7 +413,12 @@ def _showing(verbose: bool) -> Iterator[BuildProgress]:
 
 
 def finish(manifest: Manifest, folder: Path) -> int:
-    """Show an export, its comparison and the verdict. The exit code is 1 when it differs from the model."""
+    """Show an export, its comparison and the verdict.
+
+    Returns:
+        The exit code: 0 verified, 1 it differs from the model, 3 its graphs agree and its engines could not run here,
+        4 nothing could be compared.
+    """
     from rich.markup import escape
 
     console = stdout()
@@ -425,12 +430,13 @@ def finish(manifest: Manifest, folder: Path) -> int:
         megabytes = sum(sizes[name] for name in graph.files) / 1e6
         files.add_row(graph.name, graph.file, f"{megabytes:.1f}", f"{graph.build_seconds:.1f}", *map(escape, called))
     console.print(files)
-    if manifest.verification is not None:
-        _print_verification(manifest.verification, console)
-    verdict = {"verified": "[green]verified[/]", "failed": "[bold red]failed[/]", "unverified": "[yellow]unverified[/]"}
+    if (record := manifest.verification or manifest.graphs_verification) is not None:
+        _print_verification(record, console)
+    styles = {"verified": "green", "failed": "bold red", "graphs verified": "yellow", "unverified": "yellow"}
     reason = f": {escape(manifest.reason)}" if manifest.reason else ""
-    console.print(f"{verdict[manifest.status]}{reason} ({escape(str(folder))})", soft_wrap=True, highlight=False)
-    return 1 if manifest.status == "failed" else 0
+    verdict = f"[{styles[manifest.status]}]{manifest.status}[/]{reason} ({escape(str(folder))})"
+    console.print(verdict, soft_wrap=True, highlight=False)
+    return {"verified": 0, "failed": 1, "graphs verified": 3, "unverified": 4}[manifest.status]
 
 
 def _print_verification(record: VerificationRecord, console: Console) -> None:

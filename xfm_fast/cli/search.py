@@ -51,12 +51,15 @@ class IndexOptions:
         images: Folder of the images, where a file lists their paths. [that of the file]
         batch_size: Images that are computed together.
         workers: Threads that read and decode images.
+        graph: Of neighbours, by which many images are searched; auto makes one beyond 200,000 images if usearch is
+            installed.
     """
 
     index: Path | None = None
     images: Path | None = None
     batch_size: Annotated[int, Ge(1)] = 32
     workers: Annotated[int, Ge(1)] = 4
+    graph: Literal["auto", "always", "never"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,13 @@ class SearchOptions:
         candidates: Images, nearest by features, that the fusion encoder reads together with the text; 0 leaves it at
             features.
         sheet: Contact sheet to write, .html or .png.
+        exact: Compare all images, although the index has a graph.
     """
 
     top: Annotated[int, Ge(1)] = 12
     candidates: Annotated[int, Ge(0)] = 64
     sheet: Path | None = None
+    exact: bool = False
 
 
 def index(
@@ -89,11 +94,12 @@ def index(
     torchrun --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
 
     Args:
-        collection: Folder of images; CSV, JSON or JSON lines with image and, if known, caption; JSON lines with binary
-            and desc; WebDataset shard.
+        collection: Folder of images, with captions beside them or in captions.csv; CSV, JSON or JSON lines with image
+            and, if known, caption; JSON lines with binary and desc; WebDataset shard.
     """
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE
+    from xfm_fast.search.neighbours import lacks_graph
     from xfm_fast.training.distributed import join_processes, stop_on_signal
 
     target = options.index or index_folder(collection)
@@ -105,7 +111,7 @@ def index(
         model = processes.together(lambda: open_model(source, device=processes.device, dtype=_dtype(weights.dtype)))
         report = build_index(
             collection, model, target, images=options.images, batch_size=options.batch_size, workers=options.workers,
-            processes=processes, progress=told, stop=stop,
+            processes=processes, progress=told, stop=stop, graph=options.graph,
         )  # fmt: skip
         first = processes.first
     if not first:
@@ -113,6 +119,8 @@ def index(
     if report.interrupted:
         note("stopped; the same command goes on from there")
         return UNFINISHED
+    if (remark := lacks_graph(report.images)) is not None and options.graph == "auto":
+        note(remark)
     if as_json:
         print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random}))
         return 0
@@ -158,7 +166,7 @@ def search(
     device = "cuda" if weights.device != "cpu" and torch.cuda.is_available() else "cpu"
     model = open_model(source, device=device, dtype=_dtype(weights.dtype))
     asked = Path(query) if os.path.isfile(query) else query
-    found = find(found_index, model, asked, top=options.top, candidates=options.candidates)
+    found = find(found_index, model, asked, top=options.top, candidates=options.candidates, exact=options.exact)
     for name, reason in list(found.lost.items())[:_SHOWN]:
         note(f"passed over {name}: {reason}; index again")
     if as_json:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from xfm_fast.data.files import Paths, find_files, read_json, unreadable
+from xfm_fast.data.files import Paths, file_of, find_files, read_json, unreadable
 from xfm_fast.errors import DataError
 
 _SHOWN = 3
@@ -426,7 +426,7 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
         DataError: images are missing: how many, and the first three.
     """
     names = dict.fromkeys(image_names(items))
-    absent = [name for name in names if not os.path.isfile(os.path.join(root, name))]
+    absent = [name for name in names if not os.path.isfile(file_of(os.path.join(root, name)))]
     if absent:
         raise DataError(
             f"{len(absent)} of {len(names)} images do not exist below {os.fspath(root)}: {_first(absent)}; check the "

@@ -29,7 +29,7 @@ from xfm_fast.data.images import decode_pixels, image_source, image_values
 from xfm_fast.data.items import ITEMS
 from xfm_fast.data.options import STREAM_KINDS, AnyStreamOptions, ImageOptions, RegionOptions, TextOptions
 from xfm_fast.data.order import item_generator
-from xfm_fast.data.records import RecordSet, Rows, open_records
+from xfm_fast.data.records import RecordSet, Rows, image_at, open_records
 from xfm_fast.data.regions import every_region_text
 from xfm_fast.data.task_files import captioning_rows, grounding_rows, nlvr2_rows, retrieval_rows, vqa_rows
 from xfm_fast.data.texts import IDS_KEY, clean_text, every_text, text_of
@@ -276,12 +276,13 @@ class _AnnotationReader(_Reader):
 
     def item(self, record: Any, file: Path) -> None:
         for name in getattr(record, "images", None) or [record.image]:
-            self._transform(decode_pixels((self.options.image_root or file.parent) / name), self._generator)
+            place = (self.options.image_root or file.parent) / name
+            self._transform(decode_pixels(image_at(place), str(place)), self._generator)
 
     def inspect(self, record: Any, file: Path) -> None:
         element = record.model_dump()
         sizes = [
-            self.count_image((self.options.image_root or file.parent) / name)
+            self.count_image(image_at((self.options.image_root or file.parent) / name))
             for name in element.get("images") or [element["image"]]
         ]
         if element.get("bbox") is not None:

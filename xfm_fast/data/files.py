@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import re
 import secrets
 import shutil
 import threading
@@ -27,6 +28,8 @@ import numpy as np
 from xfm_fast.checkpoint.files import write_files
 from xfm_fast.documents import check_text, require_file
 from xfm_fast.errors import DataError, StorageError
+
+_ROW = re.compile(r"(.+\.(?:tar|jsonl|ndjson))#(\d+)", re.DOTALL)
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -48,6 +51,18 @@ _PLAIN = (
 )
 # The head of an index: version of the format, size and time of change of the file that it is of.
 _HEAD = 3
+
+
+def row_of(image: str) -> tuple[str, int] | None:
+    """File and row of an image that lies in a row of it, such as `SHARD.tar#3`; None for an image's own file."""
+    found = _ROW.fullmatch(image)
+    return None if found is None else (found[1], int(found[2]))
+
+
+def file_of(image: str) -> str:
+    """The path of an image's file, or of the file that holds it (see `row_of`)."""
+    found = row_of(image)
+    return image if found is None else found[0]
 
 
 def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: False) -> list[Path]:

@@ -119,7 +119,7 @@ def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
 def image_source(value: Any, options: ImageOptions) -> Path | bytes:
     """The encoded image, or its path, that a value stands for; raises `DataError` when it is neither."""
     key = options.image_key
-    if isinstance(value, bytes):
+    if isinstance(value, (bytes, Path)):
         return value
     if value is None:
         raise DataError(f"the record has no field {key!r}; name the field that holds the image")

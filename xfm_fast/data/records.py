@@ -1,4 +1,5 @@
-"""Rows of many files under one numbering, any of them by its number: line JSON, WebDataset shards, or memory.
+"""Rows of many files under one numbering, any of them by its number: line JSON, WebDataset shards, tables and folders
+of images with captions, or memory.
 
 WebDataset's convention: files of an archive that follow each other and share their path up to the first dot of the name
 are one sample, and what follows that dot says what a file is. Shards that the `webdataset` library wrote can be read
@@ -10,13 +11,26 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, read_range
+from xfm_fast.data.annotations import Elements
+from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, read_range, row_of
+from xfm_fast.data.images import image_source, image_values
+from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.tables import (
+    LINE_SUFFIXES,
+    PICTURE_SUFFIXES,
+    TABLE_SUFFIXES,
+    caption_table,
+    holds_images,
+    read_caption_folder,
+    read_table,
+)
 from xfm_fast.documents import check_text
 from xfm_fast.errors import DataError
 
@@ -27,6 +41,8 @@ Data = Paths | Sequence[Record]
 MOST_LINE_BYTES = 256 << 20
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img", "image")
 TEXT_SUFFIXES = ("txt", "text", "caption")
+# The fields of a table, and of line JSON that names its images by their paths.
+IMAGE_COLUMN, CAPTION_COLUMN = "image", "caption"
 
 _LINES_VERSION = 1
 _CHUNK = 16 << 20
@@ -197,13 +213,24 @@ class ShardFile(IndexedFile):
         Raises:
             DataError: the shard ends within the sample.
         """
+        return self._contents(self._files(row))
+
+    def _contents(self, files: Iterable[tuple[str, int, int]]) -> dict[str, bytes]:
         out = {}
-        for suffix, start, size in self._files(row):
+        for suffix, start, size in files:
             content = read_range(self.path, start, size)
             if len(content) < size:
                 raise DataError(f"the shard ends within .{suffix} ({len(content):,} of {size:,} bytes); copy it again")
             out[suffix] = content
         return out
+
+    def texts(self, row: int) -> dict[str, Any]:
+        """`read` without the image.
+
+        Raises:
+            DataError: as `read`.
+        """
+        return self._record(self._contents(each for each in self._files(row) if each[0] not in IMAGE_SUFFIXES))
 
     def _files(self, row: int) -> list[tuple[str, int, int]]:
         """Suffix, place in the shard and size of each file of a sample."""
@@ -226,8 +253,10 @@ class ShardFile(IndexedFile):
         Raises:
             DataError: a file of it is incomplete, or its `.json` holds no object.
         """
+        return self._record(self.members(row))
+
+    def _record(self, files: Mapping[str, bytes]) -> dict[str, Any]:
         record: dict[str, Any] = {}
-        files = self.members(row)
         if "json" in files:
             try:
                 record = json.loads(files["json"])
@@ -373,13 +402,134 @@ class RecordSet:
         return self.files[file], number - (int(self._ends[file - 1]) if file else 0)
 
 
+class PairRows:
+    """The images of a table or folder, in the order in which they come first, each with all its captions.
+
+    The path of an image is a `Path` under `image_key`, below the folder of the table; a single caption is a string
+    under `caption_key`, several are a list.
+
+    Raises:
+        DataError: the table or folder cannot be read, or lacks a column.
+    """
+
+    def __init__(self, path: Path, *, image_key: str, caption_key: str) -> None:
+        self.name = str(path)
+        self._keys = image_key, caption_key
+        table = caption_table(path) if path.is_dir() else path
+        if table is None:
+            elements, folder = read_caption_folder(path), path
+        else:
+            names = {IMAGE_COLUMN: IMAGE_COLUMN, CAPTION_COLUMN: CAPTION_COLUMN}
+            elements, folder = read_table(table, names), table.parent
+        self._rows = _by_image(elements, folder)
+
+    @property
+    def modified(self) -> int:
+        """As of `Rows`."""
+        return os.stat(self.name).st_mtime_ns
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def label(self, row: int) -> int | str:
+        return self._rows[row][0]
+
+    def raw(self, row: int) -> bytes:
+        return json.dumps(self._rows[row][1], default=str).encode()
+
+    def read(self, row: int) -> Record:
+        found = self._rows[row][1]
+        if isinstance(found, DataError):
+            raise found
+        image, captions = found
+        return dict(zip(self._keys, (image, captions[0] if len(captions) == 1 else captions), strict=True))
+
+
+def _by_image(elements: Elements, folder: Path) -> list[tuple[int | str, tuple[Path, list[str]] | DataError]]:
+    rows: list[tuple[int | str, tuple[Path, list[str]] | DataError]] = []
+    known: dict[Path, list[str]] = {}
+    for number, value in enumerate(elements.values):
+        label = number if elements.labels is None else elements.labels[number]
+        image, said = (value.get(IMAGE_COLUMN), value.get(CAPTION_COLUMN)) if isinstance(value, dict) else (None, None)
+        captions = [said] if isinstance(said, str) else said
+        if isinstance(value, DataError):
+            rows.append((label, value))
+        elif not (isinstance(image, str) and image and isinstance(captions, list) and captions):
+            rows.append((label, DataError(f"expected the path of an image and a caption, not {image!r} and {said!r}")))
+        elif (path := folder / image) in known:
+            known[path].extend(captions)
+        else:
+            known[path] = [*captions]
+            rows.append((label, (path, known[path])))
+    return rows
+
+
+def image_at(path: Path) -> Path | bytes:
+    """An image's file; or, of `SHARD.tar#3` and `LINES.jsonl#3`, the content of the image in the row of that number.
+
+    Raises:
+        DataError: there is no such row, or no image in it.
+    """
+    found = row_of(os.fspath(path))
+    if found is None or path.exists():
+        return path
+    file, row = found
+    records = _opened(file, _modified(file))
+    if row >= len(records):
+        raise DataError(f"{path}: the file has {len(records):,} rows; write the list of images anew")
+    options = ImageOptions()
+    return image_source(image_values(records.files[0].read(row), options)[0], options)
+
+
+@lru_cache(maxsize=64)
+def _opened(path: str, modified: int) -> RecordSet:
+    return open_records(path)
+
+
+def _modified(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def holds_shards(folder: Path) -> bool:
+    """True for a folder of WebDataset shards; tables and other data files beside images are about these."""
+    return any(each.is_file() for each in folder.glob("*.tar"))
+
+
+def is_image_folder(folder: Path) -> bool:
+    """True for a folder of images, in it or below it, with texts beside them or a table of `CAPTION_TABLES` about them.
+
+    With other files in it, such as shards and lines, it is a folder of these.
+    """
+    if caption_table(folder) is not None:
+        return True
+    beside = (*PICTURE_SUFFIXES, ".txt")
+    files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
+    return all(each.suffix.lower() in beside for each in files) and holds_images(folder)
+
+
+def first_object(path: Path) -> Mapping[str, Any]:
+    """The first line of line JSON, which decides what the file holds; empty where it is no object."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.readline(MOST_LINE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "desc") -> RecordSet:
-    """The rows of files, which are `.tar` shards or line JSON, or of a list of records.
+    """The rows of files, or of a list of records.
+
+    Files are `.tar` shards, line JSON with the image in it, CSV, TSV or line JSON with `image` and `caption`, or
+    folders of images with their captions beside them, or in a table of `CAPTION_TABLES`.
 
     Args:
         data: paths (see `find_files`) or records.
-        image_key: field under which a shard's image files appear.
-        caption_key: field under which a shard's text files appear.
+        image_key: field of line JSON with the image; under it the images of shards, tables and folders appear.
+        caption_key: field under which their texts appear.
 
     Raises:
         DataError: nothing is there, or a file can be read in neither form.
@@ -388,10 +538,16 @@ def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "d
         return RecordSet([ListRows(data)])  # type: ignore[arg-type]
     if not isinstance(data, (str, os.PathLike)) and not data:
         raise DataError("the list of records or paths is empty; give at least one")
-    paths = find_files(data)  # type: ignore[arg-type]
-    return RecordSet(
-        [
-            ShardFile(path, image_key=image_key, caption_key=caption_key) if ".tar" in path.suffixes else LineFile(path)
-            for path in paths
-        ]
-    )
+    paths = find_files(data, is_image_folder)  # type: ignore[arg-type]
+    return RecordSet([_rows_of(path, image_key, caption_key) for path in paths])
+
+
+def _rows_of(path: Path, image_key: str, caption_key: str) -> Rows:
+    if ".tar" in path.suffixes:
+        return ShardFile(path, image_key=image_key, caption_key=caption_key)
+    suffix = path.suffix.lower()
+    tabular = path.is_dir() or suffix in TABLE_SUFFIXES
+    if not tabular and suffix in LINE_SUFFIXES:
+        first = first_object(path)
+        tabular = IMAGE_COLUMN in first and image_key not in first
+    return PairRows(path, image_key=image_key, caption_key=caption_key) if tabular else LineFile(path)

@@ -16,6 +16,8 @@ from xfm_fast.errors import DataError, UnavailableError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
+CAPTION_TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.json")
+"""The names of a table that tells the captions of the folder it lies in."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 _SHOWN = 3
@@ -394,6 +396,29 @@ def holds_images(folder: Path) -> bool:
     )
 
 
+def caption_table(folder: Path) -> Path | None:
+    """The table in a folder of images that tells their captions; None where they stand beside the images."""
+    return next((folder / name for name in CAPTION_TABLES if (folder / name).is_file()), None)
+
+
+def captions_beside(image: Path) -> list[tuple[int, str]] | None:
+    """The captions in `a.txt` beside `a.jpg`, one a line, with their lines; None where there is no such file.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    path = image.with_suffix(".txt")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
     """A folder of images with their captions beside them: `a.txt` holds those of `a.jpg`, one a line.
 
@@ -406,20 +431,14 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
     """
     values, labels, left_out = [], [], []
     for image in find_images(folder):
-        try:
-            lines = image.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines()
-        except FileNotFoundError:
+        captions = captions_beside(image)
+        if captions is None:
             if bare:
                 values.append({"image": str(image)})
                 labels.append(image.name)
             else:
                 left_out.append(image.name)
             continue
-        except OSError as error:
-            raise unreadable(image.with_suffix(".txt"), error) from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{image.with_suffix('.txt')} is not UTF-8 (byte {error.start}); convert it") from None
-        captions = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
         if not captions:
             values.append(DataError(f"{image.with_suffix('.txt')} holds no caption; write one a line"))
             labels.append(image.name)

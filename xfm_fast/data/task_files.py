@@ -31,9 +31,12 @@ from xfm_fast.data.annotations import (
     read_array,
 )
 from xfm_fast.data.files import Paths, find_files, read_json, read_plain_pickle, unreadable
+from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.records import ShardFile, first_object, holds_shards, open_records
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
     TABLE_SUFFIXES,
+    caption_table,
     holds_images,
     read_caption_folder,
     read_lines,
@@ -56,8 +59,9 @@ def retrieval_rows(
     """Image-caption pairs for training.
 
     Args:
-        paths: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and `caption`, or folders
-            of images with their captions beside them (`a.jpg`, `a.txt`).
+        paths: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and `caption`, folders
+            of images with their captions beside them (`a.jpg`, `a.txt`) or in `captions.csv`, and what pretraining
+            reads: WebDataset shards, and line JSON with the images in it.
         split: of Karpathy's files: `train` (takes `restval` in), `val`, `test`, or `all`.
         columns: field → column of tables, where it is called otherwise.
 
@@ -219,19 +223,17 @@ def _captions(
     `identity` is the `image_id` of an image in tables and folders.
     """
     names = {"image": "image", "caption": "caption"} | dict(columns or {})
-    for path in find_files(paths, holds_images):
-        if path.is_dir() or path.suffix.lower() in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
-            if path.is_dir():
-                found = read_caption_folder(path, bare=bare)
-            else:
-                found = read_table(path, names, ["caption"] if bare else [])
-            values = [
-                {"image_id": identity(image), **value}
-                if isinstance(value, dict) and isinstance(image := value.get("image"), str)
-                else value
-                for value in found.values
-            ]
-            yield found._replace(values=values)
+    for path in find_files(paths, is_captioned):
+        suffix = path.suffix.lower()
+        if path.is_dir() and (table := caption_table(path)) is not None:
+            found = [_below(path, each) for each in _captions(table, split, columns, image_name, bare=bare)]
+        elif path.is_dir() and not holds_shards(path):
+            found = [read_caption_folder(path, bare=bare)]
+        elif path.is_dir() or ".tar" in path.suffixes or holds_pictures(path):
+            yield from map(stored_elements, sorted(path.glob("*.tar")) if path.is_dir() else [path])
+            continue
+        elif suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
+            found = [read_table(path, names, ["caption"] if bare else [])]
         else:
             content = read_json(path, f"{ARRAY}, or an object of Karpathy or COCO")
             if is_karpathy(content):
@@ -243,6 +245,61 @@ def _captions(
             else:
                 known = "an array of objects, Karpathy's {images: [{sentences}]}, or COCO's {images, annotations}"
                 yield Elements(str(path), array_of(path, content, known))
+            continue
+        for each in found:
+            values = [
+                {"image_id": identity(image), **value}
+                if isinstance(value, dict) and isinstance(image := value.get("image"), str)
+                else value
+                for value in each.values
+            ]
+            yield each._replace(values=values)
+
+
+def is_captioned(folder: Path) -> bool:
+    """True for a folder that is one data set: of images, of a table about them, or of shards."""
+    return caption_table(folder) is not None or holds_shards(folder) or holds_images(folder)
+
+
+def holds_pictures(path: Path) -> bool:
+    """True for line JSON with images in it, as pretraining reads it."""
+    return path.suffix.lower() in LINE_SUFFIXES and ImageOptions().image_key in first_object(path)
+
+
+def _below(folder: Path, elements: Elements) -> Elements:
+    """The elements of a table, with the paths of images below its folder."""
+    values = [
+        {**value, "image": str(folder / value["image"])}
+        if isinstance(value, dict) and isinstance(value.get("image"), str)
+        else value
+        for value in elements.values
+    ]
+    return elements._replace(values=values)
+
+
+def stored_elements(path: Path) -> Elements:
+    """The images in a shard or in line JSON, by `FILE#ROW` (see `image_at`), with their captions.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    (rows,) = open_records(path).files
+    values: list[Any] = []
+    labels: list[int | str] = []
+    for row in range(len(rows)):
+        try:
+            # The content of an image is read where it is used.
+            record = rows.texts(row) if isinstance(rows, ShardFile) else rows.read(row)
+        except DataError as error:
+            values.append(error)
+            labels.append(rows.label(row))
+            continue
+        captions = record.get("desc", record.get("caption"))
+        image = f"{path.absolute()}#{row}"
+        for caption in captions if isinstance(captions, list) else [captions]:
+            values.append({"image": image, "image_id": image} | ({} if caption is None else {"caption": caption}))
+            labels.append(rows.label(row))
+    return Elements(str(path), values, labels)
 
 
 def _grouped(elements: Elements) -> Elements:

@@ -21,8 +21,7 @@ from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import Rows, open_records
 from xfm_fast.data.shapes import Scene, Split, scene, true_caption_share
 from xfm_fast.data.shapes.world import WORLD_FILE
-from xfm_fast.data.tables import holds_images
-from xfm_fast.data.task_files import captioning_rows, captioning_test_rows
+from xfm_fast.data.task_files import captioning_rows, captioning_test_rows, is_captioned
 from xfm_fast.data.texts import choose_text
 from xfm_fast.data.transforms import pretraining_transform, whole_image
 from xfm_fast.errors import ConfigError, DataError
@@ -110,7 +109,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         return captioning_test_rows(paths, split=split)
 
     def records(self, paths: Sequence[Path], split: str) -> list[CaptioningTestRecord]:
-        files = find_files(paths, holds_images)
+        files = find_files(paths, is_captioned)
         truth = {path: captions for path in files if (captions := _coco_captions(path)) is not None}
         images = [path for path in files if path not in truth]
         # A file of COCO captions alone names its images itself.

@@ -20,7 +20,7 @@ from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
 from xfm_fast.data.images import decode_pixels, load_image
-from xfm_fast.data.records import Rows
+from xfm_fast.data.records import Rows, image_at
 from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
@@ -200,13 +200,15 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
     def pixels(self, image: str | Path) -> Tensor:
         """`[3, R, R]`: a whole image as evaluation sees it."""
-        return load_image(self.images / image, self.config.image_size)
+        place = self.images / image
+        return load_image(image_at(place), self.config.image_size, str(place))
 
     def augmented(self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
         """`[3, R, R]`: a random view of an image, as training sees it, or all of it where the options say so."""
         if not getattr(self.options, "augment", True):
             return self.pixels(image)
-        decoded = decode_pixels(self.images / image)
+        place = self.images / image
+        decoded = decode_pixels(image_at(place), str(place))
         return finetuning_transform(self.config.image_size)(decoded, rng, may_flip=may_flip)
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""X-FM among transformers' automatic classes."""
+"""X-FM among transformers' automatic classes: configuration, model and processor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.errors import UnavailableError
+from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
-# What AutoModel passes on of its own accord.
+# What automatic classes pass on of its own accord.
 _BOOKKEEPING = frozenset({"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"})
 
 
 def register_auto_classes() -> None:
-    """Let `transformers.AutoModel.from_pretrained` load X-FM, and `AutoConfig` its `config.json`.
+    """Let `transformers.AutoModel.from_pretrained` load X-FM, `AutoProcessor` what it needs, and `AutoConfig` its
+    `config.json`.
 
-    The result is an `XFM`, not a `PreTrainedModel`: it takes `dtype`, `revision`, `heads` and `tokenizer` and refuses
-    the rest, such as `device_map`.
+    The results are an `XFM`, not a `PreTrainedModel`, which takes `dtype`, `heads`, `tokenizer` and what is about the
+    Hub, and refuses the rest, such as `device_map`; and an `XFMProcessor`, whose tensors it takes.
 
     Raises:
         UnavailableError: `transformers` is not installed.
@@ -35,10 +37,22 @@ def register_auto_classes() -> None:
     class XFMAutoModel:
         @staticmethod
         def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
-            given = {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}
+            given = _asked(options)
             dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
             return XFM.from_pretrained(name, dtype=torch.float32 if dtype == "auto" else dtype, **given)
 
+    class XFMAutoProcessor(XFMProcessor):
+        @classmethod
+        def from_pretrained(cls, folder: str | Path, **options: Any) -> XFMProcessor:
+            return XFMProcessor.from_pretrained(folder, **_asked(options))
+
+    # `preprocessor_config.json` names the class, by which the library finds it.
+    XFMAutoProcessor.__name__ = XFMProcessor.__name__
     transformers.AutoConfig.register(MODEL_TYPE, XFMAutoConfig, exist_ok=True)
     # It asks for nothing but `from_pretrained`.
     transformers.AutoModel.register(XFMAutoConfig, XFMAutoModel, exist_ok=True)
+    transformers.AutoProcessor.register(XFMAutoConfig, XFMAutoProcessor, exist_ok=True)
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}

@@ -17,6 +17,8 @@ from xfm_fast.checkpoint.names import TABLE, fit_table, our_name
 from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.models.hub import PREPROCESSOR_FILE
+from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import ALL_ENCODERS, ALL_HEADS, XFM, Encoder, Head
 
 _SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
@@ -38,9 +40,10 @@ def to_xfm_folder(
     """Convert a checkpoint into a folder that `XFM.from_pretrained` loads.
 
     Args:
-        source: official file, or a folder of ours (to change its image size).
+        source: official file, one of X²-VLM or CCLM-X²-VLM, or a folder of ours (to change its image size).
         destination: folder to write.
-        config: sizes of an official checkpoint; its image size is read off the position tables.
+        config: sizes of an official checkpoint; its image size is read off the position tables, and all sizes of
+            X²-VLM off its weights.
         image_size: interpolate the position tables to this size.
         keep_unused: keep weights that no output depends on in a file of their own, so that the way back is exact.
 
@@ -55,7 +58,8 @@ def to_xfm_folder(
         raise InputError(f"destination {destination} is a file name; our form is a folder: name one")
     found = _read(source, config, image_size)
     unused = found.unused if keep_unused else None
-    checkpoint.save_pretrained(found.state, found.config, destination, unused=unused)
+    files = {PREPROCESSOR_FILE: preprocessor_json(found.config)}
+    checkpoint.save_pretrained(found.state, found.config, destination, unused=unused, files=files)
     if found.unused and not keep_unused:
         found.report.append(f"dropped: {_listed(list(found.unused))}")
     found.report.append(f"wrote {destination}: {_amount(found.state)} at {found.config.image_size} pixels")
@@ -116,6 +120,8 @@ def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _So
 
 def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _Source:
     official = checkpoint.read_state_dict(source)
+    if (relative := checkpoint.relative_of(official)) is not None:
+        return _from_relative(source, official, relative, image_size)
     if image_size is None:
         table = next((value for name, value in official.items() if name.endswith(TABLE)), None)
         image_size = config.image_size if table is None else window_of(table) * config.patch_size
@@ -133,6 +139,18 @@ def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _
     if told.unused:
         report.append(f"no output depends on: {_listed(list(told.unused))} ({told.unused_parameters:,} parameters)")
     return _Source(config, state, told.unused or None, report)
+
+
+def _from_relative(source: Path, theirs: Mapping[str, Tensor], name: str, image_size: int | None) -> _Source:
+    """A checkpoint of X²-VLM, whose weights say its sizes."""
+    config, state, told = checkpoint.read_x2vlm(theirs, what=f"checkpoint {source}", image_size=image_size)
+    report = [f"read {source}: {name}, {_amount(theirs)}"]
+    old, new = next(iter(told.renamed.items()))
+    report.append(f"renamed: {len(told.renamed)}, such as {old} to {new}")
+    report += _interpolation(told.interpolated)
+    if told.unused:
+        report.append(f"left out, which images do not need: {_listed(list(told.unused))}")
+    return _Source(config, state, None, report)
 
 
 def _at(config: XFMConfig, image_size: int) -> XFMConfig:

@@ -91,6 +91,8 @@ class FusionTransformer(nn.Module):
         super().__init__()
         if lm_head:
             self.embeddings = WordEmbeddings(config)
+        if config.fusion_layer_norm_eps is not None:
+            config = config.replace(text_layer_norm_eps=config.fusion_layer_norm_eps)
         self.encoder = LayerStack([TransformerLayer(config, config.vision_width) for _ in range(config.fusion_layers)])
 
 

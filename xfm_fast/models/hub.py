@@ -4,34 +4,79 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
+
+from torch import nn
 
 from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
-from xfm_fast.models.processor import TOKENIZER_FILE
 
 
 class Saves(Protocol):
     """A model that writes its folder."""
 
+    config: XFMConfig
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder."""
         ...
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters."""
+        ...
 
+
+class Download(TypedDict, total=False):
+    """How a model is fetched from the Hub; the names are those of `huggingface_hub`.
+
+    Attributes:
+        revision: branch, tag or commit.
+        token: of the user, for what is not public; True for that of `hf auth login`.
+        cache_dir: where copies lie.
+        local_files_only: take the copy that is there, and ask nobody.
+        force_download: fetch it anew.
+    """
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    force_download: bool
+
+
+TOKENIZER_FILE, PREPROCESSOR_FILE, CARD_FILE = "tokenizer.json", "preprocessor_config.json", "README.md"
+_CARD = """---
+library_name: xfm-fast
+pipeline_tag: zero-shot-image-classification
+tags: [x-fm, image-text-retrieval, vision-language]
+---
+
+An X-FM ([arXiv 2301.05065](https://arxiv.org/abs/2301.05065)) of {parameters:,} parameters at {size} pixels.
+
+```python
+from xfm_fast import XFM
+
+model = XFM.from_pretrained("{name}")
+print(model.match("photo.jpg", ["a dog on a beach", "a red bicycle"]))
+```
+"""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def local_folder(name: str | Path, revision: str | None = None) -> Path:
+def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
     """A folder as it is; of a model on the Hub, such as `"org/name"`, the copy in the Hub's cache, fetched if need be.
-
-    Args:
-        revision: branch, tag or commit on the Hub.
 
     Raises:
         CheckpointError: there is neither a folder nor a model of that name, or the Hub cannot be reached.
+        TypeError: there is no such argument.
     """
+    if unknown := download.keys() - Download.__annotations__.keys():
+        raise TypeError(
+            f"{', '.join(sorted(unknown))}: no such argument; {', '.join(Download.__annotations__)} are known"
+        )
     path = Path(name)
     if isinstance(name, Path) or path.exists() or not _NAME.fullmatch(name):
         return path
@@ -43,8 +88,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
         ) from None
     try:
         # Nothing else is fetched, whatever lies there.
-        wanted = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE]
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+        wanted = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **download))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is no folder here, and cannot be fetched from the Hugging Face Hub ({_line(error)}); check the "
@@ -53,9 +98,18 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
 
 
 def push(
-    model: Saves, name: str, *, private: bool = False, message: str = "Upload X-FM", token: str | None = None
+    model: Saves,
+    name: str,
+    *,
+    private: bool | None = None,
+    commit_message: str = "Upload X-FM",
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Make the model `name`, such as `"org/name"`, on the Hub hold what `save_pretrained` writes; returns its address.
+
+    A card that says how to load it is added where there is none. Arguments as of `PyTorchModelHubMixin.push_to_hub`.
 
     Raises:
         UnavailableError: `huggingface_hub` is not installed.
@@ -67,12 +121,18 @@ def push(
         raise UnavailableError(
             "pushing a model needs huggingface_hub; install it (pip install huggingface_hub)"
         ) from None
-    hub: Any = huggingface_hub.HfApi()
+    hub: Any = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
             hub.create_repo(name, private=private, exist_ok=True)
-            done = hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+            if not hub.file_exists(name, CARD_FILE):
+                count = sum(parameter.numel() for parameter in model.parameters())
+                card = _CARD.format(parameters=count, size=model.config.image_size, name=name)
+                Path(folder, CARD_FILE).write_text(card, encoding="utf-8")
+            done = hub.upload_folder(
+                repo_id=name, folder_path=folder, commit_message=commit_message, revision=branch, create_pr=create_pr
+            )
         except (OSError, ValueError) as error:
             raise StorageError(
                 f"{name} could not be pushed to the Hugging Face Hub ({_line(error)}); check the name, the connection, "

@@ -2,28 +2,124 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from xfm_fast.checkpoint.files import CONFIG_FILE, write_bytes
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.images import decode_image, evaluation_transform, to_rgb
+from xfm_fast.data.images import MEAN, STD, decode_image, evaluation_transform, to_rgb
 from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.models.hub import PREPROCESSOR_FILE, TOKENIZER_FILE, local_folder
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 T = TypeVar("T")
 Picture = str | os.PathLike[str] | Image.Image
 """An image file, or an image that is open."""
 
-TOKENIZER_FILE = "tokenizer.json"
+# As Pillow and transformers number bicubic interpolation.
+_BICUBIC = 3
 # Of captions in the official retrieval.
 _MAX_WORDS, _MAX_TOKENS = 30, 40
+
+
+class XFMProcessor:
+    """The tensors of `XFM.forward` from strings and images: `model(**processor(images=[...], text=[...]))`.
+
+    Args:
+        config: of the model.
+        tokenizer: of its texts; without one it prepares images alone.
+    """
+
+    model_input_names = ("pixels", "input_ids", "attention_mask")
+
+    def __init__(self, config: XFMConfig, tokenizer: CaptionTokenizer | None = None) -> None:
+        self.config, self.tokenizer = config, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:
+        """Read what `XFM.save_pretrained` wrote.
+
+        Args:
+            folder: as for `XFM.from_pretrained`.
+            options: `tokenizer`, and those of the Hub, as for `XFM.from_pretrained`.
+
+        Raises:
+            CheckpointError: there is no such folder.
+            ConfigError: it describes no model.
+            DataError: its tokenizer cannot be read, or belongs to another model.
+        """
+        given = options.pop("tokenizer", None)
+        place = local_folder(folder, **options)
+        config = XFMConfig.load(place / CONFIG_FILE)
+        return cls(config, find_tokenizer(place, config) if given is None else read_tokenizer(given, config))
+
+    def __call__(
+        self, images: Picture | Sequence[Picture] | None = None, text: str | Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Prepare images, texts, or both, side by side.
+
+        Args:
+            images: image files, as strings or paths, or PIL images; one or a list.
+            text: one or a list.
+
+        Returns:
+            `pixels` `[B, 3, R, R]`; `input_ids` and `attention_mask` `[T, L]`, L as long as the longest text needs.
+
+        Raises:
+            InputError: there is neither, or an empty list.
+            UnavailableError: there is text, and no tokenizer.
+            DataError: an image is broken, a text empty after cleaning.
+        """
+        found: dict[str, Tensor] = {}
+        if images is not None:
+            every = [images] if isinstance(images, str) or is_picture(images) else [*images]  # type: ignore[list-item, misc]
+            if not every:
+                raise InputError("the list of images is empty; give at least one")
+            found["pixels"] = image_pixels(every, self.config)
+        if text is not None:
+            texts = listed(text)
+            if not texts:
+                raise InputError("the list of texts is empty; give at least one")
+            found["input_ids"], found["attention_mask"] = text_tokens(texts, self.tokenizer, self.config)
+        if not found:
+            raise InputError("neither images nor text were given; pass one or both")
+        return found
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `preprocessor_config.json` and, where there is a tokenizer, `tokenizer.json` into a folder of a model.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        write_bytes({Path(folder) / name: content for name, content in self.files().items()})
+
+    def files(self) -> dict[str, bytes]:
+        """The content of the files that describe it, by their names."""
+        found = {PREPROCESSOR_FILE: preprocessor_json(self.config)}
+        return found if self.tokenizer is None else found | {TOKENIZER_FILE: self.tokenizer.to_json().encode()}
+
+
+def preprocessor_json(config: XFMConfig) -> bytes:
+    """The content of `preprocessor_config.json`, from which other libraries prepare the same pixels.
+
+    XFM itself needs `config.json` alone.
+    """
+    side = config.image_size
+    said = {
+        "processor_class": XFMProcessor.__name__, "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"height": side, "width": side}, "resample": _BICUBIC, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN, "image_std": STD,
+        "max_words": _MAX_WORDS, "max_tokens": min(_MAX_TOKENS, config.max_text_length),
+    }  # fmt: skip
+    return (json.dumps(said, indent=2) + "\n").encode()
 
 
 def find_tokenizer(folder: Path, config: XFMConfig) -> CaptionTokenizer | None:
@@ -87,9 +183,14 @@ def open_image(image: Picture) -> Image.Image:
     """An image as RGB. As in the official code, an EXIF orientation is not applied.
 
     Raises:
+        InputError: it is something else.
         DataError: the file is no image, or a broken one.
     """
     if not isinstance(image, Image.Image):
+        if not isinstance(image, (str, os.PathLike)):
+            raise InputError(
+                f"an image is a path or a PIL image, not {type(image).__name__} (Image.fromarray makes one)"
+            )
         return decode_image(image)
     name = str(getattr(image, "filename", "") or f"{image.width}x{image.height} {image.mode}")
     try:
@@ -99,6 +200,22 @@ def open_image(image: Picture) -> Image.Image:
         if isinstance(error, DataError):
             raise
         raise DataError(f"image {name} cannot be read ({error}); open it again") from None
+
+
+def listed(items: object) -> list[Any]:
+    """A list of what was given, which may be one text or image.
+
+    Raises:
+        InputError: it is neither one of them nor several.
+    """
+    if isinstance(items, str) or is_picture(items):
+        return [items]
+    if not isinstance(items, Iterable) or isinstance(items, (bytes, Mapping, Tensor)):
+        raise InputError(
+            f"{type(items).__name__} is no text or image, nor a list of such; give strings, or paths and PIL images "
+            "(tensors of pixels and ids go to encode_image and encode_text)"
+        )
+    return list(items)
 
 
 def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
@@ -146,7 +263,16 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside the block; afterwards every part trains again that did."""
+    """Without dropout and gradients inside the block; afterwards every part trains again that did.
+
+    Raises:
+        InputError: the model is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} is on the meta device, where weights have no values; load them with "
+            "from_pretrained, or give them memory with model.to_empty(device='cpu')"
+        )
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

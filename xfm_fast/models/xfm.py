@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Self, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,15 @@ from xfm_fast.models import hub, inputs
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.processor import (
-    TOKENIZER_FILE,
     Picture,
+    XFMProcessor,
     are_texts,
     batches,
     evaluating,
     find_tokenizer,
     image_pixels,
     is_picture,
+    listed,
     open_image,
     pixel_boxes,
     read_tokenizer,
@@ -148,10 +149,46 @@ class XFM(nn.Module):
         what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
         vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, config)
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
+        checkpoint.refuse_relative(state, what)
         ours, report = checkpoint.to_ours(state, config)
         heads = tuple(heads)
         model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype)
         model.load_report, model.tokenizer = report, vocabulary
+        return model
+
+    @classmethod
+    def from_x2vlm(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        image_size: int | None = None,
+        text_heads: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: CaptionTokenizer | str | Path | None = None,
+    ) -> Self:
+        """Load a checkpoint of X²-VLM or of CCLM-X²-VLM, which compute what this model computes, in other names.
+
+        The sizes and the heads are those of the weights. Masked image modelling, which X²-VLM does not do, starts from
+        a zero token; language layers have no vocabulary head there, and none here.
+
+        Args:
+            source: as for `from_official`.
+            image_size: in pixels; by default that of the weights.
+            text_heads: attention heads of language and fusion; by default one for each 64 columns.
+            dtype: of the parameters.
+            tokenizer: a folder with BERT's `vocab.txt`, or a `tokenizer.json` (of XLM-R for CCLM).
+
+        Raises:
+            DataError: the tokenizer cannot be read, or belongs to another model.
+            CheckpointError: the file cannot be read, is of another model (X-VLM, ALBEF and BLIP look at images in other
+                ways, and the error says in which), of a task without a counterpart here, or incomplete.
+        """
+        what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
+        state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
+        found = checkpoint.read_x2vlm(state, what=what, image_size=image_size, text_heads=text_heads)
+        vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, found.config)
+        model = cls._loaded(found.config, checkpoint.heads_in(found.state), found.state, what, dtype)
+        model.load_report, model.tokenizer = found.report, vocabulary
         return model
 
     @classmethod
@@ -162,7 +199,7 @@ class XFM(nn.Module):
         heads: Iterable[Head] | None = None,
         dtype: torch.dtype = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
-        revision: str | None = None,
+        **download: Unpack[hub.Download],
     ) -> Self:
         """Load a folder that `save_pretrained` wrote, with the tokenizer that lies there.
 
@@ -171,14 +208,14 @@ class XFM(nn.Module):
             heads: heads to load; by default those that it holds.
             dtype: of the parameters.
             tokenizer: instead of that of the folder; see `from_official`.
-            revision: branch, tag or commit on the Hub.
+            download: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` of the Hub.
 
         Raises:
             CheckpointError: the folder is not there, or holds no such model, or a damaged one.
             ConfigError: its `config.json` describes no model.
             DataError: the tokenizer cannot be read, or belongs to another model.
         """
-        place = hub.local_folder(folder, revision)
+        place = hub.local_folder(folder, **download)
         files = checkpoint.load_pretrained_files(place)
         heads = checkpoint.heads_in(files.state) if heads is None else tuple(heads)
         model = cls._loaded(files.config, heads, checkpoint.select_heads(files.state, heads), f"model {folder}", dtype)
@@ -205,21 +242,36 @@ class XFM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` and, where there is a tokenizer, `tokenizer.json`.
+        """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and, where there is a tokenizer,
+        `tokenizer.json`.
 
         Each appears whole or not at all.
         """
-        files = None if self.tokenizer is None else {TOKENIZER_FILE: self.tokenizer.to_json().encode()}
+        files = XFMProcessor(self.config, self.tokenizer).files()
         checkpoint.save_pretrained(self.state_dict(), self.config, folder, files=files)
 
-    def push_to_hub(self, name: str, *, private: bool = False, message: str = "Upload X-FM") -> str:
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        commit_message: str = "Upload X-FM",
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
         """Put what `save_pretrained` writes on the Hugging Face Hub, as `"org/name"`; returns the commit's address.
+
+        A card that says how to load it is added where there is none. `from_pretrained` and this take the arguments of
+        `huggingface_hub.PyTorchModelHubMixin`, which need not be installed.
 
         Raises:
             UnavailableError: `huggingface_hub` is not installed.
             StorageError: the Hub cannot be reached, or refuses.
         """
-        return hub.push(self, name, private=private, message=message)
+        return hub.push(
+            self, name, private=private, commit_message=commit_message, token=token, branch=branch, create_pr=create_pr
+        )
 
     def set_image_size(self, image_size: int) -> None:
         """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""
@@ -279,7 +331,7 @@ class XFM(nn.Module):
             DataError: an image is broken, a text empty after cleaning.
         """
         single = isinstance(items, str) or is_picture(items)
-        every: Sequence[str] | Sequence[Picture] = [items] if single else list(items)  # type: ignore[assignment, list-item]
+        every: Sequence[str] | Sequence[Picture] = listed(items)
         self.require_head("contrastive")
         features = []
         with evaluating(self):
@@ -301,7 +353,7 @@ class XFM(nn.Module):
             texts: as of `encode`, which also says what it raises.
         """
         single = isinstance(images, str) or is_picture(images)
-        many: list[Picture] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+        many: list[Picture] = listed(images)
         of_images = self.encode([Path(each) if isinstance(each, str) else each for each in many])
         of_texts = self.encode(texts)
         found = of_images @ (of_texts if isinstance(texts, str) else of_texts.T)
@@ -341,7 +393,7 @@ class XFM(nn.Module):
 
     def _fuse_texts(self, image: Picture, texts: str | Sequence[str], batch_size: int) -> Iterator[Tensor]:
         """`[T, 1, text_width]` of the next T texts with the image, whose memory is made once."""
-        every = [texts] if isinstance(texts, str) else list(texts)
+        every = listed(texts)
         if not are_texts(every):
             raise InputError("texts are images; give the image first, then strings")
         memory = None
@@ -533,9 +585,10 @@ class XFM(nn.Module):
         if image_index is None:
             if texts != memory.images:
                 raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
-            image_index = torch.arange(texts, device=text_embeds.device)
-        image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
-        groups = ImageGroups.from_index(image_index, memory.images)
+            groups = ImageGroups(torch.arange(texts + 1, dtype=torch.int32, device=text_embeds.device))
+        else:
+            image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
+            groups = ImageGroups.from_index(image_index, memory.images, text_embeds.device)
         packing = Packing.from_mask(mask, order=groups.order, keep_padding=keep_padding)
         fused = self.fusion_encoder(
             packing.pack(text_embeds), packing, memory, groups, first_token_only=first_token_only

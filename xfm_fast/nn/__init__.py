@@ -12,12 +12,24 @@ Example, a post-norm text layer on packed tokens:
 
 from xfm_fast.nn.attention import GroupedCrossAttention, PackedSelfAttention, RelPosAttention
 from xfm_fast.nn.pointwise import AddLayerNorm, GeluMLP, VocabularyLoss
+from xfm_fast.nn.windows import (
+    CosineWindowAttention,
+    WindowAttention,
+    merge_windows,
+    partition_windows,
+    shifted_window_mask,
+)
 
 __all__ = [
     "AddLayerNorm",
+    "CosineWindowAttention",
     "GeluMLP",
     "GroupedCrossAttention",
     "PackedSelfAttention",
     "RelPosAttention",
     "VocabularyLoss",
+    "WindowAttention",
+    "merge_windows",
+    "partition_windows",
+    "shifted_window_mask",
 ]

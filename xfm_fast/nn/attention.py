@@ -31,7 +31,7 @@ class RelPosAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, window: tuple[int, int]) -> None:
         super().__init__()
-        _check_heads(width, heads)
+        check_heads(width, heads)
         if min(window) < 1:
             raise InputError(f"window={window} holds no patch; it is (height, width) in patches")
         self.heads = heads
@@ -101,7 +101,7 @@ class PackedSelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        _check_heads(width, heads)
+        check_heads(width, heads)
         check_probability(dropout)
         self.heads = heads
         self.dropout = dropout
@@ -168,7 +168,7 @@ class GroupedCrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, *, memory_width: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
-        _check_heads(width, heads)
+        check_heads(width, heads)
         check_probability(dropout)
         self.heads = heads
         self.dropout = dropout
@@ -245,7 +245,8 @@ def check_probability(dropout: float) -> None:
         raise InputError(f"dropout={dropout} is no probability below 1")
 
 
-def _check_heads(width: int, heads: int) -> None:
+def check_heads(width: int, heads: int) -> None:
+    """Heads share the width evenly."""
     if heads < 1 or width % heads:
         raise InputError(f"heads={heads} does not divide the width of {width}")
 

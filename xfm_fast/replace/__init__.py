@@ -1,8 +1,23 @@
 """Fused modules for models that others wrote: swapped in on a live instance, verified, and taken out again."""
 
 from xfm_fast.replace.acceleration import Entry, Report, accelerate, accelerated
-from xfm_fast.replace.huggingface_text import register_attention
+from xfm_fast.replace.attention_interface import register_attention
+from xfm_fast.replace.expectation import Expectation
+from xfm_fast.replace.families import Family, Mlp, register
 from xfm_fast.replace.rerank import Reranker
 from xfm_fast.replace.swap import Fused, Rule
 
-__all__ = ["Entry", "Fused", "Report", "Reranker", "Rule", "accelerate", "accelerated", "register_attention"]
+__all__ = [
+    "Entry",
+    "Expectation",
+    "Family",
+    "Fused",
+    "Mlp",
+    "Report",
+    "Reranker",
+    "Rule",
+    "accelerate",
+    "accelerated",
+    "register",
+    "register_attention",
+]

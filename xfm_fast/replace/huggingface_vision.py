@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     CalledByName,
     Rule,
@@ -22,7 +23,7 @@ from xfm_fast.replace.swap import (
     probability,
     why_not_bypassed,
 )
-from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, lacks_parameters
+from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters
 
 # Ways to the same numbers. Any other is a function that was registered by name, and has to be called.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

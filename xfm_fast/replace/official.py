@@ -35,6 +35,7 @@ from xfm_fast.replace.bert_layer import (
     run_layer,
     why_not_plain,
 )
+from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     BANDS,
     CalledByName,
@@ -51,7 +52,7 @@ from xfm_fast.replace.swap import (
     swap,
     why_not_bypassed,
 )
-from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, lacks_parameters, row_scale
+from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters, row_scale
 
 _LAYER_ARGUMENTS = {
     "hidden_states",

@@ -441,9 +441,12 @@ def fused_form(module: nn.Module) -> type[Fused]:
 # imported already for the family to be looked at: no model of it can exist otherwise.
 _FAMILIES = (
     ("xfm_fast.replace.huggingface_text", "transformers"),
+    ("xfm_fast.replace.huggingface_families", "transformers"),
+    ("xfm_fast.replace.families", None),
     ("xfm_fast.replace.huggingface_vision", "transformers"),
     ("xfm_fast.replace.clip_text", None),
     ("xfm_fast.replace.timm_vision", "timm"),
+    ("xfm_fast.replace.open_clip_towers", "open_clip"),
     ("xfm_fast.replace.official", None),
     ("xfm_fast.replace.torch_modules", None),
 )

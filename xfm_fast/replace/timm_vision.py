@@ -1,4 +1,4 @@
-"""Blocks of timm's vision transformers: ViT and DeiT, BEiT and BEiT-v2, EVA."""
+"""Blocks of timm's vision transformers: ViT and DeiT, with relative positions, BEiT and BEiT-v2, EVA, Swin."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from timm.layers import DropPath, LayerNorm
 from timm.layers.activations import GELU
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models import beit, eva, vision_transformer
+from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
+from xfm_fast.replace.structure import Parts, branch_types, called, norm_behind, pre_norm
 from xfm_fast.replace.swap import (
     Kinds,
     Rule,
@@ -25,7 +26,8 @@ from xfm_fast.replace.swap import (
     probability,
     why_not_bypassed,
 )
-from xfm_fast.replace.vit_block import Bias, Parts, PositionTable, PreNormBlock, called, lacks_parameters, row_scale
+from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters, row_scale
+from xfm_fast.replace.window_block import continuous_bias, cosine, kept_bias, windows_of, within
 
 _NORMS = (nn.LayerNorm, LayerNorm)
 _MAYBE_DROP_PATH = (nn.Identity, DropPath)
@@ -79,7 +81,7 @@ class _TimmBlock(PreNormBlock):
             norms=(block.norm1, block.norm2),
             qkv=qkv,
             heads=attn.num_heads,
-            scale=attn.scale,
+            scale=getattr(attn, "scale", 1.0),
             proj=attn.proj,
             fc1=getattr(mlp, "fc1", None),
             fc2=mlp.fc2,
@@ -156,6 +158,67 @@ class EvaBlock(_TimmBlock):
         return self.compute(self.parts((block.gamma_1, block.gamma_2), rope), x)
 
 
+class RelPosBlock(_TimmBlock):
+    """`RelPosBlock` of timm's `vit_relpos`, and `ResPostRelPosBlock`, which normalises behind its branches."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
+        "attn": vision_transformer_relpos.RelPosAttention,
+        "ls1": (nn.Identity, vision_transformer_relpos.LayerScale),
+        "ls2": (nn.Identity, vision_transformer_relpos.LayerScale),
+    }
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        if not self.takes(x):
+            return super().forward(x, shared_rel_pos=shared_rel_pos)
+        block: Any = self
+        positions = block.attn.rel_pos
+        bias: Bias = shared_rel_pos
+        if positions is not None:
+            bias = kept_bias("relative", positions, positions.parameters(), positions.get_bias, lambda: None)
+        gammas = (getattr(find(self, "ls1"), "gamma", None), getattr(find(self, "ls2"), "gamma", None))
+        behind = original_class(self) is vision_transformer_relpos.ResPostRelPosBlock
+        return self.compute(self.parts(gammas), x, bias, order=norm_behind if behind else pre_norm)
+
+
+class WindowBlock(_TimmBlock):
+    """`SwinTransformerBlock` and `SwinTransformerV2Block`, whose norms are behind the branches."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
+        "attn": (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
+    }
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or not x.numel() or not self.intact():
+            return super().forward(x)
+        block: Any = self
+        attn, second = block.attn, original_class(self) is swin_transformer_v2.SwinTransformerV2Block
+        size, window, shift = tuple(x.shape[1:3]), tuple(block.window_size), tuple(block.shift_size)
+        whole = tuple(-(-side // part) * part for side, part in zip(size, window, strict=True))
+
+        def mask() -> Tensor | None:
+            moving = getattr(block, "dynamic_mask", False)
+            return block.get_attn_mask(x.new_empty(1, *whole, 1)) if moving else block.attn_mask
+
+        parts = self.parts((None, None))
+        if second:
+            parts = parts._replace(adapt=partial(cosine, attn.logit_scale))
+            source, sources = attn.cpb_mlp, attn.cpb_mlp.parameters
+            make = partial(
+                continuous_bias, source, attn.relative_coords_table, attn.relative_position_index, parts.heads
+            )
+        else:
+            source, sources, make = nn.Identity(), lambda: (attn.relative_position_bias_table,), attn._get_rel_pos_bias
+        name = f"{whole} {window} {shift}"
+        windowed, attend = within(
+            parts,
+            windows_of(size, window, shift, x, fill_first=False),
+            lambda: kept_bias(name, source, sources(), make, mask),  # pyright: ignore[reportArgumentType]
+        )
+        with branch_types(self.settings, x.device) as settings:
+            order = norm_behind if second else pre_norm
+            return order(windowed, x.flatten(1, 2), attend, settings).unflatten(1, size)
+
+
 def _norm_of(part: nn.Module) -> nn.Module | None:
     norm = find(part, "norm")
     return None if norm is None or isinstance(norm, nn.Identity) else norm
@@ -184,10 +247,17 @@ def _rule(form: type[_TimmBlock], original: type[nn.Module], gain: str) -> Rule:
     return Rule(form.__name__, lambda module: original_class(module) is original, form, gain)
 
 
+_WINDOWS = "windows in one gather, bias and mask kept; products fused"
 RULES: tuple[Rule, ...] = (
     _rule(
         BeitBlock, beit.Block, "position bias expanded once; norms, GELU, LayerScale, DropPath and sums in the products"
     ),
     _rule(ViTBlock, vision_transformer.Block, "norms, GELU, LayerScale, DropPath and sums in the products"),
+    _rule(
+        RelPosBlock, vision_transformer_relpos.RelPosBlock, "position bias kept; norms, GELU and sums in the products"
+    ),
+    _rule(RelPosBlock, vision_transformer_relpos.ResPostRelPosBlock, "position bias kept; products and GELU fused"),
+    _rule(WindowBlock, swin_transformer.SwinTransformerBlock, _WINDOWS),
+    _rule(WindowBlock, swin_transformer_v2.SwinTransformerV2Block, _WINDOWS),
     _rule(EvaBlock, eva.EvaBlock, "norms, GELU, LayerScale, DropPath and sums in the products"),
 )

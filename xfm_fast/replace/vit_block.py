@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu.attention import biased_attention
+from xfm_fast.replace.structure import Order, Parts, branch_types, pre_norm
 from xfm_fast.replace.swap import Fused, Settings, find, why_not_bypassed
 
 
@@ -89,42 +87,6 @@ def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
     return bias.is_floating_point() and (bias.ndim == 3 or (bias.ndim == 4 and bias.shape[0] == 1))
 
 
-class Parts(NamedTuple):
-    """The parts that a block computes with, as they are at the moment of a call.
-
-    Attributes:
-        norms: before attention and before the MLP.
-        qkv: weight and bias of one projection to queries, keys and values, or of three.
-        heads, scale: of the attention.
-        proj: the linear layer behind the attention.
-        hidden: the hidden layer of the MLP from its normalised input and a function that applies a linear layer, where
-            it is not `gelu(fc1(x))`.
-        fc1, fc2: the linear layers of the MLP; fc1 where hidden is None.
-        gammas: LayerScale of each branch.
-        row_scales: draw the stochastic depth of each branch, for a tensor `[B, …]`: `[B]`, or None for none.
-        attention_p, hidden_p: dropout of the attention weights and of the hidden layer.
-        branch_p: dropout at the end of each branch.
-        adapt: what happens to queries and keys `[B, N, H, D]` (norms, rotation), if anything.
-        inner_norms: before proj and before fc2; called, whatever they are.
-    """
-
-    norms: tuple[nn.Module, nn.Module]
-    qkv: tuple[tuple[Tensor, Tensor | None], ...]
-    heads: int
-    scale: float
-    proj: nn.Module
-    fc2: nn.Module
-    fc1: nn.Module | None = None
-    hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
-    gammas: tuple[Tensor | None, Tensor | None] = (None, None)
-    row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()
-    attention_p: float = 0.0
-    hidden_p: float = 0.0
-    branch_p: tuple[float, float] = (0.0, 0.0)
-    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
-
-
 class PreNormBlock(Fused):
     """`x += s₁·γ₁·Attn(LN(x)); x += s₂·γ₂·MLP(LN(x))`: residual, LayerScale, stochastic depth and norm in one pass.
 
@@ -140,56 +102,16 @@ class PreNormBlock(Fused):
         """True if the fused computation applies to a tensor now."""
         return x.ndim == 3 and x.numel() > 0 and self.intact()
 
-    def compute(self, parts: Parts, x: Tensor, bias: Bias = None, *, causal: bool = False) -> Tensor:
+    def compute(
+        self, parts: Parts, x: Tensor, bias: Bias = None, *, causal: bool = False, order: Order = pre_norm
+    ) -> Tensor:
         """`[B, N, width]` → `[B, N, width]`; bias and causal as in `attention`."""
-        with _types(self.settings, x.device) as settings:
-            first, second = parts.norms
-            x = settings.operand(x)
-            normed = ops.layer_norm(x, *_norm(first, settings), backend=settings.backend)
-            made = [settings.linear(normed, weight, bias) for weight, bias in parts.qkv]
-            if len(made) == 1:
-                q, k, v = made[0].unflatten(-1, (3, parts.heads, -1)).unbind(2)
-            else:
-                q, k, v = (each.unflatten(-1, (parts.heads, -1)) for each in made)
-            if parts.adapt is not None:
-                q, k = (t.to(v.dtype) for t in parts.adapt(q, k))
-            context = attention(q, k, v, parts.scale, bias, settings, dropout_p=parts.attention_p, causal=causal)
-            if parts.inner_norms[0] is not None:
-                context = called(parts.inner_norms[0], context)
-            normed, x = ops.linear_add_layer_norm(
-                context,
-                *_linear(parts.proj, settings),
-                x,
-                *_norm(second, settings),
-                gamma=settings.parameter(parts.gammas[0]),
-                row_scale=parts.row_scales[0](x) if parts.row_scales else None,
-                dropout_p=parts.branch_p[0],
-                backend=settings.backend,
-            )
-            return self._mlp(normed, x, parts, settings)
 
-    @staticmethod
-    def _mlp(normed: Tensor, x: Tensor, parts: Parts, settings: Settings) -> Tensor:
-        branch: dict[str, Any] = {
-            "gamma": settings.parameter(parts.gammas[1]),
-            "row_scale": parts.row_scales[1](x) if parts.row_scales else None,
-            "dropout_p": parts.branch_p[1],
-            "backend": settings.backend,
-        }
-        fc2 = _linear(parts.fc2, settings)
-        if parts.hidden is not None:
-            hidden = parts.hidden(normed, lambda layer, x: settings.linear(x, layer.weight, layer.bias))
-        else:
-            assert parts.fc1 is not None
-            fc1 = _linear(parts.fc1, settings)
-            if not parts.hidden_p and parts.inner_norms[1] is None:
-                return ops.mlp_residual(normed, *fc1, *fc2, x, **branch)
-            hidden = ops.linear_gelu(normed, *fc1, backend=settings.backend)
-        if parts.hidden_p:
-            hidden = F.dropout(hidden, parts.hidden_p)
-        if parts.inner_norms[1] is not None:
-            hidden = called(parts.inner_norms[1], hidden)
-        return ops.linear_residual(hidden, *fc2, x, **branch)
+        def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+            return attention(q, k, v, parts.scale, bias, settings, dropout_p=dropout_p, causal=causal)
+
+        with branch_types(self.settings, x.device) as settings:
+            return order(parts, x, attend, settings)
 
     def is_erf_gelu(self, name: str) -> bool:
         """True if a part is the erf form of GELU, and may be computed around."""
@@ -215,32 +137,3 @@ def row_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
         return None
     factors = x.new_empty(x.shape[0]).bernoulli_(1 - dropped)
     return factors.div_(1 - dropped) if dropped < 1 and getattr(drop_path, "scale_by_keep", True) else factors
-
-
-def called(layer: nn.Module, x: Tensor) -> Tensor:
-    """A part that runs as it is, in the type that it is stored in."""
-    dtype = next((p.dtype for p in layer.parameters()), x.dtype)
-    return layer(x.to(dtype)).to(x.dtype)
-
-
-@contextmanager
-def _types(settings: Settings, device: torch.device) -> Iterator[Settings]:
-    """The settings of a block's inside.
-
-    In training, autocast converts: so the sum of all branches stays as wide as the model, and parameters get their
-    gradients in their own types.
-    """
-    if settings.dtype not in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled():
-        with settings.own_types(device):
-            yield settings
-    else:
-        with torch.autocast(device.type, settings.dtype):
-            yield replace(settings, dtype=None)
-
-
-def _linear(layer: nn.Module, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    return settings.affine(layer.weight, layer.bias)  # pyright: ignore[reportArgumentType]
-
-
-def _norm(layer: nn.Module, settings: Settings) -> tuple[Any, Any, float]:
-    return *_linear(layer, settings), layer.eps  # pyright: ignore[reportReturnType]

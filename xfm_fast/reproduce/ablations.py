@@ -16,7 +16,7 @@ from typing import Any
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.documents import read_json
 from xfm_fast.errors import ConfigError, DataError
-from xfm_fast.models.processor import TOKENIZER_FILE
+from xfm_fast.models.hub import TOKENIZER_FILE
 from xfm_fast.reproduce.evaluation import HeldOut, evaluate
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.loop import train

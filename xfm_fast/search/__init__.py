@@ -6,7 +6,7 @@
 `xfm-fast index` and `xfm-fast search` are these functions.
 """
 
-from xfm_fast.search.collection import Collection, Entry, open_collection
+from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.search.index import IndexReport, SearchIndex, build_index, index_folder, open_index
 from xfm_fast.search.model import ModelSource, SearchModel, open_model
 from xfm_fast.search.query import Found, Hit, search

@@ -26,15 +26,16 @@ import torch
 from torch import Tensor
 
 from xfm_fast.checkpoint import write_bytes, write_files
+from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.errors import DataError, StorageError
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search.collection import Collection, Entry, open_collection
 from xfm_fast.search.model import ModelSource, SearchModel
+from xfm_fast.search.neighbours import Graph, graph_of, open_graph, wants_graph
 from xfm_fast.training.distributed import Processes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
 # Images whose features a killed run may lose.
 _PART = 256
@@ -58,6 +59,7 @@ class SearchIndex:
         model: where the weights come from.
         fingerprint: identifies the weights.
         path, images: the collection; see `open_collection`.
+        graph_file, graph_bytes: name and size of the graph of neighbours; None where there is none.
     """
 
     folder: Path
@@ -69,6 +71,20 @@ class SearchIndex:
     fingerprint: str
     path: Path
     images: Path | None
+    graph_file: str | None = None
+    graph_bytes: int = 0
+
+    @cached_property
+    def graph(self) -> Any | None:
+        """The graph of neighbours; None where all features are compared.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        if self.graph_file is None:
+            return None
+        images, width = self.features.shape
+        return open_graph(self.folder / self.graph_file, images, width, self.graph_bytes)
 
     @cached_property
     def collection(self) -> Collection:
@@ -146,16 +162,17 @@ def _read(folder: Path) -> SearchIndex:
             )
         lines = (folder / said["entries"]).read_text(encoding="utf-8").splitlines()
         count, width = int(said["images"]), int(said["width"])
-        entries = [Entry(**json.loads(line)) for line in lines]
+        entries = [_entry(json.loads(line)) for line in lines]
         features: np.ndarray = np.empty((0, width), np.float32)
         if count:
             features = np.memmap(folder / said["features"], np.float32, "r", shape=(count, width)).view(np.ndarray)
         if len(entries) != count or (folder / said["features"]).stat().st_size != 4 * count * width:
             raise ValueError(f"{len(entries)} entries for {count} images")
         return SearchIndex(
-            folder, entries, features, dict(said["faults"]), [Entry(**each) for each in said["broken"]],
+            folder, entries, features, dict(said["faults"]), [_entry(each) for each in said["broken"]],
             ModelSource(**said["model"]), str(said["fingerprint"]), _beside(folder, said["path"]),
             None if said["picture_folder"] is None else _beside(folder, said["picture_folder"]),
+            said["graph"], int(said["graph_bytes"]),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, (DataError, FileNotFoundError)):
@@ -175,6 +192,7 @@ def build_index(
     processes: Processes | None = None,
     progress: Progress = lambda done, of: None,
     stop: Event | None = None,
+    graph: Graph = "auto",
 ) -> IndexReport:
     """Make or renew the index of a collection; images that have not changed, by size and time, are not read.
 
@@ -189,15 +207,20 @@ def build_index(
         processes: see `join_processes`; by default this one alone.
         progress: called with images done and to do.
         stop: once it is set, the call returns, and another one goes on from there.
+        graph: of neighbours, by which many images are searched: `auto` makes one beyond 200,000 images if `usearch` is
+            installed.
 
     Raises:
         DataError: there are no images, none can be read, or the index is of another model or version.
         StorageError: the index cannot be written, or another process is writing it.
+        UnavailableError: a graph was asked for, and `usearch` is not installed.
     """
     processes = processes or Processes()
     target = index_folder(path) if folder is None else Path(folder).expanduser()
     place = _Place(Path(path).expanduser(), None if images is None else Path(images).expanduser())
     collection = processes.together(lambda: open_collection(place.path, place.images))
+    # Before hours of work, not behind them.
+    processes.together(lambda: wants_graph(graph, 0))
     with _locked(target, processes):
 
         def begin() -> tuple[list[Entry], dict[str, str], list[Entry]]:
@@ -227,7 +250,7 @@ def build_index(
         processes.together(work)
         if processes.any(stop is not None and stop.is_set()):
             return IndexReport(target, interrupted=True)
-        return processes.from_first(lambda: _assemble(target, model, place, entries, faults, todo))
+        return processes.from_first(lambda: _assemble(target, model, place, entries, faults, todo, graph))
 
 
 class _Made(NamedTuple):
@@ -261,8 +284,8 @@ def _embed(
 
     def load(entry: Entry) -> tuple[Entry, Tensor | str]:
         try:
-            image, caption = collection.load(entry)
-            return replace(entry, caption=caption), transform(image)
+            image, captions = collection.load(entry)
+            return replace(entry, captions=captions), transform(image)
         except DataError as error:
             return entry, str(error)
 
@@ -332,7 +355,7 @@ def _parts(folder: Path, model: SearchModel) -> list[_Part]:
                 continue
             faults = [line.pop("fault") for line in lines]
             features = np.fromfile(path.with_suffix(".f32"), np.float32).reshape(-1, width)
-            part = _Part([Entry(**line) for line in lines], features, faults)
+            part = _Part([_entry(line) for line in lines], features, faults)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # A part that is damaged is made again.
             continue
@@ -353,6 +376,7 @@ def _assemble(
     entries: Sequence[Entry],
     faults: Mapping[str, str],
     todo: Sequence[Entry],
+    graph: Graph,
 ) -> IndexReport:
     """The new index out of the old one and the parts, in the order of the collection."""
     old = open_index(folder) if (folder / INDEX_FILE).exists() else None
@@ -378,7 +402,7 @@ def _assemble(
             broken.append(entry)
             reasons[entry.name] = told.get(entry.name, "it could not be read")
         else:
-            kept.append(replace(entry, caption=entry.caption or known.caption))
+            kept.append(replace(entry, captions=entry.captions or (known.captions if entry.row is not None else ())))
             features.append(feature)
     if not kept:
         name, reason = next(iter(reasons.items()))
@@ -389,7 +413,9 @@ def _assemble(
         folder, len(kept), sum(entry.version in new for entry in kept),
         0 if old is None else sum(entry.name not in names for entry in old.entries), reasons,
     )  # fmt: skip
-    if old is not None and (kept, broken, reasons) == (old.entries, old.broken, old.faults) and not todo:
+    with_graph = wants_graph(graph, len(kept))
+    same = old is not None and (kept, broken, reasons) == (old.entries, old.broken, old.faults)
+    if same and not todo and old is not None and with_graph == (old.graph_file is not None):
         return report
     name = secrets.token_hex(6)
     files = {"features": f"features-{name}.f32", "entries": f"images-{name}.jsonl"}
@@ -398,7 +424,10 @@ def _assemble(
         for some in batches(features, _BLOCK):
             file.write(np.stack(some).tobytes())
 
-    said = {
+    stored = graph_of(np.stack(features)) if with_graph else b""
+    if with_graph:
+        files["graph"] = f"graph-{name}.usearch"
+    said: dict[str, Any] = {"graph": None, "graph_bytes": len(stored)} | {
         "format": FORMAT_VERSION, "images": len(kept), "width": model.model.config.embed_dim, **files,
         "model": asdict(_absolute(model.source)), "fingerprint": model.fingerprint,
         "path": _from(folder, place.path),
@@ -406,9 +435,17 @@ def _assemble(
         "faults": reasons, "broken": [asdict(entry) for entry in broken],
     }  # fmt: skip
     lines = _lines([asdict(entry) for entry in kept])
-    write_files({folder / files["features"]: write_features, folder / files["entries"]: lambda file: file.write(lines)})
+    writers: dict[Path, Callable[[BinaryIO], object]] = {
+        folder / files["features"]: write_features,
+        folder / files["entries"]: lambda file: file.write(lines),
+    }
+    if with_graph:
+        writers[folder / files["graph"]] = lambda file: file.write(stored)
+    write_files(writers)
     write_bytes({folder / INDEX_FILE: (json.dumps(said, indent=1) + "\n").encode()})
-    for path in [*folder.glob("part-*"), *folder.glob("features-*.f32"), *folder.glob("images-*.jsonl")]:
+    for path in [
+        each for kind in ("part-*", "features-*.f32", "images-*.jsonl", "graph-*") for each in folder.glob(kind)
+    ]:
         if path.name not in files.values():
             with suppress(OSError):
                 path.unlink()
@@ -451,6 +488,10 @@ def _locked(folder: Path, processes: Processes) -> Iterator[None]:
 def _lines(values: Sequence[Mapping[str, Any]]) -> bytes:
     # ASCII, for names need not be Unicode, and some characters of captions end a line.
     return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def _entry(values: Mapping[str, Any]) -> Entry:
+    return Entry(**{**values, "captions": tuple(values["captions"])})
 
 
 def _absolute(source: ModelSource) -> ModelSource:

@@ -6,21 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from xfm_fast.data.collection import Entry, upright
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.models.processor import batches, text_tokens
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search.collection import Entry, upright
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.model import SearchModel
-
-# Rows that are compared at a time: 64 MB of features of the base model.
-_BLOCK = 1 << 16
+from xfm_fast.search.neighbours import nearest
 
 
 class Hit(NamedTuple):
@@ -61,11 +58,13 @@ def search(
     top: int = 12,
     candidates: int = 64,
     batch_size: int = 16,
+    exact: bool = False,
 ) -> Found:
     """Find the images that a text describes, or that resemble an image.
 
-    The nearest `candidates` of all features, which are compared exactly, are scored by the fusion encoder, which reads
-    each of these images together with the text. Resemblance of images is that of their features.
+    The nearest `candidates` of all features, which are compared exactly unless the index has a graph of neighbours, are
+    scored by the fusion encoder, which reads each of these images together with the text. Resemblance of images is that
+    of their features.
 
     Args:
         index: of the same model.
@@ -74,6 +73,7 @@ def search(
         top: hits to return, at most.
         candidates: images to score together with the text; 0 leaves it at features.
         batch_size: candidates that are computed together.
+        exact: compare all features, although there is a graph.
 
     Raises:
         DataError: the index is of another model, the image is broken, the text empty.
@@ -98,7 +98,8 @@ def search(
         features = xfm.encode(upright(query))
     else:
         features = xfm.encode(query)
-    rows, similarities = nearest(index.features, features.float().cpu(), max(top, candidates) if rerank else top)
+    wanted = max(top, candidates) if rerank else top
+    rows, similarities = nearest(index.features, features.float().cpu(), wanted, None if exact else index.graph)
     entries = [index.entries[row] for row in rows.tolist()]
     hits = [
         Hit(index.collection.location(entry), similarity, None, entry, None)
@@ -119,18 +120,6 @@ def search(
     else:
         hits = sorted(hits, key=_order)
     return Found(hits[:top], lost)
-
-
-def nearest(features: np.ndarray, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` rows of `features` `[N, E]` with the largest dot product with `query` `[E]`, and these, largest first."""
-    rows, best = torch.empty(0, dtype=torch.long), torch.empty(0)
-    asked = query.numpy()
-    for start in range(0, len(features), _BLOCK):
-        found = torch.from_numpy(features[start : start + _BLOCK] @ asked)
-        values, places = found.topk(min(k, len(found)))
-        values, order = torch.cat([best, values]).sort(descending=True, stable=True)
-        best, rows = values[:k], torch.cat([rows, places + start])[order][:k]
-    return rows, best
 
 
 def match_images(model: XFM, images: Sequence[Image.Image], text: str, batch_size: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xfm_fast import checkpoint
 from xfm_fast.config import XFMConfig
-from xfm_fast.models.hub import local_folder
+from xfm_fast.models.hub import Download, local_folder
 from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -94,17 +94,18 @@ class TaskModel(XFM):
         heads: Iterable[Head] | None = None,
         dtype: torch.dtype = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
-        revision: str | None = None,
         **options: Any,
     ) -> Self:
         """Load a folder that `save_pretrained` wrote, of this task or of a pretraining model.
 
         Args:
-            folder, dtype, tokenizer, revision: as for `XFM.from_pretrained`.
+            folder, dtype, tokenizer: as for `XFM.from_pretrained`.
             heads: without effect; a task has the heads that it needs.
-            options: of the constructor, such as `labels` or `decoder_layers`; those the model was saved with.
+            options: of the Hub, as for `XFM.from_pretrained`; the others are those of the constructor, such as `labels`
+                or `decoder_layers`, with which the model was saved.
         """
-        place = local_folder(folder, revision)
+        download = {name: options.pop(name) for name in Download.__annotations__ if name in options}
+        place = local_folder(folder, **download)
         files = checkpoint.load_pretrained_files(place)
         model = cls(files.config, **options)
         result = model._load(files.state, f"model {folder}")

@@ -16,8 +16,10 @@ import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingI
 from torch import Tensor
 
 from xfm_fast.errors import ExportError, XFMError
-from xfm_fast.export.model_repository.ranking import Query, Ranker, Ranking, RankLimits, ServedRuntime
+from xfm_fast.export.model_repository.ranking import Ranker, ServedRuntime
+from xfm_fast.export.request import RankLimits
 from xfm_fast.export.session import Session
+from xfm_fast.tasks.ranking import Query, Ranking
 from xfm_fast.tokenizer import CaptionTokenizer
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.record_files import picture, write_tar
 from xfm_fast.benchmarks.material import photographs
-from xfm_fast.benchmarks.material.photographs import bundled, from_folder
+from xfm_fast.benchmarks.material.photographs import bundled, from_files
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
@@ -67,38 +68,37 @@ RECORDS = [
 ]
 
 
-def _check(folder: Path) -> None:
-    collection = from_folder(folder)
+def _check(folder: Path, table: str = "") -> None:
+    collection = from_files(folder / table)
     assert collection.names == ["a.jpg", "sub/b.png"]
     assert collection.captions == ["a noisy picture", "second caption of a", "another one", "with two captions"]
     assert collection.photo_of == [0, 0, 1, 1]
-    reasons = {what.split(" ")[0]: reason for what, reason in collection.skipped}
+    reasons = dict(collection.skipped)
     assert "empty after cleaning" in reasons["sub/b.png"]
     assert "truncated" in reasons["broken.jpg"]
     assert "does not exist" in reasons["absent.png"]
 
 
-def test_json(folder: Path) -> None:
-    (folder / "captions.json").write_text(json.dumps(RECORDS))
-    _check(folder)
-
-
-def test_jsonl_with_bad_lines(folder: Path) -> None:
-    lines = [json.dumps(record) for record in RECORDS]
-    (folder / "captions.jsonl").write_text("\n".join(["{", "", "[1]", '{"image": 3, "caption": "x"}', *lines]) + "\n")
-    _check(folder)
-    skipped = {what for what, _ in from_folder(folder).skipped}
-    assert {"captions.jsonl line 1", "captions.jsonl line 3", "captions.jsonl line 4"} <= skipped
-
-
-@pytest.mark.parametrize(("name", "separator"), [("captions.csv", ","), ("captions.tsv", "\t")])
-def test_tables(folder: Path, name: str, separator: str) -> None:
-    rows = [("image", "caption")]
-    for record in RECORDS:
-        captions = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
-        rows += [(str(record["image"]), caption) for caption in captions]
-    (folder / name).write_text("\ufeff" + "\n".join(separator.join(row) for row in rows))
-    _check(folder)
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "tsv"])
+def test_a_table_in_the_folder_or_named(folder: Path, form: str) -> None:
+    separator = {"csv": ",", "tsv": "\t"}.get(form)
+    text = json.dumps(RECORDS)
+    if form == "jsonl":
+        lines = ["{", "[1]", '{"image": 3, "caption": "x"}', *map(json.dumps, RECORDS)]
+        text = "\n".join(lines) + "\n"
+    elif separator is not None:
+        rows = [("image", "caption")]
+        for record in RECORDS:
+            captions = record["caption"] if isinstance(record["caption"], list) else [record["caption"]]
+            rows += [(str(record["image"]), caption) for caption in captions]
+        text = "\ufeff" + "\n".join(separator.join(row) for row in rows)
+    table = folder / f"captions.{form}"
+    table.write_text(text)
+    for named in ("", table.name):
+        _check(folder, named)
+    if form == "jsonl":
+        skipped = {what for what, _ in from_files(folder).skipped}
+        assert {f"captions.jsonl#{line}" for line in (1, 2, 3)} <= skipped
 
 
 def test_texts_beside_images(folder: Path) -> None:
@@ -106,29 +106,37 @@ def test_texts_beside_images(folder: Path) -> None:
     (folder / "sub" / "b.txt").write_text("another one\n?!\nwith two captions\n")
     (folder / "broken.txt").write_text("half a file\n")
     _picture(folder / "alone.png")
-    collection = from_folder(folder)
+    collection = from_files(folder)
     assert collection.names == ["a.jpg", "sub/b.png"]
     assert ("alone.png", "has no usable caption") in collection.skipped
 
 
+def test_a_shard(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"0.jpg": picture(0), "0.txt": b"a noisy picture", "1.jpg": picture(1)})
+    collection = from_files(tmp_path / "0.tar")
+    assert collection.captions == ["a noisy picture"]
+    assert collection.skipped == [("0.tar#1", "has no usable caption")]
+
+
 def test_no_more_photographs_than_asked_for(folder: Path) -> None:
     (folder / "captions.json").write_text(json.dumps(RECORDS))
-    collection = from_folder(folder, most=1)
+    collection = from_files(folder, most=1)
     assert collection.names == ["a.jpg"]
-    assert collection.left_unread == 3
+    assert collection.left_unread == 2
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it holds no images"):
-        from_folder(tmp_path)
-    with pytest.raises(DataError, match="not a folder"):
-        from_folder(tmp_path / "absent")
-    (tmp_path / "captions.json").write_text('[{"image": "x.png", "caption": "gone"}]')
+    with pytest.raises(DataError, match="holds no images"):
+        from_files(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
-        from_folder(tmp_path)
+        from_files(tmp_path / "absent")
+    (tmp_path / "a.json").write_text('[{"image": "x.png", "caption": "gone"}]')
+    with pytest.raises(DataError, match=r"nothing in .*x\.png does not exist"):
+        from_files(tmp_path / "a.json")
+    _picture(tmp_path / "a.png")
     (tmp_path / "captions.json").write_text("{")
-    with pytest.raises(DataError, match="not valid JSON"):
-        from_folder(tmp_path)
+    with pytest.raises(DataError, match="JSON"):
+        from_files(tmp_path)
     (tmp_path / "captions.json").write_bytes(b'["\xff"]')
-    with pytest.raises(DataError, match="not UTF-8"):
-        from_folder(tmp_path)
+    with pytest.raises(DataError, match="UTF-8"):
+        from_files(tmp_path)

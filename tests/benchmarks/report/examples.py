@@ -407,6 +407,25 @@ def kernels() -> Document:
     return _document("kernels").model_copy(update={"rows": rows, "model": None, "data": None, "baselines": []})
 
 
+def serve() -> Document:
+    """A service at two numbers of clients, and its soak, which grew."""
+    rows: list[Row] = []
+    for clients, factor in ((1, 1.2), (32, 4.0)):
+        told = record.Clients(
+            clients=clients,
+            requests=96,
+            p50=record.Interval(value=0.02 * clients, low=0.018 * clients, high=0.022 * clients),
+            p99=record.Interval(value=0.05 * clients),
+            failures=0,
+        )
+        name = f"re-rank over HTTP: an image never seen and 16 captions, {clients} clients"
+        rows += pair("serve-new", name, "requests", {"fp32": factor}, reference="one-at-a-time", clients=told)
+    grown = {"work": "serve-soak", "name": "all kinds of requests for 10.0 minutes", "against": []}
+    reason = "memory grew by 99,000,000 bytes"
+    rows.append(rows[0].model_copy(update={**grown, "status": "failed", "reason": reason}))
+    return _document("serve").model_copy(update={"rows": rows, "baselines": []})
+
+
 DOCUMENTS = {
     "suite": suite,
     "scenario": scenarios,
@@ -416,4 +435,5 @@ DOCUMENTS = {
     "train-step": train_step,
     "drop-in": drop_in,
     "kernels": kernels,
+    "serve": serve,
 }

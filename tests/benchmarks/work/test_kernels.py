@@ -17,8 +17,10 @@ from tests.cli.runner import invoke
 from xfm_fast.benchmarks import files, report
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.record import Row
+from xfm_fast.benchmarks.timing import Clocked
 from xfm_fast.benchmarks.work import kernels
-from xfm_fast.benchmarks.work.kernels import Case, cases, measure
+from xfm_fast.benchmarks.work.kernel_cases import Case, cases
+from xfm_fast.benchmarks.work.kernels import measure
 from xfm_fast.kernels import roofline
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,6 +62,94 @@ def test_a_wrong_contender_is_not_timed() -> None:
         assert not rows["broken", direction].seconds
         assert "size" in str(rows["broken", direction].reason)
         assert rows["xfm-fast", direction].seconds
+
+
+class MadeUpTritonError(Exception):
+    """As Triton's own: of no class that PyTorch knows."""
+
+
+def test_an_error_of_any_library_costs_its_own_rows_alone() -> None:
+    def failing(*inputs: torch.Tensor) -> torch.Tensor:
+        raise MadeUpTritonError("out of resource: shared memory")
+
+    kept: list[Row] = []
+    case = dataclasses.replace(SMALL[0], others={"failing": failing}, bounds={}, absent={"Liger": "not installed"})
+    rows = measure(case, CPU, None, add=kept.extend)
+    assert kept == rows
+    found = {(row.contender, row.direction): row for row in rows}
+    for direction in ("forward", "backward"):
+        assert found["failing", direction].status == "failed"
+        assert found["failing", direction].reason == "MadeUpTritonError: out of resource: shared memory"
+        assert found["xfm-fast", direction].seconds
+        assert found["xfm-fast", direction].timed_by == "clock"
+        assert (found["Liger", direction].status, found["Liger", direction].reason) == ("absent", "not installed")
+
+
+def test_rows_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A definition that fails loses its operation; what was measured before and comes after is there."""
+
+    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+        raise MadeUpTritonError("no such instruction")
+
+    few = [dataclasses.replace(SMALL[3], truth=broken), dataclasses.replace(SMALL[3], others={}, bounds={})]
+    monkeypatch.setattr(kernels, "cases", lambda *_, **__: few)
+    seen: list[int] = []
+    document = kernels.run(KernelOptions(small=True), keep=lambda d: seen.append(len(d.rows)))
+    assert seen == [1, 2, 3]
+    assert [row.status for row in document.rows] == ["failed", "measured", "measured"]
+    assert "no such instruction" in str(document.rows[0].reason)
+
+
+class TestGraphReplay:
+    """The way of a call through the clock of a GPU, with streams, events and graphs of a made-up one."""
+
+    @pytest.fixture(autouse=True)
+    def made_up_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Stream:
+            def __init__(self, *_: Any) -> None: ...
+            def wait_stream(self, other: Any) -> None: ...
+            def synchronize(self) -> None: ...
+            def __enter__(self) -> None: ...
+            def __exit__(self, *_: object) -> None: ...
+
+        class Event(Stream):
+            def record(self) -> None: ...
+            def elapsed_time(self, other: Any) -> float:
+                return 0.25
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event())
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+    def test_time_is_that_of_one_run_of_a_graph(self) -> None:
+        calls, recorded = [0], []
+
+        def prepare() -> Any:
+            return lambda: calls.__setitem__(0, calls[0] + 1)
+
+        def recorder(run: Any, runs: int, stream: Any) -> Any:
+            recorded.append(runs)
+            return lambda: [run() for _ in range(runs)]
+
+        clocked = Clocked(prepare, torch.device("cuda"), recorder)
+        assert clocked() == clocked() == [pytest.approx(0.25e-3 / 4)]
+        # A run of 0.25 ms: four of them fill a graph.
+        assert recorded == [4]
+        assert clocked.by == "graph replay"
+        assert clocked.host_s is not None
+        assert clocked.host_s < 0.01
+        assert clocked.reason is None
+
+    def test_work_that_no_graph_holds_is_timed_by_events(self) -> None:
+        def recorder(run: Any, runs: int, stream: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        clocked = Clocked(lambda: lambda: None, torch.device("cuda"), recorder)
+        assert clocked() == [pytest.approx(0.25e-3)]
+        assert clocked.by == "events"
+        assert "not permitted" in str(clocked.reason)
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -126,11 +216,11 @@ def test_results_are_shown_again_and_compared(tmp_path: Path, monkeypatch: pytes
 def test_an_interrupted_run_keeps_whole_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def once(case: Case, device: torch.device, gpu: roofline.GPU | None, *others: Any) -> list[Row]:
+    def once(case: Case, *others: Any) -> list[Row]:
         if done:
             raise KeyboardInterrupt
         done.append(case.name)
-        return measure(case, device, gpu, *others)
+        return measure(case, *others)
 
     monkeypatch.setattr(kernels, "measure", once)
     document = kernels.run(KernelOptions(small=True))

@@ -17,7 +17,7 @@ def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True) -> Any:
     """The module; `record` holds what was asked of it."""
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = version
-    trt.record = {"flags": [], "network": None, "profiles": [], "cache_in": None, "level": None}
+    trt.record = {"flags": [], "network": None, "profiles": [], "cleared": [], "cache_in": None, "level": None}
     trt.float16, trt.bfloat16, trt.float32 = "HALF", "BF16", "FLOAT"
 
     class ILogger:
@@ -50,6 +50,9 @@ def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True) -> Any:
 
         def set_flag(self, flag: str) -> None:
             trt.record["flags"].append(flag)
+
+        def clear_flag(self, flag: str) -> None:
+            trt.record["cleared"].append(flag)
 
         def create_timing_cache(self, content: bytes) -> Cache:
             return Cache(content)
@@ -106,7 +109,7 @@ def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True) -> Any:
             return True
 
     trt.ILogger, trt.IProgressMonitor, trt.Builder, trt.OnnxParser = ILogger, IProgressMonitor, Builder, OnnxParser
-    trt.BuilderFlag = types.SimpleNamespace(VERSION_COMPATIBLE="VERSION_COMPATIBLE")
+    trt.BuilderFlag = types.SimpleNamespace(VERSION_COMPATIBLE="VERSION_COMPATIBLE", TF32="TF32")
     trt.HardwareCompatibilityLevel = types.SimpleNamespace(
         AMPERE_PLUS="AMPERE_PLUS", SAME_COMPUTE_CAPABILITY="SAME_COMPUTE_CAPABILITY"
     )

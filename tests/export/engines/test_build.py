@@ -19,8 +19,11 @@ from xfm_fast.export.engines import library as engine_library
 from xfm_fast.export.engines import messages
 from xfm_fast.export.engines.library import load_library, parse_targets
 from xfm_fast.export.engines.profiles import parse_profiles
+from xfm_fast.export.expected import generated_examples
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import EngineRequest, TensorRTRequest
+from xfm_fast.export.runtimes import tensorrt_engines
+from xfm_fast.export.verification import verify
 from xfm_fast.models.xfm import XFM
 
 TARGETS = (80, 89, 120)
@@ -93,6 +96,67 @@ def test_bf16_engines_of_all_graphs_and_their_manifest(bf16_engines: Path) -> No
         manifest.require_target(library_version=library.version, compute_capability=90)
     # The graphs that were kept are an export of their own.
     assert Manifest.load(bf16_engines / engines.ONNX_FOLDER).kind == "onnx"
+    assert (manifest.status, manifest.graphs_verification) == ("unverified", None), "no examples were given"
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_graphs_behind_engines_are_compared_on_the_cpu(
+    small_model: XFM, tmp_path: Path, quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx()
+    examples = generated_examples(small_model.config)
+
+    def export(folder: Path) -> Manifest:
+        return engines.export_engines(
+            small_model, folder, "tensorrt-rtx", dtype="fp16", sm="89", graphs=("image_memory",), keep_onnx=True,
+            profile=("bulk:batch=1..4",), quantize=quantize, examples=examples,
+        )  # fmt: skip
+
+    monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: None)
+    manifest = export(tmp_path / "good")
+    assert (manifest.status, manifest.verification) == ("graphs verified", None)
+    assert manifest.graphs_verification is not None
+    assert [check.output for check in manifest.graphs_verification.checks] == ["memory"]
+    # What lies beside the engines is what they were built from, 8-bit products included.
+    kept = verify(tmp_path / "good" / engines.ONNX_FOLDER)
+    assert (kept.status, kept.options.get("arithmetic")) == ("verified", quantize)
+
+    def twist(record: Any, path: Path) -> None:
+        onnx = pytest.importorskip("onnx")
+        graph = onnx.load(path)
+        for node in graph.graph.node:
+            for part in node.attribute:
+                # Heads and tokens change places.
+                if part.name == "perm":
+                    part.ints[3], part.ints[4] = part.ints[4], part.ints[3]
+        onnx.save(graph, path)
+
+    if quantize is None:
+        monkeypatch.setattr(engines, "quantising", lambda *_: twist)
+        quantize = "int8"
+        with pytest.raises(ExportError, match="image_memory"):
+            export(tmp_path / "bad")
+
+
+def test_fp32_engines_are_not_rounded_to_tf32(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    trt = tensorrt()
+    engines.build_engine(
+        load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
+    )
+    assert trt.record["cleared"] == ["TF32"]
+    library = rtx()
+    config = library.trt.Builder(engine_library.message_logger(library.trt, [], engines._log)).create_builder_config()
+    library.configure(config, TensorRTRequest(), (89,))
+    assert not config.get_flag(library.trt.BuilderFlag.TF32)
+
+
+def test_a_builder_without_a_network_is_no_traceback(
+    tensorrt: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tensorrt() and load_library("tensorrt")
+    monkeypatch.setattr(library, "create_network", lambda *_, **__: None)
+    with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48 makes no network \(it gives no reason\)"):
+        engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), [])
 
 
 def test_fp16_engines_from_graphs_made_for_everybody(exported_fp16: Path, tmp_path: Path) -> None:
@@ -357,7 +421,7 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
     trt = tensorrt()
     library = load_library("tensorrt")
     options = TensorRTRequest(
-        timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus", plugins=True
+        timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus"
     )
     (tmp_path / "timings").write_bytes(b"earlier")
     targets = library.check(options, "bf16")
@@ -366,11 +430,14 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
     )
     assert built.path.read_bytes() == b"plan of TensorRT"
     assert targets == (89,)
-    assert trt.record["network"] == 1 << 1 | 1 << 3  # strongly typed, plugins compiled ahead of time
+    assert trt.record["network"] == 1 << 1  # strongly typed
     assert trt.record["flags"] == ["VERSION_COMPATIBLE"]
     assert trt.record["level"] == "AMPERE_PLUS"
     assert trt.record["profiles"] == [{"x": ((1, 3), (1, 3), (1, 3))}, {"x": ((1, 3), (1, 3), (8, 3))}]
     assert (tmp_path / "timings").read_bytes() == b"earlier+timed"
+    carrying = TensorRTRequest(plugins=True)
+    engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", carrying, targets, list(one_input()))
+    assert trt.record["network"] == 1 << 1 | 1 << 3  # and plugins compiled ahead of time
 
 
 def test_timings_of_another_machine_are_not_used(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
@@ -399,6 +466,8 @@ def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any
         ("10.14", 75, {}, "SM75 has no bf16"),
         ("10.14", 75, {"hardware_compatible": "ampere_plus"}, "this one is SM75"),
         ("8.6.1", 89, {}, "too old"),
+        ("10.13.3", 89, {}, r"too old, 10\.14 being the first that reads attention; pip install 'tensorrt>=10\.14'"),
+        ("10.14", 89, {"plugins": True, "hardware_compatible": "ampere_plus"}, "this machine alone, SM89"),
     ],
 )
 def test_what_tensorrt_lacks_is_refused(

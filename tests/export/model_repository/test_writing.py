@@ -24,7 +24,6 @@ from xfm_fast.export import manifest as manifests
 from xfm_fast.export.manifest import EngineTarget, Manifest, PackageTarget, ProfileRecord
 from xfm_fast.export.model_repository import repository as writing
 from xfm_fast.export.model_repository.configs import Symbol, render
-from xfm_fast.export.model_repository.ranking import MemoryCache, RankLimits
 from xfm_fast.export.model_repository.repository import (
     RECEIPT_FILE,
     Receipt,
@@ -32,7 +31,9 @@ from xfm_fast.export.model_repository.repository import (
     plan_models,
     write_model_repository,
 )
+from xfm_fast.export.request import RankLimits
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.ranking import MemoryCache
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 CAPTIONS = [

@@ -1,11 +1,13 @@
-"""Collections of images: folders, lists of paths (CSV, JSON, JSON lines), and shards or lines that hold the images."""
+"""Images with captions, wherever they lie: folders, lists of paths (CSV, JSON, line JSON), shards and lines that hold
+the images. `docs/data.md` says the forms; search, benchmarks and exports read them here, training row by row.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,8 +16,8 @@ from PIL import Image, ImageOps
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import RecordSet, open_records
-from xfm_fast.data.tables import LINE_SUFFIXES, PICTURE_SUFFIXES, TABLE_SUFFIXES
-from xfm_fast.data.task_files import captioning_test_rows
+from xfm_fast.data.tables import LINE_SUFFIXES, PICTURE_SUFFIXES, TABLE_SUFFIXES, caption_table, captions_beside
+from xfm_fast.data.task_files import captioning_test_rows, holds_pictures
 from xfm_fast.errors import DataError
 
 _IMAGES = ImageOptions()
@@ -30,14 +32,19 @@ class Entry:
         size: of its file in bytes; -1 where there is none.
         modified: time of the file's last change, in nanoseconds.
         row: where it is one of many in a file, its number.
-        caption: the text that goes with it.
+        captions: the texts that go with it; of images that a file holds, none before it is loaded.
     """
 
     name: str
     size: int
     modified: int
     row: int | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
+
+    @property
+    def caption(self) -> str | None:
+        """The first of its captions."""
+        return self.captions[0] if self.captions else None
 
     @property
     def version(self) -> tuple[str, int, int, int | None]:
@@ -59,8 +66,8 @@ class Collection(Protocol):
         """All images as they are now, in the order of their names or rows."""
         ...
 
-    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
-        """An image as RGB, and its caption. Raises `DataError` when it is broken; may be called by several threads."""
+    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
+        """An image as RGB, and its captions. Raises `DataError` when it is broken; may be called by several threads."""
         ...
 
     def location(self, entry: Entry) -> str:
@@ -72,8 +79,9 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
     """The images of a folder, and of those below it; or of a file that lists or holds them.
 
     Args:
-        path: a folder; a CSV, TSV, JSON or JSON-lines file with `image` and, where there is one, `caption`; JSON lines
-            with `binary` (base64) and `desc`; a WebDataset shard, or a folder of such.
+        path: a folder, with captions in `a.txt` beside `a.jpg` or in a `captions.csv` (`.tsv`, `.jsonl`, `.json`); a
+            CSV, TSV, JSON or JSON-lines file with `image` and, where there is one, `caption`; JSON lines with `binary`
+            (base64) and `desc`; a WebDataset shard, or a folder of such.
         images: folder of the paths in a list; by default that of the file.
 
     Raises:
@@ -89,7 +97,7 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
     suffix = path.suffix.lower()
     if ".tar" in path.suffixes:
         return Records(path, open_records(path))
-    if suffix in LINE_SUFFIXES and _IMAGES.image_key in _first_object(path):
+    if holds_pictures(path):
         return Records(path, open_records(path))
     if suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json"):
         return Table(path, path.parent if images is None else Path(images).expanduser())
@@ -98,7 +106,7 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
 
 
 class Folder:
-    """The images in a folder and below it; what is hidden is left out."""
+    """The images in a folder and below it, with the captions beside them or in a table; what is hidden is left out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -107,17 +115,39 @@ class Folder:
         names = _files(self.path)
         if not names:
             raise DataError(f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it")
-        return Listing([_entry(name, self.path / name) for name in names], {})
+        table = caption_table(self.path)
+        if table is not None:
+            listed, faults = Table(table, self.path).listing()
+            told: dict[str, tuple[str, ...]] = {}
+            for entry in listed:
+                name = os.path.normpath(entry.name)
+                told[name] = told.get(name, ()) + entry.captions
+            faults |= {
+                name: f"image {self.path / name} does not exist; correct {table.name}"
+                for name in told.keys() - map(os.path.normpath, names)
+            }
+            return Listing(
+                [_entry(name, self.path / name, told.get(os.path.normpath(name), ())) for name in names], faults
+            )
+        entries, faults = [], {}
+        for name in names:
+            captions: Iterable[tuple[int, str]] = ()
+            try:
+                captions = captions_beside(self.path / name) or ()
+            except DataError as error:
+                faults[str(Path(name).with_suffix(".txt"))] = str(error)
+            entries.append(_entry(name, self.path / name, tuple(caption for _, caption in captions)))
+        return Listing(entries, faults)
 
-    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
-        return upright(self.path / entry.name), None
+    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
+        return upright(self.path / entry.name), entry.captions
 
     def location(self, entry: Entry) -> str:
         return str(self.path / entry.name)
 
 
 class Table:
-    """The images that a file lists by their paths, each once, with the first of its captions."""
+    """The images that a file lists by their paths, each once, with its captions."""
 
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.images = path, images
@@ -125,19 +155,18 @@ class Table:
     def listing(self) -> Listing:
         entries: dict[str, Entry] = {}
         faults: dict[str, str] = {}
-        for rows in captioning_test_rows(self.path):
+        for rows in captioning_test_rows(self.path, split="all"):
             for row in range(len(rows)):
                 try:
                     record = rows.read(row)
                 except DataError as error:
                     faults[f"{self.path.name}#{rows.label(row)}"] = str(error)
                     continue
-                found = _entry(record.image, self.images / record.image)
-                entries.setdefault(found.name, replace(found, caption=record.caption[0] if record.caption else None))
+                entries.setdefault(record.image, _entry(record.image, self.images / record.image, record.caption or ()))
         return Listing([*entries.values()], faults)
 
-    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
-        return upright(self.images / entry.name), entry.caption
+    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
+        return upright(self.images / entry.name), entry.captions
 
     def location(self, entry: Entry) -> str:
         return str(self.images / entry.name)
@@ -160,14 +189,14 @@ class Records:
                 number += 1
         return Listing(entries, {})
 
-    def load(self, entry: Entry) -> tuple[Image.Image, str | None]:
+    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
         assert entry.row is not None
         if entry.row >= len(self.records):
             raise DataError(f"{entry.name} is no longer there; index the collection again")
         rows, row = self.records.locate(entry.row)
         record = rows.read(row)
         image = upright(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
-        return image, _text(record.get("desc", record.get("caption")))
+        return image, _texts(record.get("desc", record.get("caption")))
 
     def location(self, entry: Entry) -> str:
         return entry.name
@@ -197,26 +226,13 @@ def _files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _entry(name: str, path: Path) -> Entry:
+def _entry(name: str, path: Path, captions: tuple[str, ...]) -> Entry:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return Entry(name, -1, -1)
-    return Entry(name, status.st_size, status.st_mtime_ns)
+        return Entry(name, -1, -1, captions=captions)
+    return Entry(name, status.st_size, status.st_mtime_ns, captions=captions)
 
 
-def _first_object(path: Path) -> Any:
-    """The first line of a file, which decides what the file holds; empty where it is no object."""
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.readline())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _text(value: Any) -> str | None:
-    """A caption, or the first one of several."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    return value if isinstance(value, str) else None
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str))

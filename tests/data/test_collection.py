@@ -1,0 +1,218 @@
+"""Images of folders, lists, lines and shards, each by a name of its own."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.record_files import pairs, picture, write_lines, write_tar
+from tests.search.conftest import photos as photos
+from tests.search.conftest import write_picture
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import check_images
+from xfm_fast.data.checking import Options, check
+from xfm_fast.data.collection import open_collection
+from xfm_fast.data.images import decode_pixels, record_pixels
+from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.records import image_at, open_records
+from xfm_fast.data.task_files import captioning_test_rows, retrieval_rows, retrieval_test_rows
+from xfm_fast.errors import DataError
+
+
+def test_a_folder(photos: Path) -> None:
+    write_picture(photos / ".hidden" / "a.png", 1)
+    (photos / "note.txt").write_text("no image")
+    collection = open_collection(photos)
+    entries, faults = collection.listing()
+    assert [entry.name for entry in entries] == [
+        "0.png", "2.png", "4.png", "6.png", "trip/1.png", "trip/3.png", "trip/5.png"
+    ]  # fmt: skip
+    assert not faults
+    assert entries[4].size == (photos / "trip/1.png").stat().st_size
+    assert collection.load(entries[4])[0].size == (80, 60)
+    assert collection.location(entries[4]) == str(photos / "trip/1.png")
+
+
+def test_photos_stand_upright(tmp_path: Path) -> None:
+    picture_of = Image.new("RGB", (80, 60))
+    exif = picture_of.getexif()
+    exif[0x0112] = 6
+    picture_of.save(tmp_path / "a.jpg", exif=exif)
+    picture_of.save(tmp_path / "b.jpg", exif=b"Exif\0\0damaged")
+    collection = open_collection(tmp_path)
+    assert [collection.load(entry)[0].size for entry in collection.listing().entries] == [(60, 80), (80, 60)]
+
+
+def test_captions_beside_images_and_in_a_table(photos: Path) -> None:
+    (photos / "0.txt").write_text("a red circle\n\n a blue star \n")
+    (photos / "trip/1.txt").write_bytes(b"\xff")
+    collection = open_collection(photos)
+    entries, faults = collection.listing()
+    assert entries[0].captions == collection.load(entries[0])[1] == ("a red circle", "a blue star")
+    assert entries[1].caption is None
+    assert [*faults] == ["trip/1.txt"]
+    assert "is not UTF-8" in faults["trip/1.txt"]
+    (photos / "captions.csv").write_text("image,caption\n./2.png,two\ntrip/3.png,three\n2.png,again\ngone.png,none\n")
+    entries, faults = collection.listing()
+    assert {entry.name: entry.captions for entry in entries if entry.captions} == {
+        "2.png": ("two", "again"), "trip/3.png": ("three",)
+    }  # fmt: skip
+    assert len(entries) == 7
+    assert "gone.png does not exist; correct captions.csv" in faults["gone.png"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
+def test_a_list_of_paths(photos: Path, form: str) -> None:
+    rows = [{"image": "0.png", "caption": "one"}, {"image": "trip/1.png", "caption": "two"}]
+    rows += [{"image": "0.png", "caption": "again"}, {"image": "gone.png", "caption": "three"}]
+    path = photos / f"list.{form}"
+    if form == "csv":
+        path.write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows))
+    else:
+        path.write_text(json.dumps(rows) if form == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    collection = open_collection(path)
+    entries, faults = collection.listing()
+    assert [(entry.name, entry.captions) for entry in entries] == [
+        ("0.png", ("one", "again")), ("trip/1.png", ("two",)), ("gone.png", ("three",))
+    ]  # fmt: skip
+    assert not faults
+    assert collection.load(entries[1])[0].size == (80, 60)
+    with pytest.raises(DataError, match="does not exist"):
+        collection.load(entries[2])
+    elsewhere = photos.parent / "lists"
+    elsewhere.mkdir()
+    moved = path.rename(elsewhere / path.name)
+    assert open_collection(moved, photos).load(entries[1])[0].size == (80, 60)
+
+
+def test_broken_rows_of_a_list(photos: Path) -> None:
+    path = photos / "list.jsonl"
+    write_lines(path, [{"image": "0.png"}, {"caption": "of nothing"}, "{cut"])
+    entries, faults = open_collection(path).listing()
+    assert [entry.name for entry in entries] == ["0.png"]
+    assert [*faults] == ["list.jsonl#2", "list.jsonl#3"]
+
+
+def test_official_lines_and_shards(tmp_path: Path) -> None:
+    lines = open_collection(write_lines(tmp_path / "pairs.jsonl", pairs(3)))
+    entries, _ = lines.listing()
+    assert [entry.name for entry in entries] == ["pairs.jsonl#1", "pairs.jsonl#2", "pairs.jsonl#3"]
+    image, caption = lines.load(entries[2])
+    assert (image.size, caption) == ((40, 30), ("picture number 2 of a cat",))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        members = {f"{shard}{row}.{form}": content for row in range(2) for form, content in sample(row).items()}
+        write_tar(folder / f"{shard}.tar", members)
+    for place, names in ((folder / "1.tar", ["1.tar#10", "1.tar#11"]), (folder, ["0.tar#00", "0.tar#01", "1.tar#10"])):
+        shards = open_collection(place)
+        entries, _ = shards.listing()
+        assert [entry.name for entry in entries][: len(names)] == names
+        assert shards.load(entries[-1])[1] == ("row 1",)
+
+
+def sample(row: int) -> dict[str, bytes]:
+    return {"jpg": picture(row), "txt": f"row {row}".encode()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere", None, "nowhere does not exist"),
+        ("a.parquet", b"PAR1", "neither a folder of images nor a file of one of"),
+        ("a.csv", b"picture\na.png\n", "has no column 'image'"),
+        ("empty", "folder", "empty holds no images"),
+    ],
+)
+def test_what_is_no_collection(tmp_path: Path, name: str, content: bytes | str | None, message: str) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.mkdir()
+    with pytest.raises(DataError, match=message):
+        open_collection(path).listing()
+
+
+def written(folder: Path, form: str) -> Path:
+    """Two images, of which the second has two captions, in one of the four forms that are read everywhere."""
+    names = ("a", "b")
+    said = {"a": ["a red circle"], "b": ["a blue star", "a star"]}
+    if form == "lines":
+        rows = [{"binary": base64.b64encode(picture(n)).decode(), "desc": said[name]} for n, name in enumerate(names)]
+        return write_lines(folder / "pairs.jsonl", rows)
+    if form == "shard":
+        members = {f"{name}.jpg": picture(number) for number, name in enumerate(names)}
+        members |= {f"{name}.json": json.dumps({"desc": said[name]}).encode() for name in names}
+        return write_tar(folder / "0.tar", dict(sorted(members.items())))
+    for number, name in enumerate(names):
+        (folder / f"{name}.jpg").write_bytes(picture(number))
+    if form == "folder":
+        for name in names:
+            (folder / f"{name}.txt").write_text("\n".join(said[name]) + "\n")
+        return folder
+    table = folder / ("captions.csv" if form == "folder of a table" else "pairs.csv")
+    table.write_text("image,caption\n" + "".join(f"{name}.jpg,{each}\n" for name in names for each in said[name]))
+    return table if form == "table" else folder
+
+
+@pytest.mark.parametrize("form", ["lines", "shard", "folder", "table", "folder of a table"])
+def test_one_convention_everywhere(form: str, tmp_path: Path) -> None:
+    place = written(tmp_path, form)
+    pixels = [decode_pixels(picture(number)) for number in range(2)]
+    # Search, benchmarks and exports.
+    collection = open_collection(place)
+    loaded = [collection.load(entry) for entry in collection.listing().entries]
+    assert [captions for _, captions in loaded] == [("a red circle",), ("a blue star", "a star")]
+    # Pretraining.
+    records = open_records(place, image_key="binary", caption_key="desc")
+    assert len(records) == 2
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        rows, row = records.locate(number)
+        record = rows.read(row)
+        assert torch.equal(record_pixels(record, ImageOptions(), rng), pixels[number])
+        said = record["desc"]
+        assert [said] if isinstance(said, str) else said == [["a red circle"], ["a blue star", "a star"]][number]
+    report = check(place, "pairs", Options(XFMConfig.preset("tiny")))
+    assert (report.rows, report.broken) == (2, 0)
+    # Fine-tuning, and its evaluation.
+    tests = [record for rows in captioning_test_rows(place) for record in rows.records()]
+    assert [record.caption for record in tests] == [("a red circle",), ("a blue star", "a star")]
+    check_images(tests, tmp_path)
+    for number, record in enumerate(tests):
+        assert torch.equal(decode_pixels(image_at(tmp_path / record.image)), pixels[number])
+    texts = [text for rows in retrieval_test_rows(place) for record in rows.records() for text in record.caption]
+    assert texts == ["a red circle", "a blue star", "a star"]
+    trained = [record for rows in retrieval_rows(place) for record in rows.records()]
+    assert [record.caption for record in trained] == texts
+    assert trained[1].image_id == trained[2].image_id != trained[0].image_id
+
+
+def test_images_in_rows(tmp_path: Path) -> None:
+    place = written(tmp_path, "shard")
+    with pytest.raises(DataError, match=r"the file has 2 rows"):
+        image_at(tmp_path / "0.tar#7")
+    with pytest.raises(DataError, match=r"1 of 2 images do not exist .*gone\.tar#0"):
+        check_images([f"{place}#0", "gone.tar#0"], tmp_path)
+    # A file of such a name is a file.
+    (tmp_path / "b.tar#0").write_bytes(picture(5))
+    assert image_at(tmp_path / "b.tar#0") == tmp_path / "b.tar#0"
+
+
+def test_broken_rows_of_a_table_in_pretraining(tmp_path: Path) -> None:
+    table = written(tmp_path, "table")
+    table.write_text(table.read_text() + "a.jpg\n,nothing\n")
+    (rows,) = open_records(table).files
+    assert len(rows) == 4
+    assert [rows.label(row) for row in range(4)] == [2, 3, 5, 6]
+    for row, message in ((2, "has 1 columns and the header 2"), (3, "expected the path of an image")):
+        with pytest.raises(DataError, match=message):
+            rows.read(row)
+    assert b"a.jpg" in rows.raw(0)

@@ -1,0 +1,67 @@
+"""An export behind the HTTP service answers as the model does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xfm_fast.errors import DataError, ExportError, InputError
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tokenizer import CaptionTokenizer
+
+pytest.importorskip("starlette", reason="the extra 'serve'")
+pytest.importorskip("onnxruntime")
+
+from tests.serve.conftest import image, photo, running
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
+
+CAPTIONS = ["a red circle", "two blue squares", "a green triangle"]
+
+
+@pytest.fixture(scope="module")
+def words(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("words") / "tokenizer.json"
+    CaptionTokenizer.train_on_texts(CAPTIONS, small_model.config.vocab_size).save(path)
+    return path
+
+
+def test_an_export_is_served(exported_fp32: Path, small_model: XFM, words: Path, tmp_path: Path) -> None:
+    served = load(exported_fp32, SourceOptions(tokenizer=words, device="cpu", name="small"), 1 << 24)
+    assert (served.name, served.random, served.heads) == ("small", False, ("contrastive", "matching"))
+    (tmp_path / "1.png").write_bytes(photo(1))
+    with running(Service(served, ServiceOptions(port=0))) as service:
+        asked = {"query": image(1), "documents": CAPTIONS, "model": "small"}
+        answers = [service.post("/v1/rerank", asked).json for _ in range(2)]
+        embedded = service.post("/v1/embeddings", {"input": [*CAPTIONS, image(1)]}).json
+    model = XFM(small_model.config, heads=small_model.heads).eval()
+    model.load_state_dict(small_model.state_dict())
+    model.load_tokenizer(str(words), tmp_path)
+    expected = model.match(tmp_path / "1.png", CAPTIONS).tolist()
+    for answer in answers:
+        found = {each["index"]: each["relevance_score"] for each in answer["results"]}
+        np.testing.assert_allclose([found[place] for place in range(3)], expected, rtol=0, atol=1e-4)
+    rows = [each["embedding"] for each in embedded["data"]]
+    features = [*model.encode(CAPTIONS).tolist(), model.encode(tmp_path / "1.png").tolist()]
+    np.testing.assert_allclose(rows, features, rtol=0, atol=1e-4)
+
+
+def test_exports_that_cannot_be_served(exported_fp32: Path, words: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no tokenizer\.json to read texts with"):
+        load(exported_fp32, SourceOptions(device="cpu"), 0)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="is no readable tokenizer"):
+        load(exported_fp32, SourceOptions(device="cpu", tokenizer=tmp_path / "tokenizer.json"), 0)
+    manifest = Manifest.load(exported_fp32)
+    part = Path(shutil.copytree(exported_fp32, tmp_path / "part"))
+    kept = [graph for graph in manifest.graphs if graph.name == "vision"]
+    manifest.model_copy(update={"graphs": kept}).save(part)
+    with pytest.raises(ExportError, match="lacks text, image_memory, fusion; export them"):
+        load(part, SourceOptions(device="cpu", tokenizer=words), 0)
+    other = Path(shutil.copytree(exported_fp32, tmp_path / "other"))
+    manifest.model_copy(update={"tokenizer_sha256": "0" * 64}).save(other)
+    with pytest.raises(InputError, match="give the one that the model was trained with"):
+        load(other, SourceOptions(device="cpu", tokenizer=words), 0)

@@ -1,0 +1,101 @@
+"""The Triton tests exist twice, interpreted and compiled; the way to a GPU and back is proved without one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.triton_testing import INTERPRETED, Carried, compiled_kernels, compiling_environment
+
+from tests.kernels import test_triton_relpos as relpos  # isort: skip
+from tests.kernels.test_operators import CASES
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.triton import gelu, relpos_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+# Half precision is there to be tested where the hardware computes it.
+LEAST = {"test_triton_relpos": 40, "test_triton_varlen": 40, "test_triton_norm": 40, "test_triton_operators": 8}
+
+
+def test_tests_of_a_gpu_are_collected_on_any_machine(tmp_path: Path) -> None:
+    """Also on one that has PyTorch and Triton, and nothing that configurations of models need."""
+    (tmp_path / "pydantic.py").write_text("raise ImportError('pydantic must not be needed here')\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n0"]
+    modules = sorted(path.stem for path in Path(__file__).parent.glob("test_triton_*.py"))
+    files = [*(f"tests/kernels/{module}.py" for module in modules), "tests/kernels/test_gpu.py"]
+    environment = compiling_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed = [line for line in done.stdout.splitlines() if "::" in line]
+    for module in modules:
+        own = [line for line in listed if f"/{module}.py::" in line]
+        assert len(own) >= LEAST.get(module, 1), f"{module}: {len(own)}"
+        assert all("compiled" in line for line in own)
+    assert any(re.search(r"compiled.*bf16|bf16.*compiled|dtype\d", line) for line in listed)
+    # The model, the device guard: what is no test of a single kernel.
+    for name in ("whole_model", "equal_bits", "other_gpu", "golden"):
+        assert any(name in line for line in listed), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, where the tests themselves are carried")
+class TestCarrying:
+    @pytest.mark.parametrize(
+        "layout", ["fused", "heads first", "tokens first", "head dimension strided, gradient expanded"]
+    )
+    def test_strides_and_results(self, layout: str) -> None:
+        arguments = relpos.inputs((3, 5), 2, 2, 32, torch.float16, layout)
+        expected = relpos.run(relpos_attention, arguments, (3, 5), 0.2)
+        seen: list[tuple[int, ...]] = []
+        with compiled_kernels(CPU), pytest.MonkeyPatch.context() as patch:
+            inner = relpos_attention.relpos_attention_forward
+            assert isinstance(inner, Carried)
+            function = inner.function
+
+            def forward(q: torch.Tensor, *rest: object) -> object:
+                assert q.data_ptr() != arguments[0].data_ptr(), "the argument was not carried"
+                seen.append(q.stride())
+                return function(q, *rest)
+
+            patch.setattr(inner, "function", forward)
+            found = relpos.run(relpos_attention, arguments, (3, 5), 0.2)
+        assert seen == [arguments[0].stride()]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_arguments_are_written_into(self) -> None:
+        y, bias = torch.randn(5, 40), torch.randn(40)
+        expected = gelu.bias_gelu_forward(y, bias)
+        with compiled_kernels(CPU):
+            out = gelu.bias_gelu_forward(y, bias, overwrite=True)
+        assert out.data_ptr() == y.data_ptr()
+        assert torch.equal(y, expected)
+
+    @pytest.mark.parametrize("case", ["relpos", "varlen", "post-norm", "cross-entropy"])
+    def test_operations_reach_the_launchers(self, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a GPU: CPU tensors, no interpreter that the backend would know of."""
+        function, inputs = CASES[case]
+        arguments = inputs(width=32) if case in ("relpos", "varlen") else inputs()
+        with ops.use_backend("triton"):
+            expected = function(*arguments)
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with ops.use_backend("triton"), pytest.raises(ValueError, match="needs a CUDA GPU"):
+            function(*arguments)
+        with compiled_kernels(CPU), ops.use_backend("triton"):
+            found = function(*arguments)
+            torch.autograd.grad(found.sum(), arguments[0])
+        assert torch.equal(found, expected)
+
+
+def test_launchers_are_themselves_again_afterwards() -> None:
+    before = relpos_attention.relpos_attention_forward
+    with compiled_kernels(CPU):
+        assert relpos_attention.relpos_attention_forward is not before
+    assert relpos_attention.relpos_attention_forward is before

@@ -1,0 +1,185 @@
+"""What only a whole GPU shows: the model in bf16 against fp64, equal bits, other devices than the current one.
+
+What needs no GPU to run is run on the CPU too, so that these tests are known to be right before a GPU meets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.accuracy import assert_accurate
+from tests.kernels.test_operators import OFFSETS_K, OFFSETS_Q, WINDOW, relpos_inputs, varlen_inputs
+from xfm_fast.kernels import ops
+
+if TYPE_CHECKING:
+    from xfm_fast import XFM
+
+on_gpu = pytest.mark.gpu
+REPEATS = 20
+
+
+def model_of(device: str, dtype: torch.dtype) -> XFM:
+    """Two layers of each encoder, with heads of 64 as in the real models, on the same weights everywhere."""
+    from xfm_fast import XFM, XFMConfig
+
+    torch.manual_seed(0)
+    config = XFMConfig.preset("tiny", vision_depth=2, text_layers=2, fusion_layers=2, vocab_size=64, image_size=64)
+    config = config.replace(vision_width=128, vision_heads=2, text_width=128, text_heads=2)
+    model = XFM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                parameter.normal_(std=0.2)
+        # The truth starts from what 16 bits hold.
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model.to(device, dtype)
+
+
+def results(model: XFM, backend: ops.Backend = "auto") -> dict[str, Tensor]:
+    """Embeddings, scores and gradients of a few pairs, on the CPU."""
+    draw = torch.Generator().manual_seed(1)
+    size = model.config.image_size
+    pixels = torch.randn(3, 3, size, size, generator=draw).bfloat16().to(model.device, model.dtype)
+    ids = torch.tensor([[0, 9, 33, 7, 2], [0, 7, 2, 1, 1], [0, 50, 41, 2, 1], [0, 5, 6, 2, 1]], device=model.device)
+    mask, of = ids != 1, torch.tensor([1, 0, 2, 1], device=model.device)
+    model.zero_grad()
+    with ops.use_backend(backend):
+        images = model.encode_image(pixels)
+        texts = model.encode_text(ids, mask)
+        fused = model.fuse(texts, mask, model.image_memory(images), of)
+        logits = model.match_logits(fused)
+        logits.float().logsumexp(1).sum().backward()
+    found = {"images": images, "texts": texts[mask], "fused": fused[mask], "logits": logits}
+    table = model.get_parameter("vision_encoder.blocks.1.attn.relative_position_bias_table").grad
+    weight = model.get_parameter("fusion_encoder.roberta.encoder.layer.1.attention.self.query.weight").grad
+    assert table is not None
+    assert weight is not None
+    found |= {"gradient of a table": table, "gradient of a weight": weight}
+    return {name: value.detach().cpu() for name, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        pytest.param("cuda", torch.bfloat16, marks=on_gpu),
+        pytest.param("cuda", torch.float16, marks=on_gpu),
+        pytest.param("cuda", torch.float32, marks=on_gpu),
+    ],
+)
+def test_the_whole_model_against_fp64(device: str, dtype: torch.dtype) -> None:
+    truth = results(model_of("cpu", torch.float64), "reference")
+    plain = results(model_of(device, dtype), "reference")
+    found = results(model_of(device, dtype))
+    for name, value in found.items():
+        assert_accurate(value, [plain[name]], truth[name], name)
+
+
+def _relpos(device: str, dtype: torch.dtype) -> list[Tensor]:
+    arguments = [t.to(device).detach().requires_grad_() for t in relpos_inputs(dtype, width=64)]
+    return [ops.relpos_attention(*arguments, WINDOW), *arguments]  # pyright: ignore[reportCallIssue]
+
+
+def _varlen(device: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    arguments = [t.to(device).detach().requires_grad_() for t in varlen_inputs(dtype, width=64)]
+    offsets = OFFSETS_Q.to(device), OFFSETS_K.to(device)
+    if "dropout_p" in options:
+        options["seed"] = torch.tensor([7], device=device)
+    return [ops.varlen_attention(*arguments, *offsets, 12, 11, **options), *arguments]  # pyright: ignore[reportCallIssue]
+
+
+def _shaped(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[..., list[Tensor]]:
+    def run(device: str, dtype: torch.dtype) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(2)
+        arguments = [torch.randn(s, generator=draw).to(device, dtype).requires_grad_() for s in shapes]
+        out = function(*arguments)
+        return [out[0] if isinstance(out, tuple) else out, *arguments]
+
+    return run
+
+
+OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {
+    "relpos": _relpos,
+    "varlen": _varlen,
+    "varlen with dropout": lambda *where: _varlen(*where, dropout_p=0.2),
+    "add_layer_norm": _shaped(
+        lambda x, residual, weight, bias: ops.add_layer_norm(x, residual, weight, bias, 1e-5),
+        (111, 768),
+        (111, 768),
+        (768,),
+        (768,),
+    ),
+    "linear_gelu": _shaped(ops.linear_gelu, (111, 64), (256, 64), (256,)),
+    "cross-entropy": _shaped(
+        lambda h, w, b: ops.linear_cross_entropy(h, w, b, torch.arange(63, device=h.device)),
+        (63, 64),
+        (300, 64),
+        (300,),
+    ),
+}
+each_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+@each_operation
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float32), pytest.param("cuda", torch.bfloat16, marks=on_gpu)]
+)
+def test_equal_bits_every_time(operation: str, device: str, dtype: torch.dtype) -> None:
+    def once() -> list[Tensor]:
+        out, *arguments = OPERATIONS[operation](device, dtype)
+        return [out.detach(), *torch.autograd.grad(out, arguments, torch.ones_like(out))]
+
+    first = once()
+    for _ in range(REPEATS - 1 if device == "cuda" else 2):
+        for ours, theirs in zip(once(), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@on_gpu
+@each_operation
+def test_tensors_of_another_gpu_than_the_current_one(operation: str) -> None:
+    """As `device_map="auto"` lays models out: the launch must be on the GPU that has the tensors."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    expected = OPERATIONS[operation]("cuda:0", torch.bfloat16)[0]
+    with torch.cuda.device(0):
+        out, *arguments = OPERATIONS[operation]("cuda:1", torch.bfloat16)
+        gradients = torch.autograd.grad(out, arguments, torch.ones_like(out))
+        assert torch.cuda.current_device() == 0
+    assert out.device == torch.device("cuda:1")
+    assert torch.equal(out.cpu(), expected.cpu())
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@on_gpu
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_golden_outputs_of_the_base_model(dtype: torch.dtype) -> None:
+    """The base model on the kernels against the outputs of the official code that are kept."""
+    from tests.agreement import tensors
+    from tests.conftest import base_inputs, base_state
+    from tests.models.test_base_golden import build
+
+    golden, inputs = tensors("base/outputs"), base_inputs()
+    state = base_state()
+    plain_model, model = (build(state, dtype).to("cuda") for _ in range(2))
+
+    def computed(model: XFM, backend: ops.Backend) -> Tensor:
+        with ops.use_backend(backend):
+            return model.encode_image(inputs["image_224"].to("cuda", dtype)).float().cpu()
+
+    kept = [name for name in golden if name.startswith("image_embeds_224")]
+    assert kept, sorted(golden)[:20]
+    truth = golden[kept[0]]
+    part = tuple(slice(0, size) for size in truth.shape)
+    plain, found = computed(plain_model, "reference")[part], computed(model, "auto")[part]
+    scale = float(truth.abs().max())
+    error, own = (float((x.double() - truth).abs().max()) / scale for x in (found, plain))
+    assert error <= 2 * own + torch.finfo(dtype).eps

@@ -1,0 +1,77 @@
+"""Every launch of the model, specialised and compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.kernels.triton_testing import HAS_TRITON, compiling_environment
+
+if not HAS_TRITON:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+# Waits of a well pipelined loop for each product of four or more; serialised products have one each.
+MOST_WAITS = 0.35
+# With a head of two pieces, products are half as long and their waits as many.
+MOST_WAITS_OF_PIECES = 0.5
+ALL = (
+    "relpos", "relpos, one head", *(f"relpos, {d}" for d in (32, 80, 96, 128)),
+    "varlen", "varlen, short", "varlen, one sequence", "varlen, dropout", "varlen, masked", "varlen, short, dropout",
+    "varlen, short, masked", *(f"varlen, {d}" for d in (32, 80, 96, 128)),
+    "norms", "norms, scaled", "embedding", "activation", "vocabulary",
+)  # fmt: skip
+
+
+def launches(*cases: str, arch: int = 90, count: bool = False) -> list[dict[str, Any]]:
+    """What `tests.kernels.launches` prints."""
+    command = [sys.executable, "-m", "tests.kernels.launches", *cases, "--arch", str(arch), *["--count"] * count]
+    done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(found: list[dict[str, Any]], most_waits: float) -> None:
+    for row in found:
+        assert not row["stack_bytes"], f"{row['kernel']} spills {row['stack_bytes']} B"
+        assert not row["serialised"], f"{row['kernel']}: ptxas serialises its products ({row['serialised']})"
+        assert row["waits"] <= most_waits * row["hgmma"], f"{row['kernel']}: {row['waits']} waits, {row['hgmma']} HGMMA"
+
+
+def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:
+    """One head, of one image: what is 1 becomes a constant, whose methods are not those of a number in a kernel."""
+    found = launches("relpos, one head")
+    assert {row["kernel"].split(".")[1] for row in found} == {
+        "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel", "dbias_kernel",
+        "table_gradient_kernel",
+    }  # fmt: skip
+    check(found, MOST_WAITS)
+    for row in found:
+        if row["hgmma"]:
+            assert not row["loop_stores_to_shared"], f"{row['kernel']}: a tile is not copied ahead of its use"
+
+
+def test_batches_of_captions_share_compilations() -> None:
+    (counted,) = launches("captions", count=True)
+    assert len(counted) > 10
+    # Sums of one, two and five gradients of parameters are forms of their own; of every other kernel there are two:
+    # with and without a residual, for few tokens and for many.
+    assert counted.pop("rows.ordered_sum_kernel") <= 3
+    assert {kernel: n for kernel, n in counted.items() if n > 2} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL)
+def test_every_launch_compiles_for_hopper(case: str) -> None:
+    pieces = case.endswith((" 80", " 96"))
+    check(launches(case), MOST_WAITS_OF_PIECES if pieces else MOST_WAITS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 100, 120])
+def test_every_launch_of_the_model_compiles_for(arch: int) -> None:
+    found = launches("relpos", "varlen", "varlen, short", "norms", "embedding", "activation", "vocabulary", arch=arch)
+    assert not [row for row in found if row["stack_bytes"]]

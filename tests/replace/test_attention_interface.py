@@ -1,0 +1,176 @@
+"""`attn_implementation="xfm_fast"` in models of transformers with random weights, against their own eager attention."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers.masking_utils", reason="this version has no attention interface")
+
+import xfm_fast  # noqa: E402
+from tests.agreement import relative_error  # noqa: E402
+from tests.replace.text_models import batch, make  # noqa: E402
+from xfm_fast.errors import UnavailableError  # noqa: E402
+from xfm_fast.kernels import ops  # noqa: E402
+from xfm_fast.replace import attention_interface  # noqa: E402
+
+SIZES: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 30,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "drop_path_rate": 0.0,
+}
+BIASED: dict[str, tuple[str, dict[str, Any]]] = {
+    "BEiT": ("Beit", {"use_relative_position_bias": True}),
+    "BEiT with a shared bias": ("Beit", {"use_shared_relative_position_bias": True}),
+    "BEiT with both": ("Beit", {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}),
+    "Data2Vec": ("Data2VecVision", {"use_relative_position_bias": True}),
+    "Data2Vec with a shared bias": ("Data2VecVision", {"use_shared_relative_position_bias": True}),
+    "Swin": ("Swin", {"embed_dim": 12, "depths": [2], "num_heads": [3], "window_size": 2}),
+}
+
+
+def pair(kind: str, changes: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    """A model with eager attention, and one with ours and the same weights."""
+    name = xfm_fast.register_attention()
+    sizes = SIZES if kind != "Swin" else {k: v for k, v in SIZES.items() if "hidden_size" not in k and "num_" not in k}
+    config = getattr(transformers, f"{kind}Config")(**sizes | changes)
+    family = getattr(transformers, f"{kind}Model")
+    made = [family._from_config(copy.deepcopy(config), attn_implementation=which) for which in ("eager", name)]
+    model, fast = (m.to(dtype).train() for m in made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    fast.load_state_dict(model.state_dict())
+    return model, fast
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the biases that reached the operation."""
+    seen: list[tuple[int, ...]] = []
+    original = ops.bias_attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(bias.shape))
+        return original(q, k, v, bias, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "bias_attention", counted)
+    return seen
+
+
+def agree(model: Any, fast: Any, given: dict[str, Tensor], bound: float, keep: Tensor | None = None) -> None:
+    results = []
+    for m in (model, fast):
+        m.zero_grad()
+        states = m(**given).last_hidden_state
+        states = states if keep is None else states[keep]
+        torch.manual_seed(3)
+        (states * torch.randn_like(states)).sum().backward()
+        results.append((states.detach(), {n: p.grad for n, p in m.named_parameters() if p.grad is not None}))
+    (wanted, gradients), (found, found_gradients) = results
+    assert relative_error(found, wanted) < bound
+    assert gradients.keys() == found_gradients.keys()
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        assert (found_gradients[name] - gradient).abs().max() <= bound * max(largest, 1.0), name
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_models_with_a_position_bias(case: str, calls: list[tuple[int, ...]]) -> None:
+    model, fast = pair(*BIASED[case])
+    # Eager attention computes its softmax in fp32, whatever the type.
+    agree(model, fast, {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}, 1e-5)
+    assert len(calls) == 2
+    assert all(len(shape) == 4 for shape in calls)
+
+
+def test_half_precision_and_autocast(calls: list[tuple[int, ...]]) -> None:
+    model, fast = pair(*BIASED["BEiT"], dtype=torch.float32)
+    pixels = torch.randn(2, 3, 16, 16)
+    exact = model(pixels).last_hidden_state
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(fast(pixels).last_hidden_state, exact.detach()) < 0.05
+    half = fast.to(torch.bfloat16)(pixels.bfloat16()).last_hidden_state
+    assert half.dtype == torch.bfloat16
+    assert relative_error(half, exact.detach()) < 0.05
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("form", ["padding", "numbers", "one for all heads"])
+def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]]) -> None:
+    name = xfm_fast.register_attention()
+    model = make("BertModel", attention="eager")
+    fast = copy.deepcopy(model)
+    fast.set_attn_implementation(name)
+    given = batch("left")
+    keep = given["attention_mask"].bool()
+    if form != "padding":
+        numbers = torch.zeros(keep.shape, dtype=torch.float64)
+        numbers = numbers.masked_fill(~keep, torch.finfo(torch.float64).min)[:, None, None, :]
+        given["attention_mask"] = numbers if form == "numbers" else numbers.expand(-1, 1, keep.shape[1], -1)
+    agree(model, fast, given, 1e-5, keep)
+    assert len(calls) == (0 if form == "padding" else 2)
+
+
+def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
+    """As T5 calls it: the bias of position apart, and padding `[B, N]` or numbers."""
+    q, k, v = torch.randn(3, 2, 3, 5, 8).unbind(0)
+    bias, module = torch.randn(1, 3, 5, 5), nn.Module()
+    module.is_causal = False
+    keep = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    numbers = torch.zeros(2, 1, 1, 5).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
+    scores = q @ k.mT * 8**-0.5 + bias
+    for mask in (None, keep, numbers):
+        hidden = scores if mask is None else scores + numbers
+        out, _ = attention_interface.attention(module, q, k, v, mask, position_bias=bias)
+        torch.testing.assert_close(out.transpose(1, 2), hidden.softmax(-1) @ v)
+    assert len(calls) == 3
+    module.is_causal = True
+    out, _ = attention_interface.attention(module, q, k, v, None, position_bias=bias)
+    causal = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(out.transpose(1, 2), causal.softmax(-1) @ v)
+    assert len(calls) == 3
+
+
+def test_dropout() -> None:
+    model, fast = pair("Beit", {"use_relative_position_bias": True, "attention_probs_dropout_prob": 0.3})
+    pixels = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first, second = fast(pixels).last_hidden_state, fast(pixels).last_hidden_state
+        torch.manual_seed(0)
+        assert torch.equal(fast(pixels).last_hidden_state, first)
+        assert not torch.equal(first, second)
+        assert relative_error(fast.eval()(pixels).last_hidden_state, model.eval()(pixels).last_hidden_state) < 1e-5
+    q, k, v = torch.randn(3, 1, 2, 6, 8).unbind(0)
+    given: Any = (nn.Module(), q, k, v, torch.randn(1, 2, 6, 6))
+    mean = torch.stack([attention_interface.attention(*given, dropout=0.3)[0] for _ in range(300)]).mean(0)
+    assert (mean - attention_interface.attention(*given)[0]).abs().mean() < 0.1
+
+
+def test_a_version_without_the_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Callable[..., Any] = builtins.__import__
+
+    def older(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "transformers.masking_utils":
+            raise ImportError("No module named 'transformers.masking_utils'")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "transformers.masking_utils", raising=False)
+    monkeypatch.setattr(builtins, "__import__", older)
+    with pytest.raises(UnavailableError, match=r"pip install 'transformers>=4\.53'"):
+        xfm_fast.register_attention()

@@ -1,0 +1,332 @@
+"""Bad requests get a sentence with a 4xx, and the service goes on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.serve.conftest import Running, Start, data_url, image, photo
+from xfm_fast.serve.model import Found, Work
+
+GOOD = {"query": "a red circle", "documents": ["a blue square"]}
+
+
+def still_good(service: Running) -> None:
+    assert service.post("/v1/rerank", GOOD).status == 200
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG whose header says more pixels than there are."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def with_image(value: str) -> dict[str, Any]:
+    return {"query": "a red circle", "documents": [{"image": value}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"{", 400, "the body is no JSON"),
+        (b"", 400, "the body is no JSON"),
+        (b"\xff\xfe{}", 400, "the body is no JSON"),
+        (b"[]", 400, "the body is a list; send an object"),
+        (b'{"query": ' + b"[" * 100_000, 400, "nested more than 64 deep"),
+        (b'{"query": "\\ud800", "documents": ["a"]}', 400, "half of a surrogate pair"),
+        ({"documents": ["a"]}, 422, "query: is missing; add it"),
+        ({"query": "a"}, 422, "documents: is missing; add it"),
+        ({"query": "a", "documents": []}, 422, "documents: give at least 1"),
+        ({"query": "a", "documents": "b"}, 422, "documents: give a list"),
+        ({"query": "a", "documents": ["b", 3]}, 422, "documents[1]"),
+        ({"query": "a", "documents": [{}]}, 422, 'documents[0]: give either {"text"'),
+        ({"query": "a", "documents": [{"text": "a", "image": "b"}]}, 422, "documents[0]: give either"),
+        ({"query": "a", "documents": ["b"], "top_n": 0}, 422, "top_n: use at least 1"),
+        ({"query": "a", "documents": ["b"] * 41}, 422, "documents holds 41 items; give at most 40"),
+        ({"query": "a" * 2001, "documents": ["b"]}, 422, "query has 2,001 characters, over the limit of 2,000"),
+        ({"query": "?!", "documents": ["b"]}, 422, "query: caption '?!' is empty after cleaning"),
+        ({"query": "a", "documents": ["b", ""]}, 422, "documents[1]: caption '' is empty"),
+        ({"query": "a", "documents": ["b"], "model": "gpt-4"}, 404, "'gpt-4' is not served here; ask for 'tiny-xfm'"),
+        ({"query": "a", "documents": ["b", image(1)]}, 422, "send two requests"),
+        (with_image("data:image/png;base64"), 422, "documents[0] is a data URL without a comma"),
+        (with_image("data:image/png,abc"), 422, "documents[0] is a data URL without base64"),
+        (with_image("data:text/plain;base64,aGVsbG8="), 422, "is a data URL of type 'text/plain'"),
+        (with_image("data:image/png;base64,%%%"), 422, "(3 characters, beginning with '%%%') is no base64"),
+        (with_image("data:image/png;base64,aGVsbG8"), 422, "is no base64"),
+        (with_image("data:image/png;base64,"), 422, "documents[0] is empty"),
+        (with_image("no base64 at all"), 422, "is no base64"),
+        (with_image("böse"), 422, "is no base64"),
+        (with_image(data_url(b"a text file as an image")), 422, "is no JPEG, PNG or WebP"),
+        (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 422, "is no JPEG, PNG or WebP"),
+        (with_image(data_url(photo(1)[:200])), 422, "documents[0]"),
+        (with_image(data_url(b"\xff\xd8\xff and no photograph")), 422, "documents[0]"),
+        (with_image(data_url(huge_png(60_000, 60_000))), 413, "is refused: Image size (3600000000 pixels)"),
+        (with_image(data_url(huge_png(500, 500))), 413, "is 500x500 = 250,000 pixels, over the limit of 200,000"),
+        (with_image(data_url(huge_png(400, 400))), 422, "documents[0]"),
+        (with_image("http://169.254.169.254/latest/meta-data"), 422, "start the service with --allow-urls"),
+        (with_image("file:///etc/passwd"), 422, "is no base64"),
+    ],
+)  # fmt: skip
+def test_rerank_says_what_is_wrong(served: Running, content: Any, status: int, message: str) -> None:
+    reply = served.post("/v1/rerank", content)
+    assert message in reply.message
+    assert reply.status == status
+    assert reply.json["message"] == reply.message
+    still_good(served)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("/v1/embeddings", {"input": [1, 2]}, "input holds token ids"),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "input holds token ids"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 5}, "dimensions=5"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format: use 'float' or 'base64'"),
+        ("/v1/embeddings", {"input": []}, "input: give at least 1"),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2 items and text_2 1"),
+        ("/v1/score", {"text_1": "a", "text_2": ["c", image(1)]}, "send two requests"),
+    ],
+)
+def test_others_say_what_is_wrong(served: Running, path: str, content: Any, message: str) -> None:
+    reply = served.post(path, content)
+    assert message in reply.message
+    assert reply.status == 422
+
+
+def test_addresses_methods_and_types(served: Running) -> None:
+    assert (served.get("/v1/nothing").status, served.get("/v1/rerank").status) == (404, 405)
+    assert "GET /v1/nothing is not served; see /docs" in served.get("/v1/nothing").message
+    reply = served.ask("POST", "/v1/rerank", json.dumps(GOOD).encode(), {"content-type": "text/plain"})
+    assert (reply.status, "send application/json" in reply.message) == (415, True)
+
+
+def test_a_page_of_the_web_cannot_speak_for_a_browser(served: Running) -> None:
+    reply = served.get("/v1/models", {"host": "evil.example:80"})
+    assert reply.status == 403
+    assert "'evil.example:80' is not this machine" in reply.message
+    assert served.get("/health", {"host": "localhost:1234"}).status == 200
+    assert served.get("/health", {"host": "[::1]:1234"}).status == 200
+
+
+def test_the_key_is_asked_for(start: Start) -> None:
+    with start(api_key="of-gold") as service:
+        for headers in ({}, {"authorization": "Bearer of-silver"}, {"authorization": "Basic of-gold"}):
+            reply = service.post("/v1/rerank", GOOD, headers)
+            assert reply.status == 401
+            assert "Authorization: Bearer KEY" in reply.message
+        assert service.post("/v1/rerank", GOOD, {"authorization": "Bearer of-gold"}).status == 200
+        assert service.get("/metrics").status == 401
+        assert (service.get("/health").status, service.get("/ready").status) == (200, 200)
+        described = service.get("/openapi.json", {"authorization": "Bearer of-gold"}).json
+        assert described["security"] == [{"key": []}]
+
+
+def test_bodies_of_a_hundred_megabytes(start: Start) -> None:
+    with start(max_body_mb=1) as service:
+        reply = service.post("/v1/rerank", bytes(100 << 20))
+        assert (reply.status, "more than 1,048,576 bytes" in reply.message) == (413, True)
+        # Without a length, it is counted while it comes.
+        with service.connect() as sock:
+            head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            sock.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
+            for _ in range(18):
+                sock.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+            assert b"413" in sock.recv(100)
+        still_good(service)
+        assert service.service._bytes == 0
+
+
+def test_bodies_together_are_bounded(start: Start) -> None:
+    """Eight bodies may be in work at once; of more, one hears 429 before it is read whole."""
+    with start(max_body_mb=1, read_timeout=5.0) as service:
+        head = (
+            "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            f"content-length: {1 << 20}\r\n\r\n"
+        )
+        socks = [service.connect() for _ in range(9)]
+        try:
+            for sock in socks:
+                sock.settimeout(0.2)
+                sock.sendall(head.encode() + bytes((1 << 20) - 1))
+            heard = b""
+            for _ in range(50):
+                for sock in socks:
+                    try:
+                        heard += sock.recv(4096)
+                    except TimeoutError:
+                        continue
+                if b"429" in heard:
+                    break
+            assert b"429" in heard
+            assert b"bytes are in work" in heard
+        finally:
+            for sock in socks:
+                sock.close()
+        for _ in range(100):
+            if service.service._bytes == 0:
+                break
+            time.sleep(0.05)
+        assert service.service._bytes == 0
+        still_good(service)
+
+
+def _heard(sock: socket.socket, seconds: float = 10.0) -> bytes:
+    """All that comes until the other side closes."""
+    sock.settimeout(seconds)
+    heard = b""
+    try:
+        while piece := sock.recv(4096):
+            heard += piece
+    except ConnectionResetError:
+        pass
+    return heard
+
+
+def test_slow_clients_are_shown_the_door(served: Running) -> None:
+    """A second is the patience of this service."""
+    with served.connect() as silent, served.connect() as head, served.connect() as body:
+        head.sendall(b"POST /v1/rer")
+        body.sendall(
+            b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 100\r\n\r\n{"
+        )
+        still_good(served)
+        assert b"408" in (told := _heard(body))
+        assert b"the body did not arrive within 1 s" in told
+        assert (_heard(silent), _heard(head)) == (b"", b"")
+    still_good(served)
+
+
+def test_a_client_that_reads_no_answer_is_cut_off(start: Start) -> None:
+    with start(read_timeout=0.5, max_documents=256) as service:
+        with service.connect() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            body = json.dumps({"input": ["a red circle"] * 256}).encode()
+            head = (
+                "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n\r\n"
+            )
+            # One after the other without waiting: the answers are more than the buffers of the system hold.
+            sock.sendall((head.encode() + body) * 100)
+            connections = service.server.server_state.connections
+            for _ in range(400):
+                if any(each.transport.get_write_buffer_size() for each in connections):
+                    break
+                time.sleep(0.02)
+            assert len(connections) == 1
+            for _ in range(200):
+                if not connections:
+                    return
+                time.sleep(0.05)
+        pytest.fail("the connection is still kept")
+
+
+Answer = Callable[[Sequence[Work]], list[Found | Exception]]
+
+
+def held(service: Running, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Makes the model wait: the first event is set when it is asked, the second lets it go on."""
+    asked, go = threading.Event(), threading.Event()
+    answer: Answer = service.service.batcher._run  # pyright: ignore[reportAssignmentType]
+
+    def waiting(works: Sequence[Work]) -> list[Found | Exception]:
+        asked.set()
+        go.wait(20)
+        return answer(works)
+
+    monkeypatch.setattr(service.service.batcher, "_run", waiting)
+    return asked, go
+
+
+def test_a_full_queue_says_so_and_drains(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(max_queue=2) as service:
+        asked, go = held(service, monkeypatch)
+        replies: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: replies.append(service.post("/v1/rerank", GOOD).status)) for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        assert asked.wait(10)
+        for _ in range(200):
+            if service.service._active == 2:
+                break
+            time.sleep(0.02)
+        reply = service.post("/v1/rerank", GOOD)
+        assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+        assert "2 requests are in work" in reply.message
+        assert service.get("/health").status == 200
+        go.set()
+        for thread in threads:
+            thread.join(20)
+        assert replies == [200, 200]
+        still_good(service)
+
+
+def test_what_takes_too_long_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(timeout=0.3) as service:
+        _, go = held(service, monkeypatch)
+        reply = service.post("/v1/rerank", GOOD)
+        assert (reply.status, "there was no answer within 0.3 s" in reply.message) == (504, True)
+        # Its successor waits behind it and is not begun, once nobody waits for it.
+        assert service.post("/v1/rerank", GOOD).status == 504
+        go.set()
+
+
+def test_work_of_a_client_that_left_is_not_begun(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start() as service:
+        asked, go = held(service, monkeypatch)
+        first = threading.Thread(target=service.post, args=("/v1/rerank", GOOD))
+        first.start()
+        assert asked.wait(10)
+        body = json.dumps(GOOD).encode()
+        with service.connect() as sock:
+            head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            for _ in range(200):
+                if len(service.service.batcher) == 1:
+                    break
+                time.sleep(0.02)
+            (waiting,) = service.service.batcher._queue
+        for _ in range(200):
+            if waiting.given_up:
+                break
+            time.sleep(0.02)
+        assert waiting.given_up
+        go.set()
+        first.join(20)
+        still_good(service)
+
+
+def test_a_fault_of_ours_is_one_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start() as service:
+
+        def broken(works: Sequence[Work]) -> list[Found | Exception]:
+            raise RuntimeError("a cable fell out")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service.service.batcher, "_run", broken)
+            reply = service.post("/v1/rerank", GOOD)
+        assert reply.status == 500
+        assert "this is a fault of xfm-fast, RuntimeError: a cable fell out; please report it" in reply.message
+        still_good(service)
+
+
+def test_base64_that_was_cut_is_refused(served: Running) -> None:
+    text = base64.b64encode(photo(1)).decode()
+    for cut in range(1, 4):
+        reply = served.post("/v1/rerank", with_image(f"data:image/png;base64,{text[:-cut]}"))
+        assert reply.status == 422

@@ -1,0 +1,171 @@
+"""Images from the web come from public addresses alone, and never through a redirect."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from xfm_fast.serve.problem import Problem
+from xfm_fast.serve.web import WebFetcher, is_public
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("64:ff9b::5db8:d70e", False),
+        ("127.0.0.1", False),
+        ("127.8.8.8", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:169.254.169.254", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+class Site(BaseHTTPRequestHandler):
+    """A site of the web."""
+
+    def do_GET(self) -> None:
+        if self.path == "/redirect":
+            self.send_response(302)
+            self.send_header("location", "http://169.254.169.254/")
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.send_header("content-length", "1000")
+            self.end_headers()
+            # A byte at a time, so that no single read takes long.
+            for _ in range(100):
+                try:
+                    self.wfile.write(b"x")
+                except OSError:
+                    return
+                time.sleep(0.05)
+        else:
+            content = bytes(2000 if self.path == "/large" else 10)
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content + (self.headers["host"] or "").encode()[:0])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    site = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    site.daemon_threads = True
+    thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield site.server_port
+    finally:
+        site.shutdown()
+        site.server_close()
+        thread.join(10)
+
+
+Resolved = Callable[..., list[Any]]
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
+    """Names lead to these addresses; returns the names that are asked for, in time."""
+    asked = []
+
+    def found(host: str, port: int, *how: Any, **more: Any) -> list[Any]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    return asked
+
+
+def test_a_file_comes_from_the_address_that_was_looked_at(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = resolving(monkeypatch, "127.0.0.1")
+    fetcher = WebFetcher(1000, ports=None, permitted=lambda address: address == "127.0.0.1")
+    assert fetcher.fetch(f"http://photos.example:{port}/a.jpg?x=1") == bytes(10)
+    # The name is resolved once: a second answer could be another address. The connection names an address.
+    assert asked.count("photos.example") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/redirect", 422, "status 302 (redirects are not followed)"),
+        ("/missing", 422, "status 404"),
+        ("/large", 413, "more than 1,000 bytes"),
+        ("/slow", 422, "took more than 0.5 s"),
+        ("/a b", 422, "percent-encode"),
+        ("/a\r\nx: y", 422, "URL"),
+    ],
+)
+def test_what_a_site_may_do(port: int, path: str, status: int, message: str) -> None:
+    fetcher = WebFetcher(1000, 0.5, ports=None, permitted=lambda address: True)
+    started = time.monotonic()
+    with pytest.raises(Problem) as raised:
+        fetcher.fetch(f"http://127.0.0.1:{port}{path}")
+    assert (raised.value.status, message in raised.value.message) == (status, True), raised.value.message
+    assert time.monotonic() - started < 4, "a slow site is left"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1/a", "not public"),
+        ("http://[::1]/a", "not public"),
+        ("http://[::ffff:127.0.0.1]/a", "not public"),
+        ("http://2130706433/a", "not public"),
+        ("http://localhost/a", "not public"),
+        ("https://127.0.0.1:8443/a", "names port 8443"),
+        ("http://user:word@example.com/a", "not of the form"),
+        ("http://", "not of the form"),
+        ("http://[::1/a", "malformed"),
+        ("http://example.com:99999/", "malformed"),
+        ("ftp://example.com/a", "not of the form"),
+    ],
+)
+def test_where_a_url_may_not_lead(url: str, message: str) -> None:
+    with pytest.raises(Problem, match=message) as raised:
+        WebFetcher(1000, 1.0).fetch(url)
+    assert raised.value.status == 422
+
+
+def test_a_name_with_a_private_address_among_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolving(monkeypatch, "93.184.215.14", "192.168.1.1")
+    with pytest.raises(Problem, match="not public"):
+        WebFetcher(1000, 1.0).fetch("http://photos.example/a.jpg")
+
+
+def test_a_service_that_allows_urls_refuses_private_ones() -> None:
+    from xfm_fast.serve.images import image_content
+
+    with pytest.raises(Problem, match="not public"):
+        image_content("http://169.254.169.254/latest", "query", WebFetcher(1000, 1.0), 1000)

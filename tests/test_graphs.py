@@ -1,0 +1,387 @@
+"""Graphs of inference: buckets, exactness and refusals on any machine; CUDA's own graphs where there is a GPU.
+
+On the CPU a stand-in records: like a CUDA graph it has fixed memory for inputs and outputs, and a replay overwrites the
+outputs of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from xfm_fast import XFM, XFMConfig, accelerate, graphs
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.graphs import CallGraphs, NoHostReads, Recorder, Shapes, XFMGraphs, capture
+
+SHAPES = Shapes(
+    images=(1, 4), texts=((2, 6, 8), (5, 9, 20)), pairs=((2, 5, 9, 20),), matches=((1, 3, 9, 12), (3, 5, 9, 20))
+)
+
+
+class StandIn:
+    """Records by remembering the work, and replays by doing it again into the memory of the first results."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run: Callable[[], Any]) -> Any:
+        self.recorded += 1
+        outer, outputs = self, run()
+
+        class Recording:
+            def __init__(self) -> None:
+                self.outputs = outputs
+
+            def replay(self) -> None:
+                outer.replayed += 1
+                fresh = run()
+                for kept, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(fresh), strict=True):
+                    kept.copy_(new)
+
+        return Recording()
+
+
+def model_on(device: str) -> XFM:
+    torch.manual_seed(0)
+    config = XFMConfig.preset("tiny", vision_width=64, vision_heads=2, text_width=64, text_heads=2, vocab_size=64)
+    model = XFM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                parameter.normal_(std=0.2)
+    return model.to(device)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(device: str) -> XFM:
+    return model_on(device)
+
+
+@pytest.fixture
+def recorder(device: str) -> Recorder | None:
+    return StandIn() if device == "cpu" else None
+
+
+@pytest.fixture
+def captured(model: XFM, recorder: Recorder | None) -> XFMGraphs:
+    return capture(model, SHAPES, recorder=recorder)
+
+
+def texts(count: int, length: int, device: str) -> tuple[Tensor, Tensor]:
+    """Ids `[count, length]` of texts of different lengths, with their mask."""
+    ids = torch.randint(4, 63, (count, length))
+    lengths = torch.arange(count) % (length - 1) + 2
+    mask = torch.arange(length) < lengths[:, None]
+    return ids.masked_fill(~mask, 1).to(device), mask.to(device)
+
+
+def agree(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_images_of_any_number_up_to_the_captured(model: XFM, captured: XFMGraphs, device: str) -> None:
+    """A smaller call after a larger one must not see what the larger one left."""
+    side = model.config.image_size
+    for count in (1, 4, 3, 2, 0):
+        pixels = torch.randn(count, 3, side, side, device=device)
+        embeds = captured.encode_image(pixels)
+        assert embeds.shape[0] == count
+        if count:
+            agree(embeds, model.encode_image(pixels))
+            for ours, theirs in zip(
+                captured.image_memory(embeds).layers, model.image_memory(embeds).layers, strict=True
+            ):
+                agree(ours, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("count", "length"), [(1, 6), (2, 5), (5, 9), (4, 6), (1, 2), (5, 4)])
+def test_texts_of_any_lengths(model: XFM, captured: XFMGraphs, device: str, count: int, length: int) -> None:
+    captured.encode_text(*texts(5, 7, device))
+    ids, mask = texts(count, length, device)
+    agree(captured.encode_text(ids, mask), model.encode_text(ids, mask))
+    assert not captured.encode_text(ids)[~mask].any()
+
+
+@torch.no_grad()
+def test_texts_that_fill_a_size_to_the_last_token(model: XFM, captured: XFMGraphs, device: str) -> None:
+    ids = torch.randint(4, 63, (2, 4), device=device)
+    agree(captured.encode_text(ids), model.encode_text(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [[0, 1], [1, 0, 0, 1, 1], [1, 1, 1], [0]])
+@pytest.mark.parametrize("first_token_only", [False, True])
+def test_pairs(model: XFM, captured: XFMGraphs, device: str, index: list[int], first_token_only: bool) -> None:
+    side = model.config.image_size
+    memory = model.image_memory(model.encode_image(torch.randn(max(index) + 1, 3, side, side, device=device)))
+    ids, mask = texts(len(index), 8, device)
+    embeds, of = model.encode_text(ids, mask), torch.tensor(index, device=device)
+    found = captured.fuse(embeds, mask, memory, of, first_token_only=first_token_only)
+    agree(found, model.fuse(embeds, mask, memory, of, first_token_only=first_token_only))
+    again = captured.fuse(embeds.flip(0), mask.flip(0), memory, of.flip(0), first_token_only=first_token_only)
+    # Results outlive the next replay.
+    agree(found, model.fuse(embeds, mask, memory, of, first_token_only=first_token_only))
+    agree(again, found.flip(0))
+
+
+@torch.no_grad()
+def test_the_smallest_size_that_fits_is_taken() -> None:
+    stand_in = StandIn()
+    model = model_on("cpu")
+    captured = capture(model, Shapes(images=(8, 1, 2)), recorder=stand_in)
+    side, seen = model.config.image_size, []
+    inner = model.vision_encoder.forward
+
+    def forward(pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        seen.append(pixels.shape[0])
+        return inner(pixels, patch_mask)
+
+    model.vision_encoder.forward = forward
+    for count in (1, 2, 3, 8):
+        captured.encode_image(torch.randn(count, 3, side, side))
+    assert seen == [1, 2, 8, 8]
+    assert stand_in.replayed == 4
+
+
+@torch.no_grad()
+def test_weights_may_change(model: XFM, captured: XFMGraphs, device: str) -> None:
+    """Also those that a bias or a joined projection was made of before recording."""
+    side = model.config.image_size
+    pixels, (ids, mask) = torch.randn(2, 3, side, side, device=device), texts(2, 4, device)
+    before = captured.encode_image(pixels)
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    after = captured.encode_image(pixels)
+    assert not torch.allclose(before, after)
+    agree(after, model.encode_image(pixels))
+    agree(captured.encode_text(ids, mask), model.encode_text(ids, mask))
+
+
+def test_derived_weights_outlive_their_cache() -> None:
+    from xfm_fast.kernels import derived
+
+    weight = nn.Parameter(torch.ones(3))
+    with torch.no_grad():
+        kept = derived.derived("doubled", (weight,), lambda: 2 * weight)
+    assert [t.data_ptr() for t in derived.remembered([weight])] == [kept.data_ptr()]
+    derived.clear()
+    assert derived.remembered([weight]) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g: g.encode_image(torch.zeros(5, 3, 32, 32)), r"captured for \(1,\), \(4,\) and the call has \(5,\)"),
+        (lambda g: g.encode_image(torch.zeros(1, 3, 48, 48)), "built for 32x32"),
+        (lambda g: g.encode_text(*texts(6, 5, "cpu")), "capture a size that holds it, or call the model"),
+        (lambda g: g.encode_text(torch.zeros(1, 3)), "input_ids"),
+        (lambda g: g.image_memory(torch.zeros(1, 3, 64)), "call the model for any other"),
+        (
+            lambda g: g.fuse(torch.zeros(1, 3, 64), torch.ones(2, 3), g.image_memory(torch.zeros(1, 17, 64))),
+            "attention_mask",
+        ),
+    ],
+)  # fmt: skip
+def test_calls_that_were_not_captured_are_refused(call: Callable[[XFMGraphs], Any], message: str) -> None:
+    model = model_on("cpu")
+    captured = capture(model, SHAPES, recorder=StandIn())
+    assert model.config.image_size == 32
+    assert model.config.num_image_tokens == 17
+    with pytest.raises(InputError, match=message):
+        call(captured)
+
+
+def test_models_that_cannot_be_captured_are_refused() -> None:
+    model, shapes = model_on("cpu"), Shapes(images=(1,))
+    with pytest.raises(UnavailableError, match=r"on a GPU, and this one is on cpu; call model\.cuda"):
+        capture(model, shapes)
+    with pytest.raises(InputError, match=r"the model is in training mode.*model\.eval"):
+        capture(model.train(), shapes, recorder=StandIn())
+    foreign: Any = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).eval()
+    with pytest.raises(InputError, match=r"takes an XFM, not Sequential; .*accelerate"):
+        capture(foreign, shapes, recorder=StandIn())
+    foreign[1].train()
+    assert str(graphs.why_not_captured(foreign)).startswith("dropout of 1 is active")
+    with torch.inference_mode():
+        made = nn.Linear(2, 2).eval()
+    assert "made in inference mode" in str(graphs.why_not_captured(made))
+    text_only = XFM(model.config, heads=(), encoders=("text",)).eval()
+    with pytest.raises(InputError, match="images were asked for"):
+        capture(text_only, shapes, recorder=StandIn())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"images": (0,)}, {"images": ((1, 2),)}, {"texts": ((1, 2),)}, {"texts": ((1, 2, 3),)},
+        {"pairs": ((1, 2, 3, 0),)}, {"matches": ((1, 1, 4, 5),)},
+    ],
+)  # fmt: skip
+def test_sizes_that_make_no_sense_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"a size is|have no"):
+        Shapes(**given)
+
+
+class Branching(nn.Module):
+    """Somebody's module, whose size depends on values where it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, how: str = "static") -> dict[str, Tensor]:
+        out = self.linear(x)
+        if how == "nonzero":
+            out = out[x[:, 0].nonzero().flatten()]
+        elif how == "mask":
+            out = out[x[:, 0] > 0]
+        elif how == "truth" and (x > 0).all():
+            out = -out
+        elif how == "item":
+            out = out * x.max().item()
+        elif how == "unique":
+            out = x.unique()
+        return {"out": out, "twice": 2 * out}
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("nonzero", "nonzero"),
+        ("mask", "index"),
+        ("truth", "_local_scalar_dense|is_nonzero"),
+        ("item", "item|_local_scalar_dense"),
+        ("unique", "unique"),
+    ],
+)  # fmt: skip
+def test_sizes_and_branches_that_depend_on_values_are_refused(how: str, named: str) -> None:
+    module = Branching().eval()
+    calls = CallGraphs(module, module, StandIn())
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        agree(calls(x)["out"], module(x)["out"])
+        with pytest.raises(InputError, match=rf"({named}).*a graph cannot hold"):
+            calls(x, how=how)
+        agree(calls(x)["twice"], module(x)["twice"])
+
+
+def test_any_module_is_captured_once_a_shape() -> None:
+    module, stand_in = Branching().eval(), StandIn()
+    calls = CallGraphs(module, module, stand_in, most=2)
+    with torch.no_grad():
+        for rows in (3, 5, 3, 3, 5):
+            x = torch.randn(rows, 4)
+            agree(calls(x)["out"], module(x)["out"])
+        assert stand_in.recorded == 2
+        calls(torch.randn(7, 4))
+        calls(torch.randn(3, 4))
+        assert stand_in.recorded == 4, "the graph that was used longest ago is dropped"
+        with pytest.raises(InputError, match="neither a tensor nor a constant"):
+            calls(torch.randn(3, 4), how={1})
+    x = torch.randn(3, 4)
+    calls(x)["out"].sum().backward()
+    assert module.linear.weight.grad is not None, "calls with gradients run the module"
+    module.train()
+    with torch.no_grad():
+        calls(x)
+    assert stand_in.recorded == 4
+
+
+def test_accelerate_needs_a_gpu_for_graphs_and_fixed_sizes() -> None:
+    layer = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True).eval()
+    with pytest.raises(UnavailableError, match="CUDA graphs need a model on a GPU"):
+        accelerate(layer, cuda_graphs=True)
+    with pytest.raises(InputError, match="leave one of them out"):
+        accelerate(layer, cuda_graphs=True, unpad=True)
+    assert "forward" not in layer.__dict__
+
+
+def test_accelerate_takes_graphs_out_again(monkeypatch: pytest.MonkeyPatch, device: str, recorder: Recorder) -> None:
+    from xfm_fast.replace import acceleration
+
+    if device == "cpu":
+        monkeypatch.setattr(acceleration, "require_gpu", lambda module: None)
+        monkeypatch.setattr(acceleration, "CallGraphs", lambda run, module: CallGraphs(run, module, recorder))
+        monkeypatch.setattr(acceleration, "_in_graphs", lambda m: isinstance(m.__dict__.get("forward"), CallGraphs))
+    layer = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True).eval().to(device)
+    x = torch.randn(2, 5, 64, device=device)
+    with torch.no_grad():
+        expected = layer(x)
+        report = accelerate(layer, cuda_graphs=True, verify=x)
+        for _ in range(2):
+            agree(layer(x), expected)
+        calls = layer.__dict__["forward"]
+        assert len(calls._graphs) == 1
+        again = accelerate(layer, cuda_graphs=True)
+        agree(layer(x), expected)
+        with pytest.raises(InputError):
+            accelerate(layer, exclude="*")
+        agree(layer(x), expected)
+        again.revert()
+        report.revert()
+        assert "forward" not in layer.__dict__
+        agree(layer(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoders_let_the_host_read_nothing(dtype: torch.dtype) -> None:
+    """What CUDA graphs and `torch.compile(mode="reduce-overhead")` ask of the model, seen operation by operation."""
+    model = model_on("cpu").to(dtype)
+    pixels = torch.randn(2, 3, 32, 32).to(dtype)
+    model.image_memory(model.encode_image(pixels))
+    with NoHostReads():
+        model.project_image(model.encode_image(pixels))
+        model.image_memory(model.encode_image(pixels))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["encode_image", "image_memory"])
+def test_encoders_compile_whole(what: str) -> None:
+    """Without a break, as one graph of operations that return new memory: CUDA graph trees can hold them."""
+    model = model_on("cpu")
+    torch._dynamo.reset()
+    functions: dict[str, Callable[[Tensor], Any]] = {
+        "encode_image": model.encode_image,
+        "image_memory": lambda pixels: model.image_memory(model.encode_image(pixels)).layers,
+    }
+    pixels = torch.randn(2, 3, 32, 32)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    found = torch.compile(functions[what], fullgraph=True, backend=backend)(pixels)
+    for ours, theirs in zip(pytree.tree_leaves(found), pytree.tree_leaves(functions[what](pixels)), strict=True):
+        agree(ours, theirs)
+    assert any("xfm_fast" in name for name in seen)
+    for name in seen:
+        operator = getattr(torch.ops.xfm_fast, name.split(".")[1], None) if name.startswith("xfm_fast.") else None
+        if operator is not None:
+            assert not operator.default._schema.is_mutable, name
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_compiled_on_a_gpu(mode: str) -> None:
+    model = model_on("cuda").bfloat16()
+    compiled = torch.compile(model.encode_image, mode=mode)
+    for _ in range(4):
+        pixels = torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.bfloat16)
+        found = compiled(pixels).clone()
+        torch.testing.assert_close(found, model.encode_image(pixels), rtol=2e-2, atol=2e-2)

@@ -1,0 +1,352 @@
+"""The encoders of an X-FM as programs of fixed sizes: how images and packed texts fill one, and which part is real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import InputError
+from xfm_fast.graphs.recording import Program, Recorder, Size, Sizes, record, require_gpu, why_not_captured
+from xfm_fast.models import inputs
+from xfm_fast.models.fusion import ImageMemory
+from xfm_fast.models.xfm import XFM
+from xfm_fast.packing import ImageGroups, Packing, Sequences
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that an X-FM is captured at. Each kind may be empty.
+
+    Attributes:
+        images: batches of images, for `encode_image` and `image_memory`.
+        texts: (texts, length, tokens), for `encode_text`: that many texts of at most this length, and together of at
+            most so many tokens. 32 captions of 40 with padding are about 512 tokens without it.
+        pairs: (images, texts, length, tokens), for `fuse`.
+        matches: the same for `fuse` with `first_token_only`, which is all that a score or a box reads.
+    """
+
+    images: tuple[int, ...] = ()
+    texts: tuple[tuple[int, int, int], ...] = ()
+    pairs: tuple[tuple[int, int, int, int], ...] = ()
+    matches: tuple[tuple[int, int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        meanings = {
+            "images": "a number of images",
+            "texts": "(texts, length, tokens)",
+            "pairs": "(images, texts, length, tokens)",
+            "matches": "(images, texts, length, tokens)",
+        }
+        for name, meaning in meanings.items():
+            for given in getattr(self, name):
+                size = given if isinstance(given, tuple) else (given,)
+                if len(size) != meaning.count(",") + 1 or not all(isinstance(n, int) and n > 0 for n in size):
+                    raise InputError(f"{name} holds {given!r}; a size is {meaning}, in positive integers")
+        for *_, texts, length, tokens in (*self.texts, *self.pairs, *self.matches):
+            if tokens > texts * length:
+                raise InputError(
+                    f"{texts} texts of at most {length} tokens have no {tokens}; give at most {texts * length}"
+                )
+
+
+class _Images(Program[Tensor]):
+    name = "encode_image"
+
+    def __init__(self, model: XFM) -> None:
+        self.model = model
+
+    def needs(self, call: Tensor) -> Size:
+        return (call.shape[0],)
+
+    def buffers(self, size: Size) -> dict[str, Tensor]:
+        side = self.model.config.image_size
+        return {"pixels": torch.zeros(size[0], 3, side, side, dtype=self.model.dtype, device=self.model.device)}
+
+    def run(self, size: Size, buffers: dict[str, Tensor]) -> Tensor:
+        return self.model.encode_image(buffers["pixels"])
+
+    def fill(self, call: Tensor, size: Size, buffers: dict[str, Tensor]) -> None:
+        buffers["pixels"][: call.shape[0]].copy_(call, non_blocking=True)
+
+    def result(self, call: Tensor, outputs: Tensor) -> Tensor:
+        return outputs[: call.shape[0]].clone()
+
+
+class _Memories(Program[Tensor]):
+    name = "image_memory"
+
+    def __init__(self, model: XFM) -> None:
+        self.model = model
+
+    def needs(self, call: Tensor) -> Size:
+        return (call.shape[0],)
+
+    def buffers(self, size: Size) -> dict[str, Tensor]:
+        config = self.model.config
+        shape = (size[0], config.num_image_tokens, config.vision_width)
+        return {"embeds": torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)}
+
+    def run(self, size: Size, buffers: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self.model.image_memory(buffers["embeds"]).layers
+
+    def fill(self, call: Tensor, size: Size, buffers: dict[str, Tensor]) -> None:
+        buffers["embeds"][: call.shape[0]].copy_(call)
+
+    def result(self, call: Tensor, outputs: tuple[Tensor, ...]) -> ImageMemory:
+        return ImageMemory(tuple(layer[: call.shape[0]].clone() for layer in outputs))
+
+
+@dataclass(frozen=True)
+class _PackedRows:
+    """The layout of packed texts in buffers for `texts` of them, of at most `length`, of at most `tokens` in all.
+
+    Behind the real tokens lie tokens of nothing, one at least, in texts of their own that are no longer than a real one
+    may be. Those of them without a token come first: a read of token 0 of any text must find a token there.
+    """
+
+    texts: int
+    length: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        return self.tokens + 1
+
+    @property
+    def spare(self) -> int:
+        """Texts of nothing."""
+        return -(-self.rows // self.length)
+
+    @property
+    def sequences(self) -> int:
+        return self.texts + self.spare
+
+    def offsets(self, cu_seqlens: Tensor, used: int) -> Tensor:
+        """`[sequences + 1]` int32, from the offsets of the real texts, which have `used` tokens."""
+        device = cu_seqlens.device
+        unused = torch.full((self.texts + 1 - cu_seqlens.shape[0],), used, dtype=torch.int32, device=device)
+        left = self.length * torch.arange(self.spare - 1, -1, -1, dtype=torch.int32, device=device)
+        return torch.cat([cu_seqlens.int(), unused, (self.rows - left).clamp(min=used)])
+
+
+class _TextCall(NamedTuple):
+    ids: Tensor
+    packing: Packing
+
+
+class _Texts(Program[_TextCall]):
+    name = "encode_text"
+
+    def __init__(self, model: XFM) -> None:
+        self.model = model
+
+    def needs(self, call: _TextCall) -> Size:
+        return (*call.ids.shape, call.packing.positions.shape[0])
+
+    def buffers(self, size: Size) -> dict[str, Tensor]:
+        layout, device = _PackedRows(*size), self.model.device
+        positions = torch.arange(layout.rows, device=device)
+        first = torch.zeros(1, dtype=torch.int32, device=device)
+        return {
+            # Token 0 is real in every vocabulary of this kind (<s>), so that texts of nothing have positions.
+            "ids": torch.zeros(layout.sequences, layout.length, dtype=torch.int64, device=device),
+            "positions": layout.texts * layout.length + positions,
+            "cu_seqlens": layout.offsets(first, 0),
+        }
+
+    def run(self, size: Size, buffers: dict[str, Tensor]) -> Tensor:
+        layout = _PackedRows(*size)
+        packing = Packing(
+            cu_seqlens=buffers["cu_seqlens"], max_seqlen=layout.length, positions=buffers["positions"],
+            shape=(layout.sequences, layout.length),
+        )  # fmt: skip
+        return packing.unpad(self.model.text_encoder(buffers["ids"], packing))
+
+    def fill(self, call: _TextCall, size: Size, buffers: dict[str, Tensor]) -> None:
+        layout, packing = _PackedRows(*size), call.packing
+        texts, length = call.ids.shape
+        used = packing.positions.shape[0]
+        buffers["ids"][:texts, :length].copy_(call.ids, non_blocking=True)
+        places = packing.positions
+        buffers["positions"][:used].copy_(places // length * layout.length + places % length, non_blocking=True)
+        nothing = torch.arange(layout.rows - used, device=self.model.device)
+        buffers["positions"][used:].copy_(layout.texts * layout.length + nothing)
+        buffers["cu_seqlens"].copy_(layout.offsets(packing.cu_seqlens, used), non_blocking=True)
+
+    def result(self, call: _TextCall, outputs: Tensor) -> Tensor:
+        texts, length = call.ids.shape
+        return outputs[:texts, :length].clone()
+
+
+class _PairCall(NamedTuple):
+    tokens: Tensor
+    packing: Packing
+    groups: ImageGroups
+    memory: ImageMemory
+
+
+class _Pairs(Program[_PairCall]):
+    def __init__(self, model: XFM, *, first_token_only: bool) -> None:
+        self.model, self.first_token_only = model, first_token_only
+        self.name = f"fuse(first_token_only={first_token_only})"
+
+    def needs(self, call: _PairCall) -> Size:
+        return (call.memory.images, *call.packing.shape, call.tokens.shape[0])
+
+    def buffers(self, size: Size) -> dict[str, Tensor]:
+        images, layout, config = size[0], _PackedRows(*size[1:]), self.model.config
+        like = {"dtype": self.model.dtype, "device": self.model.device}
+        heads = (config.text_heads, config.text_width // config.text_heads)
+        layers = {
+            f"memory {number}": torch.zeros(images, config.num_image_tokens, 2, *heads, **like)
+            for number in range(config.fusion_layers)
+        }
+        nothing = torch.zeros(images, dtype=torch.int32, device=self.model.device)
+        return {
+            "tokens": torch.zeros(layout.rows, config.text_width, **like),
+            "cu_seqlens": layout.offsets(nothing[:1], 0),
+            # Texts of nothing look at the last image.
+            "cu_texts": torch.cat([nothing, nothing.new_full((1,), layout.sequences)]),
+            **layers,
+        }
+
+    def run(self, size: Size, buffers: dict[str, Tensor]) -> Tensor:
+        layers = tuple(buffers[f"memory {number}"] for number in range(self.model.config.fusion_layers))
+        return self.model.fusion_encoder(
+            buffers["tokens"], Sequences(cu_seqlens=buffers["cu_seqlens"], max_seqlen=size[2]), ImageMemory(layers),
+            ImageGroups(buffers["cu_texts"]), first_token_only=self.first_token_only,
+        )  # fmt: skip
+
+    def fill(self, call: _PairCall, size: Size, buffers: dict[str, Tensor]) -> None:
+        layout, used, images = _PackedRows(*size[1:]), call.tokens.shape[0], call.memory.images
+        buffers["tokens"][:used].copy_(call.tokens)
+        buffers["cu_seqlens"].copy_(layout.offsets(call.packing.cu_seqlens, used))
+        cu_texts = buffers["cu_texts"]
+        # A text's place in the order says its image; those that are not there come before the texts of nothing.
+        cu_texts[:images].copy_(call.groups.cu_texts[:-1])
+        cu_texts[images:-1].fill_(call.packing.shape[0])
+        for number, layer in enumerate(call.memory.layers):
+            buffers[f"memory {number}"][:images].copy_(layer)
+
+    def result(self, call: _PairCall, outputs: Tensor) -> Tensor:
+        packing = call.packing
+        if self.first_token_only:
+            return packing.restore(outputs[: packing.shape[0]])[:, None].clone()
+        return packing.unpad(outputs[: call.tokens.shape[0]])
+
+
+@dataclass
+class XFMGraphs:
+    """The encoders of an X-FM, captured. Its methods are those of the model, and take what these take.
+
+    One call after another, also from several threads: results are copied out before the next replay.
+    """
+
+    model: XFM
+    _images: Sizes[Tensor]
+    _memories: Sizes[Tensor]
+    _texts: Sizes[_TextCall]
+    _pairs: dict[bool, Sizes[_PairCall]] = field(default_factory=dict)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`.
+
+        Raises:
+            InputError: not the pixels that the model takes, or more images than were captured.
+        """
+        inputs.check_pixels(pixels, self.model.config)
+        return self._images(pixels)
+
+    def image_memory(self, image_embeds: Tensor) -> ImageMemory:
+        """Keys and values of every fusion layer, of `[B, 1 + N, vision_width]`."""
+        config = self.model.config
+        if image_embeds.shape[1:] != (config.num_image_tokens, config.vision_width):
+            raise InputError(
+                f"image embeddings have shape {[*image_embeds.shape]}; captured is [B, {config.num_image_tokens}, "
+                f"{config.vision_width}]: call the model for any other"
+            )
+        return self._memories(image_embeds)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`[P, L]` → `[P, L, text_width]`, zeros at padded positions. A mask on the CPU spares a wait for the GPU."""
+        mask = inputs.check_tokens(input_ids, attention_mask, self.model.config)
+        return self._texts(_TextCall(input_ids, Packing.from_mask(mask).to(self.model.device)))
+
+    def fuse(
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        memory: ImageMemory,
+        image_index: Tensor | None = None,
+        *,
+        first_token_only: bool = False,
+    ) -> Tensor:
+        """`[P, L, text_width]` with the images that `image_index` `[P]` names → as `XFM.fuse`.
+
+        Raises:
+            InputError: more pairs than were captured, an image whose tokens are masked, or texts without an image.
+        """
+        if memory.token_mask is not None:
+            raise InputError("the memory hides tokens of its images, which was not captured; call model.fuse")
+        inputs.check_embeddings(text_embeds, self.model.config.text_width, "text embeddings")
+        mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
+        texts = text_embeds.shape[0]
+        if image_index is None:
+            if texts != memory.images:
+                raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
+            image_index = torch.arange(texts, device=text_embeds.device)
+        image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
+        groups = ImageGroups.from_index(image_index, memory.images)
+        packing = Packing.from_mask(mask.to(text_embeds.device), order=groups.order)
+        return self._pairs[first_token_only](_PairCall(packing.pack(text_embeds), packing, groups, memory))
+
+
+def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> XFMGraphs:
+    """Capture the encoders of an X-FM at some sizes, for inference.
+
+    Weights may be written to in place afterwards: the next call captures again.
+
+    Args:
+        model: on a GPU, in evaluation mode.
+        shapes: the sizes; each takes the memory of its inputs and outputs.
+        recorder: records the work; by default as a CUDA graph.
+
+    Raises:
+        InputError: the model cannot be captured; the reason and the remedy are named.
+        UnavailableError: it is not on a GPU.
+    """
+    if not isinstance(model, XFM):
+        raise InputError(
+            f"capture takes an XFM, not {type(model).__name__}; for another model: accelerate(model, cuda_graphs=True)"
+        )
+    why_not = why_not_captured(model)
+    if why_not is not None:
+        raise InputError(why_not)
+    if recorder is None:
+        require_gpu(model)
+        recorder = partial(record, pool=torch.cuda.graph_pool_handle())
+    fused = model.config.fusion_layers > 0 and "fusion" in model.encoders
+    lacking = {
+        "images": "vision" in model.encoders,
+        "texts": "text" in model.encoders,
+        "pairs": fused,
+        "matches": fused,
+    }
+    for name, present in lacking.items():
+        if getattr(shapes, name) and not present:
+            raise InputError(f"{name} were asked for, and the model has no encoder for them; leave {name} out")
+    images = [(size,) for size in shapes.images]
+    return XFMGraphs(
+        model,
+        Sizes(_Images(model), model, images, recorder),
+        Sizes(_Memories(model), model, images if fused else [], recorder),
+        Sizes(_Texts(model), model, shapes.texts, recorder),
+        {
+            only: Sizes(_Pairs(model, first_token_only=only), model, sizes, recorder)
+            for only, sizes in ((False, shapes.pairs), (True, shapes.matches))
+        },
+    )

@@ -1,0 +1,159 @@
+"""`attn_implementation="xfm_fast"`: our attention in every model of transformers that lets one choose its own.
+
+Texts attend to real keys only, and biases of position (BEiT, Data2Vec-Vision, Swin, T5) go to `ops.bias_attention` with
+their gradient. Registration is a call and no side effect of an import: it changes tables that all models of a process
+share, and needs transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.errors import UnavailableError
+from xfm_fast.kernels import ops
+from xfm_fast.replace.bert_layer import attend_to_real_keys
+
+NAME = "xfm_fast"
+
+
+def register_attention(name: str = NAME) -> str:
+    """Make an attention implementation known to transformers: `from_pretrained(..., attn_implementation="xfm_fast")`.
+
+    Masks of padding stay `[B, N]`, and keys at padding are left out; biases and masks of numbers are added to the
+    scores by a kernel that also has their gradient; causal masks, grouped heads and what else there is run as in
+    `"sdpa"`. A query whose keys are all hidden receives zeros. Registering twice does no harm.
+
+    Returns:
+        The name, for `attn_implementation` and `model.set_attn_implementation`.
+
+    Raises:
+        UnavailableError: transformers is absent, or older than 4.53, which has no interface for masks.
+    """
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError as error:
+        raise UnavailableError(
+            f"transformers with an attention interface is needed ({error}); pip install 'transformers>=4.53'"
+        ) from None
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, padding_mask)
+    _register_classes(name)
+    return name
+
+
+def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of a batch, as transformers asks for it: `[B, N]` for padding alone, otherwise that of `"sdpa"`.
+
+    Models that add a bias of position to the mask themselves get it as numbers.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
+
+    config = kwargs.get("config")
+    if any(getattr(config, f"use_{kind}relative_position_bias", False) for kind in ("", "shared_")):
+        return eager_mask(*args, **kwargs)
+    mask = kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("kv_offset")
+    if plain and mask is not None and mask.ndim == 2 and mask.shape[1] == kwargs.get("kv_length"):
+        return mask
+    return sdpa_mask(*args, **kwargs)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention `[B, H, L, D]` → `[B, L, H, D]`, as transformers calls it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    padding = attention_mask is not None and attention_mask.ndim == 2
+    special = query.shape[1] != key.shape[1] or value.shape != key.shape or kwargs.get("softcap") is not None
+    if not special:
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        position = kwargs.get("position_bias")
+        if attention_mask is not None and padding and position is None:
+            return attend_to_real_keys(q, k, v, attention_mask, dropout, scaling), None
+        bias = _bias(module, query, attention_mask, position, kwargs.get("is_causal"))
+        if bias is not None:
+            keys = attention_mask.bool() if attention_mask is not None and padding else None
+            return ops.bias_attention(q, k, v, bias, keys, dropout, scale=scaling), None
+    if attention_mask is not None and padding:
+        attention_mask = attention_mask.bool()[:, None, None, :]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def _bias(
+    module: nn.Module, query: Tensor, mask: Tensor | None, position: Tensor | None, causal: bool | None
+) -> Tensor | None:
+    """What is added to the scores, `[B or 1, H or 1, L or 1, N]`; None where nothing is, or more than that."""
+    numbers = mask if mask is not None and mask.ndim == 4 and mask.is_floating_point() else None
+    if position is None:
+        added = numbers
+    elif numbers is not None:
+        added = position + numbers
+    elif mask is not None:
+        added = position if mask.ndim == 2 else None
+    else:
+        added = None if (getattr(module, "is_causal", True) if causal is None else causal) else position
+    if added is None or added.ndim != 4 or query.shape[0] % added.shape[0]:
+        return None
+    wide = torch.float64 in (added.dtype, query.dtype)
+    return added.to(query.dtype) if wide else added
+
+
+# Vision models whose attention is a class by the implementation's name and no function; later versions have no tables.
+_TABLES = {
+    "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
+    "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
+}
+
+
+def _register_classes(name: str) -> None:
+    for family, table in _TABLES.items():
+        try:
+            classes = getattr(import_module(family), table, None)
+        except ImportError:
+            continue
+        if classes is not None:
+            classes[name] = _with_bias_kernel(classes["sdpa"])
+
+
+@cache
+def _with_bias_kernel(original: type[nn.Module]) -> type[nn.Module]:
+    """BEiT's attention of older versions, which Data2Vec-Vision has too, with both biases in one kernel."""
+    plain: Any = original
+    signature = inspect.signature(plain.forward)
+
+    class BiasKernelAttention(plain):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(self, *args, **kwargs).arguments
+            shared = call.get("relative_position_bias")
+            asks = call.get("output_attentions") or call.get("head_mask") is not None
+            if asks or not (self.has_relative_position_bias or shared is not None):
+                return super().forward(*args, **kwargs)
+            states, bias = call["hidden_states"], shared
+            if self.has_relative_position_bias:
+                window = tuple(side // self.config.patch_size for side in call["resolution"])
+                interpolated = call.get("interpolate_pos_encoding", False)
+                own = self.relative_position_bias(window, interpolated, dim_size=states.shape[1])
+                bias = own if bias is None else own + bias
+            assert bias is not None
+            shape = (self.num_attention_heads, self.attention_head_size)
+            q, k, v = (part(states).unflatten(-1, shape) for part in (self.query, self.key, self.value))
+            dropout = self.dropout.p if self.training else 0.0
+            bias = bias[None] if bias.ndim == 3 else bias
+            return (ops.bias_attention(q, k, v, bias, None, dropout).flatten(2),)
+
+    return BiasKernelAttention

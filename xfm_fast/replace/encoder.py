@@ -1,0 +1,230 @@
+"""Whole text encoders without padding: embeddings, layers of a registered family and last norm on packed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from operator import attrgetter
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.packing import Packing
+from xfm_fast.replace.bert_layer import default_positions, plan, run_layer
+from xfm_fast.replace.families import FamilyLayer, short_name
+from xfm_fast.replace.huggingface_text import FusedLayer, wants_named
+from xfm_fast.replace.masks import Spread, packed_attention
+from xfm_fast.replace.structure import Attend
+from xfm_fast.replace.swap import CalledByName, Settings, asks_beyond, find, observed, original_class
+
+_PLAIN = ("eager", "sdpa", "xfm_fast", None)
+_WITHOUT_EFFECT = ("use_cache", "return_dict", "num_items_in_batch")
+
+
+def _listed(model: Any, path: str) -> Iterable[nn.Module]:
+    return attrgetter(path)(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Where the models of one family keep what is around their layers: dotted names, seen from the model.
+
+    Attributes:
+        model: class of the model, as `Family.layer` names that of a layer.
+        layers: list of the layers.
+        takes: arguments of the embeddings that hold an entry per token.
+        embeddings: module from ids or given embeddings to states.
+        project: linear layer behind the embeddings.
+        norm: behind the last layer.
+        pooler: module that reads the first token, of the states `[P, L, width]`, or of the token itself where
+            pooled_by names the function behind it.
+        pooled_by: see pooler.
+        bias: method of the model or of a part that makes the position bias of states `[P, L, width]`.
+        rotary: module that makes cosines and sines from states and positions, for each kind of layer if told its name.
+        kind: attribute of a layer with its kind: "sliding_attention" looks no further than the configuration's
+            sliding_window.
+        sequence: the layers in the order in which they run, where some run more than once.
+        has_pooled: the output has a field for the pooled state.
+    """
+
+    model: str
+    layers: str
+    takes: tuple[str, ...]
+    embeddings: str = "embeddings"
+    project: str = ""
+    norm: str = ""
+    pooler: str = ""
+    pooled_by: str = ""
+    bias: str = ""
+    rotary: str = ""
+    kind: str = ""
+    sequence: Callable[[Any, str], Iterable[nn.Module]] = _listed
+    has_pooled: bool = True
+
+
+_encoders: dict[str, Encoder] = {}
+
+
+def register_encoder(*encoders: Encoder) -> None:
+    """Make models known, so that `accelerate(..., unpad=True)` leaves out their padding."""
+    _encoders.update({encoder.model: encoder for encoder in encoders})
+    encoder_of.cache_clear()
+
+
+@cache
+def encoder_of(kind: type[nn.Module]) -> Encoder | None:
+    """The row whose models are of a class."""
+    return _encoders.get(f"{kind.__module__}.{kind.__qualname__}") or _encoders.get(short_name(kind))
+
+
+class UnpaddedEncoder(CalledByName):
+    """A whole encoder on packed tokens; at padding its states are zero."""
+
+    encoder_row: ClassVar[Encoder]
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        return {**super().adapted(original), "encoder_row": encoder_of(original)}
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        if not settings.unpad:
+            return "its padding is computed; unpad=True leaves it out"
+        if getattr(module.config, "is_decoder", False):
+            return "a causal decoder keeps its padding"
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        planned = self._planned(call)
+        if planned is None:
+            return super().forward(*args, **kwargs)
+        from transformers import modeling_outputs
+
+        packing, mask = planned
+        with self.settings.own_types(mask.device):
+            states: Any = packing.unpad(self._run(call, packing, mask))
+        if self.encoder_row.has_pooled:
+            pooled = self._pooled(states)
+            out = modeling_outputs.BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+        else:
+            out = modeling_outputs.BaseModelOutput(last_hidden_state=states)
+        return out if wants_named(self, call) else out.to_tuple()
+
+    def _planned(self, call: dict[str, Any]) -> tuple[Packing, Tensor] | None:
+        """The packing of a call and its mask; None for calls that keep padding."""
+        row, config, mask = self.encoder_row, self.config, cast(Any, call.get("attention_mask"))
+        given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
+        if asks_beyond(call, (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT)) or len(given) != 1:
+            return None
+        recorded: Any = any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states"))
+        if recorded or getattr(config, "_attn_implementation", None) not in _PLAIN:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != given[0].shape[:2]:
+            return None
+        if not self._ready():
+            return None
+        planned = plan(mask, keep_first=self._has_pooler())
+        return None if planned is None else (planned[0], mask.bool())
+
+    def _ready(self) -> bool:
+        """True if nothing observes a part that is not called, and every layer can be run on packed tokens."""
+        row = self.encoder_row
+        around = {row.layers.rpartition(".")[0], row.embeddings, row.project} - {""}
+        parts = [part for name in around if (part := find(self, name)) is not None]
+        layers = list(row.sequence(self, row.layers))
+        if any(observed(part) for part in (*parts, *layers)):
+            return False
+        return all(isinstance(layer, (FamilyLayer, FusedLayer)) and layer.intact() for layer in layers)
+
+    def _has_pooler(self) -> bool:
+        return bool(self.encoder_row.pooler) and find(self, self.encoder_row.pooler) is not None
+
+    def _pooled(self, states: Tensor) -> Tensor | None:
+        row = self.encoder_row
+        if not self._has_pooler():
+            return None
+        pooler = attrgetter(row.pooler)(self)
+        return attrgetter(row.pooled_by)(self)(pooler(states[:, 0])) if row.pooled_by else pooler(states)
+
+    def _run(self, call: dict[str, Any], packing: Packing, mask: Tensor) -> Tensor:
+        row, module = self.encoder_row, self
+        positions = self._positions(call, packing)
+        x = self._embedded(call, packing, positions)
+        plain = packed_attention(packing)
+        bias = None
+        if row.bias:
+            # It reads nothing but the shape of its argument.
+            bias = attrgetter(row.bias)(module)(x.new_empty(1, packing.shape[1], 1))
+        attends: dict[str, tuple[Attend, Any]] = {}
+        for layer in row.sequence(module, row.layers):
+            kind = getattr(layer, row.kind) if row.kind else ""
+            if kind not in attends:
+                window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
+                # Texts no longer than the window see all of themselves, wherever they lie.
+                local = window is not None and packing.shape[1] > window + 1
+                spread = Spread(packing, mask, bias, window if local else None)
+                rotary = None
+                if row.rotary:
+                    named = (kind,) if row.kind else ()
+                    cos, sin = attrgetter(row.rotary)(module)(x, positions[None], *named)
+                    rotary = cos[0], sin[0]
+                attends[kind] = (spread if bias is not None or local else plain, rotary)
+            x = self._layer(layer, x, *attends[kind])
+        norm = find(module, row.norm) if row.norm else None
+        return x if norm is None else norm(x)
+
+    def _layer(self, layer: Any, x: Tensor, attend: Attend, rotary: Any) -> Tensor:
+        if isinstance(layer, FusedLayer):
+            run: Callable[[Tensor], Tensor] = partial(_run_bert_layer, layer, attend, self.settings)
+        else:
+            run = partial(_run_family_layer, layer, attend, rotary)
+        # transformers 5 keeps activations out of memory layer by layer.
+        checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+        return layer._gradient_checkpointing_func(run, x) if checkpointed else run(x)
+
+    def _positions(self, call: dict[str, Any], packing: Packing) -> Tensor:
+        """Positions of the packed tokens."""
+        positions, embeddings = call.get("position_ids"), attrgetter(self.encoder_row.embeddings)(self)
+        if positions is None:
+            tokens = call.get("input_ids")
+            if tokens is None:
+                # Without ids, RoBERTa takes every token for a real one.
+                tokens = call["attention_mask"].new_full(packing.shape, -1)
+            if hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids"):
+                positions = default_positions(embeddings, tokens)
+            else:
+                positions = torch.arange(packing.shape[1], device=tokens.device)[None]
+        return packing.pack(positions.expand(packing.shape))
+
+    def _embedded(self, call: dict[str, Any], packing: Packing, positions: Tensor) -> Tensor:
+        """Embeddings of the packed tokens `[T, width]`: to the module they are one long text."""
+        row = self.encoder_row
+        inputs = {name: packing.pack(call[name])[None] for name in row.takes if call.get(name) is not None}
+        embeddings: Any = find(self, row.embeddings)
+        if "position_ids" in row.takes:
+            inputs["position_ids"] = positions[None]
+        if "input_ids" not in inputs:
+            inputs["input_ids"] = None
+        x = embeddings(**inputs)
+        project = find(self, row.project) if row.project else None
+        return (x if project is None else project(x))[0]
+
+
+def _run_bert_layer(layer: Any, attend: Attend, settings: Settings, x: Tensor) -> Tensor:
+    def by_heads(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        return attend(q, k, v, dropout_p, settings).view(q.shape)
+
+    return run_layer(layer, x, by_heads, settings)
+
+
+def _run_family_layer(layer: Any, attend: Attend, rotary: Any, x: Tensor) -> Tensor:
+    with layer.context(x.device) as settings:
+        return layer.run(x, attend, settings, rotary)
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """True if a model's padding can be left out by its row."""
+    return encoder_of(original_class(module)) is not None

@@ -1,0 +1,365 @@
+"""The structural matcher: a transformer layer of any library, known by a row of names, and its one fused form.
+
+A `Family` says where a layer keeps its projections, norms and MLP, and in which order it computes with them; an
+`Encoder` says where a model keeps its embeddings, layers and last norm, so that it can run without padding. A new
+family is a row of a table (`huggingface_families` has those of transformers) or a call of `register`, not code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from operator import attrgetter
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.errors import InputError
+from xfm_fast.replace.masks import Dense
+from xfm_fast.replace.structure import (
+    Attend,
+    Parts,
+    branch_types,
+    joined,
+    norm_behind,
+    post_norm,
+    pre_norm,
+    rotated,
+)
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Rule,
+    Settings,
+    asks_beyond,
+    find,
+    is_erf_gelu,
+    observed,
+    original_class,
+    why_not_bypassed,
+)
+
+# Arguments that change no number in a layer. Attention weights as output are taken by hooks or asked for by name.
+_WITHOUT_EFFECT = ("position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch")
+_PLAIN = ("eager", "sdpa", "xfm_fast", None)
+_KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+class Mlp(NamedTuple):
+    """One form of a layer's MLP.
+
+    Attributes:
+        inner: the linear layer to the hidden layer; two where `activation(first) · second` is taken.
+        activation: module or function.
+        outer: the linear layer back.
+        halved: one linear layer makes both factors of the gate, the activated one first.
+        dropout: of the hidden layer.
+    """
+
+    inner: tuple[str, ...]
+    activation: str
+    outer: str
+    halved: bool = False
+    dropout: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the layers of one family keep their parts: dotted names, seen from the layer.
+
+    Attributes:
+        layer: class of the layer: `package.Class` for `transformers.models.package`, or its full import path.
+        order: norms before the branches, behind the sums, or behind the branches and before the sums.
+        attention: the attention module, whose configuration chooses the implementation.
+        own: classes of the library, beside the layer's, that are computed around, by name.
+        qkv: projections to queries, keys and values, or one to all three.
+        proj: the projection behind the attention.
+        norms: of the attention and of the MLP.
+        mlps: forms of the MLP; the first that a layer has.
+        head_size: width of an attention head.
+        weights_p: dropout of the attention weights: a module, or a number that holds in training.
+        branch_p: dropout modules at the end of the branches; empty for none.
+        scales: LayerScale of each branch.
+        drop_paths: stochastic depth of each branch.
+        bias: argument with a bias `[B, H, N, N]` that is added to the scaled products.
+        rotary: argument with cosines and sines of rotary positions.
+        chunks: attribute that makes the feed-forward run in chunks.
+        joins: compute queries, keys and values in one product.
+        pair: the layer returns its output and None.
+        scores: makes an attention that knows more than a mask and a bias, of the layer and the call; None declines.
+        also_takes: further arguments, which scores understands.
+        windowed: attends within windows of an image; `window_block` has the form.
+    """
+
+    layer: str
+    order: Literal["before", "behind sums", "behind branches"]
+    attention: str
+    own: str
+    qkv: tuple[str, ...]
+    proj: str
+    norms: tuple[str, str]
+    mlps: tuple[Mlp, ...]
+    head_size: str
+    weights_p: str
+    branch_p: tuple[str, str] = ("", "")
+    scales: tuple[str, str] = ("", "")
+    drop_paths: tuple[str, str] = ("", "")
+    bias: str = ""
+    rotary: str = ""
+    chunks: str = ""
+    joins: bool = True
+    pair: bool = False
+    scores: Callable[[Any, Mapping[str, Any]], Attend | None] | None = None
+    also_takes: tuple[str, ...] = ()
+    windowed: bool = False
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear layer that some form of the family has."""
+        return *self.qkv, self.proj, *(name for mlp in self.mlps for name in (*mlp.inner, mlp.outer))
+
+    @property
+    def dropouts(self) -> tuple[str, ...]:
+        """Every dropout module."""
+        return tuple(n for n in (*self.branch_p, *(mlp.dropout for mlp in self.mlps), self.weights_p) if n)
+
+    def missing(self, layer: nn.Module) -> str | None:
+        """The first part that a layer lacks."""
+        needed = (*self.qkv, self.proj, *self.norms)
+        absent = next((name for name in needed if find(layer, name) is None), None)
+        if absent is None and self.mlp(layer) is None:
+            return " or ".join(mlp.inner[0] for mlp in self.mlps)
+        return absent
+
+    def mlp(self, layer: nn.Module) -> Mlp | None:
+        """The form of MLP that a layer has."""
+        return next(
+            (mlp for mlp in self.mlps if all(find(layer, n) is not None for n in (*mlp.inner, mlp.outer))), None
+        )
+
+    def holders(self) -> Iterator[str]:
+        """The modules between the layer and its parts, which are not called."""
+        names = (*self.linears, *self.norms, *self.dropouts, *self.scales, self.head_size)
+        paths = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+        yield from sorted(paths)
+
+
+_families: dict[str, Family] = {}
+
+
+def register(*families: Family) -> None:
+    """Make layers of these families known to `accelerate`.
+
+    Raises:
+        InputError: a family has no layer's name, or no MLP.
+    """
+    for family in families:
+        if "." not in family.layer or not family.mlps:
+            raise InputError(
+                f"a family needs layer='package.Class' and at least one Mlp, not {family.layer!r} with {family.mlps!r}"
+            )
+        _families[family.layer] = family
+    family_of.cache_clear()
+
+
+def registered() -> tuple[Family, ...]:
+    """All families, in the order in which they were registered."""
+    return tuple(_families.values())
+
+
+@cache
+def family_of(kind: type[nn.Module]) -> Family | None:
+    """The family whose layers are of a class."""
+    return _families.get(f"{kind.__module__}.{kind.__qualname__}") or _families.get(short_name(kind))
+
+
+def short_name(kind: type[nn.Module]) -> str:
+    """`package.Class` of a class of transformers; empty for others."""
+    package = kind.__module__.split(".")
+    known = package[:2] == ["transformers", "models"] and len(package) > 2
+    return f"{package[2]}.{kind.__name__}" if known else ""
+
+
+class FamilyLayer(CalledByName):
+    """A whole layer of a registered family: products, activation, residual and norm fused.
+
+    Attributes:
+        layer_family: where its parts are.
+        returns_tuple: whether the output comes in a tuple, with attention weights behind it if asked for.
+    """
+
+    layer_family: ClassVar[Family]
+    returns_tuple: ClassVar[bool] = False
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        family = family_of(original)
+        assert family is not None
+        library = sys.modules[original.__module__]
+        own = tuple(kind for name in family.own.split() if (kind := getattr(library, name, None)) is not None)
+        bypassed: dict[str, Any] = dict.fromkeys(family.holders(), own or _Absent)
+        bypassed |= dict.fromkeys(family.linears, nn.Linear)
+        bypassed |= dict.fromkeys(family.norms, (nn.LayerNorm, nn.Identity))
+        bypassed |= dict.fromkeys(family.dropouts, (nn.Dropout, nn.Identity))
+        bypassed |= {name: (nn.Identity, *own) for name in family.drop_paths if name}
+        named = super().adapted(original)
+        returns_tuple = "output_attentions" in named["names"] or family.pair
+        return {**named, "layer_family": family, "bypassed": bypassed, "returns_tuple": returns_tuple}
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        adapted = cls.adapted(original_class(module))
+        family: Family = adapted["layer_family"]
+        missing = family.missing(module)
+        if missing is not None:
+            return f"this version of the library keeps {missing} elsewhere; a Family with its names makes it known"
+        if family.chunks and attrgetter(family.chunks)(module):
+            return f"its feed-forward runs in chunks of {attrgetter(family.chunks)(module)}; chunk_size 0 is fused"
+        norms: list[Any] = [find(module, name) for name in family.norms]
+        if any(isinstance(norm, nn.LayerNorm) and norm.weight is None for norm in norms):
+            return f"{family.norms[0]} has no weight"
+        return why_not_bypassed(module, adapted["bypassed"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        family, x = self.layer_family, cast(Any, call.get(self.names[0]))
+        understood = (self.names[0], "attention_mask", family.bias, family.rotary, *family.also_takes, *_WITHOUT_EFFECT)
+        covered = isinstance(x, Tensor) and x.ndim == 3 and x.numel() > 0 and not asks_beyond(call, understood)
+        attend = self._attention(call) if covered and self.intact() else None
+        rotary = call.get(family.rotary) if family.rotary else None
+        if attend is None or (family.rotary and not _are_rotary(rotary)):
+            return super().forward(*args, **kwargs)
+        with self.context(x.device) as settings:
+            out = self.run(x, attend, settings, rotary)
+        if family.pair:
+            return out, None
+        return (out,) if self.returns_tuple else out
+
+    def context(self, device: torch.device) -> Any:
+        """The context to `run` in, which gives the settings."""
+        return (
+            _own_types(self.settings, device)
+            if self.layer_family.order == "behind sums"
+            else branch_types(self.settings, device)
+        )
+
+    def run(self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None) -> Tensor:
+        """The layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects; rotary positions likewise."""
+        return self.compute(self._parts(rotary), attend, x, settings)
+
+    def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:
+        """The parts in the order of the family."""
+        return _ORDERS[self.layer_family.order](parts, x, attend, settings)
+
+    def _attention(self, call: Mapping[str, Any]) -> Attend | None:
+        """The attention that a call asks for; None where the original has to be asked."""
+        family, mask = self.layer_family, call.get("attention_mask")
+        if family.scores is not None:
+            return family.scores(self, call)
+        implementation = getattr(getattr(find(self, family.attention), "config", None), "_attn_implementation", None)
+        if implementation not in _PLAIN and not (implementation in _KERNELS and mask is None):
+            return None
+        bias = call.get(family.bias) if family.bias else None
+        return Dense.of(mask, bias, implementation)
+
+    def _parts(self, rotary: Any) -> Parts:
+        family, mlp = self.layer_family, self.layer_family.mlp(self)
+        assert mlp is not None
+        layers: tuple[Any, ...] = tuple(find(self, name) for name in family.qkv)
+        head_size = attrgetter(family.head_size)(self)
+        proj: Any = find(self, family.proj)
+        activation = attrgetter(mlp.activation)(self)
+        inner = [find(self, name) for name in mlp.inner]
+        gelu = is_erf_gelu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
+        plain = len(inner) == 1 and not mlp.halved and gelu
+        drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
+        return Parts(
+            norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
+            qkv=(joined("qkv", layers),) if family.joins else tuple((each.weight, each.bias) for each in layers),
+            heads=proj.in_features // head_size,
+            scale=head_size**-0.5,
+            proj=proj,
+            fc1=inner[0],
+            fc2=find(self, mlp.outer),  # pyright: ignore[reportArgumentType]
+            hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
+            gammas=tuple(attrgetter(name)(self) if name else None for name in family.scales),  # pyright: ignore[reportArgumentType]
+            row_scales=drops if any(family.drop_paths) else (),
+            attention_p=self._chance(family.weights_p),
+            hidden_p=self._chance(mlp.dropout),
+            branch_p=(self._chance(family.branch_p[0]), self._chance(family.branch_p[1])),
+            adapt=None if rotary is None else partial(_rotated, *rotary),
+        )
+
+    def _chance(self, name: str) -> float:
+        """Probability of a dropout in the present mode: that of a module, or a number beside one."""
+        if not name:
+            return 0.0
+        holder, _, last = name.rpartition(".")
+        owner: Any = find(self, holder) if holder else self
+        found = getattr(owner, last)
+        if isinstance(found, nn.Module):
+            return found.p if isinstance(found, nn.Dropout) and found.training else 0.0
+        return found if owner.training else 0.0
+
+
+class _Absent(nn.Module):
+    """Stands for a class that this version of the library lacks, so that nothing is one."""
+
+
+class _own_types:
+    """`Settings.own_types` as a context that gives the settings."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.context = settings, settings.own_types(device)
+
+    def __enter__(self) -> Settings:
+        self.context.__enter__()
+        return self.settings
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
+
+
+_ORDERS = {"before": pre_norm, "behind sums": post_norm, "behind branches": norm_behind}
+
+
+def _hidden(
+    inner: list[Any], activation: Any, halved: bool, x: Tensor, linear: Callable[[Any, Tensor], Tensor]
+) -> Tensor:
+    """The hidden layer: `activation(a(x))`, or `activation(a(x)) · b(x)`."""
+    first = linear(inner[0], x)
+    if halved:
+        first, second = first.chunk(2, -1)
+        return activation(first) * second
+    return activation(first) if len(inner) == 1 else activation(first) * linear(inner[1], x)
+
+
+def _rotated(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys `[..., N, H, D]` with rotary positions; tokens before those that have one stay as they are."""
+    prefix = q.shape[-3] - cos.shape[-2]
+    if not prefix:
+        return rotated(q, cos, sin), rotated(k, cos, sin)
+    turned = (torch.cat((t[:, :prefix], rotated(t[:, prefix:], cos, sin)), 1) for t in (q, k))
+    return next(turned), next(turned)
+
+
+def _are_rotary(given: Any) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and all(isinstance(t, Tensor) for t in given)
+
+
+def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
+    """Stochastic depth as one factor per entry, `[B]`: drawn as transformers draws it."""
+    share = getattr(drop_path, "drop_prob", 0.0)
+    if drop_path is None or not drop_path.training or not share:
+        return None
+    return torch.floor(torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + (1 - share)) / (1 - share)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    family = family_of(original_class(module))
+    return family is not None and not family.windowed
+
+
+RULES: tuple[Rule, ...] = (Rule("FamilyLayer", _is_layer, FamilyLayer, "products, activation, sums and norms fused"),)

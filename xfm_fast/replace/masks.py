@@ -1,0 +1,146 @@
+"""Attention of padded batches under the masks and biases that libraries hand to their layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.derived import derived
+from xfm_fast.packing import Packing
+from xfm_fast.replace.bert_layer import Packed, Padded
+from xfm_fast.replace.swap import Settings
+from xfm_fast.replace.vit_block import attention
+
+
+@dataclass
+class Dense:
+    """Attention of `[B, N, H, D]`, all of one length.
+
+    Attributes:
+        mask: added to the scaled products, or False for what is hidden, `[B, 1 or H, 1 or N, N]`; a padding mask
+            `[B, N]` of the keys; or None.
+        bias: added to the scaled products, `[1 or B, H, N, N]`.
+        scale: of the products; None for the usual one.
+    """
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float | None = None
+
+    @classmethod
+    def of(cls, mask: Any, bias: Any, implementation: str | None) -> Dense | None:
+        """The attention of a call to a layer of transformers; None for masks that its original must interpret."""
+        if bias is not None and not (isinstance(bias, Tensor) and bias.ndim == 4):
+            return None
+        if mask is None:
+            return cls(None, bias)
+        if not isinstance(mask, Tensor):
+            return None
+        if mask.ndim == 2:
+            if implementation != "xfm_fast":
+                return None
+            return cls(mask[:, None, None].bool(), bias) if bias is not None else cls(mask)
+        # Eager attention adds a boolean mask as ones and zeros.
+        boolean = not mask.is_floating_point()
+        return None if mask.ndim != 4 or (boolean and implementation in ("eager", None)) else cls(mask, bias)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if self.mask is not None and self.bias is None and self.scale is None:
+            return Padded(self.mask)(q, k, v, dropout_p, settings).flatten(-2)
+        return attention(q, k, v, scale, self._added(q.dtype), settings, dropout_p=dropout_p)
+
+    def _added(self, dtype: torch.dtype) -> Tensor | None:
+        """Bias and mask as one."""
+        mask, bias = self.mask, self.bias
+        if mask is None or bias is None:
+            return mask if bias is None else bias
+        if bias.requires_grad and torch.is_grad_enabled():
+            return merged(bias, mask, dtype)
+        # All layers of a model come with the same two.
+        return derived(f"with mask {dtype}", (bias, mask), lambda: merged(bias, mask, dtype))
+
+
+@dataclass
+class Spread:
+    """Attention of packed tokens `[T, H, D]` that knows their places: spread over the padded batch and gathered again.
+
+    Attributes:
+        packing: the places; the keys are the real tokens.
+        mask: `[P, L]`, True for real tokens.
+        bias: `[1 or P, H, L, L]`, added to the scaled products.
+        window: attend to tokens no further away than this.
+    """
+
+    packing: Packing
+    mask: Tensor
+    bias: Tensor | None = None
+    window: int | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        padded = self.packing.unpad(torch.stack((q, k, v), 1))
+        q, k, v = padded.unbind(2)
+        if self.window is not None and q.shape[1] > 3 * self.window:
+            out = banded(q, k, v, self.window, self.mask, dropout_p)
+        elif self.window is None and self.bias is not None:
+            keys, backend = self.mask, settings.backend
+            out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
+        else:
+            out = Dense(self._hidden(q.device), self.bias)(q, k, v, dropout_p, settings).unflatten(-1, q.shape[-2:])
+        return self.packing.pack(out).flatten(-2)
+
+    def _hidden(self, device: torch.device) -> Tensor:
+        """What may be seen, `[P, 1, 1 or L, L]`; every query sees itself, so that none at padding sees nothing."""
+        keys = self.mask[:, None, None]
+        if self.window is None:
+            return keys
+        places = torch.arange(self.mask.shape[1], device=device)
+        distance = (places[:, None] - places).abs()
+        return (keys & (distance <= self.window)) | (distance == 0)
+
+
+def merged(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias with what a mask hides in it."""
+    bias, lowest = bias.to(dtype), torch.finfo(dtype).min
+    if mask.is_floating_point():
+        return bias + mask.clamp(min=lowest).to(dtype)
+    return bias.masked_fill(~mask, lowest)
+
+
+def packed_attention(packing: Packing) -> Any:
+    """Attention of packed texts to their own tokens: `[T, H·D]`."""
+    cu, longest = packing.cu_seqlens, packing.longest
+    packed = Packed(cu, cu, longest, longest, packing.key_mask)
+    return lambda *arguments: packed(*arguments).flatten(-2)
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Attention to tokens no further away than a window, in time that grows with the length and not its square.
+
+    Blocks of `window` queries look at their own block of keys and at one on either side.
+
+    Args:
+        q, k, v: `[B, N, H, D]`.
+        mask: `[B, N]`, True for keys that may be seen.
+
+    Returns:
+        `[B, N, H, D]`.
+    """
+    batch, tokens, heads, width = q.shape
+    blocks = -(-tokens // window)
+    rest = blocks * window - tokens
+    q = F.pad(q, (0, 0, 0, 0, 0, rest)).view(batch * blocks, window, heads, width)
+    k, v = (F.pad(t, (0, 0, 0, 0, window, rest + window)).unfold(1, 3 * window, window) for t in (k, v))
+    k, v = (t.permute(0, 1, 4, 2, 3).reshape(batch * blocks, 3 * window, heads, width) for t in (k, v))
+    keys = F.pad(mask, (window, rest + window)).unfold(1, 3 * window, window).reshape(batch * blocks, 1, 3 * window)
+    places = torch.arange(3 * window, device=q.device) - window
+    distance = (places[:window, None] + window - places).abs()
+    seen = (keys & (distance <= window)) | (distance == 0)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, seen[:, None], dropout_p)
+    return out.transpose(1, 2).reshape(batch, blocks * window, heads, width)[:, :tokens]

@@ -1,0 +1,89 @@
+"""Blocks of open_clip's image and text towers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from open_clip import transformer
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Kinds,
+    Rule,
+    Settings,
+    asks_beyond,
+    find,
+    original_class,
+    why_not_bypassed,
+)
+from xfm_fast.replace.vit_block import PreNormBlock, lacks_parameters
+
+_NORMS = (nn.LayerNorm, transformer.LayerNorm)
+_SCALES = (nn.Identity, transformer.LayerScale)
+
+
+class OpenClipBlock(PreNormBlock, CalledByName):
+    """`open_clip.transformer.ResidualAttentionBlock` as self-attention, with a mask or without."""
+
+    bypassed: ClassVar[Mapping[str, Kinds]] = {
+        "ln_1": _NORMS,
+        "ln_2": _NORMS,
+        "attn": nn.MultiheadAttention,
+        "attn.out_proj": NonDynamicallyQuantizableLinear,
+        "ls_1": _SCALES,
+        "ls_2": _SCALES,
+        "mlp": nn.Sequential,
+        "mlp.c_fc": nn.Linear,
+        "mlp.c_proj": nn.Linear,
+    }
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        attn: Any = find(module, "attn")
+        if find(module, "ln_1_kv") is not None:
+            return "it attends to another sequence (ln_1_kv); its attention alone is fused"
+        reason = why_not_bypassed(module, cls.bypassed) or lacks_parameters(module, ("ln_1", "ln_2"))
+        if reason is None and (attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn):
+            reason = "attn has projections apart, or keys of its own"
+        if reason is None and not attn.batch_first:
+            reason = "attn takes the sequence first; batch_first=True is fused"
+        return reason
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        x, mask = call["q_x"], call.get("attn_mask")
+        if asks_beyond(call, ("q_x", "attn_mask")) or not (_added(mask) and self.takes(x)):
+            return super().forward(*args, **kwargs)
+        block: Any = self
+        attn, mlp = block.attn, block.mlp
+        if mask is not None and mask.ndim == 3:
+            mask = mask.unflatten(0, (-1, attn.num_heads))
+        parts = Parts(
+            norms=(block.ln_1, block.ln_2),
+            qkv=((attn.in_proj_weight, attn.in_proj_bias),),
+            heads=attn.num_heads,
+            scale=attn.head_dim**-0.5,
+            proj=attn.out_proj,
+            fc1=mlp.c_fc,
+            fc2=mlp.c_proj,
+            hidden=None if self.is_erf_gelu("mlp.gelu") else lambda x, linear: mlp.gelu(linear(mlp.c_fc, x)),
+            gammas=(getattr(block.ls_1, "gamma", None), getattr(block.ls_2, "gamma", None)),
+            attention_p=attn.dropout if attn.training else 0.0,
+        )
+        return self.compute(parts, x, mask)
+
+
+def _added(mask: Any) -> bool:
+    """True for no mask, or one that is added to the scores."""
+    return mask is None or (isinstance(mask, Tensor) and mask.is_floating_point() and mask.ndim in (2, 3))
+
+
+def _is_block(module: nn.Module) -> bool:
+    return original_class(module) is transformer.ResidualAttentionBlock
+
+
+RULES: tuple[Rule, ...] = (Rule("OpenClipBlock", _is_block, OpenClipBlock, "norms, GELU and sums in the products"),)

@@ -1,0 +1,95 @@
+"""Images of requests: data URLs and base64, and files from the web where that is allowed."""
+
+from __future__ import annotations
+
+import binascii
+import io
+import warnings
+from typing import Protocol
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image
+
+from xfm_fast.errors import DataError
+from xfm_fast.serve.problem import Problem
+
+
+class Fetcher(Protocol):
+    """Fetches the content of a URL."""
+
+    def fetch(self, url: str) -> bytes:
+        """The content; raises `Problem`."""
+        ...
+
+
+def image_content(value: str, name: str, fetcher: Fetcher | None, most_pixels: int) -> bytes:
+    """The file of an image that a request gives as a data URL, as base64 or as a URL.
+
+    Args:
+        name: what errors call it.
+        fetcher: of URLs; None where they are not allowed.
+        most_pixels: limit of width times height.
+
+    Raises:
+        Problem: it is none of these, or too large.
+        DataError: it is no image.
+    """
+    scheme = value[:8].lower()
+    if scheme.startswith("data:"):
+        content = _data_url(value, name)
+    elif scheme.startswith(("http:", "https:")):
+        if fetcher is None:
+            raise Problem(
+                422,
+                f"{name} is a URL, and this service fetches none; send the image as data:image/jpeg;base64,..., or "
+                "start the service with --allow-urls",
+            )
+        content = fetcher.fetch(value)
+    else:
+        content = _base64(value.encode("utf-8", "replace"), name, value)
+    _check_size(content, name, most_pixels)
+    return content
+
+
+def _data_url(value: str, name: str) -> bytes:
+    head, comma, data = value.partition(",")
+    if not comma:
+        raise Problem(422, f"{name} is a data URL without a comma ({value[:40]!r}); write data:image/jpeg;base64,...")
+    kind, *parameters = head[len("data:") :].split(";")
+    if kind and not kind.strip().lower().startswith("image/"):
+        raise Problem(422, f"{name} is a data URL of type {kind[:40]!r}; give an image, such as image/jpeg")
+    if parameters and parameters[-1].strip().lower() == "base64":
+        return _base64(unquote_to_bytes(data), name, data)
+    raise Problem(422, f"{name} is a data URL without base64 ({value[:40]!r}); write data:image/jpeg;base64,...")
+
+
+def _base64(data: bytes, name: str, shown: str) -> bytes:
+    try:
+        content = binascii.a2b_base64(data, strict_mode=True)
+    except ValueError as error:
+        raise Problem(
+            422, f"{name} ({len(data):,} characters, beginning with {shown[:16]!r}) is no base64 ({error})"
+        ) from None
+    if not content:
+        raise Problem(422, f"{name} is empty; send the file of an image")
+    return content
+
+
+def _check_size(content: bytes, name: str, most_pixels: int) -> None:
+    """Refuse an image of too many pixels by its header, before it is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as opened:
+                width, height = opened.size
+        except Image.DecompressionBombError as error:
+            raise Problem(413, f"{name} is refused: {error}; shrink it") from None
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            raise DataError(
+                f"{name} ({len(content):,} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP that can be "
+                f"read ({type(error).__name__}); convert it, or copy it again"
+            ) from None
+    if width * height > most_pixels:
+        raise Problem(
+            413, f"{name} is {width}x{height} = {width * height:,} pixels, over the limit of {most_pixels:,}; shrink it"
+        )

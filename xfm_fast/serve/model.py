@@ -1,0 +1,261 @@
+"""The model that is served: loaded from a run, a checkpoint or an export, and asked for several requests at once."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xfm_fast import checkpoint
+from xfm_fast.checkpoint.position_table import window_of
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, UnavailableError, XFMError
+from xfm_fast.export.manifest import MANIFEST_FILE
+from xfm_fast.export.session import Session
+from xfm_fast.export.session.ranking import SessionRanks
+from xfm_fast.export.slots import largest
+from xfm_fast.models.processor import TOKENIZER_FILE, read_tokenizer
+from xfm_fast.models.xfm import XFM
+from xfm_fast.search.model import ModelSource, open_model
+from xfm_fast.serve.options import SourceOptions
+from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+_RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What the official evaluation cuts captions to.
+_MOST_TOKENS = 40
+_BUDGETS = {"cpu": 4096, "cuda": 65536}
+
+
+class Text(NamedTuple):
+    """A text as token ids."""
+
+    ids: tuple[int, ...]
+
+
+Read = Text | Picture
+"""What was read of a request: a text, or an image."""
+
+
+class Work(NamedTuple):
+    """What a request asks of the model: pairs to be scored, and items to be embedded."""
+
+    queries: tuple[Query, ...] = ()
+    items: tuple[Read, ...] = ()
+
+
+class Found(NamedTuple):
+    """The answer to a `Work`: rankings in the order of queries, features `[items, embed_dim]`."""
+
+    rankings: tuple[Ranking, ...]
+    features: Tensor | None
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that answers the work of several requests together.
+
+    Attributes:
+        name: in requests and answers.
+        source: where the weights come from, in words.
+        random: results mean nothing.
+        heads: of `contrastive` and `matching`, those that there are.
+        tokenizer: of texts.
+        device: where it runs.
+        most_tokens: of a text, which is cut to them.
+    """
+
+    name: str
+    source: str
+    random: bool
+    heads: tuple[str, ...]
+    tokenizer: CaptionTokenizer
+    device: torch.device
+    ranks: RankModel
+    cache_bytes: int
+    most_tokens: int
+    ranker: Ranker = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranker", Ranker(self.ranks, self.cache_bytes))
+
+    @property
+    def config(self) -> XFMConfig:
+        """Sizes of the model."""
+        return self.ranks.config
+
+    @property
+    def default_budget(self) -> int:
+        """Tokens that are computed together, where the user names none."""
+        return _BUDGETS["cpu" if self.device.type == "cpu" else "cuda"]
+
+    def require(self, head: str) -> None:
+        """Raise `UnavailableError` where the model has no such head."""
+        if head not in self.heads:
+            what = {"matching": "scores of texts with images", "contrastive": "features"}[head]
+            raise UnavailableError(f"model {self.name!r} has no {head} head, which {what} need; serve one that has it")
+
+    def read_text(self, text: str, name: str) -> Text:
+        """Token ids of a text, cleaned and cut as captions are.
+
+        Raises:
+            DataError: nothing is left of it; `name` is what the error calls it.
+        """
+        try:
+            cleaned = pre_caption(text)
+            rows = self.tokenizer.encode_ids([cleaned], self.most_tokens)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        return Text(tuple(rows[0]))
+
+    def read_image(self, content: bytes, name: str, *, features: bool) -> Picture:
+        """An image, decoded unless its features or its memory are kept.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        picture = self.ranker.picture(content, name)
+        if picture.key in (self.ranker.features if features else self.ranker.cache):
+            return picture
+        return picture._replace(pixels=self.ranker.decode(picture, name))
+
+    def cost(self, work: Work) -> int:
+        """Tokens that work takes: those of texts, as often as they are paired, and of images that are not known yet."""
+        texts = [ids for query in work.queries for ids in query.captions for _ in query.pictures]
+        texts += [item.ids for item in work.items if isinstance(item, Text)]
+        images = {picture.key for query in work.queries for picture in query.pictures if picture.pixels is not None}
+        images |= {item.key for item in work.items if isinstance(item, Picture) and item.pixels is not None}
+        return sum(map(len, texts)) + len(images) * self.config.num_image_tokens
+
+    def warm_up(self) -> None:
+        """Run everything once, so that no request waits for a choice of libraries."""
+        text = Text((self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token_id))
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(stream, "PNG")
+        picture = self.ranker.picture(stream.getvalue(), "a black square")
+        queries = (Query((picture,), (text.ids,)),) if "matching" in self.heads else ()
+        self.answer([Work(queries, (text, picture) if "contrastive" in self.heads else ())])
+
+    def answer(self, works: Sequence[Work]) -> list[Found | Exception]:
+        """The answers to the work of several requests; what is wrong with one is its own error.
+
+        Raises:
+            XFMError: the model failed, which concerns them all.
+        """
+        rankings = iter(self.ranker.rank([query for work in works for query in work.queries]))
+        features = self._features([item for work in works for item in work.items])
+        found: list[Found | Exception] = []
+        place = 0
+        for work in works:
+            made = [next(rankings) for _ in work.queries]
+            mine = features[place : place + len(work.items)] if features is not None and work.items else None
+            place += len(work.items)
+            failed = next((each for each in made if isinstance(each, XFMError)), None)
+            ranked = tuple(each for each in made if isinstance(each, Ranking))
+            found.append(Found(ranked, mine) if failed is None else failed)
+        return found
+
+    def _features(self, items: Sequence[Read]) -> Tensor | None:
+        if not items:
+            return None
+        features = torch.empty(len(items), self.config.embed_dim)
+        texts = {place: item.ids for place, item in enumerate(items) if isinstance(item, Text)}
+        pictures = {place: item for place, item in enumerate(items) if isinstance(item, Picture)}
+        if texts:
+            features[[*texts]] = self.ranker.embed_captions([*texts.values()])
+        if pictures:
+            features[[*pictures]] = self.ranker.embed_images([*pictures.values()])
+        return features
+
+
+def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:
+    """The model of a run, of a folder of weights, of an official checkpoint, or of an export.
+
+    Args:
+        path: one of these; a name on the Hugging Face Hub; None for random weights.
+        options: see `SourceOptions`.
+        cache_bytes: room for image memories between requests.
+
+    Raises:
+        InputError: both a model and random weights are asked for, or neither.
+        CheckpointError, ExportError, DataError, UnavailableError: it cannot be loaded, or cannot be served.
+    """
+    if (path is None) == (options.random is None):
+        raise InputError("name one of a model (a run, a checkpoint or an export) and --random tiny, which is to try it")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
+    if path is not None and (path.expanduser() / MANIFEST_FILE).is_file():
+        return _export(path.expanduser(), options, cache_bytes)
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    dtype = _DTYPES[options.dtype]
+    words = None if options.tokenizer is None else str(options.tokenizer)
+    if path is not None and path.expanduser().is_file():
+        file = path.expanduser()
+        model, source, name = _official(file, options).to(device, dtype).eval(), str(path), file.stem
+    else:
+        if options.config is not None:
+            raise InputError(f"--config {options.config} gives the sizes of an official checkpoint file; leave it out")
+        wanted = ModelSource(None if path is None else str(path), words, options.random or "tiny")
+        found = open_model(wanted, device=device, dtype=dtype)
+        model, source = found.model, str(found.source)
+        name = f"random-{options.random}" if path is None else path.resolve().name if path.exists() else str(path)
+    if model.tokenizer is None:
+        raise UnavailableError(f"{source} has no tokenizer to read texts with; give the model's with --tokenizer")
+    heads = tuple(head for head in ("contrastive", "matching") if head in model.heads)
+    if not model.config.fusion_layers:
+        heads = tuple(head for head in heads if head != "matching")
+    return ServedModel(
+        options.name or name, source, path is None, heads, model.tokenizer, device,
+        ModelRanks(model.requires_grad_(False)), cache_bytes, min(_MOST_TOKENS, model.config.max_text_length),
+    )  # fmt: skip
+
+
+def _official(file: Path, options: SourceOptions) -> XFM:
+    if options.tokenizer is None:
+        raise InputError(f"{file} holds weights alone; give RoBERTa's vocabulary with --tokenizer")
+    state = checkpoint.read_state_dict(file)
+    config = XFMConfig.preset("base") if options.config is None else XFMConfig.from_official(options.config)
+    tables = (value for key, value in state.items() if key.endswith(".relative_position_bias_table"))
+    if (table := next(tables, None)) is not None and window_of(table) != config.grid:
+        size = window_of(table) * config.patch_size
+        # Masking is of no concern here, and its numbers need not fit every size.
+        config = config.replace(image_size=size, num_masking_patches=1, min_num_patches=1)
+    ours, _ = checkpoint.to_ours(state, config)
+    model = XFM.from_official(state, config, heads=checkpoint.heads_in(ours), tokenizer=options.tokenizer)
+    if not {"contrastive", "matching"} & set(model.heads):
+        raise CheckpointError(f"{file} holds neither the contrastive nor the matching head; nothing can be ranked")
+    return model
+
+
+def _export(folder: Path, options: SourceOptions, cache_bytes: int) -> ServedModel:
+    session = Session.load(folder, options.runtime, None if options.device == "auto" else options.device)
+    missing = [graph for graph in _RANK_GRAPHS if graph not in session.manifest.graph_names]
+    if missing:
+        raise ExportError(
+            f"serving needs the graphs {', '.join(_RANK_GRAPHS)} and {folder} lacks {', '.join(missing)}; export them"
+        )
+    place = options.tokenizer or folder / TOKENIZER_FILE
+    if not place.exists():
+        raise InputError(f"{folder} has no {TOKENIZER_FILE} to read texts with; give the model's with --tokenizer")
+    tokenizer = read_tokenizer(place, session.config)
+    if session.manifest.tokenizer_sha256 not in (None, tokenizer.sha256()):
+        raise InputError(
+            f"the vocabulary in {tokenizer.origin} has sha256 {tokenizer.sha256()[:16]}… and the export was made with "
+            f"{str(session.manifest.tokenizer_sha256)[:16]}…; give the one that the model was trained with"
+        )
+    heads = tuple(head for head in ("contrastive", "matching") if head in session.heads)
+    source = f"{folder} ({session.manifest.source}, {session.description})"
+    random = session.manifest.source.startswith("random weights")
+    longest = [largest(session.slots(graph), "length") for graph in ("text", "fusion")]
+    tokens = min(_MOST_TOKENS, session.config.max_text_length, *filter(None, longest))
+    return ServedModel(
+        options.name or folder.resolve().name, source, random, heads, tokenizer, session.device, SessionRanks(session),
+        cache_bytes, tokens,
+    )  # fmt: skip

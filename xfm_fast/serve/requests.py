@@ -1,0 +1,291 @@
+"""From the body of a request to what the model is asked, and from what it says to an answer."""
+
+from __future__ import annotations
+
+import base64
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from xfm_fast.documents import advice, parse_json
+from xfm_fast.errors import NonFiniteError
+from xfm_fast.serve.images import Fetcher, image_content
+from xfm_fast.serve.model import Found, Read, ServedModel, Text, Work
+from xfm_fast.serve.options import ServiceOptions
+from xfm_fast.serve.problem import Problem
+from xfm_fast.serve.schema import (
+    Answer,
+    AnyItem,
+    Embedding,
+    EmbeddingsAnswer,
+    EmbeddingsRequest,
+    Item,
+    Ranked,
+    Request,
+    RerankAnswer,
+    RerankRequest,
+    Score,
+    ScoreAnswer,
+    ScoreRequest,
+    Usage,
+)
+from xfm_fast.tasks.ranking import Picture, Query
+
+R = TypeVar("R", bound=Request)
+Scoring = Literal["match", "similarity"]
+# Faults of values that are of another kind altogether.
+_KINDS = ("string_type", "model_type", "list_type", "int_type")
+# A Cohere client pays for this many documents at a time.
+_DOCUMENTS_PER_UNIT = 100
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was understood.
+
+    Attributes:
+        work: what the model is asked.
+        finish: makes an answer of what it found.
+    """
+
+    work: Work
+    finish: Callable[[Found], Answer]
+
+
+class Reader:
+    """Reads requests for a model, within the limits of a service. Several threads may call it."""
+
+    def __init__(self, model: ServedModel, options: ServiceOptions, fetcher: Fetcher | None) -> None:
+        self.model, self.options, self.fetcher = model, options, fetcher
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="read")
+
+    def rerank(self, body: bytes) -> Prepared:
+        """Documents to be ordered by their relevance to a query.
+
+        Raises:
+            Problem, DataError, UnavailableError: the request cannot be answered as it is.
+        """
+        request = self._parsed(RerankRequest, body)
+        self._count("documents", request.documents)
+        scoring = self._scoring([(request.query, document) for document in request.documents])
+        query, *documents = self._read(
+            [("query", request.query), *_named("documents", request.documents)], features=scoring == "similarity"
+        )
+        if scoring == "similarity":
+            work = Work(items=(query, *documents))
+        elif isinstance(query, Text):
+            work = Work(queries=(Query(tuple(_pictures(documents)), (query.ids,)),))
+        else:
+            work = Work(queries=(Query((query,), tuple(_ids(documents))),))
+
+        def finish(found: Found) -> Answer:
+            if found.features is None:
+                scores = found.rankings[0].matches.flatten()
+            else:
+                scores = (1 + found.features[1:] @ found.features[0]) / 2
+            order = _finite(scores).argsort(descending=True, stable=True).tolist()[: request.top_n]
+            values = scores.tolist()
+            results = [
+                Ranked(
+                    index=index,
+                    relevance_score=values[index],
+                    document=_shown(request.documents[index]) if request.return_documents else None,
+                )
+                for index in order
+            ]
+            units = -(-len(documents) // _DOCUMENTS_PER_UNIT)
+            meta = {"api_version": {"version": "1"}, "billed_units": {"search_units": units}}
+            return RerankAnswer(
+                **self._facts("rerank", [query, *documents]), results=results, scoring=scoring, meta=meta
+            )
+
+        return Prepared(work, finish)
+
+    def embeddings(self, body: bytes) -> Prepared:
+        """Texts and images to be embedded.
+
+        Raises:
+            Problem, DataError, UnavailableError: the request cannot be answered as it is.
+        """
+        request = self._parsed(EmbeddingsRequest, body)
+        given: Any = request.input if isinstance(request.input, list) else [request.input]
+        if any(isinstance(item, int | list) for item in given):
+            raise Problem(422, "input holds token ids, which mean something in one vocabulary alone; send texts")
+        self._count("input", given)
+        size = self.model.config.embed_dim
+        if request.dimensions not in (None, size):
+            raise Problem(
+                422,
+                f"dimensions={request.dimensions}, and the features of this model have {size}, of which no part means "
+                "anything by itself; leave it out",
+            )
+        self.model.require("contrastive")
+        items = self._read(_named("input", given), features=True)
+
+        def finish(found: Found) -> Answer:
+            assert found.features is not None
+            rows = _finite(found.features).numpy().astype("<f4")
+            as_text = request.encoding_format == "base64"
+            data = [
+                Embedding(
+                    index=index,
+                    embedding=base64.b64encode(row.tobytes()).decode() if as_text else row.tolist(),
+                )
+                for index, row in enumerate(rows)
+            ]
+            return EmbeddingsAnswer(**self._facts("embd", items), data=data)
+
+        return Prepared(Work(items=tuple(items)), finish)
+
+    def score(self, body: bytes) -> Prepared:
+        """Pairs to be scored.
+
+        Raises:
+            Problem, DataError, UnavailableError: the request cannot be answered as it is.
+        """
+        request = self._parsed(ScoreRequest, body)
+        sides = [side if isinstance(side, list) else [side] for side in (request.text_1, request.text_2)]
+        first, second = sides
+        for name, side in zip(("text_1", "text_2"), sides, strict=True):
+            self._count(name, side)
+        if len(first) not in (1, len(second)):
+            raise Problem(
+                422, f"text_1 has {len(first)} items and text_2 {len(second)}; give one in text_1, or as many in both"
+            )
+        if len(first) == 1:
+            first = first * len(second)
+        scoring = self._scoring(list(zip(first, second, strict=True)))
+        # One of them may stand in many pairs and is read once.
+        distinct = {id(item): (name, item) for name, item in [*_named("text_1", first), *_named("text_2", second)]}
+        reads = dict(zip(distinct, self._read([*distinct.values()], features=scoring == "similarity"), strict=True))
+        pairs = [(reads[id(a)], reads[id(b)]) for a, b in zip(first, second, strict=True)]
+        if scoring == "similarity":
+            work = Work(items=tuple(item for pair in pairs for item in pair))
+        else:
+            work = Work(queries=tuple(Query(tuple(_pictures(pair)), tuple(_ids(pair))) for pair in pairs))
+
+        def finish(found: Found) -> Answer:
+            if found.features is None:
+                scores = [float(_finite(ranking.matches)) for ranking in found.rankings]
+            else:
+                rows = _finite(found.features)
+                scores = ((1 + (rows[0::2] * rows[1::2]).sum(1)) / 2).tolist()
+            data = [Score(index=index, score=score) for index, score in enumerate(scores)]
+            facts = self._facts("score", [*reads.values()])
+            return ScoreAnswer(**facts, created=int(time.time()), data=data, scoring=scoring)
+
+        return Prepared(work, finish)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _parsed(self, kind: type[R], body: bytes) -> R:
+        try:
+            value = parse_json(body)
+        except ValueError as error:
+            raise Problem(400, f"the body is no JSON that can be read ({error})") from None
+        if not isinstance(value, dict):
+            raise Problem(400, f"the body is a {type(value).__name__}; send an object, such as {{...}}")
+        try:
+            request = kind.model_validate(value)
+        except ValidationError as error:
+            raise Problem(422, _sentence(error, kind)) from None
+        if request.model is not None and request.model != self.model.name:
+            raise Problem(404, f"model {request.model!r} is not served here; ask for {self.model.name!r}, or for none")
+        return request
+
+    def _count(self, name: str, items: Sequence[object]) -> None:
+        most = self.options.max_documents
+        if len(items) > most:
+            raise Problem(422, f"{name} holds {len(items):,} items; give at most {most:,}, and the rest in another")
+
+    def _scoring(self, pairs: Sequence[tuple[AnyItem, AnyItem]]) -> Scoring:
+        """How pairs are compared, which is the same for all of them, and the model able to."""
+        mixed = {_is_text(a) != _is_text(b) for a, b in pairs}
+        if len(mixed) > 1:
+            raise Problem(
+                422,
+                "the request compares a text with an image here, and two of a kind there, and such scores cannot be "
+                "compared; send two requests",
+            )
+        scoring: Scoring = "match" if mixed == {True} else "similarity"
+        self.model.require("matching" if scoring == "match" else "contrastive")
+        return scoring
+
+    def _read(self, items: Sequence[tuple[str, AnyItem]], *, features: bool) -> list[Any]:
+        def read(named: tuple[str, AnyItem]) -> Read:
+            name, item = named
+            text = item if isinstance(item, str) else item.text
+            if text is not None:
+                most = self.options.max_characters
+                if len(text) > most:
+                    raise Problem(422, f"{name} has {len(text):,} characters, over the limit of {most:,}; shorten it")
+                return self.model.read_text(text, name)
+            assert isinstance(item, Item)
+            assert item.image is not None
+            content = image_content(item.image, name, self.fetcher, self.options.max_pixels)
+            return self.model.read_image(content, name, features=features)
+
+        if sum(not _is_text(item) for _, item in items) > 1:
+            return list(self._threads.map(read, items))
+        return list(map(read, items))
+
+    def _facts(self, kind: str, items: Sequence[Read]) -> dict[str, Any]:
+        images = self.model.config.num_image_tokens
+        tokens = sum(len(item.ids) if isinstance(item, Text) else images for item in items)
+        warning = "THE WEIGHTS ARE RANDOM: these results mean nothing" if self.model.random else None
+        usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
+        return {"id": f"{kind}-{uuid.uuid4().hex}", "model": self.model.name, "usage": usage, "warning": warning}
+
+
+def _is_text(item: AnyItem) -> bool:
+    return isinstance(item, str) or item.text is not None
+
+
+def _named(name: str, items: Sequence[AnyItem]) -> list[tuple[str, AnyItem]]:
+    return [(f"{name}[{number}]", item) for number, item in enumerate(items)]
+
+
+def _pictures(items: Sequence[Read]) -> list[Picture]:
+    return [item for item in items if isinstance(item, Picture)]
+
+
+def _ids(items: Sequence[Read]) -> list[tuple[int, ...]]:
+    return [item.ids for item in items if isinstance(item, Text)]
+
+
+def _shown(document: AnyItem) -> dict[str, Any]:
+    """A document as an answer repeats it."""
+    if isinstance(document, str):
+        return {"text": document}
+    return {"text": document.text} if document.text is not None else {"image": document.image}
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise NonFiniteError("the results are not finite; the type may be too narrow for these weights: use fp32")
+    return values
+
+
+def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The gravest of the faults that pydantic found, with its place; it lists one for every type of a union."""
+    faults = error.errors(include_url=False)
+    # What a validator of ours said is nearest to what was meant, then what is wrong with a value of the right kind, and
+    # then what lies deepest.
+    fault = max(faults, key=lambda e: (e["type"] == "value_error", e["type"] not in _KINDS, len(e["loc"])))
+    names = {"text", "image", "content", "type", "image_url", "url", *kind.model_fields}
+    names |= {"data_1", "data_2", "queries", "items"}
+    place = ""
+    for part in fault["loc"]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in names:
+            place += f".{part}" if place else part
+    return f"{place or 'the request'}: {advice(fault)}"

@@ -1,0 +1,187 @@
+"""A service on a socket: uvicorn, with patience that ends, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from xfm_fast.errors import UnavailableError
+from xfm_fast.serve.model import ServedModel, load
+from xfm_fast.serve.options import ServiceOptions, SourceOptions
+from xfm_fast.serve.service import Service
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(
+    path: Path | None,
+    source: SourceOptions | None = None,
+    options: ServiceOptions | None = None,
+    *,
+    loaded: Callable[[ServedModel, socket.socket], None] = lambda model, sock: None,
+) -> None:
+    """Load a model and serve it until SIGTERM.
+
+    Args:
+        path: see `load`.
+        loaded: told when the service is about to answer.
+
+    Raises:
+        UnavailableError: the port is in use; found out before anything is loaded.
+        XFMError: the model cannot be loaded; see `load`.
+    """
+    source, options = source or SourceOptions(), options or ServiceOptions()
+    with bind(options) as sock:
+        model = load(path, source, options.cache_mb << 20)
+        model.warm_up()
+        server = Server(Service(model, options))
+        try:
+            sock.listen(options.max_connections)
+        except OSError as error:
+            raise _taken(options, error) from None
+        loaded(model, sock)
+        server.run([sock])
+
+
+def bind(options: ServiceOptions) -> socket.socket:
+    """The socket that a service is to listen on. It does not yet, so that clients are refused while a model loads.
+
+    Raises:
+        UnavailableError: the port is in use or not allowed, or the host is no address of this machine.
+    """
+    host, port = options.host, options.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, place = found[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UnavailableError(f"--host {host} is no address ({error}); use 127.0.0.1 or 0.0.0.0") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(place)
+    except OSError as error:
+        sock.close()
+        raise _taken(options, error) from None
+    return sock
+
+
+def _taken(options: ServiceOptions, error: OSError) -> UnavailableError:
+    return UnavailableError(
+        f"{options.host}:{options.port} cannot be listened on ({error.strerror or error}); choose another --port (0 "
+        "takes a free one), or another --host"
+    )
+
+
+def address(sock: socket.socket) -> str:
+    """The address of a service, for clients on this machine."""
+    name = sock.getsockname()
+    host, port = str(name[0]), name[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT, then lets what is in work end and returns.
+
+    Args:
+        service: what answers.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        options = service.options
+
+        class Patient(PatientProtocol):
+            patience = options.read_timeout
+
+        super().__init__(
+            uvicorn.Config(
+                service.app, http=Patient, ws="none", lifespan="on", log_config=None, log_level="warning",
+                access_log=False, proxy_headers=False, server_header=False, limit_concurrency=options.max_connections,
+                timeout_keep_alive=max(1, min(30, int(options.read_timeout))), timeout_graceful_shutdown=options.drain,
+            )
+        )  # fmt: skip
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on sockets that listen."""
+        asyncio.run(self.serve(sockets))
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a process that was asked to end, and ended in order, has not failed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        earlier = {each: signal.signal(each, self.handle_exit) for each in _SIGNALS}
+        try:
+            yield
+        finally:
+            for each, handler in earlier.items():
+                signal.signal(each, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the end; at a second SIGINT do not wait for requests."""
+        self.service.draining = True
+        super().handle_exit(sig, frame)
+
+
+class PatientProtocol(H11Protocol):
+    """A connection that must bring a request whole, and take an answer whole, within `patience` seconds.
+
+    uvicorn bounds the time between requests alone: a client that sends its head a byte a minute, or never reads its
+    answer, would keep its connection for ever.
+    """
+
+    patience = 30.0
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._set()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop()
+        elif self._alarm is None:
+            self._set()
+
+    def on_response_complete(self) -> None:
+        self._stop()
+        # A body that was refused is still being sent, and an answer is perhaps not read.
+        if self.conn.their_state is h11.SEND_BODY or self.transport.get_write_buffer_size():
+            self._set()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _set(self) -> None:
+        # The body has its own limit, with an answer; this one comes after it.
+        self._alarm = self.loop.call_later(self.patience + 1, self._late)
+
+    def _stop(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def _late(self) -> None:
+        self._alarm = None
+        receiving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if receiving or self.transport.get_write_buffer_size():
+            self.transport.abort()

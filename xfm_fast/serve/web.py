@@ -1,0 +1,139 @@
+"""Images from the web, fetched for strangers: from public addresses alone, with bounds on bytes and time.
+
+A name is resolved once and the connection goes to the address that was looked at, so that a name which changes its
+address in between leads nowhere else. Redirects are refused, proxies of the environment are not asked.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from xfm_fast.serve.problem import Problem
+
+_PIECE = 1 << 16
+
+
+def is_public(address: str) -> bool:
+    """True for an address on the internet, false for those of this machine, of local networks, and of special use."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        # Addresses that carry one of IPv4, which is where the connection ends.
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is not None and not is_public(str(inner)):
+            return False
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class WebFetcher:
+    """Fetches files from the web.
+
+    Args:
+        most_bytes: of a file.
+        seconds: until the last byte.
+        ports: that may be connected to.
+        permitted: addresses that may be connected to.
+    """
+
+    def __init__(
+        self,
+        most_bytes: int,
+        seconds: float = 10.0,
+        *,
+        ports: frozenset[int] | None = frozenset((80, 443)),
+        permitted: Callable[[str], bool] = is_public,
+    ) -> None:
+        self.most_bytes, self.seconds, self.ports, self.permitted = most_bytes, seconds, ports, permitted
+
+    def fetch(self, url: str) -> bytes:
+        """The content of a URL.
+
+        Raises:
+            Problem: the URL is malformed or leads to an address that is not public, the server does not answer with
+                the file, or the file is too large.
+        """
+        shown = repr(url[:100])
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise Problem(422, f"URL {shown} is malformed ({error})") from None
+        if parts.scheme.lower() not in ("http", "https") or not host or parts.username is not None:
+            raise Problem(422, f"URL {shown} is not of the form https://host/path")
+        secure = parts.scheme.lower() == "https"
+        port = port or (443 if secure else 80)
+        if self.ports is not None and port not in self.ports:
+            raise Problem(422, f"URL {shown} names port {port}; images are fetched from ports 80 and 443")
+        address = self._address(host, port, shown)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if not target.isascii() or any(ord(character) <= 32 or ord(character) == 127 for character in target):
+            raise Problem(422, f"URL {shown} holds characters that a URL may not; percent-encode them")
+        connection = _Pinned(host, port, address, secure, self.seconds)
+        # A socket's timeout is that of one read; a server that sends a byte a second would hold a thread for days.
+        alarm = threading.Timer(self.seconds, connection.abort)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "xfm-fast"})
+            answer = connection.getresponse()
+            if answer.status != 200:
+                redirect = " (redirects are not followed)" if 300 <= answer.status < 400 else ""
+                raise Problem(422, f"URL {shown} was answered with status {answer.status}{redirect}; send the image")
+            return self._content(answer, shown)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise Problem(422, f"URL {shown} cannot be fetched ({reason}); send the image itself") from None
+        finally:
+            alarm.cancel()
+            connection.close()
+
+    def _address(self, host: str, port: int, shown: str) -> str:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise Problem(422, f"URL {shown} names a host that is not found ({error})") from None
+        addresses = [str(entry[4][0]) for entry in found]
+        # A name with one public and one private address is refused whole.
+        if not addresses or not all(map(self.permitted, addresses)):
+            raise Problem(422, f"URL {shown} leads to an address that is not public; send the image itself")
+        return addresses[0]
+
+    def _content(self, answer: http.client.HTTPResponse, shown: str) -> bytes:
+        content = bytearray()
+        while piece := answer.read1(_PIECE):
+            content += piece
+            if len(content) > self.most_bytes:
+                raise Problem(413, f"URL {shown} holds more than {self.most_bytes:,} bytes; shrink the image")
+        if answer.length:
+            raise Problem(422, f"URL {shown} broke off, or took more than {self.seconds:g} s; send the image itself")
+        return bytes(content)
+
+
+class _Pinned(http.client.HTTPConnection):
+    """A connection to an address, under the name that it was found by."""
+
+    def __init__(self, host: str, port: int, address: str, secure: bool, timeout: float) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self.default_port = 443 if secure else 80
+        self._address, self._secure = address, secure
+        self._opened: socket.socket | None = None
+
+    def connect(self) -> None:
+        self.sock = self._opened = socket.create_connection((self._address, self.port), self.timeout)
+        if self._secure:
+            self.sock = self._opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+    def abort(self) -> None:
+        """End whatever is being waited for, from another thread."""
+        # `sock` is none as soon as the head of an answer says that no other will follow.
+        if self._opened is not None:
+            with suppress(OSError):
+                self._opened.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,441 @@
+"""From encoded images and captions of several requests to match scores, together: what servers do with their requests.
+
+An image is decoded and encoded once, however many captions and requests name it; its memory is kept for later requests.
+Pairs of all requests that came together run image by image in passes of a budget of caption tokens, nothing scored
+twice. The model is an `XFM` (`ModelRanks`) or an export (`xfm_fast.export.session.ranking.SessionRanks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.images import load_image
+from xfm_fast.errors import DataError, NonFiniteError, XFMError
+from xfm_fast.models.fusion import ImageMemory
+from xfm_fast.models.xfm import XFM
+from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets, ragged_rows
+
+# Pillow reads formats that run other programs; from strangers only these are taken.
+_TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
+_DECODING_THREADS = 8
+# Memories that lie side by side in a pass; more of them gain little and take much room.
+_IMAGES_PER_TILE = 16
+# Caption tokens of a pass, and images that are encoded together.
+_BUDGETS = {"cpu": (2048, 8), "cuda": (32768, 64)}
+# Features are small beside memories: this part of the room for those holds those of many more images.
+_FEATURES_PART = 16
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Picture(NamedTuple):
+    """An encoded image.
+
+    Attributes:
+        key: hash of its content.
+        content: the file.
+        pixels: `[3, R, R]`, where it is decoded already.
+    """
+
+    key: bytes
+    content: bytes
+    pixels: Tensor | None = None
+
+
+class Query(NamedTuple):
+    """Images and captions of which every pair is to be scored; captions are token ids."""
+
+    pictures: tuple[Picture, ...]
+    captions: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The answer to a query of I images and C captions.
+
+    Attributes:
+        scores: `[I, C]` fp32 match logits; the higher, the better a caption describes an image.
+        matches: `[I, C]` fp32 probabilities that a caption describes an image, as `XFM.match` gives them.
+        reused: `[I]` boolean: the memory of the image was there from an earlier request.
+    """
+
+    scores: Tensor
+    matches: Tensor
+    reused: Tensor
+
+    @property
+    def caption_order(self) -> Tensor:
+        """`[I, C]`: for every image the numbers of the captions, the best first."""
+        return self.scores.argsort(dim=1, descending=True, stable=True)
+
+    @property
+    def image_order(self) -> Tensor:
+        """`[C, I]`: for every caption the numbers of the images, the best first."""
+        return self.scores.t().argsort(dim=1, descending=True, stable=True)
+
+
+class RankModel(Protocol):
+    """The part of a model that ranking needs. M stands for the memory of one image, which has `nbytes`."""
+
+    @property
+    def config(self) -> XFMConfig: ...
+
+    @property
+    def dtype_name(self) -> str:
+        """The type that scores are computed in, such as `fp32`."""
+        ...
+
+    @property
+    def token_budget(self) -> int:
+        """Caption tokens of a pass."""
+        ...
+
+    def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings of captions `[T, L]`, one after the other without padding: `[sum(lengths), width]`."""
+        ...
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Embeddings of images: `[B, 3, R, R]` → `[B, 1 + N, width]`."""
+        ...
+
+    def memories(self, embeds: Tensor) -> list[Any]:
+        """The memory of each of B images, which owns its storage."""
+        ...
+
+    def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[Any], counts: Sequence[int]) -> Tensor:
+        """Match logits `[P, 2]` of P captions that lie one after the other, `counts[b]` of them with image b."""
+        ...
+
+    def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """L2-normalised contrastive features of captions: `[T, embed_dim]`."""
+        ...
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """L2-normalised contrastive features of images: `[B, embed_dim]`."""
+        ...
+
+
+class ModelRanks:
+    """A `RankModel` over an `XFM` in evaluation mode."""
+
+    def __init__(self, model: XFM) -> None:
+        self.model = model
+        self.config = model.config
+        self.dtype_name = _DTYPES[model.dtype]
+        self.token_budget, self._images = _BUDGETS["cpu" if model.device.type == "cpu" else "cuda"]
+
+    def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        parts = []
+        for ids, mask in self._captions(input_ids, attention_mask):
+            packing = Packing.from_mask(mask)
+            tokens = packing.pack(self.model.encode_text(ids, mask))
+            # The first self-attention of fusion does not depend on the image.
+            parts.append(self.model.fusion_encoder.first_self_attention(tokens, packing))
+        return torch.cat(parts)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        parts = pixels.split(self._images)
+        return torch.cat([self.model.encode_image(part.to(self.model.device)) for part in parts])
+
+    def memories(self, embeds: Tensor) -> list[ImageMemory]:
+        layers = self.model.image_memory(embeds).layers
+        return [ImageMemory(tuple(layer[row : row + 1].clone() for layer in layers)) for row in range(len(embeds))]
+
+    def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[ImageMemory], counts: Sequence[int]) -> Tensor:
+        memory = memories[0]
+        if len(memories) > 1:
+            memory = ImageMemory(tuple(map(torch.cat, zip(*(each.layers for each in memories), strict=True))))
+        image_of = torch.repeat_interleave(torch.arange(len(memories)), torch.tensor(counts))
+        starts, found = offsets(lengths).tolist(), []
+        # One image may have more captions than a pass takes.
+        for first, last in _slices(lengths.tolist(), self.token_budget):
+            sizes = lengths[first:last].to(tokens.device)
+            low, high = int(image_of[first]), int(image_of[last - 1]) + 1
+            groups = ImageGroups.from_index((image_of[first:last] - low).to(tokens.device), high - low)
+            fused = self.model.fusion_encoder(
+                tokens[starts[first] : starts[last]],
+                Sequences.from_lengths(sizes),
+                memory.select(slice(low, high)),
+                groups,
+                first_token_only=True,
+                self_attended=True,
+            )
+            found.append(self.model.match_logits(fused[:, None]))
+        return torch.cat(found)
+
+    def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.model.require_head("contrastive")
+        parts = self._captions(input_ids, attention_mask)
+        return torch.cat([self.model.project_text(self.model.encode_text(ids, mask)) for ids, mask in parts])
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        self.model.require_head("contrastive")
+        parts = [self.model.encode_image(part.to(self.model.device)) for part in pixels.split(self._images)]
+        return torch.cat([self.model.project_image(part) for part in parts])
+
+    def _captions(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for first, last in _slices(attention_mask.sum(1).tolist(), self.token_budget):
+            ids, mask = input_ids[first:last], attention_mask[first:last]
+            yield ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Runs of neighbouring texts that hold no more tokens than the budget; a single text may."""
+    first = room = 0
+    for place, length in enumerate(lengths):
+        if length > room:
+            if place:
+                yield first, place
+            first, room = place, max(budget, length)
+        room -= length
+    if lengths:
+        yield first, len(lengths)
+
+
+class Kept(Protocol):
+    """Something whose size is known."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+V = TypeVar("V", bound=Kept)
+
+
+class MemoryCache(Generic[V]):
+    """Values by the hash of what they were made from; the one not used for longest makes room.
+
+    Args:
+        most_bytes: limit of all values together. One that is larger by itself is not kept; 0 keeps none.
+
+    Attributes:
+        nbytes: size of the values that are kept.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.nbytes = 0
+        self._kept: OrderedDict[bytes, V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._kept
+
+    def get(self, key: bytes) -> V | None:
+        """The value of a key, which is then the one used last."""
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: bytes, value: V) -> None:
+        """Keep a value. It should own its storage, of which a view would keep the whole."""
+        earlier = self._kept.pop(key, None)
+        if earlier is not None:
+            self.nbytes -= earlier.nbytes
+        if value.nbytes > self.most_bytes:
+            return
+        self._kept[key] = value
+        self.nbytes += value.nbytes
+        while self.nbytes > self.most_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+
+
+class Ranker:
+    """Answers queries, several at a time. One thread at a time may call it; any may call `picture` and `decode`.
+
+    Args:
+        model: see `RankModel`.
+        cache_bytes: room for image memories between requests; a sixteenth of it again is for features.
+    """
+
+    def __init__(self, model: RankModel, cache_bytes: int) -> None:
+        self.model = model
+        self.cache: MemoryCache[Any] = MemoryCache(cache_bytes)
+        self.features: MemoryCache[Tensor] = MemoryCache(cache_bytes // _FEATURES_PART)
+        self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
+
+    @staticmethod
+    def picture(content: bytes, name: str) -> Picture:
+        """An encoded image by its hash, not decoded yet.
+
+        Raises:
+            DataError: it is in no format that is taken from strangers; `name` is what the error calls it.
+        """
+        if not _TAKEN.match(content):
+            raise DataError(f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP")
+        return Picture(hashlib.sha256(content).digest(), content)
+
+    def decode(self, picture: Picture, name: str | None = None) -> Tensor:
+        """Pixels `[3, R, R]` of an image.
+
+        Raises:
+            DataError: it is damaged, or too large to decode.
+        """
+        if picture.pixels is not None:
+            return picture.pixels
+        try:
+            return load_image(picture.content, self.model.config.image_size, name)
+        except MemoryError:
+            size = len(picture.content)
+            raise DataError(f"image {size} bytes needs more memory to decode than there is; shrink it") from None
+
+    @torch.inference_mode()
+    def rank(self, queries: Sequence[Query]) -> list[Ranking | XFMError]:
+        """Answer queries together; one with an image that cannot be decoded gets the error, the others do not.
+
+        Raises:
+            XFMError: the model failed, which concerns them all.
+        """
+        pictures = {picture.key: picture for query in queries for picture in query.pictures}
+        known = {key for key in pictures if key in self.cache}
+        pixels, failures = self._decoded([picture for key, picture in pictures.items() if key not in known])
+        answers: list[Ranking | XFMError | None] = []
+        for query in queries:
+            broken = (number for number, picture in enumerate(query.pictures) if picture.key in failures)
+            first = next(broken, None)
+            reason = None if first is None else f"image {first} of the request: {failures[query.pictures[first].key]}"
+            answers.append(None if reason is None else DataError(reason))
+        good = [number for number, answer in enumerate(answers) if answer is None]
+        for number, ranking in zip(good, self._ranked([queries[n] for n in good], pixels, known), strict=True):
+            answers[number] = ranking
+            if not ranking.scores.isfinite().all():
+                answers[number] = NonFiniteError(
+                    f"the scores are not finite; {self.model.dtype_name} may be too narrow for these weights: "
+                    "use fp32 or bf16"
+                )
+        return [answer for answer in answers if answer is not None]
+
+    @torch.inference_mode()
+    def embed_captions(self, captions: Sequence[tuple[int, ...]]) -> Tensor:
+        """Contrastive features of captions as token ids, each distinct one computed once: `[C, embed_dim]` fp32."""
+        rows = {ids: row for row, ids in enumerate(dict.fromkeys(captions))}
+        found = self.model.caption_features(*self._padded(rows)).float().cpu()
+        return found[[rows[ids] for ids in captions]]
+
+    @torch.inference_mode()
+    def embed_images(self, pictures: Sequence[Picture]) -> Tensor:
+        """Contrastive features of images, those of earlier requests from the cache: `[I, embed_dim]` fp32.
+
+        Raises:
+            DataError: an image is damaged.
+        """
+        distinct = {picture.key: picture for picture in pictures}
+        found = {key: kept for key in distinct if (kept := self.features.get(key)) is not None}
+        pixels, failures = self._decoded([picture for key, picture in distinct.items() if key not in found])
+        for number, picture in enumerate(pictures):
+            if picture.key in failures:
+                raise DataError(f"image {number} of the request: {failures[picture.key]}")
+        if pixels:
+            computed = self.model.image_features(torch.stack([*pixels.values()])).float().cpu()
+            for key, row in zip(pixels, computed, strict=True):
+                found[key] = row.clone()
+                self.features.put(key, found[key])
+        return torch.stack([found[picture.key] for picture in pictures])
+
+    def _padded(self, rows: dict[tuple[int, ...], int]) -> tuple[Tensor, Tensor]:
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.model.config.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+    def _decoded(self, pictures: Sequence[Picture]) -> tuple[dict[bytes, Tensor], dict[bytes, str]]:
+        """Pixels `[3, R, R]` of distinct images, and what is wrong with the others."""
+
+        def decode(picture: Picture) -> Tensor | str:
+            try:
+                return self.decode(picture)
+            except DataError as error:
+                return str(error)
+
+        pixels: dict[bytes, Tensor] = {}
+        failures: dict[bytes, str] = {}
+        for picture, made in zip(pictures, self._threads.map(decode, pictures), strict=True):
+            if isinstance(made, str):
+                failures[picture.key] = made
+            else:
+                pixels[picture.key] = made
+        return pixels, failures
+
+    def _ranked(self, queries: Sequence[Query], pixels: dict[bytes, Tensor], known: set[bytes]) -> list[Ranking]:
+        if not queries:
+            return []
+        rows = {ids: row for row, ids in enumerate(dict.fromkeys(ids for query in queries for ids in query.captions))}
+        ids, mask = self._padded(rows)
+        # One after the other, without padding; their lengths stay on the host.
+        tokens, lengths = self.model.captions(ids, mask), mask.sum(1)
+        wanted: dict[bytes, dict[int, None]] = {}
+        for query in queries:
+            for picture in query.pictures:
+                wanted.setdefault(picture.key, {}).update(dict.fromkeys(rows[ids] for ids in query.captions))
+        pairs = {key: list(texts) for key, texts in wanted.items()}
+        new = [key for key in pairs if key not in known]
+        embeds: dict[bytes, Tensor] = {}
+        if new:
+            encoded = self.model.images(torch.stack([pixels[key] for key in new]))
+            embeds = dict(zip(new, encoded.split(1), strict=True))
+        logits: dict[bytes, dict[int, list[float]]] = {}
+        # Known memories come first, while none of them has made room for a new one.
+        for tile in self._tiles(sorted(pairs, key=lambda key: key not in known), pairs, lengths):
+            logits |= self._scored(tile, pairs, embeds, tokens, lengths)
+        answers = []
+        for query in queries:
+            both = torch.tensor([[logits[p.key][rows[ids]] for ids in query.captions] for p in query.pictures])
+            reused = torch.tensor([picture.key in known for picture in query.pictures])
+            answers.append(Ranking(both[..., 1], both.softmax(-1)[..., 1], reused))
+        return answers
+
+    def _tiles(self, keys: Sequence[bytes], pairs: dict[bytes, list[int]], lengths: Tensor) -> list[list[bytes]]:
+        """Images whose captions fill a pass together."""
+        tiles: list[list[bytes]] = []
+        room = 0
+        for key in keys:
+            cost = int(lengths[pairs[key]].sum())
+            if not tiles or cost > room or len(tiles[-1]) == _IMAGES_PER_TILE:
+                tiles.append([])
+                room = self.model.token_budget
+            tiles[-1].append(key)
+            room -= cost
+        return tiles
+
+    def _scored(
+        self,
+        tile: Sequence[bytes],
+        pairs: dict[bytes, list[int]],
+        embeds: dict[bytes, Tensor],
+        tokens: Tensor,
+        lengths: Tensor,
+    ) -> dict[bytes, dict[int, list[float]]]:
+        """Both logits of the captions of each image, by caption."""
+        texts = torch.tensor([text for key in tile for text in pairs[key]])
+        starts = lengths.cumsum(0) - lengths
+        chosen = tokens.index_select(0, ragged_rows(starts[texts], lengths[texts]).to(tokens.device))
+        counts = [len(pairs[key]) for key in tile]
+        found = iter(self.model.logits(chosen, lengths[texts], self._memories(tile, embeds), counts).float().tolist())
+        return {key: {text: next(found) for text in pairs[key]} for key in tile}
+
+    def _memories(self, tile: Sequence[bytes], embeds: dict[bytes, Tensor]) -> list[Any]:
+        new = [key for key in tile if key in embeds]
+        made: dict[bytes, Any] = {}
+        if new:
+            made = dict(zip(new, self.model.memories(torch.cat([embeds[key] for key in new])), strict=True))
+        memories = []
+        for key in tile:
+            kept = made[key] if key in made else self.cache.get(key)
+            assert kept is not None, "known memories are read before new ones are kept"
+            memories.append(kept)
+        for key in new:
+            self.cache.put(key, made[key])
+        return memories
