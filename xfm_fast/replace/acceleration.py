@@ -72,7 +72,7 @@ def accelerate(
             where the original leaves values without meaning.
         skip_logits: masked-language heads in training mode return `logits=None` when they are given labels, so that
             only the labelled positions meet the vocabulary. By default logits are returned as ever.
-        freeze: for inference on a CPU: lay the weights of text layers out for the library that is fastest here, in the
+        freeze: for inference on a CPU: lay the weights of layers out for the library that is fastest here, in the
             place of the parameters instead of beside them. No parameter then takes gradients, state dicts are as ever,
             and `revert` restores every bit.
         cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs: each shape is captured at its
@@ -234,8 +234,8 @@ class Report:
         self._frozen = freeze_weights(model, [m for m in self._modules if isinstance(m, Fused)], settings)
         if not self._frozen:
             raise InputError(
-                "freeze=True finds no weight to lay out: it knows the layers of BERT-like text models with linear "
-                "layers of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
+                "freeze=True finds no weight to lay out: it knows layers like BERT's and those of registered families, "
+                "with weights of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
             )
 
     @property
