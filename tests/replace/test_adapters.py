@@ -264,11 +264,11 @@ def test_a_vision_family() -> None:
         for one in (original.train(mode), fast.train(mode)):
             one.zero_grad()
             out = one(pixel_values=pixels).last_hidden_state
-            out.square().sum().backward()
+            # The sum of squares behind a norm is next to constant, and its gradient next to nothing.
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+            (out * weights).sum().backward()
             gradients = [p.grad for n, p in one.named_parameters() if "lora_" in n and p.grad is not None]
             sides.append([out.detach(), *gradients])
         assert len(sides[0]) == len(sides[1]) > 8
-        # Behind the last norm hardly a gradient of the first layers is left: rounding of the others is in it.
-        largest = max(float(value.abs().max()) for value in sides[0][1:])
         for wanted, found in zip(*sides, strict=True):
-            assert float((found - wanted).abs().max()) <= BOUND * max(float(wanted.abs().max()), largest)
+            assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
