@@ -297,7 +297,7 @@ def run(options: ServeOptions, progress: Progress | None = None, command: Sequen
     names = [name for name in _ARGUMENTS if not options.quick or name in (OURS, ONE_AT_A_TIME)]
     progress.begin(2 + 2 * len(options.clients) + bool(options.soak))
     progress.stage("photographs, captions and weights")
-    collection = photographs.bundled() if options.data is None else photographs.from_folder(options.data)
+    collection = photographs.bundled() if options.data is None else photographs.from_files(options.data)
     tokenizer = make_tokenizer(options.preset, options.tokenizer, collection)
     document.data = described(collection, tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
