@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,16 @@ pytest.importorskip("prometheus_client", reason="the extra 'serve'")
 from xfm_fast.models.xfm import XFM
 from xfm_fast.serve import Server, Service, ServiceOptions, SourceOptions, bind, load
 
-SECONDS = 20.0
+SECONDS = 60.0
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Waits for a condition, half a minute at most; says whether it came true."""
+    for _ in range(1500):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def photo(seed: int, width: int = 48, height: int = 37, kind: str = "PNG") -> bytes:
@@ -148,6 +158,6 @@ def start(weights: Path) -> Start:
 @pytest.fixture(scope="module")
 def served(weights: Path) -> Iterator[Running]:
     """A service that the tests of a file share."""
-    options = ServiceOptions(port=0, drain=5, cache_mb=64, max_pixels=200_000, max_documents=40, read_timeout=1.0)
+    options = ServiceOptions(port=0, drain=5, cache_mb=64, max_pixels=200_000, max_documents=40)
     with running(Service(load(weights, SourceOptions(device="cpu"), 64 << 20), options)) as service:
         yield service
