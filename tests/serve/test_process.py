@@ -26,6 +26,11 @@ from tests.conftest import config, golden, load_tensors
 from tests.serve.conftest import image, photo, running, until
 from xfm_fast.errors import CheckpointError, InputError, UnavailableError
 from xfm_fast.models.xfm import XFM
+
+pytest.importorskip("starlette", reason="the extra 'serve'")
+pytest.importorskip("uvicorn", reason="the extra 'serve'")
+pytest.importorskip("prometheus_client", reason="the extra 'serve'")
+
 from xfm_fast.serve import Service, ServiceOptions, SourceOptions, bind, load
 
 CAPTIONS = ["a red circle", "two blue squares", "a green triangle"]
