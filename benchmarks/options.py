@@ -201,7 +201,7 @@ class ServeOptions:
     Attributes:
         preset: Size of the model.
         checkpoint: Folder that save_pretrained wrote. [random weights]
-        data: Folder of images with captions, instead of the photographs.
+        data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
         device: The device to measure. [a GPU where there is one]
         dtype: Number format of the weights.
