@@ -35,6 +35,7 @@ def relpos_attention(
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Self-attention of a window of patches and a class token with a learned relative position bias (BEiT).
@@ -47,6 +48,8 @@ def relpos_attention(
         window: (wh, ww) in patches.
         scale: of the products; 1/sqrt(D) by default.
         key_mask: `[B, N]` boolean, False for keys that a batch entry does not attend to; runs on PyTorch's kernels.
+        bias: `relpos_bias` of the same table, window and scale. By default it is made here, and kept for the next call;
+            within a CUDA graph or a compiled model it is made at every call, which giving it spares.
 
     Returns:
         `[B, N, H, D]`.
@@ -66,7 +69,46 @@ def relpos_attention(
             raise InputError("backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'")
     elif key_mask is not None or chosen == "reference" or (chosen == "triton" and q.shape[-1] not in HEAD_DIMS):
         return _composed(q, k, v, table, window, scale, key_mask)
-    return _relpos(q, k, v, table, window[0], window[1], scale, chosen)[0]
+    # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
+    dtype = q.dtype
+    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+    if bias is None and chosen == "triton":
+        # Outside the operator, so that a graph contains what fills it.
+        bias = _made_bias(table, window, scale, dtype, chosen)
+    elif bias is not None:
+        checks.position_bias(bias, q, padded=chosen == "triton")
+    return _relpos(q, k, v, table, window[0], window[1], scale, chosen, bias)[0]
+
+
+def relpos_bias(
+    table: Tensor, window: tuple[int, int], *, dtype: torch.dtype, scale: float, backend: Backend | None = None
+) -> Tensor:
+    """The bias of `relpos_attention` in the form in which its implementation reads it, to be given back unread.
+
+    Make it before a CUDA graph is captured, and anew whenever the table has changed: the graph reads this tensor.
+
+    Args:
+        table, window, scale: as in `relpos_attention`.
+        dtype: what the attention computes in: that of q, or autocast's.
+
+    Returns:
+        For Triton `[H, N, N_pad]` of quotients of bias and scale, fp16 unless `dtype` is fp32; on a CPU `[H, N, N]`.
+
+    Raises:
+        InputError: a table that does not go with the window.
+    """
+    heads = table.shape[-1] if table.ndim else 0
+    shape = (1, 1 + window[0] * window[1], heads, 1)
+    checks.relpos_arguments(*[torch.empty(shape, device="meta")] * 3, table, window, None)
+    return _made_bias(table, window, scale, dtype, "triton" if resolve(backend, table) == "triton" else "cpu")
+
+
+def _made_bias(table: Tensor, window: tuple[int, int], scale: float, dtype: torch.dtype, backend: str) -> Tensor:
+    if backend != "triton":
+        return _bias(table, window)
+    name = f"padded bias {window} {dtype} {scale}"
+    return derived(name, (table,), lambda: _relpos_bias(table.detach(), *window, dtype, scale, False))
 
 
 def varlen_attention(
@@ -149,26 +191,49 @@ def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table, window))
 
 
-def _padded_bias(table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float) -> Tensor:
+def _relpos_bias_made(table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool) -> Tensor:
     from .triton.relpos_table import materialise_bias
 
-    name = f"padded bias {window} {dtype} {scale}"
-    return derived(name, (table,), lambda: materialise_bias(table, window, dtype, scale))
+    return materialise_bias(table, (height, width), dtype, scale, turned=turned)
+
+
+def _relpos_bias_fake(table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool) -> Tensor:
+    tokens, tile = 1 + height * width, checks.BIAS_TILE
+    storage = torch.float32 if dtype == torch.float32 else torch.float16
+    return table.new_empty(table.shape[1], tokens, -(-tokens // tile) * tile, dtype=storage)
 
 
 def _relpos_forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    backend: str,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from .triton.relpos_attention import relpos_attention_forward
 
-        return relpos_attention_forward(q, k, v, _padded_bias(table, (height, width), q.dtype, scale), scale)
-    out = biased_attention(q, k, v, scale, _bias(table, (height, width)).to(q.dtype))
-    return out, q.new_empty(0, dtype=torch.float32)
+        if bias is None:
+            bias = _relpos_bias_made(table, height, width, q.dtype, scale, turned=False)
+        return relpos_attention_forward(q, k, v, bias, scale)
+    bias = _bias(table, (height, width)) if bias is None else bias
+    return biased_attention(q, k, v, scale, bias.to(q.dtype)), q.new_empty(0, dtype=torch.float32)
 
 
 def _relpos_forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    backend: str,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     lse = (batch, heads, tokens) if backend == "triton" else (0,)
@@ -187,32 +252,43 @@ def _relpos_backward(
     width: int,
     scale: float,
     backend: str,
+    bias: Tensor | None = None,
+    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     window = (height, width)
     if backend == "triton":
         from .triton.relpos_attention import relpos_attention_backward
 
-        bias = _padded_bias(table, window, q.dtype, scale)
-        dq, dk, dv, dtable = relpos_attention_backward(dout, q, k, v, bias, table.shape[0], window, scale, out, lse)
+        if bias is None:
+            bias = _relpos_bias_made(table, height, width, q.dtype, scale, turned=False)
+        rest = (table.shape[0], window, scale, out, lse, turned)
+        dq, dk, dv, dtable = relpos_attention_backward(dout, q, k, v, bias, *rest)
         return dq, dk, dv, dtable.to(table.dtype)
-    bias = _bias(table, window).to(q.dtype)
+    bias = (_bias(table, window) if bias is None else bias).to(q.dtype)
     dq, dk, dv, dbias = tiled_attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
     assert dbias is not None
     return dq, dk, dv, attention.table_gradient(dbias[0], window, table.shape[0]).to(table.dtype)
 
 
 def _relpos_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, table, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, table, *output)
+    # Callers of before the bias was an argument leave it out.
+    (q, k, v, table, *ctx.rest), (bias, *_) = inputs[:8], (*inputs[8:], None)
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(q, k, v, table, *output, bias)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _relpos_gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * len(ctx.rest)
+    rest = (None,) * (ctx.inputs - 4)
     if dout is None:
         return (None, None, None, None, *rest)
-    return (*_relpos_grad(dout, *ctx.saved_tensors, *ctx.rest), *rest)
+    q, k, v, table, out, lse, bias = ctx.saved_tensors
+    height, width, scale, backend = ctx.rest
+    turned = None
+    if backend == "triton":
+        turned = _relpos_bias(table.detach(), height, width, q.dtype, scale, True)
+    return (*_relpos_grad(dout, q, k, v, table, out, lse, *ctx.rest, bias, turned), *rest)
 
 
 def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
@@ -263,20 +339,27 @@ def _varlen_gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[T
     return (*_varlen_grad(dout, *tensors, *packed, ctx.backend), *rest)
 
 
+_relpos_bias = operator(
+    "relpos_bias(Tensor table, int height, int width, ScalarType dtype, float scale, bool turned) -> Tensor",
+    _relpos_bias_made,
+    _relpos_bias_fake,
+)
 _relpos_grad = operator(
     "relpos_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor table, Tensor out, Tensor lse, "
-    "int height, int width, float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int height, int width, float scale, str backend, Tensor? bias=None, Tensor? turned=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _relpos_backward,
     like(1, 2, 3, 4),
 )
 _relpos = operator(
-    "relpos_attention(Tensor q, Tensor k, Tensor v, Tensor table, int height, int width, float scale, str backend) "
-    "-> (Tensor, Tensor)",
+    "relpos_attention(Tensor q, Tensor k, Tensor v, Tensor table, int height, int width, float scale, str backend, "
+    "Tensor? bias=None) -> (Tensor, Tensor)",
     _relpos_forward,
     _relpos_forward_fake,
     setup_context=_relpos_setup,
     backward=_relpos_gradient,
-    autocast=True,
+    # Not the table: a converted copy would be rounded, and the bias made anew at every call.
+    autocast=(0, 1, 2),
 )
 _varlen_grad = operator(
     "varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "

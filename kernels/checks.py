@@ -22,6 +22,9 @@ from xfm_fast.errors import InputError
 
 from . import host
 
+BIAS_TILE = 128
+"""Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
+
 
 class _Switch(threading.local):
     on: bool = False
@@ -90,6 +93,17 @@ def relpos_arguments(
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
+
+
+def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
+    """A bias that `relpos_bias` made for operands `[B, N, H, D]`, with its columns padded or not."""
+    tokens, heads = q.shape[1:3]
+    columns = -(-tokens // BIAS_TILE) * BIAS_TILE if padded else tokens
+    if bias.shape != (heads, tokens, columns) or not bias.is_floating_point() or bias.device != q.device:
+        raise InputError(
+            f"bias is {bias.dtype} {[*bias.shape]} on {bias.device}; here relpos_bias makes [{heads}, {tokens}, "
+            f"{columns}] on {q.device}: give what it returned for the same table, window and device"
+        )
 
 
 def bias_arguments(

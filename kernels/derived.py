@@ -4,14 +4,20 @@ Inference repeats the same small computations on weights for every batch (concat
 projections, expanding a position table, packing a weight for oneDNN). `derived` does each once. An entry belongs to
 its first source and dies with it; it is recomputed when any source was written to, moved or converted.
 
+On a GPU, a caller on another stream waits until the value is there; and what is captured into a CUDA graph is computed
+within it, or else the graph would go on reading memory that is given back when a source changes. Who sees to that is
+spared the work by `held`.
+
 Writes through `.data` escape PyTorch's version counter. On CPU, the values of the first source are therefore compared
 as well: all of a small one, some of a large one, which no optimizer step or moving average leaves as they were.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,14 +30,15 @@ _COMPARED_WHOLE = 1 << 15
 _SAMPLES = 16
 
 # By identity: hashing a tensor through a weak dictionary takes longer than the products of a small model.
-_Entries = dict[int, tuple[weakref.ref[Tensor], dict[str, tuple[Any, Tensor, Any]]]]
+_Entry = tuple[Any, Tensor, Any, "_Filled | None"]
+_Entries = dict[int, tuple[weakref.ref[Tensor], dict[str, _Entry]]]
 _entries: _Entries = {}
 
 
 def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
     """`compute()`, remembered under `name` as long as `sources` keep their storage, version and values."""
     if torch.compiler.is_compiling() or any(
-        s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) for s in sources
+        s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources
     ):
         # Inference tensors carry no version, so a change could not be seen; traced values must stay in the graph.
         return compute()
@@ -42,11 +49,61 @@ def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) ->
     if entry is None or entry[0] != stamp or (values.numel() and not torch.equal(entry[1], values)):
         # The first caller may be in inference mode; what is kept must serve training too.
         with torch.inference_mode(False), torch.no_grad():
-            entry = kept[name] = (stamp, values.clone(), compute())
+            found = compute()
+            entry = kept[name] = (stamp, values.clone(), found, _Filled(sources[0].device) if values.is_cuda else None)
+    if entry[3] is not None and not _capturing(sources[0]):
+        entry[3].wait(entry[2])
     return entry[2]
 
 
-def _entries_of(owner: Tensor) -> dict[str, tuple[Any, Tensor, Any]]:
+class _Filled:
+    """The stream that computed a value, and the moment when it was there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.current_stream(device)
+        self.event = self.stream.record_event()
+
+    def wait(self, value: Any) -> None:
+        """Let the current stream read the value after it was filled, and keep its memory until that is done."""
+        current = torch.cuda.current_stream(self.device)
+        if current != self.stream:
+            current.wait_event(self.event)
+            for tensor in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(current)
+
+
+class _Held(threading.local):
+    on: bool = False
+
+
+_held = _Held()
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Within the block, captured graphs read what is kept instead of computing it at every replay.
+
+    The caller holds what is `remembered` as long as the graph, and captures it anew when a source has changed.
+    """
+    outside, _held.on = _held.on, True
+    try:
+        yield
+    finally:
+        _held.on = outside
+
+
+def _captured(source: Tensor) -> bool:
+    """True if a value is to be a part of the graph that is being captured."""
+    return not _held.on and _capturing(source)
+
+
+def _capturing(source: Tensor) -> bool:
+    return source.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _entries_of(owner: Tensor) -> dict[str, _Entry]:
     key = id(owner)
     found = _entries.get(key)
     if found is None or found[0]() is not owner:

@@ -24,7 +24,7 @@ def operator(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-    autocast: bool = False,
+    autocast: bool | tuple[int, ...] = False,
 ) -> Callable[..., Any]:
     """Register an operator and return it.
 
@@ -33,21 +33,36 @@ def operator(
         implementation: runs on CPU and CUDA tensors.
         fake: gives shapes, strides and dtypes of the results.
         setup_context, backward: as in `torch.library.register_autograd`.
-        autocast: convert floating-point tensor arguments to autocast's type where that is enabled.
+        autocast: convert floating-point tensor arguments to autocast's type where that is enabled: all, or those at
+            the places named.
+
+    On a GPU the implementation runs with the device of its first tensor there as the current one: a kernel is launched
+    on the current device, wherever its arguments lie.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+    _library.impl(name, implementation, "CPU")
+    _library.impl(name, on_device_of_arguments(implementation), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autocast:
         for device, key in _AUTOCAST.items():
-            _library.impl(name, _casting(registered, device, key), key)
+            _library.impl(name, _casting(registered, device, key, None if autocast is True else autocast), key)
     return registered
+
+
+def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation, run with the device of its first argument on a GPU as the current one."""
+
+    def run(*arguments: Any) -> Any:
+        device = next(a.device for a in arguments if isinstance(a, Tensor) and a.device.type == "cuda")
+        with torch.cuda.device(device):
+            return implementation(*arguments)
+
+    return run
 
 
 def like(*places: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -55,14 +70,18 @@ def like(*places: int) -> Callable[..., tuple[Tensor, ...]]:
     return lambda *given: tuple(given[i].new_empty(given[i].shape) for i in places)
 
 
-def _casting(registered: Callable[..., Any], device: str, key: str) -> Callable[..., Any]:
+def _casting(
+    registered: Callable[..., Any], device: str, key: str, places: tuple[int, ...] | None
+) -> Callable[..., Any]:
     # torch.library.register_autocast fixes one type at registration; autocast's own type can be fp16 or bf16.
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast_and_call(*arguments: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return registered(*(_cast(argument, dtype) for argument in arguments))
+            return registered(
+                *(_cast(a, dtype) if places is None or i in places else a for i, a in enumerate(arguments))
+            )
 
     return cast_and_call
 

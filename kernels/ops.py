@@ -10,7 +10,7 @@ What shapes, types and devices make impossible is refused always; offsets, label
 
 from __future__ import annotations
 
-from .attention import relpos_attention, varlen_attention
+from .attention import relpos_attention, relpos_bias, varlen_attention
 from .backend import Backend, use_backend
 from .bias_attention import bias_attention
 from .checks import check_contents
@@ -32,6 +32,7 @@ __all__ = [
     "linear_residual",
     "mlp_residual",
     "relpos_attention",
+    "relpos_bias",
     "token_log_likelihood",
     "use_backend",
     "varlen_attention",

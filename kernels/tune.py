@@ -250,7 +250,20 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
         return _varlen(noise, size, *lengths, part)
     if kernel in _WIDTHS:
         return _rows(noise, size, kernel)
+    if kernel.startswith("bias_attention_"):
+        return _bias(noise, size, forward=part == "attention_forward")
     raise ValueError(f"no shape is known at which to time kernel {kernel}")
+
+
+def _bias(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:
+    from .triton import bias_attention as module
+
+    q, k, v, dout = (noise(8, 577, 12, head_dim) for _ in range(4))
+    bias, scale = noise(1, 12, 577, 577), head_dim**-0.5
+    if forward:
+        return lambda: module.bias_attention_forward(q, k, v, bias, scale)
+    out, lse = module.bias_attention_forward(q, k, v, bias, scale)
+    return lambda: module.bias_attention_backward(dout, None, q, k, v, bias, out, lse, scale)
 
 
 def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config
+from xfm_fast import packing as packing_module
 from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError
 from xfm_fast.models.xfm import XFM, record_hidden_states
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences, offsets, ragged_rows
 
@@ -104,6 +106,37 @@ def test_the_host_is_believed_about_lengths() -> None:
     """An accelerator is not asked for a length that is given."""
     assert Sequences(cu_seqlens=torch.tensor([0, 3], device="meta"), max_seqlen=7).longest == 7
     assert ragged_rows(torch.tensor([4, 9]), torch.tensor([2, 1]), 3).tolist() == [4, 5, 9]
+
+
+@given(masks(empty=False))
+def test_packing_by_lengths_that_the_host_knows(mask: Tensor) -> None:
+    """On a GPU the positions are found without asking it how many there are."""
+    lengths = mask.sum(1).tolist()
+    expected = Packing.from_mask(mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing_module, "on_host", lambda tensor: False)
+        found = Packing.from_mask(mask, lengths=lengths)
+    assert torch.equal(found.positions, expected.positions)
+    assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
+    assert found.longest == expected.longest
+    with pytest.raises(InputError, match="the mask shows"):
+        Packing.from_mask(mask, lengths=[*lengths[:-1], (lengths[-1] + 1) % (mask.shape[1] + 1)])
+
+
+def test_nothing_waits_for_a_device_where_the_host_knows_the_lengths() -> None:
+    """A tensor on `meta` has no values to read."""
+    mask = torch.ones(3, 5, device="meta")
+    packing = Packing.from_mask(mask, lengths=[2, 5, 0])
+    assert packing.positions.shape == (7,)
+    assert packing.longest == 5
+    kept = Packing.from_mask(mask, keep_padding=True)
+    assert kept.positions.shape == (15,)
+    assert kept.longest == 5
+    groups = ImageGroups.from_index(torch.tensor([1, 0, 1]), 2, torch.device("meta"))
+    assert groups.cu_texts.device.type == "meta"
+    assert groups.order is not None
+    with pytest.raises(InputError, match="3 numbers from 0 to 5"):
+        Packing.from_mask(mask, lengths=[2, 6, 0])
 
 
 @given(masks(empty=False), st.integers(0, 10**6))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import host
 
 
@@ -26,9 +28,9 @@ class Sequences:
     max_seqlen: int | None = None
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor) -> Sequences:
-        """Texts of the given lengths `[P]`."""
-        return cls(cu_seqlens=offsets(lengths))
+    def from_lengths(cls, lengths: Tensor, longest: int | None = None) -> Sequences:
+        """Texts of the given lengths `[P]`; `longest` is an upper bound of them where the host knows one."""
+        return cls(cu_seqlens=offsets(lengths), max_seqlen=longest)
 
     def repeated(self, times: int) -> Sequences:
         """The layout of `times` copies of such texts behind each other."""
@@ -78,14 +80,23 @@ class Packing(Sequences):
         positions: `[T]` flat positions in the padded batch, in packed order.
         shape: (P, L) of the padded batch.
         order: `[P]` the text at each position of the packed sequence; None when they keep their order.
+        whole: whether there is no padding, so that nothing moves.
     """
 
     positions: Tensor
     shape: tuple[int, int]
     order: Tensor | None = None
+    whole: bool = False
 
     @classmethod
-    def from_mask(cls, attention_mask: Tensor, *, order: Tensor | None = None, keep_padding: bool = False) -> Packing:
+    def from_mask(
+        cls,
+        attention_mask: Tensor,
+        *,
+        order: Tensor | None = None,
+        keep_padding: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> Packing:
         """Pack the tokens whose mask is non-zero (any pattern of them, not only prefixes).
 
         Args:
@@ -93,12 +104,30 @@ class Packing(Sequences):
             order: `[P]` permutation in which the texts are to lie.
             keep_padding: keep padding tokens as queries that no query attends to. The official code computes them; only
                 its VQA decoder reads them.
+            lengths: how many tokens of each text are real, in the order of the mask, where the host knows it: then
+                nothing waits for a GPU. The host is believed, but for their number.
+
+        Raises:
+            InputError: not one length for each text, or none between 0 and L.
         """
         mask = attention_mask.bool()
         rows = mask if order is None else mask[order]
-        kept = torch.ones_like(rows) if keep_padding else rows
-        positions = host.true_places(kept) if on_host(kept) else kept.flatten().nonzero().flatten()
         texts, length = rows.shape
+        if lengths is not None and (len(lengths) != texts or any(not 0 <= n <= length for n in lengths)):
+            raise InputError(f"lengths are {[*lengths]}; they must be {texts} numbers from 0 to {length}")
+        kept = torch.ones_like(rows) if keep_padding else rows
+        longest = None
+        if keep_padding:
+            positions, longest = torch.arange(texts * length, device=rows.device), length
+        elif lengths is None or on_host(kept):
+            positions = host.true_places(kept) if on_host(kept) else kept.flatten().nonzero().flatten()
+            if lengths is not None and sum(lengths) != len(positions):
+                raise InputError(f"lengths add up to {sum(lengths)}; the mask shows {len(positions)} tokens")
+        else:
+            # Sorting leaves the number of tokens to the host, which `nonzero` asks the device for.
+            positions = kept.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(lengths)]
+        if lengths is not None and not keep_padding:
+            longest = max(lengths, default=0)
         if order is not None:
             positions = order[positions // length] * length + positions % length
         return cls(
@@ -107,6 +136,7 @@ class Packing(Sequences):
             shape=(texts, length),
             order=order,
             key_mask=rows.flatten() if keep_padding else None,
+            max_seqlen=longest,
         )
 
     def to(self, device: torch.device) -> Packing:
@@ -116,11 +146,15 @@ class Packing(Sequences):
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[P, L, ...]` → `[T, ...]`."""
+        if self.whole:
+            return padded.flatten(0, 1)
         return padded.flatten(0, 1).index_select(0, self.positions)
 
     def unpad(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`: `[T, ...]` → `[P, L, ...]`, zeros where there is padding."""
         texts, length = self.shape
+        if self.whole:
+            return packed.view(texts, length, *packed.shape[1:])
         padded = packed.new_zeros(texts * length, *packed.shape[1:])
         return padded.index_copy(0, self.positions, packed).view(texts, length, *packed.shape[1:])
 
@@ -144,14 +178,19 @@ class ImageGroups:
     order: Tensor | None = None
 
     @classmethod
-    def from_index(cls, image_index: Tensor, images: int) -> ImageGroups:
+    def from_index(cls, image_index: Tensor, images: int, device: torch.device | None = None) -> ImageGroups:
         """Group P texts by their image.
 
         Args:
-            image_index: `[P]` integers below `images`.
+            image_index: `[P]` integers below `images`. On the host it is read without waiting for a GPU.
             images: B.
+            device: where the texts are, by default where the index is.
         """
         index = image_index.long()
+        if index.is_cpu and device is not None and device.type != "cpu":
+            groups = cls.from_index(index, images)
+            order = None if groups.order is None else groups.order.to(device, non_blocking=True)
+            return cls(groups.cu_texts.to(device, non_blocking=True), order)
         order = None if index.numel() < 2 or bool((index.diff() >= 0).all()) else index.argsort(stable=True)
         return cls(offsets(torch.bincount(index, minlength=images)), order)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from .launch import LaunchConfig, tuned_config
 
 # (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
@@ -11,25 +9,25 @@ from .launch import LaunchConfig, tuned_config
 _Row = tuple[int, int, int, int]
 _Rows = tuple[_Row, _Row, _Row, _Row, _Row]
 _HALF: dict[str, dict[int, _Rows]] = {
-    "bias_forward": {
+    "bias_attention_forward": {
         80: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
         100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
         120: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     },
-    "bias_dkdv": {
+    "bias_attention_dkdv": {
         80: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
-        90: ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+        90: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
         100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 16, 8, 1)),
         120: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
     },
-    "bias_dq": {
+    "bias_attention_dq": {
         80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
         90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
         100: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 32, 8, 1)),
         120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
     },
-    "bias_dbias": {
+    "bias_attention_dbias": {
         80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
         90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
         100: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
@@ -39,12 +37,11 @@ _HALF: dict[str, dict[int, _Rows]] = {
 _WIDTHS = (64, 96, 128, 192, 256)
 
 
-@cache
 def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool) -> LaunchConfig:
     """The tuned configuration of this architecture if there is one, else one without spills in half precision.
 
     Args:
-        kernel: `bias_forward`, `bias_dkdv`, `bias_dq` or `bias_dbias`.
+        kernel: `bias_attention_forward`, `_dkdv`, `_dq` or `_dbias`.
         dtype: Triton's name, such as `"bf16"`. fp32 is there to be exact, not to be fast.
         arch: 80, 86, 89, 90, 100, 120, …
         dropout: random bits take registers; the tuned table is of kernels without.
@@ -59,7 +56,7 @@ def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool
         own, other, warps, stages = rows[next(i for i, width in enumerate(_WIDTHS) if head_dim <= width)]
     if dropout and dtype != "fp32":
         other = min(other, 32)
-    block_m, block_n = (other, own) if kernel == "bias_dkdv" else (own, other)
+    block_m, block_n = (other, own) if kernel == "bias_attention_dkdv" else (own, other)
     return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
 
 

@@ -200,18 +200,20 @@ def dq_kernel(
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
-    full = tokens // BLOCK_N * BLOCK_N
-    for _ in range(0, full, BLOCK_N):
+    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
+    MASKED: tl.constexpr = TAIL == BLOCK_N
+    full = (tl.cdiv(tokens, BLOCK_N) if MASKED else tokens // BLOCK_N) * BLOCK_N
+    for first in range(0, full, BLOCK_N):
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base + (bias_rows + columns[None, :]), columns, columns, 0, 0, 0, 0,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, True, False, False, 0,
+            bias_base + (bias_rows + columns[None, :]), columns < tokens - first, columns, 0, 0, 0, 0,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, True, MASKED, False, 0,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
         bias_base += BLOCK_N
-    if TAIL > 0:
-        if full < tokens:  # a fence, see `forward_kernel`
+    if TAIL > 0 and not MASKED:
+        if full < tokens:  # a fence, as in the forward kernel
             last = tl.arange(0, TAIL)
             dq_a, dq_b = dq_tile(
                 q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import BIAS_TILE
 from .launch import KernelSpec, LaunchConfig
 
 
@@ -67,7 +68,13 @@ def bias_kernel(
 
 
 def materialise_bias(
-    table: Tensor, window: tuple[int, int], dtype: torch.dtype, scale: float, tile: int = 128, *, turned: bool = False
+    table: Tensor,
+    window: tuple[int, int],
+    dtype: torch.dtype,
+    scale: float,
+    tile: int = BIAS_TILE,
+    *,
+    turned: bool = False,
 ) -> Tensor:
     """The bias of every (query, key) pair divided by the scale, with columns of -inf up to a multiple of `tile`.
 

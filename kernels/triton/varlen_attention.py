@@ -42,6 +42,9 @@ from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_na
 __all__ = ["KERNELS", "SHORT", "dropout_threshold", "varlen_attention_backward", "varlen_attention_forward"]
 # Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
 SHORT = 32
+# So have sequences of up to this many on average, whatever the bound of their lengths: the captions of an image, as
+# queries of cross-attention, come with the number of all tokens as their bound.
+SHORT_ON_AVERAGE = 24
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
@@ -283,7 +286,7 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     if q.numel():
-        constants, config = _constants("varlen_forward", q, packed.max_q, packed)
+        constants, config = _constants("varlen_forward", q, q, packed.max_q, packed)
         tiles = total // config.tiles["BLOCK_M"] + sequences
         offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
         forward_kernel[(tiles * heads,)](
@@ -318,14 +321,14 @@ def varlen_attention_backward(
     inputs = (q, k, v, dout, *offsets, _bytes(packed.key_mask, q), chance, row_lse, delta)
     sizes = (*_strides(q, k, v, dout), sequences)
     if k.numel():
-        constants, config = _constants("varlen_dkdv", q, packed.max_k, packed)
+        constants, config = _constants("varlen_dkdv", q, k, packed.max_k, packed)
         tiles = k.shape[0] // config.tiles["BLOCK_N"] + sequences
         dkdv_kernel[(tiles * heads,)](
             *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if q.numel():
-        constants, config = _constants("varlen_dq", q, packed.max_q, packed)
+        constants, config = _constants("varlen_dq", q, q, packed.max_q, packed)
         tiles = q.shape[0] // config.tiles["BLOCK_M"] + sequences
         dq_kernel[(tiles * heads,)](
             *inputs, dq, *sizes, tiles, q.shape[0], heads, **constants,
@@ -347,13 +350,17 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
-def _constants(kernel: str, q: Tensor, longest: int, packed: Packed) -> tuple[dict[str, Any], LaunchConfig]:
+def _constants(
+    kernel: str, q: Tensor, owned: Tensor, longest: int, packed: Packed
+) -> tuple[dict[str, Any], LaunchConfig]:
+    """Constants and configuration of a kernel whose programs own rows of `owned`, of sequences up to `longest`."""
     dtype, head_dim = dtype_name(q.dtype), q.shape[-1]
     threshold, masked = dropout_threshold(packed.dropout_p), packed.key_mask is not None
     if threshold:
         checks.seed_of(packed.dropout_p, packed.seed)
     # The tile that a program owns is the one that short sequences would leave empty.
-    if longest <= SHORT:
+    sequences = packed.cu_seqlens_q.numel() - 1
+    if longest <= SHORT or owned.shape[0] <= SHORT_ON_AVERAGE * sequences:
         kernel = f"{kernel}_short"
     elif threshold or masked:
         kernel = f"{kernel}_{'dropout' if threshold else 'masked'}"

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,13 +16,15 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, export
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.conftest import each_library
-from xfm_fast.kernels import ops, reference
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import library, ops, reference
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.varlen import plan_of
 
@@ -289,6 +292,34 @@ def test_functional_call_with_other_parameters() -> None:
     out = torch.func.functional_call(layer, {"table": other}, (q, k, v))
     torch.testing.assert_close(out, relpos(q, k, v, other))
     assert torch.autograd.grad(out.sum(), other)[0].abs().sum() > 0
+
+
+def test_an_implementation_runs_on_the_device_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the current device, which is not that of the arguments where a model is spread."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        entered.append(of)
+        yield
+        entered.append(torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        second = torch.empty(2, device="cuda:1")
+        run = library.on_device_of_arguments(lambda *given: len(entered))
+        assert run(3, torch.empty(2), None, second) == 1
+    assert entered == [torch.device("cuda:1"), torch.device("cpu")]
+
+
+def test_a_position_bias_of_another_table_is_refused() -> None:
+    q, k, v, table = relpos_inputs(grad=False)
+    bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=1.0)
+    torch.testing.assert_close(ops.relpos_attention(q, k, v, table, WINDOW, bias=bias), relpos(q, k, v, table))
+    with pytest.raises(InputError, match=r"bias is torch.float32 \[4, 15, 16\].*relpos_bias makes"):
+        ops.relpos_attention(q, k, v, table, WINDOW, bias=bias[:, 1:])
+    with pytest.raises(InputError, match="interpolate it"):
+        ops.relpos_bias(table[1:], WINDOW, dtype=q.dtype, scale=1.0)
 
 
 def test_distributed_data_parallel(tmp_path) -> None:

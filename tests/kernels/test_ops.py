@@ -364,6 +364,44 @@ def test_derived_tensors_follow_their_parameters(change: Callable[[nn.Linear], N
     assert doubled() is doubled()
 
 
+def test_nothing_derived_within_a_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph fills its own memory, and goes on reading what it was captured with."""
+    weight = nn.Parameter(torch.ones(2))
+    kept = derived("twice", (weight,), lambda: weight.detach() * 2)
+    monkeypatch.setattr(derived_module, "_capturing", lambda source: source is weight)
+    captured = derived("twice", (weight,), lambda: weight.detach() * 2)
+    assert captured is not kept
+    with derived_module.held():
+        assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
+    monkeypatch.undo()
+    assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
+
+
+def test_another_stream_waits_for_what_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Stream:
+        def record_event(self) -> str:
+            return "filled"
+
+        def wait_event(self, event: str) -> None:
+            said.append(event)
+
+    class Value(torch.Tensor):
+        def record_stream(self, stream: Any) -> None:
+            said.append("recorded")
+
+    streams = [Stream(), Stream()]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
+    filled = derived_module._Filled(torch.device("cuda:1"))
+    value = torch.zeros(1).as_subclass(Value)
+    filled.wait(value)
+    assert said == []
+    streams.reverse()
+    filled.wait((value, 3))
+    assert said == ["filled", "recorded"]
+
+
 def test_derived_tensors_die_with_their_parameter() -> None:
     derived_module.clear()
     layer = nn.Linear(2, 2)

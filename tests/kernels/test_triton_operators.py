@@ -12,9 +12,11 @@ from tests.kernels.triton_testing import interpreted_kernels, poison
 
 interpreted_kernels()
 
-from tests.kernels.test_operators import CASES  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+
+from tests.kernels.test_operators import CASES, WINDOW  # noqa: E402
 from xfm_fast.kernels import ops, tune  # noqa: E402
-from xfm_fast.kernels.triton import gelu, layer_norm  # noqa: E402
+from xfm_fast.kernels.triton import gelu, layer_norm, relpos_table  # noqa: E402
 from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
 
 
@@ -34,6 +36,67 @@ def test_agrees_with_the_definition(case: str) -> None:
     for ours, expected in zip(_run(case, "triton"), _run(case, "reference"), strict=True):
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by one, `turned` or not, whenever a position bias is made."""
+    made: list[bool] = []
+    original = relpos_table.materialise_bias
+
+    def materialise(*given: Any, turned: bool = False) -> Tensor:
+        made.append(turned)
+        return original(*given, turned=turned)
+
+    monkeypatch.setattr(relpos_table, "materialise_bias", materialise)
+    return made
+
+
+def test_autocast_leaves_the_position_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bias is made of the parameter itself, once, and its gradient is not rounded to half precision."""
+    q, k, v, table = CASES["relpos"][1](width=32)
+    made = counting(monkeypatch)
+    with ops.use_backend("triton"), torch.autocast("cpu", torch.float16):
+        first, second = (ops.relpos_attention(q, k, v, table, WINDOW) for _ in range(2))
+    assert made == [False]
+    assert first.dtype == torch.float16
+    assert torch.equal(first, second)
+    (gradient,) = torch.autograd.grad(first.float().sum(), table)
+    assert gradient.dtype == torch.float32
+    assert not torch.equal(gradient, gradient.half().float())
+
+
+def test_a_position_bias_may_be_made_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, table = CASES["relpos"][1](width=32)
+    with ops.use_backend("triton"):
+        expected = ops.relpos_attention(q, k, v, table, WINDOW)
+        bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=32**-0.5)
+        made = counting(monkeypatch)
+        found = ops.relpos_attention(q, k, v, table, WINDOW, bias=bias)
+        gradients = [torch.autograd.grad(out.square().sum(), (q, k, v, table)) for out in (found, expected)]
+    assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert made == [True, True], "only the backward pass makes one, with keys as rows"
+
+
+def test_a_graph_holds_what_fills_the_bias() -> None:
+    """Or else a captured graph would read a bias that nothing in it writes."""
+    q, k, v, table = CASES["relpos"][1](grad=False, width=32)
+    seen: list[str] = []
+
+    def look(module: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return ops.relpos_attention(q, k, v, table, WINDOW, backend="triton")
+
+    compiled = torch.compile(attend, backend=aot_autograd(fw_compiler=look), fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, v, table), attend(q, k, v, table))
+    assert [name for name in seen if "relpos" in name] == [
+        "xfm_fast.relpos_bias.default",
+        "xfm_fast.relpos_attention.default",
+    ]
 
 
 def test_dropout_replays_its_mask_in_the_gradient() -> None:

@@ -228,7 +228,7 @@ MUTATIONS = {
     "unscaled dk": ("triton/relpos_attention.py", "dk_a * SCALE, dk_b", "dk_a, dk_b"),
     "skipped last tile": ("triton/relpos_attention.py", "if TAIL > 0:\n        # The", "if TAIL > 999:\n        # The"),
     "skipped last tile of dq": (
-        "triton/relpos_attention.py", "    if TAIL > 0:\n        if full", "    if TAIL > 999:\n        if full",
+        "triton/relpos_attention.py", "if full < tokens:  # a fence, as in", "if full > tokens:  # a fence, as in",
     ),
     "skipped last tile of dk": ("triton/relpos_attention.py", "if TAIL > 0 and not", "if TAIL > 999 and not"),
     "transposed bias": ("triton/relpos_table.py", "if TURNED:", "if not TURNED:"),

@@ -135,7 +135,21 @@ def test_ragged_batches(lengths: tuple[list[int], list[int]], dtype: torch.dtype
 
 @pytest.mark.parametrize("head_dim", [32, 80, 96, 128])
 def test_head_dimensions(head_dim: int) -> None:
-    check(case([37, 3], [40, 66], 1, head_dim, torch.float16))
+    check(case([67, 3], [40, 66], 1, head_dim, torch.float16))
+
+
+def test_sequences_that_are_short_on_average_have_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captions of images as queries: their bound is the number of all tokens. Few keys each, or many."""
+    taken: list[str] = []
+
+    def config_for(kernel: str, *rest: Any) -> LaunchConfig:
+        taken.append(kernel)
+        return LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 16})
+
+    monkeypatch.setattr(varlen_attention, "config_for", config_for)
+    c = case([13, 9, 0, 40], [90, 5, 30, 30], 1, 32, torch.float32)
+    check(c._replace(longest=(62, 155)))
+    assert taken == ["varlen_forward_short", "varlen_dkdv", "varlen_dq_short"]
 
 
 @pytest.mark.slow

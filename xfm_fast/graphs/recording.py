@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels.derived import remembered
+from xfm_fast.kernels.derived import held, remembered
 
 Size = tuple[int, ...]
 Call = TypeVar("Call")
@@ -203,7 +203,8 @@ class Sizes(Generic[Call]):
         self.program.run(size, buffers)
         with NoHostReads():
             self.program.run(size, buffers)
-        recording = self.recorder(lambda: self.program.run(size, buffers))
+        with held():
+            recording = self.recorder(lambda: self.program.run(size, buffers))
         return _Graph(buffers, recording, self._stamp(), remembered(self._parameters))
 
     @torch.no_grad()

@@ -11,6 +11,10 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.nn import RelPosAttention
 
+# Devices that pass once over the sum of a branch and the norm behind it, the next block's or not. A CPU adds the sum
+# within the product instead.
+_JOINING = ("cuda",)
+
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, projected. The parameters are those of a convolution, the computation is one product."""
@@ -64,9 +68,43 @@ class Block(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
         normed = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+        normed, x = self._attend(normed, x, key_mask)
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return ops.mlp_residual(
+            normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x)
+        )
+
+    def into_norm(self, normed: Tensor, x: Tensor, norm: nn.LayerNorm, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """The block between two norms: from `norm1` of its input to `norm`, the first thing behind it, of its output.
+
+        Args:
+            normed, x: `[B, N, width]` input of the block, normalised and as it is.
+            norm: of the next block, or behind the last.
+            wide: as in `ops.add_layer_norm`.
+
+        Returns:
+            The output, normalised and as it is.
+        """
+        normed, x = self._attend(normed, x, None)
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        hidden = ops.linear_gelu(normed, fc1.weight, fc1.bias)
+        return ops.linear_add_layer_norm(
+            hidden,
+            fc2.weight,
+            fc2.bias,
+            x,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            gamma=self.gamma_2,
+            row_scale=self._row_scale(x),
+            wide=wide,
+        )
+
+    def _attend(self, normed: Tensor, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         # The output projection is fused with what follows it, so attention stops before it.
         context, proj = self.attn.attend(normed, key_mask), self.attn.proj
-        normed, x = ops.linear_add_layer_norm(
+        return ops.linear_add_layer_norm(
             context,
             proj.weight,
             proj.bias,
@@ -77,10 +115,12 @@ class Block(nn.Module):
             gamma=self.gamma_1,
             row_scale=self._row_scale(x),
         )
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return ops.mlp_residual(
-            normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x)
-        )
+
+
+def _stands_alone(block: Block) -> bool:
+    """False for a block that is watched, sharded, checkpointed or compiled: then it has to be called as one module."""
+    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(block)
 
 
 class VisionEncoder(nn.Module):
@@ -117,18 +157,28 @@ class VisionEncoder(nn.Module):
         return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
     def _finish(self, x: Tensor) -> Tensor:
-        x = ops.layer_norm(x, self.fc_norm.weight, self.fc_norm.bias, self.fc_norm.eps)
+        return self._pooled(ops.layer_norm(x, self.fc_norm.weight, self.fc_norm.bias, self.fc_norm.eps))
+
+    def _pooled(self, normed: Tensor) -> Tensor:
         if self.config.local_attn_depth > 0:
-            return x
-        patches = x[:, 1:]
+            return normed
+        patches = normed[:, 1:]
         return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
 
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
         x = self.embed(pixels, patch_mask)
-        for block in self.blocks:
-            x = block(x)
-        return self._finish(x)
+        blocks = [block for block in self.blocks if isinstance(block, Block) and _stands_alone(block)]
+        if x.device.type not in _JOINING or len(blocks) < len(self.blocks) or not blocks:
+            for block in self.blocks:
+                x = block(x)
+            return self._finish(x)
+        norms = [*(block.norm1 for block in blocks), self.fc_norm]
+        normed = ops.layer_norm(x, norms[0].weight, norms[0].bias, norms[0].eps)
+        for block, norm in zip(blocks, norms[1:], strict=True):
+            # Under autocast the last norm gives what it would give by itself.
+            normed, x = block.into_norm(normed, x, norm, wide=norm is self.fc_norm)
+        return self._pooled(normed)
 
     def regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
         """R regions of B images.

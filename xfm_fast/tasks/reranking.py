@@ -301,7 +301,9 @@ def score_candidates(
         if done < candidates.pairs and not prepared:
             tokens_of_texts = prepare_texts(scorer, texts, budget)
             spent += scorer.preparation_flops(texts.lengths)
-        for tile in _tiles(candidates, texts.lengths.cpu(), finished, budget, most):
+        # What the host decides by, it knows: a pass is prepared while the one before it runs.
+        known = texts.lengths.cpu()
+        for tile in _tiles(candidates, known, finished, budget, most):
             chosen = [piece.image for piece in tile]
             if chosen != memory_of:
                 # A slice of mapped embeddings is read as it lies, while an index copies rows one by one.
@@ -312,11 +314,13 @@ def score_candidates(
                 spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
             pairs = torch.cat([torch.arange(piece.start, piece.stop) for piece in tile])
             selected = candidates.texts[pairs].to(device)
-            lengths = texts.lengths[selected]
-            tokens = tokens_of_texts.index_select(0, ragged_rows(starts[selected], lengths))
+            lengths, of_pairs = texts.lengths[selected], known[candidates.texts[pairs]]
+            places = ragged_rows(starts[selected], lengths, int(of_pairs.sum()))
+            tokens = tokens_of_texts.index_select(0, places)
             groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
-            scored = scorer.scores(tokens, Sequences.from_lengths(lengths), memory, groups)
-            spent += scorer.fusion_flops(lengths, groups, images.embeds.shape[1])
+            sequences = Sequences.from_lengths(lengths, int(of_pairs.max()))
+            scored = scorer.scores(tokens, sequences, memory, groups)
+            spent += scorer.fusion_flops(of_pairs, groups, images.embeds.shape[1])
             scores[pairs] = scored.to("cpu", scores.dtype)
             done += len(pairs)
             if journal is not None:
@@ -328,8 +332,7 @@ def score_candidates(
                 journal.sync()
             if progress is not None:
                 progress(done, candidates.pairs)
-        lengths, image_tokens = texts.lengths.cpu(), images.embeds.shape[1]
-        receipt = Receipt.of(scorer.config, candidates, lengths, image_tokens, resumed=resumed, spent=spent)
+        receipt = Receipt.of(scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed, spent=spent)
         return RerankResult(candidates, scores, receipt)
 
 
@@ -343,7 +346,8 @@ def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
 
     Which texts share a slice can change the last bit.
     """
-    bounds = offsets(texts.lengths).tolist()
+    known = texts.lengths.cpu()
+    bounds = offsets(known).tolist()
     parts: list[Tensor] = []
     start = 0
     while start < len(texts):
@@ -351,7 +355,8 @@ def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
         while stop < len(texts) and bounds[stop + 1] - bounds[start] <= budget:
             stop += 1
         tokens = texts.tokens[bounds[start] : bounds[stop]]
-        parts.append(scorer.prepare(tokens, Sequences.from_lengths(texts.lengths[start:stop])))
+        sequences = Sequences.from_lengths(texts.lengths[start:stop], int(known[start:stop].max()))
+        parts.append(scorer.prepare(tokens, sequences))
         start = stop
     return torch.cat(parts)
 
