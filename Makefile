@@ -19,7 +19,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme ablations downstream test test-older test-all check lint types audit format dist clean distclean
+.PHONY: help venv install bench readme ablations downstream soak docs test test-older test-all check lint types audit format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of 
 
 soak: $(VENV)/$(EXTRAS).stamp ## ask a service of the tiny model for ten minutes, and watch its memory
 	$(BIN)/xfm-fast bench serve --preset tiny --quick --clients 8 --rounds 1 --soak 600 $(ARGS)
+
+docs: $(VENV)/docs.stamp ## build the pages of docs/ with the API into site/; a warning fails it
+	$(BIN)/mkdocs build --quiet $(ARGS)
 
 test: $(VENV)/$(EXTRAS).stamp ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -79,7 +82,7 @@ dist: $(VENV)/$(EXTRAS).stamp ## build the source distribution and the wheel
 	$(BIN)/python -m build
 
 clean: ## remove builds and caches
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well

@@ -153,7 +153,7 @@ def data_sheet(device: torch.device) -> roofline.GPU | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((gpu for gpu in (roofline.H100, roofline.A100) if gpu.name in name), None)
+    return next((gpu for gpu in roofline.GPUS if gpu.name in name), None)
 
 
 def cpu_model() -> str:

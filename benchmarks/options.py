@@ -226,3 +226,16 @@ class ServeOptions:
     soak: Annotated[float, Ge(0)] = 0.0
     quick: bool = False
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TryOptions(RunOptions):
+    """Options of trying one's own model.
+
+    Attributes:
+        texts: File of UTF-8, a text a line. [captions of mixed length]
+        images: Folder of images. [the photographs]
+    """
+
+    texts: Path | None = None
+    images: Path | None = None

@@ -120,6 +120,7 @@ class Clients(Record):
         requests: of all windows.
         p50, p99: seconds from a request to its answer.
         failures: requests without the answer that was due.
+        cpu_s: processor time of the service for a request; null where it was not looked at.
     """
 
     clients: int
@@ -127,6 +128,7 @@ class Clients(Record):
     p50: Interval
     p99: Interval
     failures: int
+    cpu_s: Interval | None = None
 
 
 class Share(Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -94,6 +95,7 @@ class Clocked:
         self._prepare, self.device = prepare, device
         self._recorder = recorder or _recorded
         self._call: Callable[[], object] | None = None
+        self._stream: Any = None
         self._runs = 1
         self.by: TimedBy = "clock" if device.type != "cuda" else "events"
         self.host_s: float | None = None
@@ -103,10 +105,12 @@ class Clocked:
         """Seconds of one run, as a `Block`."""
         if self._call is None:
             self._call = self._prepare() if self.device.type != "cuda" else self._on_gpu()
-        return [timed(self._call, self.device)[1] / self._runs]
+        # Without a graph the work goes on running on the stream that it was prepared on.
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return [timed(self._call, self.device)[1] / self._runs]
 
     def _on_gpu(self) -> Callable[[], object]:
-        stream = torch.cuda.Stream(self.device)
+        stream = self._stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run = self._prepare()

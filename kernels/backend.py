@@ -55,12 +55,16 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
         if backend is not None:
             raise InputError("backend 'flash_attn' has attention of packed sequences only; use 'auto' or another one")
         name = "auto"
-    present = [t.device for t in tensors if t is not None]
-    device = present[0]
-    for other in present:
-        if other != device:
-            raise InputError(f"tensors live on {device} and {other}; move them to one device")
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    device, wide = None, False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise InputError(f"tensors live on {device} and {tensor.device}; move them to one device")
+        wide = wide or tensor.dtype == torch.float64
+    assert device is not None
     if name == "auto":
         if device.type == "cpu":
             return "cpu"

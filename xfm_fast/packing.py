@@ -80,11 +80,13 @@ class Packing(Sequences):
         positions: `[T]` flat positions in the padded batch, in packed order.
         shape: (P, L) of the padded batch.
         order: `[P]` the text at each position of the packed sequence; None when they keep their order.
+        whole: whether there is no padding, so that nothing moves.
     """
 
     positions: Tensor
     shape: tuple[int, int]
     order: Tensor | None = None
+    whole: bool = False
 
     @classmethod
     def from_mask(
@@ -144,11 +146,15 @@ class Packing(Sequences):
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[P, L, ...]` → `[T, ...]`."""
+        if self.whole:
+            return padded.flatten(0, 1)
         return padded.flatten(0, 1).index_select(0, self.positions)
 
     def unpad(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`: `[T, ...]` → `[P, L, ...]`, zeros where there is padding."""
         texts, length = self.shape
+        if self.whole:
+            return packed.view(texts, length, *packed.shape[1:])
         padded = packed.new_zeros(texts * length, *packed.shape[1:])
         return padded.index_copy(0, self.positions, packed).view(texts, length, *packed.shape[1:])
 

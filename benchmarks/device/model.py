@@ -79,7 +79,6 @@ def random_pairs(config: XFMConfig, pairs: int) -> PairBatch:
     )  # fmt: skip
 
 
-@torch.inference_mode()
 def rerank_coco(context: Context) -> None:
     """A row of pairs a second over all candidates of 5,000 images and 25,010 texts, as far as the time goes."""
     device = machine.choose_device(context.device)
@@ -89,7 +88,8 @@ def rerank_coco(context: Context) -> None:
     with torch.device("meta"):
         model = XFM(config, heads=HEADS)
     model.load_state_dict({n: t.to(device, dtype) for n, t in random_state(config, HEADS, 0).items()}, assign=True)
-    model.eval()
+    # Outside inference mode, whose tensors have no version: nothing could be derived from them once for all passes.
+    model.eval().requires_grad_(False)
     draw = torch.Generator(device).manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -124,8 +124,12 @@ def rerank_coco(context: Context) -> None:
     if not done:
         context.out_of_time("rerank", f"COCO-5k re-ranking, {candidates.pairs} pairs", "xfm-fast")
         return
-    counted = flops.fusion(
-        config, lengths[candidates.texts[:done].to(device)].tolist(), first_token_only=True, self_attended=True
+    of_pairs = zip(
+        *(t.tolist() for t in lengths.cpu()[candidates.texts[:done]].unique(return_counts=True)), strict=True
+    )
+    needed = sum(
+        count * flops.fusion(config, [length], first_token_only=True, self_attended=True).total
+        for length, count in of_pairs
     )
     sheet = machine.data_sheet(device)
     left = "" if whole else f"; all {candidates.pairs:,} would take {seconds * candidates.pairs / done:.0f} s"
@@ -133,5 +137,5 @@ def rerank_coco(context: Context) -> None:
         "rerank", f"COCO-5k re-ranking at {size}, random embeddings, {done} of {candidates.pairs} pairs", "xfm-fast",
         dtype="bf16" if dtype == torch.bfloat16 else "fp32", unit="pairs", items=done, seconds=[seconds],
         status="measured" if whole else "partial", reason=f"{done / candidates.pairs:.0%} of the pairs{left}",
-        efficiency=efficiency(counted.total, None, seconds, None if sheet is None else sheet.flops_per_s),
+        efficiency=efficiency(needed, None, seconds, None if sheet is None else sheet.flops_per_s),
     )  # fmt: skip

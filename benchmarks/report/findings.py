@@ -106,7 +106,8 @@ def remarks(document: Document) -> Iterator[tuple[str, str]]:
         yield "warning", f"† something else ran on this machine: {why}."
     else:
         yield from (("warning", note) for note in said)
-    if document.benchmark == "drop-in" or (document.model and not document.model.trained):
+    named = document.benchmark == "drop-in" and "model" in document.options
+    if (document.benchmark == "drop-in" and not named) or (document.model and not document.model.trained):
         nothing = "; retrieval quality means nothing" if _recalls(document) else ""
         yield "", f"The weights are random: speeds and differences are real{nothing}."
     elif document.model and not document.model.meaningful_recall and _recalls(document):

@@ -179,6 +179,7 @@ _MEASURES = [
     Column("error allowed", _of("parity", lambda p: f"{p.band:.0e}" if p.band is not None else ""), detail=True),
     Column("p50 ms of clients", _of("clients", lambda c: number(c.p50.value * 1e3))),
     Column("p99 ms of clients", _of("clients", lambda c: number(c.p99.value * 1e3))),
+    Column("CPU ms of a request", _of("clients", lambda c: number(c.cpu_s.value * 1e3) if c.cpu_s else "")),
     Column("samples", lambda row: str(len(row.samples) or ""), detail=True),
     Column(
         "build / load / first call",

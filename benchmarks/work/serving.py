@@ -396,10 +396,14 @@ class _Load:
         self, work: str, name: str, clients: int, make: Callable[[int, random.Random], Asked]
     ) -> None:  # fmt: skip
         count, latencies, lost = max(self.options.requests, clients), dict[str, list[float]](), dict[str, list[str]]()
+        busy = dict[str, list[float]]()
 
         def block(contender: str) -> list[float]:
             requests = [make(self.options.documents, self.chance) for _ in range(count)]
+            process = self.running[contender].process
+            before = sum(process.cpu_times()[:2])
             window = drive(self.running[contender].port, requests, clients)
+            busy.setdefault(contender, []).append((sum(process.cpu_times()[:2]) - before) / count)
             latencies.setdefault(contender, []).extend(window.latencies)
             lost.setdefault(contender, []).extend(window.failures)
             if window.failures:
@@ -418,7 +422,7 @@ class _Load:
             row = self._row(work, f"{name}, {clients} clients", contender, clients, count)
             row = filled(row, f"{contender} {dtype}", samples)
             if row.measured:
-                row.clients = told(clients, latencies[contender], lost[contender])
+                row.clients = told(clients, latencies[contender], lost[contender], busy[contender])
             rows.append(row)
         self.document.rows += agreeing(rows)
         if samples.interrupted:
@@ -450,10 +454,11 @@ class _Load:
         )  # fmt: skip
 
 
-def told(clients: int, latencies: Sequence[float], failures: Sequence[str]) -> Clients:
-    """The clients' side of a row."""
+def told(clients: int, latencies: Sequence[float], failures: Sequence[str], busy: Sequence[float] = ()) -> Clients:
+    """The clients' side of a row; `busy` are seconds of the service's processor for a request, of every window."""
     p50, p99 = (interval(latencies, share) for share in (0.5, 0.99))
-    return Clients(clients=clients, requests=len(latencies), p50=p50, p99=p99, failures=len(failures))
+    cpu = interval(busy, 0.5) if busy else None
+    return Clients(clients=clients, requests=len(latencies), p50=p50, p99=p99, failures=len(failures), cpu_s=cpu)
 
 
 def served(port: int, asked: Asked) -> list[float]:

@@ -74,6 +74,12 @@ def _biased(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], p
     return Launch(shape, rows * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_N"]), operands * operand + bias)
 
 
+def _bias(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
+    columns = math.ceil(IMAGE_TOKENS / 128)  # of 128, to which the bias is padded
+    programs = math.ceil(IMAGE_TOKENS / tiles["ROWS"]) * HEADS * columns * 128 // tiles["BLOCK"]
+    return Launch(f"{IMAGE_TOKENS} × {IMAGE_TOKENS}", programs, 0, 2 * HEADS * IMAGE_TOKENS * columns * 128)
+
+
 def _varlen(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
     short = "_short" in kernel
     sequences = CAPTIONS if short else 1
@@ -161,8 +167,8 @@ def _segments(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int],
 
 # Beginning of a kernel's name → its launch; the longest that fits counts.
 _FAMILIES: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, int], int], Launch]] = {
-    "relpos_": _biased,
-    "bias_": _biased,
+    **{f"{family}_{part}": _biased for family in ("relpos", "bias") for part in ("forward", "dkdv", "dq", "dbias")},
+    "relpos_bias": _bias,
     "relpos_table_gradient": _table_gradient,
     "varlen_": _varlen,
     "attention_backward_statistics": _statistics,

@@ -5,7 +5,9 @@ partition stands for all. The compiler writes into every instruction how many cy
 and which of six scoreboards it sets and waits for; with those, and how long instructions keep their pipes
 (`cards.json`), the order and time of every issue follow.
 
-The kernel is walked once from entry to exit, its main loop a few times over: time is linear in its iterations.
+The kernel is walked once from entry to exit, its main loop a few times over: time is linear in its iterations. Programs
+that begin together may stay in step, all at the tensor cores and then all at the exponentials, and programs that do not
+may stay out of it, which is quicker: there are two simulations, one of each, and the mean counts.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 
 from .cards import Card
 from .sass import Instruction, MachineCode
 
 PARTITIONS = 4
-# The first of these iterations fills the pipes; the others are what every further one costs.
+# Of the main loop. The first fills the pipes, in the last they run empty; those between are what one more costs.
 ITERATIONS = 4
 _LANES = 32
 _NO_SCOREBOARD = 7
+_TOGETHER = 17.0  # cycles between programs that begin together
 _SECTOR = 32  # bytes of the least that the second-level cache gives
 
 # How far ahead of a busy pipe instructions are accepted: the tensor cores' queue, that of memory instructions.
@@ -124,22 +129,37 @@ def simulate(
         return [known.get(i.address) or known.setdefault(i.address, step(i, card, products)) for i in instructions]
 
     heads, loop, tails = steps(before), steps(body), steps(after)
-    turns = ITERATIONS if loop else 0
-    run = _Partition([heads, *[loop] * turns, tails], card, programs=resident, warps=max(1, warps // PARTITIONS))
-    run.finish()
+    parts = [heads, *[loop] * (ITERATIONS if loop else 0), tails]
+    partition = partial(_Partition, parts, card, programs=resident, warps=max(1, warps // PARTITIONS))
+    together = partition(_TOGETHER)
+    together.finish()
+    runs = [together]
+    if loop and resident > 1:
+        apart = partition(together.turn / resident)
+        apart.finish()
+        runs.append(apart)
     single = frozenset(rows)
-    iteration = (run.begun(turns + 1) - run.begun(2)) / (turns - 1) if loop else 0.0
-    tensor = run.tensor_in(2) if loop else 0.0
     return Timing(
         resident=resident,
-        outside=round(run.end - turns * iteration, 1),
-        iteration=round(iteration, 1),
-        tensor_outside=round(run.tensor_busy - turns * tensor, 1),
-        tensor_iteration=round(tensor, 1),
+        outside=round(fmean(run.outside for run in runs), 1),
+        iteration=round(fmean(run.turn for run in runs), 1),
+        tensor_outside=round(together.tensor_outside, 1),
+        tensor_iteration=round(together.tensor_turn, 1),
         bytes_outside=warps * sum(moved(i, single) for i in (*before, *after)),
         bytes_iteration=warps * sum(moved(i, single) for i in body),
-        stalls=run.stall_shares(),
+        stalls=_shares([run.stalls for run in runs]),
     )
+
+
+def _shares(stalls: list[dict[str, float]]) -> dict[str, float]:
+    """Cause → share of all that is waited, the most first; what hardly counts is left out."""
+    summed: dict[str, float] = defaultdict(float)
+    for part in stalls:
+        for cause, amount in part.items():
+            summed[cause] += amount
+    total = sum(summed.values())
+    ordered = sorted(summed.items(), key=lambda item: -item[1])
+    return {cause: round(amount / total, 3) for cause, amount in ordered if amount >= 0.005 * total}
 
 
 def walk(code: MachineCode) -> tuple[list[Instruction], list[Instruction], list[Instruction]]:
@@ -332,12 +352,13 @@ def _set(warp: _Warp, scoreboard: int, until: float, cause: str) -> None:
 class _Partition:
     """Warps of several programs that go through the same parts, and the pipes that they share."""
 
-    def __init__(self, parts: list[list[Step]], card: Card, *, programs: int, warps: int) -> None:
+    def __init__(self, parts: list[list[Step]], card: Card, apart: float, *, programs: int, warps: int) -> None:
+        """`apart`: cycles between the beginnings of two programs."""
         self._parts = parts
         self._card = card
-        # Programs do not begin in the same cycle, nor do their warps.
+        self._delay = apart * (programs - 1)
         self._warps = [
-            _Warp(program, 17.0 * program + 5.0 * warp, leader=warp == 0)
+            _Warp(program, apart * program + 5.0 * warp, leader=warp == 0)
             for program in range(programs)
             for warp in range(warps)
         ]
@@ -348,27 +369,40 @@ class _Partition:
         self._starts = [0.0] * (len(parts) + 1)
         self._tensor = [0.0] * len(parts)
         self._stalls: list[dict[str, float]] = [defaultdict(float) for _ in parts]
-        self.tensor_busy = 0.0
         self.end = 0.0
 
-    def begun(self, part: int) -> float:
-        """The mean cycle in which warps came to a part."""
-        return self._starts[part] / len(self._warps)
+    @property
+    def turn(self) -> float:
+        """Cycles of one turn of the loop: the mean of the warps' turns but the first, which fills the pipes, and the
+        last, in which programs that began later have the partition to themselves.
+        """
+        turns = len(self._parts) - 2
+        begun = [start / len(self._warps) for start in self._starts]
+        return (begun[turns] - begun[2]) / (turns - 2) if turns else 0.0
 
-    def tensor_in(self, part: int) -> float:
-        """Cycles of tensor cores that a part asks for."""
-        return self._tensor[part]
+    @property
+    def outside(self) -> float:
+        """Cycles of the whole, but for the turns and the time by which the last program began later than the first."""
+        return self.end - (len(self._parts) - 2) * self.turn - self._delay
 
-    def stall_shares(self) -> dict[str, float]:
-        """Cause → share of the time that warps wait, in the loop's later turns or, without a loop, in all parts."""
-        chosen = self._stalls[2:-1] if len(self._parts) > 2 else self._stalls
+    @property
+    def tensor_turn(self) -> float:
+        """Cycles of tensor cores that a turn asks for."""
+        return self._tensor[2] if len(self._parts) > 2 else 0.0
+
+    @property
+    def tensor_outside(self) -> float:
+        """Cycles of tensor cores that is asked for before and behind the loop."""
+        return self._tensor[0] + self._tensor[-1]
+
+    @property
+    def stalls(self) -> dict[str, float]:
+        """Cause → cycles that warps wait, in the loop's later turns or, without a loop, in all parts."""
         summed: dict[str, float] = defaultdict(float)
-        for part in chosen:
+        for part in self._stalls[2:-1] if len(self._parts) > 2 else self._stalls:
             for cause, amount in part.items():
                 summed[cause] += amount
-        total = sum(summed.values())
-        ordered = sorted(summed.items(), key=lambda item: -item[1])
-        return {cause: round(amount / total, 3) for cause, amount in ordered if amount >= 0.005 * total}
+        return summed
 
     def finish(self) -> None:
         """Lets every warp run to its end.
@@ -434,7 +468,6 @@ class _Partition:
                 finish = max(finish, self._shared_free)
         self._free[pipe] = finish
         if pipe is TENSOR:
-            self.tensor_busy += busy
             self._tensor[warp.part] += busy
         result = max(finish, self._shared_free if current.shared else 0.0) + max(0.0, current.latency - busy)
         if role:

@@ -16,7 +16,8 @@ import torch
 import xfm_fast
 from tests.finetuning.conftest import Make
 from tests.training.small_runs import in_processes, join_group, numbers
-from xfm_fast.errors import CheckpointError, ConfigError, DataError
+from xfm_fast.checkpoint import hold
+from xfm_fast.errors import CheckpointError, ConfigError, DataError, StorageError
 from xfm_fast.finetuning import run as runs
 from xfm_fast.finetuning.recipe import FinetuneRecipe, resumed_steps
 from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
@@ -111,9 +112,10 @@ def test_killed_and_resumed(kill: Kill, whole: FinetuneRecipe, recipe: Make, tmp
     assert metrics(again) == metrics(whole)
 
 
-def test_two_processes(recipe: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_find_what_one_finds(processes: int, recipe: Make, tmp_path: Path) -> None:
     made = recipe(*NLVR2, choose=CHOICE, batch_size=4)
-    assert in_processes(process, 2, tmp_path / "meet", made, {}) == [0, 0]
+    assert in_processes(process, processes, tmp_path / "meet", made, {}) == [0] * processes
     alone = evaluate(made, Path(made.checkpoint.folder), "test", tmp_path / "alone")
     assert json.loads(metrics(made)["test"])["metrics"] == alone
 
@@ -148,6 +150,18 @@ def test_a_run_chains(recipe: Make, tmp_path: Path) -> None:
     assert second.model == first.model
     finetune(second)
     assert recipe_of(tmp_path / "next", ["eval_batch_size=3"]).eval_batch_size == 3
+
+
+def test_a_second_run_in_the_folder_changes_nothing_of_the_first(recipe: Make) -> None:
+    made = recipe(*NLVR2, steps=1)
+    folder = Path(made.checkpoint.folder)
+    finetune(made)
+    before = (folder / "recipe.json").read_bytes()
+    with hold(folder / ".lock", "the first"), pytest.raises(StorageError, match=r"checkpoint\.folder="):
+        finetune(recipe(*NLVR2, steps=2))
+    assert (folder / "recipe.json").read_bytes() == before
+    finetune(recipe(*NLVR2, steps=2))
+    assert json.loads((folder / "recipe.json").read_text())["steps"] == 2
 
 
 def test_what_is_refused_before_the_first_step(recipe: Make, pretrained: Path, world: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from xfm_fast.kernels.audit import sass
 from xfm_fast.kernels.audit.worker import disassemble
 from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.triton import (
@@ -98,7 +99,7 @@ class Recorder:
 
 def figures(compiled: Any, log: str) -> dict[str, Any]:
     """The part of a compilation that tests look at."""
-    code = disassemble(compiled.asm["cubin"])
+    code = sass.parse(*disassemble(compiled.asm["cubin"]))
     loop = code.main_loop.instructions if code.main_loop else ()
     waits = sum(i.opcode == "WARPGROUP" and "DEPBAR" in i.modifiers for i in code.instructions)
     return {

@@ -6,7 +6,7 @@ What needs no GPU to run is run on the CPU too, so that these tests are known to
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.test_operators import OFFSETS_K, OFFSETS_Q, WINDOW, relpos_inputs, varlen_inputs
-from xfm_fast import XFM, XFMConfig
 from xfm_fast.kernels import ops
+
+if TYPE_CHECKING:
+    from xfm_fast import XFM
 
 on_gpu = pytest.mark.gpu
 REPEATS = 20
@@ -23,6 +25,8 @@ REPEATS = 20
 
 def model_of(device: str, dtype: torch.dtype) -> XFM:
     """Two layers of each encoder, with heads of 64 as in the real models, on the same weights everywhere."""
+    from xfm_fast import XFM, XFMConfig
+
     torch.manual_seed(0)
     config = XFMConfig.preset("tiny", vision_depth=2, text_layers=2, fusion_layers=2, vocab_size=64, image_size=64)
     config = config.replace(vision_width=128, vision_heads=2, text_width=128, text_heads=2)

@@ -15,7 +15,6 @@ interpreted_kernels()
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
 from tests.kernels.test_operators import CASES, WINDOW  # noqa: E402
-from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.kernels import ops, tune  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm, relpos_table  # noqa: E402
 from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
@@ -112,6 +111,8 @@ def test_dropout_replays_its_mask_in_the_gradient() -> None:
 
 def test_a_whole_model_on_triton_kernels() -> None:
     """Vision, text and fusion encoders, forward and backward, on the kernels that a GPU would run."""
+    from xfm_fast import XFM, XFMConfig
+
     torch.manual_seed(0)
     config = XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=2, vocab_size=64)
     config = config.replace(vision_width=64, vision_heads=2, text_width=64, text_heads=2)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import load_image
 from xfm_fast.data.shapes import render, scene
-from xfm_fast.errors import ConfigError, DataError, InputError, UnavailableError
+from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError, UnavailableError
 from xfm_fast.models.xfm import XFM, XFMOutput
 from xfm_fast.tasks.grounding import GroundingModel, pixel_boxes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -224,3 +224,25 @@ def test_data_parallel(model: XFM, files: list[Path], tmp_path: Path) -> None:
     finally:
         model.zero_grad()
         dist.destroy_process_group()
+
+
+def test_what_is_no_text_or_image_and_a_model_without_weights(model: XFM, files: list[Path], tmp_path: Path) -> None:
+    for bad in (None, 3, b"bytes", torch.zeros(2, 3)):
+        with pytest.raises(InputError, match="is no text or image, nor a list of such"):
+            model.encode(bad)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a path or a PIL image, not ndarray \(Image\.fromarray"):
+        model.match(np.zeros((4, 4, 3)), "a dog")  # type: ignore[arg-type]
+    note = tmp_path / "note.txt"
+    note.write_text("a text file")
+    for call in (lambda: model.encode(note), lambda: model.match(note, "a dog"), lambda: model.ground(note, "a dog")):
+        with pytest.raises(DataError, match="in no format that Pillow reads"):
+            call()
+    with torch.device("meta"):
+        empty = XFM(model.config)
+    empty.tokenizer = model.tokenizer
+    for call in (lambda: empty.encode("a dog"), lambda: empty.encode(files), lambda: empty.match(files[0], "a dog")):
+        with pytest.raises(InputError, match=r"XFM is on the meta device, .* load them with from_pretrained"):
+            call()
+    with pytest.raises(CheckpointError, match="on the meta device and has no values to write"):
+        empty.save_pretrained(tmp_path / "model")
+    assert not [*(tmp_path / "model").iterdir()]

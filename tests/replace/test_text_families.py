@@ -54,9 +54,9 @@ DROPOUTS = {
     "DistilBERT": ("dropout", "attention_dropout"),
     "ModernBERT": ("attention_dropout", "mlp_dropout", "embedding_dropout"),
 }
-# Rotary positions and ModernBERT's softmax are computed in fp32 whatever the model is.
-SINGLE = ("ModernBERT",)
-LAYERS = [
+# ModernBERT's rotary positions and DeBERTa's scales are computed in fp32 whatever the model is.
+SINGLE = ("ModernBERT", "DeBERTa-v3", "DeBERTa-v2")
+LAYERS = (
     "MPNetLayer",
     "TransformerBlock",
     "ElectraLayer",
@@ -66,7 +66,7 @@ LAYERS = [
     "NomicBertLayer",
     "LayoutLMv3Layer",
     "DebertaV2Layer",
-]
+)
 
 
 def made(
@@ -140,7 +140,7 @@ def test_dropout_keeps_mean_and_spread(kind: str) -> None:
     assert 0.95 < float((width / spread).mean()) < 1.05
 
 
-@pytest.mark.parametrize("kind", UNPADDED + ["LayoutLMv3"])
+@pytest.mark.parametrize("kind", [*UNPADDED, "LayoutLMv3"])
 def test_dropout_of_attention_weights_alone(kind: str) -> None:
     model = made(kind, torch.float32)
     for part in model.modules():

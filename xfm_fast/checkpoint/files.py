@@ -358,6 +358,8 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     offset = 0
     for name in names:
         tensor = tensors[name]
+        if tensor.is_meta:
+            raise CheckpointError(f"{name!r} is on the meta device and has no values to write; load the weights first")
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             raise CheckpointError(
                 f"{name!r} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors cannot hold; convert it to "

@@ -33,7 +33,7 @@ from cyclopts import (
 )
 
 from xfm_fast import __version__
-from xfm_fast.cli import console, data, finetune, kernels, options, search, serve, train
+from xfm_fast.cli import console, data, finetune, kernels, options, search, serve, train, trial
 from xfm_fast.cli.options import DATA, MEASURE, SEARCH, SERVE, TRAIN
 from xfm_fast.errors import StorageError, UnavailableError, XFMError
 
@@ -94,6 +94,7 @@ app.command(
     help="Export to ONNX and engines, verified against the model. Exit code 1: the export differs from the model.",
 )
 app.command(serve.serve, group=SERVE)
+app.command(trial.trial, name="try", group=MEASURE)
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
 for command in (train.pretrain, finetune.finetune, finetune.evaluate, finetune.predict, train.gradflow):

@@ -268,7 +268,7 @@ def bench_compare(a: Path, b: Path, /) -> int:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def progress() -> Iterator[Progress]:
     """One line on a terminal: the stage, whose turn it is, and how long it still takes; silence elsewhere."""
     from rich.console import Console
     from rich.markup import escape
@@ -300,8 +300,8 @@ def _measured(run: Callable[[Progress, list[str]], Document]) -> Document:
     """Measure under a progress display, and print the results."""
     from xfm_fast.benchmarks import report
 
-    with _progress() as progress:
-        document = run(progress, ["xfm-fast", *sys.argv[1:]])
+    with progress() as told:
+        document = run(told, ["xfm-fast", *sys.argv[1:]])
     report.terminal(document, stdout())
     return document
 

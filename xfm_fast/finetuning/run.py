@@ -163,17 +163,14 @@ def finetune(
         explained = explanation(task)
         written = json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
-        def keep_recipe() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_bytes({folder / RECIPE_FILE: written.encode()})
-
-        processes.from_first(keep_recipe)
         per_epoch = max(1, len(rows) // (recipe.batch_size * processes.world_size))
         hook = _EpochEnd(recipe, task, records, processes, per_epoch, explained, show)
         result = train(
             recipe, resume=resume, sources={STREAM: source}, model=model,
             objective=lambda model, batch, losses: task.losses_of(model, batch),
             explained_by=explained, on_step=hook,
+            # Only once the folder is this run's: another one that works in it wrote its own.
+            on_start=lambda: write_bytes({folder / RECIPE_FILE: written.encode()}),
         )  # fmt: skip
         best = folder / "best"
         chosen = best if (best / MODEL_FILE).is_file() else folder / ("model" if recipe.ema is None else "average")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeGuard, TypeVar
@@ -83,9 +83,9 @@ class XFMProcessor:
             every = [images] if isinstance(images, str) or is_picture(images) else [*images]  # type: ignore[list-item, misc]
             if not every:
                 raise InputError("the list of images is empty; give at least one")
-            found["pixels"] = image_pixels(every, self.config)  # type: ignore[arg-type]
+            found["pixels"] = image_pixels(every, self.config)
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
+            texts = listed(text)
             if not texts:
                 raise InputError("the list of texts is empty; give at least one")
             found["input_ids"], found["attention_mask"] = text_tokens(texts, self.tokenizer, self.config)
@@ -183,9 +183,14 @@ def open_image(image: Picture) -> Image.Image:
     """An image as RGB. As in the official code, an EXIF orientation is not applied.
 
     Raises:
+        InputError: it is something else.
         DataError: the file is no image, or a broken one.
     """
     if not isinstance(image, Image.Image):
+        if not isinstance(image, (str, os.PathLike)):
+            raise InputError(
+                f"an image is a path or a PIL image, not {type(image).__name__} (Image.fromarray makes one)"
+            )
         return decode_image(image)
     name = str(getattr(image, "filename", "") or f"{image.width}x{image.height} {image.mode}")
     try:
@@ -195,6 +200,22 @@ def open_image(image: Picture) -> Image.Image:
         if isinstance(error, DataError):
             raise
         raise DataError(f"image {name} cannot be read ({error}); open it again") from None
+
+
+def listed(items: object) -> list[Any]:
+    """A list of what was given, which may be one text or image.
+
+    Raises:
+        InputError: it is neither one of them nor several.
+    """
+    if isinstance(items, str) or is_picture(items):
+        return [items]
+    if not isinstance(items, Iterable) or isinstance(items, (bytes, Mapping, Tensor)):
+        raise InputError(
+            f"{type(items).__name__} is no text or image, nor a list of such; give strings, or paths and PIL images "
+            "(tensors of pixels and ids go to encode_image and encode_text)"
+        )
+    return list(items)
 
 
 def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
@@ -242,7 +263,16 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside the block; afterwards every part trains again that did."""
+    """Without dropout and gradients inside the block; afterwards every part trains again that did.
+
+    Raises:
+        InputError: the model is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} is on the meta device, where weights have no values; load them with "
+            "from_pretrained, or give them memory with model.to_empty(device='cpu')"
+        )
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -33,6 +33,7 @@ from xfm_fast.models.processor import (
     find_tokenizer,
     image_pixels,
     is_picture,
+    listed,
     open_image,
     pixel_boxes,
     read_tokenizer,
@@ -330,7 +331,7 @@ class XFM(nn.Module):
             DataError: an image is broken, a text empty after cleaning.
         """
         single = isinstance(items, str) or is_picture(items)
-        every: Sequence[str] | Sequence[Picture] = [items] if single else list(items)  # type: ignore[assignment, list-item]
+        every: Sequence[str] | Sequence[Picture] = listed(items)
         self.require_head("contrastive")
         features = []
         with evaluating(self):
@@ -352,7 +353,7 @@ class XFM(nn.Module):
             texts: as of `encode`, which also says what it raises.
         """
         single = isinstance(images, str) or is_picture(images)
-        many: list[Picture] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+        many: list[Picture] = listed(images)
         of_images = self.encode([Path(each) if isinstance(each, str) else each for each in many])
         of_texts = self.encode(texts)
         found = of_images @ (of_texts if isinstance(texts, str) else of_texts.T)
@@ -392,7 +393,7 @@ class XFM(nn.Module):
 
     def _fuse_texts(self, image: Picture, texts: str | Sequence[str], batch_size: int) -> Iterator[Tensor]:
         """`[T, 1, text_width]` of the next T texts with the image, whose memory is made once."""
-        every = [texts] if isinstance(texts, str) else list(texts)
+        every = listed(texts)
         if not are_texts(every):
             raise InputError("texts are images; give the image first, then strings")
         memory = None

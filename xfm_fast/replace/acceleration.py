@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +16,7 @@ from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.replace import adapters
+from xfm_fast.replace.expectation import Expectation, measured_product, shares
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
 from xfm_fast.replace.frozen import freeze as freeze_weights
@@ -119,6 +120,7 @@ def accelerate(
         if before is not None:
             after = _outputs(model, verify)
             report.differences.update(_compared(before, after, verify, dtype))
+            report._useful = _useful(verify) if any("npadded" in entry.fused for entry in report.replaced) else 1.0
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -156,6 +158,7 @@ class Entry:
         fused: name of the fused form.
         gain: what the fused form saves.
         reason: why it was left as it was; None if it was replaced.
+        share: of the model's products with weights that are in it.
     """
 
     path: str
@@ -163,6 +166,7 @@ class Entry:
     fused: str
     gain: str
     reason: str | None = None
+    share: float = 0.0
 
 
 @dataclass
@@ -183,6 +187,8 @@ class Report:
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
     _model: nn.Module | None = field(default=None, repr=False)
     """The model, where its calls are replayed as graphs."""
+    _share: float = 0.0
+    _useful: float = 1.0
 
     @property
     def replaced(self) -> list[Entry]:
@@ -202,6 +208,15 @@ class Report:
             if reason is not None:
                 found[entry.path] = reason
         return found
+
+    @property
+    def expected(self) -> Expectation:
+        """The gain to expect, from counted work and what this process has measured so far."""
+        first = next((module for module in self._modules if isinstance(module, Fused)), None)
+        if first is None:
+            return Expectation(0.0, None)
+        product = measured_product(first, first.settings.backend, first.settings.dtype)
+        return Expectation(self._share, product, self._useful)
 
     def revert(self) -> None:
         """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm.
@@ -253,6 +268,7 @@ class Report:
             lines[-1] += f"; {len(declining)} of those replaced run their original at present"
         if frozen := self.frozen_bytes:
             lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside")
+        lines.append(str(self.expected))
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
         return "\n".join(lines)
@@ -292,7 +308,10 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
         raise InputError(_nothing(model, entries))
     for module, fused in replaced:
         swap(module, fused, settings)
-    report = Report(entries, _modules=[module for module, _ in replaced])
+    parts, together = shares(model, [module for module, _ in replaced])
+    found = iter(parts)
+    entries = [replace(entry, share=next(found)) if entry.reason is None else entry for entry in entries]
+    report = Report(entries, _modules=[module for module, _ in replaced], _share=together)
     if settings.dtype is not None and not is_fused(model):
         swap(model, _InOneType, settings)
         report._modules.append(model)
@@ -368,9 +387,11 @@ def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
         return f"nothing of {name} can be replaced: {why}"
     return (
         f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}. Recognised are encoders of "
-        "transformers (RoBERTa, XLM-R, BERT, BEiT, Data2Vec, ViT, DeiT, CLIP, BLIP), vision transformers of timm, the "
-        "official X-FM and X²-VLM modules, and torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; "
-        "xfm_fast.nn has modules to build with"
+        "transformers (BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, ALBERT, ModernBERT, NomicBERT, LayoutLMv3, "
+        "DeBERTa-v2, BEiT, Data2Vec, ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, ViT-MAE, Swin, BLIP), vision "
+        "transformers of timm, towers of open_clip, the official X-FM and X²-VLM modules, and "
+        "torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.replace.register makes layers of "
+        "one's own known by a row of names, and xfm_fast.nn has modules to build with"
     )
 
 
@@ -394,6 +415,12 @@ def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         for module, training in modes.items():
             module.training = training
     return {name: leaf for name, leaf in _leaves(made, "") if leaf.is_floating_point()}
+
+
+def _useful(batch: Any) -> float:
+    """Share of real tokens in a batch with a padding mask; 1 without one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return float(mask.bool().float().mean()) if isinstance(mask, Tensor) and mask.ndim == 2 else 1.0
 
 
 def _leaves(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:

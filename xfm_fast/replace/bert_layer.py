@@ -138,6 +138,21 @@ class Packed:
 
 
 @dataclass
+class Alike:
+    """Attention of few packed sequences of one length, `[T, H, D]`, which are soonest done as a padded batch.
+
+    Attributes:
+        texts: how many there are.
+    """
+
+    texts: int
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        q, k, v = (t.unflatten(0, (self.texts, -1)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass
 class Memory:
     """The memory that queries attend to in cross-attention.
 
@@ -204,6 +219,12 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
         return _traced_plan(mask, keep_first), memory_mask is None
     if not mask.numel():
         return None
+    if on_host(mask) and host.all_true(mask):
+        texts, length = mask.shape
+        places, ends = torch.arange(texts * length), torch.arange(0, texts * length + 1, length, dtype=torch.int32)
+        whole = memory_mask is None or host.all_true(memory_mask.bool())
+        packing = Packing(positions=places, cu_seqlens=ends, shape=(texts, length), max_seqlen=length, whole=True)
+        return packing, whole
     kept = mask.clone() if keep_first else mask
     if keep_first:
         kept[:, 0] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ def disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 
     Scores are `(q kᵀ + q k_posᵀ[i - j] + (k q_posᵀ)[j - i]) / √(D · terms)`.
     """
-    module, mask = layer.attention.self, call.get("attention_mask")
-    places, table = call.get("relative_pos"), call.get("rel_embeddings")
+    module = layer.attention.self
+    mask, places, table = (cast(Any, call.get(name)) for name in ("attention_mask", "relative_pos", "rel_embeddings"))
     if not isinstance(mask, Tensor) or mask.ndim != 4 or not set(module.pos_att_type) <= {"c2p", "p2c"}:
         return None
     if module.relative_attention and not (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class UnpaddedEncoder(CalledByName):
 
     def _planned(self, call: dict[str, Any]) -> tuple[Packing, Tensor] | None:
         """The packing of a call and its mask; None for calls that keep padding."""
-        row, config, mask = self.encoder_row, self.config, call.get("attention_mask")
+        row, config, mask = self.encoder_row, self.config, cast(Any, call.get("attention_mask"))
         given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
         if asks_beyond(call, (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT)) or len(given) != 1:
             return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from xfm_fast.replace.structure import (
 )
 from xfm_fast.replace.swap import (
     CalledByName,
-    Kinds,
+    Rule,
     Settings,
     asks_beyond,
     find,
@@ -199,7 +199,7 @@ class FamilyLayer(CalledByName):
         assert family is not None
         library = sys.modules[original.__module__]
         own = tuple(kind for name in family.own.split() if (kind := getattr(library, name, None)) is not None)
-        bypassed: dict[str, Kinds] = dict.fromkeys(family.holders(), own or _Absent)
+        bypassed: dict[str, Any] = dict.fromkeys(family.holders(), own or _Absent)
         bypassed |= dict.fromkeys(family.linears, nn.Linear)
         bypassed |= dict.fromkeys(family.norms, (nn.LayerNorm, nn.Identity))
         bypassed |= dict.fromkeys(family.dropouts, (nn.Dropout, nn.Identity))
@@ -217,21 +217,20 @@ class FamilyLayer(CalledByName):
             return f"this version of the library keeps {missing} elsewhere; a Family with its names makes it known"
         if family.chunks and attrgetter(family.chunks)(module):
             return f"its feed-forward runs in chunks of {attrgetter(family.chunks)(module)}; chunk_size 0 is fused"
-        norms = (find(module, name) for name in family.norms)
+        norms: list[Any] = [find(module, name) for name in family.norms]
         if any(isinstance(norm, nn.LayerNorm) and norm.weight is None for norm in norms):
             return f"{family.norms[0]} has no weight"
         return why_not_bypassed(module, adapted["bypassed"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        family, x = self.layer_family, call.get(self.names[0])
+        family, x = self.layer_family, cast(Any, call.get(self.names[0]))
         understood = (self.names[0], "attention_mask", family.bias, family.rotary, *family.also_takes, *_WITHOUT_EFFECT)
         covered = isinstance(x, Tensor) and x.ndim == 3 and x.numel() > 0 and not asks_beyond(call, understood)
         attend = self._attention(call) if covered and self.intact() else None
         rotary = call.get(family.rotary) if family.rotary else None
         if attend is None or (family.rotary and not _are_rotary(rotary)):
             return super().forward(*args, **kwargs)
-        assert x is not None
         with self.context(x.device) as settings:
             out = self.run(x, attend, settings, rotary)
         if family.pair:
@@ -268,7 +267,7 @@ class FamilyLayer(CalledByName):
     def _parts(self, rotary: Any) -> Parts:
         family, mlp = self.layer_family, self.layer_family.mlp(self)
         assert mlp is not None
-        layers = tuple(find(self, name) for name in family.qkv)
+        layers: tuple[Any, ...] = tuple(find(self, name) for name in family.qkv)
         head_size = attrgetter(family.head_size)(self)
         proj: Any = find(self, family.proj)
         activation = attrgetter(mlp.activation)(self)
@@ -278,7 +277,7 @@ class FamilyLayer(CalledByName):
         drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
         return Parts(
             norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
-            qkv=(joined("qkv", layers),) if family.joins else tuple((each.weight, each.bias) for each in layers),  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+            qkv=(joined("qkv", layers),) if family.joins else tuple((each.weight, each.bias) for each in layers),
             heads=proj.in_features // head_size,
             scale=head_size**-0.5,
             proj=proj,
@@ -356,3 +355,11 @@ def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
     if drop_path is None or not drop_path.training or not share:
         return None
     return torch.floor(torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + (1 - share)) / (1 - share)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    family = family_of(original_class(module))
+    return family is not None and not family.windowed
+
+
+RULES: tuple[Rule, ...] = (Rule("FamilyLayer", _is_layer, FamilyLayer, "products, activation, sums and norms fused"),)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from xfm_fast.replace.disentangled import disentangled
 from xfm_fast.replace.encoder import Encoder, UnpaddedEncoder, is_encoder, register_encoder
-from xfm_fast.replace.families import Family, FamilyLayer, Mlp, family_of, register
+from xfm_fast.replace.families import Family, Mlp, family_of, register
 from xfm_fast.replace.swap import Rule, original_class
 from xfm_fast.replace.window_block import WindowLayer
 
@@ -298,17 +297,16 @@ register(*TEXT, *VISION)
 register_encoder(*ENCODERS)
 
 
-def _is_layer(module: nn.Module, windowed: bool = False) -> bool:
+def _has_windows(module: nn.Module) -> bool:
     family = family_of(original_class(module))
-    return family is not None and family.windowed is windowed
+    return family is not None and family.windowed
 
 
 RULES: tuple[Rule, ...] = (
     Rule("UnpaddedEncoder", is_encoder, UnpaddedEncoder, "padding left out of all layers"),
-    Rule("FamilyLayer", _is_layer, FamilyLayer, "products, activation, sums and norms fused"),
     Rule(
         "WindowLayer",
-        partial(_is_layer, windowed=True),
+        _has_windows,
         WindowLayer,
         "windows in one gather, bias and mask kept; products fused",
     ),

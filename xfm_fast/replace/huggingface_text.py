@@ -14,6 +14,8 @@ from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.bert_layer import (
+    Alike,
+    Attend,
     FusedEmbeddings,
     Packed,
     Padded,
@@ -96,6 +98,8 @@ _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
 # Arguments that ask for nothing the fused forms would not do.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
 _IGNORED = -100
+# Tokens up to which the time of attention is that of its call.
+_FEW = 64
 
 
 def is_of(table: dict[str, str], module: nn.Module) -> bool:
@@ -313,7 +317,9 @@ class UnpaddedModel(CalledByName):
         tokens, embeds, types = (None if t is None else packing.pack(t) for t in (tokens, embeds, types))
         x = module.embeddings.embed(tokens, positions, types, embeds)
         cu, longest = packing.cu_seqlens, packing.longest
-        attend = Packed(cu, cu, longest, longest, packing.key_mask)
+        attend: Attend = Packed(cu, cu, longest, longest, packing.key_mask)
+        if packing.whole and x.shape[0] <= _FEW and self.settings.backend is None:
+            attend = Alike(packing.shape[0])
         states = call.get("encoder_hidden_states")
         memory = None
         if states is not None and hasattr(module.encoder.layer[0], "crossattention"):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
 from xfm_fast.replace.bert_layer import Packed, Padded
@@ -38,9 +39,11 @@ class Dense:
             return None
         if mask is None:
             return cls(None, bias)
-        if not isinstance(mask, Tensor) or (mask.ndim == 2) != (implementation == "xfm_fast" and mask.ndim == 2):
+        if not isinstance(mask, Tensor):
             return None
         if mask.ndim == 2:
+            if implementation != "xfm_fast":
+                return None
             return cls(mask[:, None, None].bool(), bias) if bias is not None else cls(mask)
         # Eager attention adds a boolean mask as ones and zeros.
         boolean = not mask.is_floating_point()
@@ -84,6 +87,9 @@ class Spread:
         q, k, v = padded.unbind(2)
         if self.window is not None and q.shape[1] > 3 * self.window:
             out = banded(q, k, v, self.window, self.mask, dropout_p)
+        elif self.window is None and self.bias is not None:
+            keys, backend = self.mask, settings.backend
+            out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
         else:
             out = Dense(self._hidden(q.device), self.bias)(q, k, v, dropout_p, settings).unflatten(-1, q.shape[-2:])
         return self.packing.pack(out).flatten(-2)

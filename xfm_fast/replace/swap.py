@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from torch.nn.modules import module as module_internals
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.derived import derived
-from xfm_fast.models.text import concatenated
 from xfm_fast.replace import adapters
 from xfm_fast.replace.packed_weight import pack_of
 
@@ -98,7 +98,7 @@ class Settings:
         packed = pack_of(layers)
         if packed is not None:
             biases = [layer.bias for layer in layers]
-            bias = biases[0] if len(layers) == 1 else self._joined(f"{name} bias", biases, packed.sizes)
+            bias = biases[0] if len(layers) == 1 else _joined(biases, packed.sizes)
             made = packed.linear(self.operand(x), bias)
             return (made,) if len(layers) == 1 else made.split(packed.sizes, -1)
         bases = [adapters.base_layer(layer) for layer in layers]
@@ -114,20 +114,11 @@ class Settings:
             made: tuple[Tensor, ...] = (self.linear(x, weights[0], biases[0]),)
         else:
             widths = [weight.shape[0] for weight in weights]
-            bias = self._joined(f"{name} bias", biases, widths)
-            made = self.linear(x, concatenated(f"{name} weight", *weights), bias).split(widths, -1)
+            made = self.linear(x, *_side_by_side(name, weights, biases)).split(widths, -1)
         if not any(later):
             return made
         x = self.operand(x)
         return tuple(reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True))
-
-    @staticmethod
-    def _joined(name: str, biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
-        given = [bias for bias in biases if bias is not None]
-        if not given:
-            return None
-        whole = [given[0].new_zeros(m) if bias is None else bias for bias, m in zip(biases, widths, strict=True)]
-        return concatenated(name, *whole)
 
     def affine_of(self, layer: Any) -> tuple[Tensor, Any] | None:
         """Weight and bias of a layer with its adapters added; None where these have to be computed apart."""
@@ -179,6 +170,25 @@ class Settings:
             yield
 
 
+def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of several layers as those of one; kept under the name where no gradient is wanted."""
+
+    def joined() -> tuple[Tensor, Tensor | None]:
+        return torch.cat(weights), _joined(biases, [weight.shape[0] for weight in weights])
+
+    sources = (*weights, *(bias for bias in biases if bias is not None))
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        return joined()
+    return derived(name, sources, joined)
+
+
+def _joined(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    given = [bias for bias in biases if bias is not None]
+    if not given:
+        return None
+    return torch.cat([given[0].new_zeros(m) if b is None else b for b, m in zip(biases, widths, strict=True)])
+
+
 class Fused(nn.Module):
     """Base of the fused forms of foreign modules. Subclasses define `forward`, and call `super().forward` to decline.
 
@@ -211,7 +221,7 @@ class Fused(nn.Module):
         A hook, adapter, quantised layer or parametrization on one of them must go on working, so the original forward
         runs then.
         """
-        return why_not_bypassed(self, type(self).bypassed) is None
+        return _unchanged(self) or why_not_bypassed(self, type(self).bypassed) is None
 
     def declines(self) -> str | None:
         """The reason why calls run the original just now, whatever they ask for; None if they need not."""
@@ -305,6 +315,58 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
     return None
 
 
+# Of each fused module, as it was when last found intact: where its parts hang, what they were, their own attributes.
+# To compare these takes a few percent of the time of looking at every part by its name, which a short text would feel.
+_seen: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str, Any, Any, dict[str, Any]]]]
+_seen = weakref.WeakKeyDictionary()
+
+
+def _unchanged(module: Fused) -> bool:
+    """True if a module was found intact before and none of its parts was exchanged or observed since."""
+    links = _seen.get(module)
+    if links is None:
+        return _remember(module)
+    if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
+        return False
+    for parent, name, part, kind, own in links:
+        if parent.get(name) is not part:
+            break
+        if part is None:
+            continue
+        if type(part) is not kind or "forward" in own:
+            break
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            break
+    else:
+        return True
+    del _seen[module]
+    return False
+
+
+def _remember(module: Fused) -> bool:
+    """Note the parts of a module that is intact, if each is of a class that is known without looking inside."""
+    expected = type(module).bypassed
+    if why_not_bypassed(module, expected) is not None:
+        return False
+    links = {}
+    for name in expected:
+        parent: Any = module
+        for step in name.split("."):
+            part = parent._modules.get(step)
+            links[id(parent), step] = (parent._modules, step, part, type(part), {} if part is None else part.__dict__)
+            if part is None:
+                break
+            parent = part
+    parts = [part for _, _, part, _, _ in links.values() if part is not None]
+    if not torch.compiler.is_compiling() and not any(adapters.is_adapted(p) or observed(p) or _hooks(p) for p in parts):
+        _seen[module] = list(links.values())
+    return True
+
+
+def _hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
 def observed(module: nn.Module) -> bool:
     """True if something relies on this module being called: hooks, or a `forward` put on the instance."""
     if forward_replaced(module):
@@ -378,7 +440,9 @@ def fused_form(module: nn.Module) -> type[Fused]:
 _FAMILIES = (
     ("xfm_fast.replace.huggingface_text", "transformers"),
     ("xfm_fast.replace.huggingface_families", "transformers"),
+    ("xfm_fast.replace.families", None),
     ("xfm_fast.replace.huggingface_vision", "transformers"),
+    ("xfm_fast.replace.clip_text", None),
     ("xfm_fast.replace.timm_vision", "timm"),
     ("xfm_fast.replace.open_clip_towers", "open_clip"),
     ("xfm_fast.replace.official", None),

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.replace.families import FamilyLayer
 from xfm_fast.replace.structure import Attend, Parts
 from xfm_fast.replace.swap import Settings, asks_beyond, observed
-from xfm_fast.replace.vit_block import attention
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,10 @@ def within(parts: Parts, windows: Windows, bias: Callable[[], Tensor]) -> tuple[
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        added = bias()
-        if added.shape[0] > 1:
-            images = q.shape[0] // added.shape[0]
-            added = added.expand(images, *added.shape).flatten(0, 1)
-        return attention(q, k, v, parts.scale, added, settings, dropout_p=dropout_p)
+        added = bias().to(torch.promote_types(q.dtype, torch.float32))
+        backend = settings.backend
+        # Batch entry b takes the bias of window b mod windows.
+        return ops.bias_attention(q, k, v, added, None, dropout_p, scale=parts.scale, backend=backend).flatten(2)
 
     return parts._replace(windows=windows), attend
 

@@ -83,7 +83,8 @@ class SearchIndex:
         """
         if self.graph_file is None:
             return None
-        return open_graph(self.folder / self.graph_file, *self.features.shape, self.graph_bytes)
+        images, width = self.features.shape
+        return open_graph(self.folder / self.graph_file, images, width, self.graph_bytes)
 
     @cached_property
     def collection(self) -> Collection:

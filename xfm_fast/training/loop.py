@@ -19,8 +19,6 @@ from xfm_fast.batches import Batch
 from xfm_fast.checkpoint import hold
 from xfm_fast.data.streams import BatchSource, load_batches
 from xfm_fast.errors import ConfigError, InputError
-from xfm_fast.models.hub import PREPROCESSOR_FILE
-from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints
@@ -44,7 +42,7 @@ from xfm_fast.training.distributed import (
 from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Work, mean_by_name
 from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
 from xfm_fast.training.recipe import Recipe, Run, changes, position_after
-from xfm_fast.training.setup import autocast, build_model, image_codes, open_sources, tokenizer_file
+from xfm_fast.training.setup import autocast, build_model, image_codes, open_sources, preprocessor_file, tokenizer_file
 
 # The official loss scale starts high and is capped at this.
 _LARGEST_LOSS_SCALE = 1024.0
@@ -78,6 +76,7 @@ def train(
     image_tokenizer: Callable[[Tensor], Tensor] | None = None,
     objective: Losses | None = None,
     explained_by: Mapping[str, bytes] | None = None,
+    on_start: Callable[[], None] | None = None,
     on_step: Callable[[int, XFM, WeightAverage | None], Mapping[str, float] | None] | None = None,
 ) -> TrainResult:
     """Run a recipe, alone or as one process of those that `torchrun` started.
@@ -97,6 +96,7 @@ def train(
         objective: gives the losses to minimise, `objective(model, batch, losses=names)` → scalars by name; by default
             those of pretraining, by the recipe's `method`.
         explained_by: files by name that are saved beside the weights; by default the tokenizer of the recipe's paths.
+        on_start: called by the first process once the folder is this run's, before anything is written to it.
         on_step: called with the number of complete steps, the model (with FSDP a sharded one) and its average after
             every step, on every process; what it returns goes into the log. It need not leave the random state as it
             found it, but must do the same in every run that is to give the same numbers.
@@ -111,6 +111,7 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(recipe.device))
         processes.from_first(lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}")))
+        processes.from_first(on_start or (lambda: None))
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):
             if sources is None:
@@ -124,7 +125,7 @@ def train(
         seed_everything(recipe.seed)
         if isinstance(recipe, Recipe):
             model = (build_model(recipe) if model is None else model).to(processes.device)
-            explained_by = {PREPROCESSOR_FILE: preprocessor_json(model.config)} | dict(explained_by or {})
+            explained_by = preprocessor_file(model) | dict(explained_by or {})
             codes = image_codes(recipe, processes, image_tokenizer)
             if codes is not None:
                 # With the model its head is trained, shared and kept; what is saved as the model leaves it out.

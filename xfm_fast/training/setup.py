@@ -22,7 +22,8 @@ from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
 from xfm_fast.data.transforms import whole_image
 from xfm_fast.errors import DataError, InputError, StorageError
-from xfm_fast.models.hub import TOKENIZER_FILE
+from xfm_fast.models.hub import PREPROCESSOR_FILE, TOKENIZER_FILE
+from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -155,6 +156,11 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                 rank=processes.rank, world_size=processes.world_size,
             )  # fmt: skip
     return sources
+
+
+def preprocessor_file(model: XFM) -> dict[str, bytes]:
+    """The file, by its name, that tells other libraries how the images of a model are prepared."""
+    return {PREPROCESSOR_FILE: preprocessor_json(model.config)}
 
 
 def tokenizer_file(recipe: Recipe) -> dict[str, bytes]:

@@ -1,0 +1,191 @@
+"""`xfm-fast try`: a model of a folder is opened, verified and timed, and what cannot be is said in a sentence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+transformers = pytest.importorskip("transformers")
+
+from tests.cli.runner import invoke  # noqa: E402
+from xfm_fast.benchmarks import measure  # noqa: E402
+from xfm_fast.benchmarks.material import models  # noqa: E402
+from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
+from xfm_fast.benchmarks.work import trial  # noqa: E402
+from xfm_fast.errors import CheckpointError, DataError, InputError  # noqa: E402
+
+QUICK = ["--quick", "--dtype", "fp32", "--threads", str(torch.get_num_threads())]
+SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "home"]
+
+
+@pytest.fixture(autouse=True)
+def offline_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # The probes of the machine would take longer than models of this size.
+    monkeypatch.setitem(measure.PROBE_SHAPE, "cpu", (8, 8, 8))
+    monkeypatch.setitem(measure._COPY_BYTES, "cpu", 1 << 16)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A folder as save_pretrained writes it, with a tokenizer."""
+    folder = tmp_path / "bert"
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, **SMALL)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_texts_of_a_folder(bert: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a dog\n\na dog runs home a dog runs\n  home \n", encoding="utf-8")
+    done = invoke(["try", bert, *QUICK, "--texts", texts, "--json"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = found["document"]["rows"]
+    ours = [row for row in rows if row["contender"] == "xfm-fast"]
+    assert {row["work"] for row in ours} >= {"accelerate(model)", "accelerate(model, unpad=True, freeze=True)"}
+    assert all(row["status"] == "measured" and row["parity"]["passed"] for row in ours)
+    assert any(row["name"].startswith("3 texts of 3 to 9 tokens, ") for row in ours)
+    assert any(row["name"].startswith("one text of 3 tokens, ") for row in ours)
+    assert all(len(row["against"]) == 1 for row in ours)
+    assert any("of the tokens of the batch are padding" in one for one in found["told"])
+    table = invoke(["try", bert, *QUICK])
+    assert table.exit_code == 0
+    assert "accelerate(model, unpad=True)" in table.stdout
+    assert "weights are random" not in table.stdout
+
+
+def test_a_line_to_paste_and_a_picture(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(trial, "_best", lambda document, words: (2.0, "accelerate(model, unpad=True)", "bf16"))
+    picture = tmp_path / "gain.png"
+    done = invoke(["try", bert, *QUICK, "--png", picture])
+    assert done.exit_code == 0, done.stderr
+    assert "import xfm_fast; model.to(torch.bfloat16); xfm_fast.accelerate(model, unpad=True)" in done.stdout
+    assert Image.open(picture).size == (1200, 630)
+    assert invoke(["try", bert, "--png", tmp_path]).exit_code == 2
+
+
+def test_images_and_both(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (30, 20), "red").save(photos / "one.png")
+    Image.new("L", (9, 20)).save(photos / "two.jpg")
+    (photos / "note.txt").write_text("not an image")
+    vit = tmp_path / "vit"
+    transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **SMALL)).save_pretrained(vit)
+    found = trial.run(str(vit), TryOptions(quick=True, dtype=("fp32",), images=photos))
+    assert {row.work for row in found.document.rows} == {"accelerate(model)"}
+    assert all(row.status == "measured" for row in found.document.rows)
+    assert found.document.rows[0].name.startswith("2 images at 32 px")
+    with pytest.raises(InputError, match="takes no texts; give --images"):
+        trial.run(str(vit), TryOptions(texts=photos / "note.txt"))
+    clip = tmp_path / "clip"
+    tower = SMALL | {"projection_dim": 12}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 99, "max_position_embeddings": 20, "eos_token_id": 98, **tower},
+        vision_config={"image_size": 32, "patch_size": 16, **tower}, projection_dim=12,
+    )  # fmt: skip
+    transformers.CLIPModel(config).save_pretrained(clip)
+    opened = models.open_model(str(clip))
+    batch = models.text_batch(opened, ["a b", "a b c d"])
+    assert batch.arguments["attention_mask"].sum(1).tolist() == [4, 7]
+    assert any("no tokenizer" in note for note in batch.notes)
+    assert opened.takes_images
+
+
+def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    opened = models.open_model("timm:vit_tiny_patch16_224")
+    assert opened.size == 224
+    assert opened.takes_images
+    assert not opened.takes_texts
+    assert any("random" in note for note in opened.notes)
+    with pytest.raises(InputError, match=r"has no model 'vit_tiny_patch17_224'; near .*vit_tiny_patch16_224"):
+        models.open_model("timm:vit_tiny_patch17_224")
+
+
+def test_nothing_of_a_folder_is_run(bert: Path, tmp_path: Path) -> None:
+    class Bad:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    (bert / "model.safetensors").unlink()
+    (bert / "pytorch_model.bin").write_bytes(pickle.dumps(Bad()))
+    with pytest.raises(CheckpointError, match="cannot be opened by transformers"):
+        models.open_model(str(bert))
+    assert not (tmp_path / "ran").exists()
+    config = json.loads((bert / "config.json").read_text())
+    config |= {"architectures": ["Mine"], "auto_map": {"AutoModel": "mine.Mine"}}
+    (bert / "config.json").write_text(json.dumps(config))
+    (bert / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(InputError, match="brings code of its own for Mine, which is not run"):
+        models.open_model(str(bert))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_cannot_be_opened(bert: Path, tmp_path: Path) -> None:
+    for name, wanted in (
+        (str(tmp_path / "none"), "is no folder; check the path"),
+        (str(bert / "config.json"), "is a file; give its folder"),
+        (str(tmp_path), "has no config.json"),
+        ("no-such-org/no-such-model", "is no folder here, and cannot be fetched from the Hugging Face Hub"),
+    ):
+        with pytest.raises(CheckpointError, match=wanted):
+            models.open_model(name)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        models.open_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
+        models.open_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(CheckpointError, match="cannot be opened by transformers"):
+        models.open_model(str(tmp_path))
+    done = invoke(["try", tmp_path / "none"])
+    assert done.exit_code == 2
+    assert "is no folder; check the path" in done.stderr
+
+
+def test_texts_and_tokenizers_that_do_not_fit(bert: Path, tmp_path: Path) -> None:
+    for name, content, wanted in (
+        ("none", None, "cannot be read"), ("empty", b" \n", "has no line with text"), ("latin", b"\xff\xfe", "UTF-8")
+    ):  # fmt: skip
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=wanted):
+            models.read_texts(tmp_path / name)
+    opened = models.open_model(str(bert))
+    transformers.BertTokenizerFast.from_pretrained(bert)
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS[:5] + [f"x{n}" for n in range(30)] + ["dog"]) + "\n")
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(bert)
+    with pytest.raises(DataError, match="does not fit it: it gives the id 35, and the model knows 9 ids"):
+        models.text_batch(opened, ["a dog"])
+    (bert / "tokenizer.json").write_text("{}")
+    (bert / "vocab.txt").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"tokenizer of .* cannot be used"):
+        models.text_batch(opened, ["a dog"])
+    with pytest.raises(DataError, match="is not a folder"):
+        models.image_batch(opened, tmp_path / "vocab.txt")
+    with pytest.raises(DataError, match="holds no image"):
+        models.image_batch(opened, bert)
+
+
+def test_a_form_that_differs_is_not_timed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xfm_fast.replace import huggingface_text
+
+    inner = huggingface_text.run_layer
+    monkeypatch.setattr(huggingface_text, "run_layer", lambda *a, **k: inner(*a, **k) * 1.01)
+    done = invoke(["try", bert, *QUICK])
+    assert done.exit_code == 1
+    assert "no speed is reported" in done.stdout
+    assert "nothing is gained here" in done.stdout

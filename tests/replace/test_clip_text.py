@@ -1,0 +1,124 @@
+"""Text towers of CLIP cut at the longest end-of-text: the features of the whole, from less work."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xfm_fast import accelerate
+
+END, LENGTH = 98, 20
+LENGTHS = (7, 3, 11, 5)
+
+
+def ids(end: int = END, pad: int = END, length: int = LENGTH) -> Tensor:
+    """Texts whose last token is the end-of-text, filled up."""
+    made = torch.randint(3, 90, (len(LENGTHS), length), generator=torch.Generator().manual_seed(0))
+    for row, size in enumerate(LENGTHS):
+        made[row, size - 1], made[row, size:] = end, pad
+    return made
+
+
+def widths(model: nn.Module, name: str) -> list[int]:
+    """Lengths of the sequences that come to a part, as it is called."""
+    seen: list[int] = []
+    model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(next(iter([*args, *kwargs.values()])).shape[1]), with_kwargs=True
+    )
+    return seen
+
+
+def towers(**changes: Any) -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    given = {"vocab_size": 99, "max_position_embeddings": LENGTH, "eos_token_id": END, **sizes, **changes}
+    model = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**given, projection_dim=12)).double()
+    return model.eval(), copy.deepcopy(model)
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    assert float((found - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("end", [END, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_tower_of_transformers(end: int, masked: bool) -> None:
+    original, fast = towers(eos_token_id=end)
+    report = accelerate(fast, unpad=True)
+    assert any(entry.fused == "CutTextModel" for entry in report.replaced)
+    given: dict[str, Any] = {"input_ids": ids(pad=END if end == END else 0)}
+    real = torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]
+    if masked:
+        given["attention_mask"] = real.long()
+    seen = widths(fast, "text_model.encoder" if hasattr(fast, "text_model") else "encoder")
+    sides = []
+    for model in (original, fast):
+        out = model(**given)
+        out.text_embeds.square().sum().backward()
+        sides.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    (wanted, gradients), (found, others) = sides
+    assert seen == [max(LENGTHS)]
+    assert_near(found.text_embeds, wanted.text_embeds)
+    assert found.last_hidden_state.shape == wanted.last_hidden_state.shape
+    assert_near(found.last_hidden_state[real], wanted.last_hidden_state[real])
+    assert not found.last_hidden_state[:, max(LENGTHS) :].any()
+    for name, gradient in gradients.items():
+        if "k_proj.bias" not in name:
+            assert_near(others[name], gradient)
+    tuples = [model(**given, return_dict=False) for model in (original, fast)]
+    assert_near(tuples[1][0], tuples[0][0])
+
+
+def test_what_is_not_cut() -> None:
+    original, fast = towers()
+    report = accelerate(fast)
+    assert any("unpad=True cuts them behind" in (entry.reason or "") for entry in report.left)
+    report = accelerate(fast, unpad=True)
+    seen = widths(fast, "text_model.encoder")
+    endless = ids()
+    endless[1, 2:] = 5
+    beyond = torch.ones_like(endless)
+    for given in (
+        {"input_ids": endless},
+        {"input_ids": ids(), "attention_mask": beyond},
+        {"input_ids": ids(), "output_hidden_states": True},
+    ):
+        with torch.no_grad():
+            wanted, found = original(**given), fast(**given)
+        assert_near(found.last_hidden_state, wanted.last_hidden_state)
+    assert seen == [LENGTH] * 3
+    report.revert()
+    with torch.no_grad():
+        assert torch.equal(fast(ids()).last_hidden_state, original(ids()).last_hidden_state)
+
+
+@pytest.mark.parametrize("pool", ["argmax", "eos"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_open_clip(pool: str, apart: bool) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    text = {
+        "context_length": LENGTH, "vocab_size": 99, "width": 24, "heads": 2, "layers": 2, "pool_type": pool,
+        "eos_id": END,
+    }  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+    kind = open_clip.model.CustomTextCLIP if apart else open_clip.model.CLIP
+    original = kind(embed_dim=12, vision_cfg=vision, text_cfg=text).double().eval()
+    fast = copy.deepcopy(original)
+    report = accelerate(fast, unpad=True)
+    assert any(entry.fused == ("CutOpenClipText" if apart else "CutOpenClip") for entry in report.replaced)
+    seen = widths(fast, "text.ln_final" if apart else "ln_final")
+    given = ids(pad=0)
+    with torch.no_grad():
+        assert_near(fast.encode_text(given, normalize=True), original.encode_text(given, normalize=True))
+        pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        for found, wanted in zip(fast(pixels, given)[:2], original(pixels, given)[:2], strict=True):
+            assert_near(found, wanted)
+    assert seen == [max(LENGTHS)] * 2
+    report.revert()
+    assert type(fast) is kind

@@ -1,0 +1,74 @@
+"""The examples run as a reader runs them, and print what they did."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.search.conftest import write_model, write_picture
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name: str, *arguments: str | Path, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)], cwd=folder, capture_output=True,
+        text=True, check=False, timeout=600, env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(4):
+        write_picture(tmp_path / "photos" / f"{number}.png", number)
+    return tmp_path / "photos"
+
+
+def test_they_are_short_and_all_are_tested() -> None:
+    tested = {"accelerate_my_model", "search_my_photos", "finetune_on_my_csv", "build_an_engine"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 40, path
+
+
+def test_accelerate_my_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = run("accelerate_my_model", folder=tmp_path)
+    assert "0 left alone" in out
+    assert "times as fast" in out
+
+
+def test_search_my_photos(photos: Path, tmp_path: Path) -> None:
+    (photos / "1.txt").write_text("a star\n")
+    (photos / "broken.png").write_text("no image")
+    write_model(tmp_path / "weights", seed=0)
+    out = run("search_my_photos", photos, "a red circle", tmp_path / "weights", folder=tmp_path)
+    assert "4 images, of which 4 were read now" in out
+    assert "left out broken.png: " in out
+    assert out.count(".png") == 5
+    assert (tmp_path / "found.html").is_file()
+
+
+def test_finetune_on_my_csv(photos: Path, tmp_path: Path) -> None:
+    rows = "".join(f"{number}.png,a red circle {number}\n" for number in range(4))
+    (photos / "pairs.csv").write_text("image,caption\n" + rows)
+    write_model(tmp_path / "weights", seed=0)
+    small = ("batch_size=2", "workers=0", "precision=fp32")
+    out = run("finetune_on_my_csv", photos / "pairs.csv", tmp_path / "weights", *small, folder=tmp_path)
+    assert "saved: runs/my_csv" in out
+    assert out.count("%  a red circle") == 3
+
+
+def test_build_an_engine(tmp_path: Path) -> None:
+    for package in ("onnxruntime", "onnx", "onnxscript"):
+        pytest.importorskip(package)
+    write_model(tmp_path / "weights", seed=0)
+    out = run("build_an_engine", tmp_path / "weights", tmp_path / "out", folder=tmp_path)
+    assert "ONNX Runtime differs from the model by" in out
+    assert "for sm_80" in out or "no engine: " in out
