@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
+from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.masks import Dense
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
     branch_types,
-    joined,
     norm_behind,
     post_norm,
     pre_norm,
@@ -216,13 +216,15 @@ class FamilyLayer(CalledByName):
         assert family is not None
         own = family.own_classes(original)
         bypassed: dict[str, Any] = dict.fromkeys(family.holders(), own or _Absent)
-        bypassed |= dict.fromkeys(family.linears, nn.Linear)
+        bypassed |= dict.fromkeys(family.linears, (nn.Linear, Adaptable))
         bypassed |= dict.fromkeys(family.norms, (nn.LayerNorm, nn.Identity))
         bypassed |= dict.fromkeys(family.dropouts, (nn.Dropout, nn.Identity))
         bypassed |= {name: (nn.Identity, *own) for name in family.drop_paths if name}
         named = super().adapted(original)
         returns_tuple = "output_attentions" in named["names"] or family.pair
-        return {**named, "layer_family": family, "bypassed": bypassed, "returns_tuple": returns_tuple}
+        joint = (tuple(family.qkv),) if family.joins and len(family.qkv) > 1 else ()
+        made = {"layer_family": family, "bypassed": bypassed, "joint": joint, "returns_tuple": returns_tuple}
+        return {**named, **made}
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -293,7 +295,9 @@ class FamilyLayer(CalledByName):
         drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
         return Parts(
             norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
-            qkv=(joined("qkv", layers),) if family.joins else tuple((each.weight, each.bias) for each in layers),
+            qkv=(),
+            projections=layers,
+            joins=family.joins,
             heads=proj.in_features // head_size,
             scale=head_size**-0.5,
             proj=proj,
