@@ -143,6 +143,7 @@ def open_model(name: str) -> Opened:
 def _timm(name: str) -> Opened:
     try:
         import timm
+        from timm.data import resolve_model_data_config
     except ImportError:
         raise UnavailableError(f"{name} needs timm; pip install 'xfm-fast[hf]'") from None
     wanted = name.removeprefix(TIMM)
@@ -153,7 +154,7 @@ def _timm(name: str) -> Opened:
         raise InputError(f"timm has no model {wanted!r}; " + (f"near it are {', '.join(near)}" if near else "see timm"))
     # The values of weights change no time, so nothing is fetched for them.
     model = timm.create_model(wanted, pretrained=False).eval()
-    size = timm.data.resolve_model_data_config(model)["input_size"][-1]
+    size = resolve_model_data_config(model)["input_size"][-1]
     return Opened(name, model, size=size, notes=["its weights are random: they change no time"])
 
 

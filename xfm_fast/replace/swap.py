@@ -269,9 +269,10 @@ def restore(module: nn.Module) -> None:
     """Give a module its own class back."""
     if _own_forward_left_behind(module):
         del module.__dict__["forward"]
+    original = original_class(module)
     if isinstance(module, Fused):
         module.release()
-    module.__class__ = original_class(module)
+    object.__setattr__(module, "__class__", original)
     del module.__dict__[_SETTINGS]
 
 
