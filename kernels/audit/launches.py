@@ -167,7 +167,11 @@ def _segments(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int],
 
 # Beginning of a kernel's name → its launch; the longest that fits counts.
 _FAMILIES: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, int], int], Launch]] = {
-    **{f"{family}_{part}": _biased for family in ("relpos", "bias") for part in ("forward", "dkdv", "dq", "dbias")},
+    **{
+        f"{family}_{part}": _biased
+        for family in ("relpos", "bias_attention")
+        for part in ("forward", "dkdv", "dq", "dbias")
+    },
     "relpos_bias": _bias,
     "relpos_table_gradient": _table_gradient,
     "varlen_": _varlen,

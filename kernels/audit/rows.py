@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..limits import HEAD_DIMS
 from ..triton.launch import KernelSpec, LaunchConfig
 from . import sass
 from .architectures import ARCHITECTURES, limits, register_limit
@@ -193,16 +194,19 @@ def shipped_forms(
 def representative(forms: Iterable[Form]) -> list[Form]:
     """The forms of the short audit, a third of all.
 
-    In bf16, the model's type: every form at head dimension 64, the model's, on every architecture, and other head
-    dimensions on Hopper. In fp16, whose code differs in the names of instructions: each kernel's first form at 64, on
-    Ampere, which computes bf16 by way of fp32 where the others need not.
+    In bf16, the model's type: every form at head dimension 64, the model's, on every architecture; on Hopper also the
+    other head dimensions of vision transformers, and the largest, which needs most registers. In fp16, whose code
+    differs in the names of instructions: each kernel's first form at 64, on Ampere, which computes bf16 by way of fp32
+    where the others need not.
     """
     chosen: list[Form] = []
     seen: set[str] = set()
     for form in forms:
         native = form.variant.get("head_dim", 64) == 64
         if form.dtype == "bf16":
-            wanted = native or form.arch == 90
+            size = form.variant.get("head_dim", 64)
+            largest = max(variant.get("head_dim", 64) for variant in form.spec.variants)
+            wanted = native or (form.arch == 90 and (size in HEAD_DIMS or size == largest))
         else:
             wanted = native and form.arch == 80 and form.spec.name not in seen
             seen |= {form.spec.name} if wanted else set()
