@@ -99,8 +99,8 @@ def relpos_bias(
         InputError: a table that does not go with the window.
     """
     heads = table.shape[-1] if table.ndim else 0
-    shape = (1, 1 + window[0] * window[1], heads, 1)
-    checks.relpos_arguments(*[torch.empty(shape, device="meta")] * 3, table, window, None)
+    q = torch.empty((1, 1 + window[0] * window[1], heads, 1), device="meta")
+    checks.relpos_arguments(q, q, q, table, window, None)
     return _made_bias(table, window, scale, dtype, "triton" if resolve(backend, table) == "triton" else "cpu")
 
 

@@ -5,8 +5,8 @@ Both attention families loop over these steps; they differ in where a tile lies.
 - A head dimension comes as two pieces `_a` and `_b` (see `split_head_dim`); without a second piece, D_B is 0 and the
   `_b` operands are dummies that the compiler removes.
 - Products accumulate in fp32. The softmax is computed in base 2. Scores stay unscaled and the scale is applied within
-  the exponent. A bias comes divided by the scale, so that it is added to the product or, where registers are short, is
-  what the accumulator starts from.
+  the exponent. A bias comes divided by the scale, so that it can be what the accumulator of the product starts from:
+  it then costs its load and its conversion to fp32, and no arithmetic.
 - MASKED says that the tile may extend beyond the last row; `inside` tells where it does.
 - THRESHOLD is the dropout probability times 2³² (0: none).
 """
@@ -121,10 +121,7 @@ def forward_tile(
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
     if HAS_BIAS:
-        bias = tl.load(bias_pointers).to(tl.float32)
-        # Behind the product, which then need not wait for it. Written as a sum, the compiler would make it what the
-        # accumulator starts from.
-        scores = tl.fma(bias, 1.0, product(q_a, q_b, k_a, k_b, D_B, PRECISION))
+        scores = biased_product(tl.load(bias_pointers), q_a, q_b, k_a, k_b, D_B, PRECISION)
     else:
         scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
         if HAS_MASK:

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -68,14 +68,14 @@ class Recorder:
         self.arch, self.compiling = arch, compiling
         self.asked: dict[str, set[str]] = {}
         self.launch = JITFunction.run
-        driver.set_active(PretendedGPU(arch))
+        driver.set_active(PretendedGPU(arch))  # pyright: ignore[reportArgumentType]
         for module in _MODULES:
             if hasattr(module, "architecture"):
                 module.architecture = lambda device: arch  # type: ignore[attr-defined]
             if hasattr(module, "first_stage_programs"):
                 module.first_stage_programs = lambda steps, device: max(1, min(steps, _PROGRAMS))  # type: ignore[attr-defined]
         recorder = self
-        JITFunction.run = lambda kernel, *given, **named: recorder.record(kernel, given, named)  # type: ignore[method-assign]
+        JITFunction.run = lambda kernel, *given, **named: recorder.record(kernel, given, named)
         JITFunction._do_compile = self._counting(JITFunction._do_compile)  # type: ignore[method-assign]
 
     def _counting(self, compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,10 +134,10 @@ def varlen(
     """Forward and backward of packed attention."""
     q = _noise(sum(queries), heads, head_dim)
     k, v = _noise(sum(keys), 2, heads, head_dim).unbind(1)
-    offsets = [torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (queries, keys)]
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (queries, keys))
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
     mask = torch.ones(k.shape[0], dtype=torch.bool) if masked else None
-    packed = Packed(*offsets, max(queries), max(keys), head_dim**-0.5, dropout, seed, mask)
+    packed = Packed(cu_q, cu_k, max(queries), max(keys), head_dim**-0.5, dropout, seed, mask)
     out, lse = varlen_attention.varlen_attention_forward(q, k, v, packed)
     varlen_attention.varlen_attention_backward(out, q, k, v, out, lse, packed)
 
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--count", action="store_true")
     options = parser.parse_args()
-    nvidia = getattr(triton.knobs, "nvidia", None)
+    nvidia: Any = knobs.nvidia
     if hasattr(nvidia, "dump_ptxas_log"):
         nvidia.dump_ptxas_log = True
     recorder = Recorder(options.arch, compiling=not options.count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ def test_a_block_that_is_watched_runs_as_one_module(
     encoder: vision.VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vision, "_JOINING", ("cpu",))
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     encoder.eval().blocks[1].register_forward_hook(lambda module, given, result: seen.append(result))
     run(encoder)
     assert len(seen) == 1
@@ -76,7 +78,7 @@ def test_the_end_of_a_text_layer_is_the_same_in_one_pass() -> None:
     with torch.no_grad():
         joined = layer.output(ops.linear_gelu(x, first.weight, first.bias), x)
         torch.testing.assert_close(layer.feed_forward(x), joined, rtol=0, atol=1e-12)
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     layer = layer.to("meta")
     layer.output.register_forward_hook(lambda module, given, result: seen.append(result))
     layer.feed_forward(x.to("meta"))
