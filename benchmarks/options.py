@@ -174,7 +174,8 @@ class DropInOptions(RunOptions):
     """Options of the models of others; quick takes two layers and two samples, to see that all runs.
 
     Attributes:
-        only: roberta, bert-rerank, blip-rerank, memory-rerank, beit, or several with commas. [all]
+        only: roberta, bert-rerank, blip-rerank, memory-rerank, beit, minilm, mpnet, bge-small, xlm-r, distilbert,
+            cross-encoder, modernbert, clip, siglip, dinov2, swin, or several with commas. [all]
     """
 
     only: tuple[str, ...] = ()
@@ -200,7 +201,7 @@ class ServeOptions:
     Attributes:
         preset: Size of the model.
         checkpoint: Folder that save_pretrained wrote. [random weights]
-        data: Folder of images with captions, instead of the photographs.
+        data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
         device: The device to measure. [a GPU where there is one]
         dtype: Number format of the weights.

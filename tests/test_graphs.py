@@ -170,6 +170,22 @@ def test_weights_may_change(model: XFM, captured: XFMGraphs, device: str) -> Non
     agree(captured.encode_text(ids, mask), model.encode_text(ids, mask))
 
 
+@torch.no_grad()
+def test_a_change_of_weights_is_recorded_anew_and_nothing_else_is() -> None:
+    """The stand-in computes everything again, so that only the count tells; a CUDA graph would repeat old biases."""
+    stand_in, model = StandIn(), model_on("cpu")
+    captured = capture(model, Shapes(images=(1,)), recorder=stand_in)
+    side, before = model.config.image_size, stand_in.recorded
+    pixels = torch.randn(1, 3, side, side)
+    for _ in range(2):
+        captured.encode_image(pixels)
+    assert stand_in.recorded == before
+    model.get_parameter("vision_encoder.blocks.0.attn.relative_position_bias_table").mul_(2)
+    for _ in range(2):
+        captured.encode_image(pixels)
+    assert stand_in.recorded == before + 1
+
+
 def test_derived_weights_outlive_their_cache() -> None:
     from xfm_fast.kernels import derived
 

@@ -93,8 +93,8 @@ def compile_share(context: Context) -> None:
             continue
         made = cases(device, torch.bfloat16 if dtype == "bf16" else torch.float16, small=context.small)[case]
         for name, entrant in entrants(made, only=None if dtype == "bf16" else {OURS}).items():
-            if entrant.status == "failed":
-                print(f"{made.name}, {name}, {dtype}: {entrant.reason}")
+            if entrant.status == "failed" or entrant.lost:
+                print(f"{made.name}, {name}, {dtype}: {entrant.reason or entrant.lost}")
             for prepare in entrant.runs.values():
                 prepare()()
         torch.cuda.synchronize()

@@ -68,10 +68,11 @@ def _measure(
                 "against": "the definition in fp64",
             }  # fmt: skip
         times = seconds.get(name, [])
-        if name in failures or entrant.status is not None:
-            fields |= {"status": entrant.status or "failed", "reason": entrant.reason or failures.get(name)}
-        elif not times:
-            fields |= {"status": "absent", "reason": "not measured"}
+        lacking = entrant.without_times(direction)
+        if lacking is not None:
+            fields |= {"status": lacking[0], "reason": lacking[1]}
+        elif name in failures:
+            fields |= {"status": "failed", "reason": failures[name]}
         else:
             median, clocked = statistics.median(times), clocks[name]
             floor = None if sheet is None else work.floor(sheet)

@@ -145,8 +145,8 @@ def launch(context: Context) -> None:
     device = machine.choose_device(context.device)
     for case in cases(device, torch.bfloat16 if device.type == "cuda" else torch.float32, small=True):
         entrant = entrants(case, only={OURS})[OURS]
-        if entrant.status is not None:
-            raise RuntimeError(f"{case.name}: {entrant.reason}")
+        if entrant.status is not None or entrant.lost:
+            raise RuntimeError(f"{case.name}: {entrant.reason or entrant.lost}")
         for prepare in entrant.runs.values():
             prepare()()
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 from .card import png
 from .compare import Changes, compare
 from .html import html
-from .table import markdown
+from .table import gains, markdown
 from .terminal import print_changes, terminal
 
-__all__ = ["Changes", "compare", "html", "markdown", "png", "print_changes", "terminal"]
+__all__ = ["Changes", "compare", "gains", "html", "markdown", "png", "print_changes", "terminal"]

@@ -4,7 +4,8 @@
     python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
-page. A further table needs its two markers and nothing else.
+page. `<!-- bench:begin FILE gains -->` has one line a model of `bench drop-in`. A further table needs its two markers
+and nothing else.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from xfm_fast.errors import DataError
 
 from ..files import load
 from .card import png
-from .table import markdown
+from .table import gains, markdown
 
 REGION = re.compile(
-    r"(?P<begin><!-- bench:begin (?P<file>\S+) -->\n)(?P<table>.*?)(?P<end><!-- bench:end -->)", re.DOTALL
+    r"(?P<begin><!-- bench:begin (?P<file>\S+)(?P<gains> gains)? -->\n)(?P<table>.*?)(?P<end><!-- bench:end -->)",
+    re.DOTALL,
 )
 
 
@@ -66,7 +68,8 @@ def regenerated(page: Path) -> str:
         )
 
     def table(region: re.Match[str]) -> str:
-        return region["begin"] + markdown(load(page.parent / region["file"])) + region["end"]
+        draw = gains if region["gains"] else markdown
+        return region["begin"] + draw(load(page.parent / region["file"])) + region["end"]
 
     return REGION.sub(table, text)
 

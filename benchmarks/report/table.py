@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xfm_fast.errors import DataError
+
 from ..record import LEAST_POINTS, OURS, Coco, Comparison, Document, Row, Share
 
 
@@ -360,3 +362,22 @@ def markdown(document: Document) -> str:
         rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, *lines)]
         drawn.append("\n".join([rows[0], f"|{rule}", *rows[1:]]) + "\n")
     return "\n".join(drawn)
+
+
+def gains(document: Document) -> str:
+    """A line of Markdown a model of `drop-in`: what it gains over the untouched model in the same type.
+
+    Raises:
+        DataError: the document is none of `drop-in`.
+    """
+    if document.benchmark != "drop-in":
+        raise DataError(f"gains are of bench drop-in, and these are results of {document.benchmark}")
+    found: dict[str, dict[str, str]] = {}
+    for row in document.rows:
+        like = document.like_for_like(row) if row.ours and row.measured else None
+        if row.ours:
+            found.setdefault(row.name.split(", ")[0], {})[row.dtype] = "" if like is None else times(like.ratio)
+    types = list(dict.fromkeys(dtype for gained in found.values() for dtype in gained))
+    lines = ["| model | " + " | ".join(types) + " |", "|---|" + "---:|" * len(types)]
+    lines += [f"| {name} | " + " | ".join(gained.get(t, "") for t in types) + " |" for name, gained in found.items()]
+    return "\n".join(lines) + "\n"

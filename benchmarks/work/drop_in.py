@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xfm_fast.errors import InputError, XFMError
-from xfm_fast.replace import Reranker, accelerate
+from xfm_fast.replace import accelerate
 
 from .. import machine
 from ..measure import (
@@ -35,158 +33,11 @@ from ..measure import (
 )
 from ..options import DropInOptions
 from ..record import OURS, UNTOUCHED, Document, Parity, Point, Row, Status, finite
+from .public_models import MODELS, PublicModel
 
 _ROUNDS = 5
 _BUDGET_S = 20.0
-# Words of a caption of COCO make 10 to 16 tokens, and its readers pad to 40.
-_CAPTION = (10, 16, 40)
 _LABELS = {OURS: "accelerated", UNTOUCHED: "untouched"}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model with a batch for it.
-
-    Attributes:
-        call: the model, or a copy of it in another type, on the batch; what is compared of its output.
-        items: done by one call.
-        adapted: for models that an adapter makes fast instead of `accelerate`: it computes what `call` does, in a type.
-    """
-
-    model: nn.Module
-    call: Callable[[nn.Module], Tensor]
-    items: int
-    adapted: Callable[[torch.dtype], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class PublicModel:
-    """A model that people have.
-
-    Attributes:
-        key: for `--only`.
-        name: says the amount of work.
-        package: where the model comes from.
-        unit: what a call's items are.
-        accelerate: the arguments of `accelerate`.
-        make: the number of layers to the model with its batch.
-    """
-
-    key: str
-    name: str
-    package: str
-    unit: str
-    accelerate: dict[str, Any]
-    make: Callable[[int], Subject]
-
-
-MODELS: list[PublicModel] = []
-
-
-def _model(key: str, name: str, package: str, unit: str, **options: bool) -> Callable[[Callable[[int], Subject]], None]:
-    """List what the function makes; `options` are those of `accelerate`."""
-    return lambda make: MODELS.append(PublicModel(key, name, package, unit, options, make))
-
-
-def _texts(count: int, shortest: int, longest: int, padded: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Ids of texts of lengths evenly spread between the two, and their mask."""
-    lengths = torch.linspace(shortest, longest, count).round().long()
-    mask = torch.arange(padded) < lengths[torch.randperm(count)][:, None]
-    return torch.where(mask, torch.randint(1000, 20000, mask.shape), pad), mask.long()
-
-
-@_model("roberta", "RoBERTa-base, 32 captions of 10-16 tokens padded to 40", "transformers", "texts", unpad=True)
-def _roberta(layers: int) -> Subject:
-    from transformers import RobertaConfig, RobertaModel
-
-    config = RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
-        num_hidden_layers=layers,
-    )  # fmt: skip
-    ids, mask = _texts(32, *_CAPTION, pad=1)
-
-    def call(model: nn.Module) -> Tensor:
-        return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
-
-    return Subject(RobertaModel(config), call, 32)
-
-
-@_model(
-    "bert-rerank", "BERT-base cross-encoder, a query with 16 passages of 30-128 tokens padded to 128", "transformers",
-    "pairs", unpad=True,
-)  # fmt: skip
-def _passages(layers: int) -> Subject:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(num_hidden_layers=layers)
-    config.num_labels = 1
-    ids, mask = _texts(16, 30, 128, 128, pad=0)
-    # A query of ten tokens, then a passage.
-    types = (torch.arange(128) >= 10).long().expand_as(ids) * mask
-
-    def call(model: nn.Module) -> Tensor:
-        return model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
-
-    return Subject(BertForSequenceClassification(config), call, 16)
-
-
-@_model(
-    "blip-rerank", "BLIP's BERT with cross-attention, an image of 577 tokens with 16 captions of 10-16 tokens padded "
-    "to 40", "transformers", "pairs", unpad=True,
-)  # fmt: skip
-def _captions_of_an_image(layers: int) -> Subject:
-    from transformers import BlipTextConfig, BlipTextModel
-
-    config = BlipTextConfig(num_hidden_layers=layers, num_attention_heads=12, is_decoder=True, encoder_hidden_size=768)
-    ids, mask = _texts(16, *_CAPTION, pad=0)
-    image = torch.randn(1, 577, 768)
-
-    def call(model: nn.Module) -> Tensor:
-        dtype = next(model.parameters()).dtype
-        states = image.to(dtype).expand(len(ids), -1, -1)
-        out = model(input_ids=ids, attention_mask=mask, encoder_hidden_states=states, is_decoder=False)
-        return out.last_hidden_state[:, 0]
-
-    return Subject(BlipTextModel(config), call, 16)
-
-
-@_model(
-    "memory-rerank", "BERT-base with cross-attention, an image of 577 tokens with 64 captions of 10-16 tokens padded "
-    "to 40: Reranker against all pairs as one padded batch", "transformers", "pairs",
-)  # fmt: skip
-def _texts_of_an_image(layers: int) -> Subject:
-    from transformers import BertConfig, BertModel
-
-    model = BertModel(BertConfig(num_hidden_layers=layers, is_decoder=True, add_cross_attention=True))
-    # Built with cross-attention, and then used in both directions, as ALBEF does.
-    model.config.is_decoder = False
-    head = nn.Linear(768, 2)
-    ids, mask = _texts(64, *_CAPTION, pad=0)
-    image = torch.randn(1, 577, 768)
-
-    def call(model: nn.Module) -> Tensor:
-        states = image.to(next(model.parameters()).dtype).expand(len(ids), -1, -1).contiguous()
-        out = model(input_ids=ids, attention_mask=mask, encoder_hidden_states=states)
-        return head(out.last_hidden_state[:, 0].to(head.weight.dtype))[:, 1]
-
-    def adapted(dtype: torch.dtype) -> Tensor:
-        reranker = Reranker(model, head, dtype=None if dtype == torch.float32 else dtype)
-        return reranker.scores(reranker.image_memory(image), ids, mask)
-
-    return Subject(model, call, 64, adapted)
-
-
-@_model("beit", "BEiT-v2-B/16 at 224 px, 8 images", "timm", "images")
-def _beit(layers: int) -> Subject:
-    import timm
-
-    pixels = torch.randn(8, 3, 224, 224)
-    model = timm.create_model("beitv2_base_patch16_224", pretrained=False, depth=layers)
-
-    def call(model: nn.Module) -> Tensor:
-        return model(pixels.to(next(model.parameters()).dtype))
-
-    return Subject(model, call, 8)
 
 
 def run(options: DropInOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:

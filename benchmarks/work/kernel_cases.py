@@ -26,6 +26,7 @@ from ..timing import one_line, parity_band, relative_error
 
 Run = Callable[..., Tensor]
 Direction = Literal["forward", "backward", "forward and backward"]
+Lack = Literal["failed", "parity failed", "absent"]
 OURS, EAGER = "xfm-fast", "eager"
 _SDPA = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -68,13 +69,23 @@ class Entrant:
         error, band: relative error against the definition in fp64, and what rounding explains; None of bounds.
         status, reason: why it is not timed; None of those that are.
         runs: by direction, what makes the call to be timed.
+        lost: why a direction alone fails: some attentions have no gradient of a bias.
     """
 
     error: float | None = None
     band: float | None = None
-    status: Literal["failed", "parity failed", "absent"] | None = None
+    status: Lack | None = None
     reason: str | None = None
     runs: dict[Direction, Callable[[], Callable[[], object]]] = field(default_factory=dict)
+    lost: dict[Direction, str] = field(default_factory=dict)
+
+    def without_times(self, direction: Direction) -> tuple[Lack, str] | None:
+        """Status and reason of a direction that is not timed; None of one that is."""
+        if self.status is not None:
+            return self.status, self.reason or "no reason is known"
+        if direction in self.runs:
+            return None
+        return ("failed", self.lost[direction]) if direction in self.lost else ("absent", "not measured")
 
 
 def entrants(case: Case, only: Collection[str] | None = None) -> dict[str, Entrant]:
@@ -100,18 +111,18 @@ def entrants(case: Case, only: Collection[str] | None = None) -> dict[str, Entra
                     entrant.status = "parity failed"
                     entrant.reason = f"wrong: error {entrant.error:.1e} exceeds {band:.1e}"
                     continue
-            differentiable = _differentiable(run, case.inputs)
         except Exception as failure:  # of Triton, of a library that is not built for this card, of memory
             entrant.status, entrant.reason = "failed", one_line(failure)
             continue
-        if case.backward_work is None:
-            # The loss of a vocabulary is counted with its gradients: one row for both.
-            if differentiable:
-                entrant.runs["forward and backward"] = partial(_both, run, case.inputs)
-            continue
-        entrant.runs["forward"] = partial(_forward, run, case.inputs)
-        if differentiable:
-            entrant.runs["backward"] = partial(_backward, run, case.inputs)
+        # The loss of a vocabulary is counted with its gradients: one row for both.
+        last: Direction = "backward" if case.backward_work is not None else "forward and backward"
+        if last == "backward":
+            entrant.runs["forward"] = partial(_forward, run, case.inputs)
+        try:
+            if _differentiable(run, case.inputs):
+                entrant.runs[last] = partial(_backward if last == "backward" else _both, run, case.inputs)
+        except Exception as failure:
+            entrant.lost[last] = one_line(failure)
     return found
 
 

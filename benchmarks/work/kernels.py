@@ -110,9 +110,9 @@ def _row(case: Case, direction: Direction, name: str, entrant: Entrant, dtype: s
     if entrant.error is not None and entrant.band is not None:
         passed = entrant.error <= entrant.band
         parity = Parity(error=finite(entrant.error), band=entrant.band, passed=passed, against="the definition in fp64")
+    lacking = entrant.without_times(direction)
     return Row(
         work=case.name.split()[0], name=case.name, direction=direction, contender=name, label=name, dtype=dtype,
-        status=entrant.status or ("measured" if direction in entrant.runs else "absent"),
-        reason=entrant.reason or (None if direction in entrant.runs else "not measured"),
+        status="measured" if lacking is None else lacking[0], reason=None if lacking is None else lacking[1],
         unit="calls", items=1, parity=parity, bounds=name in case.bounds,
     )  # fmt: skip

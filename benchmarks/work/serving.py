@@ -297,7 +297,7 @@ def run(options: ServeOptions, progress: Progress | None = None, command: Sequen
     names = [name for name in _ARGUMENTS if not options.quick or name in (OURS, ONE_AT_A_TIME)]
     progress.begin(2 + 2 * len(options.clients) + bool(options.soak))
     progress.stage("photographs, captions and weights")
-    collection = photographs.bundled() if options.data is None else photographs.from_folder(options.data)
+    collection = photographs.bundled() if options.data is None else photographs.from_files(options.data)
     tokenizer = make_tokenizer(options.preset, options.tokenizer, collection)
     document.data = described(collection, tokenizer)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -313,7 +313,9 @@ def run(options: ServeOptions, progress: Progress | None = None, command: Sequen
         )  # fmt: skip
         material = Material.of(collection, options.seed)
         progress.stage("starting the services")
-        shared = ("--dtype", options.dtype, "--device", device.type, "--max-queue", str(2 * max(options.clients)))
+        # A slow contender is measured, not given up.
+        patient = ("--max-queue", str(2 * max(options.clients)), "--timeout", str(_ANSWER_SECONDS))
+        shared = ("--dtype", options.dtype, "--device", device.type, *patient)
         running = {name: stack.enter_context(service(place, *shared, *_ARGUMENTS[name])) for name in names}
         load = _Load(options, document, progress, running, material, device)
         progress.step("comparing answers with those of the model itself")

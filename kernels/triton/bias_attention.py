@@ -1,9 +1,9 @@
 """Attention with a general bias, in the manner of FlashAttention-2 (arXiv 2307.08691).
 
-The bias is read as it lies in memory, in its own type, and prefetched with the keys. It may be shared by the batch, of
-an entry each, or of one for every entry of a period, as windows of an image share masks. Its gradient has one writer:
-where every batch entry has a bias of its own, the kernel of dq stores it on the way; else a kernel sums it over the
-entries that share it, in order.
+The bias is read in its own type, as it lies in memory where that allows whole vectors, and prefetched with the keys. It
+may be shared by the batch, of an entry each, or of one for every entry of a period, as windows of an image share masks.
+Its gradient has one writer: where every batch entry has a bias of its own, the kernel of dq stores it on the way; else
+a kernel sums it over the entries that share it, in order.
 
 A score is hidden by a bias of `limits.HIDDEN` or less. Queries of which all scores are hidden have a logsumexp of -inf,
 of which the statistics of the backward pass make +inf: that makes their weights zero there.
@@ -28,7 +28,7 @@ from xfm_fast.errors import InputError
 from .. import checks
 from ..limits import BIAS_HEAD_DIMS, HIDDEN
 from .attention_tiles import LOG2E, argument_types, dot_precision, dropout_keep, load_rows, positive_scale, product
-from .bias_config import bias_config
+from .bias_config import bias_config, sums_apart
 from .launch import KernelSpec, LaunchConfig, architecture, dtype_name, tail_size
 from .varlen_attention import dropout_threshold
 
@@ -259,6 +259,7 @@ def dkdv_step(
     seed, head, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr, APART: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
 
@@ -276,20 +277,23 @@ def dkdv_step(
     bias = load_bias(bias_base, bias_rows, stride_bn, rows, left, MASKED)
     weights = weights_of(product(k_a, k_b, q_a, q_b, D_B, PRECISION), bias, row_lse[None, :], SCALE, PRECISION)
     g_a, g_b = load_heads(g_base, rows, stride_gn, inside, DIM, D_A, D_B, MASKED)
-    dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
-    kept = weights
+    rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
     if THRESHOLD > 0:
-        rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
         keep = dropout_keep(seed, head, queries[None, :], keys[:, None], THRESHOLD)
-        kept = tl.where(keep, weights * rescale, 0.0)
-        dweights = tl.where(keep, dweights * rescale, 0.0)
-    dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
-    kept = kept.to(q_a.dtype)
-    dv_a = add_product(dv_a, kept, g_a, PRECISION, APART)
-    dk_a = add_product(dk_a, dscores, q_a, PRECISION, APART)
-    if D_B > 0:
-        dv_b = add_product(dv_b, kept, g_b, PRECISION, APART)
-        dk_b = add_product(dk_b, dscores, q_b, PRECISION, APART)
+    if DV:
+        kept = tl.where(keep, weights * rescale, 0.0) if THRESHOLD > 0 else weights
+        kept = kept.to(q_a.dtype)
+        dv_a = add_product(dv_a, kept, g_a, PRECISION, APART)
+        if D_B > 0:
+            dv_b = add_product(dv_b, kept, g_b, PRECISION, APART)
+    if DK:
+        dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
+        if THRESHOLD > 0:
+            dweights = tl.where(keep, dweights * rescale, 0.0)
+        dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
+        dk_a = add_product(dk_a, dscores, q_a, PRECISION, APART)
+        if D_B > 0:
+            dk_b = add_product(dk_b, dscores, q_b, PRECISION, APART)
     return dk_a, dk_b, dv_a, dv_b
 
 
@@ -301,10 +305,12 @@ def dkdv_kernel(
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, from all queries.
 
-    The bias comes transposed, `[G, H, Nk, Nq]`: a tile that had to be turned would not be prefetched.
+    The bias comes transposed, `[G, H, Nk, Nq]`: a tile that had to be turned would not be prefetched. Wide heads, of
+    which a program cannot hold both sums, have a launch for DK and one for DV.
     """
     tile, b, h = locate(tl.cdiv(keys, BLOCK_N), batch, period)
     start = tile * BLOCK_N
@@ -333,7 +339,7 @@ def dkdv_kernel(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             lse_base + first, delta_base + first, bias_base, clamped, stride_bn, rows, BLOCK_M,
             seed, h, b * queries + first + rows, start + columns,
-            SCALE, DIM, D_A, D_B, BLOCK_M, PRECISION, False, THRESHOLD, APART,
+            SCALE, DIM, D_A, D_B, BLOCK_M, PRECISION, False, THRESHOLD, APART, DK, DV,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
         g_base += BLOCK_M * stride_gn
@@ -344,21 +350,21 @@ def dkdv_kernel(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             lse_base + full, delta_base + full, bias_base, clamped, stride_bn, last < queries - full, queries - full,
             seed, h, b * queries + full + last, start + columns,
-            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD, APART,
+            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD, APART, DK, DV,
         )  # fmt: skip
-    dk_a = dk_a * SCALE
-    dk_b = dk_b * SCALE
-    if HAS_MASK:
-        # Rows of dk and dv are independent: hidden keys are struck out at the end, at no cost before.
-        allowed = (tl.load(mask_ptr + b * keys + start + columns, mask=inside, other=0) != 0)[:, None]
-        dk_a = tl.where(allowed, dk_a, 0.0)
-        dk_b = tl.where(allowed, dk_b, 0.0)
-        dv_a = tl.where(allowed, dv_a, 0.0)
-        dv_b = tl.where(allowed, dv_b, 0.0)
     stride_dn = heads * DIM
     gradient = (b * keys + start) * stride_dn + h * DIM
-    store_heads(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, DIM, D_A, D_B)
-    store_heads(dk_ptr + gradient, columns, stride_dn, inside, dk_a, dk_b, DIM, D_A, D_B)
+    if HAS_MASK:
+        # Rows of dk and dv are independent: hidden keys are struck out at the end, at no cost before.
+        allowed = tl.load(mask_ptr + b * keys + start + columns, mask=inside, other=0) != 0
+        dk_a = tl.where(allowed[:, None], dk_a, 0.0)
+        dk_b = tl.where(allowed[:, None], dk_b, 0.0)
+        dv_a = tl.where(allowed[:, None], dv_a, 0.0)
+        dv_b = tl.where(allowed[:, None], dv_b, 0.0)
+    if DV:
+        store_heads(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, DIM, D_A, D_B)
+    if DK:
+        store_heads(dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, DIM, D_A, D_B)
 
 
 @triton.jit
@@ -623,18 +629,19 @@ def bias_attention_backward(
 
     constants, config = _constants("bias_attention_dkdv", q, *chance)
     grid = (triton.cdiv(keys, config.tiles["BLOCK_N"]) * batch * heads,)
-    dkdv_kernel[grid](
-        q, k, v, dout, turned, *rest, dk, dv, *operands, *turned.stride()[:3], *counts,
-        TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=_apart("bias_attention_dkdv", head_dim), **constants,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    for wanted in _sums(head_dim):
+        dkdv_kernel[grid](
+            q, k, v, dout, turned, *rest, dk, dv, *operands, *turned.stride()[:3], *counts,
+            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=sums_apart(config),
+            **wanted, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
 
     alone = bias_gradient and period == batch
     constants, config = _constants("bias_attention_dq", q, *chance)
     grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
     dq_kernel[grid](
         *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
-        APART=_apart("bias_attention_dq", head_dim),
+        APART=sums_apart(config),
         TAIL=tail_size(keys, config.tiles["BLOCK_N"]), **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -734,9 +741,9 @@ def _kernel_constants(
     return constants | {"THRESHOLD": threshold, "HAS_MASK": masked, "STAGES": config.num_stages, **config.tiles}
 
 
-def _apart(kernel: str, head_dim: int) -> bool:
-    """True if the registers suffice for products with accumulators of their own."""
-    return head_dim <= (64 if kernel == "bias_attention_dkdv" else 192)
+def _sums(head_dim: int) -> tuple[dict[str, bool], ...]:
+    """The launches of the dkdv kernel: one for both sums, or two."""
+    return ({"DK": True, "DV": True},) if head_dim <= 128 else ({"DK": True, "DV": False}, {"DK": False, "DV": True})
 
 
 def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> KernelSpec:
@@ -747,7 +754,8 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
         given = {
             "TAIL": tail_size(577, looped),
             "STORE_BIAS": variant.get("own_bias", False),
-            "APART": _apart(name, head_dim),
+            "APART": sums_apart(config),
+            **_sums(head_dim)[0],
         }
         return found | {key: value for key, value in given.items() if key in kernel.arg_names}
 

@@ -80,7 +80,7 @@ def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(
     made_up: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = (
-        stage("failing", 300), stage("hanging", 30), stage("fine", 300), stage("fine", gpu=True),
+        stage("failing", 300), stage("hanging", 20), stage("fine", 300), stage("fine", gpu=True),
         Stage("lacking", 10, "made_up_stages:fine", ("no_such_package",)), stage("fine", tool="no-such-program"),
     )  # fmt: skip
     # The limit of the one that hangs is a share of what is left.
@@ -241,15 +241,12 @@ def test_kernel_stages_need_no_pydantic(tmp_path: Path) -> None:
     for name in ("pydantic", "cyclopts", "scipy", "annotated_types"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} must not be needed here')\n")
-    rows = rehearse(tmp_path / "out", "--stages", "machine,ceilings,operations,tune", "--budget", "3000", path=tmp_path)
+    rows = rehearse(tmp_path / "out", "--stages", "operations,tune", "--budget", "3000", path=tmp_path)
     ours = [row for row in rows if row.work == "relpos_attention" and row.ours]
     assert {row.direction for row in ours} == {"forward", "backward"}
     assert all(row.measured and row.parity is not None and row.parity.passed for row in ours)
     assert any(other.contender == "eager" for other in ours[0].against)
-    assert [row.status for row in rows if row.work == "stage"] == ["measured", "measured", "measured", "absent"]
-    assert {row.name.split()[0] for row in rows if row.work == "ceiling"} == {"copy", "product"}
-    machine = json.loads((tmp_path / "out" / "device.json").read_text())["machine"]
-    assert machine["cores_logical"]
+    assert [row.status for row in rows if row.work == "stage"] == ["measured", "absent"]
 
 
 @pytest.mark.slow
@@ -261,6 +258,8 @@ def test_the_whole_program_is_rehearsed(tmp_path: Path) -> None:
         assert stages[one.name].status == ("absent" if one.gpu else "measured"), stages[one.name].reason
     done = {row.work for row in rows if row.measured or row.status == "measured"}
     assert {"ceiling", "precompile", "tests", "relpos_attention", "encoder", "train-step", "rerank"} <= done
+    assert {row.name.split()[0] for row in rows if row.work == "ceiling"} == {"copy", "product"}
+    assert json.loads((tmp_path / "out" / "device.json").read_text())["machine"]["cores_logical"]
     tested = next(row for row in rows if row.work == "tests" and row.name == "test_triton_gelu.py")
     assert tested.items > 0
     assert {row.reason for row in rows if row.work == "encoder" and row.contender == "CUDA graph"} == {

@@ -55,10 +55,12 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "weights", seed=0)
     assert "has no index; make one" in invoke(["search", folder, "a dog"]).stderr
     invoke(["index", folder, "--model", tmp_path / "weights"])
+    (tmp_path / "note.txt").write_text("a text file")
     for arguments, message in (
         (["search", folder, "a dog", "--random", "tiny"], "was made with"),
         (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "exclude each other"),
         (["search", folder, "a dog", "--sheet", "a.gif"], ".html or .png"),
+        (["search", folder, tmp_path / "note.txt"], "in no format that Pillow reads"),
         (["index", folder, "--random", "tiny"], "make another one elsewhere (--index)"),
         (["index", tmp_path / "nowhere"], "does not exist"),
         (["index", folder, "--model", tmp_path / "nothing"], "is no folder"),

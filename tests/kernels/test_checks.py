@@ -45,6 +45,15 @@ def _varlen() -> Arguments:
     }
 
 
+def _bias() -> Arguments:
+    return {
+        "q": _random(4, 3, 2, 32),
+        "k": _random(4, 5, 2, 32),
+        "v": _random(4, 5, 2, 32),
+        "bias": _random(1, 2, 3, 5),
+    }
+
+
 def _norm() -> Arguments:
     return {"x": _random(3, 4, 16), "residual": _random(3, 4, 16), "weight": _random(16), "bias": _random(16), "eps": 0}
 
@@ -81,6 +90,7 @@ def _vocabulary() -> Arguments:
 OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "relpos": (ops.relpos_attention, _relpos),
     "varlen": (ops.varlen_attention, _varlen),
+    "bias": (ops.bias_attention, _bias),
     "add norm": (ops.add_layer_norm, _norm),
     "norm": (ops.layer_norm, _plain_norm),
     "embedding": (ops.embed_layer_norm, _embedding),
@@ -106,6 +116,17 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("relpos", {"table": torch.ones(12, 2, dtype=torch.long)}, r"table is torch.int64 \[12, 2\]"),
     ("relpos", {"scale": NAN}, "scale=nan; it must be finite"),
     ("relpos", {"key_mask": torch.ones(2, 5)}, r"key_mask is torch.float32 \[2, 5\]; it must be bool"),
+    ("bias", {"k": _random(4, 5, 3, 32)}, r"q must be \[B, Nq, H, D\] and k, v \[B, Nk, H, D\]"),
+    ("bias", {"v": _random(4, 6, 2, 32)}, r"\[4, 6, 2, 32\]"),
+    ("bias", {"k": _random(4, 5, 2, 32).half()}, "one floating-point type"),
+    ("bias", {"bias": _random(2, 3, 5)}, r"bias is \[2, 3, 5\] and does not broadcast: .*\[B or 1, 2, 3, 5\]"),
+    ("bias", {"bias": _random(1, 2, 5, 3)}, r"bias is \[1, 2, 5, 3\] and does not broadcast"),
+    ("bias", {"bias": _random(3, 2, 3, 5)}, "bias has 3 entries for a batch of 4; it must have 1, or a divisor of it"),
+    ("bias", {"bias": torch.ones(1, 2, 3, 5, dtype=torch.bool)}, "bias is torch.bool .*zeros and -inf"),
+    ("bias", {"bias": _random(1, 2, 3, 5).double()}, "bias is torch.float64 and q torch.float32; convert the bias"),
+    ("bias", {"key_mask": torch.ones(4, 5)}, r"key_mask is torch.float32 \[4, 5\]; it must be bool"),
+    ("bias", {"scale": NAN}, "scale=nan; it must be finite"),
+    ("bias", {"seed": 3, "dropout_p": 0.1}, "seed is 3; it must be one int64"),
     ("varlen", {"q": _random(1, 7, 2, 32)}, r"q must be \[Tq, H, D\]"),
     ("varlen", {"k": _random(9, 2, 64), "v": _random(9, 2, 64)}, r"q must be \[Tq, H, D\]"),
     ("varlen", {"v": _random(8, 2, 32)}, r"\[8, 2, 32\]"),
@@ -123,8 +144,8 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("varlen", {"seed": torch.tensor([1, 2]), "dropout_p": 0.1}, r"seed is torch.int64 \[2\]; it must be one int64"),
     ("varlen", {"seed": torch.tensor([1.5]), "dropout_p": 0.1}, "seed is torch.float32"),
     ("varlen", {"seed": 3, "dropout_p": 0.1}, "seed is 3; it must be one int64"),
-    ("varlen|add norm|branch|mlp", {"dropout_p": 1.0}, "dropout_p=1.0 is no probability below 1"),
-    ("varlen|add norm|branch|mlp", {"dropout_p": NAN}, "dropout_p=nan is no probability below 1"),
+    ("varlen|bias|add norm|branch|mlp", {"dropout_p": 1.0}, "dropout_p=1.0 is no probability below 1"),
+    ("varlen|bias|add norm|branch|mlp", {"dropout_p": NAN}, "dropout_p=nan is no probability below 1"),
     ("add norm", {"residual": _random(4, 16)}, r"the branch is \[3, 4, 16\] and residual \[4, 16\]"),
     ("branch", {"residual": _random(1, 6)}, r"the branch is \[3, 6\] and residual \[1, 6\]"),
     ("mlp", {"residual": _random(1, 8)}, r"the branch is \[3, 8\] and residual \[1, 8\]"),

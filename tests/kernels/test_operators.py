@@ -149,6 +149,47 @@ def test_opcheck_varlen(dropout_p: float, masked: bool) -> None:
     opcheck(torch.ops.xfm_fast.varlen_attention.default, (q, permuted, v, *arguments))
 
 
+@pytest.mark.parametrize(("entries", "dropout_p", "with_lse"), [(1, 0.0, False), (2, 0.25, True)])
+def test_opcheck_bias(entries: int, dropout_p: float, with_lse: bool) -> None:
+    q, k, v, bias = bias_inputs(entries=entries)
+    permuted = k.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    turned = bias.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    seed = torch.tensor([11]) if dropout_p else None
+    mask = torch.arange(9).expand(4, 9) != 3 if dropout_p else None
+    arguments = (q, permuted, v, turned, mask, dropout_p, seed, 0.3, with_lse, "cpu")
+    opcheck(torch.ops.xfm_fast.bias_attention.default, arguments)
+
+
+def test_a_dropped_bias_follows_from_its_seed() -> None:
+    q, k, v, added = bias_inputs(torch.float64, entries=2)
+    options: dict[str, Any] = {"key_mask": torch.arange(9).expand(4, 9) != 2, "dropout_p": 0.3}
+    runs = [bias(q, k, v, added, seed=torch.tensor([s]), **options) for s in (7, 7, 8)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    # The output is linear in v for a fixed mask: the gradient replays the same mask.
+    gradient = torch.autograd.grad(runs[0].sum(), v)[0]
+    torch.testing.assert_close((gradient * v).sum(), runs[0].sum())
+    small = [t[:, :3, :1].detach().requires_grad_() for t in (q, k, v)] + [added[:1, :1, :3, :3].detach()]
+    small[3].requires_grad_()
+
+    def dropped(*given: Tensor) -> Tensor:
+        return bias(*given, dropout_p=0.3, seed=torch.tensor([4]))
+
+    assert torch.autograd.gradcheck(dropped, small, atol=1e-6)
+
+
+def test_a_bias_without_gradient_costs_none() -> None:
+    q, k, v, added = bias_inputs()
+    frozen = torch.autograd.grad(bias(q, k, v, added.detach()).sum(), (q, k, v))
+    learned = torch.autograd.grad(bias(q, k, v, added).sum(), (q, k, v, added))
+    assert all(torch.equal(a, b) for a, b in zip(frozen, learned, strict=False))
+    wide = torch.zeros(1, 1, 5, 9, requires_grad=True)
+    # What is the same for all heads is summed over them.
+    (shared,) = torch.autograd.grad(bias(q, k, v, added.detach() + wide).square().sum(), wide)
+    (whole,) = torch.autograd.grad(bias(q, k, v, added).square().sum(), added)
+    torch.testing.assert_close(shared, whole.sum(1, keepdim=True))
+
+
 def test_opcheck_relpos() -> None:
     q, k, v, table = relpos_inputs()
     qkv = torch.randn(16, 4, 3, 2, 8).permute(3, 0, 2, 1, 4)
@@ -544,6 +585,7 @@ OUTER = (torch.randn(WIDTH, HIDDEN), torch.randn(WIDTH))
 WORDS = (torch.randn(VOCABULARY, WIDTH), torch.randn(VOCABULARY))
 TABLES = (WORDS[0], torch.randn(50, WIDTH), torch.randn(WIDTH), *NORM)
 POSITIONS = torch.randn(12, 2)
+PLACES = torch.randn(1, 2, 5, 5)
 
 
 def _rows(n: int) -> Tensor:
@@ -573,6 +615,7 @@ DYNAMIC: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Any, ...]]]] 
     "likelihood": (lambda x, t: ops.token_log_likelihood(x, *WORDS, t), lambda n: (_rows(n), _ids(n))),
     "varlen": (lambda q, o, m: ops.varlen_attention(q, q, q, o, o, m, m), _packed),
     "relpos": (lambda q: ops.relpos_attention(q, q, q, POSITIONS, (2, 2)), lambda n: (torch.randn(n, 5, 2, 32),)),
+    "bias": (lambda q: ops.bias_attention(q, q, q, PLACES), lambda n: (torch.randn(n, 5, 2, 32),)),
 }
 
 

@@ -267,11 +267,11 @@ def test_unsupported_arguments_are_refused() -> None:
 
 FILE = "triton/bias_attention.py"
 MUTATIONS = {
-    "unscaled dk": ("dk_a = dk_a * SCALE", "dk_a = dk_a * 1.0"),
+    "unscaled dk": ("dk_a * SCALE, dk_b", "dk_a, dk_b"),
     "bias not over the scale": ("left, MASKED) * (1.0 / SCALE)", "left, MASKED)"),
     "skipped last tile": ("TAIL=tail_size(k.shape[1]", "TAIL=0 * tail_size(k.shape[1]"),
     "wrong entry of the bias": ("b % period * stride_bg", "0 * stride_bg"),
-    "bias read one tile late": ("bias = following", "bias = bias"),
+    "dkdv reads one tile of its bias": ("bias_base += BLOCK_M", "bias_base += 0"),
     "dropped delta": ("wide = weights * (dweights - delta[:, None])", "wide = weights * dweights"),
     "dropped gradient of the logsumexp": ("if HAS_DLSE:", "if HAS_DLSE and False:"),
     "key mask forgotten in dbias": ("weights = tl.where(allowed[None, :], weights, 0.0)", "weights = weights"),
@@ -283,7 +283,7 @@ def seeded() -> Case:
     return case(4, 2, 33, 17, 1, 16, torch.float32, masked=True, dlse=True)
 
 
-QUICK = ("bias read one tile late", "wrong entry of the bias", "wrong batch entry in dbias")
+QUICK = ("dkdv reads one tile of its bias", "wrong entry of the bias", "wrong batch entry in dbias")
 
 
 @pytest.mark.parametrize("mutation", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MUTATIONS])

@@ -15,7 +15,6 @@ interpreted_kernels()
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
 from tests.kernels.test_operators import CASES, WINDOW  # noqa: E402
-from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.kernels import ops, tune  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm, relpos_table  # noqa: E402
 from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402

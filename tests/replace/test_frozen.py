@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tests.replace.text_models import batch, make
+from tests.replace.text_models import TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import products
@@ -214,3 +214,41 @@ def test_layers_that_stay() -> None:
         accelerate(nn.TransformerEncoderLayer(8, 2, 16), freeze=True)
     with pytest.raises(InputError, match=r"convert the model first: model.to\(torch.bfloat16\)"):
         accelerate(model(), freeze=True, dtype=torch.bfloat16)
+
+
+def test_weights_that_are_no_plain_numbers() -> None:
+    """Quantised, mixed, or not there: told in a sentence, and the model is as it was."""
+    with torch.device("meta"):
+        empty = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(InputError, match="parameters have no values yet"):
+        accelerate(empty)
+    made, given = model(), batch()
+    made.encoder.layer[0].attention.output.LayerNorm.bfloat16()
+    report = accelerate(made)
+    mixed = next(entry for entry in report.left if entry.path == "encoder.layer.0")
+    assert "is torch.float32 and attention.output.LayerNorm torch.bfloat16" in str(mixed.reason)
+    assert [entry.path for entry in report.replaced if "layer" in entry.path] == ["encoder.layer.1"]
+    report.revert()
+    quantised = torch.ao.quantization.quantize_dynamic(model(), {nn.Linear})
+    wanted = outputs(quantised, given)
+    report = accelerate(quantised)
+    reason = next(entry.reason for entry in report.left if entry.path == "encoder.layer.0")
+    assert "quantized.dynamic" in str(reason)
+    assert_near(outputs(quantised, given), wanted, 1e-5)
+
+
+@pytest.mark.skipif(TRANSFORMERS < 5, reason="rows of families name the parts as transformers 5 does")
+def test_families_of_names(blocked: bool) -> None:
+    sizes = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 63}
+    made, given = make("DistilBertModel", torch.float32, **sizes).eval(), batch()
+    before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
+    report = accelerate(made, unpad=True, freeze=True)
+    layer = made.transformer.layer[0]
+    packs = {layer.get_submodule(f"attention.{name}").__dict__["_xfm_fast_weight"][0] for name in ("q_lin", "v_lin")}
+    assert len(packs) == 1
+    assert packs.pop().blocked == blocked
+    assert "weight" not in layer.ffn.lin2._parameters
+    assert_near(outputs(made, given), wanted, 1e-5)
+    report.revert()
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    assert torch.equal(outputs(made, given), wanted)

@@ -302,10 +302,10 @@ def test_a_family_of_ones_own_is_a_row() -> None:
     model = nn.Sequential(Block(), Block()).double()
     fast, x = copy.deepcopy(model), torch.randn(2, 5, 24, dtype=torch.float64)
     row = Family(
-        layer=f"{Block.__module__}.{Block.__qualname__}",
+        layer=Block,
         order="before",
         attention="mixer",
-        own="Mixer",
+        own=(Mixer,),
         qkv=("mixer.qkv",),
         proj="mixer.out",
         norms=("one", "two"),
@@ -316,7 +316,7 @@ def test_a_family_of_ones_own_is_a_row() -> None:
     register(row)
     assert len(accelerate(fast).replaced) == 2
     torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-12)
-    with pytest.raises(InputError, match=r"layer='package\.Class'"):
+    with pytest.raises(InputError, match=r"a layer's class or 'package\.Class'"):
         register(Family(**{name: getattr(row, name) for name in row.__dataclass_fields__} | {"layer": "Block"}))
 
 

@@ -71,6 +71,21 @@ def test_only_what_is_new_or_changed_is_read(photos: Path, model: SearchModel, r
     np.testing.assert_allclose(found.features, expected(model, photos, names), atol=1e-5)
 
 
+def test_captions_are_renewed_without_their_images(photos: Path, model: SearchModel, read: list[str]) -> None:
+    (photos / "0.txt").write_text("a star")
+    build_index(photos, model)
+    read.clear()
+    (photos / "0.txt").write_text("a red star\na star\n")
+    (photos / "trip/1.txt").write_text("a trip")
+    build_index(photos, model)
+    assert read == []
+    said = {entry.name: entry.captions for entry in open_index(photos).entries if entry.captions}
+    assert said == {"0.png": ("a red star", "a star"), "trip/1.png": ("a trip",)}
+    (photos / "0.txt").unlink()
+    build_index(photos, model)
+    assert open_index(photos).entries[0].captions == ()
+
+
 def test_broken_images_are_listed_and_tried_again_when_they_change(
     photos: Path, model: SearchModel, read: list[str]
 ) -> None:

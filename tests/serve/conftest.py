@@ -7,12 +7,13 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,15 +21,23 @@ import torch
 from PIL import Image
 
 from tests.search.conftest import write_model
-
-pytest.importorskip("starlette", reason="the extra 'serve'")
-pytest.importorskip("uvicorn", reason="the extra 'serve'")
-pytest.importorskip("prometheus_client", reason="the extra 'serve'")
-
 from xfm_fast.models.xfm import XFM
-from xfm_fast.serve import Server, Service, ServiceOptions, SourceOptions, bind, load
+from xfm_fast.serve.model import load
+from xfm_fast.serve.options import ServiceOptions, SourceOptions
 
-SECONDS = 20.0
+if TYPE_CHECKING:
+    from xfm_fast.serve import Server, Service
+
+SECONDS = 60.0
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Waits for a condition, half a minute at most; says whether it came true."""
+    for _ in range(1500):
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def photo(seed: int, width: int = 48, height: int = 37, kind: str = "PNG") -> bytes:
@@ -98,6 +107,8 @@ class Running:
 
 @contextmanager
 def running(service: Service) -> Iterator[Running]:
+    from xfm_fast.serve import Server, bind
+
     with bind(service.options) as sock:
         sock.listen()
         server = Server(service)
@@ -114,8 +125,15 @@ def running(service: Service) -> Iterator[Running]:
 Start = Callable[..., Any]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def extra() -> None:
+    """Skips the tests of this folder where the extra is not installed."""
+    for name in ("starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(name, reason="the extra 'serve'")
+
+
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `save_pretrained` writes it; its weights are no zeros and ones, so that every term counts."""
     folder = write_model(tmp_path_factory.mktemp("served") / "tiny-xfm", seed=3)
     model = XFM.from_pretrained(folder)
@@ -139,6 +157,8 @@ def start(weights: Path) -> Start:
     """Starts a service with options of its own; a context manager."""
 
     def begin(**options: Any) -> Any:
+        from xfm_fast.serve import Service
+
         given = replace(ServiceOptions(port=0, drain=5, cache_mb=64), **options)
         return running(Service(load(weights, SourceOptions(device="cpu"), given.cache_mb << 20), given))
 
@@ -148,6 +168,8 @@ def start(weights: Path) -> Start:
 @pytest.fixture(scope="module")
 def served(weights: Path) -> Iterator[Running]:
     """A service that the tests of a file share."""
-    options = ServiceOptions(port=0, drain=5, cache_mb=64, max_pixels=200_000, max_documents=40, read_timeout=1.0)
+    from xfm_fast.serve import Service
+
+    options = ServiceOptions(port=0, drain=5, cache_mb=64, max_pixels=200_000, max_documents=40)
     with running(Service(load(weights, SourceOptions(device="cpu"), 64 << 20), options)) as service:
         yield service

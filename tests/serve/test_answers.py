@@ -125,7 +125,7 @@ def test_requests_that_come_together_are_answered_as_alone(start: Start, model: 
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         for one, company, (path, _) in zip(alone, together, asked, strict=True):
             if path == "/v1/rerank":
                 np.testing.assert_allclose(scores(company), scores(one), rtol=0, atol=1e-5)

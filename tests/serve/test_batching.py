@@ -22,7 +22,7 @@ class Doubling:
     def __call__(self, works: Sequence[int]) -> list[int | Exception]:
         self.batches.append([*works])
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         if 13 in works:
             raise RuntimeError("thirteen")
         return [InputError("seven") if work == 7 else 2 * work for work in works]
@@ -31,7 +31,7 @@ class Doubling:
 async def _begun(run: Doubling, batcher: Batcher[int, int]) -> asyncio.Task[int]:
     """A first piece, which the thread is busy with."""
     first = asyncio.create_task(batcher.submit(0, 1))
-    await asyncio.to_thread(run.begun.wait, 10)
+    await asyncio.to_thread(run.begun.wait, 60)
     return first
 
 
@@ -93,16 +93,16 @@ def test_a_first_piece_waits_only_for_others_that_are_coming() -> None:
     async def scenario() -> None:
         coming, run = 0, Doubling()
         run.go.set()
-        batcher = Batcher(run, budget=100, wait=10.0, coming=lambda: coming)
-        # Nobody is coming: had it waited, this would take ten seconds.
-        assert await asyncio.wait_for(batcher.submit(1, 1), 5) == 2
+        batcher = Batcher(run, budget=100, wait=60.0, coming=lambda: coming)
+        # Nobody is coming: had it waited, this would take a minute.
+        assert await asyncio.wait_for(batcher.submit(1, 1), 30) == 2
         coming = 1
         first = asyncio.create_task(batcher.submit(2, 1))
         await asyncio.sleep(0.05)
         assert not first.done()
         coming = 0
         second = asyncio.create_task(batcher.submit(3, 1))
-        assert await asyncio.wait_for(asyncio.gather(first, second), 5) == [4, 6]
+        assert await asyncio.wait_for(asyncio.gather(first, second), 30) == [4, 6]
         assert run.batches == [[1], [2, 3]]
         batcher.close()
 

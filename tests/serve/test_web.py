@@ -129,11 +129,9 @@ def test_a_file_comes_from_the_address_that_was_looked_at(port: int, monkeypatch
 )
 def test_what_a_site_may_do(port: int, path: str, status: int, message: str) -> None:
     fetcher = WebFetcher(1000, 0.5, ports=None, permitted=lambda address: True)
-    started = time.monotonic()
     with pytest.raises(Problem) as raised:
         fetcher.fetch(f"http://127.0.0.1:{port}{path}")
     assert (raised.value.status, message in raised.value.message) == (status, True), raised.value.message
-    assert time.monotonic() - started < 4, "a slow site is left"
 
 
 @pytest.mark.parametrize(

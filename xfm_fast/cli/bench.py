@@ -162,7 +162,8 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
 def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonFile = None) -> int:
     """Time what accelerate(model) gains on models with random weights, against the same models untouched.
 
-    About three minutes on two cores. A model whose outputs are not equal is not timed.
+    Three minutes for each of the first models on two quiet cores at most; --only takes some of them. A model whose
+    outputs are not equal is not timed.
     """
     from xfm_fast.benchmarks.work import drop_in
 
@@ -216,13 +217,15 @@ def bench_list() -> None:
 
 @app.command(name="report")
 def bench_report(
-    results: Path, /, *, markdown: bool = False, html: Path | None = None, png: Path | None = None
+    results: Path, /, *, markdown: bool = False, gains: bool = False, html: Path | None = None,
+    png: Path | None = None,
 ) -> None:  # fmt: skip
     """Show saved results: a table here, Markdown, a page, or a picture.
 
     Args:
         results: JSON file that xfm-fast bench wrote.
         markdown: Print Markdown, for a README or an issue.
+        gains: Print Markdown of one line a model with what it gains, of bench drop-in.
         html: File that receives a self-contained page with charts.
         png: File that receives a picture of 1200 by 630 to share.
     """
@@ -240,8 +243,8 @@ def bench_report(
         beside = png.name if png is not None and png.parent.resolve() == html.parent.resolve() else None
         write_bytes({html: report.html(document, image=beside).encode()})
         print(f"saved: {html}")
-    if markdown:
-        print(report.markdown(document), end="")
+    if markdown or gains:
+        print(report.gains(document) if gains else report.markdown(document), end="")
     elif html is None and png is None:
         report.terminal(document, stdout(160))
 

@@ -72,7 +72,7 @@ def accelerate(
             where the original leaves values without meaning.
         skip_logits: masked-language heads in training mode return `logits=None` when they are given labels, so that
             only the labelled positions meet the vocabulary. By default logits are returned as ever.
-        freeze: for inference on a CPU: lay the weights of text layers out for the library that is fastest here, in the
+        freeze: for inference on a CPU: lay the weights of layers out for the library that is fastest here, in the
             place of the parameters instead of beside them. No parameter then takes gradients, state dicts are as ever,
             and `revert` restores every bit.
         cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs: each shape is captured at its
@@ -84,8 +84,8 @@ def accelerate(
         A report that prints as a table and can `revert()`.
 
     Raises:
-        InputError: nothing to replace, a selection that matches nothing, or outputs that `verify` finds different. The
-            model is then as it was.
+        InputError: nothing to replace, a selection that matches nothing, parameters without values, or outputs that
+            `verify` finds different. The model is then as it was.
         UnavailableError: the type or backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
@@ -234,8 +234,8 @@ class Report:
         self._frozen = freeze_weights(model, [m for m in self._modules if isinstance(m, Fused)], settings)
         if not self._frozen:
             raise InputError(
-                "freeze=True finds no weight to lay out: it knows the layers of BERT-like text models with linear "
-                "layers of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
+                "freeze=True finds no weight to lay out: it knows layers like BERT's and those of registered families, "
+                "with weights of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
             )
 
     @property
@@ -329,11 +329,30 @@ def _decide(
         reason = rule.reason_against(module, settings)
         if reason is None and forward_replaced(module):
             reason = "its forward was replaced on the instance"
+        reason = reason or _why_not_values(module, rule.fused, settings)
         entry = Entry(path, original_class(module).__name__, rule.name, rule.gain, reason)
         if reason is None:
             return entry, rule
         left = left or entry
     return left, None
+
+
+def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:
+    """The reason why the weights that a fused form reads are none that its operations take together."""
+    types: dict[torch.dtype, str] = {}
+    for name in fused.adapted(original_class(module)).get("bypassed", fused.bypassed):
+        part = find(module, name)
+        for parameter in () if part is None or adapters.is_adapted(part) else part._parameters.values():
+            if parameter is None:
+                continue
+            if type(parameter.data) is not Tensor or not parameter.is_floating_point():
+                kind = type(parameter.data).__name__ if type(parameter.data) is not Tensor else parameter.dtype
+                return f"{name} has a weight of {kind} (quantised or sharded), which its own code alone computes with"
+            types.setdefault(parameter.dtype, name)
+    if len(types) > 1 and settings.dtype is None:
+        (first, one), (second, other) = list(types.items())[:2]
+        return f"{one} is {first} and {other} {second}; model.to({first}) or dtype=… makes them one type"
+    return None
 
 
 def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -> dict[str, nn.Module]:
@@ -355,7 +374,10 @@ def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -
 
 
 def _check_machine(model: nn.Module, settings: Settings) -> None:
-    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+    without = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if without is not None:
+        raise InputError(f"parameters have no values yet ({without} is on the meta device); load the weights first")
+    devices = {p.device for p in model.parameters()}
     types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {None}
     for device in devices:
         try:

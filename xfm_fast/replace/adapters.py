@@ -127,9 +127,8 @@ def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[T
             total = total + (one.up.detach().to(total.dtype) @ one.down.detach().to(total.dtype)) * one.scaling
         return total.to(weight.dtype)
 
-    biases = [one for one in found if one.bias is not None]
-    if biases:
-        shifts = [one.bias.detach() * one.scaling for one in biases]
+    shifts = [one.bias.detach() * one.scaling for one in found if one.bias is not None]
+    if shifts:
         base = torch.zeros_like(shifts[0]) if bias is None else bias
         bias = torch.stack([base.detach().to(shifts[0].dtype), *shifts]).sum(0).to(weight.dtype)
     return derived(name, (weight, *factors), summed), bias

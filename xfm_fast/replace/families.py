@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
+from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.masks import Dense
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
     branch_types,
-    joined,
     norm_behind,
     post_norm,
     pre_norm,
@@ -70,10 +70,10 @@ class Family:
     """Where the layers of one family keep their parts: dotted names, seen from the layer.
 
     Attributes:
-        layer: class of the layer: `package.Class` for `transformers.models.package`, or its full import path.
+        layer: class of the layer, or `package.Class` for one of `transformers.models.package`.
         order: norms before the branches, behind the sums, or behind the branches and before the sums.
         attention: the attention module, whose configuration chooses the implementation.
-        own: classes of the library, beside the layer's, that are computed around, by name.
+        own: classes beside the layer's that are computed around, or their names in the layer's file.
         qkv: projections to queries, keys and values, or one to all three.
         proj: the projection behind the attention.
         norms: of the attention and of the MLP.
@@ -93,16 +93,16 @@ class Family:
         windowed: attends within windows of an image; `window_block` has the form.
     """
 
-    layer: str
+    layer: str | type[nn.Module]
     order: Literal["before", "behind sums", "behind branches"]
     attention: str
-    own: str
+    own: str | tuple[type[nn.Module], ...]
     qkv: tuple[str, ...]
     proj: str
     norms: tuple[str, str]
     mlps: tuple[Mlp, ...]
     head_size: str
-    weights_p: str
+    weights_p: str = ""
     branch_p: tuple[str, str] = ("", "")
     scales: tuple[str, str] = ("", "")
     drop_paths: tuple[str, str] = ("", "")
@@ -114,6 +114,18 @@ class Family:
     scores: Callable[[Any, Mapping[str, Any]], Attend | None] | None = None
     also_takes: tuple[str, ...] = ()
     windowed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The class of the layer, as families are looked up."""
+        return self.layer if isinstance(self.layer, str) else _full_name(self.layer)
+
+    def own_classes(self, kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """The classes that are computed around, of those that the library of a layer's class has."""
+        if not isinstance(self.own, str):
+            return self.own
+        library = sys.modules[kind.__module__]
+        return tuple(found for name in self.own.split() if (found := getattr(library, name, None)) is not None)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -156,11 +168,12 @@ def register(*families: Family) -> None:
         InputError: a family has no layer's name, or no MLP.
     """
     for family in families:
-        if "." not in family.layer or not family.mlps:
+        if "." not in family.name or not family.mlps:
             raise InputError(
-                f"a family needs layer='package.Class' and at least one Mlp, not {family.layer!r} with {family.mlps!r}"
+                f"a family needs a layer's class or 'package.Class' and at least one Mlp, not {family.layer!r} with "
+                f"{family.mlps!r}"
             )
-        _families[family.layer] = family
+        _families[family.name] = family
     family_of.cache_clear()
 
 
@@ -172,7 +185,11 @@ def registered() -> tuple[Family, ...]:
 @cache
 def family_of(kind: type[nn.Module]) -> Family | None:
     """The family whose layers are of a class."""
-    return _families.get(f"{kind.__module__}.{kind.__qualname__}") or _families.get(short_name(kind))
+    return _families.get(_full_name(kind)) or _families.get(short_name(kind))
+
+
+def _full_name(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def short_name(kind: type[nn.Module]) -> str:
@@ -197,16 +214,17 @@ class FamilyLayer(CalledByName):
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
         family = family_of(original)
         assert family is not None
-        library = sys.modules[original.__module__]
-        own = tuple(kind for name in family.own.split() if (kind := getattr(library, name, None)) is not None)
+        own = family.own_classes(original)
         bypassed: dict[str, Any] = dict.fromkeys(family.holders(), own or _Absent)
-        bypassed |= dict.fromkeys(family.linears, nn.Linear)
+        bypassed |= dict.fromkeys(family.linears, (nn.Linear, Adaptable))
         bypassed |= dict.fromkeys(family.norms, (nn.LayerNorm, nn.Identity))
         bypassed |= dict.fromkeys(family.dropouts, (nn.Dropout, nn.Identity))
         bypassed |= {name: (nn.Identity, *own) for name in family.drop_paths if name}
         named = super().adapted(original)
         returns_tuple = "output_attentions" in named["names"] or family.pair
-        return {**named, "layer_family": family, "bypassed": bypassed, "returns_tuple": returns_tuple}
+        joint = (tuple(family.qkv),) if family.joins and len(family.qkv) > 1 else ()
+        made = {"layer_family": family, "bypassed": bypassed, "joint": joint, "returns_tuple": returns_tuple}
+        return {**named, **made}
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -277,7 +295,9 @@ class FamilyLayer(CalledByName):
         drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
         return Parts(
             norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
-            qkv=(joined("qkv", layers),) if family.joins else tuple((each.weight, each.bias) for each in layers),
+            qkv=(),
+            projections=layers,
+            joins=family.joins,
             heads=proj.in_features // head_size,
             scale=head_size**-0.5,
             proj=proj,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from xfm_fast.replace.disentangled import disentangled
+from xfm_fast.replace.deberta_attention import disentangled
 from xfm_fast.replace.encoder import Encoder, UnpaddedEncoder, is_encoder, register_encoder
 from xfm_fast.replace.families import Family, Mlp, family_of, register
 from xfm_fast.replace.swap import Rule, original_class

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
-from xfm_fast.models.text import concatenated
+from xfm_fast.replace.packed_weight import pack_of
 from xfm_fast.replace.swap import Settings
 
 # Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`.
@@ -43,6 +43,8 @@ class Parts(NamedTuple):
         adapt: what happens to queries and keys `[..., H, D]` (norms, rotation), if anything.
         inner_norms: before proj and before fc2; called, whatever they are.
         windows: cuts an image up before the attention and puts it together behind it.
+        projections: the layers of qkv, where they may carry adapters or packed weights; qkv is not read then.
+        joins: one product for all of them.
     """
 
     norms: tuple[nn.Module, nn.Module]
@@ -61,6 +63,8 @@ class Parts(NamedTuple):
     adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
     windows: Any = None
+    projections: tuple[nn.Module, ...] = ()
+    joins: bool = True
 
 
 Order = Callable[[Parts, Tensor, Attend, Settings], Tensor]
@@ -87,11 +91,12 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
         "dropout_p": parts.branch_p[1],
         "backend": settings.backend,
     }
-    fc2 = _affine(parts.fc2, settings)
     if parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None:
         assert parts.fc1 is not None
-        return ops.mlp_residual(normed, *_affine(parts.fc1, settings), *fc2, x, **branch)
-    return ops.linear_residual(hidden_layer(parts, normed, settings), *fc2, x, **branch)
+        fc1, fc2 = _affine(parts.fc1, settings), _affine(parts.fc2, settings)
+        if fc1 is not None and fc2 is not None:
+            return ops.mlp_residual(normed, *fc1, *fc2, x, **branch)
+    return _summed(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
 
 
 def post_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
@@ -123,7 +128,12 @@ def attended(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
 
 def projected(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `[..., H, D]`."""
-    made = [settings.linear(x, weight, bias) for weight, bias in parts.qkv]
+    if not parts.projections:
+        made = [settings.linear(x, weight, bias) for weight, bias in parts.qkv]
+    elif parts.joins:
+        made = settings.products("qkv", x, *parts.projections)
+    else:
+        made = [applied(layer, x, settings) for layer in parts.projections]
     if len(made) == 1:
         q, k, v = made[0].unflatten(-1, (3, parts.heads, -1)).unbind(-3)
     else:
@@ -138,23 +148,9 @@ def hidden_layer(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
     if parts.hidden is not None:
         hidden = parts.hidden(x, lambda layer, value: applied(layer, value, settings))
     else:
-        hidden = ops.linear_gelu(settings.operand(x), *_affine(parts.fc1, settings), backend=settings.backend)
+        hidden = settings.activated(x, parts.fc1, F.gelu)
     hidden = _dropped(hidden, parts.hidden_p)
     return hidden if parts.inner_norms[1] is None else called(parts.inner_norms[1], hidden)
-
-
-def joined(name: str, layers: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases of linear layers side by side, so that one product does the work of several.
-
-    A layer without a bias among others with one gets zeros.
-    """
-    if len(layers) == 1:
-        return layers[0].weight, layers[0].bias
-    weight = concatenated(f"{name} weight", *(layer.weight for layer in layers))
-    if all(layer.bias is None for layer in layers):
-        return weight, None
-    biases = [_zeros(layer.weight, layer.weight.shape[0]) if layer.bias is None else layer.bias for layer in layers]
-    return weight, concatenated(f"{name} bias", *biases)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -180,8 +176,8 @@ def normalised(norm: nn.Module, x: Tensor, settings: Settings) -> Tensor:
 
 
 def applied(layer: Any, x: Tensor, settings: Settings) -> Tensor:
-    """A linear layer in the type that is computed in."""
-    return settings.linear(x, layer.weight, layer.bias)
+    """A linear layer in the type that is computed in, its adapters included."""
+    return settings.products("", x, layer)[0]
 
 
 def called(layer: nn.Module, x: Tensor) -> Tensor:
@@ -221,11 +217,25 @@ def _ended(
         wide: post-norm; the norm keeps the type of its parameters, since its result is the next residual.
     """
     x, affine = settings.operand(x), _affine(layer, settings)
+    rest["backend"] = settings.backend
     if not _is_layer_norm(norm):
-        summed = ops.linear_residual(x, *affine, residual, backend=settings.backend, **rest)
+        summed = _summed(x, layer, residual, settings, **rest)
         return called(norm, summed), summed
-    scale = (norm.weight, _shift(norm), norm.eps) if wide else _scale_and_shift(norm, settings)
-    return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, backend=settings.backend, **rest)  # pyright: ignore[reportArgumentType]
+    scale: Any = (norm.weight, _shift(norm), norm.eps) if wide else _scale_and_shift(norm, settings)
+    if affine is None:
+        return ops.add_layer_norm(applied(layer, x, settings), residual, *scale, wide=wide, **rest)
+    return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, **rest)
+
+
+def _summed(x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest: Any) -> Tensor:
+    """`residual + row_scale · gamma · dropout(layer(x))`."""
+    affine = _affine(layer, settings)
+    if affine is not None:
+        return ops.linear_residual(x, *affine, residual, **rest)
+    out = _dropped(applied(layer, x, settings), rest.get("dropout_p", 0.0))
+    rows, gamma = rest.get("row_scale"), rest.get("gamma")
+    out = out if gamma is None else out * gamma
+    return residual + (out if rows is None else out * rows.view(-1, *[1] * (out.ndim - 1)))
 
 
 def _added(x: Tensor, branch: Tensor, parts: Parts, number: int) -> Tensor:
@@ -256,5 +266,6 @@ def _zeros(like: Tensor, count: int) -> Tensor:
     return derived(f"zeros {count}", (like,), lambda: like.new_zeros(count))
 
 
-def _affine(layer: Any, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    return settings.affine(layer.weight, layer.bias)
+def _affine(layer: Any, settings: Settings) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer; None where the product has to come first, as of adapters in training."""
+    return None if pack_of((layer,)) is not None else settings.affine_of(layer)

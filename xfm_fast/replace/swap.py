@@ -99,8 +99,8 @@ class Settings:
         if packed is not None:
             biases = [layer.bias for layer in layers]
             bias = biases[0] if len(layers) == 1 else _joined(biases, packed.sizes)
-            made = packed.linear(self.operand(x), bias)
-            return (made,) if len(layers) == 1 else made.split(packed.sizes, -1)
+            together = packed.linear(self.operand(x), bias)
+            return (together,) if len(layers) == 1 else together.split(packed.sizes, -1)
         bases = [adapters.base_layer(layer) for layer in layers]
         weights, biases = [base.weight for base in bases], [base.bias for base in bases]
         later: list[list[adapters.Addition]] = []
@@ -221,7 +221,9 @@ class Fused(nn.Module):
         A hook, adapter, quantised layer or parametrization on one of them must go on working, so the original forward
         runs then.
         """
-        return _unchanged(self) or why_not_bypassed(self, type(self).bypassed) is None
+        # A compiler looks once, and not into weak references.
+        seen = not torch.compiler.is_compiling() and _unchanged(self)
+        return seen or why_not_bypassed(self, type(self).bypassed) is None
 
     def declines(self) -> str | None:
         """The reason why calls run the original just now, whatever they ask for; None if they need not."""
@@ -304,7 +306,9 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if nn.Module not in kinds and original_class(part) not in kinds:
             if adapters.Adaptable not in kinds or not adapters.is_adapted(part):
-                return f"{name} is a {type(part).__name__}"
+                own = original_class(part)
+                alike = any(own.__name__ == kind.__name__ for kind in kinds)
+                return f"{name} is a {f'{own.__module__}.' if alike else ''}{own.__name__}"
             reason = adapters.why_not(part)
             if reason is None and any(observed(called) for called in adapters.parts_called(part)):
                 reason = "has hooks inside"
@@ -358,7 +362,7 @@ def _remember(module: Fused) -> bool:
                 break
             parent = part
     parts = [part for _, _, part, _, _ in links.values() if part is not None]
-    if not torch.compiler.is_compiling() and not any(adapters.is_adapted(p) or observed(p) or _hooks(p) for p in parts):
+    if not any(adapters.is_adapted(p) or observed(p) or _hooks(p) for p in parts):
         _seen[module] = list(links.values())
     return True
 

@@ -87,7 +87,12 @@ class WebFetcher:
             if answer.status != 200:
                 redirect = " (redirects are not followed)" if 300 <= answer.status < 400 else ""
                 raise Problem(422, f"URL {shown} was answered with status {answer.status}{redirect}; send the image")
-            return self._content(answer, shown)
+            content = self._content(answer, shown)
+            if connection.late:
+                raise Problem(422, f"URL {shown} took more than {self.seconds:g} s; send the image itself")
+            if answer.length:
+                raise Problem(422, f"URL {shown} broke off; send the image itself")
+            return content
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = " ".join(str(error).split())[:100] or type(error).__name__
             raise Problem(422, f"URL {shown} cannot be fetched ({reason}); send the image itself") from None
@@ -112,8 +117,6 @@ class WebFetcher:
             content += piece
             if len(content) > self.most_bytes:
                 raise Problem(413, f"URL {shown} holds more than {self.most_bytes:,} bytes; shrink the image")
-        if answer.length:
-            raise Problem(422, f"URL {shown} broke off, or took more than {self.seconds:g} s; send the image itself")
         return bytes(content)
 
 
@@ -125,6 +128,7 @@ class _Pinned(http.client.HTTPConnection):
         self.default_port = 443 if secure else 80
         self._address, self._secure = address, secure
         self._opened: socket.socket | None = None
+        self.late = False
 
     def connect(self) -> None:
         self.sock = self._opened = socket.create_connection((self._address, self.port), self.timeout)
@@ -133,6 +137,7 @@ class _Pinned(http.client.HTTPConnection):
 
     def abort(self) -> None:
         """End whatever is being waited for, from another thread."""
+        self.late = True
         # `sock` is none as soon as the head of an answer says that no other will follow.
         if self._opened is not None:
             with suppress(OSError):

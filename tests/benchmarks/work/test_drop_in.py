@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,21 @@ from torch import nn
 
 from tests.cli.runner import invoke
 from xfm_fast.benchmarks.options import DropInOptions
-from xfm_fast.benchmarks.work import drop_in
+from xfm_fast.benchmarks.work import drop_in, public_models
 from xfm_fast.errors import InputError
 
 
-def layer_norms(layers: int) -> drop_in.Subject:
+def layer_norms(layers: int) -> public_models.Subject:
     model = nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(layers)))
     x = torch.randn(3, 5, 16)
-    return drop_in.Subject(model, lambda m: m(x.to(next(m.parameters()).dtype)), 3)
+    return public_models.Subject(model, lambda m: m(x.to(next(m.parameters()).dtype)), 3)
 
 
-def crashing(layers: int) -> drop_in.Subject:
+def crashing(layers: int) -> public_models.Subject:
     raise RuntimeError("somebody else's model")
 
 
-def growing(layers: int) -> drop_in.Subject:
+def growing(layers: int) -> public_models.Subject:
     """Gives another result on every call."""
     work, calls = layer_norms(layers), []
 
@@ -34,11 +35,11 @@ def growing(layers: int) -> drop_in.Subject:
         calls.append(1)
         return work.call(model) + len(calls)
 
-    return drop_in.Subject(work.model, call, 3)
+    return public_models.Subject(work.model, call, 3)
 
 
-def case(key: str, make: Any, package: str = "torch") -> drop_in.PublicModel:
-    return drop_in.PublicModel(key, f"the model {key}", package, "texts", {}, make)
+def case(key: str, make: Any, package: str = "torch") -> public_models.PublicModel:
+    return public_models.PublicModel(key, f"the model {key}", package, "texts", {}, make)
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> None:
         case("absent", layer_norms, "no_such_package"),
         case("bad", crashing),
         case("different", growing),
-        case("unknown", lambda layers: drop_in.Subject(nn.ReLU(), lambda m: m(torch.ones(2)), 1)),
+        case("unknown", lambda layers: public_models.Subject(nn.ReLU(), lambda m: m(torch.ones(2)), 1)),
     )
     monkeypatch.setattr(drop_in, "MODELS", made)
 
@@ -84,7 +85,7 @@ def test_every_row_says_what_became_of_it() -> None:
 
 
 def test_an_interruption_keeps_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(layers: int) -> drop_in.Subject:
+    def interrupted(layers: int) -> public_models.Subject:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(drop_in, "MODELS", (case("good", layer_norms), case("late", interrupted)))
@@ -115,6 +116,10 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     written = invoke(["bench", "report", str(file), "--markdown"]).stdout.splitlines()
     assert len(written) == 3
     assert written[2].startswith("| the model good, texts/s | fp32 | ")
+    gained = invoke(["bench", "report", str(file), "--gains"]).stdout.splitlines()
+    assert gained[0] == "| model | fp32 |"
+    assert re.fullmatch(r"\| the model good \| [\d.]+× \|", gained[2])
+    assert gained[3] == "| the model bad |  |"
     compared = invoke(["bench", "compare", str(file), str(file)])
     assert compared.exit_code == 0, compared.output
     assert "untouched" in compared.stdout
@@ -129,9 +134,22 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("made", drop_in.MODELS, ids=lambda made: made.key)
-def test_the_models_are_equal(made: drop_in.PublicModel) -> None:
+def test_the_models_are_equal(made: public_models.PublicModel) -> None:
     pytest.importorskip(made.package)
     row = drop_in.run(
         DropInOptions(only=(made.key,), quick=True, dtype=("fp32",), threads=torch.get_num_threads())
     ).rows[0]
     assert row.status == "measured"
+
+
+def test_real_sizes_and_names() -> None:
+    """Each of the models is there once, and MiniLM has the width of the real one."""
+    keys = [model.key for model in public_models.MODELS]
+    assert len(keys) == len(set(keys))
+    assert {"minilm", "mpnet", "bge-small", "xlm-r", "distilbert", "cross-encoder", "modernbert", "clip"} < set(keys)
+    assert {"siglip", "dinov2", "swin"} < set(keys)
+    pytest.importorskip("transformers")
+    made = next(model for model in public_models.MODELS if model.key == "minilm").make(1)
+    assert sum(p.numel() for p in made.model.parameters() if p.ndim == 2) == 13_834_752
+    with torch.no_grad():
+        assert made.call(made.model.eval()).shape[1] == 384

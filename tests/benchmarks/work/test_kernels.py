@@ -85,6 +85,25 @@ def test_an_error_of_any_library_costs_its_own_rows_alone() -> None:
         assert (found["Liger", direction].status, found["Liger", direction].reason) == ("absent", "not installed")
 
 
+def test_a_contender_without_gradient_keeps_its_forward_pass() -> None:
+    """As cuDNN's attention, which has no gradient of a bias."""
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+            return SMALL[0].truth(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            raise MadeUpTritonError("no gradient of a bias")
+
+    case = dataclasses.replace(SMALL[0], others={"half": NoGradient.apply}, bounds={})
+    rows = {(row.contender, row.direction): row for row in measure(case, CPU, None)}
+    assert rows["half", "forward"].seconds
+    assert rows["half", "backward"].status == "failed"
+    assert "no gradient of a bias" in str(rows["half", "backward"].reason)
+
+
 def test_rows_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A definition that fails loses its operation; what was measured before and comes after is there."""
 

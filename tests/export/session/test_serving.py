@@ -13,6 +13,8 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
 pytest.importorskip("starlette", reason="the extra 'serve'")
+pytest.importorskip("uvicorn", reason="the extra 'serve'")
+pytest.importorskip("prometheus_client", reason="the extra 'serve'")
 pytest.importorskip("onnxruntime")
 
 from tests.serve.conftest import image, photo, running

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.replace.masks import merged
@@ -36,10 +37,14 @@ def disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
             positions = module.pos_dropout(table)[: 2 * module.pos_ebd_size]
             for kind in kinds:
                 bias = bias + scale * _toward(kind, module, positions, places, q, k, settings)
+        if torch.is_grad_enabled():
+            # A query that sees nothing, as at padding, weighs all keys alike and must get no gradient from them.
+            scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + bias
+            weights = scores.masked_fill(~mask.bool(), torch.finfo(q.dtype).min).softmax(-1)
+            return torch.einsum("bhnm,bmhd->bnhd", F.dropout(weights, dropout_p), v.to(weights.dtype)).flatten(2)
         shape = (*bias.shape[:2], *mask.shape[-2:]) if bias.shape[-1] == 1 else bias.shape
-        return attention(
-            q, k, v, scale, merged(bias.expand(shape), mask.bool(), q.dtype), settings, dropout_p=dropout_p
-        )
+        added = merged(bias.expand(shape), mask.bool(), q.dtype)
+        return attention(q, k, v, scale, added, settings, dropout_p=dropout_p)
 
     return attend
 

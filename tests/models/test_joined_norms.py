@@ -1,4 +1,4 @@
-"""The vision encoder as a GPU runs it: every branch joined with the norm behind it, across blocks."""
+"""Encoders as a GPU runs them: every branch joined with the norm behind it, across the blocks of the vision encoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
+from xfm_fast.kernels import ops
 from xfm_fast.models import vision
+from xfm_fast.models.xfm import XFM
 
 
 @pytest.fixture
@@ -63,4 +65,19 @@ def test_a_block_that_is_watched_runs_as_one_module(
     seen: list[Tensor] = []
     encoder.eval().blocks[1].register_forward_hook(lambda module, given, result: seen.append(result))
     run(encoder)
+    assert len(seen) == 1
+
+
+def test_the_end_of_a_text_layer_is_the_same_in_one_pass() -> None:
+    """And a device that is no CPU takes it."""
+    layer = XFM(XFMConfig.preset("tiny")).double().eval().text_encoder.roberta.encoder[0]
+    x = torch.randn(7, layer.output.dense.out_features, dtype=torch.float64)
+    first = layer.intermediate.dense
+    with torch.no_grad():
+        joined = layer.output(ops.linear_gelu(x, first.weight, first.bias), x)
+        torch.testing.assert_close(layer.feed_forward(x), joined, rtol=0, atol=1e-12)
+    seen: list[Tensor] = []
+    layer = layer.to("meta")
+    layer.output.register_forward_hook(lambda module, given, result: seen.append(result))
+    layer.feed_forward(x.to("meta"))
     assert len(seen) == 1
