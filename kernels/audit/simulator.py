@@ -145,10 +145,16 @@ def simulate(
         iteration=round(fmean(run.turn for run in runs), 1),
         tensor_outside=round(together.tensor_outside, 1),
         tensor_iteration=round(together.tensor_turn, 1),
-        bytes_outside=warps * sum(moved(i, single) for i in (*before, *after)),
+        bytes_outside=warps * (sum(moved(i, single) for i in (*before, *after)) - _ahead(before, body)),
         bytes_iteration=warps * sum(moved(i, single) for i in body),
         stalls=_shares([run.stalls for run in runs]),
     )
+
+
+def _ahead(before: list[Instruction], body: list[Instruction]) -> int:
+    """Bytes that copies before the loop fetch for its first turns; its last turns have nothing to fetch in return."""
+    early, each = (sum(moved(i, frozenset()) for i in part if i.opcode == "LDGSTS") for part in (before, body))
+    return early // each * each if each else 0
 
 
 def _shares(stalls: list[dict[str, float]]) -> dict[str, float]:

@@ -174,6 +174,13 @@ class TestPartition:
         assert next(iter(late.stalls)) == "async copies"
         assert early.bytes_iteration == 4 * 512
 
+    def test_what_is_copied_ahead_of_the_loop_is_not_copied_again_in_it(self) -> None:
+        copy = "LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64]"
+        body = (".L_0:", copy, "@P0 BRA `(.L_0)", "EXIT")
+        ahead, other = turn(code(copy, copy, *body)), turn(code("LDG.E.128 R4, [R2.64]", *body))
+        assert (ahead.bytes_outside, other.bytes_outside) == (0, 4 * 512)
+        assert ahead.bytes_iteration == other.bytes_iteration == 4 * 512
+
     def test_a_barrier_holds_the_warps_of_a_program(self) -> None:
         free = turn(loop(LOAD, "FADD R1, R1, R2"), warps=8)
         held = turn(loop(LOAD, "FADD R1, R1, R2", "BAR.SYNC.DEFER_BLOCKING 0x0"), warps=8)
@@ -319,7 +326,7 @@ class TestLaunches:
 
     @pytest.mark.parametrize(
         ("kernel", "size"),
-        [("relpos_forward", 64), ("varlen_forward", 64), ("varlen_forward_short", 64), ("add_layer_norm_forward", 768),
+        [("varlen_forward", 64), ("varlen_forward_short", 64), ("add_layer_norm_forward", 768),
          ("bias_gelu_forward", 3072)],
     )  # fmt: skip
     def test_they_are_what_the_launchers_do(self, kernel: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
