@@ -410,6 +410,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class _SelfAttention(nn.Module):
     """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, 1, width]` for token 0 alone."""
 
+    form: AttentionForm
+
     def __init__(self, layer: TransformerLayer, form: AttentionForm, *, first_only: bool = False) -> None:
         super().__init__()
         parts = layer.attention.self

@@ -193,7 +193,7 @@ def forward_kernel(
     full = keys // BLOCK_N * BLOCK_N
     # The stages are named here because the compiler prefetches what is no operand of a product, such as the bias, only
     # when asked.
-    for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):
+    for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         acc_a, acc_b, row_max, row_sum = forward_step(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias_base, clamped, stride_bm, mask_base + first, columns, BLOCK_N,
@@ -334,7 +334,7 @@ def dkdv_kernel(
     dv_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
     rows = tl.arange(0, BLOCK_M)
     full = queries // BLOCK_M * BLOCK_M
-    for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):
+    for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         dk_a, dk_b, dv_a, dv_b = dkdv_step(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             lse_base + first, delta_base + first, bias_base, clamped, stride_bn, rows, BLOCK_M,
@@ -438,7 +438,7 @@ def dq_kernel(
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
     full = keys // BLOCK_N * BLOCK_N
-    for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):
+    for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         dq_a, dq_b = dq_step(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
             bias_base, clamped, stride_bm, dbias_base + (dbias_rows + columns[None, :]),
@@ -493,7 +493,7 @@ def dbias_kernel(
     bias = load_bias(bias_base, clamped_rows, stride_bm, columns, keys - start_n, True)
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for entry in tl.range(part * share, tl.minimum(part * share + share, sharing), num_stages=STAGES):
+    for entry in tl.range(part * share, tl.minimum(part * share + share, sharing), num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         b = g + tl.cast(entry, tl.int64) * period
         q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8) + tl.cast(start_m, tl.int64) * stride_qn
         g_base = dout_ptr + b * stride_gb + h * tl.multiple_of(stride_gh, 8) + tl.cast(start_m, tl.int64) * stride_gn

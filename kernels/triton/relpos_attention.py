@@ -80,7 +80,7 @@ def forward_kernel(
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     full = tokens // BLOCK_N * BLOCK_N
-    for _ in tl.range(0, full, BLOCK_N, num_stages=STAGES):
+    for _ in tl.range(0, full, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), columns, columns,
@@ -148,7 +148,7 @@ def dkdv_kernel(
     # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
     MASKED: tl.constexpr = TAIL == BLOCK_M
     full = (tl.cdiv(tokens, BLOCK_M) if MASKED else tokens // BLOCK_M) * BLOCK_M
-    for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):
+    for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         dk_a, dk_b, dv_a, dv_b = dkdv_tile(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             row_lse + first, delta + first, bias_keys + (first + rows)[None, :], rows < tokens - first,

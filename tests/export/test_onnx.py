@@ -270,12 +270,13 @@ def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionF
     # Of a layer: queries, keys and values at once, the output, and two of the MLP; fusion has those of the
     # cross-attention besides, less the memory's. The heads: a feature, two of the match, two of the boxes. Token 0 of
     # the last layer of fusion has its query by itself.
-    for name, products, attentions, gathers in (
+    counts: tuple[tuple[GraphName, int, int, int], ...] = (
         ("vision", 4 * layers + 1, layers, 1),
         ("text", 4 * layers + 1, layers, 3),
         ("image_memory", 1, 0, 0),
         ("fusion", 6 * layers + 4 + 1, 2 * layers, 2 * layers),
-    ):
+    )
+    for name, products, attentions, gathers in counts:
         path = tmp_path / f"{name}.onnx"
         write_onnx(build(name, model, form), path, spelling, "fp32")
         graph = onnx.load(path).graph

@@ -75,8 +75,9 @@ class Recorder:
             if hasattr(module, "first_stage_programs"):
                 module.first_stage_programs = lambda steps, device: max(1, min(steps, _PROGRAMS))  # type: ignore[attr-defined]
         recorder = self
-        JITFunction.run = lambda kernel, *given, **named: recorder.record(kernel, given, named)
-        JITFunction._do_compile = self._counting(JITFunction._do_compile)  # type: ignore[method-assign]
+        changed: Any = JITFunction
+        changed.run = lambda kernel, *given, **named: recorder.record(kernel, given, named)
+        changed._do_compile = self._counting(JITFunction._do_compile)
 
     def _counting(self, compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
         def counted(kernel: Any, key: str, *rest: Any) -> Any:

@@ -34,6 +34,9 @@ class Case(NamedTuple):
     dropout_p: float = 0.0
 
 
+Shape = tuple[int, int, int, int, int, int]
+
+
 def case(
     batch: int,
     entries: int,
@@ -112,7 +115,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "masked", "dtype"), CASES, ids=str)
-def test_forward_and_backward(shape: tuple[int, ...], masked: bool, dtype: torch.dtype) -> None:
+def test_forward_and_backward(shape: Shape, masked: bool, dtype: torch.dtype) -> None:
     check(case(*shape, dtype, masked=masked, dlse=masked))
 
 
@@ -131,7 +134,7 @@ def test_every_head_dimension(head_dim: int) -> None:
     [(2, 1, 197, 197, 2, 64), (8, 4, 49, 49, 2, 32), (2, 2, 130, 577, 1, 128), (2, 1, 65, 129, 1, 256)],
     ids=str,
 )
-def test_large_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_large_shapes(shape: Shape, dtype: torch.dtype) -> None:
     check(case(*shape, dtype, masked=True))
 
 
@@ -214,7 +217,8 @@ def test_same_bits_every_time(entries: int) -> None:
 def test_the_gradient_of_the_bias_is_left_out_where_it_is_not_wanted() -> None:
     c = case(2, 1, 6, 9, 1, 16, torch.float32)
     expected = run(c)
-    found = bias_attention.bias_attention_backward(c.dout, None, *c[:4], *expected[:2], SCALE, bias_gradient=False)
+    given: list[Any] = [c.dout, None, *c[:4], *expected[:2], SCALE]
+    found = bias_attention.bias_attention_backward(*given, bias_gradient=False)
     assert found[3].shape == (0,)
     assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[2:5], strict=True))
 
@@ -232,7 +236,9 @@ def test_dropout(entries: int, tiles: tuple[int, int], monkeypatch: pytest.Monke
     assert not any(torch.equal(a, b) for i, a in enumerate(parts) for b in parts[:i])
     config = LaunchConfig(dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True)))
     monkeypatch.setattr(bias_attention, "bias_config", lambda *_: config)
-    assert torch.equal(kept, kept_of(c))
+    again = kept_of(c)
+    assert again is not None
+    assert torch.equal(kept, again)
     check(c)
 
 
@@ -254,7 +260,7 @@ def test_heads_of_any_width_run_padded() -> None:
 
 def test_unsupported_arguments_are_refused() -> None:
     c = case(2, 1, 6, 9, 2, 16, torch.float16)
-    forward = bias_attention.bias_attention_forward
+    forward: Any = bias_attention.bias_attention_forward
     with pytest.raises(InputError, match="scale"):
         forward(*c[:4], -1.0)
     with pytest.raises(InputError, match="compute in"):

@@ -129,7 +129,8 @@ def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]])
 def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
     """As T5 calls it: the bias of position apart, and padding `[B, N]` or numbers."""
     q, k, v = torch.randn(3, 2, 3, 5, 8).unbind(0)
-    bias, module = torch.randn(1, 3, 5, 5), nn.Module()
+    bias = torch.randn(1, 3, 5, 5)
+    module: Any = nn.Module()
     module.is_causal = False
     keep = torch.tensor([[True] * 5, [True, True, False, True, False]])
     numbers = torch.zeros(2, 1, 1, 5).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)

@@ -239,7 +239,7 @@ def test_weights_that_are_no_plain_numbers() -> None:
 
 @pytest.mark.skipif(TRANSFORMERS < 5, reason="rows of families name the parts as transformers 5 does")
 def test_families_of_names(blocked: bool) -> None:
-    sizes = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 63}
+    sizes: dict[str, Any] = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 63}
     made, given = make("DistilBertModel", torch.float32, **sizes).eval(), batch()
     before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
     report = accelerate(made, unpad=True, freeze=True)

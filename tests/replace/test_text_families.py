@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import warnings
 from functools import partial
@@ -317,7 +318,7 @@ def test_a_family_of_ones_own_is_a_row() -> None:
     assert len(accelerate(fast).replaced) == 2
     torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-12)
     with pytest.raises(InputError, match=r"a layer's class or 'package\.Class'"):
-        register(Family(**{name: getattr(row, name) for name in row.__dataclass_fields__} | {"layer": "Block"}))
+        register(dataclasses.replace(row, layer="Block"))
 
 
 def test_padding_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_single_precision(kind: str) -> None:
     assert_close(outcome(model, batch), outcome(fast, batch), 1e-5)
 
 
-DROPOUTS = {
+DROPOUTS: dict[str, dict[str, Any]] = {
     "DINOv2": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
     "SigLIP's images": {"attention_dropout": 0.3},
     "ViT-MAE": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},

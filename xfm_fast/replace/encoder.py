@@ -182,8 +182,9 @@ class UnpaddedEncoder(CalledByName):
         else:
             run = partial(_run_family_layer, layer, attend, rotary)
         # transformers 5 keeps activations out of memory layer by layer.
-        checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-        return layer._gradient_checkpointing_func(run, x) if checkpointed else run(x)
+        whole: Any = layer
+        checkpointed = getattr(whole, "gradient_checkpointing", False) and whole.training and torch.is_grad_enabled()
+        return whole._gradient_checkpointing_func(run, x) if checkpointed else run(x)
 
     def _positions(self, call: dict[str, Any], packing: Packing) -> Tensor:
         """Positions of the packed tokens."""
@@ -202,7 +203,9 @@ class UnpaddedEncoder(CalledByName):
     def _embedded(self, call: dict[str, Any], packing: Packing, positions: Tensor) -> Tensor:
         """Embeddings of the packed tokens `[T, width]`: to the module they are one long text."""
         row = self.encoder_row
-        inputs = {name: packing.pack(call[name])[None] for name in row.takes if call.get(name) is not None}
+        inputs: dict[str, Any] = {
+            name: packing.pack(call[name])[None] for name in row.takes if call.get(name) is not None
+        }
         embeddings: Any = find(self, row.embeddings)
         if "position_ids" in row.takes:
             inputs["position_ids"] = positions[None]

@@ -56,7 +56,7 @@ class FrozenLinear(Fused):
         destination[f"{prefix}weight"] = weight if len(place_of(self)[0].sizes) == 1 else weight.clone()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> NoReturn:
         raise InputError(
             f"{prefix}weight is frozen for inference and takes no other values; call report.revert(), load, and "
             "accelerate again"

@@ -212,7 +212,7 @@ class WindowBlock(_TimmBlock):
         windowed, attend = within(
             parts,
             windows_of(size, window, shift, x, fill_first=False),
-            lambda: kept_bias(name, source, sources(), make, mask),  # pyright: ignore[reportArgumentType]
+            lambda: kept_bias(name, source, sources(), make, mask),
         )
         with branch_types(self.settings, x.device) as settings:
             order = norm_behind if second else pre_norm

@@ -143,7 +143,9 @@ class WindowLayer(FamilyLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        x, size, module = call["hidden_states"], call["input_dimensions"], self
+        x, size = call["hidden_states"], call["input_dimensions"]
+        # Attributes that `nn.Module` does not declare.
+        module: Any = self
         known = ("hidden_states", "input_dimensions", "always_partition")
         implementation = getattr(getattr(module.attention, "config", None), "_attn_implementation", None)
         if asks_beyond(call, known) or x.numel() == 0 or not self._plain(implementation) or not self.intact():
