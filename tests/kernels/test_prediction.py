@@ -477,6 +477,7 @@ from pathlib import Path
 from xfm_fast.kernels.audit import audit, cards, shipped_kernels
 from xfm_fast.kernels.audit.compiling import Task, compile_all
 from xfm_fast.kernels.audit.fit import Measured, fit
+from xfm_fast.kernels.audit.launches import model_launch
 from xfm_fast.kernels.audit.what_if import what_if
 
 folder, specs = Path(sys.argv[1]), shipped_kernels()
@@ -485,12 +486,13 @@ attention = replace(wanted["varlen_forward"], variants=({"head_dim": 64},))
 rows = audit([attention, wanted["ordered_sum"]], (90,), ("bf16",), cache_dir=folder, jobs=2)
 sums = [row for row in rows if row.kernel == "ordered_sum"]
 # A card whose memory answers later than the file says.
-grids = {(768, 2): 24, (3072, 1): 48}
-seen = [
-    Measured("ordered_sum_kernel", grids[row.variant["width"], row.variant["outputs"]], 128, 90,
-             1.5e-6 * row.prediction.microseconds, 0)
-    for row in sums
-]
+spec = wanted["ordered_sum"]
+seen = []
+for row in sums:
+    config = spec.config(row.variant, "bf16", 90)
+    programs = model_launch("ordered_sum", row.variant, config, 90).programs
+    slower = 1.5e-6 * row.prediction.microseconds
+    seen.append(Measured("ordered_sum_kernel", programs, 32 * config.num_warps, 90, slower, 0))
 found = fit([*seen, Measured("other", 1, 32, 90, 1.0, 0)], specs, cards.card, source="test", cache_dir=folder)
 tried = what_if(["kernel=ordered_sum", "width=768", "BLOCK_COLUMNS=64,32"], specs, (90,), cache_dir=folder)
 config = attention.config({"head_dim": 64}, "bf16", 90)
