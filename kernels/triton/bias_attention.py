@@ -281,7 +281,7 @@ def dkdv_step(
     if THRESHOLD > 0:
         keep = dropout_keep(seed, head, queries[None, :], keys[:, None], THRESHOLD)
     if DV:
-        kept = tl.where(keep, weights * rescale, 0.0) if THRESHOLD > 0 else weights
+        kept = tl.where(keep, weights * rescale, 0.0) if THRESHOLD > 0 else weights  # pyright: ignore[reportPossiblyUnboundVariable]
         kept = kept.to(q_a.dtype)
         dv_a = add_product(dv_a, kept, g_a, PRECISION, APART)
         if D_B > 0:
@@ -289,7 +289,7 @@ def dkdv_step(
     if DK:
         dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
         if THRESHOLD > 0:
-            dweights = tl.where(keep, dweights * rescale, 0.0)
+            dweights = tl.where(keep, dweights * rescale, 0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
         dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
         dk_a = add_product(dk_a, dscores, q_a, PRECISION, APART)
         if D_B > 0:
