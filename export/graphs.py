@@ -392,7 +392,7 @@ def _with_feature(embeds: Tensor, projection: nn.Linear | None) -> tuple[Tensor,
     if projection is None:
         return (embeds,)
     # PyTorch's own 1e-12 is zero in half precision, and a feature of zeros would be divided by it.
-    eps = 1e-12 if embeds.dtype.itemsize > 2 else 1e-6
+    eps = 1e-12 if embeds.dtype.itemsize > 2 else 2.0**-20
     return embeds, F.normalize(projection(embeds[:, 0]), dim=-1, eps=eps)
 
 

@@ -44,10 +44,11 @@ class OpenVinoModels:
             )
         version = openvino.__version__
         known = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
-        if manifest.attention != "primitives" and known < _FIRST_WITH_ATTENTION:
+        newer = known >= _FIRST_WITH_ATTENTION
+        if manifest.attention == "function" or (manifest.attention == "opset23" and not newer):
             raise ExportError(
                 f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
-                f"it with --for openvino, or pip install 'openvino>={'.'.join(map(str, _FIRST_WITH_ATTENTION))}'"
+                "it with --for openvino"
             )
         if precision is not None and precision not in _HINTS:
             raise UnavailableError(f"precision {precision!r} is unknown; choose from {', '.join(_HINTS)}")

@@ -415,13 +415,20 @@ def test_openvino_gives_what_the_model_gives(
     session = Session.load(tmp_path)
     assert session.description.endswith("CPU, fp32")
     _same_retrieval(small_model, session)
+    with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO .* does not read"):
+        Session.load(exported_fp32, "openvino")
     openvino = pytest.importorskip("openvino")
+    export_onnx(small_model, tmp_path / "attention", consumer="tensorrt-rtx", dtype="fp16", graphs=("vision",))
     version = [int(part) for part in openvino.__version__.split("-")[0].split(".")[:2]]
     if version >= [2026, 4]:
-        _same_retrieval(small_model, Session.load(exported_fp32, "openvino"))
+        found = Session.load(tmp_path / "attention", "openvino").encode_image(_pixels(small_model, 2).half())
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                found.float(), small_model.encode_image(_pixels(small_model, 2)), atol=2e-2, rtol=0
+            )
     monkeypatch.setattr(openvino, "__version__", "2026.3.1-20000-abcdef")
-    with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO 2026\.3.* does not read"):
-        Session.load(exported_fp32, "openvino")
+    with pytest.raises(ExportError, match=r"spells attention as opset23, which OpenVINO 2026\.3.* does not read"):
+        Session.load(tmp_path / "attention", "openvino")
     with pytest.raises(UnavailableError, match="precision 'fp8' is unknown; choose from fp32, bf16"):
         Session(tmp_path, precision="fp8")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnavailableError, match="OpenVINO is used on the CPU here, not on cuda"):
