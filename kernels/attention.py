@@ -17,7 +17,7 @@ from .cpu import attention, varlen
 from .cpu.attention import biased_attention, tiled_attention_backward
 from .cpu.workspace import Dropout
 from .derived import derived
-from .library import like, operator
+from .library import autocast_dtype, like, operator
 from .limits import HEAD_DIMS
 
 _PACKED = (
@@ -70,9 +70,7 @@ def relpos_attention(
     elif key_mask is not None or chosen == "reference" or (chosen == "triton" and q.shape[-1] not in HEAD_DIMS):
         return _composed(q, k, v, table, window, scale, key_mask)
     # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
-    dtype = q.dtype
-    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = q.dtype if q.dtype == torch.float64 else autocast_dtype(q.device) or q.dtype
     if bias is None and chosen == "triton":
         # Outside the operator, so that a graph contains what fills it.
         bias = _made_bias(table, window, scale, dtype, chosen)

@@ -18,7 +18,7 @@ from . import checks, host, reference
 from .backend import Backend, named, resolve
 from .cpu.attention import Hiding, biased_attention, tiled_attention, tiled_attention_backward
 from .cpu.workspace import Dropout
-from .library import operator
+from .library import autocast_dtype, operator
 from .limits import BIAS_HEAD_DIMS, HIDDEN
 
 _OPTIONS = "Tensor? key_mask, float dropout_p, Tensor? seed, float scale, bool return_lse, str backend"
@@ -93,8 +93,7 @@ def bias_attention(
     Raises:
         ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     checks.bias_arguments(q, k, v, bias, key_mask, dropout_p, seed)
     scale = checks.scale_of(q, scale)

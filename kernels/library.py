@@ -54,6 +54,13 @@ def operator(
     return registered
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type of autocast on a device where operators are registered for it; None where it is off."""
+    if device.type not in _AUTOCAST or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation, run with the device of its first argument on a GPU as the current one."""
 

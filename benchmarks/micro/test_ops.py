@@ -68,6 +68,10 @@ def _made(name: str, scale: str, device: torch.device, dtype: torch.dtype) -> Op
             table = draw((2 * size.window - 1) ** 2 + 3, HEADS)
             given = (draw(*shape), draw(*shape), draw(*shape), table)
             return Operation(lambda *given: ops.relpos_attention(*given, window), given)
+        case "bias_attention":
+            shape = (size.images, size.window**2 + 1, HEADS, HEAD_DIM)
+            given = (*(draw(*shape) for _ in range(3)), draw(1, HEADS, shape[1], shape[1]))
+            return Operation(ops.bias_attention, given)
         case "varlen_attention":
             ends = torch.arange(size.texts + 1, dtype=torch.int32, device=device) * TEXT_LENGTH
             given = tuple(draw(tokens, HEADS, HEAD_DIM) for _ in range(3))
@@ -103,8 +107,9 @@ def _made(name: str, scale: str, device: torch.device, dtype: torch.dtype) -> Op
 
 
 OPERATIONS = (
-    "add_layer_norm", "embed_layer_norm", "layer_norm", "linear", "linear_add_layer_norm", "linear_cross_entropy",
-    "linear_gelu", "linear_residual", "mlp_residual", "relpos_attention", "token_log_likelihood", "varlen_attention",
+    "add_layer_norm", "bias_attention", "embed_layer_norm", "layer_norm", "linear", "linear_add_layer_norm",
+    "linear_cross_entropy", "linear_gelu", "linear_residual", "mlp_residual", "relpos_attention",
+    "token_log_likelihood", "varlen_attention",
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def test_full_disk_prints_the_table_and_leaves_nothing(photos: Path, tmp_path: P
     [
         (["bench", "--preset", "huge"], 'Choose from: "base", "tiny"'),
         ([*TINY, "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
-        ([*TINY, "--data", "absent"], "not a folder"),
+        ([*TINY, "--data", "absent"], "does not exist"),
         ([*TINY, "--checkpoint", "absent.pth"], "does not exist"),
         ([*TINY, "--tokenizer", "absent"], "holds no tokenizer"),
         (["convert", "absent.th", "out"], "does not exist"),

@@ -87,11 +87,16 @@ def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XF
     torch.testing.assert_close(session.image_memory(embeds).tensor, expected, rtol=0, atol=1e-5)
 
 
-def test_weights_are_joined_once(memory_package: Path) -> None:
-    """Of 24 projections one is made when the package is loaded: the compiler marks what it computes then."""
+def test_weights_are_joined_once(memory_package: Path, small_model: XFM) -> None:
+    """Of all projections one is made before the graph is compiled: a call has one product, and joins nothing."""
     with zipfile.ZipFile(memory_package / "image_memory.pt2") as package:
         (source,) = [name for name in package.namelist() if name.endswith(".wrapper.cpp")]
-        assert "from_folded = true" in package.read(source).decode()
+        code = package.read(source).decode()
+    assert "from_folded = true" not in code
+    (graph,) = build_graphs(small_model, aoti._SPELLING, ("image_memory",)).values()
+    called = [node.target for node in traced(graph, "fp32", "cpu", {}).graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.xfm_fast.linear.default) == 1
+    assert torch.ops.aten.cat.default not in called
 
 
 def test_linear_layers_stay_operators(small_model: XFM) -> None:

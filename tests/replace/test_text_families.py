@@ -160,7 +160,7 @@ def test_dropout_of_attention_weights_alone(kind: str) -> None:
     assert not torch.allclose(first[0], second[0])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("MPNet", "ALBERT")])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("MPNet", "ALBERT", "LayoutLMv3")])
 def test_gradient_checkpointing(kind: str) -> None:
     model, fast = with_fused_copy(made(kind), unpad=kind in UNPADDED)
     with warnings.catch_warnings():

@@ -52,7 +52,7 @@ class AuditOptions(KernelOptions):
         also: With --accept, of another Triton than made the accepted figures: record beside them what is worse with it.
         what_if: Predict one kernel with other tiles instead: kernel=relpos_forward BLOCK_M=64,128 num_warps=8
             (architecture 90 unless --arch says otherwise).
-        fit: Fit the model's constants to what `ncu --csv` measured, and keep them with the kernels.
+        fit: Fit the model's constants to measurements (CSV of ncu), and keep them with the kernels.
         cache: Folder of cached figures. [~/.cache/xfm-fast/audit]
         ratchet: File of accepted figures. [kernels/audit_ratchet.json]
     """

@@ -157,6 +157,8 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", trt.plugin)
     monkeypatch.setattr(plugins, "_registered", {})
+    # The stand-in does not mind what NumPy is installed.
+    monkeypatch.setattr(plugins, "_OLD_NUMPY", (0, 0))
     return trt.plugin
 
 
@@ -228,9 +230,14 @@ def test_plugins_are_registered_once_for_one_architecture(tensorrt: Any) -> None
 
 
 def test_libraries_without_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt("10.8.0"))
-    with pytest.raises(UnavailableError, match=r"tensorrt>=10\.9"):
+    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt("11.1.0"))
+    monkeypatch.setattr(plugins.metadata, "version", lambda name: "2.4.1")
+    with pytest.raises(
+        UnavailableError, match=r"TensorRT 11\.1\.0 do not work with NumPy 2\.4\.1; pip install 'numpy<2\.4'"
+    ):
         plugins.check_plugins(load_library("tensorrt"))
+    monkeypatch.setattr(plugins.metadata, "version", lambda name: "2.3.5")
+    plugins.check_plugins(load_library("tensorrt"))
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(UnavailableError, match="leave out --plugins"):
         plugins.check_plugins(load_library("tensorrt-rtx"))
