@@ -258,7 +258,9 @@ def test_profiles() -> None:
     assert forms == {*get_args(AttentionForm)}
 
 
-@pytest.mark.parametrize("form", get_args(AttentionForm))
+@pytest.mark.parametrize(
+    "form", ["opset23", *(pytest.param(form, marks=pytest.mark.slow) for form in ("function", "primitives"))]
+)
 def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionForm, tmp_path: Path) -> None:
     """As wide as the base model, where exporters no longer fold constants, and two layers deep, which is quick."""
     layers = 2
