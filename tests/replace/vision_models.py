@@ -21,7 +21,7 @@ def randomised(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modul
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = 0.3 if parameter.ndim == 1 or "table" in name else parameter.shape[-1] ** -0.5
+            spread = 0.3 if parameter.ndim <= 1 or "table" in name else parameter.shape[-1] ** -0.5
             centre = 1.0 if parameter.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
             parameter.normal_(centre, spread, generator=generator)
     return model.to(dtype).eval()
