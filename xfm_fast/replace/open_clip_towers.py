@@ -74,7 +74,8 @@ class OpenClipBlock(PreNormBlock, CalledByName):
             gammas=(getattr(block.ls_1, "gamma", None), getattr(block.ls_2, "gamma", None)),
             attention_p=attn.dropout if attn.training else 0.0,
         )
-        return self.compute(parts, x, mask)
+        # Behind the last block a tower multiplies by a bare parameter, which has the type that it is stored in.
+        return self.compute(parts, x, mask).to(x.dtype)
 
 
 def _added(mask: Any) -> bool:
