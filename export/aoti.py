@@ -39,7 +39,7 @@ _EXTENSIONS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse", "vaes", "vpclm
 _COPIES = 3
 # Attention is decomposed by PyTorch here and not by the graphs.
 _SPELLING = Profile("primitives", 0)
-# What depends on weights alone (the joined projections of the image memory, position biases from their tables) is
+# What depends on weights alone (such as the joined bias of queries, keys and values in vision) is
 # computed when a package is loaded, and not at every call.
 _COMPILER = {"aot_inductor.use_runtime_constant_folding": True}
 

@@ -97,6 +97,11 @@ def export_engines(
     elif wanted.plugins:
         rewrite = with_plugins(library, targets[0], profiles)
     graphs = OnnxRequest(wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, consumer, wanted.opset)
+
+    def compare(content: Manifest, where: Path = folder) -> None:
+        if examples is not None:
+            compare_with_model(content, where, model, examples)
+
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if wanted.keep_onnx else Path(scratch)
         exported = export_onnx(model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256)
@@ -104,27 +109,17 @@ def export_engines(
             exported.options["arithmetic"] = wanted.quantize
         # No CPU runs a plugin, and it has the function of the nodes that it stands for.
         if wanted.plugins:
-            _compare_graphs(exported, onnx, model, examples)
+            compare(exported, onnx)
         if rewrite is not None:
             for record in exported.graphs:
                 rewrite(record, onnx / record.file)
             exported.files = record_files(onnx, [record.name for record in exported.files])
         if not wanted.plugins:
-            _compare_graphs(exported, onnx, model, examples)
+            compare(exported, onnx)
         exported.save(onnx)
-
-        def compare(content: Manifest) -> None:
-            if examples is not None:
-                compare_with_model(content, folder, model, examples)
-
         return build_engines(
             exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
         )
-
-
-def _compare_graphs(exported: Manifest, onnx: Path, model: XFM, examples: Examples | None) -> None:
-    if examples is not None:
-        compare_with_model(exported, onnx, model, examples)
 
 
 def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Library, tuple[int, ...], Profile]:
