@@ -227,6 +227,11 @@ def test_a_journal_of_other_work_is_refused(small: tuple[XFM, Tensor, Tensor, Te
     rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
     with pytest.raises(DataError, match=r"other work.*delete it"):
         rerank(images, texts, mask, model=model, k=3, resume=tmp_path)
+    # Of one patch of one image: the features, which are of token 0, do not see it.
+    images = images.clone()
+    images[-1, -1, 0] += 1e-3
+    with pytest.raises(DataError, match="other work"):
+        rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
 
 
 def test_damaged_scores_are_computed_again(tmp_path) -> None:
