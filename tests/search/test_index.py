@@ -177,6 +177,9 @@ def test_another_model_is_refused(photos: Path, model: SearchModel, tmp_path: Pa
         (lambda said: said | {"format": 1}, "has format 1, and this version reads 2; delete it"),
         (lambda said: said | {"images": 5}, "is damaged .*entries for 5 images"),
         (lambda said: {"format": 2}, "is damaged"),
+        (lambda said: said | {"entries": "/dev/zero"}, "'/dev/zero' is no file of this folder"),
+        (lambda said: said | {"features": "../images"}, "is no file of this folder"),
+        (lambda said: said | {"entries": [1]}, "is damaged"),
         (lambda said: [], "is damaged"),
     ],
 )
@@ -203,7 +206,7 @@ def test_an_index_that_is_swapped_meanwhile_is_read_again(
     write_picture(photos / "7.png", 7)
     loads, swapped = json.loads, False
 
-    def late(text: str) -> Any:
+    def late(text: str | bytes) -> Any:
         nonlocal swapped
         said = loads(text)
         if "features" in said and not swapped:

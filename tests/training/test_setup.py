@@ -86,19 +86,23 @@ def test_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "init", "message"),
+    ("rows", "weights", "message"),
     [
-        ([{"text": "a red circle above a blue square"}] * 8, {"checkpoint": "nowhere.th"}, "nowhere.th does not exist"),
-        ([{"text": "a red circle"}, {"text": 3}, {"words": "?"}, {"text": None}] * 4, {}, "bad_share"),
+        ([{"desc": "a red circle above a blue square"}] * 8, "damaged.th", "damaged.th is an unknown kind of file"),
+        ([{"desc": "a red circle"}, {"desc": 3}, {"words": "?"}, {"desc": None}] * 4, None, "bad_share"),
     ],
     ids=["no weights", "broken rows"],
 )
-def test_a_refused_start_leaves_no_file(tmp_path: Path, rows: list[Any], init: dict[str, Any], message: str) -> None:
+def test_a_refused_start_leaves_no_file(tmp_path: Path, rows: list[Any], weights: str | None, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "mine.txt").touch()
     stream = {"kind": "text", "paths": str(tmp_path / "rows.jsonl"), "batch_size": 4, "max_tokens": 20}
+    init = {}
+    if weights is not None:
+        (tmp_path / weights).write_bytes(bytes(range(64)))
+        init = {"checkpoint": str(tmp_path / weights)}
     recipe = small_recipe(folder, streams={"text": stream}, updates=[["text"]], tokenizer="train", init=init)
     with pytest.raises(XFMError, match=message):
         train(recipe)
