@@ -264,6 +264,7 @@ def train(
             if on_step is not None and (told := on_step(step, model, average)):
                 log.write(step, told)
             if step % recipe.checkpoint.every == 0 or step == recipe.steps or interrupted:
+                log.sync()
                 checkpoints.save(
                     progress,
                     recipe.model_dump(mode="json"),
