@@ -430,9 +430,8 @@ def change_world(folder: Path, sizes: tuple[int, ...] = (1, 2, 4, 1)) -> int:
     steps = 3 * len(sizes)
     for number, size in enumerate(sizes):
         last = number == len(sizes) - 1
-        recipe = small_recipe(
-            folder, steps=steps, checkpoint={"folder": str(folder), "every": 2, "keep": 2}, parallel="ddp" if number % 2 else "fsdp",
-        )  # fmt: skip
+        checkpoint = {"folder": str(folder), "every": 2, "keep": 2}
+        recipe = small_recipe(folder, steps=steps, checkpoint=checkpoint, parallel=("fsdp", "ddp")[number % 2])
         options = {} if last else {"kill_at": 3 * (number + 1)}
         codes = in_processes(process_of_a_run, size, folder / f"meet-{number}", recipe, options)
         assert codes == [0 if last else -9] * size, f"{size} processes after {sizes[:number]} ended with {codes}"
@@ -450,9 +449,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory(
-        prefix="xfm-soak-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    ) as place:
+    with tempfile.TemporaryDirectory(prefix="xfm-soak-", dir=SHARED_MEMORY) as place:
         bench = Bench(Path(place))
         for line in soak(bench, runs=options.runs, every=options.every, random_numbers=random.Random(options.seed)):
             print(line, flush=True)
