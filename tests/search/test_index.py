@@ -135,6 +135,15 @@ def test_a_killed_run_goes_on(
     assert not [*index_folder(photos).glob("part-*")]
 
 
+def test_what_a_run_that_was_killed_at_its_end_left_is_removed(photos: Path, model: SearchModel) -> None:
+    build_index(photos, model)
+    whole = sorted(path.name for path in index_folder(photos).iterdir())
+    for name in ("part-0-abc.jsonl", "part-0-abc.f32", "features-old.f32", "images-old.jsonl"):
+        (index_folder(photos) / name).write_text("")
+    build_index(photos, model)
+    assert sorted(path.name for path in index_folder(photos).iterdir()) == whole
+
+
 def test_a_stopped_run_goes_on(photos: Path, model: SearchModel, read: list[str]) -> None:
     stop = Event()
     stop.set()

@@ -421,6 +421,8 @@ def _assemble(
     with_graph = wants_graph(graph, len(kept))
     same = old is not None and (kept, broken, reasons) == (old.entries, old.broken, old.faults)
     if same and not todo and old is not None and with_graph == (old.graph_file is not None):
+        # A run that was killed behind its last rename has left what it was made of.
+        _tidy(folder)
         return report
     name = secrets.token_hex(6)
     files = {"features": f"features-{name}.f32", "entries": f"images-{name}.jsonl"}
@@ -448,13 +450,19 @@ def _assemble(
         writers[folder / files["graph"]] = lambda file: file.write(stored)
     write_files(writers)
     write_bytes({folder / INDEX_FILE: (json.dumps(said, indent=1) + "\n").encode()})
+    _tidy(folder)
+    return report
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the files that the index does not consist of."""
+    said = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
     for path in [
         each for kind in ("part-*", "features-*.f32", "images-*.jsonl", "graph-*") for each in folder.glob(kind)
     ]:
-        if path.name not in files.values():
+        if path.name not in (said["entries"], said["features"], said["graph"]):
             with suppress(OSError):
                 path.unlink()
-    return report
 
 
 @contextmanager
