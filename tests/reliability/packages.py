@@ -71,7 +71,7 @@ def known_faults() -> tuple[list[str], str]:
     command = [sys.executable, "-m", "pip_audit", "--skip-editable", "--progress-spinner=off", "--timeout=10"]
     try:
         done = subprocess.run(
-            [*command, "--timeout=10"], capture_output=True, text=True, timeout=_PATIENCE, check=False
+            [*command, "--format=json"], capture_output=True, text=True, timeout=_PATIENCE, check=False
         )
     except subprocess.TimeoutExpired:
         return [], "nobody answered in time"
