@@ -294,7 +294,7 @@ def _refs() -> bytes:
     return pickle.dumps([{"ref_id": n, "ann_id": n} | reference for n in range(3)], protocol=2)
 
 
-_PAIRS = [{"image": "a.jpg", "caption": ["a cat", "a dog"], "image_id": "1"}, {"image": "b.jpg", "caption": "x"}]
+_PAIRS = [{"image": f"{name}.jpg", "caption": "a cat", "image_id": f"{name}1"} for name in "ab"]
 _ARRAY = json.dumps(_PAIRS).encode()
 _QUESTION = {"image": "a.jpg", "question": "what?", "question_id": 1, "answer": ["yes", "no"], "dataset": "vqa"}
 _QUESTIONS = json.dumps([_QUESTION]).encode()

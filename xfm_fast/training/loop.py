@@ -247,6 +247,8 @@ def train(
             if average is not None:
                 average.update()
             progress.step = step
+            if step == 1:
+                checkpoints.note_kernels(folder, processes)
             interrupted = processes.any(stop.is_set()) and step < recipe.steps
             log.advance(step)
 
@@ -301,6 +303,7 @@ def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list
     """Go on from the newest whole checkpoint; returns messages for the user, and the random state of this process."""
     found = processes.from_first(lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints"))
     if found is None:
+        checkpoints.settle_kernels(Path(recipe.checkpoint.folder), processes)
         return [], None
     notes = [*found.rejected, f"going on from {found.path}"]
     before, world = found.state["recipe"], found.state["world_size"]
