@@ -63,9 +63,11 @@ def _command(arguments: list[str], _: Path) -> None:
         raise _Silent(done.output[-300:])
     if done.exit_code != 2 or not done.stderr.startswith("xfm-fast: ") or "fault of xfm-fast" in done.stderr:
         raise RuntimeError(f"exit code {done.exit_code}: {done.output[-1000:]}")
-    if len(done.stderr.splitlines()) != 1:
+    # A warning may come before it.
+    *before, said = done.stderr.splitlines()
+    if not all(line.startswith("xfm-fast: ") for line in (*before, said)):
         raise RuntimeError(f"not one line: {done.stderr}")
-    raise XFMError(done.stderr)
+    raise XFMError(said)
 
 
 def _commands(group: Any = app, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -325,6 +325,13 @@ def prepare(place: Path) -> None:
     tokenizer.save(material / "pretrained" / "tokenizer.json")
 
 
+def _same(found: Any, expected: Any, what: str) -> None:
+    if found != expected:
+        parts = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        told = "; ".join(f"{str(a)[:400]} instead of {str(b)[:400]}" for a, b in parts if a != b)
+        raise AssertionError(f"{what} has another result: {told}")
+
+
 class Bench:
     """A folder with the material of all works, in which they are done undisturbed and disturbed.
 
@@ -368,13 +375,13 @@ class Bench:
         folder.mkdir()
         codes = self._attempt(name, world_size, folder, fault)
         wanted = {"kill": -9, "power": -9, "full": REFUSED}.get(fault.kind, 0)
-        assert 1 not in codes, f"{name} ended in a traceback by {fault}"
+        # Processes that lose another one may say so in any way.
         assert codes[fault.rank] in (wanted, 0), f"{name} by {fault} ended with {codes}"
         if fault.kind == "power":
             lose(folder, self.place / f"notes-{self._number}", loss)
         again = self._attempt(name, world_size, folder, Fault())
         assert again == [0] * world_size, f"{name} does not go on after {fault} ({loss}): {again}"
-        assert WORKS[name].result(folder) == expected, f"{name} has another result after {fault} ({loss})"
+        _same(WORKS[name].result(folder), expected, f"{name} after {fault} ({loss})")
         shutil.rmtree(folder)
         return "killed" if codes[fault.rank] == -9 else "refused" if codes[fault.rank] == REFUSED else "finished"
 
@@ -384,10 +391,10 @@ class Bench:
         folder = self.place / f"work-{self._number}"
         folder.mkdir()
         codes = self._attempt(name, world_size, folder, Fault(), after)
-        assert set(codes) <= {0, -9}, f"{name} ended with {codes}"
+        assert codes == [0] * world_size or -9 in codes, f"{name} ended with {codes}"
         again = self._attempt(name, world_size, folder, Fault())
         assert again == [0] * world_size, f"{name} does not go on after a kill at {after:.2f} s: {again}"
-        assert WORKS[name].result(folder) == expected, f"{name} has another result after a kill at {after:.2f} s"
+        _same(WORKS[name].result(folder), expected, f"{name} after a kill at {after:.2f} s")
         shutil.rmtree(folder)
         return "killed" if -9 in codes else "finished"
 
