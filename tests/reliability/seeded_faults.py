@@ -69,6 +69,17 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
     "kernels/triton/rows.py": ("tests/kernels/test_triton_norm.py", "tests/kernels/test_triton_gelu.py"),
     "kernels/triton/varlen_attention.py": ("tests/kernels/test_triton_varlen.py",),
 }
+# Of these tests, that which is likeliest to see a fault of a function comes first.
+_FIRST = {
+    "add_layer_norm": "test_norms_cpu",
+    "embed_layer_norm": "test_norms_cpu",
+    "layer_norm": "test_norms_cpu",
+    "linear_cross_entropy": "test_losses_cpu",
+    "token_log_likelihood": "test_losses_cpu",
+    "hard_negative_weights": "test_hard_negatives",
+    "varlen_attention": "test_varlen_cpu",
+    "_dropout": "test_ops",
+}
 # Functions that faults are generated in: all of a file, or these. Checks of arguments have tests of their own.
 GENERATED: dict[str, tuple[str, ...]] = {
     "kernels/reference.py": (),
@@ -374,7 +385,8 @@ def main() -> int:
         for key, fault in wanted.items():
             if options.file not in fault.file or (done.get(key, {}).get("caught_by") and not options.anew):
                 continue
-            tests = COVERED_BY[fault.file]
+            first = _FIRST.get(fault.function, "")
+            tests = tuple(sorted(COVERED_BY[fault.file], key=lambda test, name=first: not name or name not in test))
             for test in (test for test in tests if test not in clean and not options.unchecked):
                 # What fails without a fault says nothing about one.
                 failure, seconds = copy.first_failure((test,))
