@@ -1,6 +1,7 @@
 """Decoding of real bytes, good and bad, and the official test transform."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_orientation_is_not_applied() -> None:
     exif = picture.getexif()
     exif[0x0112] = 6
     assert decode_image(_bytes(picture, "JPEG", exif=exif)).size == (20, 10)
+
+
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(DataError, match=r"cannot be read .*not a file"):
+            decode_image(path)
 
 
 def test_paths_and_bytes_agree(tmp_path: Path) -> None:

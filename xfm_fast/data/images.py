@@ -21,6 +21,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 from torchvision.transforms import InterpolationMode, v2
 
 from xfm_fast.data.options import ImageOptions
+from xfm_fast.documents import require_file
 from xfm_fast.errors import DataError
 
 # The normalisation of pretraining and of every vision-language task (CLIP's, arXiv 2103.00020).
@@ -139,7 +140,8 @@ def image_source(value: Any, options: ImageOptions) -> Path | bytes:
 def _content(source: Source, name: str | None) -> tuple[str, bytes]:
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        # A pipe or a device might never end.
+        data = source if isinstance(source, bytes) else require_file(source).read_bytes()
     except FileNotFoundError:
         raise DataError(f"image {name} does not exist; check the path") from None
     except OSError as error:
