@@ -333,7 +333,8 @@ def end_of(attack: Attack) -> tuple[End, str]:
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, old)
-        made = {name for name in _tree(Path(place)).keys() - before.keys() if name != "it"}
+        # Besides what was attacked, and the index of lines that readers keep beside a file.
+        made = {name for name in _tree(Path(place)).keys() - before.keys() if name not in ("it", ".it.index")}
         return ("half-written", f"left {sorted(made)}") if made else ("repelled", said)
 
 

@@ -7,7 +7,7 @@ from tests.reliability.fuzz import FORMATS, attack, edited
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_files(name: str) -> None:
-    ends = attack(FORMATS[name], 150)
+    ends = attack(FORMATS[name], 60)
     # The whole file is read: what is refused is the damage.
     assert ends["whole: read"] == len(FORMATS[name].whole), ends
 
