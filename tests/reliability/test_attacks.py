@@ -23,7 +23,7 @@ def test_they_are_many() -> None:
 @pytest.mark.parametrize(
     "attack",
     [pytest.param(attack, marks=[pytest.mark.slow] if at % _EACH else []) for at, attack in enumerate(ATTACKS)],
-    ids=lambda attack: f"{attack.surface}: {ascii(attack.name)}",
+    ids=lambda attack: f"{attack.surface}: {attack.name!a}",
 )
 def test_it_is_repelled(attack: Attack) -> None:
     end, said = end_of(attack)
