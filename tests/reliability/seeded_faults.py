@@ -355,10 +355,21 @@ class Copy:
         os._exit(int(code))
 
 
+Key = tuple[str, str, str]
+
+
+def _known() -> dict[Key, dict[str, Any]]:
+    if not RESULTS.exists():
+        return {}
+    return {(row["file"], row["before"], row["after"]): row for row in json.loads(RESULTS.read_text())["faults"]}
+
+
 def _write(rows: list[dict[str, Any]]) -> None:
     caught = sum(bool(row["caught_by"]) for row in rows)
     content = {"caught": caught, "of": len(rows), "faults": rows}
-    RESULTS.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary = RESULTS.with_name(f".{RESULTS.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(RESULTS)
 
 
 def main() -> int:
@@ -368,6 +379,7 @@ def main() -> int:
     parser.add_argument("--file", default="", help="only faults of files whose path holds this")
     parser.add_argument("--anew", action="store_true", help="those too that an earlier run has caught")
     parser.add_argument("--unchecked", action="store_true", help="the tests are known to pass without a fault")
+    parser.add_argument("--backwards", action="store_true", help="from the last one, for a second process")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in _SLOW_TO_IMPORT:
@@ -376,14 +388,12 @@ def main() -> int:
 
     torch.set_num_threads(1)
     wanted = {fault.key: fault for fault in faults(every=options.all) if fault.key not in EQUIVALENT}
-    done: dict[tuple[str, str, str], dict[str, Any]] = {}
-    if RESULTS.exists():
-        done = {(row["file"], row["before"], row["after"]): row for row in json.loads(RESULTS.read_text())["faults"]}
     with tempfile.TemporaryDirectory(prefix="xfm-faults-") as folder:
         copy = Copy(Path(folder))
         clean: set[str] = set()
-        for key, fault in wanted.items():
-            if options.file not in fault.file or (done.get(key, {}).get("caught_by") and not options.anew):
+        for key, fault in reversed(wanted.items()) if options.backwards else wanted.items():
+            # Read anew each time: another process may try others meanwhile.
+            if options.file not in fault.file or (_known().get(key, {}).get("caught_by") and not options.anew):
                 continue
             first = _FIRST.get(fault.function, "")
             tests = tuple(sorted(COVERED_BY[fault.file], key=lambda test, name=first: not name or name not in test))
@@ -400,12 +410,14 @@ def main() -> int:
             caught, seconds = copy.first_failure(tests)
             path.write_text(whole, encoding="utf-8")
             print(f"{seconds:4.0f} s {caught or 'SURVIVED'}: {fault.file}: {fault.after}", flush=True)
+            done = _known()
             done[key] = {
                 "file": fault.file, "function": fault.function, "before": fault.before, "after": fault.after,
                 "caught_by": caught,
             }  # fmt: skip
             _write([done[key] for key in wanted if key in done])
-    rows = [done[key] for key in wanted if key in done]
+    known = _known()
+    rows = [known[key] for key in wanted if key in known]
     _write(rows)
     survived = sum(not row["caught_by"] for row in rows)
     print(f"{len(rows) - survived} of {len(rows)} faults are caught")
