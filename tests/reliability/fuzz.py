@@ -451,13 +451,15 @@ def attack(form: Format, inputs: int, *, number: int = 0, most_seconds: float | 
         assert rise <= MOST_BYTES, f"{rise >> 20} MiB for {len(data)} bytes"
         return end
 
+    every: Any = list(HealthCheck)
+
     @seed(number)
     @settings(
         max_examples=inputs,
         deadline=None,
         database=None,
         derandomize=False,
-        suppress_health_check=[*HealthCheck.__members__.values()],
+        suppress_health_check=every,
     )
     @given(st.sampled_from(form.whole), edits)
     def run(whole: bytes, changes: list[Edit]) -> None:

@@ -340,7 +340,11 @@ class Copy:
         if os.waitstatus_to_exitcode(status) == 0:
             return None, seconds
         failed = [line for line in said.decode(errors="replace").splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        how = failed[-1].split(" ")[1] if failed else f"the process ended by {os.waitstatus_to_exitcode(status)}"
+        how = (
+            failed[-1].partition(" ")[2].partition(" - ")[0]
+            if failed
+            else f"the process ended by {os.waitstatus_to_exitcode(status)}"
+        )
         return how, seconds
 
     def _run(self, tests: tuple[str, ...]) -> None:
