@@ -291,7 +291,7 @@ def on_paths() -> Iterator[Attack]:
 def attacks() -> list[Attack]:
     """All of them."""
     groups = (on_the_command_line, on_the_model, on_retrieval, on_configurations, on_paths)
-    return [attack for group in groups for attack in group()]
+    return [*{(attack.surface, attack.name): attack for group in groups for attack in group()}.values()]
 
 
 def _tree(folder: Path) -> dict[str, int]:
