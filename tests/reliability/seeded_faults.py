@@ -381,6 +381,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every place, instead of a few of each function")
     parser.add_argument("--file", default="", help="only faults of files whose path holds this")
     parser.add_argument("--anew", action="store_true", help="those too that an earlier run has caught")
+    parser.add_argument("--survivors", action="store_true", help="only those that no test has caught yet")
     parser.add_argument("--unchecked", action="store_true", help="the tests are known to pass without a fault")
     parser.add_argument("--backwards", action="store_true", help="from the last one, for a second process")
     options = parser.parse_args()
@@ -396,7 +397,10 @@ def main() -> int:
         clean: set[str] = set()
         for key, fault in reversed(wanted.items()) if options.backwards else wanted.items():
             # Read anew each time: another process may try others meanwhile.
-            if options.file not in fault.file or (_known().get(key, {}).get("caught_by") and not options.anew):
+            tried = _known().get(key)
+            if options.file not in fault.file or (tried is None and options.survivors):
+                continue
+            if tried is not None and tried["caught_by"] and not options.anew:
                 continue
             first = _FIRST.get(fault.function, "")
             tests = tuple(sorted(COVERED_BY[fault.file], key=lambda test, name=first: not name or name not in test))
