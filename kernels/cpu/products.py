@@ -305,8 +305,11 @@ def _weight_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def prefers_onednn(dtype: torch.dtype) -> bool:
-    """True where oneDNN multiplies a weight faster than MKL, so that it pays to lay weights out for it."""
-    return dtype in (torch.float32, torch.bfloat16) and _choose("linear", _ROWS, dtype) != "aten"
+    """True where oneDNN does a product of inference faster than MKL, so that it pays to lay weights out for it.
+
+    False means that none of them would keep a copy in that layout beside the weight.
+    """
+    return dtype in (torch.float32, torch.bfloat16) and any(_choose(name, _ROWS, dtype) != "aten" for name in _MANY)
 
 
 def laid_out(weight: Tensor) -> Tensor:
