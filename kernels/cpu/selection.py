@@ -58,10 +58,11 @@ def select(
         return next(iter(candidates))
     key = (operation, dtype)
     found = _selections.get(key)
-    if found is None:
+    # What was settled may be of another version, or false.
+    if found is None or found.chosen not in candidates:
         with _lock:
             found = _selections.get(key)
-            if found is None:
+            if found is None or found.chosen not in candidates:
                 found = _compare(operation, candidates, make_arguments, dtype)
                 _selections[key] = found
     return found.chosen

@@ -259,7 +259,7 @@ def _usage(error: CycloptsError) -> str:
     text = str(error)
     if isinstance(error, UnknownCommandError):
         # It ends with the commands that there are.
-        return text
+        return " ".join(text.split())
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         word = error.unused_tokens[0]
         near = get_close_matches(word, [*error.app] if error.app else [], n=1)
@@ -271,4 +271,4 @@ def _usage(error: CycloptsError) -> str:
             option = f"--{default_name_transform(str(wrong['loc'][0]))}"
         text = f'Invalid value "{wrong["input"]}" for {option}: {advice(wrong)}.'
     chain = " ".join(["xfm-fast", *(error.command_chain or ())])
-    return f"{text} See {chain} --help"
+    return f"{' '.join(text.split())} See {chain} --help"
