@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .backend import Backend, resolve
+from .cpu import int8
 from .cpu import products as cpu
 from .cpu.workspace import Dropout
 from .library import operator
@@ -25,6 +26,18 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
     if torch.is_grad_enabled() and any(t.requires_grad for t in present):
         return False
     return present[0].dtype in _CPU_DTYPES and all(t.dtype == present[0].dtype for t in present)
+
+
+def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
+    """True where the products of a marked weight run in int8, whatever type its values are stored in."""
+    if not int8.is_marked(weight) or weight.is_inference() or weight.device != x.device:
+        return False
+    return not (torch.is_grad_enabled() and weight.requires_grad) and runs_cpu_inference(backend, x, *others)
+
+
+def _floating(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight of a product that does not run in int8; a marked one may be stored in another type than x."""
+    return weight.to(x.dtype) if int8.is_marked(weight) else weight
 
 
 def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
@@ -43,6 +56,9 @@ def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     checks.linear_arguments(x, weight, bias)
+    if runs_in_int8(backend, weight, x, bias):
+        return int8.linear(x, weight, bias)
+    weight = _floating(x, weight)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu.linear(x, weight, bias)
     if _trains_on_cpu(backend, x, weight, bias):
@@ -53,6 +69,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`gelu(x W^T + b)` with the erf form of GELU. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     checks.linear_arguments(x, weight, bias)
+    if runs_in_int8(backend, weight, x, bias):
+        return int8.linear_gelu(x, weight, bias)
+    weight = _floating(x, weight)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu.linear_gelu(x, weight, bias)
     chosen = resolve(backend, x, weight, bias)
@@ -85,6 +104,9 @@ def linear_residual(
     checks.linear_arguments(x, weight, bias)
     checks.branch_arguments((*x.shape[:-1], weight.shape[0]), residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
+    if plain and runs_in_int8(backend, weight, x, bias, gamma):
+        return int8.linear_residual(x, weight, bias, residual, gamma)
+    weight = _floating(x, weight)
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
         return cpu.linear_residual(x, weight, bias, residual, gamma)
     if _trains_on_cpu(backend, x, weight, bias):
@@ -129,6 +151,8 @@ def mlp_residual(
     checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
+    if plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out)):
+        return int8.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
         return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     hidden = linear_gelu(x, weight_in, bias_in, backend=backend)
