@@ -27,6 +27,8 @@ _SHIFT = 128
 _SLICE_ROWS = 208
 # Below any activation that is not zero.
 _SMALLEST = 1e-30
+# GELU has its minimum at -0.17.
+_LEAST_GELU = 0.17
 _PROBE = (64, 256, 256)
 _ROUNDS = 5
 
@@ -64,6 +66,7 @@ def unmark(weights: Iterable[Tensor | None]) -> None:
 
 
 def is_marked(weight: Tensor | None) -> bool:
+    """True if the products of a weight may run in int8."""
     return type(weight) is Int8Parameter
 
 
@@ -148,7 +151,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     scaled = _scaled(weight, bias, gamma)
     out = torch.empty_like(sums)
     for part in _slices(rows.shape[0]):
-        torch.add(sums[part], _multiplied(rows[part], *scaled), out=out[part])
+        out[part] = _multiplied(rows[part], *scaled).add_(sums[part])
     return out.view(residual.shape)
 
 
@@ -167,7 +170,7 @@ def mlp_residual(
     out = torch.empty_like(sums)
     for part in _slices(rows.shape[0]):
         hidden = torch.ops.aten.gelu_(_multiplied(rows[part], first, bias_in))
-        torch.add(sums[part], _multiplied(hidden, *scaled), out=out[part])
+        out[part] = _multiplied(hidden, *scaled, _LEAST_GELU).add_(sums[part])
     return out.view(residual.shape)
 
 
@@ -211,24 +214,37 @@ def _slices(rows: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, max(rows, 1), step))
 
 
-def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` in fp32, of rows `[n, K]`."""
-    levels, scales = _quantised(rows)
+def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, least: float | None = None) -> Tensor:
+    """`x W^T + b` in fp32, of rows `[n, K]`.
+
+    Args:
+        least: no value lies below its negative, so that only the largest has to be looked for.
+    """
+    levels, scales = _quantised(rows, least)
     out = torch.ops.onednn.qlinear_pointwise(
         levels, 1.0, _SHIFT, packed.tensor, packed.scales, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return out.mul_(scales) if bias is None else torch.addcmul(bias.float(), out, scales, out=out)
 
 
-def _quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]` as unsigned bytes, shifted, and the scale of each, `[n, 1]` in fp32."""
+def _quantised(rows: Tensor, least: float | None) -> tuple[Tensor, Tensor]:
+    """Rows `[n, K]` as unsigned bytes, shifted, and the scale of each, `[n, 1]` in fp32; least as in `_multiplied`."""
+    shape = (rows.shape[0], rows.shape[1])
     if rows.dtype == torch.bfloat16:
         # Bits without the sign have the order of the values, and integers are compared faster.
-        bits = rows.view(torch.int16).bitwise_and(0x7FFF).amax(1, keepdim=True)
-        largest = bits.view(torch.bfloat16).float()
+        bits = torch.bitwise_and(rows.view(torch.int16), 0x7FFF, out=scratch("int8 bits", shape, torch.int16))
+        largest = bits.amax(1, keepdim=True).view(torch.bfloat16).float()
+    elif least is not None:
+        largest = rows.amax(1, keepdim=True).clamp_min_(least)
     else:
         largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
     largest.clamp_min_(_SMALLEST)
-    levels = torch.mul(rows, _LEVELS / largest, out=scratch("int8 levels", tuple(rows.shape), torch.float32)).round_()
-    signed = scratch("int8", tuple(rows.shape), torch.int8).copy_(levels)
+    levels = scratch("int8 levels", shape, torch.float32)
+    if rows.dtype == torch.float32:
+        torch.mul(rows, _LEVELS / largest, out=levels)
+    else:
+        # Operands of two types are multiplied one by one.
+        levels.copy_(rows).mul_(_LEVELS / largest)
+    levels.round_()
+    signed = scratch("int8", shape, torch.int8).copy_(levels)
     return signed.view(torch.uint8).bitwise_xor_(_SHIFT), largest.div_(_LEVELS)
