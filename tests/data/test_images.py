@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from xfm_fast.data import images
 from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, load_image
 from xfm_fast.errors import DataError
 

@@ -11,7 +11,7 @@ from xfm_fast.checkpoint.files import (
     write_files,
     write_safetensors,
 )
-from xfm_fast.checkpoint.loading import LoadResult, compare, load_into, require_depth
+from xfm_fast.checkpoint.loading import LoadResult, assign_into, compare, load_into, require_depth
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
     Head,
@@ -34,6 +34,7 @@ __all__ = [
     "LoadResult",
     "PretrainedFiles",
     "Relative",
+    "assign_into",
     "beit2_state",
     "compare",
     "heads_in",

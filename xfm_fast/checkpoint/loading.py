@@ -63,6 +63,27 @@ def load_into(
     return result
 
 
+def assign_into(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
+    """Let the parameters of a module on the meta device be the tensors of `state`, which are nobody else's.
+
+    Tensors that are backed by a file stay so: nothing is copied, and a page is read when it is first needed. A type
+    other than the module's is converted.
+
+    Raises:
+        CheckpointError: as `load_into`.
+    """
+    own = module.state_dict()
+    compare(module, state, what=what, finite=True)
+    values: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, parameter in own.items():
+        value = state[name].detach().to(parameter.dtype).contiguous()
+        # What lies in one place under two names would be one parameter, and training would tie them.
+        values[name] = value.clone() if value.data_ptr() in taken else value
+        taken.add(value.data_ptr())
+    module.load_state_dict(values, assign=True)
+
+
 def compare(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -70,10 +91,11 @@ def compare(
     what: str,
     fresh: Collection[str] = (),
     surplus: Collection[str] = (),
+    finite: bool = False,
 ) -> LoadResult:
     """The first half of `load_into`, which changes nothing; the module may be on the meta device.
 
-    Values are looked at where the module has memory for them.
+    Values are looked at where the module has memory for them, or with `finite` all.
     """
     own = module.state_dict()
     absent = [name for name in own if name not in state]
@@ -87,7 +109,7 @@ def compare(
     common = [name for name in own if name in state]
     shapes = [name for name in common if state[name].shape != own[name].shape]
     dtypes = [name for name in common if not _convertible(state[name], own[name])]
-    bad_values = [n for n in common if n not in dtypes and not own[n].is_meta and not _finite(state[n])]
+    bad_values = [n for n in common if n not in dtypes and (finite or not own[n].is_meta) and not _finite(state[n])]
 
     groups = [
         ("missing", missing),

@@ -170,7 +170,8 @@ class XFM(nn.Module):
         checkpoint.refuse_relative(state, what)
         ours, report = checkpoint.to_ours(state, config)
         heads = tuple(heads)
-        model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype)
+        shared = isinstance(source, Mapping)
+        model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype, shared)
         model.load_report, model.tokenizer = report, vocabulary
         return model
 
@@ -205,7 +206,9 @@ class XFM(nn.Module):
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
         found = checkpoint.read_x2vlm(state, what=what, image_size=image_size, text_heads=text_heads)
         vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, found.config)
-        model = cls._loaded(found.config, checkpoint.heads_in(found.state), found.state, what, dtype)
+        model = cls._loaded(
+            found.config, checkpoint.heads_in(found.state), found.state, what, dtype, isinstance(source, Mapping)
+        )
         model.load_report, model.tokenizer = found.report, vocabulary
         return model
 
@@ -220,6 +223,9 @@ class XFM(nn.Module):
         **download: Unpack[hub.Download],
     ) -> Self:
         """Load a folder that `save_pretrained` wrote, with the tokenizer that lies there.
+
+        In the type that they are stored in, parameters are backed by the file and read when they are first needed:
+        replace that file as `save_pretrained` does, and do not write into it while the model lives.
 
         Args:
             folder: the folder, or a model on the Hugging Face Hub by its name, `"org/name"`.
@@ -246,8 +252,15 @@ class XFM(nn.Module):
 
     @classmethod
     def _loaded(
-        cls, config: XFMConfig, heads: tuple[Head, ...], state: Mapping[str, Tensor], what: str, dtype: Precision
+        cls,
+        config: XFMConfig,
+        heads: tuple[Head, ...],
+        state: Mapping[str, Tensor],
+        what: str,
+        dtype: Precision,
+        shared: bool = False,
     ) -> Self:
+        """A model with the values of a state dict, which are copied where they are shared with the caller."""
         in_int8 = dtype == "int8"
         if isinstance(dtype, str):
             dtype = float_type(dtype)
@@ -255,11 +268,15 @@ class XFM(nn.Module):
         # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
         with torch.device("meta"):
             model = cls(config, heads=heads)
-        checkpoint.compare(model, state, what=what)
-        model = model.to(dtype).to_empty(device="cpu")
+        model = model.to(dtype)
+        if shared:
+            checkpoint.compare(model, state, what=what)
+            model = model.to_empty(device="cpu")
+            checkpoint.load_into(model, state, what=what)
+        else:
+            checkpoint.assign_into(model, state, what=what)
         if not config.learnable_temperature and "contrastive" in heads:
-            model.temp.fill_(config.temperature)
-        checkpoint.load_into(model, state, what=what)
+            model.register_buffer("temp", torch.tensor(config.temperature, dtype=dtype), persistent=False)
         return model.quantise().eval() if in_int8 else model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
