@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from xfm_fast.checkpoint.names import HEAD_PREFIXES, TABLE, TIED, head_of, is_dead, our_name
 from xfm_fast.checkpoint.position_table import window_of
@@ -25,6 +28,31 @@ class LoadResult:
     """Parameters of the module that the state dict lacks; they keep their values."""
     surplus: list[str] = field(default_factory=list)
     """Entries of the state dict that the module lacks; they were ignored."""
+
+
+_IN_PLACE = ("__iadd__", "__imul__", "__isub__", "__itruediv__")
+
+
+class _Uninitialised(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        kwargs = kwargs or {}
+        # The functions of torch.nn.init are called by name.
+        target = args[0] if args else kwargs.get("tensor")
+        if writes and isinstance(target, Tensor) and target.is_meta:
+            return target
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Within the block, modules are built on the meta device and what would initialise them is not run.
+
+    PyTorch would run it even there, to no effect, and import its compiler and sympy for it.
+    """
+    with torch.device("meta"), _Uninitialised():
+        yield
 
 
 def load_into(

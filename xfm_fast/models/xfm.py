@@ -266,7 +266,7 @@ class XFM(nn.Module):
             dtype = float_type(dtype)
         checkpoint.require_depth(config, state, what=what)
         # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
-        with torch.device("meta"):
+        with checkpoint.without_values():
             model = cls(config, heads=heads)
         model = model.to(dtype)
         if shared:
