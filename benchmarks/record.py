@@ -288,8 +288,8 @@ class Row(Record):
 
     Attributes:
         work: `embed-image`, `embed-text`, `rerank`, `retrieve`, `retrieval` (of a whole collection), `cold-start`,
-            `vqa` and `vqa-...`, `train-step`, `finetune-TASK` and both with `-dropout`; the key of a model of `drop-in`; an
-            operation of `kernels`.
+            `vqa` and `vqa-...`, `train-step`, `finetune-TASK` and both with `-dropout`; the key of a model of
+            `drop-in`; an operation of `kernels`.
         mode: how requests come; everything that runs back to back is `offline`.
         direction: of an operation.
         contender: stable name; `label` is for readers.
