@@ -333,6 +333,11 @@ class XFM(nn.Module):
         int8.mark(self._block_weights())
         return self
 
+    def cast(self, precision: Precision) -> Self:
+        """Convert parameters to a type, in place; "int8" is the fastest type of this CPU, and `quantise`."""
+        model = self.to(float_type(precision))
+        return model.quantise() if precision == "int8" else model
+
     def dequantise(self) -> Self:
         """Undo `quantise`: every product in the type of the parameters again; in place. Twice does no harm."""
         int8.unmark(self._block_weights())
