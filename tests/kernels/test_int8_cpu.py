@@ -168,6 +168,15 @@ def test_other_types_than_those_of_activations() -> None:
         ops.linear(x[:, 1:], made.weight, bias)
 
 
+@needs_int8
+def test_compilers_see_floats() -> None:
+    made, x = layer(64, 96), torch.randn(5, 64)
+    exact = ops.linear(x, made.weight, made.bias)
+    int8.mark([made.weight])
+    compiled = torch.compile(lambda x: ops.linear(x, made.weight, made.bias), backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+
+
 def test_a_processor_without_such_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "_pack", lambda weight: torch.ops.onednn.no_such_operator(weight))
     int8.why_not.cache_clear()
