@@ -129,29 +129,29 @@ def _seconds(product: Callable[[], Tensor]) -> float:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`; sums in fp32, the result in the type of x."""
-    rows, packed = x.reshape(-1, x.shape[-1]), _packed(weight)
+    rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
     out = x.new_empty(rows.shape[0], weight.shape[0])
     for part in _slices(rows.shape[0]):
-        out[part] = _multiplied(rows[part], packed, bias)
+        out[part] = _multiplied(rows[part], *factors)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
-    rows, packed = x.reshape(-1, x.shape[-1]), _packed(weight)
+    rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
     out = x.new_empty(rows.shape[0], weight.shape[0])
     for part in _slices(rows.shape[0]):
-        out[part] = torch.ops.aten.gelu_(_multiplied(rows[part], packed, bias))
+        out[part] = torch.ops.aten.gelu_(_multiplied(rows[part], *factors))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
-    scaled = _scaled(weight, bias, gamma)
+    factors = _factors(weight, bias, gamma)
     out = torch.empty_like(sums)
     for part in _slices(rows.shape[0]):
-        out[part] = _multiplied(rows[part], *scaled).add_(sums[part])
+        out[part] = _multiplied(rows[part], *factors).add_(sums[part])
     return out.view(residual.shape)
 
 
@@ -166,11 +166,11 @@ def mlp_residual(
 ) -> Tensor:
     """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
-    first, scaled = _packed(weight_in), _scaled(weight_out, bias_out, gamma)
+    first, second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
     out = torch.empty_like(sums)
     for part in _slices(rows.shape[0]):
-        hidden = torch.ops.aten.gelu_(_multiplied(rows[part], first, bias_in))
-        out[part] = _multiplied(hidden, *scaled, _LEAST_GELU).add_(sums[part])
+        hidden = torch.ops.aten.gelu_(_multiplied(rows[part], *first))
+        out[part] = _multiplied(hidden, *second, _LEAST_GELU).add_(sums[part])
     return out.view(residual.shape)
 
 
@@ -196,16 +196,14 @@ def _pack(weight: Tensor) -> _Packed:
     return _Packed(tensor, largest / _LEVELS, torch.zeros(weight.shape[0], dtype=torch.int32))
 
 
-def _packed(weight: Tensor) -> _Packed:
-    return derived("int8", (weight,), lambda: _pack(weight))
-
-
-def _scaled(weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> tuple[_Packed, Tensor | None]:
-    packed = _packed(weight)
+def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:
+    """A weight in bytes and its bias in fp32, both times gamma."""
+    packed = derived("int8", (weight,), lambda: _pack(weight))
+    wide = None if bias is None else bias.float()
     if gamma is None:
-        return packed, bias
+        return packed, wide
     scales = derived("int8 layer-scaled", (weight, gamma), lambda: packed.scales * gamma.float())
-    return packed._replace(scales=scales), None if bias is None else bias * gamma
+    return packed._replace(scales=scales), None if wide is None else wide * gamma.float()
 
 
 def _slices(rows: int) -> Iterator[slice]:
@@ -224,7 +222,7 @@ def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, least: float
     out = torch.ops.onednn.qlinear_pointwise(
         levels, 1.0, _SHIFT, packed.tensor, packed.scales, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return out.mul_(scales) if bias is None else torch.addcmul(bias.float(), out, scales, out=out)
+    return out.mul_(scales) if bias is None else torch.addcmul(bias, out, scales, out=out)
 
 
 def _quantised(rows: Tensor, least: float | None) -> tuple[Tensor, Tensor]:
