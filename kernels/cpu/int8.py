@@ -71,10 +71,11 @@ def is_marked(weight: Tensor | None) -> bool:
 
 
 def side_by_side(weights: Iterable[Tensor]) -> Tensor:
-    """Weights joined along the first dimension; marked if all are."""
+    """Weights joined along the first dimension; marked if all are and no gradient goes through."""
     weights = tuple(weights)
     joined = torch.cat(weights)
-    return Int8Parameter(joined, requires_grad=False) if all(map(is_marked, weights)) else joined
+    whole = all(map(is_marked, weights)) and not joined.requires_grad
+    return Int8Parameter(joined, requires_grad=False) if whole else joined
 
 
 def require() -> None:
