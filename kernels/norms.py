@@ -13,7 +13,7 @@ from .backend import Backend, named, resolve
 from .cpu import norms as cpu
 from .library import like, operator
 from .limits import LARGEST_WIDTH
-from .products import linear, linear_residual, runs_cpu_inference
+from .products import linear, linear_residual, runs_cpu_inference, runs_in_int8
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
@@ -98,7 +98,10 @@ def linear_add_layer_norm(
         (normed, summed), both `[..., M]`.
     """
     plain = row_scale is None and not dropout_p
-    if plain and runs_cpu_inference(backend, x, weight, bias, residual, norm_weight, norm_bias, gamma):
+    of_one_type = (bias, residual, norm_weight, norm_bias, gamma)
+    if plain and (
+        runs_in_int8(backend, weight, x, *of_one_type) or runs_cpu_inference(backend, x, weight, *of_one_type)
+    ):
         summed = linear_residual(x, weight, bias, residual, gamma=gamma, backend=backend)
         return layer_norm(summed, norm_weight, norm_bias, eps, backend=backend), summed
     return add_layer_norm(

@@ -23,6 +23,16 @@ def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> C
     return lambda x: x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
 
 
+def as_int8(rows: Tensor) -> Tensor:
+    """Rows `[..., K]` with every value rounded to one of 255 levels of its row: what an int8 product sees of them.
+
+    Those of a weight `[M, K]` are its output channels, those of activations its tokens.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return (wide * (127 / largest)).round() * (largest / 127)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
