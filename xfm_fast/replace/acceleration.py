@@ -16,7 +16,7 @@ from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.replace import adapters
-from xfm_fast.replace.expectation import Expectation, measured_product, shares
+from xfm_fast.replace.expectation import Expectation, measured_product, product_parameters, shares
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
 from xfm_fast.replace.frozen import freeze as freeze_weights
@@ -244,6 +244,12 @@ class Report:
         packs = {id(pack): pack for pack, _ in map(place_of, filter(is_fused, self._frozen))}
         return sum(pack.nbytes for pack in packs.values())
 
+    @property
+    def _unfrozen_bytes(self) -> int:
+        """Bytes of the weights that replaced modules multiply with and that are parameters still."""
+        found = {p for module in self._modules for p in product_parameters(module)}
+        return sum(p.numel() * p.element_size() for p in found)
+
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "why, or what it saves")]
         groups: dict[tuple[str, str, str], list[str]] = {}
@@ -267,7 +273,10 @@ class Report:
         if declining:
             lines[-1] += f"; {len(declining)} of those replaced run their original at present"
         if frozen := self.frozen_bytes:
-            lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside")
+            line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside"
+            if left := self._unfrozen_bytes:
+                line += f"; {left / 2**20:,.1f} MB of other products stay parameters"
+            lines.append(line)
         lines.append(str(self.expected))
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]

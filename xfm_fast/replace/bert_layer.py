@@ -17,25 +17,26 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, offsets, on_host
+from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability, why_not_bypassed
 
 _BRANCH: dict[str, Kinds] = {
     "self": nn.Module,
-    "self.query": nn.Linear,
-    "self.key": nn.Linear,
-    "self.value": nn.Linear,
+    "self.query": (nn.Linear, Adaptable),
+    "self.key": (nn.Linear, Adaptable),
+    "self.value": (nn.Linear, Adaptable),
     "self.dropout": nn.Dropout,
     "output": nn.Module,
-    "output.dense": nn.Linear,
+    "output.dense": (nn.Linear, Adaptable),
     "output.dropout": nn.Dropout,
     "output.LayerNorm": nn.LayerNorm,
     "output.drop_path": nn.Module,
 }
 _MLP: dict[str, Kinds] = {
     "intermediate": nn.Module,
-    "intermediate.dense": nn.Linear,
+    "intermediate.dense": (nn.Linear, Adaptable),
     "output": nn.Module,
-    "output.dense": nn.Linear,
+    "output.dense": (nn.Linear, Adaptable),
     "output.dropout": nn.Dropout,
     "output.LayerNorm": nn.LayerNorm,
     "output.drop_path": nn.Module,
@@ -48,6 +49,11 @@ def _branch(name: str) -> dict[str, Kinds]:
 
 # Parts of a layer by dotted name, with their classes; nn.Module where any will do.
 LAYER_PARTS: dict[str, Kinds] = _branch("attention") | _branch("crossattention") | _MLP
+# Linear layers of one input, which one product serves.
+LAYER_JOINT = (
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    ("crossattention.self.key", "crossattention.self.value"),
+)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -429,9 +435,9 @@ class VocabularyHead(CalledByName):
     """Dense, GELU, LayerNorm and the product with the vocabulary."""
 
     bypassed: ClassVar[Any] = {
-        "dense": nn.Linear,
+        "dense": (nn.Linear, Adaptable),
         "layer_norm": nn.LayerNorm,
-        "transform.dense": nn.Linear,
+        "transform.dense": (nn.Linear, Adaptable),
         "transform.LayerNorm": nn.LayerNorm,
         "decoder": nn.Linear,
     }

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from xfm_fast.packing import Packing
 from xfm_fast.replace.bert_layer import default_positions, plan, run_layer
 from xfm_fast.replace.families import FamilyLayer, short_name
-from xfm_fast.replace.huggingface_text import FusedLayer, wants_named
+from xfm_fast.replace.huggingface_text import FusedLayer
 from xfm_fast.replace.masks import Spread, packed_attention
 from xfm_fast.replace.structure import Attend
-from xfm_fast.replace.swap import CalledByName, Settings, asks_beyond, find, observed, original_class
+from xfm_fast.replace.swap import CalledByName, Settings, asks_beyond, find, observed, original_class, wants_named
 
 _PLAIN = ("eager", "sdpa", "xfm_fast", None)
 _WITHOUT_EFFECT = ("use_cache", "return_dict", "num_items_in_batch")

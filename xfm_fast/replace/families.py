@@ -295,7 +295,6 @@ class FamilyLayer(CalledByName):
         drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
         return Parts(
             norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
-            qkv=(),
             projections=layers,
             joins=family.joins,
             heads=proj.in_features // head_size,

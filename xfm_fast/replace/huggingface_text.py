@@ -14,6 +14,7 @@ from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.bert_layer import (
+    LAYER_JOINT,
     Alike,
     Attend,
     FusedEmbeddings,
@@ -34,6 +35,7 @@ from xfm_fast.replace.swap import (
     is_fused,
     observed,
     original_class,
+    wants_named,
     why_not_bypassed,
 )
 
@@ -113,10 +115,7 @@ def is_of(table: dict[str, str], module: nn.Module) -> bool:
 class FusedLayer(CalledByName):
     """A whole layer: one product for query, key and value, and each branch's end in one pass with its norm."""
 
-    joint: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
-        ("crossattention.self.key", "crossattention.self.value"),
-    )
+    joint = LAYER_JOINT
     returns_tuple: ClassVar[bool] = False
     _understood: ClassVar[set[str]] = {
         "hidden_states",
@@ -330,12 +329,6 @@ class UnpaddedModel(CalledByName):
             owners = [o for o in (layer, module.encoder) if getattr(o, "gradient_checkpointing", False) and o.training]
             x = owners[0]._gradient_checkpointing_func(run, x) if owners and torch.is_grad_enabled() else run(x)
         return x
-
-
-def wants_named(model: Any, call: dict[str, Any]) -> bool:
-    """True if a call asks for outputs by name rather than as a tuple."""
-    asked = call.get("return_dict")
-    return getattr(model.config, "return_dict", True) if asked is None else asked
 
 
 class FusedMaskedLM(CalledByName):
