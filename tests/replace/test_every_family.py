@@ -29,7 +29,7 @@ FAMILIES: dict[str, Callable[[torch.dtype], Made]] = {
 }
 for _kind in ("ViT", "DeiT", "BEiT", "Data2Vec", "CLIP's images"):
     FAMILIES[_kind] = lambda dtype, kind=_kind: (plain_vision.made(kind, dtype), plain_vision.given(kind, dtype))
-for _kind in ("BEiT-v2", "BEiT without bias", "ViT", "EVA-02", "EVA-02 large"):
+for _kind in ("BEiT-v2", "BEiT without bias", "ViT", "EVA", "EVA-02", "EVA-02 large"):
     FAMILIES[f"timm's {_kind}"] = lambda dtype, kind=_kind: (
         timm_vision.made(kind, dtype),
         {"x": timm_vision.pixels(dtype)},
@@ -43,7 +43,7 @@ if TRANSFORMERS >= 5:
     for _kind in vision.MODELS:
         FAMILIES[_kind] = lambda dtype, kind=_kind: (vision.made(kind, dtype), vision.given(kind, dtype))
 # Their code reads the weight and does not call the layer, so peft's adapters have no effect on it either.
-WEIGHT_READ = {"timm's BEiT-v2": "attn.qkv", "timm's EVA-02": "attn.qkv", "timm's Swin V2": "attn.qkv"}
+WEIGHT_READ = {"timm's BEiT-v2": "attn.qkv", "timm's EVA": "attn.qkv", "timm's Swin V2": "attn.qkv"}
 SINGLE = ("ModernBERT", "DeBERTa-v3", "DeBERTa-v2")
 QUICK = ("MPNet", "ModernBERT", "DINOv3", "Swin", "CLIP's texts", "timm's BEiT-v2", "timm's EVA-02 large")
 

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from tests.replace.text_models import TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
-from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu import products, selection
 from xfm_fast.replace.swap import is_fused
 
 
@@ -26,6 +26,12 @@ from xfm_fast.replace.swap import is_fused
 def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both layouts, whichever this processor would choose."""
     monkeypatch.setattr(products, "prefers_onednn", lambda dtype: request.param)
+    if not request.param:
+        # A processor that prefers dense weights multiplies by them as they are.
+        for operation in ("linear", "linear_gelu", "linear_residual"):
+            for name in (operation, f"{operation} of few rows"):
+                chosen = selection.Selection(name, torch.float32, "aten", {}, {})
+                monkeypatch.setitem(selection._selections, (name, torch.float32), chosen)
     return request.param
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,7 +19,18 @@ from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability, why_not_bypassed
+from xfm_fast.replace.prepared import prepared
+from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Kinds,
+    Settings,
+    find,
+    is_erf_gelu,
+    observed,
+    probability,
+    why_not_bypassed,
+)
 
 _BRANCH: dict[str, Kinds] = {
     "self": nn.Module,
@@ -92,6 +104,8 @@ def why_not_plain(layer: nn.Module) -> str | None:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
+FEW = 64
+"""Tokens up to which the time of attention is that of its call."""
 
 
 @dataclass
@@ -298,6 +312,7 @@ def run_layer(
     memory: Memory | None = None,
     *,
     reads: Tensor | None = None,
+    intact: bool = False,
 ) -> Tensor:
     """Self-attention, cross-attention where there is a memory, MLP; residual and LayerNorm behind each.
 
@@ -307,10 +322,15 @@ def run_layer(
         layer: has the submodules of `BertLayer`, by their names.
         x: `[B, L, width]` or packed `[T, width]`, as `attend` expects.
         reads: `[Q]` rows of packed x that are read: the only ones to ask and to be computed.
+        intact: a fused layer, just found intact.
 
     Returns:
         In the shape of x; `[Q, width]` with reads.
     """
+    if intact and memory is None and reads is None:
+        ready = prepared(layer, lambda: _parts(layer), x, settings, wide=True)
+        if ready is not None:
+            return ready.run(x, lambda *given: attend(*given).flatten(-2), settings)
     projections = layer.attention.self
     if reads is None:
         made = settings.products("qkv", x, projections.query, projections.key, projections.value)
@@ -331,6 +351,26 @@ def run_layer(
         x = _close(cross.output, context.flatten(-2), x, settings)
     hidden = settings.activated(x, layer.intermediate.dense, layer.intermediate.intermediate_act_fn)
     return _close(layer.output, hidden, x, settings)
+
+
+def _parts(layer: Any) -> Parts:
+    """The parts of a layer that sees no image."""
+    own, ends = layer.attention.self, (layer.attention.output, layer.output)
+    activation = layer.intermediate.intermediate_act_fn
+    fc1 = layer.intermediate.dense
+    return Parts(
+        norms=(ends[0].LayerNorm, ends[1].LayerNorm),
+        projections=(own.query, own.key, own.value),
+        heads=own.num_attention_heads,
+        scale=1.0,
+        proj=ends[0].dense,
+        fc1=fc1,
+        fc2=ends[1].dense,
+        hidden=None if is_erf_gelu(activation) else lambda x, linear: activation(linear(fc1, x)),
+        activation=attrgetter("intermediate.intermediate_act_fn"),
+        attention_p=_chance(own),
+        branch_p=(probability(ends[0].dropout), probability(ends[1].dropout)),
+    )
 
 
 def keys_values(attention: Any, states: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,8 @@ class Parts(NamedTuple):
         hidden: the hidden layer of the MLP from its input and a function that applies a linear layer, where it is not
             `gelu(fc1(x))`.
         fc1, fc2: the linear layers of the MLP; fc1 where hidden is None.
+        inner: the linear layers that hidden applies, where it is told them.
+        activation: looks the activation of the hidden layer up, in a layer.
         gammas: LayerScale of each branch.
         row_scales: draw the stochastic depth of each branch, for a tensor `[B, …]`: `[B]`, or None for none.
         attention_p, hidden_p: dropout of the attention weights and of the hidden layer.
@@ -55,6 +57,8 @@ class Parts(NamedTuple):
     fc2: nn.Module
     qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()
     fc1: nn.Module | None = None
+    inner: tuple[nn.Module, ...] = ()
+    activation: Callable[[nn.Module], Any] | None = None
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
     gammas: tuple[Tensor | None, Tensor | None] = (None, None)
     row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()

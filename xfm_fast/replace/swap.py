@@ -350,6 +350,14 @@ def _unchanged(module: Fused) -> bool:
     return False
 
 
+def links(module: nn.Module) -> Any:
+    """What stands for the parts of a module that was found intact, another object once one was exchanged or observed.
+
+    None where it is not known without looking at every part.
+    """
+    return _seen.get(module)
+
+
 def _remember(module: Fused) -> bool:
     """Note the parts of a module that is intact, if each is of a class that is known without looking inside."""
     expected = type(module).bypassed
