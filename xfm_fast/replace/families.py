@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.masks import Dense
+from xfm_fast.replace.prepared import prepared
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
@@ -265,6 +266,11 @@ class FamilyLayer(CalledByName):
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects; rotary positions likewise."""
+        order = self.layer_family.order
+        if order != "behind branches":
+            ready = prepared(self, partial(self._parts, None), x, settings, wide=order == "behind sums")
+            if ready is not None:
+                return ready.run(x, attend, settings, None if rotary is None else partial(_rotated, *rotary))
         return self.compute(self._parts(rotary), attend, x, settings)
 
     def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:
@@ -295,13 +301,14 @@ class FamilyLayer(CalledByName):
         drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
         return Parts(
             norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
-            qkv=(),
             projections=layers,
             joins=family.joins,
             heads=proj.in_features // head_size,
             scale=head_size**-0.5,
             proj=proj,
             fc1=inner[0],
+            inner=tuple(inner),  # pyright: ignore[reportArgumentType]
+            activation=attrgetter(mlp.activation),
             fc2=find(self, mlp.outer),  # pyright: ignore[reportArgumentType]
             hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
             gammas=tuple(attrgetter(name)(self) if name else None for name in family.scales),  # pyright: ignore[reportArgumentType]
