@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from tests.replace.text_models import TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
-from xfm_fast.kernels.cpu import products, selection
+from xfm_fast.kernels.cpu import products
 from xfm_fast.replace.swap import is_fused
 
 
