@@ -517,3 +517,14 @@ def test_a_dropped_path_adds_nothing_with_or_without_dropout(dropout_p: float) -
     assert torch.equal(out[0], residual[0])
     assert torch.equal(out[2], residual[2])
     assert not torch.equal(out[1], residual[1])
+
+
+def test_dropout_of_the_definitions_follows_from_its_seed() -> None:
+    ones = torch.ones(100_000)
+    drop = [reference._dropout(0.3, torch.tensor([seed]), ones.device)(ones) for seed in (5, 5, 6)]
+    assert torch.equal(drop[0], drop[1])
+    assert not torch.equal(drop[0], drop[2])
+    kept = drop[0] != 0
+    torch.testing.assert_close(drop[0][kept], torch.full_like(drop[0][kept], 1 / 0.7))
+    # Five standard deviations.
+    assert abs(kept.float().mean() - 0.7) < 5 * (0.3 * 0.7 / len(ones)) ** 0.5

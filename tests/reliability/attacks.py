@@ -161,11 +161,14 @@ def on_the_model() -> Iterator[Attack]:
                 torch.zeros(2, 5, config.text_width), mask, _model().image_memory(torch.zeros(2, 17, width)), v
             )
         )  # fmt: skip
-    for encoders in (("x",), (), "vision", ("vision", "Text")):
+    several: tuple[Any, ...] = (("x",), "vision", ("vision", "Text"))
+    for encoders in several:
         yield Attack("model", f"encoders={encoders!r}", lambda _, e=encoders: XFM(_model().config, encoders=e))
-    for heads in (("x",), "mlm", ("itm",)):
+    several = (("x",), "mlm", ("itm",))
+    for heads in several:
         yield Attack("model", f"heads={heads!r}", lambda _, h=heads: XFM(_model().config, heads=h))
-    for new in (0, -8, 33, 10**9, math.nan, "x", None):
+    sizes: tuple[Any, ...] = (0, -8, 33, 10**9, math.nan, "x", None)
+    for new in sizes:
         yield Attack("model", f"set_image_size {new}", lambda _, n=new: XFM(_model().config).set_image_size(n))
 
 
@@ -217,7 +220,8 @@ def on_configurations() -> Iterator[Attack]:
                 "configuration", f"{name}={str(value)[:12]}",
                 lambda _, n=name, v=value: XFMConfig.preset("tiny", **{n: v}),
             )  # fmt: skip
-    for name in ("", "huge", "Base", "../tiny", "tiny\n"):
+    presets: tuple[Any, ...] = ("", "huge", "Base", "../tiny", "tiny\n")
+    for name in presets:
         yield Attack("configuration", f"preset {name!r}", lambda _, n=name: XFMConfig.preset(n))
 
 
@@ -287,7 +291,7 @@ def on_paths() -> Iterator[Attack]:
 def attacks() -> list[Attack]:
     """All of them."""
     groups = (on_the_command_line, on_the_model, on_retrieval, on_configurations, on_paths)
-    return [attack for group in groups for attack in group()]
+    return [*{(attack.surface, attack.name): attack for group in groups for attack in group()}.values()]
 
 
 def _tree(folder: Path) -> dict[str, int]:

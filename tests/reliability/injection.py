@@ -77,7 +77,7 @@ class Shim:
         """Strike from now on, until the process ends."""
         sys.addaudithook(self._hear)
         os.fsync = self._fsync
-        os.replace = os.rename = self._rename  # type: ignore[assignment]
+        os.replace = os.rename = self._rename
         if self.fault.kind == "clock":
             time.time = lambda: self._time() + self._offset
             time.time_ns = lambda: self._time_ns() + int(self._offset * 1e9)
@@ -208,13 +208,16 @@ def _recipe(folder: Path, kind: str) -> Any:
 
     material = folder.parent / "material"
     stem = {"nlvr2": "nlvr_{}.json", "retrieval": "retrieval_{}.json"}[kind]
-    return FinetuneRecipe(
-        task={"kind": kind},
-        init={"checkpoint": str(material / "pretrained")},
-        data={"root": str(material / "world"), "train": stem.format("train"), "splits": {"test": stem.format("test")}},
-        epochs=1, batch_size=8, eval_batch_size=4, optimizer={"lr": 1e-3}, device="cpu",
-        checkpoint={"folder": str(folder / "run"), "every": 2}, log={"every": 1},
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "task": {"kind": kind},
+        "init": {"checkpoint": str(material / "pretrained")},
+        "data": {
+            "root": str(material / "world"), "train": stem.format("train"), "splits": {"test": stem.format("test")},
+        },
+        "epochs": 1, "batch_size": 8, "eval_batch_size": 4, "optimizer": {"lr": 1e-3}, "device": "cpu",
+        "checkpoint": {"folder": str(folder / "run"), "every": 2}, "log": {"every": 1},
+    }  # fmt: skip
+    return FinetuneRecipe(**values)
 
 
 def _finetune(folder: Path, rank: int, world_size: int) -> None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
+from typing import Any
 
 # Licences under which a program that imports the package must be given away in the same way.
 _BINDING = re.compile(r"\b(A?GPL|GNU (Affero )?General Public)", re.IGNORECASE)
@@ -50,7 +51,8 @@ def brought_by(name: str) -> Iterator[Distribution]:
 
 def licence_of(package: Distribution) -> str:
     """The licence of a package in a few words: its expression, its classifiers, or the first line of its text."""
-    metadata = package.metadata
+    # A message of the standard library, of which its type tells less.
+    metadata: Any = package.metadata
     if expression := metadata.get("License-Expression"):
         return expression
     classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]

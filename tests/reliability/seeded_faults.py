@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_suffix(".json")
-_OF_A_FUNCTION = 3
+_OF_A_FUNCTION = 2
 _SECONDS = 600
 _SLOW_TO_IMPORT = ("torch", "torchvision", "triton", "hypothesis", "scipy.stats", "pydantic", "safetensors.torch")
 
@@ -42,6 +42,7 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
         "tests/kernels/test_norms_cpu.py",
         "tests/kernels/test_hard_negatives.py",
         "tests/kernels/test_ops.py",
+        "tests/kernels/test_operators.py",
         "tests/kernels/test_triton_bias.py",
         "tests/models/test_golden.py",
     ),
@@ -339,9 +340,11 @@ class Copy:
         seconds = time.perf_counter() - begun
         if os.waitstatus_to_exitcode(status) == 0:
             return None, seconds
-        failed = [line for line in said.decode(errors="replace").splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        how = failed[-1].split(" ")[1] if failed else f"the process ended by {os.waitstatus_to_exitcode(status)}"
-        return how, seconds
+        lines = said.decode(errors="replace").splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        # Such as `FAILED tests/a.py::test_b[c d] - AssertionError: ...`.
+        how = failed[-1].partition(" ")[2].partition(" - ")[0] if failed else ""
+        return how or f"{tests[0]}: the process ended by {os.waitstatus_to_exitcode(status)}", seconds
 
     def _run(self, tests: tuple[str, ...]) -> None:
         import pytest

@@ -115,8 +115,6 @@ class XFM(nn.Module):
             if head not in ALL_HEADS:
                 raise InputError(f"head {head!r} is unknown; choose from {', '.join(ALL_HEADS)}")
         built = tuple(encoders)
-        if not built:
-            raise InputError(f"encoders={encoders!r} names none; choose from {', '.join(ALL_ENCODERS)}")
         for encoder in built:
             if encoder not in ALL_ENCODERS:
                 raise InputError(f"encoder {encoder!r} is unknown; choose from {', '.join(ALL_ENCODERS)}")
