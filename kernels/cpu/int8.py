@@ -24,7 +24,7 @@ _LEVELS = 127
 # oneDNN has fast products of unsigned with signed bytes only; it takes the shift out of the sums.
 _SHIFT = 128
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
-_SLICE_ROWS = 208
+_SLICE_ROWS, _MOST_ROWS = 208, 4096
 # Below any activation that is not zero.
 _SMALLEST = 1e-30
 # GELU has its minimum at -0.17.
@@ -208,7 +208,7 @@ def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -
 
 
 def _slices(rows: int) -> Iterator[slice]:
-    step = _SLICE_ROWS * torch.get_num_threads()
+    step = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
     # At least one, which gives an empty product its shape.
     return (slice(start, start + step) for start in range(0, max(rows, 1), step))
 
