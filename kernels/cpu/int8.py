@@ -21,14 +21,15 @@ from ..derived import derived, forget
 from .workspace import scratch
 
 _LEVELS = 127
-# oneDNN has fast products of unsigned with signed bytes only; it takes the shift out of the sums.
-_SHIFT = 128
+# oneDNN has fast products of unsigned with signed bytes only; it takes what stands for 0 out of the sums.
+_ZERO = 128
+# GELU has its minimum at -0.17, so that most levels can be for positive values.
+_GELU_ZERO, _LEAST_GELU = 32, 0.17
+_NO_FRACTIONS = 1.5 * 2**23
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
 _SLICE_ROWS, _MOST_ROWS = 208, 4096
 # Below any activation that is not zero.
 _SMALLEST = 1e-30
-# GELU has its minimum at -0.17.
-_LEAST_GELU = 0.17
 _PROBE = (64, 256, 256)
 _ROUNDS = 5
 
@@ -171,7 +172,7 @@ def mlp_residual(
     out = torch.empty_like(sums)
     for part in _slices(rows.shape[0]):
         hidden = torch.ops.aten.gelu_(_multiplied(rows[part], *first))
-        out[part] = _multiplied(hidden, *second, _LEAST_GELU).add_(sums[part])
+        out[part] = _multiplied(hidden, *second, gelu=True).add_(sums[part])
     return out.view(residual.shape)
 
 
@@ -213,37 +214,45 @@ def _slices(rows: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, max(rows, 1), step))
 
 
-def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, least: float | None = None) -> Tensor:
-    """`x W^T + b` in fp32, of rows `[n, K]`.
-
-    Args:
-        least: no value lies below its negative, so that only the largest has to be looked for.
-    """
-    levels, scales = _quantised(rows, least)
-    out = torch.ops.onednn.qlinear_pointwise(
-        levels, 1.0, _SHIFT, packed.tensor, packed.scales, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """`x W^T + b` in fp32, of rows `[n, K]`; gelu: those of a GELU, as in `reference.as_int8`."""
+    zero = _GELU_ZERO if gelu else _ZERO
+    scales = _gelu_scales(rows) if gelu else _scales(rows)
+    levels = torch.ops.onednn.qlinear_pointwise(
+        _quantised(rows, scales.reciprocal(), zero),
+        *(1.0, zero),
+        *packed,
+        *(None, 1.0, 0, torch.float32, "none", [], ""),
     )
-    return out.mul_(scales) if bias is None else torch.addcmul(bias, out, scales, out=out)
+    return levels.mul_(scales) if bias is None else torch.addcmul(bias, levels, scales, out=levels)
 
 
-def _quantised(rows: Tensor, least: float | None) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]` as unsigned bytes, shifted, and the scale of each, `[n, 1]` in fp32; least as in `_multiplied`."""
-    shape = (rows.shape[0], rows.shape[1])
+def _scales(rows: Tensor) -> Tensor:
+    """The step between levels of each row, `[n, 1]` in fp32."""
     if rows.dtype == torch.bfloat16:
         # Bits without the sign have the order of the values, and integers are compared faster.
+        shape = (rows.shape[0], rows.shape[1])
         bits = torch.bitwise_and(rows.view(torch.int16), 0x7FFF, out=scratch("int8 bits", shape, torch.int16))
         largest = bits.amax(1, keepdim=True).view(torch.bfloat16).float()
-    elif least is not None:
-        largest = rows.amax(1, keepdim=True).clamp_min_(least)
     else:
         largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
-    largest.clamp_min_(_SMALLEST)
+    return largest.clamp_min_(_SMALLEST).div_(_LEVELS)
+
+
+def _gelu_scales(rows: Tensor) -> Tensor:
+    """`_scales` of rows in fp32 that have no large negative value."""
+    return rows.amax(1, keepdim=True).div_(255 - _GELU_ZERO).clamp_min_(_LEAST_GELU / _GELU_ZERO)
+
+
+def _quantised(rows: Tensor, factors: Tensor, zero: int) -> Tensor:
+    """Rows `[n, K]` times their factors as unsigned bytes, of which `zero` stands for 0."""
+    shape = (rows.shape[0], rows.shape[1])
     levels = scratch("int8 levels", shape, torch.float32)
     if rows.dtype == torch.float32:
-        torch.mul(rows, _LEVELS / largest, out=levels)
+        torch.mul(rows, factors, out=levels)
     else:
         # Operands of two types are multiplied one by one.
-        levels.copy_(rows).mul_(_LEVELS / largest)
-    levels.round_()
-    signed = scratch("int8", shape, torch.int8).copy_(levels)
-    return signed.view(torch.uint8).bitwise_xor_(_SHIFT), largest.div_(_LEVELS)
+        levels.copy_(rows).mul_(factors)
+    # So large a number leaves no room for fractions: the sum is rounded, and its lowest byte is the level.
+    levels.add_(_NO_FRACTIONS + zero)
+    return scratch("int8", shape, torch.uint8).copy_(levels.view(torch.int32))
