@@ -169,7 +169,11 @@ class Settings:
         In one piece, since a hidden layer that is known to be one is rounded to finer levels.
         """
         layers = (first, second)
-        if not is_erf_gelu(activation) or any(adapters.base_layer(layer) is not layer for layer in layers):
+        if (
+            norm.bias is None
+            or not is_erf_gelu(activation)
+            or any(adapters.base_layer(layer) is not layer for layer in layers)
+        ):
             return None
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if not all(map(int8.is_marked, weights)) or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
