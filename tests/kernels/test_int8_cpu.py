@@ -14,7 +14,7 @@ from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8
 
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
-# Two slices of rows whatever the threads, one row, none.
+# Several slices of rows (of few threads), one row, none.
 ROWS = [(2, 450), (1,), (0, 3)]
 
 
