@@ -7,7 +7,7 @@ any parameter, and the bytes are kept beside it. Attention, norms and everything
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -132,18 +132,15 @@ def _seconds(product: Callable[[], Tensor]) -> float:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`; sums in fp32, the result in the type of x."""
     rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
-    out = x.new_empty(rows.shape[0], weight.shape[0])
-    for part in _slices(rows.shape[0]):
-        out[part] = _multiplied(rows[part], *factors)
+    out = _by_slices(lambda part: _multiplied(rows[part], *factors), rows.shape[0], weight.shape[0], x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
     rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
-    out = x.new_empty(rows.shape[0], weight.shape[0])
-    for part in _slices(rows.shape[0]):
-        out[part] = torch.ops.aten.gelu_(_multiplied(rows[part], *factors))
+    gelu = torch.ops.aten.gelu_
+    out = _by_slices(lambda part: gelu(_multiplied(rows[part], *factors)), rows.shape[0], weight.shape[0], x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -151,10 +148,8 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
     factors = _factors(weight, bias, gamma)
-    out = torch.empty_like(sums)
-    for part in _slices(rows.shape[0]):
-        out[part] = _multiplied(rows[part], *factors).add_(sums[part])
-    return out.view(residual.shape)
+    branch = lambda part: _multiplied(rows[part], *factors).add_(sums[part])  # noqa: E731
+    return _by_slices(branch, *sums.shape, residual.dtype).view(residual.shape)
 
 
 def mlp_residual(
@@ -169,11 +164,12 @@ def mlp_residual(
     """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
     first, second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
-    out = torch.empty_like(sums)
-    for part in _slices(rows.shape[0]):
+
+    def branch(part: slice) -> Tensor:
         hidden = torch.ops.aten.gelu_(_multiplied(rows[part], *first))
-        out[part] = _multiplied(hidden, *second, gelu=True).add_(sums[part])
-    return out.view(residual.shape)
+        return _multiplied(hidden, *second, gelu=True).add_(sums[part])
+
+    return _by_slices(branch, *sums.shape, residual.dtype).view(residual.shape)
 
 
 class _Packed(NamedTuple):
@@ -208,13 +204,16 @@ def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -
     return packed._replace(scales=scales), None if wide is None else wide * gamma.float()
 
 
-def _slices(rows: int) -> Iterator[slice]:
-    """Slices of about one length."""
+def _by_slices(make: Callable[[slice], Tensor], rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """`make` of all rows, in fp32, as one tensor `[rows, width]` of a type; of many in slices of about one length."""
     most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
-    # At least one, which gives an empty product its shape.
-    count = max(1, -(-rows // most))
-    step = max(1, -(-rows // count))
-    return (slice(start, start + step) for start in range(0, max(rows, 1), step))
+    if rows <= most:
+        return make(slice(rows)).to(dtype)
+    out = torch.empty(rows, width, dtype=dtype)
+    step = -(-rows // -(-rows // most))
+    for start in range(0, rows, step):
+        out[start : start + step] = make(slice(start, start + step))
+    return out
 
 
 def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
