@@ -262,7 +262,8 @@ def _mlp_forward(
 def _mlp_forward_fake(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return tuple(x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in (weight_out, weight_in))
+    rows = x.shape[:-1]
+    return x.new_empty(*rows, weight_out.shape[0]), x.new_empty(*rows, weight_in.shape[0])
 
 
 def _mlp_backward(

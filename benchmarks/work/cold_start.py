@@ -138,7 +138,7 @@ def run(options: ColdStartOptions, progress: Progress | None = None, command: Se
                 )
         progress.stage("processes started")
         samples = interleave(
-            starts, probes, rounds=2 if options.quick else 7, budget_s=0.0, warmups=1, on_step=progress.step
+            starts, probes, rounds=2 if options.quick else 5, budget_s=0.0, warmups=1, on_step=progress.step
         )
     rows = [_row(OURS, name).model_copy(update={"status": "not offered", "reason": r}) for name, r in absent.items()]
     for key, start in starts.items():

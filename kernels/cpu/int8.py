@@ -7,7 +7,7 @@ any parameter, and the bytes are kept beside it. Attention, norms and everything
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,14 +21,15 @@ from ..derived import derived, forget
 from .workspace import scratch
 
 _LEVELS = 127
-# oneDNN has fast products of unsigned with signed bytes only; it takes the shift out of the sums.
-_SHIFT = 128
+# oneDNN has fast products of unsigned with signed bytes only; it takes what stands for 0 out of the sums.
+_ZERO = 128
+# GELU has its minimum at -0.17, so that most levels can be for positive values.
+_GELU_ZERO, _LEAST_GELU = 32, 0.17
+_NO_FRACTIONS = 1.5 * 2**23
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
-_SLICE_ROWS = 208
+_SLICE_ROWS, _MOST_ROWS = 400, 4096
 # Below any activation that is not zero.
 _SMALLEST = 1e-30
-# GELU has its minimum at -0.17.
-_LEAST_GELU = 0.17
 _PROBE = (64, 256, 256)
 _ROUNDS = 5
 
@@ -131,18 +132,15 @@ def _seconds(product: Callable[[], Tensor]) -> float:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`; sums in fp32, the result in the type of x."""
     rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
-    out = x.new_empty(rows.shape[0], weight.shape[0])
-    for part in _slices(rows.shape[0]):
-        out[part] = _multiplied(rows[part], *factors)
+    out = _by_slices(lambda part: _multiplied(rows[part], *factors), rows.shape[0], weight.shape[0], x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
     rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
-    out = x.new_empty(rows.shape[0], weight.shape[0])
-    for part in _slices(rows.shape[0]):
-        out[part] = torch.ops.aten.gelu_(_multiplied(rows[part], *factors))
+    gelu = torch.ops.aten.gelu_
+    out = _by_slices(lambda part: gelu(_multiplied(rows[part], *factors)), rows.shape[0], weight.shape[0], x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -150,10 +148,8 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
     factors = _factors(weight, bias, gamma)
-    out = torch.empty_like(sums)
-    for part in _slices(rows.shape[0]):
-        out[part] = _multiplied(rows[part], *factors).add_(sums[part])
-    return out.view(residual.shape)
+    branch = lambda part: _multiplied(rows[part], *factors).add_(sums[part])  # noqa: E731
+    return _by_slices(branch, *sums.shape, residual.dtype).view(residual.shape)
 
 
 def mlp_residual(
@@ -168,11 +164,12 @@ def mlp_residual(
     """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
     first, second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
-    out = torch.empty_like(sums)
-    for part in _slices(rows.shape[0]):
+
+    def branch(part: slice) -> Tensor:
         hidden = torch.ops.aten.gelu_(_multiplied(rows[part], *first))
-        out[part] = _multiplied(hidden, *second, _LEAST_GELU).add_(sums[part])
-    return out.view(residual.shape)
+        return _multiplied(hidden, *second, gelu=True).add_(sums[part])
+
+    return _by_slices(branch, *sums.shape, residual.dtype).view(residual.shape)
 
 
 class _Packed(NamedTuple):
@@ -207,43 +204,57 @@ def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -
     return packed._replace(scales=scales), None if wide is None else wide * gamma.float()
 
 
-def _slices(rows: int) -> Iterator[slice]:
-    step = _SLICE_ROWS * torch.get_num_threads()
-    # At least one, which gives an empty product its shape.
-    return (slice(start, start + step) for start in range(0, max(rows, 1), step))
+def _by_slices(make: Callable[[slice], Tensor], rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """`make` of all rows, in fp32, as one tensor `[rows, width]` of a type; of many in slices of about one length."""
+    most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
+    if rows <= most:
+        return make(slice(rows)).to(dtype)
+    out = torch.empty(rows, width, dtype=dtype)
+    step = -(-rows // -(-rows // most))
+    for start in range(0, rows, step):
+        out[start : start + step] = make(slice(start, start + step))
+    return out
 
 
-def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, least: float | None = None) -> Tensor:
-    """`x W^T + b` in fp32, of rows `[n, K]`.
-
-    Args:
-        least: no value lies below its negative, so that only the largest has to be looked for.
-    """
-    levels, scales = _quantised(rows, least)
-    out = torch.ops.onednn.qlinear_pointwise(
-        levels, 1.0, _SHIFT, packed.tensor, packed.scales, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """`x W^T + b` in fp32, of rows `[n, K]`; gelu: those of a GELU, as in `reference.as_int8`."""
+    zero = _GELU_ZERO if gelu else _ZERO
+    scales = _gelu_scales(rows) if gelu else _scales(rows)
+    levels = torch.ops.onednn.qlinear_pointwise(
+        _quantised(rows, scales.reciprocal(), zero),
+        *(1.0, zero),
+        *packed,
+        *(None, 1.0, 0, torch.float32, "none", [], ""),
     )
-    return out.mul_(scales) if bias is None else torch.addcmul(bias, out, scales, out=out)
+    return levels.mul_(scales) if bias is None else torch.addcmul(bias, levels, scales, out=levels)
 
 
-def _quantised(rows: Tensor, least: float | None) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]` as unsigned bytes, shifted, and the scale of each, `[n, 1]` in fp32; least as in `_multiplied`."""
-    shape = (rows.shape[0], rows.shape[1])
+def _scales(rows: Tensor) -> Tensor:
+    """The step between levels of each row, `[n, 1]` in fp32."""
     if rows.dtype == torch.bfloat16:
         # Bits without the sign have the order of the values, and integers are compared faster.
+        shape = (rows.shape[0], rows.shape[1])
         bits = torch.bitwise_and(rows.view(torch.int16), 0x7FFF, out=scratch("int8 bits", shape, torch.int16))
         largest = bits.amax(1, keepdim=True).view(torch.bfloat16).float()
-    elif least is not None:
-        largest = rows.amax(1, keepdim=True).clamp_min_(least)
     else:
         largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
-    largest.clamp_min_(_SMALLEST)
+    return largest.clamp_min_(_SMALLEST).div_(_LEVELS)
+
+
+def _gelu_scales(rows: Tensor) -> Tensor:
+    """`_scales` of rows in fp32 that have no large negative value."""
+    return rows.amax(1, keepdim=True).div_(255 - _GELU_ZERO).clamp_min_(_LEAST_GELU / _GELU_ZERO)
+
+
+def _quantised(rows: Tensor, factors: Tensor, zero: int) -> Tensor:
+    """Rows `[n, K]` times their factors as unsigned bytes, of which `zero` stands for 0."""
+    shape = (rows.shape[0], rows.shape[1])
     levels = scratch("int8 levels", shape, torch.float32)
     if rows.dtype == torch.float32:
-        torch.mul(rows, _LEVELS / largest, out=levels)
+        torch.mul(rows, factors, out=levels)
     else:
         # Operands of two types are multiplied one by one.
-        levels.copy_(rows).mul_(_LEVELS / largest)
-    levels.round_()
-    signed = scratch("int8", shape, torch.int8).copy_(levels)
-    return signed.view(torch.uint8).bitwise_xor_(_SHIFT), largest.div_(_LEVELS)
+        levels.copy_(rows).mul_(factors)
+    # So large a number leaves no room for fractions: the sum is rounded, and its lowest byte is the level.
+    levels.add_(_NO_FRACTIONS + zero)
+    return scratch("int8", shape, torch.uint8).copy_(levels.view(torch.int32))

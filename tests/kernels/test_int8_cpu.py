@@ -14,7 +14,7 @@ from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8
 
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
-# Two slices of rows whatever the threads, one row, none.
+# Several slices of rows (of few threads), one row, none.
 ROWS = [(2, 450), (1,), (0, 3)]
 
 
@@ -76,7 +76,7 @@ def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
     rounded = [reference.as_int8(part.weight) for part in (first, second)]
     hidden = reference.linear_gelu(reference.as_int8(x), rounded[0], first.bias.float())
     wanted = reference.linear_residual(
-        reference.as_int8(hidden), rounded[1], second.bias.float(), residual.float(), gamma.float(), None
+        reference.as_int8(hidden, gelu=True), rounded[1], second.bias.float(), residual.float(), gamma.float(), None
     )
     int8.mark([first.weight, second.weight])
     found = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, residual, gamma=gamma)
@@ -99,6 +99,22 @@ def test_a_row_depends_on_itself_alone() -> None:
     x[1:] *= 1000
     assert torch.equal(ops.linear(x, made.weight, made.bias)[0], whole[0])
     assert torch.equal(ops.linear(x[:1], made.weight, made.bias)[0], whole[0])
+
+
+@needs_int8
+def test_hidden_layers_with_and_without_large_values() -> None:
+    torch.manual_seed(0)
+    first, second, residual = layer(64, 160), layer(160, 64), torch.zeros(4, 64)
+    first.weight.copy_(torch.randn(160, 64) / 8)
+    x = torch.randn(4, 64) * torch.tensor([0.0, 0.01, 1.0, 100.0])[:, None]
+    int8.mark([first.weight, second.weight])
+    hidden = ops.linear_gelu(x, first.weight, None)
+    assert float(hidden[1].max()) < 0.17 < 10 < float(hidden[3].max())
+    rounded = reference.as_int8(hidden, gelu=True)
+    assert float((rounded - hidden).abs().amax(1).div(hidden.amax(1).div(446).clamp_min(0.17 / 64)).max()) < 1 + 1e-4
+    wanted = reference.linear(rounded, reference.as_int8(second.weight), None)
+    found = ops.mlp_residual(x, first.weight, None, second.weight, None, residual)
+    assert relative(found, wanted) < 2e-3
 
 
 @needs_int8
@@ -192,7 +208,7 @@ def test_a_processor_without_such_products(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_int8
 def test_sums_that_are_cut_off_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = int8._multiplied
-    monkeypatch.setattr(int8, "_multiplied", lambda *given: exact(*given).clamp(max=200))
+    monkeypatch.setattr(int8, "_multiplied", lambda *given, **rest: exact(*given, **rest).clamp(max=200))
     int8.why_not.cache_clear()
     try:
         assert "cut off" in (int8.why_not() or "")

@@ -130,8 +130,8 @@ def accelerate(
             report.freeze(model, settings)
         if in_int8:
             report.quantise(model)
-            if before is not None:
-                report.keep_within(lambda: _least_cosine(before, _outputs(model, verify), verify))
+            if (wanted := before) is not None:
+                report.keep_within(lambda: _least_cosine(wanted, _outputs(model, verify), verify))
         if before is not None:
             after = _outputs(model, verify)
             report.differences.update(_compared(before, after, verify, dtype, in_int8))

@@ -165,6 +165,28 @@ class Settings:
             return ops.add_layer_norm(self.products("", x, dense)[0], residual, *scale, **after)
         return ops.linear_add_layer_norm(self.operand(x), *affine, residual, *scale, **after)
 
+    def rounded_mlp(self, x: Tensor, first: Any, activation: Any, second: Any, norm: Any) -> Tensor | None:
+        """`norm(x + second(gelu(first(x))))` where both products run in int8; None where they do not.
+
+        In one piece, since a hidden layer that is known to be one is rounded to finer levels.
+        """
+        layers = (first, second)
+        if (
+            norm.bias is None
+            or not is_erf_gelu(activation)
+            or any(adapters.base_layer(layer) is not layer for layer in layers)
+        ):
+            return None
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if not all(map(int8.is_marked, weights)) or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+            return None
+        rows = x
+        if any(bias is not None and bias.dtype != x.dtype for bias in biases):
+            rows, biases = self.operand(x), [self.parameter(bias) for bias in biases]
+        summed = ops.mlp_residual(rows, weights[0], biases[0], weights[1], biases[1], x, backend=self.backend)
+        scale, shift = (t.to(summed.dtype) for t in (norm.weight, norm.bias))
+        return ops.layer_norm(summed, scale, shift, norm.eps, backend=self.backend)
+
     @contextmanager
     def own_types(self, device: torch.device) -> Iterator[None]:
         """Fused modules choose their types themselves: without gradients that is quicker than autocast."""

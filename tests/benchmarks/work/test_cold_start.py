@@ -13,6 +13,7 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.options import ColdStartOptions
 from xfm_fast.benchmarks.record import HUGGING_FACE, OURS
 from xfm_fast.benchmarks.work import cold_start
+from xfm_fast.errors import UnavailableError
 from xfm_fast.tokenizer import CaptionTokenizer
 
 pytest.importorskip("skimage")
@@ -41,7 +42,7 @@ def test_rows() -> None:
 
 def test_a_process_that_fails_says_its_last_line() -> None:
     start = cold_start._Starts(OURS, ["/there/is/no/such/folder", "a caption", "float32"], 1)
-    with pytest.raises(cold_start.UnavailableError, match=r"process failed: .*no/such/folder"):
+    with pytest.raises(UnavailableError, match=r"process failed: .*no/such/folder"):
         start()
     assert not start.stages
 
