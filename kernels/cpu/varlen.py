@@ -47,7 +47,7 @@ def varlen_attention(
     if key_mask is not None:
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
     # Explicit products gain from several texts in one, the fused kernel does not.
-    plan = plan_of(bounds_q, bounds_k, dropout is not None or choice(1, 1, q.dtype) == "tiled")
+    plan = plan_of(bounds_q, bounds_k, dropout is not None or choice(1, 1, q.dtype) != "aten")
     if len(plan.groups) == 1 and plan.whole and dropout is None:
         group = plan.groups[0]
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))

@@ -53,6 +53,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor 
 
 # (batch, queries, keys, heads, width): one token, odd sizes, more rows than a tile holds, one head, wide heads.
 SHAPES = [(1, 1, 1, 1, 8), (2, 2, 5, 3, 16), (1, 17, 50, 12, 64), (2, 50, 17, 2, 80), (1, 1100, 600, 3, 8)]
+# One query and more rows than a tile holds, both with heads as wide as whole vectors.
+SHAPES += [(2, 1, 33, 3, 16), (1, 1100, 600, 3, 16)]
 
 
 @each_dtype
@@ -70,6 +72,38 @@ def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch
     found = candidate(q, k, v, 0.3, bias)
     assert found.is_contiguous()
     assert_as_accurate(found, plain_attention, q, k, v, 0.3, bias)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["exp2", "onednn"])
+@torch.inference_mode()
+def test_powers_out_of_range_are_left_to_the_softmax(name: str, dtype: torch.dtype) -> None:
+    """Scores of hundreds, both ways; a query that sees no key; and inputs that are no numbers."""
+    usable("attention", name, dtype)
+    q, k, v = torch.randn(2, 20, 3, 2, 16).to(dtype).unbind(2)
+    for scale in (100.0, -100.0):
+        assert_as_accurate(attention._PLAIN[name](q, k, v, scale, None), plain_attention, q, k, v, scale, None)
+    low = torch.full((1, 1, 1, 20), -300.0).to(dtype)
+    assert_as_accurate(attention._BIASED[name](q, k, v, 0.3, low), plain_attention, q, k, v, 0.3, low)
+    hidden = torch.zeros(1, 1, 20, 20).to(dtype)
+    hidden[..., 4, :] = -torch.inf
+    found = attention._BIASED[name](q, k, v, 0.3, hidden)
+    assert found[:, 4].isnan().all()
+    assert found[:, :4].isfinite().all()
+    assert attention._PLAIN[name](q * torch.nan, k, v, 0.3, None).isnan().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["tiled", "exp2", "onednn"])
+@torch.inference_mode()
+def test_masks_of_every_shape(name: str, dtype: torch.dtype) -> None:
+    usable("attention", name, dtype)
+    q, k, v = torch.randn(4, 40, 3, 2, 16).to(dtype).unbind(2)
+    for shape in ((4, 1, 1, 40), (4, 1, 40, 40), (2, 2, 40, 40), (1, 1, 1, 40)):
+        mask = torch.zeros(shape).masked_fill_(torch.rand(shape) < 0.4, -torch.inf).to(dtype)
+        mask[..., 0] = 0
+        whole = mask.repeat(4 // shape[0], 1, 1, 1)
+        assert_as_accurate(attention._PLAIN[name](q, k, v, 0.3, mask), plain_attention, q, k, v, 0.3, whole)
 
 
 @pytest.mark.parametrize(
