@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
 from . import checks, reference
 from .backend import Backend, resolve
 from .cpu import products as cpu
@@ -18,7 +20,22 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
+    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast.
+
+    Raises:
+        InputError: it does not, and a weight is laid out for it.
+    """
+    if _infers_on_cpu(backend, *tensors):
+        return True
+    if not torch.compiler.is_compiling() and any(t is not None and t.is_mkldnn for t in tensors):
+        raise InputError(
+            "a weight is frozen for inference on a CPU, and here a gradient, autocast, another type or another backend "
+            "is asked for; call unfreeze() on the model first"
+        )
+    return False
+
+
+def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     present = [t for t in tensors if t is not None]

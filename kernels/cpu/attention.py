@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -463,3 +463,11 @@ def _biased_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, 
     qkv, bias = _random(dtype, (1, 197, 3, 12, 64), (1, 12, 197, 197))
     q, k, v = qkv.unbind(2)
     return q, k, v, 0.125, bias
+
+
+RACES: dict[str, tuple[_Candidates, Callable[[torch.dtype], tuple[Any, ...]]]] = {
+    "attention": (_PLAIN, _plain_example),
+    "short attention": (_SHORT, _short_example),
+    "biased attention": (_BIASED, _biased_example),
+}
+"""Kinds of attention, with the operands that are timed to choose each."""

@@ -243,7 +243,7 @@ def test_scratch_memory_is_shared_by_name_and_kept() -> None:
 @pytest.mark.parametrize("operation", ["linear", "linear_gelu", "linear_residual"])
 @torch.inference_mode()
 def test_products(operation: str, bias: bool, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    candidates = products._CANDIDATES[operation]
+    candidates = products.CANDIDATES[operation]
     definition: Callable[..., Tensor] = {
         "linear": reference.linear,
         "linear_gelu": reference.linear_gelu,
@@ -388,16 +388,16 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
         return "onednn" if operation.endswith("few rows") else chosen
 
     monkeypatch.setattr(products, "select", select)
-    for operation, candidates in products._CANDIDATES.items():
+    for operation, candidates in products.CANDIDATES.items():
         chosen = "aten"
-        assert products._choose(operation, 16, torch.float32) == "aten"
+        assert products._choose(operation, torch.empty(1, 1), 16) == "aten"
         assert f"{operation} of few rows" not in asked
-        assert products._choose(operation, 15, torch.float32) == "onednn"
+        assert products._choose(operation, torch.empty(1, 1), 15) == "onednn"
         assert asked[operation] == list(candidates)
         assert asked[f"{operation} of few rows"] == [name for name in candidates if name != "onednn-packed"]
         # Packed weights are there already.
         chosen = "onednn-packed"
-        assert products._choose(operation, 15, torch.float32) == "onednn-packed"
+        assert products._choose(operation, torch.empty(1, 1), 15) == "onednn-packed"
 
 
 def test_a_few_short_sequences_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,9 +436,9 @@ def test_deterministic_algorithms_are_the_trusted_ones(monkeypatch: pytest.Monke
 def test_every_implementation_has_its_turn() -> None:
     tables = (
         *(attention._PLAIN, attention._SHORT, attention._BIASED),
-        *products._CANDIDATES.values(),
+        *products.CANDIDATES.values(),
         *(products._TRAINED, products._INPUT, products._WEIGHT),
-        losses._PRODUCTS,
+        losses.PRODUCTS,
     )
     assert {name for table in tables for name in table} == set(LIBRARIES)
 
