@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from torch import Tensor
 from tests.agreement import deterministic_algorithms
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.conftest import LIBRARIES, compared, each_library
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.cpu import attention, losses, products, selection, workspace
+from xfm_fast.kernels.cpu import attention, products, selection, workspace
+from xfm_fast.kernels.cpu.races import compare_all, races
 from xfm_fast.kernels.cpu.workspace import Dropout
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -433,14 +437,115 @@ def test_deterministic_algorithms_are_the_trusted_ones(monkeypatch: pytest.Monke
     assert [s.operation for s in selection.selections()] == ["test"]
 
 
-def test_every_implementation_has_its_turn() -> None:
-    tables = (
-        *(attention._PLAIN, attention._SHORT, attention._BIASED),
-        *products.CANDIDATES.values(),
-        *(products._TRAINED, products._INPUT, products._WEIGHT),
-        losses.PRODUCTS,
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Writes a file of choices and names it in the environment; no comparison of before is known."""
+    monkeypatch.setattr(selection, "_selections", {})
+    selection._read.cache_clear()
+
+    def written(**changes: Any) -> Path:
+        path = tmp_path / "choices.json"
+        path.write_text(json.dumps({**selection.choices(), **changes}))
+        monkeypatch.setattr(selection, "_selections", {})
+        monkeypatch.setenv(selection.CHOICES, str(path))
+        selection._read.cache_clear()
+        return path
+
+    yield written
+    selection._read.cache_clear()
+
+
+def example(dtype: torch.dtype) -> tuple[Tensor]:
+    return (torch.linspace(1, 2, 100_000, dtype=dtype),)
+
+
+CANDIDATES: dict[str, Callable[..., Tensor]] = {"trusted": lambda x: slow(x), "fast": lambda x: x * 2}
+
+
+def test_a_file_of_choices_settles_them_in_every_mode(choices: Callable[..., Path]) -> None:
+    assert selection.select("test", CANDIDATES, example, torch.float32) == "fast"
+    measured = selection.selections()[0]
+    choices()
+    never: Any = None
+    for _ in range(2):
+        assert selection.select("test", CANDIDATES, never, torch.float32) == "fast"
+        with deterministic_algorithms():
+            assert selection.select("test", CANDIDATES, never, torch.float32) == "fast"
+            assert selection.select("other", CANDIDATES, never, torch.float32) == "trusted"
+    found = selection.selections()[0]
+    assert (found.source, found.seconds, found.rejected) == ("file", measured.seconds, measured.rejected)
+    assert "(from the file in XFM_CPU_CHOICES)" in found.reason
+    # What the file does not know is compared.
+    assert selection.select("test", CANDIDATES, example, torch.float64) == "fast"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"processor": "another"}, "was written for processor 'another'"),
+        ({"torch": "1.0"}, "was written for torch '1.0'"),
+        ({"schema": 7}, "schema 7"),
+        ({"choices": [{"operation": "test"}]}, "no file of choices"),
+        (
+            {"choices": [{"operation": "test", "dtype": "float32", "chosen": "odd", "seconds": {}, "rejected": {}}]},
+            "odd",
+        ),
+    ],
+)
+def test_a_file_of_choices_that_cannot_be_used(
+    choices: Callable[..., Path], changes: dict[str, Any], said: str
+) -> None:
+    path = choices(**changes)
+    with pytest.raises(InputError, match=said) as raised:
+        selection.select("test", CANDIDATES, example, torch.float32)
+    assert str(path) in str(raised.value)
+    assert "xfm-fast tune --cpu" in str(raised.value)
+    path.unlink()
+    selection._read.cache_clear()
+    with pytest.raises(InputError, match="cannot be read"):
+        selection.select("test", CANDIDATES, example, torch.float32)
+
+
+def test_the_reason_of_a_choice() -> None:
+    def reason(chosen: str, **seconds: float) -> str:
+        return selection.Selection("test", torch.float32, chosen, seconds, {}).reason
+
+    assert reason("aten", aten=1.0, onednn=0.987) == (
+        "onednn measured 1.3% faster than aten, below the 4% that justify it"
     )
+    assert reason("onednn", aten=1.0, onednn=0.9) == "onednn measured 10.0% faster than aten"
+    assert reason("onednn", aten=2.3, onednn=1.0) == "onednn measured 2.3 times faster than aten"
+    assert reason("aten", aten=1.0, onednn=1.25, tiled=2.0) == "aten measured 20.0% faster than onednn"
+    assert reason("aten", aten=float("nan")) == "aten is the only one here"
+    assert selection.Selection("test", torch.float32, "x", {}, {}, "settled").reason == (
+        "not compared (settled by the program)"
+    )
+
+
+def test_every_implementation_has_its_turn() -> None:
+    tables = [race.candidates for race in races().values()]
     assert {name for table in tables for name in table} == set(LIBRARIES)
+
+
+def test_all_choices_are_made_at_once(library: str) -> None:
+    """Under the names by which the operations ask for them, with whatever is chosen."""
+    compared_names = {found.operation for found, _ in compare_all([torch.float32])}
+    assert compared_names == set(races())
+    assert all(race.flops > 0 for _, race in compare_all([torch.float32]))
+    known = dict(selection._selections)
+    with torch.inference_mode():
+        x, weight = torch.randn(16, 64), torch.randn(64, 64)
+        for rows in (x, x[:3]):
+            for run in (ops.linear, ops.linear_gelu):
+                run(rows, weight, None)
+            ops.linear_residual(rows, weight, None, rows)
+        for tokens in (10, 70):
+            q, k, v = torch.randn(5, tokens, 3, 2, 16).unbind(2)
+            attention.plain_attention(q, k, v, 0.3)
+        attention.biased_attention(q, k, v, 0.3, torch.zeros(2, 70, 70))
+    weight.requires_grad_()
+    ops.linear(x, weight, None).sum().backward()
+    assert selection._selections == known
 
 
 SHAPE = (3, 333, 1001)
