@@ -243,6 +243,7 @@ def describe() -> dict[str, Any]:
         "cores_logical": psutil.cpu_count(),
         "cores_allowed": len(_allowed_cores()),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],

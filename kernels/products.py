@@ -11,7 +11,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import checks, reference
-from .backend import Backend, resolve
+from .backend import Backend, named, resolve
 from .cpu import products as cpu
 from .cpu.workspace import Dropout
 from .library import operator
@@ -33,6 +33,23 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
             "is asked for; call unfreeze() on the model first"
         )
     return False
+
+
+def multiplies_at_once(backend: Backend | None, x: Tensor, weight: Tensor) -> bool:
+    """True for what a frozen model multiplies in inference mode.
+
+    Its weights were looked at when they were laid out, and nothing is left to choose; for a few tokens, the checks and
+    the choices of every call would take as long as the product.
+    """
+    return (
+        weight.is_mkldnn
+        and torch.is_inference_mode_enabled()
+        and x.is_cpu
+        and x.dtype == weight.dtype
+        and x.shape[-1] == weight.shape[1]
+        and not named(backend)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
@@ -59,6 +76,8 @@ def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
+    if multiplies_at_once(backend, x, weight):
+        return cpu.linear(x, weight, bias)
     checks.linear_arguments(x, weight, bias)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu.linear(x, weight, bias)
@@ -143,9 +162,11 @@ def mlp_residual(
         x, residual: `[..., M]`; weight_in: `[F, M]`; bias_in: `[F]`; weight_out: `[M, F]`; bias_out: `[M]`.
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
+    plain = row_scale is None and not dropout_p
+    if plain and multiplies_at_once(backend, x, weight_in) and weight_out.is_mkldnn and residual.shape == x.shape:
+        return cpu.linear_residual(cpu.linear_gelu(x, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
-    plain = row_scale is None and not dropout_p
     if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
         return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     hidden = linear_gelu(x, weight_in, bias_in, backend=backend)

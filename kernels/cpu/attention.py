@@ -389,7 +389,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
 def _onednn(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """The products of all heads in one oneDNN call: a convolution of one pixel, whose groups are the heads.
 
-    Tokens are the pixels, so queries, scores and results keep the order of tokens, and keys alone are copied.
+    Tokens are the pixels, so queries, scores and results keep the order of tokens; keys and values are the weights.
     """
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
@@ -402,16 +402,18 @@ def _onednn(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) 
     step = -(-queries // tiles_of_rows)
     out, sums = torch.empty(q.shape, dtype=q.dtype), _sums_for(q)
     padded_keys = scratch("keys", (heads, lanes, width), q.dtype)
-    padded_values = scratch("values", (lanes, heads, width), q.dtype)
+    padded_values = scratch("values", (heads, width, lanes), q.dtype)
     padded_keys[:, keys:] = 0
-    padded_values[keys:] = 0
+    padded_values[..., keys:] = 0
     for b in range(batch):
         padded_keys[:, :keys] = k[b].transpose(0, 1)
-        padded_values[:keys] = v[b]
+        padded_values[..., :keys] = v[b].permute(1, 2, 0)
         key_weight = padded_keys.view(heads * lanes, width, 1, 1)
-        value_weight = padded_values.view(lanes, heads * width).t()[:, :, None, None]
-        key_weight = reorder(key_weight, *geometry, [1, heads * width, 1, step])
-        value_weight = reorder(value_weight, *geometry, [1, heads * lanes, 1, step])
+        value_weight = padded_values.view(heads * width, lanes, 1, 1)
+        if step < queries:
+            # The convolution lays a weight out for itself at every call.
+            key_weight = reorder(key_weight, *geometry, [1, heads * width, 1, step])
+            value_weight = reorder(value_weight, *geometry, [1, heads * lanes, 1, step])
         for start in range(0, queries, step):
             rows = slice(start, min(start + step, queries))
             given = q[b, rows]

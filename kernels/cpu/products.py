@@ -163,9 +163,12 @@ def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *
 
     Under `torch.use_deterministic_algorithms(True)` nothing is timed and the product runs whole.
     """
-    rows, threads = x.shape[0], torch.get_num_threads()
+    rows = x.shape[0]
+    if x.element_size() != 2 or rows <= _SLICE_ROWS:
+        return product(x, weight, bias, *others)
+    threads = torch.get_num_threads()
     most = _SLICE_ROWS * threads
-    if x.element_size() != 2 or threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
+    if threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
         return product(x, weight, bias, *others)
     sliced = partial(_sliced, product, _even_step(rows, most))
     key = (product, weight.shape, x.dtype, rows // _BUCKET, threads)
