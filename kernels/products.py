@@ -42,7 +42,8 @@ def multiplies_at_once(backend: Backend | None, x: Tensor, weight: Tensor) -> bo
     the choices of every call would take as long as the product.
     """
     return (
-        weight.is_mkldnn
+        not torch.compiler.is_compiling()
+        and weight.is_mkldnn
         and torch.is_inference_mode_enabled()
         and x.is_cpu
         and x.dtype == weight.dtype

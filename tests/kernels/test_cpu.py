@@ -533,8 +533,8 @@ def test_all_choices_are_made_at_once(library: str) -> None:
     assert compared_names == set(races())
     assert all(race.flops > 0 for _, race in compare_all([torch.float32]))
     known = dict(selection._selections)
+    x, weight = torch.randn(16, 64), torch.randn(64, 64)
     with torch.inference_mode():
-        x, weight = torch.randn(16, 64), torch.randn(64, 64)
         for rows in (x, x[:3]):
             for run in (ops.linear, ops.linear_gelu):
                 run(rows, weight, None)
