@@ -252,7 +252,7 @@ def _busy(modules: Iterable[dict[str, Any]]) -> bool:
 
 
 def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
-    """True if every product is that of a plain or frozen linear layer and nothing draws; all of one type unless mixed."""
+    """True if each product is that of a plain or frozen linear layer and nothing draws; of one type unless mixed."""
     if not parts.projections or parts.windows is not None or any(norm is not None for norm in parts.inner_norms):
         return False
     if parts.attention_p or parts.hidden_p or any(parts.branch_p) or parts.qkv_bias is not None:
