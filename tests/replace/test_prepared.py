@@ -172,10 +172,12 @@ def test_nothing_outlives_its_layer() -> None:
     made = model()
     report = accelerate(made)
     states(made)
-    kept = [weakref.ref(found()) for found in preparing._prepared.values() if found() is not None]
-    mine = [ref for ref in kept if ref() is not None and ref().layer() in list(made.encoder.layer)]  # pyright: ignore[reportOptionalMemberAccess]
-    assert len(mine) == 2
+    layers = [weakref.ref(layer) for layer in made.encoder.layer]
+    assert all(layer() in preparing._prepared for layer in layers)
     report.revert()
+    assert not any(layer() in preparing._prepared for layer in layers)
+    accelerate(made)
+    states(made)
     del made, report
     gc.collect()
-    assert not any(ref() for ref in mine)
+    assert not any(layer() for layer in layers)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.masks import Dense
-from xfm_fast.replace.prepared import prepared
+from xfm_fast.replace.prepared import forget, prepared
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
@@ -255,6 +255,9 @@ class FamilyLayer(CalledByName):
         if family.pair:
             return out, None
         return (out,) if self.returns_tuple else out
+
+    def release(self) -> None:
+        forget(self)
 
     def context(self, device: torch.device) -> Any:
         """The context to `run` in, which gives the settings."""

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.cpu import products as cpu
-from xfm_fast.kernels.derived import derived, samples
+from xfm_fast.kernels.derived import samples
 from xfm_fast.replace.packed_weight import PackedWeight, pack_of
 from xfm_fast.replace.structure import Attend, Parts
 from xfm_fast.replace.swap import Settings, links, side_by_side
 
 _TYPES = (torch.float32, torch.bfloat16)
 _FEW = 64
-_prepared: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Prepared]] = weakref.WeakKeyDictionary()
+# Nothing that is kept refers to the layer itself, or it would not die with it.
+_prepared: weakref.WeakKeyDictionary[nn.Module, Prepared] = weakref.WeakKeyDictionary()
 
 
 class _Norm(NamedTuple):
@@ -92,11 +93,7 @@ class Prepared:
 
     def __init__(self, layer: nn.Module, parts: Parts, dtype: torch.dtype, *, wide: bool) -> None:
         self.dtype, self.wide = dtype, wide
-        self.prepare(layer, parts)
-
-    def prepare(self, layer: nn.Module, parts: Parts) -> None:
-        """Take the layer as it is now."""
-        self.layer, self._links = weakref.ref(layer), links(layer)
+        self._links = links(layer)
         self.parts, self._activation = parts, None if parts.activation is None else parts.activation(layer)
         watched = [(part._parameters, name) for part in layer.modules() for name in part._parameters]
         needed = {id(value) for value in _weights(parts)}
@@ -123,7 +120,7 @@ class Prepared:
 
     def holds(self, layer: nn.Module) -> bool:
         """True if nothing changed since."""
-        if self.layer() is not layer or self._links is not links(layer):
+        if self._links is not links(layer):
             return False
         if self.parts.activation is not None and self.parts.activation(layer) is not self._activation:
             return False
@@ -220,8 +217,7 @@ def prepared(
     dtype = settings.dtype or x.dtype
     if layer.training or dtype not in _TYPES or not infers(x, settings):
         return None
-    kept = _prepared.get(layer)
-    found = None if kept is None else kept()
+    found = _prepared.get(layer)
     if found is not None and found.dtype == dtype and found.holds(layer):
         return found
     if links(layer) is None or _busy(part.__dict__ for part in layer.modules() if part is not layer):
@@ -229,14 +225,15 @@ def prepared(
     parts = make_parts()
     if not _preparable(layer, parts, dtype, mixed=settings.dtype is not None):
         return None
-    # It dies with the first weight, or when all that is derived from weights is forgotten.
-    name = f"prepared {dtype} {id(layer)}"
-    found = derived(name, tuple(_weights(parts)), lambda: Prepared(layer, parts, dtype, wide=wide))
-    if not found.holds(layer):
-        with torch.inference_mode(False):
-            found.prepare(layer, parts)
-    _prepared[layer] = weakref.ref(found)
+    # The first caller may be in inference mode; what is kept must serve all.
+    with torch.inference_mode(False), torch.no_grad():
+        found = _prepared[layer] = Prepared(layer, parts, dtype, wide=wide)
     return found
+
+
+def forget(layer: nn.Module) -> None:
+    """Give up what is kept of a layer."""
+    _prepared.pop(layer, None)
 
 
 def infers(x: Tensor, settings: Settings) -> bool:
@@ -282,6 +279,6 @@ def _of(parts: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _weights(parts: Parts) -> list[Tensor]:
-    """Everything that a layer computes with, the first projection's weight in front."""
+    """Everything that a layer computes with."""
     linears = (*parts.projections, parts.proj, *_inner(parts), parts.fc2)
     return _of((*linears, *parts.norms)) + [gamma for gamma in parts.gammas if gamma is not None]
