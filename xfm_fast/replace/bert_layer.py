@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host, ops
+from xfm_fast.kernels.cpu.norms import embed_layer_norm_forward
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.prepared import prepared
+from xfm_fast.replace.prepared import infers, prepared
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     CalledByName,
@@ -446,18 +447,12 @@ class FusedEmbeddings(CalledByName):
         if embeds is None and types is None and self._exact():
             assert tokens is not None
             row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
-            normed = ops.embed_layer_norm(
-                tokens,
-                positions,
-                word.weight,
-                position.weight,
-                row,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                padding_idx=word.padding_idx,
-                backend=self.settings.backend,
-            )
+            given = (tokens, positions, word.weight, position.weight, row, norm.weight, norm.bias, norm.eps)
+            if infers(word.weight, self.settings) and word.weight.dtype == norm.weight.dtype:
+                normed = embed_layer_norm_forward(*given)[0]
+            else:
+                backend = self.settings.backend
+                normed = ops.embed_layer_norm(*given, padding_idx=word.padding_idx, backend=backend)
         else:
             summed = word(tokens) if embeds is None else embeds
             if table is not None:

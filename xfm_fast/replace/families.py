@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.masks import Dense
-from xfm_fast.replace.prepared import prepared
+from xfm_fast.replace.prepared import forget, prepared
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
@@ -256,6 +256,9 @@ class FamilyLayer(CalledByName):
             return out, None
         return (out,) if self.returns_tuple else out
 
+    def release(self) -> None:
+        forget(self)
+
     def context(self, device: torch.device) -> Any:
         """The context to `run` in, which gives the settings."""
         return (
@@ -270,7 +273,7 @@ class FamilyLayer(CalledByName):
         if order != "behind branches":
             ready = prepared(self, partial(self._parts, None), x, settings, wide=order == "behind sums")
             if ready is not None:
-                return ready.run(x, attend, settings, None if rotary is None else partial(_rotated, *rotary))
+                return ready.run(x, attend, settings, None if rotary is None else partial(_turned, *rotary))
         return self.compute(self._parts(rotary), attend, x, settings)
 
     def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:
@@ -365,11 +368,19 @@ def _hidden(
 
 def _rotated(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys `[..., N, H, D]` with rotary positions; tokens before those that have one stay as they are."""
-    prefix = q.shape[-3] - cos.shape[-2]
+    return _turned(cos, sin, q, False), _turned(cos, sin, k, False)
+
+
+def _turned(cos: Tensor, sin: Tensor, x: Tensor, both: bool) -> Tensor:
+    """One of them, or both side by side `[..., N, 2, H, D]`."""
+    place = x.ndim - (4 if both else 3)
+    prefix = x.shape[place] - cos.shape[-2]
+    if both:
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if not prefix:
-        return rotated(q, cos, sin), rotated(k, cos, sin)
-    turned = (torch.cat((t[:, :prefix], rotated(t[:, prefix:], cos, sin)), 1) for t in (q, k))
-    return next(turned), next(turned)
+        return rotated(x, cos, sin)
+    first, rest = x.split((prefix, x.shape[place] - prefix), place)
+    return torch.cat((first, rotated(rest, cos, sin)), place)
 
 
 def _are_rotary(given: Any) -> bool:

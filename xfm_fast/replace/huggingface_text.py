@@ -28,6 +28,7 @@ from xfm_fast.replace.bert_layer import (
     plan,
     run_layer,
 )
+from xfm_fast.replace.prepared import forget
 from xfm_fast.replace.swap import (
     CalledByName,
     Rule,
@@ -146,6 +147,9 @@ class FusedLayer(CalledByName):
             expected[f"{end}.dropout"] = (nn.Dropout,)
         named = super().adapted(original)
         return {**named, "bypassed": expected, "returns_tuple": "output_attentions" in named["names"]}
+
+    def release(self) -> None:
+        forget(self)
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:

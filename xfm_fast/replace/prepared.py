@@ -9,28 +9,78 @@ converted, and nothing that draws.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.cpu import products as cpu
-from xfm_fast.kernels.derived import derived, samples
+from xfm_fast.kernels.derived import samples
+from xfm_fast.replace.packed_weight import PackedWeight, pack_of
 from xfm_fast.replace.structure import Attend, Parts
-from xfm_fast.replace.swap import Settings, links
+from xfm_fast.replace.swap import Settings, links, side_by_side
 
 _TYPES = (torch.float32, torch.bfloat16)
-_prepared: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Prepared]] = weakref.WeakKeyDictionary()
+_FEW = 64
+# Nothing that is kept refers to the layer itself, or it would not die with it.
+_prepared: weakref.WeakKeyDictionary[nn.Module, Prepared] = weakref.WeakKeyDictionary()
 
 
-class Affine(NamedTuple):
-    """Weight and bias of a product, or scale and shift of a norm with its eps."""
+class _Norm(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class _Plain(NamedTuple):
+    """A product with a weight as PyTorch keeps it: `x Wᵀ + b`.
+
+    Few rows in 16 bits go the way of the untouched code. Their time is that of reading the weight from memory, which
+    the race of libraries, on a weight in cache, does not see.
+    """
 
     weight: Tensor
     bias: Tensor | None
-    eps: float = 0.0
+
+    def linear(self, x: Tensor) -> Tensor:
+        few = _few(x)
+        return F.linear(x, self.weight, self.bias) if few else cpu.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        if _few(x):
+            return torch.ops.aten.gelu_(F.linear(x, self.weight, self.bias))
+        return cpu.linear_gelu(x, self.weight, self.bias)
+
+    def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
+        if _few(x):
+            out = F.linear(x, self.weight, self.bias)
+            return torch.add(residual, out, out=out) if gamma is None else torch.addcmul(residual, out, gamma, out=out)
+        return cpu.linear_residual(x, self.weight, self.bias, residual, gamma)
+
+
+def _few(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.numel() <= _FEW * x.shape[-1]
+
+
+class _Frozen(NamedTuple):
+    """The same with a weight that is packed in place of its parameter."""
+
+    weight: PackedWeight
+    bias: Tensor | None
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.weight.linear(x, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self.weight.linear(x, self.bias, gelu=True)
+
+    def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
+        if gamma is None:
+            return self.weight.residual(x, self.bias, residual)
+        return torch.addcmul(residual, self.linear(x), gamma)
 
 
 class Prepared:
@@ -43,13 +93,8 @@ class Prepared:
 
     def __init__(self, layer: nn.Module, parts: Parts, dtype: torch.dtype, *, wide: bool) -> None:
         self.dtype, self.wide = dtype, wide
-        self.prepare(layer, parts)
-
-    def prepare(self, layer: nn.Module, parts: Parts) -> None:
-        """Take the layer as it is now."""
-        self.layer, self._links = weakref.ref(layer), links(layer)
+        self._links = links(layer)
         self.parts, self._activation = parts, None if parts.activation is None else parts.activation(layer)
-        linears = [*parts.projections, parts.proj, parts.fc2, *_inner(parts)]
         watched = [(part._parameters, name) for part in layer.modules() for name in part._parameters]
         needed = {id(value) for value in _weights(parts)}
         self._sources = [
@@ -64,22 +109,18 @@ class Prepared:
         kept = [value for _, _, value, _, _ in self._sources if value.dtype != self.dtype or id(value) in copied]
         self._views = [samples(value) for value in kept]
         self._values = torch.cat(self._views) if self._views else None
-        self._of_layer = {id(part): self._affine(part) for part in linears}
-        made = [self._of_layer[id(part)] for part in parts.projections]
-        if joined:
-            biases = [m.weight.new_zeros(m.weight.shape[0]) if m.bias is None else m.bias for m in made]
-            without = all(m.bias is None for m in made)
-            made = [Affine(torch.cat([m.weight for m in made]), None if without else torch.cat(biases))]
-        self._qkv = made
+        self._of_layer = {id(part): self._product_of([part]) for part in (parts.proj, parts.fc2, *_inner(parts))}
+        groups = [joined] if joined else [(part,) for part in parts.projections]
+        self._qkv = [self._product_of(group) for group in groups]
         self._proj, self._fc2 = self._of_layer[id(parts.proj)], self._of_layer[id(parts.fc2)]
         self._fc1 = None if parts.hidden is not None or parts.fc1 is None else self._of_layer[id(parts.fc1)]
         self._first, self._second = (self._norm(norm) for norm in parts.norms)
-        self._shape = (self._proj.weight.shape[0],)
+        self._shape = (cast(Any, parts.proj).out_features,)
         self._scales = tuple(None if gamma is None else gamma.detach().to(self.dtype) for gamma in parts.gammas)
 
     def holds(self, layer: nn.Module) -> bool:
         """True if nothing changed since."""
-        if self.layer() is not layer or self._links is not links(layer):
+        if self._links is not links(layer):
             return False
         if self.parts.activation is not None and self.parts.activation(layer) is not self._activation:
             return False
@@ -91,17 +132,22 @@ class Prepared:
         return self._values is None or torch.equal(torch.cat(self._views), self._values)
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any = None) -> Tensor:
-        """The layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects; adapt as in `Parts`."""
+        """The layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects.
+
+        Args:
+            adapt: what happens to queries and keys, of either `[..., H, D]` and False, or of both side by side,
+                `[..., 2, H, D]`, and True.
+        """
         return (self._post_norm if self.wide else self._pre_norm)(x, attend, settings, adapt)
 
     def _pre_norm(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
         x = x.to(self.dtype)
         context = self._attended(self._normed(x, self._first), attend, settings, adapt)
-        x = cpu.linear_residual(context, self._proj.weight, self._proj.bias, x, self._scales[0])
+        x = self._proj.residual(context, x, self._scales[0])
         normed = self._normed(x, self._second)
-        if self._fc1 is not None:
-            return cpu.mlp_residual(normed, *self._fc1[:2], *self._fc2[:2], x, self._scales[1])
-        return cpu.linear_residual(self._hidden(normed), self._fc2.weight, self._fc2.bias, x, self._scales[1])
+        if isinstance(self._fc1, _Plain) and isinstance(self._fc2, _Plain) and not _few(normed):
+            return cpu.mlp_residual(normed, *self._fc1, *self._fc2, x, self._scales[1])
+        return self._fc2.residual(self._hidden(normed), x, self._scales[1])
 
     def _post_norm(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
         context = self._attended(x.to(self.dtype), attend, settings, adapt)
@@ -110,43 +156,47 @@ class Prepared:
 
     def _attended(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
         heads = self.parts.heads
-        made = [cpu.linear(x, affine.weight, affine.bias) for affine in self._qkv]
+        made = [product.linear(x) for product in self._qkv]
         if len(made) == 1:
-            together = made[0]
-            q, k, v = together.view(*together.shape[:-1], 3, heads, -1).unbind(-3)
+            together = made[0].view(*made[0].shape[:-1], 3, heads, -1)
+            q, k, v = together.unbind(-3)
+            if adapt is not None:
+                q, k = adapt(together.narrow(-3, 0, 2), True).unbind(-3)
         else:
             q, k, v = (each.view(*each.shape[:-1], heads, -1) for each in made)
-        if adapt is not None:
-            q, k = (t.to(v.dtype) for t in adapt(q, k))
+            if adapt is not None:
+                q, k = adapt(q, False), adapt(k, False)
         return attend(q, k, v, 0.0, settings)
 
-    def _summed(self, x: Tensor, affine: Affine, residual: Tensor) -> Tensor:
+    def _summed(self, x: Tensor, product: _Plain | _Frozen, residual: Tensor) -> Tensor:
         if residual.dtype == x.dtype:
-            return cpu.linear_residual(x, affine.weight, affine.bias, residual, None)
-        return residual + cpu.linear(x, affine.weight, affine.bias)
+            return product.residual(x, residual, None)
+        return residual + product.linear(x)
 
     def _hidden(self, x: Tensor) -> Tensor:
         if self._fc1 is not None:
-            return cpu.linear_gelu(x, self._fc1.weight, self._fc1.bias)
+            return self._fc1.gelu(x)
         assert self.parts.hidden is not None
-        return self.parts.hidden(x, self._product)
+        return self.parts.hidden(x, lambda layer, value: self._of_layer[id(layer)].linear(value))
 
-    def _product(self, layer: nn.Module, x: Tensor) -> Tensor:
-        affine = self._of_layer[id(layer)]
-        return cpu.linear(x, affine.weight, affine.bias)
-
-    def _normed(self, x: Tensor, norm: Affine | None) -> Tensor:
+    def _normed(self, x: Tensor, norm: _Norm | None) -> Tensor:
         return x if norm is None else torch.layer_norm(x, self._shape, norm.weight, norm.bias, norm.eps)
 
-    def _affine(self, layer: Any) -> Affine:
-        bias = layer.bias
-        return Affine(layer.weight.detach().to(self.dtype), None if bias is None else bias.detach().to(self.dtype))
+    def _product_of(self, layers: Sequence[Any]) -> _Plain | _Frozen:
+        """The product with one layer, or with several side by side."""
+        biases = [None if layer.bias is None else layer.bias.detach().to(self.dtype) for layer in layers]
+        bias = biases[0] if len(layers) == 1 else side_by_side(biases, [layer.out_features for layer in layers])
+        packed = pack_of(layers)
+        if packed is not None:
+            return _Frozen(packed, bias)
+        weights = [layer.weight.detach().to(self.dtype) for layer in layers]
+        return _Plain(weights[0] if len(layers) == 1 else torch.cat(weights), bias)
 
-    def _norm(self, norm: Any) -> Affine | None:
+    def _norm(self, norm: Any) -> _Norm | None:
         if isinstance(norm, nn.Identity):
             return None
         dtype, bias = norm.weight.dtype if self.wide else self.dtype, norm.bias
-        return Affine(norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm.eps)
+        return _Norm(norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm.eps)
 
 
 def prepared(
@@ -164,28 +214,33 @@ def prepared(
         x: what it is to be run on.
         wide: see `Prepared`.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or layer.training or torch.is_autocast_enabled("cpu"):
-        return None
     dtype = settings.dtype or x.dtype
-    if x.device.type != "cpu" or dtype not in _TYPES or resolve(settings.backend, x) != "cpu":
+    if layer.training or dtype not in _TYPES or not infers(x, settings):
         return None
-    kept = _prepared.get(layer)
-    found = None if kept is None else kept()
+    found = _prepared.get(layer)
     if found is not None and found.dtype == dtype and found.holds(layer):
         return found
     if links(layer) is None or _busy(part.__dict__ for part in layer.modules() if part is not layer):
         return None
     parts = make_parts()
-    if not _preparable(layer, parts, x.dtype if settings.dtype is None else None):
+    if not _preparable(layer, parts, dtype, mixed=settings.dtype is not None):
         return None
-    # It dies with the first weight, or when all that is derived from weights is forgotten.
-    name = f"prepared {dtype} {id(layer)}"
-    found = derived(name, tuple(_weights(parts)), lambda: Prepared(layer, parts, dtype, wide=wide))
-    if not found.holds(layer):
-        with torch.inference_mode(False):
-            found.prepare(layer, parts)
-    _prepared[layer] = weakref.ref(found)
+    # The first caller may be in inference mode; what is kept must serve all.
+    with torch.inference_mode(False), torch.no_grad():
+        found = _prepared[layer] = Prepared(layer, parts, dtype, wide=wide)
     return found
+
+
+def forget(layer: nn.Module) -> None:
+    """Give up what is kept of a layer."""
+    _prepared.pop(layer, None)
+
+
+def infers(x: Tensor, settings: Settings) -> bool:
+    """True for plain inference on a CPU: no gradient, no compiler, no autocast, no other backend."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and resolve(settings.backend, x) == "cpu"
 
 
 def _busy(modules: Iterable[dict[str, Any]]) -> bool:
@@ -193,20 +248,25 @@ def _busy(modules: Iterable[dict[str, Any]]) -> bool:
     return any(own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] for own in modules)
 
 
-def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype | None) -> bool:
-    """True if every product is that of a plain linear layer with weights of one type, and nothing draws."""
+def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
+    """True if each product is that of a plain or frozen linear layer and nothing draws; of one type unless mixed."""
     if not parts.projections or parts.windows is not None or any(norm is not None for norm in parts.inner_norms):
         return False
     if parts.attention_p or parts.hidden_p or any(parts.branch_p) or parts.qkv_bias is not None:
         return False
-    linears = [*parts.projections, parts.proj, parts.fc2, *_inner(parts)]
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return False
+    joined = parts.joins and len(parts.projections) > 1
+    groups = [parts.projections] if joined else [(part,) for part in parts.projections]
+    for group in (*groups, (parts.proj,), (parts.fc2,), *((part,) for part in _inner(parts))):
+        packed = pack_of(group)
+        if packed is None and any(type(linear) is not nn.Linear for linear in group):
+            return False
+        if packed is not None and packed.tensor.dtype != dtype:
+            return False
     if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
         return False
     every, own = _weights(parts), {id(parameter) for parameter in layer.parameters()}
     plain = all(p.is_floating_point() and not p.is_inference() and p.device.type == "cpu" for p in every)
-    return plain and all(id(p) in own and dtype in (None, p.dtype) for p in every)
+    return plain and all(id(p) in own and (mixed or p.dtype == dtype) for p in every)
 
 
 def _inner(parts: Parts) -> tuple[nn.Module, ...]:
@@ -219,6 +279,6 @@ def _of(parts: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _weights(parts: Parts) -> list[Tensor]:
-    """Everything that a layer computes with, the first projection's weight in front."""
+    """Everything that a layer computes with."""
     linears = (*parts.projections, parts.proj, *_inner(parts), parts.fc2)
     return _of((*linears, *parts.norms)) + [gamma for gamma in parts.gammas if gamma is not None]

@@ -102,7 +102,7 @@ class Settings:
         packed = pack_of(layers)
         if packed is not None:
             biases = [layer.bias if bias is None else bias for layer in layers]
-            shift = biases[0] if len(layers) == 1 else _joined(biases, packed.sizes)
+            shift = biases[0] if len(layers) == 1 else side_by_side(biases, packed.sizes)
             together = packed.linear(self.operand(x), shift)
             return (together,) if len(layers) == 1 else together.split(packed.sizes, -1)
         bases = [adapters.base_layer(layer) for layer in layers]
@@ -201,7 +201,7 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     """Weights and biases of several layers as those of one; kept under the name where no gradient is wanted."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
-        return int8.side_by_side(weights), _joined(biases, [weight.shape[0] for weight in weights])
+        return int8.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -209,7 +209,8 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     return derived(name, sources, joined)
 
 
-def _joined(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Biases of several layers as one, zeros for a layer without; None if none has one."""
     given = [bias for bias in biases if bias is not None]
     if not given:
         return None
