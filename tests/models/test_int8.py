@@ -22,7 +22,11 @@ pytestmark = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 pro
 @pytest.fixture
 def model() -> XFM:
     torch.manual_seed(0)
-    return XFM(XFMConfig.preset("tiny")).eval().requires_grad_(False)
+    made = XFM(XFMConfig.preset("tiny")).eval().requires_grad_(False)
+    # Of fresh weights, blocks add next to nothing to their input.
+    for weight in made._block_weights():
+        weight.normal_(std=0.1)
+    return made
 
 
 def inputs(config: XFMConfig) -> tuple[Tensor, Tensor]:
@@ -48,7 +52,7 @@ def test_near_the_model_and_back(model: XFM) -> None:
     wanted, state = results(model, *given), copy.deepcopy(model.state_dict())
     assert model.quantise() is model
     assert model.quantised
-    assert 0.999 < least_cosine(results(model, *given), wanted) < 1 - 1e-7
+    assert 0.99 < least_cosine(results(model, *given), wanted) < 1 - 1e-6
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
     assert model.dequantise().dequantise() is model
@@ -59,6 +63,7 @@ def test_near_the_model_and_back(model: XFM) -> None:
 def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model against its plain twin, in which the same products are of floats that were rounded before."""
     given = inputs(model.config)
+    floats = results(model, *given)
     found = results(model.quantise(), *given)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -72,8 +77,10 @@ def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         int8, "mlp_residual", lambda x, w, b, v, c, r, gamma: r + scaled(linear(gelu(x, w, b), v, c, gelu=True), gamma)
     )
+    twin = results(model, *given)
     # A value on the edge between two levels may fall on either side, and later layers see it.
-    assert least_cosine(results(model, *given), found) > 0.99999
+    for name, value in found.items():
+        assert float((twin[name] - value).norm()) < 0.5 * float((floats[name] - value).norm())
 
 
 def test_loaded_and_saved(model: XFM, tmp_path: Path) -> None:
@@ -82,7 +89,7 @@ def test_loaded_and_saved(model: XFM, tmp_path: Path) -> None:
     loaded = XFM.from_pretrained(tmp_path / "floats", dtype="int8")
     assert loaded.quantised
     assert loaded.dtype in (torch.bfloat16, torch.float32)
-    assert least_cosine(results(loaded, *given), results(model, *given)) > 0.99
+    assert least_cosine(results(loaded, *given), results(model, *given)) > 0.98
     loaded.save_pretrained(tmp_path / "again")
     again = XFM.from_pretrained(tmp_path / "again", dtype=loaded.dtype)
     assert not again.quantised
