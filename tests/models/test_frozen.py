@@ -77,7 +77,7 @@ def test_parameters_keep_names_and_identity_and_give_up_their_memory(model: XFM,
     model.freeze()
     assert [name for name, _ in model.named_parameters()] == list(before)
     assert not any(p.requires_grad for p in model.parameters())
-    kept = model.vision_encoder.blocks[0]
+    kept: Any = model.vision_encoder.blocks[0]
     assert before["vision_encoder.blocks.0.mlp.fc1.weight"].numel() == 0
     assert kept.mlp.fc1.weight.shape == (kept.mlp.fc1.out_features, kept.mlp.fc1.in_features)
     state = model.state_dict()
@@ -111,9 +111,10 @@ def test_copies_of_a_frozen_model(model: XFM, duplicate: Callable[[XFM], XFM]) -
 
 
 def test_a_converted_model_is_not_frozen(model: XFM) -> None:
-    held = model.vision_encoder.blocks[0].mlp.fc1.weight.detach().clone()
+    first: Any = model.vision_encoder.blocks[0]
+    held = first.mlp.fc1.weight.detach().clone()
     model.freeze().to(torch.bfloat16)
-    weight = model.vision_encoder.blocks[0].mlp.fc1.weight
+    weight = first.mlp.fc1.weight
     assert weight.layout == torch.strided
     assert torch.equal(weight, held.bfloat16())
 
@@ -139,7 +140,7 @@ def test_what_a_frozen_model_refuses(model: XFM) -> None:
 
 
 def test_shared_and_watched_weights_stay_as_they_are(model: XFM) -> None:
-    blocks = model.vision_encoder.blocks
+    blocks: Any = model.vision_encoder.blocks
     blocks[0].mlp.fc1.weight = blocks[1].mlp.fc1.weight
     blocks[0].attn.proj.register_forward_hook(lambda *_: None)
     model.freeze()
