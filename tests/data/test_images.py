@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from xfm_fast.data import images
 from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, load_image
 from xfm_fast.errors import DataError
 
@@ -199,7 +198,7 @@ def test_pixels_do_not_depend_on_the_fast_decoder(monkeypatch: pytest.MonkeyPatc
     def absent(*_: object, **__: object) -> None:
         raise RuntimeError("torchvision was built without libjpeg")
 
-    monkeypatch.setitem(images._FAST, "JPEG", absent)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", absent)
     assert torch.equal(decode_pixels(data), fast)
 
 

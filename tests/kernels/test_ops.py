@@ -61,7 +61,7 @@ def test_position_index_by_its_definition(window: tuple[int, int]) -> None:
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("window", WINDOWS)
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention(window: tuple[int, int], dtype: torch.dtype, backend: ops.Backend) -> None:
@@ -72,7 +72,7 @@ def test_relpos_attention(window: tuple[int, int], dtype: torch.dtype, backend: 
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "width"), [(1, 64), (2, 80), (5, 7)])
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention_of_other_heads(heads: int, width: int, dtype: torch.dtype) -> None:
@@ -83,7 +83,7 @@ def test_relpos_attention_of_other_heads(heads: int, width: int, dtype: torch.dt
 
 @each_backend
 @each_dtype
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention_with_hidden_keys(dtype: torch.dtype, backend: ops.Backend) -> None:
@@ -135,7 +135,7 @@ def packed_inputs(
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("name", LENGTHS)
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention(name: str, dtype: torch.dtype, backend: ops.Backend) -> None:
@@ -149,7 +149,7 @@ def test_varlen_attention(name: str, dtype: torch.dtype, backend: ops.Backend) -
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "width"), [(1, 64), (2, 80), (5, 7)])
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention_of_other_heads(heads: int, width: int, dtype: torch.dtype) -> None:
@@ -160,7 +160,7 @@ def test_varlen_attention_of_other_heads(heads: int, width: int, dtype: torch.dt
 
 @each_dtype
 @pytest.mark.parametrize("name", ["texts", "groups over images", "long among short"])
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention_with_hidden_keys(name: str, dtype: torch.dtype) -> None:

@@ -11,18 +11,20 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
-from torchvision.transforms import InterpolationMode, v2
 
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.documents import require_file
 from xfm_fast.errors import DataError
+
+# torchvision imports PyTorch's compiler, so whoever reads texts alone would wait for it.
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 # The normalisation of pretraining and of every vision-language task (CLIP's, arXiv 2103.00020).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -31,7 +33,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 Source = str | os.PathLike[str] | bytes
 Decoded = TypeVar("Decoded")
 
-_FAST: dict[str, Callable[..., Any]] = {"JPEG": decode_jpeg, "PNG": decode_png}
+# Functions of torchvision.io.
+_FAST = {"JPEG": "decode_jpeg", "PNG": "decode_png"}
 _BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
@@ -41,6 +44,8 @@ def evaluation_transform(image_size: int) -> v2.Compose:
     Both sides are resized to R, so the aspect ratio is not kept; bicubic, antialiased
     as PIL always does.
     """
+    from torchvision.transforms import InterpolationMode, v2
+
     return v2.Compose(
         [
             v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True),
@@ -79,10 +84,12 @@ def decode_pixels(source: Source, name: str | None = None) -> Tensor:
 
     def pixels(opened: Image.Image) -> Tensor:
         if opened.format in _FAST and opened.mode in ("RGB", "L"):
+            from torchvision import io as fast
+
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
             with contextlib.suppress(RuntimeError):
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                found = _FAST[opened.format](encoded, mode=ImageReadMode.RGB)
+                found = getattr(fast, _FAST[opened.format])(encoded, mode=fast.ImageReadMode.RGB)
                 if found.dtype == torch.uint8:
                     return found
         return torch.from_numpy(np.array(to_rgb(opened, name))).permute(2, 0, 1)
