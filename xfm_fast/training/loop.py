@@ -116,10 +116,8 @@ def train(
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):
             if sources is None:
-                sources, explained_by = (
-                    setup.open_sources(recipe, processes),
-                    explained_by or setup.tokenizer_file(recipe),
-                )
+                sources = setup.open_sources(recipe, processes)
+                explained_by = explained_by or setup.tokenizer_file(recipe)
         elif sources is None or model is None or objective is None:
             raise InputError("a run that is not of pretraining needs sources, model and objective; pass all three")
         if missing := [name for update in recipe.active_updates for name in update if name not in sources]:
