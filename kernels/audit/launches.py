@@ -81,7 +81,7 @@ def _bias(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], pro
 
 
 def _varlen(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
-    short = "_short" in kernel
+    short = "_short" in kernel or kernel.endswith("_heads")
     sequences = CAPTIONS if short else 1
     queries, keys = (CAPTION_TOKENS, CAPTION_TOKENS) if short else (_TEXT_TOKENS, IMAGE_TOKENS)
     width = 2 * HEADS * variant["head_dim"]
@@ -93,8 +93,9 @@ def _varlen(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], p
     else:
         own, tile, turns = queries, tiles["BLOCK_M"], _turns(keys, tiles["BLOCK_N"])
         traffic = read * (1.5 if "_dq" in kernel else 1)
-    programs = sequences * math.ceil(own / tile) * HEADS
-    return Launch(shape, programs, turns, traffic, live, (sequences * own // tile + sequences) * HEADS)
+    # The bounds of the lengths are close, so that every number of a tile has work.
+    programs = sequences * math.ceil(own / tile) * math.ceil(HEADS / tiles.get("HEADS", 1))
+    return Launch(shape, programs, turns, traffic, live)
 
 
 def _turns(length: int, tile: int) -> int:

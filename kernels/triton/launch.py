@@ -204,6 +204,7 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
 }
 # Sequences of at most 32 tokens; and packed attention with dropout or a mask of keys, which take registers.
 _SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
+_HEADS: tuple[_Row, _Row, _Row] = ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))
 _SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 _SELECTIVE_100: tuple[_Row, _Row, _Row] = ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 
@@ -221,13 +222,16 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
         column = 0 if head_dim <= 64 else 1 if head_dim <= 96 else 2
         if kernel.endswith("_short"):
             rows = _SHORT
+        elif kernel.endswith("_heads"):
+            rows = _HEADS
         elif kernel.endswith(("_dropout", "_masked")):
             rows = _SELECTIVE_100 if _nearest(arch) == 100 else _SELECTIVE
         else:
             rows = _HALF[kernel][_nearest(arch)]
         own, other, warps, stages = rows[column]
     block_m, block_n = (other, own) if "_dkdv" in kernel else (own, other)
-    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
+    heads = {"HEADS": warps} if kernel.endswith("_heads") else {}
+    return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
 
 
 def _nearest(arch: int) -> int:
