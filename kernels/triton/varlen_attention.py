@@ -38,7 +38,7 @@ from .attention_tiles import (
     split_head_dim,
     store_pieces,
 )
-from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name
+from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name, multiprocessors, tuned_config
 
 __all__ = ["KERNELS", "SHORT", "dropout_threshold", "varlen_attention_backward", "varlen_attention_forward"]
 # Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
@@ -46,7 +46,9 @@ SHORT = 32
 # So have sequences of up to this many on average, whatever the bound of their lengths: the captions of an image, as
 # queries of cross-attention, come with the number of all tokens as their bound.
 SHORT_ON_AVERAGE = 24
+# How many times more numbers of tiles are worth not to be searched, see `_tiles`.
 _WORTH = 1.5
+_SMALLEST = 16  # rows of a tile of the tensor cores
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
@@ -83,9 +85,12 @@ def forward_kernel(
     sequences, tiles, queries,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SEARCHED: tl.constexpr = True,
+    SEARCHED: tl.constexpr = True, TAIL: tl.constexpr = 0,
 ):  # fmt: skip
-    """BLOCK_M queries of one sequence and head, against the keys of the sequence."""
+    """BLOCK_M queries of one sequence and head, against the keys of the sequence.
+
+    TAIL: the most keys that lie behind the last whole tile; 0 where that may be all but one of a tile.
+    """
     # Neighbours share keys and values.
     s, start = locate_tile(cu_q_ptr, sequences, tiles, tl.program_id(0) % tiles, BLOCK_M, SEARCHED)
     h = (tl.program_id(0) // tiles).to(tl.int64)
@@ -105,12 +110,15 @@ def forward_kernel(
     mask = mask_ptr + first_k
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
+    MASKED: tl.constexpr = TAIL == 0 and BLOCK_N <= 32
+    LAST: tl.constexpr = TAIL if TAIL > 0 else BLOCK_N
+    # Where a turn has little to do, the exchange between threads for a sum would be much of it.
+    APART: tl.constexpr = BLOCK_N == 32 and not MASKED
+    row_sum = tl.zeros([BLOCK_M, 8] if APART else [BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
-    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
-    MASKED: tl.constexpr = BLOCK_N <= 32
     full = (tl.cdiv(length_k, BLOCK_N) if MASKED else length_k // BLOCK_N) * BLOCK_N
     for first in range(0, full, BLOCK_N):
         present = columns < length_k - first
@@ -118,19 +126,22 @@ def forward_kernel(
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, first + columns,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD, APART,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
     if not MASKED:
         if full < length_k:
-            present = columns < length_k - full
-            allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+            last = tl.arange(0, LAST)
+            present = last < length_k - full
+            allowed = tl.load(mask + full + last, mask=present, other=0) != 0 if HAS_MASK else last
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
-                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, full + columns,
-                SCALE, D_A, D_B, BLOCK_N, PRECISION, False, True, HAS_MASK, THRESHOLD,
+                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, full + last,
+                SCALE, D_A, D_B, LAST, PRECISION, False, True, HAS_MASK, THRESHOLD, APART,
             )  # fmt: skip
+    if APART:
+        row_sum = tl.sum(row_sum, 1)
     # Queries without a key receive zeros.
     rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
     attended = row_sum > 0
@@ -152,8 +163,7 @@ def heads_forward_kernel(
 ):  # fmt: skip
     """BLOCK_M queries of one sequence in HEADS heads, against the keys of the sequence: one warp does a head or more.
 
-    For sequences of a few tokens, whose time is that of the first loads: their addresses depend on one read of the
-    offsets, and programs are few enough to run all at once.
+    For few queries. A tile of one head alone would need 64 rows, or 16 for each of four warps, to be worth its program.
     """
     groups = tl.cdiv(heads, HEADS)
     # Neighbours read the same rows.
@@ -380,19 +390,22 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     if q.numel():
-        form, constants, config = _launch("varlen_forward", q, q, packed.max_q, packed)
+        form = _forward_form(q, k, packed)
+        constants, config = _constants(form, q, packed)
         tiles, searched = _tiles(total, packed.max_q, sequences, config.tiles["BLOCK_M"])
+        if form == "varlen_forward" and _narrower(tiles * heads, q):
+            constants, config = _constants("varlen_forward_narrow", q, packed)
         offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
         mask, strides = _bytes(packed.key_mask, q), _strides(q, k, v, out)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "SEARCHED": searched}
-        if form.endswith("_heads"):
+        if "HEADS" in constants:
             heads_forward_kernel[(tiles * triton.cdiv(heads, config.tiles["HEADS"]),)](
                 q, k, v, *offsets, mask, out, lse, *strides, sequences, tiles, total, heads, **constants, **options
             )
         else:
             forward_kernel[(tiles * heads,)](
                 q, k, v, *offsets, mask, q if packed.seed is None else packed.seed, out, lse,
-                *strides, sequences, tiles, total, **constants, **options,
+                *strides, sequences, tiles, total, TAIL=_tail(k, packed, config), **constants, **options,
             )  # fmt: skip
     return out, lse
 
@@ -421,14 +434,14 @@ def varlen_attention_backward(
     inputs = (q, k, v, dout, *offsets, _bytes(packed.key_mask, q), chance, row_lse, delta)
     sizes = (*_strides(q, k, v, dout), sequences)
     if k.numel():
-        _, constants, config = _launch("varlen_dkdv", q, k, packed.max_k, packed)
+        constants, config = _constants(_form("varlen_dkdv", k, packed.max_k, packed), q, packed)
         tiles, searched = _tiles(k.shape[0], packed.max_k, sequences, config.tiles["BLOCK_N"])
         dkdv_kernel[(tiles * heads,)](
             *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if q.numel():
-        _, constants, config = _launch("varlen_dq", q, q, packed.max_q, packed)
+        constants, config = _constants(_form("varlen_dq", q, packed.max_q, packed), q, packed)
         tiles, searched = _tiles(q.shape[0], packed.max_q, sequences, config.tiles["BLOCK_M"])
         dq_kernel[(tiles * heads,)](
             *inputs, dq, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
@@ -460,25 +473,63 @@ def _tiles(total: int, longest: int, sequences: int, block: int) -> tuple[int, b
     return (shared, False) if 0 < shared <= _WORTH * searched else (searched, True)
 
 
-def _launch(
-    kernel: str, q: Tensor, owned: Tensor, longest: int, packed: Packed
-) -> tuple[str, dict[str, Any], LaunchConfig]:
-    """Form, constants and configuration of a kernel whose programs own rows of `owned`, of sequences up to `longest`."""
+def _tail(k: Tensor, packed: Packed, config: LaunchConfig) -> int:
+    """The forward kernel's TAIL. Images are of one size, with a class token behind whole tiles or few tokens more."""
+    sequences, rest = packed.cu_seqlens_k.numel() - 1, packed.max_k % config.tiles["BLOCK_N"]
+    known = k.shape[0] == sequences * packed.max_k and packed.key_mask is None and not packed.dropout_p
+    return _SMALLEST if known and 0 < rest <= _SMALLEST else 0
+
+
+def _narrower(programs: int, q: Tensor) -> bool:
+    """True where tiles of half as many keys are quicker: they leave room for a program more on a multiprocessor.
+
+    On Hopper at head dimension 64, five instead of four. They take two fifths longer together, so that they have to
+    save a wave of few. Else the larger tile does the same work with fewer turns. What was tuned on a card counts more.
+    """
+    dtype, arch = dtype_name(q.dtype), architecture(q.device)
+    if dtype == "fp32" or q.shape[-1] != 64 or not 90 <= arch < 100 or tuned_config("varlen_forward", 64, dtype, arch):
+        return False
+    processors = multiprocessors(q.device)
+    return 1.4 * triton.cdiv(programs, 5 * processors) < triton.cdiv(programs, 4 * processors)
+
+
+def _forward_form(q: Tensor, k: Tensor, packed: Packed) -> str:
+    """The name of the forward kernel's form that fits these lengths."""
+    form = _form("varlen_forward", q, packed.max_q, packed)
+    if not form.endswith("_short") or packed.dropout_p:
+        return form
+    sequences = packed.cu_seqlens_q.numel() - 1
+    if k.shape[0] <= SHORT * sequences:
+        return "varlen_forward_heads"
+    # Over many keys the products count. Where the tensor cores take 64 rows at once, most of a tile may lie idle.
+    wide = 90 <= architecture(q.device) < 120 and dtype_name(q.dtype) != "fp32"
+    if wide and min(packed.max_q, q.shape[0] / sequences) > _SMALLEST:
+        return "varlen_forward" if packed.key_mask is None else "varlen_forward_masked"
+    return "varlen_forward_heads_many"
+
+
+def _form(kernel: str, owned: Tensor, longest: int, packed: Packed) -> str:
+    """The name of a kernel's form whose programs own rows of `owned`, of sequences up to `longest`."""
+    # The tile that a program owns is the one that short sequences would leave empty.
+    sequences = packed.cu_seqlens_q.numel() - 1
+    if longest <= SHORT or owned.shape[0] <= SHORT_ON_AVERAGE * sequences:
+        return f"{kernel}_short"
+    if packed.dropout_p:
+        return f"{kernel}_dropout"
+    return kernel if packed.key_mask is None else f"{kernel}_masked"
+
+
+def _constants(form: str, q: Tensor, packed: Packed) -> tuple[dict[str, Any], LaunchConfig]:
+    """Constants and configuration of a kernel's form."""
     dtype, head_dim = dtype_name(q.dtype), q.shape[-1]
     threshold, masked = dropout_threshold(packed.dropout_p), packed.key_mask is not None
     if threshold:
         checks.seed_of(packed.dropout_p, packed.seed)
-    # The tile that a program owns is the one that short sequences would leave empty.
-    sequences = packed.cu_seqlens_q.numel() - 1
-    if longest <= SHORT or owned.shape[0] <= SHORT_ON_AVERAGE * sequences:
-        kernel = f"{kernel}_{'heads' if kernel == 'varlen_forward' and not threshold else 'short'}"
-    elif threshold or masked:
-        kernel = f"{kernel}_{'dropout' if threshold else 'masked'}"
-    config = config_for(kernel, head_dim, dtype, architecture(q.device))
+    config = config_for(form, head_dim, dtype, architecture(q.device))
     constants = _kernel_constants(head_dim, dtype, positive_scale(packed.scale), threshold, masked, config)
-    if kernel.endswith("_heads"):
+    if "HEADS" in constants:
         del constants["THRESHOLD"]
-    return kernel, constants, config
+    return constants, config
 
 
 def _kernel_constants(
@@ -493,16 +544,15 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
     def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
         head_dim, threshold = variant["head_dim"], dropout_threshold(variant.get("dropout", 0.0))
         made = _kernel_constants(head_dim, dtype, head_dim**-0.5, threshold, variant.get("mask", False), config)
-        given = {**made, "SEARCHED": variant.get("searched", False)}
+        tail = _SMALLEST if variant.get("keys", 0) % config.tiles["BLOCK_N"] in range(1, _SMALLEST + 1) else 0
+        given = {**made, "SEARCHED": variant.get("searched", False), "TAIL": tail}
         return {key: value for key, value in given.items() if key in kernel.arg_names}
 
     def types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
         special = {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
         special |= dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-        constexprs = (
-            "SCALE", "D_A", "D_B", "PRECISION", "THRESHOLD", "HAS_MASK", "HEADS", "BLOCK_M", "BLOCK_N", "SEARCHED"
-        )  # fmt: skip
-        return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
+        constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "THRESHOLD", "HAS_MASK", "HEADS", "BLOCK_M", "BLOCK_N")
+        return argument_types(kernel, dtype, special, dict.fromkeys((*constexprs, "SEARCHED", "TAIL")))
 
     return KernelSpec(
         name=name,
@@ -515,8 +565,11 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
 
 
 _ALL = tuple({"head_dim": head_dim} for head_dim in HEAD_DIMS)
+# 577 stand for all images of a class token behind whole tiles of patches.
+_IMAGES = tuple({"head_dim": head_dim, "keys": 577} for head_dim in HEAD_DIMS)
 _DROPOUT = {"head_dim": 64, "dropout": 0.1}
 _MASK = {"head_dim": 64, "mask": True}
+_SEARCHED = {"head_dim": 64, "searched": True}
 KERNELS: list[KernelSpec] = [
     *(
         _spec(f"varlen_{name}{suffix}", kernel, variants)
@@ -526,7 +579,13 @@ KERNELS: list[KernelSpec] = [
             ("_masked", (_MASK,)),
             ("_dropout", (_DROPOUT,)),
         )
-        for name, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel))
+        for name, kernel in (("dkdv", dkdv_kernel), ("dq", dq_kernel))
     ),
-    _spec("varlen_forward_heads", heads_forward_kernel, (*_ALL, _MASK, {"head_dim": 64, "searched": True})),
+    _spec("varlen_forward", forward_kernel, (*_IMAGES, *_ALL, _SEARCHED)),
+    _spec("varlen_forward_narrow", forward_kernel, ({"head_dim": 64, "keys": 577}, {"head_dim": 64})),
+    _spec("varlen_forward_masked", forward_kernel, (_MASK,)),
+    _spec("varlen_forward_dropout", forward_kernel, (_DROPOUT,)),
+    _spec("varlen_forward_short", forward_kernel, (*_ALL, _MASK, _DROPOUT)),
+    _spec("varlen_forward_heads", heads_forward_kernel, (*_ALL, _MASK, _SEARCHED)),
+    _spec("varlen_forward_heads_many", heads_forward_kernel, (*_ALL, _MASK, _SEARCHED)),
 ]
