@@ -85,13 +85,13 @@ def bias_kernel(
     value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
     value = tl.where((columns < tokens)[None, :], value, float("-inf"))
     if FRAGMENTS:
-        # Rows beyond the last are whole tiles too; what they hold is finite and never stored.
+        # Rows beyond the last are whole tiles too; what they hold has no effect.
         tiles = h * tl.cdiv(tokens, 128) + rows[:, None] // 128
         tiles = tiles * (stride_bias // 64) + columns[None, :] // 64
         tl.store(bias_ptr + tiles * 8192 + fragment_place(rows[:, None] % 128, columns[None, :] % 64), value)
-        return
-    base = bias_ptr + h * tokens * stride_bias
-    tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
+    else:
+        base = bias_ptr + h * tokens * stride_bias
+        tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
 
 
 def materialise_bias(
