@@ -213,7 +213,7 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
 # and packed attention with dropout or a mask of keys, which take registers.
 _SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
 _HEADS: tuple[_Row, _Row, _Row] = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
-_HEADS_MANY: tuple[_Row, _Row, _Row] = ((16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2))
+_HEADS_MANY: tuple[_Row, _Row, _Row] = ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2))
 _FRAGMENTS: tuple[_Row, _Row, _Row] = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2))
 _NARROW: tuple[_Row, _Row, _Row] = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2))
 _SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
