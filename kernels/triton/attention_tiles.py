@@ -223,7 +223,7 @@ def dkdv_tile(
         dweights = tl.where(keep, dweights * rescale, 0.0)
     dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
     if STORE:
-        tl.store(ds_pointers, dscores, mask=present[:, None])
+        tl.store(ds_pointers, dscores, mask=present[:, None])  # pyright: ignore[reportOptionalSubscript]
     kept = kept.to(q_a.dtype)
     dv_a = tl.dot(kept, g_a, dv_a, input_precision=PRECISION)
     if APART:

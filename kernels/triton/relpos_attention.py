@@ -252,7 +252,7 @@ def batch_sum_kernel(
     if not FIRST:
         acc += tl.load(dbias_ptr + places, mask=inside, other=0.0)
     for first in range(0, batch, ENTRIES):
-        for entry in tl.static_range(ENTRIES):
+        for entry in tl.static_range(ENTRIES):  # pyright: ignore[reportGeneralTypeIssues]
             there = inside & (tl.full(places.shape, first + entry, tl.int32) < batch)
             acc += tl.load(ds_ptr + places, mask=there, other=0.0).to(tl.float32)
             ds_ptr += stride_ds

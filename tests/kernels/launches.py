@@ -80,7 +80,7 @@ class Recorder:
         recorder = self
         changed: Any = JITFunction
         changed.run = lambda kernel, *given, **named: recorder.record(kernel, given, named)
-        knobs.runtime.jit_cache_hook = self.ask  # pyright: ignore[reportAttributeAccessIssue]
+        knobs.runtime.jit_cache_hook = self.ask
 
     def ask(self, *, key: Any, fn: Any, **_: Any) -> bool:
         """Told by Triton what it is about to compile; True keeps it from that."""
