@@ -188,10 +188,10 @@ class _Packed(NamedTuple):
 
 def _pack(weight: Tensor) -> _Packed:
     dense = weight.detach().float()
-    largest = dense.abs().amax(1).clamp_min_(_SMALLEST)
-    levels = (dense * (_LEVELS / largest)[:, None]).round_().to(torch.int8)
+    scales = dense.abs().amax(1).clamp_min_(_SMALLEST).div_(_LEVELS)
+    levels = (dense * scales.reciprocal()[:, None]).round_().to(torch.int8)
     tensor = torch.ops.onednn.qlinear_prepack(levels, None)
-    return _Packed(tensor, largest / _LEVELS, torch.zeros(weight.shape[0], dtype=torch.int32))
+    return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
 
 
 def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:
