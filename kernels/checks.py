@@ -64,6 +64,8 @@ class Packed(NamedTuple):
     def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The offsets as numbers, which describe q and k or are refused."""
         found = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
+        if self.cu_seqlens_k is self.cu_seqlens_q and self.max_k == self.max_q and k.shape[0] == q.shape[0]:
+            return found, found
         return found, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
 
 

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
 from . import checks, reference
-from .backend import Backend, resolve
+from .backend import Backend, named, resolve
 from .cpu import int8
 from .cpu import products as cpu
 from .cpu.workspace import Dropout
@@ -19,7 +21,40 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
+    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast.
+
+    Raises:
+        InputError: it does not, and a weight is laid out for it.
+    """
+    if _infers_on_cpu(backend, *tensors):
+        return True
+    if not torch.compiler.is_compiling() and any(t is not None and t.is_mkldnn for t in tensors):
+        raise InputError(
+            "a weight is frozen for inference on a CPU, and here a gradient, autocast, another type or another backend "
+            "is asked for; call unfreeze() on the model first"
+        )
+    return False
+
+
+def multiplies_at_once(backend: Backend | None, x: Tensor, weight: Tensor) -> bool:
+    """True for what a frozen model multiplies in inference mode.
+
+    Its weights were looked at when they were laid out, and nothing is left to choose; for a few tokens, the checks and
+    the choices of every call would take as long as the product.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and weight.is_mkldnn
+        and torch.is_inference_mode_enabled()
+        and x.is_cpu
+        and x.dtype == weight.dtype
+        and x.shape[-1] == weight.shape[1]
+        and not named(backend)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     present = [t for t in tensors if t is not None]
@@ -57,6 +92,8 @@ def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
+    if multiplies_at_once(backend, x, weight):
+        return cpu.linear(x, weight, bias)
     checks.linear_arguments(x, weight, bias)
     if runs_in_int8(backend, weight, x, bias):
         return int8.linear(x, weight, bias)
@@ -150,9 +187,11 @@ def mlp_residual(
         x, residual: `[..., M]`; weight_in: `[F, M]`; bias_in: `[F]`; weight_out: `[M, F]`; bias_out: `[M]`.
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
+    plain = row_scale is None and not dropout_p
+    if plain and multiplies_at_once(backend, x, weight_in) and weight_out.is_mkldnn and residual.shape == x.shape:
+        return cpu.linear_residual(cpu.linear_gelu(x, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
-    plain = row_scale is None and not dropout_p
     if plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out)):
         return int8.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):

@@ -24,7 +24,7 @@ from ..measure import DTYPES
 from ..record import OFFICIAL, OFFICIAL_CODE, OURS
 from .engine import Built, Engine, Schedule
 from .official_algorithm import OfficialEngine
-from .ours import MemoryEngine, OurEngine
+from .ours import MemoryEngine, OurEngine, served
 from .public_modules import TimmEngine, TransformersEngine
 
 CLONE_MARK = "models/xfm.py"
@@ -152,11 +152,11 @@ def _compiler_absent(device: torch.device) -> str | None:
 
 ALL: tuple[Contender, ...] = (
     Contender(
-        OURS, "xfm-fast", _plain(lambda s: OurEngine(s.model)), _ALL_WORK, package="xfm_fast", schedule="ours"
+        OURS, "xfm-fast", _plain(lambda s: OurEngine(served(s.model))), _ALL_WORK, package="xfm_fast", schedule="ours"
     ),
     Contender(
-        "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(s.model)), ("retrieve",),
-        package="xfm_fast", schedule="kept memories",
+        "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(served(s.model))),
+        ("retrieve",), package="xfm_fast", schedule="kept memories",
     ),
     Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model)), _ALL_WORK),
     Contender(

@@ -122,7 +122,7 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
         except OSError as error:
             raise StorageError(f"folder {out.parent} cannot be made ({error.strerror or error})") from error
         write_bytes({out: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()})
-        shutil.rmtree(work.folder)
+        shutil.rmtree(work.folder, ignore_errors=True)
 
     work.processes.from_first(save)
     return len(records)

@@ -42,7 +42,10 @@ class AttentionProjections(nn.Module):
         return self.dropout if self.training else 0.0
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[T, width]` → q, k, v `[T, H, D]` with one product."""
+        """`[T, width]` → q, k, v `[T, H, D]` with one product, or two where the model is frozen."""
+        if self.key.weight.is_mkldnn:
+            k, v = self.project_memory(x).unbind(-3)
+            return self.project_query(x), k, v
         weight = concatenated("qkv weight", self.query.weight, self.key.weight, self.value.weight)
         bias = concatenated("qkv bias", self.query.bias, self.key.bias, self.value.bias)
         q, k, v = ops.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
@@ -54,7 +57,9 @@ class AttentionProjections(nn.Module):
 
     def project_memory(self, memory: Tensor) -> Tensor:
         """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
-        weight = concatenated("kv weight", self.key.weight, self.value.weight)
+        # Frozen, the weight of the keys is that of both.
+        frozen = self.key.weight.is_mkldnn
+        weight = self.key.weight if frozen else concatenated("kv weight", self.key.weight, self.value.weight)
         bias = concatenated("kv bias", self.key.bias, self.value.bias)
         return ops.linear(memory, weight, bias).unflatten(-1, (2, self.heads, -1))
 

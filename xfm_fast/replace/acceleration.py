@@ -18,7 +18,7 @@ from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import adapters, quantised
-from xfm_fast.replace.expectation import Expectation, measured_product, shares
+from xfm_fast.replace.expectation import Expectation, measured_product, product_parameters, shares
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
 from xfm_fast.replace.frozen import freeze as freeze_weights
@@ -282,6 +282,12 @@ class Report:
         packs = {id(pack): pack for pack, _ in map(place_of, filter(is_fused, self._frozen))}
         return sum(pack.nbytes for pack in packs.values())
 
+    @property
+    def _unfrozen_bytes(self) -> int:
+        """Bytes of the weights that replaced modules multiply with and that are parameters still."""
+        found = {p for module in self._modules for p in product_parameters(module)}
+        return sum(p.numel() * p.element_size() for p in found)
+
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "why, or what it saves")]
         groups: dict[tuple[str, str, str], list[str]] = {}
@@ -305,7 +311,10 @@ class Report:
         if declining:
             lines[-1] += f"; {len(declining)} of those replaced run their original at present"
         if frozen := self.frozen_bytes:
-            lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside")
+            line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside"
+            if left := self._unfrozen_bytes:
+                line += f"; {left / 2**20:,.1f} MB of other products stay parameters"
+            lines.append(line)
         if rounded := self.int8_weights:
             exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
             lines.append(f"products with {rounded} weights run in int8 where no gradient is wanted{exempt}")

@@ -92,20 +92,22 @@ class Settings:
         """`x Wᵀ + b` in the type that is computed in."""
         return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
 
-    def products(self, name: str, x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    def products(self, name: str, x: Tensor, *layers: Any, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         """The products of x `[..., K]` with layers of one input, `[..., M]` each, by one product; adapters included.
 
         Args:
             name: of the weights side by side, which are kept under it.
+            bias: of a single layer that has none, kept elsewhere.
         """
         packed = pack_of(layers)
         if packed is not None:
-            biases = [layer.bias for layer in layers]
-            bias = biases[0] if len(layers) == 1 else _joined(biases, packed.sizes)
-            together = packed.linear(self.operand(x), bias)
+            biases = [layer.bias if bias is None else bias for layer in layers]
+            shift = biases[0] if len(layers) == 1 else side_by_side(biases, packed.sizes)
+            together = packed.linear(self.operand(x), shift)
             return (together,) if len(layers) == 1 else together.split(packed.sizes, -1)
         bases = [adapters.base_layer(layer) for layer in layers]
-        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        weights = [base.weight for base in bases]
+        biases = [base.bias if bias is None else bias for base in bases]
         later: list[list[adapters.Addition]] = []
         for place, layer in enumerate(layers):
             found = adapters.additions(layer) if layer is not bases[place] else []
@@ -199,7 +201,7 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     """Weights and biases of several layers as those of one; kept under the name where no gradient is wanted."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
-        return int8.side_by_side(weights), _joined(biases, [weight.shape[0] for weight in weights])
+        return int8.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -207,7 +209,8 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     return derived(name, sources, joined)
 
 
-def _joined(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Biases of several layers as one, zeros for a layer without; None if none has one."""
     given = [bias for bias in biases if bias is not None]
     if not given:
         return None
@@ -379,6 +382,14 @@ def _unchanged(module: Fused) -> bool:
     return False
 
 
+def links(module: nn.Module) -> Any:
+    """What stands for the parts of a module that was found intact, another object once one was exchanged or observed.
+
+    None where it is not known without looking at every part.
+    """
+    return _seen.get(module)
+
+
 def _remember(module: Fused) -> bool:
     """Note the parts of a module that is intact, if each is of a class that is known without looking inside."""
     expected = type(module).bypassed
@@ -450,6 +461,12 @@ def is_fused(module: nn.Module) -> bool:
 def asks_beyond(call: Mapping[str, Any], understood: Collection[str]) -> bool:
     """True if a call has an argument that says something beside those that are understood."""
     return any(value is not None and value is not False and name not in understood for name, value in call.items())
+
+
+def wants_named(model: Any, call: dict[str, Any]) -> bool:
+    """True if a call asks for outputs by name rather than as a tuple."""
+    asked = call.get("return_dict")
+    return getattr(model.config, "return_dict", True) if asked is None else asked
 
 
 def is_erf_gelu(activation: Any) -> bool:

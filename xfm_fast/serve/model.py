@@ -213,6 +213,8 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
     heads = tuple(head for head in ("contrastive", "matching") if head in model.heads)
     if not model.config.fusion_layers:
         heads = tuple(head for head in heads if head != "matching")
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        model.freeze()
     return ServedModel(
         options.name or name, source, path is None, heads, model.tokenizer, device,
         ModelRanks(model.requires_grad_(False)), cache_bytes, min(_MOST_TOKENS, model.config.max_text_length),
