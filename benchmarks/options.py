@@ -170,6 +170,17 @@ class VqaOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColdStartOptions(RunOptions):
+    """Options of the start of a process.
+
+    Attributes:
+        preset: Size of the model.
+    """
+
+    preset: Preset = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DropInOptions(RunOptions):
     """Options of the models of others; quick takes two layers and two samples, to see that all runs.
 

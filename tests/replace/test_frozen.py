@@ -18,20 +18,16 @@ pytest.importorskip("transformers")
 from tests.replace.text_models import TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
-from xfm_fast.kernels.cpu import products, selection
+from xfm_fast.kernels.cpu import products
 from xfm_fast.replace.swap import is_fused
 
 
 @pytest.fixture(params=[True, False], ids=["blocked", "dense"], autouse=True)
 def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both layouts, whichever this processor would choose."""
+    """Both layouts, whichever this processor would choose; weights stay dense where no product prefers oneDNN."""
     monkeypatch.setattr(products, "prefers_onednn", lambda dtype: request.param)
     if not request.param:
-        # A processor that prefers dense weights multiplies by them as they are.
-        for operation in ("linear", "linear_gelu", "linear_residual"):
-            for name in (operation, f"{operation} of few rows"):
-                chosen = selection.Selection(name, torch.float32, "aten", {}, {})
-                monkeypatch.setitem(selection._selections, (name, torch.float32), chosen)
+        monkeypatch.setattr(products, "_choose", lambda operation, rows, dtype: "aten")
     return request.param
 
 

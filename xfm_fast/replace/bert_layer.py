@@ -350,7 +350,12 @@ def run_layer(
         asked = q.flatten(0, 1)[None] if memory.shared else q
         context = memory.attend(asked, k, v, _chance(cross.self), settings).view(q.shape)
         x = _close(cross.output, context.flatten(-2), x, settings)
-    hidden = settings.activated(x, layer.intermediate.dense, layer.intermediate.intermediate_act_fn)
+    first, activation, end = layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output
+    if not probability(end.dropout):
+        rounded = settings.rounded_mlp(x, first, activation, end.dense, end.LayerNorm)
+        if rounded is not None:
+            return rounded
+    hidden = settings.activated(x, first, activation)
     return _close(layer.output, hidden, x, settings)
 
 
@@ -469,6 +474,7 @@ def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
 class VocabularyHead(CalledByName):
     """Dense, GELU, LayerNorm and the product with the vocabulary."""
 
+    multiplies_in_int8: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
         "dense": (nn.Linear, Adaptable),
         "layer_norm": nn.LayerNorm,

@@ -110,6 +110,11 @@ def post_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Te
     first, second = parts.norms
     context = attended(parts, x, attend, settings)
     x = _ended(context, parts.proj, x, first, settings, dropout_p=parts.branch_p[0], wide=True)[0]
+    plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
+    if plain and _is_layer_norm(second) and parts.fc1 is not None:
+        rounded = settings.rounded_mlp(x, parts.fc1, F.gelu, parts.fc2, second)
+        if rounded is not None:
+            return rounded
     hidden = hidden_layer(parts, x, settings)
     return _ended(hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True)[0]
 

@@ -25,6 +25,7 @@ from torch.nn.modules import module as module_internals
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import Backend
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.derived import derived
 from xfm_fast.replace import adapters
 from xfm_fast.replace.packed_weight import pack_of
@@ -52,12 +53,14 @@ class Settings:
         dtype: compute in this type whatever the parameters are stored in; None keeps the types of the inputs.
         unpad: leave padding out of whole encoders; their outputs are zero there.
         skip_logits: masked-language heads in training return no logits when they are given labels.
+        in_int8: products of blocks run in int8 on a CPU.
     """
 
     kernels: Backend = "auto"
     dtype: torch.dtype | None = None
     unpad: bool = False
     skip_logits: bool = False
+    in_int8: bool = False
 
     @property
     def backend(self) -> Backend | None:
@@ -74,7 +77,7 @@ class Settings:
     def parameter(self, value: Tensor | None) -> Tensor | None: ...
     def parameter(self, value: Tensor | None) -> Tensor | None:
         """A parameter in the type that is computed in; without gradients the conversion is done once and kept."""
-        if value is None or self.dtype is None or value.dtype == self.dtype:
+        if value is None or self.dtype is None or value.dtype == self.dtype or int8.is_marked(value):
             return value
         if torch.is_grad_enabled() and value.requires_grad:
             return value.to(self.dtype)
@@ -162,6 +165,28 @@ class Settings:
             return ops.add_layer_norm(self.products("", x, dense)[0], residual, *scale, **after)
         return ops.linear_add_layer_norm(self.operand(x), *affine, residual, *scale, **after)
 
+    def rounded_mlp(self, x: Tensor, first: Any, activation: Any, second: Any, norm: Any) -> Tensor | None:
+        """`norm(x + second(gelu(first(x))))` where both products run in int8; None where they do not.
+
+        In one piece, since a hidden layer that is known to be one is rounded to finer levels.
+        """
+        layers = (first, second)
+        if (
+            norm.bias is None
+            or not is_erf_gelu(activation)
+            or any(adapters.base_layer(layer) is not layer for layer in layers)
+        ):
+            return None
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if not all(map(int8.is_marked, weights)) or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+            return None
+        rows = x
+        if any(bias is not None and bias.dtype != x.dtype for bias in biases):
+            rows, biases = self.operand(x), [self.parameter(bias) for bias in biases]
+        summed = ops.mlp_residual(rows, weights[0], biases[0], weights[1], biases[1], x, backend=self.backend)
+        scale, shift = (t.to(summed.dtype) for t in (norm.weight, norm.bias))
+        return ops.layer_norm(summed, scale, shift, norm.eps, backend=self.backend)
+
     @contextmanager
     def own_types(self, device: torch.device) -> Iterator[None]:
         """Fused modules choose their types themselves: without gradients that is quicker than autocast."""
@@ -176,7 +201,7 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     """Weights and biases of several layers as those of one; kept under the name where no gradient is wanted."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
-        return torch.cat(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
+        return int8.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -199,10 +224,12 @@ class Fused(nn.Module):
         bypassed: submodules whose parameters the fused computation reads without calling them, by dotted name, with
             the class that it takes each for (nn.Module: any). Where one of them is missing, it is ignored.
         joint: linear layers of one input, by the same names, that are multiplied together by `Settings.products`.
+        multiplies_in_int8: whether `accelerate(dtype="int8")` concerns its linear layers.
     """
 
     bypassed: ClassVar[Mapping[str, Kinds]] = {}
     joint: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    multiplies_in_int8: ClassVar[bool] = True
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -234,6 +261,10 @@ class Fused(nn.Module):
 
     def release(self) -> None:
         """Give up what the module holds because it is fused, just before it has its own class again."""
+        for name in type(self).bypassed:
+            part = find(self, name)
+            if part is not None:
+                int8.unmark(part._parameters.values())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and cannot be looked up by name, so it is made again.
