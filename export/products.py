@@ -114,22 +114,20 @@ class Fitted:
 def sites(model: Any) -> list[Site]:
     """The sites of an ONNX graph whose constants lie in the message, in the order of the graph.
 
-    Heads are left out: what is computed from an output of the graph costs little and decides scores.
+    Heads are left out: they cost little, being given token 0 alone, and decide scores.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     readers: dict[str, list[Any]] = {}
     made_by: dict[str, Any] = {}
-    behind = {value.name for value in graph.output}
+    returned = {value.name for value in graph.output}
     products: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
         for name in node.output:
             made_by[name] = node
-        if any(name in behind for name in node.input):
-            behind.update(node.output)
-        elif node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 2:
+        if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 2:
             products.setdefault(node.input[0], []).append(node)
 
     def label(product: Any) -> str:
@@ -142,21 +140,18 @@ def sites(model: Any) -> list[Site]:
 
     def norm(tensor: str) -> str:
         made = made_by.get(tensor)
-        if made is None or made.op_type != "LayerNormalization" or tensor in behind:
+        if made is None or made.op_type != "LayerNormalization" or tensor in returned:
             return ""
         folds = len(readers[tensor]) == len(products[tensor]) and all(name in constants for name in made.input[1:])
         return made.name if folds else ""
 
-    return [
-        Site(
-            tensor,
-            tuple(node.name for node in nodes),
-            tuple(label(node) for node in nodes),
-            tuple(_array(constants[node.input[1]]) for node in nodes),
-            norm(tensor),
-        )
-        for tensor, nodes in products.items()
-    ]
+    found = []
+    for tensor, nodes in products.items():
+        layers = tuple(label(node) for node in nodes)
+        if not any("_head." in layer for layer in layers):
+            weights = tuple(_array(constants[node.input[1]]) for node in nodes)
+            found.append(Site(tensor, tuple(node.name for node in nodes), layers, weights, norm(tensor)))
+    return found
 
 
 def _array(tensor: Any) -> Tensor:

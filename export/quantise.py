@@ -32,10 +32,10 @@ from .manifest import GraphRecord, Manifest, QuantisationRecord, package_version
 from .onnx import Rewrite
 from .pipeline import Progress, fill_folder, prepare_folder, silent
 from .products import Fitted, Scheme, fit, observe, rewritten, runner, save, sites
-from .request import Quantisation
+from .request import BUDGET, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
-from .verification import BUDGET, DIRECTIONS, THRESHOLDS, compare_with_reference, keep_reference
+from .verification import DIRECTIONS, THRESHOLDS, compare_with_reference, keep_reference
 
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 
@@ -43,6 +43,8 @@ _TEXTS_AT_ONCE = 16
 _TEXTS_WITH_AN_IMAGE = 8
 _TRIED = 6
 _TIMED = 3
+# With fewer texts an angle between scores says nothing.
+_FEWEST_RANKED = 4
 
 # The comparison with the model is made on other images, so the choice of products does not spend all that is allowed.
 _SPENT = 0.8
@@ -304,16 +306,23 @@ class _Search:
 def least_cosine(
     found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray], feed: Mapping[str, np.ndarray]
 ) -> float:
-    """The least cosine of a row of any output that has rows; hidden tokens are not looked at."""
-    least = 1.0
-    for name in DIRECTIONS & {*truth}:
-        rows = [torch.from_numpy(values[name]).double().flatten(0, -2) for values in (found, truth)]
-        if "attention_mask" in feed and feed["attention_mask"].size == len(rows[0]):
-            real = torch.from_numpy(feed["attention_mask"]).bool().flatten()
-            rows = [part[real] for part in rows]
-        # That of Python loses NaN.
-        least = float(torch.tensor([least, float(F.cosine_similarity(*rows, dim=-1).min())]).min())
-    return least
+    """The least cosine of a row of any output: of a token that is not hidden, or of how the texts of an image score."""
+    cosines = [1.0]
+    for name in truth:
+        both = [torch.from_numpy(values[name]).double() for values in (found, truth)]
+        if name in DIRECTIONS:
+            rows = [values.flatten(0, -2) for values in both]
+            if "attention_mask" in feed and feed["attention_mask"].size == len(rows[0]):
+                real = torch.from_numpy(feed["attention_mask"]).bool().flatten()
+                rows = [values[real] for values in rows]
+        elif name in ("scores", "match_logits") and both[0].shape[1] > _FEWEST_RANKED:
+            scores = [values[..., 1] if name == "match_logits" else values for values in both]
+            rows = [values - values.mean(-1, keepdim=True) for values in scores]
+        else:
+            continue
+        cosines.append(float(F.cosine_similarity(*rows, dim=-1).min()))
+    # That of Python loses NaN.
+    return float(torch.tensor(cosines).min())
 
 
 def quantize_int8(

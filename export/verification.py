@@ -24,11 +24,8 @@ from .consumers import DTYPES, DType
 from .expected import LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import GraphName
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
+from .request import BUDGET
 from .slots import graph_slots, largest
-
-BUDGET = 0.99
-"""The least cosine of any row of an output with that of the model, where products are in 8 bits."""
-
 
 class Runner(Protocol):
     """A program that runs the graphs of an export."""
@@ -395,6 +392,7 @@ class Threshold:
             error, which is as far as it can move two scores against each other.
         ranks: least share of candidates that keep their rank but for ties.
         relative: allowed beside `absolute`, as a share of the largest entry.
+        relative_tie: the same beside `tie`.
     """
 
     absolute: float
@@ -403,6 +401,7 @@ class Threshold:
     tie: float
     ranks: float
     relative: float = 0.0
+    relative_tie: float = 0.0
 
     def allowed(self, name: str, extent: float, reference: Reference, dtype: DType) -> float:
         """The largest error that an output may have whose largest entry is `extent`."""
@@ -413,7 +412,8 @@ class Threshold:
 
     def ties(self, reference: Reference) -> float:
         """The largest difference of two scores that may swap."""
-        return max(self.tie, 2 * reference.rounding["scores"] if self.rounding else 0.0)
+        extent = float(reference.tensors["scores"].abs().max()) if self.relative_tie else 0.0
+        return max(self.tie, 2 * reference.rounding["scores"] if self.rounding else 0.0, self.relative_tie * extent)
 
 
 THRESHOLDS: dict[DType, Threshold] = {
@@ -429,12 +429,16 @@ LEAST_RANKS = 0.95
 def eight_bit(budget: float) -> Threshold:
     """The bar for exports whose products are int8 or fp8, in whatever type the rest is.
 
+    Scores that bf16 hardly tells apart, two units in the last place of the largest, are ties.
+
     Args:
         budget: least cosine of any row of an embedding or feature. The entries of other outputs may be off by the
             share of the largest that the same angle is of a vector: √(2 - 2 cos).
     """
-    turned = (2 - 2 * budget) ** 0.5
-    return Threshold(absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=LEAST_RANKS, relative=turned)
+    turned, unit = (2 - 2 * budget) ** 0.5, torch.finfo(torch.bfloat16).eps
+    return Threshold(
+        absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=LEAST_RANKS, relative=turned, relative_tie=2 * unit
+    )
 
 
 # Everything else has too few entries for an angle to say anything.
