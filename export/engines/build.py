@@ -32,7 +32,7 @@ from ..quantise import (
 )
 from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
 from ..verification import compare_with_model
-from .library import EngineConsumer, Library, load_library, message_logger, said
+from .library import EngineConsumer, Library, load_library, message_logger, said, started
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
 from .plugin_graphs import with_plugins
 from .plugins import check_plugins
@@ -273,12 +273,7 @@ class _Build:
         library = self.library
         self.errors: list[str] = []
         self.logger = message_logger(library.trt, self.errors, _log)
-        self.builder: Any = library.trt.Builder(self.logger)
-        if not self.builder:
-            raise UnavailableError(
-                f"{library.label} {library.version} could not start ({said(self.errors)}); see that its CUDA libraries "
-                "and the driver fit each other"
-            )
+        self.builder: Any = started(library, library.trt.Builder, self.logger, self.errors)
 
     def run(self, engine: Path) -> BuiltEngine:
         started = time.perf_counter()
