@@ -9,6 +9,7 @@ below, because a process can load one version only.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -243,10 +244,12 @@ def run(trt: Any, scratch: Path) -> None:
     from xfm_fast.export.slots import choose_slot, graph_slots
 
     module = install(trt)
-    names = {"image_embeds": "inputs", "memory": "outputs"}
-    tensors = {side: [TensorRecord(name=name, dtype="float32", dims=["batch", 3])] for name, side in names.items()}
+    shapes = {"inputs": ("image_embeds", [2, 3]), "outputs": ("memory", [1, 2, 1, 2, 3])}
+    tensors = {
+        side: [TensorRecord(name=name, dtype="float32", dims=["batch", *rest])] for side, (name, rest) in shapes.items()
+    }
     profiles = [
-        ProfileRecord(name=str(most), **{side: {"image_embeds": [size, 3]} for side, size in sizes.items()})
+        ProfileRecord(name=str(most), **{side: {"image_embeds": [size, 2, 3]} for side, size in sizes.items()})
         for most, sizes in ((1, {"least": 1, "best": 1, "most": 1}), (4, {"least": 1, "best": 2, "most": 4}))
     ]
     record = GraphRecord(
@@ -264,12 +267,41 @@ def run(trt: Any, scratch: Path) -> None:
     graph = runtime.load(record, scratch / "g.engine")
     for size in (1, 3):
         slot, sizes = choose_slot(record.name, graph_slots(record), {"batch": size})
-        graph.run({"image_embeds": torch.zeros(size, 3)}, slot, sizes)
+        graph.run({"image_embeds": torch.zeros(size, 2, 3)}, slot, sizes)
     for called in (
         "Runtime.deserialize_cuda_engine", "IExecutionContext.set_device_memory", "IExecutionContext.execute_async_v3",
         "IExecutionContext.set_optimization_profile_async",
     ):  # fmt: skip
         assert called in module.calls, (called, module.calls)
+
+
+def stand_in(trt: Any, scratch: Path) -> None:
+    """What `fake_tensorrt` lets our code call, the real classes have, with the same number of parameters."""
+    from tests.export.engines.fake_tensorrt import make_tensorrt
+
+    fake = make_tensorrt()
+    builder = fake.Builder(None)
+    pairs = {
+        "Builder": builder,
+        "IBuilderConfig": builder.create_builder_config(),
+        "IOptimizationProfile": builder.create_optimization_profile(),
+        "INetworkDefinition": builder.create_network(0),
+        "OnnxParser": fake.OnnxParser(None, None),
+        "IProgressMonitor": fake.IProgressMonitor(),
+    }
+    inside = {"logger", "cache", "shapes"}
+    for name, made in pairs.items():
+        for member in {each for each in dir(made) if not each.startswith("_")} - inside:
+            real = getattr(getattr(trt, name), member)
+            method = getattr(type(made), member, None)
+            if inspect.isfunction(method):
+                count = len(inspect.signature(method).parameters)
+                variable = any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(method).parameters.values())
+                known = [*signatures(member, real.__doc__ or "")]
+                assert variable or count in {len(taken) for taken, _ in known}, (name, member, known)
+    for enumeration in ("BuilderFlag", "HardwareCompatibilityLevel", "NetworkDefinitionCreationFlag"):
+        for member in vars(getattr(fake, enumeration)):
+            assert hasattr(getattr(trt, enumeration), member), (enumeration, member)
 
 
 def lacking(trt: Any, scratch: Path) -> None:
@@ -296,12 +328,16 @@ def plugins(trt: Any, scratch: Path) -> None:
     except UnavailableError as error:
         print(f"refused: {error}")
         return
+    calls: list[str] = []
+    trt.get_plugin_registry = lambda: Checked(trt, trt.IPluginRegistry, {}, calls)
     ours.register(library, 90)
+    assert calls == ["IPluginRegistry.register_creator"] * 2, calls
     known = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY
-    assert {f"{ours.NAMESPACE}::{ours.RELPOS}", f"{ours.NAMESPACE}::{ours.VARLEN}"} <= {*known}, known
+    for name in (ours.RELPOS, ours.VARLEN):
+        assert known[f"{ours.NAMESPACE}::{name}"].aot_impl_func is not None
 
 
-SCENARIOS = {made.__name__: made for made in (checking, build, run, lacking, plugins)}
+SCENARIOS = {made.__name__: made for made in (checking, build, run, stand_in, lacking, plugins)}
 
 if __name__ == "__main__":
     SCENARIOS[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]))
