@@ -99,7 +99,8 @@ class Calibration:
 
         def memory(number: int) -> Tensor:
             assert images is not None
-            return graph_memory(model.image_memory(images[number : number + 1]))
+            with torch.no_grad():
+                return graph_memory(model.image_memory(images[number : number + 1]))
 
         return cls(examples, images, texts, memory)
 
