@@ -516,7 +516,7 @@ def _print_quantisation(manifest: Manifest, console: Console) -> None:
     for graph in manifest.graphs:
         if (record := graph.quantisation) is not None:
             shown.add_row(
-                graph.name, f"{record.products - len(record.kept)} of {record.products}", str(record.smoothed),
+                graph.name, f"{record.products - len(record.kept)}/{record.products}", str(record.smoothed),
                 f"{record.cosine:.5f}", str(record.budget), f"{record.wide_milliseconds:.1f}",
                 f"{record.milliseconds:.1f}", ", ".join(record.kept),
             )  # fmt: skip
