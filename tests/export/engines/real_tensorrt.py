@@ -32,14 +32,45 @@ _Bool initLibNvInferPlugins(void *logger, const char *space) { return 1; }
 """
 
 
-def compile_stubs(compiler: str, folder: Path, major: int) -> None:
+# The interface of the C functions is TensorRT's; each is told the version that it has itself.
+OVER_RTX = """
+#include <dlfcn.h>
+#include <stdlib.h>
+typedef void *(*two)(void *, int);
+typedef void *(*three)(void *, void *, int);
+static void *opened(const char *name) { return dlopen(getenv(name), RTLD_NOW | RTLD_GLOBAL); }
+static void *find(const char *name) { return dlsym(opened("RTX_LIBRARY"), name); }
+static void *find_parser(const char *name) { find(name); return dlsym(opened("RTX_PARSER"), name); }
+static int version(void) { return ((int (*)(void))find("getInferLibVersion"))(); }
+int getNvOnnxParserVersion(void) { return ((int (*)(void))find_parser("getNvOnnxParserVersion"))(); }
+void *createInferBuilder_INTERNAL(void *logger, int given) {
+  return ((two)find("createInferBuilder_INTERNAL"))(logger, version());
+}
+void *createInferRuntime_INTERNAL(void *logger, int given) {
+  return ((two)find("createInferRuntime_INTERNAL"))(logger, version());
+}
+void *createInferRefitter_INTERNAL(void *engine, void *logger, int given) {
+  return ((three)find("createInferRefitter_INTERNAL"))(engine, logger, version());
+}
+void *createNvOnnxParser_INTERNAL(void *network, void *logger, int given) {
+  return ((three)find_parser("createNvOnnxParser_INTERNAL"))(network, logger, getNvOnnxParserVersion());
+}
+void *createNvOnnxParserRefitter_INTERNAL(void *refitter, void *logger, int given) { return 0; }
+void *getBuilderPluginRegistry(int capability) { return ((void *(*)(int))find("getBuilderPluginRegistry"))(capability); }
+void *getPluginRegistry(void) { return ((void *(*)(void))find("getPluginRegistry"))(); }
+_Bool initLibNvInferPlugins(void *logger, const char *space) { return 1; }
+"""
+
+
+def compile_stubs(compiler: str, folder: Path, major: int, code: str = STUB) -> None:
     """Write the three libraries of a major version of TensorRT."""
     source = folder / "stub.c"
-    source.write_text(STUB)
+    source.write_text(code)
     for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
         library = f"lib{name}.so.{major}"
         subprocess.run(
-            [compiler, "-shared", "-fPIC", "-w", source, "-o", folder / library, f"-Wl,-soname,{library}"], check=True
+            [compiler, "-shared", "-fPIC", "-w", source, "-o", folder / library, f"-Wl,-soname,{library}", "-ldl"],
+            check=True,
         )
 
 
@@ -337,7 +368,24 @@ def plugins(trt: Any, scratch: Path) -> None:
         assert known[f"{ours.NAMESPACE}::{name}"].aot_impl_func is not None
 
 
+def whole(trt: Any, scratch: Path) -> None:
+    """`export tensorrt` from a model to engines through the real bindings, whose library is TensorRT for RTX."""
+    from tests.export.conftest import build_model
+    from xfm_fast.export.engines import build, library
+
+    library.local_capability = lambda: 89
+    manifest = build.export_engines(
+        build_model(), scratch / "engines", "tensorrt", dtype="bf16", graphs=("image_memory", "text"),
+        profile=("latency:batch=1,length=1..16..40", "bulk:batch=1..4..8,length=1..16..40"), level=2,
+    )  # fmt: skip
+    assert manifest.target is not None
+    assert manifest.target.version == trt.__version__
+    assert [record.file for record in manifest.graphs] == ["image_memory.engine", "text.engine"]
+    for record in manifest.graphs:
+        assert (scratch / "engines" / record.file).stat().st_size > 1 << 16
+
+
 SCENARIOS = {made.__name__: made for made in (checking, build, run, stand_in, lacking, plugins)}
 
 if __name__ == "__main__":
-    SCENARIOS[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]))
+    (SCENARIOS | {"whole": whole})[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]))
