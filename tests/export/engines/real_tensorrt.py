@@ -56,7 +56,7 @@ void *createNvOnnxParser_INTERNAL(void *network, void *logger, int given) {
   return ((three)find_parser("createNvOnnxParser_INTERNAL"))(network, logger, getNvOnnxParserVersion());
 }
 void *createNvOnnxParserRefitter_INTERNAL(void *refitter, void *logger, int given) { return 0; }
-void *getBuilderPluginRegistry(int capability) { return ((void *(*)(int))find("getBuilderPluginRegistry"))(capability); }
+void *getBuilderPluginRegistry(int kind) { return ((void *(*)(int))find("getBuilderPluginRegistry"))(kind); }
 void *getPluginRegistry(void) { return ((void *(*)(void))find("getPluginRegistry"))(); }
 _Bool initLibNvInferPlugins(void *logger, const char *space) { return 1; }
 """
