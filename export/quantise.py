@@ -251,7 +251,7 @@ class _Search:
 
         count, cosine = self._most()
         chosen = self.order[:count]
-        milliseconds = [self._milliseconds(sites) for sites in ([], chosen)]
+        milliseconds = [self._milliseconds(each) for each in ([], chosen)]
         del self.wide
         if chosen:
             model = onnx.load(str(self.path))
@@ -291,7 +291,9 @@ class _Search:
     def _cosine(self, count: int) -> float:
         """The least of any row of an output, with some of the sites in 8 bits."""
         run = runner(rewritten(self.wide, self.order[:count], self.scheme))
-        return min(least_cosine(run(self.feeds[n]), self.truths[n], self.feeds[n]) for n in self.tried)
+        cosines = [least_cosine(run(self.feeds[n]), self.truths[n], self.feeds[n]) for n in self.tried]
+        # That of Python loses NaN.
+        return float(torch.tensor(cosines).min())
 
     def _milliseconds(self, chosen: Sequence[Fitted]) -> float:
         run, feed = runner(rewritten(self.wide, chosen, self.scheme)), self.feeds[0]
@@ -322,7 +324,6 @@ def least_cosine(
         else:
             continue
         cosines.append(float(F.cosine_similarity(*rows, dim=-1).min()))
-    # That of Python loses NaN.
     return float(torch.tensor(cosines).min())
 
 
