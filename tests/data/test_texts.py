@@ -8,14 +8,7 @@ import pytest
 
 from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.options import TextOptions, TextStreamOptions
-from xfm_fast.data.texts import (
-    PREFIXES,
-    choose_text,
-    encode_pair_text,
-    encode_text,
-    mentions_colour,
-    without_colours,
-)
+from xfm_fast.data.texts import PREFIXES, choose_text, encode_pair_text, encode_text
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -135,20 +128,3 @@ def test_whole_words_are_those_of_the_text(tokenizer: CaptionTokenizer) -> None:
         assert len(words) == 7, "five words and the two special tokens"
         hidden = [word for word in words if word & set(encoded.positions)]
         assert all(word <= set(encoded.positions) for word in hidden) or len(hidden) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "plain", "mentioned"),
-    [
-        ("a small circle", "a small circle", False),
-        ("a small red circle", "a small circle", True),
-        ("an orange circle, blue.", "a circle,", True),
-        ("A red ox beside an Orange car", "An ox beside a car", True),
-        ("an unblued axe", "an unblued axe", False),
-        ("red", "", True),
-        ("what color is it", "what color is it", True),
-    ],
-)
-def test_words_of_colours(text: str, plain: str, mentioned: bool) -> None:
-    assert without_colours(text) == plain
-    assert mentions_colour("an axe", ["it", text]) == mentioned

@@ -19,9 +19,8 @@ from tests.conftest import config
 from tests.finetuning.conftest import Make
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import CaptioningTestRecord
-from xfm_fast.data.images import MEAN, STD, load_image
+from xfm_fast.data.images import load_image
 from xfm_fast.data.shapes import captions, scene
-from xfm_fast.data.texts import COLOURS
 from xfm_fast.errors import ConfigError, DataError, InputError
 from xfm_fast.finetuning.captioning import CaptioningBatch, CaptioningOptions, CaptioningTask
 from xfm_fast.finetuning.recipe import load_finetune_recipe
@@ -87,27 +86,6 @@ def test_the_path_of_a_row(task: Open, world: Path) -> None:
     assert found == wanted
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
         assert (gradient is None and parameter.grad is None) or torch.equal(gradient, parameter.grad)  # type: ignore[arg-type]
-
-
-def test_grey_images_have_captions_without_colours(task: Open, world: Path) -> None:
-    (rows,) = task().rows([world / "captioning_train.json"])
-    record: Any = rows.read(0)
-    coloured, grey = task(augment=False), task(augment=False, grey=1.0)
-    item, words = grey.item(record, generator()), set(record.caption.split())
-    pixels = item.image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    assert torch.allclose(pixels[0], pixels[1], atol=1e-6)
-    assert torch.allclose(pixels[0], pixels[2], atol=1e-6)
-    said = set(grey.tokenizer.decode(item.ids).split())
-    assert words & COLOURS
-    assert words - COLOURS - {"a", "an"} <= said
-    assert not said & COLOURS
-    # Nothing but a colour is left as it is, image and caption.
-    only = record.model_copy(update={"caption": "red"})
-    assert torch.equal(grey.item(only, generator()).image, load_image(world / record.image, 32))
-    assert grey.item(only, generator()).ids == coloured.item(only, generator()).ids
-    half = task(augment=False, grey=0.5)
-    rng = generator()
-    assert {len(half.item(record, rng).ids) for _ in range(20)} == {len(item.ids), len(coloured.item(record, rng).ids)}
 
 
 def test_an_empty_prompt_and_cut_captions(task: Open, world: Path) -> None:

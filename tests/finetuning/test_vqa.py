@@ -107,29 +107,9 @@ def test_no_mirror_where_a_side_is_meant(
     task: VQATask, monkeypatch: pytest.MonkeyPatch, question: str, answers: list[str], may_flip: bool
 ) -> None:
     seen = []
-    monkeypatch.setattr(task, "augmented", lambda image, rng, may_flip, grey: seen.append(may_flip) or PIXELS)
+    monkeypatch.setattr(task, "augmented", lambda image, rng, may_flip: seen.append(may_flip) or PIXELS)
     task.item(record(question=question, answer=answers), np.random.default_rng(0))
     assert seen == [may_flip]
-
-
-@pytest.mark.parametrize(
-    ("question", "answer", "grey"),
-    [
-        ("what shape is the small object", "circle", True),
-        ("what shape is the red object", "circle", False),
-        ("what color is the circle", "red", False),
-        ("is it as it was", "Orange.", False),
-    ],
-)
-def test_only_questions_not_about_colours_are_asked_of_grey_images(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, question: str, answer: str, grey: bool
-) -> None:
-    seen: list[bool] = []
-    for share in (1.0, 0.0):
-        task = open_task(recipe(*FILES, task=TINY | {"grey": share}))
-        monkeypatch.setattr(task, "augmented", lambda image, rng, may_flip, grey: seen.append(grey) or PIXELS)
-        task.item(record(question=question, answer=answer), np.random.default_rng(0))
-    assert seen == [grey, False]
 
 
 def test_questions_are_cut_in_training_alone(task: VQATask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,13 +14,6 @@ from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 PREFIXES = ("A image of ", "The image contains ", "We can see ", "A picture of ")
 """The official code puts one of these before a caption that belongs to a list of images (its spelling)."""
-
-COLOURS = frozenset({
-    *("black", "blue", "brown", "cyan", "gold", "golden", "gray", "green", "grey", "magenta", "orange", "pink"),
-    *("purple", "red", "silver", "violet", "white", "yellow"),
-})  # fmt: skip
-"""Words that name a colour; some name a fruit or a metal too."""
-_ASKED = frozenset(("color", "colored", "colors", "colour", "coloured", "colours"))
 
 IDS_KEY = "input_ids"
 """Field of a record with the token ids of its text, which then is not cleaned and not tokenised."""
@@ -71,31 +64,6 @@ def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = 
     # A choice of one takes nothing from the generator.
     texts = _translations(listed[rng.integers(len(listed))], language)
     return _words(texts[rng.integers(len(texts))])
-
-
-def mentions_colour(*texts: str | Iterable[str]) -> bool:
-    """True if a colour is named or asked for anywhere in the texts: an image without colours would not show it."""
-    each = (text for given in texts for text in ((given,) if isinstance(given, str) else given))
-    return any(_bare(word) in COLOURS | _ASKED for text in each for word in text.split())
-
-
-def without_colours(text: str) -> str:
-    """The text without words of colours, its articles mended: `an orange circle` → `a circle`. May be empty."""
-    kept: list[str] = []
-    removed = False
-    for word in text.split():
-        if _bare(word) in COLOURS:
-            removed = True
-            continue
-        if removed and kept and kept[-1].lower() in ("a", "an"):
-            kept[-1] = kept[-1][0] + ("n" if word[0].lower() in "aeiou" else "")
-        removed = False
-        kept.append(word)
-    return " ".join(kept)
-
-
-def _bare(word: str) -> str:
-    return word.strip(".,;:!?()\"'").lower()
 
 
 def every_text(value: Any, *, language: str | None = None) -> list[str]:

@@ -96,11 +96,6 @@ def normalise(pixels: Tensor, mean: tuple[float, float, float] = MEAN, std: tupl
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
 
 
-def without_colour(pixels: Tensor) -> Tensor:
-    """8-bit pixels `[3, H, W]` with three equal channels."""
-    return functional.rgb_to_grayscale(pixels, num_output_channels=3)
-
-
 def whole_image(picture: Picture, size: int) -> Tensor:
     """Normalised pixels `[3, size, size]` of all of a picture: without augmentation."""
     return normalise(resize_crop(picture, (0, 0, *picture_size(picture)), size))
@@ -146,7 +141,7 @@ class TrainingTransform:
         flip = rng.random() < self.flip and may_flip
         pixels = resize_crop(picture, box, self.size, flip=flip)
         if self.grey:
-            pixels = without_colour(pixels)
+            pixels = functional.rgb_to_grayscale(pixels, num_output_channels=3)
         if self.augment is not None:
             pixels = augmented(pixels, self.augment, rng)
         return normalise(pixels, self.mean, self.std)

@@ -22,7 +22,7 @@ from xfm_fast.data.records import Rows, open_records
 from xfm_fast.data.shapes import Scene, Split, scene, true_caption_share
 from xfm_fast.data.shapes.world import WORLD_FILE
 from xfm_fast.data.task_files import captioning_rows, captioning_test_rows, is_captioned
-from xfm_fast.data.texts import choose_text, without_colours
+from xfm_fast.data.texts import choose_text
 from xfm_fast.data.transforms import pretraining_transform, whole_image
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.evaluation import Metrics, Row
@@ -49,10 +49,6 @@ class CaptioningOptions(TaskOptions):
 
     kind: Literal["captioning"] = "captioning"
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
-    grey: float = Field(
-        default=0.0, ge=0, le=1,
-        description="share of the images that training shows without colours, with captions that name none",
-    )  # fmt: skip
     prompt: str = Field(default="a picture of ", description="that captions continue; it is given, and not learnt")
     max_words: int = Field(default=40, gt=0, description="of a caption to learn")
     max_tokens: int = Field(default=40, ge=3, description="`<s>`, prompt and `</s>` counted in, of a caption to learn")
@@ -140,10 +136,8 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         if isinstance(record, CaptioningRecord):
             if record.caption is None:
                 raise DataError(f"image {record.image} has no caption to learn; add one, or remove the element")
-            # Nothing is drawn where nothing is to be decided, so that runs without the option stay what they were.
-            plain = without_colours(record.caption) if self.options.grey and rng.random() < self.options.grey else ""
-            ids = self._ids(plain or record.caption)
-            return Captioned(self.augmented(record.image, rng, grey=bool(plain)), ids)
+            ids = self._ids(record.caption)
+            return Captioned(self.augmented(record.image, rng), ids)
         assert pairs is not None
         assert isinstance(record, Mapping)
         if pairs.caption_key not in record:

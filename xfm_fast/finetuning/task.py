@@ -21,7 +21,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
 from xfm_fast.data.images import decode_pixels, load_image
 from xfm_fast.data.records import Rows, image_at
-from xfm_fast.data.transforms import finetuning_transform, whole_image, without_colour
+from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task_model import TaskModel
@@ -203,23 +203,13 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         place = self.images / image
         return load_image(image_at(place), self.config.image_size, str(place))
 
-    def augmented(
-        self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True, grey: bool = False
-    ) -> Tensor:
-        """`[3, R, R]`: a random view of an image, as training sees it, or all of it where the options say so.
-
-        Args:
-            may_flip: it may be mirrored.
-            grey: it loses its colours.
-        """
-        augment = getattr(self.options, "augment", True)
-        if not augment and not grey:
+    def augmented(self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
+        """`[3, R, R]`: a random view of an image, as training sees it, or all of it where the options say so."""
+        if not getattr(self.options, "augment", True):
             return self.pixels(image)
-        place, size = self.images / image, self.config.image_size
+        place = self.images / image
         decoded = decode_pixels(image_at(place), str(place))
-        if grey:
-            decoded = without_colour(decoded)
-        return finetuning_transform(size)(decoded, rng, may_flip=may_flip) if augment else whole_image(decoded, size)
+        return finetuning_transform(self.config.image_size)(decoded, rng, may_flip=may_flip)
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids `[B, L]`, padded to the longest, and the mask of the real ones."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from xfm_fast.data.annotations import AnnotationRows, VQARecord, read_answer_list, unlisted_answers
 from xfm_fast.data.task_files import vqa_rows
-from xfm_fast.data.texts import mentions_colour
 from xfm_fast.data.transforms import mentions_side
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
@@ -50,10 +49,6 @@ class VQAOptions(TaskOptions):
     )
     generate: bool = Field(default=False, description="answers are written freely, without a list")
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
-    grey: float = Field(
-        default=0.0, ge=0, le=1,
-        description="share of the questions not about colours that training asks of an image without colours",
-    )  # fmt: skip
     max_words: int = Field(default=30, gt=0, description="of a question in training")
     max_tokens: int = Field(default=40, ge=3, description="of a question in training, `<s>` and `</s>` counted in")
     test_max_words: int = Field(default=50, gt=0, description="of a question to answer, whose tokens are not cut")
@@ -143,10 +138,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         question = pre_question(record.question, self.options.max_words)
         ids = self.tokenizer.encode_ids([question], self.options.max_tokens)[0]
         answer_ids = self.tokenizer.encode_ids(texts, self.config.max_text_length)
-        may_flip = not mentions_side(record.question, texts)
-        # Nothing is drawn where nothing is to be decided, so that runs without the option stay what they were.
-        share = 0.0 if mentions_colour(record.question, texts) else self.options.grey
-        image = self.augmented(record.image, rng, may_flip=may_flip, grey=share > 0 and rng.random() < share)
+        image = self.augmented(record.image, rng, may_flip=not mentions_side(record.question, texts))
         return Question(image, ids, answer_ids, [weight for _, weight in answers])
 
     def collate(self, items: list[Question], rng: np.random.Generator) -> VQABatch:
