@@ -148,7 +148,7 @@ def test_rounding_of_gradients_that_are_zero_is_no_error() -> None:
 def test_biases_of_keys_are_compared_on_the_scale_of_their_weights() -> None:
     def outcome(bias: float, name: str) -> Outcome:
         layer = {f"{name}.weight": torch.tensor([3.0, 4.0]), f"{name}.bias": torch.tensor([bias])}
-        return Outcome({"itc": torch.tensor(1.0)}, layer | {"big": torch.tensor([1e4])})
+        return _outcome(1.0, **layer, big=torch.tensor([1e4]))
 
     key = difference(outcome(0.6, "self.key"), outcome(0.1, "self.key"))
     assert key.parameter == "self.key.bias"
