@@ -139,7 +139,8 @@ def forward_tile(
     shrink = tl.exp2((row_max - finite_max) * factor)
     weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
     if APART:
-        row_sum = row_sum * shrink[:, None] + tl.sum(weights.reshape(weights.shape[0], BLOCK_N // 8, 8), 1)
+        eighths = weights.reshape(weights.shape[0], BLOCK_N // 8, 8)  # pyright: ignore[reportGeneralTypeIssues]
+        row_sum = row_sum * shrink[:, None] + tl.sum(eighths, 1)
     else:
         row_sum = row_sum * shrink + tl.sum(weights, 1)
     if THRESHOLD > 0:

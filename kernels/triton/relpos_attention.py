@@ -92,14 +92,16 @@ def forward_kernel(
         bias_ahead = tl.load(fragments)
     else:
         bias_base = bias_ptr + (h * tokens + start) * stride_bias
+        fragments, bias_ahead = bias_base, 0
     bias_rows = clamped[:, None] * stride_bias
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M, 8] if FRAGMENTS else [BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     full = tokens // BLOCK_N * BLOCK_N
-    ahead: tl.constexpr = None if FRAGMENTS else STAGES
-    for first in tl.range(0, full, BLOCK_N, num_stages=ahead):  # pyright: ignore[reportGeneralTypeIssues]
+    for first in tl.range(  # pyright: ignore[reportGeneralTypeIssues]
+        0, full, BLOCK_N, num_stages=None if FRAGMENTS else STAGES
+    ):
         if FRAGMENTS:
             bias = unfold_fragments(bias_ahead)
             fragments += tl.where(first + BLOCK_N < full, BLOCK_M * BLOCK_N, 0)
