@@ -7,6 +7,8 @@ WORKERS ?= 2
 BIN     := $(VENV)/bin
 # transformers 4 keeps its parts elsewhere than 5, and an environment holds one of them.
 OLDER   := .venv-transformers4
+# The oldest packages that pyproject.toml allows, which pip cannot be asked for and uv can.
+OLDEST  := .venv-oldest
 
 # The first interpreter that is new enough and can make environments. python3 leads: it is the one the user chose.
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
@@ -19,7 +21,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme ablations downstream soak docs test test-older test-all check lint types audit format dist clean distclean
+.PHONY: help venv install bench readme ablations downstream soak fuzz mutants docs test test-older test-oldest test-all check lint types audit packages format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,8 +46,15 @@ ablations: $(VENV)/$(EXTRAS).stamp ## train the tiny model with and without the 
 downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of the paper
 	$(BIN)/xfm-fast reproduce downstream $(ARGS)
 
-soak: $(VENV)/$(EXTRAS).stamp ## ask a service of the tiny model for ten minutes, and watch its memory
-	$(BIN)/xfm-fast bench serve --preset tiny --quick --clients 8 --rounds 1 --soak 600 $(ARGS)
+soak: $(VENV)/$(EXTRAS).stamp ## kill work at every moment and go on; then ask a service for ten minutes (hours in all)
+	$(BIN)/python -m tests.reliability.injection $(ARGS)
+	$(BIN)/xfm-fast bench serve --preset tiny --quick --clients 8 --rounds 1 --soak 600
+
+fuzz: $(VENV)/$(EXTRAS).stamp ## give every reader 100,000 damaged files
+	$(BIN)/python -m tests.reliability.fuzz $(ARGS)
+
+mutants: $(VENV)/$(EXTRAS).stamp ## put faults into kernels, losses and metrics: a test must catch each
+	$(BIN)/python -m tests.reliability.seeded_faults $(ARGS)
 
 docs: $(VENV)/docs.stamp ## build the pages of docs/ with the API into site/; a warning fails it
 	$(BIN)/mkdocs build --quiet $(ARGS)
@@ -58,10 +67,19 @@ test-older: ## run the tests of accelerate with transformers 4, in an environmen
 	$(OLDER)/bin/python -m pip install --quiet "transformers>=4.57,<5"
 	$(MAKE) test VENV=$(OLDER) EXTRAS=dev ARGS="tests/replace $(ARGS)"
 
+test-oldest: ## run the tests of models, kernels and training with the oldest packages that are allowed
+	$(MAKE) venv VENV=$(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		--editable ".[hf,search,serve,train,triton]" "hypothesis>=6.100" "pytest>=8.2" "pytest-xdist>=3.6" "httpx>=0.27"
+	OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_config.py \
+		tests/test_documents.py tests/checkpoint tests/kernels tests/models tests/nn tests/objectives tests/tasks \
+		tests/training tests/replace $(ARGS)
+
 test-all: $(VENV)/$(EXTRAS).stamp test-older ## run every test
 	$(PYTEST) $(ARGS)
 
-check: lint types audit ## run every check that is not a test
+check: lint types audit packages ## run every check that is not a test
 
 lint: $(VENV)/$(EXTRAS).stamp ## check rules and formatting (ruff)
 	$(BIN)/ruff check
@@ -72,6 +90,9 @@ types: $(VENV)/$(EXTRAS).stamp ## check types (pyright)
 
 audit: $(VENV)/$(EXTRAS).stamp ## compile the Triton kernels and compare their machine code with what was accepted
 	$(BIN)/xfm-fast audit
+
+packages: $(VENV)/$(EXTRAS).stamp ## list the licences of what an installation brings, and its known faults (with a network)
+	$(BIN)/python -m tests.reliability.packages $(ARGS)
 
 format: $(VENV)/$(EXTRAS).stamp ## apply the formatting and the safe fixes
 	$(BIN)/ruff check --fix
@@ -86,7 +107,7 @@ clean: ## remove builds and caches
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well
-	rm -rf .venv $(OLDER)
+	rm -rf .venv $(OLDER) $(OLDEST)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { \

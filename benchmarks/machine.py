@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,9 +21,8 @@ import torch
 
 import xfm_fast
 from xfm_fast.errors import UnavailableError
-from xfm_fast.kernels import ops, roofline
-from xfm_fast.kernels.cpu import attention, products
-from xfm_fast.kernels.cpu.selection import selections
+from xfm_fast.kernels import roofline
+from xfm_fast.kernels.cpu.races import compare_all
 
 # Package -> (import name, the extra that installs it).
 OPTIONAL = {
@@ -244,6 +243,7 @@ def describe() -> dict[str, Any]:
         "cores_logical": psutil.cpu_count(),
         "cores_allowed": len(_allowed_cores()),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
@@ -265,60 +265,23 @@ def as_dict(packages: list[Package]) -> list[dict[str, Any]]:
     return [asdict(package) for package in packages]
 
 
-# What the selections of these names time.
-_ATTENTION: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
-    "attention": attention._plain_example,
-    "short attention": attention._short_example,
-    "biased attention": attention._biased_example,
-}
-_LINEAR: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
-    **products.EXAMPLES,
-    "trained linear": products._trained_example,
-    "input gradient": products._input_example,
-}
-
-
 def choose_paths() -> list[dict[str, Any]]:
-    """Run every operation that has alternatives in every dtype that this processor is good at.
+    """Compare every operation that has alternatives, in every dtype that this processor is good at.
 
     Returns:
-        Operation, dtype, the chosen implementation, FLOP/s of each that passed, and why others were left out.
+        Operation, dtype, the chosen implementation and why, FLOP/s of each that passed, and why others were left out.
     """
-    width, heads, (height, wide) = 128, 2, (4, 4)
-    with torch.no_grad():
-        for dtype in (torch.float32, *([torch.bfloat16] if has_native_bf16() else [])):
-            x, weight = torch.ones(16, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-            bias = torch.ones(width, dtype=dtype)
-            ops.linear(x, weight, bias)
-            ops.linear_gelu(x, weight, bias)
-            ops.linear_residual(x, weight, bias, x)
-            tokens = torch.ones(1, height * wide + 1, heads, 64, dtype=dtype)
-            table = torch.zeros((2 * height - 1) * (2 * wide - 1) + 3, heads, dtype=dtype)
-            ops.relpos_attention(tokens, tokens, tokens, table, (height, wide))
-            # Long enough to be a product of its own.
-            queries, keys = torch.ones(100, heads, 64, dtype=dtype), torch.ones(577, heads, 64, dtype=dtype)
-            ops.varlen_attention(queries, keys, keys, torch.tensor([0, 100]), torch.tensor([0, 577]), 100, 577)
-    chosen = []
-    for selection in selections():
-        operation = selection.operation
-        if "attention" in operation:
-            q, k, *_ = _ATTENTION[operation](torch.float32)
-            flops = 4 * q.numel() * k.shape[1]
-        elif operation == "weight gradient":
-            dout, x = products._weight_example(torch.float32)
-            flops = 2 * dout.numel() * x.shape[1]
-        else:
-            x, weight, *_ = _LINEAR.get(operation, products.EXAMPLES["linear"])(torch.float32)
-            flops = 2 * x.shape[0] * weight.numel()
-        found = {
-            "operation": operation,
-            "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(selection.dtype, str(selection.dtype)),
-            "chosen": selection.chosen,
-            "flops_per_s": {name: flops / s for name, s in selection.seconds.items() if 0 < s < float("inf")},
-            "rejected": selection.rejected,
+    return [
+        {
+            "operation": found.operation,
+            "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(found.dtype, str(found.dtype)),
+            "chosen": found.chosen,
+            "reason": found.reason,
+            "flops_per_s": {name: race.flops / s for name, s in found.seconds.items() if 0 < s < float("inf")},
+            "rejected": found.rejected,
         }
-        chosen.append(found)
-    return chosen
+        for found, race in compare_all([torch.float32, *([torch.bfloat16] if has_native_bf16() else [])])
+    ]
 
 
 POWERCAP = Path("/sys/class/powercap")

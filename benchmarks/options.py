@@ -170,12 +170,23 @@ class VqaOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColdStartOptions(RunOptions):
+    """Options of the start of a process.
+
+    Attributes:
+        preset: Size of the model.
+    """
+
+    preset: Preset = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DropInOptions(RunOptions):
     """Options of the models of others; quick takes two layers and two samples, to see that all runs.
 
     Attributes:
-        only: roberta, bert-rerank, blip-rerank, memory-rerank, beit, minilm, mpnet, bge-small, xlm-r, distilbert,
-            cross-encoder, modernbert, clip, siglip, dinov2, swin, or several with commas. [all]
+        only: roberta, bert-rerank, blip-rerank, memory-rerank, beit, minilm, minilm-one, mpnet, mpnet-one, bge-small,
+            xlm-r, distilbert, cross-encoder, modernbert, clip, siglip, dinov2, swin, or several with commas. [all]
     """
 
     only: tuple[str, ...] = ()

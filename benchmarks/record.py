@@ -22,9 +22,11 @@ from . import machine
 
 SCHEMA_VERSION = 3
 OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code"
-UNTOUCHED, EAGER, ONE_AT_A_TIME = "untouched", "eager", "one-at-a-time"
+UNTOUCHED, EAGER, ONE_AT_A_TIME, HUGGING_FACE = "untouched", "eager", "one-at-a-time", "huggingface"
 
-Benchmark = Literal["suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve", "device"]
+Benchmark = Literal[
+    "suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve", "device", "cold-start"
+]
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Direction = Literal["forward", "backward", "forward and backward"]
@@ -285,9 +287,9 @@ class Row(Record):
     """One contender at one kind of work, in one mode, type and size.
 
     Attributes:
-        work: `embed-image`, `embed-text`, `rerank`, `retrieve`, `retrieval` (of a whole collection), `vqa` and
-            `vqa-...`, `train-step`, `finetune-TASK` and both with `-dropout`; the key of a model of `drop-in`; an
-            operation of `kernels`.
+        work: `embed-image`, `embed-text`, `rerank`, `retrieve`, `retrieval` (of a whole collection), `cold-start`,
+            `vqa` and `vqa-...`, `train-step`, `finetune-TASK` and both with `-dropout`; the key of a model of
+            `drop-in`; an operation of `kernels`.
         mode: how requests come; everything that runs back to back is `offline`.
         direction: of an operation.
         contender: stable name; `label` is for readers.
@@ -598,7 +600,10 @@ class Document(Record):
     @property
     def reference(self) -> str:
         """The contender that speed-ups are told against, such as the official algorithm or the untouched model."""
-        others = {"drop-in": UNTOUCHED, "kernels": EAGER, "device": EAGER, "serve": ONE_AT_A_TIME}
+        others = {
+            "drop-in": UNTOUCHED, "kernels": EAGER, "device": EAGER, "serve": ONE_AT_A_TIME,
+            "cold-start": HUGGING_FACE,
+        }  # fmt: skip
         return others.get(self.benchmark, OFFICIAL)
 
     def beside(self, row: Row, contender: str, dtype: str) -> Row | None:

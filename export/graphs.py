@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.reference import relative_position_index
+from xfm_fast.models.frozen import is_frozen
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.text import LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
@@ -347,9 +348,12 @@ def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool 
 
     Raises:
         UnavailableError: the graph is unknown, or the model lacks an encoder or head that it needs.
+        InputError: the model is frozen.
     """
     if name not in GRAPHS:
         raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(GRAPHS)}")
+    if is_frozen(model):
+        raise InputError("the model is frozen for inference, and a graph holds its weights; call unfreeze() first")
     if name == "match" and "matching" not in model.heads:
         raise UnavailableError(
             "graph 'match' needs the 'matching' head, which this model was built without (it has: "

@@ -81,9 +81,7 @@ class ExportRequest:
     @property
     def names(self) -> tuple[GraphName, ...]:
         """Names of the graphs."""
-        if self.graphs is None or [*self.graphs] == [""]:
-            return DEFAULT_GRAPHS
-        return parse_graphs(joined(self.graphs))
+        return DEFAULT_GRAPHS if self.graphs is None else parse_graphs(joined(self.graphs))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -282,14 +280,14 @@ def parse_graphs(text: str) -> tuple[GraphName, ...]:
 
     Raises:
         UnavailableError: an unknown one.
-        InputError: the list is not blank and names none.
+        InputError: the list names none.
     """
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
         if name not in GRAPHS:
             raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(GRAPHS)}")
-    if text.strip() and not names:
-        raise InputError(f"--graphs {text!r} names no graph; choose from {', '.join(GRAPHS)}")
+    if not names:
+        raise InputError(f"--graphs {text!r} names no graph; choose from {', '.join(GRAPHS)}, or leave it out")
     return names  # pyright: ignore[reportReturnType]
 
 

@@ -19,6 +19,7 @@ from .cpu.workspace import Dropout
 from .derived import derived
 from .library import autocast_dtype, like, operator
 from .limits import HEAD_DIMS
+from .products import runs_cpu_inference
 
 _PACKED = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float scale, float dropout_p, Tensor? seed, "
@@ -169,6 +170,9 @@ def varlen_attention(
         if dropout_p and seed is not None:
             raise InputError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
         return _flash_attention(q, k, v, packed)
+    if chosen == "cpu" and not dropout_p and type(q) is Tensor and runs_cpu_inference(backend, q, k, v):
+        # Of one caption, the operator would take as long as the attention.
+        return varlen.varlen_attention(q, k, v, *packed.bounds(q, k), scale, None, key_mask)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=q.device)
     return _varlen(q, k, v, *packed[:6], seed if dropout_p else None, key_mask, chosen)[0]

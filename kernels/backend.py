@@ -88,7 +88,6 @@ def _known(name: Backend) -> Backend:
     return name
 
 
-@torch.compiler.assume_constant_result
 def _why_not(name: Backend, device: str, index: int | None) -> str | None:
     """The reason why a backend cannot run on a device, or None."""
     if name == "reference":
@@ -107,6 +106,10 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
     if capability < OLDEST_GPU:
         return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
     return None
+
+
+# What `torch.compiler.assume_constant_result` does, which would import all of the compiler into every process.
+setattr(_why_not, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @cache

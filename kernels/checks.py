@@ -21,6 +21,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import host
+from .cpu.int8 import is_marked
 
 BIAS_TILE = 128
 """Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
@@ -65,6 +66,8 @@ class Packed(NamedTuple):
     def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The offsets as numbers, which describe q and k or are refused."""
         found = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
+        if self.cu_seqlens_k is self.cu_seqlens_q and self.max_k == self.max_q and k.shape[0] == q.shape[0]:
+            return found, found
         return found, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
 
 
@@ -213,13 +216,18 @@ def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tupl
     return bounds
 
 
+def _typed(weight: Tensor) -> Tensor | None:
+    """The weight, if its type has to be that of the activations."""
+    return None if is_marked(weight) else weight
+
+
 def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Arguments of a linear layer."""
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
         raise InputError(f"x is {[*x.shape]} and weight {[*weight.shape]}; they must be [..., K] and [M, K]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"bias is {[*bias.shape]}; it must be [{weight.shape[0]}]")
-    _one_type(x=x, weight=weight, bias=bias)
+    _one_type(x=x, weight=_typed(weight), bias=bias)
 
 
 def mlp_arguments(
@@ -233,7 +241,7 @@ def mlp_arguments(
         )
     if bias_out is not None and bias_out.shape != weight_out.shape[:1]:
         raise InputError(f"bias_out is {[*bias_out.shape]}; it must be [{weight_out.shape[0]}]")
-    _one_type(x=x, weight_out=weight_out, bias_out=bias_out)
+    _one_type(x=x, weight_out=_typed(weight_out), bias_out=bias_out)
 
 
 def branch_arguments(

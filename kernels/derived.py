@@ -126,6 +126,11 @@ def _values(source: Tensor) -> Tensor:
     return flat if flat.numel() <= _COMPARED_WHOLE else flat[:: flat.numel() // _SAMPLES]
 
 
+def samples(source: Tensor) -> Tensor:
+    """The values of a tensor that are compared, as one vector that goes on showing what its memory holds."""
+    return _values(source)
+
+
 def forget(source: Tensor) -> None:
     """Forget everything that was computed from a tensor as its first source."""
     _entries.pop(id(source), None)

@@ -11,9 +11,10 @@ from torch import Tensor
 from . import checks, reference
 from .backend import Backend, named, resolve
 from .cpu import norms as cpu
+from .cpu import products as cpu_products
 from .library import like, operator
 from .limits import LARGEST_WIDTH
-from .products import linear, linear_residual, runs_cpu_inference
+from .products import linear, linear_residual, multiplies_at_once, runs_cpu_inference, runs_in_int8
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
@@ -98,7 +99,13 @@ def linear_add_layer_norm(
         (normed, summed), both `[..., M]`.
     """
     plain = row_scale is None and not dropout_p
-    if plain and runs_cpu_inference(backend, x, weight, bias, residual, norm_weight, norm_bias, gamma):
+    of_one_type = (bias, residual, norm_weight, norm_bias, gamma)
+    if plain and multiplies_at_once(backend, x, weight) and residual.shape[:-1] == x.shape[:-1]:
+        summed = cpu_products.linear_residual(x, weight, bias, residual, gamma)
+        return reference.layer_norm(summed, norm_weight, norm_bias, eps), summed
+    if plain and (
+        runs_in_int8(backend, weight, x, *of_one_type) or runs_cpu_inference(backend, x, weight, *of_one_type)
+    ):
         summed = linear_residual(x, weight, bias, residual, gamma=gamma, backend=backend)
         return layer_norm(summed, norm_weight, norm_bias, eps, backend=backend), summed
     return add_layer_norm(

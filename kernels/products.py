@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
 from . import checks, reference
-from .backend import Backend, resolve
+from .backend import Backend, named, resolve
+from .cpu import int8
 from .cpu import products as cpu
 from .cpu.workspace import Dropout
 from .library import operator
@@ -18,13 +21,58 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast."""
+    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast.
+
+    Raises:
+        InputError: it does not, and a weight is laid out for it.
+    """
+    if _infers_on_cpu(backend, *tensors):
+        return True
+    if not torch.compiler.is_compiling() and any(t is not None and t.is_mkldnn for t in tensors):
+        raise InputError(
+            "a weight is frozen for inference on a CPU, and here a gradient, autocast, another type or another backend "
+            "is asked for; call unfreeze() on the model first"
+        )
+    return False
+
+
+def multiplies_at_once(backend: Backend | None, x: Tensor, weight: Tensor) -> bool:
+    """True for what a frozen model multiplies in inference mode.
+
+    Its weights were looked at when they were laid out, and nothing is left to choose; for a few tokens, the checks and
+    the choices of every call would take as long as the product.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and weight.is_mkldnn
+        and torch.is_inference_mode_enabled()
+        and x.is_cpu
+        and x.dtype == weight.dtype
+        and x.shape[-1] == weight.shape[1]
+        and not named(backend)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     present = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in present):
         return False
     return present[0].dtype in _CPU_DTYPES and all(t.dtype == present[0].dtype for t in present)
+
+
+def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
+    """True where the products of a marked weight run in int8, whatever type its values are stored in."""
+    if not int8.is_marked(weight) or weight.is_inference() or weight.device != x.device:
+        return False
+    return not (torch.is_grad_enabled() and weight.requires_grad) and runs_cpu_inference(backend, x, *others)
+
+
+def _floating(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight of a product that does not run in int8; a marked one may be stored in another type than x."""
+    return weight.to(x.dtype) if int8.is_marked(weight) else weight
 
 
 def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
@@ -42,7 +90,12 @@ def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
+    if multiplies_at_once(backend, x, weight):
+        return cpu.linear(x, weight, bias)
     checks.linear_arguments(x, weight, bias)
+    if runs_in_int8(backend, weight, x, bias):
+        return int8.linear(x, weight, bias)
+    weight = _floating(x, weight)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu.linear(x, weight, bias)
     if _trains_on_cpu(backend, x, weight, bias):
@@ -53,6 +106,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`gelu(x W^T + b)` with the erf form of GELU. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     checks.linear_arguments(x, weight, bias)
+    if runs_in_int8(backend, weight, x, bias):
+        return int8.linear_gelu(x, weight, bias)
+    weight = _floating(x, weight)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu.linear_gelu(x, weight, bias)
     chosen = resolve(backend, x, weight, bias)
@@ -85,6 +141,9 @@ def linear_residual(
     checks.linear_arguments(x, weight, bias)
     checks.branch_arguments((*x.shape[:-1], weight.shape[0]), residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
+    if plain and runs_in_int8(backend, weight, x, bias, gamma):
+        return int8.linear_residual(x, weight, bias, residual, gamma)
+    weight = _floating(x, weight)
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
         return cpu.linear_residual(x, weight, bias, residual, gamma)
     if _trains_on_cpu(backend, x, weight, bias):
@@ -126,11 +185,19 @@ def mlp_residual(
         x, residual: `[..., M]`; weight_in: `[F, M]`; bias_in: `[F]`; weight_out: `[M, F]`; bias_out: `[M]`.
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
+    plain = row_scale is None and not dropout_p
+    if plain and multiplies_at_once(backend, x, weight_in) and weight_out.is_mkldnn and residual.shape == x.shape:
+        return cpu.linear_residual(cpu.linear_gelu(x, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
-    plain = row_scale is None and not dropout_p
+    if plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out)):
+        return int8.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
         return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
+    weight_in, weight_out = _floating(x, weight_in), _floating(x, weight_out)
+    if _trains_on_cpu(backend, x, weight_in, bias_in, weight_out, bias_out):
+        out = _mlp(x, weight_in, bias_in, weight_out, bias_out)[0]
+        return _add_branch(out, residual, gamma, row_scale, dropout_p)
     hidden = linear_gelu(x, weight_in, bias_in, backend=backend)
     return linear_residual(
         hidden,
@@ -224,6 +291,54 @@ def _gelu_gradient(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
 
 
+def _mlp_forward(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    kept = cpu.trained_linear(x, weight_in, bias_in)
+    return cpu.trained_linear(F.gelu(kept), weight_out, bias_out), kept
+
+
+def _mlp_forward_fake(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1]
+    return x.new_empty(*rows, weight_out.shape[0]), x.new_empty(*rows, weight_in.shape[0])
+
+
+def _mlp_backward(
+    dout: Tensor, x: Tensor, weight_in: Tensor, weight_out: Tensor, kept: Tensor, *needs: bool
+) -> tuple[Tensor, ...]:
+    need_x, need_in, need_bias_in, need_out, need_bias_out = needs
+    hidden = F.gelu(kept) if need_out else kept
+    dhidden, dweight_out, dbias_out = _linear_backward(dout, hidden, weight_out, True, need_out, need_bias_out)
+    del hidden
+    dkept = torch.ops.aten.gelu_backward(dhidden, kept)
+    return *_linear_backward(dkept, x, weight_in, need_x, need_in, need_bias_in), dweight_out, dbias_out
+
+
+def _mlp_backward_fake(
+    dout: Tensor, x: Tensor, weight_in: Tensor, weight_out: Tensor, kept: Tensor, *needs: bool
+) -> tuple[Tensor, ...]:
+    first = _linear_backward_fake(kept, x, weight_in, *needs[:3])
+    return *first, *_linear_backward_fake(dout, kept, weight_out, False, *needs[3:])[1:]
+
+
+def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight_in, _, weight_out, _ = inputs
+    # Not the hidden layer: its GELU is a hundredth of the work of the branch, and a quarter of what a block would keep.
+    ctx.save_for_backward(x, weight_in, weight_out, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _mlp_gradient(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None, None
+    needs = tuple(ctx.needs_input_grad)
+    gradients = _mlp_grad(dout, *ctx.saved_tensors, *needs)
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
 _linear_grad = operator(
     "linear_backward(Tensor dout, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias) "
     "-> (Tensor, Tensor, Tensor)",
@@ -250,5 +365,19 @@ _linear_gelu = operator(
     _gelu_forward_fake,
     setup_context=_gelu_setup,
     backward=_gelu_gradient,
+    autocast=True,
+)
+_mlp_grad = operator(
+    "mlp_backward(Tensor dout, Tensor x, Tensor weight_in, Tensor weight_out, Tensor kept, bool need_x, bool need_in, "
+    "bool need_bias_in, bool need_out, bool need_bias_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _mlp_backward,
+    _mlp_backward_fake,
+)
+_mlp = operator(
+    "mlp(Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out) -> (Tensor, Tensor)",
+    _mlp_forward,
+    _mlp_forward_fake,
+    setup_context=_mlp_setup,
+    backward=_mlp_gradient,
     autocast=True,
 )

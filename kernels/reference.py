@@ -23,6 +23,22 @@ def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> C
     return lambda x: x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
 
 
+def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
+    """Rows `[..., K]` with every value rounded to one of 255 levels of its row: what an int8 product sees of them.
+
+    Those of a weight `[M, K]` are its output channels, those of activations its tokens.
+
+    Args:
+        gelu: the values are of a GELU, none of which lies below -0.17, so that only 32 levels are for negative ones.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if gelu:
+        scale = (wide.amax(-1, keepdim=True) / 223).clamp_min(0.17 / 32)
+        return (wide * (1 / scale)).round() * scale
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return (wide * (127 / largest)).round() * (largest / 127)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cli.runner import invoke
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.files import load
@@ -77,11 +78,9 @@ def _run(words: list[str], folder: Path) -> None:
         model = XFM(XFMConfig.preset("tiny")).eval()
         export_onnx(model, folder / words[2], consumer="onnxruntime", dtype="fp32", graphs=("image_memory",))
         verify_export(folder / words[2], model)
-    done = subprocess.run(
-        [sys.executable, "-m", "xfm_fast", *words], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
+    # In this process, which has imported everything already.
+    done = invoke(words)
+    assert done.exit_code == 0, f"{shlex.join(words)}: {done.stderr}"
 
 
 @each_page

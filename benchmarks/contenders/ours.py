@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ from xfm_fast.packing import ImageGroups, Sequences
 from xfm_fast.tasks.retrieval import ImageIndex, PairScorer, Retriever
 
 from .engine import Clock, Everything, Found, NoStages, Pairs, Part, SearchIndex, ordered, parts_under
+
+
+def served(model: XFM) -> XFM:
+    """The model as one serves it: frozen where there is a CPU, in a copy, for others read its weights as they were."""
+    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16) or model.quantised:
+        return model
+    return copy.deepcopy(model).freeze()
 
 
 class OurEngine:

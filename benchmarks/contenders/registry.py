@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import shutil
 import time
@@ -16,16 +17,19 @@ import torch
 import xfm_fast
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.consumers import Consumer, DType
+from xfm_fast.kernels.cpu import int8
 
 from ..material.inputs import Subjects
 from ..measure import DTYPES
 from ..record import OFFICIAL, OFFICIAL_CODE, OURS
 from .engine import Built, Engine, Schedule
 from .official_algorithm import OfficialEngine
-from .ours import MemoryEngine, OurEngine
+from .ours import MemoryEngine, OurEngine, served
 from .public_modules import TimmEngine, TransformersEngine
 
 CLONE_MARK = "models/xfm.py"
+# Of the largest value: a few times what rounding to int8 costs the base model.
+INT8_BAND = 0.1
 SCENARIOS = ("embed-image", "embed-text", "rerank", "retrieve")
 _ALL_WORK = (*SCENARIOS, "retrieval")
 # Encoders of Hugging Face that a kind of work passes through.
@@ -69,6 +73,7 @@ class Contender:
         package: whose version is reported.
         heavy: takes a minute or more to build, so that quick runs leave it out.
         schedule: for counting its operations.
+        band: of its error, where rounding in a type is not what explains it.
     """
 
     name: str
@@ -80,6 +85,7 @@ class Contender:
     package: str = "torch"
     heavy: bool = False
     schedule: Schedule = "official"
+    band: float | None = None
 
     @property
     def version(self) -> str | None:
@@ -134,6 +140,10 @@ def _needs(*packages: str, on: Literal["cpu", "cuda"] | None = None) -> Callable
     return why_absent
 
 
+def _int8_absent(device: torch.device) -> str | None:
+    return int8.why_not() if device.type == "cpu" else "int8 is for CPUs"
+
+
 def _compiler_absent(device: torch.device) -> str | None:
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return "torch.compile needs a C++ compiler (g++ or clang++), and none is on the PATH"
@@ -142,11 +152,17 @@ def _compiler_absent(device: torch.device) -> str | None:
 
 ALL: tuple[Contender, ...] = (
     Contender(
-        OURS, "xfm-fast", _plain(lambda s: OurEngine(s.model)), _ALL_WORK, package="xfm_fast", schedule="ours"
+        OURS, "xfm-fast", _plain(lambda s: OurEngine(served(s.model))), _ALL_WORK, package="xfm_fast", schedule="ours"
     ),
     Contender(
-        "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(s.model)), ("retrieve",),
-        package="xfm_fast", schedule="kept memories",
+        # The weights are shared by all contenders, and its marks are on them.
+        "xfm-fast-int8", "xfm-fast, products in int8",
+        _plain(lambda s: OurEngine(copy.deepcopy(s.model).quantise())), SCENARIOS, ("bf16",), _int8_absent, "xfm_fast",
+        schedule="ours", band=INT8_BAND,
+    ),
+    Contender(
+        "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(served(s.model))),
+        ("retrieve",), package="xfm_fast", schedule="kept memories",
     ),
     Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model)), _ALL_WORK),
     Contender(

@@ -23,6 +23,7 @@ TITLES = {
     "kernels": "Operations, against their alternatives",
     "serve": "The HTTP service under load, against one request at a time",
     "device": "The first hour on a GPU",
+    "cold-start": "From the start of a process to its first caption",
 }
 
 

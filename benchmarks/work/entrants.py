@@ -127,7 +127,7 @@ def check(entrants: Sequence[Entrant], workload: Workload, subjects: Subjects, o
                     build_s=built.build_s, load_s=built.load_s, first_call_s=first_call_s,
                     artifact_bytes=built.artifact_bytes,
                 )  # fmt: skip
-            band = reference.band(entrant.dtype, error)
+            band = entrant.contender.band or reference.band(entrant.dtype, error)
             entrant.parity = Parity(
                 error=finite(error), band=band, passed=error <= band, against=f"{OFFICIAL} fp32", note=note
             )

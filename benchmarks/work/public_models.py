@@ -180,19 +180,39 @@ def _sentences(model: nn.Module, pad: int, count: int = 32) -> Subject:
     return Subject(model, call, count)
 
 
+def _one_text(model: nn.Module) -> Subject:
+    """An encoder on a single short text, as a search box sends it."""
+    ids = torch.randint(1000, 20000, (1, 13))
+    mask = torch.ones_like(ids)
+
+    def call(model: nn.Module) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    return Subject(model, call, 1)
+
+
 @_model("minilm", "all-MiniLM-L6, 32 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)
 def _minilm(layers: int) -> Subject:
+    return _sentences(_minilm_model(layers), pad=0)
+
+
+@_model("minilm-one", "all-MiniLM-L6 on one text, 13 tokens", "transformers", "texts", unpad=True)
+def _minilm_one(layers: int) -> Subject:
+    return _one_text(_minilm_model(layers))
+
+
+def _minilm_model(layers: int) -> nn.Module:
     from transformers import BertConfig, BertModel
 
     spec = find_spec(_MINILM)
     if spec is not None and spec.origin is not None and layers >= 6:
         folder = Path(spec.origin).parent / "model"
-        return _sentences(BertModel.from_pretrained(str(folder), local_files_only=True), pad=0)
+        return BertModel.from_pretrained(str(folder), local_files_only=True)
     config = BertConfig(
         hidden_size=384, num_hidden_layers=min(layers, 6), num_attention_heads=12, intermediate_size=1536,
         layer_norm_eps=1e-12,
     )  # fmt: skip
-    return _sentences(BertModel(config), pad=0)
+    return BertModel(config)
 
 
 @_model("mpnet", "MPNet-base, 32 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)
@@ -200,6 +220,13 @@ def _mpnet(layers: int) -> Subject:
     from transformers import MPNetConfig, MPNetModel
 
     return _sentences(MPNetModel(MPNetConfig(num_hidden_layers=layers)), pad=1)
+
+
+@_model("mpnet-one", "MPNet-base on one text, 13 tokens", "transformers", "texts", unpad=True)
+def _mpnet_one(layers: int) -> Subject:
+    from transformers import MPNetConfig, MPNetModel
+
+    return _one_text(MPNetModel(MPNetConfig(num_hidden_layers=layers)))
 
 
 @_model("bge-small", "BGE-small, 32 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)

@@ -1,8 +1,12 @@
-"""Attention on CPU: PyTorch's fused kernel, explicit products over cache-sized tiles, or one oneDNN product per head.
+"""Attention on CPU: PyTorch's fused kernel, or explicit products over cache-sized tiles, by PyTorch or by oneDNN.
 
 The fused kernel is the better choice for fp32 where MKL is fast; explicit products win in bf16 and with a position
 bias, because they reach the machine's matrix units. The candidates are compared once per process, long sequences and
 many short ones apart.
+
+Explicit products leave the softmax as the longest part. Where only the result is wanted, the weights are therefore
+powers of two that nothing is subtracted from, and their sum divides the result, which has fewer numbers than they. That
+is the same function unless a power leaves the range of fp32; the sums tell, and then the softmax is taken after all.
 
 The backward pass always takes the tiles: the fused kernel's gradients follow from an exponential that is a quick
 approximation, and miss the accuracy that the tests ask for.
@@ -10,15 +14,16 @@ approximation, and miss the accuracy that the tests ask for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import host, reference
 from ..limits import HIDDEN
 from .selection import select
 from .workspace import Dropout, scratch
@@ -29,6 +34,14 @@ _SHORT_SCORES = 64 * 64
 _FEW = 4
 # Scores of one tile; half of a typical per-core share of the last-level cache leaves room for keys and values.
 _TILE_BYTES = 4 << 20
+# PyTorch's exp2 is four times as quick as its exp where MKL is slow, and as accurate.
+_LOG2E = math.log2(math.e)
+# Row sums between these are safe: neither they nor their terms that matter leave the range of fp32.
+_LEAST_SUM, _MOST_SUM = 2.0**-64, 2.0**64
+# Types with that range.
+_WIDE_RANGE = (torch.float32, torch.bfloat16, torch.float64)
+# Channels of a group of a oneDNN convolution, where it is quick, are whole vectors of so many.
+_LANES = 16
 
 
 class Hiding(NamedTuple):
@@ -110,8 +123,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     if q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
         return _fused(q, k, v, scale, mask)
     name = choice(q.shape[1], k.shape[1], q.dtype)
-    # Of the candidates, the one that goes head by head adds one bias to all batch entries.
-    return (tiled_attention if name == "onednn" and mask is not None else _PLAIN[name])(q, k, v, scale, mask)
+    return _PLAIN[name](q, k, v, scale, mask)
 
 
 def choice(queries: int, keys: int, dtype: torch.dtype) -> str:
@@ -157,6 +169,36 @@ def tiled_attention(
             weights *= dropout.mask(tuple(weights.shape), weights.dtype)
         out[where] = token_major(product("attended", weights, values, rescale), out[where])
     return out
+
+
+def exp2_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """`tiled_attention` with powers of two in place of the softmax."""
+    if q.dtype not in _WIDE_RANGE or not q.numel() or not k.shape[1]:
+        return tiled_attention(q, k, v, scale, bias)
+    out, sums = torch.empty(q.shape, dtype=q.dtype), _sums_for(q)
+    keys = values = q
+    for tile in tiles(q, k.shape[1], 1 if bias is None else bias.shape[0]):
+        where = (tile.batch, tile.rows, tile.heads)
+        if tile.first:
+            keys = head_major("keys", k[tile.batch, :, tile.heads])
+            values = head_major("values", v[tile.batch, :, tile.heads])
+        weights = tile_scores(head_major("queries", q[where]), keys, scale * _LOG2E, tile, bias, factor=_LOG2E)
+        torch.exp2(weights, out=weights)
+        of_rows = token_major(weights.sum(-1, keepdim=True), sums[where])
+        sums[where] = of_rows
+        torch.div(token_major(product("attended", weights, values), out[where]), of_rows, out=out[where])
+    return out if _in_range(sums) else tiled_attention(q, k, v, scale, bias)
+
+
+def _sums_for(q: Tensor) -> Tensor:
+    """Room for the sum of every row of weights, `[B, Nq, H, 1]`."""
+    return torch.empty((*q.shape[:-1], 1), dtype=q.dtype)
+
+
+def _in_range(sums: Tensor) -> bool:
+    """False too if some sum is NaN."""
+    least, most = torch.aminmax(sums)
+    return host.number(least) > _LEAST_SUM and host.number(most) < _MOST_SUM
 
 
 def tiled_attention_backward(
@@ -252,25 +294,40 @@ def tile_weights(
         scale, bias, hiding: as in `tiled_attention`.
         lse: `[b, h, r]`: receives the logsumexp of the scores.
     """
-    if bias is None:
-        scores = product("scores", q, k.transpose(1, 2), scale)
-        return torch.softmax(scores, -1, out=scores)
-    shape = (tile.batch.stop - tile.batch.start, tile.heads.stop - tile.heads.start, q.shape[1], k.shape[1])
-    scores = scratch("scores", shape, q.dtype)
-    flat = scores.view(q.shape[0], *shape[2:])
-    # Inside the product the bias is added before the rounding to half precision.
-    parts = zip((_of_period(tile, bias.shape[0]), tile.heads, tile.rows), bias.shape, strict=False)
-    part = bias[tuple(slice(None) if size == 1 else part for part, size in parts)]
-    scores.view(-1, part.shape[0], *shape[1:]).copy_(part)
-    if hiding is not None and hiding.key_mask is not None:
-        scores.masked_fill_(~hiding.key_mask[tile.batch, None, None, :], -torch.inf)
-    flat.baddbmm_(q, k.transpose(1, 2), alpha=scale)
+    flat = tile_scores(q, k, scale, tile, bias, hiding)
     blind = None if hiding is None else flat.amax(-1, keepdim=True) <= HIDDEN
     if lse is not None:
         found = torch.logsumexp(flat.to(lse.dtype), -1)
         lse.copy_((found if blind is None else found.masked_fill_(blind[..., 0], -torch.inf)).view(lse.shape))
     torch.softmax(flat, -1, out=flat)
     return flat if blind is None else flat.masked_fill_(blind, 0)
+
+
+def tile_scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    tile: Tile,
+    bias: Tensor | None,
+    hiding: Hiding | None = None,
+    factor: float = 1.0,
+) -> Tensor:
+    """`scale · q k^T + factor · bias` of a tile, `[b·h, r, Nk]` in scratch memory; arguments as in `tile_weights`."""
+    if bias is None:
+        return product("scores", q, k.transpose(1, 2), scale)
+    shape = (tile.batch.stop - tile.batch.start, tile.heads.stop - tile.heads.start, q.shape[1], k.shape[1])
+    scores = scratch("scores", shape, q.dtype)
+    # Inside the product the bias is added before the rounding to half precision.
+    parts = zip((_of_period(tile, bias.shape[0]), tile.heads, tile.rows), bias.shape, strict=False)
+    part = bias[tuple(slice(None) if size == 1 else part for part, size in parts)]
+    place = scores.view(-1, part.shape[0], *shape[1:])
+    if factor == 1:
+        place.copy_(part)
+    else:
+        torch.mul(part.expand(place.shape), factor, out=place)
+    if hiding is not None and hiding.key_mask is not None:
+        scores.masked_fill_(~hiding.key_mask[tile.batch, None, None, :], -torch.inf)
+    return scores.view(q.shape[0], *shape[2:]).baddbmm_(q, k.transpose(1, 2), alpha=scale)
 
 
 def _of_period(tile: Tile, period: int) -> slice:
@@ -330,27 +387,63 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
 
 
 def _onednn(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """One oneDNN product per head: a score matrix is a linear layer whose weight is the key matrix."""
-    product = torch.ops.mkldnn._linear_pointwise
+    """The products of all heads in one oneDNN call: a convolution of one pixel, whose groups are the heads.
+
+    Tokens are the pixels, so queries, scores and results keep the order of tokens; keys and values are the weights.
+    """
     batch, queries, heads, width = q.shape
-    out = torch.empty((batch, queries, heads, width), dtype=q.dtype)
-    scaled = (q * scale).transpose(1, 2).contiguous()
-    keys, values = k.transpose(1, 2).contiguous(), v.permute(0, 2, 3, 1).contiguous()
+    keys = k.shape[1]
+    if width % _LANES or not q.numel() or not keys or q.dtype not in _WIDE_RANGE:
+        return exp2_attention(q, k, v, scale, bias)
+    convolve, reorder = torch.ops.mkldnn._convolution_pointwise_.binary, torch.ops.mkldnn._reorder_convolution_weight
+    geometry = ([0, 0], [1, 1], [1, 1], heads)
+    lanes = -(-keys // _LANES) * _LANES
+    tiles_of_rows = -(-queries * heads * lanes * q.element_size() // _TILE_BYTES)
+    step = -(-queries // tiles_of_rows)
+    out, sums = torch.empty(q.shape, dtype=q.dtype), _sums_for(q)
+    padded_keys = scratch("keys", (heads, lanes, width), q.dtype)
+    padded_values = scratch("values", (heads, width, lanes), q.dtype)
+    padded_keys[:, keys:] = 0
+    padded_values[..., keys:] = 0
     for b in range(batch):
-        for h in range(heads):
+        padded_keys[:, :keys] = k[b].transpose(0, 1)
+        padded_values[..., :keys] = v[b].permute(1, 2, 0)
+        key_weight = padded_keys.view(heads * lanes, width, 1, 1)
+        value_weight = padded_values.view(heads * width, lanes, 1, 1)
+        if step < queries:
+            # The convolution lays a weight out for itself at every call.
+            key_weight = reorder(key_weight, *geometry, [1, heads * width, 1, step])
+            value_weight = reorder(value_weight, *geometry, [1, heads * lanes, 1, step])
+        for start in range(0, queries, step):
+            rows = slice(start, min(start + step, queries))
+            given = q[b, rows]
+            scaled = torch.mul(given, scale * _LOG2E, out=scratch("queries", tuple(given.shape), q.dtype))
+            scores = scratch("scores", (len(given), heads, lanes), q.dtype)
             if bias is None:
-                scores = product(scaled[b, h], keys[b, h], None, "none", [], "")
+                scores.zero_()
             else:
-                scores = product.binary(scaled[b, h], bias[0, h], keys[b, h], None, "add")
-            torch.softmax(scores, -1, out=scores)
-            out[b, :, h] = product(scores, values[b, h], None, "none", [], "")
-    return out
+                part = bias[b % bias.shape[0]].transpose(0, 1)
+                part = (part if len(part) == 1 else part[rows]).expand(len(given), heads, keys)
+                torch.mul(part, _LOG2E, out=scores[..., :keys])
+            scores[..., keys:] = -torch.inf
+            convolve(_pixels(scores), _pixels(scaled), key_weight, None, *geometry, "add", 1.0, None, [], None)
+            torch.exp2(scores, out=scores)
+            sums[b, rows] = of_rows = scores.sum(-1, keepdim=True)
+            attended = scratch("attended", tuple(given.shape), q.dtype).zero_()
+            convolve(_pixels(attended), _pixels(scores), value_weight, None, *geometry, "add", 1.0, None, [], None)
+            torch.div(attended, of_rows, out=out[b, rows])
+    return out if _in_range(sums) else tiled_attention(q, k, v, scale, bias)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """`[n, H, M]` as an image `[1, H·M, 1, n]` whose channels lie together."""
+    return x.view(1, 1, x.shape[0], -1).permute(0, 3, 1, 2)
 
 
 _Candidates = dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]]
-_PLAIN: _Candidates = {"aten": _fused, "tiled": tiled_attention, "onednn": _onednn}
-_SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention}
-_BIASED: _Candidates = {"aten": _fused, "tiled": tiled_attention, "onednn": _onednn}
+_PLAIN: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, "onednn": _onednn}
+_SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention}
+_BIASED: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, "onednn": _onednn}
 
 
 def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -372,3 +465,11 @@ def _biased_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, 
     qkv, bias = _random(dtype, (1, 197, 3, 12, 64), (1, 12, 197, 197))
     q, k, v = qkv.unbind(2)
     return q, k, v, 0.125, bias
+
+
+RACES: dict[str, tuple[_Candidates, Callable[[torch.dtype], tuple[Any, ...]]]] = {
+    "attention": (_PLAIN, _plain_example),
+    "short attention": (_SHORT, _short_example),
+    "biased attention": (_BIASED, _biased_example),
+}
+"""Kinds of attention, with the operands that are timed to choose each."""

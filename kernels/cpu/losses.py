@@ -12,6 +12,7 @@ Two arrangements, because the product of rows with the vocabulary is all the cos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -308,21 +309,22 @@ def _onednn_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
 
 
-_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
+ROLES = ("vocabulary logits", "vocabulary dh", "vocabulary dw")
+PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
 
 
 def _chosen(role: str, dtype: torch.dtype) -> str:
     if dtype not in _ONEDNN_DTYPES:
         return "aten"
-    return select(role, _PRODUCTS, lambda kind: _example(role, kind), dtype)
+    return select(role, PRODUCTS, partial(example, role), dtype)
 
 
-def _example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Operands of the product `x y^T` that has this role, arranged as in use, about the proportions of a slice."""
     generator = torch.Generator().manual_seed(0)
     h, w, g = (torch.randn(s, generator=generator).to(dtype) for s in ((256, 512), (512, 512), (256, 512)))
-    arrangements = {"vocabulary logits": (h, w), "vocabulary dh": (g, w.t()), "vocabulary dw": (g.t(), h.t())}
-    return arrangements[role]
+    arrangements = ((h, w), (g, w.t()), (g.t(), h.t()))
+    return dict(zip(ROLES, arrangements, strict=True))[role]
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: _Slices) -> Tensor:
@@ -342,9 +344,9 @@ def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: fl
     if name == "aten" and accumulator.dtype == x.dtype:
         accumulator.addmm_(x, y.t(), beta=0 if first else 1, alpha=scale)
     elif first:
-        accumulator.copy_(_PRODUCTS[name](x, y)).mul_(scale)
+        accumulator.copy_(PRODUCTS[name](x, y)).mul_(scale)
     else:
-        accumulator.add_(_PRODUCTS[name](x, y), alpha=scale)
+        accumulator.add_(PRODUCTS[name](x, y), alpha=scale)
 
 
 def _counted_rows(

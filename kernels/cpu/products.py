@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..derived import derived
-from .selection import select
+from .selection import compared, select
 from .workspace import scratch
 
 Product = Callable[..., Tensor]
@@ -36,31 +36,34 @@ _SLICE_ROWS = 208
 _BUCKET, _AMX_TILE = 64, 16
 _ROUNDS = 4
 _SLICES_MARGIN = 0.85
+# A layout that costs no memory may take this much of PyTorch's time.
+_LAYOUT_MARGIN = 1.02
 _slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`."""
+    """`x W^T + b` for x `[..., K]`, weight `[M, K]`, as it is or `laid_out`."""
     rows = _rows(x)
-    name = _choose("linear", rows.shape[0], x.dtype)
+    name = _choose("linear", weight, rows.shape[0])
     return multiply(_LINEAR[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
     rows = _rows(x)
-    name = _choose("linear_gelu", rows.shape[0], x.dtype)
+    name = _choose("linear_gelu", weight, rows.shape[0])
     return multiply(_GELU[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the addition is fused."""
     rows, sums = _rows(x), _rows(residual)
-    name = _choose("linear_residual", rows.shape[0], x.dtype)
+    name = _choose("linear_residual", weight, rows.shape[0])
     if gamma is None:
         out = multiply(_RESIDUAL[name], rows, weight, bias, sums)
-    elif name == "aten":
-        product = multiply(F.linear, rows, weight, bias)
+    elif name == "aten" or weight.is_mkldnn:
+        # A weight that is laid out is there once, as it is.
+        product = multiply(F.linear if name == "aten" else onednn_linear, rows, weight, bias)
         out = torch.addcmul(sums, product, gamma, out=product)
     else:
         scaled_weight = derived("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
@@ -85,7 +88,8 @@ def mlp_residual(
     where to put their result, so they run whole.)
     """
     rows, sums = _rows(x), _rows(residual)
-    first, second = (_choose(operation, rows.shape[0], x.dtype) for operation in ("linear_gelu", "linear_residual"))
+    weights = {"linear_gelu": weight_in, "linear_residual": weight_out}
+    first, second = (_choose(operation, weight, rows.shape[0]) for operation, weight in weights.items())
     if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
         return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
@@ -126,9 +130,14 @@ def bias_gradient(dout: Tensor) -> Tensor:
     return dout.reshape(-1, dout.shape[-1]).sum(0)
 
 
-def _choose(operation: str, rows: int, dtype: torch.dtype) -> str:
-    candidates = _CANDIDATES[operation]
+def _choose(operation: str, weight: Tensor, rows: int) -> str:
+    candidates, dtype = CANDIDATES[operation], weight.dtype
+    if weight.is_mkldnn and operation != "linear_gelu":
+        return "onednn"
     name = select(operation, candidates, EXAMPLES[operation], dtype)
+    if weight.is_mkldnn:
+        # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
+        return "onednn+gelu" if name == "onednn+gelu" else "onednn"
     if rows >= _FEW or "packed" in name:
         return name
     # A second copy of all weights is too much for the little that it saves here.
@@ -154,9 +163,12 @@ def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *
 
     Under `torch.use_deterministic_algorithms(True)` nothing is timed and the product runs whole.
     """
-    rows, threads = x.shape[0], torch.get_num_threads()
+    rows = x.shape[0]
+    if x.element_size() != 2 or rows <= _SLICE_ROWS:
+        return product(x, weight, bias, *others)
+    threads = torch.get_num_threads()
     most = _SLICE_ROWS * threads
-    if x.element_size() != 2 or threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
+    if threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
         return product(x, weight, bias, *others)
     sliced = partial(_sliced, product, _even_step(rows, most))
     key = (product, weight.shape, x.dtype, rows // _BUCKET, threads)
@@ -251,7 +263,7 @@ def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ..
     return x, weight, bias, torch.randn(rows, _OUTPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-_CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
+CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
 _MANY = {"linear": _example, "linear_gelu": _example, "linear_residual": _residual_example}
 EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     **_MANY,
@@ -304,28 +316,28 @@ def _weight_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return _random(dtype, (_SUMMED, _WIDTH), (_SUMMED, _WIDTH))
 
 
+TRAINED: dict[str, tuple[dict[str, Product], Callable[[torch.dtype], tuple[Tensor, ...]]]] = {
+    "trained linear": (_TRAINED, _trained_example),
+    "input gradient": (_INPUT, _input_example),
+    "weight gradient": (_WEIGHT, _weight_example),
+}
+"""Products of training, with the operands that are timed to choose each."""
+
+
 def prefers_onednn(dtype: torch.dtype) -> bool:
-    """True where oneDNN multiplies a weight faster than MKL, so that it pays to lay weights out for it."""
-    return dtype in (torch.float32, torch.bfloat16) and _choose("linear", _ROWS, dtype) != "aten"
+    """True where weights that are laid out for oneDNN are no slower than as they are.
+
+    The comparison is of many rows in cache. Of few rows, most of the time is spent on reading the weight, and there
+    oneDNN's layout is read up to twice as fast; so it need not win here.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
+        return False
+    found = compared("linear", _LINEAR, EXAMPLES["linear"], dtype)
+    if "onednn-packed" not in found.seconds:
+        return found.chosen != "aten"
+    return found.seconds["onednn-packed"] < _LAYOUT_MARGIN * found.seconds["aten"]
 
 
 def laid_out(weight: Tensor) -> Tensor:
     """A weight `[M, K]` in oneDNN's blocked layout; `to_dense()` gives the same bits back."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
-
-
-def linear_of_laid_out(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """`x W^T + b`, or its GELU in the erf form: x `[..., K]`, weight `[M, K]` as `laid_out` gives it."""
-    rows = _rows(x)
-    # Which of the two is faster was found for weights that are packed at every call or once; the GELU is the same.
-    fused = gelu and "+gelu" not in _choose("linear_gelu", max(rows.shape[0], _FEW), x.dtype)
-    out = multiply(_LAID_OUT_GELU if fused else onednn_linear, rows, weight, bias)
-    return (torch.ops.aten.gelu_(out) if gelu and not fused else out).view(*x.shape[:-1], weight.shape[0])
-
-
-def residual_of_laid_out(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """`residual + x W^T + b`, weight as in `linear_of_laid_out`."""
-    return multiply(_onednn_residual, _rows(x), weight, bias, _rows(residual)).view(residual.shape)
-
-
-_LAID_OUT_GELU = partial(onednn_linear, gelu=True)

@@ -4,9 +4,10 @@ PyTorch sends fp32 products to MKL, which is the best choice on some processors 
 oneDNN does on others; no flag tells them apart. So the candidates are timed, interleaved, on a product of the model's
 own width. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
 
-Candidates round differently, and where they are close the clock may choose another one in the next process. Under
-`torch.use_deterministic_algorithms(True)` nothing is timed and the first candidate runs, so that results repeat to the
-bit from process to process.
+Candidates round differently, and where they are close the clock may choose another one in the next process. A file of
+choices that `xfm-fast tune --cpu` wrote and XFM_CPU_CHOICES names settles them for every process on such a processor.
+Under `torch.use_deterministic_algorithms(True)` nothing is timed: what the file says runs, or without one the first
+candidate, so that results repeat to the bit from process to process.
 
 The clock is the processor time of one thread: on a busy machine wall time says who was interrupted, and two threads
 wait for each other's interruptions.
@@ -14,33 +15,68 @@ wait for each other's interruptions.
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+
 from .. import host
+
+CHOICES = "XFM_CPU_CHOICES"
+"""The environment variable that names a file of choices."""
 
 # A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
 _MARGIN = 0.96
 _ROUNDS = 7
+_SCHEMA = 1
 # What another order of summation may add to the error of a product, relative to its largest value.
 _SUMMATION = 4e-6
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of one comparison: the chosen candidate, and the seconds (of one thread) of those that passed."""
+    """The outcome of one comparison: the chosen candidate, and the seconds (of one thread) of those that passed.
+
+    The first of the seconds are those of the trusted candidate.
+    """
 
     operation: str
     dtype: torch.dtype
     chosen: str
     seconds: dict[str, float]
     rejected: dict[str, str]
+    source: Literal["measured", "file", "settled"] = "measured"
+
+    @property
+    def reason(self) -> str:
+        """Why this one, in a sentence."""
+        where = {"measured": "", "file": f" (from the file in {CHOICES})", "settled": " (settled by the program)"}
+        if len(self.seconds) < 2:
+            return (f"{self.chosen} is the only one here" if self.seconds else "not compared") + where[self.source]
+        trusted, own = next(iter(self.seconds)), self.seconds[self.chosen]
+        if self.chosen != trusted:
+            return f"{self.chosen} measured {_faster(self.seconds[trusted], own)} than {trusted}{where[self.source]}"
+        name = min((n for n in self.seconds if n != trusted), key=self.seconds.__getitem__)
+        other = self.seconds[name]
+        if other >= own:
+            return f"{trusted} measured {_faster(other, own)} than {name}{where[self.source]}"
+        asked = f"below the {1 - _MARGIN:.0%} that justify it"
+        return f"{name} measured {_faster(own, other)} than {trusted}, {asked}{where[self.source]}"
+
+
+def _faster(slow: float, fast: float) -> str:
+    return f"{slow / fast:.1f} times faster" if slow >= 2 * fast else f"{1 - fast / slow:.1%} faster"
 
 
 _selections: dict[tuple[str, torch.dtype], Selection] = {}
@@ -53,18 +89,101 @@ def select(
     make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
     dtype: torch.dtype,
 ) -> str:
-    """Name of the fastest of `candidates`, of which the first is trusted, on the arguments that are made for it."""
-    if torch.are_deterministic_algorithms_enabled():
+    """Name of the fastest of `candidates`, of which the first is trusted, on the arguments that are made for it.
+
+    Raises:
+        InputError: the file that XFM_CPU_CHOICES names cannot be used here.
+    """
+    if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _given():
         return next(iter(candidates))
+    return compared(operation, candidates, make_arguments, dtype).chosen
+
+
+def compared(
+    operation: str,
+    candidates: dict[str, Callable[..., Tensor]],
+    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
+    dtype: torch.dtype,
+) -> Selection:
+    """The comparison behind `select`: of the file of choices, or made here once."""
     key = (operation, dtype)
     found = _selections.get(key)
-    if found is None:
+    if (
+        found is None
+        # What was settled may be of another version, or false.
+        or found.chosen not in candidates
+        or (torch.are_deterministic_algorithms_enabled() and found.source == "measured")
+    ):
         with _lock:
-            found = _selections.get(key)
-            if found is None:
+            given = _given().get(key)
+            if given is not None and given.chosen not in candidates:
+                raise InputError(
+                    f"{os.environ[CHOICES]} chooses {given.chosen!r} for {operation} in {dtype}, which is none of "
+                    f"{', '.join(candidates)}; write it again: xfm-fast tune --cpu"
+                )
+            found = given or _selections.get(key)
+            if found is None or found.chosen not in candidates:
                 found = _compare(operation, candidates, make_arguments, dtype)
-                _selections[key] = found
-    return found.chosen
+            _selections[key] = found
+    return found
+
+
+def processor() -> str:
+    """The processor as its system names it: on Linux with family and model, which a name alone may not tell apart."""
+    facts: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    for line in reversed(lines):
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    parts = [facts.get("model name", platform.machine())]
+    parts += [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return ", ".join(parts)
+
+
+def choices() -> dict[str, Any]:
+    """Every comparison of this process as a document, for a file that XFM_CPU_CHOICES may name."""
+    found = [
+        {
+            "operation": s.operation,
+            "dtype": str(s.dtype).removeprefix("torch."),
+            "chosen": s.chosen,
+            "seconds": {name: value for name, value in s.seconds.items() if value == value},
+            "rejected": s.rejected,
+        }
+        for s in selections()
+    ]
+    return {"schema": _SCHEMA, "processor": processor(), "torch": torch.__version__, "choices": found}
+
+
+def _given() -> dict[tuple[str, torch.dtype], Selection]:
+    """What the file says that the environment names; empty without one."""
+    path = os.environ.get(CHOICES)
+    return _read(path) if path else {}
+
+
+@cache
+def _read(path: str) -> dict[tuple[str, torch.dtype], Selection]:
+    remedy = f"write it anew with xfm-fast tune --cpu --out {path}, or unset {CHOICES}"
+    try:
+        document = json.loads(Path(path).read_text())
+        if document["schema"] != _SCHEMA:
+            raise InputError(f"{path} has schema {document['schema']}; this version reads {_SCHEMA}; {remedy}")
+        for what, here in (("processor", processor()), ("torch", torch.__version__)):
+            if document[what] != here:
+                raise InputError(f"{path} was written for {what} {document[what]!r} and this is {here!r}; {remedy}")
+        found = {}
+        for each in document["choices"]:
+            dtype = getattr(torch, each["dtype"])
+            parts = (each["operation"], dtype, each["chosen"], dict(each["seconds"]), dict(each["rejected"]))
+            found[each["operation"], dtype] = Selection(*parts, source="file")
+    except OSError as error:
+        raise InputError(f"{CHOICES} names {path}, which cannot be read: {error.strerror}; {remedy}") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no file of choices ({type(error).__name__}: {error}); {remedy}") from error
+    return found
 
 
 def selections() -> list[Selection]:
@@ -78,7 +197,7 @@ def settle(operation: str, dtype: torch.dtype, chosen: str) -> None:
     Candidates round differently, so a training run that goes on elsewhere has to go on with those it began with.
     """
     with _lock:
-        _selections[operation, dtype] = Selection(operation, dtype, chosen, {}, {})
+        _selections[operation, dtype] = Selection(operation, dtype, chosen, {}, {}, "settled")
 
 
 def _compare(

@@ -53,6 +53,7 @@ def test_every_operation_and_stage_runs_at_the_small_size() -> None:
     assert len([1 for found, _ in ran if found == "test_loss"]) == 6
 
 
+@pytest.mark.slow
 def test_runs_can_be_compared(tmp_path: Path) -> None:
     options = ["-k", "tiny and test_forward and layer_norm-tiny-auto", "-q", f"--benchmark-storage={tmp_path.as_uri()}"]
     options += ["--benchmark-min-rounds=2", "--benchmark-max-time=0.01"]

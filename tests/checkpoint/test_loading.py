@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.checkpoint.conftest import assert_same
 from tests.conftest import config, load_tensors
-from xfm_fast.checkpoint import HEAD_PREFIXES, load_into, select_heads
+from xfm_fast.checkpoint import HEAD_PREFIXES, load_into, select_heads, to_official, without_values
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.xfm import ALL_HEADS, XFM, Head
@@ -135,3 +136,61 @@ def test_tensors_without_plain_values() -> None:
         load_into(nn.Linear(2, 2), state, what="x")
     assert "sparse_coo" in str(error.value)
     assert "without values" in str(error.value)
+
+
+def test_modules_without_values() -> None:
+    """Built on the meta device with all names, shapes and marks, and without running an initialiser."""
+
+    class Watched(nn.Linear):
+        def reset_parameters(self) -> None:
+            super().reset_parameters()
+            nn.init.trunc_normal_(self.weight, std=0.02)
+            with torch.no_grad():
+                self.weight /= 2
+            self.bias.requires_grad_(False)
+
+    with without_values():
+        made = nn.Sequential(Watched(3, 2), nn.Embedding(5, 3, padding_idx=1), nn.LayerNorm(3))
+        assert torch.ones(2).is_meta
+    assert all(p.is_meta for p in made.parameters())
+    assert [*made.state_dict()] == ["0.weight", "0.bias", "1.weight", "2.weight", "2.bias"]
+    assert [p.requires_grad for p in made.parameters()] == [True, False, True, True, True]
+    assert nn.Linear(3, 2).weight.abs().sum() > 0
+
+
+def test_weights_of_a_file_are_mapped_and_never_written_to(tmp_path: Path) -> None:
+    cfg = config("tiny_b")
+    XFM(cfg).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    before = file.read_bytes()
+    model, other = XFM.from_pretrained(tmp_path), XFM.from_pretrained(tmp_path)
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == before
+    name, changed = next(iter(model.state_dict().items()))
+    assert torch.equal(changed, other.state_dict()[name] + 1)
+    # A save into the same folder puts another file in its place.
+    model.save_pretrained(tmp_path)
+    assert torch.equal(other.state_dict()[name] + 1, XFM.from_pretrained(tmp_path).state_dict()[name])
+
+
+def test_state_dicts_of_the_caller_are_copied() -> None:
+    cfg = config("tiny_b")
+    state = to_official(XFM(cfg).state_dict(), cfg)
+    kept = {name: value.clone() for name, value in state.items()}
+    model = XFM.from_official(state, cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, state[name]) for name, value in kept.items())
+
+
+def test_values_of_a_file_are_looked_at(tmp_path: Path) -> None:
+    model = XFM(config("tiny_b"))
+    with torch.no_grad():
+        model.text_encoder.roberta.embeddings.word_embeddings.weight[3, 2] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        XFM.from_pretrained(tmp_path)

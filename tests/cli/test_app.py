@@ -22,6 +22,8 @@ import xfm_fast
 from tests.cli.runner import invoke
 from xfm_fast.cli.app import app
 from xfm_fast.cli.kernels import AuditOptions
+from xfm_fast.kernels.cpu import selection
+from xfm_fast.kernels.cpu.races import races
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["bench", "--preset", "tiny", "--quick", "--threads", "1"]
@@ -122,6 +124,27 @@ def test_info_as_tables_and_as_json() -> None:
     assert facts.keys() == {"machine", "packages", "paths"}
     assert {path["operation"] for path in facts["paths"]} >= {"linear", "linear_gelu", "linear_residual"}
     assert all(path["chosen"] for path in facts["paths"])
+
+
+def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_selections", {})
+    out = tmp_path / "choices.json"
+    done = invoke(["tune", "--cpu", "--out", out])
+    assert done.exit_code == 0, done.stderr
+    assert f"{selection.CHOICES}={out}" in done.stdout
+    kept = {(each["operation"], each["dtype"]): each["chosen"] for each in json.loads(out.read_text())["choices"]}
+    assert {operation for operation, _ in kept} == set(races())
+    assert f"linear fp32: {selection._selections['linear', torch.float32].reason}" in done.stdout
+    selection._read.cache_clear()
+    monkeypatch.setattr(selection, "_selections", {})
+    monkeypatch.setenv(selection.CHOICES, str(out))
+    paths = json.loads(invoke(["info", "--json"]).stdout)["paths"]
+    names = {"fp32": "float32", "bf16": "bfloat16"}
+    assert {(path["operation"], names[path["dtype"]]): path["chosen"] for path in paths} == kept
+    assert all(selection.CHOICES in path["reason"] for path in paths)
+    refused = invoke(["tune", "--cpu", "--out", out])
+    assert refused.exit_code == 2
+    assert "unset it first" in refused.stderr
 
 
 def test_convert_reports(

@@ -1,9 +1,11 @@
 """Decoding of real bytes, good and bad, and the official test transform."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from xfm_fast.data import images
 from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, load_image
 from xfm_fast.errors import DataError
 
@@ -82,6 +83,13 @@ def test_orientation_is_not_applied() -> None:
     assert decode_image(_bytes(picture, "JPEG", exif=exif)).size == (20, 10)
 
 
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(DataError, match=r"cannot be read .*not a file"):
+            decode_image(path)
+
+
 def test_paths_and_bytes_agree(tmp_path: Path) -> None:
     data = _bytes(_picture())
     (tmp_path / "a.png").write_bytes(data)
@@ -108,6 +116,53 @@ def test_bad_bytes_are_one_clear_error(data: bytes, message: str, recwarn: pytes
     assert "photo.jpg" in text
     assert "\n" not in text
     assert not len(recwarn)
+
+
+def _short(width: int, rows: int, *, mode: int = 2, interlaced: int = 0) -> bytes:
+    """A PNG of 20 rows, of which the data hold some; all its sums are right."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, 20, 8, mode, 0, 0, interlaced)
+    row = b"\0" + bytes([200]) * width * {0: 1, 2: 3}[mode]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(kind, body) for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(row * rows)), (b"IEND", b""))
+    )
+
+
+@pytest.mark.parametrize("decode", [decode_image, decode_pixels])
+@pytest.mark.parametrize("mode", [0, 2])
+@pytest.mark.parametrize("width", [1, 2, 9])
+def test_rows_that_are_missing_are_not_black(width: int, mode: int, decode: Any) -> None:
+    for rows in (0, 1, 10, 19):
+        with pytest.raises(DataError, match="damaged or truncated"):
+            decode(_short(width, rows, mode=mode))
+    assert decode(_short(width, 20, mode=mode)) is not None
+    with pytest.raises(DataError, match="damaged or truncated"):
+        decode(_short(width, 15, mode=mode, interlaced=1))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(1, 60), (23, 17)])
+def test_what_is_cut_off_is_refused_or_was_nothing(form: str, size: tuple[int, int]) -> None:
+    data = _bytes(_picture(size=size).convert("P" if form == "GIF" else "RGB"), form)
+    whole = decode_pixels(data)
+    for kept in {*range(0, len(data), 1 + len(data) // 60), *range(len(data) - 20, len(data))}:
+        try:
+            found = decode_pixels(data[:kept])
+        except DataError:
+            continue
+        assert torch.equal(found, whole), f"{kept} of {len(data)} bytes"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "I;16"])
+def test_whole_files_pass_whatever_their_form(mode: str) -> None:
+    for size in ((1, 1), (3, 2), (9, 17), (64, 33)):
+        image = _picture(size=size).convert("L" if mode == "I;16" else mode)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        assert decode_image(_bytes(image)).size == size
 
 
 def test_the_limit_is_that_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +198,7 @@ def test_pixels_do_not_depend_on_the_fast_decoder(monkeypatch: pytest.MonkeyPatc
     def absent(*_: object, **__: object) -> None:
         raise RuntimeError("torchvision was built without libjpeg")
 
-    monkeypatch.setitem(images._FAST, "JPEG", absent)
+    monkeypatch.setattr("torchvision.io.decode_jpeg", absent)
     assert torch.equal(decode_pixels(data), fast)
 
 

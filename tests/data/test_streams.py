@@ -202,7 +202,7 @@ def test_errors_of_workers_are_those_of_the_reader(tmp_path: Path) -> None:
         assert "Traceback" not in str(caught.value)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_processes_leaves_the_workers(tmp_path: Path, sent: signal.Signals) -> None:
     """The main process ends the run when its step is done, and for that needs batches."""
     source = _sources(tmp_path)["pairs"]

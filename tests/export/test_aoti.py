@@ -72,6 +72,7 @@ def test_a_package_is_verified_like_every_export(memory_package: Path, tmp_path:
     assert "verified" in invoke(["export", "verify", str(copied), "--runtime", "aoti"]).output
 
 
+@pytest.mark.slow
 def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XFM, tmp_path: Path) -> None:
     session = Session.load(memory_package, "aoti")
     embeds = _embeds(small_model, 3)

@@ -22,7 +22,7 @@ from xfm_fast.export.graphs import GRAPHS
 from xfm_fast.export.manifest import EngineTarget, FileRecord, Manifest, new_manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, graph_bytes, prepare_folder, weights_sha256
-from xfm_fast.export.request import parse_fixed, parse_graphs
+from xfm_fast.export.request import OnnxRequest, parse_fixed, parse_graphs
 from xfm_fast.models.xfm import XFM
 
 
@@ -312,7 +312,12 @@ def test_earlier_manifest_does_not_outlive_its_files(
 
 def test_lists_of_options() -> None:
     assert parse_graphs("text, vision") == ("text", "vision")
-    assert parse_graphs("") == ()
+    for none in ("", " ", ",", " , "):
+        with pytest.raises(InputError, match="names no graph; choose from vision"):
+            parse_graphs(none)
+    for given in ([""], [], ("",), ""):
+        with pytest.raises(InputError, match="names no graph"):
+            OnnxRequest(graphs=given)
     assert parse_fixed("batch=1, length = 40") == {"batch": 1, "length": 40}
     assert parse_fixed("") == {}
     with pytest.raises(UnavailableError, match="graph 'audio' is unknown; choose from vision"):

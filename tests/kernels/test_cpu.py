@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from torch import Tensor
 from tests.agreement import deterministic_algorithms
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.conftest import LIBRARIES, compared, each_library
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.cpu import attention, losses, products, selection, workspace
+from xfm_fast.kernels.cpu import attention, products, selection, workspace
+from xfm_fast.kernels.cpu.races import compare_all, races
 from xfm_fast.kernels.cpu.workspace import Dropout
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -53,6 +57,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor 
 
 # (batch, queries, keys, heads, width): one token, odd sizes, more rows than a tile holds, one head, wide heads.
 SHAPES = [(1, 1, 1, 1, 8), (2, 2, 5, 3, 16), (1, 17, 50, 12, 64), (2, 50, 17, 2, 80), (1, 1100, 600, 3, 8)]
+# One query and more rows than a tile holds, both with heads as wide as whole vectors.
+SHAPES += [(2, 1, 33, 3, 16), (1, 1100, 600, 3, 16)]
 
 
 @each_dtype
@@ -70,6 +76,38 @@ def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch
     found = candidate(q, k, v, 0.3, bias)
     assert found.is_contiguous()
     assert_as_accurate(found, plain_attention, q, k, v, 0.3, bias)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["exp2", "onednn"])
+@torch.inference_mode()
+def test_powers_out_of_range_are_left_to_the_softmax(name: str, dtype: torch.dtype) -> None:
+    """Scores of hundreds, both ways; a query that sees no key; and inputs that are no numbers."""
+    usable("attention", name, dtype)
+    q, k, v = torch.randn(2, 20, 3, 2, 16).to(dtype).unbind(2)
+    for scale in (100.0, -100.0):
+        assert_as_accurate(attention._PLAIN[name](q, k, v, scale, None), plain_attention, q, k, v, scale, None)
+    low = torch.full((1, 1, 1, 20), -300.0).to(dtype)
+    assert_as_accurate(attention._BIASED[name](q, k, v, 0.3, low), plain_attention, q, k, v, 0.3, low)
+    hidden = torch.zeros(1, 1, 20, 20).to(dtype)
+    hidden[..., 4, :] = -torch.inf
+    found = attention._BIASED[name](q, k, v, 0.3, hidden)
+    assert found[:, 4].isnan().all()
+    assert found[:, :4].isfinite().all()
+    assert attention._PLAIN[name](q * torch.nan, k, v, 0.3, None).isnan().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["tiled", "exp2", "onednn"])
+@torch.inference_mode()
+def test_masks_of_every_shape(name: str, dtype: torch.dtype) -> None:
+    usable("attention", name, dtype)
+    q, k, v = torch.randn(4, 40, 3, 2, 16).to(dtype).unbind(2)
+    for shape in ((4, 1, 1, 40), (4, 1, 40, 40), (2, 2, 40, 40), (1, 1, 1, 40)):
+        mask = torch.zeros(shape).masked_fill_(torch.rand(shape) < 0.4, -torch.inf).to(dtype)
+        mask[..., 0] = 0
+        whole = mask.repeat(4 // shape[0], 1, 1, 1)
+        assert_as_accurate(attention._PLAIN[name](q, k, v, 0.3, mask), plain_attention, q, k, v, 0.3, whole)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +163,8 @@ def test_gradients_of_tiles(
     k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
     bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
     for buffer in getattr(workspace._local, "buffers", {}).values():
-        buffer.fill_(torch.nan)
+        if buffer.is_floating_point():
+            buffer.fill_(torch.nan)
     found = attention.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=biased)
     for i, gradient in enumerate(found if biased else found[:3]):
         assert gradient is not None
@@ -209,7 +248,7 @@ def test_scratch_memory_is_shared_by_name_and_kept() -> None:
 @pytest.mark.parametrize("operation", ["linear", "linear_gelu", "linear_residual"])
 @torch.inference_mode()
 def test_products(operation: str, bias: bool, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    candidates = products._CANDIDATES[operation]
+    candidates = products.CANDIDATES[operation]
     definition: Callable[..., Tensor] = {
         "linear": reference.linear,
         "linear_gelu": reference.linear_gelu,
@@ -354,16 +393,16 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
         return "onednn" if operation.endswith("few rows") else chosen
 
     monkeypatch.setattr(products, "select", select)
-    for operation, candidates in products._CANDIDATES.items():
+    for operation, candidates in products.CANDIDATES.items():
         chosen = "aten"
-        assert products._choose(operation, 16, torch.float32) == "aten"
+        assert products._choose(operation, torch.empty(1, 1), 16) == "aten"
         assert f"{operation} of few rows" not in asked
-        assert products._choose(operation, 15, torch.float32) == "onednn"
+        assert products._choose(operation, torch.empty(1, 1), 15) == "onednn"
         assert asked[operation] == list(candidates)
         assert asked[f"{operation} of few rows"] == [name for name in candidates if name != "onednn-packed"]
         # Packed weights are there already.
         chosen = "onednn-packed"
-        assert products._choose(operation, 15, torch.float32) == "onednn-packed"
+        assert products._choose(operation, torch.empty(1, 1), 15) == "onednn-packed"
 
 
 def test_a_few_short_sequences_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,14 +438,115 @@ def test_deterministic_algorithms_are_the_trusted_ones(monkeypatch: pytest.Monke
     assert [s.operation for s in selection.selections()] == ["test"]
 
 
-def test_every_implementation_has_its_turn() -> None:
-    tables = (
-        *(attention._PLAIN, attention._SHORT, attention._BIASED),
-        *products._CANDIDATES.values(),
-        *(products._TRAINED, products._INPUT, products._WEIGHT),
-        losses._PRODUCTS,
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Writes a file of choices and names it in the environment; no comparison of before is known."""
+    monkeypatch.setattr(selection, "_selections", {})
+    selection._read.cache_clear()
+
+    def written(**changes: Any) -> Path:
+        path = tmp_path / "choices.json"
+        path.write_text(json.dumps({**selection.choices(), **changes}))
+        monkeypatch.setattr(selection, "_selections", {})
+        monkeypatch.setenv(selection.CHOICES, str(path))
+        selection._read.cache_clear()
+        return path
+
+    yield written
+    selection._read.cache_clear()
+
+
+def example(dtype: torch.dtype) -> tuple[Tensor]:
+    return (torch.linspace(1, 2, 100_000, dtype=dtype),)
+
+
+CANDIDATES: dict[str, Callable[..., Tensor]] = {"trusted": lambda x: slow(x), "fast": lambda x: x * 2}
+
+
+def test_a_file_of_choices_settles_them_in_every_mode(choices: Callable[..., Path]) -> None:
+    assert selection.select("test", CANDIDATES, example, torch.float32) == "fast"
+    measured = selection.selections()[0]
+    choices()
+    never: Any = None
+    for _ in range(2):
+        assert selection.select("test", CANDIDATES, never, torch.float32) == "fast"
+        with deterministic_algorithms():
+            assert selection.select("test", CANDIDATES, never, torch.float32) == "fast"
+            assert selection.select("other", CANDIDATES, never, torch.float32) == "trusted"
+    found = selection.selections()[0]
+    assert (found.source, found.seconds, found.rejected) == ("file", measured.seconds, measured.rejected)
+    assert "(from the file in XFM_CPU_CHOICES)" in found.reason
+    # What the file does not know is compared.
+    assert selection.select("test", CANDIDATES, example, torch.float64) == "fast"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"processor": "another"}, "was written for processor 'another'"),
+        ({"torch": "1.0"}, "was written for torch '1.0'"),
+        ({"schema": 7}, "schema 7"),
+        ({"choices": [{"operation": "test"}]}, "no file of choices"),
+        (
+            {"choices": [{"operation": "test", "dtype": "float32", "chosen": "odd", "seconds": {}, "rejected": {}}]},
+            "odd",
+        ),
+    ],
+)
+def test_a_file_of_choices_that_cannot_be_used(
+    choices: Callable[..., Path], changes: dict[str, Any], said: str
+) -> None:
+    path = choices(**changes)
+    with pytest.raises(InputError, match=said) as raised:
+        selection.select("test", CANDIDATES, example, torch.float32)
+    assert str(path) in str(raised.value)
+    assert "xfm-fast tune --cpu" in str(raised.value)
+    path.unlink()
+    selection._read.cache_clear()
+    with pytest.raises(InputError, match="cannot be read"):
+        selection.select("test", CANDIDATES, example, torch.float32)
+
+
+def test_the_reason_of_a_choice() -> None:
+    def reason(chosen: str, **seconds: float) -> str:
+        return selection.Selection("test", torch.float32, chosen, seconds, {}).reason
+
+    assert reason("aten", aten=1.0, onednn=0.987) == (
+        "onednn measured 1.3% faster than aten, below the 4% that justify it"
     )
+    assert reason("onednn", aten=1.0, onednn=0.9) == "onednn measured 10.0% faster than aten"
+    assert reason("onednn", aten=2.3, onednn=1.0) == "onednn measured 2.3 times faster than aten"
+    assert reason("aten", aten=1.0, onednn=1.25, tiled=2.0) == "aten measured 20.0% faster than onednn"
+    assert reason("aten", aten=float("nan")) == "aten is the only one here"
+    assert selection.Selection("test", torch.float32, "x", {}, {}, "settled").reason == (
+        "not compared (settled by the program)"
+    )
+
+
+def test_every_implementation_has_its_turn() -> None:
+    tables = [race.candidates for race in races().values()]
     assert {name for table in tables for name in table} == set(LIBRARIES)
+
+
+def test_all_choices_are_made_at_once(library: str) -> None:
+    """Under the names by which the operations ask for them, with whatever is chosen."""
+    compared_names = {found.operation for found, _ in compare_all([torch.float32])}
+    assert compared_names == set(races())
+    assert all(race.flops > 0 for _, race in compare_all([torch.float32]))
+    known = dict(selection._selections)
+    x, weight = torch.randn(16, 64), torch.randn(64, 64)
+    with torch.inference_mode():
+        for rows in (x, x[:3]):
+            for run in (ops.linear, ops.linear_gelu):
+                run(rows, weight, None)
+            ops.linear_residual(rows, weight, None, rows)
+        for tokens in (10, 70):
+            q, k, v = torch.randn(5, tokens, 3, 2, 16).unbind(2)
+            attention.plain_attention(q, k, v, 0.3)
+        attention.biased_attention(q, k, v, 0.3, torch.zeros(2, 70, 70))
+    weight.requires_grad_()
+    ops.linear(x, weight, None).sum().backward()
+    assert selection._selections == known
 
 
 SHAPE = (3, 333, 1001)

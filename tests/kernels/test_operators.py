@@ -105,6 +105,7 @@ def bias_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 ROW_SCALE = torch.tensor([0.0, 1.25, 1.25])
 TOKENS = torch.tensor([[3, 1, 10], [3, 0, 1]])
 TARGETS = torch.tensor([4, 49, -100, 0, 7, 7, -100, 12, 1])
+MLP = shaped((3, 5, 16), (64, 16), 64, (16, 64), 16)
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]] = {
     "relpos": (relpos, relpos_inputs),
     "bias": (bias, bias_inputs),
@@ -414,6 +415,7 @@ def test_opcheck_of_the_others() -> None:
         opcheck(operators.add_layer_norm.default, arguments)
     opcheck(operators.embed_layer_norm.default, (TOKENS, TOKENS % 7, *tables, 1e-5, 1, "cpu"))
     opcheck(operators.linear_gelu.default, (*CASES["linear_gelu"][1](), True, "cpu"))
+    opcheck(operators.mlp.default, tuple(MLP()))
     opcheck(operators.linear_cross_entropy.default, (h, w, b, TARGETS, -100, 0.1, True, True, True, "cpu"))
     opcheck(operators.token_log_likelihood.default, (h, w, b, TARGETS, -100, "cpu"))
 
@@ -662,3 +664,25 @@ def test_an_export_takes_batches_of_every_shape() -> None:
     for shape in ((3, 7), (1, 1)):
         x, target = torch.randn(*shape, WIDTH), torch.arange(math.prod(shape)).view(shape)
         torch.testing.assert_close(exported.module()(x, target), _Layer()(x, target), rtol=1e-5, atol=1e-5)
+
+
+@each_library()
+def test_an_mlp_in_training_keeps_no_hidden_layer(library: str) -> None:
+    """Its GELU is computed again from what is kept, to the same gradients."""
+    inputs = MLP()
+    kept: list[Tensor] = []
+    row_scale, gamma = torch.tensor([0.0, 1.5, 2.0]), torch.rand(16)
+    branch = {"gamma": gamma, "row_scale": row_scale}
+    residual = torch.randn(3, 5, 16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = ops.mlp_residual(*inputs, residual, **branch)
+    wide = [t for t in kept if t.shape == (3, 5, 64)]
+    assert len({t.data_ptr() for t in wide}) == 1
+    hidden = reference.linear_gelu(*inputs[:3])
+    wanted = reference.linear_residual(hidden, *inputs[3:], residual, gamma, row_scale)
+    torch.testing.assert_close(found, wanted)
+    dout = torch.randn_like(wanted)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, inputs, dout), torch.autograd.grad(wanted, inputs, dout), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -61,7 +61,7 @@ def test_position_index_by_its_definition(window: tuple[int, int]) -> None:
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("window", WINDOWS)
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention(window: tuple[int, int], dtype: torch.dtype, backend: ops.Backend) -> None:
@@ -72,7 +72,7 @@ def test_relpos_attention(window: tuple[int, int], dtype: torch.dtype, backend: 
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "width"), [(1, 64), (2, 80), (5, 7)])
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention_of_other_heads(heads: int, width: int, dtype: torch.dtype) -> None:
@@ -83,7 +83,7 @@ def test_relpos_attention_of_other_heads(heads: int, width: int, dtype: torch.dt
 
 @each_backend
 @each_dtype
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_relpos_attention_with_hidden_keys(dtype: torch.dtype, backend: ops.Backend) -> None:
@@ -135,7 +135,7 @@ def packed_inputs(
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("name", LENGTHS)
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention(name: str, dtype: torch.dtype, backend: ops.Backend) -> None:
@@ -149,7 +149,7 @@ def test_varlen_attention(name: str, dtype: torch.dtype, backend: ops.Backend) -
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "width"), [(1, 64), (2, 80), (5, 7)])
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention_of_other_heads(heads: int, width: int, dtype: torch.dtype) -> None:
@@ -160,7 +160,7 @@ def test_varlen_attention_of_other_heads(heads: int, width: int, dtype: torch.dt
 
 @each_dtype
 @pytest.mark.parametrize("name", ["texts", "groups over images", "long among short"])
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 @torch.inference_mode()
 def test_varlen_attention_with_hidden_keys(name: str, dtype: torch.dtype) -> None:
@@ -517,3 +517,14 @@ def test_a_dropped_path_adds_nothing_with_or_without_dropout(dropout_p: float) -
     assert torch.equal(out[0], residual[0])
     assert torch.equal(out[2], residual[2])
     assert not torch.equal(out[1], residual[1])
+
+
+def test_dropout_of_the_definitions_follows_from_its_seed() -> None:
+    ones = torch.ones(100_000)
+    drop = [reference._dropout(0.3, torch.tensor([seed]), ones.device)(ones) for seed in (5, 5, 6)]
+    assert torch.equal(drop[0], drop[1])
+    assert not torch.equal(drop[0], drop[2])
+    kept = drop[0] != 0
+    torch.testing.assert_close(drop[0][kept], torch.full_like(drop[0][kept], 1 / 0.7))
+    # Five standard deviations.
+    assert abs(kept.float().mean() - 0.7) < 5 * (0.3 * 0.7 / len(ones)) ** 0.5

@@ -71,7 +71,7 @@ def test_slices_are_even_and_cover_every_row(rows: int, monkeypatch: pytest.Monk
     assert_as_accurate(found, lambda x, w, b, r: F.linear(x, w, b) + r, *given)
 
 
-CANDIDATES = [(operation, name) for operation, found in products._CANDIDATES.items() for name in found]
+CANDIDATES = [(operation, name) for operation, found in products.CANDIDATES.items() for name in found]
 
 
 @pytest.mark.parametrize(("operation", "name"), CANDIDATES)

@@ -14,7 +14,7 @@ from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.triton_testing import mutated, poison
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.limits import BIAS_HEAD_DIMS
+from xfm_fast.kernels.limits import BIAS_HEAD_DIMS, HIDDEN
 from xfm_fast.kernels.triton import bias_attention
 from xfm_fast.kernels.triton.launch import LaunchConfig
 
@@ -148,15 +148,28 @@ def test_large_shapes(shape: Shape, dtype: torch.dtype) -> None:
     ],
 )
 def test_what_sees_nothing_is_zero_and_moves_nothing(entries: int, dtype: torch.dtype) -> None:
-    """A query of one head whose bias hides all, in two ways of hiding; and a batch entry whose mask does."""
+    """A query of one head whose bias hides all, in three ways of hiding; and a batch entry whose mask does."""
     c = case(4, entries, 7, 21, 2, 16, dtype, masked=True)
     assert c.key_mask is not None
     c.bias[0, 0, 3] = -torch.inf
     c.bias[-1, 1, 5] = torch.finfo(torch.float32).min if dtype == torch.float32 else -torch.inf
+    # Over the scale the least of all numbers becomes infinite, and this one does not.
+    c.bias[0, 1, 2] = 1.5 * HIDDEN if dtype == torch.float32 else -torch.inf
     c.key_mask[2] = False
     check(c)
     out, lse, dq, dk, dv, dbias = run(c)
-    for blind in (out[0, 3, 0], out[2], dq[0, 3, 0], dq[2], dk[2], dv[2], dbias[0, 0, 3], dbias[-1, 1, 5]):
+    for blind in (
+        out[0, 3, 0],
+        out[0, 2, 1],
+        out[2],
+        dq[0, 3, 0],
+        dq[0, 2, 1],
+        dq[2],
+        dk[2],
+        dv[2],
+        dbias[0, 0, 3],
+        dbias[-1, 1, 5],
+    ):
         assert not blind.any()
     assert (lse[2] == -torch.inf).all()
     assert lse[0, 0, 3] == -torch.inf

@@ -239,9 +239,12 @@ def test_fragments_are_for_hopper_with_the_tiles_that_they_are_made_for(monkeypa
     assert not relpos_table.takes_fragments(64, torch.bfloat16, cpu)
 
 
-def test_bias_beyond_the_range_of_half_precision_stays_finite() -> None:
-    bias = relpos_table.materialise_bias(torch.full((4, 1), 1e6), (1, 1), torch.bfloat16, 0.125)
-    assert bias[..., :2].isfinite().all()
+@pytest.mark.parametrize("entry", [1e6, -1e6, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 60000.0), (torch.float32, 1e30)], ids=["bf16", "fp32"])
+def test_bias_beyond_the_range_stays_finite(entry: float, dtype: torch.dtype, largest: float) -> None:
+    bias = relpos_table.materialise_bias(torch.full((4, 1), entry), (1, 1), dtype, 0.125)
+    expected = max(-largest, min(largest, entry / 0.125))
+    assert (bias[..., :2] == expected).all()
 
 
 @pytest.mark.parametrize("window", [(1, 1), (1, 5), (5, 1), (4, 7), (2, 40)])

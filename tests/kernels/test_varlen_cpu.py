@@ -118,7 +118,7 @@ def gradients_of(function, q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tens
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", MIXES)
-@each_library("aten", "tiled", "onednn")
+@each_library("aten", "tiled", "exp2", "onednn")
 @pytest.mark.usefixtures("library")
 def test_attention_and_gradients(name: str, masked: bool, dtype: torch.dtype) -> None:
     arguments = packed(name, dtype)

@@ -135,6 +135,15 @@ def test_a_killed_run_goes_on(
     assert not [*index_folder(photos).glob("part-*")]
 
 
+def test_what_a_run_that_was_killed_at_its_end_left_is_removed(photos: Path, model: SearchModel) -> None:
+    build_index(photos, model)
+    whole = sorted(path.name for path in index_folder(photos).iterdir())
+    for name in ("part-0-abc.jsonl", "part-0-abc.f32", "features-old.f32", "images-old.jsonl"):
+        (index_folder(photos) / name).write_text("")
+    build_index(photos, model)
+    assert sorted(path.name for path in index_folder(photos).iterdir()) == whole
+
+
 def test_a_stopped_run_goes_on(photos: Path, model: SearchModel, read: list[str]) -> None:
     stop = Event()
     stop.set()
@@ -177,6 +186,9 @@ def test_another_model_is_refused(photos: Path, model: SearchModel, tmp_path: Pa
         (lambda said: said | {"format": 1}, "has format 1, and this version reads 2; delete it"),
         (lambda said: said | {"images": 5}, "is damaged .*entries for 5 images"),
         (lambda said: {"format": 2}, "is damaged"),
+        (lambda said: said | {"entries": "/dev/zero"}, "'/dev/zero' is no file of this folder"),
+        (lambda said: said | {"features": "../images"}, "is no file of this folder"),
+        (lambda said: said | {"entries": [1]}, "is damaged"),
         (lambda said: [], "is damaged"),
     ],
 )
@@ -203,7 +215,7 @@ def test_an_index_that_is_swapped_meanwhile_is_read_again(
     write_picture(photos / "7.png", 7)
     loads, swapped = json.loads, False
 
-    def late(text: str) -> Any:
+    def late(text: str | bytes) -> Any:
         nonlocal swapped
         said = loads(text)
         if "features" in said and not swapped:

@@ -227,6 +227,11 @@ def test_a_journal_of_other_work_is_refused(small: tuple[XFM, Tensor, Tensor, Te
     rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
     with pytest.raises(DataError, match=r"other work.*delete it"):
         rerank(images, texts, mask, model=model, k=3, resume=tmp_path)
+    # Of one patch of one image: the features, which are of token 0, do not see it.
+    images = images.clone()
+    images[-1, -1, 0] += 1e-3
+    with pytest.raises(DataError, match="other work"):
+        rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
 
 
 def test_damaged_scores_are_computed_again(tmp_path) -> None:
@@ -259,6 +264,14 @@ def test_searching_needs_no_gradient_and_finds_nothing_in_nothing(small: tuple[X
     assert retriever.search_texts(images, no_texts, 2)[0].shape == (3, 0)
     with pytest.raises(InputError, match="token_budget=-5"):
         Retriever(small[0], token_budget=-5)
+    embeds = small[0].encode_text(ids, mask)
+    for wrong, message in (
+        (mask[:1], "the texts are"),
+        (mask * torch.nan, "NaN"),
+        (mask * torch.tensor([[1], [0]]), "all zeros"),
+    ):
+        with pytest.raises(InputError, match=message):
+            rerank(small[1], embeds, wrong, model=small[0], k=2)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 40, None])

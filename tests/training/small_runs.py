@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from datetime import timedelta
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,17 @@ def kill_at(step: int) -> Callable[[int, Any, Any], None]:
     return kill
 
 
-def in_processes(target: Callable[..., None], world_size: int, *arguments: Any, timeout: float = 180) -> list[int]:
-    """Run `target(rank, world_size, *arguments)` in new processes; their exit codes."""
+def in_processes(
+    target: Callable[..., None],
+    world_size: int,
+    *arguments: Any,
+    timeout: float = 180,
+    kill_after: float | None = None,
+) -> list[int]:
+    """Run `target(rank, world_size, *arguments)` in new processes; their exit codes.
+
+    When one of them is killed, so are the others, as torchrun has it; and all of them `kill_after` so many seconds.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
@@ -136,11 +146,15 @@ def in_processes(target: Callable[..., None], world_size: int, *arguments: Any, 
     processes = [context.Process(target=target, args=(rank, world_size, *arguments)) for rank in range(world_size)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    ends = time.monotonic() + (timeout if kill_after is None else kill_after)
+    while alive := [process for process in processes if process.is_alive()]:
+        killed = any(process.exitcode == -signal.SIGKILL for process in processes)
+        if killed or time.monotonic() > ends:
+            for process in alive:
+                process.kill()
+                process.join()
+        else:
+            connection.wait([process.sentinel for process in alive], max(0.0, ends - time.monotonic()))
     return [process.exitcode or 0 for process in processes]
 
 

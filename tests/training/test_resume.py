@@ -17,6 +17,7 @@ import torch
 from tests.training.small_runs import in_processes, noise, numbers, process_of_a_run, run, small_recipe, without_dropout
 from xfm_fast.checkpoint import load_pretrained_files
 from xfm_fast.errors import CheckpointError, ConfigError, StorageError
+from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import newest
@@ -294,6 +295,24 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: py
     assert numbers(folder) == numbers(tmp_path / "whole")
 
 
+def test_kernels_are_kept_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends before its first checkpoint does not choose by the clock again."""
+    monkeypatch.setattr(selection, "_selections", {})
+    with pytest.raises(RuntimeError, match="stop"):
+        run(small_recipe(tmp_path, steps=3), on_step=_raise_at(2))
+    noted = {(operation, dtype) for operation, dtype, _ in json.loads((tmp_path / "cpu_kernels.json").read_text())[0]}
+    assert noted
+    for damage in (None, "[", "[[]]", '[[["linear", "float32", "none"]]]', '[[["linear", "load", "aten"]]]'):
+        monkeypatch.setattr(selection, "_selections", {})
+        if damage is not None:
+            (tmp_path / "cpu_kernels.json").write_text(damage)
+        with pytest.raises(RuntimeError, match="stop"):
+            run(small_recipe(tmp_path, steps=3), on_step=_raise_at(1))
+        # Only what was compared has times.
+        settled = {(s.operation, str(s.dtype).removeprefix("torch.")) for s in selection.selections() if not s.seconds}
+        assert settled == (noted if damage is None else set())
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     run(small_recipe(tmp_path, steps=10, checkpoint={"folder": str(tmp_path), "every": 2, "keep": 3}))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -350,13 +369,16 @@ def test_position_counts_items() -> None:
 
 def test_log_is_cut_where_the_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
-        run(small_recipe(tmp_path, steps=8), on_step=_raise_at_seven)
+        run(small_recipe(tmp_path, steps=8), on_step=_raise_at(7))
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 7, "loss/text')
     run(small_recipe(tmp_path, steps=8))
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [*range(1, 9)]
 
 
-def _raise_at_seven(step: int, *_: object) -> None:
-    if step == 7:
-        raise RuntimeError("stop")
+def _raise_at(last: int) -> Callable[..., None]:
+    def stop(step: int, *_: object) -> None:
+        if step == last:
+            raise RuntimeError("stop")
+
+    return stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tests.training.small_runs import in_processes, noise, numbers, process_of_a_run, run, small_recipe
 from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.data.patch_codes import PatchCodebook
-from xfm_fast.errors import CheckpointError, ConfigError, InputError
+from xfm_fast.errors import CheckpointError, ConfigError, InputError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.gradient_flow import check, gradient_flow_of
 from xfm_fast.training.loop import train
@@ -82,6 +83,30 @@ def test_recipe(tmp_path: Path) -> None:
         run(small_recipe(tmp_path / "run"), image_tokenizer=by_brightness)
     # Nothing is left of what was refused.
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "message"),
+    [
+        ([{"desc": "a red circle above a blue square"}] * 8, "damaged.th", "damaged.th is an unknown kind of file"),
+        ([{"desc": "a red circle"}, {"desc": 3}, {"words": "?"}, {"desc": None}] * 4, None, "bad_share"),
+    ],
+    ids=["no weights", "broken rows"],
+)
+def test_a_refused_start_leaves_no_file(tmp_path: Path, rows: list[Any], weights: str | None, message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "mine.txt").touch()
+    stream = {"kind": "text", "paths": str(tmp_path / "rows.jsonl"), "batch_size": 4, "max_tokens": 20}
+    init = {}
+    if weights is not None:
+        (tmp_path / weights).write_bytes(bytes(range(64)))
+        init = {"checkpoint": str(tmp_path / weights)}
+    recipe = small_recipe(folder, streams={"text": stream}, updates=[["text"]], tokenizer="train", init=init)
+    with pytest.raises(XFMError, match=message):
+        train(recipe)
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["mine.txt"]
 
 
 def test_a_tokenizer_of_the_users(tmp_path: Path) -> None:

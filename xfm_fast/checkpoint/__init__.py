@@ -11,7 +11,7 @@ from xfm_fast.checkpoint.files import (
     write_files,
     write_safetensors,
 )
-from xfm_fast.checkpoint.loading import LoadResult, compare, load_into, require_depth
+from xfm_fast.checkpoint.loading import LoadResult, assign_into, compare, load_into, require_depth, without_values
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
     Head,
@@ -34,6 +34,7 @@ __all__ = [
     "LoadResult",
     "PretrainedFiles",
     "Relative",
+    "assign_into",
     "beit2_state",
     "compare",
     "heads_in",
@@ -55,6 +56,7 @@ __all__ = [
     "to_official",
     "to_ours",
     "underivable",
+    "without_values",
     "write_bytes",
     "write_files",
     "write_safetensors",

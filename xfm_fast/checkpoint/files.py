@@ -118,7 +118,7 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
         if head.startswith(magic):
             raise CheckpointError(f"{path} is {name}; give a .safetensors file or a PyTorch checkpoint")
     if head.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):
+        if not _ends_as_zip(path):
             raise CheckpointError(
                 f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint: its end is missing; {_AGAIN}"
             )
@@ -140,6 +140,14 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     raise CheckpointError(
         f"{path} is {what} (it begins with {head[:8]!r}); give a .safetensors file or a PyTorch checkpoint"
     )
+
+
+def _ends_as_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        # Of several disks, as its end says. What else is wrong with it is found where it is read.
+        return True
 
 
 def _check_zip(path: Path) -> None:

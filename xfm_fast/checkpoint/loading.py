@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from xfm_fast.checkpoint.names import HEAD_PREFIXES, TABLE, TIED, head_of, is_dead, our_name
 from xfm_fast.checkpoint.position_table import window_of
@@ -25,6 +28,31 @@ class LoadResult:
     """Parameters of the module that the state dict lacks; they keep their values."""
     surplus: list[str] = field(default_factory=list)
     """Entries of the state dict that the module lacks; they were ignored."""
+
+
+_IN_PLACE = ("__iadd__", "__imul__", "__isub__", "__itruediv__")
+
+
+class _Uninitialised(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        kwargs = kwargs or {}
+        # The functions of torch.nn.init are called by name.
+        target = args[0] if args else kwargs.get("tensor")
+        if writes and isinstance(target, Tensor) and target.is_meta:
+            return target
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Within the block, modules are built on the meta device and what would initialise them is not run.
+
+    PyTorch would run it even there, to no effect, and import its compiler and sympy for it.
+    """
+    with torch.device("meta"), _Uninitialised():
+        yield
 
 
 def load_into(
@@ -63,6 +91,27 @@ def load_into(
     return result
 
 
+def assign_into(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
+    """Let the parameters of a module on the meta device be the tensors of `state`, which are nobody else's.
+
+    Tensors that are backed by a file stay so: nothing is copied, and a page is read when it is first needed. A type
+    other than the module's is converted.
+
+    Raises:
+        CheckpointError: as `load_into`.
+    """
+    own = module.state_dict()
+    compare(module, state, what=what, finite=True)
+    values: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, parameter in own.items():
+        value = state[name].detach().to(parameter.dtype).contiguous()
+        # What lies in one place under two names would be one parameter, and training would tie them.
+        values[name] = value.clone() if value.data_ptr() in taken else value
+        taken.add(value.data_ptr())
+    module.load_state_dict(values, assign=True)
+
+
 def compare(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -70,10 +119,11 @@ def compare(
     what: str,
     fresh: Collection[str] = (),
     surplus: Collection[str] = (),
+    finite: bool = False,
 ) -> LoadResult:
     """The first half of `load_into`, which changes nothing; the module may be on the meta device.
 
-    Values are looked at where the module has memory for them.
+    Values are looked at where the module has memory for them, or with `finite` all.
     """
     own = module.state_dict()
     absent = [name for name in own if name not in state]
@@ -87,7 +137,7 @@ def compare(
     common = [name for name in own if name in state]
     shapes = [name for name in common if state[name].shape != own[name].shape]
     dtypes = [name for name in common if not _convertible(state[name], own[name])]
-    bad_values = [n for n in common if n not in dtypes and not own[n].is_meta and not _finite(state[n])]
+    bad_values = [n for n in common if n not in dtypes and (finite or not own[n].is_meta) and not _finite(state[n])]
 
     groups = [
         ("missing", missing),

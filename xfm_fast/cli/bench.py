@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from xfm_fast.benchmarks.options import (
     CocoOptions,
+    ColdStartOptions,
     DropInOptions,
     KernelOptions,
     ScenarioOptions,
@@ -103,6 +104,23 @@ def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESUL
     from xfm_fast.benchmarks.work import coco
 
     return _finish(_measured(lambda progress, command: coco.run(options, progress, command)), out)
+
+
+@app.command(name="cold-start")
+def bench_cold_start(
+    *, options: Flat[ColdStartOptions] = ColdStartOptions(), out: Path = _RESULTS / "cold-start"
+) -> int:
+    """Time processes from their start to their first caption: imports, weights from a safetensors folder, one text.
+
+    Every sample is a process of its own. The base model takes about two minutes, and 2 GB in the folder of temporary
+    files. Results go to a JSON file and a self-contained HTML page.
+
+    Args:
+        out: Folder that receives the results.
+    """
+    from xfm_fast.benchmarks.work import cold_start
+
+    return _finish(_measured(lambda progress, command: cold_start.run(options, progress, command)), out)
 
 
 @app.command(name="vqa")

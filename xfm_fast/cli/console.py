@@ -43,8 +43,13 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def note(message: str) -> None:
-    """A message on standard error. Reports of checkpoints list what does not fit; everything else is one line."""
-    print("xfm-fast: " + (message if "\n" in message else " ".join(message.split())), file=sys.stderr)
+    """A message on standard error. Reports of checkpoints list what does not fit; everything else is one line.
+
+    A name with a line feed or a colour in it is shown with its escapes, and makes no line or colour of its own.
+    """
+    if "\n-> " not in message:
+        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message.strip())
+    print(f"xfm-fast: {message}", file=sys.stderr)
 
 
 def say(message: str) -> None:

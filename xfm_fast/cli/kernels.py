@@ -75,12 +75,14 @@ class TuneOptions(KernelOptions):
     Attributes:
         dtype: May be repeated.
         head_dim: Of the attention kernels; may be repeated.
-        out: Folder of the table. [that of the kernels]
+        out: Folder of the table, with --cpu the file. [that of the kernels; cpu-choices.json]
+        cpu: Compare the implementations for this CPU instead, for a file that XFM_CPU_CHOICES names.
     """
 
     dtype: tuple[Literal["bf16", "fp16"], ...] = ("bf16",)
     head_dim: tuple[int, ...] = (64,)
     out: Path | None = None
+    cpu: bool = False
 
 
 def info(*, as_json: Json = False) -> None:
@@ -119,7 +121,7 @@ def info(*, as_json: Json = False) -> None:
     for path in paths:
         fastest_first = sorted(path["flops_per_s"].items(), key=lambda item: -item[1])
         rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in fastest_first)
-        remarks = [f"GFLOP/s: {rates}" if rates else "no alternative to compare with"]
+        remarks = [f"{path['reason']}; GFLOP/s: {rates}" if rates else path["reason"]]
         remarks += [f"{name} left out: {why}" for name, why in path["rejected"].items()]
         chosen.add_row(path["operation"], path["dtype"], escape(path["chosen"]), escape("; ".join(remarks)))
     console.print(chosen)
@@ -279,8 +281,14 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
 
     Configurations that spill are rejected by the audit before any is timed, and of the rest only the best predicted are
     timed. Every result is saved as it is found.
+
+    With --cpu the choices of this processor are written to a file: every process that finds its name in the environment
+    variable XFM_CPU_CHOICES takes the same implementations, without timing anything.
     """
     import torch
+
+    if options.cpu:
+        return _tune_cpu(options)
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise UnavailableError(
@@ -319,6 +327,20 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     if path is None:
         raise InputError("none of these kernels has a configuration to tune at these head dimensions")
     print(f"saved: {path}")
+
+
+def _tune_cpu(options: TuneOptions) -> None:
+    from xfm_fast.benchmarks.machine import choose_paths
+    from xfm_fast.checkpoint import write_bytes
+    from xfm_fast.kernels.cpu.selection import CHOICES, choices
+
+    if os.environ.get(CHOICES):
+        raise InputError(f"{CHOICES}={os.environ[CHOICES]} settles what --cpu is to measure; unset it first")
+    path = options.out or Path("cpu-choices.json")
+    for found in choose_paths():
+        print(f"{found['operation']} {found['dtype']}: {found['reason']}")
+    write_bytes({path: (json.dumps(choices(), indent=1) + "\n").encode()})
+    print(f"saved: {path}; export {CHOICES}={path.resolve()}")
 
 
 def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:

@@ -15,8 +15,7 @@ from xfm_fast.cli.console import note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
 
 if TYPE_CHECKING:
-    import torch
-
+    from xfm_fast.models.xfm import Precision
     from xfm_fast.search import ModelSource
 
 _SHOWN = 5
@@ -32,14 +31,14 @@ class WeightOptions:
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the model's folder]
         random: Random weights of this size.
         device: Where the model runs.
-        dtype: Number format of the weights.
+        dtype: Number format of the weights, or int8 for fast products on a CPU.
     """
 
     model: str | None = None
     tokenizer: str | None = None
     random: Literal["tiny", "base"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,10 @@ def _warn(source: ModelSource) -> None:
     note(f"THE WEIGHTS ARE RANDOM ({source}): results mean nothing. Give --model for one that was trained")
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str) -> Precision:
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    known: dict[str, Precision] = {
+        "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": "int8",
+    }  # fmt: skip
+    return known[name]

@@ -6,20 +6,25 @@ import binascii
 import contextlib
 import io
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
-from torchvision.transforms import InterpolationMode, v2
 
 from xfm_fast.data.options import ImageOptions
+from xfm_fast.documents import require_file
 from xfm_fast.errors import DataError
+
+# torchvision imports PyTorch's compiler, so whoever reads texts alone would wait for it.
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 # The normalisation of pretraining and of every vision-language task (CLIP's, arXiv 2103.00020).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,7 +33,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 Source = str | os.PathLike[str] | bytes
 Decoded = TypeVar("Decoded")
 
-_FAST: dict[str, Callable[..., Any]] = {"JPEG": decode_jpeg, "PNG": decode_png}
+# Functions of torchvision.io.
+_FAST = {"JPEG": "decode_jpeg", "PNG": "decode_png"}
 _BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
@@ -38,6 +44,8 @@ def evaluation_transform(image_size: int) -> v2.Compose:
     Both sides are resized to R, so the aspect ratio is not kept; bicubic, antialiased
     as PIL always does.
     """
+    from torchvision.transforms import InterpolationMode, v2
+
     return v2.Compose(
         [
             v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True),
@@ -76,10 +84,12 @@ def decode_pixels(source: Source, name: str | None = None) -> Tensor:
 
     def pixels(opened: Image.Image) -> Tensor:
         if opened.format in _FAST and opened.mode in ("RGB", "L"):
+            from torchvision import io as fast
+
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
             with contextlib.suppress(RuntimeError):
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                found = _FAST[opened.format](encoded, mode=ImageReadMode.RGB)
+                found = getattr(fast, _FAST[opened.format])(encoded, mode=fast.ImageReadMode.RGB)
                 if found.dtype == torch.uint8:
                     return found
         return torch.from_numpy(np.array(to_rgb(opened, name))).permute(2, 0, 1)
@@ -137,7 +147,8 @@ def image_source(value: Any, options: ImageOptions) -> Path | bytes:
 def _content(source: Source, name: str | None) -> tuple[str, bytes]:
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        # A pipe or a device might never end.
+        data = source if isinstance(source, bytes) else require_file(source).read_bytes()
     except FileNotFoundError:
         raise DataError(f"image {name} does not exist; check the path") from None
     except OSError as error:
@@ -162,6 +173,8 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
                         f"image {name} is {width}x{height} = {width * height:,} pixels, over the limit of {limit:,} "
                         f"that guards against decompression bombs; {_BOMB_REMEDY}"
                     )
+                if opened.format == "PNG":
+                    _check_png(data)
                 return decode(opened)
         except (DataError, MemoryError):
             raise
@@ -176,6 +189,35 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
             raise DataError(
                 f"image {name} ({len(data)} bytes) is damaged or truncated ({error}); download or copy it again"
             ) from None
+
+
+def _check_png(data: bytes) -> None:
+    """Refuse a PNG that ends before its pixels do: the libraries leave what is missing black.
+
+    Raises:
+        ValueError, zlib.error: it does, or is damaged.
+    """
+    at, kind, header, inflate, found = 8, b"", b"", zlib.decompressobj(), 0
+    while kind != b"IEND":
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if at + 12 + length > len(data):
+            raise ValueError("it ends within a chunk")
+        rest = memoryview(data)[at + 8 : at + 8 + length]
+        at += 12 + length
+        header = header or bytes(rest)
+        while kind == b"IDAT" and rest:
+            found += len(inflate.decompress(rest, 1 << 20))
+            rest = inflate.unconsumed_tail
+    width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", header[:13])
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(colours, 1)
+    # Rows of one byte more than their pixels; seven small images where it is interlaced (Adam7).
+    passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    expected = 0
+    for x, step_x, y, step_y in passes if interlaced else ((0, 1, 0, 1),):
+        columns, rows = len(range(x, width, step_x)), len(range(y, height, step_y))
+        expected += rows * (1 + (columns * bits + 7) // 8) if columns else 0
+    if found < expected:
+        raise ValueError(f"it holds {found} bytes of pixels instead of {expected}")
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -35,6 +35,8 @@ B_co = TypeVar("B_co", bound=TensorBatch, covariant=True)
 
 # The random numbers of batches are others than those of items.
 _OF_BATCH = 1 << 16
+# What schedulers and closing terminals send to all processes of a run.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class BatchSource(Protocol[B_co]):
@@ -218,7 +220,13 @@ def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pi
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
-    for batch in loader:
+    # A signal that comes before a worker has said what it does with it waits until it has: workers inherit the mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for batch in batches:
         if isinstance(batch, XFMError):
             raise batch
         yield batch
@@ -246,6 +254,8 @@ def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
     # Schedulers send a signal to all processes of a run. What it means is for the main one to say, which still needs
     # batches for the step that it is in.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Passed over once.
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    for number in _SIGNALS:
+        # Passed over once. One that is ignored, as `nohup` has it, stays so.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +93,8 @@ class Evaluation:
             write_bytes({self.folder / name: data for name, data in content.items()})
             # A task may keep journals of another form under the same name.
             for journal in self.folder.glob("rows-*"):
-                journal.unlink()
+                with suppress(OSError):
+                    journal.unlink()
             return metrics
 
         return self.processes.from_first(save)
@@ -141,7 +142,7 @@ class Evaluation:
         alone.enter_context(hold(self.folder / ".lock", f"the evaluation in {self.folder}"))
         for path in self.folder.glob("rows-*.jsonl"):
             if not _lines(path, identity):
-                path.unlink()
+                delete(path)
         return {*self._read(identity)}
 
     def _read(self, identity: str) -> dict[int, list[Row]]:
@@ -150,6 +151,18 @@ class Evaluation:
             for path in sorted(self.folder.glob("rows-*.jsonl"))
             for line in _lines(path, identity)[1:]
         }
+
+
+def delete(path: Path) -> None:
+    """Delete a file of other work.
+
+    Raises:
+        StorageError: it stays.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be deleted ({error.strerror or error}); check its permissions") from error
 
 
 def fingerprint(task: Judged, model: XFM, records: Sequence[Any], batch_size: int) -> str:

@@ -21,7 +21,7 @@ from xfm_fast.finetuning.evaluation import Evaluation, Row
 from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, task_of
 from xfm_fast.finetuning.run import load_weights
 from xfm_fast.finetuning.task import Task
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.xfm import XFM, Precision
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
@@ -67,12 +67,12 @@ class Predictor:
         return self.task.predict(self.model, records)
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Predictor:
+def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: Precision = torch.float32) -> Predictor:
     """A fine-tuned model with its tokenizer and its transforms.
 
     Args:
         folder: a run, or a folder of weights with `task.json`, which runs write.
-        device, dtype: of the model.
+        device, dtype: of the model; dtype may be "int8", see `XFM.quantise`.
 
     Raises:
         CheckpointError: the folder holds no such model, or a damaged one.
@@ -93,7 +93,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     model = task.build()
     load_weights(model, task, place)
     model.tokenizer = tokenizer
-    return Predictor(model.to(device=device, dtype=dtype).eval(), task)
+    return Predictor(model.to(device).cast(dtype).eval(), task)
 
 
 def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation) -> int:
@@ -122,7 +122,7 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
         except OSError as error:
             raise StorageError(f"folder {out.parent} cannot be made ({error.strerror or error})") from error
         write_bytes({out: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()})
-        shutil.rmtree(work.folder)
+        shutil.rmtree(work.folder, ignore_errors=True)
 
     work.processes.from_first(save)
     return len(records)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -22,7 +23,7 @@ from xfm_fast.data.items import collate_pairs
 from xfm_fast.data.task_files import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import DataError, InputError
-from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row, fingerprint
+from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row, delete, fingerprint
 from xfm_fast.finetuning.task import Task, TaskOptions, need
 from xfm_fast.memory import open_mapped
 from xfm_fast.models.xfm import XFM
@@ -205,7 +206,8 @@ class _Ranking:
             self.processes.together(lambda: self._score(identity, candidates, finished, texts, features))
         finally:
             for number in self.own:
-                self._embeddings(number).unlink(missing_ok=True)
+                with suppress(OSError):
+                    self._embeddings(number).unlink(missing_ok=True)
         if not self.processes.first:
             return {}, {}
         scores, _ = self._read(identity, candidates)
@@ -228,7 +230,7 @@ class _Ranking:
     def _make_room(self) -> None:
         self.work.make_folder()
         for left in self.folder.glob("images-*.bin"):
-            left.unlink()
+            delete(left)
 
     def _merged(self, values: dict[int, T]) -> list[T]:
         """The values of all blocks, in order."""
@@ -281,7 +283,7 @@ class _Ranking:
                     for image, scores in enumerate(result.scores.split(pairs.cu_pairs.diff().tolist()), start):
                         journal.append(image, scores)
                     journal.sync()
-                self._embeddings(number).unlink()
+                delete(self._embeddings(number))
                 done += stop - start
                 self.work.progress(min(done * self.processes.world_size, len(self.records)), len(self.records))
 
@@ -301,7 +303,7 @@ class _Ranking:
                         scores[cu_pairs[image] : cu_pairs[image + 1]] = values
                         finished[image] = True
             except (DataError, ValueError):
-                path.unlink()
+                delete(path)
         return scores, finished
 
 

@@ -173,7 +173,7 @@ def _check(found: _Source, source: Path) -> None:
     if "contrastive" in heads:
         config = config.replace(learnable_temperature="temp" in found.state)
     checkpoint.require_depth(config, found.state, what=f"checkpoint {source}")
-    with torch.device("meta"):
+    with checkpoint.without_values():
         model = XFM(config, heads=heads, encoders=encoders)
     known = tuple(model.state_dict())
     task = [name for name in names if name not in known and not name.startswith(tuple(_ENCODERS.values()))]

@@ -103,7 +103,7 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
     if [*attention_mask.shape] != shape:
         raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
     mask = _mask(attention_mask, "attention_mask")
-    if on_host(mask) and mask.numel():
+    if on_host(mask) and mask.shape[0]:
         filled = mask.any(1)
         if not host.all_true(filled):
             raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.derived import derived
 from xfm_fast.models.heads import LMHead
 from xfm_fast.packing import Packing, Reads
@@ -20,7 +21,7 @@ def concatenated(name: str, *parts: Tensor) -> Tensor:
     """Parameters side by side along the first dimension, so that one product does the work of several."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
         return torch.cat(parts)
-    return derived(name, parts, lambda: torch.cat(parts))
+    return derived(name, parts, lambda: int8.side_by_side(parts))
 
 
 class AttentionProjections(nn.Module):
@@ -41,7 +42,10 @@ class AttentionProjections(nn.Module):
         return self.dropout if self.training else 0.0
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[T, width]` → q, k, v `[T, H, D]` with one product."""
+        """`[T, width]` → q, k, v `[T, H, D]` with one product, or two where the model is frozen."""
+        if self.key.weight.is_mkldnn:
+            k, v = self.project_memory(x).unbind(-3)
+            return self.project_query(x), k, v
         weight = concatenated("qkv weight", self.query.weight, self.key.weight, self.value.weight)
         bias = concatenated("qkv bias", self.query.bias, self.key.bias, self.value.bias)
         q, k, v = ops.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
@@ -53,7 +57,9 @@ class AttentionProjections(nn.Module):
 
     def project_memory(self, memory: Tensor) -> Tensor:
         """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
-        weight = concatenated("kv weight", self.key.weight, self.value.weight)
+        # Frozen, the weight of the keys is that of both.
+        frozen = self.key.weight.is_mkldnn
+        weight = self.key.weight if frozen else concatenated("kv weight", self.key.weight, self.value.weight)
         bias = concatenated("kv bias", self.key.bias, self.value.bias)
         return ops.linear(memory, weight, bias).unflatten(-1, (2, self.heads, -1))
 

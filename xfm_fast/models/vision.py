@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
+from xfm_fast.kernels.backend import named
+from xfm_fast.models.shares import in_shares
 from xfm_fast.nn import RelPosAttention
 
 # Devices that pass once over the sum of a branch and the norm behind it, the next block's or not. A CPU adds the sum
@@ -167,6 +169,18 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
+        if patch_mask is None and self._is_frozen():
+            return in_shares(self._encode, pixels, self.config)
+        return self._encode(pixels, patch_mask)
+
+    def _is_frozen(self) -> bool:
+        """True where weights are laid out for inference on a CPU, and nothing watches or chooses what is done."""
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        blocks = [block for block in self.blocks if isinstance(block, Block) and _stands_alone(block)]
+        return len(blocks) == len(self.blocks) > 0 and blocks[0].mlp.fc1.weight.is_mkldnn and not named(None)
+
+    def _encode(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         x = self.embed(pixels, patch_mask)
         blocks = [block for block in self.blocks if isinstance(block, Block) and _stands_alone(block)]
         if x.device.type not in _JOINING or len(blocks) < len(self.blocks) or not blocks:

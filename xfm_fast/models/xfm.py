@@ -21,7 +21,8 @@ from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops
-from xfm_fast.models import hub, inputs
+from xfm_fast.kernels.cpu import int8
+from xfm_fast.models import frozen, hub, inputs
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.processor import (
@@ -39,7 +40,7 @@ from xfm_fast.models.processor import (
     read_tokenizer,
     text_tokens,
 )
-from xfm_fast.models.text import TextEncoder
+from xfm_fast.models.text import TextEncoder, TransformerLayer
 from xfm_fast.models.vision import Block, VisionEncoder
 from xfm_fast.packing import ImageGroups, Packing, Sequences
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -47,6 +48,23 @@ from xfm_fast.tokenizer import CaptionTokenizer
 ALL_HEADS: tuple[Head, ...] = get_args(Head)
 Encoder = Literal["vision", "text", "fusion"]
 ALL_ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
+Precision = torch.dtype | Literal["int8"]
+"""A type of parameters; or products of the layers in int8, on a CPU, and everything else in its fastest float type."""
+
+
+def float_type(precision: Precision) -> torch.dtype:
+    """The type of parameters and of all that is not multiplied in int8.
+
+    Raises:
+        UnavailableError: int8 is not to be had on this processor.
+        InputError: another word.
+    """
+    if isinstance(precision, torch.dtype):
+        return precision
+    if precision != "int8":
+        raise InputError(f"dtype={precision!r} is unknown; give a torch.dtype or 'int8'")
+    int8.require()
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 class XFMOutput(NamedTuple):
@@ -127,7 +145,7 @@ class XFM(nn.Module):
         config: XFMConfig,
         *,
         heads: Iterable[Head] = ALL_HEADS,
-        dtype: torch.dtype = torch.float32,
+        dtype: Precision = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
     ) -> Self:
         """Load an official checkpoint, of pretraining or fine-tuning.
@@ -139,7 +157,7 @@ class XFM(nn.Module):
             source: a `.th`/`.pth`/`.bin` file (read with `weights_only=True`), a `.safetensors` file, or a state dict.
             config: sizes of the model.
             heads: heads to load; a fine-tuned checkpoint lacks some. Those not named are left out.
-            dtype: of the parameters.
+            dtype: of the parameters; or "int8", see `quantise`.
             tokenizer: reads texts; or a folder with RoBERTa's `vocab.json` and `merges.txt`, or a `tokenizer.json`.
 
         Raises:
@@ -152,7 +170,8 @@ class XFM(nn.Module):
         checkpoint.refuse_relative(state, what)
         ours, report = checkpoint.to_ours(state, config)
         heads = tuple(heads)
-        model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype)
+        shared = isinstance(source, Mapping)
+        model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype, shared)
         model.load_report, model.tokenizer = report, vocabulary
         return model
 
@@ -163,7 +182,7 @@ class XFM(nn.Module):
         *,
         image_size: int | None = None,
         text_heads: int | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Precision = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
     ) -> Self:
         """Load a checkpoint of X²-VLM or of CCLM-X²-VLM, which compute what this model computes, in other names.
@@ -175,7 +194,7 @@ class XFM(nn.Module):
             source: as for `from_official`.
             image_size: in pixels; by default that of the weights.
             text_heads: attention heads of language and fusion; by default one for each 64 columns.
-            dtype: of the parameters.
+            dtype: of the parameters; or "int8", see `quantise`.
             tokenizer: a folder with BERT's `vocab.txt`, or a `tokenizer.json` (of XLM-R for CCLM).
 
         Raises:
@@ -187,7 +206,9 @@ class XFM(nn.Module):
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
         found = checkpoint.read_x2vlm(state, what=what, image_size=image_size, text_heads=text_heads)
         vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, found.config)
-        model = cls._loaded(found.config, checkpoint.heads_in(found.state), found.state, what, dtype)
+        model = cls._loaded(
+            found.config, checkpoint.heads_in(found.state), found.state, what, dtype, isinstance(source, Mapping)
+        )
         model.load_report, model.tokenizer = found.report, vocabulary
         return model
 
@@ -197,16 +218,19 @@ class XFM(nn.Module):
         folder: str | Path,
         *,
         heads: Iterable[Head] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Precision = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **download: Unpack[hub.Download],
     ) -> Self:
         """Load a folder that `save_pretrained` wrote, with the tokenizer that lies there.
 
+        In the type that they are stored in, parameters are backed by the file and read when they are first needed:
+        replace that file as `save_pretrained` does, and do not write into it while the model lives.
+
         Args:
             folder: the folder, or a model on the Hugging Face Hub by its name, `"org/name"`.
             heads: heads to load; by default those that it holds.
-            dtype: of the parameters.
+            dtype: of the parameters; or "int8", see `quantise`.
             tokenizer: instead of that of the folder; see `from_official`.
             download: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` of the Hub.
 
@@ -228,18 +252,32 @@ class XFM(nn.Module):
 
     @classmethod
     def _loaded(
-        cls, config: XFMConfig, heads: tuple[Head, ...], state: Mapping[str, Tensor], what: str, dtype: torch.dtype
+        cls,
+        config: XFMConfig,
+        heads: tuple[Head, ...],
+        state: Mapping[str, Tensor],
+        what: str,
+        dtype: Precision,
+        shared: bool = False,
     ) -> Self:
+        """A model with the values of a state dict, which are copied where they are shared with the caller."""
+        in_int8 = dtype == "int8"
+        if isinstance(dtype, str):
+            dtype = float_type(dtype)
         checkpoint.require_depth(config, state, what=what)
         # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
-        with torch.device("meta"):
+        with checkpoint.without_values():
             model = cls(config, heads=heads)
-        checkpoint.compare(model, state, what=what)
-        model = model.to(dtype).to_empty(device="cpu")
+        model = model.to(dtype)
+        if shared:
+            checkpoint.compare(model, state, what=what)
+            model = model.to_empty(device="cpu")
+            checkpoint.load_into(model, state, what=what)
+        else:
+            checkpoint.assign_into(model, state, what=what)
         if not config.learnable_temperature and "contrastive" in heads:
-            model.temp.fill_(config.temperature)
-        checkpoint.load_into(model, state, what=what)
-        return model.eval()
+            model.register_buffer("temp", torch.tensor(config.temperature, dtype=dtype), persistent=False)
+        return model.quantise().eval() if in_int8 else model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and, where there is a tokenizer,
@@ -273,6 +311,49 @@ class XFM(nn.Module):
             self, name, private=private, commit_message=commit_message, token=token, branch=branch, create_pr=create_pr
         )
 
+    def quantise(self) -> Self:
+        """Let the linear layers of all blocks run in int8 wherever no gradient is wanted, on a CPU; in place.
+
+        Weights are rounded once for each output channel, activations for each token as they come. Patch embedding,
+        embeddings, attention, norms and heads stay as they are. The parameters keep their values beside the bytes, so
+        that the model can be saved, trained and dequantised as before.
+
+        Raises:
+            UnavailableError: this processor has no fast products of bytes, or the model is not on the CPU.
+            InputError: the model is in int8 already, frozen, or its parameters are in a type without such products.
+        """
+        if self.quantised:
+            raise InputError("the model is in int8 already; call dequantise() to take its products in floats again")
+        if frozen.is_frozen(self):
+            raise InputError("the model is frozen, and int8 lays weights out in its own way; call unfreeze() first")
+        if self.device.type != "cpu":
+            raise UnavailableError(f"int8 is for CPUs, and the model is on {self.device}; move it with model.to('cpu')")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(
+                f"int8 takes activations of float32 or bfloat16, not {self.dtype}; convert the model first"
+            )
+        int8.mark(self._block_weights())
+        return self
+
+    def cast(self, precision: Precision) -> Self:
+        """Convert parameters to a type, in place; "int8" is the fastest type of this CPU, and `quantise`."""
+        model = self.to(float_type(precision))
+        return model.quantise() if precision == "int8" else model
+
+    def dequantise(self) -> Self:
+        """Undo `quantise`: every product in the type of the parameters again; in place. Twice does no harm."""
+        int8.unmark(self._block_weights())
+        return self
+
+    @property
+    def quantised(self) -> bool:
+        """True after `quantise`, or when loaded with `dtype="int8"`."""
+        return any(map(int8.is_marked, self._block_weights()))
+
+    def _block_weights(self) -> list[nn.Parameter]:
+        blocks = (block for block in self.modules() if isinstance(block, Block | TransformerLayer))
+        return [part.weight for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+
     def set_image_size(self, image_size: int) -> None:
         """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""
         config = self.config.replace(image_size=image_size)
@@ -294,6 +375,44 @@ class XFM(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def freeze(self) -> Self:
+        """Lay the weights of the encoders out for the CPU's fastest library, in place: for inference, at no memory.
+
+        Most is gained for a few tokens, where nearly all the time is spent on reading weights. State dicts and
+        `save_pretrained` are as before, to the bit; training, autocast, compilers and exports need `unfreeze` first.
+        Moved or converted, the model is unfrozen.
+
+        Returns:
+            The model.
+
+        Raises:
+            InputError: it is not on a CPU, in another type than float32 and bfloat16, in int8, or in training mode.
+        """
+        if self.quantised:
+            raise InputError("the model is in int8, whose bytes are laid out already; call dequantise() to freeze it")
+        frozen.freeze(self)
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`."""
+        frozen.unfreeze(self)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode or, with False, evaluation.
+
+        Raises:
+            InputError: training mode of a frozen model.
+        """
+        if mode and frozen.is_frozen(self):
+            raise InputError("the model is frozen for inference; call unfreeze() to train it")
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What moves or converts a model reads its weights as they were.
+        frozen.unfreeze(self)
+        return super()._apply(fn, recurse)
 
     def require_head(self, head: Head) -> None:
         if head not in self.heads:

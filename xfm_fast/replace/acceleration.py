@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
-from xfm_fast.replace import adapters
-from xfm_fast.replace.expectation import Expectation, measured_product, shares
+from xfm_fast.kernels.cpu import int8
+from xfm_fast.replace import adapters, quantised
+from xfm_fast.replace.expectation import Expectation, measured_product, product_parameters, shares
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
 from xfm_fast.replace.frozen import freeze as freeze_weights
@@ -43,7 +45,7 @@ def accelerate(
     model: nn.Module,
     *,
     kernels: Backend = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["int8"] | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     unpad: bool = False,
@@ -65,7 +67,10 @@ def accelerate(
     Args:
         model: any module.
         kernels: backend of the ops; one asked for by name never falls back.
-        dtype: compute in this type with the parameters as they are stored; None follows the inputs.
+        dtype: compute in this type with the parameters as they are stored; None follows the inputs. "int8", on a CPU,
+            rounds what the linear layers of blocks multiply, weights by output channel and activations by token, where
+            no gradient is wanted; the rest is computed in bfloat16 where the processor has it. With `verify`, blocks
+            that this costs most stay in floating point until the cosine of every output is at least 0.99.
         include: only modules under these: qualified names or class names (with * and ?), or classes.
         exclude: leave these out, and what is in them.
         unpad: leave padding out of whole encoders. Every real token's output is unchanged; at padding it is zero,
@@ -90,7 +95,13 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
-    settings = Settings(kernels, dtype, unpad, skip_logits)
+    in_int8 = dtype == "int8"
+    if isinstance(dtype, str):
+        if not in_int8:
+            raise InputError(f"dtype={dtype!r} is unknown; give a torch.dtype or 'int8'")
+        quantised.check(model, freeze)
+        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    settings = Settings(kernels, dtype, unpad, skip_logits, in_int8)
     _check_machine(model, settings)
     if cuda_graphs:
         if unpad:
@@ -117,9 +128,13 @@ def accelerate(
         report = _replace(model, chosen, settings)
         if freeze:
             report.freeze(model, settings)
+        if in_int8:
+            report.quantise(model)
+            if (wanted := before) is not None:
+                report.keep_within(lambda: _least_cosine(wanted, _outputs(model, verify), verify))
         if before is not None:
             after = _outputs(model, verify)
-            report.differences.update(_compared(before, after, verify, dtype))
+            report.differences.update(_compared(before, after, verify, dtype, in_int8))
             report._useful = _useful(verify) if any("npadded" in entry.fused for entry in report.replaced) else 1.0
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
@@ -130,6 +145,8 @@ def accelerate(
                 restore(module)
         for module, form, its_settings in undo:
             swap(module, form, its_settings)
+        once = [module for module, _, its_settings in undo if isinstance(module, Fused) and its_settings.in_int8]
+        quantised.quantise(model, once)
         if frozen is not None:
             freeze_weights(model, [module for module, _, _ in undo if isinstance(module, Fused)], frozen)
         if graphs is not None:
@@ -185,6 +202,9 @@ class Report:
     differences: dict[str, float] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
+    _in_int8: list[list[nn.Parameter]] = field(default_factory=list, repr=False)
+    """Marked weights of every module that has some."""
+    _exempt: int = 0
     _model: nn.Module | None = field(default=None, repr=False)
     """The model, where its calls are replayed as graphs."""
     _share: float = 0.0
@@ -238,11 +258,35 @@ class Report:
                 "with weights of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
             )
 
+    def quantise(self, model: nn.Module) -> None:
+        """Let the products of the replaced modules run in int8."""
+        self._in_int8 = quantised.quantise(model, [m for m in self._modules if isinstance(m, Fused)])
+        if not self._in_int8:
+            raise InputError(
+                "dtype='int8' finds no linear layer to round: it knows those inside of blocks, with weights of float32 "
+                "or bfloat16 and no hooks or adapters on them; choose another dtype"
+            )
+
+    def keep_within(self, cosine: Callable[[], float]) -> None:
+        """Leave the modules in floating point that int8 costs most, until the outputs are near enough."""
+        self._exempt = quantised.keep_within(cosine, self._in_int8)
+
+    @property
+    def int8_weights(self) -> int:
+        """How many weights are multiplied in int8."""
+        return sum(int8.is_marked(weight) for group in self._in_int8 for weight in group)
+
     @property
     def frozen_bytes(self) -> int:
         """Bytes of the weights that lie packed in place of parameters."""
         packs = {id(pack): pack for pack, _ in map(place_of, filter(is_fused, self._frozen))}
         return sum(pack.nbytes for pack in packs.values())
+
+    @property
+    def _unfrozen_bytes(self) -> int:
+        """Bytes of the weights that replaced modules multiply with and that are parameters still."""
+        found = {p for module in self._modules for p in product_parameters(module)}
+        return sum(p.numel() * p.element_size() for p in found)
 
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "why, or what it saves")]
@@ -267,7 +311,13 @@ class Report:
         if declining:
             lines[-1] += f"; {len(declining)} of those replaced run their original at present"
         if frozen := self.frozen_bytes:
-            lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside")
+            line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside"
+            if left := self._unfrozen_bytes:
+                line += f"; {left / 2**20:,.1f} MB of other products stay parameters"
+            lines.append(line)
+        if rounded := self.int8_weights:
+            exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
+            lines.append(f"products with {rounded} weights run in int8 where no gradient is wanted{exempt}")
         lines.append(str(self.expected))
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
@@ -460,7 +510,7 @@ def _leaves(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _compared(
-    before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None
+    before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None, in_int8: bool
 ) -> dict[str, float]:
     """Relative difference of each output.
 
@@ -479,16 +529,46 @@ def _compared(
                 f"{label} was {tuple(wanted.shape)} and is {None if found is None else tuple(found.shape)} after "
                 "acceleration; the model was put back as it was"
             )
-        if isinstance(mask, Tensor) and mask.ndim == 2 and wanted.shape[: mask.ndim] == mask.shape:
-            wanted, found = wanted[mask.bool()], found[mask.bool()]
+        wanted, found = _without_padding(wanted, found, mask)
         band = BANDS.get(dtype or wanted.dtype, BANDS[torch.float32])
         scale = float(wanted.abs().max()) if wanted.numel() else 0.0
         error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
         differences[name] = error / scale if scale else error
-        if not differences[name] <= band:
+        if in_int8:
+            cosine = _cosine(wanted, found)
+            if not cosine >= quantised.LEAST_COSINE:
+                raise InputError(
+                    f"{label} has a cosine of {cosine:.3f} to what it was, below the {quantised.LEAST_COSINE} asked of "
+                    "int8; the model was put back as it was. exclude=… leaves modules out, dtype=torch.bfloat16 "
+                    "takes another type"
+                )
+        elif not differences[name] <= band:
             raise InputError(
                 f"{label} differs by {differences[name]:.1e} of its largest value after acceleration, more than "
                 f"rounding in {dtype or wanted.dtype} explains ({band:.0e}); the model was put back as it was. "
                 "exclude=… leaves modules out"
             )
     return differences
+
+
+def _without_padding(wanted: Tensor, found: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """Both outputs; only at real tokens, where they have an entry per token."""
+    if isinstance(mask, Tensor) and mask.ndim == 2 and wanted.shape[: mask.ndim] == mask.shape:
+        return wanted[mask.bool()], found[mask.bool()]
+    return wanted, found
+
+
+def _cosine(wanted: Tensor, found: Tensor) -> float:
+    """The smallest cosine between entries of a batch (or tokens); 1 where there is none."""
+    if not wanted.numel():
+        return 1.0
+    # Scores of one number each are taken together.
+    each, now = (t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (wanted, found))
+    return float(F.cosine_similarity(each, now, dim=1).min())
+
+
+def _least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], batch: Any) -> float:
+    """The smallest cosine of all outputs; those that are missing or misshapen are found elsewhere."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    pairs = [(b, after[name]) for name, b in before.items() if name in after and after[name].shape == b.shape]
+    return min((_cosine(*_without_padding(b, a, mask)) for b, a in pairs), default=1.0)

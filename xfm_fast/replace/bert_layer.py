@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,27 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host, ops
+from xfm_fast.kernels.cpu.norms import embed_layer_norm_forward
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, offsets, on_host
-from xfm_fast.replace.swap import CalledByName, Kinds, Settings, find, observed, probability, why_not_bypassed
+from xfm_fast.replace.adapters import Adaptable
+from xfm_fast.replace.prepared import infers, prepared
+from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Kinds,
+    Settings,
+    find,
+    is_erf_gelu,
+    observed,
+    probability,
+    why_not_bypassed,
+)
 
 _BRANCH: dict[str, Kinds] = {
     "self": nn.Module,
-    "self.query": nn.Linear,
-    "self.key": nn.Linear,
-    "self.value": nn.Linear,
+    "self.query": (nn.Linear, Adaptable),
+    "self.key": (nn.Linear, Adaptable),
+    "self.value": (nn.Linear, Adaptable),
     "self.dropout": nn.Dropout,
     "output": nn.Module,
-    "output.dense": nn.Linear,
+    "output.dense": (nn.Linear, Adaptable),
     "output.dropout": nn.Dropout,
     "output.LayerNorm": nn.LayerNorm,
     "output.drop_path": nn.Module,
 }
 _MLP: dict[str, Kinds] = {
     "intermediate": nn.Module,
-    "intermediate.dense": nn.Linear,
+    "intermediate.dense": (nn.Linear, Adaptable),
     "output": nn.Module,
-    "output.dense": nn.Linear,
+    "output.dense": (nn.Linear, Adaptable),
     "output.dropout": nn.Dropout,
     "output.LayerNorm": nn.LayerNorm,
     "output.drop_path": nn.Module,
@@ -48,6 +62,11 @@ def _branch(name: str) -> dict[str, Kinds]:
 
 # Parts of a layer by dotted name, with their classes; nn.Module where any will do.
 LAYER_PARTS: dict[str, Kinds] = _branch("attention") | _branch("crossattention") | _MLP
+# Linear layers of one input, which one product serves.
+LAYER_JOINT = (
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    ("crossattention.self.key", "crossattention.self.value"),
+)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -86,6 +105,8 @@ def why_not_plain(layer: nn.Module) -> str | None:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
+FEW = 64
+"""Tokens up to which the time of attention is that of its call."""
 
 
 @dataclass
@@ -292,6 +313,7 @@ def run_layer(
     memory: Memory | None = None,
     *,
     reads: Tensor | None = None,
+    intact: bool = False,
 ) -> Tensor:
     """Self-attention, cross-attention where there is a memory, MLP; residual and LayerNorm behind each.
 
@@ -301,10 +323,15 @@ def run_layer(
         layer: has the submodules of `BertLayer`, by their names.
         x: `[B, L, width]` or packed `[T, width]`, as `attend` expects.
         reads: `[Q]` rows of packed x that are read: the only ones to ask and to be computed.
+        intact: a fused layer, just found intact.
 
     Returns:
         In the shape of x; `[Q, width]` with reads.
     """
+    if intact and memory is None and reads is None:
+        ready = prepared(layer, lambda: _parts(layer), x, settings, wide=True)
+        if ready is not None:
+            return ready.run(x, lambda *given: attend(*given).flatten(-2), settings)
     projections = layer.attention.self
     if reads is None:
         made = settings.products("qkv", x, projections.query, projections.key, projections.value)
@@ -323,8 +350,33 @@ def run_layer(
         asked = q.flatten(0, 1)[None] if memory.shared else q
         context = memory.attend(asked, k, v, _chance(cross.self), settings).view(q.shape)
         x = _close(cross.output, context.flatten(-2), x, settings)
-    hidden = settings.activated(x, layer.intermediate.dense, layer.intermediate.intermediate_act_fn)
+    first, activation, end = layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output
+    if not probability(end.dropout):
+        rounded = settings.rounded_mlp(x, first, activation, end.dense, end.LayerNorm)
+        if rounded is not None:
+            return rounded
+    hidden = settings.activated(x, first, activation)
     return _close(layer.output, hidden, x, settings)
+
+
+def _parts(layer: Any) -> Parts:
+    """The parts of a layer that sees no image."""
+    own, ends = layer.attention.self, (layer.attention.output, layer.output)
+    activation = layer.intermediate.intermediate_act_fn
+    fc1 = layer.intermediate.dense
+    return Parts(
+        norms=(ends[0].LayerNorm, ends[1].LayerNorm),
+        projections=(own.query, own.key, own.value),
+        heads=own.num_attention_heads,
+        scale=1.0,
+        proj=ends[0].dense,
+        fc1=fc1,
+        fc2=ends[1].dense,
+        hidden=None if is_erf_gelu(activation) else lambda x, linear: activation(linear(fc1, x)),
+        activation=attrgetter("intermediate.intermediate_act_fn"),
+        attention_p=_chance(own),
+        branch_p=(probability(ends[0].dropout), probability(ends[1].dropout)),
+    )
 
 
 def keys_values(attention: Any, states: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -395,18 +447,12 @@ class FusedEmbeddings(CalledByName):
         if embeds is None and types is None and self._exact():
             assert tokens is not None
             row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
-            normed = ops.embed_layer_norm(
-                tokens,
-                positions,
-                word.weight,
-                position.weight,
-                row,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                padding_idx=word.padding_idx,
-                backend=self.settings.backend,
-            )
+            given = (tokens, positions, word.weight, position.weight, row, norm.weight, norm.bias, norm.eps)
+            if infers(word.weight, self.settings) and word.weight.dtype == norm.weight.dtype:
+                normed = embed_layer_norm_forward(*given)[0]
+            else:
+                backend = self.settings.backend
+                normed = ops.embed_layer_norm(*given, padding_idx=word.padding_idx, backend=backend)
         else:
             summed = word(tokens) if embeds is None else embeds
             if table is not None:
@@ -428,10 +474,11 @@ def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
 class VocabularyHead(CalledByName):
     """Dense, GELU, LayerNorm and the product with the vocabulary."""
 
+    multiplies_in_int8: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
-        "dense": nn.Linear,
+        "dense": (nn.Linear, Adaptable),
         "layer_norm": nn.LayerNorm,
-        "transform.dense": nn.Linear,
+        "transform.dense": (nn.Linear, Adaptable),
         "transform.LayerNorm": nn.LayerNorm,
         "decoder": nn.Linear,
     }

@@ -1,12 +1,15 @@
-"""Text towers of CLIP (arXiv 2103.00020): computed as far as the longest end-of-text of a batch, and no further.
+"""Text towers of CLIP (arXiv 2103.00020): computed as far as the end-of-text of each text, and no further.
 
 Such a tower is causal and its feature is read at the end-of-text, so nothing behind that can change it; yet tokenizers
-fill every text up to 77 tokens, of which a caption has a dozen. Cutting the batch is exact and leaves all else to the
-tower's own code, or to the fused forms of its layers.
+fill every text up to 77 tokens, of which a caption has a dozen. The batch is cut behind its longest text, which is
+exact and leaves all else to the tower's own code; where the texts that remain differ in length and all layers are
+fused, their tokens are packed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,30 +17,89 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host
-from xfm_fast.packing import on_host
-from xfm_fast.replace.swap import CalledByName, Fused, Rule, Settings, asks_beyond, find, original_class
+from xfm_fast.packing import Packing, on_host
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Fused,
+    Rule,
+    Settings,
+    asks_beyond,
+    find,
+    observed,
+    original_class,
+    wants_named,
+)
+from xfm_fast.replace.vit_block import PreNormBlock
 
-_GAIN = "nothing computed behind the longest end-of-text"
+_GAIN = "nothing computed behind the end-of-text"
+_CUT_GAIN = "nothing computed behind the longest end-of-text"
 _NOT_ASKED = "its texts are computed at full length; unpad=True cuts them behind the longest end-of-text"
+# Of the tokens that cutting leaves, the share from which packing the rest does not pay for itself.
+_FULL = 0.95
 # CLIP models from before transformers knew their end-of-text say 2, and read the feature at the highest id.
 _LEGACY_END = 2
+_PLAIN = ("eager", "sdpa", None)
 
 
-def _longest(ends: Tensor, marked: Tensor | None, length: int) -> int | None:
-    """The tokens that a batch needs; None if it needs all.
+def _lengths(ends: Tensor, marked: Tensor | None, length: int) -> list[int] | None:
+    """The tokens that each text of a batch needs; None if one has no end, or needs all.
 
     Args:
         ends: `[B]` the place where each feature is read, -1 in a text without an end.
         marked: `[B, L]`, non-zero for tokens that the caller calls real.
         length: L.
     """
-    lowest, last = ends.min(), ends.max()
+    last = ends
     if marked is not None:
         places = torch.arange(length, device=marked.device)
-        last = torch.maximum(last, (places * marked.bool()).max())
-    facts = torch.stack([lowest, last])
-    low, high = host.integers(facts) if on_host(facts) else facts.tolist()
-    return None if low < 0 or high + 1 >= length else high + 1
+        last = torch.where(ends < 0, ends, torch.maximum(ends, (places * marked.bool()).amax(1)))
+    lengths = [end + 1 for end in (host.integers(last) if on_host(last) else last.tolist())]
+    return lengths if min(lengths) > 0 and max(lengths) < length else None
+
+
+def _packing(lengths: list[int], device: torch.device) -> Packing | None:
+    """Places of the tokens in the batch that is cut; None where too little of it would be left out."""
+    longest = max(lengths)
+    if sum(lengths) > _FULL * longest * len(lengths):
+        return None
+    kept = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return Packing.from_mask(kept, lengths=lengths)
+
+
+@dataclass
+class Causal:
+    """Causal attention of packed texts `[T, H, D]`, as that of the padded batch: padding is behind, where none looks.
+
+    Attributes:
+        packing: their places.
+    """
+
+    packing: Packing
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        padded = self.packing.unpad(torch.stack((q, k, v), 1))
+        q, k, v = (t.transpose(1, 2) for t in padded.unbind(2))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        return self.packing.pack(out.transpose(1, 2)).flatten(-2)
+
+
+def _run(layers: Iterable[Any], x: Tensor, packing: Packing) -> Tensor:
+    """Layers that `_packable` knows, on packed tokens `[T, width]`."""
+    attend = Causal(packing)
+    for layer in layers:
+        x = layer.run(x, attend)
+    return x
+
+
+def _packable(holder: nn.Module | None, layers: nn.Module | None) -> bool:
+    """True if all layers of a tower can be run on packed tokens now, and nothing observes them or what holds them."""
+    if holder is None or layers is None or observed(holder):
+        return False
+    found = list(layers.children())
+    return bool(found) and all(
+        isinstance(layer, PreNormBlock) and hasattr(layer, "run") and layer.intact() and not observed(layer)
+        for layer in found
+    )
 
 
 def _ends(ids: Tensor, end: int | None) -> Tensor:
@@ -49,7 +111,10 @@ def _ends(ids: Tensor, end: int | None) -> Tensor:
 
 
 class CutTextModel(CalledByName):
-    """The text tower of transformers' CLIP. Its states behind the cut are zero, where they have no meaning."""
+    """The text tower of transformers' CLIP. Its states behind the end of a text are zero, where they have no meaning.
+
+    (Behind that of the longest, where the batch is cut and not packed.)
+    """
 
     _understood: ClassVar[set[str]] = {"input_ids", "attention_mask", "position_ids", "return_dict"}
 
@@ -59,10 +124,13 @@ class CutTextModel(CalledByName):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        longest = self._needed(call)
-        if longest is None:
+        lengths = self._needed(call)
+        if lengths is None:
             return super().forward(*args, **kwargs)
-        whole = call["input_ids"].shape[1]
+        whole, longest = call["input_ids"].shape[1], max(lengths)
+        packing = _packing(lengths, call["input_ids"].device) if self._can_pack() else None
+        if packing is not None and self._marks_whole_texts(call, packing):
+            return self._packed(call, packing, whole)
         for name in ("input_ids", "attention_mask", "position_ids"):
             if call.get(name) is not None:
                 call[name] = call[name][:, :longest]
@@ -72,7 +140,44 @@ class CutTextModel(CalledByName):
         out["last_hidden_state"] = F.pad(out["last_hidden_state"], (0, 0, 0, whole - longest))
         return out
 
-    def _needed(self, call: dict[str, Any]) -> int | None:
+    def _can_pack(self) -> bool:
+        tower: Any = self
+        encoder = tower.encoder
+        # Activations are kept out of memory by the encoder or by its layers, as these are called.
+        kept_out = torch.is_grad_enabled() and any(
+            getattr(part, "gradient_checkpointing", False) for part in (tower, encoder, *encoder.layers)
+        )
+        return not kept_out and tower.config._attn_implementation in _PLAIN and _packable(encoder, encoder.layers)
+
+    def _marks_whole_texts(self, call: dict[str, Any], packing: Packing) -> bool:
+        """True if a mask hides no token in front of an end, so that causality is all that hides one."""
+        mask = call.get("attention_mask")
+        if mask is None:
+            return True
+        marked = packing.pack(mask[:, : packing.shape[1]].bool())
+        return host.all_true(marked) if on_host(marked) else bool(marked.all())
+
+    def _packed(self, call: dict[str, Any], packing: Packing, whole: int) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        tower: Any = self
+        ids, positions = packing.pack(call["input_ids"][:, : packing.shape[1]]), call.get("position_ids")
+        if positions is None:
+            positions = torch.arange(packing.shape[1], device=ids.device)[None]
+        positions = packing.pack(positions[:, : packing.shape[1]].expand(packing.shape))
+        x = tower.embeddings(input_ids=ids[None], position_ids=positions[None])[0]
+        x = tower.final_layer_norm(_run(tower.encoder.layers, x, packing))
+        ends = _ends(call["input_ids"], self._end())
+        pooled = x.index_select(0, packing.cu_seqlens[:-1] + ends)
+        states = F.pad(packing.unpad(x), (0, 0, 0, whole - packing.shape[1]))
+        out = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+        return out if wants_named(self, call) else out.to_tuple()
+
+    def _end(self) -> int | None:
+        end = cast(Any, self).eos_token_id
+        return None if end == _LEGACY_END else end
+
+    def _needed(self, call: dict[str, Any]) -> list[int] | None:
         ids, mask, config = call.get("input_ids"), call.get("attention_mask"), cast(Any, self).config
         if torch.compiler.is_compiling() or asks_beyond(call, self._understood):
             return None
@@ -82,8 +187,7 @@ class CutTextModel(CalledByName):
             return None
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             return None
-        end = cast(Any, self).eos_token_id
-        return _longest(_ends(ids, None if end == _LEGACY_END else end), mask, ids.shape[1])
+        return _lengths(_ends(ids, self._end()), mask, ids.shape[1])
 
 
 class CutOpenClip(Fused):
@@ -97,15 +201,25 @@ class CutOpenClip(Fused):
         """`[B, L]` ids → `[B, E]`."""
         tower: Any = self
         kind, end = tower.text_pool_type, getattr(tower, "text_eos_id", None)
-        longest = _needed_ids(text, kind, end)
-        if longest is None:
+        lengths = _needed_ids(text, kind, end)
+        if lengths is None:
             return super().encode_text(text, normalize)  # pyright: ignore[reportAttributeAccessIssue]
+        longest, transformer = max(lengths), tower.transformer
         text = text[:, :longest]
-        dtype = tower.transformer.get_cast_dtype()
-        x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[:longest].to(dtype)
-        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:longest, :longest]))
         read = _ends(text, end if kind == "eos" else None)
-        x = x[torch.arange(x.shape[0], device=x.device), read]
+        dtype, positions = transformer.get_cast_dtype(), tower.positional_embedding[:longest]
+        kept_out = transformer.grad_checkpointing and torch.is_grad_enabled()
+        packable = not kept_out and _packable(transformer, transformer.resblocks)
+        packing = _packing(lengths, text.device) if packable else None
+        if packing is None:
+            x = tower.token_embedding(text).to(dtype) + positions.to(dtype)
+            x = tower.ln_final(transformer(x, attn_mask=tower.attn_mask[:longest, :longest]))
+            x = x[torch.arange(x.shape[0], device=x.device), read]
+        else:
+            places = packing.positions % longest
+            x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(0, places).to(dtype)
+            x = _run(transformer.resblocks, x, packing)
+            x = tower.ln_final(x.index_select(0, packing.cu_seqlens[:-1] + read))
         projection = tower.text_projection
         if projection is not None:
             x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
@@ -128,8 +242,8 @@ class CutOpenClipText(Fused):
 
     def forward(self, text: Tensor) -> Any:
         tower: Any = self
-        longest = _needed_ids(text, tower.pool_type, getattr(tower, "eos_id", None))
-        return super().forward(text if longest is None else text[:, :longest])
+        lengths = _needed_ids(text, tower.pool_type, getattr(tower, "eos_id", None))
+        return super().forward(text if lengths is None else text[:, : max(lengths)])
 
     def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         x, mask = super()._embeds(text)  # pyright: ignore[reportAttributeAccessIssue]
@@ -144,10 +258,10 @@ def _why_not_open_clip(module: Any, settings: Settings, pool: str) -> str | None
     return None if settings.unpad else _NOT_ASKED
 
 
-def _needed_ids(text: Tensor, pool: str, end: int | None) -> int | None:
+def _needed_ids(text: Tensor, pool: str, end: int | None) -> list[int] | None:
     if torch.compiler.is_compiling() or text.ndim != 2 or not text.numel():
         return None
-    return _longest(_ends(text, end if pool == "eos" else None), None, text.shape[1])
+    return _lengths(_ends(text, end if pool == "eos" else None), None, text.shape[1])
 
 
 def _is(library: str, *names: str) -> Any:
@@ -167,5 +281,5 @@ def _is_tower(module: nn.Module) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule("CutTextModel", _is_tower, CutTextModel, _GAIN),
     Rule("CutOpenClip", _is("open_clip.", "CLIP"), CutOpenClip, _GAIN),
-    Rule("CutOpenClipText", _is("open_clip.", "TextTransformer"), CutOpenClipText, _GAIN),
+    Rule("CutOpenClipText", _is("open_clip.", "TextTransformer"), CutOpenClipText, _CUT_GAIN),
 )

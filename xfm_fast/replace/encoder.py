@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from xfm_fast.packing import Packing
 from xfm_fast.replace.bert_layer import default_positions, plan, run_layer
 from xfm_fast.replace.families import FamilyLayer, short_name
-from xfm_fast.replace.huggingface_text import FusedLayer, wants_named
+from xfm_fast.replace.huggingface_text import FusedLayer
 from xfm_fast.replace.masks import Spread, packed_attention
 from xfm_fast.replace.structure import Attend
-from xfm_fast.replace.swap import CalledByName, Settings, asks_beyond, find, observed, original_class
+from xfm_fast.replace.swap import CalledByName, Settings, asks_beyond, find, observed, original_class, wants_named
 
 _PLAIN = ("eager", "sdpa", "xfm_fast", None)
 _WITHOUT_EFFECT = ("use_cache", "return_dict", "num_items_in_batch")
@@ -153,7 +153,7 @@ class UnpaddedEncoder(CalledByName):
         row, module = self.encoder_row, self
         positions = self._positions(call, packing)
         x = self._embedded(call, packing, positions)
-        plain = packed_attention(packing)
+        plain = packed_attention(packing, self.settings)
         bias = None
         if row.bias:
             # It reads nothing but the shape of its argument.
@@ -220,7 +220,7 @@ def _run_bert_layer(layer: Any, attend: Attend, settings: Settings, x: Tensor) -
     def by_heads(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         return attend(q, k, v, dropout_p, settings).view(q.shape)
 
-    return run_layer(layer, x, by_heads, settings)
+    return run_layer(layer, x, by_heads, settings, intact=True)
 
 
 def _run_family_layer(layer: Any, attend: Attend, rotary: Any, x: Tensor) -> Tensor:

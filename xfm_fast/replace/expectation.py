@@ -50,11 +50,16 @@ class Expectation:
         return f"expected: {self.overall:.2f}×; " + ", ".join(parts)
 
 
-def product_weights(module: nn.Module) -> dict[int, int]:
-    """Sizes of the weights that a module multiplies with tokens, by identity."""
+def product_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The weights that a module multiplies with tokens."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
     found = [p for part in module.modules() if isinstance(part, kinds) for p in part.parameters(recurse=False)]
-    return {id(p): p.numel() for p in found if p.ndim > 1}
+    return [p for p in found if p.ndim > 1]
+
+
+def product_weights(module: nn.Module) -> dict[int, int]:
+    """Their sizes, by identity."""
+    return {id(p): p.numel() for p in product_parameters(module)}
 
 
 def shares(model: nn.Module, parts: Iterable[nn.Module]) -> tuple[list[float], float]:

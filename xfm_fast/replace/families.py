@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.masks import Dense
+from xfm_fast.replace.prepared import forget, prepared
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
@@ -255,6 +256,10 @@ class FamilyLayer(CalledByName):
             return out, None
         return (out,) if self.returns_tuple else out
 
+    def release(self) -> None:
+        forget(self)
+        super().release()
+
     def context(self, device: torch.device) -> Any:
         """The context to `run` in, which gives the settings."""
         return (
@@ -265,6 +270,11 @@ class FamilyLayer(CalledByName):
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects; rotary positions likewise."""
+        order = self.layer_family.order
+        if order != "behind branches":
+            ready = prepared(self, partial(self._parts, None), x, settings, wide=order == "behind sums")
+            if ready is not None:
+                return ready.run(x, attend, settings, None if rotary is None else partial(_turned, *rotary))
         return self.compute(self._parts(rotary), attend, x, settings)
 
     def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:
@@ -295,13 +305,14 @@ class FamilyLayer(CalledByName):
         drops = tuple(partial(_row_scale, find(self, name) if name else None) for name in family.drop_paths)
         return Parts(
             norms=tuple(find(self, name) for name in family.norms),  # pyright: ignore[reportArgumentType]
-            qkv=(),
             projections=layers,
             joins=family.joins,
             heads=proj.in_features // head_size,
             scale=head_size**-0.5,
             proj=proj,
             fc1=inner[0],
+            inner=tuple(inner),  # pyright: ignore[reportArgumentType]
+            activation=attrgetter(mlp.activation),
             fc2=find(self, mlp.outer),  # pyright: ignore[reportArgumentType]
             hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
             gammas=tuple(attrgetter(name)(self) if name else None for name in family.scales),  # pyright: ignore[reportArgumentType]
@@ -358,11 +369,19 @@ def _hidden(
 
 def _rotated(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys `[..., N, H, D]` with rotary positions; tokens before those that have one stay as they are."""
-    prefix = q.shape[-3] - cos.shape[-2]
+    return _turned(cos, sin, q, False), _turned(cos, sin, k, False)
+
+
+def _turned(cos: Tensor, sin: Tensor, x: Tensor, both: bool) -> Tensor:
+    """One of them, or both side by side `[..., N, 2, H, D]`."""
+    place = x.ndim - (4 if both else 3)
+    prefix = x.shape[place] - cos.shape[-2]
+    if both:
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if not prefix:
-        return rotated(q, cos, sin), rotated(k, cos, sin)
-    turned = (torch.cat((t[:, :prefix], rotated(t[:, prefix:], cos, sin)), 1) for t in (q, k))
-    return next(turned), next(turned)
+        return rotated(x, cos, sin)
+    first, rest = x.split((prefix, x.shape[place] - prefix), place)
+    return torch.cat((first, rotated(rest, cos, sin)), place)
 
 
 def _are_rotary(given: Any) -> bool:

@@ -14,6 +14,8 @@ from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.bert_layer import (
+    FEW,
+    LAYER_JOINT,
     Alike,
     Attend,
     FusedEmbeddings,
@@ -26,6 +28,7 @@ from xfm_fast.replace.bert_layer import (
     plan,
     run_layer,
 )
+from xfm_fast.replace.prepared import forget
 from xfm_fast.replace.swap import (
     CalledByName,
     Rule,
@@ -34,6 +37,7 @@ from xfm_fast.replace.swap import (
     is_fused,
     observed,
     original_class,
+    wants_named,
     why_not_bypassed,
 )
 
@@ -98,8 +102,6 @@ _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
 # Arguments that ask for nothing the fused forms would not do.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
 _IGNORED = -100
-# Tokens up to which the time of attention is that of its call.
-_FEW = 64
 
 
 def is_of(table: dict[str, str], module: nn.Module) -> bool:
@@ -113,10 +115,7 @@ def is_of(table: dict[str, str], module: nn.Module) -> bool:
 class FusedLayer(CalledByName):
     """A whole layer: one product for query, key and value, and each branch's end in one pass with its norm."""
 
-    joint: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
-        ("crossattention.self.key", "crossattention.self.value"),
-    )
+    joint = LAYER_JOINT
     returns_tuple: ClassVar[bool] = False
     _understood: ClassVar[set[str]] = {
         "hidden_states",
@@ -148,6 +147,10 @@ class FusedLayer(CalledByName):
             expected[f"{end}.dropout"] = (nn.Dropout,)
         named = super().adapted(original)
         return {**named, "bypassed": expected, "returns_tuple": "output_attentions" in named["names"]}
+
+    def release(self) -> None:
+        forget(self)
+        super().release()
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -187,7 +190,7 @@ class FusedLayer(CalledByName):
         causal = mask is None and x.shape[1] > 1 and _hides_later_keys(attention)
         with self.settings.own_types(x.device):
             memory = None if states is None else padded_memory(states, their_mask)
-            out = run_layer(self, x, Padded(mask, causal), self.settings, memory)
+            out = run_layer(self, x, Padded(mask, causal), self.settings, memory, intact=True)
         return (out,) if self.returns_tuple else out
 
 
@@ -318,24 +321,18 @@ class UnpaddedModel(CalledByName):
         x = module.embeddings.embed(tokens, positions, types, embeds)
         cu, longest = packing.cu_seqlens, packing.longest
         attend: Attend = Packed(cu, cu, longest, longest, packing.key_mask)
-        if packing.whole and x.shape[0] <= _FEW and self.settings.backend is None:
+        if packing.whole and x.shape[0] <= FEW and self.settings.backend is None:
             attend = Alike(packing.shape[0])
         states = call.get("encoder_hidden_states")
         memory = None
         if states is not None and hasattr(module.encoder.layer[0], "crossattention"):
             memory = packed_memory(states, call.get("encoder_attention_mask"), packing)
         for layer in module.encoder.layer:
-            run = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory)
+            run = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory, intact=True)
             # transformers 5 keeps activations out of memory layer by layer, transformers 4 for the whole encoder.
             owners = [o for o in (layer, module.encoder) if getattr(o, "gradient_checkpointing", False) and o.training]
             x = owners[0]._gradient_checkpointing_func(run, x) if owners and torch.is_grad_enabled() else run(x)
         return x
-
-
-def wants_named(model: Any, call: dict[str, Any]) -> bool:
-    """True if a call asks for outputs by name rather than as a tuple."""
-    asked = call.get("return_dict")
-    return getattr(model.config, "return_dict", True) if asked is None else asked
 
 
 class FusedMaskedLM(CalledByName):

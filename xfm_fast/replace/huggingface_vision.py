@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.adapters import Adaptable
+from xfm_fast.replace.structure import Attend, Parts
 from xfm_fast.replace.swap import (
     CalledByName,
     Rule,
@@ -68,7 +69,7 @@ class _Layer(PreNormBlock, CalledByName):
         library, prefix = sys.modules[original.__module__], original.__name__.removesuffix("Layer")
         prefix = prefix.removesuffix("Encoder")
         bypassed: dict[str, Any] = dict.fromkeys(cls.layout.norms, nn.LayerNorm)
-        bypassed |= dict.fromkeys(cls.layout.linears, nn.Linear)
+        bypassed |= dict.fromkeys(cls.layout.linears, (nn.Linear, Adaptable))
         for name, suffixes in cls.layout.classes.items():
             bypassed[name] = tuple(getattr(library, prefix + suffix, _Absent) for suffix in suffixes.split())
         bypassed |= dict.fromkeys(cls.layout.dropouts, nn.Dropout)
@@ -105,7 +106,8 @@ class _Layer(PreNormBlock, CalledByName):
         activation = getattr(self.get_submodule(holder), name)
         return Parts(
             norms=(self.get_submodule(names.norms[0]), self.get_submodule(names.norms[1])),
-            qkv=tuple((layer[name].weight, layer[name].bias) for name in names.qkv),  # pyright: ignore[reportArgumentType]
+            projections=tuple(layer[name] for name in names.qkv),
+            joins=False,
             heads=heads,
             scale=(width // heads) ** -0.5,
             proj=layer[names.proj],
@@ -172,12 +174,20 @@ class HuggingFaceCLIPLayer(_Layer):
         # A mask holds the causality too, and the eager function looks at nothing else.
         causal = not masks and attention.config._attn_implementation != "eager"
         out = self.compute(
-            self.parts(attention.num_heads, attention.dropout if attention.training else 0.0),
+            self._own_parts(),
             x,
             reduce(add, masks) if masks else None,
             causal=causal and bool(call.get("is_causal")),
         )
         return (out,) if self.returns_tuple else out
+
+    def run(self, x: Tensor, attend: Attend) -> Tensor:
+        """The layer on packed tokens `[T, width]`."""
+        return self.compute(self._own_parts(), x, packed=attend)
+
+    def _own_parts(self) -> Parts:
+        attention: Any = self.get_submodule("self_attn")
+        return self.parts(attention.num_heads, attention.dropout if attention.training else 0.0)
 
 
 class HuggingFaceBertNamedLayer(_Layer):

@@ -12,7 +12,7 @@ from torch import Tensor
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
-from xfm_fast.replace.bert_layer import Packed, Padded
+from xfm_fast.replace.bert_layer import FEW, Alike, Packed, Padded
 from xfm_fast.replace.swap import Settings
 from xfm_fast.replace.vit_block import attention
 
@@ -83,8 +83,10 @@ class Spread:
     window: int | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        padded = self.packing.unpad(torch.stack((q, k, v), 1))
-        q, k, v = padded.unbind(2)
+        if self.packing.whole:
+            q, k, v = map(self.packing.unpad, (q, k, v))
+        else:
+            q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
         if self.window is not None and q.shape[1] > 3 * self.window:
             out = banded(q, k, v, self.window, self.mask, dropout_p)
         elif self.window is None and self.bias is not None:
@@ -112,10 +114,12 @@ def merged(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill(~mask, lowest)
 
 
-def packed_attention(packing: Packing) -> Any:
+def packed_attention(packing: Packing, settings: Settings) -> Any:
     """Attention of packed texts to their own tokens: `[T, H·D]`."""
     cu, longest = packing.cu_seqlens, packing.longest
-    packed = Packed(cu, cu, longest, longest, packing.key_mask)
+    packed: Any = Packed(cu, cu, longest, longest, packing.key_mask)
+    if packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None:
+        packed = Alike(packing.shape[0])
     return lambda *arguments: packed(*arguments).flatten(-2)
 
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host, reference
 from xfm_fast.nn.attention import qkv_bias
 from xfm_fast.packing import Packing, on_host
+from xfm_fast.replace.adapters import Adaptable, is_adapted
 from xfm_fast.replace.bert_layer import (
+    LAYER_JOINT,
     LAYER_PARTS,
     FusedEmbeddings,
     Memory,
@@ -73,15 +75,15 @@ _BLOCK_ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "imag
 _BLOCK_PARTS: dict[str, Kinds] = {
     "norm1": nn.LayerNorm,
     "attn": nn.Module,
-    "attn.qkv": nn.Linear,
+    "attn.qkv": (nn.Linear, Adaptable),
     "attn.attn_drop": nn.Dropout,
-    "attn.proj": nn.Linear,
+    "attn.proj": (nn.Linear, Adaptable),
     "attn.proj_drop": nn.Dropout,
     "drop_path": nn.Module,
     "norm2": nn.LayerNorm,
     "mlp": nn.Module,
-    "mlp.fc1": nn.Linear,
-    "mlp.fc2": nn.Linear,
+    "mlp.fc1": (nn.Linear, Adaptable),
+    "mlp.fc2": (nn.Linear, Adaptable),
     "mlp.drop": nn.Dropout,
 }
 # Of the attention, beside its submodules.
@@ -125,6 +127,7 @@ class OfficialTextLayer(CalledByName):
     """A layer of the text or fusion encoder: fused products, attention and norms."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
+    joint = LAYER_JOINT
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
@@ -315,9 +318,13 @@ class OfficialVisionBlock(PreNormBlock):
         block = cast(Any, self)
         attention, mlp = block.attn, block.mlp
         bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
+        read = is_adapted(attention.qkv)
         return Parts(
             norms=(block.norm1, block.norm2),
-            qkv=((attention.qkv.weight, bias),),
+            # The official code reads the weight and does not call the layer, so adapters have no effect.
+            qkv=((attention.qkv.weight, bias),) if read else (),
+            projections=() if read else (attention.qkv,),
+            qkv_bias=bias,
             heads=attention.num_heads,
             scale=attention.scale,
             proj=attention.proj,

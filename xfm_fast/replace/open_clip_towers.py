@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from open_clip import transformer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.adapters import Adaptable
+from xfm_fast.replace.structure import Attend, Parts
 from xfm_fast.replace.swap import (
     CalledByName,
     Kinds,
@@ -37,8 +38,8 @@ class OpenClipBlock(PreNormBlock, CalledByName):
         "ls_1": _SCALES,
         "ls_2": _SCALES,
         "mlp": nn.Sequential,
-        "mlp.c_fc": nn.Linear,
-        "mlp.c_proj": nn.Linear,
+        "mlp.c_fc": (nn.Linear, Adaptable),
+        "mlp.c_proj": (nn.Linear, Adaptable),
     }
 
     @classmethod
@@ -58,11 +59,19 @@ class OpenClipBlock(PreNormBlock, CalledByName):
         x, mask = call["q_x"], call.get("attn_mask")
         if asks_beyond(call, ("q_x", "attn_mask")) or not (_added(mask) and self.takes(x)):
             return super().forward(*args, **kwargs)
+        if mask is not None and mask.ndim == 3:
+            mask = mask.unflatten(0, (-1, cast(Any, self).attn.num_heads))
+        # Behind the last block a tower multiplies by a bare parameter, which has the type that it is stored in.
+        return self.compute(self._parts(), x, mask).to(x.dtype)
+
+    def run(self, x: Tensor, attend: Attend) -> Tensor:
+        """The block on packed tokens `[T, width]`."""
+        return self.compute(self._parts(), x, packed=attend).to(x.dtype)
+
+    def _parts(self) -> Parts:
         block: Any = self
         attn, mlp = block.attn, block.mlp
-        if mask is not None and mask.ndim == 3:
-            mask = mask.unflatten(0, (-1, attn.num_heads))
-        parts = Parts(
+        return Parts(
             norms=(block.ln_1, block.ln_2),
             qkv=((attn.in_proj_weight, attn.in_proj_bias),),
             heads=attn.num_heads,
@@ -74,8 +83,6 @@ class OpenClipBlock(PreNormBlock, CalledByName):
             gammas=(getattr(block.ls_1, "gamma", None), getattr(block.ls_2, "gamma", None)),
             attention_p=attn.dropout if attn.training else 0.0,
         )
-        # Behind the last block a tower multiplies by a bare parameter, which has the type that it is stored in.
-        return self.compute(parts, x, mask).to(x.dtype)
 
 
 def _added(mask: Any) -> bool:

@@ -55,14 +55,14 @@ class PackedWeight:
     def linear(self, x: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
         """`x Wᵀ + b`, or its GELU: `[..., K]` → `[..., ΣM]`."""
         if self.applies(x, bias):
-            return products.linear_of_laid_out(x, self.tensor, bias, gelu=gelu)
+            return (products.linear_gelu if gelu else products.linear)(x, self.tensor, bias)
         weight = self.tensor.to_dense() if self.blocked else self.tensor
         return (ops.linear_gelu if gelu else ops.linear)(x, weight, bias)
 
     def residual(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """`residual + x Wᵀ + b`."""
         if self.applies(x, bias, residual):
-            return products.residual_of_laid_out(x, self.tensor, bias, residual)
+            return products.linear_residual(x, self.tensor, bias, residual, None)
         return residual + self.linear(x, bias)
 
     def __reduce__(self) -> Any:

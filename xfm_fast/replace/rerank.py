@@ -20,6 +20,7 @@ from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.inputs import check_attention_mask, check_embeddings, check_image_index, check_token_mask
 from xfm_fast.models.text import concatenated
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
+from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.bert_layer import (
     LAYER_PARTS,
     Memory,
@@ -226,9 +227,11 @@ class Reranker:
 
 def _keys_values(projections: Any, images: Tensor, settings: Settings) -> Tensor:
     """`[B, M, image width]` → keys and values side by side `[B, M, 2, H, D]`."""
-    weight = concatenated("kv weight", projections.key.weight, projections.value.weight)
-    bias = concatenated("kv bias", projections.key.bias, projections.value.bias)
-    return settings.linear(images, weight, bias).unflatten(-1, (2, projections.num_attention_heads, -1))
+    key, value, heads = projections.key, projections.value, projections.num_attention_heads
+    if is_adapted(key) or is_adapted(value):
+        return torch.stack(settings.products("kv", images, key, value), -2).unflatten(-1, (heads, -1))
+    weight, bias = concatenated("kv weight", key.weight, value.weight), concatenated("kv bias", key.bias, value.bias)
+    return settings.linear(images, weight, bias).unflatten(-1, (2, heads, -1))
 
 
 def _within(packing: Packing, asking: Sequences | None = None) -> Packed:

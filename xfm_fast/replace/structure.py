@@ -36,6 +36,8 @@ class Parts(NamedTuple):
         hidden: the hidden layer of the MLP from its input and a function that applies a linear layer, where it is not
             `gelu(fc1(x))`.
         fc1, fc2: the linear layers of the MLP; fc1 where hidden is None.
+        inner: the linear layers that hidden applies, where it is told them.
+        activation: looks the activation of the hidden layer up, in a layer.
         gammas: LayerScale of each branch.
         row_scales: draw the stochastic depth of each branch, for a tensor `[B, …]`: `[B]`, or None for none.
         attention_p, hidden_p: dropout of the attention weights and of the hidden layer.
@@ -44,16 +46,19 @@ class Parts(NamedTuple):
         inner_norms: before proj and before fc2; called, whatever they are.
         windows: cuts an image up before the attention and puts it together behind it.
         projections: the layers of qkv, where they may carry adapters or packed weights; qkv is not read then.
+        qkv_bias: of the only one of the projections, where it is kept beside the layer.
         joins: one product for all of them.
     """
 
     norms: tuple[nn.Module, nn.Module]
-    qkv: tuple[tuple[Tensor, Tensor | None], ...]
     heads: int
     scale: float
     proj: nn.Module
     fc2: nn.Module
+    qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()
     fc1: nn.Module | None = None
+    inner: tuple[nn.Module, ...] = ()
+    activation: Callable[[nn.Module], Any] | None = None
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
     gammas: tuple[Tensor | None, Tensor | None] = (None, None)
     row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()
@@ -64,6 +69,7 @@ class Parts(NamedTuple):
     inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
     windows: Any = None
     projections: tuple[nn.Module, ...] = ()
+    qkv_bias: Tensor | None = None
     joins: bool = True
 
 
@@ -104,6 +110,11 @@ def post_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Te
     first, second = parts.norms
     context = attended(parts, x, attend, settings)
     x = _ended(context, parts.proj, x, first, settings, dropout_p=parts.branch_p[0], wide=True)[0]
+    plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
+    if plain and _is_layer_norm(second) and parts.fc1 is not None:
+        rounded = settings.rounded_mlp(x, parts.fc1, F.gelu, parts.fc2, second)
+        if rounded is not None:
+            return rounded
     hidden = hidden_layer(parts, x, settings)
     return _ended(hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True)[0]
 
@@ -131,7 +142,7 @@ def projected(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tens
     if not parts.projections:
         made = [settings.linear(x, weight, bias) for weight, bias in parts.qkv]
     elif parts.joins:
-        made = settings.products("qkv", x, *parts.projections)
+        made = settings.products("qkv", x, *parts.projections, bias=parts.qkv_bias)
     else:
         made = [applied(layer, x, settings) for layer in parts.projections]
     if len(made) == 1:
@@ -223,6 +234,9 @@ def _ended(
         return called(norm, summed), summed
     scale: Any = (norm.weight, _shift(norm), norm.eps) if wide else _scale_and_shift(norm, settings)
     if affine is None:
+        if pack_of((layer,)) is not None:
+            summed = _summed(x, layer, residual, settings, **rest)
+            return ops.layer_norm(summed, *scale, backend=settings.backend), summed
         return ops.add_layer_norm(applied(layer, x, settings), residual, *scale, wide=wide, **rest)
     return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, **rest)
 
@@ -232,8 +246,11 @@ def _summed(x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest:
     affine = _affine(layer, settings)
     if affine is not None:
         return ops.linear_residual(x, *affine, residual, **rest)
-    out = _dropped(applied(layer, x, settings), rest.get("dropout_p", 0.0))
-    rows, gamma = rest.get("row_scale"), rest.get("gamma")
+    dropout_p, rows, gamma = rest.get("dropout_p", 0.0), rest.get("row_scale"), rest.get("gamma")
+    packed = pack_of((layer,))
+    if packed is not None and gamma is None and rows is None and not dropout_p:
+        return packed.residual(settings.operand(x), layer.bias, residual)
+    out = _dropped(applied(layer, x, settings), dropout_p)
     out = out if gamma is None else out * gamma
     return residual + (out if rows is None else out * rows.view(-1, *[1] * (out.ndim - 1)))
 

@@ -25,6 +25,7 @@ from torch.nn.modules import module as module_internals
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import Backend
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.derived import derived
 from xfm_fast.replace import adapters
 from xfm_fast.replace.packed_weight import pack_of
@@ -52,12 +53,14 @@ class Settings:
         dtype: compute in this type whatever the parameters are stored in; None keeps the types of the inputs.
         unpad: leave padding out of whole encoders; their outputs are zero there.
         skip_logits: masked-language heads in training return no logits when they are given labels.
+        in_int8: products of blocks run in int8 on a CPU.
     """
 
     kernels: Backend = "auto"
     dtype: torch.dtype | None = None
     unpad: bool = False
     skip_logits: bool = False
+    in_int8: bool = False
 
     @property
     def backend(self) -> Backend | None:
@@ -74,7 +77,7 @@ class Settings:
     def parameter(self, value: Tensor | None) -> Tensor | None: ...
     def parameter(self, value: Tensor | None) -> Tensor | None:
         """A parameter in the type that is computed in; without gradients the conversion is done once and kept."""
-        if value is None or self.dtype is None or value.dtype == self.dtype:
+        if value is None or self.dtype is None or value.dtype == self.dtype or int8.is_marked(value):
             return value
         if torch.is_grad_enabled() and value.requires_grad:
             return value.to(self.dtype)
@@ -89,20 +92,22 @@ class Settings:
         """`x Wᵀ + b` in the type that is computed in."""
         return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
 
-    def products(self, name: str, x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    def products(self, name: str, x: Tensor, *layers: Any, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         """The products of x `[..., K]` with layers of one input, `[..., M]` each, by one product; adapters included.
 
         Args:
             name: of the weights side by side, which are kept under it.
+            bias: of a single layer that has none, kept elsewhere.
         """
         packed = pack_of(layers)
         if packed is not None:
-            biases = [layer.bias for layer in layers]
-            bias = biases[0] if len(layers) == 1 else _joined(biases, packed.sizes)
-            together = packed.linear(self.operand(x), bias)
+            biases = [layer.bias if bias is None else bias for layer in layers]
+            shift = biases[0] if len(layers) == 1 else side_by_side(biases, packed.sizes)
+            together = packed.linear(self.operand(x), shift)
             return (together,) if len(layers) == 1 else together.split(packed.sizes, -1)
         bases = [adapters.base_layer(layer) for layer in layers]
-        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        weights = [base.weight for base in bases]
+        biases = [base.bias if bias is None else bias for base in bases]
         later: list[list[adapters.Addition]] = []
         for place, layer in enumerate(layers):
             found = adapters.additions(layer) if layer is not bases[place] else []
@@ -160,6 +165,28 @@ class Settings:
             return ops.add_layer_norm(self.products("", x, dense)[0], residual, *scale, **after)
         return ops.linear_add_layer_norm(self.operand(x), *affine, residual, *scale, **after)
 
+    def rounded_mlp(self, x: Tensor, first: Any, activation: Any, second: Any, norm: Any) -> Tensor | None:
+        """`norm(x + second(gelu(first(x))))` where both products run in int8; None where they do not.
+
+        In one piece, since a hidden layer that is known to be one is rounded to finer levels.
+        """
+        layers = (first, second)
+        if (
+            norm.bias is None
+            or not is_erf_gelu(activation)
+            or any(adapters.base_layer(layer) is not layer for layer in layers)
+        ):
+            return None
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        if not all(map(int8.is_marked, weights)) or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+            return None
+        rows = x
+        if any(bias is not None and bias.dtype != x.dtype for bias in biases):
+            rows, biases = self.operand(x), [self.parameter(bias) for bias in biases]
+        summed = ops.mlp_residual(rows, weights[0], biases[0], weights[1], biases[1], x, backend=self.backend)
+        scale, shift = (t.to(summed.dtype) for t in (norm.weight, norm.bias))
+        return ops.layer_norm(summed, scale, shift, norm.eps, backend=self.backend)
+
     @contextmanager
     def own_types(self, device: torch.device) -> Iterator[None]:
         """Fused modules choose their types themselves: without gradients that is quicker than autocast."""
@@ -174,7 +201,7 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     """Weights and biases of several layers as those of one; kept under the name where no gradient is wanted."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
-        return torch.cat(weights), _joined(biases, [weight.shape[0] for weight in weights])
+        return int8.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -182,7 +209,8 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     return derived(name, sources, joined)
 
 
-def _joined(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Biases of several layers as one, zeros for a layer without; None if none has one."""
     given = [bias for bias in biases if bias is not None]
     if not given:
         return None
@@ -196,10 +224,12 @@ class Fused(nn.Module):
         bypassed: submodules whose parameters the fused computation reads without calling them, by dotted name, with
             the class that it takes each for (nn.Module: any). Where one of them is missing, it is ignored.
         joint: linear layers of one input, by the same names, that are multiplied together by `Settings.products`.
+        multiplies_in_int8: whether `accelerate(dtype="int8")` concerns its linear layers.
     """
 
     bypassed: ClassVar[Mapping[str, Kinds]] = {}
     joint: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    multiplies_in_int8: ClassVar[bool] = True
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -231,6 +261,10 @@ class Fused(nn.Module):
 
     def release(self) -> None:
         """Give up what the module holds because it is fused, just before it has its own class again."""
+        for name in type(self).bypassed:
+            part = find(self, name)
+            if part is not None:
+                int8.unmark(part._parameters.values())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and cannot be looked up by name, so it is made again.
@@ -348,6 +382,14 @@ def _unchanged(module: Fused) -> bool:
     return False
 
 
+def links(module: nn.Module) -> Any:
+    """What stands for the parts of a module that was found intact, another object once one was exchanged or observed.
+
+    None where it is not known without looking at every part.
+    """
+    return _seen.get(module)
+
+
 def _remember(module: Fused) -> bool:
     """Note the parts of a module that is intact, if each is of a class that is known without looking inside."""
     expected = type(module).bypassed
@@ -419,6 +461,12 @@ def is_fused(module: nn.Module) -> bool:
 def asks_beyond(call: Mapping[str, Any], understood: Collection[str]) -> bool:
     """True if a call has an argument that says something beside those that are understood."""
     return any(value is not None and value is not False and name not in understood for name, value in call.items())
+
+
+def wants_named(model: Any, call: dict[str, Any]) -> bool:
+    """True if a call asks for outputs by name rather than as a tuple."""
+    asked = call.get("return_dict")
+    return getattr(model.config, "return_dict", True) if asked is None else asked
 
 
 def is_erf_gelu(activation: Any) -> bool:

@@ -15,6 +15,7 @@ from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision
 from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
+from xfm_fast.replace.adapters import Adaptable, is_adapted
 from xfm_fast.replace.structure import Parts, branch_types, called, norm_behind, pre_norm
 from xfm_fast.replace.swap import (
     Kinds,
@@ -34,20 +35,20 @@ _MAYBE_DROP_PATH = (nn.Identity, DropPath)
 _BYPASSED: dict[str, Any] = {
     "norm1": _NORMS,
     "norm2": _NORMS,
-    "attn.qkv": nn.Linear,
-    "attn.q_proj": nn.Linear,
-    "attn.k_proj": nn.Linear,
-    "attn.v_proj": nn.Linear,
+    "attn.qkv": (nn.Linear, Adaptable),
+    "attn.q_proj": (nn.Linear, Adaptable),
+    "attn.k_proj": (nn.Linear, Adaptable),
+    "attn.v_proj": (nn.Linear, Adaptable),
     "attn.attn_drop": nn.Dropout,
-    "attn.proj": nn.Linear,
+    "attn.proj": (nn.Linear, Adaptable),
     "attn.proj_drop": nn.Dropout,
     "drop_path1": _MAYBE_DROP_PATH,
     "drop_path2": _MAYBE_DROP_PATH,
     "mlp": (Mlp, GluMlp, SwiGLU),
-    "mlp.fc1": nn.Linear,
-    "mlp.fc1_g": nn.Linear,
-    "mlp.fc1_x": nn.Linear,
-    "mlp.fc2": nn.Linear,
+    "mlp.fc1": (nn.Linear, Adaptable),
+    "mlp.fc1_g": (nn.Linear, Adaptable),
+    "mlp.fc1_x": (nn.Linear, Adaptable),
+    "mlp.fc2": (nn.Linear, Adaptable),
     "mlp.drop1": nn.Dropout,
     "mlp.drop2": nn.Dropout,
 }
@@ -71,15 +72,18 @@ class _TimmBlock(PreNormBlock):
     def parts(self, gammas: tuple[Tensor | None, Tensor | None], rope: Tensor | None = None) -> Parts:
         block: Any = self
         attn, mlp = block.attn, block.mlp
-        if attn.qkv is None:
-            qkv = tuple((layer.weight, layer.bias) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-        elif getattr(attn, "q_bias", None) is None:
-            qkv = ((attn.qkv.weight, attn.qkv.bias),)
-        else:
-            qkv = ((attn.qkv.weight, concatenated("qkv bias", attn.q_bias, attn.k_bias, attn.v_bias)),)
+        apart, bias, read = attn.qkv is None, None, ()
+        if not apart and getattr(attn, "q_bias", None) is not None:
+            bias = concatenated("qkv bias", attn.q_bias, attn.k_bias, attn.v_bias)
+            if is_adapted(attn.qkv) and not attn.qkv_bias_separate:
+                # timm reads the weight here and does not call the layer, so adapters have no effect.
+                read = ((attn.qkv.weight, bias),)
         return Parts(
             norms=(block.norm1, block.norm2),
-            qkv=qkv,
+            qkv=read,
+            projections=(attn.q_proj, attn.k_proj, attn.v_proj) if apart else () if read else (attn.qkv,),
+            qkv_bias=bias,
+            joins=not apart,
             heads=attn.num_heads,
             scale=getattr(attn, "scale", 1.0),
             proj=attn.proj,

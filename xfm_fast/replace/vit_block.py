@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu.attention import biased_attention
-from xfm_fast.replace.structure import Order, Parts, branch_types, pre_norm
+from xfm_fast.replace.structure import Attend, Order, Parts, branch_types, pre_norm
 from xfm_fast.replace.swap import Fused, Settings, find, why_not_bypassed
 
 
@@ -103,15 +103,22 @@ class PreNormBlock(Fused):
         return x.ndim == 3 and x.numel() > 0 and self.intact()
 
     def compute(
-        self, parts: Parts, x: Tensor, bias: Bias = None, *, causal: bool = False, order: Order = pre_norm
+        self,
+        parts: Parts,
+        x: Tensor,
+        bias: Bias = None,
+        *,
+        causal: bool = False,
+        order: Order = pre_norm,
+        packed: Attend | None = None,
     ) -> Tensor:
-        """`[B, N, width]` → `[B, N, width]`; bias and causal as in `attention`."""
+        """`[B, N, width]` → `[B, N, width]`; bias and causal as in `attention`. Or `[T, width]`, by its attention."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
             return attention(q, k, v, parts.scale, bias, settings, dropout_p=dropout_p, causal=causal)
 
         with branch_types(self.settings, x.device) as settings:
-            return order(parts, x, attend, settings)
+            return order(parts, x, packed or attend, settings)
 
     def is_erf_gelu(self, name: str) -> bool:
         """True if a part is the erf form of GELU, and may be computed around."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from xfm_fast.checkpoint import write_bytes, write_files
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
+from xfm_fast.documents import MOST_JSON_BYTES, is_plain_name, read_bytes, require_file
 from xfm_fast.errors import DataError, StorageError
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import XFM
@@ -154,13 +155,17 @@ def open_index(path: str | os.PathLike[str]) -> SearchIndex:
 
 def _read(folder: Path) -> SearchIndex:
     try:
-        said = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        # Names of images may hold what no other text of ours may: bytes that are no UTF-8.
+        said = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
         if said["format"] != FORMAT_VERSION:
             raise DataError(
                 f"{folder} has format {said['format']!r}, and this version reads {FORMAT_VERSION}; delete it and index "
                 "again"
             )
-        lines = (folder / said["entries"]).read_text(encoding="utf-8").splitlines()
+        for name in (said["entries"], said["features"], said["graph"]):
+            if name is not None and not is_plain_name(name):
+                raise ValueError(f"{name!r} is no file of this folder")
+        lines = require_file(folder / said["entries"]).read_text(encoding="utf-8").splitlines()
         count, width = int(said["images"]), int(said["width"])
         entries = [_entry(json.loads(line)) for line in lines]
         features: np.ndarray = np.empty((0, width), np.float32)
@@ -356,7 +361,7 @@ def _parts(folder: Path, model: SearchModel) -> list[_Part]:
             faults = [line.pop("fault") for line in lines]
             features = np.fromfile(path.with_suffix(".f32"), np.float32).reshape(-1, width)
             part = _Part([_entry(line) for line in lines], features, faults)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             # A part that is damaged is made again.
             continue
         if len(features) == faults.count(None):
@@ -416,6 +421,8 @@ def _assemble(
     with_graph = wants_graph(graph, len(kept))
     same = old is not None and (kept, broken, reasons) == (old.entries, old.broken, old.faults)
     if same and not todo and old is not None and with_graph == (old.graph_file is not None):
+        # A run that was killed behind its last rename has left what it was made of.
+        _tidy(folder)
         return report
     name = secrets.token_hex(6)
     files = {"features": f"features-{name}.f32", "entries": f"images-{name}.jsonl"}
@@ -443,13 +450,19 @@ def _assemble(
         writers[folder / files["graph"]] = lambda file: file.write(stored)
     write_files(writers)
     write_bytes({folder / INDEX_FILE: (json.dumps(said, indent=1) + "\n").encode()})
+    _tidy(folder)
+    return report
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the files that the index does not consist of."""
+    said = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
     for path in [
         each for kind in ("part-*", "features-*.f32", "images-*.jsonl", "graph-*") for each in folder.glob(kind)
     ]:
-        if path.name not in files.values():
+        if path.name not in (said["entries"], said["features"], said["graph"]):
             with suppress(OSError):
                 path.unlink()
-    return report
 
 
 @contextmanager

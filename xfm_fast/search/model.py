@@ -14,7 +14,7 @@ from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, UnavailableError
 from xfm_fast.finetuning.kinds import model_folder, task_of
 from xfm_fast.models.processor import read_tokenizer
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.xfm import XFM, Precision
 from xfm_fast.tasks.reranking import checksum
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -58,13 +58,14 @@ class SearchModel:
 
 
 def open_model(
-    source: str | Path | ModelSource, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path | ModelSource, *, device: str | torch.device = "cpu", dtype: Precision = torch.float32
 ) -> SearchModel:
     """Load a model to search with.
 
     Args:
         source: see `ModelSource`.
-        device, dtype: of the model. Features of another dtype are near enough to search each other's indexes.
+        device, dtype: of the model; dtype may be "int8", see `XFM.quantise`. Features of another dtype are near
+            enough to search each other's indexes.
 
     Raises:
         CheckpointError: there is no such model, it is damaged, or of a task that does not retrieve.
@@ -83,7 +84,7 @@ def open_model(
         )
     # Of the stored weights, so that an index made in bf16 is that of the same model.
     found = fingerprint(model)
-    return SearchModel(model.to(device=device, dtype=dtype).eval(), source, found)
+    return SearchModel(model.to(device).cast(dtype).eval(), source, found)
 
 
 def fingerprint(model: XFM) -> str:

@@ -21,14 +21,16 @@ from xfm_fast.export.session import Session
 from xfm_fast.export.session.ranking import SessionRanks
 from xfm_fast.export.slots import largest
 from xfm_fast.models.processor import TOKENIZER_FILE, read_tokenizer
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.xfm import XFM, Precision
 from xfm_fast.search.model import ModelSource, open_model
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES: dict[str, Precision] = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": "int8",
+}  # fmt: skip
 # What the official evaluation cuts captions to.
 _MOST_TOKENS = 40
 _BUDGETS = {"cpu": 4096, "cuda": 65536}
@@ -198,7 +200,7 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
     words = None if options.tokenizer is None else str(options.tokenizer)
     if path is not None and path.expanduser().is_file():
         file = path.expanduser()
-        model, source, name = _official(file, options).to(device, dtype).eval(), str(path), file.stem
+        model, source, name = _official(file, options).to(device).cast(dtype).eval(), str(path), file.stem
     else:
         if options.config is not None:
             raise InputError(f"--config {options.config} gives the sizes of an official checkpoint file; leave it out")
@@ -211,6 +213,8 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
     heads = tuple(head for head in ("contrastive", "matching") if head in model.heads)
     if not model.config.fusion_layers:
         heads = tuple(head for head in heads if head != "matching")
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        model.freeze()
     return ServedModel(
         options.name or name, source, path is None, heads, model.tokenizer, device,
         ModelRanks(model.requires_grad_(False)), cache_bytes, min(_MOST_TOKENS, model.config.max_text_length),

@@ -375,9 +375,14 @@ def _restore(journal: ScoreJournal, candidates: Candidates, scores: Tensor) -> s
 
 
 def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates) -> str:
-    """A digest of all that decides the scores; features stand in for image embeddings too large to read twice."""
+    """A digest of all that decides the scores, patch embeddings included: a pass over them is nothing beside fusion."""
     digest = hashlib.sha256(scorer.fingerprint().encode())
     digest.update(f"{[*images.embeds.shape]} {images.embeds.dtype} {texts.tokens.dtype}".encode())
+    embeds = 0
+    # Slice by slice, because they may lie in a file that is larger than memory.
+    for part in images.embeds.split(64):
+        embeds = checksum(part, embeds)
+    digest.update(f"{embeds:08x}".encode())
     for tensor in (images.features, texts.features, texts.tokens, texts.lengths, candidates.cu_pairs, candidates.texts):
         digest.update(f"{checksum(tensor):08x}".encode())
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.memory import create_mapped
+from xfm_fast.models import inputs
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import Packing
 from xfm_fast.tasks.reranking import (
@@ -207,7 +208,8 @@ def rerank(
             image_features = torch.cat([model.project_image(part) for part in tokens])
         if text_features is None:
             text_features = model.project_text(text_embeds)
-        packing = Packing.from_mask(attention_mask)
+        mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
+        packing = Packing.from_mask(mask)
         texts = TextIndex(packing.pack(text_embeds), packing.cu_seqlens.diff().long(), text_features)
     retriever = Retriever(model, token_budget=token_budget)
     return retriever.rerank(ImageIndex(image_embeds, image_features), texts, k, resume=resume, progress=progress)

@@ -13,7 +13,7 @@ from xfm_fast import checkpoint
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.hub import Download, local_folder
 from xfm_fast.models.processor import read_tokenizer
-from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head
+from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head, Precision
 from xfm_fast.tokenizer import CaptionTokenizer
 
 
@@ -70,7 +70,7 @@ class TaskModel(XFM):
         config: XFMConfig,
         *,
         heads: Iterable[Head] = (),
-        dtype: torch.dtype = torch.float32,
+        dtype: Precision = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **options: Any,
     ) -> Self:
@@ -84,7 +84,7 @@ class TaskModel(XFM):
         model = cls(config, **options)
         model.tokenizer = None if tokenizer is None else read_tokenizer(tokenizer, config)
         model.load_official(source)
-        return model.to(dtype).eval()
+        return model.cast(dtype).eval()
 
     @classmethod
     def from_pretrained(
@@ -92,7 +92,7 @@ class TaskModel(XFM):
         folder: str | Path,
         *,
         heads: Iterable[Head] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: Precision = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **options: Any,
     ) -> Self:
@@ -112,4 +112,4 @@ class TaskModel(XFM):
         if result.fresh:
             model._start_own_parts(files.state | (files.unused or {}), result.fresh)
         model.load_tokenizer(tokenizer, place)
-        return model.to(dtype).eval()
+        return model.cast(dtype).eval()

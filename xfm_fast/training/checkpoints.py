@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -53,6 +53,7 @@ from xfm_fast.training.shards import read_shards, write_shards
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, TENSORS, SHARDED, MODEL = "manifest.json", "state.json", "training.safetensors", "sharded", "model"
+KERNELS = "cpu_kernels.json"
 _PREFIX = "step-"
 CODES = "image_codes"
 """Submodule of a model in training whose MIM predicts codes; see `xfm_fast.objectives.ImageCodes`."""
@@ -76,6 +77,9 @@ class Progress:
     batches: dict[str, int] = field(default_factory=dict)
 
 
+_Kernels = list[list[tuple[str, Literal["float64", "float32", "bfloat16", "float16"], str]]]
+
+
 class _Groups(BaseModel):
     groups: list[list[str]]
     numbers: dict[str, Any]
@@ -92,7 +96,7 @@ class _State(BaseModel):
     world_size: int = Field(gt=0)
     scaler: dict[str, Any]
     optimizer: _Groups
-    cpu_kernels: list[list[tuple[str, Literal["float64", "float32", "bfloat16", "float16"], str]]]
+    cpu_kernels: _Kernels
     recipe: dict[str, Any]
 
 
@@ -119,7 +123,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
     final = folder / f"{_PREFIX}{progress.step:08d}"
     temporary = folder / f".{final.name}.tmp"
     random_states = processes.gather(random_state(processes.device))
-    kernels = processes.gather([[s.operation, str(s.dtype).removeprefix("torch."), s.chosen] for s in selections()])
+    kernels = processes.gather(_chosen_kernels())
     groups = _group_names(progress.model, progress.optimizer)
     names = [name for group in groups for name in group]
     # Optimizer state by the name of its parameter; what is no tensor goes into `state.json`.
@@ -193,6 +197,35 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
         for old in folder.glob(f".{_PREFIX}*.old"):
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def note_kernels(folder: Path, processes: Processes) -> None:
+    """Write which of the CPU's kernels every process has chosen, once it has; called by all processes.
+
+    A run that is killed before its first checkpoint then repeats itself, instead of choosing anew by the clock.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    kernels = processes.gather(_chosen_kernels())
+    if processes.first and any(kernels):
+        write_bytes({folder / KERNELS: json.dumps(kernels).encode()})
+
+
+def settle_kernels(folder: Path, processes: Processes) -> None:
+    """Take the kernels that `note_kernels` wrote for as many processes; nothing where there is no such file."""
+    try:
+        noted = TypeAdapter(_Kernels).validate_python(read_json(folder / KERNELS))
+    except (OSError, ValueError):
+        # What is damaged decides nothing: the choice is made anew.
+        return
+    if len(noted) == processes.world_size:
+        for operation, dtype, chosen in noted[processes.rank]:
+            settle(operation, getattr(torch, dtype), chosen)
+
+
+def _chosen_kernels() -> list[list[str]]:
+    return [[each.operation, str(each.dtype).removeprefix("torch."), each.chosen] for each in selections()]
 
 
 def of_the_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -18,7 +18,7 @@ from torch import Tensor
 from xfm_fast.batches import Batch
 from xfm_fast.checkpoint import hold
 from xfm_fast.data.streams import BatchSource, load_batches
-from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.errors import ConfigError, InputError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints
@@ -111,6 +111,9 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(recipe.device))
         processes.from_first(lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}")))
+        # What is refused before its first step leaves no vocabulary, no codebook and no log in the folder.
+        opening = stack.enter_context(ExitStack())
+        processes.from_first(lambda: opening.enter_context(_undone_where_refused(folder)))
         processes.from_first(on_start or (lambda: None))
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):
@@ -193,6 +196,7 @@ def train(
         work, metrics, logged, clock = Work(recipe, processes), {}, progress.step, time.perf_counter()
         interrupted = False
 
+        opening.close()
         while progress.step < recipe.steps and not interrupted:
             step = progress.step + 1
             log_now = step % recipe.log.every == 0 or step % recipe.checkpoint.every == 0 or step == recipe.steps
@@ -243,6 +247,8 @@ def train(
             if average is not None:
                 average.update()
             progress.step = step
+            if step == 1:
+                checkpoints.note_kernels(folder, processes)
             interrupted = processes.any(stop.is_set()) and step < recipe.steps
             log.advance(step)
 
@@ -260,6 +266,7 @@ def train(
             if on_step is not None and (told := on_step(step, model, average)):
                 log.write(step, told)
             if step % recipe.checkpoint.every == 0 or step == recipe.steps or interrupted:
+                log.sync()
                 checkpoints.save(
                     progress,
                     recipe.model_dump(mode="json"),
@@ -275,10 +282,28 @@ def train(
         return TrainResult(progress.step, model, average, metrics, interrupted)
 
 
+@contextmanager
+def _undone_where_refused(folder: Path) -> Iterator[None]:
+    """Remove the files that a block has put into a folder, where it ends in an error that the user shall mend.
+
+    Its folders stay: a quarantine names the rows that the error is about.
+    """
+    before = set(folder.iterdir())
+    try:
+        yield
+    except XFMError:
+        with suppress(OSError):
+            for path in folder.iterdir():
+                if path not in before and path.is_file():
+                    path.unlink()
+        raise
+
+
 def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list[str], dict[str, Tensor] | None]:
     """Go on from the newest whole checkpoint; returns messages for the user, and the random state of this process."""
     found = processes.from_first(lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints"))
     if found is None:
+        checkpoints.settle_kernels(Path(recipe.checkpoint.folder), processes)
         return [], None
     notes = [*found.rejected, f"going on from {found.path}"]
     before, world = found.state["recipe"], found.state["world_size"]

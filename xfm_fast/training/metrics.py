@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -189,6 +190,15 @@ class RunLog:
             self._bar.update(self._task, description=shown)
         else:
             print(f"step {step}  {shown}", file=sys.stderr, flush=True)
+
+    def sync(self) -> None:
+        """Put the lines so far on the disk: a checkpoint that survives a power cut does not write them again."""
+        if not self._writes:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written ({error.strerror or error}); free space") from error
 
     def __enter__(self) -> Self:
         return self

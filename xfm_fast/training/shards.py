@@ -29,9 +29,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from xfm_fast.documents import read_bytes
 from xfm_fast.errors import CheckpointError
 
 CONTENTS = ".metadata"
+# Some hundred bytes for each shard of each tensor.
+_MOST_BYTES = 1 << 28
 _ANOTHER = "delete that checkpoint to go on from an earlier one, or set checkpoint.folder to a new folder"
 
 
@@ -90,7 +93,7 @@ def read_contents(folder: Path) -> Metadata:
     """
     path = folder / CONTENTS
     try:
-        return _contents(_Unpickler(io.BytesIO(path.read_bytes())).load())
+        return _contents(_Unpickler(io.BytesIO(read_bytes(path, _MOST_BYTES))).load())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_ANOTHER}") from None
     except _UnknownName as error:

@@ -159,6 +159,7 @@ def test_a_builder_without_a_network_is_no_traceback(
         engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), [])
 
 
+@pytest.mark.slow
 def test_fp16_engines_from_graphs_made_for_everybody(exported_fp16: Path, tmp_path: Path) -> None:
     """Attention as a node with a body of its own, of which TensorRT takes the body."""
     library, exported = rtx(), Manifest.load(exported_fp16)

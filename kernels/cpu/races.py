@@ -1,0 +1,49 @@
+"""Every operation that this processor chooses an implementation for, all compared at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import attention, losses, products
+from .selection import Selection, compared
+
+
+class Race(NamedTuple):
+    """The candidates of an operation, the operands that are timed, and the FLOPs that these take."""
+
+    candidates: dict[str, Callable[..., Tensor]]
+    example: Callable[[torch.dtype], tuple[Any, ...]]
+    flops: int
+
+
+def races() -> dict[str, Race]:
+    """All operations by name. What the products of few rows choose from has no second copy of the weights."""
+    found: dict[str, Race] = {}
+    for operation, candidates in products.CANDIDATES.items():
+        light = {name: candidate for name, candidate in candidates.items() if "packed" not in name}
+        for name, some in ((operation, candidates), (f"{operation} of few rows", light)):
+            x, weight, *_ = products.EXAMPLES[name](torch.float32)
+            found[name] = Race(some, products.EXAMPLES[name], 2 * x.shape[0] * weight.numel())
+    for name, (candidates, example) in products.TRAINED.items():
+        x, other, *_ = example(torch.float32)
+        found[name] = Race(candidates, example, 2 * x.numel() * other.shape[1])
+    for name, (candidates, example) in attention.RACES.items():
+        q, k, *_ = example(torch.float32)
+        found[name] = Race(candidates, example, 4 * q.numel() * k.shape[1])
+    for role in losses.ROLES:
+        x, y = losses.example(role, torch.float32)
+        found[role] = Race(losses.PRODUCTS, partial(losses.example, role), 2 * x.numel() * y.shape[0])
+    return found
+
+
+def compare_all(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[Selection, Race]]:
+    """The choice of every operation in these types, made now or known already."""
+    every = races()
+    for dtype in dtypes:
+        for operation, race in every.items():
+            yield compared(operation, race.candidates, race.example, dtype), race

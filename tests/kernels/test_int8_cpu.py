@@ -1,0 +1,216 @@
+"""Linear layers in int8 on CPU: their definition with rounded floats, and the marks that send a weight there."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.cpu import int8
+
+needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+# Several slices of rows (of few threads), one row, none.
+ROWS = [(2, 450), (1,), (0, 3)]
+
+
+def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Linear:
+    made = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    nn.init.normal_(made.weight, std=0.3)
+    # Channels of different sizes, of which one scale for all would leave nothing.
+    made.weight.mul_(torch.logspace(-3, 3, outputs)[:, None])
+    return made.to(dtype)
+
+
+def tokens(shape: tuple[int, ...], width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(*shape, width)
+    return (x * torch.logspace(-3, 3, x.shape[-2] if len(shape) > 1 else 1)[:, None]).to(dtype)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """The largest error, relative to the largest value of its row and channel."""
+    if not wanted.numel():
+        return 0.0
+    wide, scale = wanted.float(), wanted.float().abs()
+    return float(((found.float() - wide).abs() / (scale + scale.mean(-1, keepdim=True))).max())
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_rounded_floats(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    made, x = layer(72, 100, dtype, bias=bias), tokens(shape, 72, dtype)
+    rounded_x, rounded_w = reference.as_int8(x), reference.as_int8(made.weight)
+    wide_bias = None if made.bias is None else made.bias.float()
+    residual, gamma = torch.randn(*shape, 100).to(dtype), torch.rand(100).to(dtype)
+    int8.mark([made.weight])
+    given, band = (x, made.weight, made.bias), 1e-5 if dtype == torch.float32 else 2.0**-6
+    wanted = reference.linear(rounded_x, rounded_w, wide_bias)
+    found = ops.linear(*given)
+    assert found.dtype == dtype
+    assert found.shape == wanted.shape
+    assert relative(found, wanted) < band
+    wanted = reference.linear_gelu(rounded_x, rounded_w, wide_bias)
+    assert relative(ops.linear_gelu(*given), wanted) < band
+    for scale in (None, gamma):
+        wide_scale = None if scale is None else scale.float()
+        wanted = reference.linear_residual(rounded_x, rounded_w, wide_bias, residual.float(), wide_scale, None)
+        found = ops.linear_residual(*given, residual, gamma=scale)
+        assert found.dtype == dtype
+        assert relative(found, wanted) < band
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    first, second, x = layer(64, 160, dtype), layer(160, 64, dtype), torch.randn(3, 301, 64).to(dtype)
+    first.weight.copy_(torch.randn(160, 64))
+    residual, gamma = torch.randn_like(x), torch.rand(64).to(dtype)
+    rounded = [reference.as_int8(part.weight) for part in (first, second)]
+    hidden = reference.linear_gelu(reference.as_int8(x), rounded[0], first.bias.float())
+    wanted = reference.linear_residual(
+        reference.as_int8(hidden, gelu=True), rounded[1], second.bias.float(), residual.float(), gamma.float(), None
+    )
+    int8.mark([first.weight, second.weight])
+    found = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, residual, gamma=gamma)
+    # A hidden value on the edge between two levels may fall on either side.
+    assert relative(found, wanted) < (2e-3 if dtype == torch.float32 else 2.0**-6)
+    norm = nn.LayerNorm(64).requires_grad_(False).to(dtype)
+    normed, summed = ops.linear_add_layer_norm(
+        hidden.to(dtype), second.weight, second.bias, residual, norm.weight, norm.bias, norm.eps
+    )
+    assert torch.equal(summed, ops.linear_residual(hidden.to(dtype), second.weight, second.bias, residual))
+    assert relative(normed, torch.nn.functional.layer_norm(summed.float(), (64,))) < 2.0**-6
+
+
+@needs_int8
+def test_a_row_depends_on_itself_alone() -> None:
+    torch.manual_seed(0)
+    made, x = layer(64, 96), torch.randn(500, 64)
+    int8.mark([made.weight])
+    whole = ops.linear(x, made.weight, made.bias)
+    x[1:] *= 1000
+    assert torch.equal(ops.linear(x, made.weight, made.bias)[0], whole[0])
+    assert torch.equal(ops.linear(x[:1], made.weight, made.bias)[0], whole[0])
+
+
+@needs_int8
+def test_hidden_layers_with_and_without_large_values() -> None:
+    torch.manual_seed(0)
+    first, second, residual = layer(64, 160), layer(160, 64), torch.zeros(4, 64)
+    first.weight.copy_(torch.randn(160, 64) / 8)
+    x = torch.randn(4, 64) * torch.tensor([0.0, 0.01, 1.0, 100.0])[:, None]
+    int8.mark([first.weight, second.weight])
+    hidden = ops.linear_gelu(x, first.weight, None)
+    assert float(hidden[1].max()) < 0.17 < 10 < float(hidden[3].max())
+    rounded = reference.as_int8(hidden, gelu=True)
+    assert float((rounded - hidden).abs().amax(1).div(hidden.amax(1).div(446).clamp_min(0.17 / 64)).max()) < 1 + 1e-4
+    wanted = reference.linear(rounded, reference.as_int8(second.weight), None)
+    found = ops.mlp_residual(x, first.weight, None, second.weight, None, residual)
+    assert relative(found, wanted) < 2e-3
+
+
+@needs_int8
+def test_zeros_and_nan() -> None:
+    made = layer(32, 48)
+    made.weight[3] = 0
+    int8.mark([made.weight])
+    x = torch.zeros(3, 32)
+    x[1, 5], x[2] = float("nan"), 1.0
+    found = ops.linear(x, made.weight, made.bias)
+    assert torch.equal(found[0], made.bias)
+    assert found[1].isnan().all()
+    assert found[2].isfinite().all()
+    assert found[2, 3] == made.bias[3]
+
+
+@needs_int8
+def test_marks_leave_the_parameter_as_it_was() -> None:
+    made = nn.Linear(64, 96)
+    weight, before = made.weight, made.weight.detach().clone()
+    x = torch.randn(5, 64)
+    exact = made(x).detach()
+    int8.mark([weight])
+    assert made.weight is weight
+    assert isinstance(weight, nn.Parameter)
+    assert type(made.state_dict()["weight"]) is Tensor
+    assert int8.is_marked(copy.deepcopy(made).weight)
+    assert int8.is_marked(pickle.loads(pickle.dumps(made)).weight)
+    # With a gradient, products are exact.
+    assert torch.allclose(ops.linear(x, weight, made.bias), exact, atol=1e-5)
+    ops.linear(x, weight, made.bias).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        rounded = ops.linear(x, weight, made.bias)
+        assert not torch.allclose(rounded, exact, atol=1e-5)
+        weight.mul_(2)
+        assert torch.allclose(ops.linear(x, weight, None), 2 * (rounded - made.bias), rtol=1e-4, atol=1e-5)
+        weight.copy_(before)
+        int8.unmark([weight, made.bias, None])
+        assert type(weight) is nn.Parameter
+        assert torch.allclose(ops.linear(x, weight, made.bias), exact, atol=1e-5)
+
+
+@needs_int8
+def test_weights_side_by_side_are_marked_if_all_are() -> None:
+    first, second = layer(64, 32), layer(64, 32)
+    int8.mark([first.weight])
+    assert not int8.is_marked(int8.side_by_side((first.weight, second.weight)))
+    int8.mark([second.weight])
+    joined = int8.side_by_side((first.weight, second.weight))
+    x = torch.randn(4, 64)
+    assert torch.equal(ops.linear(x, joined, None)[:, :32], ops.linear(x, first.weight, None))
+
+
+@needs_int8
+def test_other_types_than_those_of_activations() -> None:
+    """A weight stored in fp32 serves bf16 activations, in int8 and with gradients; other misfits are refused."""
+    made, x = layer(64, 96), torch.randn(7, 64).bfloat16()
+    int8.mark([made.weight])
+    bias = made.bias.bfloat16()
+    rounded = reference.linear(reference.as_int8(x), reference.as_int8(made.weight), made.bias)
+    assert relative(ops.linear(x, made.weight, bias), rounded) < 2.0**-6
+    assert ops.linear(x.requires_grad_(), made.weight, bias).dtype == torch.bfloat16
+    with pytest.raises(InputError, match="bias"):
+        ops.linear(x, made.weight, made.bias)
+    with pytest.raises(InputError, match="weight"):
+        ops.linear(x[:, 1:], made.weight, bias)
+
+
+@needs_int8
+def test_compilers_see_floats() -> None:
+    made, x = layer(64, 96), torch.randn(5, 64)
+    exact = ops.linear(x, made.weight, made.bias)
+    int8.mark([made.weight])
+    compiled = torch.compile(lambda x: ops.linear(x, made.weight, made.bias), backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+
+
+def test_a_processor_without_such_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "_pack", lambda weight: torch.ops.onednn.no_such_operator(weight))
+    int8.why_not.cache_clear()
+    try:
+        weight = nn.Parameter(torch.randn(4, 4))
+        with pytest.raises(UnavailableError, match=r"int8.*not offered here"):
+            int8.mark([weight])
+        assert type(weight) is nn.Parameter
+    finally:
+        int8.why_not.cache_clear()
+
+
+@needs_int8
+def test_sums_that_are_cut_off_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = int8._multiplied
+    monkeypatch.setattr(int8, "_multiplied", lambda *given, **rest: exact(*given, **rest).clamp(max=200))
+    int8.why_not.cache_clear()
+    try:
+        assert "cut off" in (int8.why_not() or "")
+    finally:
+        int8.why_not.cache_clear()

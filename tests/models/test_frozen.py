@@ -1,0 +1,148 @@
+"""`XFM.freeze`: the same results from weights in another layout, and everything as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xfm_fast import XFM, XFMConfig
+from xfm_fast.errors import InputError
+from xfm_fast.export.graphs import build
+from xfm_fast.kernels.cpu import products
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor does faster."""
+    monkeypatch.setattr(products, "prefers_onednn", lambda dtype: True)
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> XFM:
+    made = XFM(XFMConfig.preset("tiny")).eval().to(getattr(request, "param", torch.float32))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith(("gamma_1", "gamma_2", "bias_table")):
+                parameter.normal_()
+    return made
+
+
+def results(model: XFM) -> list[Tensor]:
+    torch.manual_seed(1)
+    config = model.config
+    pixels = torch.randn(2, 3, config.image_size, config.image_size)
+    ids = torch.randint(5, config.vocab_size, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    with torch.inference_mode():
+        image, text = model.encode_image(pixels), model.encode_text(ids, mask)
+        memory, of = model.image_memory(image), torch.tensor([0, 1, 1])
+        first = model.fuse(text, mask, memory, of, first_token_only=True)
+        few = model.encode_text(ids[:1, :2])
+        return [image, text, few, model.fuse(text, mask, memory, of), model.match_logits(first), first]
+
+
+def encoder_weights(model: XFM) -> list[Tensor]:
+    layers = [m for part in model.children() for m in part.modules() if isinstance(m, nn.Linear)]
+    return [layer.weight for layer in layers]
+
+
+@pytest.mark.parametrize("model", DTYPES, indirect=True)
+def test_a_frozen_model_gives_the_same_results(model: XFM) -> None:
+    expected, dtype = results(model), model.dtype
+    assert model.freeze() is model
+    assert sum(w.is_mkldnn for w in encoder_weights(model)) > 20
+    # Many layers of rounding, in another order.
+    allowed = 200 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.1
+    for found, right in zip(results(model), expected, strict=True):
+        assert found.dtype == dtype
+        assert float((found - right).abs().max()) <= allowed * float(right.abs().max())
+    model.unfreeze()
+    for found, right in zip(results(model), expected, strict=True):
+        assert torch.equal(found, right)
+
+
+def test_parameters_keep_names_and_identity_and_give_up_their_memory(model: XFM, tmp_path: Path) -> None:
+    before, held = dict(model.named_parameters()), {n: t.clone() for n, t in model.state_dict().items()}
+    trained = {name for name, p in before.items() if p.requires_grad}
+    model.freeze()
+    assert [name for name, _ in model.named_parameters()] == list(before)
+    assert not any(p.requires_grad for p in model.parameters())
+    kept: Any = model.vision_encoder.blocks[0]
+    assert before["vision_encoder.blocks.0.mlp.fc1.weight"].numel() == 0
+    assert kept.mlp.fc1.weight.shape == (kept.mlp.fc1.out_features, kept.mlp.fc1.in_features)
+    state = model.state_dict()
+    assert list(state) == list(held)
+    assert all(torch.equal(state[name], value) for name, value in held.items())
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(t, held[n]) for n, t in XFM.from_pretrained(tmp_path).state_dict().items())
+    model.freeze()
+    model.unfreeze()
+    model.unfreeze()
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert {name for name, p in after.items() if p.requires_grad} == trained
+    assert all(torch.equal(t, held[n]) for n, t in model.state_dict().items())
+
+
+def through_pickle(model: XFM) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+def test_copies_of_a_frozen_model(model: XFM, duplicate: Callable[[XFM], XFM]) -> None:
+    held = {n: t.clone() for n, t in model.state_dict().items()}
+    expected = results(model.freeze())
+    twin = duplicate(model)
+    model.unfreeze()
+    for found, right in zip(results(twin), expected, strict=True):
+        assert torch.equal(found, right)
+    twin.unfreeze()
+    assert all(torch.equal(t, held[n]) for n, t in twin.state_dict().items())
+
+
+def test_a_converted_model_is_not_frozen(model: XFM) -> None:
+    first: Any = model.vision_encoder.blocks[0]
+    held = first.mlp.fc1.weight.detach().clone()
+    model.freeze().to(torch.bfloat16)
+    weight = first.mlp.fc1.weight
+    assert weight.layout == torch.strided
+    assert torch.equal(weight, held.bfloat16())
+
+
+def test_what_a_frozen_model_refuses(model: XFM) -> None:
+    state = model.state_dict()
+    with pytest.raises(InputError, match=r"call eval\(\) first"):
+        model.train().freeze()
+    model.eval().freeze()
+    pixels = torch.randn(1, 3, model.config.image_size, model.config.image_size)
+    for refused in (
+        lambda: model.train(),
+        lambda: model.load_state_dict(state),
+        lambda: model.encode_image(pixels.requires_grad_()),
+        lambda: build("text", model, "onnx"),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(InputError, match=r"unfreeze\(\)"):
+            refused()
+    with pytest.raises(InputError, match=r"unfreeze\(\)"), torch.autocast("cpu", torch.bfloat16):
+        model.encode_text(torch.full((1, 3), 7))
+    with pytest.raises(InputError, match="float64"):
+        XFM(model.config).eval().double().freeze()
+
+
+def test_shared_and_watched_weights_stay_as_they_are(model: XFM) -> None:
+    blocks: Any = model.vision_encoder.blocks
+    blocks[0].mlp.fc1.weight = blocks[1].mlp.fc1.weight
+    blocks[0].attn.proj.register_forward_hook(lambda *_: None)
+    model.freeze()
+    assert not any(layer.weight.is_mkldnn for layer in (blocks[0].mlp.fc1, blocks[1].mlp.fc1, blocks[0].attn.proj))
+    assert blocks[0].mlp.fc2.weight.is_mkldnn

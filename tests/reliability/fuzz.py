@@ -1,0 +1,508 @@
+"""Every format that a stranger may have written, damaged at random: read, or refused by an error of ours, in bounds.
+
+`make fuzz` gives each format 100,000 inputs; `test_fuzz.py` a few. An input is a whole file of the format to which
+some edits were done: bytes turned, cut, repeated, moved, or replaced by numbers and words that readers trip over. Where
+a checksum would refuse nearly all of them, the edits are done to what it covers and the sum is made anew: the pickle in
+a checkpoint, the header of a safetensors file, the chunks of a PNG, the files that a manifest lists.
+
+Two bounds hold for every input: resident memory rises by at most 256 MiB at any moment of the read, and the read takes
+at most 10 seconds of the processor's time (asked of `make fuzz` alone; the files are of a few kilobytes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from tests.data.record_files import pair, picture, tiny_tokenizer, write_tar
+from xfm_fast.checkpoint import read_state_dict
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import RetrievalRecord, VQARecord, read_annotations
+from xfm_fast.data.files import read_plain_pickle
+from xfm_fast.data.images import decode_image, decode_pixels
+from xfm_fast.data.records import LineFile, ShardFile
+from xfm_fast.data.tables import read_table
+from xfm_fast.documents import parse_json, parse_yaml
+from xfm_fast.errors import DataError, XFMError
+from xfm_fast.export.manifest import Manifest, new_manifest
+from xfm_fast.search.index import INDEX_FILE, open_index
+from xfm_fast.tasks.heatmap import read_detections
+from xfm_fast.tasks.reranking import ScoreJournal
+from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training import checkpoints
+from xfm_fast.training.metrics import read_log
+from xfm_fast.training.recipe import read_recipe
+from xfm_fast.training.shards import read_contents
+
+MOST_BYTES = 256 << 20
+MOST_SECONDS = 10.0
+
+Edit = tuple[str, float, float, bytes]
+_NUMBERS = [struct.pack(form, value) for form in ("<I", ">I", "<Q", ">Q") for value in (0, 1, 1 << 31, (1 << 32) - 1)]
+_WORDS = [
+    *(b"\0" * 16, b"\xff" * 8, b"\n", b"\r\n", b'"', b"null", b"true", b"-1", b"1e999", b"NaN", b"9" * 30),
+    *(
+        b"[" * 200,
+        b"{" * 200,
+        b"&a [*a]",
+        b"!!python/object/apply:os.system [x]",
+        b"\\ud800",
+        b"\xc3\x28",
+        b"\xef\xbb\xbf",
+    ),
+    *(b"../../x", b"/etc/passwd", b"PK\x03\x04", b"cos\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"\x80\x04"),
+    *(b"\xef\xbb\xbf", b"R", b"\x85", b".", b"q\xff", b"j\xff\xff\xff\x7f"),
+]
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(["turn", "cut", "end", "repeat", "move", "insert", "replace", "fill"]),
+        st.floats(0, 1),
+        st.floats(0, 1),
+        st.sampled_from(_NUMBERS + _WORDS) | st.binary(min_size=1, max_size=8),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def edited(data: bytes, changes: list[Edit]) -> bytes:
+    """The data with all edits done, one after the other."""
+    for kind, first, second, content in changes:
+        at, length = int(first * len(data)), 1 + int(second * second * len(data) / 4)
+        if kind == "turn":
+            data = data[:at] + bytes(byte ^ content[0] for byte in data[at : at + 1]) + data[at + 1 :]
+        elif kind == "cut":
+            data = data[:at] + data[at + length :]
+        elif kind == "end":
+            data = data[:at]
+        elif kind == "repeat":
+            data = data[:at] + data[at : at + length] * 3 + data[at + length :]
+        elif kind == "move":
+            part, rest = data[at : at + length], data[:at] + data[at + length :]
+            to = int(second * len(rest))
+            data = rest[:to] + part + rest[to:]
+        elif kind == "insert":
+            data = data[:at] + content + data[at:]
+        elif kind == "replace":
+            data = data[:at] + content + data[at + len(content) :]
+        else:
+            data = data[:at] + content[:1] * length + data[at + length :]
+    return data
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: whole files of it, how one becomes a file again after edits, and what reads it.
+
+    Attributes:
+        whole: contents that are read without an error before any edit.
+        read: of a folder that holds the file `name`; raises `refuses` or returns.
+        packed: puts an edited part into a file whose checksums are right.
+        refuses: the errors that it may raise.
+    """
+
+    name: str
+    whole: tuple[bytes, ...]
+    read: Callable[[Path], Any]
+    packed: Callable[[bytes], bytes] = lambda data: data
+    refuses: tuple[type[Exception], ...] = (XFMError,)
+    others: dict[str, bytes] = field(default_factory=dict)
+
+
+_STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5, dtype=torch.bfloat16)}
+
+
+def _saved(content: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def _entries(archive: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        return {entry.filename: opened.read(entry) for entry in opened.infolist()}
+
+
+def _repacked(inner: bytes) -> bytes:
+    """A checkpoint with another pickle in it and sums that are right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in _entries(_saved(_STATE)).items():
+            archive.writestr(name, inner if name.endswith("data.pkl") else data)
+    return buffer.getvalue()
+
+
+_PICKLES = tuple(
+    next(data for name, data in _entries(_saved(content)).items() if name.endswith("data.pkl"))
+    for content in (_STATE, {"model": _STATE, "epoch": 3, "args": argparse.Namespace(lr=0.1)})
+)
+
+
+def _safetensors(header: bytes) -> bytes:
+    whole = save(_STATE)
+    return len(header).to_bytes(8, "little") + header + whole[8 + int.from_bytes(whole[:8], "little") :]
+
+
+def _chunks(png: bytes) -> bytes:
+    """A PNG without its signature, as chunks without their sums: `kind`, length, content."""
+    out, at = b"", 8
+    while at < len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        out += png[at + 4 : at + 8] + png[at : at + 4] + png[at + 8 : at + 8 + length]
+        at += 12 + length
+    return out
+
+
+def _png(chunks: bytes) -> bytes:
+    out, at = b"\x89PNG\r\n\x1a\n", 0
+    while at + 8 <= len(chunks):
+        kind, length = chunks[at : at + 4], int.from_bytes(chunks[at + 4 : at + 8], "big")
+        body = chunks[at + 8 : at + 8 + length]
+        out += len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        at += 8 + len(body)
+    return out
+
+
+def _contents() -> bytes:
+    import torch.distributed.checkpoint as dcp
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({f"model/{name}": value for name, value in _STATE.items()}, checkpoint_id=folder)
+        return (Path(folder) / ".metadata").read_bytes()
+
+
+def _training_state() -> bytes:
+    return json.dumps(
+        {
+            "format": 1,
+            "step": 8,
+            "batches": {"text": 8},
+            "world_size": 1,
+            "scaler": {},
+            "sharded": False,
+            "optimizer": {"groups": [["a"]], "numbers": {}},
+            "cpu_kernels": [[["linear", "float32", "aten"]]],
+            "recipe": {},
+        }
+    ).encode()
+
+
+def _read_training(folder: Path) -> Any:
+    checkpoint = folder / "checkpoints" / "step-00000008"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for name, data in {
+        "state.json": (folder / "state.json").read_bytes(),
+        "training.safetensors": save(_STATE),
+        "model/config.json": b"{}",
+        "model/model.safetensors": save(_STATE),
+    }.items():
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_bytes(data)
+    files = {
+        path.relative_to(checkpoint).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    return checkpoints.newest(folder / "checkpoints")
+
+
+def _tar() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        members = {}
+        for number in range(3):
+            members |= {f"{number}.jpg": picture(number), f"{number}.txt": b"a cat", f"{number}.json": b'{"a": [1]}'}
+        return write_tar(Path(folder) / "a.tar", members).read_bytes()
+
+
+def _read_shard(folder: Path) -> None:
+    rows = ShardFile(folder / "a.tar")
+    for row in range(len(rows)):
+        with suppress(DataError):
+            rows.read(row)
+
+
+def _read_lines(folder: Path) -> None:
+    rows = LineFile(folder / "a.jsonl")
+    for row in range(len(rows)):
+        with suppress(DataError):
+            decode_pixels(str(rows.read(row).get("binary")).encode())
+
+
+def _read_journal(folder: Path) -> None:
+    with ScoreJournal(folder / "scores.bin", "f") as journal:
+        for _, scores in journal.records():
+            scores.sum()
+
+
+def _journal() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        with ScoreJournal(Path(folder) / "s", "f") as journal:
+            for image in range(4):
+                journal.append(image, torch.full((image + 2,), float(image)))
+        return (Path(folder) / "s").read_bytes()
+
+
+def _image(decode: Callable[..., Any], name: str) -> Callable[[Path], Any]:
+    return lambda folder: decode((folder / name).read_bytes(), name)
+
+
+def _tokenizer_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        tiny_tokenizer().save(path)
+        whole = json.loads(path.read_bytes())
+    merges = "#version: 0.2\n" + "\n".join(m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"])
+    return {
+        "tokenizer.json": json.dumps(whole).encode(),
+        "vocab.json": json.dumps(whole["model"]["vocab"]).encode(),
+        "merges.txt": merges.encode(),
+    }
+
+
+def _refs() -> bytes:
+    reference = {"image_id": 5, "file_name": "COCO_5.jpg", "split": "val", "sentences": [{"raw": "a cat"}]}
+    return pickle.dumps([{"ref_id": n, "ann_id": n} | reference for n in range(3)], protocol=2)
+
+
+_PAIRS = [{"image": f"{name}.jpg", "caption": "a cat", "image_id": f"{name}1"} for name in "ab"]
+_ARRAY = json.dumps(_PAIRS).encode()
+_QUESTION = {"image": "a.jpg", "question": "what?", "question_id": 1, "answer": ["yes", "no"], "dataset": "vqa"}
+_QUESTIONS = json.dumps([_QUESTION]).encode()
+_CONFIG = json.dumps({"preset": "tiny", "image_size": 32}).encode()
+_RECIPE = (Path(checkpoints.__file__).parent / "recipes" / "pretrain_tiny_shapes.yaml").read_bytes()
+_YAML = yaml.safe_dump({"a": [1, 2.5, None, "x"], "b": {"c": True}}).encode()
+_LOG = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
+
+
+def _config() -> bytes:
+    return XFMConfig.preset("tiny").to_json().encode()
+
+
+def _manifest() -> bytes:
+    made = new_manifest(
+        source="a model", weights_sha256="0", tokenizer_sha256=None, config={}, dtype="fp32", consumer="onnxruntime",
+        opset=23, attention="function", all_tokens=False, fixed={"batch": 1}, versions={}, graphs=[], files=[],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(Path(folder))
+        return (Path(folder) / "manifest.json").read_bytes()
+
+
+def _index() -> bytes:
+    said = {"format": 2, "entries": "e.jsonl", "features": "f.f32", "images": 0, "width": 8, "faults": {"a.jpg": "?"}}
+    said |= {"broken": [], "model": {}, "fingerprint": "0", "path": ".", "picture_folder": None, "graph": None}
+    return json.dumps(said | {"graph_bytes": 0}).encode()
+
+
+def _table(folder: Path) -> Any:
+    return read_table(folder / "a.csv", {"image": "image", "caption": "caption"})
+
+
+def _formats() -> list[Format]:
+    tokens = _tokenizer_files()
+    png, jpeg = picture(1, form="PNG"), picture(2)
+    header = save(_STATE)
+    header = header[8 : 8 + int.from_bytes(header[:8], "little")]
+    plain = (ValueError,)
+    return [
+        Format("checkpoint.th", (_saved(_STATE),), lambda f: read_state_dict(f / "checkpoint.th")),
+        Format("pickle.th", _PICKLES, lambda f: read_state_dict(f / "pickle.th"), _repacked),
+        Format(
+            "legacy.th",
+            (_saved(_STATE, _use_new_zipfile_serialization=False),),
+            lambda f: read_state_dict(f / "legacy.th"),
+        ),
+        Format("a.safetensors", (save(_STATE),), lambda f: read_state_dict(f / "a.safetensors")),
+        Format("header.safetensors", (header,), lambda f: read_state_dict(f / "header.safetensors"), _safetensors),
+        Format(".metadata", (_contents(),), read_contents),
+        Format("state.json", (_training_state(),), _read_training),
+        Format("a.json", (_ARRAY, _CONFIG), lambda f: parse_json((f / "a.json").read_bytes()), refuses=plain),
+        Format(
+            "a.yaml",
+            (_YAML, _RECIPE),
+            lambda f: parse_yaml((f / "a.yaml").read_bytes()),
+            refuses=(ValueError, yaml.YAMLError),
+        ),
+        Format("config.json", (_config(),), lambda f: XFMConfig.load(f / "config.json")),
+        Format("recipe.yaml", (_RECIPE,), lambda f: read_recipe(f / "recipe.yaml", "xfm_fast.training")),
+        Format("manifest.json", (_manifest(),), Manifest.load),
+        Format("pairs.json", (_ARRAY,), lambda f: read_annotations(f / "pairs.json", RetrievalRecord)),
+        Format("questions.json", (_QUESTIONS,), lambda f: read_annotations(f / "questions.json", VQARecord)),
+        Format(
+            "boxes.json",
+            (b'{"1": [[1, 2, 3, 4]]}', b'[{"image_id": 1, "box": [1, 2, 3, 4]}]'),
+            lambda f: read_detections(f / "boxes.json"),
+        ),
+        Format("a.csv", (b"image,caption\na.jpg,a cat\nb.jpg,a dog\n",), _table),
+        Format("a.jsonl", ("".join(json.dumps(pair(n)) + "\n" for n in range(3)).encode(),), _read_lines),
+        Format("a.tar", (_tar(),), _read_shard),
+        Format("refs(unc).p", (_refs(),), lambda f: read_plain_pickle(f / "refs(unc).p")),
+        Format("a.jpg", (jpeg,), _image(decode_pixels, "a.jpg")),
+        Format("a.png", (png,), _image(decode_pixels, "a.png")),
+        Format("chunks.png", (_chunks(png),), _image(decode_image, "chunks.png"), _png),
+        Format("a.webp", (picture(3, form="WEBP"),), _image(decode_image, "a.webp")),
+        Format("a.gif", (picture(4, form="GIF", mode="P"),), _image(decode_image, "a.gif")),
+        Format(
+            "tokenizer.json",
+            (tokens["tokenizer.json"],),
+            lambda f: CaptionTokenizer.from_files(f / "tokenizer.json"),
+        ),
+        Format(
+            "merges.txt",
+            (tokens["merges.txt"],),
+            CaptionTokenizer.from_files,
+            others={"vocab.json": tokens["vocab.json"]},
+        ),
+        Format(
+            "vocab.json",
+            (tokens["vocab.json"],),
+            CaptionTokenizer.from_files,
+            others={"merges.txt": tokens["merges.txt"]},
+        ),
+        Format("scores.bin", (_journal(),), _read_journal),
+        Format("log.jsonl", (_LOG,), lambda f: read_log(f / "log.jsonl")),
+        Format(INDEX_FILE, (_index(),), open_index, others={"e.jsonl": b"", "f.f32": b""}),
+    ]
+
+
+FORMATS = {each.name: each for each in _formats()}
+
+
+class Peak:
+    """The most resident memory since it was asked last, above what there was then."""
+
+    def __init__(self) -> None:
+        self.floor = self._read("VmRSS")
+        self.works = self._reset()
+
+    def _reset(self) -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def _read(self, what: str) -> int:
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return 0
+        return int(status.partition(f"{what}:")[2].split()[0]) << 10
+
+    def rise(self) -> int:
+        return self._read("VmHWM") - self.floor if self.works else 0
+
+
+def attack(form: Format, inputs: int, *, number: int = 0, most_seconds: float | None = None) -> Counter[str]:
+    """Give a format so many edited inputs; how each ended, by the class of the error.
+
+    Raises:
+        AssertionError: an input broke a bound.
+        Exception: an error that is none of ours; hypothesis shows the shortest input that brings it.
+    """
+    ends: Counter[str] = Counter()
+    folder = Path(tempfile.mkdtemp(prefix="xfm-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    peak = Peak()
+
+    def tried(data: bytes) -> str:
+        (folder / form.name).write_bytes(data)
+        for name, content in form.others.items():
+            (folder / name).write_bytes(content)
+        begun = time.process_time()
+        try:
+            form.read(folder)
+            end = "read"
+        except form.refuses as error:
+            # What is said must be printable, whatever stood in the file.
+            str(error).encode()
+            end = type(error).__name__
+        spent, rise = time.process_time() - begun, peak.rise()
+        assert most_seconds is None or spent <= most_seconds, f"{spent:.1f} s for {len(data)} bytes"
+        assert rise <= MOST_BYTES, f"{rise >> 20} MiB for {len(data)} bytes"
+        return end
+
+    every: Any = list(HealthCheck)
+
+    @seed(number)
+    @settings(
+        max_examples=inputs,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        suppress_health_check=every,
+    )
+    @given(st.sampled_from(form.whole), edits)
+    def run(whole: bytes, changes: list[Edit]) -> None:
+        ends[tried(form.packed(edited(whole, changes)))] += 1
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for whole in form.whole:
+                ends[f"whole: {tried(form.packed(whole))}"] += 1
+            run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return ends
+
+
+def main() -> int:
+    """Attack every format; 1 where one broke."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=100_000, help="of each format")
+    parser.add_argument("--format", default="", help="only those whose name holds this")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="for another day's inputs")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{options.inputs:,} inputs a format, seed {options.seed}", flush=True)
+    broken = 0
+    for form in FORMATS.values():
+        if options.format not in form.name:
+            continue
+        begun = time.perf_counter()
+        try:
+            ends = attack(form, options.inputs, number=options.seed, most_seconds=MOST_SECONDS)
+        except Exception as error:
+            broken += 1
+            print(f"{form.name}: BROKEN, {type(error).__name__}: {error}", flush=True)
+            print("\n".join(getattr(error, "__notes__", [])), flush=True)
+            continue
+        told = ", ".join(f"{name} {count:,}" for name, count in ends.most_common())
+        print(f"{form.name}: {told} ({time.perf_counter() - begun:.0f} s)", flush=True)
+    print(f"{broken} formats broken")
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Layers prepared for inference on a CPU: the numbers of the general way, and every change of a layer is seen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+
+from tests.replace.text_models import TRANSFORMERS, batch, make
+from xfm_fast import accelerate
+from xfm_fast.kernels import ops
+from xfm_fast.replace import prepared as preparing
+from xfm_fast.replace.prepared import Prepared
+
+FAMILIES: dict[str, dict[str, Any]] = {"BertModel": {}, "XLMRobertaModel": {"hidden_act": "gelu_new"}}
+if TRANSFORMERS >= 5:
+    rotary = {"hidden_size": 32, "num_attention_heads": 2}
+    FAMILIES |= {
+        "MPNetModel": {},
+        "DistilBertModel": {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 63},
+        "AlbertModel": {"embedding_size": 24, "num_hidden_layers": 4, "num_hidden_groups": 2},
+        "ModernBertModel": rotary | {"bos_token_id": 0},
+        "NomicBertModel": rotary,
+    }
+
+
+def model(name: str = "BertModel", dtype: torch.dtype = torch.float32) -> Any:
+    return make(name, dtype, **FAMILIES[name]).eval()
+
+
+def states(made: Any, given: dict[str, Any] | None = None) -> Tensor:
+    given = batch() if given is None else given
+    with torch.no_grad():
+        return made(**given).last_hidden_state[given["attention_mask"].bool()]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Prepared]:
+    """The prepared layers that ran."""
+    seen: list[Prepared] = []
+    run = Prepared.run
+    monkeypatch.setattr(Prepared, "run", lambda layer, *given: seen.append(layer) or run(layer, *given))
+    return seen
+
+
+def generally(made: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What the general way gives."""
+    with monkeypatch.context() as patched:
+        patched.setattr(preparing, "_TYPES", ())
+        return states(made)
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_numbers_of_the_general_way(
+    name: str, dtype: Any, unpad: bool, ran: list[Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    made = model(name)
+    accelerate(made, unpad=unpad, dtype=dtype)
+    wanted = generally(made, monkeypatch)
+    assert not ran
+    for _ in range(2):
+        found = states(made)
+        band = 1e-5 if dtype is None else 2.0**-6
+        assert float((found - wanted).abs().max()) <= band * float(wanted.abs().max())
+    assert len(ran) % made.config.num_hidden_layers == 0
+    assert len(ran) >= 4
+    assert len(set(map(id, ran))) <= made.config.num_hidden_layers
+
+
+def _add(layer: Any) -> None:
+    with torch.no_grad():
+        layer.attention.self.query.weight.add_(0.1)
+
+
+def _behind_the_counter(layer: Any) -> None:
+    layer.attention.self.query.weight.data.add_(0.1)
+
+
+def _other_storage(layer: Any) -> None:
+    layer.output.dense.weight.data = layer.output.dense.weight.data * 1.5
+
+
+def _other_parameter(layer: Any) -> None:
+    layer.output.LayerNorm.weight = nn.Parameter(layer.output.LayerNorm.weight.detach() * 1.5)
+
+
+def _other_layer(layer: Any) -> None:
+    torch.manual_seed(3)
+    layer.attention.self.value = nn.Linear(48, 48)
+
+
+def _other_activation(layer: Any) -> None:
+    layer.intermediate.intermediate_act_fn = nn.ReLU()
+
+
+def _observed(layer: Any) -> None:
+    layer.output.dense.register_forward_hook(lambda module, given, out: out * 1.5)
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [_add, _behind_the_counter, _other_storage, _other_parameter, _other_layer, _other_activation, _observed],
+)
+def test_every_change_is_seen(change: Callable[[Any], None], unpad: bool, ran: list[Prepared]) -> None:
+    original = model()
+    fast = copy.deepcopy(original)
+    accelerate(fast, unpad=unpad)
+    before = states(fast)
+    assert len(ran) == 2
+    for each in (original, fast):
+        change(each.encoder.layer[0])
+    wanted, found = states(original), states(fast)
+    assert not torch.allclose(wanted, before, rtol=1e-2)
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    ran.clear()
+    states(fast)
+    # It is prepared anew, unless a part has to be called.
+    assert len(ran) == 2 - (change is _observed) * (2 if unpad else 1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_converted_weights_written_past_the_counter(dtype: Any) -> None:
+    if dtype is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    fast = model()
+    accelerate(fast, dtype=dtype)
+    before = states(fast)
+    fast.encoder.layer[1].output.dense.weight.data.mul_(2)
+    after = states(fast)
+    assert not torch.allclose(before, after, rtol=1e-2)
+    assert torch.equal(states(fast), after)
+
+
+def test_modes(ran: list[Prepared]) -> None:
+    made = make("BertModel", torch.float32, hidden_dropout_prob=0.3)
+    accelerate(made)
+    states(made)
+    made.eval()
+    made(**batch()).last_hidden_state.sum().backward()
+    assert not ran
+    kept = states(made)
+    assert len(ran) == 2
+    made.encoder.layer[0].output.dropout.train()
+    torch.manual_seed(0)
+    assert not torch.allclose(states(made), kept)
+    made.eval()
+    with ops.use_backend("reference"):
+        count = len(ran)
+        states(made)
+        assert len(ran) == count
+    with torch.autocast("cpu", torch.bfloat16):
+        states(made)
+    assert len(ran) == count
+    assert torch.equal(states(made), kept)
+
+
+def test_nothing_outlives_its_layer() -> None:
+    import gc
+    import weakref
+
+    made = model()
+    report = accelerate(made)
+    states(made)
+    layers = [weakref.ref(layer) for layer in made.encoder.layer]
+    assert all(layer() in preparing._prepared for layer in layers)
+    report.revert()
+    assert not any(layer() in preparing._prepared for layer in layers)
+    accelerate(made)
+    states(made)
+    del made, report
+    gc.collect()
+    assert not any(layer() for layer in layers)

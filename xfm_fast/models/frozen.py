@@ -1,0 +1,136 @@
+"""Encoders whose weights lie in the layout of the CPU's fastest library, in place of their parameters: `XFM.freeze`.
+
+oneDNN multiplies a weight fastest in a layout of its own: of one caption, which is mostly reading weights, in half the
+time. Kept beside the parameter it would be a second copy of the model; here it takes the parameter's place. What reads
+weights in other ways than `ops` does, as exports and trainers do, needs them as they were: `unfreeze`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import derived
+from xfm_fast.kernels.cpu import products
+from xfm_fast.models.text import AttentionProjections, TransformerLayer
+from xfm_fast.models.vision import Block
+
+_KEPT = "_xfm_fast_parameter"
+_TRAINED = "_xfm_fast_trained"
+_HOOKS = "_xfm_fast_frozen_hooks"
+
+
+class _LaidOut(nn.Parameter):
+    """A weight that has no storage to be copied or written: both go through its values."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LaidOut:
+        return memo.setdefault(id(self), _LaidOut(self.data.clone(), requires_grad=False))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _laid_out, (self.to_dense(),)
+
+
+def _laid_out(weight: Tensor) -> _LaidOut:
+    return _LaidOut(products.laid_out(weight), requires_grad=False)
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """True between `freeze` and `unfreeze`."""
+    return _HOOKS in model.__dict__
+
+
+def freeze(model: nn.Module) -> None:
+    """Lay out the weights of all blocks and layers of a model.
+
+    State dicts still hold them as they were, to the bit. No parameter takes gradients until they are given back.
+
+    Left as they are: weights that several modules share, layers with hooks or of another class, and everything where
+    PyTorch's own products are faster.
+
+    Raises:
+        InputError: the model is not on a CPU, in a type that oneDNN does not multiply, or in training mode.
+    """
+    if is_frozen(model):
+        return
+    if model.training:
+        raise InputError("freeze() is for inference and the model is in training mode; call eval() first")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(
+                f"freeze() lays out weights of float32 or bfloat16 on a CPU, and {name} is {parameter.dtype} on "
+                f"{parameter.device}; convert or move the model first"
+            )
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    model.__dict__[_TRAINED] = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    for group in _groups(model):
+        weights = [layer.weight for layer in group]
+        apart = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
+        if not apart or not products.prefers_onednn(weights[0].dtype):
+            continue
+        packed = products.laid_out(torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0])
+        for layer, weight in zip(group, weights, strict=True):
+            # The parameter stays the one that optimizers know, without its memory.
+            layer.__dict__[_KEPT] = weight
+            derived.forget(weight)
+            weight.data = weight.data.new_empty(0)
+        group[0]._parameters["weight"] = _LaidOut(packed, requires_grad=False)
+    model.__dict__[_HOOKS] = (
+        model.register_state_dict_post_hook(_dense_state),
+        model.register_load_state_dict_pre_hook(_refuse_state),
+    )
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Give the weights back as they were, to the bit; nothing happens to a model that is not frozen."""
+    if not is_frozen(model):
+        return
+    for group in _groups(model):
+        if _KEPT not in group[0].__dict__:
+            continue
+        for layer, weight in zip(group, _dense(group), strict=True):
+            parameter = layer.__dict__.pop(_KEPT)
+            parameter.data = weight
+            layer._parameters["weight"] = parameter
+    for hook in model.__dict__.pop(_HOOKS):
+        hook.remove()
+    for parameter in model.__dict__.pop(_TRAINED):
+        parameter.requires_grad_(True)
+
+
+def _groups(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Linear layers that `ops` alone multiplies with; keys and values, which are always wanted together, as one."""
+    for part in model.modules():
+        if not isinstance(part, Block | TransformerLayer):
+            continue
+        together = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
+        within = {id(layer) for group in together for layer in group}
+        alone = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in within]
+        yield from together + alone
+
+
+def _plain(layer: nn.Linear) -> bool:
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+
+
+def _dense(group: list[nn.Linear]) -> list[Tensor]:
+    """The weights of a group, each in memory of its own."""
+    parts = group[0].weight.to_dense().split([layer.out_features for layer in group])
+    return list(parts) if len(parts) == 1 else [part.clone() for part in parts]
+
+
+def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
+    for group in _groups(model):
+        if _KEPT in group[0].__dict__:
+            for layer, weight in zip(group, _dense(group), strict=True):
+                state[f"{prefix}{names[id(layer)]}.weight"] = weight
+
+
+def _refuse_state(model: nn.Module, *_: Any) -> NoReturn:
+    raise InputError("the model is frozen for inference and takes no other weights; call unfreeze() first")
