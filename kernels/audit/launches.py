@@ -70,7 +70,7 @@ def _biased(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], p
         return Launch(shape, programs * parts, math.ceil(IMAGES / parts), 4 * operand + bias * (1 + 2 * parts))
     if "_dkdv" in kernel:
         return Launch(shape, columns * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_M"]), 6 * operand + bias)
-    operands = 4 if "_forward" in kernel else 5
+    operands = 4 if kernel.endswith("_forward") else 5
     return Launch(shape, rows * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_N"]), operands * operand + bias)
 
 
