@@ -81,20 +81,26 @@ def _bias(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], pro
 
 
 def _varlen(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
-    short = "_short" in kernel
+    many = kernel.endswith("_many")
+    short = "_short" in kernel or "_heads" in kernel
     sequences = CAPTIONS if short else 1
     queries, keys = (CAPTION_TOKENS, CAPTION_TOKENS) if short else (_TEXT_TOKENS, IMAGE_TOKENS)
+    keys = IMAGE_TOKENS if many else keys
     width = 2 * HEADS * variant["head_dim"]
     read = 2 * sequences * (queries + keys) * width
-    shape = f"{CAPTIONS} × {CAPTION_TOKENS}" if short else f"{queries} × {keys}"
-    live = min(1.0, CAPTION_TOKENS / max(tiles["BLOCK_M"], tiles["BLOCK_N"])) if short else 1.0
+    shape = f"{CAPTIONS} × {CAPTION_TOKENS}{f' × {keys}' if many else ''}" if short else f"{queries} × {keys}"
+    live = min(1.0, CAPTION_TOKENS / max(tiles["BLOCK_M"], tiles["BLOCK_N"])) if short and not many else 1.0
     if "_dkdv" in kernel:
         own, tile, turns, traffic = keys, tiles["BLOCK_N"], _turns(queries, tiles["BLOCK_M"]), 2 * read
     else:
-        own, tile, turns = queries, tiles["BLOCK_M"], _turns(keys, tiles["BLOCK_N"])
+        own, tile = queries, tiles["BLOCK_M"]
+        # Several heads have a loop masked to the last tile; a known number of keys, a short tile behind whole ones.
+        masked = math.ceil(keys / tiles["BLOCK_N"]) if "_heads" in kernel else _turns(keys, tiles["BLOCK_N"])
+        turns = keys // tiles["BLOCK_N"] if "keys" in variant else masked
         traffic = read * (1.5 if "_dq" in kernel else 1)
-    programs = sequences * math.ceil(own / tile) * HEADS
-    return Launch(shape, programs, turns, traffic, live, (sequences * own // tile + sequences) * HEADS)
+    # The bounds of the lengths are close, so that every number of a tile has work.
+    programs = sequences * math.ceil(own / tile) * math.ceil(HEADS / tiles.get("HEADS", 1))
+    return Launch(shape, programs, turns, traffic, live)
 
 
 def _turns(length: int, tile: int) -> int:

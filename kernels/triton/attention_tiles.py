@@ -112,11 +112,13 @@ def forward_tile(
     k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, head, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
+    APART: tl.constexpr = False,
 ):  # fmt: skip
     """The online softmax over one tile of keys: updated (acc_a, acc_b, row_max, row_sum).
 
     `inside` [BLOCK_N]: keys that exist, used when MASKED; `allowed` [BLOCK_N]: keys that may be attended to, used when
-    HAS_MASK. With a bias neither is needed for the scores, since the bias of a missing key is -inf.
+    HAS_MASK. With a bias neither is needed for the scores, since the bias of a missing key is -inf. APART: `row_sum`
+    is [rows, 8], sums of every eighth key, to be added behind the loop: a thread has them to itself.
     """
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
@@ -136,7 +138,11 @@ def forward_tile(
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     shrink = tl.exp2((row_max - finite_max) * factor)
     weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if APART:
+        eighths = weights.reshape(weights.shape[0], BLOCK_N // 8, 8)  # pyright: ignore[reportGeneralTypeIssues]
+        row_sum = row_sum * shrink[:, None] + tl.sum(eighths, 1)
+    else:
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
     if THRESHOLD > 0:
         weights = tl.where(dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
     v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)

@@ -113,6 +113,11 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU. The interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Triton's name of a compute type: `bf16`.
 
@@ -186,7 +191,7 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
     "varlen_forward": {
         80: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
         90: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-        100: ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        100: ((64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
         120: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
     },
     "varlen_dkdv": {
@@ -202,8 +207,12 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
         120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
     },
 }
-# Sequences of at most 32 tokens; and packed attention with dropout or a mask of keys, which take registers.
+# Sequences of at most 32 tokens; several heads a program, over few keys and over many; tiles that more programs share;
+# and packed attention with dropout or a mask of keys, which take registers.
 _SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
+_HEADS: tuple[_Row, _Row, _Row] = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
+_HEADS_MANY: tuple[_Row, _Row, _Row] = ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2))
+_NARROW: tuple[_Row, _Row, _Row] = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2))
 _SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 _SELECTIVE_100: tuple[_Row, _Row, _Row] = ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 
@@ -221,13 +230,21 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
         column = 0 if head_dim <= 64 else 1 if head_dim <= 96 else 2
         if kernel.endswith("_short"):
             rows = _SHORT
+        elif kernel.endswith("_heads"):
+            rows = _HEADS
+        elif kernel.endswith("_heads_many"):
+            rows = _HEADS_MANY
+        elif kernel.endswith("_narrow"):
+            rows = _NARROW
         elif kernel.endswith(("_dropout", "_masked")):
             rows = _SELECTIVE_100 if _nearest(arch) == 100 else _SELECTIVE
         else:
             rows = _HALF[kernel][_nearest(arch)]
         own, other, warps, stages = rows[column]
     block_m, block_n = (other, own) if "_dkdv" in kernel else (own, other)
-    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
+    # A warp for each head of a program that has several.
+    heads = {"HEADS": warps} if "_heads" in kernel else {}
+    return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
 
 
 def _nearest(arch: int) -> int:

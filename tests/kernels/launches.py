@@ -72,6 +72,8 @@ class Recorder:
         for module in _MODULES:
             if hasattr(module, "architecture"):
                 module.architecture = lambda device: arch  # type: ignore[attr-defined]
+            if hasattr(module, "multiprocessors"):
+                module.multiprocessors = lambda device: _PROGRAMS // 4  # type: ignore[attr-defined]
             if hasattr(module, "first_stage_programs"):
                 module.first_stage_programs = lambda steps, device: max(1, min(steps, _PROGRAMS))  # type: ignore[attr-defined]
         recorder = self
@@ -194,6 +196,8 @@ CASES: dict[str, Callable[[], None]] = {
     "relpos, one head": lambda: relpos(1, 1, 64, (14, 14)),
     **{f"relpos, {d}": lambda d=d: relpos(2, 4, d) for d in (32, 80, 96, 128)},
     "varlen": lambda: varlen([3328], [577], 12, 64),
+    "varlen, many waves": lambda: varlen([3328] * 3, [577] * 3, 12, 64),
+    "varlen, short over many": lambda: varlen([13] * 256, [577] * 256, 12, 64),
     "varlen, short": lambda: varlen([13] * 256, [13] * 256, 12, 64),
     "varlen, one sequence": lambda: varlen([17], [17], 1, 64),
     "varlen, dropout": lambda: varlen([100, 40], [100, 40], 12, 64, dropout=0.1),
