@@ -66,7 +66,9 @@ def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
     """True where the products of a marked weight run in int8, whatever type its values are stored in."""
-    if not int8.is_marked(weight) or weight.is_inference() or weight.device != x.device:
+    if not int8.is_marked(weight) or torch.compiler.is_compiling():
+        return False
+    if weight.is_inference() or weight.device != x.device:
         return False
     return not (torch.is_grad_enabled() and weight.requires_grad) and runs_cpu_inference(backend, x, *others)
 

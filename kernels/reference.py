@@ -34,9 +34,10 @@ def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if gelu:
         scale = (wide.amax(-1, keepdim=True) / 223).clamp_min(0.17 / 32)
-        return (wide * (1 / scale)).round() * scale
-    largest = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return (wide * (127 / largest)).round() * (largest / 127)
+    else:
+        scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    # Not divided: a value halfway between two levels has to go where it goes in the product.
+    return (wide * (1 / scale)).round() * scale
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -74,7 +74,7 @@ class KernelSpec:
             `stride_*` are, in the launches that matter, and are compiled so.
         tensor_core: whether the kernel multiplies matrices, and so must use the tensor cores.
         dtypes: compute types shipped.
-        arches: the only architectures that it is launched on; all where there are none.
+        arches: the only architectures that it is compiled for; all where there are none.
     """
 
     name: str
@@ -212,7 +212,6 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
 _SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
 _HEADS: tuple[_Row, _Row, _Row] = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
 _HEADS_MANY: tuple[_Row, _Row, _Row] = ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2))
-_FRAGMENTS: tuple[_Row, _Row, _Row] = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2))
 _NARROW: tuple[_Row, _Row, _Row] = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2))
 _SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 _SELECTIVE_100: tuple[_Row, _Row, _Row] = ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))
@@ -237,8 +236,6 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
             rows = _HEADS_MANY
         elif kernel.endswith("_narrow"):
             rows = _NARROW
-        elif kernel.endswith("_fragments"):
-            rows = _FRAGMENTS
         elif kernel.endswith(("_dropout", "_masked")):
             rows = _SELECTIVE_100 if _nearest(arch) == 100 else _SELECTIVE
         else:

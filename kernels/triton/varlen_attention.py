@@ -113,10 +113,10 @@ def forward_kernel(
     stream = dropout_stream(h, first_q)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
-    MASKED: tl.constexpr = TAIL == 0 and BLOCK_N <= 32
+    MASKED: tl.constexpr = (TAIL == 0) & (BLOCK_N <= 32)
     LAST: tl.constexpr = TAIL if TAIL > 0 else BLOCK_N
     # Where a turn has little to do, the exchange between threads for a sum would be much of it.
-    APART: tl.constexpr = BLOCK_N == 32 and not MASKED
+    APART: tl.constexpr = (TAIL > 0) & (BLOCK_N == 32)
     row_sum = tl.zeros([BLOCK_M, 8] if APART else [BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)

@@ -258,6 +258,7 @@ class FamilyLayer(CalledByName):
 
     def release(self) -> None:
         forget(self)
+        super().release()
 
     def context(self, device: torch.device) -> Any:
         """The context to `run` in, which gives the settings."""

@@ -150,6 +150,7 @@ class FusedLayer(CalledByName):
 
     def release(self) -> None:
         forget(self)
+        super().release()
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:

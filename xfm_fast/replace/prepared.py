@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.cpu import products as cpu
 from xfm_fast.kernels.derived import samples
 from xfm_fast.replace.packed_weight import PackedWeight, pack_of
@@ -127,6 +128,8 @@ class Prepared:
             return False
         for owner, name, value, version, place in self._sources:
             if owner.get(name) is not value or value._version != version or value.data_ptr() != place:
+                return False
+            if int8.is_marked(value):
                 return False
         if _busy(self._others):
             return False
@@ -250,7 +253,10 @@ def _busy(modules: Iterable[dict[str, Any]]) -> bool:
 
 
 def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
-    """True if each product is that of a plain or frozen linear layer and nothing draws; of one type unless mixed."""
+    """True if each product is that of a plain or frozen linear layer, none runs in int8 and nothing draws.
+
+    All are of one type unless mixed.
+    """
     if not parts.projections or parts.windows is not None or any(norm is not None for norm in parts.inner_norms):
         return False
     if parts.attention_p or parts.hidden_p or any(parts.branch_p) or parts.qkv_bias is not None:
@@ -266,6 +272,8 @@ def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bo
     if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
         return False
     every, own = _weights(parts), {id(parameter) for parameter in layer.parameters()}
+    if any(map(int8.is_marked, every)):
+        return False
     plain = all(p.is_floating_point() and not p.is_inference() and p.device.type == "cpu" for p in every)
     return plain and all(id(p) in own and (mixed or p.dtype == dtype) for p in every)
 
