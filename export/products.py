@@ -213,7 +213,8 @@ def runner(model: Any) -> Callable[..., dict[str, np.ndarray]]:
 
     def run(feed: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         names = [output.name for output in session.get_outputs()] if names is None else names
-        return dict(zip(names, session.run([*names], dict(feed)), strict=True))
+        found: list[Any] = session.run([*names], dict(feed))
+        return dict(zip(names, found, strict=True))
 
     return run
 
@@ -336,7 +337,7 @@ class _Rewriting:
                 self._add(f"{product}.weight_scale", scales, wide),
                 self._add(f"{product}.weight_zero", torch.zeros(scales.shape, dtype=torch.uint8), stored),
             ]
-            axis = {"axis": 1} if scales.dim() else {}
+            axis: dict[str, Any] = {"axis": 1} if scales.dim() else {}
             yield helper.make_node(
                 "DequantizeLinear", parts, [f"{product}.weight_dq"], f"{product}.weight_dequantize", **axis
             )
@@ -346,7 +347,7 @@ class _Rewriting:
     def _add(self, name: str, value: Tensor, kind: int) -> str:
         from onnx import TensorProto, helper
 
-        types = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
+        types: dict[int, torch.dtype] = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
         types[TensorProto.BFLOAT16] = torch.bfloat16
         stored = value.to(types.get(kind, value.dtype)).contiguous()
         content = stored.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -27,6 +27,7 @@ from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecor
 from .request import BUDGET
 from .slots import graph_slots, largest
 
+
 class Runner(Protocol):
     """A program that runs the graphs of an export."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xfm_fast.checkpoint.files import write_bytes
-from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.errors import ExportError, InputError
 from xfm_fast.models.xfm import XFM
 
 from ..consumers import Profile, data_type, profile
@@ -105,8 +105,9 @@ def export_engines(
         kind = check_quantisation(wanted.quantize, dtype, wanted.budget)
         known = calibration or examples or generated_examples(model.config)
         inputs = Calibration.of_model(model, known, wanted.names)
-        rewrite, settings = quantising(inputs, kind, dtype, budget=wanted.budget), eight_bit_options(
-            kind, wanted.budget, inputs
+        rewrite, settings = (
+            quantising(inputs, kind, dtype, budget=wanted.budget),
+            eight_bit_options(kind, wanted.budget, inputs),
         )
     elif wanted.plugins:
         rewrite = with_plugins(library, targets[0], profiles)

@@ -276,11 +276,12 @@ def run(trt: Any, scratch: Path) -> None:
 
     module = install(trt)
     shapes = {"inputs": ("image_embeds", [2, 3]), "outputs": ("memory", [1, 2, 1, 2, 3])}
-    tensors = {
+    tensors: dict[str, Any] = {
         side: [TensorRecord(name=name, dtype="float32", dims=["batch", *rest])] for side, (name, rest) in shapes.items()
     }
+    shapes_of: Any = lambda sizes: {side: {"image_embeds": [size, 2, 3]} for side, size in sizes.items()}  # noqa: E731
     profiles = [
-        ProfileRecord(name=str(most), **{side: {"image_embeds": [size, 2, 3]} for side, size in sizes.items()})
+        ProfileRecord(name=str(most), **shapes_of(sizes))
         for most, sizes in ((1, {"least": 1, "best": 1, "most": 1}), (4, {"least": 1, "best": 2, "most": 4}))
     ]
     record = GraphRecord(
