@@ -75,14 +75,16 @@ def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
     """The sizes a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
     if spec.name in _WIDTHS:
         return [_WIDTHS[spec.name]]
-    attention = all("head_dim" in variant for variant in spec.variants)
-    tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) == {"BLOCK_M", "BLOCK_N"}
+    # A narrow form stands in for another one, and only as long as that is not tuned.
+    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith("_narrow")
+    tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) >= {"BLOCK_M", "BLOCK_N"}
     return [d for d in head_dims if any(v["head_dim"] == d for v in spec.variants)] if tiled else []
 
 
 def candidates(kernel: str, size: int) -> list[LaunchConfig]:
     """The grid of an attention kernel: tiles of 32 to 128 rows, or 16 to 64 if sequences are short; 2 to 8 warps; 2 to
-    4 stages. Of a kernel over rows: 1 to 8 of them a step, 1 to 16 warps, and a norm takes whole rows.
+    4 stages. Of one with several heads a program: half a warp or one for each. Of a kernel over rows: 1 to 8 of them a
+    step, 1 to 16 warps, and a norm takes whole rows.
     """
     if kernel in _WIDTHS:
         whole = 1 << (size - 1).bit_length()
@@ -92,6 +94,12 @@ def candidates(kernel: str, size: int) -> list[LaunchConfig]:
             for block, rows, num_warps in itertools.product(blocks, (1, 2, 4, 8), (1, 2, 4, 8, 16))
             # A thread holds 4 elements at least, of which a load takes as many as it can, and 64 at most.
             if 4 <= block * rows // (32 * num_warps) <= 64
+        ]
+    if "_heads" in kernel:
+        return [
+            LaunchConfig({"HEADS": heads, "BLOCK_M": m, "BLOCK_N": n}, num_warps, num_stages)
+            for heads, m, n, num_stages in itertools.product((2, 4, 8), (16, 32), (16, 32, 64), (1, 2))
+            for num_warps in (heads // 2, heads)
         ]
     short = kernel.endswith("_short")
     sizes, warps = ((16, 32, 64), (1, 2, 4)) if short else ((32, 64, 128), (4, 8))
@@ -246,7 +254,8 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
     if family == "relpos":
         return _relpos(noise, size, forward=part == "forward")
     if family == "varlen":
-        lengths = ([13] * 256, [13] * 256) if part.endswith("_short") else ([3328], [577])
+        few, many = ([13] * 256, [13] * 256), ([13] * 256, [577] * 256)
+        lengths = few if part.endswith(("_short", "_heads")) else many if part.endswith("_many") else ([3328], [577])
         return _varlen(noise, size, *lengths, part)
     if kernel in _WIDTHS:
         return _rows(noise, size, kernel)
@@ -307,7 +316,8 @@ def _varlen(
     )
     mask = torch.ones(k.shape[0], dtype=torch.bool, device=q.device) if "masked" in part else None
     seed = torch.zeros(1, dtype=torch.int64, device=q.device)
-    dropout = 0.1 if "dropout" in part else 0.0
+    # The forward pass without dropout has a kernel of its own.
+    dropout = 0.1 if "dropout" in part or part == "forward_short" else 0.0
     packed = Packed(cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
     if part.startswith("forward"):
         return lambda: module.varlen_attention_forward(q, k, v, packed)

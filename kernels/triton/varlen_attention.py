@@ -1,9 +1,10 @@
 """Attention of packed sequences (FlashAttention-2, arXiv 2307.08691): self-attention without padding, cross-attention.
 
 A tensor holds the tokens of all sequences one after the other; `cu_seqlens` says where each begins. Queries and keys
-have lengths of their own. Tiles are numbered without knowing the lengths on the host: sequence s owns the numbers from
-`cu_seqlens[s] // tile + s` on, which leaves at most one number per sequence unused, be they few and long or many and
-short.
+have lengths of their own. The host knows a bound of the lengths, but not the lengths. Where the bound is close, every
+sequence owns as many numbers of tiles as the longest one may need, so that a program finds its tile by a division. Else
+sequence s owns the numbers from `cu_seqlens[s] // tile + s` on, which leaves at most one number per sequence unused, be
+they few and long or many and short; then a program searches for its sequence.
 """
 
 
@@ -31,13 +32,14 @@ from .attention_tiles import (
     dkdv_tile,
     dot_precision,
     dq_tile,
+    dropout_stream,
     forward_tile,
     load_pieces,
     positive_scale,
     split_head_dim,
     store_pieces,
 )
-from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name
+from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name, multiprocessors, tuned_config
 
 __all__ = ["KERNELS", "SHORT", "dropout_threshold", "varlen_attention_backward", "varlen_attention_forward"]
 # Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
@@ -45,6 +47,9 @@ SHORT = 32
 # So have sequences of up to this many on average, whatever the bound of their lengths: the captions of an image, as
 # queries of cross-attention, come with the number of all tokens as their bound.
 SHORT_ON_AVERAGE = 24
+# How many times more numbers of tiles are worth not to be searched, see `_tiles`.
+_WORTH = 1.5
+_SMALLEST = 16  # rows of a tile of the tensor cores
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
@@ -53,20 +58,25 @@ _CHUNK = tl.constexpr(256)
 
 
 @triton.jit
-def locate_tile(cu_ptr, sequences, tile, BLOCK: tl.constexpr):
+def locate_tile(cu_ptr, sequences, tiles, tile, BLOCK: tl.constexpr, SEARCHED: tl.constexpr):
     """The sequence that a tile number belongs to, and the tile's first row in it, possibly beyond the sequence's end.
 
-    Sequence s owns the numbers from cu[s] // BLOCK + s up to those of s + 1. The count of sequences that begin at or
-    before a number is found in one vectorised read per 256 sequences.
+    SEARCHED: sequence s owns the numbers from cu[s] // BLOCK + s up to those of s + 1. The count of sequences that
+    begin at or before a number is found in one vectorised read per 256 sequences. Else each owns an equal share.
     """
-    count = 0
-    for first in range(0, sequences, _CHUNK):
-        s = first + tl.arange(0, _CHUNK)
-        begin = tl.load(cu_ptr + s, mask=s < sequences, other=0)
-        count += tl.sum(((begin // BLOCK + s <= tile) & (s < sequences)).to(tl.int32), 0)
-    s = count - 1
-    start = (tile - (tl.load(cu_ptr + s) // BLOCK + s)) * BLOCK
-    return s, start.to(tl.int32)
+    if SEARCHED:
+        count = 0
+        for first in range(0, sequences, _CHUNK):
+            s = first + tl.arange(0, _CHUNK)
+            begin = tl.load(cu_ptr + s, mask=s < sequences, other=0)
+            count += tl.sum(((begin // BLOCK + s <= tile) & (s < sequences)).to(tl.int32), 0)
+        s = count - 1
+        start = ((tile - (tl.load(cu_ptr + s) // BLOCK + s)) * BLOCK).to(tl.int32)
+    else:
+        share = tiles // sequences
+        s = tile // share
+        start = tile % share * BLOCK
+    return s, start
 
 
 @triton.jit(do_not_specialize=["sequences", "tiles", "queries"])
@@ -76,10 +86,14 @@ def forward_kernel(
     sequences, tiles, queries,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEARCHED: tl.constexpr = True, TAIL: tl.constexpr = 0,
 ):  # fmt: skip
-    """BLOCK_M queries of one sequence and head, against the keys of the sequence."""
+    """BLOCK_M queries of one sequence and head, against the keys of the sequence.
+
+    TAIL: the most keys that lie behind the last whole tile; 0 where that may be all but one of a tile.
+    """
     # Neighbours share keys and values.
-    s, start = locate_tile(cu_q_ptr, sequences, tl.program_id(0) % tiles, BLOCK_M)
+    s, start = locate_tile(cu_q_ptr, sequences, tiles, tl.program_id(0) % tiles, BLOCK_M, SEARCHED)
     h = (tl.program_id(0) // tiles).to(tl.int64)
     first_q = tl.load(cu_q_ptr + s)
     length_q = (tl.load(cu_q_ptr + s + 1) - first_q).to(tl.int32)
@@ -96,35 +110,42 @@ def forward_kernel(
     v_base = v_ptr + first_k * stride_vn + h * stride_vh
     mask = mask_ptr + first_k
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    stream = dropout_stream(h, first_q)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
+    MASKED: tl.constexpr = (TAIL == 0) & (BLOCK_N <= 32)
+    LAST: tl.constexpr = TAIL if TAIL > 0 else BLOCK_N
+    # Where a turn has little to do, the exchange between threads for a sum would be much of it.
+    APART: tl.constexpr = (TAIL > 0) & (BLOCK_N == 32)
+    row_sum = tl.zeros([BLOCK_M, 8] if APART else [BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
-    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
-    MASKED: tl.constexpr = BLOCK_N <= 32
     full = (tl.cdiv(length_k, BLOCK_N) if MASKED else length_k // BLOCK_N) * BLOCK_N
     for first in range(0, full, BLOCK_N):
         present = columns < length_k - first
         allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, first + columns,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD,
+            k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, stream, start + rows, first + columns,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD, APART,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
     if not MASKED:
         if full < length_k:
-            present = columns < length_k - full
-            allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
+            last = tl.arange(0, LAST)
+            present = last < length_k - full
+            allowed = tl.load(mask + full + last, mask=present, other=0) != 0 if HAS_MASK else last
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
-                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, full + columns,
-                SCALE, D_A, D_B, BLOCK_N, PRECISION, False, True, HAS_MASK, THRESHOLD,
+                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, stream, start + rows, full + last,
+                SCALE, D_A, D_B, LAST, PRECISION, False, True, HAS_MASK, THRESHOLD, APART,
             )  # fmt: skip
+    if APART:
+        row_sum = tl.sum(row_sum, 1)
     # Queries without a key receive zeros.
-    rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
+    rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
     attended = row_sum > 0
     row_sum = tl.where(attended, row_sum, 1.0)
     inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
@@ -132,6 +153,89 @@ def forward_kernel(
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
     lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
     tl.store(lse_ptr + h * queries + token + rows, lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=["sequences", "tiles", "queries", "heads"])
+def heads_forward_kernel(
+    q_ptr, k_ptr, v_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, out_ptr, lse_ptr,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
+    sequences, tiles, queries, heads,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr, HAS_MASK: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEARCHED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one sequence in HEADS heads, against the keys of the sequence: one warp does a head or more.
+
+    For few queries. A tile of one head alone would need 64 rows, or 16 for each of four warps, to be worth its program.
+    """
+    groups = tl.cdiv(heads, HEADS)
+    # Neighbours read the same rows.
+    s, start = locate_tile(cu_q_ptr, sequences, tiles, tl.program_id(0) // groups, BLOCK_M, SEARCHED)
+    first_q = tl.load(cu_q_ptr + s)
+    length_q = (tl.load(cu_q_ptr + s + 1) - first_q).to(tl.int32)
+    first_k = tl.load(cu_k_ptr + s).to(tl.int64)
+    length_k = (tl.load(cu_k_ptr + s + 1) - first_k).to(tl.int32)
+    if start >= length_q:
+        return
+    token = first_q.to(tl.int64) + start
+    h = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
+    # Heads beyond the last repeat it: they read valid memory and are not stored.
+    own = h < heads
+    h = tl.minimum(h, heads - 1).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    d_a = tl.arange(0, D_A)[None, None, :]
+    d_b = D_A + tl.arange(0, D_B if D_B > 0 else 16)[None, None, :]
+    inside = (rows < length_q - start)[None, :, None]
+    q_rows = (q_ptr + token * stride_qn + h * stride_qh)[:, None, None] + rows[None, :, None] * stride_qn
+    k_rows = (k_ptr + first_k * stride_kn + h * stride_kh)[:, None, None] + columns[None, :, None] * stride_kn
+    v_rows = (v_ptr + first_k * stride_vn + h * stride_vh)[:, None, None] + columns[None, :, None] * stride_vn
+    q_a = tl.load(q_rows + d_a, mask=inside, other=0.0)
+    q_b = tl.load(q_rows + d_b, mask=inside, other=0.0) if D_B > 0 else q_a
+    row_max = tl.full([HEADS, BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([HEADS, BLOCK_M], tl.float32)
+    acc_a = tl.zeros([HEADS, BLOCK_M, D_A], tl.float32)
+    acc_b = tl.zeros([HEADS, BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
+    factor: tl.constexpr = SCALE * LOG2E
+    for first in range(0, length_k, BLOCK_N):
+        allowed = columns < length_k - first
+        present = allowed[None, :, None]
+        k_a = tl.load(k_rows + d_a, mask=present, other=0.0)
+        v_a = tl.load(v_rows + d_a, mask=present, other=0.0)
+        scores = tl.dot(q_a, tl.permute(k_a, (0, 2, 1)), input_precision=PRECISION)
+        if D_B > 0:
+            k_b = tl.load(k_rows + d_b, mask=present, other=0.0)
+            scores = tl.dot(q_b, tl.permute(k_b, (0, 2, 1)), scores, input_precision=PRECISION)
+        if HAS_MASK:
+            allowed = tl.load(mask_ptr + first_k + first + columns, mask=allowed, other=0) != 0
+        scores = tl.where(allowed[None, None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 2))
+        finite_max = new_max
+        if HAS_MASK:
+            # Rows without an allowed key so far: -inf minus -inf must not become NaN.
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        shrink = tl.exp2((row_max - finite_max) * factor)
+        weights = tl.exp2(scores * factor - (finite_max * factor)[:, :, None])
+        row_sum = row_sum * shrink + tl.sum(weights, 2)
+        row_max = new_max
+        weights = weights.to(v_a.dtype)
+        acc_a = tl.dot(weights, v_a, acc_a * shrink[:, :, None], input_precision=PRECISION)
+        if D_B > 0:
+            v_b = tl.load(v_rows + d_b, mask=present, other=0.0)
+            acc_b = tl.dot(weights, v_b, acc_b * shrink[:, :, None], input_precision=PRECISION)
+        k_rows += BLOCK_N * stride_kn
+        v_rows += BLOCK_N * stride_vn
+    # Queries without a key receive zeros.
+    attended = row_sum > 0
+    row_sum = tl.where(attended, row_sum, 1.0)
+    inverse = tl.where(attended, 1.0 / row_sum, 0.0)[:, :, None]
+    out_rows = (out_ptr + token * stride_on + h * stride_oh)[:, None, None] + rows[None, :, None] * stride_on
+    kind = out_ptr.dtype.element_ty
+    tl.store(out_rows + d_a, (acc_a * inverse).to(kind), mask=own[:, None, None] & inside)
+    if D_B > 0:
+        tl.store(out_rows + d_b, (acc_b * inverse).to(kind), mask=own[:, None, None] & inside)
+    lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
+    places = (lse_ptr + token + h * queries)[:, None] + rows[None, :]
+    tl.store(places, lse, mask=own[:, None] & (rows < length_q - start)[None, :])
 
 
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
@@ -145,9 +249,10 @@ def dkdv_kernel(
     sequences, tiles, queries, heads,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEARCHED: tl.constexpr = True,
 ):  # fmt: skip
     """The gradients dk and dv of BLOCK_N keys of one sequence and head, from the queries of the sequence."""
-    s, start = locate_tile(cu_k_ptr, sequences, tl.program_id(0) % tiles, BLOCK_N)
+    s, start = locate_tile(cu_k_ptr, sequences, tiles, tl.program_id(0) % tiles, BLOCK_N, SEARCHED)
     h = (tl.program_id(0) // tiles).to(tl.int64)
     first_k = tl.load(cu_k_ptr + s)
     length_k = (tl.load(cu_k_ptr + s + 1) - first_k).to(tl.int32)
@@ -165,6 +270,7 @@ def dkdv_kernel(
     row_lse = row_lse_ptr + h * queries + first_q
     delta = delta_ptr + h * queries + first_q
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    stream = dropout_stream(h, first_q)
     dk_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dv_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dk_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
@@ -177,7 +283,7 @@ def dkdv_kernel(
         dk_a, dk_b, dv_a, dv_b = dkdv_tile(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             row_lse + first, delta + first, 0, rows < length_q - first,
-            seed, h, first_q + first + rows, start + columns,
+            seed, stream, first + rows, start + columns,
             SCALE, D_A, D_B, BLOCK_M, PRECISION, False, MASKED, THRESHOLD,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
@@ -187,7 +293,7 @@ def dkdv_kernel(
             dk_a, dk_b, dv_a, dv_b = dkdv_tile(
                 k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
                 row_lse + full, delta + full, 0, rows < length_q - full,
-                seed, h, first_q + full + rows, start + columns,
+                seed, stream, full + rows, start + columns,
                 SCALE, D_A, D_B, BLOCK_M, PRECISION, False, True, THRESHOLD,
             )  # fmt: skip
     dk_a = dk_a * SCALE
@@ -212,9 +318,10 @@ def dq_kernel(
     sequences, tiles, queries, heads,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEARCHED: tl.constexpr = True,
 ):  # fmt: skip
     """The gradient dq of BLOCK_M queries of one sequence and head, from the keys of the sequence."""
-    s, start = locate_tile(cu_q_ptr, sequences, tl.program_id(0) % tiles, BLOCK_M)
+    s, start = locate_tile(cu_q_ptr, sequences, tiles, tl.program_id(0) % tiles, BLOCK_M, SEARCHED)
     h = (tl.program_id(0) // tiles).to(tl.int64)
     first_q = tl.load(cu_q_ptr + s)
     length_q = (tl.load(cu_q_ptr + s + 1) - first_q).to(tl.int32)
@@ -233,6 +340,7 @@ def dq_kernel(
     v_base = v_ptr + first_k * stride_vn + h * stride_vh
     mask = mask_ptr + first_k
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    stream = dropout_stream(h, first_q)
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
@@ -243,7 +351,7 @@ def dq_kernel(
         allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            0, present, allowed, seed, h, token + rows, first + columns,
+            0, present, allowed, seed, stream, start + rows, first + columns,
             SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
@@ -254,7 +362,7 @@ def dq_kernel(
             allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
             dq_a, dq_b = dq_tile(
                 q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-                0, present, allowed, seed, h, token + rows, full + columns,
+                0, present, allowed, seed, stream, start + rows, full + columns,
                 SCALE, D_A, D_B, BLOCK_N, PRECISION, False, True, HAS_MASK, THRESHOLD,
             )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
@@ -270,7 +378,7 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
             dimension is not contiguous is copied.
         packed: offsets, of lengths that may be zero; upper bounds of the lengths, which choose between small and large
             tiles; a positive scale; and a seed where weights are dropped. Whether a weight is kept depends on the seed,
-            the head, the position of the query in `q` and of the key in its sequence, and on nothing else.
+            the head, where its sequence begins in `q`, the positions of query and key in it, and on nothing else.
 
     Returns:
         out `[Tq, H, D]` contiguous, zeros for queries without keys; and the logsumexp of the scores, natural, `[H, Tq]`
@@ -286,14 +394,23 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     if q.numel():
-        constants, config = _constants("varlen_forward", q, q, packed.max_q, packed)
-        tiles = total // config.tiles["BLOCK_M"] + sequences
+        form = _forward_form(q, k, packed)
+        constants, config = _constants(form, q, packed)
+        tiles, searched = _tiles(total, packed.max_q, sequences, config.tiles["BLOCK_M"])
+        if form == "varlen_forward" and _narrower(tiles * heads, q):
+            constants, config = _constants("varlen_forward_narrow", q, packed)
         offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
-        forward_kernel[(tiles * heads,)](
-            q, k, v, *offsets, _bytes(packed.key_mask, q), q if packed.seed is None else packed.seed, out, lse,
-            *_strides(q, k, v, out), sequences, tiles, total, **constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        mask, strides = _bytes(packed.key_mask, q), _strides(q, k, v, out)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "SEARCHED": searched}
+        if "HEADS" in constants:
+            heads_forward_kernel[(tiles * triton.cdiv(heads, config.tiles["HEADS"]),)](
+                q, k, v, *offsets, mask, out, lse, *strides, sequences, tiles, total, heads, **constants, **options
+            )
+        else:
+            forward_kernel[(tiles * heads,)](
+                q, k, v, *offsets, mask, q if packed.seed is None else packed.seed, out, lse,
+                *strides, sequences, tiles, total, TAIL=_tail(k, packed, config), **constants, **options,
+            )  # fmt: skip
     return out, lse
 
 
@@ -321,25 +438,25 @@ def varlen_attention_backward(
     inputs = (q, k, v, dout, *offsets, _bytes(packed.key_mask, q), chance, row_lse, delta)
     sizes = (*_strides(q, k, v, dout), sequences)
     if k.numel():
-        constants, config = _constants("varlen_dkdv", q, k, packed.max_k, packed)
-        tiles = k.shape[0] // config.tiles["BLOCK_N"] + sequences
+        constants, config = _constants(_form("varlen_dkdv", k, packed.max_k, packed), q, packed)
+        tiles, searched = _tiles(k.shape[0], packed.max_k, sequences, config.tiles["BLOCK_N"])
         dkdv_kernel[(tiles * heads,)](
-            *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, **constants,
+            *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if q.numel():
-        constants, config = _constants("varlen_dq", q, q, packed.max_q, packed)
-        tiles = q.shape[0] // config.tiles["BLOCK_M"] + sequences
+        constants, config = _constants(_form("varlen_dq", q, packed.max_q, packed), q, packed)
+        tiles, searched = _tiles(q.shape[0], packed.max_q, sequences, config.tiles["BLOCK_M"])
         dq_kernel[(tiles * heads,)](
-            *inputs, dq, *sizes, tiles, q.shape[0], heads, **constants,
+            *inputs, dq, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return dq, dk, dv
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The probability in units of 2⁻³², as the kernels compare it with random bits."""
-    return min(round(dropout_p * 2**32), 2**32 - 1)
+    """The probability in units of 2⁻¹⁶, as the kernels compare it with random bits."""
+    return min(round(dropout_p * 2**16), 2**16 - 1)
 
 
 def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -350,22 +467,73 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
 
 
-def _constants(
-    kernel: str, q: Tensor, owned: Tensor, longest: int, packed: Packed
-) -> tuple[dict[str, Any], LaunchConfig]:
-    """Constants and configuration of a kernel whose programs own rows of `owned`, of sequences up to `longest`."""
+def _tiles(total: int, longest: int, sequences: int, block: int) -> tuple[int, bool]:
+    """Numbers of tiles of `total` rows, and whether programs search for their sequence among them.
+
+    An equal share for every sequence leaves more numbers unused if lengths differ or the bound is far off. A program
+    whose number is unused ends at once, and a search delays every program, so that somewhat more of them are worth it.
+    """
+    searched, shared = total // block + sequences, sequences * triton.cdiv(longest, block)
+    return (shared, False) if 0 < shared <= _WORTH * searched else (searched, True)
+
+
+def _tail(k: Tensor, packed: Packed, config: LaunchConfig) -> int:
+    """The forward kernel's TAIL. Images are of one size, with a class token behind whole tiles or few tokens more."""
+    sequences, rest = packed.cu_seqlens_k.numel() - 1, packed.max_k % config.tiles["BLOCK_N"]
+    known = k.shape[0] == sequences * packed.max_k and packed.key_mask is None and not packed.dropout_p
+    return _SMALLEST if known and 0 < rest <= _SMALLEST else 0
+
+
+def _narrower(programs: int, q: Tensor) -> bool:
+    """True where tiles of half as many keys are quicker: they leave room for a program more on a multiprocessor.
+
+    On Hopper at head dimension 64, five instead of four. They take two fifths longer together, so that they have to
+    save a wave of few. Else the larger tile does the same work with fewer turns. What was tuned on a card counts more.
+    """
+    dtype, arch = dtype_name(q.dtype), architecture(q.device)
+    if dtype == "fp32" or q.shape[-1] != 64 or not 90 <= arch < 100 or tuned_config("varlen_forward", 64, dtype, arch):
+        return False
+    processors = multiprocessors(q.device)
+    return 1.4 * triton.cdiv(programs, 5 * processors) < triton.cdiv(programs, 4 * processors)
+
+
+def _forward_form(q: Tensor, k: Tensor, packed: Packed) -> str:
+    """The name of the forward kernel's form that fits these lengths."""
+    form = _form("varlen_forward", q, packed.max_q, packed)
+    if not form.endswith("_short") or packed.dropout_p:
+        return form
+    sequences = packed.cu_seqlens_q.numel() - 1
+    if k.shape[0] <= SHORT * sequences:
+        return "varlen_forward_heads"
+    # Over many keys the products count. Where the tensor cores take 64 rows at once, most of a tile may lie idle.
+    wide = 90 <= architecture(q.device) < 120 and dtype_name(q.dtype) != "fp32"
+    if wide and min(packed.max_q, q.shape[0] / sequences) > _SMALLEST:
+        return "varlen_forward" if packed.key_mask is None else "varlen_forward_masked"
+    return "varlen_forward_heads_many"
+
+
+def _form(kernel: str, owned: Tensor, longest: int, packed: Packed) -> str:
+    """The name of a kernel's form whose programs own rows of `owned`, of sequences up to `longest`."""
+    # The tile that a program owns is the one that short sequences would leave empty.
+    sequences = packed.cu_seqlens_q.numel() - 1
+    if longest <= SHORT or owned.shape[0] <= SHORT_ON_AVERAGE * sequences:
+        return f"{kernel}_short"
+    if packed.dropout_p:
+        return f"{kernel}_dropout"
+    return kernel if packed.key_mask is None else f"{kernel}_masked"
+
+
+def _constants(form: str, q: Tensor, packed: Packed) -> tuple[dict[str, Any], LaunchConfig]:
+    """Constants and configuration of a kernel's form."""
     dtype, head_dim = dtype_name(q.dtype), q.shape[-1]
     threshold, masked = dropout_threshold(packed.dropout_p), packed.key_mask is not None
     if threshold:
         checks.seed_of(packed.dropout_p, packed.seed)
-    # The tile that a program owns is the one that short sequences would leave empty.
-    sequences = packed.cu_seqlens_q.numel() - 1
-    if longest <= SHORT or owned.shape[0] <= SHORT_ON_AVERAGE * sequences:
-        kernel = f"{kernel}_short"
-    elif threshold or masked:
-        kernel = f"{kernel}_{'dropout' if threshold else 'masked'}"
-    config = config_for(kernel, head_dim, dtype, architecture(q.device))
-    return _kernel_constants(head_dim, dtype, positive_scale(packed.scale), threshold, masked, config), config
+    config = config_for(form, head_dim, dtype, architecture(q.device))
+    constants = _kernel_constants(head_dim, dtype, positive_scale(packed.scale), threshold, masked, config)
+    if "HEADS" in constants:
+        del constants["THRESHOLD"]
+    return constants, config
 
 
 def _kernel_constants(
@@ -379,13 +547,16 @@ def _kernel_constants(
 def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> KernelSpec:
     def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
         head_dim, threshold = variant["head_dim"], dropout_threshold(variant.get("dropout", 0.0))
-        return _kernel_constants(head_dim, dtype, head_dim**-0.5, threshold, variant.get("mask", False), config)
+        made = _kernel_constants(head_dim, dtype, head_dim**-0.5, threshold, variant.get("mask", False), config)
+        tail = _SMALLEST if variant.get("keys", 0) % config.tiles["BLOCK_N"] in range(1, _SMALLEST + 1) else 0
+        given = {**made, "SEARCHED": variant.get("searched", False), "TAIL": tail}
+        return {key: value for key, value in given.items() if key in kernel.arg_names}
 
     def types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
         special = {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
         special |= dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-        constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "THRESHOLD", "HAS_MASK", "BLOCK_M", "BLOCK_N")
-        return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
+        constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "THRESHOLD", "HAS_MASK", "HEADS", "BLOCK_M", "BLOCK_N")
+        return argument_types(kernel, dtype, special, dict.fromkeys((*constexprs, "SEARCHED", "TAIL")))
 
     return KernelSpec(
         name=name,
@@ -398,15 +569,27 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
 
 
 _ALL = tuple({"head_dim": head_dim} for head_dim in HEAD_DIMS)
+# 577 stand for all images of a class token behind whole tiles of patches.
+_IMAGES = tuple({"head_dim": head_dim, "keys": 577} for head_dim in HEAD_DIMS)
 _DROPOUT = {"head_dim": 64, "dropout": 0.1}
 _MASK = {"head_dim": 64, "mask": True}
+_SEARCHED = {"head_dim": 64, "searched": True}
 KERNELS: list[KernelSpec] = [
-    _spec(f"varlen_{name}{suffix}", kernel, variants)
-    for suffix, variants in (
-        ("", _ALL),
-        ("_short", (*_ALL, _MASK, _DROPOUT)),
-        ("_masked", (_MASK,)),
-        ("_dropout", (_DROPOUT,)),
-    )
-    for name, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel))
+    *(
+        _spec(f"varlen_{name}{suffix}", kernel, variants)
+        for suffix, variants in (
+            ("", _ALL),
+            ("_short", (*_ALL, _MASK, _DROPOUT)),
+            ("_masked", (_MASK,)),
+            ("_dropout", (_DROPOUT,)),
+        )
+        for name, kernel in (("dkdv", dkdv_kernel), ("dq", dq_kernel))
+    ),
+    _spec("varlen_forward", forward_kernel, (*_IMAGES, *_ALL, _SEARCHED)),
+    _spec("varlen_forward_narrow", forward_kernel, ({"head_dim": 64, "keys": 577}, {"head_dim": 64})),
+    _spec("varlen_forward_masked", forward_kernel, (_MASK,)),
+    _spec("varlen_forward_dropout", forward_kernel, (_DROPOUT,)),
+    _spec("varlen_forward_short", forward_kernel, (*_ALL, _MASK, _DROPOUT)),
+    _spec("varlen_forward_heads", heads_forward_kernel, (*_ALL, _MASK, _SEARCHED)),
+    _spec("varlen_forward_heads_many", heads_forward_kernel, (*_ALL, _MASK, _SEARCHED)),
 ]

@@ -326,7 +326,8 @@ class TestLaunches:
 
     @pytest.mark.parametrize(
         ("kernel", "size"),
-        [("varlen_forward", 64), ("varlen_forward_short", 64), ("add_layer_norm_forward", 768),
+        [("varlen_forward", 64), ("varlen_forward_short", 64), ("varlen_forward_heads", 64),
+         ("add_layer_norm_forward", 768),
          ("bias_gelu_forward", 3072)],
     )  # fmt: skip
     def test_they_are_what_the_launchers_do(self, kernel: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:

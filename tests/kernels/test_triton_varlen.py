@@ -61,11 +61,22 @@ def run(c: Case, module: Any = varlen_attention, scale: float | None = None) -> 
         return out, *module.varlen_attention_backward(c.dout, c.q, c.k, c.v, out, lse, packed), lse
 
 
-def philox_keep(seed: int, head: int, queries: Tensor, keys: Tensor, p: float) -> Tensor:
-    """`[queries, keys]`: Philox 4x32 with 7 rounds, written down a second time, in NumPy."""
+def kept_share(p: float) -> float:
+    """What dropout leaves of weights on average: the probability is a multiple of 2⁻¹⁶."""
+    return 1 - round(p * 2**16) / 2**16
+
+
+def philox_keep(seed: int, head: int, origin: int, queries: int, keys: int, p: float) -> Tensor:
+    """`[queries, keys]`: Philox 4x32 with 7 rounds, written down a second time, in NumPy.
+
+    Eight elements share a call: word j and half i of it are for key 8j and query 8i beyond the first of them.
+    """
     low = np.uint64(0xFFFFFFFF)
-    q, k = (t.numpy().astype(np.uint64) for t in (queries[:, None], keys[None, :]))
-    c0, c1, c2, c3 = (np.broadcast_to(c, (len(queries), len(keys))) for c in (k, q, np.uint64(head), np.uint64(0)))
+    q, k = np.arange(queries, dtype=np.uint64)[:, None], np.arange(keys, dtype=np.uint64)[None, :]
+    first_key = k // np.uint64(32) * np.uint64(32) + k % np.uint64(8)
+    first_query = q // np.uint64(16) * np.uint64(16) + q % np.uint64(8)
+    counter = (first_key, first_query, np.uint64(head), np.uint64(origin))
+    c0, c1, c2, c3 = (np.broadcast_to(c, (queries, keys)) for c in counter)
     key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(7):
         product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
@@ -75,7 +86,10 @@ def philox_keep(seed: int, head: int, queries: Tensor, keys: Tensor, p: float) -
         )
         c1, c3 = product2 & low, product0 & low
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
-    return torch.from_numpy(c0 >= np.uint64(round(p * 2**32)))
+    word = np.broadcast_to(k // np.uint64(8) % np.uint64(4), (queries, keys)).astype(np.int64)
+    words = np.take_along_axis(np.stack([c0, c1, c2, c3]), word[None], 0)[0]
+    halves = words >> (q // np.uint64(8) % np.uint64(2) * np.uint64(16)) & np.uint64(0xFFFF)
+    return torch.from_numpy(halves >= np.uint64(round(p * 2**16)))
 
 
 def definition(c: Case, dtype: torch.dtype, *, late: bool = False) -> tuple[Tensor, ...]:
@@ -103,9 +117,10 @@ def definition(c: Case, dtype: torch.dtype, *, late: bool = False) -> tuple[Tens
                 pieces.append(torch.einsum("hqk,khd->qhd", weights, v[d:e]) / sums)
                 continue
             assert c.seed is not None
-            places = torch.arange(a, b), torch.arange(e - d)
-            keep = torch.stack([philox_keep(int(c.seed), h, *places, c.dropout_p) for h in range(q.shape[1])])
-            pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1) * keep / (1 - c.dropout_p), v[d:e]))
+            given = (a, b - a, e - d, c.dropout_p)
+            keep = torch.stack([philox_keep(int(c.seed), h, *given) for h in range(q.shape[1])])
+            weights = scores.softmax(-1) * keep / kept_share(c.dropout_p)
+            pieces.append(torch.einsum("hqk,khd->qhd", weights, v[d:e]))
         out = torch.cat(pieces)
     out.backward(c.dout.to(dtype))
     return out.detach(), *(t.grad if t.grad is not None else torch.zeros_like(t) for t in (q, k, v))
@@ -120,6 +135,7 @@ def check(c: Case, module: Any = varlen_attention) -> None:
         assert_accurate(value, same, true_value, name)
 
 
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
 RAGGED = {
     "self-attention": ([13, 0, 1, 32, 7], [13, 0, 1, 32, 7]),
     "zeros on both sides": ([5, 0, 1, 17, 0, 3], [5, 7, 0, 17, 0, 1]),
@@ -148,12 +164,91 @@ def test_sequences_that_are_short_on_average_have_small_tiles(monkeypatch: pytes
 
     def config_for(kernel: str, *rest: Any) -> LaunchConfig:
         taken.append(kernel)
-        return LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 16})
+        return LaunchConfig({"HEADS": 2, **SMALL} if "_heads" in kernel else SMALL)
 
     monkeypatch.setattr(varlen_attention, "config_for", config_for)
     c = case([13, 9, 0, 40], [90, 5, 30, 30], 1, 32, torch.float32)
     check(c._replace(longest=(62, 155)))
-    assert taken == ["varlen_forward_short", "varlen_dkdv", "varlen_dq_short"]
+    assert taken == ["varlen_forward_heads_many", "varlen_dkdv", "varlen_dq_short"]
+    taken.clear()
+    check(c._replace(longest=(62, 155), dropout_p=0.2, seed=torch.tensor([5])))
+    assert taken == ["varlen_forward_short", "varlen_dkdv_dropout", "varlen_dq_short"]
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5])
+@pytest.mark.parametrize("searched", [False, True], ids=["an equal share of tiles", "searched tiles"])
+def test_several_heads_a_program(heads: int, searched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that do not fill the last program, sequences of more tiles than one, and some without queries or keys."""
+    monkeypatch.setattr(varlen_attention, "_WORTH", 0.0 if searched else 100.0)
+    check(case([13, 0, 33, 1, 16, 2], [13, 4, 20, 0, 16, 40], heads, 32, torch.float16))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_several_heads_a_program_of_every_head_dimension(head_dim: int) -> None:
+    mask = torch.rand(26) > 0.4
+    mask[20:] = False
+    check(case([13, 3, 5], [17, 3, 6], 2, head_dim, torch.float16, key_mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("keys", [65, 130, 80, 64, 81], ids=lambda n: f"{n} keys")
+def test_images_of_one_size_end_in_a_short_tile(keys: int, dtype: torch.dtype) -> None:
+    c = case([70, 3], [keys, keys], 1, 64, dtype)
+    packed = Packed(c.cu_q, c.cu_k, *c.longest, 0.125)
+    config = LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64})
+    assert varlen_attention._tail(c.k, packed, config) == (16 if keys in (65, 130, 80) else 0)
+    assert varlen_attention._tail(c.k, packed._replace(max_k=keys + 1), config) == 0
+    check(c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("keys", [(33, 33), (64, 64), (48, 48), (70, 5), (3, 0)], ids=str)
+def test_tiles_of_half_as_many_keys(keys: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keys are known to fill whole tiles and a few more, sums are kept apart until the end."""
+    monkeypatch.setattr(varlen_attention, "_narrower", lambda *_: True)
+    check(case([70, 40], keys, 2, 64, dtype))
+
+
+def test_tiles_are_narrower_where_that_saves_a_wave(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.empty(1, 12, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(varlen_attention, "multiprocessors", lambda _: 132)
+    assert not varlen_attention._narrower(624, q)  # not on Hopper
+    monkeypatch.setattr(varlen_attention, "architecture", lambda _: 90)
+    programs = (132, 528, 529, 660, 661, 1056, 1320, 1321, 10_000)
+    found = [varlen_attention._narrower(count, q) for count in programs]
+    assert found == [False, False, True, True, False, False, True, False, False]
+    assert not varlen_attention._narrower(624, q.float())
+    monkeypatch.setattr(varlen_attention, "tuned_config", lambda *_: LaunchConfig(SMALL))
+    assert not varlen_attention._narrower(624, q)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "forms"),
+    [
+        (([13] * 4, [13] * 4), ("heads", "heads")),
+        (([13] * 4, [577] * 4), ("heads_many", "heads_many")),
+        (([20] * 4, [577] * 4), ("heads_many", "")),
+        (([60] * 4, [577] * 4), ("", "")),
+    ],
+    ids=["captions", "a caption an image", "longer ones", "several captions an image"],
+)  # fmt: skip
+def test_forms_by_the_lengths(
+    lengths: tuple[list[int], list[int]], forms: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The captions of an image come with the number of all tokens as their bound."""
+    c = case(*lengths, 1, 64, torch.float16)
+    packed = Packed(c.cu_q, c.cu_k, len(c.q), max(lengths[1]), 0.125)
+    for arch, form in zip((80, 90), forms, strict=True):
+        monkeypatch.setattr(varlen_attention, "architecture", lambda _, arch=arch: arch)
+        assert varlen_attention._forward_form(c.q, c.k, packed).removeprefix("varlen_forward").strip("_") == form
+
+
+def test_tiles_are_shared_out_where_the_bound_of_the_lengths_is_close() -> None:
+    assert varlen_attention._tiles(256 * 13, 13, 256, 16) == (256, False)
+    assert varlen_attention._tiles(3328, 3328, 1, 64) == (52, False)
+    assert varlen_attention._tiles(256 * 13, 30, 256, 16) == (512, False)  # 464 with a search
+    assert varlen_attention._tiles(3328, 3328, 64, 64) == (52 + 64, True)
+    assert varlen_attention._tiles(0, 0, 5, 64) == (5, True)
 
 
 @pytest.mark.slow
@@ -167,7 +262,8 @@ def test_long_sequences(head_dim: int, dtype: torch.dtype) -> None:
 def test_every_tile_size_gives_the_result(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout and the mask of keys included."""
     config = LaunchConfig(dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True)))
-    monkeypatch.setattr(varlen_attention, "config_for", lambda *_: config)
+    heads = LaunchConfig({"HEADS": 2, **config.tiles})
+    monkeypatch.setattr(varlen_attention, "config_for", lambda name, *_: heads if "_heads" in name else config)
     lengths = ([20, 0, 1, 40], [33, 5, 40, 32])
     check(case(*lengths, 1, 32, torch.float32, dropout_p=0.3, seed=torch.tensor([(7 << 40) + 11])))
     check(case(*lengths, 1, 32, torch.float32, key_mask=torch.rand(sum(lengths[1])) > 0.5))
@@ -241,7 +337,7 @@ def kept_weights(seed: int, p: float, queries: int = 64, keys: int = 64, heads: 
     cu_q, cu_k = torch.tensor([0, queries]), torch.tensor([0, keys])
     packed = Packed(cu_q, cu_k, queries, keys, 1.0, p, torch.tensor([seed]))
     out, _ = varlen_attention.varlen_attention_forward(q, k, v, packed)
-    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (keys * (1 - p))))
+    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (keys * kept_share(p))))
     return out != 0
 
 
@@ -249,7 +345,7 @@ def test_dropout_keeps_what_philox_says() -> None:
     seed = -(3 << 45) + 12345
     kept = kept_weights(seed, 0.25)
     for head in range(2):
-        assert torch.equal(kept[:, head], philox_keep(seed, head, torch.arange(64), torch.arange(64), 0.25))
+        assert torch.equal(kept[:, head], philox_keep(seed, head, 0, 64, 64, 0.25))
 
 
 def test_dropout_statistics() -> None:
@@ -297,7 +393,9 @@ def test_unsupported_arguments_are_refused() -> None:
 MUTATIONS = {
     "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 1.01 * SCALE"),
     "wrong scale of dq": ("triton/varlen_attention.py", "dq_a * SCALE", "dq_a * 0.13"),
-    "skipped last tile": ("triton/varlen_attention.py", "if full < length_k:", "if full > length_k:"),
+    "skipped last tile": (
+        "triton/varlen_attention.py", "if full < length_k:\n            last", "if full > length_k:\n            last",
+    ),
     "skipped last tile of queries": ("triton/varlen_attention.py", "if full < length_q:", "if full > length_q:"),
     "length of keys off by one": (
         "triton/varlen_attention.py",
@@ -314,9 +412,22 @@ MUTATIONS = {
     ),
     "forgotten mask": ("triton/attention_tiles.py", "tl.where(allowed[None, :],", "tl.where(inside[None, :],"),
     "other weights dropped in the backward pass": (
-        "triton/attention_tiles.py", "head, queries[None, :], keys", "head + 1, queries[None, :], keys",
+        "triton/attention_tiles.py", "stream, queries[None, :], keys", "stream + 1, queries[None, :], keys",
     ),
     "dropped weights not made up for": ("triton/varlen_attention.py", "rescale / row_sum", "1.0 / row_sum"),
+    "tile of another sequence": ("triton/varlen_attention.py", "s = tile // share", "s = tile // share * 0"),
+    "second tile of a sequence is the first": ("triton/varlen_attention.py", "tile % share * BLOCK", "tile * 0"),
+    "several heads, all the first": (
+        "triton/varlen_attention.py", "first_k * stride_vn + h * stride_vh)[", "first_k * stride_vn + 0 * h)[",
+    ),
+    "several heads, a key forgotten": (
+        "triton/varlen_attention.py", "allowed = columns < length_k - first\n        present",
+        "allowed = columns < length_k - first - 1\n        present",
+    ),
+    "several heads, the mask forgotten": (
+        "triton/varlen_attention.py", "columns, mask=allowed, other=0) != 0", "columns, mask=allowed, other=0) < 9",
+    ),
+    "several heads, one too many stored": ("triton/varlen_attention.py", "own = h < heads", "own = h <= heads"),
 }  # fmt: skip
 
 
@@ -325,6 +436,7 @@ def seeded_cases() -> list[Case]:
     return [
         case(*lengths, 1, 64, torch.float32, key_mask=torch.rand(165) > 0.3),
         case(*lengths, 1, 64, torch.float32, dropout_p=0.2, seed=torch.tensor([5])),
+        case([5, 20, 3], [9, 17, 16], 3, 32, torch.float32, key_mask=torch.rand(42) > 0.3),
     ]
 
 
