@@ -213,7 +213,7 @@ def runner(model: Any) -> Callable[..., dict[str, np.ndarray]]:
 
     def run(feed: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         names = [output.name for output in session.get_outputs()] if names is None else names
-        found: list[Any] = session.run([*names], dict(feed))
+        found: Any = session.run([*names], dict(feed))
         return dict(zip(names, found, strict=True))
 
     return run

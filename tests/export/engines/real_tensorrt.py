@@ -279,10 +279,10 @@ def run(trt: Any, scratch: Path) -> None:
     tensors: dict[str, Any] = {
         side: [TensorRecord(name=name, dtype="float32", dims=["batch", *rest])] for side, (name, rest) in shapes.items()
     }
-    shapes_of: Any = lambda sizes: {side: {"image_embeds": [size, 2, 3]} for side, size in sizes.items()}  # noqa: E731
+    shape = lambda size: {"image_embeds": [size, 2, 3]}  # noqa: E731
     profiles = [
-        ProfileRecord(name=str(most), **shapes_of(sizes))
-        for most, sizes in ((1, {"least": 1, "best": 1, "most": 1}), (4, {"least": 1, "best": 2, "most": 4}))
+        ProfileRecord(name=str(most), least=shape(1), best=shape(best), most=shape(most))
+        for best, most in ((1, 1), (2, 4))
     ]
     record = GraphRecord(
         name="image_memory", file="g.engine", files=["g.engine"], axes={"batch": AxisRecord()}, build_seconds=0,
