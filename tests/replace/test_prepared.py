@@ -96,11 +96,11 @@ def _other_parameter(layer: Any) -> None:
 
 def _other_layer(layer: Any) -> None:
     torch.manual_seed(3)
-    layer.attention.self.value = nn.Linear(48, 48)
+    layer.attention.self.value = nn.Linear(48, 48).eval()
 
 
 def _other_activation(layer: Any) -> None:
-    layer.intermediate.intermediate_act_fn = nn.ReLU()
+    layer.intermediate.intermediate_act_fn = nn.ReLU().eval()
 
 
 def _observed(layer: Any) -> None:
