@@ -427,7 +427,7 @@ MUTATIONS = {
     "several heads, the mask forgotten": (
         "triton/varlen_attention.py", "columns, mask=allowed, other=0) != 0", "columns, mask=allowed, other=0) < 9",
     ),
-    "several heads, one too many stored": ("triton/varlen_attention.py", "own = h < heads", "own = h <= heads"),
+    "several heads, one too few stored": ("triton/varlen_attention.py", "own = h < heads", "own = h < heads - 1"),
 }  # fmt: skip
 
 
