@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Not calls of an inference: building, loading, settings; and what `fuse` and `image_memory` stand for.
 NO_STAGES = {
     "from_official", "from_pretrained", "save_pretrained", "push_to_hub", "set_image_size", "require_head",
-    "require_encoder", "load_tokenizer", "packed_memory", "encode", "match", "ground", "similarity", "forward",
+    "require_encoder", "load_tokenizer", "packed_memory", "encode", "match", "ground", "similarity", "forward", "cast",
+    "quantise", "dequantise", "freeze", "unfreeze", "train",
 }  # fmt: skip
 
 

@@ -373,11 +373,10 @@ def test_embeddings(pad: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = embeddings(pad)
     fast, rows = copy.deepcopy(module), []
     accelerate(fast)
-    original = ops.embed_layer_norm
-    monkeypatch.setattr(ops, "embed_layer_norm", lambda *a, **k: rows.append(1) or original(*a, **k))
-    # Inference on a CPU goes there at once.
-    at_once = bert_layer.embed_layer_norm_forward
-    monkeypatch.setattr(bert_layer, "embed_layer_norm_forward", lambda *a, **k: rows.append(1) or at_once(*a, **k))
+    # Inference on a CPU takes the operation's implementation there, without its checks.
+    for holder, name in ((ops, "embed_layer_norm"), (bert_layer, "embed_layer_norm_forward")):
+        original = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *a, run=original, **k: rows.append(1) or run(*a, **k))
     first = torch.zeros_like(IDS)
     assert_same(module, fast, lambda m: m(IDS))
     assert_same(module, fast, lambda m: m(input_ids=IDS, token_type_ids=first, past_key_values_length=0))

@@ -113,6 +113,31 @@ def test_calls_for_weights_run_the_original(products: list[tuple[int, ...]]) -> 
     assert not products
 
 
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_weights_in_another_type(batch_first: bool, average: bool, products: list[tuple[int, ...]]) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first).eval()
+    probe, x = torch.randn(2, 2, 16), torch.randn(2, 7, 16)
+    if not batch_first:
+        probe, x = probe.transpose(0, 1), x.transpose(0, 1)
+    padding = torch.arange(7) >= torch.tensor([[5], [7]])
+
+    def call() -> Any:
+        with torch.no_grad():
+            return attention(probe, x, x, key_padding_mask=padding, average_attn_weights=average)
+
+    wanted = call()
+    accelerate(attention, dtype=torch.bfloat16)
+    for found, other in zip(call(), wanted, strict=True):
+        assert found.shape == other.shape
+        assert float((found.float() - other).abs().max()) <= 2.0**-5 * float(other.abs().max())
+    assert len(products) == 3
+    assert not call()[1][0, ..., 5:].any()
+
+
 @pytest.mark.parametrize("extra", [{"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_added_keys_are_left_alone(extra: dict[str, bool]) -> None:
     with pytest.raises(InputError, match="appends a key and a value"):

@@ -41,7 +41,11 @@ _LAYER_PARTS: dict[str, Kinds] = {
 
 
 class FusedMultiheadAttention(Fused):
-    """`torch.nn.MultiheadAttention` without attention weights as a result."""
+    """`torch.nn.MultiheadAttention` without attention weights as a result, or with them in inference in another type.
+
+    (There the original would run under autocast, which multiplies a sequence that lies in front of its batch, as here,
+    by a copy of the weights for every place of it.)
+    """
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _ATTENTION_PARTS
 
@@ -67,9 +71,10 @@ class FusedMultiheadAttention(Fused):
     ) -> Any:
         rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         given = [t for t in (query, key, value) if t.ndim == 3 and not t.is_nested]
-        if need_weights or len(given) < 3 or (is_causal and attn_mask is None) or not self.intact():
-            return super().forward(query, key, value, *rest)
         module, settings = cast(Any, self), self.settings
+        original = need_weights and (settings.dtype is None or torch.is_grad_enabled())
+        if original or len(given) < 3 or (is_causal and attn_mask is None) or not self.intact():
+            return super().forward(query, key, value, *rest)
         with settings.own_types(query.device):
             # Identity tells self-attention, so it has to be looked at before batch and sequence change places.
             same = (key is query, value is key)
@@ -79,9 +84,14 @@ class FusedMultiheadAttention(Fused):
                 value = key if same[1] else value.transpose(0, 1)
             q, k, v = _project(module, query, key, value, settings)
             mask = _merged(key_padding_mask, attn_mask, q, k.shape[1])
-            context = _attend(q, k, v, mask, module.dropout if self.training else 0.0)
+            dropout_p, weights = module.dropout if self.training else 0.0, None
+            if need_weights:
+                context, weights = _attend_with_weights(q, k, v, mask, dropout_p)
+                weights = weights.mean(1) if average_attn_weights else weights
+            else:
+                context = _attend(q, k, v, mask, dropout_p)
             out = settings.linear(context, module.out_proj.weight, module.out_proj.bias)
-        return (out if module.batch_first else out.transpose(0, 1)), None
+        return (out if module.batch_first else out.transpose(0, 1)), weights
 
 
 class FusedTransformerEncoderLayer(Fused):
@@ -253,6 +263,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: flo
     """Attention of q `[B, L, H, D]` over k and v `[B, S, H, D]`: `[B, L, H·D]`."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p).transpose(1, 2).flatten(2)
+
+
+def _attend_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """The same, and the weights `[B, H, L, S]`."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p, dropout_p > 0)
+    return (weights @ v).transpose(1, 2).flatten(2), weights
 
 
 def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
