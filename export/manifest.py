@@ -27,6 +27,7 @@ from xfm_fast.errors import ExportError, StorageError
 
 from .consumers import Consumer, DType
 from .graphs import AttentionForm, GraphName
+from .request import Quantisation
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -72,6 +73,30 @@ class ProfileRecord(_Record):
     most: dict[str, list[int]]
 
 
+class QuantisationRecord(_Record):
+    """The products of a graph in 8 bits, and what they cost.
+
+    Attributes:
+        kind: of the 8 bits.
+        budget: least cosine of any row of an output that was asked for.
+        cosine: the least that was found on the inputs of the calibration.
+        products: those that could be in 8 bits.
+        kept: layers whose products stay in the type of the graph.
+        smoothed: tensors whose channels were made more equal.
+        wide_milliseconds, milliseconds: one input of the calibration by ONNX Runtime on the CPU, in fp32 and with the
+            8 bits.
+    """
+
+    kind: Quantisation
+    budget: float
+    cosine: float
+    products: int
+    kept: list[str]
+    smoothed: int
+    wide_milliseconds: float
+    milliseconds: float
+
+
 class GraphRecord(_Record):
     """One graph: its file, and how it is called."""
 
@@ -83,6 +108,7 @@ class GraphRecord(_Record):
     axes: dict[str, AxisRecord]
     build_seconds: float
     profiles: list[ProfileRecord] = []
+    quantisation: QuantisationRecord | None = None
 
 
 class EngineTarget(_Record):
@@ -136,9 +162,12 @@ class Check(_Record):
 
 
 class RankCheck(_Record):
-    """The order that re-ranking puts candidates in, compared; `verification.rank_agreement` defines the figures."""
+    """The order that re-ranking puts candidates in, compared; `verification.rank_agreement` defines the figures.
 
-    graph: GraphName
+    `graph` is the one that gave the scores, or `all` where each graph was given what the one before computed.
+    """
+
+    graph: GraphName | Literal["all"]
     candidates: int
     agreement: float
     identical: float

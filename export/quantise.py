@@ -1,9 +1,9 @@
-"""8-bit products: quantise/dequantise nodes for engines, and int8 weights for ONNX Runtime on the CPU.
+"""8-bit exports: which products are in 8 bits, so that no graph turns its results by more than a budget allows.
 
-The scales of engines come from the user's own images and texts. int8 is made by ONNX Runtime's quantiser, which runs a
-graph in fp16 or fp32 on the CPU to see what its products are given; fp8, and int8 of bf16 graphs, by NVIDIA's modelopt.
-`quantize_int8` needs no calibration: ONNX Runtime finds the scale of every activation when it is there. What that costs
-in accuracy is measured on the reference of the export.
+The scales come from images and texts of the user's, which the model itself, or an fp32 export of it, turns into what
+every graph is given. All products of a graph are tried in 8 bits first. Where its outputs then differ by more than the
+budget, products go back to the type of the graph, those first whose results suffer most, until they no longer do. Each
+try is a run of the graph as it would be served, on ONNX Runtime on the CPU, whoever serves it later.
 """
 
 from __future__ import annotations
@@ -11,222 +11,354 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .consumers import DTYPES, DType
+from .consumers import DType
 from .expected import Examples, Reference, graph_memory
-from .manifest import GraphRecord, Manifest, package_versions
-from .onnx import Rewrite, quiet
-from .pipeline import fill_folder, prepare_folder
-from .request import Quantisation
+from .graphs import GraphName
+from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
+from .onnx import Rewrite
+from .pipeline import Progress, fill_folder, prepare_folder, silent
+from .products import Fitted, Scheme, fit, observe, rewritten, runner, save, sites
+from .request import BUDGET, Quantisation
 from .runtimes.onnx_sessions import widen
-from .verification import compare_with_reference, keep_reference
+from .session import Session
+from .verification import DIRECTIONS, THRESHOLDS, compare_with_reference, keep_reference
 
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 
 _TEXTS_AT_ONCE = 16
+_TEXTS_WITH_AN_IMAGE = 8
+_TRIED = 6
+_TIMED = 3
+# With fewer texts an angle between scores says nothing.
+_FEWEST_RANKED = 4
+
+# The comparison with the model is made on other images, so the choice of products does not spend all that is allowed.
+_SPENT = 0.8
 
 
-def check_quantisation(kind: str, dtype: DType) -> Quantisation:
-    """See that graphs of a type can be quantised here, before one is exported.
+def check_quantisation(kind: str, dtype: DType, budget: float = BUDGET) -> Quantisation:
+    """See that graphs of a type can be quantised here within a budget, before one is exported.
 
     Raises:
-        UnavailableError: an unknown kind, or the package that it needs is not installed; says which.
+        UnavailableError: an unknown kind, or onnxruntime is not installed.
+        InputError: no budget that 8 bits, or the type itself, can keep.
     """
     if kind not in QUANTISATIONS:
         raise UnavailableError(f"quantisation {kind!r} is unknown; choose from {', '.join(QUANTISATIONS)}")
-    if _by_onnxruntime(kind, dtype):
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise UnavailableError("int8 needs onnxruntime, which is not installed; pip install 'xfm-fast[export]'")
-    elif importlib.util.find_spec("modelopt") is None:
-        other = " or use --quantize int8 with --dtype fp16" if kind == "fp8" else " or use --dtype fp16"
-        raise UnavailableError(
-            f"{kind} in {dtype} graphs needs modelopt, which is not installed; pip install 'xfm-fast[modelopt]',"
-            f"{other}, which needs onnxruntime alone"
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UnavailableError(f"{kind} needs onnxruntime, which is not installed; pip install 'xfm-fast[export]'")
+    if not 0 < budget < 1:
+        raise InputError(f"--budget {budget} is no cosine to be kept; give a number between 0 and 1, such as {BUDGET}")
+    most = THRESHOLDS[dtype].cosine
+    if budget > most:
+        raise InputError(
+            f"--budget {budget} cannot be met: {dtype} itself is only held to a cosine of {most}; give at most "
+            "that, or export without 8 bits"
         )
     return kind
 
 
-def quantising(model: XFM, examples: Examples, kind: Quantisation, dtype: DType) -> Rewrite:
-    """A rewrite of graphs for `engines.export_engines`.
+@dataclass(frozen=True)
+class Calibration:
+    """What graphs are given: images and texts, and what the model makes of them.
+
+    Attributes:
+        examples: the images and texts.
+        image_embeds, text_embeds: `[I, M, Dv]` and `[T, L, Dt]`; None where no graph wants them.
+        memory: from the number of an image to its memory as graphs take it, `[1, layers, 2, H, M, D]`.
+    """
+
+    examples: Examples
+    image_embeds: Tensor | None
+    text_embeds: Tensor | None
+    memory: Callable[[int], Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of_model(cls, model: XFM, examples: Examples, graphs: Collection[GraphName]) -> Self:
+        """What the model computes for some graphs."""
+        images = texts = None
+        if {"image_memory", "fusion"} & {*graphs}:
+            images = model.encode_image(examples.pixels.to(model.dtype))
+        if "fusion" in graphs:
+            texts = model.encode_text(examples.input_ids, examples.attention_mask)
+
+        def memory(number: int) -> Tensor:
+            assert images is not None
+            with torch.no_grad():
+                return graph_memory(model.image_memory(images[number : number + 1]))
+
+        return cls(examples, images, texts, memory)
+
+    @classmethod
+    def of_export(cls, folder: Path, manifest: Manifest, examples: Examples) -> Self:
+        """What the graphs of an fp32 export compute.
+
+        Raises:
+            ExportError: it lacks a graph that computes what another one is given.
+        """
+        names = {*manifest.graph_names}
+        wanted = ({"vision"} if names & {"image_memory", "fusion"} else set()) | (
+            {"text", "image_memory"} if "fusion" in names else set()
+        )
+        if lacking := sorted(wanted - names):
+            raise ExportError(
+                f"{folder} lacks {' and '.join(lacking)}, which compute what its other graphs are given; export them "
+                "with it, or calibrate on the images of its own: leave out --data"
+            )
+        session = Session.load(folder, "onnxruntime", "cpu", verify_files=False)
+        images = session.encode_image(examples.pixels) if "vision" in wanted else None
+        texts = session.encode_text(examples.input_ids, examples.attention_mask) if "text" in wanted else None
+
+        def memory(number: int) -> Tensor:
+            assert images is not None
+            return session.image_memory(images[number : number + 1]).tensor
+
+        return cls(examples, images, texts, memory)
+
+    @classmethod
+    def of_reference(cls, reference: Reference, origin: str) -> Self:
+        """What the model computed for the images and texts that an export is compared on."""
+        known = reference.tensors
+        examples = Examples(known["pixels"], known["input_ids"], known["attention_mask"], origin)
+
+        def memory(number: int) -> Tensor:
+            return known["memory"]  # that of image 0 is the one that the reference holds
+
+        return cls(examples, known.get("image_embeds"), known.get("text_embeds"), memory)
+
+    def inputs(self, record: GraphRecord) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs of a graph: every image once, and with the images, or by themselves, the texts in their turn.
+
+        Yields:
+            Arrays by the names of the graph's inputs, in fp32 and int64. Axes that the graph has fixed have their size,
+            what there is being cut, or repeated from its beginning.
+        """
+        examples = self.examples
+        count = len(examples.input_ids)
+        dims = {tensor.name: tensor.dims for tensor in record.inputs}
+
+        def arrays(**tensors: Tensor) -> dict[str, np.ndarray]:
+            assert {*dims} == {*tensors}, (dims, {*tensors})
+            sized = {name: _sized(value, dims[name]) for name, value in tensors.items()}
+            return {
+                name: (value.float() if value.is_floating_point() else value.long()).contiguous().numpy()
+                for name, value in sized.items()
+            }
+
+        if record.name == "text":
+            for rows in torch.arange(count).split(_TEXTS_AT_ONCE):
+                yield arrays(input_ids=examples.input_ids[rows], attention_mask=examples.attention_mask[rows])
+            return
+        for number in range(len(examples.pixels)):
+            pixels = examples.pixels[number : number + 1]
+            rows = (torch.arange(_TEXTS_WITH_AN_IMAGE) + number * _TEXTS_WITH_AN_IMAGE) % count
+            mask = examples.attention_mask[rows][None]
+            if record.name == "vision":
+                yield arrays(pixels=pixels)
+            elif record.name == "match":
+                yield arrays(pixels=pixels, input_ids=examples.input_ids[rows][None], attention_mask=mask)
+            elif record.name == "image_memory":
+                assert self.image_embeds is not None
+                yield arrays(image_embeds=self.image_embeds[number : number + 1])
+            else:
+                assert self.text_embeds is not None
+                embeds = self.text_embeds[rows][None]
+                yield arrays(text_embeds=embeds, attention_mask=mask, memory=self.memory(number))
+
+
+def _sized(value: Tensor, dims: Sequence[int | str]) -> Tensor:
+    for axis, size in enumerate(dims):
+        if isinstance(size, int) and size != value.shape[axis]:
+            value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+    return value
+
+
+def quantising(
+    calibration: Calibration,
+    kind: Quantisation,
+    dtype: DType,
+    *,
+    budget: float = BUDGET,
+    unsigned: bool = False,
+    progress: Progress = silent,
+) -> Rewrite:
+    """A rewrite of graphs: products go into 8 bits, and the record of the graph says which and at what cost.
 
     Args:
-        model: computes what the later graphs are given.
-        examples: images and texts to calibrate on.
+        calibration: inputs to choose scales and products on.
+        kind, dtype: of the products, and of the graphs.
+        budget: least cosine of any row of an output on those inputs.
+        unsigned: activations for processors; see `Scheme`.
+        progress: is told what is being done.
 
     Raises:
-        UnavailableError: see `check_quantisation`.
+        UnavailableError, InputError: see `check_quantisation`.
     """
-    check_quantisation(kind, dtype)
+    check_quantisation(kind, dtype, budget)
+    scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
 
     def rewrite(record: GraphRecord, path: Path) -> None:
-        feeds = calibration_inputs(model, record, examples, dtype)
         try:
-            if _by_onnxruntime(kind, dtype):
-                _with_onnxruntime(path, feeds)
-            else:
-                _with_modelopt(path, feeds, kind, dtype)
-        except (UnavailableError, OSError):
+            progress(f"choosing products of {record.name}")
+            record.quantisation = _Search(path, [*calibration.inputs(record)], scheme, budget).run()
+        except (ExportError, OSError):
             raise
-        except Exception as error:  # of the quantiser, which has no errors of its own
+        except Exception as error:  # of ONNX Runtime, which has no errors of its own
             raise ExportError(
-                f"graph {record.name!r} could not be quantised to {kind} ({' '.join(str(error).split())[:300]}); build "
-                "it without --quantize"
+                f"graph {record.name!r} could not be quantised to {kind} ({' '.join(str(error).split())[:300]}); "
+                "export it without 8 bits"
             ) from error
 
     return rewrite
 
 
-@torch.no_grad()
-def calibration_inputs(
-    model: XFM, record: GraphRecord, examples: Examples, dtype: DType
-) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs of a graph, one image at a time: every image, and with it or after it all texts.
+class _Search:
+    """The choice of the products of one graph."""
 
-    Yields:
-        Arrays by the names of the graph's inputs, in its types; bf16 comes as fp32.
-    """
-    floating = torch.float32 if dtype == "bf16" else DTYPES[dtype]
-    texts = [slice(first, first + _TEXTS_AT_ONCE) for first in range(0, len(examples.input_ids), _TEXTS_AT_ONCE)]
+    def __init__(self, path: Path, feeds: Sequence[Mapping[str, np.ndarray]], scheme: Scheme, budget: float) -> None:
+        import onnx
 
-    def arrays(**tensors: torch.Tensor) -> dict[str, np.ndarray]:
-        wanted = {tensor.name for tensor in record.inputs}
-        assert wanted == set(tensors), (wanted, set(tensors))
-        return {name: (t.to(floating) if t.is_floating_point() else t.long()).numpy() for name, t in tensors.items()}
+        self.path, self.scheme, self.budget, self.feeds = path, scheme, budget, feeds
+        # Spread over the images and texts that there are.
+        self.tried = [*range(0, len(feeds), max(len(feeds) // _TRIED, 1))][:_TRIED]
+        with tempfile.TemporaryDirectory() as scratch:
+            wide = Path(scratch, path.name)
+            widen(path, wide)
+            self.wide: Any = onnx.load(str(wide))
+        found = sites(self.wide)
+        seen, self.truths = observe(self.wide, found, feeds)
+        # Those that suffer least come first.
+        self.order = sorted((fit(site, seen[site.tensor], scheme) for site in found), key=lambda each: each.error)
 
-    if record.name == "text":
-        for part in texts:
-            yield arrays(input_ids=examples.input_ids[part], attention_mask=examples.attention_mask[part])
-        return
-    for number in range(len(examples.pixels)):
-        pixels = examples.pixels[number : number + 1]
-        if record.name == "vision":
-            yield arrays(pixels=pixels)
-            continue
-        if record.name == "match":
-            for part in texts:
-                ids, mask = examples.input_ids[part][None], examples.attention_mask[part][None]
-                yield arrays(pixels=pixels, input_ids=ids, attention_mask=mask)
-            continue
-        embeds = model.encode_image(pixels.to(model.dtype))
-        if record.name == "image_memory":
-            yield arrays(image_embeds=embeds)
-            continue
-        memory = graph_memory(model.image_memory(embeds))
-        for part in texts:
-            mask = examples.attention_mask[part]
-            embedded = model.encode_text(examples.input_ids[part], mask)
-            yield arrays(text_embeds=embedded[None], attention_mask=mask[None], memory=memory)
+    def run(self) -> QuantisationRecord:
+        """Choose, and write the graph."""
+        import onnx
 
-
-def _by_onnxruntime(kind: str, dtype: DType) -> bool:
-    return kind == "int8" and dtype != "bf16"
-
-
-def _with_onnxruntime(path: Path, feeds: Iterator[dict[str, np.ndarray]]) -> None:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static as quantize
-
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, quiet():
-        made = Path(scratch) / path.name
-        quantize(
-            str(path),
-            str(made),
-            _reader(feeds),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options={
-                # TensorRT has symmetric scales only, int32 in no dequantisation, and wants outputs left as they are.
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
-                "QuantizeBias": False,
-                "OpTypesToExcludeOutputQuantization": ["MatMul"],
-            },
+        count, cosine = self._most()
+        chosen = self.order[:count]
+        milliseconds = [self._milliseconds(each) for each in ([], chosen)]
+        del self.wide
+        if chosen:
+            model = onnx.load(str(self.path))
+            save(rewritten(model, chosen, self.scheme), self.path)
+        return QuantisationRecord(
+            kind=self.scheme.kind,
+            budget=self.budget,
+            cosine=cosine,
+            products=sum(len(fitted.site.products) for fitted in self.order),
+            smoothed=sum(fitted.smoothing is not None for fitted in chosen),
+            kept=[name for fitted in self.order[count:] for name in fitted.site.layers],
+            wide_milliseconds=milliseconds[0],
+            milliseconds=milliseconds[1],
         )
-        made.replace(path)
+
+    def _most(self) -> tuple[int, float]:
+        """The number of sites, from the first, that the budget has room for, and the cosine that they leave."""
+        allowed = 1 - _SPENT * (1 - self.budget)
+        low, best = 0, 1.0
+        high = len(self.order)
+        # All of them, then as few as there can be: what cannot be met is known after two tries.
+        for count in (high, 1):
+            if (cosine := self._cosine(count)) >= allowed:
+                if count == high:
+                    return count, cosine
+                low, best = count, cosine
+            else:
+                high = count
+        while high - low > 1:
+            count = (low + high) // 2
+            if (cosine := self._cosine(count)) >= allowed:
+                low, best = count, cosine
+            else:
+                high = count
+        return low, best
+
+    def _cosine(self, count: int) -> float:
+        """The least of any row of an output, with some of the sites in 8 bits."""
+        run = runner(rewritten(self.wide, self.order[:count], self.scheme))
+        cosines = [least_cosine(run(self.feeds[n]), self.truths[n], self.feeds[n]) for n in self.tried]
+        # That of Python loses NaN.
+        return float(torch.tensor(cosines).min())
+
+    def _milliseconds(self, chosen: Sequence[Fitted]) -> float:
+        run, feed = runner(rewritten(self.wide, chosen, self.scheme)), self.feeds[0]
+        run(feed)
+        times = []
+        for _ in range(_TIMED):
+            started = time.perf_counter()
+            run(feed)
+            times.append(time.perf_counter() - started)
+        return round(min(times) * 1e3, 3)
 
 
-def _with_modelopt(path: Path, feeds: Iterator[dict[str, np.ndarray]], kind: Quantisation, dtype: DType) -> None:
-    """NVIDIA's quantiser, which calibrates by ONNX Runtime on the CPU."""
-    from modelopt.onnx.quantization import quantize  # pyright: ignore[reportMissingImports]
-
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantised-") as scratch, quiet():
-        source, made = Path(scratch) / path.name, Path(scratch) / f"quantised-{path.name}"
-        if dtype == "bf16":
-            # The quantiser narrows the graph again, after it has seen what the products are given.
-            widen(path, source)
+def least_cosine(
+    found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray], feed: Mapping[str, np.ndarray]
+) -> float:
+    """The least cosine of a row of any output: of a token that is not hidden, or of how the texts of an image score."""
+    cosines = [1.0]
+    for name in truth:
+        both = [torch.from_numpy(values[name]).double() for values in (found, truth)]
+        if name in DIRECTIONS:
+            rows = [values.flatten(0, -2) for values in both]
+            if "attention_mask" in feed and feed["attention_mask"].size == len(rows[0]):
+                real = torch.from_numpy(feed["attention_mask"]).bool().flatten()
+                rows = [values[real] for values in rows]
+        elif name in ("scores", "match_logits") and both[0].shape[1] > _FEWEST_RANKED:
+            scores = [values[..., 1] if name == "match_logits" else values for values in both]
+            rows = [values - values.mean(-1, keepdim=True) for values in scores]
         else:
-            shutil.copyfile(path, source)
-        quantize(
-            str(source),
-            quantize_mode=kind,
-            calibration_data_reader=_reader(feeds),
-            calibration_method="max",
-            calibration_eps=["cpu"],
-            op_types_to_quantize=["MatMul"],
-            high_precision_dtype=dtype,
-            direct_io_types=True,
-            output_path=str(made),
-            log_level="ERROR",
-        )
-        made.replace(path)
+            continue
+        cosines.append(float(F.cosine_similarity(*rows, dim=-1).min()))
+    return float(torch.tensor(cosines).min())
 
 
-def _reader(feeds: Iterator[dict[str, np.ndarray]]) -> Any:
-    """The feeds as ONNX Runtime's calibration takes them, which may ask for them more than once."""
-    from onnxruntime.quantization import CalibrationDataReader
-
-    kept = list(feeds)
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.rewind()
-
-        def rewind(self) -> None:
-            self._left = iter(kept)
-
-        def get_next(self) -> Any:
-            return next(self._left, None)
-
-        def get_first(self) -> Any:
-            return kept[0]
-
-    return Reader()
-
-
-def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
+def quantize_int8(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    budget: float = BUDGET,
+    examples: Examples | None = None,
+    progress: Progress = silent,
+) -> Manifest:
     """Write an int8 copy of an fp32 export into a folder of its own, and measure what it costs.
 
     Args:
         folder: an fp32 export to ONNX with its reference.
         out: the new folder; not the old one.
+        budget: least cosine of any row of an output with that of the model; products that cost more stay in fp32.
+        examples: images and texts to calibrate on; by default those that the export is compared on.
+        progress: is told what is being done.
 
     Returns:
-        The new manifest. Its checks hold errors, cosines and rank agreement against the fp32 model; `verified` says
-        that they are within `agreement.EIGHT_BIT`.
+        The new manifest. Its graphs say which products are in 8 bits; its checks hold errors, cosines and rank
+        agreement against the fp32 model, and `verified` says that they are within `eight_bit(budget)`.
 
     Raises:
         UnavailableError: `onnxruntime` is not installed.
-        ExportError: the export is of another kind or type, is damaged or has no reference, or cannot be quantised.
-        InputError: both folders are the same.
+        ExportError: the export is of another kind or type, is damaged or has no reference, cannot be quantised, or the
+            budget leaves no product in 8 bits.
+        InputError: both folders are the same, or no budget can be such.
         StorageError: the new folder cannot be written.
     """
     folder, out = Path(folder), Path(out)
     if folder.resolve() == out.resolve():
         raise InputError(f"{out} holds the fp32 export; name another folder for the int8 one")
+    check_quantisation("int8", "fp32", budget)
     source = Manifest.load(folder)
     source.require_files(Path(folder))
     arithmetic = source.options.get("arithmetic") or source.dtype
@@ -236,11 +368,19 @@ def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
             "export onnx --dtype fp32"
         )
     reference = Reference.load(folder)
-    prepare_folder(out, sum(record.bytes for record in source.files))
+    if examples is None:
+        calibration = Calibration.of_reference(reference, f"{source.examples}, which it is compared on too")
+    else:
+        calibration = Calibration.of_export(folder, source, examples)
+    # Beside the old graphs the new ones, until it is known that there will be an export.
+    prepare_folder(out, 2 * sum(record.bytes for record in source.files))
+    # A processor multiplies unsigned by signed bytes, a GPU signed ones.
+    unsigned = source.consumer in ("onnxruntime", "openvino")
+    rewrite = quantising(calibration, "int8", "fp32", budget=budget, unsigned=unsigned, progress=progress)
     result = source.model_copy(
         update={
             "versions": source.versions | package_versions("onnxruntime"),
-            "options": source.options | {"arithmetic": "int8", "quantisation": "dynamic, int8 weights by channel"},
+            "options": source.options | eight_bit_options("int8", budget, calibration),
             "status": "unverified",
             "reason": "it was not compared with the model",
             "verification": None,
@@ -248,37 +388,49 @@ def quantize_int8(folder: str | Path, out: str | Path) -> Manifest:
     )
 
     def compare(content: Manifest) -> None:
+        progress("comparing with the model")
         keep_reference(content, out, reference)
         compare_with_reference(content, out, reference)
 
-    return fill_folder(result, out, source.graphs, lambda record: _quantized(record, folder, out), compare)
-
-
-def _quantized(record: GraphRecord, folder: Path, out: Path) -> list[str]:
     try:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError:
-        raise UnavailableError(
-            "int8 needs onnxruntime, which is not installed; pip install 'xfm-fast[export]'"
-        ) from None
-    external = any(name != record.file for name in record.files)
-    try:
-        with quiet():
-            quantize_dynamic(
-                folder / record.file,
-                out / record.file,
-                op_types_to_quantize=["MatMul", "Gemm"],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=external,
-                # The products of attention have two activations, and nothing is gained by quantising one of them.
-                extra_options={"MatMulConstBOnly": True},
-            )
+        with tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch:
+            made = Path(scratch)
+            records = []
+            for record in source.graphs:
+                started = time.perf_counter()
+                for name in record.files:
+                    shutil.copyfile(folder / name, made / name)
+                changed = record.model_copy()
+                rewrite(changed, made / record.file)
+                changed.build_seconds = time.perf_counter() - started
+                records.append(changed)
+            require_eight_bits(records, budget)
+
+            def write(record: GraphRecord) -> list[str]:
+                names = [name for name in record.files if (made / name).exists()]
+                for name in names:
+                    (made / name).replace(out / name)
+                return names
+
+            return fill_folder(result, out, records, write, compare)
     except OSError as error:
-        raise StorageError(f"{out / record.file} cannot be written ({error.strerror or error})") from error
-    except Exception as error:  # of the quantiser, which has no errors of its own
+        raise StorageError(f"{out} cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+def eight_bit_options(kind: Quantisation, budget: float, calibration: Calibration) -> dict[str, Any]:
+    """Entries of a manifest that say how its products came into 8 bits."""
+    return {"arithmetic": kind, "budget": budget, "calibration": calibration.examples.origin}
+
+
+def require_eight_bits(graphs: Sequence[GraphRecord], budget: float) -> None:
+    """See that some product is in 8 bits.
+
+    Raises:
+        ExportError: the budget left none.
+    """
+    made = [record.quantisation for record in graphs if record.quantisation is not None]
+    if made and all(len(record.kept) == record.products for record in made):
         raise ExportError(
-            f"ONNX Runtime cannot quantise graph {record.name!r} ({' '.join(str(error).split())[:300]}); "
-            "serve it in fp32"
-        ) from error
-    return [record.file, *([f"{record.file}.data"] if external else [])]
+            f"--budget {budget} cannot be met: no product of {', '.join(record.name for record in graphs)} can be in "
+            f"{made[0].kind}; give a smaller one, or serve the export without 8 bits"
+        )

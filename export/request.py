@@ -32,6 +32,9 @@ Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
 Quantisation = Literal["int8", "fp8"]
 HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
 
+BUDGET = 0.99
+"""The least cosine of any row of an output with that of the model, where products are in 8 bits."""
+
 BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
 Pipeline = Literal["rank", "graphs"]
 ServedDevice = Literal["auto", "cpu", "gpu"]
@@ -126,6 +129,8 @@ class EngineRequest(ExportRequest):
             to 64]
         sm: Compute capabilities to build for, such as 80,89,120. [this machine's GPU]
         quantize: Products in 8 bits, with scales from --data or the photographs.
+        budget: Least cosine of any row of an output with that of the model. Products in 8 bits that cost more go back
+            to --dtype.
         level: How long the builder may search; by default its own.
         keep_onnx: Leave the graphs that the engines are built from in OUT/onnx.
     """
@@ -135,6 +140,7 @@ class EngineRequest(ExportRequest):
     profile: Sequence[str] = ()
     sm: Sequence[str] = ()
     quantize: Quantisation | None = None
+    budget: float = BUDGET
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
 

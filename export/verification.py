@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from .consumers import DTYPES, DType
 from .expected import LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import GraphName
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
+from .request import BUDGET
 from .slots import graph_slots, largest
 
 
@@ -162,7 +163,9 @@ def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> R
 
 def threshold_of(manifest: Manifest) -> Threshold:
     """The bar that an export must reach."""
-    return EIGHT_BIT if manifest.options.get("arithmetic") else THRESHOLDS[manifest.dtype]
+    if manifest.options.get("arithmetic"):
+        return eight_bit(manifest.options.get("budget", BUDGET))
+    return THRESHOLDS[manifest.dtype]
 
 
 def compare(manifest: Manifest, reference: Reference, runner: Runner) -> tuple[list[Check], list[RankCheck]]:
@@ -177,20 +180,56 @@ def compare(manifest: Manifest, reference: Reference, runner: Runner) -> tuple[l
         for output in found.outputs:
             checks.append(found.check(output, threshold, reference, manifest.dtype))
         if found.scores is not None:
-            agreement = rank_agreement(found.scores, reference.tensors["scores"], threshold.ties(reference))
-            if agreement is not None:
-                ranks.append(
-                    RankCheck(
-                        graph=record.name,
-                        candidates=agreement.candidates,
-                        agreement=agreement.agreeing,
-                        identical=agreement.identical,
-                        tie=threshold.ties(reference),
-                        least=threshold.ranks,
-                        passed=agreement.agreeing >= threshold.ranks,
-                    )
-                )
+            ranks += _rank_check(record.name, found.scores, threshold, reference)
+    if manifest.options.get("arithmetic") and {"vision", "text", "image_memory", "fusion"} <= {*manifest.graph_names}:
+        # Errors of 8 bits add up from graph to graph, which the ranks by one of them do not show.
+        scores = _reranked(manifest, reference, runner)
+        ranks += [] if scores is None else _rank_check("all", scores, threshold, reference)
     return checks, ranks
+
+
+def _rank_check(
+    graph: GraphName | Literal["all"], scores: Tensor, threshold: Threshold, reference: Reference
+) -> list[RankCheck]:
+    tie = threshold.ties(reference)
+    agreement = rank_agreement(scores, reference.tensors["scores"], tie)
+    if agreement is None:
+        return []
+    return [
+        RankCheck(
+            graph=graph,
+            candidates=agreement.candidates,
+            agreement=agreement.agreeing,
+            identical=agreement.identical,
+            tie=tie,
+            least=threshold.ranks,
+            passed=agreement.agreeing >= threshold.ranks,
+        )
+    ]
+
+
+def _reranked(manifest: Manifest, reference: Reference, runner: Runner) -> Tensor | None:
+    """The scores `[I, T]` of every image with the texts that fit, each graph given what the one before computed."""
+    computed = dict(reference.tensors)
+    for graph, output in (("vision", "image_embeds"), ("text", "text_embeds")):
+        record = manifest.graph(graph)
+        values = computed[output] = computed[output].clone()
+        for case in _largest_cases(record, manifest, reference):
+            rows = case.images if graph == "vision" else case.texts[:, 0]
+            made = runner.run(graph, _inputs(record, case, manifest, reference, runner))[output].float().cpu()
+            values[rows[:, None], torch.arange(made.shape[1])] = made
+    record, found = manifest.graph("fusion"), Findings("fusion")
+    for case in _largest_cases(record, manifest, reference):
+        _run(record, case, manifest, Reference({**computed}, reference.rounding), runner, found)
+    return found.scores
+
+
+def _largest_cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> list[Case]:
+    """Those of the last and greatest shape, which hold every image or text, or all pairs."""
+    found = [*cases(record, manifest, reference)]
+    last = found[-1]
+    sizes = (len(last.images), last.texts.shape)
+    return [case for case in found if (len(case.images), case.texts.shape) == sizes]
 
 
 @dataclass(frozen=True)
@@ -266,9 +305,9 @@ def _chunks(count: int, size: int) -> Iterator[Tensor]:
         yield torch.arange(start, start + size) % count
 
 
-def _run(
-    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, runner: Runner, found: Findings
-) -> None:
+def _inputs(
+    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, runner: Runner
+) -> dict[str, Tensor]:
     dtype = DTYPES[manifest.dtype]
     known = reference.tensors
     inputs: dict[str, Tensor] = {}
@@ -290,8 +329,17 @@ def _run(
         inputs["text_embeds"] = _cut(known["text_embeds"], rows, case.length, 0).to(dtype)
     if "attention_mask" in names:
         inputs["attention_mask"] = _cut(known["attention_mask"], rows, case.length, 0)
+    return inputs
+
+
+def _run(
+    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, runner: Runner, found: Findings
+) -> None:
+    known = reference.tensors
+    rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
+    inputs = _inputs(record, case, manifest, reference, runner)
     outputs = runner.run(record.name, inputs)
-    shape = [*inputs[names[0]].shape]
+    shape = [*inputs[record.inputs[0].name].shape]
     images = case.images[:, None].expand_as(case.texts)
     for tensor in record.outputs:
         name, value = tensor.name, outputs[tensor.name].float().cpu()
@@ -345,6 +393,7 @@ class Threshold:
             error, which is as far as it can move two scores against each other.
         ranks: least share of candidates that keep their rank but for ties.
         relative: allowed beside `absolute`, as a share of the largest entry.
+        relative_tie: the same beside `tie`.
     """
 
     absolute: float
@@ -353,6 +402,7 @@ class Threshold:
     tie: float
     ranks: float
     relative: float = 0.0
+    relative_tie: float = 0.0
 
     def allowed(self, name: str, extent: float, reference: Reference, dtype: DType) -> float:
         """The largest error that an output may have whose largest entry is `extent`."""
@@ -363,7 +413,8 @@ class Threshold:
 
     def ties(self, reference: Reference) -> float:
         """The largest difference of two scores that may swap."""
-        return max(self.tie, 2 * reference.rounding["scores"] if self.rounding else 0.0)
+        extent = float(reference.tensors["scores"].abs().max()) if self.relative_tie else 0.0
+        return max(self.tie, 2 * reference.rounding["scores"] if self.rounding else 0.0, self.relative_tie * extent)
 
 
 THRESHOLDS: dict[DType, Threshold] = {
@@ -372,12 +423,29 @@ THRESHOLDS: dict[DType, Threshold] = {
     "bf16": Threshold(absolute=0, rounding=2, cosine=0.998, tie=0, ranks=0.99),
 }
 
-EIGHT_BIT = Threshold(absolute=0, rounding=0, cosine=0.9, tie=1e-5, ranks=0.0, relative=0.5)
-"""The bar for exports whose products are int8 or fp8, in whatever type the rest is. It tells an export that lost the
-model from one that costs accuracy; how much of it, the errors and ranks in the manifest say."""
+LEAST_RANKS = 0.95
+"""Share of candidates that keep their rank where products are in 8 bits."""
+
+
+def eight_bit(budget: float) -> Threshold:
+    """The bar for exports whose products are int8 or fp8, in whatever type the rest is.
+
+    Scores that bf16 hardly tells apart, two units in the last place of the largest, are ties.
+
+    Args:
+        budget: least cosine of any row of an embedding or feature. The entries of other outputs may be off by the
+            share of the largest that the same angle is of a vector: √(2 - 2 cos).
+    """
+    turned, unit = (2 - 2 * budget) ** 0.5, torch.finfo(torch.bfloat16).eps
+    return Threshold(
+        absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=LEAST_RANKS, relative=turned, relative_tie=2 * unit
+    )
+
 
 # Everything else has too few entries for an angle to say anything.
-_DIRECTIONS = ("image_embeds", "image_feature", "text_embeds", "text_feature", "fused", "fused_tokens", "memory")
+DIRECTIONS = frozenset(
+    ("image_embeds", "image_feature", "text_embeds", "text_feature", "fused", "fused_tokens", "memory")
+)
 
 
 @dataclass
@@ -402,7 +470,7 @@ class Findings:
         errors.total += float(error.sum())
         errors.count += error.numel()
         errors.extent = max(errors.extent, float(truth.abs().max()))
-        if name in _DIRECTIONS:
+        if name in DIRECTIONS:
             cosine = F.cosine_similarity(value.double(), truth.double(), dim=-1)
             errors.cosine = float(torch.tensor([errors.cosine, float(cosine.min())]).min())
 
@@ -414,7 +482,7 @@ class Findings:
     def check(self, output: str, threshold: Threshold, reference: Reference, dtype: DType) -> Check:
         errors = self.outputs[output]
         allowed = threshold.allowed(output, errors.extent, reference, dtype)
-        directed = output in _DIRECTIONS
+        directed = output in DIRECTIONS
         # Comparisons with NaN are false: NaN fails.
         passed = errors.largest <= allowed and (not directed or errors.cosine >= threshold.cosine)
         return Check(

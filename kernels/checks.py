@@ -328,6 +328,11 @@ def _one_type(**tensors: Tensor | None) -> None:
     """Refuse a product of several types, unless autocast is there to convert them."""
     present = {name: t for name, t in tensors.items() if t is not None}
     first = next(iter(present.values()))
-    if any(t.dtype != first.dtype for t in present.values()) and not torch.is_autocast_enabled(first.device.type):
+    if all(t.dtype == first.dtype for t in present.values()):
+        return
+    # Here, so that checks can be had without the operators, which register themselves once a process.
+    from .library import autocast_dtype
+
+    if autocast_dtype(first.device) is None:
         names, types = ", ".join(present), ", ".join(str(t.dtype) for t in present.values())
         raise InputError(f"{names} are {types}; convert them to one type, or run them under torch.autocast")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, fp8, reference
 from .backend import Backend, named, resolve
 from .cpu import norms as cpu
 from .cpu import products as cpu_products
-from .library import like, operator
+from .library import like, on_device_of_arguments, operator
 from .limits import LARGEST_WIDTH
 from .products import linear, linear_residual, multiplies_at_once, runs_cpu_inference, runs_in_int8
 
@@ -20,8 +20,11 @@ from .products import linear, linear_residual, multiplies_at_once, runs_cpu_infe
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
     """LayerNorm over the last dimension, statistics in fp32 for half precision. x `[..., M]` → `[..., M]`."""
     checks.norm_arguments(x, weight, bias, eps)
-    if _resolve(backend, x, weight, bias) != "triton":
+    chosen = _resolve(backend, x, weight, bias)
+    if chosen != "triton":
         return reference.layer_norm(x, weight, bias, eps)
+    if fp8.wanted_of(chosen, x, weight, bias):
+        return _rounded_norm(x, None, weight, bias, eps)[0]
     return _layer_norm(x, weight, bias, eps)[0]
 
 
@@ -65,11 +68,26 @@ def add_layer_norm(
     chosen = _resolve(backend, x, residual, weight, bias, gamma, row_scale, seed)
     if chosen not in ("cpu", "triton"):
         return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, wide, seed)
+    if not dropout_p and fp8.wanted_of(chosen, x, residual, weight, bias, gamma, row_scale):
+        return _rounded_norm(x, residual, weight, bias, eps, gamma, row_scale, wide=wide)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=x.device)
     drop = (dropout_p, seed if dropout_p else None)
     normed, summed, *_ = _add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, *drop, wide, chosen)
     return normed, summed
+
+
+def _rounded_norm(x: Tensor, *rest: Any, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """(normed, summed) by the Triton kernel, with normed in fp8 for the product that reads it next."""
+    from .triton.fp8 import room_for
+    from .triton.layer_norm import add_layer_norm_forward
+
+    def run(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        room = room_for(x.reshape(-1, x.shape[-1]))
+        made = add_layer_norm_forward(x, *rest, wide=wide, rounded=room)
+        return fp8.keep(made.normed, *room), made.summed
+
+    return on_device_of_arguments(run)(x, *rest) if x.is_cuda else run(x, *rest)
 
 
 def linear_add_layer_norm(
@@ -104,7 +122,8 @@ def linear_add_layer_norm(
         summed = cpu_products.linear_residual(x, weight, bias, residual, gamma)
         return reference.layer_norm(summed, norm_weight, norm_bias, eps), summed
     if plain and (
-        runs_in_int8(backend, weight, x, *of_one_type) or runs_cpu_inference(backend, x, weight, *of_one_type)
+        runs_in_int8(backend, weight, x, *of_one_type)
+        or (not fp8.on() and runs_cpu_inference(backend, x, weight, *of_one_type))
     ):
         summed = linear_residual(x, weight, bias, residual, gamma=gamma, backend=backend)
         return layer_norm(summed, norm_weight, norm_bias, eps, backend=backend), summed

@@ -14,6 +14,7 @@ from .attention import relpos_attention, relpos_bias, varlen_attention
 from .backend import Backend, use_backend
 from .bias_attention import bias_attention
 from .checks import check_contents
+from .fp8 import use_fp8
 from .losses import linear_cross_entropy, token_log_likelihood
 from .norms import add_layer_norm, embed_layer_norm, layer_norm, linear_add_layer_norm
 from .products import linear, linear_gelu, linear_residual, mlp_residual
@@ -35,5 +36,6 @@ __all__ = [
     "relpos_bias",
     "token_log_likelihood",
     "use_backend",
+    "use_fp8",
     "varlen_attention",
 ]

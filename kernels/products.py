@@ -10,12 +10,13 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 
-from . import checks, reference
+from . import checks, fp8, reference
 from .backend import Backend, named, resolve
 from .cpu import int8
 from .cpu import products as cpu
 from .cpu.workspace import Dropout
-from .library import operator
+from .library import on_device_of_arguments, operator
+from .limits import LARGEST_WIDTH
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -65,7 +66,9 @@ def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
     """True where the products of a marked weight run in int8, whatever type its values are stored in."""
-    if not int8.is_marked(weight) or weight.is_inference() or weight.device != x.device:
+    if not int8.is_marked(weight) or torch.compiler.is_compiling():
+        return False
+    if weight.is_inference() or weight.device != x.device:
         return False
     return not (torch.is_grad_enabled() and weight.requires_grad) and runs_cpu_inference(backend, x, *others)
 
@@ -93,6 +96,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
     if multiplies_at_once(backend, x, weight):
         return cpu.linear(x, weight, bias)
     checks.linear_arguments(x, weight, bias)
+    if fp8.applies(x, weight, bias):
+        return fp8.linear(x, weight, bias, backend)
     if runs_in_int8(backend, weight, x, bias):
         return int8.linear(x, weight, bias)
     weight = _floating(x, weight)
@@ -106,6 +111,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`gelu(x W^T + b)` with the erf form of GELU. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
     checks.linear_arguments(x, weight, bias)
+    if fp8.applies(x, weight, bias):
+        return _gelu_fp8(x, weight, bias, backend)
     if runs_in_int8(backend, weight, x, bias):
         return int8.linear_gelu(x, weight, bias)
     weight = _floating(x, weight)
@@ -117,6 +124,17 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Back
     present = (x, weight) if bias is None else (x, weight, bias)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in present)
     return _linear_gelu(x, weight, bias, keep, chosen)[0]
+
+
+def _gelu_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | None) -> Tensor:
+    wide = weight.shape[0] > LARGEST_WIDTH
+    if wide or not fp8.wanted_of(resolve(backend, x, weight, bias), x, weight, bias):
+        return F.gelu(fp8.linear(x, weight, bias, backend))
+    from .triton.gelu import bias_gelu_quantise
+
+    product = fp8.linear(x, weight, None, backend)
+    run = on_device_of_arguments(bias_gelu_quantise) if x.is_cuda else bias_gelu_quantise
+    return fp8.keep(*run(product, bias))
 
 
 def linear_residual(
@@ -140,6 +158,9 @@ def linear_residual(
     """
     checks.linear_arguments(x, weight, bias)
     checks.branch_arguments((*x.shape[:-1], weight.shape[0]), residual, gamma, row_scale, dropout_p)
+    if fp8.applies(x, weight, bias, residual, gamma):
+        out = fp8.linear(x, weight, bias, backend)
+        return reference.branch_end(out, residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
     if plain and runs_in_int8(backend, weight, x, bias, gamma):
         return int8.linear_residual(x, weight, bias, residual, gamma)
@@ -192,10 +213,14 @@ def mlp_residual(
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
     if plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out)):
         return int8.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
-    if plain and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma):
+    if (
+        plain
+        and not fp8.on()
+        and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
+    ):
         return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     weight_in, weight_out = _floating(x, weight_in), _floating(x, weight_out)
-    if _trains_on_cpu(backend, x, weight_in, bias_in, weight_out, bias_out):
+    if not fp8.on() and _trains_on_cpu(backend, x, weight_in, bias_in, weight_out, bias_out):
         out = _mlp(x, weight_in, bias_in, weight_out, bias_out)[0]
         return _add_branch(out, residual, gamma, row_scale, dropout_p)
     hidden = linear_gelu(x, weight_in, bias_in, backend=backend)

@@ -34,9 +34,10 @@ def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if gelu:
         scale = (wide.amax(-1, keepdim=True) / 223).clamp_min(0.17 / 32)
-        return (wide * (1 / scale)).round() * scale
-    largest = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return (wide * (127 / largest)).round() * (largest / 127)
+    else:
+        scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    # Not divided: a value halfway between two levels has to go where it goes in the product.
+    return (wide * (1 / scale)).round() * scale
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,6 +46,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(F.linear(x, weight, bias))
+
+
+LARGEST_FP8 = 448.0
+"""The largest number of e4m3."""
+# A row of less is rounded as if this were its largest entry, so that the inverse of its scale stays finite.
+_LEAST_ENTRY = 2.0**-100
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[..., K]` in fp8 (e4m3), and the scales `[..., 1]` fp32 that they have to be multiplied with."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(_LEAST_ENTRY)
+    return (wide * (LARGEST_FP8 / largest)).to(torch.float8_e4m3fn), largest / LARGEST_FP8
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """What `quantise_rows` stands for, in fp32."""
+    rows, scales = quantise_rows(x)
+    return rows.float() * scales
+
+
+def product_of_rounded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` of rows that `rounded_rows` made, in fp32."""
+    return F.linear(x, weight, None if bias is None else bias.float())
+
+
+def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` with x and W rounded to fp8 row by row."""
+    return product_of_rounded(rounded_rows(x), rounded_rows(weight), bias).to(x.dtype)
 
 
 def linear_residual(
@@ -56,7 +86,13 @@ def linear_residual(
     row_scale: Tensor | None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    out = F.linear(x, weight, bias)
+    return branch_end(F.linear(x, weight, bias), residual, gamma, row_scale, dropout_p)
+
+
+def branch_end(
+    out: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float = 0.0
+) -> Tensor:
+    """`residual + row_scale · gamma · dropout(out)`."""
     if dropout_p:
         out = F.dropout(out, dropout_p)
     if gamma is not None:

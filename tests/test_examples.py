@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.search.conftest import write_model, write_picture
 
@@ -36,7 +37,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_they_are_short_and_all_are_tested() -> None:
-    tested = {"accelerate_my_model", "search_my_photos", "finetune_on_my_csv", "build_an_engine"}
+    tested = {"accelerate_my_model", "search_my_photos", "finetune_on_my_csv", "build_an_engine", "what_fp8_costs"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 40, path
@@ -47,6 +48,15 @@ def test_accelerate_my_model(run: Run) -> None:
     out = run("accelerate_my_model")
     assert "0 left alone" in out
     assert "times as fast" in out
+
+
+def test_what_fp8_costs(run: Run, photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    write_model(tmp_path / "weights", seed=0)
+    for arguments in ((photos,), (photos, tmp_path / "weights")):
+        out = run("what_fp8_costs", *arguments)
+        assert "4 photographs: cosine 0.9" in out
+        assert "of them keep the photograph" in out
 
 
 def test_search_my_photos(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -207,6 +207,14 @@ def test_the_downstream_table_is_that_of_the_committed_study() -> None:
         assert all(f"| {value:.1f} |" in table for value in row["by_seed"].values())
 
 
+def test_the_probe_of_shapes_is_the_stored_one() -> None:
+    found = json.loads((ROOT / "benchmarks/results/shape-probe-tiny-shapes.json").read_text(encoding="utf-8"))
+    table = _text(ROOT / "docs/fine-tuning.md").split("<!-- probe:begin -->\n")[1].split("<!-- probe:end -->")[0]
+    for line, fitted_on in zip(table.splitlines()[2:], ("training", "all_pairs"), strict=True):
+        assert line.endswith(f"| {found[f'{fitted_on}/held_out']:.1f} | {found[f'{fitted_on}/common']:.1f} |")
+    assert f"chance {found['chance']:.1f}" in _text(ROOT / "docs/fine-tuning.md")
+
+
 def test_the_readme_is_short_and_has_the_sections_that_people_look_for() -> None:
     text = _text(ROOT / "README.md")
     assert len(text.splitlines()) <= 150

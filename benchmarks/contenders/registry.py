@@ -155,16 +155,16 @@ ALL: tuple[Contender, ...] = (
         OURS, "xfm-fast", _plain(lambda s: OurEngine(served(s.model))), _ALL_WORK, package="xfm_fast", schedule="ours"
     ),
     Contender(
+        "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(served(s.model))),
+        ("retrieve",), package="xfm_fast", schedule="kept memories",
+    ),
+    Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model)), _ALL_WORK),
+    Contender(
         # The weights are shared by all contenders, and its marks are on them.
         "xfm-fast-int8", "xfm-fast, products in int8",
         _plain(lambda s: OurEngine(copy.deepcopy(s.model).quantise())), SCENARIOS, ("bf16",), _int8_absent, "xfm_fast",
         schedule="ours", band=INT8_BAND,
     ),
-    Contender(
-        "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(served(s.model))),
-        ("retrieve",), package="xfm_fast", schedule="kept memories",
-    ),
-    Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model)), _ALL_WORK),
     Contender(
         OFFICIAL_CODE, "official code, a process of its own", _official_code, SCENARIOS, ("fp32",),
         _needs(on="cpu"), "transformers",

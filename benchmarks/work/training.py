@@ -55,9 +55,11 @@ AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 # In the worst of its parameters the official step of the base model misses fp64 by 1e-5 in fp32 (relative L2 norm of
 # the gradient). Three times that is allowed, as everywhere in this project.
 FP32_GRADIENT_BAND = 3e-5
-# A gradient whose norm is below this share of the largest one is compared on that scale instead of its own: those of
-# key biases are zero but for rounding, and no two orders of summation round alike.
+# A gradient whose norm is below this share of the largest one is compared on that scale instead of its own.
 _NOISE = 1e-4
+# The bias of keys moves all scores of a query alike, which their softmax takes out again: its gradient is zero but for
+# rounding, and no two orders of summation round alike. It is compared on the scale of the weights' beside it.
+_KEY_BIAS = "key.bias"
 # By type of device: pairs of the full and of the quick measurement.
 _PAIRS = {"cpu": (8, 2), "cuda": (96, 16)}
 LABELS = {OURS: "xfm-fast", OFFICIAL: "official procedure, eager"}
@@ -445,7 +447,11 @@ def difference(ours: Outcome, truth: Outcome) -> Difference:
         distance = _finite((found.double() - expected.double()).norm())
         own = float(expected.double().norm())
         distances, squares = distances + distance**2, squares + own**2
-        worst = max(worst, (distance / max(own, _NOISE * scale), name))
+        least = _NOISE * scale
+        if name.endswith(_KEY_BIAS):
+            beside = truth.gradients.get(name.removesuffix("bias") + "weight")
+            least = max(least, 0.0 if beside is None else float(beside.double().norm()))
+        worst = max(worst, (distance / max(own, least), name))
     return Difference(losses, (distances / squares) ** 0.5 if squares else 0.0, *worst)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xfm_fast.checkpoint.files import write_bytes
-from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.errors import ExportError, InputError
 from xfm_fast.models.xfm import XFM
 
 from ..consumers import Profile, data_type, profile
@@ -22,10 +22,17 @@ from ..expected import Examples, generated_examples
 from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from ..onnx import Rewrite, export_onnx, require_onnx
 from ..pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder
-from ..quantise import QUANTISATIONS, check_quantisation, quantising
+from ..quantise import (
+    QUANTISATIONS,
+    Calibration,
+    check_quantisation,
+    eight_bit_options,
+    quantising,
+    require_eight_bits,
+)
 from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
 from ..verification import compare_with_model
-from .library import EngineConsumer, Library, load_library, message_logger, said
+from .library import EngineConsumer, Library, load_library, message_logger, said, started
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
 from .plugin_graphs import with_plugins
 from .plugins import check_plugins
@@ -59,6 +66,7 @@ def export_engines(
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
+    calibration: Examples | None = None,
     progress: BuildProgress | None = None,
     **changes: Any,
 ) -> Manifest:
@@ -70,8 +78,9 @@ def export_engines(
         consumer: which library builds.
         request: which graphs, their form, and how the engines are built.
         source, tokenizer_sha256: see `pipeline.export_graphs`.
-        examples: calibrate 8-bit products, and compare with the model: the ONNX graphs on the CPU, and the engines
-            where they run. Without, the manifest says `unverified`, and generated ones calibrate.
+        examples: compare with the model on them: the ONNX graphs on the CPU, and the engines where they run. Without,
+            the manifest says `unverified`.
+        calibration: choose 8-bit products and their scales on these; by default on `examples`, or generated ones.
         progress: is told how far the build is.
         changes: fields of the request.
 
@@ -91,9 +100,15 @@ def export_engines(
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
     rewrite: Rewrite | None = None
+    settings: dict[str, Any] = {}
     if wanted.quantize:
-        kind = check_quantisation(wanted.quantize, dtype)
-        rewrite = quantising(model, examples or generated_examples(model.config), kind, dtype)
+        kind = check_quantisation(wanted.quantize, dtype, wanted.budget)
+        known = calibration or examples or generated_examples(model.config)
+        inputs = Calibration.of_model(model, known, wanted.names)
+        rewrite, settings = (
+            quantising(inputs, kind, dtype, budget=wanted.budget),
+            eight_bit_options(kind, wanted.budget, inputs),
+        )
     elif wanted.plugins:
         rewrite = with_plugins(library, targets[0], profiles)
     graphs = OnnxRequest(wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, consumer, wanted.opset)
@@ -105,14 +120,14 @@ def export_engines(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if wanted.keep_onnx else Path(scratch)
         exported = export_onnx(model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256)
-        if wanted.quantize:
-            exported.options["arithmetic"] = wanted.quantize
+        exported.options |= settings
         # No CPU runs a plugin, and it has the function of the nodes that it stands for.
         if wanted.plugins:
             compare(exported, onnx)
         if rewrite is not None:
             for record in exported.graphs:
                 rewrite(record, onnx / record.file)
+            require_eight_bits(exported.graphs, wanted.budget)
             exported.files = record_files(onnx, [record.name for record in exported.files])
         if not wanted.plugins:
             compare(exported, onnx)
@@ -143,7 +158,7 @@ def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Lib
     if request.quantize:
         if request.quantize in QUANTISATIONS:
             library.check(request, request.quantize)
-        check_quantisation(request.quantize, data_type(request.dtype))
+        check_quantisation(request.quantize, data_type(request.dtype), request.budget)
     if request.plugins:
         check_plugins(library)
     return library, targets, spelling
@@ -201,11 +216,12 @@ def build_engines(
                 version_compatible=wanted.version_compatible,
                 hardware_compatibility=wanted.hardware_compatible,
             ),
-            "options": {
+            "options": exported.options
+            | {
                 "profiles": [str(profile) for profile in profiles],
                 "optimization_level": wanted.level,
                 "plugins": wanted.plugins,
-                "arithmetic": wanted.quantize,
+                "arithmetic": exported.options.get("arithmetic"),
             },
         }
     )
@@ -258,12 +274,7 @@ class _Build:
         library = self.library
         self.errors: list[str] = []
         self.logger = message_logger(library.trt, self.errors, _log)
-        self.builder: Any = library.trt.Builder(self.logger)
-        if not self.builder:
-            raise UnavailableError(
-                f"{library.label} {library.version} could not start ({said(self.errors)}); see that its CUDA libraries "
-                "and the driver fit each other"
-            )
+        self.builder: Any = started(library, library.trt.Builder, self.logger, self.errors)
 
     def run(self, engine: Path) -> BuiltEngine:
         started = time.perf_counter()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 from xfm_fast.errors import ExportError, UnavailableError
@@ -243,6 +243,24 @@ def message_logger(trt: Any, errors: list[str], log: logging.Logger) -> Any:
             log.log(logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG, "%s", msg)
 
     return Logger()
+
+
+def started(library: Library, kind: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
+    """A builder or runtime of a library.
+
+    Raises:
+        UnavailableError: the library makes none, which its module tells by a TypeError.
+    """
+    try:
+        made = kind(logger)
+    except TypeError as error:
+        made, errors = None, [*errors, str(error)]
+    if not made:
+        raise UnavailableError(
+            f"{library.label} {library.version} could not start ({said(errors)}); see that its CUDA libraries and the "
+            "driver fit each other"
+        )
+    return made
 
 
 def said(errors: Sequence[str]) -> str:

@@ -34,6 +34,20 @@ def open_runtime(
     return OnnxSessions(manifest, device)
 
 
+def session_options() -> Any:
+    """The options that every session of ONNX Runtime has here."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # As many threads as PyTorch, which knows of containers and OMP_NUM_THREADS.
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Processors without VNNI add two int8 products in 16 bits, which overflow unless this is asked for.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
 class OnnxSessions:
     """A `Runtime`. Its graphs may be run by several threads at the same time."""
 
@@ -81,11 +95,7 @@ class OnnxSessions:
         return _OnnxGraph(session, record, self.device, self.description)
 
     def _options(self, record: GraphRecord) -> Any:
-        options = self._library.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_ENABLE_ALL
-        # As many threads as PyTorch, which knows of containers and OMP_NUM_THREADS.
-        options.intra_op_num_threads = torch.get_num_threads()
+        options = session_options()
         # Every graph has threads of its own. They may spin between the operators of a run, but not after it, when the
         # next graph needs the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -160,7 +170,7 @@ class _WidenedGraph:
 
 
 def widen(path: Path, out: Path) -> None:
-    """Write a copy of a bf16 graph whose inputs, outputs and arithmetic are fp32. Weights keep their value.
+    """Write a copy of a bf16 or fp16 graph whose inputs, outputs and arithmetic are fp32. Weights keep their value.
 
     Args:
         path: the graph; weights that lie beside it are read too.
@@ -169,12 +179,12 @@ def widen(path: Path, out: Path) -> None:
     import onnx
     from onnx import numpy_helper
 
-    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    narrow, wide = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16), onnx.TensorProto.FLOAT
     model = onnx.load(str(path))
     graph = model.graph
 
     def widened(tensor: Any) -> None:
-        if tensor.data_type == narrow:
+        if tensor.data_type in narrow:
             values = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
@@ -184,10 +194,10 @@ def widen(path: Path, out: Path) -> None:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 widened(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
                 attribute.i = wide
     for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type == narrow:
+        if value.type.tensor_type.elem_type in narrow:
             value.type.tensor_type.elem_type = wide
     size = sum(len(tensor.raw_data) for tensor in graph.initializer)
     onnx.save(model, str(out), save_as_external_data=size > LARGEST_FILE, location=f"{out.name}.data")

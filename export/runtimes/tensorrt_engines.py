@@ -25,7 +25,7 @@ from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
 from ..engines import check_engine_file
-from ..engines.library import Library, load_library, local_capability, message_logger, said
+from ..engines.library import Library, load_library, local_capability, message_logger, said, started
 from ..manifest import GraphRecord, Manifest
 from ..slots import Slot, axes_of, graph_slots, output_shapes
 from . import TORCH_DTYPES, Precision, empty_outputs
@@ -73,7 +73,7 @@ class TensorRTEngines:
         self.errors: list[str] = []
         # The runtime keeps no reference to it.
         self._logger = message_logger(library.trt, self.errors, _log)
-        self._runtime: Any = library.trt.Runtime(self._logger)
+        self._runtime: Any = started(library, library.trt.Runtime, self._logger, self.errors)
         if manifest.target is not None and manifest.target.version_compatible:
             # Such an engine carries the runtime of the version that built it.
             self._runtime.engine_host_code_allowed = True

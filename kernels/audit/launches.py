@@ -20,7 +20,7 @@ IMAGE_TOKENS = 577
 _TEXT_TOKENS = CAPTIONS * CAPTION_TOKENS
 _ROWS = IMAGES * IMAGE_TOKENS
 _PROGRAMS_PER_PROCESSOR = 4  # of kernels that leave partial sums, as `triton.rows` cuts them
-_BIAS_PROGRAMS, _BIAS_PARTS = 512, 8  # likewise `triton.relpos_attention`
+_BIAS_PROGRAMS, _BIAS_PARTS = 512, 8  # likewise `triton.bias_attention`
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,25 @@ def _biased(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], p
         parts = max(1, min(IMAGES, _BIAS_PARTS, _BIAS_PROGRAMS // programs))
         return Launch(shape, programs * parts, math.ceil(IMAGES / parts), 4 * operand + bias * (1 + 2 * parts))
     if "_dkdv" in kernel:
-        return Launch(shape, columns * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_M"]), 6 * operand + bias)
+        # The gradients of the scores, which the relpos kernel leaves; the others find them in the second-level cache.
+        scores = 2 * IMAGES * HEADS * tokens**2 * kernel.startswith("relpos")
+        return Launch(shape, columns * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_M"]), 6 * operand + bias + scores)
+    if kernel == "relpos_dq":
+        return Launch(shape, rows * IMAGES * HEADS, math.ceil(tokens / tiles["BLOCK_N"]), 2 * operand)
     operands = 4 if kernel.endswith("_forward") else 5
     return Launch(shape, rows * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_N"]), operands * operand + bias)
+
+
+def _batch_sum(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
+    """The gradients of the scores of all images, which the second-level cache holds, with the padding of their rows."""
+    size = HEADS * IMAGE_TOKENS * math.ceil(IMAGE_TOKENS / 16) * 16
+    programs = math.ceil(size / tiles["BLOCK"])
+    return Launch(
+        f"{IMAGES} × {IMAGE_TOKENS}",
+        programs,
+        math.ceil(IMAGES / tiles["ENTRIES"]),
+        size * (4 if variant["first"] else 8),
+    )
 
 
 def _bias(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
@@ -125,25 +141,32 @@ def _table_gradient(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str,
 def _rows(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], processors: int) -> Launch:
     """Kernels over rows: one step a program forward; backward, programs that stay and leave partial sums."""
     rows = _TEXT_TOKENS if kernel.startswith("embed") else _ROWS
-    steps = math.ceil(rows / tiles["ROWS"])
-    across = math.ceil(variant["width"] / tiles["BLOCK"])
+    steps = math.ceil(rows / tiles.get("ROWS", 1))
+    block = tiles["BLOCK"] + tiles.get("REST", 0)
+    across = math.ceil(variant["width"] / block)
     shape = f"{rows} × {variant['width']}"
-    live = variant["width"] / (across * tiles["BLOCK"])
-    programs = steps if kernel.endswith("_forward") else min(steps, _PROGRAMS_PER_PROCESSOR * processors)
+    live = variant["width"] / (across * block)
+    alone = "_forward" in kernel or "quantise" in kernel
+    programs = steps if alone else min(steps, _PROGRAMS_PER_PROCESSOR * processors)
     element, partials = _row_traffic(kernel, variant)
     moved = variant["width"] * (element * rows + (4 * partials * programs if programs < steps else 0))
-    return Launch(shape, programs * across, 0 if kernel.endswith("_forward") else steps / programs, moved, live)
+    return Launch(shape, programs * across, 0 if alone else steps / programs, moved, live)
 
 
 def _row_traffic(kernel: str, variant: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes that each element of a row is read and written with, and partial sums that each program leaves in fp32."""
     residual, gamma = variant.get("residual", False), variant.get("gamma", False)
-    if kernel == "add_layer_norm_forward":  # x, normed; the other addend, the sum
-        return 2 * (4 if residual else 2), 0
+    fp8 = variant.get("fp8", False)
+    if kernel.startswith("add_layer_norm_forward"):  # x, normed; the other addend, the sum; normed again in fp8
+        return 2 * (4 if residual else 2) + fp8, 0
     if kernel == "add_layer_norm_backward":  # dnormed, sum, dx; dsum; x again for gamma; dresidual where it differs
         return 2 * (3 + residual + gamma + (gamma or variant.get("dropout", False))), 2 + gamma
     if kernel == "bias_gelu_forward":
         return 2 * 2, 0
+    if kernel == "bias_gelu_quantise":  # the activation in 16 bits and in fp8
+        return 2 * 2 + 1, 0
+    if kernel == "quantise_rows":
+        return 2 + 1, 0
     if kernel == "bias_gelu_backward":
         return 2 * 3, 1
     if kernel == "embed_layer_norm_forward":  # the word's row; positions stay in the cache
@@ -178,6 +201,7 @@ _FAMILIES: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, int], int], 
         for family in ("relpos", "bias_attention")
         for part in ("forward", "dkdv", "dq", "dbias")
     },
+    "relpos_batch_sum": _batch_sum,
     "relpos_bias": _bias,
     "relpos_table_gradient": _table_gradient,
     "varlen_": _varlen,
@@ -185,6 +209,7 @@ _FAMILIES: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, int], int], 
     "bias_attention_statistics": _statistics,
     "add_layer_norm_": _rows,
     "bias_gelu_": _rows,
+    "quantise_rows": _rows,
     "embed_layer_norm_": _rows,
     "embedding_segment_sum": _segments,
     "ordered_sum": _ordered_sum,

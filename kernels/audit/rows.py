@@ -187,7 +187,7 @@ def shipped_forms(
         for variant in spec.variants
         for arch in arches
         for dtype in dtypes
-        if dtype in spec.dtypes
+        if dtype in spec.dtypes and (not spec.arches or arch in spec.arches)
     ]
 
 

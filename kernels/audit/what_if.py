@@ -108,7 +108,9 @@ def _configurations(spec: KernelSpec, shipped: LaunchConfig, given: Mapping[str,
     made = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     if len(made) > _MOST:
         raise InputError(f"these settings make {len(made)} configurations; ask for {_MOST} at most")
-    return [LaunchConfig({n: c[n] for n in shipped.tiles}, c["num_warps"], c["num_stages"]) for c in made]
+    return [
+        LaunchConfig({n: c[n] for n in shipped.tiles}, c["num_warps"], c["num_stages"], shipped.apart) for c in made
+    ]
 
 
 def _number(name: str, value: str) -> int:

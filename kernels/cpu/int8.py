@@ -45,7 +45,7 @@ def _unpickled(data: Tensor, requires_grad: bool) -> nn.Parameter:
     return (nn.Parameter if why_not() else Int8Parameter)(data, requires_grad)
 
 
-def mark(weights: Iterable[nn.Parameter]) -> None:
+def mark(weights: Iterable[Tensor]) -> None:
     """Let the products of these weights `[M, K]` run in int8: the same objects, with the same values.
 
     Raises:
@@ -61,7 +61,7 @@ def mark(weights: Iterable[nn.Parameter]) -> None:
 def unmark(weights: Iterable[Tensor | None]) -> None:
     """Take the marks off; weights without one stay as they are."""
     for weight in weights:
-        if is_marked(weight):
+        if weight is not None and is_marked(weight):
             forget(weight)
             weight.__class__ = nn.Parameter
 
@@ -149,7 +149,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
     factors = _factors(weight, bias, gamma)
     branch = lambda part: _multiplied(rows[part], *factors).add_(sums[part])  # noqa: E731
-    return _by_slices(branch, *sums.shape, residual.dtype).view(residual.shape)
+    return _by_slices(branch, sums.shape[0], sums.shape[1], residual.dtype).view(residual.shape)
 
 
 def mlp_residual(
@@ -169,7 +169,7 @@ def mlp_residual(
         hidden = torch.ops.aten.gelu_(_multiplied(rows[part], *first))
         return _multiplied(hidden, *second, gelu=True).add_(sums[part])
 
-    return _by_slices(branch, *sums.shape, residual.dtype).view(residual.shape)
+    return _by_slices(branch, sums.shape[0], sums.shape[1], residual.dtype).view(residual.shape)
 
 
 class _Packed(NamedTuple):
@@ -188,10 +188,10 @@ class _Packed(NamedTuple):
 
 def _pack(weight: Tensor) -> _Packed:
     dense = weight.detach().float()
-    largest = dense.abs().amax(1).clamp_min_(_SMALLEST)
-    levels = (dense * (_LEVELS / largest)[:, None]).round_().to(torch.int8)
+    scales = dense.abs().amax(1).clamp_min_(_SMALLEST).div_(_LEVELS)
+    levels = (dense * scales.reciprocal()[:, None]).round_().to(torch.int8)
     tensor = torch.ops.onednn.qlinear_prepack(levels, None)
-    return _Packed(tensor, largest / _LEVELS, torch.zeros(weight.shape[0], dtype=torch.int32))
+    return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
 
 
 def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:

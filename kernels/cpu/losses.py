@@ -309,7 +309,7 @@ def _onednn_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
 
 
-ROLES = ("vocabulary logits", "vocabulary dh", "vocabulary dw")
+ROLES: tuple[str, ...] = ("vocabulary logits", "vocabulary dh", "vocabulary dw")
 PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
 
 
@@ -323,8 +323,7 @@ def example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Operands of the product `x y^T` that has this role, arranged as in use, about the proportions of a slice."""
     generator = torch.Generator().manual_seed(0)
     h, w, g = (torch.randn(s, generator=generator).to(dtype) for s in ((256, 512), (512, 512), (256, 512)))
-    arrangements = ((h, w), (g, w.t()), (g.t(), h.t()))
-    return dict(zip(ROLES, arrangements, strict=True))[role]
+    return ((h, w), (g, w.t()), (g.t(), h.t()))[ROLES.index(role)]
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: _Slices) -> Tensor:

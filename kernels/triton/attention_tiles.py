@@ -8,7 +8,7 @@ Both attention families loop over these steps; they differ in where a tile lies.
   the exponent. A bias comes divided by the scale, so that it can be what the accumulator of the product starts from:
   it then costs its load and its conversion to fp32, and no arithmetic.
 - MASKED says that the tile may extend beyond the last row; `inside` tells where it does.
-- THRESHOLD is the dropout probability times 2³² (0: none).
+- THRESHOLD is the dropout probability times 2¹⁶ (0: none).
 """
 
 
@@ -91,25 +91,39 @@ def biased_product(bias, x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def dropout_keep(seed, head, queries, keys, THRESHOLD: tl.constexpr):
-    """Which attention weights dropout keeps: a function of the seed, the head and the element, whatever the tiles.
+def dropout_stream(head, sequence):
+    """The part of the counter that tells heads and sequences apart, `sequence` by a number below 2³² of its own."""
+    return tl.cast(head, tl.int64) | (tl.cast(sequence, tl.int64) << 32)
 
-    Philox with 7 rounds (Salmon et al. 2011) of the counter (key, query, head, 0). `queries` and `keys` are broadcast
-    against each other, so the first rounds cost only rows and columns.
+
+@triton.jit
+def dropout_keep(seed, stream, queries, keys, THRESHOLD: tl.constexpr):
+    """Which attention weights dropout keeps: a function of the seed, the stream and the element, whatever the tiles.
+
+    A call of Philox with 7 rounds (Salmon et al. 2011) decides eight weights by 16 bits each, of two queries and four
+    keys at distances of 8. That is how the tensor cores deal a tile out to threads: a thread needs all eight (of scores
+    held transposed, four), finds their counters equal and calls once. `queries` and `keys` count within their sequence
+    and are broadcast against each other, so the first rounds cost only rows and columns. The counter is (key without
+    its bits of 8 and 16, query without its bit of 8, stream); these bits choose one of the eight.
     """
     queries = queries.to(tl.uint32)
     keys = keys.to(tl.uint32)
-    head = head.to(tl.uint32)
-    key_low = (seed & 0xFFFFFFFF).to(tl.uint32)
-    key_high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    bits, _, _, _ = philox_impl(keys, queries, head, head * 0, key_low, key_high, 7)
+    seed_low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    seed_high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    stream_low = (stream & 0xFFFFFFFF).to(tl.uint32)
+    stream_high = ((stream >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    r0, r1, r2, r3 = philox_impl(
+        keys & 0xFFFFFFE7, queries & 0xFFFFFFF7, stream_low, stream_high, seed_low, seed_high, 7
+    )
+    bits = tl.where((keys & 16) == 0, tl.where((keys & 8) == 0, r0, r1), tl.where((keys & 8) == 0, r2, r3))
+    bits = tl.where((queries & 8) == 0, bits & 0xFFFF, bits >> 16)
     return bits >= THRESHOLD
 
 
 @triton.jit
 def forward_tile(
     q_a, q_b, acc_a, acc_b, row_max, row_sum,
-    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, head, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     APART: tl.constexpr = False,
@@ -144,7 +158,7 @@ def forward_tile(
     else:
         row_sum = row_sum * shrink + tl.sum(weights, 1)
     if THRESHOLD > 0:
-        weights = tl.where(dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
+        weights = tl.where(dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
     v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
     weights = weights.to(v_a.dtype)
     acc_a = tl.dot(weights, v_a, acc_a * shrink[:, None], input_precision=PRECISION)
@@ -170,15 +184,21 @@ def softmax_weights(scores, row_lse, SCALE: tl.constexpr, PRECISION: tl.constexp
 @triton.jit
 def dkdv_tile(
     k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
-    q_base, g_base, stride_qn, stride_gn, lse_pointer, delta_pointer, bias_pointers, inside, seed, head, queries, keys,
+    q_base, g_base, stride_qn, stride_gn, lse_pointer, delta_pointer, bias_pointers, inside,
+    seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr, TURNED: tl.constexpr = False,
+    STORE: tl.constexpr = False, ds_pointers=None, present=None, APART: tl.constexpr = False,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
 
     Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. TURNED says
     that the bias pointers are so too: only then can the tile be copied to shared memory ahead of its use. Queries
     outside need no mask on scores: their lse is +inf, which makes their weights zero.
+
+    With STORE the gradients of the scores are left at `ds_pointers` [keys, queries], those of keys that are `present`.
+    APART, the last product has an accumulator of its own: in that of the sum it would be in flight when the next tile
+    begins, and Hopper's compiler may make every product wait for the one before.
     """
     rows = tl.arange(0, BLOCK_M)
     q_a, q_b = load_pieces(q_base, rows, stride_qn, inside, D_A, D_B, MASKED)
@@ -198,14 +218,19 @@ def dkdv_tile(
     dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
     kept = weights
     if THRESHOLD > 0:
-        rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
-        keep = dropout_keep(seed, head, queries[None, :], keys[:, None], THRESHOLD)
+        rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
+        keep = dropout_keep(seed, stream, queries[None, :], keys[:, None], THRESHOLD)
         kept = tl.where(keep, weights * rescale, 0.0)
         dweights = tl.where(keep, dweights * rescale, 0.0)
     dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
+    if STORE:
+        tl.store(ds_pointers, dscores, mask=present[:, None])  # pyright: ignore[reportOptionalSubscript]
     kept = kept.to(q_a.dtype)
     dv_a = tl.dot(kept, g_a, dv_a, input_precision=PRECISION)
-    dk_a = tl.dot(dscores, q_a, dk_a, input_precision=PRECISION)
+    if APART:
+        dk_a = tl.fma(dk_a, tl.full(dk_a.shape, 1.0, tl.float32), tl.dot(dscores, q_a, input_precision=PRECISION))
+    else:
+        dk_a = tl.dot(dscores, q_a, dk_a, input_precision=PRECISION)
     if D_B > 0:
         dv_b = tl.dot(kept, g_b, dv_b, input_precision=PRECISION)
         dk_b = tl.dot(dscores, q_b, dk_b, input_precision=PRECISION)
@@ -215,7 +240,7 @@ def dkdv_tile(
 @triton.jit
 def dq_tile(
     q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta,
-    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, head, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -236,8 +261,8 @@ def dq_tile(
     v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
     dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
     if THRESHOLD > 0:
-        rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
-        keep = dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD)
+        rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
+        keep = dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD)
         dweights = tl.where(keep, dweights * rescale, 0.0)
     dscores = (weights * (dweights - delta[:, None])).to(k_a.dtype)
     dq_a = tl.dot(dscores, k_a, dq_a, input_precision=PRECISION)

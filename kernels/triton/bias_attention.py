@@ -27,8 +27,17 @@ from xfm_fast.errors import InputError
 
 from .. import checks
 from ..limits import BIAS_HEAD_DIMS, HIDDEN
-from .attention_tiles import LOG2E, argument_types, dot_precision, dropout_keep, load_rows, positive_scale, product
-from .bias_config import bias_config, sums_apart
+from .attention_tiles import (
+    LOG2E,
+    argument_types,
+    dot_precision,
+    dropout_keep,
+    dropout_stream,
+    load_rows,
+    positive_scale,
+    product,
+)
+from .bias_config import bias_config
 from .launch import KernelSpec, LaunchConfig, architecture, dtype_name, tail_size
 from .varlen_attention import dropout_threshold
 
@@ -125,7 +134,7 @@ def add_product(acc, x, y, PRECISION: tl.constexpr, APART: tl.constexpr):
 def forward_step(
     q_a, q_b, acc_a, acc_b, row_max, row_sum,
     k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, mask_base, inside, left,
-    seed, head, queries, keys,
+    seed, stream, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +156,7 @@ def forward_step(
     weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     if THRESHOLD > 0:
-        weights = tl.where(dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
+        weights = tl.where(dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
     v_a, v_b = load_heads(v_base, columns, stride_vn, inside, DIM, D_A, D_B, MASKED)
     weights = weights.to(v_a.dtype)
     # As in `add_product`, with the sum shrunk on the way.
@@ -184,7 +193,7 @@ def forward_kernel(
     bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
     mask_base = mask_ptr + b * keys
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
-    token = b * queries + start
+    stream = dropout_stream(h, b)
     columns = tl.arange(0, BLOCK_N)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -197,7 +206,7 @@ def forward_kernel(
         acc_a, acc_b, row_max, row_sum = forward_step(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias_base, clamped, stride_bm, mask_base + first, columns, BLOCK_N,
-            seed, h, token + rows, first + columns,
+            seed, stream, start + rows, first + columns,
             SCALE, DIM, D_A, D_B, BLOCK_N, PRECISION, False, HAS_MASK, THRESHOLD,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
@@ -208,10 +217,10 @@ def forward_kernel(
         acc_a, acc_b, row_max, row_sum = forward_step(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias_base, clamped, stride_bm, mask_base + full, last < keys - full,
-            keys - full, seed, h, token + rows, full + last,
+            keys - full, seed, stream, start + rows, full + last,
             SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD,
         )  # fmt: skip
-    rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
+    rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
     attended = row_sum > 0
     row_sum = tl.where(attended, row_sum, 1.0)
     inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
@@ -256,7 +265,7 @@ def statistics_kernel(
 def dkdv_step(
     k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b,
     q_base, g_base, stride_qn, stride_gn, lse_base, delta_base, bias_base, bias_rows, stride_bn, inside, left,
-    seed, head, queries, keys,
+    seed, stream, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr, APART: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
@@ -277,9 +286,9 @@ def dkdv_step(
     bias = load_bias(bias_base, bias_rows, stride_bn, rows, left, MASKED)
     weights = weights_of(product(k_a, k_b, q_a, q_b, D_B, PRECISION), bias, row_lse[None, :], SCALE, PRECISION)
     g_a, g_b = load_heads(g_base, rows, stride_gn, inside, DIM, D_A, D_B, MASKED)
-    rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
+    rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
     if THRESHOLD > 0:
-        keep = dropout_keep(seed, head, queries[None, :], keys[:, None], THRESHOLD)
+        keep = dropout_keep(seed, stream, queries[None, :], keys[:, None], THRESHOLD)
     if DV:
         kept = tl.where(keep, weights * rescale, 0.0) if THRESHOLD > 0 else weights  # pyright: ignore[reportPossiblyUnboundVariable]
         kept = kept.to(q_a.dtype)
@@ -328,6 +337,7 @@ def dkdv_kernel(
     delta_base = delta_ptr + (b * heads + h) * queries
     bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bn
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    stream = dropout_stream(h, b)
     dk_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dv_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dk_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
@@ -338,7 +348,7 @@ def dkdv_kernel(
         dk_a, dk_b, dv_a, dv_b = dkdv_step(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             lse_base + first, delta_base + first, bias_base, clamped, stride_bn, rows, BLOCK_M,
-            seed, h, b * queries + first + rows, start + columns,
+            seed, stream, first + rows, start + columns,
             SCALE, DIM, D_A, D_B, BLOCK_M, PRECISION, False, THRESHOLD, APART, DK, DV,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
@@ -349,7 +359,7 @@ def dkdv_kernel(
         dk_a, dk_b, dv_a, dv_b = dkdv_step(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             lse_base + full, delta_base + full, bias_base, clamped, stride_bn, last < queries - full, queries - full,
-            seed, h, b * queries + full + last, start + columns,
+            seed, stream, full + last, start + columns,
             SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD, APART, DK, DV,
         )  # fmt: skip
     stride_dn = heads * DIM
@@ -371,7 +381,7 @@ def dkdv_kernel(
 def dq_step(
     q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta,
     k_base, v_base, stride_kn, stride_vn, bias_base, bias_rows, stride_bm, dbias_pointers, mask_base, inside, left,
-    present, seed, head, queries, keys,
+    present, seed, stream, queries, keys,
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     STORE_BIAS: tl.constexpr, APART: tl.constexpr,
@@ -387,8 +397,8 @@ def dq_step(
     v_a, v_b = load_heads(v_base, columns, stride_vn, inside, DIM, D_A, D_B, MASKED)
     dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
     if THRESHOLD > 0:
-        rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
-        keep = dropout_keep(seed, head, queries[:, None], keys[None, :], THRESHOLD)
+        rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
+        keep = dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD)
         dweights = tl.where(keep, dweights * rescale, 0.0)
     wide = weights * (dweights - delta[:, None])
     if STORE_BIAS:
@@ -433,7 +443,7 @@ def dq_kernel(
     dbias_rows = rows[:, None] * stride_dm
     mask_base = mask_ptr + b * keys
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
-    token = b * queries + start
+    stream = dropout_stream(h, b)
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
@@ -442,7 +452,7 @@ def dq_kernel(
         dq_a, dq_b = dq_step(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
             bias_base, clamped, stride_bm, dbias_base + (dbias_rows + columns[None, :]),
-            mask_base + first, columns, BLOCK_N, inside, seed, h, token + rows, first + columns,
+            mask_base + first, columns, BLOCK_N, inside, seed, stream, start + rows, first + columns,
             SCALE, DIM, D_A, D_B, BLOCK_N, PRECISION, False, HAS_MASK, THRESHOLD, STORE_BIAS, APART,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
@@ -454,7 +464,7 @@ def dq_kernel(
         dq_a, dq_b = dq_step(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
             bias_base, clamped, stride_bm, dbias_base + (dbias_rows + last[None, :]),
-            mask_base + full, last < keys - full, keys - full, inside, seed, h, token + rows, full + last,
+            mask_base + full, last < keys - full, keys - full, inside, seed, stream, start + rows, full + last,
             SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD, STORE_BIAS, APART,
         )  # fmt: skip
     stride_dn = heads * DIM
@@ -512,9 +522,9 @@ def dbias_kernel(
         v_a, v_b = load_heads(v_base, clamped_columns, stride_vn, columns, DIM, D_A, D_B, False)
         dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
         if THRESHOLD > 0:
-            rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
-            queries_at = (b * queries + start_m + rows)[:, None]
-            keep = dropout_keep(seed, h, queries_at, (start_n + columns)[None, :], THRESHOLD)
+            rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
+            places = (start_m + rows)[:, None], (start_n + columns)[None, :]
+            keep = dropout_keep(seed, dropout_stream(h, b), places[0], places[1], THRESHOLD)
             dweights = tl.where(keep, dweights * rescale, 0.0)
         acc += weights * (dweights - delta[:, None])
     place = ((part * tl.cast(period, tl.int64) + g) * heads + h) * queries + start_m
@@ -632,7 +642,7 @@ def bias_attention_backward(
     for wanted in _sums(head_dim):
         dkdv_kernel[grid](
             q, k, v, dout, turned, *rest, dk, dv, *operands, *turned.stride()[:3], *counts,
-            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=sums_apart(config),
+            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=config.apart,
             **wanted, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
@@ -641,7 +651,7 @@ def bias_attention_backward(
     grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
     dq_kernel[grid](
         *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
-        APART=sums_apart(config),
+        APART=config.apart,
         TAIL=tail_size(keys, config.tiles["BLOCK_N"]), **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -754,7 +764,7 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
         given = {
             "TAIL": tail_size(577, looped),
             "STORE_BIAS": variant.get("own_bias", False),
-            "APART": sums_apart(config),
+            "APART": config.apart,
             **_sums(head_dim)[0],
         }
         return found | {key: value for key, value in given.items() if key in kernel.arg_names}

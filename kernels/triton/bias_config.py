@@ -2,27 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .launch import LaunchConfig, tuned_config
-
-
-@dataclass(frozen=True)
-class BiasConfig(LaunchConfig):
-    """A launch configuration of the kernels of dk and dv, and of dq.
-
-    Attributes:
-        apart: products have accumulators of their own, which are then added to the sums: Hopper's products stay in
-            flight, for registers that other architectures would spend in vain.
-    """
-
-    apart: bool = False
-
-
-def sums_apart(config: LaunchConfig) -> bool:
-    """False for a configuration that a table or a search gave, which knows tiles, warps and stages only."""
-    return isinstance(config, BiasConfig) and config.apart
-
 
 # (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
 # 64, 96, 128, 192 and 256. Programs of the forward, dq and dbias kernels own queries, those of the dkdv kernel keys.
@@ -79,7 +59,7 @@ def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool
     block_m, block_n = (other, own) if kernel == "bias_attention_dkdv" else (own, other)
     widest = {"bias_attention_dkdv": 64, "bias_attention_dq": 192}.get(kernel, 0)
     apart = dtype != "fp32" and _nearest(arch) == 90 and head_dim <= widest
-    return BiasConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart)
+    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart)
 
 
 def _nearest(arch: int) -> int:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fp8 import ARCHES, room_for, scales_of
 from .launch import KernelSpec, LaunchConfig, row_config, tuned_config
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 
@@ -37,6 +38,51 @@ def bias_gelu_forward_kernel(
         z += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
     gelu = 0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))
     tl.store(out_ptr + far * WIDTH + columns[None, :], gelu, mask=inside)
+
+
+@triton.jit
+def activated(y, bias_ptr, out, columns, inside, WIDTH: tl.constexpr):
+    """A piece of rows, stored; as it was stored, in fp32, zeros outside."""
+    z = tl.load(y + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    gelu = (0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))).to(out.dtype.element_ty)
+    tl.store(out + columns[None, :], gelu, mask=inside)
+    return tl.where(inside, gelu.to(tl.float32), 0.0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def bias_gelu_quantise_kernel(
+    y_ptr,
+    bias_ptr,
+    out_ptr,
+    rounded_ptr,
+    scales_ptr,
+    stride_y,
+    count,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One program for a whole row, which the next product reads in fp8, in two pieces: 3072 = 2048 + 1024."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    there = (row < count)[:, None]
+    far = row.to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK)
+    inside = there & (columns < WIDTH)[None, :]
+    a = activated(y_ptr + far * stride_y, bias_ptr, out_ptr + far * WIDTH, columns, inside, WIDTH)
+    largest = tl.max(tl.abs(a), 1)
+    if REST > 0:
+        others = BLOCK + tl.arange(0, REST)
+        left = there & (others < WIDTH)[None, :]
+        b = activated(y_ptr + far * stride_y, bias_ptr, out_ptr + far * WIDTH, others, left, WIDTH)
+        largest = tl.maximum(largest, tl.max(tl.abs(b), 1))
+    factors, scales = scales_of(largest)
+    place = rounded_ptr + far * WIDTH
+    tl.store(place + columns[None, :], (a * factors[:, None]).to(tl.float8e4nv), mask=inside)
+    if REST > 0:
+        tl.store(place + others[None, :], (b * factors[:, None]).to(tl.float8e4nv), mask=left)  # pyright: ignore[reportPossiblyUnboundVariable]
+    tl.store(scales_ptr + row, scales, mask=row < count)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -98,6 +144,20 @@ def bias_gelu_forward(y: Tensor, bias: Tensor | None, *, overwrite: bool = False
     return out
 
 
+def bias_gelu_quantise(y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`gelu(y + bias)`, which takes the place of a contiguous y, and its rows in fp8 with their scales."""
+    rows = contiguous_rows(y)
+    out = y if y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    rounded, scales = room_for(rows)
+    if rows.numel():
+        config = _in_pieces(rows.shape[1])
+        bias_gelu_quantise_kernel[(rows.shape[0],)](
+            rows, dense(bias), out, rounded, scales, rows.stride(0), rows.shape[0],
+            **launch_options(config, WIDTH=rows.shape[1]),
+        )  # fmt: skip
+    return out, rounded, scales
+
+
 def bias_gelu_backward(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(dy, dbias) from the gradient `[..., N]` of the result and the y of the forward."""
     rows, upstream = contiguous_rows(y), contiguous_rows(dout)
@@ -146,6 +206,13 @@ def _fitted(config: LaunchConfig, width: int) -> LaunchConfig:
     return LaunchConfig({**config.tiles, "BLOCK": block}, config.num_warps, config.num_stages)
 
 
+def _in_pieces(width: int) -> LaunchConfig:
+    """A row in two pieces that are powers of two, 8 elements a thread."""
+    block = max(16, 1 << width.bit_length() - 1)
+    rest = max(16, triton.next_power_of_2(width - block)) if width > block else 0
+    return LaunchConfig({"BLOCK": block, "REST": rest}, num_warps=min(16, max(1, block // 256)), num_stages=1)
+
+
 def _grid(config: LaunchConfig, programs: int, width: int) -> tuple[int, int]:
     return programs, triton.cdiv(width, config.tiles["BLOCK"])
 
@@ -170,7 +237,22 @@ def _spec(
     )
 
 
+def _quantise_types(variant: Any, dtype: str) -> dict[str, str]:
+    places = dict.fromkeys(("y_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
+    return places | {"rounded_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "stride_y": "i32", "count": "i32"}
+
+
 KERNELS: list[KernelSpec] = [
+    KernelSpec(
+        name="bias_gelu_quantise",
+        kernel=bias_gelu_quantise_kernel,
+        variants=({"width": 3072},),
+        types=_quantise_types,
+        constants=lambda variant, dtype, config: {"WIDTH": variant["width"], **config.tiles},
+        config=lambda variant, dtype, arch: _in_pieces(variant["width"]),
+        tensor_core=False,
+        arches=ARCHES,
+    ),
     _spec("bias_gelu_forward", bias_gelu_forward_kernel, ("y_ptr", "bias_ptr", "out_ptr"), ("stride_y",), FORWARD),
     _spec(
         "bias_gelu_backward",

@@ -36,11 +36,15 @@ class LaunchConfig:
         tiles: values of the kernel's tile constants, such as `{"BLOCK_M": 128, "BLOCK_N": 64}`.
         num_warps: warps of one program.
         num_stages: depth of the software pipeline over a loop's loads.
+        apart: products of kernels that ask for it have accumulators of their own, which are then added to the sums:
+            Hopper's products stay in flight, for registers that other architectures would spend in vain. What a table
+            or a search gives does not say so.
     """
 
     tiles: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 2
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class KernelSpec:
             `stride_*` are, in the launches that matter, and are compiled so.
         tensor_core: whether the kernel multiplies matrices, and so must use the tensor cores.
         dtypes: compute types shipped.
+        arches: the only architectures that it is compiled for; all where there are none.
     """
 
     name: str
@@ -81,6 +86,7 @@ class KernelSpec:
     unaligned: frozenset[str] = field(default_factory=frozenset)
     tensor_core: bool = True
     dtypes: tuple[str, ...] = ("fp16", "bf16")
+    arches: tuple[int, ...] = ()
 
     def request(
         self, variant: Mapping[str, Any], dtype: str, arch: int, config: LaunchConfig | None = None
@@ -161,7 +167,7 @@ def row_config(kernel: str, x: Tensor, heuristic: LaunchConfig) -> LaunchConfig:
 
 
 # (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
-# 64, up to 96, and 128. Programs of the forward, dq and dbias kernels own queries, those of the dkdv kernels keys.
+# 64, up to 96, and 128. Programs of the forward and dq kernels own queries, those of the dkdv kernels keys.
 _Row = tuple[int, int, int, int]
 _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
     "relpos_forward": {
@@ -172,21 +178,15 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
     },
     "relpos_dkdv": {
         80: ((64, 32, 4, 2), (64, 16, 8, 2), (64, 16, 4, 2)),
-        90: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
+        90: ((64, 64, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2)),
         100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
         120: ((64, 16, 4, 2), (64, 16, 8, 2), (64, 16, 4, 2)),
     },
     "relpos_dq": {
-        80: ((64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)),
-        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        100: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
-        120: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
-    },
-    "relpos_dbias": {
-        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        100: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        80: ((128, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+        90: ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+        100: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
+        120: ((128, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
     },
     "varlen_forward": {
         80: ((64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 8, 2)),
@@ -242,9 +242,11 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
             rows = _HALF[kernel][_nearest(arch)]
         own, other, warps, stages = rows[column]
     block_m, block_n = (other, own) if "_dkdv" in kernel else (own, other)
+    # Triton 3.6 makes these products wait for each other else.
+    apart = kernel == "relpos_dkdv" and _nearest(arch) == 90 and head_dim <= 64 and dtype != "fp32"
     # A warp for each head of a program that has several.
     heads = {"HEADS": warps} if "_heads" in kernel else {}
-    return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
+    return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart)
 
 
 def _nearest(arch: int) -> int:

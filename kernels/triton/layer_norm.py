@@ -19,6 +19,7 @@ from xfm_fast.errors import InputError
 
 from .. import checks
 from ..limits import LARGEST_WIDTH
+from .fp8 import ARCHES, round_rows, row_wise
 from .launch import KernelSpec, LaunchConfig, row_config, tuned_config
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 
@@ -84,6 +85,8 @@ def add_layer_norm_forward_kernel(
     summed_ptr,
     mean_ptr,
     rstd_ptr,
+    rounded_ptr,
+    scales_ptr,
     stride_x,
     stride_residual,
     count,
@@ -96,7 +99,7 @@ def add_layer_norm_forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program for ROWS rows."""
+    """One program for ROWS rows, which are rounded to fp8 too where there is room for that."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     there = rows < count
@@ -126,6 +129,11 @@ def add_layer_norm_forward_kernel(
     tl.store(normed_ptr + out, normed, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=there)
     tl.store(rstd_ptr + rows, rstd, mask=there)
+    if rounded_ptr is not None:
+        # As a product would read them: of the type that they are stored in.
+        rounded, scales = round_rows(tl.where(inside, normed.to(normed_ptr.dtype.element_ty).to(tl.float32), 0.0))
+        tl.store(rounded_ptr + out, rounded, mask=inside)
+        tl.store(scales_ptr + rows, scales, mask=there)
 
 
 @triton.jit(do_not_specialize=["count", "rows_per_scale", "drop_below"])
@@ -231,6 +239,7 @@ def add_layer_norm_forward(
     seed: Tensor | None = None,
     *,
     wide: bool = False,
+    rounded: tuple[Tensor, Tensor] | None = None,
 ) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
@@ -242,6 +251,7 @@ def add_layer_norm_forward(
         dropout_p: probability of zeroing an element of x; 1 zeroes all of them.
         seed: `[1]` int64 on the device that decides which; required for dropout.
         wide: whether `normed` has the type of the sum instead of that of x.
+        rounded: room as of `fp8.room_for`, for `normed` in fp8.
 
     Returns:
         `summed` is x itself where nothing is added or multiplied.
@@ -253,7 +263,7 @@ def add_layer_norm_forward(
     summed = x if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     added = None if residual is None else contiguous_rows(residual)
-    config = row_config("add_layer_norm_forward", x, forward_config(width))
+    config = row_config("add_layer_norm_forward", x, forward_config(width)) if rounded is None else row_wise(width)
     drop_below, keep_scale = _dropout(dropout_p, seed)
     if rows.shape[0]:
         add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
@@ -268,6 +278,7 @@ def add_layer_norm_forward(
             None if plain else summed,
             mean,
             rstd,
+            *(rounded or (None, None)),
             rows.stride(0),
             0 if added is None else added.stride(0),
             rows.shape[0],
@@ -389,19 +400,23 @@ def _absent(variant: Any) -> tuple[str, ...]:
     return (*names, *([] if variant["dropout"] else ["seed_ptr"]))
 
 
+def _forward_absent(variant: Any) -> tuple[str, ...]:
+    plain = () if variant["residual"] else ("residual_ptr", "summed_ptr")
+    return (*_absent(variant), *plain, *(() if variant.get("fp8") else ("rounded_ptr", "scales_ptr")))
+
+
 def _forward_types(variant: Any, dtype: str) -> dict[str, str]:
-    plain = not variant["residual"]
-    absent = (*_absent(variant), *(("residual_ptr", "summed_ptr") if plain else ()))
+    absent = _forward_absent(variant)
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "normed_ptr", "summed_ptr"), f"*{dtype}")
     pointers |= dict.fromkeys(("weight_ptr", "bias_ptr", "gamma_ptr", "row_scale_ptr"), f"*{dtype}")
     pointers |= {"seed_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    pointers |= {"rounded_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
     scalars = dict.fromkeys(("stride_x", "stride_residual", "count", "rows_per_scale", "drop_below"), "i32")
     return {k: v for k, v in pointers.items() if k not in absent} | scalars | {"eps": "fp32", "keep_scale": "fp32"}
 
 
 def _forward_constants(variant: Any, dtype: str, config: LaunchConfig) -> dict[str, Any]:
-    plain = () if variant["residual"] else ("residual_ptr", "summed_ptr")
-    return _variant_constants(variant, (*_absent(variant), *plain), config)
+    return _variant_constants(variant, _forward_absent(variant), config)
 
 
 def _backward_absent(variant: Any) -> tuple[str, ...]:
@@ -450,6 +465,16 @@ KERNELS: list[KernelSpec] = [
         constants=_forward_constants,
         config=_shipped("add_layer_norm_forward", forward_config),
         tensor_core=False,
+    ),
+    KernelSpec(
+        name="add_layer_norm_forward_fp8",
+        kernel=add_layer_norm_forward_kernel,
+        variants=({**_VARIANTS[0], "fp8": True}, {**_VARIANTS[3], "fp8": True}),
+        types=_forward_types,
+        constants=_forward_constants,
+        config=lambda variant, dtype, arch: row_wise(variant["width"]),
+        tensor_core=False,
+        arches=ARCHES,
     ),
     KernelSpec(
         name="add_layer_norm_backward",

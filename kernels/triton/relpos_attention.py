@@ -29,15 +29,11 @@ from .attention_tiles import (
     addressable,
     argument_types,
     backward_statistics,
-    biased_product,
     dkdv_tile,
     dot_precision,
-    dq_tile,
     forward_tile,
     load_pieces,
     positive_scale,
-    product,
-    softmax_weights,
     split_head_dim,
     store_pieces,
 )
@@ -113,15 +109,16 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, ds_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_gb, stride_gn, stride_gh, stride_bias, batch, heads, tokens,
+    stride_gb, stride_gn, stride_gh, stride_bias, stride_ds, batch, heads, tokens,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, from all queries.
+    """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, and of the scores, from all queries.
 
-    The bias lies `[H, keys, queries]`, with -inf in the columns beyond the last query.
+    The bias lies `[H, keys, queries]`, with -inf in the columns beyond the last query, and the gradients of the scores
+    `[B, H, keys, queries]`, with zeros there.
     """
     tiles = tl.cdiv(tokens, BLOCK_N)
     start = tl.program_id(0) % tiles * BLOCK_N
@@ -140,6 +137,7 @@ def dkdv_kernel(
     row_lse = row_lse_ptr + (b * heads + h) * tokens
     delta = delta_ptr + (b * heads + h) * tokens
     bias_keys = bias_ptr + (h * tokens + start) * stride_bias + clamped[:, None] * stride_bias
+    ds = ds_ptr + ((b * heads + h) * tokens + start) * stride_ds + columns[:, None] * stride_ds
     dk_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dv_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dk_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
@@ -153,6 +151,7 @@ def dkdv_kernel(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             row_lse + first, delta + first, bias_keys + (first + rows)[None, :], rows < tokens - first,
             0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_M, PRECISION, True, MASKED, 0, True,
+            True, ds + (first + rows)[None, :], inside, APART,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
         g_base += BLOCK_M * stride_gn
@@ -163,6 +162,7 @@ def dkdv_kernel(
                 k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
                 row_lse + full, delta + full, bias_keys + (full + last)[None, :], last < tokens - full,
                 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, True, True, 0, True,
+                True, ds + (full + last)[None, :], inside, APART,
             )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
     gradient = (b * tokens + start) * stride_dn + h * (D_A + D_B)
@@ -172,119 +172,71 @@ def dkdv_kernel(
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, row_lse_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_gb, stride_gn, stride_gh, stride_bias, batch, heads, tokens,
+    k_ptr, ds_ptr, dq_ptr, stride_kb, stride_kn, stride_kh, stride_ds, batch, heads, tokens,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient dq of BLOCK_M queries of one head of one batch entry, from all keys."""
+    """The gradient dq of BLOCK_M queries of one head of one batch entry, from the gradients of their scores."""
     tiles = tl.cdiv(tokens, BLOCK_M)
     start = tl.program_id(0) % tiles * BLOCK_M
     b = (tl.program_id(0) // tiles % batch).to(tl.int64)
     h = (tl.program_id(0) // tiles // batch).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
-    inside = rows < tokens - start
-    clamped = tl.minimum(rows, tokens - 1 - start)
-    q_base = q_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn
-    g_base = dout_ptr + b * stride_gb + h * stride_gh + start.to(tl.int64) * stride_gn
-    q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
-    g_a, g_b = load_pieces(g_base, clamped, stride_gn, inside, D_A, D_B, False)
-    statistics = (b * heads + h) * tokens + start + clamped
-    row_lse = tl.load(row_lse_ptr + statistics)
-    delta = tl.load(delta_ptr + statistics)
+    columns = tl.arange(0, BLOCK_N)
     k_base = k_ptr + b * stride_kb + h * stride_kh
-    v_base = v_ptr + b * stride_vb + h * stride_vh
-    bias_base = bias_ptr + (h * tokens + start) * stride_bias
-    bias_rows = clamped[:, None] * stride_bias
+    ds_base = ds_ptr + (b * heads + h) * tokens * stride_ds + start
+    ds_tile = columns[:, None] * stride_ds + rows[None, :]
+    # Rows are as long as a multiple of 16, which leaves vectors whole.
+    present = rows < stride_ds - start
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
-    columns = tl.arange(0, BLOCK_N)
-    # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
-    MASKED: tl.constexpr = TAIL == BLOCK_N
-    full = (tl.cdiv(tokens, BLOCK_N) if MASKED else tokens // BLOCK_N) * BLOCK_N
-    for first in range(0, full, BLOCK_N):
-        dq_a, dq_b = dq_tile(
-            q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base + (bias_rows + columns[None, :]), columns < tokens - first, columns, 0, 0, 0, 0,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, True, MASKED, False, 0,
-        )  # fmt: skip
+    for first in tl.range(0, tokens, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        inside = columns < tokens - first
+        k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, True)
+        dscores = tl.trans(tl.load(ds_base + ds_tile, mask=inside[:, None] & present[None, :], other=0.0))
+        dq_a = tl.dot(dscores, k_a, dq_a, input_precision=PRECISION)
+        if D_B > 0:
+            dq_b = tl.dot(dscores, k_b, dq_b, input_precision=PRECISION)
         k_base += BLOCK_N * stride_kn
-        v_base += BLOCK_N * stride_vn
-        bias_base += BLOCK_N
-    if TAIL > 0 and not MASKED:
-        if full < tokens:  # a fence, as in the forward kernel
-            last = tl.arange(0, TAIL)
-            dq_a, dq_b = dq_tile(
-                q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-                bias_base + (bias_rows + last[None, :]), last < tokens - full, last, 0, 0, 0, 0,
-                SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0,
-            )  # fmt: skip
+        ds_base += BLOCK_N * stride_ds
     stride_dn = heads * (D_A + D_B)
     dq_base = dq_ptr + (b * tokens + start) * stride_dn + h * (D_A + D_B)
-    store_pieces(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, D_A, D_B)
+    store_pieces(dq_base, rows, stride_dn, rows < tokens - start, dq_a * SCALE, dq_b * SCALE, D_A, D_B)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "tokens"])
-def dbias_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, bias_ptr, row_lse_ptr, delta_ptr, dbias_ptr,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_gb, stride_gn, stride_gh, stride_bias, batch, heads, tokens,
-    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One tile of the bias gradient of one head: the score gradients, summed over a part of the batch in fp32."""
-    tiles_n = tl.cdiv(tokens, BLOCK_N)
-    tiles = tl.cdiv(tokens, BLOCK_M) * tiles_n
-    start_m = tl.program_id(0) % tiles // tiles_n * BLOCK_M
-    start_n = tl.program_id(0) % tiles_n * BLOCK_N
-    h = (tl.program_id(0) // tiles).to(tl.int64)
-    part = tl.program_id(1)
-    share = tl.cdiv(batch, tl.num_programs(1))
-    first = part * share
-    rows = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_N)
-    # What is read twice for rows and columns beyond the last is not stored, or has a bias of -inf.
-    clamped_rows = tl.minimum(rows, tokens - 1 - start_m)
-    clamped_columns = tl.minimum(columns, tokens - 1 - start_n)
-    bias_base = bias_ptr + (h * tokens + start_m) * stride_bias + start_n
-    bias = tl.load(bias_base + clamped_rows[:, None] * stride_bias + columns[None, :])
-    b = first.to(tl.int64)
-    q_base = q_ptr + b * stride_qb + h * stride_qh + start_m.to(tl.int64) * stride_qn
-    g_base = dout_ptr + b * stride_gb + h * stride_gh + start_m.to(tl.int64) * stride_gn
-    k_base = k_ptr + b * stride_kb + h * stride_kh + start_n.to(tl.int64) * stride_kn
-    v_base = v_ptr + b * stride_vb + h * stride_vh + start_n.to(tl.int64) * stride_vn
-    statistics = (b * heads + h) * tokens + start_m
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(first, tl.minimum(first + share, batch)):
-        q_a, q_b = load_pieces(q_base, clamped_rows, stride_qn, rows, D_A, D_B, False)
-        k_a, k_b = load_pieces(k_base, clamped_columns, stride_kn, columns, D_A, D_B, False)
-        row_lse = tl.load(row_lse_ptr + statistics + clamped_rows)
-        delta = tl.load(delta_ptr + statistics + clamped_rows)
-        scores = biased_product(bias, q_a, q_b, k_a, k_b, D_B, PRECISION)
-        weights = softmax_weights(scores, row_lse[:, None], SCALE, PRECISION)
-        g_a, g_b = load_pieces(g_base, clamped_rows, stride_gn, rows, D_A, D_B, False)
-        v_a, v_b = load_pieces(v_base, clamped_columns, stride_vn, columns, D_A, D_B, False)
-        acc += weights * (product(g_a, g_b, v_a, v_b, D_B, PRECISION) - delta[:, None])
-        q_base += stride_qb
-        k_base += stride_kb
-        v_base += stride_vb
-        g_base += stride_gb
-        statistics += heads * tokens
-    dbias = dbias_ptr + ((part * heads + h) * tokens + start_m) * stride_bias + start_n
-    inside = (rows < tokens - start_m)[:, None]
-    tl.store(dbias + rows[:, None] * stride_bias + columns[None, :], acc, mask=inside)
+@triton.jit(do_not_specialize=["batch"])
+def batch_sum_kernel(
+    ds_ptr, dbias_ptr, stride_ds, batch, FIRST: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """BLOCK gradients of scores, summed over batch entries in order: into fp32, or onto it unless FIRST.
+
+    ENTRIES are read at a time; their loads are under way together.
+    """
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < stride_ds
+    acc = tl.zeros([BLOCK], tl.float32)
+    if not FIRST:
+        acc += tl.load(dbias_ptr + places, mask=inside, other=0.0)
+    for first in range(0, batch, ENTRIES):
+        for entry in tl.static_range(ENTRIES):  # pyright: ignore[reportGeneralTypeIssues]
+            there = inside & (tl.full(places.shape, first + entry, tl.int32) < batch)
+            acc += tl.load(ds_ptr + places, mask=there, other=0.0).to(tl.float32)
+            ds_ptr += stride_ds
+    tl.store(dbias_ptr + places, acc, mask=inside)
 
 
 # Tiles of at most so many queries are masked in the loop of the dkdv kernel, instead of a last tile of their own.
 MASKED_QUERIES = 16
-# Four programs for each of some 130 multiprocessors.
-_PROGRAMS = 512
+# The gradients of the scores of so many bytes at most are there at once, so that the second-level cache (an H100's has
+# 50 MB) holds them until they are summed.
+_SCORES_BYTES = 36 << 20
+_SUM = LaunchConfig({"BLOCK": 1024, "ENTRIES": 4}, num_warps=4, num_stages=1)
 
 
-def bias_partials(batch: int, programs: int) -> int:
-    """Into how many parts the batch is cut so that the bias gradient keeps a GPU busy; a function of shapes alone."""
-    return max(1, min(batch, 8, _PROGRAMS // programs))
+def entries_at_once(batch: int, entry_bytes: int) -> int:
+    """How many batch entries' gradients of scores are there at once: parts of nearly one size."""
+    most = max(1, _SCORES_BYTES // entry_bytes)
+    return triton.cdiv(batch, triton.cdiv(batch, most))
 
 
 def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -334,9 +286,10 @@ def relpos_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `relpos_attention_forward`, and of the table that the bias was made of. The same bits every time.
 
-    Scores are recomputed by three kernels, so that each owns what it accumulates and needs no atomics: dk and dv (four
-    products of 2·B·H·N²·D operations), dq (three), and the bias gradient summed over the batch (two). Of the nine, five
-    are the least that any backward pass needs.
+    Five products of 2·B·H·N²·D operations, the least that any backward pass needs: one kernel takes four, for dk and
+    dv, and leaves the gradients of the scores in the type of q; of these another makes dq, and a third sums them over
+    the batch. So each owns what it accumulates and needs no atomics. Large batches are taken in parts, to bound that
+    memory.
 
     Args:
         dout: `[B, N, H, D]`, any strides.
@@ -360,33 +313,36 @@ def relpos_attention_backward(
     delta, row_lse = backward_statistics(out, dout, lse)
     turned_bias = turn(bias) if turned_bias is None else turned_bias
     _check(q, k, v, turned_bias)
-    inputs, statistics = (q, k, v, dout, bias), (row_lse, delta)
-    sizes = (*_strides(q, k, v, dout), bias.stride(1), batch, heads, tokens)
-
-    constants, config = _constants("relpos_dkdv", q, scale)
-    grid = (triton.cdiv(tokens, config.tiles["BLOCK_N"]) * batch * heads,)
-    dkdv_kernel[grid](
-        q, k, v, dout, turned_bias, *statistics, dk, dv, *sizes,
-        TAIL=_tail(turned_bias, tokens, config.tiles["BLOCK_M"], MASKED_QUERIES), STAGES=config.num_stages, **constants,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-    constants, config = _constants("relpos_dq", q, scale)
-    grid = (triton.cdiv(tokens, config.tiles["BLOCK_M"]) * batch * heads,)
-    dq_kernel[grid](
-        *inputs, *statistics, dq, *sizes, TAIL=_tail(bias, tokens, config.tiles["BLOCK_N"]), **constants,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-    constants, config = _constants("relpos_dbias", q, scale)
-    _tail(bias, tokens, config.tiles["BLOCK_N"])
-    tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"]) * triton.cdiv(tokens, config.tiles["BLOCK_N"])
-    parts = bias_partials(batch, tiles * heads)
-    dbias = torch.empty((parts, *bias.shape), dtype=torch.float32, device=q.device)
-    dbias_kernel[(tiles * heads, parts)](
-        *inputs, *statistics, dbias, *sizes, **constants, num_warps=config.num_warps, num_stages=config.num_stages
-    )
-    return dq, dk, dv, table_gradient(dbias, window)
+    of_keys, config_of_keys = _constants("relpos_dkdv", q, scale)
+    of_queries, config_of_queries = _constants("relpos_dq", q, scale)
+    block = config_of_keys.tiles["BLOCK_M"]
+    tail = _tail(turned_bias, tokens, block, MASKED_QUERIES)
+    # Up to the end of the last tile of queries.
+    stride = tokens // block * block + tail
+    step = entries_at_once(batch, heads * tokens * stride * q.element_size())
+    scores = torch.empty((step, heads, tokens, stride), dtype=q.dtype, device=q.device)
+    dbias = torch.empty((1, heads, tokens, stride), dtype=torch.float32, device=q.device)
+    for first in range(0, batch, step):
+        count = min(step, batch - first)
+        part = slice(first, first + count)
+        operands = (q[part], k[part], v[part], dout[part])
+        dkdv_kernel[(triton.cdiv(tokens, config_of_keys.tiles["BLOCK_N"]) * count * heads,)](
+            *operands, turned_bias, row_lse[part], delta[part], dk[part], dv[part], scores,
+            *_strides(*operands), turned_bias.stride(1), stride, count, heads, tokens,
+            TAIL=tail, STAGES=config_of_keys.num_stages, APART=config_of_keys.apart, **of_keys,
+            num_warps=config_of_keys.num_warps, num_stages=config_of_keys.num_stages,
+        )  # fmt: skip
+        dq_kernel[(triton.cdiv(tokens, config_of_queries.tiles["BLOCK_M"]) * count * heads,)](
+            k[part], scores, dq[part], *_strides(k), stride, count, heads, tokens,
+            STAGES=config_of_queries.num_stages, **of_queries,
+            num_warps=config_of_queries.num_warps, num_stages=config_of_queries.num_stages,
+        )  # fmt: skip
+        size = dbias.numel()
+        batch_sum_kernel[(triton.cdiv(size, _SUM.tiles["BLOCK"]),)](
+            scores, dbias, size, count, FIRST=first == 0, **_SUM.tiles,
+            num_warps=_SUM.num_warps, num_stages=_SUM.num_stages,
+        )  # fmt: skip
+    return dq, dk, dv, table_gradient(dbias, window, turned=True)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> None:
@@ -422,9 +378,9 @@ def _tail(bias: Tensor, tokens: int, block: int, masked: int = 32) -> int:
 
 
 def _types(kernel: Any, variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr", "dbias_ptr"), "*fp32")
+    special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
     special["bias_ptr"] = "*fp32" if dtype == "fp32" else "*fp16"
-    constexprs = {"SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES"}
+    constexprs = {"SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES", "APART"}
     return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
 
 
@@ -438,6 +394,7 @@ def _spec(name: str, kernel: Any, extras: tuple[Mapping[str, Any], ...]) -> Kern
         masked = MASKED_QUERIES if name == "relpos_dkdv" else 32
         tail = tail_size(variant.get("tokens", 0), looped, masked)
         given = {"TAIL": tail, "HAS_BIAS": variant.get("bias", True), "STAGES": config.num_stages}
+        given["APART"] = config.apart
         return out | {key: value for key, value in given.items() if key in kernel.arg_names}
 
     return KernelSpec(
@@ -455,8 +412,16 @@ def _spec(name: str, kernel: Any, extras: tuple[Mapping[str, Any], ...]) -> Kern
 KERNELS: list[KernelSpec] = [
     _spec("relpos_forward", forward_kernel, ({"tokens": 577}, {"tokens": 577, "bias": False})),
     _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},)),
-    _spec("relpos_dq", dq_kernel, ({"tokens": 577},)),
-    _spec("relpos_dbias", dbias_kernel, ({},)),
+    _spec("relpos_dq", dq_kernel, ({},)),
+    KernelSpec(
+        name="relpos_batch_sum",
+        kernel=batch_sum_kernel,
+        variants=({"first": True}, {"first": False}),
+        types=lambda variant, dtype: {"ds_ptr": f"*{dtype}", "dbias_ptr": "*fp32", "stride_ds": "i32", "batch": "i32"},
+        constants=lambda variant, dtype, config: {"FIRST": variant["first"], **config.tiles},
+        config=lambda variant, dtype, arch: _SUM,
+        tensor_core=False,
+    ),
     BIAS_SPEC,
     TABLE_SPEC,
     STATISTICS_SPEC,

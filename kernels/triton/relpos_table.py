@@ -112,12 +112,13 @@ def turn(bias: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["parts", "heads", "height", "width"])
 def table_gradient_kernel(
     dbias_ptr, dtable_ptr, stride_bias, parts, heads, height, width,
-    BLOCK_X: tl.constexpr, BLOCK_DX: tl.constexpr,
+    TURNED: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_DX: tl.constexpr,
 ):  # fmt: skip
     """The bias gradients of all pairs with one row of the table, summed in a fixed order.
 
     A program owns one head, one vertical distance and BLOCK_DX horizontal ones; queries (y, x) with that distance to
-    their keys are visited row by row. The last program of a head owns the three rows of the class token.
+    their keys are visited row by row. The last program of a head owns the three rows of the class token. TURNED, keys
+    lie where queries do otherwise: distances are those of keys to queries.
     """
     tokens = 1 + height * width
     span = 2 * width - 1
@@ -131,38 +132,45 @@ def table_gradient_kernel(
         dy = program // blocks - (height - 1)
         columns = program % blocks * BLOCK_DX + tl.arange(0, BLOCK_DX)
         dx = columns - (width - 1)
-        acc = tl.zeros([BLOCK_DX], tl.float32)
+        # Summed over x at the end: a sum over a tile's rows takes longer than all else in the loop.
+        acc = tl.zeros([BLOCK_X, BLOCK_DX], tl.float32)
         for part in range(parts):
-            base = head_base + part * part_size
-            for y in range(tl.maximum(dy, 0), tl.minimum(height, height + dy)):
-                for first in range(0, width, BLOCK_X):
-                    x = first + tl.arange(0, BLOCK_X)
-                    key_x = x[:, None] - dx[None, :]
-                    query = 1 + y * width + x[:, None]
-                    key = 1 + (y - dy) * width + key_x
-                    inside = (x < width)[:, None] & (key_x >= 0) & (key_x < width)
-                    acc += tl.sum(tl.load(base + query * stride_bias + key, mask=inside, other=0.0), 0)
+            for first in range(0, width, BLOCK_X):
+                x = first + tl.arange(0, BLOCK_X)
+                key_x = x[:, None] - dx[None, :]
+                inside = (x < width)[:, None] & (key_x >= 0) & (key_x < width)
+                y = tl.maximum(dy, 0)
+                pair = (1 + y * width + x[:, None]) * stride_bias + 1 + (y - dy) * width + key_x
+                pointers = head_base + part * part_size + pair
+                for _ in range(y, tl.minimum(height, height + dy)):
+                    acc += tl.load(pointers, mask=inside, other=0.0)
+                    pointers += width * (stride_bias + 1)
         rows = (dy + height - 1) * span + columns
-        tl.store(dtable_ptr + rows * heads + h, acc, mask=columns < span)
+        if TURNED:
+            rows = (2 * height - 1) * span - 1 - rows
+        tl.store(dtable_ptr + rows * heads + h, tl.sum(acc, 0), mask=columns < span)
     else:
-        to_patches = tl.zeros([BLOCK_DX], tl.float32)
-        from_patches = tl.zeros([BLOCK_DX], tl.float32)
+        of_first_row = tl.zeros([BLOCK_DX], tl.float32)
+        of_first_column = tl.zeros([BLOCK_DX], tl.float32)
         to_itself = 0.0
         for part in range(parts):
             base = head_base + part * part_size
             to_itself += tl.load(base)
             for first in range(1, tokens, BLOCK_DX):
                 patch = first + tl.arange(0, BLOCK_DX)
-                to_patches += tl.load(base + patch, mask=patch < tokens, other=0.0)
-                from_patches += tl.load(base + patch * stride_bias, mask=patch < tokens, other=0.0)
+                of_first_row += tl.load(base + patch, mask=patch < tokens, other=0.0)
+                of_first_column += tl.load(base + patch * stride_bias, mask=patch < tokens, other=0.0)
         class_rows = dtable_ptr + (2 * height - 1) * span * heads + h
-        tl.store(class_rows, tl.sum(to_patches, 0))
-        tl.store(class_rows + heads, tl.sum(from_patches, 0))
+        tl.store(class_rows + (heads if TURNED else 0), tl.sum(of_first_row, 0))
+        tl.store(class_rows + (0 if TURNED else heads), tl.sum(of_first_column, 0))
         tl.store(class_rows + 2 * heads, to_itself)
 
 
-def table_gradient(dbias: Tensor, window: tuple[int, int]) -> Tensor:
-    """Sums of the bias gradients `[parts, H, N, N_pad]` fp32 per row of the table: `[(2wh-1)(2ww-1)+3, H]` fp32."""
+def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = False) -> Tensor:
+    """Sums of the bias gradients `[parts, H, N, N_pad]` fp32 per row of the table: `[(2wh-1)(2ww-1)+3, H]` fp32.
+
+    Rows are queries and columns keys, or the other way round if `turned`.
+    """
     height, width = window
     parts, heads = dbias.shape[:2]
     rows = (2 * height - 1) * (2 * width - 1) + 3
@@ -170,7 +178,7 @@ def table_gradient(dbias: Tensor, window: tuple[int, int]) -> Tensor:
     config = _table_config(width)
     programs = (2 * height - 1) * triton.cdiv(2 * width - 1, config.tiles["BLOCK_DX"]) + 1
     table_gradient_kernel[(programs, heads)](
-        dbias, dtable, dbias.stride(2), parts, heads, height, width,
+        dbias, dtable, dbias.stride(2), parts, heads, height, width, TURNED=turned,
         **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dtable
@@ -206,7 +214,7 @@ TABLE_SPEC = KernelSpec(
     kernel=table_gradient_kernel,
     variants=({"width": 14}, {"width": 24}),
     types=_types,
-    constants=lambda variant, dtype, config: dict(config.tiles),
+    constants=lambda variant, dtype, config: {"TURNED": True, **config.tiles},
     config=lambda variant, dtype, arch: _table_config(variant["width"]),
     tensor_core=False,
     dtypes=("fp32",),

@@ -32,6 +32,7 @@ from .attention_tiles import (
     dkdv_tile,
     dot_precision,
     dq_tile,
+    dropout_stream,
     forward_tile,
     load_pieces,
     positive_scale,
@@ -109,6 +110,7 @@ def forward_kernel(
     v_base = v_ptr + first_k * stride_vn + h * stride_vh
     mask = mask_ptr + first_k
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    stream = dropout_stream(h, first_q)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # With small tiles, a mask on every tile costs fewer registers than a last tile of its own.
     MASKED: tl.constexpr = (TAIL == 0) & (BLOCK_N <= 32)
@@ -125,7 +127,7 @@ def forward_kernel(
         allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, first + columns,
+            k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, stream, start + rows, first + columns,
             SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD, APART,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
@@ -137,13 +139,13 @@ def forward_kernel(
             allowed = tl.load(mask + full + last, mask=present, other=0) != 0 if HAS_MASK else last
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
-                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, h, token + rows, full + last,
+                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, stream, start + rows, full + last,
                 SCALE, D_A, D_B, LAST, PRECISION, False, True, HAS_MASK, THRESHOLD, APART,
             )  # fmt: skip
     if APART:
         row_sum = tl.sum(row_sum, 1)
     # Queries without a key receive zeros.
-    rescale: tl.constexpr = 4294967296.0 / (4294967296.0 - THRESHOLD)
+    rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
     attended = row_sum > 0
     row_sum = tl.where(attended, row_sum, 1.0)
     inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
@@ -268,6 +270,7 @@ def dkdv_kernel(
     row_lse = row_lse_ptr + h * queries + first_q
     delta = delta_ptr + h * queries + first_q
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    stream = dropout_stream(h, first_q)
     dk_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dv_a = tl.zeros([BLOCK_N, D_A], tl.float32)
     dk_b = tl.zeros([BLOCK_N, D_B if D_B > 0 else 16], tl.float32)
@@ -280,7 +283,7 @@ def dkdv_kernel(
         dk_a, dk_b, dv_a, dv_b = dkdv_tile(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
             row_lse + first, delta + first, 0, rows < length_q - first,
-            seed, h, first_q + first + rows, start + columns,
+            seed, stream, first + rows, start + columns,
             SCALE, D_A, D_B, BLOCK_M, PRECISION, False, MASKED, THRESHOLD,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
@@ -290,7 +293,7 @@ def dkdv_kernel(
             dk_a, dk_b, dv_a, dv_b = dkdv_tile(
                 k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
                 row_lse + full, delta + full, 0, rows < length_q - full,
-                seed, h, first_q + full + rows, start + columns,
+                seed, stream, full + rows, start + columns,
                 SCALE, D_A, D_B, BLOCK_M, PRECISION, False, True, THRESHOLD,
             )  # fmt: skip
     dk_a = dk_a * SCALE
@@ -337,6 +340,7 @@ def dq_kernel(
     v_base = v_ptr + first_k * stride_vn + h * stride_vh
     mask = mask_ptr + first_k
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
+    stream = dropout_stream(h, first_q)
     dq_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     dq_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     columns = tl.arange(0, BLOCK_N)
@@ -347,7 +351,7 @@ def dq_kernel(
         allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            0, present, allowed, seed, h, token + rows, first + columns,
+            0, present, allowed, seed, stream, start + rows, first + columns,
             SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
@@ -358,7 +362,7 @@ def dq_kernel(
             allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
             dq_a, dq_b = dq_tile(
                 q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-                0, present, allowed, seed, h, token + rows, full + columns,
+                0, present, allowed, seed, stream, start + rows, full + columns,
                 SCALE, D_A, D_B, BLOCK_N, PRECISION, False, True, HAS_MASK, THRESHOLD,
             )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
@@ -374,7 +378,7 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
             dimension is not contiguous is copied.
         packed: offsets, of lengths that may be zero; upper bounds of the lengths, which choose between small and large
             tiles; a positive scale; and a seed where weights are dropped. Whether a weight is kept depends on the seed,
-            the head, the position of the query in `q` and of the key in its sequence, and on nothing else.
+            the head, where its sequence begins in `q`, the positions of query and key in it, and on nothing else.
 
     Returns:
         out `[Tq, H, D]` contiguous, zeros for queries without keys; and the logsumexp of the scores, natural, `[H, Tq]`
@@ -451,8 +455,8 @@ def varlen_attention_backward(
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The probability in units of 2⁻³², as the kernels compare it with random bits."""
-    return min(round(dropout_p * 2**32), 2**32 - 1)
+    """The probability in units of 2⁻¹⁶, as the kernels compare it with random bits."""
+    return min(round(dropout_p * 2**16), 2**16 - 1)
 
 
 def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:

@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render_batch, scene
+from xfm_fast.export.expected import Examples, padded_texts
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tokenizer import CaptionTokenizer
 
 # Two layers of everything, so that what is special about the last one shows.
 _SIZES = {"vision_depth": 2, "text_layers": 2, "fusion_layers": 2}
+
+_STEPS = 160
 
 
 def build_model(**changes: Any) -> XFM:
@@ -37,6 +44,53 @@ def make_model() -> Callable[..., XFM]:
 def small_model() -> XFM:
     """The model behind the shared exports; not to be changed."""
     return build_model()
+
+
+def scenes_examples(model: XFM, first: int, images: int) -> Examples:
+    """Held-out scenes of one thing, from a number on, and captions of those and others."""
+    plain = [made for made in (scene(0, first + n, "val") for n in range(200)) if len(made.things) == 1]
+    texts = sorted({captions(made)[0] for made in plain})[:24]
+    assert model.tokenizer is not None
+    rows = model.tokenizer.encode_ids(texts, 16)
+    return Examples(
+        _pixels(plain[:images], model), *padded_texts(rows, model.config.pad_token_id), f"{images} scenes of shapes"
+    )
+
+
+def _pixels(scenes: list[Scene], model: XFM) -> Tensor:
+    drawn = torch.from_numpy(render_batch(scenes, model.config.image_size))
+    return drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@pytest.fixture(scope="session")
+def trained_model() -> XFM:
+    """A model that ranks captions of shapes, of a few seconds of training: random weights have no ranks to lose."""
+    tokenizer = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 500)
+    still = {"drop_path_rate": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "layer_scale_init": 1.0}
+    torch.manual_seed(0)
+    model = XFM(XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **_SIZES, **still))
+    model.tokenizer = tokenizer
+    scenes = [made for made in (scene(0, number) for number in range(1500)) if len(made.things) == 1]
+    texts = [captions(made)[0] for made in scenes]
+    pixels, (ids, mask) = _pixels(scenes, model), padded_texts(tokenizer.encode_ids(texts, 16), 1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(_STEPS):
+        rows = torch.randint(len(scenes), (32,))
+        same = torch.tensor([[texts[a] == texts[b] for b in rows] for a in rows]).float()
+        images, words = model.encode_image(pixels[rows]), model.encode_text(ids[rows], mask[rows])
+        alike = model.project_image(images) @ model.project_text(words).T / 0.07
+        wanted = same / same.sum(1, keepdim=True)
+        wrong = torch.multinomial(1 - same, 1).squeeze(1)
+        fused = model.fuse(
+            torch.cat([words, words[wrong]]), torch.cat([mask[rows], mask[rows[wrong]]]), model.image_memory(images),
+            torch.arange(32).repeat(2), first_token_only=True,
+        )  # fmt: skip
+        loss = F.cross_entropy(model.match_logits(fused), (torch.arange(64) < 32).long())
+        loss = loss + (F.cross_entropy(alike, wanted) + F.cross_entropy(alike.T, wanted.T)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
 
 
 def _exported(model: XFM, folder: Path, dtype: str) -> Path:

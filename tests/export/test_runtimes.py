@@ -445,27 +445,6 @@ def test_onnxruntime_says_what_it_lacks(exported_fp32: Path) -> None:
         Session(exported_fp32, device="mps")
 
 
-def test_int8_costs_what_its_manifest_says(exported_fp32: Path, small_model: XFM, tmp_path: Path) -> None:
-    manifest = quantize_int8(exported_fp32, tmp_path / "int8")
-    assert manifest.status == "verified"
-    assert manifest.options["arithmetic"] == "int8"
-    assert manifest.verification is not None
-    checks = {check.output: check for check in manifest.verification.checks}
-    cosine = checks["image_embeds"].cosine
-    assert cosine is not None
-    assert 0.9 < cosine < 0.99999
-    size = {record.name: record.bytes for record in Manifest.load(exported_fp32).files}
-    smaller = {record.name: record.bytes for record in manifest.files}
-    assert smaller["fusion.onnx"] < 0.5 * size["fusion.onnx"]
-    session = Session.load(tmp_path / "int8")
-    pixels = _pixels(small_model, 2)
-    with torch.inference_mode():
-        found, expected = session.encode_image(pixels), small_model.encode_image(pixels)
-    error = float((found - expected).abs().max())
-    assert 1e-4 < error < checks["image_embeds"].allowed
-    assert verify(tmp_path / "int8").status == "verified"
-
-
 def test_int8_is_made_of_fp32_exports_alone(
     exported_fp32: Path, exported_fp16: Path, engines: Path, tmp_path: Path
 ) -> None:

@@ -372,3 +372,9 @@ def test_a_mask_that_hides_all_gives_zeros_and_no_gradient(backend: Any, kind: s
         assert torch.isfinite(tensor).all()
         assert not tensor[0].any()
     assert out[1].any()
+
+
+def test_two_types_are_refused_on_a_device_that_has_no_autocast() -> None:
+    x, weight = torch.empty(2, 8, device="meta"), torch.empty(6, 8, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=r"x, weight are .*convert them to one type"):
+        ops.linear(x, weight, None, backend="reference")

@@ -23,7 +23,7 @@ ALL = (
     "varlen, many waves", "varlen, short over many",
     "varlen", "varlen, short", "varlen, one sequence", "varlen, dropout", "varlen, masked", "varlen, short, dropout",
     "varlen, short, masked", *(f"varlen, {d}" for d in (32, 80, 96, 128)),
-    "norms", "norms, scaled", "embedding", "activation", "vocabulary",
+    "norms", "norms, scaled", "embedding", "activation", "rounding", "vocabulary",
 )  # fmt: skip
 
 
@@ -46,12 +46,13 @@ def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:
     """One head, of one image: what is 1 becomes a constant, whose methods are not those of a number in a kernel."""
     found = launches("relpos, one head")
     assert {row["kernel"].split(".")[1] for row in found} == {
-        "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel", "dbias_kernel",
+        "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel", "batch_sum_kernel",
         "table_gradient_kernel",
     }  # fmt: skip
     check(found, MOST_WAITS)
     for row in found:
-        if row["hgmma"]:
+        # That of dk and dv writes the gradients of the scores there, on their way out.
+        if row["hgmma"] and not row["kernel"].endswith(".dkdv_kernel"):
             assert not row["loop_stores_to_shared"], f"{row['kernel']}: a tile is not copied ahead of its use"
 
 

@@ -84,7 +84,7 @@ def definition(c: Case, dtype: torch.dtype, kept: Tensor | None) -> tuple[Tensor
         # The reference's dropout by a mask that is known.
         eye = torch.eye(k.shape[1], dtype=dtype)[None, :, None].expand(*k.shape[:3], k.shape[1])
         weights, lse = reference.bias_attention(q, k, eye, bias, SCALE, c.key_mask)
-        dropped = weights.transpose(1, 2) * kept / (1 - c.dropout_p)
+        dropped = weights.transpose(1, 2) * kept / (1 - round(c.dropout_p * 2**16) / 2**16)
         out = (dropped.to(dtype) @ v.transpose(1, 2)).transpose(1, 2)
     loss = (out * c.dout.to(dtype)).sum()
     if c.dlse is not None:

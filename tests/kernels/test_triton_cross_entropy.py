@@ -100,6 +100,24 @@ def test_rows(dtype: torch.dtype) -> None:
     check_rows(arguments, ignore_index=7)
 
 
+def test_a_sum_is_cut_into_as_many_parts_as_keep_the_processors_busy() -> None:
+    assert cross_entropy.parts_of_sum(1440, 768, 132) == 3
+    assert cross_entropy.parts_of_sum(128, 128, 4) == 4
+    assert cross_entropy.parts_of_sum(16384, 768, 132) == cross_entropy.parts_of_sum(0, 768, 132) == 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_sums_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of four parts, the last slice of one, since it cannot be cut at aligned addresses."""
+    monkeypatch.setattr(cross_entropy, "_processors", lambda device: 4)
+    products: list[int] = []
+    own = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, y, **given: (products.append(x.shape[0]), own(x, y, **given))[1])
+    check_loss(make(37, 111, 600, torch.float32), smoothing=0.1)
+    assert products
+    assert set(products) == {4}
+
+
 @each_dtype
 def test_shipped_blocks(dtype: torch.dtype) -> None:
     """Two slices of the shipped width; and a vocabulary that fills a fraction of one."""

@@ -125,10 +125,15 @@ def test_scale_and_large_scores() -> None:
     check((3 * q, 3 * k, v, 10 * table, dout), (3, 3), scale=0.3)
 
 
-def test_the_bias_gradient_is_summed_over_parts_of_the_batch() -> None:
-    """Nine entries in eight parts of two: three parts are empty and must hold zeros."""
-    assert relpos_attention.bias_partials(9, 1) == 8
-    check(inputs((1, 1), 9, 1, 32, torch.float32), (1, 1))
+def test_large_batches_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven entries with room for three: parts of three, three and one, whose bias gradients meet in one sum."""
+    entry = 2 * 2 * 13 * 16  # bytes of the gradients of the scores of two heads
+    monkeypatch.setattr(relpos_attention, "_SCORES_BYTES", 3 * entry + entry // 2)
+    assert relpos_attention.entries_at_once(7, entry) == 3
+    assert relpos_attention.entries_at_once(8, entry) == 3
+    assert relpos_attention.entries_at_once(4, entry) == 2
+    assert relpos_attention.entries_at_once(1, 5 * entry) == 1
+    check(inputs((3, 4), 7, 2, 32, torch.float16), (3, 4))
 
 
 def test_same_bits_every_time() -> None:
@@ -187,12 +192,16 @@ def test_table_gradient_is_the_transpose_of_the_lookup(window: tuple[int, int]) 
     dbias[..., :tokens] = torch.randn(2, 3, tokens, tokens)
     with poison():
         actual = relpos_table.table_gradient(dbias, window)
+        turned = relpos_table.table_gradient(
+            torch.stack([relpos_table.turn(part) for part in dbias]), window, turned=True
+        )
     results = []
     for dtype in (torch.float32, torch.float64):
         table = torch.zeros(table_rows(window), 3, dtype=dtype, requires_grad=True)
         reference.position_bias(table, window).backward(dbias[..., :tokens].to(dtype).sum(0))
         results.append(table.grad)
-    assert_accurate(actual, results[:1], results[1], "dtable")
+    for found in (actual, turned):
+        assert_accurate(found, results[:1], results[1], "dtable")
 
 
 def test_empty_batch() -> None:
@@ -231,8 +240,12 @@ MUTATIONS = {
     "unscaled dk": ("triton/relpos_attention.py", "dk_a * SCALE, dk_b", "dk_a, dk_b"),
     "skipped last tile": ("triton/relpos_attention.py", "if TAIL > 0:\n        # The", "if TAIL > 999:\n        # The"),
     "skipped last tile of dq": (
-        "triton/relpos_attention.py", "if full < tokens:  # a fence, as in", "if full > tokens:  # a fence, as in",
+        "triton/relpos_attention.py", "tl.range(0, tokens, BLOCK_N", "tl.range(0, tokens // BLOCK_N * BLOCK_N, BLOCK_N",
     ),
+    "dq of another entry": (
+        "triton/relpos_attention.py", "ds_base = ds_ptr + (b * heads", "ds_base = ds_ptr + (0 * heads",
+    ),
+    "dropped entry of the batch": ("triton/relpos_attention.py", "tl.int32) < batch)", "tl.int32) < batch - 1)"),
     "skipped last tile of dk": ("triton/relpos_attention.py", "if TAIL > 0 and not", "if TAIL > 999 and not"),
     "transposed bias": ("triton/relpos_table.py", "if TURNED:", "if not TURNED:"),
     "bias not transposed with the scores": ("triton/relpos_table.py", "turned[..., :tokens] =", "turned[:] = bias  #"),
@@ -240,8 +253,8 @@ MUTATIONS = {
     "dropped row of dtable": (
         "triton/relpos_table.py", "tl.minimum(height, height + dy)", "tl.minimum(height - 1, height + dy)",
     ),
-    "dropped part of dtable": ("triton/relpos_table.py", "for part in range(parts):", "for part in range(1):"),
-    "dropped delta": ("triton/relpos_attention.py", "D_B, PRECISION) - delta[:, None])", "D_B, PRECISION))"),
+    "table gradient not turned": ("triton/relpos_attention.py", "window, turned=True)", "window)"),
+    "dropped delta": ("triton/attention_tiles.py", "(weights * (dweights - delta[None, :]))", "(weights * dweights)"),
     "wrong batch entry": ("triton/relpos_attention.py", "k_ptr + b * stride_kb", "k_ptr + 0 * stride_kb"),
 }  # fmt: skip
 

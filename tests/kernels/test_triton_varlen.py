@@ -61,11 +61,22 @@ def run(c: Case, module: Any = varlen_attention, scale: float | None = None) -> 
         return out, *module.varlen_attention_backward(c.dout, c.q, c.k, c.v, out, lse, packed), lse
 
 
-def philox_keep(seed: int, head: int, queries: Tensor, keys: Tensor, p: float) -> Tensor:
-    """`[queries, keys]`: Philox 4x32 with 7 rounds, written down a second time, in NumPy."""
+def kept_share(p: float) -> float:
+    """What dropout leaves of weights on average: the probability is a multiple of 2⁻¹⁶."""
+    return 1 - round(p * 2**16) / 2**16
+
+
+def philox_keep(seed: int, head: int, origin: int, queries: int, keys: int, p: float) -> Tensor:
+    """`[queries, keys]`: Philox 4x32 with 7 rounds, written down a second time, in NumPy.
+
+    Eight elements share a call: word j and half i of it are for key 8j and query 8i beyond the first of them.
+    """
     low = np.uint64(0xFFFFFFFF)
-    q, k = (t.numpy().astype(np.uint64) for t in (queries[:, None], keys[None, :]))
-    c0, c1, c2, c3 = (np.broadcast_to(c, (len(queries), len(keys))) for c in (k, q, np.uint64(head), np.uint64(0)))
+    q, k = np.arange(queries, dtype=np.uint64)[:, None], np.arange(keys, dtype=np.uint64)[None, :]
+    first_key = k // np.uint64(32) * np.uint64(32) + k % np.uint64(8)
+    first_query = q // np.uint64(16) * np.uint64(16) + q % np.uint64(8)
+    counter = (first_key, first_query, np.uint64(head), np.uint64(origin))
+    c0, c1, c2, c3 = (np.broadcast_to(c, (queries, keys)) for c in counter)
     key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(7):
         product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
@@ -75,7 +86,10 @@ def philox_keep(seed: int, head: int, queries: Tensor, keys: Tensor, p: float) -
         )
         c1, c3 = product2 & low, product0 & low
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
-    return torch.from_numpy(c0 >= np.uint64(round(p * 2**32)))
+    word = np.broadcast_to(k // np.uint64(8) % np.uint64(4), (queries, keys)).astype(np.int64)
+    words = np.take_along_axis(np.stack([c0, c1, c2, c3]), word[None], 0)[0]
+    halves = words >> (q // np.uint64(8) % np.uint64(2) * np.uint64(16)) & np.uint64(0xFFFF)
+    return torch.from_numpy(halves >= np.uint64(round(p * 2**16)))
 
 
 def definition(c: Case, dtype: torch.dtype, *, late: bool = False) -> tuple[Tensor, ...]:
@@ -103,9 +117,10 @@ def definition(c: Case, dtype: torch.dtype, *, late: bool = False) -> tuple[Tens
                 pieces.append(torch.einsum("hqk,khd->qhd", weights, v[d:e]) / sums)
                 continue
             assert c.seed is not None
-            places = torch.arange(a, b), torch.arange(e - d)
-            keep = torch.stack([philox_keep(int(c.seed), h, *places, c.dropout_p) for h in range(q.shape[1])])
-            pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1) * keep / (1 - c.dropout_p), v[d:e]))
+            given = (a, b - a, e - d, c.dropout_p)
+            keep = torch.stack([philox_keep(int(c.seed), h, *given) for h in range(q.shape[1])])
+            weights = scores.softmax(-1) * keep / kept_share(c.dropout_p)
+            pieces.append(torch.einsum("hqk,khd->qhd", weights, v[d:e]))
         out = torch.cat(pieces)
     out.backward(c.dout.to(dtype))
     return out.detach(), *(t.grad if t.grad is not None else torch.zeros_like(t) for t in (q, k, v))
@@ -322,7 +337,7 @@ def kept_weights(seed: int, p: float, queries: int = 64, keys: int = 64, heads: 
     cu_q, cu_k = torch.tensor([0, queries]), torch.tensor([0, keys])
     packed = Packed(cu_q, cu_k, queries, keys, 1.0, p, torch.tensor([seed]))
     out, _ = varlen_attention.varlen_attention_forward(q, k, v, packed)
-    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (keys * (1 - p))))
+    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (keys * kept_share(p))))
     return out != 0
 
 
@@ -330,7 +345,7 @@ def test_dropout_keeps_what_philox_says() -> None:
     seed = -(3 << 45) + 12345
     kept = kept_weights(seed, 0.25)
     for head in range(2):
-        assert torch.equal(kept[:, head], philox_keep(seed, head, torch.arange(64), torch.arange(64), 0.25))
+        assert torch.equal(kept[:, head], philox_keep(seed, head, 0, 64, 64, 0.25))
 
 
 def test_dropout_statistics() -> None:
@@ -397,7 +412,7 @@ MUTATIONS = {
     ),
     "forgotten mask": ("triton/attention_tiles.py", "tl.where(allowed[None, :],", "tl.where(inside[None, :],"),
     "other weights dropped in the backward pass": (
-        "triton/attention_tiles.py", "head, queries[None, :], keys", "head + 1, queries[None, :], keys",
+        "triton/attention_tiles.py", "stream, queries[None, :], keys", "stream + 1, queries[None, :], keys",
     ),
     "dropped weights not made up for": ("triton/varlen_attention.py", "rescale / row_sum", "1.0 / row_sum"),
     "tile of another sequence": ("triton/varlen_attention.py", "s = tile // share", "s = tile // share * 0"),

@@ -58,6 +58,21 @@ def interpreted_kernels() -> None:
         raise RuntimeError(
             "Triton was imported before TRITON_INTERPRET=1 was set; import tests.kernels.triton_testing first"
         )
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        _numbers_of_arrays()
+
+
+def _numbers_of_arrays() -> None:
+    """Older interpreters take the number out of an array of one element in a way that NumPy 2.4 gave up."""
+    from triton.runtime import interpreter
+
+    own = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        own(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
 
 
 interpreted_kernels()
@@ -222,8 +237,9 @@ def mutated(file: str, old: str, new: str, folder: Path) -> Iterator[ModuleType]
     source = Path(str(xfm_fast.kernels.__file__)).parent
     name = f"mutant_{abs(hash((file, old, new, str(folder))))}"
     root = folder / name
-    (root / "triton").mkdir(parents=True)
-    for path in (*source.glob("*.py"), *(source / "triton").glob("*.py")):
+    for part in ("triton", "cpu"):
+        (root / part).mkdir(parents=True)
+    for path in (*source.glob("*.py"), *(source / "cpu").glob("*.py"), *(source / "triton").glob("*.py")):
         shutil.copyfile(path, root / path.relative_to(source))
     text = (root / file).read_text()
     assert old in text, f"{file} does not contain {old!r} any more"

@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.agreement import assert_agrees, tensors
 from tests.conftest import CASES
 from xfm_fast.errors import InputError
+from xfm_fast.kernels import ops
 from xfm_fast.objectives import (
     AllPairs,
     box_giou_loss,
@@ -303,3 +304,20 @@ def test_contrastive_loss_of_perfect_and_uniform_features() -> None:
 def test_shapes_that_do_not_belong_together(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_mean_over_one_is_that_one() -> None:
+    """One hidden patch, one word, one box."""
+    masked, whole, hidden = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.zeros(2, 3)
+    hidden[1, 2] = 1
+    patches = masked_image_loss(masked, whole, hidden, patches_only=True)
+    torch.testing.assert_close(patches, (masked[1, 3] - whole[1, 3]).square().mean())
+    logits, targets = torch.randn(4, 7), torch.full((4,), -100)
+    targets[2] = 5
+    word = F.cross_entropy(logits[2:3], targets[2:3])
+    torch.testing.assert_close(masked_lm_loss(logits, targets), word)
+    torch.testing.assert_close(ops.linear_cross_entropy(logits, torch.eye(7), None, targets, backend="reference"), word)
+    a, b = torch.rand(3, 4), torch.rand(3, 4)
+    whole_images = torch.tensor([1, 0, 1])
+    torch.testing.assert_close(box_l1_loss(a, b, whole_images), (a[1] - b[1]).abs().sum())
+    torch.testing.assert_close(box_l1_loss(a[:1], b[:1]), (a[0] - b[0]).abs().sum())

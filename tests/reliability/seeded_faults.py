@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,7 +315,7 @@ class Copy:
             if not (folder / "xfm_fast" / link.name).is_symlink():
                 (folder / "xfm_fast" / link.name).symlink_to(os.readlink(link))
 
-    def first_failure(self, tests: tuple[str, ...]) -> tuple[str | None, float]:
+    def first_failure(self, tests: tuple[str, ...], deselected: Sequence[str] = ()) -> tuple[str | None, float]:
         """The test that fails first, None where all pass, and the seconds until then."""
         begun = time.perf_counter()
         read, write = os.pipe()
@@ -324,7 +324,7 @@ class Copy:
             os.close(read)
             os.dup2(write, 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            self._run(tests)
+            self._run(tests, deselected)
         os.close(write)
         said = b""
         while time.perf_counter() - begun < _SECONDS:
@@ -346,13 +346,14 @@ class Copy:
         how = failed[-1].partition(" ")[2].partition(" - ")[0] if failed else ""
         return how or f"{tests[0]}: the process ended by {os.waitstatus_to_exitcode(status)}", seconds
 
-    def _run(self, tests: tuple[str, ...]) -> None:
+    def _run(self, tests: tuple[str, ...], deselected: Sequence[str]) -> None:
         import pytest
 
         sys.dont_write_bytecode = True
         os.chdir(self.folder)
         sys.path[:] = [str(self.folder), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
         options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--rootdir={self.folder}", "--no-header"]
+        options += [f"--deselect={test}" for test in deselected]
         code = pytest.main([*options, "-c", "pyproject.toml", *tests])
         sys.stdout.flush()
         os._exit(int(code))
@@ -381,6 +382,8 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every place, instead of a few of each function")
     parser.add_argument("--file", default="", help="only faults of files whose path holds this")
     parser.add_argument("--anew", action="store_true", help="those too that an earlier run has caught")
+    parser.add_argument("--survivors", action="store_true", help="only those that no test has caught yet")
+    parser.add_argument("--deselect", action="append", default=[], help="a test that fails here without any fault")
     parser.add_argument("--unchecked", action="store_true", help="the tests are known to pass without a fault")
     parser.add_argument("--backwards", action="store_true", help="from the last one, for a second process")
     options = parser.parse_args()
@@ -396,13 +399,16 @@ def main() -> int:
         clean: set[str] = set()
         for key, fault in reversed(wanted.items()) if options.backwards else wanted.items():
             # Read anew each time: another process may try others meanwhile.
-            if options.file not in fault.file or (_known().get(key, {}).get("caught_by") and not options.anew):
+            tried = _known().get(key)
+            if options.file not in fault.file or (tried is None and options.survivors):
+                continue
+            if tried is not None and tried["caught_by"] and not options.anew:
                 continue
             first = _FIRST.get(fault.function, "")
             tests = tuple(sorted(COVERED_BY[fault.file], key=lambda test, name=first: not name or name not in test))
             for test in (test for test in tests if test not in clean and not options.unchecked):
                 # What fails without a fault says nothing about one.
-                failure, seconds = copy.first_failure((test,))
+                failure, seconds = copy.first_failure((test,), options.deselect)
                 print(f"{test}: {seconds:.0f} s", flush=True)
                 if failure is not None:
                     raise SystemExit(f"{failure} fails without any fault; mend it first")
@@ -410,7 +416,7 @@ def main() -> int:
             path = copy.folder / fault.file
             whole = path.read_text(encoding="utf-8")
             path.write_text(fault.text, encoding="utf-8")
-            caught, seconds = copy.first_failure(tests)
+            caught, seconds = copy.first_failure(tests, options.deselect)
             path.write_text(whole, encoding="utf-8")
             print(f"{seconds:4.0f} s {caught or 'SURVIVED'}: {fault.file}: {fault.after}", flush=True)
             done = _known()

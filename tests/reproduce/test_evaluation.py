@@ -51,6 +51,40 @@ def test_a_random_model_scores_chance(model: XFM, tokenizer: CaptionTokenizer, m
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_probe_of_shapes_tells_what_is_seen_from_what_is_guessed_by_colour(
+    model: XFM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_PROBE_SCENES", {"train": 150, "val": 1, "test": 100})
+    found = evaluation.shape_probe(model, HELD)
+    assert set(found) == {
+        "chance",
+        *(f"{on}/{of}" for on in ("training", "all_pairs") for of in ("held_out", "common")),
+    }
+    tokens = evaluation._object_tokens
+
+    def knowing(shapes: bool) -> Any:
+        """Tokens that tell colours, and shapes or not; the scenes are those that the model would see."""
+
+        def read(model: XFM, held_out: HeldOut, scenes: Any) -> Rows:
+            rows = tokens(model, held_out, scenes)
+            things = [thing for made in scenes for thing in made.things]
+            colours = torch.tensor([evaluation.COLOURS.index(thing.colour) for thing in things])
+            told = torch.nn.functional.one_hot(colours, 8).float()
+            if shapes:
+                told = torch.cat([told, torch.nn.functional.one_hot(rows.targets["shape"], 6).float()], 1)
+            return Rows(told, rows.targets)
+
+        return read
+
+    monkeypatch.setattr(evaluation, "_object_tokens", knowing(True))
+    seen = evaluation.shape_probe(model, HELD)
+    assert all(value == 100 for name, value in seen.items() if name != "chance")
+    monkeypatch.setattr(evaluation, "_object_tokens", knowing(False))
+    guessed = evaluation.shape_probe(model, HELD)
+    assert guessed["training/held_out"] == 0
+    assert guessed["training/common"] > guessed["chance"]
+
+
 def test_right_boxes_get_full_marks(model: XFM, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in reads the answer from the text that it is given, in the order in which texts come."""
     answers: list[list[float]] = []

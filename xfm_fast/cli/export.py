@@ -19,6 +19,7 @@ from xfm_fast.cli.console import note, say, stdout, table
 from xfm_fast.cli.options import Flat, Json, command_group
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.export.request import (
+    BUDGET,
     EngineRequest,
     ExportRequest,
     ModelSource,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 app = command_group("export")
 
 _PHOTOS, _CAPTIONS = 4, 48
+# Photographs to choose 8-bit products on, and how few of their own are too few.
+_CALIBRATED, _LEAST_CALIBRATED = 16, 4
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
 Verbose = Annotated[bool, Parameter(help="Show the builder's own messages.")]
@@ -115,10 +118,14 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
 
     build.check_request(consumer, request)
     subject, examples = load(source, request)
+    calibration = None
+    if request.quantize is not None:
+        calibration = load_calibration(subject.model.config, subject.tokenizer, source.data)
     with _showing(verbose) as progress:
         made = build.export_engines(
-            subject.model, out, consumer, request, **subject.facts, examples=examples, progress=progress
-        )
+            subject.model, out, consumer, request, **subject.facts, examples=examples, calibration=calibration,
+            progress=progress,
+        )  # fmt: skip
     return finish(made, out)
 
 
@@ -167,16 +174,35 @@ def report(
 
 
 @app.command
-def int8(folder: Path, /, *, out: Path) -> int:
+def int8(
+    folder: Path, /, *, out: Path, budget: float = BUDGET, data: Path | None = None, tokenizer: Path | None = None
+) -> int:
     """Quantise an fp32 export to int8 for the CPU, and measure what that costs in accuracy.
 
     Args:
         folder: Folder of an fp32 export to ONNX.
         out: Folder that receives the int8 export.
+        budget: Least cosine of any row of an output with that of the model. Products in 8 bits that cost more stay in
+            fp32.
+        data: Images with captions to choose products and scales on; by default those that the export is compared on.
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for the captions of --data.
     """
-    from xfm_fast.export.quantise import quantize_int8
+    from xfm_fast.export.manifest import Manifest
+    from xfm_fast.export.quantise import check_quantisation, quantize_int8
+    from xfm_fast.tokenizer import CaptionTokenizer
 
-    return finish(quantize_int8(folder, out), out)
+    check_quantisation("int8", "fp32", budget)
+    examples = None
+    if data is not None:
+        manifest = Manifest.load(folder, check_files=False)
+        vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
+        if manifest.tokenizer_sha256 not in (None, None if vocabulary is None else vocabulary.sha256()):
+            raise InputError(
+                f"the ids of {folder} belong to another vocabulary than the captions of --data would get; name with "
+                "--tokenizer the one that the export was made with"
+            )
+        examples = load_calibration(manifest.xfm_config, vocabulary, data)
+    return finish(quantize_int8(folder, out, budget=budget, examples=examples, progress=say), out)
 
 
 @app.command
@@ -242,6 +268,11 @@ class Subject:
 
 def load(source: ModelSource, request: ExportRequest) -> tuple[Subject, Examples]:
     """The model of an export and what it is compared on; says so where that is not photographs."""
+    if source.data is not None:
+        # What cannot be used is said before a checkpoint is read.
+        from xfm_fast.benchmarks.material import photographs
+
+        photographs.from_files(source.data, most=1)
     subject = load_subject(source)
     examples, message = load_examples(subject, source.data, request.sizes)
     if message:
@@ -345,17 +376,53 @@ def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int])
 
 def _examples(collection: Collection, subject: Subject, longest: int) -> Examples:
     from xfm_fast.export.expected import make_examples
-    from xfm_fast.tokenizer import CaptionTokenizer
 
-    config, tokenizer = subject.model.config, subject.tokenizer
-    if tokenizer is None:
-        # Any ids serve to compare an export with its model.
-        tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
+    config = subject.model.config
     captions = collection.texts(min(_CAPTIONS, len(collection.captions)))
-    rows = tokenizer.encode_ids(captions, max(longest, 3))
+    rows = _ids(captions, collection, config, subject.tokenizer, longest)
     photos = range(min(_PHOTOS, len(collection.names)))
     origin = f"{len(photos)} photographs and {len(rows)} captions"
     return make_examples(collection.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)
+
+
+def _ids(
+    captions: list[str], collection: Collection, config: XFMConfig, tokenizer: CaptionTokenizer | None, longest: int
+) -> list[list[int]]:
+    from xfm_fast.tokenizer import CaptionTokenizer
+
+    if tokenizer is None:
+        # Any ids serve to compare an export with its model.
+        tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
+    return tokenizer.encode_ids(captions, max(longest, 3))
+
+
+def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data: Path | None) -> Examples:
+    """Photographs and captions to choose 8-bit products on: others than those that exports are compared on.
+
+    Args:
+        data: images with captions; by default the bundled photographs, and generated images where those are not
+            installed. Where there are too few to divide, they serve for both, and the origin says so.
+    """
+    from xfm_fast.benchmarks.material import photographs
+    from xfm_fast.export.expected import LONGEST, Examples, generated_examples, padded_texts
+
+    try:
+        found = photographs.bundled() if data is None else photographs.from_files(data, most=_PHOTOS + _CALIBRATED)
+    except DataError:
+        if data is not None:
+            raise
+        return generated_examples(config, images=_CALIBRATED, seed=1)
+    if tokenizer is None:
+        note("captions are calibrated on as arbitrary ids; name the vocabulary of the model with --tokenizer")
+    shared = len(found.names) < _PHOTOS + _LEAST_CALIBRATED
+    photos = range(0 if shared else _PHOTOS, min(len(found.names), _PHOTOS + _CALIBRATED))
+    captions = found.texts(len(found.captions))
+    captions = captions[_CAPTIONS:] if len(captions) >= _CAPTIONS + _LEAST_CALIBRATED else captions
+    longest = min(LONGEST, config.max_text_length)
+    rows = _ids(captions[:_CAPTIONS], found, config, tokenizer, longest)
+    origin = f"{len(photos)} photographs and {len(rows)} captions"
+    origin += ", the photographs being those that it is compared on" if shared else ""
+    return Examples(found.pixels(photos, config.image_size), *padded_texts(rows, config.pad_token_id), origin)
 
 
 class Bars:
@@ -430,6 +497,8 @@ def finish(manifest: Manifest, folder: Path) -> int:
         megabytes = sum(sizes[name] for name in graph.files) / 1e6
         files.add_row(graph.name, graph.file, f"{megabytes:.1f}", f"{graph.build_seconds:.1f}", *map(escape, called))
     console.print(files)
+    if any(graph.quantisation is not None for graph in manifest.graphs):
+        _print_quantisation(manifest, console)
     if (record := manifest.verification or manifest.graphs_verification) is not None:
         _print_verification(record, console)
     styles = {"verified": "green", "failed": "bold red", "graphs verified": "yellow", "unverified": "yellow"}
@@ -437,6 +506,21 @@ def finish(manifest: Manifest, folder: Path) -> int:
     verdict = f"[{styles[manifest.status]}]{manifest.status}[/]{reason} ({escape(str(folder))})"
     console.print(verdict, soft_wrap=True, highlight=False)
     return {"verified": 0, "failed": 1, "graphs verified": 3, "unverified": 4}[manifest.status]
+
+
+def _print_quantisation(manifest: Manifest, console: Console) -> None:
+    shown = table(
+        f"products in 8 bits, chosen on {manifest.options['calibration']}",
+        "graph", "in 8 bits", "smoothed", "least cosine", "budget", "ms in fp32", "ms", "not in 8 bits",
+    )  # fmt: skip
+    for graph in manifest.graphs:
+        if (record := graph.quantisation) is not None:
+            shown.add_row(
+                graph.name, f"{record.products - len(record.kept)}/{record.products}", str(record.smoothed),
+                f"{record.cosine:.5f}", str(record.budget), f"{record.wide_milliseconds:.1f}",
+                f"{record.milliseconds:.1f}", ", ".join(record.kept),
+            )  # fmt: skip
+    console.print(shown)
 
 
 def _print_verification(record: VerificationRecord, console: Console) -> None:
@@ -455,8 +539,9 @@ def _print_verification(record: VerificationRecord, console: Console) -> None:
         )  # fmt: skip
     console.print(shown)
     for ranks in record.ranks:
+        graph = "all graphs together" if ranks.graph == "all" else ranks.graph
         console.print(
-            f"ranks by {ranks.graph}: {ranks.agreement:.1%} of {ranks.candidates} candidates agree "
+            f"ranks by {graph}: {ranks.agreement:.1%} of {ranks.candidates} candidates agree "
             f"(at least {ranks.least:.0%}; scores within {ranks.tie:.1e} are ties; {ranks.identical:.1%} identical)"
             + ("" if ranks.passed else " [bold red]differs[/]"),
             highlight=False,

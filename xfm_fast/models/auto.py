@@ -35,6 +35,9 @@ def register_auto_classes() -> None:
         model_type = MODEL_TYPE
 
     class XFMAutoModel:
+        # transformers 4 compares it with that of the text part, which there is none of.
+        config_class = XFMAutoConfig
+
         @staticmethod
         def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
             given = _asked(options)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 _TURNS = 2
 # The larger share may exceed the mean by this factor.
 _UNEVEN = 1.1
-_seconds: dict[Hashable, tuple[list[float], list[float]]] = {}
+_seconds: dict[Any, tuple[list[float], list[float]]] = {}
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 # A child has the pools of its parent, without their threads.
@@ -28,11 +29,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)
 
 
-def in_shares(run: Callable[[Tensor], Tensor], batch: Tensor, kind: Hashable) -> Tensor:
+def in_shares(run: Callable[[Tensor], Tensor], batch: Tensor, kind: Any) -> Tensor:
     """`run(batch)` in inference mode, whole or in shares of its first dimension, over which `run` maps.
 
     Args:
-        kind: calls of one kind, shape and type are timed together.
+        kind: hashable; calls of one kind, shape and type are timed together.
     """
     threads = torch.get_num_threads()
     largest = -(-len(batch) // threads)

@@ -350,7 +350,7 @@ class XFM(nn.Module):
         """True after `quantise`, or when loaded with `dtype="int8"`."""
         return any(map(int8.is_marked, self._block_weights()))
 
-    def _block_weights(self) -> list[nn.Parameter]:
+    def _block_weights(self) -> list[Tensor]:
         blocks = (block for block in self.modules() if isinstance(block, Block | TransformerLayer))
         return [part.weight for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
 

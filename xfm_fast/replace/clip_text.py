@@ -161,11 +161,12 @@ class CutTextModel(CalledByName):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         tower: Any = self
-        ids, positions = packing.pack(call["input_ids"][:, : packing.shape[1]]), call.get("position_ids")
-        if positions is None:
-            positions = torch.arange(packing.shape[1], device=ids.device)[None]
-        positions = packing.pack(positions[:, : packing.shape[1]].expand(packing.shape))
-        x = tower.embeddings(input_ids=ids[None], position_ids=positions[None])[0]
+        longest, positions = packing.shape[1], call.get("position_ids")
+        # Text by text: the embeddings refuse a text that is longer than their positions, as the packed one may be.
+        embedded = tower.embeddings(
+            input_ids=call["input_ids"][:, :longest], position_ids=None if positions is None else positions[:, :longest]
+        )
+        x = packing.pack(embedded)
         x = tower.final_layer_norm(_run(tower.encoder.layers, x, packing))
         ends = _ends(call["input_ids"], self._end())
         pooled = x.index_select(0, packing.cu_seqlens[:-1] + ends)

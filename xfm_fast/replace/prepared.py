@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.cpu import products as cpu
@@ -240,8 +241,8 @@ def forget(layer: nn.Module) -> None:
 
 
 def infers(x: Tensor, settings: Settings) -> bool:
-    """True for plain inference on a CPU: no gradient, no compiler, no autocast, no other backend."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """True for plain inference on a CPU: no gradient, no compiler, no autocast, no fp8, no other backend."""
+    if fp8.on() or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return x.device.type == "cpu" and resolve(settings.backend, x) == "cpu"
 

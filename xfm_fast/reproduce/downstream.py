@@ -21,15 +21,20 @@ from typing import Any, NamedTuple
 import torch
 
 from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.data.shapes.world import WORLD_FILE
+from xfm_fast.documents import read_json
 from xfm_fast.errors import XFMError
 from xfm_fast.finetuning.evaluation import METRICS_FILE
 from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import open_task
 from xfm_fast.finetuning.task import Task
+from xfm_fast.models.xfm import XFM
+from xfm_fast.reproduce.evaluation import HeldOut, shape_probe
 from xfm_fast.tasks.grounding import pixel_iou
 
 PRETRAINING = "pretrain_tiny_shapes"
 STEM = "downstream-tiny-shapes"
+PROBE_FILE = "shape-probe-tiny-shapes.json"
 SPLIT = "test"
 # Training boxes among which the best constant one is looked for.
 _BOXES = 500
@@ -75,7 +80,7 @@ class Table:
 def run_downstream(
     out: Path, *, seeds: int = 1, jobs: int | None = None, on_change: Callable[[Table], None] = lambda table: None
 ) -> Table:
-    """Pretrain once, then fine-tune and evaluate every twin with every seed.
+    """Pretrain once, probe what its images tell of shapes, then fine-tune and evaluate every twin with every seed.
 
     Args:
         out: folder of the study.
@@ -92,6 +97,8 @@ def run_downstream(
     places = [f"data={world}", f"checkpoint.folder={pretrained}"]
     if not (pretrained / "model").is_dir():
         _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places])
+    if not (out / PROBE_FILE).is_file():
+        write_bytes({out / PROBE_FILE: (json.dumps(_probed(world, pretrained), indent=1) + "\n").encode()})
     plan = [(recipe, seed) for seed in range(seeds) for recipe in dict.fromkeys(twin.recipe for twin in TWINS)]
 
     def train(recipe: str, seed: int) -> None:
@@ -107,6 +114,13 @@ def run_downstream(
         for done in [pool.submit(train, *each) for each in plan]:
             done.result()
     return read_table(out, seeds)
+
+
+def _probed(world: Path, pretrained: Path) -> dict[str, float]:
+    """What the image tokens of the pretrained model tell of shapes, before any task has changed them."""
+    made = read_json(world / WORLD_FILE)
+    model = XFM.from_pretrained(pretrained / "model").eval()
+    return shape_probe(model, HeldOut(made["seed"], made["resolution"]))
 
 
 def _run(out: Path, recipe: str, seed: int, command: Sequence[str]) -> None:

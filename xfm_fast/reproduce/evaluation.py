@@ -7,16 +7,17 @@ form: it has no learning rate, no seed and no epochs, so two encoders differ by 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.images import evaluation_transform
-from xfm_fast.data.shapes import SPLITS, Scene, Split, captions, render, scene
+from xfm_fast.data.shapes import CANVAS, SPLITS, Scene, Split, allowed_pairs, captions, render, scene
 from xfm_fast.data.shapes.language import main_relation
 from xfm_fast.data.shapes.scenes import COLOURS, SHAPES
 from xfm_fast.data.shapes.world import region_elements
@@ -42,6 +43,7 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 _BATCH = 64
 # Scenes of the training split that no run trains on; worlds are smaller than this.
 _UNSEEN = 10_000_000
+_OBJECT_STRENGTH = 1e-2
 _PROBE_SCENES: dict[Split, int] = {"train": 1000, "val": 300, "test": 400}
 
 
@@ -194,6 +196,65 @@ def _image_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
     return _probed(
         "image_probe", probe(rows["train"], rows["val"], rows["test"], classes), ["count", "colour", "shape"]
     )
+
+
+def shape_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
+    """How well the shape of an object is read off the image tokens that lie on it: balanced accuracy, in percent.
+
+    Two probes are fitted. One sees scenes of training, and may learn which shapes never have a colour, if the tokens
+    tell colours better than shapes; the other sees scenes whose shapes are drawn anew, so that colours say nothing.
+    What the second reads better on combinations that training never shows is in the tokens, and lost by learning from
+    the training split alone. It sees these combinations itself, so it explains a model and does not judge it.
+
+    Returns:
+        `training/held_out`, `training/common`, `all_pairs/held_out`, `all_pairs/common`: by what the probe was fitted
+        on, and by the objects of the test, whose shapes are drawn anew too. `chance` is one by the number of shapes.
+    """
+    rng = np.random.default_rng(held_out.seed)
+
+    def redrawn(made: Scene) -> Scene:
+        drawn = (SHAPES[rng.integers(len(SHAPES))] for _ in made.things)
+        return replace(made, things=tuple(replace(t, shape=s) for t, s in zip(made.things, drawn, strict=True)))
+
+    parts = _PROBE_SCENES["train"], _PROBE_SCENES["train"], _PROBE_SCENES["test"]
+    starts = [_UNSEEN + sum(parts[:number]) for number in range(len(parts))]
+    drawn = [
+        [scene(held_out.seed, first + index, "train") for index in range(count)]
+        for first, count in zip(starts, parts, strict=True)
+    ]
+    with torch.inference_mode():
+        training, all_pairs, test = (
+            _object_tokens(model, held_out, scenes)
+            for scenes in (drawn[0], *([redrawn(made) for made in part] for part in drawn[1:]))
+        )
+    found = {"chance": 100 / len(SHAPES)}
+    held = test.targets["held out"].bool()
+    for name, rows in (("training", training), ("all_pairs", all_pairs)):
+        fitted = fit_probe(rows.features, rows.targets["shape"], classes=len(SHAPES), strength=_OBJECT_STRENGTH)
+        predicted, truth = fitted.predict(test.features), test.targets["shape"]
+        found[f"{name}/held_out"] = 100 * balanced_accuracy(predicted[held], truth[held])
+        found[f"{name}/common"] = 100 * balanced_accuracy(predicted[~held], truth[~held])
+    return found
+
+
+def _object_tokens(model: XFM, held_out: HeldOut, scenes: Sequence[Scene]) -> Rows:
+    """The mean of the image tokens whose centre lies on an object, or a little beside it, for every object."""
+    side = model.config.image_size // model.config.patch_size
+    centres = (torch.arange(side) + 0.5) * CANVAS / side
+    near, seen = CANVAS / side / 4, allowed_pairs("train")
+    features: list[Tensor] = []
+    targets: dict[str, list[int]] = {"shape": [], "held out": []}
+    objects = iter(scenes)
+    for pixels in _pixels(model, scenes, held_out.resolution):
+        for tokens in model.encode_image(pixels)[:, 1:].unflatten(1, (side, side)).cpu():
+            for thing in next(objects).things:
+                across, down = (
+                    (centres > first - near) & (centres < first + thing.side + near) for first in (thing.x, thing.y)
+                )
+                features.append(tokens[down][:, across].mean((0, 1))[None])
+                targets["shape"].append(SHAPES.index(thing.shape))
+                targets["held out"].append((thing.colour, thing.shape) not in seen)
+    return _rows(features, targets)
 
 
 def _rows(features: Sequence[Tensor], targets: dict[str, list[int]]) -> Rows:

@@ -199,14 +199,16 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
     return final
 
 
-def note_kernels(folder: Path, processes: Processes) -> None:
-    """Write which of the CPU's kernels every process has chosen, once it has; called by all processes.
+def note_kernels(progress: Progress, folder: Path, processes: Processes) -> None:
+    """Write, behind the first step, which of the CPU's kernels every process has chosen; called by all processes.
 
     A run that is killed before its first checkpoint then repeats itself, instead of choosing anew by the clock.
 
     Raises:
         StorageError: the file cannot be written.
     """
+    if progress.step != 1:
+        return
     kernels = processes.gather(_chosen_kernels())
     if processes.first and any(kernels):
         write_bytes({folder / KERNELS: json.dumps(kernels).encode()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -18,10 +18,10 @@ from torch import Tensor
 from xfm_fast.batches import Batch
 from xfm_fast.checkpoint import hold
 from xfm_fast.data.streams import BatchSource, load_batches
-from xfm_fast.errors import ConfigError, InputError, XFMError
+from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.training import checkpoints
+from xfm_fast.training import checkpoints, setup
 from xfm_fast.training.checkpoints import (
     CODES,
     Progress,
@@ -42,7 +42,6 @@ from xfm_fast.training.distributed import (
 from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Work, mean_by_name
 from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
 from xfm_fast.training.recipe import Recipe, Run, changes, position_after
-from xfm_fast.training.setup import autocast, build_model, image_codes, open_sources, preprocessor_file, tokenizer_file
 
 # The official loss scale starts high and is capped at this.
 _LARGEST_LOSS_SCALE = 1024.0
@@ -111,14 +110,14 @@ def train(
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(recipe.device))
         processes.from_first(lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}")))
-        # What is refused before its first step leaves no vocabulary, no codebook and no log in the folder.
         opening = stack.enter_context(ExitStack())
-        processes.from_first(lambda: opening.enter_context(_undone_where_refused(folder)))
+        processes.from_first(lambda: opening.enter_context(setup.undone_where_refused(folder)))
         processes.from_first(on_start or (lambda: None))
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):
             if sources is None:
-                sources, explained_by = open_sources(recipe, processes), explained_by or tokenizer_file(recipe)
+                sources = setup.open_sources(recipe, processes)
+                explained_by = explained_by or setup.tokenizer_file(recipe)
         elif sources is None or model is None or objective is None:
             raise InputError("a run that is not of pretraining needs sources, model and objective; pass all three")
         if missing := [name for update in recipe.active_updates for name in update if name not in sources]:
@@ -127,9 +126,9 @@ def train(
         # The same initial weights on every process, then dropout of its own on each.
         seed_everything(recipe.seed)
         if isinstance(recipe, Recipe):
-            model = (build_model(recipe) if model is None else model).to(processes.device)
-            explained_by = preprocessor_file(model) | dict(explained_by or {})
-            codes = image_codes(recipe, processes, image_tokenizer)
+            model = (setup.build_model(recipe) if model is None else model).to(processes.device)
+            explained_by = setup.preprocessor_file(model) | dict(explained_by or {})
+            codes = setup.image_codes(recipe, processes, image_tokenizer)
             if codes is not None:
                 # With the model its head is trained, shared and kept; what is saved as the model leaves it out.
                 model.add_module(CODES, codes)
@@ -155,7 +154,7 @@ def train(
         scaler = torch.amp.GradScaler(
             processes.device.type, init_scale=_LARGEST_LOSS_SCALE, enabled=recipe.precision == "fp16"
         )
-        precision = autocast(recipe, processes)
+        precision = setup.autocast(recipe, processes)
         progress = Progress(model, optimizer, scaler, {} if average is None else average.state_dict())
         seed_everything(recipe.seed, processes.rank)
         if not resume and (found := sorted((folder / "checkpoints").glob("step-*"))):
@@ -247,8 +246,7 @@ def train(
             if average is not None:
                 average.update()
             progress.step = step
-            if step == 1:
-                checkpoints.note_kernels(folder, processes)
+            checkpoints.note_kernels(progress, folder, processes)
             interrupted = processes.any(stop.is_set()) and step < recipe.steps
             log.advance(step)
 
@@ -267,36 +265,14 @@ def train(
                 log.write(step, told)
             if step % recipe.checkpoint.every == 0 or step == recipe.steps or interrupted:
                 log.sync()
-                checkpoints.save(
-                    progress,
-                    recipe.model_dump(mode="json"),
-                    folder / "checkpoints",
-                    processes,
-                    keep=recipe.checkpoint.keep,
-                )
+                said, place = recipe.model_dump(mode="json"), folder / "checkpoints"
+                checkpoints.save(progress, said, place, processes, keep=recipe.checkpoint.keep)
 
         if not interrupted:
             save_whole(model, folder / "model", processes, files=explained_by)
             if average is not None:
                 save_whole(model, folder / "average", processes, average=average.state_dict(), files=explained_by)
         return TrainResult(progress.step, model, average, metrics, interrupted)
-
-
-@contextmanager
-def _undone_where_refused(folder: Path) -> Iterator[None]:
-    """Remove the files that a block has put into a folder, where it ends in an error that the user shall mend.
-
-    Its folders stay: a quarantine names the rows that the error is about.
-    """
-    before = set(folder.iterdir())
-    try:
-        yield
-    except XFMError:
-        with suppress(OSError):
-            for path in folder.iterdir():
-                if path not in before and path.is_file():
-                    path.unlink()
-        raise
 
 
 def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list[str], dict[str, Tensor] | None]:

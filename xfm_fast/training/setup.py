@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
 from xfm_fast.data.transforms import whole_image
-from xfm_fast.errors import DataError, InputError, StorageError
+from xfm_fast.errors import DataError, InputError, StorageError, XFMError
 from xfm_fast.models.hub import PREPROCESSOR_FILE, TOKENIZER_FILE
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
@@ -171,6 +171,23 @@ def tokenizer_file(recipe: Recipe) -> dict[str, bytes]:
 def _tokenizer(recipe: Recipe) -> CaptionTokenizer:
     learnt = Path(recipe.checkpoint.folder) / TOKENIZER_FILE
     return CaptionTokenizer.from_files(learnt if recipe.tokenizer == "train" else recipe.tokenizer)
+
+
+@contextmanager
+def undone_where_refused(folder: Path) -> Iterator[None]:
+    """Remove the files that a block has put into a folder, where it ends in an error that the user shall mend.
+
+    Its folders stay: a quarantine names the rows that the error is about.
+    """
+    before = set(folder.iterdir())
+    try:
+        yield
+    except XFMError:
+        with suppress(OSError):
+            for path in folder.iterdir():
+                if path not in before and path.is_file():
+                    path.unlink()
+        raise
 
 
 @contextmanager

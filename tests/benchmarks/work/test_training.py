@@ -145,6 +145,21 @@ def test_rounding_of_gradients_that_are_zero_is_no_error() -> None:
     assert difference(ours, truth).worst < 2e-5
 
 
+def test_biases_of_keys_are_compared_on_the_scale_of_their_weights() -> None:
+    def outcome(bias: float, name: str) -> Outcome:
+        layer = {f"{name}.weight": torch.tensor([3.0, 4.0]), f"{name}.bias": torch.tensor([bias])}
+        return _outcome(1.0, **layer, big=torch.tensor([1e4]))
+
+    key = difference(outcome(0.6, "self.key"), outcome(0.1, "self.key"))
+    assert key.parameter == "self.key.bias"
+    assert key.worst == pytest.approx(0.5 / 5)
+    assert difference(outcome(0.6, "self.query"), outcome(0.1, "self.query")).worst == pytest.approx(0.5)
+    alone = {"self.key.bias": torch.tensor([0.2])}
+    assert difference(_outcome(1.0, **alone), _outcome(1.0, **{"self.key.bias": torch.tensor([0.1])})).worst == (
+        pytest.approx(1)
+    )
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -132,7 +133,7 @@ def test_the_graphs_behind_engines_are_compared_on_the_cpu(
         onnx.save(graph, path)
 
     if quantize is None:
-        monkeypatch.setattr(engines, "quantising", lambda *_: twist)
+        monkeypatch.setattr(engines, "quantising", lambda *_, **__: twist)
         quantize = "int8"
         with pytest.raises(ExportError, match="image_memory"):
             export(tmp_path / "bad")
@@ -477,3 +478,33 @@ def test_what_tensorrt_lacks_is_refused(
     tensorrt(version, gpu=gpu)
     with pytest.raises(UnavailableError, match=message):
         load_library("tensorrt").check(TensorRTRequest(**options), "bf16")
+
+
+# Kernels, products by themselves, and copies in the first schedule of an engine, by TensorRT for RTX 1.7.
+_MOST_STEPS = {"vision": (26, 2, 6), "text": (26, 5, 5), "image_memory": (2, 0, 1), "fusion": (40, 6, 10)}
+
+
+def schedule(engine: Path) -> tuple[int, int, int]:
+    """Steps of an engine that compute, those that are a product and nothing else, and those that only move entries."""
+    text = engine.read_bytes().decode("latin1")
+    start = text.index("\nmain {")
+    steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[start : text.index("\n}\n", start)], re.MULTILINE)
+    working = [(kind, name) for kind, name in steps if kind not in ("shape_call", "signal", "wait")]
+    products = sum(kind == "fully_connected" for kind, _ in working)
+    # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate.
+    moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc)+$")
+    return len(working), products, sum(kind == "copy" or bool(moves.match(name)) for kind, name in working)
+
+
+def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
+    """A ratchet: who saves a kernel lowers the number; a change of the graphs that costs one is seen here."""
+    version = rtx().version
+    if not version.startswith("1.7."):
+        pytest.skip(f"the numbers are those of TensorRT for RTX 1.7, and this is {version}")
+    found = {name: schedule(bf16_engines / f"{name}.engine") for name in _MOST_STEPS}
+    grown = {
+        name: (steps, _MOST_STEPS[name])
+        for name, steps in found.items()
+        if any(now > most for now, most in zip(steps, _MOST_STEPS[name], strict=True))
+    }
+    assert not grown, f"kernels, products or copies that are more: {grown}"

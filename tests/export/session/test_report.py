@@ -81,10 +81,3 @@ def test_command(exported_fp32: Path) -> None:
     assert "enqueue" not in shown.output
     as_json = invoke([*arguments, "--json"])
     assert json.loads(as_json.output)["dtype"] == "fp32"
-
-
-def test_int8_command(exported_fp32: Path, tmp_path: Path) -> None:
-    done = invoke(["export", "int8", str(exported_fp32), "--out", str(tmp_path / "int8")])
-    assert done.exit_code == 0, done.output
-    assert "verified" in done.output
-    assert Session(tmp_path / "int8").manifest.options["arithmetic"] == "int8"

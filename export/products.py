@@ -1,0 +1,366 @@
+"""Products in 8 bits inside an ONNX graph: what they are given, the scales that suit it, and the nodes that say so.
+
+A product is a `MatMul` by a constant matrix; those of attention have two activations and stay as they are. All products
+of one tensor form a `Site`, which is quantised or left alone as a whole. The graph says 8 bits by pairs of
+`QuantizeLinear` and `DequantizeLinear` around a product, which is what ONNX Runtime, OpenVINO and both TensorRT read.
+
+Scales are chosen by trial: on samples of what a site is given, the one whose products are closest to the exact ones.
+Channels that are much larger than the others are first made smaller, and the weights that they meet larger
+(SmoothQuant, arXiv 2211.10438): free where a LayerNorm feeds products alone, for its own scale takes the change.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .consumers import LARGEST_FILE
+from .request import Quantisation
+from .runtimes.onnx_sessions import session_options
+
+_ROWS = 512
+"""Rows of every tensor that scales are tried on."""
+
+_CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of the largest entry beyond which entries are cut, tried one after the other."""
+
+_SMOOTHINGS = (0.25, 0.5, 0.75)
+"""How much of the difference between channels moves into the weights, tried one after the other."""
+
+# A scale that no LayerNorm takes is a pass over the tensor in every run, so it must be worth it.
+_WORTH_A_PASS = 0.5
+
+_EXTREMES: dict[Quantisation, float] = {"int8": 127.0, "fp8": 448.0}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How activations are stored; weights always are symmetric, int8 ones with a scale for every column.
+
+    Attributes:
+        kind: int8, or fp8 with four bits of exponent (E4M3).
+        unsigned: int8 activations have a zero point, which processors multiply as fast, and GPUs do not know.
+    """
+
+    kind: Quantisation
+    unsigned: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor and the products that read it.
+
+    Attributes:
+        tensor: its name.
+        products: names of the nodes.
+        layers: names of the layers that they belong to.
+        weights: of each, `[K, N]` in fp32.
+        norm: name of the `LayerNormalization` that feeds these products and nothing else; empty without one.
+    """
+
+    tensor: str
+    products: tuple[str, ...]
+    layers: tuple[str, ...]
+    weights: tuple[Tensor, ...]
+    norm: str = ""
+
+
+@dataclass
+class Seen:
+    """What a site was given during calibration.
+
+    Attributes:
+        largest: `[K]` the largest magnitude of every channel.
+        low, high: least and greatest entry.
+        rows: `[n, K]` samples.
+    """
+
+    largest: Tensor
+    low: float = 0.0
+    high: float = 0.0
+    samples: list[Tensor] = field(default_factory=list)
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat(self.samples)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A site in 8 bits.
+
+    Attributes:
+        smoothing: `[K]` that the tensor is divided by and the weights are multiplied with; None leaves both.
+        scale, zero: of the activations.
+        error: of the products on the samples, as a share of their length.
+    """
+
+    site: Site
+    smoothing: Tensor | None
+    scale: float
+    zero: int
+    error: float
+
+
+def sites(model: Any) -> list[Site]:
+    """The sites of an ONNX graph whose constants lie in the message, in the order of the graph.
+
+    Heads are left out: they cost little, being given token 0 alone, and decide scores.
+    """
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    made_by: dict[str, Any] = {}
+    returned = {value.name for value in graph.output}
+    products: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+        for name in node.output:
+            made_by[name] = node
+        if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 2:
+            products.setdefault(node.input[0], []).append(node)
+
+    def label(product: Any) -> str:
+        """The layer, by the name of its bias; weights that were transposed have lost theirs."""
+        for reader in readers.get(product.output[0], ()):
+            for name in reader.input:
+                if reader.op_type == "Add" and name in constants and name.endswith(".bias"):
+                    return name.removesuffix(".bias")
+        return product.name
+
+    def norm(tensor: str) -> str:
+        made = made_by.get(tensor)
+        if made is None or made.op_type != "LayerNormalization" or tensor in returned:
+            return ""
+        folds = len(readers[tensor]) == len(products[tensor]) and all(name in constants for name in made.input[1:])
+        return made.name if folds else ""
+
+    found = []
+    for tensor, nodes in products.items():
+        layers = tuple(label(node) for node in nodes)
+        if not any("_head." in layer for layer in layers):
+            weights = tuple(_array(constants[node.input[1]]) for node in nodes)
+            found.append(Site(tensor, tuple(node.name for node in nodes), layers, weights, norm(tensor)))
+    return found
+
+
+def _array(tensor: Any) -> Tensor:
+    from onnx import numpy_helper
+
+    # NumPy's extension types, such as bfloat16, are none of PyTorch's.
+    return torch.from_numpy(np.array(numpy_helper.to_array(tensor), np.float32))
+
+
+def observe(
+    model: Any, found: Sequence[Site], feeds: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[dict[str, Seen], list[dict[str, np.ndarray]]]:
+    """Run a graph in fp32 and see what its sites are given.
+
+    Args:
+        model: the graph in fp32.
+        feeds: its inputs. Tokens that an `attention_mask` among them hides are not counted.
+
+    Returns:
+        By tensor, and for every feed the outputs of the graph.
+    """
+    import onnx
+
+    model = copy.deepcopy(model)
+    outputs = [value.name for value in model.graph.output]
+    tensors = [site.tensor for site in found]
+    given = {value.name for value in model.graph.input}
+    watched = [name for name in tensors if name not in given and name not in outputs]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in watched)
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[str, Seen] = {}
+    results = []
+    each = math.ceil(_ROWS / max(len(feeds), 1))
+    run = runner(model)
+    for feed in feeds:
+        values = run(feed, [*outputs, *watched])
+        results.append({name: values[name] for name in outputs})
+        real = torch.from_numpy(feed["attention_mask"]).bool().flatten() if "attention_mask" in feed else None
+        for name in tensors:
+            rows = torch.from_numpy(np.asarray(feed[name] if name in given else values[name])).float().flatten(0, -2)
+            if real is not None and len(real) == len(rows):
+                rows = rows[real]
+            known = seen.setdefault(name, Seen(torch.zeros(rows.shape[1])))
+            known.largest = known.largest.maximum(rows.abs().amax(0))
+            known.low, known.high = min(known.low, float(rows.min())), max(known.high, float(rows.max()))
+            known.samples.append(rows[torch.randperm(len(rows), generator=generator)[:each]].clone())
+    return seen, results
+
+
+def runner(model: Any) -> Callable[..., dict[str, np.ndarray]]:
+    """A function from inputs, and names of outputs where not all are wanted, to outputs: ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as scratch:
+        # Beyond two gigabytes a model has to be a file.
+        path = Path(scratch, "graph.onnx")
+        save(model, path)
+        session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+
+    def run(feed: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        names = [output.name for output in session.get_outputs()] if names is None else names
+        found: Any = session.run([*names], dict(feed))
+        return dict(zip(names, found, strict=True))
+
+    return run
+
+
+def fit(site: Site, seen: Seen, scheme: Scheme) -> Fitted:
+    """The scales of a site that keep its products closest to the exact ones."""
+    rows, weights = seen.rows, torch.cat(site.weights, 1)
+    exact = rows @ weights
+    length = float(exact.norm()) or 1.0
+
+    def tried(smoothing: Tensor | None, clip: float) -> Fitted:
+        given, changed = (rows, weights) if smoothing is None else (rows / smoothing, weights * smoothing[:, None])
+        if smoothing is None:
+            low, high = seen.low, seen.high
+        else:
+            high = float((seen.largest / smoothing).max())
+            low = max(-high, float(given.min()) * 1.1)
+        scale, zero = _scale(low * clip, high * clip, scheme)
+        found = _rounded(given, scale, zero, scheme) @ torch.cat(
+            [_weight(part, scheme)[0] for part in changed.split([w.shape[1] for w in site.weights], 1)], 1
+        )
+        return Fitted(site, smoothing, scale, zero, float((found - exact).norm()) / length)
+
+    best = plain = tried(None, 1.0)
+    heaviest = weights.abs().amax(1).clamp(min=1e-8)
+    largest = seen.largest.clamp(min=1e-8)
+    for power in _SMOOTHINGS:
+        smoothing = largest**power / heaviest ** (1 - power)
+        # A channel that was never used has no size to go by.
+        smoothing = torch.where(seen.largest > 0, smoothing / smoothing.log().mean().exp(), 1.0).clamp(1e-3, 1e3)
+        best = min(best, tried(smoothing, 1.0), key=lambda each: each.error)
+    if not site.norm and best.error > _WORTH_A_PASS * plain.error:
+        best = plain
+    return min((tried(best.smoothing, clip) for clip in _CLIPS), key=lambda each: each.error)
+
+
+def _scale(low: float, high: float, scheme: Scheme) -> tuple[float, int]:
+    if scheme.unsigned:
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = (high - low) / 255 or 1.0
+        return scale, min(max(round(-low / scale), 0), 255)
+    return max(-low, high) / _EXTREMES[scheme.kind] or 1.0, 0
+
+
+def _rounded(x: Tensor, scale: float, zero: int, scheme: Scheme) -> Tensor:
+    """The values that are left of activations."""
+    if scheme.kind == "fp8":
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    least, most = (0, 255) if scheme.unsigned else (-128, 127)
+    return ((x / scale).round() + zero).clamp(least, most).sub(zero) * scale
+
+
+def _weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight `[K, N]` in 8 bits: the values that are left of it, what is stored, and its scales, `[N]` or `[]`."""
+    extreme = _EXTREMES[scheme.kind]
+    if scheme.kind == "fp8":
+        scale = (weight.abs().max() / extreme).clamp(min=1e-12)
+        stored = (weight / scale).clamp(-extreme, extreme).to(torch.float8_e4m3fn)
+        return stored.float() * scale, stored.view(torch.uint8), scale
+    scale = (weight.abs().amax(0) / extreme).clamp(min=1e-12)
+    stored = (weight / scale).round().clamp(-127, 127)
+    return stored * scale, stored.to(torch.int8), scale
+
+
+def rewritten(model: Any, chosen: Iterable[Fitted], scheme: Scheme) -> Any:
+    """A copy of an ONNX graph with some of its sites in 8 bits; all else keeps its type."""
+    return _Rewriting(copy.deepcopy(model), scheme).run([*chosen])
+
+
+class _Rewriting:
+    """One graph that is being changed."""
+
+    def __init__(self, model: Any, scheme: Scheme) -> None:
+        self.model, self.graph, self.scheme = model, model.graph, scheme
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.nodes = {node.name: node for node in self.graph.node}
+
+    def run(self, chosen: Sequence[Fitted]) -> Any:
+        before: dict[str, list[Any]] = {}
+        for fitted in chosen:
+            before.setdefault(fitted.site.products[0], []).extend(self._site(fitted))
+        order = []
+        for node in self.graph.node:
+            order += [*before.get(node.name, ()), node]
+        del self.graph.node[:]
+        self.graph.node.extend(order)
+        read = {name for node in order for name in node.input} | {value.name for value in self.graph.output}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        return self.model
+
+    def _site(self, fitted: Fitted) -> Iterator[Any]:
+        from onnx import TensorProto, helper
+
+        site, name = fitted.site, f"{fitted.site.tensor}.{self.scheme.kind}"
+        # The type of the graph, in which scales and all that is not a product are.
+        wide = self.constants[self.nodes[site.products[0]].input[1]].data_type
+        stored = TensorProto.FLOAT8E4M3FN if self.scheme.kind == "fp8" else TensorProto.INT8
+        given = site.tensor
+        if fitted.smoothing is not None and site.norm:
+            norm = self.nodes[site.norm]
+            for place in range(1, len(norm.input)):
+                value = _array(self.constants[norm.input[place]])
+                norm.input[place] = self._add(f"{name}.norm_{place}", value / fitted.smoothing, wide)
+        elif fitted.smoothing is not None:
+            factor = self._add(f"{name}.smoothing", 1 / fitted.smoothing, wide)
+            given = f"{name}.smooth"
+            yield helper.make_node("Mul", [site.tensor, factor], [given], f"{name}.smoothing")
+        scale = self._add(f"{name}.scale", torch.tensor(fitted.scale), wide)
+        kind = TensorProto.UINT8 if self.scheme.unsigned else stored
+        zero = self._add(f"{name}.zero", torch.tensor(fitted.zero, dtype=torch.uint8), kind)
+        yield helper.make_node("QuantizeLinear", [given, scale, zero], [f"{name}.q"], f"{name}.quantize")
+        yield helper.make_node("DequantizeLinear", [f"{name}.q", scale, zero], [f"{name}.dq"], f"{name}.dequantize")
+        for product, weight in zip(site.products, site.weights, strict=True):
+            changed = weight if fitted.smoothing is None else weight * fitted.smoothing[:, None]
+            _, values, scales = _weight(changed, self.scheme)
+            parts = [
+                self._add(f"{product}.weight", values, stored),
+                self._add(f"{product}.weight_scale", scales, wide),
+                self._add(f"{product}.weight_zero", torch.zeros(scales.shape, dtype=torch.uint8), stored),
+            ]
+            axis: dict[str, Any] = {"axis": 1} if scales.dim() else {}
+            yield helper.make_node(
+                "DequantizeLinear", parts, [f"{product}.weight_dq"], f"{product}.weight_dequantize", **axis
+            )
+            node = self.nodes[product]
+            node.input[0], node.input[1] = f"{name}.dq", f"{product}.weight_dq"
+
+    def _add(self, name: str, value: Tensor, kind: int) -> str:
+        from onnx import TensorProto, helper
+
+        types: dict[int, torch.dtype] = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
+        types[TensorProto.BFLOAT16] = torch.bfloat16
+        stored = value.to(types.get(kind, value.dtype)).contiguous()
+        content = stored.reshape(-1).view(torch.uint8).numpy().tobytes()
+        self.graph.initializer.append(helper.make_tensor(name, kind, [*value.shape], content, raw=True))
+        return name
+
+
+def save(model: Any, path: Path, *, largest_file: int = LARGEST_FILE) -> list[str]:
+    """Write a graph, its weights beside it where they are too many for one file; returns the names of the files."""
+    import onnx
+
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > largest_file
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)
+    onnx.save(model, str(path), save_as_external_data=external, location=beside.name, size_threshold=1024)
+    return [path.name, *([beside.name] if external else [])]

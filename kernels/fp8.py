@@ -1,0 +1,167 @@
+"""Products in fp8 (e4m3), for inference: each row of the activations and of the weight has a scale of its own.
+
+A GPU multiplies fp8 at twice the rate of 16 bits. Where its kernels make the rows that a product will read (norms,
+GELU), they round them on the way; what comes from elsewhere is rounded in a pass of its own. On a CPU the same values
+are rounded and multiplied in fp32, which is slow and shows what fp8 does to a model.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import InputError, UnavailableError
+
+from . import reference
+from .backend import Backend, named, resolve
+from .derived import derived
+from .library import autocast_dtype, on_device_of_arguments
+
+_OLDEST_GPU = (8, 9)
+# The library multiplies fp8 in groups of so many rows and columns.
+_MULTIPLE = 16
+
+
+class _Switch(threading.local):
+    """Whether the current thread's block multiplies in fp8, and what kernels rounded in it: by identity of the rows."""
+
+    on: bool = False
+
+    def __init__(self) -> None:
+        self.rounded: dict[int, tuple[weakref.ref[Tensor], int, Tensor, Tensor]] = {}
+
+
+_switch = _Switch()
+
+
+@contextmanager
+def use_fp8() -> Iterator[None]:
+    """Within the block, linear layers multiply rows rounded to fp8 (e4m3) with weights rounded to fp8.
+
+    For inference: their gradient is refused. A layer of which a dimension is no multiple of 16 multiplies as ever, and
+    so does one whose weight is frozen or in 8 bits.
+    Rounded weights are kept beside the parameters, half of the size of those in 16 bits, until they change. On a CPU
+    the products are emulated, slowly, to show what fp8 does to a model's results: try it on some inputs of one's own
+    before relying on it.
+
+    Raises:
+        UnavailableError: at the first product, on a GPU older than Ada (compute capability 8.9).
+        InputError: at the first product whose gradient would be wanted.
+    """
+    outside, _switch.on = _switch.on, True
+    try:
+        yield
+    finally:
+        _switch.on = outside
+        if not outside and not torch.compiler.is_compiling():
+            _switch.rounded.clear()
+
+
+def on() -> bool:
+    """True within a block of `use_fp8`."""
+    return _switch.on
+
+
+def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """True if the product of these rows and this weight is to be made in fp8.
+
+    Raises:
+        UnavailableError, InputError: as `use_fp8` says.
+    """
+    if not _switch.on or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
+        return False
+    if weight.layout != torch.strided or not weight.is_floating_point():
+        return False  # laid out for a library of the CPU, or in 8 bits already
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others)):
+        raise InputError(
+            "products in fp8 have no gradient, which a parameter or input would want here: run the model under "
+            "torch.no_grad(), or leave ops.use_fp8() out"
+        )
+    why_not = _why_not(x.device.type, x.device.index)
+    if why_not is not None:
+        raise UnavailableError(f"products in fp8 were asked for (ops.use_fp8), but {why_not}; leave it out for bf16")
+    return True
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | None = None) -> Tensor:
+    """`x W^T + b` of rows and weight rounded to fp8, summed in fp32, in the type of x or of autocast."""
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
+    if not x.is_cuda or (named(backend) and resolve(backend, x) == "reference"):
+        wide = derived("fp8 rows in fp32", (weight,), lambda: reference.rounded_rows(weight.detach()))
+        if resolve(backend, x, weight, bias) != "triton":
+            return reference.product_of_rounded(reference.rounded_rows(x), wide, bias).to(dtype)
+        # Interpreted kernels round the rows; there is no library that multiplies them.
+        rows, scales = rounded(x, backend)
+        made = reference.product_of_rounded(rows.float() * scales, wide, bias)
+        return made.view(*x.shape[:-1], weight.shape[0]).to(dtype)
+    if not x.numel():  # which the library refuses
+        return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    rows, scales = rounded(x, backend)
+    columns, column_scales = derived("fp8 rows", (weight,), lambda: reference.quantise_rows(weight.detach()))
+    made = torch._scaled_mm(
+        rows,
+        columns.t(),
+        scale_a=scales,
+        scale_b=column_scales.t(),
+        bias=None if bias is None else bias.to(torch.bfloat16),
+        # The only type in which the library leaves products with scales for each row.
+        out_dtype=torch.bfloat16,
+    )
+    return made.view(*x.shape[:-1], weight.shape[0]).to(dtype)
+
+
+def rounded(x: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of x as `[rows, K]` fp8 and their scales `[rows, 1]` fp32: those that a kernel made on the way, or new."""
+    if torch.compiler.is_compiling() or resolve(backend, x) != "triton":
+        # A compiler joins these few operations to what made the rows.
+        return reference.quantise_rows(x.reshape(-1, x.shape[-1]))
+    found = _switch.rounded.get(id(x))
+    if found is not None and found[0]() is x and found[1] == x._version:
+        return found[2], found[3]
+    from .triton.fp8 import quantise_rows
+
+    return on_device_of_arguments(quantise_rows)(x) if x.is_cuda else quantise_rows(x)
+
+
+def wanted_of(chosen: Backend, *tensors: Tensor | None) -> bool:
+    """True if a Triton kernel that makes rows for a product should round them on the way."""
+    if not _switch.on or chosen != "triton" or torch.compiler.is_compiling():
+        return False
+    if torch.is_inference_mode_enabled():
+        # Tensors made in it carry no version: a change between the kernel and the product could not be seen.
+        return False
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
+
+
+def keep(x: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+    """Remember that x rounded to fp8 is these rows, until the block ends, x changes or is given back; returns x."""
+    kept, key = _switch.rounded, id(x)
+    kept[key] = (weakref.ref(x, _forgetting(kept, key)), x._version, rows, scales)
+    return x
+
+
+def _forgetting(kept: dict[int, tuple[weakref.ref[Tensor], int, Tensor, Tensor]], key: int) -> Callable[..., None]:
+    def forget(dead: weakref.ref[Tensor]) -> None:
+        # Another tensor may have taken the identity of the dead one meanwhile.
+        if key in kept and kept[key][0] is dead:
+            del kept[key]
+
+    return forget
+
+
+@torch.compiler.assume_constant_result
+def _why_not(device: str, index: int | None) -> str | None:
+    """The reason why a device cannot multiply fp8, or None."""
+    if device == "cpu":
+        return None
+    if device != "cuda":
+        return f"a tensor lives on {device} and only NVIDIA GPUs have them here"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _OLDEST_GPU:
+        return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and fp8 needs 8.9"
+    return None

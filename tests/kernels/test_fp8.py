@@ -1,0 +1,255 @@
+"""Products in fp8: what rounding does, that kernels round as the definition does, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.kernels.accuracy import assert_accurate, draws, widened
+from tests.kernels.triton_testing import INTERPRETED, poison
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.kernels import fp8, ops, reference
+from xfm_fast.kernels.triton import fp8 as triton_fp8
+from xfm_fast.kernels.triton import gelu, layer_norm
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter loses the carry of what it rounds up to the next power of two: PyTorch rounds for it."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    own = interpreter._convert_float
+
+    def convert(given: Any, of: Any, to: Any, rounding: Any) -> Any:
+        if to.name != "fp8e4nv":
+            return own(given, of, to, rounding)
+        return torch.from_numpy(given.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def rows_like_activations(count: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of unlike size, one of zeros among them, one of next to nothing, and outliers."""
+    x = torch.randn(count, width) * torch.logspace(-3, 3, count)[:, None]
+    x[:, 3] *= 30
+    x[1], x[2] = 0, 1e-35
+    return x.to(dtype)
+
+
+def test_rounding_errs_by_a_sixteenth_of_an_entry_or_a_step_of_the_least() -> None:
+    x = rows_like_activations(9, 111)
+    rows, scales = reference.quantise_rows(x)
+    assert rows.dtype == torch.float8_e4m3fn
+    assert scales.shape == (9, 1)
+    error = (reference.rounded_rows(x) - x).abs()
+    # Three bits of mantissa; below 2⁻⁶ the numbers of e4m3 are multiples of 2⁻⁹.
+    assert (error <= torch.maximum(x.abs() * 2**-4, scales * 2**-10) * 1.001).all()
+    assert torch.equal(reference.rounded_rows(x).abs().amax(1)[3:], x.abs().amax(1)[3:])
+    assert not reference.rounded_rows(x)[1].any()
+
+
+def test_rows_with_nan_or_infinity_stay_so_and_spoil_no_other() -> None:
+    x, weight = torch.randn(4, 32), torch.randn(16, 32)
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    out = reference.linear_fp8(x, weight, None)
+    assert out[1:3].isnan().all()
+    assert out[[0, 3]].isfinite().all()
+
+
+def same_bits(found: tuple[Tensor, Tensor], x: Tensor) -> None:
+    rows, scales = reference.quantise_rows(x.reshape(-1, x.shape[-1]))
+    assert torch.equal(found[0].view(torch.uint8), rows.view(torch.uint8))
+    assert torch.equal(found[1], scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("width", [16, 111])
+def test_the_kernel_rounds_as_the_definition(width: int, dtype: torch.dtype) -> None:
+    x = rows_like_activations(6, 2 * width, dtype)[:, ::2] if width == 111 else rows_like_activations(6, width, dtype)
+    with poison():
+        same_bits(triton_fp8.quantise_rows(x.view(2, 3, width)), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_norm_rounds_what_it_stores(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 3, 48).to(dtype), torch.randn(2, 3, 48).to(dtype)
+    weight, bias = torch.randn(48).to(dtype), torch.randn(48).to(dtype)
+    plain = layer_norm.add_layer_norm_forward(x, residual, weight, bias, 1e-5, weight)
+    with poison():
+        room = triton_fp8.room_for(x.view(6, 48))
+        made = layer_norm.add_layer_norm_forward(x, residual, weight, bias, 1e-5, weight, rounded=room)
+    assert torch.equal(made.normed, plain.normed)
+    same_bits(room, made.normed)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_gelu_rounds_what_it_stores(biased: bool) -> None:
+    y, bias = torch.randn(5, 48).half(), torch.randn(48).half() if biased else None
+    plain = gelu.bias_gelu_forward(y, bias)
+    with poison():
+        out, *room = gelu.bias_gelu_quantise(y.clone(), bias)
+    assert torch.equal(out, plain)
+    same_bits((room[0], room[1]), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_in_the_block_are_the_definition(biased: bool, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 5, 32).to(dtype), torch.randn(48, 32).to(dtype)
+    bias, residual = torch.randn(48).to(dtype) if biased else None, torch.randn(2, 5, 48).to(dtype)
+    exact = [t.float() if t is not None else None for t in (x, weight, bias)]
+    product = reference.linear_fp8(*exact)  # pyright: ignore[reportArgumentType]
+    with ops.use_fp8():
+        found = ops.linear(x, weight, bias)
+        activated = ops.linear_gelu(x, weight, bias)
+        summed = ops.linear_residual(x, weight, bias, residual)
+    assert found.dtype == activated.dtype == summed.dtype == dtype
+    for made, wanted in ((found, product), (summed, product + residual.float())):
+        torch.testing.assert_close(made, wanted.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0.02)
+    torch.testing.assert_close(activated.float(), nn.functional.gelu(product), rtol=0.02, atol=0.02)
+    assert not torch.equal(found, ops.linear(x, weight, bias))
+
+
+def test_the_product_is_summed_as_accurately_as_plain_pytorch_sums_rounded_rows() -> None:
+    x, weight, bias = torch.randn(7, 96), torch.randn(48, 96), torch.randn(48)
+    operands = (reference.rounded_rows(x), reference.rounded_rows(weight), bias)
+    with ops.use_fp8():
+        found = ops.linear(x, weight, bias)
+    plain = draws(lambda: reference.product_of_rounded(*operands))
+    truth = nn.functional.linear(*widened(operands))
+    assert_accurate(found, plain, truth, "product")
+
+
+def mlp(width: int = 32) -> tuple[Tensor, ...]:
+    return (
+        torch.randn(4 * width, width) / 8,
+        torch.randn(4 * width),
+        torch.randn(width, 4 * width) / 8,
+        torch.randn(width),
+    )
+
+
+def test_a_branch_and_its_norm() -> None:
+    """Every operation with a product in it: the composition of products, whichever path it takes outside."""
+    x, residual, (w1, b1, w2, b2) = torch.randn(3, 32), torch.randn(3, 32), mlp()
+    gamma, norm = torch.randn(32), (torch.randn(32), torch.randn(32))
+    hidden = nn.functional.gelu(reference.linear_fp8(x, w1, b1))
+    summed = residual + gamma * reference.linear_fp8(hidden, w2, b2)
+    with ops.use_fp8():
+        branch = ops.mlp_residual(x, w1, b1, w2, b2, residual, gamma=gamma)
+        normed, joined = ops.linear_add_layer_norm(hidden, w2, b2, residual, *norm, 1e-5, gamma=gamma)
+    torch.testing.assert_close(branch, summed)
+    torch.testing.assert_close(joined, summed)
+    torch.testing.assert_close(normed, reference.layer_norm(summed, *norm, 1e-5))
+
+
+def test_interpreted_kernels_give_the_same_and_round_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, residual, (w1, b1, w2, b2) = torch.randn(3, 32), torch.randn(3, 32), mlp()
+    norm = (torch.randn(32), torch.randn(32))
+    passes: list[int] = []
+    own = triton_fp8.quantise_rows
+    monkeypatch.setattr(triton_fp8, "quantise_rows", lambda x: (passes.append(x.numel()), own(x))[1])
+    with ops.use_fp8():
+        plain = ops.mlp_residual(ops.layer_norm(x, *norm, 1e-5), w1, b1, w2, b2, residual)
+        with ops.use_backend("triton"):
+            normed = ops.layer_norm(x, *norm, 1e-5)
+            found = ops.mlp_residual(normed, w1, b1, w2, b2, residual)
+            assert not passes
+            normed += 1
+            ops.linear(normed, w1, b1)
+            assert len(passes) == 1
+            ops.linear(torch.randn(3, 32), w1, b1)
+            assert len(passes) == 2
+            assert len(fp8._switch.rounded) == 1
+            del normed
+            assert not fp8._switch.rounded
+    torch.testing.assert_close(found, plain, rtol=0, atol=0.05)
+
+
+def test_nothing_is_remembered_where_changes_cannot_be_seen() -> None:
+    x, norm = torch.randn(3, 32), (torch.randn(32), torch.randn(32))
+    with torch.inference_mode(), ops.use_fp8(), ops.use_backend("triton"):
+        ops.layer_norm(x, *norm, 1e-5)
+        assert not fp8._switch.rounded
+
+
+def test_layers_of_odd_sizes_and_what_is_outside_the_block_multiply_as_ever() -> None:
+    x, weight, bias = torch.randn(3, 40), torch.randn(48, 40), torch.randn(48)
+    with ops.use_fp8():
+        torch.testing.assert_close(ops.linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+        x, weight = torch.randn(3, 32), torch.randn(48, 32)
+        inside = ops.linear(x, weight, bias)
+        with ops.use_fp8():
+            assert torch.equal(ops.linear(x, weight, bias), inside)
+        assert torch.equal(ops.linear(x, weight, bias), inside)
+    torch.testing.assert_close(ops.linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+
+
+def test_a_changed_weight_is_rounded_anew() -> None:
+    x, weight = torch.randn(3, 32), torch.randn(16, 32)
+    with ops.use_fp8():
+        before = ops.linear(x, weight, None)
+        weight.mul_(2)
+        torch.testing.assert_close(ops.linear(x, weight, None), 2 * before)
+
+
+def test_autocast_gives_its_type() -> None:
+    x, weight = torch.randn(3, 32), torch.randn(16, 32)
+    with ops.use_fp8(), torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, weight, None).dtype == torch.bfloat16
+
+
+def test_gradients_are_refused() -> None:
+    x, weight = torch.randn(3, 32), torch.randn(16, 32, requires_grad=True)
+    with torch.enable_grad(), ops.use_fp8(), pytest.raises(InputError, match=r"no gradient.*no_grad"):
+        ops.linear(x, weight, None)
+    with torch.enable_grad(), ops.use_fp8():
+        ops.linear(x, weight.detach(), None)
+
+
+def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.empty(3, 32, device="meta"), torch.empty(16, 32, device="meta")
+    with ops.use_fp8(), pytest.raises(UnavailableError, match=r"meta.*leave it out"):
+        ops.linear(x, weight, None, backend="reference")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    assert "compute capability 8.0 and fp8 needs 8.9" in (fp8._why_not("cuda", 0) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    assert fp8._why_not("cuda", 0) is None
+
+
+def test_compiled_products_are_those_of_eager() -> None:
+    x, weight, bias = torch.randn(3, 32), torch.randn(16, 32), torch.randn(16)
+
+    def run(x: Tensor) -> Tensor:
+        with ops.use_fp8():
+            return ops.linear(x, weight, bias)
+
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(x), run(x))
+
+
+def test_accelerated_models_take_it() -> None:
+    transformers = pytest.importorskip("transformers")
+    from xfm_fast import accelerate
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    model = transformers.BertModel(transformers.BertConfig(**sizes)).eval()
+    accelerate(model)
+    ids = torch.randint(1000, 2000, (3, 7))
+    exact = model(ids).last_hidden_state
+    with ops.use_fp8():
+        rounded = model(ids).last_hidden_state
+    cosine = nn.functional.cosine_similarity(exact, rounded, dim=-1)
+    assert not torch.equal(exact, rounded)
+    assert cosine.min() > 0.99
