@@ -16,7 +16,7 @@ pytest.importorskip("timm")
 
 from tests.replace import test_huggingface_vision as plain_vision  # noqa: E402
 from tests.replace import test_timm_vision as timm_vision  # noqa: E402
-from tests.replace.text_models import CAUSAL_DTYPE, TRANSFORMERS, batch, make  # noqa: E402
+from tests.replace.text_models import TRANSFORMERS, batch, make  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
 from xfm_fast.kernels.cpu import products  # noqa: E402
 from xfm_fast.replace.adapters import Adaptable, is_adapted  # noqa: E402
@@ -107,7 +107,8 @@ def assert_near(found: Tensor, wanted: Tensor, band: float, scale: float | None 
 @pytest.mark.parametrize("kind", chosen())
 def test_adapters(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, band = (torch.float32, 2e-5) if kind in SINGLE else (torch.float64, 1e-11)
-    if kind == "CLIP's texts" and CAUSAL_DTYPE == torch.float32:
+    if kind == "CLIP's texts" and TRANSFORMERS < 5:
+        # The causal masks of transformers 4 overflow in float64.
         dtype, band = torch.float32, 2e-5
     model, given = FAMILIES[kind](dtype)
     model.eval()
