@@ -107,6 +107,9 @@ def assert_near(found: Tensor, wanted: Tensor, band: float, scale: float | None 
 @pytest.mark.parametrize("kind", chosen())
 def test_adapters(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, band = (torch.float32, 2e-5) if kind in SINGLE else (torch.float64, 1e-11)
+    if kind == "CLIP's texts" and TRANSFORMERS < 5:
+        # The causal masks of transformers 4 overflow in float64.
+        dtype, band = torch.float32, 2e-5
     model, given = FAMILIES[kind](dtype)
     model.eval()
     probe = copy.deepcopy(model)

@@ -238,7 +238,9 @@ class FusedLayerNorm(Fused):
 def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     """q, k, v `[..., H, D]` of a MultiheadAttention, with as few products as the inputs allow."""
     heads, width, bias = attention.num_heads, attention.embed_dim, attention.in_proj_bias
-    query, key, value = (settings.operand(t) for t in (query, key, value))
+    # One tensor stays one, which spares products.
+    converted = {id(t): settings.operand(t) for t in (query, key, value)}
+    query, key, value = (converted[id(t)] for t in (query, key, value))
     packed = attention.in_proj_weight
     if packed is None:
         weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
