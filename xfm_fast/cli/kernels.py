@@ -47,7 +47,7 @@ class AuditOptions(KernelOptions):
     Attributes:
         arch: Architecture, such as 90; may be repeated. [all four]
         json: File that receives the rows.
-        all: Every form of every kernel, not a third of them.
+        all: Every form of every kernel, not a quarter of them.
         accept: Make these figures the accepted ones.
         also: With --accept, of another Triton than made the accepted figures: record beside them what is worse with it.
         what_if: Predict one kernel with other tiles instead: kernel=relpos_forward BLOCK_M=64,128 num_warps=8
