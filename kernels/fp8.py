@@ -154,7 +154,6 @@ def _forgetting(kept: dict[int, tuple[weakref.ref[Tensor], int, Tensor, Tensor]]
     return forget
 
 
-@torch.compiler.assume_constant_result
 def _why_not(device: str, index: int | None) -> str | None:
     """The reason why a device cannot multiply fp8, or None."""
     if device == "cpu":
@@ -165,3 +164,7 @@ def _why_not(device: str, index: int | None) -> str | None:
     if capability < _OLDEST_GPU:
         return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and fp8 needs 8.9"
     return None
+
+
+# As torch.compiler.assume_constant_result marks it, which imports the compiler, and that takes longer than all of this.
+setattr(_why_not, "_dynamo_marked_constant", True)  # noqa: B010

@@ -500,14 +500,14 @@ def _narrower(programs: int, q: Tensor) -> bool:
 def _forward_form(q: Tensor, k: Tensor, packed: Packed) -> str:
     """The name of the forward kernel's form that fits these lengths."""
     form = _form("varlen_forward", q, packed.max_q, packed)
-    if not form.endswith("_short") or packed.dropout_p:
+    # fp32 is there to be exact: the backward pass is to find the scores that the forward pass found, to the last bit.
+    if not form.endswith("_short") or packed.dropout_p or q.dtype == torch.float32:
         return form
     sequences = packed.cu_seqlens_q.numel() - 1
     if k.shape[0] <= SHORT * sequences:
         return "varlen_forward_heads"
     # Over many keys the products count. Where the tensor cores take 64 rows at once, most of a tile may lie idle.
-    wide = 90 <= architecture(q.device) < 120 and dtype_name(q.dtype) != "fp32"
-    if wide and min(packed.max_q, q.shape[0] / sequences) > _SMALLEST:
+    if 90 <= architecture(q.device) < 120 and min(packed.max_q, q.shape[0] / sequences) > _SMALLEST:
         return "varlen_forward" if packed.key_mask is None else "varlen_forward_masked"
     return "varlen_forward_heads_many"
 

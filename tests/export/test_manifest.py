@@ -243,7 +243,7 @@ class TestBeforeAnythingIsExported:
             ({"dtype": "fp8"}, UnavailableError, "dtype 'fp8' is unknown"),
             ({"opset": 17}, UnavailableError, "opset 17 is not supported"),
             ({"graphs": ("vision", "audio")}, UnavailableError, "graph 'audio' is unknown"),
-            ({"graphs": ()}, InputError, "no graph is named"),
+            ({"graphs": ()}, InputError, "names no graph"),
             ({"graphs": ("text", "text")}, InputError, "graph 'text' is named twice"),
             ({"fixed": {"width": 3}}, InputError, "axis 'width' cannot be fixed; choose from batch, length, texts"),
             ({"fixed": {"texts": 3}, "graphs": ("vision",)}, InputError, "'texts' cannot be fixed; choose from batch$"),

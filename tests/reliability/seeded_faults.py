@@ -107,7 +107,7 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("tl.where(coefficient == 0.0, 0.0, coefficient * share)", "coefficient * share"),
         ("here = (target >= start)", "here = (target > start)"),
         ("dw_part += _wide_product", "dw_part = _wide_product"),
-        ("dh[rows] += _wide_product", "dh[rows] = _wide_product"),
+        ("total += _wide_product(x, y)", "total = _wide_product(x, y)"),
     ),
     "kernels/triton/gelu.py": (
         ("0.3989422804014327", "0.3979422804014327"),
@@ -149,12 +149,12 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ('finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)', "finite_max = new_max"),
         ("kept = tl.where(keep, weights * rescale, 0.0)", "kept = weights"),
         ('lse = tl.where(lse == float("-inf"), float("inf"), lse)', "lse = lse"),
-        ("head, head * 0, key_low", "head * 0, head * 0, key_low"),
+        ("tl.cast(head, tl.int64) |", "tl.cast(head * 0, tl.int64) |"),
     ),
     "kernels/triton/relpos_attention.py": (
         ("dk_a * SCALE, dk_b * SCALE", "dk_a, dk_b * SCALE"),
-        ("product(g_a, g_b, v_a, v_b, D_B, PRECISION) - delta[:, None]", "product(g_a, g_b, v_a, v_b, D_B, PRECISION)"),
-        ("        statistics += heads * tokens\n", ""),
+        ("            ds_ptr += stride_ds\n", ""),
+        ("there = inside & (", "there = inside | ("),
         ("inverse = (1.0 / row_sum)[:, None]", "inverse = (0.0 * row_sum + 1.0)[:, None]"),
     ),
     "kernels/triton/relpos_table.py": (
@@ -162,7 +162,7 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("(dy + height - 1) * (2 * width - 1)", "(dy + height - 1) * (2 * height - 1)"),
         ("tl.where(value < -LARGEST, -LARGEST, value)", "value"),
         ("        dy, dx = -dy, -dx\n", ""),
-        ("to_patches += tl.load(base + patch,", "to_patches = tl.load(base + patch,"),
+        ("of_first_row += tl.load(base + patch,", "of_first_row = tl.load(base + patch,"),
     ),
     "kernels/triton/bias_attention.py": (
         ("new_max <= _HIDDEN / SCALE", 'new_max == float("-inf")'),

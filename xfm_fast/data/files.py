@@ -239,7 +239,8 @@ class _OpenFiles(threading.local):
     """Each thread has its own, so that none closes what another reads."""
 
     def __init__(self) -> None:
-        self.handles: OrderedDict[str, int] = OrderedDict()
+        # By device and inode: a file that was replaced is another one, and a relative name may come to mean another.
+        self.handles: OrderedDict[tuple[int, int], int] = OrderedDict()
 
 
 _open_files = _OpenFiles()
@@ -254,10 +255,11 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         DataError: the file cannot be read.
     """
     try:
-        handles, key = _open_files.handles, str(path)
+        found, handles = os.stat(path), _open_files.handles
+        key = found.st_dev, found.st_ino
         handle = handles.pop(key, None)
         if handle is None:
-            handle = os.open(key, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY)
             if len(handles) >= _MOST_OPEN:
                 os.close(handles.popitem(last=False)[1])
         handles[key] = handle

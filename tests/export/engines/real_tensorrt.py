@@ -285,7 +285,7 @@ def run(trt: Any, scratch: Path) -> None:
         for best, most in ((1, 1), (2, 4))
     ]
     record = GraphRecord(
-        name="image_memory", file="g.engine", files=["g.engine"], axes={"batch": AxisRecord()}, build_seconds=0,
+        name="image_memory", file="g.engine", files=["g.engine"], axes={"batch": AxisRecord(least=1, most=4)}, build_seconds=0,
         profiles=profiles, **tensors,
     )  # fmt: skip
     manifest = new_manifest(
