@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from .limits import OLDEST_GPU
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 Backend = Literal["auto", "reference", "cpu", "triton", "flash_attn"]
 _BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -88,6 +90,13 @@ def _known(name: Backend) -> Backend:
     return name
 
 
+def constant_when_compiled(function: _Function) -> _Function:
+    """What `torch.compiler.assume_constant_result` does, which would import all of the compiler into every process."""
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
+    return function
+
+
+@constant_when_compiled
 def _why_not(name: Backend, device: str, index: int | None) -> str | None:
     """The reason why a backend cannot run on a device, or None."""
     if name == "reference":
@@ -106,10 +115,6 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
     if capability < OLDEST_GPU:
         return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
     return None
-
-
-# What `torch.compiler.assume_constant_result` does, which would import all of the compiler into every process.
-setattr(_why_not, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @cache

@@ -44,7 +44,7 @@ def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) ->
         return compute()
     stamp = tuple((s.data_ptr(), s._version, s.dtype, s.shape) for s in sources)
     kept = _entries_of(sources[0])
-    values = _values(sources[0])
+    values = samples(sources[0])
     entry = kept.get(name)
     if entry is None or entry[0] != stamp or (values.numel() and not torch.equal(entry[1], values)):
         # The first caller may be in inference mode; what is kept must serve training too.
@@ -118,17 +118,12 @@ def _forget(entries: _Entries, key: int, dead: weakref.ref[Tensor]) -> None:
         del entries[key]
 
 
-def _values(source: Tensor) -> Tensor:
+def samples(source: Tensor) -> Tensor:
     """The values of a tensor that are compared: a view, empty on accelerators, where that would wait for the device."""
     flat = source.detach().view(-1) if source.is_contiguous() else source.detach().reshape(-1)
     if source.device.type != "cpu":
         return flat[:0]
     return flat if flat.numel() <= _COMPARED_WHOLE else flat[:: flat.numel() // _SAMPLES]
-
-
-def samples(source: Tensor) -> Tensor:
-    """The values of a tensor that are compared, as one vector that goes on showing what its memory holds."""
-    return _values(source)
 
 
 def forget(source: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError, UnavailableError
 
 from . import reference
-from .backend import Backend, named, resolve
+from .backend import Backend, constant_when_compiled, named, resolve
 from .derived import derived
 from .library import autocast_dtype, on_device_of_arguments
 
@@ -154,6 +154,7 @@ def _forgetting(kept: dict[int, tuple[weakref.ref[Tensor], int, Tensor, Tensor]]
     return forget
 
 
+@constant_when_compiled
 def _why_not(device: str, index: int | None) -> str | None:
     """The reason why a device cannot multiply fp8, or None."""
     if device == "cpu":
@@ -164,7 +165,3 @@ def _why_not(device: str, index: int | None) -> str | None:
     if capability < _OLDEST_GPU:
         return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and fp8 needs 8.9"
     return None
-
-
-# As torch.compiler.assume_constant_result marks it, which imports the compiler, and that takes longer than all of this.
-setattr(_why_not, "_dynamo_marked_constant", True)  # noqa: B010

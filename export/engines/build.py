@@ -105,10 +105,8 @@ def export_engines(
         kind = check_quantisation(wanted.quantize, dtype, wanted.budget)
         known = calibration or examples or generated_examples(model.config)
         inputs = Calibration.of_model(model, known, wanted.names)
-        rewrite, settings = (
-            quantising(inputs, kind, dtype, budget=wanted.budget),
-            eight_bit_options(kind, wanted.budget, inputs),
-        )
+        rewrite = quantising(inputs, kind, dtype, budget=wanted.budget)
+        settings = eight_bit_options(kind, wanted.budget, inputs)
     elif wanted.plugins:
         rewrite = with_plugins(library, targets[0], profiles)
     graphs = OnnxRequest(wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, consumer, wanted.opset)

@@ -156,13 +156,7 @@ def tiled_attention(
     out = torch.empty(q.shape, dtype=q.dtype)
     # Multiplied into the product that follows, which costs nothing there.
     rescale = 1.0 if dropout is None else 1 / dropout.kept
-    # Placeholders: the first tile of a group of heads copies their keys and values, the others of the group reuse them.
-    keys = values = q
-    for tile in tiles(q, k.shape[1], 1 if bias is None else bias.shape[0]):
-        where = (tile.batch, tile.rows, tile.heads)
-        if tile.first:
-            keys = head_major("keys", k[tile.batch, :, tile.heads])
-            values = head_major("values", v[tile.batch, :, tile.heads])
+    for tile, where, keys, values in _tiles_with_keys(q, k, v, bias):
         into = None if lse is None else lse[tile.batch, tile.heads, tile.rows]
         weights = tile_weights(head_major("queries", q[where]), keys, scale, tile, bias, hiding, into)
         if dropout is not None:
@@ -176,18 +170,26 @@ def exp2_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor |
     if q.dtype not in _WIDE_RANGE or not q.numel() or not k.shape[1]:
         return tiled_attention(q, k, v, scale, bias)
     out, sums = torch.empty(q.shape, dtype=q.dtype), _sums_for(q)
-    keys = values = q
-    for tile in tiles(q, k.shape[1], 1 if bias is None else bias.shape[0]):
-        where = (tile.batch, tile.rows, tile.heads)
-        if tile.first:
-            keys = head_major("keys", k[tile.batch, :, tile.heads])
-            values = head_major("values", v[tile.batch, :, tile.heads])
+    for tile, where, keys, values in _tiles_with_keys(q, k, v, bias):
         weights = tile_scores(head_major("queries", q[where]), keys, scale * _LOG2E, tile, bias, factor=_LOG2E)
         torch.exp2(weights, out=weights)
         of_rows = token_major(weights.sum(-1, keepdim=True), sums[where])
         sums[where] = of_rows
         torch.div(token_major(product("attended", weights, values), out[where]), of_rows, out=out[where])
     return out if _in_range(sums) else tiled_attention(q, k, v, scale, bias)
+
+
+def _tiles_with_keys(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> Iterator[tuple[Tile, tuple[slice, slice, slice], Tensor, Tensor]]:
+    """Each tile, the part of q that it is, and keys and values of its heads, `[b·h, Nk, D]`."""
+    # Placeholders: the first tile of a group of heads copies their keys and values, the others of the group reuse them.
+    keys = values = q
+    for tile in tiles(q, k.shape[1], 1 if bias is None else bias.shape[0]):
+        if tile.first:
+            keys = head_major("keys", k[tile.batch, :, tile.heads])
+            values = head_major("values", v[tile.batch, :, tile.heads])
+        yield tile, (tile.batch, tile.rows, tile.heads), keys, values
 
 
 def _sums_for(q: Tensor) -> Tensor:

@@ -140,10 +140,8 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
     if rows >= _FEW or "packed" in name:
         return name
-    # A second copy of all weights is too much for the little that it saves here.
-    light = {light: candidate for light, candidate in candidates.items() if "packed" not in light}
     few = f"{operation} of few rows"
-    return select(few, light, EXAMPLES[few], dtype)
+    return select(few, LIGHT[operation], EXAMPLES[few], dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -264,6 +262,11 @@ def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ..
 
 
 CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
+LIGHT = {
+    operation: {name: candidate for name, candidate in candidates.items() if "packed" not in name}
+    for operation, candidates in CANDIDATES.items()
+}
+"""Of few rows: a second copy of all weights is too much for the little that it saves there."""
 _MANY = {"linear": _example, "linear_gelu": _example, "linear_residual": _residual_example}
 EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     **_MANY,

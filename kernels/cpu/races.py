@@ -22,11 +22,10 @@ class Race(NamedTuple):
 
 
 def races() -> dict[str, Race]:
-    """All operations by name. What the products of few rows choose from has no second copy of the weights."""
+    """All operations by name."""
     found: dict[str, Race] = {}
     for operation, candidates in products.CANDIDATES.items():
-        light = {name: candidate for name, candidate in candidates.items() if "packed" not in name}
-        for name, some in ((operation, candidates), (f"{operation} of few rows", light)):
+        for name, some in ((operation, candidates), (f"{operation} of few rows", products.LIGHT[operation])):
             x, weight, *_ = products.EXAMPLES[name](torch.float32)
             found[name] = Race(some, products.EXAMPLES[name], 2 * x.shape[0] * weight.numel())
     for name, (candidates, example) in products.TRAINED.items():

@@ -58,6 +58,13 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+def trained(model: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a tower returns, and the gradients of its parameters."""
+    out = model(**given)
+    out.text_embeds.square().sum().backward()
+    return out, {name: p.grad for name, p in model.named_parameters()}
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("end", [END, 2])
 def test_packed_texts(end: int, masked: bool, packed: list[int]) -> None:
@@ -67,12 +74,7 @@ def test_packed_texts(end: int, masked: bool, packed: list[int]) -> None:
     real = torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]
     if masked:
         given["attention_mask"] = real.long()
-    sides = []
-    for model in (original, fast):
-        out = model(**given)
-        out.text_embeds.square().sum().backward()
-        sides.append((out, {name: p.grad for name, p in model.named_parameters()}))
-    (wanted, gradients), (found, others) = sides
+    (wanted, gradients), (found, others) = trained(original, given), trained(fast, given)
     assert packed == [sum(LENGTHS)]
     assert_near(found.text_embeds, wanted.text_embeds)
     assert_near(found.last_hidden_state[real], wanted.last_hidden_state[real])
@@ -100,12 +102,7 @@ def test_the_tower_of_transformers(end: int, masked: bool) -> None:
     if masked:
         given["attention_mask"] = real.long()
     seen = widths(fast, "text_model.encoder" if hasattr(fast, "text_model") else "encoder")
-    sides = []
-    for model in (original, fast):
-        out = model(**given)
-        out.text_embeds.square().sum().backward()
-        sides.append((out, {name: p.grad for name, p in model.named_parameters()}))
-    (wanted, gradients), (found, others) = sides
+    (wanted, gradients), (found, others) = trained(original, given), trained(fast, given)
     assert seen == [max(LENGTHS)]
     assert_near(found.text_embeds, wanted.text_embeds)
     assert found.last_hidden_state.shape == wanted.last_hidden_state.shape

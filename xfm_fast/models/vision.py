@@ -177,8 +177,10 @@ class VisionEncoder(nn.Module):
         """True where weights are laid out for inference on a CPU, and nothing watches or chooses what is done."""
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
             return False
-        blocks = [block for block in self.blocks if isinstance(block, Block) and _stands_alone(block)]
-        return len(blocks) == len(self.blocks) > 0 and blocks[0].mlp.fc1.weight.is_mkldnn and not named(None)
+        first = next(iter(self.blocks), None)
+        if not isinstance(first, Block) or not first.mlp.fc1.weight.is_mkldnn or named(None):
+            return False
+        return all(isinstance(block, Block) and _stands_alone(block) for block in self.blocks)
 
     def _encode(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         x = self.embed(pixels, patch_mask)

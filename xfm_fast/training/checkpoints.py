@@ -23,7 +23,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,12 +222,16 @@ def settle_kernels(folder: Path, processes: Processes) -> None:
         # What is damaged decides nothing: the choice is made anew.
         return
     if len(noted) == processes.world_size:
-        for operation, dtype, chosen in noted[processes.rank]:
-            settle(operation, getattr(torch, dtype), chosen)
+        _settle(noted[processes.rank])
 
 
 def _chosen_kernels() -> list[list[str]]:
     return [[each.operation, str(each.dtype).removeprefix("torch."), each.chosen] for each in selections()]
+
+
+def _settle(kernels: Iterable[Sequence[str]]) -> None:
+    for operation, dtype, chosen in kernels:
+        settle(operation, getattr(torch, dtype), chosen)
 
 
 def of_the_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -351,8 +355,7 @@ def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Ten
     with reading(checkpoint.path):
         # Tried out here, where a false one can be told from a fault of the run.
         set_random_state(state, processes.device)
-        for operation, dtype, chosen in checkpoint.state["cpu_kernels"][processes.rank]:
-            settle(operation, getattr(torch, dtype), chosen)
+        _settle(checkpoint.state["cpu_kernels"][processes.rank])
     return state
 
 
