@@ -328,13 +328,16 @@ TRAINED: dict[str, tuple[dict[str, Product], Callable[[torch.dtype], tuple[Tenso
 
 
 def prefers_onednn(dtype: torch.dtype) -> bool:
-    """True where weights that are laid out for oneDNN are no slower than as they are.
+    """True where weights that are laid out for oneDNN are no slower than as they are, or a product wants them so.
 
     The comparison is of many rows in cache. Of few rows, most of the time is spent on reading the weight, and there
     oneDNN's layout is read up to twice as fast; so it need not win here.
     """
     if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
         return False
+    if any("packed" in select(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()):
+        # Beside a weight as it is, that product would keep a copy.
+        return True
     found = compared("linear", _LINEAR, EXAMPLES["linear"], dtype)
     if "onednn-packed" not in found.seconds:
         return found.chosen != "aten"

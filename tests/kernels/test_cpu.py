@@ -405,6 +405,17 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
         assert products._choose(operation, torch.empty(1, 1), 15) == "onednn-packed"
 
 
+@pytest.mark.parametrize("wanting", [None, *products.CANDIDATES])
+def test_no_copy_is_kept_beside_weights_that_stay_dense(wanting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense weights are for processors where no product prefers packed ones, the plain one or another."""
+    for operation in products.CANDIDATES:
+        chosen = "onednn-packed" if operation == wanting else "aten"
+        seconds = {"aten": 1.0, "onednn-packed": 0.5 if operation == wanting else 2.0}
+        found = selection.Selection(operation, torch.float32, chosen, seconds, {})
+        monkeypatch.setitem(selection._selections, (operation, torch.float32), found)
+    assert products.prefers_onednn(torch.float32) == (wanting is not None)
+
+
 def test_a_few_short_sequences_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is quicker for many."""
     taken: list[tuple[int, int]] = []
