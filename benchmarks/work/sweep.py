@@ -18,12 +18,17 @@ from ..record import LEAST_POINTS, Document, Fit
 from .entrants import Entrant
 from .scenario import known
 from .setting import Scale, opened
+from .task_requests import ANSWERING
 
 AXES = {
     "embed-image": ("batch", "resolution"),
     "embed-text": ("batch", "lengths"),
     "rerank": ("batch", "resolution", "texts", "lengths"),
     "retrieve": ("batch", "resolution"),
+    "nlvr2": ("batch", "resolution"),
+    "grounding": ("batch", "resolution", "texts", "lengths"),
+    "captioning": ("batch", "resolution"),
+    **dict.fromkeys(ANSWERING, ("batch", "resolution", "texts")),
 }
 _LABELS = {"batch": "requests together", "resolution": "pixels along a side", "texts": "texts of an image",
            "lengths": "mean tokens of a text"}  # fmt: skip
