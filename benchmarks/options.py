@@ -10,11 +10,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Le, Predicate
+from annotated_types import Ge, Gt, Le, MinLen, Predicate
 
 Preset = Literal["base", "tiny"]
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
+Axis = Literal["batch", "resolution", "texts", "lengths", "threads", "processes"]
 FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
 FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
 
@@ -107,11 +108,11 @@ class SweepOptions(SizeOptions):
     """Options of a sweep.
 
     Attributes:
-        over: The axis, as far as the work has it.
-        values: With commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
+        over: The axis, or several with commas, as far as the work has them. Processes compete for the same cores.
+        values: Of one axis, with commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
     """
 
-    over: Literal["batch", "resolution", "texts", "lengths"]
+    over: Annotated[tuple[Axis, ...], MinLen(1)]
     values: tuple[str, ...] = ()
 
 

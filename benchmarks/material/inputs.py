@@ -140,6 +140,10 @@ class Subjects:
             self._models[key] = model.eval().requires_grad_(False)
         return self._models[key]
 
+    def forget(self) -> None:
+        """Let go of all weights, for a process that has built what it needs."""
+        self._state, self._shared, self._models = {}, {}, {}
+
 
 def preset_config(preset: PresetName) -> XFMConfig:
     """A preset with a vocabulary that gives captions their usual length: tiny's own would cut words into letters."""

@@ -89,6 +89,8 @@ def bench_scenario(
 def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | None = None) -> int:
     """Cost as work grows: a scenario at several sizes; from four sizes on with the fitted exponent and its interval.
 
+    Of embedding also what threads gain, and what is lost where several processes want the same cores.
+
     Args:
         scenario: embed-image, embed-text, rerank, retrieve, or a task; see xfm-fast bench list.
         out: Folder that receives the results. [bench-results/sweep-SCENARIO-OVER]
@@ -96,7 +98,7 @@ def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | No
     from xfm_fast.benchmarks.work import sweep
 
     document = _measured(lambda progress, command: sweep.run(scenario, options, progress, command))
-    return _finish(document, out or _RESULTS / f"sweep-{scenario}-{options.over}")
+    return _finish(document, out or _RESULTS / f"sweep-{scenario}-{'-'.join(options.over)}")
 
 
 @app.command(name="coco")

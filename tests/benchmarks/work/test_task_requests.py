@@ -135,7 +135,7 @@ def test_another_caption_is_as_wrong_as_it_is_unlikely(material: Material) -> No
 
 def test_tasks_are_swept() -> None:
     options = SweepOptions(
-        preset="tiny", quick=True, threads=1, device="cpu", dtype=("fp32",), image_size=48, batch=2, over="texts",
+        preset="tiny", quick=True, threads=1, device="cpu", dtype=("fp32",), image_size=48, batch=2, over=("texts",),
         values=("1", "3"), baselines=(OURS,),
     )  # fmt: skip
     document = sweep.run("grounding", options)
