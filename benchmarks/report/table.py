@@ -163,10 +163,17 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+def _floor(row: Row) -> str:
+    """The time of a run whose arithmetic is all done at the rate of matrix products that was seen beside it."""
+    share = None if row.efficiency is None else row.efficiency.mfu
+    return "" if share is None or row.median_s is None else seconds(row.median_s * share)
+
+
 # Everything that is told of a contender at its work beyond how fast it is.
 _MEASURES = [
     Column("error", _of("parity", lambda p: "not finite" if p.error is None else f"{p.error:.0e}")),
     Column("of matrix rate", _of("efficiency", lambda e: _percent(e.mfu))),
+    Column("floor of a run", lambda row: _floor(row), detail=True),
     Column("of the floor", _of("efficiency", lambda e: _percent(e.share_of_floor))),
     Column("peak GB", _of("memory", lambda m: f"{m.peak_bytes / 1e9:.2f}"), detail=True),
     Column("grown GB", _of("memory", lambda m: f"{m.grown_bytes / 1e9:.2f}"), detail=True),

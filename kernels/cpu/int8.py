@@ -7,7 +7,7 @@ any parameter, and the bytes are kept beside it. Attention, norms and everything
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -64,6 +64,36 @@ def unmark(weights: Iterable[Tensor | None]) -> None:
         if weight is not None and is_marked(weight):
             forget(weight)
             weight.__class__ = nn.Parameter
+
+
+def keep_within(agreement: Callable[[], float], groups: Sequence[Sequence[Tensor]], least: float) -> int:
+    """Take the marks off those groups of marked weights that cost most, until the results are near enough.
+
+    What each costs is measured with all others unmarked, so the model runs at most twice for every group.
+
+    Args:
+        agreement: how near the results are now to those without int8; more is nearer.
+
+    Returns:
+        How many groups went back to floating point.
+    """
+    if not groups or agreement() >= least:
+        return 0
+    for weights in groups:
+        unmark(weights)
+    alone = []
+    for weights in groups:
+        mark(weights)
+        alone.append(agreement())
+        unmark(weights)
+    worst_first = sorted(range(len(groups)), key=alone.__getitem__)
+    for weights in groups:
+        mark(weights)
+    for exempt, number in enumerate(worst_first, start=1):
+        unmark(groups[number])
+        if agreement() >= least:
+            return exempt
+    return len(groups)
 
 
 def is_marked(weight: Tensor | None) -> bool:

@@ -24,8 +24,9 @@ def model() -> XFM:
     torch.manual_seed(0)
     made = XFM(XFMConfig.preset("tiny")).eval().requires_grad_(False)
     # Of fresh weights, blocks add next to nothing to their input.
-    for weight in made._block_weights():
-        weight.normal_(std=0.1)
+    for block in made._block_weights():
+        for weight in block:
+            weight.normal_(std=0.1)
     return made
 
 
@@ -58,6 +59,38 @@ def test_near_the_model_and_back(model: XFM) -> None:
     assert model.dequantise().dequantise() is model
     assert not model.quantised
     assert all(torch.equal(value, wanted[name]) for name, value in results(model, *given).items())
+
+
+def test_the_blocks_that_cost_most_stay_in_floats(model: XFM) -> None:
+    given = inputs(model.config)
+    wanted = results(model, *given)
+    calls, agreement = 0, lambda: least_cosine(results(model, *given), wanted)
+
+    def counted() -> float:
+        nonlocal calls
+        calls += 1
+        return agreement()
+
+    whole = model.quantise(counted, least=0.9)
+    assert calls == 1
+    assert all(int8.is_marked(weight) for block in whole._block_weights() for weight in block)
+    reached = agreement()
+    model.dequantise()
+    least = 1 - (1 - reached) / 3
+    model.quantise(counted, least=least)
+    assert agreement() >= least > reached
+    marked = [{int8.is_marked(weight) for weight in block} for block in model._block_weights()]
+    assert {frozenset(block) for block in marked} == {frozenset({True}), frozenset({False})}
+    assert calls <= 2 + 2 * len(marked)
+    assert model.quantised
+    # The marks of what stays are there in a copy too.
+    assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
+
+
+def test_no_block_is_left_in_int8_where_none_agrees(model: XFM) -> None:
+    with pytest.raises(InputError, match=r"no block can run in int8 with an agreement\(\) of 0\.97"):
+        model.quantise(lambda: 0.5)
+    assert not model.quantised
 
 
 def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,16 +311,23 @@ class XFM(nn.Module):
             self, name, private=private, commit_message=commit_message, token=token, branch=branch, create_pr=create_pr
         )
 
-    def quantise(self) -> Self:
+    def quantise(self, agreement: Callable[[], float] | None = None, *, least: float = 0.97) -> Self:
         """Let the linear layers of all blocks run in int8 wherever no gradient is wanted, on a CPU; in place.
 
         Weights are rounded once for each output channel, activations for each token as they come. Patch embedding,
         embeddings, attention, norms and heads stay as they are. The parameters keep their values beside the bytes, so
         that the model can be saved, trained and dequantised as before.
 
+        Args:
+            agreement: how near this model's results on data of yours are, when it is called, to those without int8: a
+                cosine, or a share of rankings that stay. Where it is below `least`, the blocks that cost most of it
+                keep the type of their parameters, as many as are needed. It is called at most twice for each block.
+            least: that agreement has to be.
+
         Raises:
             UnavailableError: this processor has no fast products of bytes, or the model is not on the CPU.
-            InputError: the model is in int8 already, frozen, or its parameters are in a type without such products.
+            InputError: the model is in int8 already, frozen, or its parameters are in a type without such products; or
+                no block can be in int8 within `least`, and the model is in floats then.
         """
         if self.quantised:
             raise InputError("the model is in int8 already; call dequantise() to take its products in floats again")
@@ -332,7 +339,13 @@ class XFM(nn.Module):
             raise InputError(
                 f"int8 takes activations of float32 or bfloat16, not {self.dtype}; convert the model first"
             )
-        int8.mark(self._block_weights())
+        blocks = self._block_weights()
+        int8.mark(weight for block in blocks for weight in block)
+        if agreement is not None and int8.keep_within(agreement, blocks, least) == len(blocks):
+            raise InputError(
+                f"no block can run in int8 with an agreement() of {least}, and the model is in floats; lower least, or "
+                "see that agreement() compares with results of the model in floats"
+            )
         return self
 
     def cast(self, precision: Precision) -> Self:
@@ -342,17 +355,18 @@ class XFM(nn.Module):
 
     def dequantise(self) -> Self:
         """Undo `quantise`: every product in the type of the parameters again; in place. Twice does no harm."""
-        int8.unmark(self._block_weights())
+        for block in self._block_weights():
+            int8.unmark(block)
         return self
 
     @property
     def quantised(self) -> bool:
         """True after `quantise`, or when loaded with `dtype="int8"`."""
-        return any(map(int8.is_marked, self._block_weights()))
+        return any(int8.is_marked(weight) for block in self._block_weights() for weight in block)
 
-    def _block_weights(self) -> list[Tensor]:
+    def _block_weights(self) -> list[list[Tensor]]:
         blocks = (block for block in self.modules() if isinstance(block, Block | TransformerLayer))
-        return [part.weight for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+        return [[part.weight for part in block.modules() if isinstance(part, nn.Linear)] for block in blocks]
 
     def set_image_size(self, image_size: int) -> None:
         """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""

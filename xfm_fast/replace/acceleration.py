@@ -269,7 +269,7 @@ class Report:
 
     def keep_within(self, cosine: Callable[[], float]) -> None:
         """Leave the modules in floating point that int8 costs most, until the outputs are near enough."""
-        self._exempt = quantised.keep_within(cosine, self._in_int8)
+        self._exempt = int8.keep_within(cosine, self._in_int8, quantised.LEAST_COSINE)
 
     @property
     def int8_weights(self) -> int:

@@ -7,7 +7,7 @@ vocabulary, embeddings and whatever no fused form covers keep the floating-point
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -60,33 +60,3 @@ def quantise(model: nn.Module, fused: Iterable[Fused]) -> list[list[nn.Parameter
         if weights:
             done.append(weights)
     return done
-
-
-def keep_within(cosine: Callable[[], float], groups: list[list[nn.Parameter]]) -> int:
-    """Take the marks off those groups of weights that cost most, until the outputs are near enough.
-
-    What each costs is measured with all others unmarked, so the model runs at most twice for every group.
-
-    Args:
-        cosine: the smallest cosine between outputs before and now.
-
-    Returns:
-        How many groups went back to floating point.
-    """
-    if not groups or cosine() >= LEAST_COSINE:
-        return 0
-    for weights in groups:
-        int8.unmark(weights)
-    alone = []
-    for weights in groups:
-        int8.mark(weights)
-        alone.append(cosine())
-        int8.unmark(weights)
-    worst_first = sorted(range(len(groups)), key=alone.__getitem__)
-    for weights in groups:
-        int8.mark(weights)
-    for exempt, number in enumerate(worst_first, start=1):
-        int8.unmark(groups[number])
-        if cosine() >= LEAST_COSINE:
-            return exempt
-    return len(groups)
