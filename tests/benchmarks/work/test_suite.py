@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,21 @@ def test_every_row_is_measured_and_says_its_work(document: Document) -> None:
     assert text.tokens.padded == 8 * 40
     assert 80 <= text.tokens.useful <= 8 * 16
     assert all((row.recall is not None) == (row.work == "retrieval") for row in document.rows)
+
+
+@pytest.mark.slow
+def test_whole_runs_have_rows_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = suite.SuiteScale.of
+    monkeypatch.setattr(
+        suite.SuiteScale, "of", lambda preset, quick: replace(whole(preset, quick=quick), rounds=1, budget_s=0.0)
+    )
+    document = _run(quick=False, dtype=("fp32",))
+    assert document.ok
+    tasks = [(row.work, row.contender, row.items) for row in document.rows[2 * len(WORKS) :]]
+    assert tasks == [
+        (task, who, 3) for task in ("vqa", "nlvr2", "grounding", "captioning") for who in (OURS, OFFICIAL)
+    ]  # fmt: skip
+    assert {row.status for row in document.rows} == {"measured"}
 
 
 def test_dtypes_without_hardware_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
