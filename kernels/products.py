@@ -271,6 +271,7 @@ def _linear_backward(
     dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """On CPU. An operator returns tensors only: an empty one says that a gradient is not needed."""
+    weight = weight.to(x.dtype)
     if x.dtype in _CPU_DTYPES:
         dx = cpu.input_gradient(dout, weight) if need_x else x.new_empty(0)
         dweight = cpu.weight_gradient(dout, x) if need_weight else x.new_empty(0)
@@ -285,9 +286,13 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(weight.shape if need_weight else 0),
         x.new_empty(weight.shape[0] if need_bias else 0),
     )
+
+
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return cpu.trained_linear(x, weight.to(x.dtype), bias)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -319,8 +324,8 @@ def _gelu_gradient(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None
 def _mlp_forward(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    kept = cpu.trained_linear(x, weight_in, bias_in)
-    return cpu.trained_linear(F.gelu(kept), weight_out, bias_out), kept
+    kept = _linear_forward(x, weight_in, bias_in)
+    return _linear_forward(F.gelu(kept), weight_out, bias_out), kept
 
 
 def _mlp_forward_fake(
@@ -372,11 +377,12 @@ _linear_grad = operator(
 )
 _linear = operator(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    cpu.trained_linear,
+    _linear_forward,
     lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     setup_context=_linear_setup,
     backward=_linear_gradient,
     autocast=True,
+    parameters=(1,),
 )
 _linear_gelu_grad = operator(
     "linear_gelu_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor kept, bool need_x, "
@@ -405,4 +411,5 @@ _mlp = operator(
     setup_context=_mlp_setup,
     backward=_mlp_gradient,
     autocast=True,
+    parameters=(1, 3),
 )

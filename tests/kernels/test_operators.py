@@ -376,6 +376,31 @@ def test_distributed_data_parallel(tmp_path) -> None:
     assert torch.equal(alone.table.grad, wrapped.table.grad)
 
 
+def test_autocast_keeps_parameters_and_not_their_copies() -> None:
+    """What is converted is converted again for the gradient; nothing else changes."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 48)
+    weights = [nn.Parameter(torch.randn(shape) / 7) for shape in ((80, 48), (80,), (48, 80), (48,), (16, 48), (16,))]
+
+    def step(given: list[Tensor]) -> tuple[list[Tensor], set[int]]:
+        kept: set[int] = set()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            made = ops.linear(ops.mlp_residual(x, *given[:4], x), *given[4:])
+        assert made.dtype == torch.bfloat16
+        return [made.detach(), *torch.autograd.grad(made.float().square().sum(), weights)], kept
+
+    found, kept = step(weights)
+    wanted, copied = step([weight * 1 for weight in weights])
+    for mine, other in zip(found, wanted, strict=True):
+        assert torch.equal(mine, other)
+    matrices = {weight.data_ptr() for weight in weights if weight.ndim == 2}
+    assert matrices <= kept
+    assert not matrices & copied
+
+
 @pytest.mark.parametrize("function", [varlen, long_varlen])
 def test_dropout_follows_from_its_seed(function: Callable[..., Tensor]) -> None:
     sizes = {} if function is varlen else {"queries": 170, "keys": 150}
