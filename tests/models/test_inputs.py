@@ -265,3 +265,13 @@ def test_nothing_gives_empty_tensors(depth: int) -> None:
         ]  # fmt: skip
     for number, (found, shape) in enumerate(shapes):
         assert found.shape == shape, number
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_values_are_not_infinite_because_their_sum_is(dtype: torch.dtype) -> None:
+    config = XFMConfig.preset("tiny")
+    large = torch.full((2, 3, config.image_size, config.image_size), torch.finfo(dtype).max, dtype=dtype)
+    inputs.check_pixels(large, config)
+    large[1, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="pixels of image 1 hold NaN"):
+        inputs.check_pixels(large, config)
