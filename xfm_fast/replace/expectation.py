@@ -7,8 +7,10 @@ share of real tokens is that of the batch given to `verify`. Attention, norms an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +19,9 @@ from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu.selection import selections
 
 _RACES = ("linear", "linear_gelu", "linear_residual")
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
+# Embeddings of patches and heads are less of a model's products than this, and no layers.
+_LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,7 @@ class Expectation:
 
 def product_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The weights that a module multiplies with tokens."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
-    found = [p for part in module.modules() if isinstance(part, kinds) for p in part.parameters(recurse=False)]
+    found = [p for part in module.modules() if isinstance(part, _KINDS) for p in part.parameters(recurse=False)]
     return [p for p in found if p.ndim > 1]
 
 
@@ -71,6 +75,62 @@ def shares(model: nn.Module, parts: Iterable[nn.Module]) -> tuple[list[float], f
         united |= own
         found.append(sum(own.values()) / total)
     return found, sum(united.values()) / total
+
+
+class Unknown(NamedTuple):
+    """Layers of one class that no rule recognises.
+
+    Attributes:
+        class_name: their class.
+        paths: their qualified names.
+        share: of the model's products that are in them.
+    """
+
+    class_name: str
+    paths: list[str]
+    share: float
+
+    def __str__(self) -> str:
+        alike = f" and {len(self.paths) - 1} alike" if len(self.paths) > 1 else ""
+        return f"{self.class_name} ({self.paths[0]}{alike}), {self.share:.0%} of the products"
+
+
+def unknown_layers(model: nn.Module, chosen: Mapping[str, nn.Module], known: Collection[nn.Module]) -> list[Unknown]:
+    """What no rule recognises of a model and is worth naming, the largest share first.
+
+    Args:
+        chosen: the modules that were looked at, by qualified name.
+        known: what a rule recognises, replaced or not, and the parts of it.
+    """
+    # Modules around recognised ones are no unknown layers.
+    around = {place for path, module in chosen.items() if module in known for place in _places(path)}
+    alike = Counter(map(_kind_of_element, chosen.items()))
+    weights = product_weights(model)
+    found: dict[str, dict[str, int]] = {}
+    for path, module in chosen.items():
+        if module in known or not isinstance(module, _KINDS):
+            continue
+        # A layer is an element of a list of modules of one class, the outermost that there is.
+        elements = (place for place in _places(path) if place.rpartition(".")[2].isdigit() and place in chosen)
+        lists = (place for place in elements if alike[_kind_of_element((place, chosen[place]))] > 1)
+        layer = next((place for place in lists if place not in around), path)
+        places = found.setdefault(type(chosen[layer]).__name__, {})
+        # A weight in two places is counted once.
+        own = sum(weights.pop(id(p), 0) for p in module.parameters(recurse=False))
+        places[layer] = places.get(layer, 0) + own
+    total = sum(product_weights(model).values()) or 1
+    made = [Unknown(name, [*places], sum(places.values()) / total) for name, places in found.items()]
+    return sorted((one for one in made if one.share >= _LEAST_SHARE), key=lambda one: -one.share)
+
+
+def _kind_of_element(named: tuple[str, nn.Module]) -> tuple[str, type[nn.Module]]:
+    return named[0].rpartition(".")[0], type(named[1])
+
+
+def _places(path: str) -> list[str]:
+    """The qualified names of a module and of all around it, the outermost first."""
+    steps = path.split(".")
+    return [".".join(steps[:end]) for end in range(1, len(steps) + 1)]
 
 
 def measured_product(model: nn.Module, backend: Backend | None, dtype: torch.dtype | None) -> float | None:
