@@ -101,12 +101,14 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     Args:
         q, k, v: `[B, N, H, D]`; any strides.
         scale: multiplies the products.
-        bias: `[H, N, N]`, added to the scaled products of every batch entry.
+        bias: `[G, H, N, N]`, added to the scaled products, entry b mod G to batch entry b: G divides B.
 
     Returns:
         `[B, N, H, D]`, contiguous.
     """
-    return _BIASED[select("biased attention", _BIASED, _biased_example, q.dtype)](q, k, v, scale, bias[None])
+    if q.shape[1] * k.shape[1] <= _SHORT_SCORES:
+        return _SHORT[select("short biased attention", _SHORT, _windows_example, q.dtype)](q, k, v, scale, bias)
+    return _BIASED[select("biased attention", _BIASED, _biased_example, q.dtype)](q, k, v, scale, bias)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -384,7 +386,11 @@ def table_gradient(dbias: Tensor, window: tuple[int, int], rows: int) -> Tensor:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        if len(bias) not in (1, len(q)):
+            bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
@@ -469,9 +475,15 @@ def _biased_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, 
     return q, k, v, 0.125, bias
 
 
+def _windows_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, Tensor]:
+    q, k, v, bias = _random(dtype, *[(32, 49, 6, 32)] * 3, (16, 6, 49, 49))
+    return q, k, v, 0.18, bias
+
+
 RACES: dict[str, tuple[_Candidates, Callable[[torch.dtype], tuple[Any, ...]]]] = {
     "attention": (_PLAIN, _plain_example),
     "short attention": (_SHORT, _short_example),
     "biased attention": (_BIASED, _biased_example),
+    "short biased attention": (_SHORT, _windows_example),
 }
 """Kinds of attention, with the operands that are timed to choose each."""
