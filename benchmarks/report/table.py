@@ -225,7 +225,7 @@ def _beside(document: Document) -> list[Column]:
         Column(ours, _speed),
         Column(f"{name} fp32", lambda row: other(row, "fp32")),
         Column("over fp32", over_fp32),
-        Column(f"{name} same dtype", lambda row: other(row, row.dtype) if row.dtype != "fp32" else "", detail=in_fp32),
+        Column(f"{name}, same dtype", lambda row: other(row, row.dtype) if row.dtype != "fp32" else "", detail=in_fp32),
         Column("like for like", like),
         Column("95% interval", interval, detail=True),
         Column(f"{name} peak GB", peak, detail=True),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from xfm_fast import accelerate, accelerated
+from xfm_fast import XFM, XFMConfig, accelerate, accelerated
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.replace import Fused, Rule, acceleration
 from xfm_fast.replace.swap import Settings, is_fused, observed
@@ -222,6 +222,8 @@ def test_selections_and_models_without_anything() -> None:
         accelerate(model(), include="nowhere")
     with pytest.raises(InputError, match="nothing in ReLU is known to accelerate"):
         accelerate(nn.ReLU())
+    with pytest.raises(InputError, match=r"XFM is computed by these kernels already; freeze\(\) and quantise\(\)"):
+        accelerate(XFM(XFMConfig.preset("tiny")))
     with pytest.raises(InputError, match=r"takes a torch\.nn\.Module, not str"):
         accelerate("model")  # pyright: ignore[reportArgumentType]
 

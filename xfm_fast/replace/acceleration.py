@@ -377,7 +377,8 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
             continue
         entries.append(entry)
         if rule is None:
-            told.update(module.modules())
+            # Norms are recognised in layers that are not.
+            told.update(module.modules() if product_parameters(module) else ())
         else:
             replaced.append((module, rule.fused))
             # It computes with the parameters of PyTorch's own norms and attentions in it and calls none of them.
@@ -488,6 +489,8 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
 
 def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]) -> str:
     name = original_class(model).__name__
+    if original_class(model).__module__.startswith("xfm_fast."):
+        return f"{name} is computed by these kernels already; freeze() and quantise() make it faster yet on a CPU"
     paths: dict[str, list[str]] = {}
     for entry in entries:
         paths.setdefault(entry.reason or "", []).append(entry.path or name)

@@ -19,8 +19,7 @@ from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu.selection import selections
 
 _RACES = ("linear", "linear_gelu", "linear_residual")
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
-# Embeddings of patches and heads are less of a model's products than this, and no layers.
+# Less of a model's products than this is not worth a line.
 _LEAST_SHARE = 0.05
 
 
@@ -57,7 +56,8 @@ class Expectation:
 
 def product_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The weights that a module multiplies with tokens."""
-    found = [p for part in module.modules() if isinstance(part, _KINDS) for p in part.parameters(recurse=False)]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
+    found = [p for part in module.modules() if isinstance(part, kinds) for p in part.parameters(recurse=False)]
     return [p for p in found if p.ndim > 1]
 
 
@@ -96,7 +96,9 @@ class Unknown(NamedTuple):
 
 
 def unknown_layers(model: nn.Module, chosen: Mapping[str, nn.Module], known: Collection[nn.Module]) -> list[Unknown]:
-    """What no rule recognises of a model and is worth naming, the largest share first.
+    """The layers of a model that no rule recognises and that are worth naming, the largest share first.
+
+    A layer is an element of a list of modules of one class. Embeddings and heads are left out, as they are anyway.
 
     Args:
         chosen: the modules that were looked at, by qualified name.
@@ -104,23 +106,30 @@ def unknown_layers(model: nn.Module, chosen: Mapping[str, nn.Module], known: Col
     """
     # Modules around recognised ones are no unknown layers.
     around = {place for path, module in chosen.items() if module in known for place in _places(path)}
-    alike = Counter(map(_kind_of_element, chosen.items()))
-    weights = product_weights(model)
+    alike = Counter(_kind_of_element(each) for each in chosen.items() if each[0])
+    holding = {path: _weights(part) for path, part in model.named_modules()}
+    total = sum(p.numel() for p in {p for weights in holding.values() for p in weights}) or 1
     found: dict[str, dict[str, int]] = {}
+    counted: set[nn.Parameter] = set()
     for path, module in chosen.items():
-        if module in known or not isinstance(module, _KINDS):
+        own = [p for p in holding[path] if p not in counted]
+        if module in known or not own:
             continue
-        # A layer is an element of a list of modules of one class, the outermost that there is.
-        elements = (place for place in _places(path) if place.rpartition(".")[2].isdigit() and place in chosen)
-        lists = (place for place in elements if alike[_kind_of_element((place, chosen[place]))] > 1)
-        layer = next((place for place in lists if place not in around), path)
-        places = found.setdefault(type(chosen[layer]).__name__, {})
-        # A weight in two places is counted once.
-        own = sum(weights.pop(id(p), 0) for p in module.parameters(recurse=False))
-        places[layer] = places.get(layer, 0) + own
-    total = sum(product_weights(model).values()) or 1
+        # The innermost, since stages of layers are lists too; a linear layer by itself is none.
+        elements = [place for place in _places(path)[::-1] if place in chosen and place.rpartition(".")[2].isdigit()]
+        layer = next((e for e in elements if alike[_kind_of_element((e, chosen[e]))] > 1 and not holding[e]), None)
+        if layer is not None and layer not in around:
+            counted.update(own)
+            places = found.setdefault(type(chosen[layer]).__name__, {})
+            places[layer] = places.get(layer, 0) + sum(p.numel() for p in own)
     made = [Unknown(name, [*places], sum(places.values()) / total) for name, places in found.items()]
     return sorted((one for one in made if one.share >= _LEAST_SHARE), key=lambda one: -one.share)
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """The matrices of a module's own, whatever class it is of; those of embeddings are looked up."""
+    looked_up = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return [] if looked_up else [p for p in module.parameters(recurse=False) if p.ndim > 1]
 
 
 def _kind_of_element(named: tuple[str, nn.Module]) -> tuple[str, type[nn.Module]]:
