@@ -31,6 +31,7 @@ def rejection(operation: str, dtype: torch.dtype) -> dict[str, str]:
     """Why this processor, or this PyTorch, cannot run an implementation."""
     candidates, example = {
         "attention": (attention._PLAIN, attention._plain_example),
+        "medium attention": (attention._PLAIN, attention._medium_example),
         "short attention": (attention._SHORT, attention._short_example),
         "biased attention": (attention._BIASED, attention._biased_example),
         "short biased attention": (attention._SHORT, attention._windows_example),
@@ -566,7 +567,7 @@ def test_all_choices_are_made_at_once(library: str) -> None:
             for run in (ops.linear, ops.linear_gelu):
                 run(rows, weight, None)
             ops.linear_residual(rows, weight, None, rows)
-        for tokens in (10, 70):
+        for tokens in (10, 70, 130):
             q, k, v = torch.randn(5, tokens, 3, 2, 16).unbind(2)
             attention.plain_attention(q, k, v, 0.3)
             attention.biased_attention(q, k, v, 0.3, torch.zeros(5, 2, tokens, tokens))
