@@ -143,7 +143,7 @@ def accelerate(
         if before is not None:
             after = _outputs(model, verify)
             report.differences.update(_compared(before, after, verify, dtype, in_int8))
-            report._useful = _useful(verify) if any("npadded" in entry.fused for entry in report.replaced) else 1.0
+            report._useful = _useful(verify) if report._packed else 1.0
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -218,6 +218,7 @@ class Report:
     _model: nn.Module | None = field(default=None, repr=False)
     """The model, where its calls are replayed as graphs."""
     _share: float = 0.0
+    _packed: float = 0.0
     _useful: float = 1.0
 
     @property
@@ -246,7 +247,7 @@ class Report:
         if first is None:
             return Expectation(0.0, None)
         product = measured_product(first, first.settings.backend, first.settings.dtype)
-        return Expectation(self._share, product, self._useful)
+        return Expectation(self._share, product, self._useful, self._packed)
 
     @property
     def expected_gains(self) -> dict[str, float]:
@@ -254,11 +255,9 @@ class Report:
 
         As `expected` says it of the model: by the race of libraries on this processor, and by the padding left out.
         """
-        whole, found = self.expected, {}
-        packed = [entry.path for entry in self.replaced if "npadded" in entry.fused]
+        whole, found, packed = self.expected, {}, _packed(self.replaced)
         for entry in self.replaced:
-            inside = any(not path or entry.path == path or entry.path.startswith(f"{path}.") for path in packed)
-            useful = whole.useful if inside else 1.0
+            useful = whole.useful if any(_within(entry.path, path) for path in packed) else 1.0
             if entry.share and (whole.product is not None or useful < 1):
                 found[entry.path] = (whole.product or 1.0) / useful
         return found
@@ -398,10 +397,23 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
     parts, _ = shares(model, [chosen[entry.path] for entry in entries])
     entries = [replace(entry, share=share) for entry, share in zip(entries, parts, strict=True)]
     report = Report(entries, unknown, _modules=[module for module, _ in replaced], _share=together)
+    _, report._packed = shares(model, [chosen[path] for path in _packed(report.replaced)])
     if settings.dtype is not None and not is_fused(model):
         swap(model, _InOneType, settings)
         report._modules.append(model)
     return report
+
+
+def _packed(entries: Sequence[Entry]) -> list[str]:
+    """The paths of modules whose padding is left out: encoders, and what hands no padding of theirs to a vocabulary."""
+    encoders = [entry.path for entry in entries if "npadded" in entry.fused]
+    heads = [entry.path for entry in entries if entry.fused == "FusedMaskedLM"]
+    return encoders + [path for path in heads if any(_within(encoder, path) for encoder in encoders)]
+
+
+def _within(path: str, other: str) -> bool:
+    """True for a module in another, or the same."""
+    return not other or path == other or path.startswith(f"{other}.")
 
 
 def _bypassed(module: nn.Module, fused: type[Fused]) -> set[nn.Module]:
