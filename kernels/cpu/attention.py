@@ -108,6 +108,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     Returns:
         `[B, N, H, D]`, contiguous.
     """
+    if _is_little(q, k):
+        return _fused(q, k, v, scale, bias)
     if q.shape[1] * k.shape[1] <= _SHORT_SCORES:
         return _SHORT[select("short biased attention", _SHORT, _windows_example, q.dtype)](q, k, v, scale, bias)
     if max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
@@ -126,10 +128,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     Returns:
         `[B, Nq, H, D]`, contiguous.
     """
-    if q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
+    if _is_little(q, k):
         return _fused(q, k, v, scale, mask)
     name = choice(q.shape[1], k.shape[1], q.dtype)
     return _PLAIN[name](q, k, v, scale, mask)
+
+
+def _is_little(q: Tensor, k: Tensor) -> bool:
+    return q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES
 
 
 def choice(queries: int, keys: int, dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.kernels.accuracy import assert_accurate, draws
 from xfm_fast import flops
 from xfm_fast.benchmarks.contenders.engine import Clock, NoStages, Stages
-from xfm_fast.benchmarks.contenders.registry import ALL, Contender, Setup, choose
+from xfm_fast.benchmarks.contenders.registry import ALL, TASK_WORK, Contender, Setup, choose
 from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer
 from xfm_fast.benchmarks.measure import DTYPES, FP32_BAND
@@ -34,7 +34,7 @@ PAIRS = [
     pytest.param(c.name, s, marks=[pytest.mark.slow] if c.name in SLOW else [])
     for c in ALL
     for s in c.works
-    if c.name not in (OFFICIAL, OFFICIAL_CODE)
+    if c.name not in (OFFICIAL, OFFICIAL_CODE) and s not in TASK_WORK
 ]
 
 
