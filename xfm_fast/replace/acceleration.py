@@ -255,7 +255,7 @@ class Report:
 
         As `expected` says it of the model: by the race of libraries on this processor, and by the padding left out.
         """
-        whole, found, packed = self.expected, {}, _packed(self.replaced)
+        whole, found, packed = self.expected, {}, _packed_paths(self.replaced)
         for entry in self.replaced:
             useful = whole.useful if any(_within(entry.path, path) for path in packed) else 1.0
             if entry.share and (whole.product is not None or useful < 1):
@@ -397,14 +397,14 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
     parts, _ = shares(model, [chosen[entry.path] for entry in entries])
     entries = [replace(entry, share=share) for entry, share in zip(entries, parts, strict=True)]
     report = Report(entries, unknown, _modules=[module for module, _ in replaced], _share=together)
-    _, report._packed = shares(model, [chosen[path] for path in _packed(report.replaced)])
+    _, report._packed = shares(model, [chosen[path] for path in _packed_paths(report.replaced)])
     if settings.dtype is not None and not is_fused(model):
         swap(model, _InOneType, settings)
         report._modules.append(model)
     return report
 
 
-def _packed(entries: Sequence[Entry]) -> list[str]:
+def _packed_paths(entries: Sequence[Entry]) -> list[str]:
     """The paths of modules whose padding is left out: encoders, and what hands no padding of theirs to a vocabulary."""
     encoders = [entry.path for entry in entries if "npadded" in entry.fused]
     heads = [entry.path for entry in entries if entry.fused == "FusedMaskedLM"]
