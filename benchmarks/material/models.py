@@ -118,8 +118,8 @@ def open_model(name: str) -> Opened:
     transformers.utils.logging.disable_progress_bar()
     if config.get("model_type") == MODEL_TYPE:
         raise InputError(
-            f"{name} is an X-FM, which these kernels compute already; xfm-fast bench --checkpoint {name} compares it with "
-            "the official code"
+            f"{name} is an X-FM, which these kernels compute already; xfm-fast bench --checkpoint {name} compares it "
+            "with the official code"
         )
     kinds = config.get("architectures") or []
     known = [getattr(transformers, kind, None) for kind in kinds if isinstance(kind, str)]
