@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from .. import machine
@@ -28,7 +29,7 @@ _STAGED_RUNS = 3
 _LONG_S = 1.0
 # The first kind with a fragment that a name holds takes it.
 _KINDS = (
-    ("attention", ("attention", "attn", "softmax", "bmm", "baddbmm")),
+    ("attention", ("attention", "attn", "softmax", "exp2", "bmm", "baddbmm")),
     ("matrix products", ("linear", "addmm", "mm", "mlp", "conv", "gemm", "cutlass", "nvjet")),
     ("norms", ("norm",)),
     ("GELU", ("gelu",)),
@@ -228,10 +229,15 @@ def kind_of(operation: str) -> str:
 
 
 def operation_shares(run: Callable[[], object], device: torch.device) -> list[Share]:
-    """Profile one run; an operator's time is without that of those it calls. Empty for what PyTorch cannot see."""
+    """Profile one run in all of its threads; an operator's time is without that of those it calls.
+
+    Empty for what PyTorch cannot see.
+    """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with _silence(), profile(activities=activities) as profiler:
+    # A batch may be computed in shares, a thread each.
+    everywhere = _ExperimentalConfig(profile_all_threads=True)
+    with _silence(), profile(activities=activities, experimental_config=everywhere) as profiler:
         run()
     seconds: dict[str, float] = {}
     for event in profiler.key_averages():

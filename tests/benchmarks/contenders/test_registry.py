@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,14 @@ def test_operations_of_a_run_add_up(material: Material, workloads: dict[str, Wor
         "aten::copy_": "copies and lookups", "aten::add": "everything else",
     }  # fmt: skip
     assert {name: kind_of(name) for name in kinds} == kinds
+
+
+def test_operations_of_other_threads_count() -> None:
+    """xfm-fast computes a batch in shares, each in a thread of its own."""
+    square = torch.ones(256, 256)
+    with ThreadPoolExecutor(1) as pool:
+        found = operation_shares(lambda: pool.submit(torch.mm, square, square).result(), CPU)
+    assert found[0].name == "matrix products"
 
 
 def test_flops_are_those_of_the_schedule(material: Material, workloads: dict[str, Workload], tmp_path: Path) -> None:
