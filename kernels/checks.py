@@ -21,7 +21,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import host
-from .cpu.int8 import is_marked
+from .marked import kind_of
 
 BIAS_TILE = 128
 """Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
@@ -205,7 +205,7 @@ def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tupl
 
 def _typed(weight: Tensor) -> Tensor | None:
     """The weight, if its type has to be that of the activations."""
-    return None if is_marked(weight) else weight
+    return weight if kind_of(weight) is None else None
 
 
 def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
