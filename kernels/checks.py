@@ -107,6 +107,11 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
             f"bias is {bias.dtype} {[*bias.shape]} on {bias.device}; here relpos_bias makes [{heads}, {tokens}, "
             f"{columns}] on {q.device}: give what it returned for the same table, window and device"
         )
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            "bias requires a gradient, which relpos_attention gives to its table alone; detach it, or use "
+            "bias_attention, which gives one to a bias of any origin"
+        )
 
 
 def bias_arguments(
