@@ -27,7 +27,8 @@ either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8)
 
 def model(dtype: torch.dtype = torch.float32, name: str = "BertModel", **changes: Any) -> Any:
     # Of sizes that both kinds take.
-    return make(name, dtype, **{"intermediate_size": 64} | changes).eval()
+    sizes: dict[str, Any] = {"intermediate_size": 64}
+    return make(name, dtype, **sizes | changes).eval()
 
 
 def outputs(made: Any, given: dict[str, Any]) -> Tensor:
