@@ -72,7 +72,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: Preci
 
     Args:
         folder: a run, or a folder of weights with `task.json`, which runs write.
-        device, dtype: of the model; dtype may be "int8", see `XFM.quantise`.
+        device, dtype: of the model; dtype may be "int8" or "fp8", see `XFM.quantise`.
 
     Raises:
         CheckpointError: the folder holds no such model, or a damaged one.
