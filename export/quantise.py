@@ -30,9 +30,9 @@ from .expected import Examples, Reference, graph_memory
 from .graphs import GraphName
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
-from .pipeline import Progress, fill_folder, prepare_folder, silent
+from .pipeline import Progress, companions_of, fill_folder, prepare_folder, silent
 from .products import Fitted, Scheme, fit, observe, rewritten, runner, save, sites
-from .request import BUDGET, Quantisation
+from .request import BUDGET, GRAPHS, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
 from .verification import DIRECTIONS, THRESHOLDS, compare_with_reference, keep_reference
@@ -50,15 +50,23 @@ _FEWEST_RANKED = 4
 _SPENT = 0.8
 
 
-def check_quantisation(kind: str, dtype: DType, budget: float = BUDGET) -> Quantisation:
+def check_quantisation(
+    kind: str, dtype: DType, budget: float = BUDGET, graphs: Sequence[GraphName] = ()
+) -> Quantisation:
     """See that graphs of a type can be quantised here within a budget, before one is exported.
 
     Raises:
-        UnavailableError: an unknown kind, or onnxruntime is not installed.
+        UnavailableError: an unknown kind, a graph of a task that 8 bits are not chosen for, or onnxruntime is not
+            installed.
         InputError: no budget that 8 bits, or the type itself, can keep.
     """
     if kind not in QUANTISATIONS:
         raise UnavailableError(f"quantisation {kind!r} is unknown; choose from {', '.join(QUANTISATIONS)}")
+    if others := [name for name in graphs if name not in GRAPHS]:
+        raise UnavailableError(
+            f"graph {others[0]!r} has no form in 8 bits; products are chosen for {', '.join(GRAPHS)}: export these, or "
+            "export without 8 bits"
+        )
     if importlib.util.find_spec("onnxruntime") is None:
         raise UnavailableError(f"{kind} needs onnxruntime, which is not installed; pip install 'xfm-fast[export]'")
     if not 0 < budget < 1:
@@ -360,6 +368,7 @@ def quantize_int8(
         raise InputError(f"{out} holds the fp32 export; name another folder for the int8 one")
     check_quantisation("int8", "fp32", budget)
     source = Manifest.load(folder)
+    check_quantisation("int8", "fp32", budget, source.graph_names)
     source.require_files(Path(folder))
     arithmetic = source.options.get("arithmetic") or source.dtype
     if source.kind != "onnx" or arithmetic != "fp32":
@@ -412,7 +421,7 @@ def quantize_int8(
                     (made / name).replace(out / name)
                 return names
 
-            return fill_folder(result, out, records, write, compare)
+            return fill_folder(result, out, records, write, compare, companions_of(folder, source))
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error.strerror or error}); choose another folder") from error
 

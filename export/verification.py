@@ -21,7 +21,7 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType
-from .expected import LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
+from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import GraphName
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
 from .request import BUDGET
@@ -175,8 +175,11 @@ def compare(manifest: Manifest, reference: Reference, runner: Runner) -> tuple[l
     ranks: list[RankCheck] = []
     for record in manifest.graphs:
         found = Findings(record.name)
-        for case in cases(record, manifest, reference):
-            _run(record, case, manifest, reference, runner, found)
+        if record.name in DECODER_GRAPHS:
+            _Decoding(record, manifest, reference, runner, found).run()
+        else:
+            for case in cases(record, manifest, reference):
+                _run(record, case, manifest, reference, runner, found)
         for output in found.outputs:
             checks.append(found.check(output, threshold, reference, manifest.dtype))
         if found.scores is not None:
@@ -250,7 +253,7 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
     images, fixed = reference.images, manifest.fixed
     slots = graph_slots(record)
     most_images = largest(slots, "batch") or images
-    if record.name == "fusion" and not _has_memories(manifest):
+    if record.name in ("fusion", "nlvr2") and not _has_memories(manifest):
         images = 1
     lengths = reference.tensors["attention_mask"].sum(1)
     longest = largest(slots, "length") if "length" in slots[0].ranges else None
@@ -270,6 +273,11 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
         for size in _sizes(fixed.get("batch"), (1, 3, texts), largest(slots, "batch") or texts):
             for rows in _chunks(texts, size):
                 yield case(torch.zeros(size, dtype=torch.long), usable[rows][:, None])
+        return
+    if record.name == "nlvr2":
+        for size in _sizes(fixed.get("batch"), (1, 2, texts), largest(slots, "batch") or texts):
+            for rows in _chunks(texts, size):
+                yield case(rows % images, usable[rows][:, None])
         return
     shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
     bounded: list[tuple[int, int]] = []
@@ -318,11 +326,16 @@ def _inputs(
     if "image_embeds" in names:
         inputs["image_embeds"] = known["image_embeds"][case.images].to(dtype)
     if "memory" in names:
+        pairs = record.name == "nlvr2"
+        # Of a pair the image and the one behind it.
+        images = torch.stack([case.images, (case.images + 1) % reference.images], 1).flatten() if pairs else case.images
         if _has_memories(manifest):
-            embeds = known["image_embeds"][case.images].to(dtype)
-            inputs["memory"] = runner.run("image_memory", {"image_embeds": embeds})["memory"]
+            parts = images.split(largest(graph_slots(manifest.graph("image_memory")), "batch") or len(images))
+            embeds = [known["image_embeds"][rows].to(dtype) for rows in parts]
+            memory = torch.cat([runner.run("image_memory", {"image_embeds": each})["memory"] for each in embeds])
         else:
-            inputs["memory"] = known["memory"].to(dtype).expand(len(case.images), -1, -1, -1, -1, -1).contiguous()
+            memory = known["memory"].to(dtype).expand(len(images), -1, -1, -1, -1, -1).contiguous()
+        inputs["memory"] = memory.unflatten(0, (-1, 2)) if pairs else memory
     if "input_ids" in names:
         inputs["input_ids"] = _cut(known["input_ids"], rows, case.length, manifest.config["pad_token_id"])
     if "text_embeds" in names:
@@ -349,8 +362,12 @@ def _run(
             # The reference holds the memory of image 0.
             mine = value[case.images == 0]
             found.add(name, shape, mine, known[name].expand_as(mine))
-        elif name == "text_feature":
+        elif name == "text_feature" or (name == "class_logits" and record.name == "text"):
             found.add(name, shape, value, known[name][rows])
+        elif name == "class_logits" and record.name == "vision":
+            found.add(name, shape, value, known[name][case.images])
+        elif name == "class_logits" and record.name == "nlvr2":
+            found.add(name, shape, value, known[name][case.images, rows])
         elif name == "text_embeds":
             # Padded positions hold what padding computes, which is not read.
             real = inputs["attention_mask"].bool()
@@ -375,6 +392,69 @@ def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
         return chosen.contiguous()
     after = (0, 0) if values.dim() > 2 else ()
     return F.pad(chosen, (*after, 0, lacking), value=padding)
+
+
+@dataclass
+class _Decoding:
+    """The comparison of a decoder's graphs: projected states, and texts that are written token by token from them."""
+
+    record: GraphRecord
+    manifest: Manifest
+    reference: Reference
+    runner: Runner
+    found: Findings
+
+    def run(self) -> None:
+        known, slots, fixed = self.reference.tensors, graph_slots(self.record), self.manifest.fixed
+        states = len(known["states"])
+        for batch in _sizes(fixed.get("batch"), (1, states), largest(slots, "batch") or states):
+            for rows in _chunks(states, batch):
+                if self.record.name == "decoder_memory":
+                    self._project(rows)
+                    continue
+                texts = len(known["tokens"])
+                for count in _sizes(fixed.get("texts"), (1, texts), largest(slots, "texts") or texts):
+                    for chosen in _chunks(texts, count):
+                        self._write(rows, chosen, largest(slots, "past") or known["tokens"].shape[1])
+
+    def _of_states(self, name: str, rows: Tensor) -> Tensor:
+        """A tensor of some states, padded where all have one length in the graph."""
+        value = self.reference.tensors[name][rows]
+        axis = 2 if name.startswith("decoder_") else 1
+        lacking = max(graph_slots(self.record)[0].ranges["length"].least - value.shape[axis], 0)
+        padded = F.pad(value.movedim(axis, -1), (0, lacking)).movedim(-1, axis).contiguous()
+        return padded.to(DTYPES[self.manifest.dtype]) if value.is_floating_point() else padded
+
+    def _project(self, rows: Tensor) -> None:
+        states = self._of_states("states", rows)
+        made = self.runner.run("decoder_memory", {"states": states})
+        real = self._of_states("memory_mask", rows).bool()
+        for tensor in self.record.outputs:
+            truth = self._of_states(tensor.name, rows).float()
+            # Padded positions are not read.
+            values = (value.transpose(1, 2)[real] for value in (made[tensor.name].float().cpu(), truth))
+            self.found.add(tensor.name, [*states.shape], *values)
+
+    def _write(self, rows: Tensor, chosen: Tensor, most: int) -> None:
+        """The same tokens behind every state, each step given what the steps before it made."""
+        known, dtype = self.reference.tensors, DTYPES[self.manifest.dtype]
+        tokens = known["tokens"][chosen].expand(len(rows), -1, -1)
+        present = known["present"][rows[:, None], chosen]
+        given = {
+            tensor.name: self._of_states(tensor.name, rows)
+            for tensor in self.record.inputs
+            if tensor.name.startswith("decoder_") or tensor.name == "memory_mask"
+        }
+        past = torch.zeros_like(present[:, :, :1], dtype=dtype)
+        for step in range(min(tokens.shape[2], most + 1)):
+            real = torch.ones(*tokens.shape[:2], max(step, 1), dtype=torch.long) * bool(step)
+            given |= {"token_ids": tokens[:, :, step], "past": past.movedim(2, -2).contiguous(), "past_mask": real}
+            made = self.runner.run("decoder_step", given)
+            shape, logits = [*tokens.shape[:2], step], known["step_logits"][rows[:, None], chosen, step]
+            self.found.add("logits", shape, made["logits"].float().cpu(), logits)
+            self.found.add("present", shape, made["present"].float().cpu(), present[:, :, step])
+            new = made["present"].cpu()[:, :, None]
+            past = torch.cat([past, new], 2) if step else new
 
 
 @dataclass(frozen=True)
@@ -409,7 +489,7 @@ class Threshold:
         if not self.rounding:
             return self.absolute + self.relative * extent
         unit = torch.finfo(DTYPES[dtype]).eps * extent
-        return self.rounding * reference.rounding[name] + 2 * unit
+        return self.rounding * reference.rounding[_STORED.get(name, name)] + 2 * unit
 
     def ties(self, reference: Reference) -> float:
         """The largest difference of two scores that may swap."""
@@ -441,6 +521,9 @@ def eight_bit(budget: float) -> Threshold:
         absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=LEAST_RANKS, relative=turned, relative_tie=2 * unit
     )
 
+
+# Outputs that the reference holds under another name.
+_STORED = {"logits": "step_logits"}
 
 # Everything else has too few entries for an angle to say anything.
 DIRECTIONS = frozenset(

@@ -15,7 +15,7 @@ _DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF1
 _KINDS: dict[ServedDevice, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 _PLATFORMS: dict[ModelBackend, str] = {"tensorrt": "tensorrt_plan", "onnxruntime": "onnxruntime_onnx"}
 # A graph without profiles is warmed up with a small request and with a large one.
-_BUCKETS = ({"batch": 1, "texts": 4, "length": 16}, {"batch": 4, "texts": 16, "length": 40})
+_BUCKETS = ({"batch": 1, "texts": 4, "length": 16, "past": 4}, {"batch": 4, "texts": 16, "length": 40, "past": 16})
 # Requests of the rank model that are answered together.
 _RANK_BATCH = 8
 

@@ -58,7 +58,7 @@ from .passes import FusionPass, PassLimits, plan_passes, token_batches
 # shapes.
 _LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
 
-_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16}
+_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4}
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,8 @@ class Session:
         sizes = slot.example(_WARM_SIZES) if sizes is None else sizes
         made = {}
         for tensor in self.manifest.graph(graph).inputs:
-            filling = {"attention_mask": 1, "input_ids": self.config.eos_token_id}.get(tensor.name, 0)
+            token = self.config.eos_token_id
+            filling = {"input_ids": token, "token_ids": token}.get(tensor.name, int(tensor.name.endswith("_mask")))
             made[tensor.name] = torch.full(
                 tensor_shape(tensor, sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
             )
@@ -315,9 +316,14 @@ class Session:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The heads that the export holds: of `contrastive`, `matching`, `boxes`."""
+        """The heads that the export holds: of `contrastive`, `matching`, `boxes`, `classification`."""
         outputs = {output.name for graph in self.manifest.graphs for output in graph.outputs}
-        marks = {"contrastive": {"image_feature", "text_feature"}, "matching": {"match_logits"}, "boxes": {"boxes"}}
+        marks = {
+            "contrastive": {"image_feature", "text_feature"},
+            "matching": {"match_logits"},
+            "boxes": {"boxes"},
+            "classification": {"class_logits"},
+        }
         return tuple(head for head, names in marks.items() if names & outputs)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -372,9 +378,9 @@ class Session:
                     "attention_mask": pad_tensor(real, ("batch", "length"), sizes),
                 },
             )
-            outputs["text_embeds"][rows, :kept] = made["text_embeds"][:, :kept] * real[..., None]
-            if "text_feature" in made:
-                outputs["text_feature"][rows] = made["text_feature"]
+            outputs["text_embeds"][rows, :kept] = made.pop("text_embeds")[:, :kept] * real[..., None]
+            for name, value in made.items():
+                outputs[name][rows] = value
         return outputs
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
@@ -454,6 +460,15 @@ class Session:
     def predict_boxes(self, fused: Tensor) -> Tensor:
         """`[P, 4]` boxes (cx, cy, w, h) relative to the image. `fused` is the tensor that `fuse` returned."""
         return self._beside(fused, "boxes", "fuse", "boxes")
+
+    def class_logits(self, tensor: Tensor, origin: str) -> Tensor:
+        """`[B, classes]`, which the graph of a classifier computed with `tensor`, the result of the method `origin`."""
+        return self._beside(tensor, "class_logits", origin, "classification")
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides the results: the files, and what runs them."""
+        sums = sorted(record.sha256 for record in self.manifest.files)
+        return hashlib.sha256(" ".join([self.description, *sums]).encode()).hexdigest()
 
     def pair_scorer(self) -> SessionScorer:
         """The scorer of pairs that re-ranking takes (`xfm_fast.tasks.reranking.PairScorer`)."""
