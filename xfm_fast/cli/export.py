@@ -339,8 +339,7 @@ def load_subject(source: ModelSource) -> Subject:
         place = model_folder(checkpoint) or checkpoint
         if (options := task_of(place)) is not None:
             return _fine_tuned(checkpoint, options.kind, source)
-        checkpoint = place
-        model, words = XFM.from_pretrained(checkpoint), f"checkpoint {checkpoint.resolve().name}"
+        model, words = XFM.from_pretrained(place), f"checkpoint {checkpoint.resolve().name}"
         if source.image_size not in (None, model.config.image_size):
             model.set_image_size(source.image_size)
     else:
