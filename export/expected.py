@@ -30,7 +30,7 @@ from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
 
 from .consumers import DTYPES, DType
-from .graphs import GraphName
+from .graphs import GraphName, memory_names
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -134,13 +134,13 @@ class Reference:
 
     Attributes:
         tensors: `pixels`, `input_ids`, `attention_mask`; and as far as the graphs need them `image_embeds`
-            `[I, M, Dv]`, `image_feature`, `text_embeds` `[T, L, Dt]`, `text_feature`, `memory` of image 0 in the
-            layout of the graphs, and for every image with every text `fused` `[I, T, Dt]`, `match_logits`, `boxes`,
-            `scores`; of image 0 alone `fused_tokens` `[1, T, L, Dt]`. Of a task `class_logits`, of images, texts or
-            both `[I, T, C]` (of nlvr2 for image i and the one behind it). Of a decoder the S `states` `[S, M, D]` that
-            it reads with their `memory_mask` `[S, M]`, and their `decoder_keys_<layer>` and `decoder_values_<layer>`
-            `[S, H, M, D]`; the first N `tokens` `[R, N]` of R texts, and for every state with every text `step_logits`
-            `[S, R, N, vocabulary]` and `present` `[S, R, N, layers, 2, H, D]`.
+            `[I, M, Dv]`, `image_feature`, `text_embeds` `[T, L, Dt]`, `text_feature`, the memory of image 0 as graphs
+            take it (`memory_keys_<layer>`, `memory_values_<layer>`), and for every image with every text `fused`
+            `[I, T, Dt]`, `match_logits`, `boxes`, `scores`; of image 0 alone `fused_tokens` `[1, T, L, Dt]`. Of a
+            task `class_logits`, of images, texts or both `[I, T, C]` (of nlvr2 for image i and the one behind it). Of a
+            decoder the S `states` `[S, M, D]` that it reads with their `memory_mask` `[S, M]`, and the keys and values
+            that they become; the first N `tokens` `[R, N]` of R texts, and for every state with every text
+            `step_logits` `[S, R, N, vocabulary]` and `present` `[S, R, N, layers, 2, H, D]`.
         rounding: the largest error, by name, of the model in the type of the export against its fp32 results.
     """
 
@@ -221,14 +221,14 @@ def _results(model: XFM, examples: Examples, wanted: frozenset[str], all_tokens:
     model.eval()
     try:
         found = _encoded(model, examples, wanted)
-        decodes = isinstance(model, VQAModel | CaptioningModel) and bool(wanted & DECODER_GRAPHS)
+        decodes = bool(wanted & DECODER_GRAPHS)
+        # A decoder of questions reads every token of the fusion encoder.
         if wanted & {"fusion", "match"} or (decodes and isinstance(model, VQAModel)):
-            # A decoder reads every token of the fusion encoder, which returns them to nobody else.
             whole = decodes or (all_tokens and "fusion" in wanted)
             found |= _fused(model, found, examples.attention_mask, whole)
         if isinstance(model, NLVR2Model) and "nlvr2" in wanted:
             found |= _compared(model, found, examples, wanted)
-        if decodes:
+        if decodes and isinstance(model, VQAModel | CaptioningModel):
             found |= _decoded(model, found, examples)
         if not wanted & {"fusion", "text", "nlvr2"}:
             found.pop("text_embeds", None)
@@ -249,16 +249,17 @@ def _encoded(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str
     if "text" in wanted and contrastive:
         found["text_feature"] = model.project_text(found["text_embeds"])
     if wanted & {"image_memory", "fusion", "nlvr2"}:
-        found["memory"] = graph_memory(model.image_memory(found["image_embeds"][:1]))
+        found |= graph_memory(model.image_memory(found["image_embeds"][:1]))
     if isinstance(model, ClassificationModel) and model.modality != "pair":
         texts = (None, examples.input_ids, examples.attention_mask)
         found["class_logits"] = model.logits(examples.pixels) if model.modality == "image" else model.logits(*texts)
     return found
 
 
-def graph_memory(memory: ImageMemory) -> Tensor:
-    """The memory of images as graphs take it: `[B, layers, 2, H, M, D]`."""
-    return torch.stack(memory.layers, dim=1).permute(0, 1, 3, 4, 2, 5)
+def graph_memory(memory: ImageMemory) -> dict[str, Tensor]:
+    """The memory of images as graphs take it: keys and values `[B, H, M, D]` of every layer, by name."""
+    parts = [part.transpose(1, 2) for layer in memory.layers for part in layer.unbind(2)]
+    return dict(zip(memory_names(len(memory.layers)), parts, strict=True))
 
 
 def _fused(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool) -> dict[str, Tensor]:
@@ -320,10 +321,11 @@ def _decoded(model: VQAModel | CaptioningModel, found: dict[str, Tensor], exampl
     known = [past.known(layer, torch.arange(len(every))) for layer in range(layers)]
     present = torch.stack([torch.stack(each, 2) for each in known], 2)
     made = {"states": states, "memory_mask": mask.long(), "tokens": tokens}
-    for number, layer in enumerate(memory.layers):
+    parts: list[Tensor] = []
+    for layer in memory.layers:
         padded = layer.new_zeros(*mask.shape, *layer.shape[1:])
         padded[mask] = layer
-        for kind, values in zip(("keys", "values"), padded.unbind(2), strict=True):
-            made[f"decoder_{kind}_{number}"] = values.transpose(1, 2)
+        parts += [part.transpose(1, 2) for part in padded.unbind(2)]
+    made |= dict(zip(memory_names(layers, "decoder"), parts, strict=True))
     shape = (count, len(tokens), written)
     return made | {"step_logits": logits.view(*shape, -1), "present": present.view(*shape, layers, *present.shape[3:])}

@@ -15,7 +15,7 @@ a packed batch has none. Padding is masked with a finite value, so that a row wi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -236,28 +236,36 @@ class TextGraph(Graph):
         return results if self.class_head is None else (*results, _head(self.class_head, x[:, 0]))
 
 
-class ImageMemoryGraph(Graph):
-    """Image embeddings to the keys and values of every fusion layer, in the layout that attention reads."""
+class _MemoryGraph(Graph):
+    """States to the keys and values of every layer of a stack, each in the layout that attention reads.
+
+    They are tensors of their own, so that the graph that reads them copies none: to cut a layer out of one tensor is a
+    copy of the memory at every call.
+    """
+
+    def __init__(self, stack: LayerStack) -> None:
+        super().__init__()
+        # The projections alone, not the layers that they belong to: the graph weighs what it needs.
+        attentions = [layer.crossattention.self for layer in _layers(stack)]
+        self.heads = attentions[0].heads
+        self.parts = nn.ModuleList(part for parts in attentions for part in (parts.key, parts.value))
+        self.projections = _Joined(*(part for parts in attentions for part in (parts.key, parts.value)))
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """`[B, M, width]` → keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each."""
+        projected = self.projections(states).unflatten(-1, (len(self.parts), self.heads, -1))
+        return tuple(projected[:, :, number].transpose(1, 2).contiguous() for number in range(len(self.parts)))
+
+
+class ImageMemoryGraph(_MemoryGraph):
+    """Image embeddings to the keys and values of every fusion layer."""
 
     def __init__(self, model: XFM, form: AttentionForm) -> None:
-        super().__init__()
-        config = model.config
         _require_fusion(model)
-        self.heads, self.layers = config.text_heads, config.fusion_layers
-        # The projections alone, not the layers that they belong to: the graph weighs what it needs.
-        attentions = [layer.crossattention.self for layer in _layers(model.fusion_encoder.roberta.encoder)]
-        projections = [part for parts in attentions for part in (parts.key, parts.value)]
-        self.parts = nn.ModuleList(projections)
-        self.projections = _Joined(*projections)
-        tokens = config.num_image_tokens
-        self.inputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)
-        self.outputs = (_memory_spec(model),)
-
-    def forward(self, image_embeds: Tensor) -> tuple[Tensor]:
-        """`[B, M, vision_width]` → `[B, layers, 2, H, M, D]`."""
-        # One product for all layers: its result is put in order once, where 24 results would be joined as well.
-        projected = self.projections(image_embeds).unflatten(-1, (self.layers, 2, self.heads, -1))
-        return (projected.permute(0, 2, 3, 4, 1, 5).contiguous(),)
+        super().__init__(model.fusion_encoder.roberta.encoder)
+        dims = (BATCH, model.config.num_image_tokens, model.config.vision_width)
+        self.inputs = (TensorSpec("image_embeds", "compute", dims),)
+        self.outputs = _memory_specs(model, BATCH)
 
 
 class FusionGraph(Graph):
@@ -283,8 +291,9 @@ class FusionGraph(Graph):
         self.inputs = (
             TensorSpec("text_embeds", "compute", (BATCH, TEXTS, LENGTH, config.text_width)),
             TensorSpec("attention_mask", "int64", (BATCH, TEXTS, LENGTH)),
-            _memory_spec(model),
+            *_memory_specs(model, BATCH),
         )
+        self.gathered = 2 * config.fusion_layers
         fused = (BATCH, TEXTS, LENGTH, config.text_width) if all_tokens else (BATCH, TEXTS, config.text_width)
         self.outputs = (TensorSpec("fused", "compute", fused),)
         if self.match_head is not None:
@@ -293,8 +302,9 @@ class FusionGraph(Graph):
             self.outputs += (TensorSpec("boxes", "compute", (BATCH, TEXTS, 4)),)
         self.outputs += _class_spec(model, "pair", BATCH, TEXTS)
 
-    def forward(self, text_embeds: Tensor, attention_mask: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
-        """`[B, T, L, width]`, `[B, T, L]`, `[B, layers, 2, H, M, D]` → fused, `[B, T, 2]`, `[B, T, 4]`, classes.
+    def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+        """`[B, T, L, width]`, `[B, T, L]`, keys and values `[B, H, M, D]` of every layer → fused, `[B, T, 2]`,
+        `[B, T, 4]`, classes.
 
         `fused` is token 0 of every text, `[B, T, width]`, or all tokens `[B, T, L, width]`.
         """
@@ -314,7 +324,7 @@ class FusionGraph(Graph):
         assert self.match_head is not None
         return _head(self.match_head, first)
 
-    def fuse(self, text_embeds: Tensor, attention_mask: Tensor, memory: Tensor) -> Tensor:
+    def fuse(self, text_embeds: Tensor, attention_mask: Tensor, memory: Sequence[Tensor]) -> Tensor:
         """The first result of `forward`."""
         batch, texts, length, width = text_embeds.shape
         x = text_embeds.reshape(batch * texts, length, width)
@@ -324,14 +334,12 @@ class FusionGraph(Graph):
             return x.reshape(batch, texts, width)
         return x.reshape(batch, texts, length, width)
 
-    def behind_first(self, x: Tensor, mask: Tensor, memory: Tensor, memories: int) -> Tensor:
+    def behind_first(self, x: Tensor, mask: Tensor, memory: Sequence[Tensor], memories: int) -> Tensor:
         """The encoder behind the self-attention of layer 0, which no image has touched: `[P, L, width]` → the same."""
-        # Keys and values of all layers side by side, so that runtimes that copy what they cut copy it once.
-        memory = memory.flatten(1, 2)
         for number, (attend, layer) in enumerate(zip(self.attentions, _layers(self.stack), strict=True)):
             if number:
                 x = attend(x, mask)
-            x = _cross(layer, x, memory[:, 2 * number], memory[:, 2 * number + 1], None, memories, self.form)
+            x = _cross(layer, x, memory[2 * number], memory[2 * number + 1], None, memories, self.form)
             x = _feed_forward(layer, x)
         return x
 
@@ -353,7 +361,7 @@ class MatchGraph(Graph):
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
         """`[B, 3, R, R]`, `[B, T, L]` ids and mask → `[B, T]`: the logit of "text describes image"."""
-        (memory,) = self.memory(self.vision(pixels)[0])
+        memory = self.memory(self.vision(pixels)[0])
         batch, texts, length = input_ids.shape
         rows = (batch * texts, length)
         embeds = self.text(input_ids.reshape(rows), attention_mask.reshape(rows))[0]
@@ -369,42 +377,32 @@ class NLVR2Graph(Graph):
         config = model.config
         self.fusion, self.form = FusionGraph(model, form), form
         self.class_head = model.cls_head
-        memory = _memory_spec(model)
         self.inputs = (
             TensorSpec("text_embeds", "compute", (BATCH, LENGTH, config.text_width)),
             TensorSpec("attention_mask", "int64", (BATCH, LENGTH)),
-            TensorSpec("memory", memory.dtype, (BATCH, 2, *memory.dims[1:])),
+            *_memory_specs(model, BATCH, 2),
         )
+        self.gathered = 2 * config.fusion_layers
         self.outputs = (TensorSpec("class_logits", "compute", (BATCH, 2)),)
 
-    def forward(self, text_embeds: Tensor, attention_mask: Tensor, memory: Tensor) -> tuple[Tensor]:
-        """`[B, L, width]`, `[B, L]`, memories `[B, 2, layers, 2, H, M, D]` of both images → `[B, 2]`."""
+    def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor]:
+        """`[B, L, width]`, `[B, L]`, keys and values `[B, 2, H, M, D]` of both images, layer by layer → `[B, 2]`."""
         mask = _additive(attention_mask, text_embeds.dtype)
         # What no image has touched is computed once for both.
         x = self.fusion.attentions[0](text_embeds, mask)
         x, mask = (each.repeat_interleave(2, dim=0) for each in (x, mask))
-        first = self.fusion.behind_first(x, mask, memory.flatten(0, 1), x.shape[0])
+        first = self.fusion.behind_first(x, mask, [part.flatten(0, 1) for part in memory], x.shape[0])
         return (_head(self.class_head, first.reshape(text_embeds.shape[0], -1)),)
 
 
-class DecoderMemoryGraph(Graph):
-    """The states that a decoder reads to its keys and values, layer by layer, each in the layout of attention."""
+class DecoderMemoryGraph(_MemoryGraph):
+    """The states that a decoder reads to the keys and values of its layers."""
 
     def __init__(self, model: VQAModel | CaptioningModel, form: AttentionForm) -> None:
-        super().__init__()
-        decoder = model.text_decoder
-        attentions = [layer.crossattention.self for layer in _layers(decoder.roberta.encoder)]
-        self.heads = model.config.text_heads
-        projections = [part for parts in attentions for part in (parts.key, parts.value)]
-        self.parts = nn.ModuleList(projections)
-        self.projections = _Joined(*projections)
-        self.inputs = (TensorSpec("states", "compute", (BATCH, _states_axis(model), attentions[0].key.in_features)),)
+        super().__init__(model.text_decoder.roberta.encoder)
+        width = model.config.text_width if isinstance(model, VQAModel) else model.config.vision_width
+        self.inputs = (TensorSpec("states", "compute", (BATCH, _states_axis(model), width)),)
         self.outputs = _decoder_memory_specs(model)
-
-    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
-        """`[B, M, width]` → keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each."""
-        projected = self.projections(states).unflatten(-1, (len(self.parts), self.heads, -1))
-        return tuple(projected[:, :, number].transpose(1, 2).contiguous() for number in range(len(self.parts)))
 
 
 class DecoderStepGraph(Graph):
@@ -549,21 +547,26 @@ def _require_fusion(model: XFM) -> None:
         raise UnavailableError("this model has no fusion layers (fusion_layers=0); export vision and text alone")
 
 
-def _memory_spec(model: XFM) -> TensorSpec:
+def _memory_specs(model: XFM, *axes: Axis | int) -> tuple[TensorSpec, ...]:
     config = model.config
-    heads = config.text_heads
-    dims = (BATCH, config.fusion_layers, 2, heads, config.num_image_tokens, config.text_width // heads)
-    return TensorSpec("memory", "compute", dims)
+    dims = (*axes, config.text_heads, config.num_image_tokens, config.text_width // config.text_heads)
+    return tuple(TensorSpec(name, "compute", dims) for name in memory_names(config.fusion_layers))
+
+
+def is_memory(name: str) -> bool:
+    """True of the keys or the values of a layer of the fusion encoder."""
+    return name.startswith(("memory_keys_", "memory_values_"))
+
+
+def memory_names(layers: int, owner: str = "memory") -> list[str]:
+    """Names of the keys and values of layers, in the order in which graphs take and give them."""
+    return [f"{owner}_{kind}_{number}" for number in range(layers) for kind in ("keys", "values")]
 
 
 def _decoder_memory_specs(model: VQAModel | CaptioningModel) -> tuple[TensorSpec, ...]:
     config, layers = model.config, len(model.text_decoder.roberta.encoder)
     dims = (BATCH, config.text_heads, _states_axis(model), config.text_width // config.text_heads)
-    return tuple(
-        TensorSpec(f"decoder_{kind}_{number}", "compute", dims)
-        for number in range(layers)
-        for kind in ("keys", "values")
-    )
+    return tuple(TensorSpec(name, "compute", dims) for name in memory_names(layers, "decoder"))
 
 
 def _states_axis(model: VQAModel | CaptioningModel) -> Axis | int:

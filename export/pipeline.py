@@ -174,8 +174,8 @@ def build_graphs(
     built: dict[GraphName, Graph] = {name: build(name, model, spelling.form, all_tokens=all_tokens) for name in names}
     check_fixed(built.values(), fixed or {})
     longest = model.config.max_text_length
-    for axis in ("length", "past"):
-        if (size := (fixed or {}).get(axis, 0)) > longest:
+    for axis, size in (fixed or {}).items():
+        if axis in ("length", "past") and size > longest:
             raise InputError(f"{axis}={size} exceeds the {longest} positions of this model; use fewer")
     return built
 
@@ -202,7 +202,7 @@ def graph_interface(graph: Graph, dtype: DType, model: XFM, fixed: Mapping[str, 
         )
 
     axes = {axis.name: axis for spec in graph.inputs for axis in spec.axes.values() if axis.name not in fixed}
-    most = dict.fromkeys(("length", "past"), model.config.max_text_length)
+    most: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
     return {
         "inputs": [record(spec) for spec in graph.inputs],
         "outputs": [record(spec) for spec in graph.outputs],

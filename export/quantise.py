@@ -27,7 +27,7 @@ from xfm_fast.models.xfm import XFM
 
 from .consumers import DType
 from .expected import Examples, Reference, graph_memory
-from .graphs import GraphName
+from .graphs import GraphName, is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
 from .pipeline import Progress, companions_of, fill_folder, prepare_folder, silent
@@ -87,13 +87,13 @@ class Calibration:
     Attributes:
         examples: the images and texts.
         image_embeds, text_embeds: `[I, M, Dv]` and `[T, L, Dt]`; None where no graph wants them.
-        memory: from the number of an image to its memory as graphs take it, `[1, layers, 2, H, M, D]`.
+        memory: from the number of an image to its memory as graphs take it, `[1, H, M, D]` by name.
     """
 
     examples: Examples
     image_embeds: Tensor | None
     text_embeds: Tensor | None
-    memory: Callable[[int], Tensor]
+    memory: Callable[[int], Mapping[str, Tensor]]
 
     @classmethod
     @torch.no_grad()
@@ -105,7 +105,7 @@ class Calibration:
         if "fusion" in graphs:
             texts = model.encode_text(examples.input_ids, examples.attention_mask)
 
-        def memory(number: int) -> Tensor:
+        def memory(number: int) -> dict[str, Tensor]:
             assert images is not None
             with torch.no_grad():
                 return graph_memory(model.image_memory(images[number : number + 1]))
@@ -132,9 +132,9 @@ class Calibration:
         images = session.encode_image(examples.pixels) if "vision" in wanted else None
         texts = session.encode_text(examples.input_ids, examples.attention_mask) if "text" in wanted else None
 
-        def memory(number: int) -> Tensor:
+        def memory(number: int) -> Mapping[str, Tensor]:
             assert images is not None
-            return session.image_memory(images[number : number + 1]).tensor
+            return session.image_memory(images[number : number + 1]).layers
 
         return cls(examples, images, texts, memory)
 
@@ -144,8 +144,9 @@ class Calibration:
         known = reference.tensors
         examples = Examples(known["pixels"], known["input_ids"], known["attention_mask"], origin)
 
-        def memory(number: int) -> Tensor:
-            return known["memory"]  # that of image 0 is the one that the reference holds
+        def memory(number: int) -> dict[str, Tensor]:
+            # That of image 0 is the one that the reference holds.
+            return {name: value for name, value in known.items() if is_memory(name)}
 
         return cls(examples, known.get("image_embeds"), known.get("text_embeds"), memory)
 
@@ -186,7 +187,7 @@ class Calibration:
             else:
                 assert self.text_embeds is not None
                 embeds = self.text_embeds[rows][None]
-                yield arrays(text_embeds=embeds, attention_mask=mask, memory=self.memory(number))
+                yield arrays(text_embeds=embeds, attention_mask=mask, **self.memory(number))
 
 
 def _sized(value: Tensor, dims: Sequence[int | str]) -> Tensor:
@@ -321,7 +322,7 @@ def least_cosine(
     cosines = [1.0]
     for name in truth:
         both = [torch.from_numpy(values[name]).double() for values in (found, truth)]
-        if name in DIRECTIONS:
+        if name in DIRECTIONS or is_memory(name):
             rows = [values.flatten(0, -2) for values in both]
             if "attention_mask" in feed and feed["attention_mask"].size == len(rows[0]):
                 real = torch.from_numpy(feed["attention_mask"]).bool().flatten()

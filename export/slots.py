@@ -26,7 +26,8 @@ _AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
     ("pixels", 4): (_BATCH,),
     ("image_embeds", 3): (_BATCH,),
     ("image_feature", 2): (_BATCH,),
-    ("memory", 6): (_BATCH,),
+    ("memory_keys_", 4): (_BATCH,),
+    ("memory_values_", 4): (_BATCH,),
     ("input_ids", 2): (_BATCH, _LENGTH),
     ("input_ids", 3): (_BATCH, _TEXTS, _LENGTH),
     ("attention_mask", 2): (_BATCH, _LENGTH),
@@ -41,7 +42,8 @@ _AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
     ("scores", 2): (_BATCH, _TEXTS),
     ("class_logits", 2): (_BATCH,),
     ("class_logits", 3): (_BATCH, _TEXTS),
-    ("memory", 7): (_BATCH,),
+    ("memory_keys_", 5): (_BATCH,),
+    ("memory_values_", 5): (_BATCH,),
     ("states", 3): (_BATCH, _LENGTH),
     ("memory_mask", 2): (_BATCH, _LENGTH),
     ("decoder_keys_", 4): (_BATCH, None, _LENGTH),
@@ -229,7 +231,7 @@ def output_shapes(record: GraphRecord, sizes: Mapping[str, int]) -> dict[str, to
 def tensor_shape(tensor: TensorRecord, sizes: Mapping[str, int]) -> torch.Size:
     """Shape of an input or output at the given sizes of its axes."""
     axes = axes_of(tensor)
-    return torch.Size([dim if axis is None else sizes[axis] for axis, dim in zip_longest(axes, tensor.dims)])
+    return torch.Size([int(dim) if axis is None else sizes[axis] for axis, dim in zip_longest(axes, tensor.dims)])
 
 
 def _refusal(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> str:

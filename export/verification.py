@@ -22,7 +22,7 @@ from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType
 from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
-from .graphs import GraphName
+from .graphs import GraphName, is_memory
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
 from .request import BUDGET
 from .slots import graph_slots, largest
@@ -325,17 +325,19 @@ def _inputs(
         inputs["pixels"] = known["pixels"][case.images].to(dtype)
     if "image_embeds" in names:
         inputs["image_embeds"] = known["image_embeds"][case.images].to(dtype)
-    if "memory" in names:
+    memory = [name for name in names if is_memory(name)]
+    if memory:
         pairs = record.name == "nlvr2"
         # Of a pair the image and the one behind it.
         images = torch.stack([case.images, (case.images + 1) % reference.images], 1).flatten() if pairs else case.images
         if _has_memories(manifest):
             parts = images.split(largest(graph_slots(manifest.graph("image_memory")), "batch") or len(images))
             embeds = [known["image_embeds"][rows].to(dtype) for rows in parts]
-            memory = torch.cat([runner.run("image_memory", {"image_embeds": each})["memory"] for each in embeds])
+            made = [runner.run("image_memory", {"image_embeds": each}) for each in embeds]
+            layers = {name: torch.cat([each[name] for each in made]) for name in memory}
         else:
-            memory = known["memory"].to(dtype).expand(len(images), -1, -1, -1, -1, -1).contiguous()
-        inputs["memory"] = memory.unflatten(0, (-1, 2)) if pairs else memory
+            layers = {name: known[name].to(dtype).expand(len(images), -1, -1, -1).contiguous() for name in memory}
+        inputs |= {name: layer.unflatten(0, (-1, 2)) if pairs else layer for name, layer in layers.items()}
     if "input_ids" in names:
         inputs["input_ids"] = _cut(known["input_ids"], rows, case.length, manifest.config["pad_token_id"])
     if "text_embeds" in names:
@@ -358,10 +360,10 @@ def _run(
         name, value = tensor.name, outputs[tensor.name].float().cpu()
         if name in ("image_embeds", "image_feature"):
             found.add(name, shape, value, known[name][case.images])
-        elif name == "memory":
+        elif is_memory(name):
             # The reference holds the memory of image 0.
             mine = value[case.images == 0]
-            found.add(name, shape, mine, known[name].expand_as(mine))
+            found.add("memory", shape, mine, known[name].expand_as(mine))
         elif name == "text_feature" or (name == "class_logits" and record.name == "text"):
             found.add(name, shape, value, known[name][rows])
         elif name == "class_logits" and record.name == "vision":
@@ -433,7 +435,7 @@ class _Decoding:
             truth = self._of_states(tensor.name, rows).float()
             # Padded positions are not read.
             values = (value.transpose(1, 2)[real] for value in (made[tensor.name].float().cpu(), truth))
-            self.found.add(tensor.name, [*states.shape], *values)
+            self.found.add("memory", [*states.shape], *values)
 
     def _write(self, rows: Tensor, chosen: Tensor, most: int) -> None:
         """The same tokens behind every state, each step given what the steps before it made."""
@@ -489,7 +491,8 @@ class Threshold:
         if not self.rounding:
             return self.absolute + self.relative * extent
         unit = torch.finfo(DTYPES[dtype]).eps * extent
-        return self.rounding * reference.rounding[_STORED.get(name, name)] + 2 * unit
+        own = max(error for stored, error in reference.rounding.items() if _reported(stored) == name)
+        return self.rounding * own + 2 * unit
 
     def ties(self, reference: Reference) -> float:
         """The largest difference of two scores that may swap."""
@@ -522,8 +525,12 @@ def eight_bit(budget: float) -> Threshold:
     )
 
 
-# Outputs that the reference holds under another name.
-_STORED = {"logits": "step_logits"}
+def _reported(name: str) -> str:
+    """The output that a tensor of the reference is reported with: keys and values of all layers are one."""
+    if is_memory(name) or name.startswith("decoder_"):
+        return "memory"
+    return "logits" if name == "step_logits" else name
+
 
 # Everything else has too few entries for an angle to say anything.
 DIRECTIONS = frozenset(

@@ -27,7 +27,7 @@ from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from ..engines import check_engine_file
 from ..engines.library import Library, load_library, local_capability, message_logger, said, started
 from ..manifest import GraphRecord, Manifest
-from ..slots import Slot, axes_of, graph_slots, output_shapes
+from ..slots import Slot, graph_slots, output_shapes, tensor_shape
 from . import TORCH_DTYPES, Precision, empty_outputs
 
 # Engines expect this of every address; views into a batch may start elsewhere.
@@ -191,9 +191,7 @@ class _Engine:
         sizes = {axis: allowed.best or allowed.least for axis, allowed in slot.ranges.items()}
         inputs = {}
         for tensor in self._record.inputs:
-            axes = axes_of(tensor)
-            rest = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
-            shape = [*(sizes[axis] for axis in axes), *rest]
+            shape = tensor_shape(tensor, sizes)
             inputs[tensor.name] = torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype], device=self._device)
         outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
         number = slot.number

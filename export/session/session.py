@@ -66,26 +66,44 @@ class SessionMemory:
     """Keys and values of every fusion layer for B images, as the fusion graph takes them.
 
     Attributes:
-        tensor: `[B, layers, 2, H, M, D]`.
+        layers: keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each, by the names of the graph's inputs.
     """
 
-    tensor: Tensor
+    layers: Mapping[str, Tensor]
 
     @property
     def images(self) -> int:
-        return self.tensor.shape[0]
+        return self._first.shape[0]
 
     @property
     def tokens(self) -> int:
-        return self.tensor.shape[4]
+        return self._first.shape[2]
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.layers.values()))
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return sum(layer.numel() * layer.element_size() for layer in self.layers.values())
 
     def select(self, index: Tensor | slice) -> SessionMemory:
         """The memory of some of the images; a slice shares storage."""
-        return SessionMemory(self.tensor[index])
+        return SessionMemory({name: layer[index] for name, layer in self.layers.items()})
+
+    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The layers of some of the images; neighbours share storage."""
+        if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            return {name: layer[rows[0] : rows[0] + len(rows)] for name, layer in self.layers.items()}
+        index = torch.tensor(rows, device=self._first.device)
+        return {name: layer.index_select(0, index) for name, layer in self.layers.items()}
+
+    @classmethod
+    def joined(cls, memories: Sequence[SessionMemory]) -> SessionMemory:
+        """The images of several memories, one after the other."""
+        if len(memories) == 1:
+            return memories[0]
+        return cls({name: torch.cat([each.layers[name] for each in memories]) for name in memories[0].layers})
 
 
 @dataclass(frozen=True)
@@ -406,7 +424,7 @@ class Session:
             passes = [
                 self.call("image_memory", {"image_embeds": part}) for part in self.parts("image_memory", image_embeds)
             ]
-            return SessionMemory(self.joined("image_memory", passes, len(image_embeds))["memory"])
+            return SessionMemory(self.joined("image_memory", passes, len(image_embeds)))
 
     def fuse(
         self,
@@ -509,9 +527,7 @@ class Session:
             real = torch.arange(work.length, device=self.device) < counts[rows, None]
             # Beyond the end of a text lie the tokens of the next one, which the mask hides.
             embeds = tokens.index_select(0, places.clamp(max=len(tokens) - 1).flatten()).view(*places.shape, -1)
-            made = self.call(
-                "fusion", {"text_embeds": embeds, "attention_mask": real, "memory": _rows(memory.tensor, work.images)}
-            )
+            made = self.call("fusion", {"text_embeds": embeds, "attention_mask": real, **memory.rows(work.images)})
             if whole is not None:
                 fused = made["fused"]
                 whole[places[real]] = fused[real]
@@ -539,13 +555,6 @@ class Session:
                 "session returned, not a part or copy of it"
             )
         return outputs[name]
-
-
-def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows; neighbours share storage."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return tensor[rows[0] : rows[0] + len(rows)]
-    return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
 class SessionScorer:

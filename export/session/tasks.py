@@ -20,7 +20,7 @@ from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree, rank
 from xfm_fast.tasks.vqa import AnswerRanking
 
 from ..slots import largest
-from .session import Session
+from .session import Session, SessionMemory
 
 # Rows of vocabulary logits of a pass: 100 MB in fp32 at base size.
 _LOGIT_ROWS = 512
@@ -73,46 +73,47 @@ class NLVR2Session(Session):
         if len(pixels) != 2 * pairs:
             raise InputError(f"there are {len(pixels)} images for {pairs} sentences; NLVR2 has two for each")
         self.require("nlvr2")
-        memory = self.image_memory(self.encode_image(pixels)).tensor.unflatten(0, (2, pairs)).transpose(0, 1)
+        both = self.image_memory(self.encode_image(pixels)).layers
+        memory = SessionMemory({name: layer.unflatten(0, (2, pairs)).transpose(0, 1) for name, layer in both.items()})
         embeds = self.encode_text(input_ids, mask)
         with torch.inference_mode():
             most = max(self.limits.budget // max(input_ids.shape[1], 1), 1)
             passes = [
-                self.call("nlvr2", {"text_embeds": embeds[rows], "attention_mask": mask[rows], "memory": memory[rows]})
+                self.call(
+                    "nlvr2", {"text_embeds": embeds[rows], "attention_mask": mask[rows], **memory.select(rows).layers}
+                )
                 for rows in _pieces(pairs, largest(self.slots("nlvr2"), "batch"), most)
             ]
             return self.joined("nlvr2", passes, pairs)["class_logits"]
 
 
 @dataclass(frozen=True)
-class SessionStates:
+class SessionStates(SessionMemory):
     """What texts are decoded from: keys and values of every layer of a decoder for B states.
 
     Attributes:
-        layers: keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each, by the names of the graph's inputs.
         mask: `[B, M]`, zero for tokens that a state lacks; None where all have the same.
     """
 
-    layers: dict[str, Tensor]
     mask: Tensor | None = None
 
     @property
     def states(self) -> int:
-        return len(next(iter(self.layers.values())))
+        """B."""
+        return self.images
 
     def part(self, start: int, stop: int) -> SessionStates:
         """The states from `start` to `stop`; nothing is copied."""
         return self.select(slice(start, stop))
 
-    def select(self, rows: Tensor | slice) -> SessionStates:
+    def select(self, index: Tensor | slice) -> SessionStates:
         """Some of the states; a slice shares storage."""
-        layers = {name: layer[rows] for name, layer in self.layers.items()}
-        return SessionStates(layers, None if self.mask is None else self.mask[rows])
+        return SessionStates(super().select(index).layers, None if self.mask is None else self.mask[index])
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """As the graph of a step takes them."""
-        return self.layers if self.mask is None else {**self.layers, "memory_mask": self.mask}
+        return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
 
 
 @dataclass
@@ -179,7 +180,7 @@ class DecodingSession(Session):
                     for part in columns
                 ]
                 made.append({key: torch.cat([each[key] for each in row], 1) for key in ("logits", "present")})
-            return (*(torch.cat([each[key] for each in made]) for key in ("logits", "present")),)
+            return torch.cat([each["logits"] for each in made]), torch.cat([each["present"] for each in made])
 
     @property
     def no_past(self) -> tuple[int, ...]:

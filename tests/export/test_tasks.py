@@ -72,6 +72,7 @@ ASKED: dict[str, tuple[int, list[str]]] = {
 }
 
 Tuned = Callable[[str], Path]
+Exported = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +107,21 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 
 @pytest.fixture(scope="module")
-def exported(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """Their exports to ONNX in fp32."""
+def exported(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Their exports to ONNX in fp32, for ONNX Runtime or another consumer."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="exports to ONNX are run")
     from xfm_fast.export import export_onnx
 
     made = tmp_path_factory.mktemp("exported")
 
-    def make(name: str) -> Path:
-        folder = made / name
+    def make(name: str, consumer: Any = "onnxruntime") -> Path:
+        folder = made / f"{name}-{consumer}"
         if not folder.exists():
             predictor = xfm_fast.load(tuned(name))
+            assert isinstance(predictor.model, xfm_fast.XFM)
             export_onnx(
-                predictor.model, folder, companions=explanation(predictor.task),
+                predictor.model, folder, consumer=consumer, companions=explanation(predictor.task),
                 examples=generated_examples(predictor.model.config, images=2, texts=9),
             )  # fmt: skip
         return folder
@@ -163,8 +165,9 @@ def test_nlvr2_is_one_graph_over_two_memories(tuned: Tuned, dtype: torch.dtype) 
     model, graph = _graph(tuned, "nlvr2", "nlvr2", dtype)
     ids, mask = random_inputs(build("text", model, "function"), {"batch": 3, "length": 7}, dtype)
     pixels = torch.randn(6, 3, 32, 32, dtype=dtype)
-    memory = graph_memory(model.image_memory(model.encode_image(pixels)))
-    (found,) = graph(model.encode_text(ids, mask), mask, torch.stack([memory[:3], memory[3:]], 1))
+    memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
+    pairs = [torch.stack([layer[:3], layer[3:]], 1) for layer in memory]
+    (found,) = graph(model.encode_text(ids, mask), mask, *pairs)
     _close(found, model.logits(pixels, ids, mask))
 
 
@@ -183,8 +186,8 @@ def test_classes_are_an_output_of_the_encoder(tuned: Tuned, head: Any) -> None:
     _close(build("text", model, "function")(ids, mask)[-1], model.logits(None, ids, mask))
     model = ClassificationModel(config, 3, modality="pair", head=head).eval()
     assert default_graphs(model) == ("vision", "text", "image_memory", "fusion")
-    memory = graph_memory(model.image_memory(model.encode_image(pixels)))
-    found = build("fusion", model, "function")(model.encode_text(ids, mask)[:, None], mask[:, None], memory)[-1]
+    memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
+    found = build("fusion", model, "function")(model.encode_text(ids, mask)[:, None], mask[:, None], *memory)[-1]
     _close(found[:, 0], model.logits(pixels, ids, mask))
 
 
@@ -249,19 +252,23 @@ def test_a_graph_that_a_model_lacks_is_named(tuned: Tuned, small_model: xfm_fast
         build("fusion", captioner, "function")
 
 
-SLOW = ("vqa", "vqa_written", "grounding", "regression", "retrieval", "nlvr2", "text")
+QUICK = (("image", "onnxruntime"), ("captioning", "onnxruntime"))
 each_task = pytest.mark.parametrize(
-    "task", [pytest.param(task, marks=[pytest.mark.slow] if task in SLOW else []) for task in ASKED]
+    ("task", "runtime"),
+    [
+        pytest.param(task, runtime, marks=[] if (task, runtime) in QUICK else [pytest.mark.slow])
+        for task in ASKED
+        for runtime in ("onnxruntime", "openvino")
+    ],
 )
 
 
 @each_task
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_an_export_answers_as_its_run(
-    tuned: Tuned, exported: Tuned, images: list[str], task: str, runtime: Any
+    tuned: Tuned, exported: Exported, images: list[str], task: str, runtime: Any
 ) -> None:
     pytest.importorskip(runtime, reason="exports are run by it")
-    folder = exported(task)
+    folder = exported(task, runtime)
     manifest = Manifest.load(folder)
     assert (manifest.status, manifest.reason) == ("verified", "")
     assert {"task.json"} <= {record.name for record in manifest.files}
@@ -272,7 +279,7 @@ def test_an_export_answers_as_its_run(
 
 
 @pytest.mark.parametrize("task", ["captioning", pytest.param("vqa", marks=pytest.mark.slow)])
-def test_a_damaged_step_is_found(exported: Tuned, task: str, tmp_path: Path) -> None:
+def test_a_damaged_step_is_found(exported: Exported, task: str, tmp_path: Path) -> None:
     """The comparison of a decoder's graphs sees weights that are not the model's."""
     import shutil
 
@@ -341,7 +348,7 @@ def test_an_export_without_a_task_answers_nothing(exported_fp32: Path) -> None:
         xfm_fast.load(exported_fp32)
 
 
-def test_int8_is_refused_for_graphs_of_tasks(exported: Tuned, tmp_path: Path) -> None:
+def test_int8_is_refused_for_graphs_of_tasks(exported: Exported, tmp_path: Path) -> None:
     from xfm_fast.export import quantize_int8
 
     with pytest.raises(UnavailableError, match="'decoder_memory' has no form in 8 bits"):
@@ -349,7 +356,7 @@ def test_int8_is_refused_for_graphs_of_tasks(exported: Tuned, tmp_path: Path) ->
     assert not (tmp_path / "int8").exists()
 
 
-def test_answers_go_on_where_the_weights_are_the_same(exported: Tuned, images: list[str], tmp_path: Path) -> None:
+def test_answers_go_on_where_the_weights_are_the_same(exported: Exported, images: list[str], tmp_path: Path) -> None:
     """The journal of an export's answers is told from that of another export."""
     predictor = xfm_fast.load(exported("image"))
     lines = tmp_path / "lines.jsonl"

@@ -15,10 +15,11 @@ from torch import Tensor
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export.consumers import DTYPES, DType, profile
 from xfm_fast.export.expected import Reference, generated_examples, make_examples, make_reference
-from xfm_fast.export.graphs import GRAPHS, Graph, GraphName
+from xfm_fast.export.graphs import Graph, GraphName
 from xfm_fast.export.manifest import GraphRecord, Manifest, new_manifest
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, graph_interface, in_dtype
+from xfm_fast.export.request import GRAPHS
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import THRESHOLDS, Threshold, rank_agreement, verify, verify_export
 from xfm_fast.models.xfm import XFM
