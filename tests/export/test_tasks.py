@@ -278,6 +278,78 @@ def test_an_export_answers_as_its_run(
     _alike(xfm_fast.load(folder, runtime=runtime).predict(images[:count], texts), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["captioning", "vqa", "nlvr2", "image"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "fp16"},
+        {"dtype": "bf16"},
+        {"fixed": {"batch": 2, "texts": 2, "length": 16, "past": 20}},
+        {"consumer": "tensorrt-rtx"},
+    ],
+    ids=["fp16", "bf16", "fixed", "opset23"],
+)
+def test_every_form_of_an_export_is_verified(tuned: Tuned, task: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    from xfm_fast.export import export_onnx
+
+    model: Any = xfm_fast.load(tuned(task)).model
+    axes = {axis.name for name in default_graphs(model) for spec in build(name, model, "function").inputs
+            for axis in spec.axes.values()}  # fmt: skip
+    if "fixed" in changes:
+        changes = {"fixed": {axis: size for axis, size in changes["fixed"].items() if axis in axes}}
+    examples = generated_examples(model.config, images=2, texts=9, longest=16)
+    manifest = export_onnx(model, tmp_path / "out", examples=examples, **changes)
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    assert manifest.verification is not None
+    checked = {(check.graph, check.output) for check in manifest.verification.checks}
+    assert {graph for graph, _ in checked} == {*default_graphs(model)}
+    if task in ("captioning", "vqa"):
+        assert {("decoder_step", "logits"), ("decoder_step", "present"), ("decoder_memory", "memory")} <= checked
+
+
+@pytest.mark.slow
+def test_packages_answer_as_their_run(tuned: Tuned, images: list[str], tmp_path: Path) -> None:
+    from xfm_fast.export import export_packages
+
+    predictor: Any = xfm_fast.load(tuned("captioning"))
+    export_packages(predictor.model, tmp_path / "out", companions=explanation(predictor.task))
+    with pytest.raises(ExportError, match="ask for it by name: runtime='aoti'"):
+        xfm_fast.load(tmp_path / "out")
+    _alike(xfm_fast.load(tmp_path / "out", runtime="aoti").predict(images), predictor.predict(images))
+
+
+@pytest.mark.slow
+def test_engines_of_a_decoder(tuned: Tuned, tmp_path: Path) -> None:
+    """Built for a GPU that is not here; what they were built from is compared on the CPU."""
+    pytest.importorskip("tensorrt_rtx", reason="builds engines")
+    from xfm_fast.export import export_engines
+
+    predictor: Any = xfm_fast.load(tuned("vqa"))
+    manifest = export_engines(
+        predictor.model, tmp_path / "out", "tensorrt-rtx", dtype="bf16", sm="89",
+        graphs=("decoder_memory", "decoder_step"), companions=explanation(predictor.task),
+        examples=generated_examples(predictor.model.config, images=2, texts=9),
+    )  # fmt: skip
+    assert manifest.status == "graphs verified"
+    assert {"decoder_step.engine", "task.json", "tokenizer.json"} <= {record.name for record in manifest.files}
+    assert [profile.name for profile in manifest.graph("decoder_step").profiles] == ["latency", "bulk"]
+
+
+def test_a_decoder_in_a_model_repository_and_a_report(exported: Exported, tmp_path: Path) -> None:
+    from xfm_fast.export import RepositoryOptions, Session, write_model_repository
+    from xfm_fast.export.session.report import measure_session
+
+    receipt = write_model_repository(exported("captioning"), tmp_path / "models", RepositoryOptions(pipeline="graphs"))
+    assert [model.name for model in receipt.models] == ["xfm_vision", "xfm_decoder_memory", "xfm_decoder_step"]
+    config = (tmp_path / "models/xfm_decoder_step/config.pbtxt").read_text()
+    assert 'name: "decoder_keys_1"' in config
+    rows = {
+        graph.graph: graph.rows for graph in measure_session(Session.load(exported("captioning")), seconds=0).graphs
+    }
+    assert [row.sizes["texts"] for row in rows["decoder_step"]] == [1, 8]
+
+
 @pytest.mark.parametrize("task", ["captioning", pytest.param("vqa", marks=pytest.mark.slow)])
 def test_a_damaged_step_is_found(exported: Exported, task: str, tmp_path: Path) -> None:
     """The comparison of a decoder's graphs sees weights that are not the model's."""
