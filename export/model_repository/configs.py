@@ -87,6 +87,8 @@ def graph_config(
         "instance_group": [{"count": options.instances, "kind": Symbol(_KINDS[device]), "profile": profiles}],
         "model_warmup": _warmups(record, slots, batch),
     }
+    if profiles:
+        config["optimization"] = {"cuda": {"graphs": True, "graph_spec": _cuda_graphs(record, slots, batch)}}
     if backend == "python":
         given = {"export_folder": ".", "graph": record.name, "device": device, "runtime": runtime}
         config["parameters"] = _parameters(given, device)
@@ -171,6 +173,27 @@ def _warmups(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dic
             label = " ".join(f"{axis}={size}" for axis, size in sizes.items())
             made.setdefault(label, {"name": f"{slot.name}: {label}", "batch_size": rows, "inputs": inputs})
     return list(made.values())
+
+
+def _cuda_graphs(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dict[str, Any]]:
+    """The shapes that Triton captures as CUDA graphs: of each profile the one that it is tuned for.
+
+    A graph serves smaller batches too, since no row reads another. It serves no shorter texts: Triton does not fill
+    what lies between with zeros, and a mask of what happens to be there hides nothing.
+    """
+    made = []
+    for slot in slots:
+        best = {axis: sizes.best or sizes.least for axis, sizes in slot.ranges.items()}
+        shapes = [
+            {"key": tensor.name, "value": {"dim": [*tensor_shape(tensor, best)][1 if batch else 0 :]}}
+            for tensor in record.inputs
+        ]
+        if not batch:
+            made.append({"input": shapes})
+            continue
+        least = {"batch_size": slot.ranges["batch"].least, "input": shapes}
+        made.append({"batch_size": best["batch"], "input": shapes, "graph_lower_bound": least})
+    return made
 
 
 def _parameters(values: Mapping[str, Any], device: ServedDevice) -> list[dict[str, Any]]:
