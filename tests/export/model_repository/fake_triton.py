@@ -82,7 +82,7 @@ class MetricFamily:
         assert name.endswith("_total") == (kind == self.COUNTER)
         self.name, self.kind = name, kind
 
-    def Metric(self, labels: dict[str, str]) -> "MetricFamily":  # noqa: N802, the server's name
+    def Metric(self, labels: dict[str, str]) -> "MetricFamily":
         assert set(labels) == {"model", "version"}
         self.values[self.name] = 0
         return self
