@@ -176,6 +176,8 @@ def write_onnx(
             onnx.save(
                 model, str(written), save_as_external_data=external, location=f"{path.name}.data", size_threshold=1024
             )
+            # The checker reads the file once more, and weights need not be there twice for it.
+            del model, program
             # The checker follows external data only where it is given a path.
             onnx.checker.check_model(str(written), full_check=True)
             names = sorted(file.name for file in Path(scratch).iterdir())

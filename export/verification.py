@@ -8,7 +8,7 @@ and the ranks of candidates are judged by a `Threshold` for each type.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -151,14 +151,46 @@ def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> R
     from .runtimes.onnx_sessions import WidenedOnnx
     from .session import Session
 
-    if manifest.kind != "onnx" or runtime not in ("auto", "onnxruntime"):
-        session = Session(folder, runtime, manifest=manifest)
-    elif manifest.dtype == "bf16":
-        session = Session(folder, WidenedOnnx(manifest), manifest=manifest)
-    else:
-        session = Session(folder, "onnxruntime", "cpu", manifest=manifest)
-    session.warm_up()
-    return session
+    def opened(part: Manifest) -> Runner:
+        if manifest.kind != "onnx" or runtime not in ("auto", "onnxruntime"):
+            session = Session(folder, runtime, manifest=part)
+        elif manifest.dtype == "bf16":
+            session = Session(folder, WidenedOnnx(part), manifest=part)
+        else:
+            session = Session(folder, "onnxruntime", "cpu", manifest=part)
+        session.warm_up()
+        return session
+
+    return _InTurn(manifest, opened) if manifest.kind == "onnx" else opened(manifest)
+
+
+class _InTurn:
+    """A `Runner` that has one graph loaded at a time, and `image_memory` beside it, which all memories come from.
+
+    A comparison asks for graph after graph, and all of a large model at once would be a second copy of it in memory, or
+    a third, where the runtime lays out weights anew.
+    """
+
+    def __init__(self, manifest: Manifest, opened: Callable[[Manifest], Runner]) -> None:
+        self._manifest, self._opened = manifest, opened
+        self._loaded: dict[str, Runner] = {}
+
+    @property
+    def description(self) -> str:
+        """See `Runner`."""
+        return self._runner(next(iter(self._loaded), self._manifest.graphs[0].name)).description
+
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Runner`."""
+        return self._runner(graph).run(graph, inputs)
+
+    def _runner(self, graph: str) -> Runner:
+        if graph not in self._loaded:
+            for other in self._loaded.keys() - {"image_memory"}:
+                del self._loaded[other]
+            part = self._manifest.model_copy(update={"graphs": [self._manifest.graph(graph)]})
+            self._loaded[graph] = self._opened(part)
+        return self._loaded[graph]
 
 
 def threshold_of(manifest: Manifest) -> Threshold:

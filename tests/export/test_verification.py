@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -364,3 +365,22 @@ def test_export_without_a_reference(small_model: XFM, tmp_path: Path) -> None:
     (folder / "reference.safetensors").write_bytes(b"nothing")
     with pytest.raises(ExportError, match=r"reference\.safetensors is damaged"):
         verify(folder)
+
+
+def test_a_comparison_has_one_graph_loaded_and_the_memory_of_images(
+    exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions
+
+    load, alive, most = OnnxSessions.load, weakref.WeakValueDictionary(), []
+
+    def counted(self: OnnxSessions, record: GraphRecord, path: Path) -> Any:
+        alive[record.name] = made = load(self, record, path)
+        most.append({*alive})
+        return made
+
+    monkeypatch.setattr(OnnxSessions, "load", counted)
+    assert verify(shutil.copytree(exported_fp32, tmp_path / "copied")).status == "verified"
+    assert all(len(names - {"image_memory"}) == 1 for names in most if names != {"image_memory"}), most
+    assert len(most) == 5, "each graph is loaded once"
