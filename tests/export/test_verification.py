@@ -373,9 +373,10 @@ def test_a_comparison_has_one_graph_loaded_and_the_memory_of_images(
     pytest.importorskip("onnxruntime")
     from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions
 
-    load, alive, most = OnnxSessions.load, weakref.WeakValueDictionary(), []
+    load, most = OnnxSessions.load, list[set[str]]()
+    alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 
-    def counted(self: OnnxSessions, record: GraphRecord, path: Path) -> Any:
+    def counted(self: OnnxSessions, record: GraphRecord, path: Path) -> object:
         alive[record.name] = made = load(self, record, path)
         most.append({*alive})
         return made
