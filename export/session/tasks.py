@@ -6,12 +6,13 @@ its calls: beams and the prefixes of answers are rows of them that are picked an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs as checks
@@ -183,7 +184,7 @@ class DecodingSession(Session):
             return torch.cat([each["logits"] for each in made]), torch.cat([each["present"] for each in made])
 
     @property
-    def no_past(self) -> tuple[int, ...]:
+    def cached_dims(self) -> tuple[int, ...]:
         """Layers, 2, H and D of the keys and values of a token."""
         present = next(each for each in self.manifest.graph("decoder_step").outputs if each.name == "present")
         return tuple(int(dim) for dim in present.dims[2:])
@@ -191,7 +192,7 @@ class DecodingSession(Session):
     def begin(self, prompt_ids: Tensor, memory: SessionStates, capacity: int) -> tuple[Tensor, SessionPast]:
         """See `Writer`: the prompt goes through the graph token by token."""
         prompt_ids = prompt_ids.to(self.device)
-        past = SessionPast(torch.zeros(len(prompt_ids), 0, *self.no_past, dtype=self.dtype, device=self.device))
+        past = SessionPast(torch.zeros(len(prompt_ids), 0, *self.cached_dims, dtype=self.dtype, device=self.device))
         logits = [self.step(tokens, memory, past) for tokens in prompt_ids.unbind(1)]
         return logits[-1], past
 
@@ -251,7 +252,7 @@ class VQASession(DecodingSession):
 
     def log_likelihoods(self, memory: SessionStates, answer_ids: Tensor) -> Tensor:
         """`VQAModel.log_likelihoods`."""
-        past = SessionPast(torch.zeros(len(answer_ids), 0, *self.no_past, dtype=self.dtype, device=self.device))
+        past = SessionPast(torch.zeros(len(answer_ids), 0, *self.cached_dims, dtype=self.dtype, device=self.device))
         total = torch.zeros(len(answer_ids), dtype=torch.float64, device=self.device)
         for tokens, following in zip(answer_ids.unbind(1), answer_ids[:, 1:].unbind(1), strict=False):
             shares = self.step(tokens, memory, past).double().log_softmax(-1)
@@ -274,23 +275,22 @@ class SteppedTree(DecodedTree):
     def __init__(self, session: DecodingSession, memory: SessionStates, trie: AnswerTrie) -> None:
         super().__init__(trie, memory.states, torch.float32)
         self._session, self._memory = session, memory
-        self._known = torch.zeros(0, *session.no_past, dtype=session.dtype, device=session.device)
+        self._known = torch.zeros(0, *session.cached_dims, dtype=session.dtype, device=session.device)
 
     def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
         """See `DecodedTree`."""
         known = torch.cat([self._known, self._known.new_zeros(len(nodes), *self._known.shape[1:])])
         for depth, chosen, places in self.by_depth(questions, nodes):
-            # Nodes are sorted by question: each gets a row of those of its question, padded to the most there are.
-            of, counts = questions[chosen].unique_consecutive(return_counts=True)
-            row = torch.arange(len(of), device=of.device).repeat_interleave(counts)
-            column = torch.arange(len(row), device=of.device) - (counts.cumsum(0) - counts)[row]
-            grid = torch.zeros(len(of), int(counts.max()), depth + 1, dtype=torch.long, device=of.device)
-            grid[row, column] = places
-            tokens = torch.full(grid.shape[:2], self._session.config.eos_token_id, device=of.device)
-            tokens[row, column] = self.trie.tokens[nodes[chosen]]
-            logits, present = self._session.next_tokens(tokens, known[grid[..., :depth]], self._memory.select(of))
-            known[places[:, -1]] = present[row, column]
-            self._read_edges(logits[row, column].float().log_softmax(-1), questions[chosen], nodes[chosen])
+            for rows in _grids(questions[chosen]):
+                # Row r of the grid are nodes of one question; what fills it up is computed and not read.
+                grid = pad_sequence(rows, batch_first=True, padding_value=int(rows[0][0])).to(nodes.device)
+                real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True).to(nodes.device)
+                behind, memory = places[grid], self._memory.select(questions[chosen[grid[:, 0]]])
+                tokens = self.trie.tokens[nodes[chosen[grid]]]
+                logits, present = self._session.next_tokens(tokens, known[behind[..., :depth]], memory)
+                of = chosen[grid[real]]
+                known[behind[real][:, -1]] = present[real]
+                self._read_edges(logits[real].float().log_softmax(-1), questions[of], nodes[of])
         if keep:
             self._known = known
 
@@ -298,6 +298,23 @@ class SteppedTree(DecodedTree):
         edges, counts = self.edges_of(nodes)
         rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
         self.log_likelihoods[questions[rows], edges] = shares[rows, self.trie.edge_tokens[edges]]
+
+
+def _grids(questions: Tensor) -> Iterator[list[Tensor]]:
+    """Nodes by their number, those of a question in a row, in grids of rows alike in length and few enough logits.
+
+    Args:
+        questions: of the nodes, sorted.
+    """
+    counts = questions.unique_consecutive(return_counts=True)[1].tolist()
+    rows = [row for of in torch.arange(len(questions)).split(counts) for row in of.split(_LOGIT_ROWS)]
+    grid: list[Tensor] = []
+    for row in sorted(rows, key=len):
+        if grid and (len(grid) + 1) * len(row) > _LOGIT_ROWS:
+            yield grid
+            grid = []
+        grid.append(row)
+    yield grid
 
 
 def _pieces(count: int, *limits: int | None) -> Sequence[slice]:

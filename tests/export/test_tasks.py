@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,20 @@ from xfm_fast import checkpoint
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.export.consumers import Profile
 from xfm_fast.export.expected import generated_examples, graph_memory
-from xfm_fast.export.graphs import GraphName, build, default_graphs, random_inputs
-from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.graphs import Graph, GraphName, build, default_graphs, random_inputs, wants_all_tokens
+from xfm_fast.export.manifest import AxisRecord, Manifest, new_manifest
+from xfm_fast.export.pipeline import build_graphs, graph_records
+from xfm_fast.export.session import tasks as sessions
+from xfm_fast.export.slots import Slot
 from xfm_fast.finetuning.captioning import CaptioningOptions
 from xfm_fast.finetuning.evaluation import Evaluation
 from xfm_fast.finetuning.grounding import GroundingOptions
 from xfm_fast.finetuning.image import ImageTaskOptions
 from xfm_fast.finetuning.kinds import explanation, make_task
 from xfm_fast.finetuning.nlvr2 import NLVR2Options
-from xfm_fast.finetuning.prediction import answer_lines
+from xfm_fast.finetuning.prediction import Predictor, answer_lines
 from xfm_fast.finetuning.retrieval import RetrievalOptions
 from xfm_fast.finetuning.task import TaskOptions
 from xfm_fast.finetuning.text import TextTaskOptions
@@ -250,6 +255,57 @@ def test_a_graph_that_a_model_lacks_is_named(tuned: Tuned, small_model: xfm_fast
     captioner: Any = xfm_fast.load(tuned("captioning")).model
     with pytest.raises(UnavailableError, match="'fusion' needs the fusion encoder"):
         build("fusion", captioner, "function")
+
+
+class Eager:
+    """A `Runtime` whose graphs are those that would be exported."""
+
+    description, device, enqueues = "PyTorch", torch.device("cpu"), False
+
+    def __init__(self, built: Mapping[GraphName, Graph]) -> None:
+        self.built = built
+        self.shapes: dict[str, set[tuple[int, ...]]] = {}
+
+    def load(self, record: Any, path: Path) -> Any:
+        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+            self.shapes.setdefault(record.name, set()).add(tuple(sizes.values()))
+            made = self.built[record.name](*(inputs[tensor.name] for tensor in record.inputs))
+            return {tensor.name: value for tensor, value in zip(record.outputs, made, strict=True)}
+
+        return SimpleNamespace(run=run)
+
+
+@pytest.mark.parametrize("task", ASKED)
+@pytest.mark.parametrize("narrow", [False, True], ids=["any size", "few at a time"])
+def test_sessions_answer_as_the_model(
+    tuned: Tuned, images: list[str], task: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over graphs that take any size, and over some that take two rows of a batch and a past of three tokens or more."""
+    predictor = xfm_fast.load(tuned(task))
+    model = predictor.model
+    assert isinstance(model, xfm_fast.XFM)
+    built = build_graphs(model, Profile("primitives", 20))
+    records = graph_records(built, "fp32", model, {})
+    if narrow:
+        monkeypatch.setattr(sessions, "_LOGIT_ROWS", 3)
+        bounds = {
+            "batch": AxisRecord(least=2, most=2), "texts": AxisRecord(least=1, most=2),
+            "past": AxisRecord(least=3, most=40), "length": AxisRecord(least=4, most=40),
+        }  # fmt: skip
+        records = [
+            record.model_copy(update={"axes": {axis: bounds[axis] for axis in record.axes}}) for record in records
+        ]
+    manifest = new_manifest(
+        source="", weights_sha256="", tokenizer_sha256=None, config=model.config.model_dump(), dtype="fp32",
+        consumer="onnxruntime", opset=20, attention="primitives", all_tokens=wants_all_tokens(model, False), fixed={},
+        versions={}, graphs=records, files=[],
+    )  # fmt: skip
+    runtime = Eager(built)
+    session = sessions.TASK_SESSIONS[predictor.task.options.kind](Path(), runtime, manifest=manifest)
+    session.warm_up()
+    count, texts = ASKED[task]
+    _alike(Predictor(session, predictor.task).predict(images[:count], texts), predictor.predict(images[:count], texts))
+    assert {*runtime.shapes} == {*built}, "every graph has its part in the answer"
 
 
 QUICK = (("image", "onnxruntime"), ("captioning", "onnxruntime"))

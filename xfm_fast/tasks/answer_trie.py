@@ -165,8 +165,11 @@ def rank(
 
     `tree_of` begins the tree of some of the questions, whose nodes are decoded as they are wanted.
 
-    With best = k all of them are decoded, in one pass. With fewer a prefix is left out once it is less likely than
-    `best` whole answers, because the answers that begin with it are less likely still: the result is the same.
+    With best = k (or None) all of them are decoded, in one pass. With fewer a prefix is left out once it is less likely
+    than `best` whole answers, because the answers that begin with it are less likely still: the result is the same.
+
+    Raises:
+        InputError: k outside 1..N, or best outside 1..k.
     """
     if not 1 <= k <= trie.answers:
         raise InputError(f"k={k}; with {trie.answers} answers it must be 1 to {trie.answers}")
