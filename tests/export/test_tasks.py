@@ -280,7 +280,7 @@ class Eager:
 def test_sessions_answer_as_the_model(
     tuned: Tuned, images: list[str], task: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over graphs that take any size, and over some that take two rows of a batch and a past of three tokens or more."""
+    """Over graphs that take any size, and over some that take two rows of a batch and a past of three tokens."""
     predictor = xfm_fast.load(tuned(task))
     model = predictor.model
     assert isinstance(model, xfm_fast.XFM)
