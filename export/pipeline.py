@@ -22,7 +22,7 @@ from xfm_fast.errors import InputError, StorageError
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
-from .expected import DECODER_GRAPHS, REFERENCE_FILE, Examples, reference_bytes
+from .expected import DECODER_GRAPHS, Examples, reference_bytes
 from .graphs import Axis, Graph, TensorSpec, build, check_fixed, default_graphs, wants_all_tokens
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
 from .request import ALL_GRAPHS, ExportRequest, GraphName
@@ -253,16 +253,14 @@ def prepare_folder(folder: Path, needed: int) -> None:
 
 
 def companions_of(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """The files of an export that are neither graphs nor the reference, by name.
+    """The files of an export that say what its model is for, by name.
 
     Raises:
         StorageError: one cannot be read.
     """
-    others = {REFERENCE_FILE, *(name for graph in manifest.graphs for name in graph.files)}
+    names = [record.name for record in manifest.files if record.name.endswith(".json")]
     try:
-        return {
-            record.name: (folder / record.name).read_bytes() for record in manifest.files if record.name not in others
-        }
+        return {name: (folder / name).read_bytes() for name in names}
     except OSError as error:
         raise StorageError(f"{error.filename} cannot be read ({error.strerror or error}); export again") from error
 
