@@ -1,4 +1,4 @@
-"""An `XFM` whose blocks multiply in int8: near the model in floats, saved and trained as ever."""
+"""An `XFM` whose blocks multiply in 8 bits: near the model in floats, saved as ever, and in int8 trained as ever."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import reference
+from xfm_fast.kernels import fp8, ops, reference
 from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.marked import EightBits, kind_of
 
-pytestmark = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 
 
 @pytest.fixture
@@ -24,9 +26,8 @@ def model() -> XFM:
     torch.manual_seed(0)
     made = XFM(XFMConfig.preset("tiny")).eval().requires_grad_(False)
     # Of fresh weights, blocks add next to nothing to their input.
-    for block in made._block_weights():
-        for weight in block:
-            weight.normal_(std=0.1)
+    for weight in made._block_weights():
+        weight.normal_(std=0.1)
     return made
 
 
@@ -48,12 +49,13 @@ def least_cosine(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return min(float(F.cosine_similarity(found[name], wanted[name], dim=-1).min()) for name in wanted)
 
 
-def test_near_the_model_and_back(model: XFM) -> None:
+@either
+def test_near_the_model_and_back(kind: EightBits, model: XFM) -> None:
     given = inputs(model.config)
     wanted, state = results(model, *given), copy.deepcopy(model.state_dict())
-    assert model.quantise() is model
-    assert model.quantised
-    assert 0.99 < least_cosine(results(model, *given), wanted) < 1 - 1e-6
+    assert model.quantise(kind) is model
+    assert model.quantised == kind
+    assert 0.98 < least_cosine(results(model, *given), wanted) < 1 - 1e-6
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
     assert model.dequantise().dequantise() is model
@@ -61,7 +63,8 @@ def test_near_the_model_and_back(model: XFM) -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in results(model, *given).items())
 
 
-def test_the_blocks_that_cost_most_stay_in_floats(model: XFM) -> None:
+@either
+def test_the_blocks_that_cost_most_stay_in_floats(kind: EightBits, model: XFM) -> None:
     given = inputs(model.config)
     wanted = results(model, *given)
     calls, agreement = 0, lambda: least_cosine(results(model, *given), wanted)
@@ -71,28 +74,33 @@ def test_the_blocks_that_cost_most_stay_in_floats(model: XFM) -> None:
         calls += 1
         return agreement()
 
-    whole = model.quantise(counted, least=0.9)
+    model.quantise(kind, counted, least=0.9)
     assert calls == 1
-    assert all(int8.is_marked(weight) for block in whole._block_weights() for weight in block)
+    assert {kind_of(weight) for weight in model._block_weights()} == {kind}
     reached = agreement()
     model.dequantise()
     least = 1 - (1 - reached) / 3
-    model.quantise(counted, least=least)
+    model.quantise(kind, counted, least=least)
     assert agreement() >= least > reached
-    marked = [{int8.is_marked(weight) for weight in block} for block in model._block_weights()]
-    assert {frozenset(block) for block in marked} == {frozenset({True}), frozenset({False})}
-    assert calls <= 2 + 2 * len(marked)
-    assert model.quantised
+    marks = [{kind_of(weight) for weight in block} for block in model._weights_by_block()]
+    assert {frozenset(block) for block in marks} == {frozenset({kind}), frozenset({None})}
+    assert calls <= 2 + 2 * len(marks)
+    assert model.quantised == kind
     # The marks of what stays are there in a copy too.
     assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
 
 
-def test_no_block_is_left_in_int8_where_none_agrees(model: XFM) -> None:
-    with pytest.raises(InputError, match=r"no block can run in int8 with an agreement\(\) of 0\.97"):
-        model.quantise(lambda: 0.5)
-    assert not model.quantised
+@either
+def test_no_block_is_left_in_8_bits_where_none_agrees(kind: EightBits, model: XFM) -> None:
+    given = inputs(model.config)
+    wanted = results(model, *given)
+    with pytest.raises(InputError, match=rf"no block can run in {kind} with an agreement\(\) of 0\.97"):
+        model.quantise(kind, lambda: 0.5)
+    assert model.quantised is None
+    assert all(torch.equal(value, wanted[name]) for name, value in results(model, *given).items())
 
 
+@needs_int8
 def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model against its plain twin, in which the same products are of floats that were rounded before."""
     given = inputs(model.config)
@@ -116,11 +124,12 @@ def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.Monke
         assert float((twin[name] - value).norm()) < 0.5 * float((floats[name] - value).norm())
 
 
-def test_loaded_and_saved(model: XFM, tmp_path: Path) -> None:
+@either
+def test_loaded_and_saved(kind: EightBits, model: XFM, tmp_path: Path) -> None:
     given = inputs(model.config)
     model.save_pretrained(tmp_path / "floats")
-    loaded = XFM.from_pretrained(tmp_path / "floats", dtype="int8")
-    assert loaded.quantised
+    loaded = XFM.from_pretrained(tmp_path / "floats", dtype=kind)
+    assert loaded.quantised == kind
     assert loaded.dtype in (torch.bfloat16, torch.float32)
     assert least_cosine(results(loaded, *given), results(model, *given)) > 0.98
     loaded.save_pretrained(tmp_path / "again")
@@ -129,6 +138,7 @@ def test_loaded_and_saved(model: XFM, tmp_path: Path) -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+@needs_int8
 def test_training_is_exact(model: XFM) -> None:
     pixels, ids = inputs(model.config)
     model.requires_grad_(True)
@@ -140,6 +150,44 @@ def test_training_is_exact(model: XFM) -> None:
     assert query.grad is not None
 
 
+def test_fp8_is_that_of_the_block_with_embeddings_and_heads_left_out(model: XFM) -> None:
+    given = inputs(model.config)
+    with ops.use_fp8():
+        wanted = results(model, *given)
+    found = results(model.quantise("fp8"), *given)
+    # The block also rounds the patches, which a marked model does not.
+    assert torch.equal(found["texts"], wanted["texts"])
+    assert not torch.equal(found["images"], wanted["images"])
+    model.requires_grad_(True)
+    with pytest.raises(InputError, match="no gradient"):
+        model.encode_text(given[1])
+
+
+def test_fp8_moves_with_the_model(model: XFM) -> None:
+    given = inputs(model.config)
+    found = results(model.quantise("fp8"), *given)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model._apply(torch.clone)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert model.quantised == "fp8"
+    assert all(torch.equal(value, found[name]) for name, value in results(model, *given).items())
+    assert model.to(torch.bfloat16).quantised == "fp8"
+
+
+def test_refusals_of_fp8(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="float64"):
+        copy.deepcopy(model).double().quantise("fp8")
+    with pytest.raises(InputError, match="in fp8, whose bytes"):
+        copy.deepcopy(model).quantise("fp8").freeze()
+    monkeypatch.setattr(fp8, "_why_not", lambda device, index: "of a test")
+    with pytest.raises(UnavailableError, match="fp8 were asked for, but of a test; use bfloat16"):
+        model.cast("fp8")
+    assert model.quantised is None
+
+
+@needs_int8
 def test_refusals(model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model.quantise()
     with pytest.raises(InputError, match="in int8 already"):
