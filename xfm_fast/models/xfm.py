@@ -332,8 +332,8 @@ class XFM(nn.Module):
 
         Raises:
             UnavailableError: this processor or GPU has no fast products of that kind.
-            InputError: the model is in 8 bits already, frozen, or its parameters are in a type without such products; or
-                no block can be in 8 bits within `least`, and the model is in floats then.
+            InputError: the model is in 8 bits already, frozen, or its parameters are in a type without such products;
+                or no block can be in 8 bits within `least`, and the model is in floats then.
         """
         if self.quantised:
             raise InputError(
