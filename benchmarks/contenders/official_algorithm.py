@@ -152,14 +152,16 @@ class OfficialTwin:
         kept = []
         for number, layer in enumerate(_layers(decoder.roberta.encoder)):
             crossed = cast(Attention, layer.crossattention)
-            text = _memory_heads(layer.attention, x)
+            key, value = _memory_heads(layer.attention, x)
             if past:
-                text = tuple(torch.cat(pair, dim=2) for pair in zip(past[number][:2], text, strict=True))
-            image = past[number][2:] if past else _memory_heads(crossed, states)
-            x = _attend_to(layer.attention, x, *text, causal)
-            x = _attend_to(crossed, x, *image, visible)
+                known_key, known_value, *image = past[number]
+                key, value = torch.cat((known_key, key), dim=2), torch.cat((known_value, value), dim=2)
+            else:
+                image = _memory_heads(crossed, states)
+            x = _attend_to(layer.attention, x, key, value, causal)
+            x = _attend_to(crossed, x, image[0], image[1], visible)
             x = self._feed_forward(layer, x)
-            kept.append((*text, *image))
+            kept.append((key, value, *image))
         return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)[:, -1], kept
 
     def match_logits(self, fused: Tensor) -> Tensor:
@@ -490,10 +492,11 @@ def _heads(projection: nn.Linear, heads: int, source: Tensor) -> Tensor:
     return projected.view(*projected.shape[:2], heads, -1).permute(0, 2, 1, 3)
 
 
-def _memory_heads(attention: Attention, memory: Tensor) -> tuple[Tensor, ...]:
+def _memory_heads(attention: Attention, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values `[P, H, M, D]` of a memory `[P, M, ...]`."""
     projections = attention.self
-    return tuple(_heads(part, projections.heads, memory) for part in (projections.key, projections.value))
+    key = _heads(projections.key, projections.heads, memory)
+    return key, _heads(projections.value, projections.heads, memory)
 
 
 def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class _Reference:
     def _answer(self, dtype: torch.dtype) -> Any:
         with torch.inference_mode():
             size = self._workload.config.image_size
-            engine = official_engine(self._subjects.model(size, dtype, self._workload.work))
+            engine: Any = official_engine(self._subjects.model(size, dtype, self._workload.work))
             return self._workload.prepare(engine, dtype)(self._numbers, NoStages())
 
     def band(self, dtype: str, error: float) -> float:

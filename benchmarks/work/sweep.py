@@ -73,7 +73,7 @@ def run(
     """
     known(work)
     device = machine.choose_device(options.device)
-    points = {axis: _points(axis, work, options, device) for axis in options.over}
+    points: dict[Axis, list[int | str]] = {axis: _points(axis, work, options, device) for axis in options.over}
     progress = progress or Progress()
     scale = Scale.of(work, options, device)
     progress.begin(2 + sum(map(len, points.values())))
