@@ -22,7 +22,7 @@ import xfm_fast
 from tests.cli.runner import invoke
 from xfm_fast.cli.app import app
 from xfm_fast.cli.kernels import AuditOptions
-from xfm_fast.kernels.cpu import selection
+from xfm_fast.kernels.cpu import selection, waiting
 from xfm_fast.kernels.cpu.races import races
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,9 @@ def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_info_as_tables_and_as_json() -> None:
+def test_info_as_tables_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (waiting.POLICY, waiting.SPINS):
+        monkeypatch.delenv(name, raising=False)
     done = _run("info")
     assert done.returncode == 0, done.stderr
     assert "briefly (GOMP_SPINCOUNT=1000)" in " ".join(done.stdout.split())
