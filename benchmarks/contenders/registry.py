@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import shutil
 import time
@@ -143,6 +144,25 @@ def _needs(*packages: str, on: Literal["cpu", "cuda"] | None = None) -> Callable
     return why_absent
 
 
+def _torch_tensorrt(distribution: str, library: str) -> Callable[[torch.device], str | None]:
+    """Both variants of Torch-TensorRT are one module, so the name of the distribution tells which one is here."""
+
+    def why_absent(device: torch.device) -> str | None:
+        try:
+            version(distribution)
+        except PackageNotFoundError:
+            return f"{distribution} is not installed"
+        return _needs("torch_tensorrt", library, on="cuda")(device)
+
+    return why_absent
+
+
+def _by_tensorrt(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Its import registers the backend; by default products of fp32 are rounded to TF32.
+    importlib.import_module("torch_tensorrt")
+    return torch.compile(function, backend="tensorrt", options={"disable_tf32": True})
+
+
 def _int8_absent(device: torch.device) -> str | None:
     return int8.why_not() if device.type == "cpu" else "int8 is for CPUs"
 
@@ -180,6 +200,16 @@ ALL: tuple[Contender, ...] = (
         "torch-compile", "official algorithm, torch.compile",
         _plain(lambda s: OfficialEngine(s.model, lambda function: torch.compile(function))),
         why_absent=_compiler_absent, heavy=True,
+    ),
+    *(
+        Contender(
+            name, f"official algorithm, {label}", _plain(lambda s: OfficialEngine(s.model, _by_tensorrt)),
+            why_absent=_torch_tensorrt(name, library), package=name, heavy=True,
+        )
+        for name, label, library in (
+            ("torch-tensorrt", "Torch-TensorRT", "tensorrt"),
+            ("torch-tensorrt-rtx", "Torch-TensorRT for RTX", "tensorrt_rtx"),
+        )
     ),
     Contender(
         "huggingface", "Hugging Face transformers", _plain(lambda s: TransformersEngine(s.model, _PARTS[s.work])),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
 from xfm_fast import flops
+from xfm_fast.benchmarks.contenders import registry
 from xfm_fast.benchmarks.contenders.engine import Clock, NoStages, Stages
 from xfm_fast.benchmarks.contenders.registry import ALL, TASK_WORK, Contender, Setup, choose
 from xfm_fast.benchmarks.material import photographs
@@ -252,3 +253,20 @@ def test_who_takes_part() -> None:
     assert absent["torch-eager"] == "was not asked for"
     with pytest.raises(UnavailableError, match="choose from xfm-fast"):
         choose(("tensorflow",), "rerank", CPU, quick=True)
+
+
+def test_torch_tensorrt_is_told_from_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are the module `torch_tensorrt`; the distribution that is not there is named, and so is the GPU."""
+    installed = {"torch-tensorrt-rtx"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise registry.PackageNotFoundError
+        return "2.14.0"
+
+    monkeypatch.setattr(registry, "version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert NAMES["torch-tensorrt"].why_absent(CPU) == "torch-tensorrt is not installed"
+    assert NAMES["torch-tensorrt-rtx"].why_absent(CPU) == "needs an NVIDIA GPU, and this run is on cpu"
+    assert NAMES["torch-tensorrt-rtx"].why_absent(torch.device("cuda")) is None
+    assert (NAMES["torch-tensorrt"].version, NAMES["torch-tensorrt-rtx"].version) == (None, "2.14.0")
