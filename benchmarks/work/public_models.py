@@ -202,7 +202,7 @@ def _with_lora(model: nn.Module) -> nn.Module:
     """Adapters as fine-tuning leaves them: of rank 16, on queries and values, with values that count."""
     from peft import LoraConfig, get_peft_model
 
-    made: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"]))  # pyright: ignore[reportArgumentType]
+    made: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"]))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
