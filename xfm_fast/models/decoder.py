@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -443,13 +443,45 @@ def generate(
     hidden, past = decoder.begin(prompt_ids, memory, max_length)
     if num_beams == 1:
         return _greedy(decoder, memory, prompt_ids, hidden, past, max_length, min_length, pad_token_id, eos_token_id)
-    hypotheses = [_Hypotheses(num_beams, length_penalty, early_stopping) for _ in range(states)]
     copies = torch.arange(states, device=prompt_ids.device).repeat_interleave(num_beams)
-    ids, past, hidden = prompt_ids[copies], past.select(copies), hidden[copies]
-    scores = torch.full((states, num_beams), _ABSENT, dtype=hidden.dtype, device=hidden.device)
+    past = past.select(copies)
+
+    def advance(rows: Tensor, tokens: Tensor) -> Tensor:
+        nonlocal past
+        past = past.select(rows)
+        return decoder.logits(decoder.step(tokens, memory, past))
+
+    return beam_search(
+        decoder.logits(hidden)[copies], advance, prompt_ids, max_length=max_length, min_length=min_length,
+        num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping, pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def beam_search(
+    logits: Tensor, advance: Callable[[Tensor, Tensor], Tensor], prompt_ids: Tensor, *, max_length: int,
+    min_length: int, num_beams: int, length_penalty: float = 1.0, early_stopping: bool = False, pad_token_id: int = 1,
+    eos_token_id: int = 2,
+) -> Tensor:  # fmt: skip
+    """The search of `generate` by itself, over whatever computes logits.
+
+    Args:
+        logits: `[B · num_beams, vocabulary]` after the prompts, which the beams of a state share.
+        advance: given which of the texts `[B · num_beams]` each beam goes on from, and its next token, the logits that
+            follow.
+        prompt_ids: `[B, S]`; the other arguments are those of `generate`.
+
+    Returns:
+        As `generate`.
+    """
+    states = prompt_ids.shape[0]
+    hypotheses = [_Hypotheses(num_beams, length_penalty, early_stopping) for _ in range(states)]
+    ids = prompt_ids.repeat_interleave(num_beams, 0)
+    scores = torch.full((states, num_beams), _ABSENT, dtype=logits.dtype, device=logits.device)
     scores[:, 0] = 0
     while True:
-        log_probs = decoder.logits(hidden).log_softmax(-1)
+        log_probs = logits.log_softmax(-1)
         if ids.shape[1] < min_length:
             log_probs[:, eos_token_id] = -torch.inf
         totals = (log_probs.view(states, num_beams, -1) + scores[:, :, None]).flatten(1)
@@ -465,8 +497,7 @@ def generate(
         ids = torch.cat([ids[rows], next_ids[:, None]], 1)
         if ids.shape[1] >= max_length or all(state.done for state in hypotheses):
             break
-        past = past.select(rows)
-        hidden = decoder.step(next_ids, memory, past)
+        logits = advance(rows, next_ids)
     for state, running in enumerate(ids.view(states, num_beams, -1).tolist()):
         if not hypotheses[state].done:
             for tokens, score in zip(running, scores[state].tolist(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.kernels.accuracy import assert_accurate, draws
 from xfm_fast import flops
 from xfm_fast.benchmarks.contenders import registry
 from xfm_fast.benchmarks.contenders.engine import Clock, NoStages, Stages
-from xfm_fast.benchmarks.contenders.registry import ALL, Contender, Setup, choose
+from xfm_fast.benchmarks.contenders.registry import ALL, TASK_WORK, Contender, Setup, choose
 from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer
 from xfm_fast.benchmarks.measure import DTYPES, FP32_BAND
@@ -35,7 +36,7 @@ PAIRS = [
     pytest.param(c.name, s, marks=[pytest.mark.slow] if c.name in SLOW else [])
     for c in ALL
     for s in c.works
-    if c.name not in (OFFICIAL, OFFICIAL_CODE)
+    if c.name not in (OFFICIAL, OFFICIAL_CODE) and s not in TASK_WORK
 ]
 
 
@@ -178,6 +179,14 @@ def test_operations_of_a_run_add_up(material: Material, workloads: dict[str, Wor
         "aten::copy_": "copies and lookups", "aten::add": "everything else",
     }  # fmt: skip
     assert {name: kind_of(name) for name in kinds} == kinds
+
+
+def test_operations_of_other_threads_count() -> None:
+    """xfm-fast computes a batch in shares, each in a thread of its own."""
+    square = torch.ones(256, 256)
+    with ThreadPoolExecutor(1) as pool:
+        found = operation_shares(lambda: pool.submit(torch.mm, square, square).result(), CPU)
+    assert found[0].name == "matrix products"
 
 
 def test_flops_are_those_of_the_schedule(material: Material, workloads: dict[str, Workload], tmp_path: Path) -> None:
