@@ -19,7 +19,7 @@ def report(names: list[str]) -> dict[str, Any]:
     # Asked for when it is imported, though nothing is run.
     cuda.get_device_capability, cuda.current_device = lambda *_: (8, 9), lambda: 0
     if not hasattr(torch._C, "_CudaDeviceProperties"):
-        torch._C._CudaDeviceProperties = object  # pyright: ignore[reportAttributeAccessIssue]
+        torch._C._CudaDeviceProperties = object
     import torch_tensorrt  # pyright: ignore[reportMissingImports]  # noqa: F401
     from torch_tensorrt.dynamo import partitioning  # pyright: ignore[reportMissingImports]
     from torch_tensorrt.dynamo.conversion import CompilationSettings  # pyright: ignore[reportMissingImports]
