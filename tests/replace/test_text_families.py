@@ -194,10 +194,7 @@ def test_compiled(kind: str) -> None:
     assert_equal(model, fast, given(kind), 1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind in ("MPNet", "ModernBERT") else pytest.param(kind, marks=pytest.mark.slow) for kind in UNPADDED],
-)
+@pytest.mark.parametrize("kind", UNPADDED)
 def test_one_graph_without_padding(kind: str) -> None:
     model, fast = with_fused_copy(made(kind, torch.float32).eval(), unpad=True)
     graphs: list[Any] = []

@@ -277,7 +277,7 @@ def test_same_objects_keys_and_way_back(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    model.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(states(model, batch), wanted)
 
 

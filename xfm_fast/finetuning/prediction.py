@@ -85,8 +85,8 @@ def load(
 
     Args:
         folder: a run, a folder of weights with `task.json`, which runs write, or an export of either.
-        device, dtype: of the model; by default the CPU, of an export what its runtime prefers. dtype may be "int8", see
-            `XFM.quantise`; that of an export is settled.
+        device, dtype: of the model; by default the CPU, of an export what its runtime prefers. dtype may be "int8" or
+            "fp8", see `XFM.quantise`; that of an export is settled.
         runtime: of an export, see `Session.load`.
 
     Raises:

@@ -487,7 +487,7 @@ def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
 class VocabularyHead(CalledByName):
     """Dense, GELU, LayerNorm and the product with the vocabulary."""
 
-    multiplies_in_int8: ClassVar[bool] = False
+    multiplies_in_eight_bits: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
         "dense": (nn.Linear, Adaptable),
         "layer_norm": nn.LayerNorm,

@@ -133,9 +133,9 @@ class UnpaddedEncoder(CalledByName):
         """True if nothing observes a part that is not called, and every layer can be run on packed tokens."""
         row = self.encoder_row
         around = {row.layers.rpartition(".")[0], row.embeddings, row.project} - {""}
-        parts = [part for name in around if (part := find(self, name)) is not None]
+        parts = [find(self, name) for name in around]
         layers = list(row.sequence(self, row.layers))
-        if any(observed(part) for part in (*parts, *layers)):
+        if any(part is not None and observed(part) for part in (*parts, *layers)):
             return False
         return all(isinstance(layer, (FamilyLayer, FusedLayer)) and layer.intact() for layer in layers)
 

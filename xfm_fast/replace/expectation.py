@@ -32,16 +32,19 @@ class Expectation:
         product: how many times faster these were measured to be on this processor; None before the first call, and on
             devices where they are not raced.
         useful: share of real tokens in a batch whose padding is left out; 1 where none is.
+        packed: of the model's products that are spared padding.
     """
 
     share: float
     product: float | None
     useful: float = 1.0
+    packed: float = 0.0
 
     @property
     def overall(self) -> float:
         """How many times faster the model is expected to be."""
-        return 1 / (1 - self.share + self.share * self.useful / (self.product or 1.0))
+        computed = self.share - self.packed * (1 - self.useful)
+        return 1 / (1 - self.share + computed / (self.product or 1.0))
 
     def __str__(self) -> str:
         parts = [f"{self.share:.0%} of the products are in replaced modules (counted)"]

@@ -14,6 +14,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers")
 
 from tests.cli.runner import invoke  # noqa: E402
+from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.benchmarks import measure  # noqa: E402
 from xfm_fast.benchmarks.material import models  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
@@ -146,6 +147,12 @@ def test_layers_that_nothing_knows_are_told(tmp_path: Path) -> None:
     transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"Not known: T5Block \(encoder\.block\.0 and 1 alike\), 100% of the products"):
         trial.run(str(tmp_path), TryOptions(quick=True, dtype=("fp32",)))
+
+
+def test_a_model_of_our_own(tmp_path: Path) -> None:
+    XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is an X-FM, which these kernels compute already"):
+        models.open_model(str(tmp_path))
 
 
 def test_nothing_of_a_folder_is_run(bert: Path, tmp_path: Path) -> None:
