@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from tests.agreement import inputs_of, tensors, with_weights
 from tests.conftest import config
 from xfm_fast.errors import InputError
-from xfm_fast.models.decoder import DecoderCache, DecoderMemory, TextDecoder, generate
+from xfm_fast.models.decoder import DecoderCache, DecoderMemory, generate
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.captioning import CaptioningModel
 
@@ -96,20 +94,20 @@ def stripped(rows: Tensor) -> list[list[int]]:
 
 
 class Chain:
-    """A decoder whose next token depends on the last one alone: a language model that is searched in microseconds."""
+    """A `Writer` whose next token depends on the last one alone: a language model that is searched in microseconds."""
 
     def __init__(self, words: int) -> None:
         self.table = 2 * torch.randn(words, words, dtype=torch.float64)
-        positions = SimpleNamespace(num_embeddings=100)
-        self.roberta = SimpleNamespace(embeddings=SimpleNamespace(position_embeddings=positions, pad_token_id=PAD))
+        self.positions = 98
 
-    def __call__(self, ids: Tensor, *_: object, past: DecoderCache) -> Tensor:
-        past.advance(ids.shape[1])
-        return ids.flatten()[:, None].double()
+    def begin(self, prompt_ids: Tensor, memory: object, capacity: int) -> tuple[Tensor, DecoderCache]:
+        past = DecoderCache(capacity)
+        past.advance(prompt_ids.shape[1])
+        return prompt_ids[:, -1:].double(), past
 
-    def step(self, ids: Tensor, _: object, past: DecoderCache) -> Tensor:
+    def step(self, input_ids: Tensor, memory: object, past: DecoderCache) -> Tensor:
         past.advance(1)
-        return ids[:, None].double()
+        return input_ids[:, None].double()
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.table[hidden[:, 0].long()]
@@ -127,7 +125,7 @@ def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
         chain, shortest = Chain(12), seed % 5
         found = stripped(
             generate(
-                cast(TextDecoder, chain),
+                chain,
                 memory,
                 prompts,
                 max_length=8,

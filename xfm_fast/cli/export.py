@@ -325,7 +325,10 @@ def load_subject(source: ModelSource) -> Subject:
     """
     checkpoint, preset = source.checkpoint, source.preset
     if (checkpoint is None) == (preset is None):
-        raise InputError("name a run or --checkpoint (its weights), or --preset (random weights), one of them")
+        raise InputError(
+            "name either --checkpoint (its weights) or --preset (random weights), one of the two; a RUN stands for the "
+            "former"
+        )
     if preset is not None and preset not in get_args(Preset):
         raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(get_args(Preset))}")
     if source.config is not None and (checkpoint is None or checkpoint.is_dir()):

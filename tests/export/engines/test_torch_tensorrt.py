@@ -1,0 +1,58 @@
+"""Our graphs as `torch.compile(backend="tensorrt")` takes them: which operators no engine has, told without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.export.engines import torch_tensorrt_report
+
+pytestmark = [
+    pytest.mark.slow,  # downloads the package, four megabytes
+    pytest.mark.skipif(sys.platform != "linux", reason="the package that is asked for is that of Linux"),
+]
+GRAPHS = ("vision", "text", "image_memory", "fusion", "nlvr2", "decoder_memory", "decoder_step")
+
+
+def _package(cache: Path) -> Path:
+    """Torch-TensorRT for RTX of the version of this PyTorch, less its libraries; kept for the next run of the tests."""
+    version = torch.__version__.partition("+")[0]
+    folder = cache / version
+    if not (folder / "torch_tensorrt").is_dir():
+        options = ["--no-deps", "--only-binary=:all:", "--retries=0", "--timeout=10", "--quiet"]
+        packages = [f"torch-tensorrt-rtx=={version}", "dllist", "psutil", "filelock"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), *packages],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            pytest.skip(f"{packages[0]} cannot be had here ({done.stderr.strip()[-200:]})")
+    # Without them the package is Python alone, which needs neither CUDA nor the TensorRT that they are linked to.
+    for library in (folder / "torch_tensorrt").rglob("*.so"):
+        if library.name.startswith(("libtorchtrt", "_C.")):
+            library.unlink()
+    return folder
+
+
+def test_all_but_one_operator_goes_into_engines(request: pytest.FixtureRequest) -> None:
+    """The numbers of positions are a running sum, which engines have for known sizes alone: it stays with PyTorch."""
+    pytest.importorskip("tensorrt_rtx", reason="the package looks at its version")
+    assert request.config.cache is not None
+    folder = _package(request.config.cache.mkdir("torch-tensorrt"))
+    done = subprocess.run(
+        [sys.executable, "-m", torch_tensorrt_report.__name__, str(folder), *GRAPHS],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3], env=os.environ.copy(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "tensorrt" in found.pop("backends")
+    assert {name: each["left"] for name, each in found.items() if each["left"]} == {
+        "text": ["torch.ops.aten.cumsum.default"]
+    }
+    assert {name: len(each["parts"]) for name, each in found.items()} == dict.fromkeys(GRAPHS, 1) | {"text": 3}
