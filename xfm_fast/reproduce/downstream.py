@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +37,12 @@ from xfm_fast.tasks.grounding import pixel_iou
 PRETRAINING = "pretrain_tiny_shapes"
 STEM = "downstream-tiny-shapes"
 PROBE_FILE = "shape-probe-tiny-shapes.json"
+PRETRAINING_FILE = "pretraining.json"
 HELD_OUT, KNOWN = "test", "known"
 COLUMNS = {KNOWN: "known combinations", HELD_OUT: "held-out combinations"}
 """The splits that runs are evaluated on: new scenes either way."""
-WORLD = ("shapes.resolution=64", "shapes.known=500")
-SHARP = ("model.image_size=64", "model.num_masking_patches=24", "model.min_num_patches=4")
-"""What the study says beside its recipes: at 32 pixels a small object has eight, and stripes eat its shape."""
+# What the study says to every recipe.
+_WORLD = "shapes.known=500"
 # Training boxes among which the best constant one is looked for.
 _BOXES = 500
 
@@ -76,16 +77,23 @@ class Table:
         chance: what an answer without looking gets, by twin and split.
         seconds: of the process that finished a recipe, by recipe and seed; the pretraining's under its own name.
         missing: recipes and seeds that are not finished.
+        pretraining: what its recipe was told.
     """
 
     values: dict[Twin, dict[str, dict[int, float]]]
     chance: dict[Twin, dict[str, float]]
     seconds: dict[str, dict[int, float]]
     missing: tuple[tuple[str, int], ...]
+    pretraining: tuple[str, ...] = ()
 
 
 def run_downstream(
-    out: Path, *, seeds: int = 1, jobs: int | None = None, on_change: Callable[[Table], None] = lambda table: None
+    out: Path,
+    *,
+    seeds: int = 1,
+    jobs: int | None = None,
+    pretraining: Sequence[str] = (),
+    on_change: Callable[[Table], None] = lambda table: None,
 ) -> Table:
     """Pretrain once, probe what its images tell of shapes, then fine-tune and evaluate every twin with every seed.
 
@@ -95,17 +103,26 @@ def run_downstream(
         out: folder of the study.
         seeds: 0, 1, ... of each twin; the pretrained model is the same.
         jobs: runs at a time; by default as many as this process may use cores.
+        pretraining: `key=value` for its recipe, such as `model.patch_size=4`.
         on_change: called with the table after every run.
 
     Raises:
-        XFMError: a run failed; says which, and what it said.
+        XFMError: a run failed, and says which, and what it said; or the folder is that of another pretraining.
     """
     if seeds < 1:
         raise XFMError(f"seeds={seeds}; at least one is needed")
+    if (said := _pretraining(out)) is None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_bytes({out / PRETRAINING_FILE: json.dumps(pretraining).encode()})
+    elif said != tuple(pretraining):
+        raise XFMError(
+            f"{out} holds a study whose pretraining was told {' '.join(said) or 'nothing'}, not "
+            f"{' '.join(pretraining) or 'nothing'}; say the same, or give another folder"
+        )
     world, pretrained = out / "shapes_world", out / PRETRAINING
     if not (pretrained / "model").is_dir():
         places = [f"data={world}", f"checkpoint.folder={pretrained}"]
-        _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places, *WORLD, *SHARP])
+        _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places, _WORLD, *pretraining])
     if not (out / PROBE_FILE).is_file():
         write_bytes({out / PROBE_FILE: (json.dumps(_probed(world, pretrained), indent=1) + "\n").encode()})
     plan = [(recipe, seed) for seed in range(seeds) for recipe in dict.fromkeys(twin.recipe for twin in TWINS)]
@@ -122,6 +139,12 @@ def run_downstream(
     return read_table(out, seeds)
 
 
+def _pretraining(out: Path) -> tuple[str, ...] | None:
+    """What the recipe of pretraining was told in this folder; None where nothing has begun."""
+    path = out / PRETRAINING_FILE
+    return tuple(read_json(path)) if path.is_file() else None
+
+
 def _folder(out: Path, recipe: str, seed: int) -> Path:
     return out / f"seed-{seed}" / recipe
 
@@ -135,7 +158,7 @@ def _overrides(out: Path, recipe: str) -> list[str]:
     init = f"init.checkpoint={out / PRETRAINING}"
     (test,) = load_finetune_recipe(recipe, [init]).data.splits[HELD_OUT]
     known = f"data.splits.{KNOWN}={test.replace(HELD_OUT, KNOWN)}"
-    return [init, f"data.root={out / 'shapes_world'}", known, *WORLD]
+    return [init, f"data.root={out / 'shapes_world'}", known, _WORLD]
 
 
 def _probed(world: Path, pretrained: Path) -> dict[str, float]:
@@ -172,22 +195,20 @@ def read_table(out: Path, seeds: int) -> Table:
         folder.name: {int(path.stem): json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         for folder in sorted((out / "seconds").glob("*"))
     }
-    chance = {
-        twin: {split: _chance(out, twin, split) for split, by_seed in of_split.items() if by_seed}
-        for twin, of_split in values.items()
-    }
-    return Table(values, chance, seconds, tuple(missing))
+    chance = {twin: _chance(out, twin) for twin, of_split in values.items() if any(of_split.values())}
+    return Table(values, chance, seconds, tuple(missing), _pretraining(out) or ())
 
 
-def _chance(out: Path, twin: Twin, split: str) -> float:
-    """The metric of the best answer that does not look at what it answers for, chosen on the training files."""
+@cache
+def _chance(out: Path, twin: Twin) -> dict[str, float]:
+    """By split the metric of the best answer that does not look at what it answers for, chosen on training files."""
     recipe = load_finetune_recipe(twin.recipe, _overrides(out, twin.recipe))
     task = open_task(recipe)
-    records = task.records(recipe.paths_of(split), split)
+    records = {split: task.records(recipe.paths_of(split), split) for split in COLUMNS}
     if recipe.task.kind == "retrieval":
-        return random_recall([len(record.caption) for record in records])
+        return {split: random_recall([len(record.caption) for record in of]) for split, of in records.items()}
     row = constant_answer(task, recipe)
-    return task.score([row] * len(records), records)[twin.metric]
+    return {split: task.score([row] * len(of), of)[twin.metric] for split, of in records.items()}
 
 
 def random_recall(captions: Sequence[int]) -> float:
@@ -235,7 +256,7 @@ def markdown(table: Table) -> str:
             f"`{twin.recipe}`", twin.metric,
             *(", ".join(f"{value:.1f}" for value in table.values[twin][split].values()) for split in COLUMNS),
             target,
-            ", ".join(f"{table.chance[twin][split]:.1f}" for split in COLUMNS if split in table.chance[twin]),
+            ", ".join(f"{table.chance[twin][split]:.1f}" for split in COLUMNS if twin in table.chance),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "",
         ]) + " |")  # fmt: skip
     said = (
@@ -245,6 +266,8 @@ def markdown(table: Table) -> str:
         "best constant answer of the training files, on known and on held-out combinations. Minutes are those of one "
         "core."
     )
+    if table.pretraining:
+        said += f" The recipe of pretraining was told `{' '.join(table.pretraining)}`."
     return "\n".join(["# The tasks of the paper in miniature", "", said, "", *lines, ""])
 
 
@@ -257,11 +280,14 @@ def save(table: Table, folder: Path) -> list[Path]:
     numbers = [
         {
             "recipe": twin.recipe, "metric": twin.metric, "target": twin.target, "asked": twin.asked,
-            "by_seed": table.values[twin], "without_looking": table.chance[twin],
+            "by_seed": table.values[twin], "without_looking": table.chance.get(twin, {}),
         }
         for twin in TWINS
     ]  # fmt: skip
-    content = {"splits": COLUMNS, "rows": numbers, "seconds": table.seconds, "missing": table.missing}
+    content = {
+        "splits": COLUMNS, "pretraining": table.pretraining, "rows": numbers, "seconds": table.seconds,
+        "missing": table.missing,
+    }  # fmt: skip
     written = {folder / f"{STEM}.md": markdown(table), folder / f"{STEM}.json": json.dumps(content, indent=1) + "\n"}
     write_bytes({path: text.encode() for path, text in written.items()})
     return list(written)
