@@ -197,14 +197,16 @@ def test_the_ablations_are_those_of_the_committed_study() -> None:
         assert f"| {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |" in _text(ROOT / "docs/training.md")
 
 
-def test_the_downstream_table_is_that_of_the_committed_study() -> None:
-    study = (ROOT / "benchmarks/results/downstream-tiny-shapes.md").read_text(encoding="utf-8")
-    table = "\n".join(line for line in study.splitlines() if line.startswith("|"))
+@pytest.mark.parametrize("name", ["downstream", "downstream-patch4"])
+def test_the_downstream_table_is_that_of_the_committed_study(name: str) -> None:
+    stored = ROOT / f"benchmarks/results/{name}-tiny-shapes.md"
+    table = "\n".join(line for line in stored.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
     page = _text(ROOT / "docs/fine-tuning.md")
-    assert page.split("<!-- downstream:begin -->\n")[1].split("\n<!-- downstream:end -->")[0] == table
-    document = json.loads((ROOT / "benchmarks/results/downstream-tiny-shapes.json").read_text(encoding="utf-8"))
+    assert page.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0] == table
+    document = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
     for row in document["rows"]:
-        assert all(f"| {value:.1f} |" in table for value in row["by_seed"].values())
+        said = (", ".join(f"{value:.1f}" for value in row["by_seed"][split].values()) for split in document["splits"])
+        assert f"| {row['metric']} | {' | '.join(said)} |" in table
 
 
 def test_the_probe_of_shapes_is_the_stored_one() -> None:

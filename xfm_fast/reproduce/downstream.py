@@ -251,12 +251,13 @@ def markdown(table: Table) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for twin in TWINS:
         minutes = [seconds / 60 for seconds in table.seconds.get(twin.recipe, {}).values()]
+        of_split = table.chance.get(twin, {})
         target = "" if twin.target is None else f"≥ {twin.target:g}, {COLUMNS[twin.asked].partition(' ')[0]}"
         lines.append("| " + " | ".join([
             f"`{twin.recipe}`", twin.metric,
             *(", ".join(f"{value:.1f}" for value in table.values[twin][split].values()) for split in COLUMNS),
             target,
-            ", ".join(f"{table.chance[twin][split]:.1f}" for split in COLUMNS if twin in table.chance),
+            ", ".join(f"{of_split[split]:.1f}" for split in COLUMNS if split in of_split),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "",
         ]) + " |")  # fmt: skip
     said = (
