@@ -63,6 +63,8 @@ def relpos_attention(
     chosen = resolve(backend, q, k, v, table, key_mask, has_flash=True)
     if chosen == "flash_attn":
         raise InputError("backend 'flash_attn' has no position bias; use 'auto', 'triton' or 'cpu'")
+    if bias is not None:
+        checks.position_bias(bias, q, padded=chosen == "triton")
     if chosen == "reference" and named(backend):
         return reference.relpos_attention(q, k, v, table, window, scale, key_mask)
     if chosen == "triton" and named(backend):
@@ -75,8 +77,6 @@ def relpos_attention(
     if bias is None and chosen == "triton":
         # Outside the operator, so that a graph contains what fills it.
         bias = _made_bias(table, window, scale, dtype, chosen)
-    elif bias is not None:
-        checks.position_bias(bias, q, padded=chosen == "triton")
     return _relpos(q, k, v, table, window[0], window[1], scale, chosen, bias)[0]
 
 
@@ -190,7 +190,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
 
 
 def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table, window))
+    return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window))
 
 
 def _relpos_bias_made(table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool) -> Tensor:
@@ -223,7 +223,7 @@ def _relpos_forward(
             bias = _relpos_bias_made(table, height, width, q.dtype, scale, turned=False)
         return relpos_attention_forward(q, k, v, bias, scale)
     bias = _bias(table, (height, width)) if bias is None else bias
-    return biased_attention(q, k, v, scale, bias.to(q.dtype)), q.new_empty(0, dtype=torch.float32)
+    return biased_attention(q, k, v, scale, bias.to(q.dtype)[None]), q.new_empty(0, dtype=torch.float32)
 
 
 def _relpos_forward_fake(

@@ -21,7 +21,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import host
-from .cpu.int8 import is_marked
+from .marked import kind_of
 
 BIAS_TILE = 128
 """Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
@@ -106,6 +106,11 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
         raise InputError(
             f"bias is {bias.dtype} {[*bias.shape]} on {bias.device}; here relpos_bias makes [{heads}, {tokens}, "
             f"{columns}] on {q.device}: give what it returned for the same table, window and device"
+        )
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            "bias requires a gradient, which relpos_attention gives to its table alone; detach it, or use "
+            "bias_attention, which gives one to a bias of any origin"
         )
 
 
@@ -205,7 +210,7 @@ def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tupl
 
 def _typed(weight: Tensor) -> Tensor | None:
     """The weight, if its type has to be that of the activations."""
-    return None if is_marked(weight) else weight
+    return weight if kind_of(weight) is None else None
 
 
 def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

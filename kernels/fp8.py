@@ -21,6 +21,7 @@ from . import reference
 from .backend import Backend, constant_when_compiled, named, resolve
 from .derived import derived
 from .library import autocast_dtype, on_device_of_arguments
+from .marked import kind_of
 
 _OLDEST_GPU = (8, 9)
 # The library multiplies fp8 in groups of so many rows and columns.
@@ -44,7 +45,7 @@ def use_fp8() -> Iterator[None]:
     """Within the block, linear layers multiply rows rounded to fp8 (e4m3) with weights rounded to fp8.
 
     For inference: their gradient is refused. A layer of which a dimension is no multiple of 16 multiplies as ever, and
-    so does one whose weight is frozen or in 8 bits.
+    so does one whose weight is frozen or in int8.
     Rounded weights are kept beside the parameters, half of the size of those in 16 bits, until they change. On a CPU
     the products are emulated, slowly, to show what fp8 does to a model's results: try it on some inputs of one's own
     before relying on it.
@@ -67,24 +68,46 @@ def on() -> bool:
     return _switch.on
 
 
+def concerns(weight: Tensor) -> bool:
+    """True within a block of `use_fp8`, and for a weight that is marked for fp8."""
+    return _switch.on or kind_of(weight) == "fp8"
+
+
+def fits(weight: Tensor) -> bool:
+    """True for the weight of a linear layer that can be multiplied in fp8: both dimensions are multiples of 16."""
+    return weight.ndim == 2 and not weight.shape[0] % _MULTIPLE and not weight.shape[1] % _MULTIPLE
+
+
+def require(device: torch.device) -> None:
+    """Refuse a device without fp8.
+
+    Raises:
+        UnavailableError: says why, and what to take instead.
+    """
+    why_not = _why_not(device.type, device.index)
+    if why_not is not None:
+        raise UnavailableError(f"products in fp8 were asked for, but {why_not}; use bfloat16")
+
+
 def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """True if the product of these rows and this weight is to be made in fp8.
 
     Raises:
         UnavailableError, InputError: as `use_fp8` says.
     """
-    if not _switch.on or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
+    kind = kind_of(weight)
+    if kind == "int8" or not (_switch.on or kind == "fp8") or not fits(weight):
         return False
     if weight.layout != torch.strided or not weight.is_floating_point():
         return False  # laid out for a library of the CPU, or in 8 bits already
+    if not _switch.on and torch.compiler.is_exporting():
+        return False  # an exported graph has the weights as they are, and is quantised by its own means
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others)):
         raise InputError(
             "products in fp8 have no gradient, which a parameter or input would want here: run the model under "
-            "torch.no_grad(), or leave ops.use_fp8() out"
+            "torch.no_grad(), or without fp8 (ops.use_fp8, dtype='fp8')"
         )
-    why_not = _why_not(x.device.type, x.device.index)
-    if why_not is not None:
-        raise UnavailableError(f"products in fp8 were asked for (ops.use_fp8), but {why_not}; leave it out for bf16")
+    require(x.device)
     return True
 
 
@@ -128,14 +151,19 @@ def rounded(x: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     return on_device_of_arguments(quantise_rows)(x) if x.is_cuda else quantise_rows(x)
 
 
-def wanted_of(chosen: Backend, *tensors: Tensor | None) -> bool:
-    """True if a Triton kernel that makes rows for a product should round them on the way."""
-    if not _switch.on or chosen != "triton" or torch.compiler.is_compiling():
+def wanted_of(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> bool:
+    """True if a Triton kernel that makes rows for a product should round them on the way.
+
+    Args:
+        weight: of the norm, or of the product with GELU behind it, that makes the rows.
+        tensors: what else they are made of.
+    """
+    if not concerns(weight) or chosen != "triton" or torch.compiler.is_compiling():
         return False
     if torch.is_inference_mode_enabled():
         # Tensors made in it carry no version: a change between the kernel and the product could not be seen.
         return False
-    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (weight, *tensors))
 
 
 def keep(x: Tensor, rows: Tensor, scales: Tensor) -> Tensor:

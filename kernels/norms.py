@@ -23,7 +23,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: 
     chosen = _resolve(backend, x, weight, bias)
     if chosen != "triton":
         return reference.layer_norm(x, weight, bias, eps)
-    if fp8.wanted_of(chosen, x, weight, bias):
+    if fp8.wanted_of(chosen, weight, x, bias):
         return _rounded_norm(x, None, weight, bias, eps)[0]
     return _layer_norm(x, weight, bias, eps)[0]
 
@@ -68,7 +68,7 @@ def add_layer_norm(
     chosen = _resolve(backend, x, residual, weight, bias, gamma, row_scale, seed)
     if chosen not in ("cpu", "triton"):
         return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, wide, seed)
-    if not dropout_p and fp8.wanted_of(chosen, x, residual, weight, bias, gamma, row_scale):
+    if not dropout_p and fp8.wanted_of(chosen, weight, x, residual, bias, gamma, row_scale):
         return _rounded_norm(x, residual, weight, bias, eps, gamma, row_scale, wide=wide)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=x.device)
@@ -123,7 +123,7 @@ def linear_add_layer_norm(
         return reference.layer_norm(summed, norm_weight, norm_bias, eps), summed
     if plain and (
         runs_in_int8(backend, weight, x, *of_one_type)
-        or (not fp8.on() and runs_cpu_inference(backend, x, weight, *of_one_type))
+        or (not fp8.concerns(weight) and runs_cpu_inference(backend, x, weight, *of_one_type))
     ):
         summed = linear_residual(x, weight, bias, residual, gamma=gamma, backend=backend)
         return layer_norm(summed, norm_weight, norm_bias, eps, backend=backend), summed

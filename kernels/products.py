@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.errors import InputError
+from xfm_fast.errors import InputError, UnavailableError
 
 from . import checks, fp8, reference
 from .backend import Backend, named, resolve
@@ -17,6 +17,7 @@ from .cpu import products as cpu
 from .cpu.workspace import Dropout
 from .library import on_device_of_arguments, operator
 from .limits import LARGEST_WIDTH
+from .marked import EightBits, kind_of
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -64,9 +65,28 @@ def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
     return present[0].dtype in _CPU_DTYPES and all(t.dtype == present[0].dtype for t in present)
 
 
+def type_beside(kind: str, device: torch.device) -> torch.dtype | None:
+    """The floating-point type of a model whose products run in 8 bits: bfloat16 where it is fast, else as stored.
+
+    Raises:
+        InputError: no such kind of 8 bits.
+        UnavailableError: products in them are not to be had there.
+    """
+    if kind not in get_args(EightBits):
+        raise InputError(f"dtype={kind!r} is unknown; give a torch.dtype, 'int8' or 'fp8'")
+    if kind == "fp8":
+        fp8.require(device)
+    elif device.type != "cpu":
+        raise UnavailableError(f"int8 is for CPUs, and the model is on {device}; move it with model.to('cpu')")
+    else:
+        int8.require()
+    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else None
+
+
 def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
     """True where the products of a marked weight run in int8, whatever type its values are stored in."""
-    if not int8.is_marked(weight) or torch.compiler.is_compiling():
+    if kind_of(weight) != "int8" or torch.compiler.is_compiling():
         return False
     if weight.is_inference() or weight.device != x.device:
         return False
@@ -74,8 +94,8 @@ def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Te
 
 
 def _floating(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight of a product that does not run in int8; a marked one may be stored in another type than x."""
-    return weight.to(x.dtype) if int8.is_marked(weight) else weight
+    """The weight of a product that does not run in 8 bits; a marked one may be stored in another type than x."""
+    return weight if kind_of(weight) is None else weight.to(x.dtype)
 
 
 def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
@@ -128,7 +148,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Back
 
 def _gelu_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | None) -> Tensor:
     wide = weight.shape[0] > LARGEST_WIDTH
-    if wide or not fp8.wanted_of(resolve(backend, x, weight, bias), x, weight, bias):
+    if wide or not fp8.wanted_of(resolve(backend, x, weight, bias), weight, x, bias):
         return F.gelu(fp8.linear(x, weight, bias, backend))
     from .triton.gelu import bias_gelu_quantise
 
@@ -213,14 +233,15 @@ def mlp_residual(
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
     if plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out)):
         return int8.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
+    in_fp8 = fp8.concerns(weight_in) or fp8.concerns(weight_out)
     if (
         plain
-        and not fp8.on()
+        and not in_fp8
         and runs_cpu_inference(backend, x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     ):
         return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     weight_in, weight_out = _floating(x, weight_in), _floating(x, weight_out)
-    if not fp8.on() and _trains_on_cpu(backend, x, weight_in, bias_in, weight_out, bias_out):
+    if not in_fp8 and _trains_on_cpu(backend, x, weight_in, bias_in, weight_out, bias_out):
         out = _mlp(x, weight_in, bias_in, weight_out, bias_out)[0]
         return _add_branch(out, residual, gamma, row_scale, dropout_p)
     hidden = linear_gelu(x, weight_in, bias_in, backend=backend)

@@ -1,23 +1,23 @@
 """Linear layers in int8 on CPU, for inference: weights rounded once for each channel, activations for each token.
 
-Which products run so is a mark on the weight, an `Int8Parameter`: its values, gradients and state dicts stay those of
-any parameter, and the bytes are kept beside it. Attention, norms and everything else stay in the activations' type.
+Which products run so is a mark on the weight (see `marked`). Attention, norms and everything else stay in the
+activations' type.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
-from ..derived import derived, forget
+from ..derived import derived
 from .workspace import scratch
 
 _LEVELS = 127
@@ -32,51 +32,6 @@ _SLICE_ROWS, _MOST_ROWS = 400, 4096
 _SMALLEST = 1e-30
 _PROBE = (64, 256, 256)
 _ROUNDS = 5
-
-
-class Int8Parameter(nn.Parameter):
-    """A weight whose products run in int8 on CPU wherever no gradient is wanted; in all else a parameter."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unpickled, (self.data, self.requires_grad)
-
-
-def _unpickled(data: Tensor, requires_grad: bool) -> nn.Parameter:
-    return (nn.Parameter if why_not() else Int8Parameter)(data, requires_grad)
-
-
-def mark(weights: Iterable[Tensor]) -> None:
-    """Let the products of these weights `[M, K]` run in int8: the same objects, with the same values.
-
-    Raises:
-        UnavailableError: this processor or PyTorch has no fast products of bytes.
-    """
-    require()
-    for weight in weights:
-        # What was computed from it, such as several weights side by side, is not marked.
-        forget(weight)
-        weight.__class__ = Int8Parameter
-
-
-def unmark(weights: Iterable[Tensor | None]) -> None:
-    """Take the marks off; weights without one stay as they are."""
-    for weight in weights:
-        if weight is not None and is_marked(weight):
-            forget(weight)
-            weight.__class__ = nn.Parameter
-
-
-def is_marked(weight: Tensor | None) -> bool:
-    """True if the products of a weight may run in int8."""
-    return type(weight) is Int8Parameter
-
-
-def side_by_side(weights: Iterable[Tensor]) -> Tensor:
-    """Weights joined along the first dimension; marked if all are and no gradient goes through."""
-    weights = tuple(weights)
-    joined = torch.cat(weights)
-    whole = all(map(is_marked, weights)) and not joined.requires_grad
-    return Int8Parameter(joined, requires_grad=False) if whole else joined
 
 
 def require() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from tests.kernels.accuracy import assert_accurate, draws, widened
 from tests.kernels.triton_testing import INTERPRETED, poison
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import fp8, ops, reference
+from xfm_fast.kernels import fp8, marked, ops, reference
 from xfm_fast.kernels.triton import fp8 as triton_fp8
 from xfm_fast.kernels.triton import gelu, layer_norm
 
@@ -221,7 +223,7 @@ def test_gradients_are_refused() -> None:
 
 def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.empty(3, 32, device="meta"), torch.empty(16, 32, device="meta")
-    with ops.use_fp8(), pytest.raises(UnavailableError, match=r"meta.*leave it out"):
+    with ops.use_fp8(), pytest.raises(UnavailableError, match=r"meta.*use bfloat16"):
         ops.linear(x, weight, None, backend="reference")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
     assert "compute capability 8.0 and fp8 needs 8.9" in (fp8._why_not("cuda", 0) or "")
@@ -237,6 +239,78 @@ def test_compiled_products_are_those_of_eager() -> None:
             return ops.linear(x, weight, bias)
 
     torch.testing.assert_close(torch.compile(run, backend="aot_eager")(x), run(x))
+
+
+def test_a_marked_weight_is_multiplied_as_within_the_block() -> None:
+    x, residual, (w1, b1, w2, b2) = torch.randn(3, 32), torch.randn(3, 32), mlp()
+    norm = (torch.randn(32), torch.randn(32))
+
+    def run() -> tuple[Tensor, ...]:
+        branch = ops.mlp_residual(x, w1, b1, w2, b2, residual)
+        return (
+            ops.linear(x, w1, b1),
+            branch,
+            *ops.linear_add_layer_norm(branch, w1[:32, :32], b2, residual, *norm, 1e-5),
+        )
+
+    with ops.use_fp8():
+        wanted = run()[:2]
+    layers = [nn.Parameter(weight) for weight in (w1, w2)]
+    w1, w2 = layers
+    exact = run()
+    marked.mark(layers, "fp8")
+    found = run()
+    assert all(map(torch.equal, found, wanted))
+    assert not torch.equal(found[1], exact[1])
+    with torch.enable_grad(), pytest.raises(InputError, match="no gradient"):
+        ops.linear(x, w1, b1)
+    marked.unmark(layers)
+    assert all(map(torch.equal, run(), exact))
+
+
+def test_marks_go_with_what_is_made_of_the_weights() -> None:
+    first, second = nn.Linear(32, 16), nn.Linear(32, 16)
+    marked.mark([first.weight], "fp8")
+    assert marked.kind_of(marked.side_by_side((first.weight, second.weight))) is None
+    marked.mark([second.weight], "int8")
+    assert marked.kind_of(marked.side_by_side((first.weight, second.weight))) is None
+    marked.mark([second.weight], "fp8")
+    assert marked.kind_of(marked.side_by_side((first.weight, second.weight))) == "fp8"
+    assert marked.kind_of(copy.deepcopy(first).weight) == "fp8"
+    assert marked.kind_of(pickle.loads(pickle.dumps(first)).weight) == "fp8"
+    assert type(first.state_dict()["weight"]) is Tensor
+
+
+def test_marked_norms_round_what_marked_products_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, residual, (w1, b1, w2, b2) = torch.randn(3, 32), torch.randn(3, 32), map(nn.Parameter, mlp())
+    scale, shift = nn.Parameter(torch.randn(32)), torch.randn(32)
+    marked.mark([w1, w2, scale], "fp8")
+    passes: list[int] = []
+    own = triton_fp8.quantise_rows
+    monkeypatch.setattr(triton_fp8, "quantise_rows", lambda x: (passes.append(x.numel()), own(x))[1])
+    with ops.use_backend("triton"):
+        normed, summed = ops.add_layer_norm(x, residual, scale, shift, 1e-5)
+        found = ops.mlp_residual(normed, w1, b1, w2, b2, summed)
+        ops.mlp_residual(ops.layer_norm(x, scale, shift, 1e-5), w1, b1, w2, b2, summed)
+        assert not passes
+        del normed
+    plain = ops.mlp_residual(ops.layer_norm(summed, scale, shift, 1e-5), w1, b1, w2, b2, summed)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0.05)
+    assert not fp8._switch.rounded
+
+
+def test_compilers_take_marked_weights_and_exports_their_floats() -> None:
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.linear(x, self.weight, self.bias)
+
+    x, layer = torch.randn(3, 32), Layer(32, 16)
+    exact = layer(x)
+    marked.mark([layer.weight], "fp8")
+    rounded = layer(x)
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), rounded)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), exact)
 
 
 def test_accelerated_models_take_it() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.marked import kind_of, mark, side_by_side, unmark
+from xfm_fast.kernels.products import type_beside
 
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
 # Several slices of rows (of few threads), one row, none.
@@ -49,7 +51,7 @@ def test_products_are_those_of_rounded_floats(shape: tuple[int, ...], dtype: tor
     rounded_x, rounded_w = reference.as_int8(x), reference.as_int8(made.weight)
     wide_bias = None if made.bias is None else made.bias.float()
     residual, gamma = torch.randn(*shape, 100).to(dtype), torch.rand(100).to(dtype)
-    int8.mark([made.weight])
+    mark([made.weight], "int8")
     given, band = (x, made.weight, made.bias), 1e-5 if dtype == torch.float32 else 2.0**-6
     wanted = reference.linear(rounded_x, rounded_w, wide_bias)
     found = ops.linear(*given)
@@ -78,7 +80,7 @@ def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
     wanted = reference.linear_residual(
         reference.as_int8(hidden, gelu=True), rounded[1], second.bias.float(), residual.float(), gamma.float(), None
     )
-    int8.mark([first.weight, second.weight])
+    mark([first.weight, second.weight], "int8")
     found = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, residual, gamma=gamma)
     # A hidden value on the edge between two levels may fall on either side.
     assert relative(found, wanted) < (2e-3 if dtype == torch.float32 else 2.0**-6)
@@ -94,7 +96,7 @@ def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
 def test_a_row_depends_on_itself_alone() -> None:
     torch.manual_seed(0)
     made, x = layer(64, 96), torch.randn(500, 64)
-    int8.mark([made.weight])
+    mark([made.weight], "int8")
     whole = ops.linear(x, made.weight, made.bias)
     x[1:] *= 1000
     assert torch.equal(ops.linear(x, made.weight, made.bias)[0], whole[0])
@@ -107,7 +109,7 @@ def test_hidden_layers_with_and_without_large_values() -> None:
     first, second, residual = layer(64, 160), layer(160, 64), torch.zeros(4, 64)
     first.weight.copy_(torch.randn(160, 64) / 8)
     x = torch.randn(4, 64) * torch.tensor([0.0, 0.01, 1.0, 100.0])[:, None]
-    int8.mark([first.weight, second.weight])
+    mark([first.weight, second.weight], "int8")
     hidden = ops.linear_gelu(x, first.weight, None)
     assert float(hidden[1].max()) < 0.17 < 10 < float(hidden[3].max())
     rounded = reference.as_int8(hidden, gelu=True)
@@ -121,7 +123,7 @@ def test_hidden_layers_with_and_without_large_values() -> None:
 def test_zeros_and_nan() -> None:
     made = layer(32, 48)
     made.weight[3] = 0
-    int8.mark([made.weight])
+    mark([made.weight], "int8")
     x = torch.zeros(3, 32)
     x[1, 5], x[2] = float("nan"), 1.0
     found = ops.linear(x, made.weight, made.bias)
@@ -137,12 +139,12 @@ def test_marks_leave_the_parameter_as_it_was() -> None:
     weight, before = made.weight, made.weight.detach().clone()
     x = torch.randn(5, 64)
     exact = made(x).detach()
-    int8.mark([weight])
+    mark([weight], "int8")
     assert made.weight is weight
     assert isinstance(weight, nn.Parameter)
     assert type(made.state_dict()["weight"]) is Tensor
-    assert int8.is_marked(copy.deepcopy(made).weight)
-    assert int8.is_marked(pickle.loads(pickle.dumps(made)).weight)
+    assert kind_of(copy.deepcopy(made).weight) == "int8"
+    assert kind_of(pickle.loads(pickle.dumps(made)).weight) == "int8"
     # With a gradient, products are exact.
     assert torch.allclose(ops.linear(x, weight, made.bias), exact, atol=1e-5)
     ops.linear(x, weight, made.bias).sum().backward()
@@ -153,7 +155,7 @@ def test_marks_leave_the_parameter_as_it_was() -> None:
         weight.mul_(2)
         assert torch.allclose(ops.linear(x, weight, None), 2 * (rounded - made.bias), rtol=1e-4, atol=1e-5)
         weight.copy_(before)
-        int8.unmark([weight, made.bias, None])
+        unmark([weight, made.bias, None])
         assert type(weight) is nn.Parameter
         assert torch.allclose(ops.linear(x, weight, made.bias), exact, atol=1e-5)
 
@@ -161,10 +163,10 @@ def test_marks_leave_the_parameter_as_it_was() -> None:
 @needs_int8
 def test_weights_side_by_side_are_marked_if_all_are() -> None:
     first, second = layer(64, 32), layer(64, 32)
-    int8.mark([first.weight])
-    assert not int8.is_marked(int8.side_by_side((first.weight, second.weight)))
-    int8.mark([second.weight])
-    joined = int8.side_by_side((first.weight, second.weight))
+    mark([first.weight], "int8")
+    assert kind_of(side_by_side((first.weight, second.weight))) is None
+    mark([second.weight], "int8")
+    joined = side_by_side((first.weight, second.weight))
     x = torch.randn(4, 64)
     assert torch.equal(ops.linear(x, joined, None)[:, :32], ops.linear(x, first.weight, None))
 
@@ -173,7 +175,7 @@ def test_weights_side_by_side_are_marked_if_all_are() -> None:
 def test_other_types_than_those_of_activations() -> None:
     """A weight stored in fp32 serves bf16 activations, in int8 and with gradients; other misfits are refused."""
     made, x = layer(64, 96), torch.randn(7, 64).bfloat16()
-    int8.mark([made.weight])
+    mark([made.weight], "int8")
     bias = made.bias.bfloat16()
     rounded = reference.linear(reference.as_int8(x), reference.as_int8(made.weight), made.bias)
     assert relative(ops.linear(x, made.weight, bias), rounded) < 2.0**-6
@@ -188,7 +190,7 @@ def test_other_types_than_those_of_activations() -> None:
 def test_compilers_see_floats() -> None:
     made, x = layer(64, 96), torch.randn(5, 64)
     exact = ops.linear(x, made.weight, made.bias)
-    int8.mark([made.weight])
+    mark([made.weight], "int8")
     compiled = torch.compile(lambda x: ops.linear(x, made.weight, made.bias), backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
 
@@ -197,10 +199,8 @@ def test_a_processor_without_such_products(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(int8, "_pack", lambda weight: torch.ops.onednn.no_such_operator(weight))
     int8.why_not.cache_clear()
     try:
-        weight = nn.Parameter(torch.randn(4, 4))
         with pytest.raises(UnavailableError, match=r"int8.*not offered here"):
-            int8.mark([weight])
-        assert type(weight) is nn.Parameter
+            type_beside("int8", torch.device("cpu"))
     finally:
         int8.why_not.cache_clear()
 

@@ -360,6 +360,8 @@ def test_a_position_bias_of_another_table_is_refused() -> None:
     torch.testing.assert_close(ops.relpos_attention(q, k, v, table, WINDOW, bias=bias), relpos(q, k, v, table))
     with pytest.raises(InputError, match=r"bias is torch.float32 \[4, 15, 16\].*relpos_bias makes"):
         ops.relpos_attention(q, k, v, table, WINDOW, bias=bias[:, 1:])
+    with pytest.raises(InputError, match=r"bias requires a gradient.*use bias_attention"):
+        ops.relpos_attention(q, k, v, table, WINDOW, bias=bias.clone().requires_grad_())
     with pytest.raises(InputError, match="interpolate it"):
         ops.relpos_bias(table[1:], WINDOW, dtype=q.dtype, scale=1.0)
 

@@ -141,6 +141,25 @@ def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]])
     assert len(calls) == (0 if form == "padding" else 2)
 
 
+@pytest.mark.parametrize("kind", ["RobertaModel", "XLMRobertaModel", "Data2VecTextModel"])
+def test_texts_of_the_families_of_bert(kind: str, calls: list[tuple[int, ...]]) -> None:
+    name = xfm_fast.register_attention()
+    model = make(kind, attention="eager")
+    fast = copy.deepcopy(model)
+    fast.set_attn_implementation(name)
+    given = batch()
+    agree(model, fast, given, 1e-5, given["attention_mask"].bool())
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT"])
+def test_images_without_a_position_bias(kind: str, calls: list[tuple[int, ...]]) -> None:
+    model, fast = pair(kind, {})
+    assert fast.config._attn_implementation == attention_interface.NAME
+    agree(model, fast, {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}, 1e-5)
+    assert not calls
+
+
 @pytest.mark.skipif(TRANSFORMERS < 5, reason="no model hands its bias to the interface before transformers 5")
 def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
     """As T5 calls it: the bias of position apart, and padding `[B, N]` or numbers."""

@@ -1,4 +1,4 @@
-"""`accelerate(model, dtype="int8")`: what is rounded, what it may cost, and that all of it can be undone."""
+"""`accelerate(model, dtype="int8")` and "fp8": what is rounded, what it may cost, and that all of it can be undone."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ pytest.importorskip("transformers")
 from tests.replace.text_models import batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.kernels import fp8
 from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.marked import EightBits, kind_of
 from xfm_fast.replace import quantised
 from xfm_fast.replace.swap import is_fused
 
-pytestmark = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 
 
-def model(dtype: torch.dtype = torch.float32, kind: str = "BertModel", **changes: Any) -> Any:
-    return make(kind, dtype, **changes).eval()
+def model(dtype: torch.dtype = torch.float32, name: str = "BertModel", **changes: Any) -> Any:
+    # Of sizes that both kinds take.
+    sizes: dict[str, Any] = {"intermediate_size": 64}
+    return make(name, dtype, **sizes | changes).eval()
 
 
 def outputs(made: Any, given: dict[str, Any]) -> Tensor:
@@ -36,27 +41,35 @@ def least_cosine(found: Tensor, wanted: Tensor) -> float:
 
 
 def marked(made: nn.Module) -> list[str]:
-    return [name for name, parameter in made.named_parameters() if int8.is_marked(parameter)]
+    return [name for name, p in made.named_parameters() if p.ndim == 2 and kind_of(p) is not None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("unpad", [False, True])
-def test_near_and_every_bit_back(dtype: torch.dtype, unpad: bool) -> None:
+@either
+def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: bool) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
     made, given = model(dtype), batch()
     names, parameters = zip(*made.named_parameters(), strict=True)
     before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
-    report = accelerate(made, dtype="int8", unpad=unpad, verify=given)
+    report = accelerate(made, dtype=kind, unpad=unpad, verify=given)
     found = outputs(made, given)
-    assert least_cosine(found, wanted) > 0.999
+    assert least_cosine(found, wanted) > (0.999 if kind == "int8" else 0.995)
     exact = model(dtype)
     accelerate(exact, dtype=None if dtype == torch.bfloat16 else torch.bfloat16, unpad=unpad)
     assert not torch.equal(found, outputs(exact, given))
     per_layer = 6
-    assert report.int8_weights == len(marked(made)) == per_layer * made.config.num_hidden_layers
-    assert f"{report.int8_weights} weights run in int8" in str(report)
+    assert {kind_of(p) for p in made.parameters()} == {kind, None}
+    assert report.rounded_weights == len(marked(made)) == per_layer * made.config.num_hidden_layers
+    assert f"{report.rounded_weights} weights run in {kind}" in str(report)
     assert report.differences
+    cost = report.rounding["last_hidden_state"]
+    assert cost.cosine == pytest.approx(least_cosine(found, wanted), abs=1e-3)
+    assert cost.ranks is not None
+    assert f"last_hidden_state has a cosine of at least {cost.cosine:.4f}, {cost.ranks:.0%} of the entries" in str(
+        report
+    )
     after = made.state_dict()
     assert all(torch.equal(after[name], before[name]) and type(after[name]) is Tensor for name in before)
     report.revert()
@@ -67,6 +80,7 @@ def test_near_and_every_bit_back(dtype: torch.dtype, unpad: bool) -> None:
     assert not any(is_fused(module) for module in made.modules())
 
 
+@needs_int8
 def test_training_is_exact() -> None:
     made, given = model(), batch()
     wanted = made(**given).last_hidden_state[given["attention_mask"].bool()]
@@ -78,21 +92,32 @@ def test_training_is_exact() -> None:
     assert all(p.grad is not None for name, p in made.named_parameters() if "encoder" in name)
 
 
-def test_again_in_another_type() -> None:
+def test_gradients_are_refused_in_fp8() -> None:
+    made, given = model(), batch()
+    report = accelerate(made, dtype="fp8")
+    with pytest.raises(InputError, match=r"fp8 have no gradient.*no_grad"):
+        made(**given)
+    report.revert()
+    made(**given).last_hidden_state.sum().backward()
+
+
+@either
+def test_again_in_another_type(kind: EightBits) -> None:
     made, given = model(), batch()
     wanted = outputs(made, given)
-    accelerate(made, dtype="int8")
+    accelerate(made, dtype=kind)
     assert marked(made)
-    accelerate(made, dtype="int8", unpad=True)
+    accelerate(made, dtype=kind, unpad=True)
     assert marked(made)
     accelerate(made)
     assert not marked(made)
     assert torch.allclose(outputs(made, given), wanted, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_a_failed_change_leaves_int8_in_force() -> None:
+@either
+def test_a_failed_change_leaves_it_in_force(kind: EightBits) -> None:
     made, given = model(), batch()
-    accelerate(made, dtype="int8")
+    accelerate(made, dtype=kind)
     before, names = outputs(made, given), marked(made)
     with pytest.raises(InputError, match="matches no module"):
         accelerate(made, include="nothing like this")
@@ -102,15 +127,39 @@ def test_a_failed_change_leaves_int8_in_force() -> None:
     assert torch.equal(outputs(made, given), before)
 
 
-def test_copies_keep_it() -> None:
+@either
+def test_copies_keep_it(kind: EightBits) -> None:
     made, given = model(), batch()
-    accelerate(made, dtype="int8")
+    accelerate(made, dtype=kind)
     assert torch.equal(outputs(copy.deepcopy(made), given), outputs(made, given))
 
 
+def test_a_moved_model_stays_in_fp8() -> None:
+    """On the way to another device parameters are made anew, as it is done here for one of the same device."""
+    made, given = model(), batch()
+    accelerate(made, dtype="fp8")
+    names, found = marked(made), outputs(made, given)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        made._apply(torch.clone)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert marked(made) == names
+    assert torch.equal(outputs(made, given), found)
+
+
+def test_what_does_not_fit_fp8_stays_in_floats() -> None:
+    made = make("BertModel", torch.float32).eval()
+    accelerate(made, dtype="fp8")
+    names = marked(made)
+    assert any("query" in name for name in names)
+    assert not any("intermediate" in name for name in names)
+
+
+@needs_int8
 def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outlier in one layer's weights takes all levels of its rows; that layer alone stays in floating point."""
-    made, given = model(num_hidden_layers=3), batch()
+    made, given = model(num_hidden_layers=3, intermediate_size=63), batch()
     with torch.no_grad():
         weight = made.encoder.layer[1].output.dense.weight
         weight[:, 0] *= 300
@@ -124,22 +173,24 @@ def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> No
     assert least_cosine(outputs(made, given), wanted) > 0.9998
 
 
-def test_what_no_exemption_helps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@either
+def test_what_no_exemption_helps_is_refused(kind: EightBits, monkeypatch: pytest.MonkeyPatch) -> None:
     made, given = model(), batch()
     wanted = outputs(made, given)
     monkeypatch.setattr(quantised, "LEAST_COSINE", 1.1)
-    with pytest.raises(InputError, match=r"cosine of .* asked of int8"):
-        accelerate(made, dtype="int8", verify=given)
+    with pytest.raises(InputError, match=f"cosine of .* asked of {kind}"):
+        accelerate(made, dtype=kind, verify=given)
     assert torch.equal(outputs(made, given), wanted)
     assert not marked(made)
 
 
-def test_weights_that_stay() -> None:
+@either
+def test_weights_that_stay(kind: EightBits) -> None:
     """The vocabulary, shared weights and observed layers are computed as they are stored."""
-    made = model(kind="BertForMaskedLM")
+    made = model(name="BertForMaskedLM")
     made.bert.encoder.layer[0].attention.self.query.weight = made.bert.encoder.layer[0].attention.self.key.weight
     made.bert.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *given: None)
-    accelerate(made, dtype="int8")
+    accelerate(made, dtype=kind)
     names = marked(made)
     assert not any("embeddings" in name or "cls" in name for name in names)
     assert not any("layer.0.attention.self.query" in n or "layer.0.attention.self.key" in n for n in names)
@@ -150,9 +201,13 @@ def test_weights_that_stay() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dtype": "int8", "freeze": True}, InputError, "leave freeze out"),
+        pytest.param({"dtype": "int8", "freeze": True}, InputError, "leave freeze out", marks=needs_int8),
+        ({"dtype": "fp8", "freeze": True}, InputError, "rounded to fp8 .* leave freeze out"),
         ({"dtype": "int4"}, InputError, "dtype='int4' is unknown"),
-        ({"dtype": "int8", "include": "embeddings"}, InputError, "no linear layer to round"),
+        pytest.param(
+            {"dtype": "int8", "include": "embeddings"}, InputError, "no linear layer to rou", marks=needs_int8
+        ),
+        ({"dtype": "fp8", "include": "embeddings"}, InputError, "multiples of 16"),
     ],
 )
 def test_refusals(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -164,7 +219,35 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str)
     assert not any(is_fused(module) for module in made.modules())
 
 
-def test_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "why_not", lambda: "of a test")
     with pytest.raises(UnavailableError, match="not offered here: of a test"):
         accelerate(model(), dtype="int8")
+    monkeypatch.setattr(fp8, "_why_not", lambda device, index: f"{device} of a test has none")
+    made, given = model(), batch()
+    wanted = outputs(made, given)
+    with pytest.raises(UnavailableError, match="fp8 were asked for, but cpu of a test has none; use bfloat16"):
+        accelerate(made, dtype="fp8")
+    assert torch.equal(outputs(made, given), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "ranks"),
+    [
+        ([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]], [[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]], 1.0),
+        # The last is most like the second now, which is most like it.
+        ([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]], [[1.0, 0], [1, 0.2], [0, 1], [1, 0.2]], 0.25),
+        ([[1.0, 0], [1, 0.1]], [[1.0, 0], [1, 0.1]], None),
+    ],
+)
+def test_ranks_count_entries_that_keep_their_nearest(wanted: Any, found: Any, ranks: float | None) -> None:
+    assert quantised.rounding(torch.tensor(wanted), torch.tensor(found), None).ranks == ranks
+
+
+def test_padding_has_no_part_in_what_it_costs() -> None:
+    wanted, mask = torch.randn(4, 3, 8), torch.tensor([[1, 1, 0]] * 4)
+    found = wanted.clone()
+    found[:, 2] = torch.randn(4, 8)
+    cost = quantised.rounding(wanted, found, mask)
+    assert cost.cosine == pytest.approx(1)
+    assert cost.ranks == 1

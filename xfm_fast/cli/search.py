@@ -15,7 +15,6 @@ from xfm_fast.cli.console import note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
 
 if TYPE_CHECKING:
-    from xfm_fast.models.xfm import Precision
     from xfm_fast.search import ModelSource
 
 _SHOWN = 5
@@ -31,14 +30,14 @@ class WeightOptions:
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the model's folder]
         random: Random weights of this size.
         device: Where the model runs.
-        dtype: Number format of the weights, or int8 for fast products on a CPU.
+        dtype: Number format of the weights, or products of 8 bits: int8 on a CPU, fp8 on a GPU.
     """
 
     model: str | None = None
     tokenizer: str | None = None
     random: Literal["tiny", "base"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,7 @@ def index(
         collection: Folder of images, with captions beside them or in captions.csv; CSV, JSON or JSON lines with image
             and, if known, caption; JSON lines with binary and desc; WebDataset shard.
     """
+    from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE
     from xfm_fast.search.neighbours import lacks_graph
@@ -107,7 +107,7 @@ def index(
     with join_processes(weights.device) as processes, stop_on_signal() as stop, progress("indexing") as told:
         if source.random and processes.first:
             _warn(source)
-        model = processes.together(lambda: open_model(source, device=processes.device, dtype=_dtype(weights.dtype)))
+        model = processes.together(lambda: open_model(source, device=processes.device, dtype=PRECISIONS[weights.dtype]))
         report = build_index(
             collection, model, target, images=options.images, batch_size=options.batch_size, workers=options.workers,
             processes=processes, progress=told, stop=stop, graph=options.graph,
@@ -149,6 +149,7 @@ def search(
         query: A text; or an image file: what is no existing file is a text.
     """
     from xfm_fast.errors import InputError, UnavailableError
+    from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.search import open_index, open_model, write_sheet
     from xfm_fast.search import search as find
 
@@ -163,7 +164,7 @@ def search(
     if weights.device == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
     device = "cuda" if weights.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = open_model(source, device=device, dtype=_dtype(weights.dtype))
+    model = open_model(source, device=device, dtype=PRECISIONS[weights.dtype])
     asked = Path(query) if os.path.isfile(query) else query
     found = find(found_index, model, asked, top=options.top, candidates=options.candidates, exact=options.exact)
     for name, reason in list(found.lost.items())[:_SHOWN]:
@@ -207,12 +208,3 @@ def _source(weights: WeightOptions, known: ModelSource | None) -> ModelSource:
 
 def _warn(source: ModelSource) -> None:
     note(f"THE WEIGHTS ARE RANDOM ({source}): results mean nothing. Give --model for one that was trained")
-
-
-def _dtype(name: str) -> Precision:
-    import torch
-
-    known: dict[str, Precision] = {
-        "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": "int8",
-    }  # fmt: skip
-    return known[name]

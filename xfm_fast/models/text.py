@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.derived import derived
+from xfm_fast.kernels.marked import side_by_side
 from xfm_fast.models.heads import LMHead
 from xfm_fast.packing import Packing, Reads
 
@@ -21,7 +21,7 @@ def concatenated(name: str, *parts: Tensor) -> Tensor:
     """Parameters side by side along the first dimension, so that one product does the work of several."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
         return torch.cat(parts)
-    return derived(name, parts, lambda: int8.side_by_side(parts))
+    return derived(name, parts, lambda: side_by_side(parts))
 
 
 class AttentionProjections(nn.Module):

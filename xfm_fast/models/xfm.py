@@ -20,8 +20,9 @@ from xfm_fast import checkpoint
 from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import ops
-from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels import fp8, marked, ops
+from xfm_fast.kernels.marked import EightBits
+from xfm_fast.kernels.products import type_beside
 from xfm_fast.models import frozen, hub, inputs
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.heads import MLPHead
@@ -48,23 +49,24 @@ from xfm_fast.tokenizer import CaptionTokenizer
 ALL_HEADS: tuple[Head, ...] = get_args(Head)
 Encoder = Literal["vision", "text", "fusion"]
 ALL_ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
-Precision = torch.dtype | Literal["int8"]
-"""A type of parameters; or products of the layers in int8, on a CPU, and everything else in its fastest float type."""
+Precision = torch.dtype | EightBits
+"""A type of parameters; or products of the layers in int8 (on a CPU) or fp8, and all else in its fastest float type."""
+PRECISIONS: dict[str, Precision] = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": "int8", "fp8": "fp8",
+}  # fmt: skip
+"""As the command line spells them."""
 
 
-def float_type(precision: Precision) -> torch.dtype:
-    """The type of parameters and of all that is not multiplied in int8.
+def float_type(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of parameters and of all that is not multiplied in 8 bits.
 
     Raises:
-        UnavailableError: int8 is not to be had on this processor.
+        UnavailableError: these 8 bits are not to be had on the device.
         InputError: another word.
     """
     if isinstance(precision, torch.dtype):
         return precision
-    if precision != "int8":
-        raise InputError(f"dtype={precision!r} is unknown; give a torch.dtype or 'int8'")
-    int8.require()
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return type_beside(precision, device) or torch.float32
 
 
 class XFMOutput(NamedTuple):
@@ -157,7 +159,7 @@ class XFM(nn.Module):
             source: a `.th`/`.pth`/`.bin` file (read with `weights_only=True`), a `.safetensors` file, or a state dict.
             config: sizes of the model.
             heads: heads to load; a fine-tuned checkpoint lacks some. Those not named are left out.
-            dtype: of the parameters; or "int8", see `quantise`.
+            dtype: of the parameters; or "int8" or "fp8", see `quantise`.
             tokenizer: reads texts; or a folder with RoBERTa's `vocab.json` and `merges.txt`, or a `tokenizer.json`.
 
         Raises:
@@ -194,7 +196,7 @@ class XFM(nn.Module):
             source: as for `from_official`.
             image_size: in pixels; by default that of the weights.
             text_heads: attention heads of language and fusion; by default one for each 64 columns.
-            dtype: of the parameters; or "int8", see `quantise`.
+            dtype: of the parameters; or "int8" or "fp8", see `quantise`.
             tokenizer: a folder with BERT's `vocab.txt`, or a `tokenizer.json` (of XLM-R for CCLM).
 
         Raises:
@@ -230,7 +232,7 @@ class XFM(nn.Module):
         Args:
             folder: the folder, or a model on the Hugging Face Hub by its name, `"org/name"`.
             heads: heads to load; by default those that it holds.
-            dtype: of the parameters; or "int8", see `quantise`.
+            dtype: of the parameters; or "int8" or "fp8", see `quantise`.
             tokenizer: instead of that of the folder; see `from_official`.
             download: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` of the Hub.
 
@@ -261,9 +263,8 @@ class XFM(nn.Module):
         shared: bool = False,
     ) -> Self:
         """A model with the values of a state dict, which are copied where they are shared with the caller."""
-        in_int8 = dtype == "int8"
-        if isinstance(dtype, str):
-            dtype = float_type(dtype)
+        kind = dtype if isinstance(dtype, str) else None
+        dtype = float_type(dtype, torch.device("cpu"))
         checkpoint.require_depth(config, state, what=what)
         # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
         with checkpoint.without_values():
@@ -277,7 +278,7 @@ class XFM(nn.Module):
             checkpoint.assign_into(model, state, what=what)
         if not config.learnable_temperature and "contrastive" in heads:
             model.register_buffer("temp", torch.tensor(config.temperature, dtype=dtype), persistent=False)
-        return model.quantise().eval() if in_int8 else model.eval()
+        return model.eval() if kind is None else model.quantise(kind).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and, where there is a tokenizer,
@@ -311,48 +312,60 @@ class XFM(nn.Module):
             self, name, private=private, commit_message=commit_message, token=token, branch=branch, create_pr=create_pr
         )
 
-    def quantise(self) -> Self:
-        """Let the linear layers of all blocks run in int8 wherever no gradient is wanted, on a CPU; in place.
+    def quantise(self, kind: EightBits = "int8") -> Self:
+        """Let the linear layers of all blocks run in 8 bits; in place.
 
         Weights are rounded once for each output channel, activations for each token as they come. Patch embedding,
         embeddings, attention, norms and heads stay as they are. The parameters keep their values beside the bytes, so
         that the model can be saved, trained and dequantised as before.
 
+        Args:
+            kind: "int8", on a CPU, wherever no gradient is wanted; "fp8", on a GPU of compute capability 8.9 or newer,
+                and gradients are refused. A CPU emulates fp8, slowly, to show what it does to results. A model in fp8
+                may be moved; moved to a GPU, one in int8 computes in floats.
+
         Raises:
-            UnavailableError: this processor has no fast products of bytes, or the model is not on the CPU.
-            InputError: the model is in int8 already, frozen, or its parameters are in a type without such products.
+            UnavailableError: this processor or GPU has no fast products of that kind.
+            InputError: the model is in 8 bits already, frozen, or its parameters are in a type without such products.
         """
         if self.quantised:
-            raise InputError("the model is in int8 already; call dequantise() to take its products in floats again")
-        if frozen.is_frozen(self):
-            raise InputError("the model is frozen, and int8 lays weights out in its own way; call unfreeze() first")
-        if self.device.type != "cpu":
-            raise UnavailableError(f"int8 is for CPUs, and the model is on {self.device}; move it with model.to('cpu')")
-        if self.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(
-                f"int8 takes activations of float32 or bfloat16, not {self.dtype}; convert the model first"
+                f"the model is in {self.quantised} already; call dequantise() to take its products in floats again"
             )
-        int8.mark(self._block_weights())
+        if frozen.is_frozen(self):
+            raise InputError(f"the model is frozen, and {kind} lays weights out in its own way; call unfreeze() first")
+        type_beside(kind, self.device)
+        known = (torch.float32, torch.bfloat16) if kind == "int8" else (torch.float32, torch.bfloat16, torch.float16)
+        if self.dtype not in known:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            raise InputError(f"{kind} takes activations of {names}, not {self.dtype}; convert the model first")
+        weights = self._block_weights()
+        if kind == "fp8":
+            weights = [*filter(fp8.fits, weights), *self._block_weights(nn.LayerNorm)]
+        marked.mark(weights, kind)
         return self
 
     def cast(self, precision: Precision) -> Self:
-        """Convert parameters to a type, in place; "int8" is the fastest type of this CPU, and `quantise`."""
-        model = self.to(float_type(precision))
-        return model.quantise() if precision == "int8" else model
+        """Convert parameters to a type, in place; 8 bits are the fastest type beside them, and `quantise`."""
+        model = self.to(float_type(precision, self.device))
+        return model if isinstance(precision, torch.dtype) else model.quantise(precision)
 
     def dequantise(self) -> Self:
         """Undo `quantise`: every product in the type of the parameters again; in place. Twice does no harm."""
-        int8.unmark(self._block_weights())
+        marked.unmark([*self._block_weights(), *self._block_weights(nn.LayerNorm)])
         return self
 
     @property
-    def quantised(self) -> bool:
-        """True after `quantise`, or when loaded with `dtype="int8"`."""
-        return any(map(int8.is_marked, self._block_weights()))
+    def quantised(self) -> EightBits | None:
+        """In which 8 bits the blocks multiply: after `quantise`, or when loaded so. None for a model in floats."""
+        for weight in self._block_weights():
+            if (kind := marked.kind_of(weight)) is not None:
+                return kind
+        return None
 
-    def _block_weights(self) -> list[Tensor]:
+    def _block_weights(self, of: type[nn.Linear | nn.LayerNorm] = nn.Linear) -> list[Tensor]:
         blocks = (block for block in self.modules() if isinstance(block, Block | TransformerLayer))
-        return [part.weight for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+        return [part.weight for block in blocks for part in block.modules() if isinstance(part, of)]
 
     def set_image_size(self, image_size: int) -> None:
         """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""
@@ -390,7 +403,9 @@ class XFM(nn.Module):
             InputError: it is not on a CPU, in another type than float32 and bfloat16, in int8, or in training mode.
         """
         if self.quantised:
-            raise InputError("the model is in int8, whose bytes are laid out already; call dequantise() to freeze it")
+            raise InputError(
+                f"the model is in {self.quantised}, whose bytes are laid out already; call dequantise() to freeze it"
+            )
         frozen.freeze(self)
         return self
 
@@ -412,7 +427,8 @@ class XFM(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What moves or converts a model reads its weights as they were.
         frozen.unfreeze(self)
-        return super()._apply(fn, recurse)
+        with marked.following(self):
+            return super()._apply(fn, recurse)
 
     def require_head(self, head: Head) -> None:
         if head not in self.heads:

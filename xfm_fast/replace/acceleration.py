@@ -6,19 +6,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
-from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.marked import EightBits, kind_of
 from xfm_fast.replace import adapters, quantised
-from xfm_fast.replace.expectation import Expectation, measured_product, product_parameters, shares
+from xfm_fast.replace.expectation import (
+    Expectation,
+    Unknown,
+    measured_product,
+    product_parameters,
+    shares,
+    unknown_layers,
+)
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
 from xfm_fast.replace.frozen import freeze as freeze_weights
@@ -39,13 +45,14 @@ from xfm_fast.replace.swap import (
 )
 
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+_ROW = "a row of names makes such a layer known (xfm_fast.replace.Family)"
 
 
 def accelerate(
     model: nn.Module,
     *,
     kernels: Backend = "auto",
-    dtype: torch.dtype | Literal["int8"] | None = None,
+    dtype: torch.dtype | EightBits | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     unpad: bool = False,
@@ -69,8 +76,10 @@ def accelerate(
         kernels: backend of the ops; one asked for by name never falls back.
         dtype: compute in this type with the parameters as they are stored; None follows the inputs. "int8", on a CPU,
             rounds what the linear layers of blocks multiply, weights by output channel and activations by token, where
-            no gradient is wanted; the rest is computed in bfloat16 where the processor has it. With `verify`, blocks
-            that this costs most stay in floating point until the cosine of every output is at least 0.99.
+            no gradient is wanted. "fp8" does so on a GPU of compute capability 8.9 or newer and refuses gradients; a
+            CPU emulates it, slowly, to show what it costs. The rest is computed in bfloat16 where that is fast. With
+            `verify`, blocks that 8 bits cost most stay in floating point until the cosine of every output is at least
+            0.99.
         include: only modules under these: qualified names or class names (with * and ?), or classes.
         exclude: leave these out, and what is in them.
         unpad: leave padding out of whole encoders. Every real token's output is unchanged; at padding it is zero,
@@ -95,13 +104,11 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
-    in_int8 = dtype == "int8"
+    _require_values(model)
+    kind = None
     if isinstance(dtype, str):
-        if not in_int8:
-            raise InputError(f"dtype={dtype!r} is unknown; give a torch.dtype or 'int8'")
-        quantised.check(model, freeze)
-        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    settings = Settings(kernels, dtype, unpad, skip_logits, in_int8)
+        kind, dtype = dtype, quantised.check(model, dtype, freeze)
+    settings = Settings(kernels, dtype, unpad, skip_logits, kind)
     _check_machine(model, settings)
     if cuda_graphs:
         if unpad:
@@ -128,14 +135,14 @@ def accelerate(
         report = _replace(model, chosen, settings)
         if freeze:
             report.freeze(model, settings)
-        if in_int8:
-            report.quantise(model)
+        if kind is not None:
+            report.quantise(model, kind)
             if (wanted := before) is not None:
-                report.keep_within(lambda: _least_cosine(wanted, _outputs(model, verify), verify))
+                report.keep_within(lambda: quantised.least_cosine(wanted, _outputs(model, verify), _mask(verify)))
         if before is not None:
             after = _outputs(model, verify)
-            report.differences.update(_compared(before, after, verify, dtype, in_int8))
-            report._useful = _useful(verify) if any("npadded" in entry.fused for entry in report.replaced) else 1.0
+            report.compare(before, after, verify, dtype)
+            report._useful = _useful(verify) if report._packed else 1.0
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -145,8 +152,10 @@ def accelerate(
                 restore(module)
         for module, form, its_settings in undo:
             swap(module, form, its_settings)
-        once = [module for module, _, its_settings in undo if isinstance(module, Fused) and its_settings.in_int8]
-        quantised.quantise(model, once)
+        once: set[EightBits | None] = {its_settings.eight_bits for _, _, its_settings in undo}
+        for each in once:
+            if each is not None:
+                quantised.quantise(model, [m for m, _, own in undo if own.eight_bits == each], each)
         if frozen is not None:
             freeze_weights(model, [module for module, _, _ in undo if isinstance(module, Fused)], frozen)
         if graphs is not None:
@@ -195,19 +204,25 @@ class Report:
 
     Attributes:
         entries: in the order of `model.named_modules()`.
+        unknown: layers that are no part of them, and yet a part of the model's products that counts.
         differences: largest difference of each output that `verify` compared, relative to the output's largest value.
+        rounding: what 8 bits cost each of them.
     """
 
     entries: list[Entry]
+    unknown: list[Unknown] = field(default_factory=list)
     differences: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, quantised.Rounding] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
-    _in_int8: list[list[nn.Parameter]] = field(default_factory=list, repr=False)
+    _eight_bits: EightBits | None = None
+    _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)
     """Marked weights of every module that has some."""
     _exempt: int = 0
     _model: nn.Module | None = field(default=None, repr=False)
     """The model, where its calls are replayed as graphs."""
     _share: float = 0.0
+    _packed: float = 0.0
     _useful: float = 1.0
 
     @property
@@ -235,8 +250,23 @@ class Report:
         first = next((module for module in self._modules if isinstance(module, Fused)), None)
         if first is None:
             return Expectation(0.0, None)
-        product = measured_product(first, first.settings.backend, first.settings.dtype)
-        return Expectation(self._share, product, self._useful)
+        # Products in fp8 are none of those that are raced.
+        raced = self._eight_bits != "fp8"
+        product = measured_product(first, first.settings.backend, first.settings.dtype) if raced else None
+        return Expectation(self._share, product, self._useful, self._packed)
+
+    @property
+    def expected_gains(self) -> dict[str, float]:
+        """How many times faster the products of each replaced module are expected to be, by path, where that is known.
+
+        As `expected` says it of the model: by the race of libraries on this processor, and by the padding left out.
+        """
+        whole, found, packed = self.expected, {}, _packed_paths(self.replaced)
+        for entry in self.replaced:
+            useful = whole.useful if any(_within(entry.path, path) for path in packed) else 1.0
+            if entry.share and (whole.product is not None or useful < 1):
+                found[entry.path] = (whole.product or 1.0) / useful
+        return found
 
     def revert(self) -> None:
         """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm.
@@ -258,23 +288,67 @@ class Report:
                 "with weights of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
             )
 
-    def quantise(self, model: nn.Module) -> None:
-        """Let the products of the replaced modules run in int8."""
-        self._in_int8 = quantised.quantise(model, [m for m in self._modules if isinstance(m, Fused)])
-        if not self._in_int8:
+    def quantise(self, model: nn.Module, kind: EightBits) -> None:
+        """Let the products of the replaced modules run in 8 bits."""
+        self._eight_bits = kind
+        self._rounded = quantised.quantise(model, [m for m in self._modules if isinstance(m, Fused)], kind)
+        if not self._rounded:
+            of_size = ", of sizes that are multiples of 16" if kind == "fp8" else ""
             raise InputError(
-                "dtype='int8' finds no linear layer to round: it knows those inside of blocks, with weights of float32 "
-                "or bfloat16 and no hooks or adapters on them; choose another dtype"
+                f"dtype={kind!r} finds no linear layer to round: it knows those inside of blocks{of_size}, with "
+                "weights of float32 or bfloat16 and no hooks or adapters on them; choose another dtype"
             )
 
     def keep_within(self, cosine: Callable[[], float]) -> None:
-        """Leave the modules in floating point that int8 costs most, until the outputs are near enough."""
-        self._exempt = quantised.keep_within(cosine, self._in_int8)
+        """Leave the modules in floating point that 8 bits cost most, until the outputs are near enough."""
+        assert self._eight_bits is not None
+        self._exempt = quantised.keep_within(cosine, self._rounded, self._eight_bits)
+
+    def compare(
+        self, before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None
+    ) -> None:
+        """Note how outputs differ from what they were.
+
+        Padding is left out of outputs with one entry per token: what is there has no meaning.
+
+        Raises:
+            InputError: an output is missing, has another shape, or differs by more than rounding.
+        """
+        kind, mask = self._eight_bits, _mask(batch)
+        for name, wanted in before.items():
+            found = after.get(name)
+            label = f"output {name!r}" if name else "the output"
+            if found is None or found.shape != wanted.shape:
+                raise InputError(
+                    f"{label} was {tuple(wanted.shape)} and is {None if found is None else tuple(found.shape)} after "
+                    "acceleration; the model was put back as it was"
+                )
+            if kind is not None:
+                self.rounding[name] = quantised.rounding(wanted, found, mask)
+            wanted, found = quantised.without_padding(wanted, found, mask)
+            band = BANDS.get(dtype or wanted.dtype, BANDS[torch.float32])
+            scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+            error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
+            self.differences[name] = error / scale if scale else error
+            if kind is not None:
+                cosine = self.rounding[name].cosine
+                if not cosine >= quantised.LEAST_COSINE:
+                    raise InputError(
+                        f"{label} has a cosine of {cosine:.3f} to what it was, below the {quantised.LEAST_COSINE} "
+                        f"asked of {kind}; the model was put back as it was. exclude=… leaves modules out, "
+                        "dtype=torch.bfloat16 takes another type"
+                    )
+            elif not self.differences[name] <= band:
+                raise InputError(
+                    f"{label} differs by {self.differences[name]:.1e} of its largest value after acceleration, more "
+                    f"than rounding in {dtype or wanted.dtype} explains ({band:.0e}); the model was put back as it "
+                    "was. exclude=… leaves modules out"
+                )
 
     @property
-    def int8_weights(self) -> int:
-        """How many weights are multiplied in int8."""
-        return sum(int8.is_marked(weight) for group in self._in_int8 for weight in group)
+    def rounded_weights(self) -> int:
+        """How many weights are multiplied in 8 bits."""
+        return sum(kind_of(weight) is not None for group in self._rounded for weight in group)
 
     @property
     def frozen_bytes(self) -> int:
@@ -289,38 +363,44 @@ class Report:
         return sum(p.numel() * p.element_size() for p in found)
 
     def __str__(self) -> str:
-        rows = [("module", "class", "replaced by", "why, or what it saves")]
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        declining = self.declining
+        rows = [("module", "class", "replaced by", "products", "expected", "why, or what it saves")]
+        groups: dict[tuple[str, str, str, str], list[Entry]] = {}
+        declining, gains = self.declining, self.expected_gains
         for entry in self.entries:
             fate, why = entry.fused, entry.gain
             if entry.reason is not None:
                 fate, why = "left alone", entry.reason
             elif entry.path in declining:
                 fate, why = "runs its original", declining[entry.path]
-            groups.setdefault((entry.class_name, fate, why), []).append(entry.path)
-        for (class_name, fate, why), paths in groups.items():
-            place = paths[0] or "(the model)"
-            if len(paths) > 1:
-                place += f" and {len(paths) - 1} alike"
-            rows.append((place, class_name, fate, why))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            gain = gains.get(entry.path) if fate == entry.fused else None
+            groups.setdefault((entry.class_name, fate, f"{gain:.1f}×" if gain else "", why), []).append(entry)
+        for (class_name, fate, gain, why), alike in groups.items():
+            place, share = alike[0].path or "(the model)", sum(entry.share for entry in alike)
+            if len(alike) > 1:
+                place += f" and {len(alike) - 1} alike"
+            rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", gain, why))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
         if declining:
             lines[-1] += f"; {len(declining)} of those replaced run their original at present"
+        lines += [f"not known: {layers}; {_ROW}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
             line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside"
             if left := self._unfrozen_bytes:
                 line += f"; {left / 2**20:,.1f} MB of other products stay parameters"
             lines.append(line)
-        if rounded := self.int8_weights:
+        if rounded := self.rounded_weights:
             exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
-            lines.append(f"products with {rounded} weights run in int8 where no gradient is wanted{exempt}")
+            how = "where no gradient is wanted" if self._eight_bits == "int8" else "and have no gradient"
+            lines.append(f"products with {rounded} weights run in {self._eight_bits} {how}{exempt}")
+            if self._eight_bits == "fp8" and any(weight.is_cpu for group in self._rounded for weight in group):
+                lines.append("this CPU emulates fp8, slowly: results are those to expect of a GPU, times are not")
         lines.append(str(self.expected))
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
-        lines += [f"verified: {name or 'output'} differs by {value:.1e}" for name, value in self.differences.items()]
+        found = self.rounding or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
+        lines += [f"verified: {name or 'output'} {cost}" for name, cost in found.items()]
         return "\n".join(lines)
 
 
@@ -340,6 +420,7 @@ class _InOneType(Fused):
 
 def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> Report:
     entries, replaced, known = [], [], rules()
+    told: set[nn.Module] = set()
     inside: set[nn.Module] = set()
     for path, module in chosen.items():
         if module in inside:
@@ -348,24 +429,51 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
         if entry is None:
             continue
         entries.append(entry)
-        if rule is not None:
+        if rule is None:
+            # Norms are recognised in layers that are not.
+            told.update(module.modules() if product_parameters(module) else ())
+        else:
             replaced.append((module, rule.fused))
             # It computes with the parameters of PyTorch's own norms and attentions in it and calls none of them.
-            names = rule.fused.adapted(original_class(module)).get("bypassed", rule.fused.bypassed)
-            parts = {part for name in names if (part := find(module, name)) is not None}
+            parts = _bypassed(module, rule.fused)
             inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
+    computing = {module for module, _ in replaced if product_parameters(module)}
+    for module, fused in replaced:
+        within = [*module.modules()][1:]
+        # An encoder without padding has its products in layers, of which some may be unknown.
+        told.update(within if computing.isdisjoint(within) else _bypassed(module, fused), [module])
+    unknown = unknown_layers(model, chosen, told)
     if not replaced:
-        raise InputError(_nothing(model, entries))
+        raise InputError(_nothing(model, entries, unknown))
     for module, fused in replaced:
         swap(module, fused, settings)
-    parts, together = shares(model, [module for module, _ in replaced])
-    found = iter(parts)
-    entries = [replace(entry, share=next(found)) if entry.reason is None else entry for entry in entries]
-    report = Report(entries, _modules=[module for module, _ in replaced], _share=together)
+    _, together = shares(model, [module for module, _ in replaced])
+    parts, _ = shares(model, [chosen[entry.path] for entry in entries])
+    entries = [replace(entry, share=share) for entry, share in zip(entries, parts, strict=True)]
+    report = Report(entries, unknown, _modules=[module for module, _ in replaced], _share=together)
+    _, report._packed = shares(model, [chosen[path] for path in _packed_paths(report.replaced)])
     if settings.dtype is not None and not is_fused(model):
         swap(model, _InOneType, settings)
         report._modules.append(model)
     return report
+
+
+def _packed_paths(entries: Sequence[Entry]) -> list[str]:
+    """The paths of modules whose padding is left out: encoders, and what hands no padding of theirs to a vocabulary."""
+    encoders = [entry.path for entry in entries if "npadded" in entry.fused]
+    heads = [entry.path for entry in entries if entry.fused == "FusedMaskedLM"]
+    return encoders + [path for path in heads if any(_within(encoder, path) for encoder in encoders)]
+
+
+def _within(path: str, other: str) -> bool:
+    """True for a module in another, or the same."""
+    return not other or path == other or path.startswith(f"{other}.")
+
+
+def _bypassed(module: nn.Module, fused: type[Fused]) -> set[nn.Module]:
+    """The parts of a module that its fused form computes around."""
+    names = fused.adapted(original_class(module)).get("bypassed", fused.bypassed)
+    return {part for name in names if (part := find(module, name)) is not None}
 
 
 def _decide(
@@ -423,10 +531,13 @@ def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -
     return {path: module for path, module in modules.items() if path in found}
 
 
-def _check_machine(model: nn.Module, settings: Settings) -> None:
+def _require_values(model: nn.Module) -> None:
     without = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if without is not None:
         raise InputError(f"parameters have no values yet ({without} is on the meta device); load the weights first")
+
+
+def _check_machine(model: nn.Module, settings: Settings) -> None:
     devices = {p.device for p in model.parameters()}
     types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {None}
     for device in devices:
@@ -445,8 +556,10 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
         raise InputError(f"dtype={settings.dtype} is no type to compute in; choose float32, bfloat16 or float16")
 
 
-def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
+def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]) -> str:
     name = original_class(model).__name__
+    if original_class(model).__module__.startswith("xfm_fast."):
+        return f"{name} is computed by these kernels already; freeze() and quantise() make it faster yet on a CPU"
     paths: dict[str, list[str]] = {}
     for entry in entries:
         paths.setdefault(entry.reason or "", []).append(entry.path or name)
@@ -455,10 +568,11 @@ def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
         for reason, alike in paths.items()
     ]
     why = "; ".join(reasons[:5])
+    foreign = f" Not known: {'; '.join(map(str, unknown[:5]))}; {_ROW}." if unknown else ""
     if any(entry.class_name != "LayerNorm" for entry in entries):
-        return f"nothing of {name} can be replaced: {why}"
+        return f"nothing of {name} can be replaced: {why}{f'.{foreign}' if foreign else ''}"
     return (
-        f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}. Recognised are encoders of "
+        f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}.{foreign} Recognised are encoders of "
         "transformers (BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, ALBERT, ModernBERT, NomicBERT, LayoutLMv3, "
         "DeBERTa-v2, BEiT, Data2Vec, ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, ViT-MAE, Swin, BLIP), vision "
         "transformers of timm, towers of open_clip, the official X-FM and X²-VLM modules, and "
@@ -489,9 +603,14 @@ def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in _leaves(made, "") if leaf.is_floating_point()}
 
 
+def _mask(batch: Any) -> Any:
+    """The padding mask of a batch; None without one."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
 def _useful(batch: Any) -> float:
     """Share of real tokens in a batch with a padding mask; 1 without one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = _mask(batch)
     return float(mask.bool().float().mean()) if isinstance(mask, Tensor) and mask.ndim == 2 else 1.0
 
 
@@ -507,68 +626,3 @@ def _leaves(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         for number, value in enumerate(parts):
             if value is not made:
                 yield from _leaves(value, f"{name}.{number}" if name else str(number))
-
-
-def _compared(
-    before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None, in_int8: bool
-) -> dict[str, float]:
-    """Relative difference of each output.
-
-    Padding is left out of outputs with one entry per token: what is there has no meaning.
-
-    Raises:
-        InputError: an output is missing, has another shape, or differs by more than rounding.
-    """
-    differences = {}
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    for name, wanted in before.items():
-        found = after.get(name)
-        label = f"output {name!r}" if name else "the output"
-        if found is None or found.shape != wanted.shape:
-            raise InputError(
-                f"{label} was {tuple(wanted.shape)} and is {None if found is None else tuple(found.shape)} after "
-                "acceleration; the model was put back as it was"
-            )
-        wanted, found = _without_padding(wanted, found, mask)
-        band = BANDS.get(dtype or wanted.dtype, BANDS[torch.float32])
-        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-        error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
-        differences[name] = error / scale if scale else error
-        if in_int8:
-            cosine = _cosine(wanted, found)
-            if not cosine >= quantised.LEAST_COSINE:
-                raise InputError(
-                    f"{label} has a cosine of {cosine:.3f} to what it was, below the {quantised.LEAST_COSINE} asked of "
-                    "int8; the model was put back as it was. exclude=… leaves modules out, dtype=torch.bfloat16 "
-                    "takes another type"
-                )
-        elif not differences[name] <= band:
-            raise InputError(
-                f"{label} differs by {differences[name]:.1e} of its largest value after acceleration, more than "
-                f"rounding in {dtype or wanted.dtype} explains ({band:.0e}); the model was put back as it was. "
-                "exclude=… leaves modules out"
-            )
-    return differences
-
-
-def _without_padding(wanted: Tensor, found: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    """Both outputs; only at real tokens, where they have an entry per token."""
-    if isinstance(mask, Tensor) and mask.ndim == 2 and wanted.shape[: mask.ndim] == mask.shape:
-        return wanted[mask.bool()], found[mask.bool()]
-    return wanted, found
-
-
-def _cosine(wanted: Tensor, found: Tensor) -> float:
-    """The smallest cosine between entries of a batch (or tokens); 1 where there is none."""
-    if not wanted.numel():
-        return 1.0
-    # Scores of one number each are taken together.
-    each, now = (t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (wanted, found))
-    return float(F.cosine_similarity(each, now, dim=1).min())
-
-
-def _least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], batch: Any) -> float:
-    """The smallest cosine of all outputs; those that are missing or misshapen are found elsewhere."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    pairs = [(b, after[name]) for name, b in before.items() if name in after and after[name].shape == b.shape]
-    return min((_cosine(*_without_padding(b, a, mask)) for b, a in pairs), default=1.0)

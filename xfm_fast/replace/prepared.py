@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
-from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.cpu import products as cpu
 from xfm_fast.kernels.derived import samples
+from xfm_fast.kernels.marked import kind_of
 from xfm_fast.replace.packed_weight import PackedWeight, pack_of
 from xfm_fast.replace.structure import Attend, Parts
 from xfm_fast.replace.swap import Settings, links, side_by_side
@@ -129,7 +129,7 @@ class Prepared:
         for owner, name, value, version, place in self._sources:
             if owner.get(name) is not value or value._version != version or value.data_ptr() != place:
                 return False
-            if int8.is_marked(value):
+            if kind_of(value) is not None:
                 return False
         if _busy(self._others):
             return False
@@ -253,7 +253,7 @@ def _busy(modules: Iterable[dict[str, Any]]) -> bool:
 
 
 def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
-    """True if each product is that of a plain or frozen linear layer, none runs in int8 and nothing draws.
+    """True if each product is that of a plain or frozen linear layer, none runs in 8 bits and nothing draws.
 
     All are of one type unless mixed.
     """
@@ -272,7 +272,7 @@ def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bo
     if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
         return False
     every, own = _weights(parts), {id(parameter) for parameter in layer.parameters()}
-    if any(map(int8.is_marked, every)):
+    if any(kind_of(weight) is not None for weight in every):
         return False
     plain = all(p.is_floating_point() and not p.is_inference() and p.device.type == "cpu" for p in every)
     return plain and all(id(p) in own and (mixed or p.dtype == dtype) for p in every)

@@ -1,6 +1,6 @@
-"""Layers whose products run in int8 on a CPU: `accelerate(model, dtype="int8")`.
+"""Layers whose products run in 8 bits: `accelerate(model, dtype="int8")` on a CPU, `dtype="fp8"` on a GPU.
 
-The weights of fused blocks are marked (see `kernels.cpu.int8`) and stay the parameters that they were. Heads over a
+The weights of fused blocks are marked (see `kernels.marked`) and stay the parameters that they were. Heads over a
 vocabulary, embeddings and whatever no fused form covers keep the floating-point type.
 """
 
@@ -8,61 +8,88 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels.cpu import int8
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import fp8, marked
+from xfm_fast.kernels.marked import EightBits
+from xfm_fast.kernels.products import type_beside
 from xfm_fast.replace.swap import Fused, find, observed
 
 LEAST_COSINE = 0.99
-"""Between every output before and after, entry by entry of a batch: what int8 may cost where it is verified."""
+"""Between every output before and after, entry by entry of a batch: what 8 bits may cost where they are verified."""
+# Entries of a batch, beyond which to compare each with each takes longer than the model.
+_MOST_RANKED = 4096
 
 
-def check(model: nn.Module, freeze: bool) -> None:
-    """Refuse what cannot run in int8.
+class Rounding(NamedTuple):
+    """What 8 bits cost one output.
+
+    Attributes:
+        cosine: to what it was, the smallest of all entries of the batch (or tokens).
+        ranks: share of the batch's entries to which the same other entry is most alike as before; None where there
+            are fewer than three.
+    """
+
+    cosine: float
+    ranks: float | None
+
+    def __str__(self) -> str:
+        kept = "" if self.ranks is None else f", {self.ranks:.0%} of the entries keep the one that is most like them"
+        return f"has a cosine of at least {self.cosine:.4f}{kept}"
+
+
+def check(model: nn.Module, kind: str, freeze: bool) -> torch.dtype | None:
+    """Refuse what cannot run in 8 bits; the type of all else, None for that of the inputs.
 
     Raises:
-        UnavailableError: the model is not on a CPU, or the processor has no fast products of bytes.
-        InputError: it is to be frozen as well.
+        UnavailableError: a device of the model has no fast products of that kind.
+        InputError: there is no such kind, or the model is to be frozen as well.
     """
-    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
-    if device is not None:
-        raise UnavailableError(f"dtype='int8' is for CPUs, and the model is on {device}; move it with model.to('cpu')")
+    types = {type_beside(kind, device) for device in {p.device for p in model.parameters()} or {torch.device("cpu")}}
     if freeze:
         raise InputError(
-            "freeze=True keeps weights in the type that they are stored in, and rounded to int8 they could not be "
-            "restored; leave freeze out of dtype='int8'"
+            f"freeze=True keeps weights in the type that they are stored in, and rounded to {kind} they could not be "
+            f"restored; leave freeze out of dtype={kind!r}"
         )
-    int8.require()
+    return types.pop() if len(types) == 1 else None
 
 
-def quantise(model: nn.Module, fused: Iterable[Fused]) -> list[list[nn.Parameter]]:
+def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[list[nn.Parameter]]:
     """Mark the weights that the fused forms of blocks multiply with; returns those of each form.
 
-    Left as they are: adapted, observed, quantised and parametrised layers, and weights that another module shares.
+    Left as they are: adapted, observed, quantised and parametrised layers, weights that another module shares, and for
+    fp8 those of odd sizes.
     """
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    types = (torch.float32, torch.bfloat16) if kind == "int8" else (torch.float32, torch.bfloat16, torch.float16)
     done: list[list[nn.Parameter]] = []
     for form in fused:
-        if not form.multiplies_in_int8:
+        if not form.multiplies_in_eight_bits:
             continue
-        layers = (find(form, name) for name in type(form).bypassed)
+        layers = [find(form, name) for name in type(form).bypassed]
         weights = [
             weight
             for layer in layers
             if type(layer) is nn.Linear and not observed(layer)
             if type(weight := layer._parameters.get("weight")) is nn.Parameter and owners[id(weight)] == 1
-            if weight.dtype in (torch.float32, torch.bfloat16)
+            if weight.dtype in types and (kind == "int8" or fp8.fits(weight))
         ]
-        int8.mark(weights)
-        if weights:
-            done.append(weights)
+        if not weights:
+            continue
+        done.append(weights)
+        marked.mark(weights, kind)
+        if kind == "fp8":
+            norms = (layer._parameters.get("weight") for layer in layers if type(layer) is nn.LayerNorm)
+            marked.mark((scale for scale in norms if type(scale) is nn.Parameter), kind)
     return done
 
 
-def keep_within(cosine: Callable[[], float], groups: list[list[nn.Parameter]]) -> int:
+def keep_within(cosine: Callable[[], float], groups: list[list[nn.Parameter]], kind: EightBits) -> int:
     """Take the marks off those groups of weights that cost most, until the outputs are near enough.
 
     What each costs is measured with all others unmarked, so the model runs at most twice for every group.
@@ -76,17 +103,61 @@ def keep_within(cosine: Callable[[], float], groups: list[list[nn.Parameter]]) -
     if not groups or cosine() >= LEAST_COSINE:
         return 0
     for weights in groups:
-        int8.unmark(weights)
+        marked.unmark(weights)
     alone = []
     for weights in groups:
-        int8.mark(weights)
+        marked.mark(weights, kind)
         alone.append(cosine())
-        int8.unmark(weights)
+        marked.unmark(weights)
     worst_first = sorted(range(len(groups)), key=alone.__getitem__)
     for weights in groups:
-        int8.mark(weights)
+        marked.mark(weights, kind)
     for exempt, number in enumerate(worst_first, start=1):
-        int8.unmark(groups[number])
+        marked.unmark(groups[number])
         if cosine() >= LEAST_COSINE:
             return exempt
     return len(groups)
+
+
+def rounding(wanted: Tensor, found: Tensor, mask: Any) -> Rounding:
+    """What 8 bits cost an output `[B, ...]`, of which a mask `[B, L]` may hide tokens."""
+    return Rounding(_cosine(*without_padding(wanted, found, mask)), _ranks(wanted, found, mask))
+
+
+def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any) -> float:
+    """The smallest cosine of all outputs; those that are missing or misshapen are found elsewhere."""
+    pairs = [(b, after[name]) for name, b in before.items() if name in after and after[name].shape == b.shape]
+    return min((_cosine(*without_padding(b, a, mask)) for b, a in pairs), default=1.0)
+
+
+def without_padding(wanted: Tensor, found: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """Both outputs; only at real tokens, where they have an entry per token."""
+    if _has_tokens(wanted, mask):
+        return wanted[mask.bool()], found[mask.bool()]
+    return wanted, found
+
+
+def _has_tokens(output: Tensor, mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2 and output.shape[:2] == mask.shape
+
+
+def _cosine(wanted: Tensor, found: Tensor) -> float:
+    """The smallest cosine between entries of a batch (or tokens); 1 where there is none."""
+    if not wanted.numel():
+        return 1.0
+    # Scores of one number each are taken together.
+    each, now = (t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (wanted, found))
+    return float(F.cosine_similarity(each, now, dim=1).min())
+
+
+def _ranks(wanted: Tensor, found: Tensor, mask: Any) -> float | None:
+    if wanted.ndim < 2 or not 3 <= len(wanted) <= _MOST_RANKED or not wanted.numel():
+        return None
+    nearest = []
+    for output in (wanted.double(), found.double()):
+        if output.ndim > 2 and _has_tokens(output, mask):
+            # A text is the sum of its tokens.
+            output = (output * mask.bool().view(*mask.shape, *[1] * (output.ndim - 2))).sum(1)
+        each = F.normalize(output.flatten(1), dim=1)
+        nearest.append((each @ each.t()).fill_diagonal_(-2).argmax(1))
+    return float((nearest[0] == nearest[1]).double().mean())

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
-from xfm_fast.kernels import ops
+from xfm_fast.kernels import marked, ops
 from xfm_fast.kernels.backend import Backend
-from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.derived import derived
 from xfm_fast.replace import adapters
 from xfm_fast.replace.packed_weight import pack_of
@@ -53,14 +52,14 @@ class Settings:
         dtype: compute in this type whatever the parameters are stored in; None keeps the types of the inputs.
         unpad: leave padding out of whole encoders; their outputs are zero there.
         skip_logits: masked-language heads in training return no logits when they are given labels.
-        in_int8: products of blocks run in int8 on a CPU.
+        eight_bits: in which 8 bits products of blocks run.
     """
 
     kernels: Backend = "auto"
     dtype: torch.dtype | None = None
     unpad: bool = False
     skip_logits: bool = False
-    in_int8: bool = False
+    eight_bits: marked.EightBits | None = None
 
     @property
     def backend(self) -> Backend | None:
@@ -77,12 +76,14 @@ class Settings:
     def parameter(self, value: Tensor | None) -> Tensor | None: ...
     def parameter(self, value: Tensor | None) -> Tensor | None:
         """A parameter in the type that is computed in; without gradients the conversion is done once and kept."""
-        if value is None or self.dtype is None or value.dtype == self.dtype or int8.is_marked(value):
+        if value is None or self.dtype is None or value.dtype == self.dtype:
             return value
+        if value.ndim > 1 and marked.kind_of(value) is not None:
+            return value  # rounded as it is stored
         if torch.is_grad_enabled() and value.requires_grad:
             return value.to(self.dtype)
         dtype = self.dtype
-        return derived(f"as {dtype}", (value,), lambda: value.detach().to(dtype))
+        return derived(f"as {dtype}", (value,), lambda: marked.alike(value.detach().to(dtype), value))
 
     def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
         """Weight and bias of a product or norm, each as `parameter` gives it; no bias stays None."""
@@ -178,7 +179,9 @@ class Settings:
         ):
             return None
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        if not all(map(int8.is_marked, weights)) or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+        if any(marked.kind_of(weight) != "int8" for weight in weights):
+            return None
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return None
         rows = x
         if any(bias is not None and bias.dtype != x.dtype for bias in biases):
@@ -201,7 +204,7 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     """Weights and biases of several layers as those of one; kept under the name where no gradient is wanted."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
-        return int8.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
+        return marked.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
@@ -224,12 +227,12 @@ class Fused(nn.Module):
         bypassed: submodules whose parameters the fused computation reads without calling them, by dotted name, with
             the class that it takes each for (nn.Module: any). Where one of them is missing, it is ignored.
         joint: linear layers of one input, by the same names, that are multiplied together by `Settings.products`.
-        multiplies_in_int8: whether `accelerate(dtype="int8")` concerns its linear layers.
+        multiplies_in_eight_bits: whether dtype="int8" and "fp8" of `accelerate` concern its linear layers.
     """
 
     bypassed: ClassVar[Mapping[str, Kinds]] = {}
     joint: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    multiplies_in_int8: ClassVar[bool] = True
+    multiplies_in_eight_bits: ClassVar[bool] = True
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -259,12 +262,16 @@ class Fused(nn.Module):
         """The reason why calls run the original just now, whatever they ask for; None if they need not."""
         return why_not_bypassed(self, type(self).bypassed)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        with marked.following(self):
+            return super()._apply(fn, recurse)
+
     def release(self) -> None:
         """Give up what the module holds because it is fused, just before it has its own class again."""
         for name in type(self).bypassed:
             part = find(self, name)
             if part is not None:
-                int8.unmark(part._parameters.values())
+                marked.unmark(part._parameters.values())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and cannot be looked up by name, so it is made again.

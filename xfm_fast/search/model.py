@@ -64,8 +64,8 @@ def open_model(
 
     Args:
         source: see `ModelSource`.
-        device, dtype: of the model; dtype may be "int8", see `XFM.quantise`. Features of another dtype are near
-            enough to search each other's indexes.
+        device, dtype: of the model; dtype may be "int8" or "fp8", see `XFM.quantise`. Features of another dtype are
+            near enough to search each other's indexes.
 
     Raises:
         CheckpointError: there is no such model, it is damaged, or of a task that does not retrieve.

@@ -21,16 +21,13 @@ from xfm_fast.export.session import Session
 from xfm_fast.export.session.ranking import SessionRanks
 from xfm_fast.export.slots import largest
 from xfm_fast.models.processor import TOKENIZER_FILE, read_tokenizer
-from xfm_fast.models.xfm import XFM, Precision
+from xfm_fast.models.xfm import PRECISIONS, XFM
 from xfm_fast.search.model import ModelSource, open_model
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
-_DTYPES: dict[str, Precision] = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": "int8",
-}  # fmt: skip
 # What the official evaluation cuts captions to.
 _MOST_TOKENS = 40
 _BUDGETS = {"cpu": 4096, "cuda": 65536}
@@ -126,7 +123,8 @@ class ServedModel:
         picture = self.ranker.picture(content, name)
         if picture.key in (self.ranker.features if features else self.ranker.cache):
             return picture
-        return picture._replace(pixels=self.ranker.decode(picture, name))
+        # The file has served its purpose, and of many that wait it would be a lot of memory.
+        return picture._replace(pixels=self.ranker.decode(picture, name), content=b"")
 
     def cost(self, work: Work) -> int:
         """Tokens that work takes: those of texts, as often as they are paired, and of images that are not known yet."""
@@ -196,7 +194,7 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
     if path is not None and (path.expanduser() / MANIFEST_FILE).is_file():
         return _export(path.expanduser(), options, cache_bytes)
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype = _DTYPES[options.dtype]
+    dtype = PRECISIONS[options.dtype]
     words = None if options.tokenizer is None else str(options.tokenizer)
     if path is not None and path.expanduser().is_file():
         file = path.expanduser()

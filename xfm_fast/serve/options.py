@@ -21,7 +21,7 @@ class SourceOptions:
         config: Official YAML, or a JSON of sizes, of a checkpoint file that is not of base size.
         random: Instead of a model: random weights of this size, to try the service.
         device: Where the model runs.
-        dtype: Number format of the weights, or int8 for fast products on a CPU; an export has its own.
+        dtype: Number format of the weights, or products in int8 (on a CPU) or fp8 (GPU); an export has its own.
         runtime: Library that runs an export. Packages of AOTInductor are code that runs when it is loaded: they want
             aoti, for packages that you trust.
         name: The model's name in requests and answers. [that of its folder]
@@ -31,7 +31,7 @@ class SourceOptions:
     config: Path | None = None
     random: Literal["tiny", "base"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     runtime: RuntimeChoice = "auto"
     name: str | None = None
 

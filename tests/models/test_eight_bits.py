@@ -1,4 +1,4 @@
-"""An `XFM` whose blocks multiply in int8: near the model in floats, saved and trained as ever."""
+"""An `XFM` whose blocks multiply in 8 bits: near the model in floats, saved as ever, and in int8 trained as ever."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import reference
+from xfm_fast.kernels import fp8, ops, reference
 from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.marked import EightBits
 
-pytestmark = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 
 
 @pytest.fixture
@@ -47,12 +49,13 @@ def least_cosine(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return min(float(F.cosine_similarity(found[name], wanted[name], dim=-1).min()) for name in wanted)
 
 
-def test_near_the_model_and_back(model: XFM) -> None:
+@either
+def test_near_the_model_and_back(kind: EightBits, model: XFM) -> None:
     given = inputs(model.config)
     wanted, state = results(model, *given), copy.deepcopy(model.state_dict())
-    assert model.quantise() is model
-    assert model.quantised
-    assert 0.99 < least_cosine(results(model, *given), wanted) < 1 - 1e-6
+    assert model.quantise(kind) is model
+    assert model.quantised == kind
+    assert 0.98 < least_cosine(results(model, *given), wanted) < 1 - 1e-6
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
     assert model.dequantise().dequantise() is model
@@ -60,6 +63,7 @@ def test_near_the_model_and_back(model: XFM) -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in results(model, *given).items())
 
 
+@needs_int8
 def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole model against its plain twin, in which the same products are of floats that were rounded before."""
     given = inputs(model.config)
@@ -83,11 +87,12 @@ def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.Monke
         assert float((twin[name] - value).norm()) < 0.5 * float((floats[name] - value).norm())
 
 
-def test_loaded_and_saved(model: XFM, tmp_path: Path) -> None:
+@either
+def test_loaded_and_saved(kind: EightBits, model: XFM, tmp_path: Path) -> None:
     given = inputs(model.config)
     model.save_pretrained(tmp_path / "floats")
-    loaded = XFM.from_pretrained(tmp_path / "floats", dtype="int8")
-    assert loaded.quantised
+    loaded = XFM.from_pretrained(tmp_path / "floats", dtype=kind)
+    assert loaded.quantised == kind
     assert loaded.dtype in (torch.bfloat16, torch.float32)
     assert least_cosine(results(loaded, *given), results(model, *given)) > 0.98
     loaded.save_pretrained(tmp_path / "again")
@@ -96,6 +101,7 @@ def test_loaded_and_saved(model: XFM, tmp_path: Path) -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+@needs_int8
 def test_training_is_exact(model: XFM) -> None:
     pixels, ids = inputs(model.config)
     model.requires_grad_(True)
@@ -107,6 +113,44 @@ def test_training_is_exact(model: XFM) -> None:
     assert query.grad is not None
 
 
+def test_fp8_is_that_of_the_block_with_embeddings_and_heads_left_out(model: XFM) -> None:
+    given = inputs(model.config)
+    with ops.use_fp8():
+        wanted = results(model, *given)
+    found = results(model.quantise("fp8"), *given)
+    # The block also rounds the patches, which a marked model does not.
+    assert torch.equal(found["texts"], wanted["texts"])
+    assert not torch.equal(found["images"], wanted["images"])
+    model.requires_grad_(True)
+    with pytest.raises(InputError, match="no gradient"):
+        model.encode_text(given[1])
+
+
+def test_fp8_moves_with_the_model(model: XFM) -> None:
+    given = inputs(model.config)
+    found = results(model.quantise("fp8"), *given)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model._apply(torch.clone)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert model.quantised == "fp8"
+    assert all(torch.equal(value, found[name]) for name, value in results(model, *given).items())
+    assert model.to(torch.bfloat16).quantised == "fp8"
+
+
+def test_refusals_of_fp8(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="float64"):
+        copy.deepcopy(model).double().quantise("fp8")
+    with pytest.raises(InputError, match="in fp8, whose bytes"):
+        copy.deepcopy(model).quantise("fp8").freeze()
+    monkeypatch.setattr(fp8, "_why_not", lambda device, index: "of a test")
+    with pytest.raises(UnavailableError, match="fp8 were asked for, but of a test; use bfloat16"):
+        model.cast("fp8")
+    assert model.quantised is None
+
+
+@needs_int8
 def test_refusals(model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model.quantise()
     with pytest.raises(InputError, match="in int8 already"):
