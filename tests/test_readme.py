@@ -247,7 +247,7 @@ def test_the_downstream_table_is_that_of_the_committed_study(name: str) -> None:
     page = _text(ROOT / "docs/fine-tuning.md")
     assert page.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0] == table
     document = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
-    for row in document["rows"]:
+    for row in (row for row in document["rows"] if any(row["by_seed"].values())):
         said = (", ".join(f"{value:.1f}" for value in row["by_seed"][split].values()) for split in document["splits"])
         assert f"| {row['metric']} | {' | '.join(said)} |" in table
 

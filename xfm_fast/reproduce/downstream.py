@@ -249,7 +249,7 @@ def markdown(table: Table) -> str:
     """The table as a page."""
     heads = ["recipe", "metric", *COLUMNS.values(), "target", "without looking", "minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for twin in TWINS:
+    for twin in (twin for twin in TWINS if any(table.values[twin].values())):
         minutes = [seconds / 60 for seconds in table.seconds.get(twin.recipe, {}).values()]
         of_split = table.chance.get(twin, {})
         target = "" if twin.target is None else f"≥ {twin.target:g}, {COLUMNS[twin.asked].partition(' ')[0]}"
