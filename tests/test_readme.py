@@ -260,6 +260,17 @@ def test_the_probe_of_shapes_is_the_stored_one() -> None:
     assert f"chance {found['chance']:.1f}" in _text(ROOT / "docs/fine-tuning.md")
 
 
+def test_what_smaller_patches_show_is_stored() -> None:
+    found = json.loads((ROOT / "benchmarks/results/downstream-patch4-kinds.json").read_text(encoding="utf-8"))
+    page = " ".join(_text(ROOT / "docs/fine-tuning.md").split())
+    facts = {kind: f"{each['true']:.0f}%" for kind, each in found["captions"]["known"].items()}
+    assert f"{facts['shape']} of the shapes are true, {facts['texture']} of the textures" in page
+    assert f"{facts['colour']} of the colours, but {facts['relation']} of the relations" in page
+    assert f"reads {found['probe']['all_pairs/held_out']:.0f} of 100 shapes" in page
+    small, large = (losses["regions/bbox_giou"] for losses in found["last_losses"].values())
+    assert f"is {small:.2f} in its last step, and {large:.2f} with patches of eight" in page
+
+
 def test_the_readme_is_short_and_has_the_sections_that_people_look_for() -> None:
     text = _text(ROOT / "README.md")
     assert len(text.splitlines()) <= 150
