@@ -140,11 +140,14 @@ class DownstreamOptions:
 
 
 @reproduce.command
-def downstream(*, options: Flat[DownstreamOptions] = DownstreamOptions()) -> int:
+def downstream(*overrides: str, options: Flat[DownstreamOptions] = DownstreamOptions()) -> int:
     """Pretrain a tiny model on the shapes world and fine-tune it for every task of the paper.
 
-    Reports the metric of each on combinations of colour and shape that no training file holds, beside what an answer
-    without looking gets. Finished runs are kept and not repeated.
+    Reports the metric of each on new scenes, of combinations of colour and shape that training knows and of others that
+    no training file holds, beside what an answer without looking gets. Finished runs are kept and not repeated.
+
+    Args:
+        overrides: key=value for the recipe of pretraining, such as model.patch_size=4.
     """
     from xfm_fast.reproduce.downstream import Table, markdown, run_downstream, save
 
@@ -152,7 +155,7 @@ def downstream(*, options: Flat[DownstreamOptions] = DownstreamOptions()) -> int
         save(table, options.out)
         note(f"{len(table.missing)} runs to go")
 
-    result = run_downstream(options.out, seeds=options.seeds, jobs=options.jobs, on_change=keep)
+    result = run_downstream(options.out, seeds=options.seeds, jobs=options.jobs, pretraining=overrides, on_change=keep)
     print(markdown(result))
     print("saved: " + ", ".join(str(path) for path in save(result, options.out)))
     return 0

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,28 +37,34 @@ from xfm_fast.tasks.grounding import pixel_iou
 PRETRAINING = "pretrain_tiny_shapes"
 STEM = "downstream-tiny-shapes"
 PROBE_FILE = "shape-probe-tiny-shapes.json"
-SPLIT = "test"
+PRETRAINING_FILE = "pretraining.json"
+HELD_OUT, KNOWN = "test", "known"
+COLUMNS = {KNOWN: "known combinations", HELD_OUT: "held-out combinations"}
+"""The splits that runs are evaluated on: new scenes either way."""
+# What the study says to every recipe.
+_WORLD = "shapes.known=500"
 # Training boxes among which the best constant one is looked for.
 _BOXES = 500
 
 
 class Twin(NamedTuple):
-    """A task in miniature: its recipe, the metric that stands for it, and where that should arrive."""
+    """A task in miniature: its recipe, the metric that stands for it, and where that should arrive on which split."""
 
     recipe: str
     metric: str
-    target: float | None
+    target: float | None = None
+    asked: str = KNOWN
 
 
 TWINS = (
     Twin("retrieval_tiny_shapes", "r_mean", 90),
     Twin("vqa_tiny_shapes", "exact_match", 75),
     Twin("nlvr2_tiny_shapes", "accuracy", 75),
-    Twin("grounding_tiny_shapes", "accuracy", 80),
+    Twin("grounding_tiny_shapes", "accuracy", 80, HELD_OUT),
     Twin("captioning_tiny_shapes", "true_captions", 75),
-    Twin("captioning_tiny_shapes", "CIDEr-D", None),
-    Twin("text_tiny_shapes", "accuracy", None),
-    Twin("image_tiny_shapes", "top1", None),
+    Twin("captioning_tiny_shapes", "CIDEr-D"),
+    Twin("text_tiny_shapes", "accuracy"),
+    Twin("image_tiny_shapes", "top1"),
 )
 
 
@@ -65,55 +73,92 @@ class Table:
     """What a study came to.
 
     Attributes:
-        values: of every twin, by seed.
-        chance: what an answer without looking gets, by twin.
+        values: of every twin, by split and seed.
+        chance: what an answer without looking gets, by twin and split.
         seconds: of the process that finished a recipe, by recipe and seed; the pretraining's under its own name.
         missing: recipes and seeds that are not finished.
+        pretraining: what its recipe was told.
     """
 
-    values: dict[Twin, dict[int, float]]
-    chance: dict[Twin, float]
+    values: dict[Twin, dict[str, dict[int, float]]]
+    chance: dict[Twin, dict[str, float]]
     seconds: dict[str, dict[int, float]]
     missing: tuple[tuple[str, int], ...]
+    pretraining: tuple[str, ...] = ()
 
 
 def run_downstream(
-    out: Path, *, seeds: int = 1, jobs: int | None = None, on_change: Callable[[Table], None] = lambda table: None
+    out: Path,
+    *,
+    seeds: int = 1,
+    jobs: int | None = None,
+    pretraining: Sequence[str] = (),
+    on_change: Callable[[Table], None] = lambda table: None,
 ) -> Table:
     """Pretrain once, probe what its images tell of shapes, then fine-tune and evaluate every twin with every seed.
+
+    A run is evaluated on the combinations that it never saw, and on new scenes of those that it did.
 
     Args:
         out: folder of the study.
         seeds: 0, 1, ... of each twin; the pretrained model is the same.
         jobs: runs at a time; by default as many as this process may use cores.
+        pretraining: `key=value` for its recipe, such as `model.patch_size=4`.
         on_change: called with the table after every run.
 
     Raises:
-        XFMError: a run failed; says which, and what it said.
+        XFMError: a run failed, and says which, and what it said; or the folder is that of another pretraining.
     """
     if seeds < 1:
         raise XFMError(f"seeds={seeds}; at least one is needed")
+    if (said := _pretraining(out)) is None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_bytes({out / PRETRAINING_FILE: json.dumps(pretraining).encode()})
+    elif said != tuple(pretraining):
+        raise XFMError(
+            f"{out} holds a study whose pretraining was told {' '.join(said) or 'nothing'}, not "
+            f"{' '.join(pretraining) or 'nothing'}; say the same, or give another folder"
+        )
     world, pretrained = out / "shapes_world", out / PRETRAINING
-    places = [f"data={world}", f"checkpoint.folder={pretrained}"]
     if not (pretrained / "model").is_dir():
-        _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places])
+        places = [f"data={world}", f"checkpoint.folder={pretrained}"]
+        _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places, _WORLD, *pretraining])
     if not (out / PROBE_FILE).is_file():
         write_bytes({out / PROBE_FILE: (json.dumps(_probed(world, pretrained), indent=1) + "\n").encode()})
     plan = [(recipe, seed) for seed in range(seeds) for recipe in dict.fromkeys(twin.recipe for twin in TWINS)]
 
     def train(recipe: str, seed: int) -> None:
-        folder = out / f"seed-{seed}" / recipe
-        if not (folder / "evaluation" / SPLIT / METRICS_FILE).is_file():
-            overrides = [
-                f"init.checkpoint={pretrained}", f"data.root={world}", f"checkpoint.folder={folder}", f"seed={seed}"
-            ]  # fmt: skip
-            _run(out, recipe, seed, ["finetune", recipe, *overrides])
+        if not all(_metrics_file(out, recipe, seed, split).is_file() for split in COLUMNS):
+            places = [f"checkpoint.folder={_folder(out, recipe, seed)}", f"seed={seed}"]
+            _run(out, recipe, seed, ["finetune", recipe, *_overrides(out, recipe), *places])
         on_change(read_table(out, seeds))
 
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
         for done in [pool.submit(train, *each) for each in plan]:
             done.result()
     return read_table(out, seeds)
+
+
+def _pretraining(out: Path) -> tuple[str, ...] | None:
+    """What the recipe of pretraining was told in this folder; None where nothing has begun."""
+    path = out / PRETRAINING_FILE
+    return tuple(read_json(path)) if path.is_file() else None
+
+
+def _folder(out: Path, recipe: str, seed: int) -> Path:
+    return out / f"seed-{seed}" / recipe
+
+
+def _metrics_file(out: Path, recipe: str, seed: int, split: str) -> Path:
+    return _folder(out, recipe, seed) / "evaluation" / split / METRICS_FILE
+
+
+def _overrides(out: Path, recipe: str) -> list[str]:
+    """What the study says to a recipe of fine-tuning: its own model and world, with the known combinations too."""
+    init = f"init.checkpoint={out / PRETRAINING}"
+    (test,) = load_finetune_recipe(recipe, [init]).data.splits[HELD_OUT]
+    known = f"data.splits.{KNOWN}={test.replace(HELD_OUT, KNOWN)}"
+    return [init, f"data.root={out / 'shapes_world'}", known, _WORLD]
 
 
 def _probed(world: Path, pretrained: Path) -> dict[str, float]:
@@ -138,33 +183,32 @@ def _run(out: Path, recipe: str, seed: int, command: Sequence[str]) -> None:
 
 def read_table(out: Path, seeds: int) -> Table:
     """The table of what is finished in the folder of a study."""
-    values: dict[Twin, dict[int, float]] = {twin: {} for twin in TWINS}
+    values: dict[Twin, dict[str, dict[int, float]]] = {twin: {split: {} for split in COLUMNS} for twin in TWINS}
     missing: list[tuple[str, int]] = []
-    for twin in TWINS:
-        for seed in range(seeds):
-            path = out / f"seed-{seed}" / twin.recipe / "evaluation" / SPLIT / METRICS_FILE
-            if path.is_file():
-                values[twin][seed] = json.loads(path.read_text())["metrics"][twin.metric]
-            elif (twin.recipe, seed) not in missing:
-                missing.append((twin.recipe, seed))
+    for twin, seed, split in product(TWINS, range(seeds), COLUMNS):
+        path = _metrics_file(out, twin.recipe, seed, split)
+        if path.is_file():
+            values[twin][split][seed] = json.loads(path.read_text())["metrics"][twin.metric]
+        elif (twin.recipe, seed) not in missing:
+            missing.append((twin.recipe, seed))
     seconds = {
         folder.name: {int(path.stem): json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
         for folder in sorted((out / "seconds").glob("*"))
     }
-    chance = {twin: _chance(out, twin) for twin in TWINS if values[twin]}
-    return Table(values, chance, seconds, tuple(missing))
+    chance = {twin: _chance(out, twin) for twin, of_split in values.items() if any(of_split.values())}
+    return Table(values, chance, seconds, tuple(missing), _pretraining(out) or ())
 
 
-def _chance(out: Path, twin: Twin) -> float:
-    """The metric of the best answer that does not look at what it answers for, chosen on the training files."""
-    places = [f"init.checkpoint={out / PRETRAINING}", f"data.root={out / 'shapes_world'}"]
-    recipe = load_finetune_recipe(twin.recipe, places)
+@cache
+def _chance(out: Path, twin: Twin) -> dict[str, float]:
+    """By split the metric of the best answer that does not look at what it answers for, chosen on training files."""
+    recipe = load_finetune_recipe(twin.recipe, _overrides(out, twin.recipe))
     task = open_task(recipe)
-    records = task.records(recipe.paths_of(SPLIT), SPLIT)
+    records = {split: task.records(recipe.paths_of(split), split) for split in COLUMNS}
     if recipe.task.kind == "retrieval":
-        return random_recall([len(record.caption) for record in records])
+        return {split: random_recall([len(record.caption) for record in of]) for split, of in records.items()}
     row = constant_answer(task, recipe)
-    return task.score([row] * len(records), records)[twin.metric]
+    return {split: task.score([row] * len(of), of)[twin.metric] for split, of in records.items()}
 
 
 def random_recall(captions: Sequence[int]) -> float:
@@ -203,24 +247,28 @@ def constant_answer(task: Task[Any, Any, Any, Any], recipe: FinetuneRecipe) -> d
 
 def markdown(table: Table) -> str:
     """The table as a page."""
-    seeds = sorted({seed for by_seed in table.values.values() for seed in by_seed})
-    heads = ["recipe", "metric", *(f"seed {seed}" for seed in seeds), "target", "without looking", "minutes"]
+    heads = ["recipe", "metric", *COLUMNS.values(), "target", "without looking", "minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for twin in TWINS:
-        by_seed = table.values[twin]
+    for twin in (twin for twin in TWINS if any(table.values[twin].values())):
         minutes = [seconds / 60 for seconds in table.seconds.get(twin.recipe, {}).values()]
+        of_split = table.chance.get(twin, {})
+        target = "" if twin.target is None else f"≥ {twin.target:g}, {COLUMNS[twin.asked].partition(' ')[0]}"
         lines.append("| " + " | ".join([
             f"`{twin.recipe}`", twin.metric,
-            *(f"{by_seed[seed]:.1f}" if seed in by_seed else "" for seed in seeds),
-            "" if twin.target is None else f"≥ {twin.target:g}",
-            f"{table.chance[twin]:.1f}" if twin in table.chance else "",
+            *(", ".join(f"{value:.1f}" for value in table.values[twin][split].values()) for split in COLUMNS),
+            target,
+            ", ".join(f"{of_split[split]:.1f}" for split in COLUMNS if split in of_split),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "",
         ]) + " |")  # fmt: skip
     said = (
-        "One tiny model pretrained on the shapes world, fine-tuned for every task; percent (CIDEr-D × 100) on the test "
-        'split, whose combinations of colour and shape no training file holds. "Without looking" is a random ranking '
-        "for retrieval, and elsewhere the best constant answer of the training files. Minutes are those of one core."
+        "One tiny model pretrained on the shapes world, fine-tuned for every task, a number for each seed; percent "
+        "(CIDEr-D × 100) on new scenes, with the combinations of colour and shape of the training files, and with "
+        'others, which no training file holds. "Without looking" is a random ranking for retrieval, and elsewhere the '
+        "best constant answer of the training files, on known and on held-out combinations. Minutes are those of one "
+        "core."
     )
+    if table.pretraining:
+        said += f" The recipe of pretraining was told `{' '.join(table.pretraining)}`."
     return "\n".join(["# The tasks of the paper in miniature", "", said, "", *lines, ""])
 
 
@@ -232,12 +280,15 @@ def save(table: Table, folder: Path) -> list[Path]:
     """
     numbers = [
         {
-            "recipe": twin.recipe, "metric": twin.metric, "target": twin.target,
-            "by_seed": table.values[twin], "without_looking": table.chance.get(twin),
+            "recipe": twin.recipe, "metric": twin.metric, "target": twin.target, "asked": twin.asked,
+            "by_seed": table.values[twin], "without_looking": table.chance.get(twin, {}),
         }
         for twin in TWINS
     ]  # fmt: skip
-    content = {"split": SPLIT, "rows": numbers, "seconds": table.seconds, "missing": table.missing}
+    content = {
+        "splits": COLUMNS, "pretraining": table.pretraining, "rows": numbers, "seconds": table.seconds,
+        "missing": table.missing,
+    }  # fmt: skip
     written = {folder / f"{STEM}.md": markdown(table), folder / f"{STEM}.json": json.dumps(content, indent=1) + "\n"}
     write_bytes({path: text.encode() for path, text in written.items()})
     return list(written)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.images import evaluation_transform
-from xfm_fast.data.shapes import CANVAS, SPLITS, Scene, Split, allowed_pairs, captions, render, scene
+from xfm_fast.data.shapes import CANVAS, Scene, Split, allowed_pairs, captions, render, scene
 from xfm_fast.data.shapes.language import main_relation
 from xfm_fast.data.shapes.scenes import COLOURS, SHAPES
 from xfm_fast.data.shapes.world import region_elements
@@ -165,7 +165,7 @@ def _probe_scenes(held_out: HeldOut, split: Split) -> list[Scene]:
 def _text_probe(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict[str, float]:
     """Probes of token 0 of a caption for the order and the attributes of the objects that it names."""
     rows: dict[str, Rows] = {}
-    for split in SPLITS:
+    for split in _PROBE_SCENES:
         scenes = [made for made in _probe_scenes(held_out, split) if len(made.things) > 1]
         # The first and the third paraphrase name the objects in the order of the scene.
         texts = [captions(made)[index % 2 * 2] for index, made in enumerate(scenes)]
@@ -183,7 +183,7 @@ def _text_probe(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> d
 def _image_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
     """Probes of the image token for the number of objects and for the colours and shapes that are there."""
     rows: dict[str, Rows] = {}
-    for split in SPLITS:
+    for split in _PROBE_SCENES:
         scenes = _probe_scenes(held_out, split)
         features = [model.encode_image(pixels)[:, 0] for pixels in _pixels(model, scenes, held_out.resolution)]
         targets = {"count": [len(made.things) - 1 for made in scenes]}

@@ -124,15 +124,13 @@ class Run(Section):
         """
         if self.shapes is None:
             return
-        from xfm_fast.data.shapes import write_world
+        from xfm_fast.data.shapes import Split, write_world
 
         world = self.shapes
-        write_world(
-            self.folder_of_data,
-            seed=world.seed,
-            images={"train": world.train, "val": world.val, "test": world.test},
-            resolution=world.resolution,
-        )
+        images: dict[Split, int] = {"train": world.train, "val": world.val, "test": world.test}
+        if world.known:
+            images["known"] = world.known
+        write_world(self.folder_of_data, seed=world.seed, images=images, resolution=world.resolution)
 
     def check_device(self) -> None:
         """Raise `UnavailableError` for a device or precision that this machine does not offer."""

@@ -205,4 +205,5 @@ class ShapesWorldRecipe(Section):
     train: int = Field(default=10_000, gt=0, description="scenes")
     val: int = Field(default=500, gt=0, description="scenes")
     test: int = Field(default=500, gt=0, description="scenes")
+    known: int = Field(default=0, ge=0, description="new scenes with the combinations of training, a split of its own")
     resolution: int = Field(default=64, gt=0, description="of the images, in pixels")

@@ -18,7 +18,7 @@ from xfm_fast.data.shapes import SPLITS, Split, captions, pixel_box, references,
 from xfm_fast.data.shapes import world as world_module
 from xfm_fast.errors import DataError, StorageError
 
-COUNTS: dict[Split, int] = {"train": 24, "val": 8, "test": 8}
+COUNTS: dict[Split, int] = {"train": 24, "val": 8, "test": 8, "known": 8}
 
 
 @pytest.fixture(scope="module")

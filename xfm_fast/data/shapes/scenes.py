@@ -2,7 +2,8 @@
 
 A scene is a pure function of (seed, split, index). Generalisation to combinations is tested by construction: of the 48
 pairs of a colour and a shape, 8 occur in the test split only and 8 others in the validation split only, and every scene
-of these splits holds at least one of its own. Each colour and each shape is common in training.
+of these splits holds at least one of its own. Each colour and each shape is common in training. The split `known` has
+new scenes of the pairs of training: what a model does there, and not in the test split, it learnt by combination.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from xfm_fast.errors import DataError
 
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test", "known"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Pair = tuple[str, str]
 T = TypeVar("T")
@@ -32,6 +33,7 @@ MARGIN = 8
 PAIRS: frozenset[Pair] = frozenset((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT: dict[Split, frozenset[Pair]] = {
     "train": frozenset(),
+    "known": frozenset(),
     "val": frozenset((colour, SHAPES[(i + 3) % len(SHAPES)]) for i, colour in enumerate(COLOURS)),
     "test": frozenset((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)),
 }

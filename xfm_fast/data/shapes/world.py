@@ -55,14 +55,14 @@ def write_world(
     - `pairs_<split>.jsonl` (`binary`, `desc`: four paraphrases), `regions_<split>.jsonl` (`binary`, `caption`, `elems`)
       and the fine-tuning files `vqa_`, `nlvr_`, `retrieval_`, `grounding_` and `captioning_<split>.json`,
       `text_<split>.tsv` and `image_<split>.csv`: all of the same scenes;
-    - `captioning_<split>_gt.json` for val and test, the references as the COCO evaluation reads them;
+    - `captioning_<split>_gt.json` for all but train, the references as the COCO evaluation reads them;
     - `images_<split>.jsonl` (`binary`) and `texts_<split>.jsonl` (`desc`): as many scenes again, different ones.
 
-    Captioning has an element for every paraphrase in training, and one for every image with all four of them in val
-    and test; an image's id is its number. The text task (`sentence1`, `sentence2`, `label`) asks if a statement follows
+    Captioning has an element for every paraphrase in training, and one for every image with all four of them in other
+    splits; an image's id is its number. The text task (`sentence1`, `sentence2`, `label`) asks if a statement follows
     from a caption: half of the answers are yes, and neither sentence alone says which (`entailments`). The image task
-    (`image`, `label`) asks for the shape of the largest object, in scenes with one object or exactly one large one; val
-    and test have equally many of all labels that occur, so chance is one in six.
+    (`image`, `label`) asks for the shape of the largest object, in scenes with one object or exactly one large one; all
+    splits but train have equally many of all labels that occur, so chance is one in six.
 
     `answers.json` lists the answers, and `world.json` says what the world holds: seed, counts, vocabulary, labels, the
     combinations that each split holds out, and the SHA-256 of every file.
