@@ -29,6 +29,7 @@ from xfm_fast.finetuning.image import ImageTask, ImageTaskOptions, LabelledImage
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import finetune, open_task
 from xfm_fast.models.heads import DeepMLPHead
+from xfm_fast.tasks.classification import ClassificationModel
 
 WORLD = "image", "image_{}.csv"
 WHOLE: dict[str, Any] = {"view": "whole", "head": "mlp"}
@@ -171,6 +172,7 @@ def test_folders_of_classes(recipe: Make, folders: Path) -> None:
 def test_a_linear_probe_moves_its_head_alone(recipe: Make, folders: Path, pretrained: Path) -> None:
     result = finetune(of_folders(recipe, folders, task={"frozen": True}))
     model = xfm_fast.load(result.folder).model
+    assert isinstance(model, ClassificationModel)
     assert isinstance(model.cls_head, torch.nn.Linear)
     for name, value in xfm_fast.XFM.from_pretrained(pretrained).state_dict().items():
         if name.startswith("vision_encoder."):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.finetuning.conftest import Make
+from xfm_fast import XFM
 from xfm_fast.errors import CheckpointError, DataError, InputError
 from xfm_fast.finetuning.kinds import make_task
 from xfm_fast.finetuning.prediction import load
@@ -46,6 +47,7 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, detections: dict[str, An
     task = open_task(weak)
     records = task.records(weak.paths_of("test"), "test")[:6]
     predictor = load(weak.checkpoint.folder)
+    assert isinstance(predictor.model, XFM)
     rows = task.predict(predictor.model, records)
     for row, record in zip(rows, records, strict=True):
         assert row["bbox"] in [list(box) for box in record.detected]
