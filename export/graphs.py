@@ -415,7 +415,8 @@ class DecoderStepGraph(Graph):
         super().__init__()
         config = model.config
         self.decoder: TextDecoder = model.text_decoder
-        self.form, self.heads = form, config.text_heads
+        # TensorRT for RTX 1.7 builds no attention of one query over a past of any length.
+        self.form, self.heads = "primitives" if form == "opset23" else form, config.text_heads
         layers = _layers(self.decoder.roberta.encoder)
         self.products = nn.ModuleList(
             _Joined(parts.query, parts.key, parts.value) for parts in (layer.attention.self for layer in layers)
