@@ -20,7 +20,7 @@ MOST_WAITS = 0.35
 MOST_WAITS_OF_PIECES = 0.5
 ALL = (
     "relpos", "relpos, one head", *(f"relpos, {d}" for d in (32, 80, 96, 128)),
-    "varlen, many waves", "varlen, short over many",
+    "relpos, fragments, 64", "varlen, many waves", "varlen, short over many",
     "varlen", "varlen, short", "varlen, one sequence", "varlen, dropout", "varlen, masked", "varlen, short, dropout",
     "varlen, short, masked", *(f"varlen, {d}" for d in (32, 80, 96, 128)),
     "norms", "norms, scaled", "embedding", "activation", "rounding", "vocabulary",
