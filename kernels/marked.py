@@ -68,7 +68,7 @@ def kind_of(weight: Tensor | None) -> EightBits | None:
 
 def alike(weight: Tensor, *marked: Tensor) -> Tensor:
     """A weight made of others, without gradient: marked as they are, if they all are in one way."""
-    kinds = {kind_of(each) for each in marked}
+    kinds: set[EightBits | None] = {kind_of(each) for each in marked}
     kind = kinds.pop() if len(kinds) == 1 else None
     return weight if kind is None or weight.requires_grad else _CLASSES[kind](weight, requires_grad=False)
 

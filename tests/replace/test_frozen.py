@@ -186,7 +186,8 @@ def test_a_failure_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = outputs(made, given)
     report = accelerate(made, freeze=True)
     frozen = outputs(made, given)
-    monkeypatch.setattr("xfm_fast.replace.acceleration._compared", lambda *_: (_ for _ in ()).throw(InputError("no")))
+    refuses = lambda *_: (_ for _ in ()).throw(InputError("no"))  # noqa: E731
+    monkeypatch.setattr("xfm_fast.replace.acceleration.Report.compare", refuses)
     with pytest.raises(InputError, match="no"):
         accelerate(made, verify=given)
     assert "weight" not in made.encoder.layer[0].output.dense._parameters

@@ -358,7 +358,10 @@ class XFM(nn.Module):
     @property
     def quantised(self) -> EightBits | None:
         """In which 8 bits the blocks multiply: after `quantise`, or when loaded so. None for a model in floats."""
-        return next(filter(None, map(marked.kind_of, self._block_weights())), None)
+        for weight in self._block_weights():
+            if (kind := marked.kind_of(weight)) is not None:
+                return kind
+        return None
 
     def _block_weights(self, of: type[nn.Linear | nn.LayerNorm] = nn.Linear) -> list[Tensor]:
         blocks = (block for block in self.modules() if isinstance(block, Block | TransformerLayer))

@@ -144,9 +144,10 @@ def accelerate(
                 restore(module)
         for module, form, its_settings in undo:
             swap(module, form, its_settings)
-        for once in {its_settings.eight_bits for _, _, its_settings in undo}:
-            if once is not None:
-                quantised.quantise(model, [m for m, _, own in undo if own.eight_bits == once], once)
+        once: set[EightBits | None] = {its_settings.eight_bits for _, _, its_settings in undo}
+        for each in once:
+            if each is not None:
+                quantised.quantise(model, [m for m, _, own in undo if own.eight_bits == each], each)
         if frozen is not None:
             freeze_weights(model, [module for module, _, _ in undo if isinstance(module, Fused)], frozen)
         if graphs is not None:
