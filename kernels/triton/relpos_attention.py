@@ -103,7 +103,7 @@ def forward_kernel(
             fragments += tl.where(first + BLOCK_N < full, BLOCK_M * BLOCK_N, 0)
             bias_ahead = tl.load(fragments)
         elif HAS_BIAS:
-            bias = tl.load(bias_base + first + (bias_rows + columns[None, :]))
+            bias = tl.load(bias_base + (bias_rows + columns[None, :]))
         else:
             bias = 0
         acc_a, acc_b, row_max, row_sum = forward_tile(
@@ -113,6 +113,8 @@ def forward_kernel(
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
+        if not FRAGMENTS:
+            bias_base += BLOCK_N
     if TAIL > 0:
         # The class token makes N one more than a multiple of a tile at many sizes: the last tile has a size of its own.
         # The branch is always taken: it is a fence, without which ptxas finds Hopper's products of the loop still under
@@ -122,7 +124,7 @@ def forward_kernel(
             if FRAGMENTS:
                 bias = tl.load(bias_base + full * BLOCK_M + fragment_place(rows[:, None], last[None, :]))
             elif HAS_BIAS:
-                bias = tl.load(bias_base + full + (bias_rows + last[None, :]))
+                bias = tl.load(bias_base + (bias_rows + last[None, :]))
             else:
                 bias = 0
             acc_a, acc_b, row_max, row_sum = forward_tile(
