@@ -22,6 +22,7 @@ import torch
 import xfm_fast
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import roofline
+from xfm_fast.kernels.cpu import waiting
 from xfm_fast.kernels.cpu.races import compare_all
 
 # Package -> (import name, the extra that installs it).
@@ -243,6 +244,7 @@ def describe() -> dict[str, Any]:
         "cores_logical": psutil.cpu_count(),
         "cores_allowed": len(_allowed_cores()),
         "threads": torch.get_num_threads(),
+        "threads_wait": waiting.told(os.environ),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),

@@ -10,11 +10,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Le, Predicate
+from annotated_types import Ge, Gt, Le, MinLen, Predicate
 
 Preset = Literal["base", "tiny"]
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
+Axis = Literal["batch", "resolution", "texts", "lengths", "threads", "processes"]
 FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
 FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
 
@@ -71,9 +72,9 @@ class SizeOptions(SuiteOptions):
     Attributes:
         baselines: Names with commas, see xfm-fast bench list. [all that are installed]
         device: The device to measure. [a GPU where there is one]
-        image_size: Pixels along a side. [384; tiny 48]
+        image_size: Pixels along a side. [384; vqa 480; tiny 48]
         batch: Requests of an offline run, and the most that a server answers together.
-        texts: Captions of a rerank request. [64; quick 8]
+        texts: Captions of a rerank request, questions of vqa, expressions of grounding. [64, 5 and 5; quick 8, 2 and 2]
     """
 
     baselines: tuple[str, ...] = ()
@@ -92,7 +93,7 @@ class ScenarioOptions(SizeOptions):
         p99_ms: Bound of the server on the 99th percentile. [4 times one request of the official algorithm]
         lengths: Of texts: captions, or a mean with a shape, such as fixed-16, uniform-16, bimodal-16.
         index: Images that retrieve searches. [18; quick 8]
-        k: Images that retrieve re-ranks. [8; quick 4]
+        k: Images that retrieve re-ranks, or candidates of a question of vqa. [8; quick 4; vqa 128]
     """
 
     mode: tuple[Literal["single-stream", "offline", "server"], ...] = ()
@@ -107,11 +108,11 @@ class SweepOptions(SizeOptions):
     """Options of a sweep.
 
     Attributes:
-        over: The axis, as far as the work has it.
-        values: With commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
+        over: The axis, or several with commas, as far as the work has them. Processes compete for the same cores.
+        values: Of one axis, with commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
     """
 
-    over: Literal["batch", "resolution", "texts", "lengths"]
+    over: Annotated[tuple[Axis, ...], MinLen(1)]
     values: tuple[str, ...] = ()
 
 
@@ -148,25 +149,6 @@ class StepOptions(RunOptions):
     task: Literal[FineTuned, "all"] | None = None
     device: Device | None = None
     pairs: Annotated[int | None, Ge(2), Le(1_000_000)] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class VqaOptions(RunOptions):
-    """Options of visual question answering.
-
-    Attributes:
-        preset: Size of the model.
-        device: The device to measure. [a GPU where there is one]
-        image_size: Pixels along a side. [480; tiny 48]
-        questions: To the image. [5; quick 2]
-        k: Candidates of every question. [128]
-    """
-
-    preset: Preset = "base"
-    device: Device | None = None
-    image_size: Annotated[int | None, Ge(1)] = None
-    questions: Annotated[int | None, Ge(1)] = None
-    k: Annotated[int, Ge(1)] = 128
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -294,7 +294,7 @@ class Row(Record):
         direction: of an operation.
         contender: stable name; `label` is for readers.
         name: says the amount of work.
-        x: value of the swept axis, in a sweep.
+        x: value of the swept axis `over`, in a sweep.
         unit: what `items` of a run counts; a run is a request or, offline, a batch.
         throughput: items a second.
         seconds: of every run; of single requests see `latency`.
@@ -318,6 +318,7 @@ class Row(Record):
     name: str
     point: Point = Point()
     x: float | None = None
+    over: str | None = None
     status: Status
     reason: str | None = None
     unit: str
@@ -358,7 +359,7 @@ class Row(Record):
     def place(self) -> tuple[str, ...]:
         """Equal for all contenders at the same work, in every type, in two documents too."""
         point = json.dumps(self.point.model_dump(exclude_none=True), sort_keys=True)
-        return self.work, self.mode, self.direction or "", self.name, point, str(self.x)
+        return self.work, self.mode, self.direction or "", self.name, point, str(self.x), self.over or ""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -404,7 +405,7 @@ class Fit(Record):
     """Cost as work grows: seconds of a run ∝ x^exponent, by least squares through the logarithms.
 
     Attributes:
-        over: `batch`, `resolution`, `texts` or `lengths`; `x_label` says what x counts.
+        over: the swept axis; `x_label` says what x counts.
         low, high: interval of 95% of the exponent (Student's t).
         r2: share of the variance of log seconds that the line explains.
     """

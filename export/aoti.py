@@ -52,6 +52,7 @@ def export_packages(
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
+    companions: Mapping[str, bytes] = {},
     progress: Progress = silent,
     **changes: Any,
 ) -> Manifest:
@@ -61,7 +62,7 @@ def export_packages(
         model: is left as it is.
         folder: made if it is not there. Packages of the same name in it are replaced.
         request: which graphs, and their form. Packages are bound to the processor and GPU that compiled them.
-        source, tokenizer_sha256, examples, progress: see `pipeline.export_graphs`.
+        source, tokenizer_sha256, examples, companions, progress: see `pipeline.export_graphs`.
         changes: fields of the request.
 
     Raises:
@@ -83,7 +84,7 @@ def export_packages(
         model, Path(folder), request, _SPELLING, write, suffix=".pt2",
         room=lambda sizes: sum(sizes) + _COPIES * max(sizes), kind="aoti", consumer="aoti", opset=None,
         versions=package_versions("torch", "triton"), package=local_target(request.device), source=source,
-        tokenizer_sha256=tokenizer_sha256, examples=examples, progress=progress,
+        tokenizer_sha256=tokenizer_sha256, examples=examples, companions=companions, progress=progress,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ runs in the type of the export: rounding that no export of that type can be blam
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +20,27 @@ from torch.nn.utils.rnn import pad_sequence
 from xfm_fast.checkpoint.files import write_files, write_safetensors
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError
+from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
+from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tasks.classification import ClassificationModel
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.vqa import VQAModel
 
 from .consumers import DTYPES, DType
-from .graphs import GraphName
+from .graphs import GraphName, memory_names
 
 REFERENCE_FILE = "reference.safetensors"
 
 LONGEST = 40
 """Tokens of the longest text that exports are compared on, the official limit of captions."""
 
+DECODER_GRAPHS: frozenset[GraphName] = frozenset(("decoder_memory", "decoder_step"))
+
+# States and texts that a decoder is compared on, and tokens of each: logits over a vocabulary are large.
+_STATES, _WRITTEN = 3, 6
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, LONGEST)
 _ROUNDING = "rounding."
 
@@ -109,12 +119,13 @@ def generated_examples(
     return make_examples(pixels, rows, config, origin=f"generated images and texts (seed {seed})", longest=longest)
 
 
-def reference_bytes(config: XFMConfig, *, images: int = 4, texts: int = 48) -> int:
-    """About how large a reference is on disk."""
+def reference_bytes(config: XFMConfig, *, images: int = 4, texts: int = 48, decodes: bool = False) -> int:
+    """About how large a reference is on disk, that of a decoder among it where there is one."""
     tokens, width = config.num_image_tokens, config.text_width
     memory = 2 * config.fusion_layers * tokens * width
     of_images = images * (3 * config.image_size**2 + tokens * config.vision_width + texts * width)
-    return 4 * (memory + of_images + texts * LONGEST * width)
+    logits = _STATES * _STATES * _WRITTEN * config.vocab_size if decodes else 0
+    return 4 * (memory + of_images + texts * LONGEST * width + logits)
 
 
 @dataclass(frozen=True)
@@ -123,9 +134,13 @@ class Reference:
 
     Attributes:
         tensors: `pixels`, `input_ids`, `attention_mask`; and as far as the graphs need them `image_embeds`
-            `[I, M, Dv]`, `image_feature`, `text_embeds` `[T, L, Dt]`, `text_feature`, `memory` of image 0 in the
-            layout of the graphs, and for every image with every text `fused` `[I, T, Dt]`, `match_logits`, `boxes`,
-            `scores`; of image 0 alone `fused_tokens` `[1, T, L, Dt]`.
+            `[I, M, Dv]`, `image_feature`, `text_embeds` `[T, L, Dt]`, `text_feature`, the memory of image 0 as graphs
+            take it (`memory_keys_<layer>`, `memory_values_<layer>`), and for every image with every text `fused`
+            `[I, T, Dt]`, `match_logits`, `boxes`, `scores`; of image 0 alone `fused_tokens` `[1, T, L, Dt]`. Of a
+            task `class_logits`, of images, texts or both `[I, T, C]` (of nlvr2 for image i and the one behind it). Of a
+            decoder the S `states` `[S, M, D]` that it reads with their `memory_mask` `[S, M]`, and the keys and values
+            that they become; the first N `tokens` `[R, N]` of R texts, and for every state with every text
+            `step_logits` `[S, R, N, vocabulary]` and `present` `[S, R, N, layers, 2, H, D]`.
         rounding: the largest error, by name, of the model in the type of the export against its fp32 results.
     """
 
@@ -206,40 +221,53 @@ def _results(model: XFM, examples: Examples, wanted: frozenset[str], all_tokens:
     model.eval()
     try:
         found = _encoded(model, examples, wanted)
-        if wanted & {"fusion", "match"}:
-            found |= _fused(model, found, examples.attention_mask, all_tokens and "fusion" in wanted)
-        if not wanted & {"fusion", "text"}:
+        decodes = bool(wanted & DECODER_GRAPHS)
+        # A decoder of questions reads every token of the fusion encoder.
+        if wanted & {"fusion", "match"} or (decodes and isinstance(model, VQAModel)):
+            whole = decodes or (all_tokens and "fusion" in wanted)
+            found |= _fused(model, found, examples.attention_mask, whole)
+        if isinstance(model, NLVR2Model) and "nlvr2" in wanted:
+            found |= _compared(model, found, examples, wanted)
+        if decodes and isinstance(model, VQAModel | CaptioningModel):
+            found |= _decoded(model, found, examples)
+        if not wanted & {"fusion", "text", "nlvr2"}:
             found.pop("text_embeds", None)
     finally:
         model.train(training)
-    return {name: value.float() for name, value in found.items()}
+    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
 def _encoded(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if wanted - {"text"}:
-        found["image_embeds"] = model.encode_image(examples.pixels)
-    if wanted - {"vision", "image_memory"}:
+        found["image_embeds"] = model.encode_image(examples.pixels.to(model.dtype))
+    if wanted - {"vision", "image_memory"} and hasattr(model, "text_encoder"):
         found["text_embeds"] = model.encode_text(examples.input_ids, examples.attention_mask)
     contrastive = "contrastive" in model.heads
     if "vision" in wanted and contrastive:
         found["image_feature"] = model.project_image(found["image_embeds"])
     if "text" in wanted and contrastive:
         found["text_feature"] = model.project_text(found["text_embeds"])
-    if wanted & {"image_memory", "fusion"}:
-        found["memory"] = graph_memory(model.image_memory(found["image_embeds"][:1]))
+    if wanted & {"image_memory", "fusion", "nlvr2"}:
+        found |= graph_memory(model.image_memory(found["image_embeds"][:1]))
+    if isinstance(model, ClassificationModel) and model.modality != "pair":
+        texts = (None, examples.input_ids, examples.attention_mask)
+        found["class_logits"] = model.logits(examples.pixels) if model.modality == "image" else model.logits(*texts)
     return found
 
 
-def graph_memory(memory: ImageMemory) -> Tensor:
-    """The memory of images as graphs take it: `[B, layers, 2, H, M, D]`."""
-    return torch.stack(memory.layers, dim=1).permute(0, 1, 3, 4, 2, 5)
+def graph_memory(memory: ImageMemory) -> dict[str, Tensor]:
+    """The memory of images as graphs take it: keys and values `[B, H, M, D]` of every layer, by name."""
+    parts = [part.transpose(1, 2) for layer in memory.layers for part in layer.unbind(2)]
+    return dict(zip(memory_names(len(memory.layers)), parts, strict=True))
 
 
 def _fused(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool) -> dict[str, Tensor]:
     embeds = found["text_embeds"]
     heads = {"matching": ("match_logits", model.match_logits), "boxes": ("boxes", model.predict_boxes)}
-    offered = dict(heads[head] for head in heads if head in model.heads)
+    offered: dict[str, Callable[[Tensor], Tensor]] = dict(heads[head] for head in heads if head in model.heads)
+    if isinstance(model, ClassificationModel):
+        offered["class_logits"] = lambda fused: model.cls_head(fused[:, 0])
     results: dict[str, list[Tensor]] = {"fused": [], **{name: [] for name in offered}}
     whole: dict[str, Tensor] = {}
     # Image by image: the memory of one at a time, as re-ranking does it.
@@ -256,3 +284,48 @@ def _fused(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool)
     if "match_logits" in stacked:
         stacked["scores"] = stacked["match_logits"][..., 1]
     return stacked | whole
+
+
+def _compared(
+    model: NLVR2Model, found: dict[str, Tensor], examples: Examples, wanted: frozenset[str]
+) -> dict[str, Tensor]:
+    """What is said of every text about image i and the one behind it; without other memories about image 0 twice."""
+    images, texts = len(examples.pixels) if "image_memory" in wanted else 1, len(examples.input_ids)
+    logits = []
+    for number in range(images):
+        pair = examples.pixels[[number, (number + 1) % images]].repeat_interleave(texts, dim=0)
+        logits.append(model.logits(pair.to(model.dtype), examples.input_ids, examples.attention_mask))
+    return {"class_logits": torch.stack(logits)}
+
+
+def _decoded(model: VQAModel | CaptioningModel, found: dict[str, Tensor], examples: Examples) -> dict[str, Tensor]:
+    """A few states, and a few texts that are written from each of them, whatever they say."""
+    if isinstance(model, VQAModel):
+        states = found["fused_tokens"][0, :_STATES]
+        mask = examples.attention_mask[:_STATES].bool()
+        states, mask = states[:, : int(mask.sum(1).max())], mask[:, : int(mask.sum(1).max())]
+    else:
+        states = found["image_embeds"][:_STATES]
+        mask = torch.ones(states.shape[:2], dtype=torch.bool)
+    decoder, count = model.text_decoder, len(states)
+    lengths = examples.attention_mask.sum(1)
+    rows = lengths.topk(min(_STATES, len(lengths))).indices
+    written = min(_WRITTEN, int(lengths[rows].min()))
+    tokens = examples.input_ids[rows, :written]
+    every = tokens.repeat(count, 1)
+    groups = ImageGroups(torch.arange(count + 1) * len(tokens))
+    memory, past = decoder.memory(states, mask), DecoderCache(written)
+    packing = Packing.from_mask(torch.ones_like(every))
+    logits = decoder.logits(decoder(every, packing, memory, groups, past=past))
+    layers = len(decoder.roberta.encoder)
+    known = [past.known(layer, torch.arange(len(every))) for layer in range(layers)]
+    present = torch.stack([torch.stack(each, 2) for each in known], 2)
+    made = {"states": states, "memory_mask": mask.long(), "tokens": tokens}
+    parts: list[Tensor] = []
+    for layer in memory.layers:
+        padded = layer.new_zeros(*mask.shape, *layer.shape[1:])
+        padded[mask] = layer
+        parts += [part.transpose(1, 2) for part in padded.unbind(2)]
+    made |= dict(zip(memory_names(layers, "decoder"), parts, strict=True))
+    shape = (count, len(tokens), written)
+    return made | {"step_logits": logits.view(*shape, -1), "present": present.view(*shape, layers, *present.shape[3:])}

@@ -4,6 +4,10 @@ The four graphs `vision`, `text`, `image_memory` and `fusion` let a server reuse
 memory is projected once, and every text that comes later pays for the fusion encoder alone. `match` is the whole way
 from pixels and ids to a score, in one file.
 
+A fine-tuned model has graphs of its own beside them: heads are outputs of the graph whose result they read, `nlvr2` is
+the fusion encoder over a pair of images with the head behind it, and a decoder is `decoder_memory`, which projects
+what is read once, and `decoder_step`, which writes one more token of every text.
+
 The graphs compute what `XFM` computes, with its parameters, but padded instead of packed: engines plan for shapes, and
 a packed batch has none. Padding is masked with a finite value, so that a row without any real token stays finite.
 """
@@ -11,7 +15,7 @@ a packed batch has none. Padding is masked with a finite value, so that a row wi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,13 +25,17 @@ from torch import Tensor, nn
 
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.reference import relative_position_index
+from xfm_fast.models.decoder import TextDecoder
 from xfm_fast.models.frozen import is_frozen
-from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.text import LayerStack, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tasks.classification import ClassificationModel, Modality
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.vqa import VQAModel
 
-from .request import GRAPHS, GraphName
+from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GraphName
 
 _MASKED = -10000.0
 
@@ -40,7 +48,7 @@ class Axis:
     least: int = 1
 
 
-BATCH, TEXTS, LENGTH = Axis("batch"), Axis("texts"), Axis("length")
+BATCH, TEXTS, LENGTH, PAST = Axis("batch"), Axis("texts"), Axis("length"), Axis("past")
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,8 @@ class Graph(nn.Module):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     form: AttentionForm
+    gathered: int = 0
+    """The last inputs, as many, come as the one tuple `*memory` of `forward`."""
 
     def own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The sizes of those axes that this graph has."""
@@ -145,6 +155,8 @@ class VisionGraph(Graph):
         self.pools = config.local_attn_depth <= 0
         self.encoder, self.form = model.vision_encoder, form
         self.projection = model.vision_proj if "contrastive" in model.heads else None
+        self.class_head = _class_head(model, "image")
+        self.reads_mean = isinstance(model, ClassificationModel) and model.head == "official_image"
         size, tokens = config.image_size, config.num_image_tokens
         # Gathered here for the reason that `_Joined` has: a gather in every layer of every inference otherwise.
         index = relative_position_index((config.grid, config.grid)).flatten()
@@ -157,9 +169,10 @@ class VisionGraph(Graph):
         self.outputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)
         if self.projection is not None:
             self.outputs += (TensorSpec("image_feature", "compute", (BATCH, config.embed_dim)),)
+        self.outputs += _class_spec(model, "image", BATCH)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`, `[B, embed_dim]`."""
+        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`, `[B, embed_dim]`, `[B, classes]`."""
         encoder = self.encoder
         convolution = encoder.patch_embed.proj
         patches = F.conv2d(pixels, convolution.weight, convolution.bias, stride=convolution.stride)
@@ -173,7 +186,11 @@ class VisionGraph(Graph):
             x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         else:
             x = _norm(encoder.fc_norm, x)
-        return _with_feature(x, self.projection)
+        results = _with_feature(x, self.projection)
+        if self.class_head is None:
+            return results
+        read = torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=-1) if self.reads_mean else x[:, 0]
+        return (*results, _head(self.class_head, read))
 
     def _block(self, block: Block, x: Tensor, position: Tensor) -> Tensor:
         parts = block.attn
@@ -194,6 +211,7 @@ class TextGraph(Graph):
         config = model.config
         self.encoder, self.form = model.text_encoder.roberta, form
         self.projection = model.text_proj if "contrastive" in model.heads else None
+        self.class_head = _class_head(model, "text")
         self.attentions = nn.ModuleList(_SelfAttention(layer, form) for layer in _layers(self.encoder.encoder))
         self.inputs = (
             TensorSpec("input_ids", "int64", (BATCH, LENGTH)),
@@ -202,9 +220,10 @@ class TextGraph(Graph):
         self.outputs = (TensorSpec("text_embeds", "compute", (BATCH, LENGTH, config.text_width)),)
         if self.projection is not None:
             self.outputs += (TensorSpec("text_feature", "compute", (BATCH, config.embed_dim)),)
+        self.outputs += _class_spec(model, "text", BATCH)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """`[B, L]` ids and mask → `[B, L, text_width]`, `[B, embed_dim]`."""
+        """`[B, L]` ids and mask → `[B, L, text_width]`, `[B, embed_dim]`, `[B, classes]`."""
         embeddings = self.encoder.embeddings
         x = F.embedding(input_ids, embeddings.word_embeddings.weight)
         positions = embeddings.position_ids(input_ids)
@@ -213,31 +232,40 @@ class TextGraph(Graph):
         mask = _additive(attention_mask, x.dtype)
         for attend, layer in zip(self.attentions, _layers(self.encoder.encoder), strict=True):
             x = _feed_forward(layer, attend(x, mask))
-        return _with_feature(x, self.projection)
+        results = _with_feature(x, self.projection)
+        return results if self.class_head is None else (*results, _head(self.class_head, x[:, 0]))
 
 
-class ImageMemoryGraph(Graph):
-    """Image embeddings to the keys and values of every fusion layer, in the layout that attention reads."""
+class _MemoryGraph(Graph):
+    """States to the keys and values of every layer of a stack, each in the layout that attention reads.
+
+    They are tensors of their own, so that the graph that reads them copies none: to cut a layer out of one tensor is a
+    copy of the memory at every call.
+    """
+
+    def __init__(self, stack: LayerStack) -> None:
+        super().__init__()
+        # The projections alone, not the layers that they belong to: the graph weighs what it needs.
+        attentions = [layer.crossattention.self for layer in _layers(stack)]
+        self.heads = attentions[0].heads
+        self.parts = nn.ModuleList(part for parts in attentions for part in (parts.key, parts.value))
+        self.projections = _Joined(*(part for parts in attentions for part in (parts.key, parts.value)))
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """`[B, M, width]` → keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each."""
+        projected = self.projections(states).unflatten(-1, (len(self.parts), self.heads, -1))
+        return tuple(projected[:, :, number].transpose(1, 2).contiguous() for number in range(len(self.parts)))
+
+
+class ImageMemoryGraph(_MemoryGraph):
+    """Image embeddings to the keys and values of every fusion layer."""
 
     def __init__(self, model: XFM, form: AttentionForm) -> None:
-        super().__init__()
-        config = model.config
         _require_fusion(model)
-        self.heads, self.layers = config.text_heads, config.fusion_layers
-        # The projections alone, not the layers that they belong to: the graph weighs what it needs.
-        attentions = [layer.crossattention.self for layer in _layers(model.fusion_encoder.roberta.encoder)]
-        projections = [part for parts in attentions for part in (parts.key, parts.value)]
-        self.parts = nn.ModuleList(projections)
-        self.projections = _Joined(*projections)
-        tokens = config.num_image_tokens
-        self.inputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)
-        self.outputs = (_memory_spec(model),)
-
-    def forward(self, image_embeds: Tensor) -> tuple[Tensor]:
-        """`[B, M, vision_width]` → `[B, layers, 2, H, M, D]`."""
-        # One product for all layers: its result is put in order once, where 24 results would be joined as well.
-        projected = self.projections(image_embeds).unflatten(-1, (self.layers, 2, self.heads, -1))
-        return (projected.permute(0, 2, 3, 4, 1, 5).contiguous(),)
+        super().__init__(model.fusion_encoder.roberta.encoder)
+        dims = (BATCH, model.config.num_image_tokens, model.config.vision_width)
+        self.inputs = (TensorSpec("image_embeds", "compute", dims),)
+        self.outputs = _memory_specs(model, BATCH)
 
 
 class FusionGraph(Graph):
@@ -259,20 +287,24 @@ class FusionGraph(Graph):
         )
         self.match_head = model.itm_head if "matching" in model.heads else None
         self.box_head = model.bbox_head if "boxes" in model.heads else None
+        self.class_head = _class_head(model, "pair")
         self.inputs = (
             TensorSpec("text_embeds", "compute", (BATCH, TEXTS, LENGTH, config.text_width)),
             TensorSpec("attention_mask", "int64", (BATCH, TEXTS, LENGTH)),
-            _memory_spec(model),
+            *_memory_specs(model, BATCH),
         )
+        self.gathered = 2 * config.fusion_layers
         fused = (BATCH, TEXTS, LENGTH, config.text_width) if all_tokens else (BATCH, TEXTS, config.text_width)
         self.outputs = (TensorSpec("fused", "compute", fused),)
         if self.match_head is not None:
             self.outputs += (TensorSpec("match_logits", "compute", (BATCH, TEXTS, 2)),)
         if self.box_head is not None:
             self.outputs += (TensorSpec("boxes", "compute", (BATCH, TEXTS, 4)),)
+        self.outputs += _class_spec(model, "pair", BATCH, TEXTS)
 
-    def forward(self, text_embeds: Tensor, attention_mask: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
-        """`[B, T, L, width]`, `[B, T, L]`, `[B, layers, 2, H, M, D]` → fused, `[B, T, 2]`, `[B, T, 4]`.
+    def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+        """`[B, T, L, width]`, `[B, T, L]`, keys and values `[B, H, M, D]` of every layer → fused, `[B, T, 2]`,
+        `[B, T, 4]`, classes.
 
         `fused` is token 0 of every text, `[B, T, width]`, or all tokens `[B, T, L, width]`.
         """
@@ -283,6 +315,8 @@ class FusionGraph(Graph):
             results += (self.match_logits(first),)
         if self.box_head is not None:
             results += (_head(self.box_head, first).sigmoid(),)
+        if self.class_head is not None:
+            results += (_head(self.class_head, first),)
         return results
 
     def match_logits(self, first: Tensor) -> Tensor:
@@ -290,23 +324,24 @@ class FusionGraph(Graph):
         assert self.match_head is not None
         return _head(self.match_head, first)
 
-    def fuse(self, text_embeds: Tensor, attention_mask: Tensor, memory: Tensor) -> Tensor:
+    def fuse(self, text_embeds: Tensor, attention_mask: Tensor, memory: Sequence[Tensor]) -> Tensor:
         """The first result of `forward`."""
         batch, texts, length, width = text_embeds.shape
         x = text_embeds.reshape(batch * texts, length, width)
         mask = _additive(attention_mask.reshape(batch * texts, length), x.dtype)
-        # Keys and values of all layers side by side, so that runtimes that copy what they cut copy it once.
-        memory = memory.flatten(1, 2)
-        for number, (attend, layer) in enumerate(zip(self.attentions, _layers(self.stack), strict=True)):
-            x = attend(x, mask)
-            parts = layer.crossattention
-            q = parts.self.query(x).reshape(batch, -1, parts.self.heads, width // parts.self.heads).transpose(1, 2)
-            context = attention(q, memory[:, 2 * number], memory[:, 2 * number + 1], None, self.form)
-            x = _residual_norm(parts.output, context.transpose(1, 2).reshape(x.shape), x)
-            x = _feed_forward(layer, x)
+        x = self.behind_first(self.attentions[0](x, mask), mask, memory, batch)
         if not self.all_tokens:
             return x.reshape(batch, texts, width)
         return x.reshape(batch, texts, length, width)
+
+    def behind_first(self, x: Tensor, mask: Tensor, memory: Sequence[Tensor], memories: int) -> Tensor:
+        """The encoder behind the self-attention of layer 0, which no image has touched: `[P, L, width]` → the same."""
+        for number, (attend, layer) in enumerate(zip(self.attentions, _layers(self.stack), strict=True)):
+            if number:
+                x = attend(x, mask)
+            x = _cross(layer, x, memory[2 * number], memory[2 * number + 1], None, memories, self.form)
+            x = _feed_forward(layer, x)
+        return x
 
 
 class MatchGraph(Graph):
@@ -326,12 +361,139 @@ class MatchGraph(Graph):
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
         """`[B, 3, R, R]`, `[B, T, L]` ids and mask → `[B, T]`: the logit of "text describes image"."""
-        (memory,) = self.memory(self.vision(pixels)[0])
+        memory = self.memory(self.vision(pixels)[0])
         batch, texts, length = input_ids.shape
         rows = (batch * texts, length)
         embeds = self.text(input_ids.reshape(rows), attention_mask.reshape(rows))[0]
         fused = self.fusion.fuse(embeds.reshape(batch, texts, length, -1), attention_mask, memory)
         return (self.fusion.match_logits(fused)[..., 1],)
+
+
+class NLVR2Graph(Graph):
+    """A sentence fused with each of two images, and the head on both: scores of "false" and "true"."""
+
+    def __init__(self, model: NLVR2Model, form: AttentionForm) -> None:
+        super().__init__()
+        config = model.config
+        self.fusion, self.form = FusionGraph(model, form), form
+        self.class_head = model.cls_head
+        self.inputs = (
+            TensorSpec("text_embeds", "compute", (BATCH, LENGTH, config.text_width)),
+            TensorSpec("attention_mask", "int64", (BATCH, LENGTH)),
+            *_memory_specs(model, BATCH, 2),
+        )
+        self.gathered = 2 * config.fusion_layers
+        self.outputs = (TensorSpec("class_logits", "compute", (BATCH, 2)),)
+
+    def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor]:
+        """`[B, L, width]`, `[B, L]`, keys and values `[B, 2, H, M, D]` of both images, layer by layer → `[B, 2]`."""
+        mask = _additive(attention_mask, text_embeds.dtype)
+        # What no image has touched is computed once for both.
+        x = self.fusion.attentions[0](text_embeds, mask)
+        x, mask = (each.repeat_interleave(2, dim=0) for each in (x, mask))
+        first = self.fusion.behind_first(x, mask, [part.flatten(0, 1) for part in memory], x.shape[0])
+        return (_head(self.class_head, first.reshape(text_embeds.shape[0], -1)),)
+
+
+class DecoderMemoryGraph(_MemoryGraph):
+    """The states that a decoder reads to the keys and values of its layers."""
+
+    def __init__(self, model: VQAModel | CaptioningModel, form: AttentionForm) -> None:
+        super().__init__(model.text_decoder.roberta.encoder)
+        width = model.config.text_width if isinstance(model, VQAModel) else model.config.vision_width
+        self.inputs = (TensorSpec("states", "compute", (BATCH, _states_axis(model), width)),)
+        self.outputs = _decoder_memory_specs(model)
+
+
+class DecoderStepGraph(Graph):
+    """One more token of T texts that are decoded from each of B states: what comes next, and what later steps read.
+
+    Texts before their first token have one hidden past token, because not every runtime has tensors without entries.
+    """
+
+    def __init__(self, model: VQAModel | CaptioningModel, form: AttentionForm) -> None:
+        super().__init__()
+        config = model.config
+        self.decoder: TextDecoder = model.text_decoder
+        self.form, self.heads = form, config.text_heads
+        layers = _layers(self.decoder.roberta.encoder)
+        self.products = nn.ModuleList(
+            _Joined(parts.query, parts.key, parts.value) for parts in (layer.attention.self for layer in layers)
+        )
+        cached = (len(layers), 2, config.text_heads)
+        size, masked = config.text_width // config.text_heads, isinstance(model, VQAModel)
+        memory = _decoder_memory_specs(model)
+        self.gathered, self.has_mask = len(memory) + masked, masked
+        self.inputs = (
+            TensorSpec("token_ids", "int64", (BATCH, TEXTS)),
+            TensorSpec("past", "compute", (BATCH, TEXTS, *cached, PAST, size)),
+            TensorSpec("past_mask", "int64", (BATCH, TEXTS, PAST)),
+            *memory,
+        )
+        if masked:
+            self.inputs += (TensorSpec("memory_mask", "int64", (BATCH, LENGTH)),)
+        self.outputs = (
+            TensorSpec("logits", "compute", (BATCH, TEXTS, config.vocab_size)),
+            TensorSpec("present", "compute", (BATCH, TEXTS, *cached, size)),
+        )
+
+    def forward(self, token_ids: Tensor, past: Tensor, past_mask: Tensor, *memory: Tensor) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            token_ids: `[B, T]`.
+            past: `[B, T, layers, 2, H, P, D]` keys and values of the tokens before.
+            past_mask: `[B, T, P]`, zero for those that do not exist.
+            memory: the outputs of `decoder_memory`; behind them, where states have different lengths, their mask
+                `[B, M]`.
+
+        Returns:
+            Logits `[B, T, vocabulary]`, and keys and values of the token `[B, T, layers, 2, H, D]`.
+        """
+        batch, texts = token_ids.shape
+        rows = batch * texts
+        embeddings, head = self.decoder.roberta.embeddings, self.decoder.lm_head
+        words = embeddings.word_embeddings.weight
+        mask = past_mask.reshape(rows, -1)
+        positions = mask.sum(1) + embeddings.pad_token_id + 1
+        x = F.embedding(token_ids.reshape(rows), words) + F.embedding(positions, embeddings.position_embeddings.weight)
+        x = _norm(embeddings.LayerNorm, x + embeddings.token_type_embeddings.weight[0])[:, None]
+        hidden = _additive(F.pad(mask, (0, 1), value=1), x.dtype)
+        memory_mask = _additive(memory[-1], x.dtype) if self.has_mask else None
+        past = past.flatten(0, 1)
+        present = []
+        for number, (product, layer) in enumerate(
+            zip(self.products, _layers(self.decoder.roberta.encoder), strict=True)
+        ):
+            q, k, v = product(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            keys, values = (torch.cat([past[:, number, place], new], dim=2) for place, new in enumerate((k, v)))
+            present += [k[:, :, 0], v[:, :, 0]]
+            context = attention(q, keys, values, hidden, self.form).transpose(1, 2).flatten(2)
+            x = _residual_norm(layer.attention.output, context, x)
+            x = _cross(layer, x, memory[2 * number], memory[2 * number + 1], memory_mask, batch, self.form)
+            x = _feed_forward(layer, x)
+        transformed = _norm(head.layer_norm, F.gelu(head.dense(x)))
+        logits = F.linear(transformed, words, head.bias).reshape(batch, texts, -1)
+        known = torch.stack(present, dim=1)
+        return logits, known.reshape(batch, texts, -1, 2, self.heads, known.shape[-1])
+
+
+def default_graphs(model: XFM) -> tuple[GraphName, ...]:
+    """The graphs that answer for a model: all but `match` of a pretrained one, what the task needs of a fine-tuned."""
+    if isinstance(model, NLVR2Model):
+        return ("vision", "text", "image_memory", "nlvr2")
+    if isinstance(model, VQAModel):
+        return (*DEFAULT_GRAPHS, "decoder_memory", "decoder_step")
+    if isinstance(model, CaptioningModel):
+        return ("vision", "decoder_memory", "decoder_step")
+    if isinstance(model, ClassificationModel) and model.modality != "pair":
+        return ("vision",) if model.modality == "image" else ("text",)
+    return DEFAULT_GRAPHS
+
+
+def wants_all_tokens(model: XFM, asked: bool) -> bool:
+    """Whether `fusion` returns every token: where that is asked for, or a decoder reads them."""
+    return asked or isinstance(model, VQAModel)
 
 
 def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool = False) -> Graph:
@@ -350,8 +512,8 @@ def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool 
         UnavailableError: the graph is unknown, or the model lacks an encoder or head that it needs.
         InputError: the model is frozen.
     """
-    if name not in GRAPHS:
-        raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(GRAPHS)}")
+    if name not in ALL_GRAPHS:
+        raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}")
     if is_frozen(model):
         raise InputError("the model is frozen for inference, and a graph holds its weights; call unfreeze() first")
     if name == "match" and "matching" not in model.heads:
@@ -359,6 +521,14 @@ def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool 
             "graph 'match' needs the 'matching' head, which this model was built without (it has: "
             f"{', '.join(model.heads) or 'none'}); load it with heads=(..., 'matching')"
         )
+    if name == "nlvr2":
+        if not isinstance(model, NLVR2Model):
+            raise UnavailableError("graph 'nlvr2' needs the head over two images, which a run of the task nlvr2 has")
+        return NLVR2Graph(model, form).eval()
+    if name in ("decoder_memory", "decoder_step"):
+        if not isinstance(model, VQAModel | CaptioningModel):
+            raise UnavailableError(f"graph {name!r} needs a decoder, which runs of the tasks vqa and captioning have")
+        return (DecoderMemoryGraph if name == "decoder_memory" else DecoderStepGraph)(model, form).eval()
     encoders = {"vision": ("vision",), "text": ("text",), "image_memory": ("fusion",), "fusion": ("fusion",)}
     for encoder in encoders.get(name, ("vision", "text", "fusion")):
         if not hasattr(model, f"{encoder}_encoder"):
@@ -377,11 +547,43 @@ def _require_fusion(model: XFM) -> None:
         raise UnavailableError("this model has no fusion layers (fusion_layers=0); export vision and text alone")
 
 
-def _memory_spec(model: XFM) -> TensorSpec:
+def _memory_specs(model: XFM, *axes: Axis | int) -> tuple[TensorSpec, ...]:
     config = model.config
-    heads = config.text_heads
-    dims = (BATCH, config.fusion_layers, 2, heads, config.num_image_tokens, config.text_width // heads)
-    return TensorSpec("memory", "compute", dims)
+    dims = (*axes, config.text_heads, config.num_image_tokens, config.text_width // config.text_heads)
+    return tuple(TensorSpec(name, "compute", dims) for name in memory_names(config.fusion_layers))
+
+
+def is_memory(name: str) -> bool:
+    """True of the keys or the values of a layer of the fusion encoder."""
+    return name.startswith(("memory_keys_", "memory_values_"))
+
+
+def memory_names(layers: int, owner: str = "memory") -> list[str]:
+    """Names of the keys and values of layers, in the order in which graphs take and give them."""
+    return [f"{owner}_{kind}_{number}" for number in range(layers) for kind in ("keys", "values")]
+
+
+def _decoder_memory_specs(model: VQAModel | CaptioningModel) -> tuple[TensorSpec, ...]:
+    config, layers = model.config, len(model.text_decoder.roberta.encoder)
+    dims = (BATCH, config.text_heads, _states_axis(model), config.text_width // config.text_heads)
+    return tuple(TensorSpec(name, "compute", dims) for name in memory_names(layers, "decoder"))
+
+
+def _states_axis(model: VQAModel | CaptioningModel) -> Axis | int:
+    """Tokens of a state: those of a question, which vary, or those of an image."""
+    return LENGTH if isinstance(model, VQAModel) else model.config.num_image_tokens
+
+
+def _class_head(model: XFM, modality: Modality) -> nn.Module | None:
+    """The head of a classifier of a modality."""
+    return model.cls_head if isinstance(model, ClassificationModel) and model.modality == modality else None
+
+
+def _class_spec(model: XFM, modality: Modality, *axes: Axis) -> tuple[TensorSpec, ...]:
+    """The output of that head, where there is one."""
+    if not isinstance(model, ClassificationModel) or model.modality != modality:
+        return ()
+    return (TensorSpec("class_logits", "compute", (*axes, model.labels)),)
 
 
 def _layers(stack: LayerStack) -> list[TransformerLayer]:
@@ -400,8 +602,8 @@ def _with_feature(embeds: Tensor, projection: nn.Linear | None) -> tuple[Tensor,
     return embeds, F.normalize(projection(embeds[:, 0]), dim=-1, eps=eps)
 
 
-def _head(head: MLPHead, x: Tensor) -> Tensor:
-    for part in head:
+def _head(head: nn.Module, x: Tensor) -> Tensor:
+    for part in head if isinstance(head, nn.Sequential) else (head,):
         x = part(x)
     return x
 
@@ -442,18 +644,35 @@ def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:
     return _residual_norm(layer.output, F.gelu(layer.intermediate.dense(x)), x)
 
 
+def _cross(
+    layer: TransformerLayer,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    memories: int,
+    form: AttentionForm,
+) -> Tensor:
+    """The cross-attention branch of a layer: texts `[P, L, width]` over B memories `[B, H, M, D]`, P / B over each."""
+    parts = layer.crossattention
+    heads = parts.self.heads
+    q = parts.self.query(x).reshape(memories, -1, heads, x.shape[-1] // heads).transpose(1, 2)
+    context = attention(q, keys, values, mask, form)
+    return _residual_norm(parts.output, context.transpose(1, 2).reshape(x.shape), x)
+
+
 def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
     return _norm(part.LayerNorm, part.dense(x) + residual)
 
 
-_EXAMPLE_SIZES = {"batch": 2, "texts": 3, "length": 7}
-_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": 512}
+_EXAMPLE_SIZES = {"batch": 2, "texts": 3, "length": 7, "past": 5}
+_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": 512, "past": 512}
 
 
 def tracing_call(
     graph: Graph, dtype: torch.dtype, fixed: Mapping[str, int]
-) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Inputs to trace a graph with, and for each its dimensions that stay dynamic.
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Inputs to trace a graph with, and for each its dimensions that stay dynamic, as `forward` takes them.
 
     Args:
         dtype: type of the inputs that are not ids.
@@ -470,7 +689,10 @@ def tracing_call(
         {place: dim for place, axis in spec.axes.items() if (dim := dimension(axis)) is not None}
         for spec in graph.inputs
     )
-    return random_inputs(graph, _EXAMPLE_SIZES | dict(fixed), dtype), shapes
+    inputs = random_inputs(graph, _EXAMPLE_SIZES | dict(fixed), dtype)
+    if graph.gathered:
+        shapes = (*shapes[: -graph.gathered], shapes[-graph.gathered :])
+    return inputs, shapes
 
 
 def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, ...]:
@@ -481,7 +703,9 @@ def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *,
         shape = spec.shape(dict(sizes))
         if spec.name == "input_ids":
             return torch.randint(4, 200, shape, generator=generator).masked_fill(~_real(shape), 1)
-        if spec.name == "attention_mask":
+        if spec.name == "token_ids":
+            return torch.randint(4, 200, shape, generator=generator)
+        if spec.name in ("attention_mask", "past_mask", "memory_mask"):
             return _real(shape).long()
         return torch.randn(shape, generator=generator).to(dtype)
 

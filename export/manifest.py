@@ -29,7 +29,7 @@ from .consumers import Consumer, DType
 from .graphs import AttentionForm, GraphName
 from .request import Quantisation
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 Status = Literal["verified", "failed", "graphs verified", "unverified"]

@@ -39,6 +39,7 @@ def export_onnx(
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
+    companions: Mapping[str, bytes] = {},
     progress: Progress = silent,
     largest_file: int = LARGEST_FILE,
     **changes: Any,
@@ -49,7 +50,7 @@ def export_onnx(
         model: is left as it is; weights are converted graph by graph.
         folder: made if it is not there. Graphs of the same name in it are replaced.
         request: which graphs, and their form.
-        source, tokenizer_sha256, examples, progress: see `pipeline.export_graphs`.
+        source, tokenizer_sha256, examples, companions, progress: see `pipeline.export_graphs`.
         largest_file: bytes beyond which weights go into a file of their own.
         changes: fields of the request: `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`.
 
@@ -85,7 +86,7 @@ def export_onnx(
     return export_graphs(
         model, Path(folder), request, spelling, write, suffix=".onnx", consumer=request.consumer, opset=spelling.opset,
         versions=package_versions("torch", "onnx", "onnxscript"), source=source, tokenizer_sha256=tokenizer_sha256,
-        examples=examples, progress=progress,
+        examples=examples, companions=companions, progress=progress,
     )  # fmt: skip
 
 
@@ -175,6 +176,8 @@ def write_onnx(
             onnx.save(
                 model, str(written), save_as_external_data=external, location=f"{path.name}.data", size_threshold=1024
             )
+            # The checker reads the file once more, and weights need not be there twice for it.
+            del model, program
             # The checker follows external data only where it is given a path.
             onnx.checker.check_model(str(written), full_check=True)
             names = sorted(file.name for file in Path(scratch).iterdir())

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import InputError, StorageError
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
-from .expected import Examples, reference_bytes
-from .graphs import Axis, Graph, TensorSpec, build, check_fixed
+from .expected import DECODER_GRAPHS, Examples, reference_bytes
+from .graphs import Axis, Graph, TensorSpec, build, check_fixed, default_graphs, wants_all_tokens
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
-from .request import DEFAULT_GRAPHS, GRAPHS, ExportRequest, GraphName
+from .request import ALL_GRAPHS, ExportRequest, GraphName
 from .verification import compare_with_model
 
 Progress = Callable[[str], None]
@@ -55,6 +56,7 @@ def export_graphs(
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
+    companions: Mapping[str, bytes] = {},
     progress: Progress = silent,
     **facts: Any,
 ) -> Manifest:
@@ -69,6 +71,7 @@ def export_graphs(
         source: where the weights come from, in words without paths; goes into the manifest.
         tokenizer_sha256: of the vocabulary that the ids belong to.
         examples: compare the export with the model on them; without, the manifest says `unverified`.
+        companions: files that lie beside the graphs, by name, such as those that say what a fine-tuned model is for.
         facts: further fields of the manifest.
 
     Raises:
@@ -78,7 +81,8 @@ def export_graphs(
     dtype, fixed = data_type(request.dtype), request.sizes
     built = build_graphs(model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens)
     sizes = [graph_bytes(graph, model, dtype) for graph in built.values()]
-    prepare_folder(folder, room(sizes) + reference_bytes(model.config))
+    decodes = not DECODER_GRAPHS.isdisjoint(built)
+    prepare_folder(folder, room(sizes) + reference_bytes(model.config, decodes=decodes))
     content = new_manifest(
         source=source,
         weights_sha256=weights_sha256(model, built.values()),
@@ -86,7 +90,7 @@ def export_graphs(
         config=model.config.model_dump(),
         dtype=dtype,
         attention=spelling.form,
-        all_tokens=request.all_tokens,
+        all_tokens=wants_all_tokens(model, request.all_tokens),
         fixed=fixed,
         graphs=[],
         files=[],
@@ -106,6 +110,7 @@ def export_graphs(
         graph_records(built, dtype, model, fixed, suffix),
         lambda record: write(in_dtype(built[record.name], dtype), record, content),
         compare,
+        companions,
     )
 
 
@@ -115,6 +120,7 @@ def fill_folder(
     records: Iterable[GraphRecord],
     write: Callable[[GraphRecord], Sequence[str]],
     compare: Callable[[Manifest], None] = lambda content: None,
+    companions: Mapping[str, bytes] = {},
 ) -> Manifest:
     """Write the graphs of an export, and its manifest when all is there.
 
@@ -123,6 +129,7 @@ def fill_folder(
         records: graphs that are to be written; time spent on them before counts.
         write: writes one and returns the names of its files, the graph's own first.
         compare: enters into the manifest what a comparison with the model says.
+        companions: further files, by name.
     """
     # From here on the files change, and an earlier manifest no longer describes them.
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -133,7 +140,8 @@ def fill_folder(
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
         graphs.append(record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds}))
     content.graphs = graphs
-    content.files = record_files(folder, [name for graph in graphs for name in graph.files])
+    write_bytes({folder / name: data for name, data in companions.items()})
+    content.files = record_files(folder, [*companions, *(name for graph in graphs for name in graph.files)])
     try:
         compare(content)
     finally:
@@ -156,17 +164,19 @@ def build_graphs(
         UnavailableError: a graph that is unknown or that the model cannot give.
         InputError: no graph, one named twice, or a fixed axis or size that none of them can have.
     """
-    names = DEFAULT_GRAPHS if names is None else names
+    names = default_graphs(model) if names is None else names
     if not names:
-        raise InputError(f"no graph is named; choose from {', '.join(GRAPHS)}")
+        raise InputError(f"no graph is named; choose from {', '.join(ALL_GRAPHS)}")
     twice = sorted({name for name in names if [*names].count(name) > 1})
     if twice:
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
+    all_tokens = wants_all_tokens(model, all_tokens)
     built: dict[GraphName, Graph] = {name: build(name, model, spelling.form, all_tokens=all_tokens) for name in names}
     check_fixed(built.values(), fixed or {})
     longest = model.config.max_text_length
-    if (fixed or {}).get("length", 0) > longest:
-        raise InputError(f"length={(fixed or {})['length']} exceeds the {longest} positions of this model; use fewer")
+    for axis, size in (fixed or {}).items():
+        if axis in ("length", "past") and size > longest:
+            raise InputError(f"{axis}={size} exceeds the {longest} positions of this model; use fewer")
     return built
 
 
@@ -192,7 +202,7 @@ def graph_interface(graph: Graph, dtype: DType, model: XFM, fixed: Mapping[str, 
         )
 
     axes = {axis.name: axis for spec in graph.inputs for axis in spec.axes.values() if axis.name not in fixed}
-    most = {"length": model.config.max_text_length}
+    most: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
     return {
         "inputs": [record(spec) for spec in graph.inputs],
         "outputs": [record(spec) for spec in graph.outputs],
@@ -240,6 +250,19 @@ def prepare_folder(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.2f} GB free and the export needs about {needed / 1e9:.2f} GB; free space or "
             "choose another folder"
         )
+
+
+def companions_of(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The files of an export that say what its model is for, by name.
+
+    Raises:
+        StorageError: one cannot be read.
+    """
+    names = [record.name for record in manifest.files if record.name.endswith(".json")]
+    try:
+        return {name: (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise StorageError(f"{error.filename} cannot be read ({error.strerror or error}); export again") from error
 
 
 def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:

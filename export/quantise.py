@@ -27,12 +27,12 @@ from xfm_fast.models.xfm import XFM
 
 from .consumers import DType
 from .expected import Examples, Reference, graph_memory
-from .graphs import GraphName
+from .graphs import GraphName, is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
-from .pipeline import Progress, fill_folder, prepare_folder, silent
+from .pipeline import Progress, companions_of, fill_folder, prepare_folder, silent
 from .products import Fitted, Scheme, fit, observe, rewritten, runner, save, sites
-from .request import BUDGET, Quantisation
+from .request import BUDGET, GRAPHS, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
 from .verification import DIRECTIONS, THRESHOLDS, compare_with_reference, keep_reference
@@ -50,15 +50,23 @@ _FEWEST_RANKED = 4
 _SPENT = 0.8
 
 
-def check_quantisation(kind: str, dtype: DType, budget: float = BUDGET) -> Quantisation:
+def check_quantisation(
+    kind: str, dtype: DType, budget: float = BUDGET, graphs: Sequence[GraphName] = ()
+) -> Quantisation:
     """See that graphs of a type can be quantised here within a budget, before one is exported.
 
     Raises:
-        UnavailableError: an unknown kind, or onnxruntime is not installed.
+        UnavailableError: an unknown kind, a graph of a task that 8 bits are not chosen for, or onnxruntime is not
+            installed.
         InputError: no budget that 8 bits, or the type itself, can keep.
     """
     if kind not in QUANTISATIONS:
         raise UnavailableError(f"quantisation {kind!r} is unknown; choose from {', '.join(QUANTISATIONS)}")
+    if others := [name for name in graphs if name not in GRAPHS]:
+        raise UnavailableError(
+            f"graph {others[0]!r} has no form in 8 bits; products are chosen for {', '.join(GRAPHS)}: export these, or "
+            "export without 8 bits"
+        )
     if importlib.util.find_spec("onnxruntime") is None:
         raise UnavailableError(f"{kind} needs onnxruntime, which is not installed; pip install 'xfm-fast[export]'")
     if not 0 < budget < 1:
@@ -79,13 +87,13 @@ class Calibration:
     Attributes:
         examples: the images and texts.
         image_embeds, text_embeds: `[I, M, Dv]` and `[T, L, Dt]`; None where no graph wants them.
-        memory: from the number of an image to its memory as graphs take it, `[1, layers, 2, H, M, D]`.
+        memory: from the number of an image to its memory as graphs take it, `[1, H, M, D]` by name.
     """
 
     examples: Examples
     image_embeds: Tensor | None
     text_embeds: Tensor | None
-    memory: Callable[[int], Tensor]
+    memory: Callable[[int], Mapping[str, Tensor]]
 
     @classmethod
     @torch.no_grad()
@@ -97,7 +105,7 @@ class Calibration:
         if "fusion" in graphs:
             texts = model.encode_text(examples.input_ids, examples.attention_mask)
 
-        def memory(number: int) -> Tensor:
+        def memory(number: int) -> dict[str, Tensor]:
             assert images is not None
             with torch.no_grad():
                 return graph_memory(model.image_memory(images[number : number + 1]))
@@ -124,9 +132,9 @@ class Calibration:
         images = session.encode_image(examples.pixels) if "vision" in wanted else None
         texts = session.encode_text(examples.input_ids, examples.attention_mask) if "text" in wanted else None
 
-        def memory(number: int) -> Tensor:
+        def memory(number: int) -> Mapping[str, Tensor]:
             assert images is not None
-            return session.image_memory(images[number : number + 1]).tensor
+            return session.image_memory(images[number : number + 1]).layers
 
         return cls(examples, images, texts, memory)
 
@@ -136,8 +144,9 @@ class Calibration:
         known = reference.tensors
         examples = Examples(known["pixels"], known["input_ids"], known["attention_mask"], origin)
 
-        def memory(number: int) -> Tensor:
-            return known["memory"]  # that of image 0 is the one that the reference holds
+        def memory(number: int) -> dict[str, Tensor]:
+            # That of image 0 is the one that the reference holds.
+            return {name: value for name, value in known.items() if is_memory(name)}
 
         return cls(examples, known.get("image_embeds"), known.get("text_embeds"), memory)
 
@@ -178,7 +187,7 @@ class Calibration:
             else:
                 assert self.text_embeds is not None
                 embeds = self.text_embeds[rows][None]
-                yield arrays(text_embeds=embeds, attention_mask=mask, memory=self.memory(number))
+                yield arrays(text_embeds=embeds, attention_mask=mask, **self.memory(number))
 
 
 def _sized(value: Tensor, dims: Sequence[int | str]) -> Tensor:
@@ -313,7 +322,7 @@ def least_cosine(
     cosines = [1.0]
     for name in truth:
         both = [torch.from_numpy(values[name]).double() for values in (found, truth)]
-        if name in DIRECTIONS:
+        if name in DIRECTIONS or is_memory(name):
             rows = [values.flatten(0, -2) for values in both]
             if "attention_mask" in feed and feed["attention_mask"].size == len(rows[0]):
                 real = torch.from_numpy(feed["attention_mask"]).bool().flatten()
@@ -360,6 +369,7 @@ def quantize_int8(
         raise InputError(f"{out} holds the fp32 export; name another folder for the int8 one")
     check_quantisation("int8", "fp32", budget)
     source = Manifest.load(folder)
+    check_quantisation("int8", "fp32", budget, source.graph_names)
     source.require_files(Path(folder))
     arithmetic = source.options.get("arithmetic") or source.dtype
     if source.kind != "onnx" or arithmetic != "fp32":
@@ -412,7 +422,7 @@ def quantize_int8(
                     (made / name).replace(out / name)
                 return names
 
-            return fill_folder(result, out, records, write, compare)
+            return fill_folder(result, out, records, write, compare, companions_of(folder, source))
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error.strerror or error}); choose another folder") from error
 

@@ -16,11 +16,14 @@ from annotated_types import Ge, Le
 
 from xfm_fast.errors import InputError, UnavailableError
 
-GraphName = Literal["vision", "text", "image_memory", "fusion", "match"]
-GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
+GraphName = Literal["vision", "text", "image_memory", "fusion", "match", "nlvr2", "decoder_memory", "decoder_step"]
+ALL_GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
 DEFAULT_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
 """The graphs that a server composes; `match`, the whole model in one file, is exported on request."""
+
+GRAPHS: tuple[GraphName, ...] = (*DEFAULT_GRAPHS, "match")
+"""The graphs of a pretrained model; the others are those of tasks."""
 
 DType = Literal["fp32", "fp16", "bf16"]
 Preset = Literal["base", "tiny"]
@@ -67,7 +70,8 @@ class ExportRequest:
 
     Attributes:
         dtype: Type of the weights and of the arithmetic.
-        graphs: vision, text, image_memory, fusion, match, with commas. [all but match]
+        graphs: vision, text, image_memory, fusion, match; nlvr2, decoder_memory, decoder_step of tasks; with commas.
+            [all but match, or those of the task]
         fixed: Axes of one size, such as batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token, not token 0.
     """
@@ -82,9 +86,9 @@ class ExportRequest:
         _ = self.names, self.sizes
 
     @property
-    def names(self) -> tuple[GraphName, ...]:
-        """Names of the graphs."""
-        return DEFAULT_GRAPHS if self.graphs is None else parse_graphs(joined(self.graphs))
+    def names(self) -> tuple[GraphName, ...] | None:
+        """Names of the graphs; None for those that answer for the model."""
+        return None if self.graphs is None else parse_graphs(joined(self.graphs))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -290,10 +294,10 @@ def parse_graphs(text: str) -> tuple[GraphName, ...]:
     """
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
-        if name not in GRAPHS:
-            raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(GRAPHS)}")
+        if name not in ALL_GRAPHS:
+            raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}")
     if not names:
-        raise InputError(f"--graphs {text!r} names no graph; choose from {', '.join(GRAPHS)}, or leave it out")
+        raise InputError(f"--graphs {text!r} names no graph; choose from {', '.join(ALL_GRAPHS)}, or leave it out")
     return names  # pyright: ignore[reportReturnType]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import inf, prod
 
 import torch
@@ -18,13 +19,15 @@ from xfm_fast.errors import InputError
 
 from .manifest import GraphRecord, TensorRecord
 
-_BATCH, _TEXTS, _LENGTH = "batch", "texts", "length"
-# Which leading dimensions of a tensor vary, by its number of dimensions where a name stands for two tensors.
-_AXES: Mapping[tuple[str, int], tuple[str, ...]] = {
+_BATCH, _TEXTS, _LENGTH, _PAST = "batch", "texts", "length", "past"
+# Which dimensions of a tensor vary, up to the last one that does; a name with the number of a layer stands without it,
+# and one that stands for two tensors is told by their dimensions.
+_AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
     ("pixels", 4): (_BATCH,),
     ("image_embeds", 3): (_BATCH,),
     ("image_feature", 2): (_BATCH,),
-    ("memory", 6): (_BATCH,),
+    ("memory_keys_", 4): (_BATCH,),
+    ("memory_values_", 4): (_BATCH,),
     ("input_ids", 2): (_BATCH, _LENGTH),
     ("input_ids", 3): (_BATCH, _TEXTS, _LENGTH),
     ("attention_mask", 2): (_BATCH, _LENGTH),
@@ -37,6 +40,19 @@ _AXES: Mapping[tuple[str, int], tuple[str, ...]] = {
     ("match_logits", 3): (_BATCH, _TEXTS),
     ("boxes", 3): (_BATCH, _TEXTS),
     ("scores", 2): (_BATCH, _TEXTS),
+    ("class_logits", 2): (_BATCH,),
+    ("class_logits", 3): (_BATCH, _TEXTS),
+    ("memory_keys_", 5): (_BATCH,),
+    ("memory_values_", 5): (_BATCH,),
+    ("states", 3): (_BATCH, _LENGTH),
+    ("memory_mask", 2): (_BATCH, _LENGTH),
+    ("decoder_keys_", 4): (_BATCH, None, _LENGTH),
+    ("decoder_values_", 4): (_BATCH, None, _LENGTH),
+    ("token_ids", 2): (_BATCH, _TEXTS),
+    ("past", 7): (_BATCH, _TEXTS, None, None, None, _PAST),
+    ("past_mask", 3): (_BATCH, _TEXTS, _PAST),
+    ("logits", 3): (_BATCH, _TEXTS),
+    ("present", 6): (_BATCH, _TEXTS),
 }
 
 
@@ -95,11 +111,14 @@ class Slot:
         return out
 
 
-def axes_of(tensor: TensorRecord | str, dims: int | None = None) -> tuple[str, ...]:
-    """Names of the leading dimensions of a tensor that count images, texts or tokens, fixed or not."""
+def axes_of(tensor: TensorRecord | str, dims: int | None = None) -> tuple[str | None, ...]:
+    """Names of the dimensions of a tensor that count images, texts or tokens, fixed or not, up to the last such one.
+
+    None stands for a dimension between them that every tensor of this name has in one size.
+    """
     name, number = (tensor, dims) if isinstance(tensor, str) else (tensor.name, len(tensor.dims))
     assert number is not None
-    return _AXES[name, number]
+    return _AXES[name.rstrip("0123456789"), number]
 
 
 def graph_slots(record: GraphRecord) -> list[Slot]:
@@ -117,6 +136,7 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
                     )
                     for tensor in record.inputs
                     for place, axis in enumerate(axes_of(tensor))
+                    if axis is not None
                 },
             )
             for number, profile in enumerate(record.profiles)
@@ -124,6 +144,8 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
     ranges: dict[str, SizeRange] = {}
     for tensor in record.inputs:
         for axis, dim in zip(axes_of(tensor), tensor.dims, strict=False):
+            if axis is None:
+                continue
             if isinstance(dim, int):
                 ranges[axis] = SizeRange(dim, dim)
             else:
@@ -168,12 +190,14 @@ def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str
     sizes: dict[str, int] = {}
     for name, tensor in expected.items():
         value, axes = inputs[name], axes_of(tensor)
-        rest = tensor.dims[len(axes) :]
-        if value.dim() != len(tensor.dims) or [*value.shape[len(axes) :]] != rest:
-            shape = ", ".join(map(str, (*axes, *rest)))
+        wanted = [axis or dim for axis, dim in zip_longest(axes, tensor.dims)]
+        if value.dim() != len(wanted) or any(
+            isinstance(dim, int) and dim != size for dim, size in zip(wanted, value.shape, strict=True)
+        ):
+            shape = ", ".join(map(str, wanted))
             raise InputError(f"graph {record.name!r}: {name} is {[*value.shape]}; it must be [{shape}]")
         for axis, size in zip(axes, value.shape, strict=False):
-            if sizes.setdefault(axis, size) != size:
+            if axis is not None and sizes.setdefault(axis, size) != size:
                 raise InputError(
                     f"graph {record.name!r}: {name} is {[*value.shape]}, so {axis} is {size}, but another input has "
                     f"{sizes[axis]}"
@@ -181,9 +205,9 @@ def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str
     return sizes
 
 
-def pad_tensor(value: Tensor, axes: Sequence[str], sizes: Mapping[str, int], filling: int = 0) -> Tensor:
-    """Append `filling` until the leading dimensions have their sizes; the tensor itself where they do."""
-    lacking = [sizes[axis] - size for axis, size in zip(axes, value.shape, strict=False)]
+def pad_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, int], filling: int = 0) -> Tensor:
+    """Append `filling` until the dimensions of axes have their sizes; the tensor itself where they do."""
+    lacking = [0 if axis is None else sizes[axis] - size for axis, size in zip(axes, value.shape, strict=False)]
     if not any(lacking):
         return value
     pads = [0] * (2 * (value.dim() - len(axes)))
@@ -192,10 +216,10 @@ def pad_tensor(value: Tensor, axes: Sequence[str], sizes: Mapping[str, int], fil
     return F.pad(value, pads, value=filling)
 
 
-def trim_tensor(value: Tensor, axes: Sequence[str], sizes: Mapping[str, int]) -> Tensor:
+def trim_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, int]) -> Tensor:
     """The inverse of `pad_tensor`, as a view."""
     for place, axis in enumerate(axes):
-        value = value.narrow(place, 0, sizes[axis])
+        value = value if axis is None else value.narrow(place, 0, sizes[axis])
     return value
 
 
@@ -207,8 +231,7 @@ def output_shapes(record: GraphRecord, sizes: Mapping[str, int]) -> dict[str, to
 def tensor_shape(tensor: TensorRecord, sizes: Mapping[str, int]) -> torch.Size:
     """Shape of an input or output at the given sizes of its axes."""
     axes = axes_of(tensor)
-    fixed = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
-    return torch.Size([*(sizes[axis] for axis in axes), *fixed])
+    return torch.Size([int(dim) if axis is None else sizes[axis] for axis, dim in zip_longest(axes, tensor.dims)])
 
 
 def _refusal(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> str:

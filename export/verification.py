@@ -8,7 +8,7 @@ and the ranks of candidates are judged by a `Threshold` for each type.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,8 +21,8 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType
-from .expected import LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
-from .graphs import GraphName
+from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
+from .graphs import GraphName, is_memory
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
 from .request import BUDGET
 from .slots import graph_slots, largest
@@ -151,14 +151,46 @@ def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> R
     from .runtimes.onnx_sessions import WidenedOnnx
     from .session import Session
 
-    if manifest.kind != "onnx" or runtime not in ("auto", "onnxruntime"):
-        session = Session(folder, runtime, manifest=manifest)
-    elif manifest.dtype == "bf16":
-        session = Session(folder, WidenedOnnx(manifest), manifest=manifest)
-    else:
-        session = Session(folder, "onnxruntime", "cpu", manifest=manifest)
-    session.warm_up()
-    return session
+    def opened(part: Manifest) -> Runner:
+        if manifest.kind != "onnx" or runtime not in ("auto", "onnxruntime"):
+            session = Session(folder, runtime, manifest=part)
+        elif manifest.dtype == "bf16":
+            session = Session(folder, WidenedOnnx(part), manifest=part)
+        else:
+            session = Session(folder, "onnxruntime", "cpu", manifest=part)
+        session.warm_up()
+        return session
+
+    return _InTurn(manifest, opened) if manifest.kind == "onnx" else opened(manifest)
+
+
+class _InTurn:
+    """A `Runner` that has one graph loaded at a time, and `image_memory` beside it, which all memories come from.
+
+    A comparison asks for graph after graph, and all of a large model at once would be a second copy of it in memory, or
+    a third, where the runtime lays out weights anew.
+    """
+
+    def __init__(self, manifest: Manifest, opened: Callable[[Manifest], Runner]) -> None:
+        self._manifest, self._opened = manifest, opened
+        self._loaded: dict[str, Runner] = {}
+
+    @property
+    def description(self) -> str:
+        """See `Runner`."""
+        return self._runner(next(iter(self._loaded), self._manifest.graphs[0].name)).description
+
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Runner`."""
+        return self._runner(graph).run(graph, inputs)
+
+    def _runner(self, graph: str) -> Runner:
+        if graph not in self._loaded:
+            for other in self._loaded.keys() - {"image_memory"}:
+                del self._loaded[other]
+            part = self._manifest.model_copy(update={"graphs": [self._manifest.graph(graph)]})
+            self._loaded[graph] = self._opened(part)
+        return self._loaded[graph]
 
 
 def threshold_of(manifest: Manifest) -> Threshold:
@@ -175,8 +207,11 @@ def compare(manifest: Manifest, reference: Reference, runner: Runner) -> tuple[l
     ranks: list[RankCheck] = []
     for record in manifest.graphs:
         found = Findings(record.name)
-        for case in cases(record, manifest, reference):
-            _run(record, case, manifest, reference, runner, found)
+        if record.name in DECODER_GRAPHS:
+            _Decoding(record, manifest, reference, runner, found).run()
+        else:
+            for case in cases(record, manifest, reference):
+                _run(record, case, manifest, reference, runner, found)
         for output in found.outputs:
             checks.append(found.check(output, threshold, reference, manifest.dtype))
         if found.scores is not None:
@@ -250,7 +285,7 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
     images, fixed = reference.images, manifest.fixed
     slots = graph_slots(record)
     most_images = largest(slots, "batch") or images
-    if record.name == "fusion" and not _has_memories(manifest):
+    if record.name in ("fusion", "nlvr2") and not _has_memories(manifest):
         images = 1
     lengths = reference.tensors["attention_mask"].sum(1)
     longest = largest(slots, "length") if "length" in slots[0].ranges else None
@@ -270,6 +305,11 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
         for size in _sizes(fixed.get("batch"), (1, 3, texts), largest(slots, "batch") or texts):
             for rows in _chunks(texts, size):
                 yield case(torch.zeros(size, dtype=torch.long), usable[rows][:, None])
+        return
+    if record.name == "nlvr2":
+        for size in _sizes(fixed.get("batch"), (1, 2, texts), largest(slots, "batch") or texts):
+            for rows in _chunks(texts, size):
+                yield case(rows % images, usable[rows][:, None])
         return
     shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
     bounded: list[tuple[int, int]] = []
@@ -317,12 +357,19 @@ def _inputs(
         inputs["pixels"] = known["pixels"][case.images].to(dtype)
     if "image_embeds" in names:
         inputs["image_embeds"] = known["image_embeds"][case.images].to(dtype)
-    if "memory" in names:
+    memory = [name for name in names if is_memory(name)]
+    if memory:
+        pairs = record.name == "nlvr2"
+        # Of a pair the image and the one behind it.
+        images = torch.stack([case.images, (case.images + 1) % reference.images], 1).flatten() if pairs else case.images
         if _has_memories(manifest):
-            embeds = known["image_embeds"][case.images].to(dtype)
-            inputs["memory"] = runner.run("image_memory", {"image_embeds": embeds})["memory"]
+            parts = images.split(largest(graph_slots(manifest.graph("image_memory")), "batch") or len(images))
+            embeds = [known["image_embeds"][rows].to(dtype) for rows in parts]
+            made = [runner.run("image_memory", {"image_embeds": each}) for each in embeds]
+            layers = {name: torch.cat([each[name] for each in made]) for name in memory}
         else:
-            inputs["memory"] = known["memory"].to(dtype).expand(len(case.images), -1, -1, -1, -1, -1).contiguous()
+            layers = {name: known[name].to(dtype).expand(len(images), -1, -1, -1).contiguous() for name in memory}
+        inputs |= {name: layer.unflatten(0, (-1, 2)) if pairs else layer for name, layer in layers.items()}
     if "input_ids" in names:
         inputs["input_ids"] = _cut(known["input_ids"], rows, case.length, manifest.config["pad_token_id"])
     if "text_embeds" in names:
@@ -345,12 +392,16 @@ def _run(
         name, value = tensor.name, outputs[tensor.name].float().cpu()
         if name in ("image_embeds", "image_feature"):
             found.add(name, shape, value, known[name][case.images])
-        elif name == "memory":
+        elif is_memory(name):
             # The reference holds the memory of image 0.
             mine = value[case.images == 0]
-            found.add(name, shape, mine, known[name].expand_as(mine))
-        elif name == "text_feature":
+            found.add("memory", shape, mine, known[name].expand_as(mine))
+        elif name == "text_feature" or (name == "class_logits" and record.name == "text"):
             found.add(name, shape, value, known[name][rows])
+        elif name == "class_logits" and record.name == "vision":
+            found.add(name, shape, value, known[name][case.images])
+        elif name == "class_logits" and record.name == "nlvr2":
+            found.add(name, shape, value, known[name][case.images, rows])
         elif name == "text_embeds":
             # Padded positions hold what padding computes, which is not read.
             real = inputs["attention_mask"].bool()
@@ -375,6 +426,69 @@ def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
         return chosen.contiguous()
     after = (0, 0) if values.dim() > 2 else ()
     return F.pad(chosen, (*after, 0, lacking), value=padding)
+
+
+@dataclass
+class _Decoding:
+    """The comparison of a decoder's graphs: projected states, and texts that are written token by token from them."""
+
+    record: GraphRecord
+    manifest: Manifest
+    reference: Reference
+    runner: Runner
+    found: Findings
+
+    def run(self) -> None:
+        known, slots, fixed = self.reference.tensors, graph_slots(self.record), self.manifest.fixed
+        states = len(known["states"])
+        for batch in _sizes(fixed.get("batch"), (1, states), largest(slots, "batch") or states):
+            for rows in _chunks(states, batch):
+                if self.record.name == "decoder_memory":
+                    self._project(rows)
+                    continue
+                texts = len(known["tokens"])
+                for count in _sizes(fixed.get("texts"), (1, texts), largest(slots, "texts") or texts):
+                    for chosen in _chunks(texts, count):
+                        self._write(rows, chosen, largest(slots, "past") or known["tokens"].shape[1])
+
+    def _of_states(self, name: str, rows: Tensor) -> Tensor:
+        """A tensor of some states, padded where all have one length in the graph."""
+        value = self.reference.tensors[name][rows]
+        axis = 2 if name.startswith("decoder_") else 1
+        lacking = max(graph_slots(self.record)[0].ranges["length"].least - value.shape[axis], 0)
+        padded = F.pad(value.movedim(axis, -1), (0, lacking)).movedim(-1, axis).contiguous()
+        return padded.to(DTYPES[self.manifest.dtype]) if value.is_floating_point() else padded
+
+    def _project(self, rows: Tensor) -> None:
+        states = self._of_states("states", rows)
+        made = self.runner.run("decoder_memory", {"states": states})
+        real = self._of_states("memory_mask", rows).bool()
+        for tensor in self.record.outputs:
+            truth = self._of_states(tensor.name, rows).float()
+            # Padded positions are not read.
+            values = (value.transpose(1, 2)[real] for value in (made[tensor.name].float().cpu(), truth))
+            self.found.add("memory", [*states.shape], *values)
+
+    def _write(self, rows: Tensor, chosen: Tensor, most: int) -> None:
+        """The same tokens behind every state, each step given what the steps before it made."""
+        known, dtype = self.reference.tensors, DTYPES[self.manifest.dtype]
+        tokens = known["tokens"][chosen].expand(len(rows), -1, -1)
+        present = known["present"][rows[:, None], chosen]
+        given = {
+            tensor.name: self._of_states(tensor.name, rows)
+            for tensor in self.record.inputs
+            if tensor.name.startswith("decoder_") or tensor.name == "memory_mask"
+        }
+        past = torch.zeros_like(present[:, :, :1], dtype=dtype)
+        for step in range(min(tokens.shape[2], most + 1)):
+            real = torch.ones(*tokens.shape[:2], max(step, 1), dtype=torch.long) * bool(step)
+            given |= {"token_ids": tokens[:, :, step], "past": past.movedim(2, -2).contiguous(), "past_mask": real}
+            made = self.runner.run("decoder_step", given)
+            shape, logits = [*tokens.shape[:2], step], known["step_logits"][rows[:, None], chosen, step]
+            self.found.add("logits", shape, made["logits"].float().cpu(), logits)
+            self.found.add("present", shape, made["present"].float().cpu(), present[:, :, step])
+            new = made["present"].cpu()[:, :, None]
+            past = torch.cat([past, new], 2) if step else new
 
 
 @dataclass(frozen=True)
@@ -409,7 +523,8 @@ class Threshold:
         if not self.rounding:
             return self.absolute + self.relative * extent
         unit = torch.finfo(DTYPES[dtype]).eps * extent
-        return self.rounding * reference.rounding[name] + 2 * unit
+        own = max(error for stored, error in reference.rounding.items() if _reported(stored) == name)
+        return self.rounding * own + 2 * unit
 
     def ties(self, reference: Reference) -> float:
         """The largest difference of two scores that may swap."""
@@ -440,6 +555,13 @@ def eight_bit(budget: float) -> Threshold:
     return Threshold(
         absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=LEAST_RANKS, relative=turned, relative_tie=2 * unit
     )
+
+
+def _reported(name: str) -> str:
+    """The output that a tensor of the reference is reported with: keys and values of all layers are one."""
+    if is_memory(name) or name.startswith("decoder_"):
+        return "memory"
+    return "logits" if name == "step_logits" else name
 
 
 # Everything else has too few entries for an angle to say anything.

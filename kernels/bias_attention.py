@@ -151,8 +151,9 @@ def _forward(
     if not q.numel() or not k.numel():
         return torch.zeros(q.shape, dtype=q.dtype), lse
     hiding = _hiding(bias, key_mask)
-    if hiding is None and seed is None and not return_lse and bias.shape[0] == 1:
-        return biased_attention(q, k, v, scale, bias[0].to(q.dtype).contiguous()), lse
+    if hiding is None and seed is None and not return_lse:
+        bias = bias.to(q.dtype)
+        return biased_attention(q, k, v, scale, bias if bias.shape[0] > 1 else bias.contiguous()), lse
     dropout = None if seed is None else Dropout(dropout_p, seed)
     return tiled_attention(q, k, v, scale, bias, dropout, hiding, lse if return_lse else None), lse
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.report.readme import pages, picture_is_stale, regenerated
 from xfm_fast.benchmarks.report.table import number, times
+from xfm_fast.cli.app import app
 from xfm_fast.errors import DataError
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.verification import verify_export
@@ -38,14 +41,28 @@ def _text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def _blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and content of the blocks that are run, in their order."""
-    return re.findall(r"^```(bash|python)\n(.*?)^```", _text(page), flags=re.MULTILINE | re.DOTALL)
+def _blocks(page: Path) -> list[tuple[str, str, str]]:
+    """Language and content of the blocks that are run, in their order, and the output that stands behind each."""
+    fenced = r"^```(bash|python)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?"
+    return re.findall(fenced, _text(page), flags=re.MULTILINE | re.DOTALL)
 
 
-def _commands(block: str) -> list[list[str]]:
-    """The lines of a shell block as words, without comments."""
-    lines = [line.split("  #")[0].strip() for line in block.splitlines()]
+def _shown(page: Path) -> list[list[str]]:
+    """Commands in blocks that are not run: they want the reader's own files, hours or a GPU."""
+    blocks = re.findall(r"^```text\n(.*?)^```", _text(page), flags=re.MULTILINE | re.DOTALL)
+    words = [words for block in blocks for words in _commands(block, r"xfm-fast [a-z]|make |torchrun ")]
+    return [["xfm-fast", *each[each.index("xfm_fast.cli") + 1 :]] if "-m" in each else each for each in words]
+
+
+def _like(output: str) -> list[str]:
+    """The lines of an output without what differs by machine: numbers, and whether products were timed."""
+    lines = [re.sub(r"^expected: .*", "expected:", line) for line in output.splitlines()]
+    return [re.sub(r"-?[\d.,]*\d(?:e[+-]\d+)?[×%]?|─|\s", "", line) for line in lines]
+
+
+def _commands(block: str, begin: str = "") -> list[list[str]]:
+    """The lines of a shell block that begin in a way, as words, without comments."""
+    lines = [line.split("  #")[0].strip() for line in block.splitlines() if re.match(begin, line)]
     return [shlex.split(line) for line in lines if line]
 
 
@@ -61,11 +78,11 @@ def _small(program: str) -> str:
     return program.replace("1230", "123")
 
 
-def _run(words: list[str], folder: Path) -> None:
-    """Run a command in a folder where there is what a reader would have."""
+def _run(words: list[str], folder: Path) -> str:
+    """What a command prints in a folder where there is what a reader would have."""
     if words[0] == "make":
         assert words[1] in MAKEFILE
-        return
+        return ""
     words = words[1:]
     if words[0] == "convert":
         config = XFMConfig.preset("tiny")
@@ -81,17 +98,37 @@ def _run(words: list[str], folder: Path) -> None:
     # In this process, which has imported everything already.
     done = invoke(words)
     assert done.exit_code == 0, f"{shlex.join(words)}: {done.stderr}"
+    return done.stdout
 
 
 @each_page
 def test_blocks_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for language, block in _blocks(page):
+    for language, block, said in _blocks(page):
         if language == "python":
-            exec(compile(_small(block), f"a block of {page.name}", "exec"), {})
+            with redirect_stdout(io.StringIO()) as printed:
+                exec(compile(_small(block), f"a block of {page.name}", "exec"), {})
+            output = printed.getvalue()
         else:
-            for words in _commands(block):
-                _run(words, tmp_path)
+            output = "".join(_run(words, tmp_path) for words in _commands(block))
+        printed_lines = iter(_like(output))
+        for line in _like(said):
+            assert line in printed_lines, f"{page.name} says {line!r}, and this is printed:\n{output}"
+
+
+@each_page
+def test_commands_that_are_shown_are_understood(page: Path) -> None:
+    for words in _shown(page):
+        if words[0] == "make":
+            assert words[1] in MAKEFILE
+        else:
+            app.parse_args(words[1:])
+
+
+def test_every_example_of_the_readme_has_its_output_beside_it() -> None:
+    blocks = _blocks(ROOT / "README.md")
+    assert len(blocks) >= 3
+    assert all(said for _, _, said in blocks)
 
 
 @each_page
@@ -132,19 +169,25 @@ def test_the_picture_shows_the_committed_results() -> None:
 
 
 def test_the_ratios_in_the_readme_are_those_of_the_committed_results() -> None:
-    document = load(ROOT / "benchmarks/results/cpu-amx-2threads.json")
+    document = load(ROOT / "benchmarks/results/cpu-avx512-2threads.json")
     like = {
         (row.name.split(" (")[0], row.dtype): times(ratio.ratio)
         for row in document.measured
         if row.ours and (ratio := document.like_for_like(row)) is not None
     }
     found = re.search(
-        r"re-ranking (\S+) in bf16 and (\S+) in fp32, texts\s+(\S+) and (\S+), images (\S+) and (\S+) \(",
-        _text(ROOT / "README.md"),
+        r"fp32 and bf16: re-ranking (\S+) and (\S+), questions to an image (\S+) and (\S+), texts (\S+) and (\S+), "
+        r"images (\S+) and (\S+) \(",
+        " ".join(_text(ROOT / "README.md").split()),
     )
     assert found
-    works = ("re-rank 1 image of 384 px x 64 captions", "embed 32 captions", "embed 8 images of 224 px")
-    said = [number for work in works for number in (like[work, "bf16"], like[work, "fp32"])]
+    works = (
+        "re-rank 1 image of 384 px x 64 captions",
+        "3 questions to an image of 480 px, 128 of 3,129 answers ranked",
+        "embed 32 captions",
+        "embed 8 images of 224 px",
+    )
+    said = [like[work, dtype] for work in works for dtype in ("fp32", "bf16")]
     assert [*found.groups()] == said
 
 

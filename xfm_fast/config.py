@@ -227,6 +227,11 @@ class XFMConfig(BaseModel):
         """Longest text that the position table can number."""
         return self.max_positions - self.pad_token_id - 1
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' Trainer switches a cache off on every model's config; there is none here that it could mean.
+        if name != "use_cache":
+            super().__setattr__(name, value)
+
     def replace(self, **changes: Any) -> XFMConfig:
         """A copy with some fields changed, validated again."""
         return XFMConfig(**(self.model_dump() | changes))

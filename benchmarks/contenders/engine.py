@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.answer_trie import AnswerTrie
+from xfm_fast.tasks.vqa import AnswerRanking
 
 Schedule = Literal["ours", "kept memories", "official", "padded", "own"]
 """Whose procedure a contender follows, for counting its operations; `own`: only it knows."""
@@ -53,6 +55,24 @@ class Everything(NamedTuple):
 
     image_to_text: Tensor
     text_to_image: Tensor
+
+
+class AnswerList(NamedTuple):
+    """Known answers, and what is wanted of them for every question.
+
+    Attributes:
+        ids, mask: `[N, La]`; trie: the same in ours.
+        k: candidates of a question.
+        whole: ours takes all answers for candidates.
+        best: how many of the candidates ours has to find; None stands for all.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    trie: AnswerTrie
+    k: int
+    whole: bool
+    best: int | None
 
 
 class Stages:
@@ -123,11 +143,35 @@ class Evaluator(Engine, Protocol):
         ...
 
 
+class TaskEngine(Protocol):
+    """A fine-tuned model by one implementation; an engine has the method of its model's task."""
+
+    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor, clock: Clock) -> Tensor:
+        """`[2B, 3, R, R]`, the first images and then the second ones, and sentences `[B, L]` → logits `[B, 2]`."""
+        ...
+
+    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, clock: Clock) -> Tensor:
+        """`[B, 3, R, R]` and expressions `[P, L]` with their image `[P]` → boxes `[P, 4]`."""
+        ...
+
+    def captions(
+        self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int, clock: Clock
+    ) -> Tensor:  # fmt: skip
+        """`[B, 3, R, R]` and a prompt `[S]` → captions `[B, L]` of at most `longest` tokens, padded."""
+        ...
+
+    def answers(
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList, clock: Clock
+    ) -> AnswerRanking:
+        """`[B, 3, R, R]` and questions `[Q, L]` with their image `[Q]`, ascending."""
+        ...
+
+
 @dataclass(frozen=True)
 class Built:
     """An engine, and what it took to get it: see `record.Cost`."""
 
-    engine: Engine
+    engine: Engine | TaskEngine
     build_s: float = 0.0
     load_s: float = 0.0
     artifact_bytes: int | None = None

@@ -87,9 +87,9 @@ class OfficialTwin:
             x = self._feed_forward(layer, x)
         return x
 
-    def _embed_tokens(self, embeddings: Embeddings, input_ids: Tensor) -> Tensor:
+    def _embed_tokens(self, embeddings: Embeddings, input_ids: Tensor, behind: int = 0) -> Tensor:
         real = input_ids.ne(self.config.pad_token_id).int()
-        positions = (real.cumsum(1).type_as(real) * real).long() + self.config.pad_token_id
+        positions = ((real.cumsum(1).type_as(real) + behind) * real).long() + self.config.pad_token_id
         padding = self.config.pad_token_id
         x = F.embedding(input_ids, embeddings.word_embeddings.weight, padding)
         x = x + F.embedding(torch.zeros_like(input_ids), embeddings.token_type_embeddings.weight)
@@ -133,6 +133,34 @@ class OfficialTwin:
             x = _attend(cast(Attention, layer.crossattention), x, states, visible)
             x = self._feed_forward(layer, x)
         return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)
+
+    def decode_next(
+        self, decoder: TextDecoder, ids: Tensor, states: Tensor, past: list[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Logits `[A, vocabulary]` after n more tokens `[A, n]` of each text, and keys and values to go on with.
+
+        Args:
+            states: `[A, M, width]`, those of each text; their keys and values are projected by the first call.
+            past: of every layer the keys and values `[A, H, ..., D]` of the text, then those of the states; or empty.
+        """
+        behind = past[0][0].shape[2] if past else 0
+        x = self._embed_tokens(decoder.roberta.embeddings, ids, behind)
+        order = torch.arange(behind, behind + ids.shape[1], device=ids.device)
+        seen = torch.arange(behind + ids.shape[1], device=ids.device)[None] <= order[:, None]
+        causal = (1.0 - seen[None, None].to(x.dtype)) * _MASKED
+        visible = _additive(torch.ones(states.shape[:2], device=ids.device), x.dtype)
+        kept = []
+        for number, layer in enumerate(_layers(decoder.roberta.encoder)):
+            crossed = cast(Attention, layer.crossattention)
+            text = _memory_heads(layer.attention, x)
+            if past:
+                text = tuple(torch.cat(pair, dim=2) for pair in zip(past[number][:2], text, strict=True))
+            image = past[number][2:] if past else _memory_heads(crossed, states)
+            x = _attend_to(layer.attention, x, *text, causal)
+            x = _attend_to(crossed, x, *image, visible)
+            x = self._feed_forward(layer, x)
+            kept.append((*text, *image))
+        return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)[:, -1], kept
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 2]`, read from token 0."""
@@ -457,17 +485,25 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1.0 - mask[:, None, None, :].to(dtype)) * _MASKED
 
 
+def _heads(projection: nn.Linear, heads: int, source: Tensor) -> Tensor:
+    projected = F.linear(source, projection.weight, projection.bias)
+    return projected.view(*projected.shape[:2], heads, -1).permute(0, 2, 1, 3)
+
+
+def _memory_heads(attention: Attention, memory: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values `[P, H, M, D]` of a memory `[P, M, ...]`."""
+    projections = attention.self
+    return tuple(_heads(part, projections.heads, memory) for part in (projections.key, projections.value))
+
+
 def _attend(attention: Attention, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
     """Queries from x `[P, L, width]`, keys and values from memory `[P, M, ...]`, then output projection and norm."""
+    return _attend_to(attention, x, *_memory_heads(attention, memory), mask)
+
+
+def _attend_to(attention: Attention, x: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     projections = attention.self
-
-    def heads(projection: nn.Linear, source: Tensor) -> Tensor:
-        projected = F.linear(source, projection.weight, projection.bias)
-        return projected.view(*projected.shape[:2], projections.heads, -1).permute(0, 2, 1, 3)
-
-    query = heads(projections.query, x)
-    key = heads(projections.key, memory)
-    value = heads(projections.value, memory)
+    query = _heads(projections.query, projections.heads, x)
     query = query / math.sqrt(query.shape[-1])
     scores = torch.matmul(query, key.transpose(-1, -2))
     scores = scores + mask

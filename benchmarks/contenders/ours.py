@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,23 @@ from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Sequences
 from xfm_fast.tasks.retrieval import ImageIndex, PairScorer, Retriever
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.vqa import AnswerRanking
 
-from .engine import Clock, Everything, Found, NoStages, Pairs, Part, SearchIndex, ordered, parts_under
+from .engine import (
+    AnswerList,
+    Clock,
+    Engine,
+    Everything,
+    Found,
+    NoStages,
+    Pairs,
+    Part,
+    SearchIndex,
+    TaskEngine,
+    ordered,
+    parts_under,
+)
 
 
 def served(model: XFM) -> XFM:
@@ -24,6 +40,11 @@ def served(model: XFM) -> XFM:
     if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16) or model.quantised:
         return model
     return copy.deepcopy(model).freeze()
+
+
+def our_engine(model: XFM, backend: Backend = "auto") -> Engine | TaskEngine:
+    """The engine of a model, with or without a task."""
+    return OurTaskEngine(model, backend) if isinstance(model, TaskModel) else OurEngine(model, backend)
 
 
 class OurEngine:
@@ -76,6 +97,52 @@ class OurEngine:
             with clock("candidates and re-ranking"):
                 result = self._retriever.rerank(images, texts, k)
         return Everything(result.score_i2t, result.score_t2i)
+
+
+class OurTaskEngine:
+    """A fine-tuned model; `backend` is that of all its operations."""
+
+    def __init__(self, model: TaskModel, backend: Backend = "auto") -> None:
+        # Any: a task's model has the methods of its task.
+        self._model: Any = model
+        self._backend: Backend = backend
+
+    @contextmanager
+    def _staged(self, clock: Clock, rest: str) -> Iterator[None]:
+        parts = [Part(self._model, "encode_image", "image encoder")]
+        if hasattr(self._model, "text_encoder"):
+            parts += [
+                Part(self._model, "image_memory", "image memory"),
+                Part(self._model.text_encoder, "forward", "text encoder"),
+            ]
+        with use_backend(self._backend), parts_under(clock, parts, rest):
+            yield
+
+    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor, clock: Clock) -> Tensor:
+        with self._staged(clock, "fusion and head"):
+            return self._model.logits(pixels, ids, mask)
+
+    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, clock: Clock) -> Tensor:
+        with self._staged(clock, "fusion and head"):
+            return self._model.boxes(pixels, ids, mask, image_of)
+
+    def captions(
+        self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int, clock: Clock
+    ) -> Tensor:  # fmt: skip
+        with self._staged(clock, "decoder"):
+            return self._model.generate(
+                pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams
+            )  # fmt: skip
+
+    def answers(
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList, clock: Clock
+    ) -> AnswerRanking:
+        with self._staged(clock, "fusion"):
+            memory = self._model.encode_questions(pixels, ids, mask, image_of)
+        with use_backend(self._backend), clock("decoder"):
+            k = answers.trie.answers if answers.whole else answers.k
+            # As the official score does it.
+            return self._model.rank_answers(memory, answers.trie, k=k, best=answers.best, count_first_token_twice=True)
 
 
 class MemoryEngine(OurEngine):

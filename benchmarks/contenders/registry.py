@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import shutil
 import time
@@ -22,15 +23,18 @@ from xfm_fast.kernels.cpu import int8
 from ..material.inputs import Subjects
 from ..measure import DTYPES
 from ..record import OFFICIAL, OFFICIAL_CODE, OURS
-from .engine import Built, Engine, Schedule
+from .engine import Built, Engine, Schedule, TaskEngine
 from .official_algorithm import OfficialEngine
-from .ours import MemoryEngine, OurEngine, served
+from .official_finetuning import official_engine
+from .ours import MemoryEngine, OurEngine, our_engine, served
 from .public_modules import TimmEngine, TransformersEngine
 
 CLONE_MARK = "models/xfm.py"
 # Of the largest value: a few times what rounding to int8 costs the base model.
 INT8_BAND = 0.1
-SCENARIOS = ("embed-image", "embed-text", "rerank", "retrieve")
+MODEL_WORK = ("embed-image", "embed-text", "rerank", "retrieve")
+TASK_WORK = ("vqa", "vqa-best", "vqa-all", "vqa-list", "nlvr2", "grounding", "captioning")
+SCENARIOS = (*MODEL_WORK, *TASK_WORK)
 _ALL_WORK = (*SCENARIOS, "retrieval")
 # Encoders of Hugging Face that a kind of work passes through.
 _PARTS = {
@@ -58,7 +62,7 @@ class Setup:
 
     @property
     def model(self) -> Any:
-        return self.subjects.model(self.image_size, DTYPES[self.dtype])
+        return self.subjects.model(self.image_size, DTYPES[self.dtype], self.work)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Contender:
     name: str
     label: str
     build: Callable[[Setup], Built]
-    works: tuple[str, ...] = SCENARIOS
+    works: tuple[str, ...] = MODEL_WORK
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     why_absent: Callable[[torch.device], str | None] = lambda device: None
     package: str = "torch"
@@ -103,7 +107,7 @@ def _plain(make: Callable[[Setup], Any]) -> Callable[[Setup], Built]:
     def build(setup: Setup) -> Built:
         _ = setup.model  # weights are converted once and shared by all contenders
         begun = time.perf_counter()
-        engine: Engine = make(setup)
+        engine: Engine | TaskEngine = make(setup)
         return Built(engine, load_s=time.perf_counter() - begun)
 
     return build
@@ -140,6 +144,25 @@ def _needs(*packages: str, on: Literal["cpu", "cuda"] | None = None) -> Callable
     return why_absent
 
 
+def _torch_tensorrt(distribution: str, library: str) -> Callable[[torch.device], str | None]:
+    """Both variants of Torch-TensorRT are one module, so the name of the distribution tells which one is here."""
+
+    def why_absent(device: torch.device) -> str | None:
+        try:
+            version(distribution)
+        except PackageNotFoundError:
+            return f"{distribution} is not installed"
+        return _needs("torch_tensorrt", library, on="cuda")(device)
+
+    return why_absent
+
+
+def _by_tensorrt(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Its import registers the backend; by default products of fp32 are rounded to TF32.
+    importlib.import_module("torch_tensorrt")
+    return torch.compile(function, backend="tensorrt", options={"disable_tf32": True})
+
+
 def _int8_absent(device: torch.device) -> str | None:
     return int8.why_not() if device.type == "cpu" else "int8 is for CPUs"
 
@@ -152,31 +175,41 @@ def _compiler_absent(device: torch.device) -> str | None:
 
 ALL: tuple[Contender, ...] = (
     Contender(
-        OURS, "xfm-fast", _plain(lambda s: OurEngine(served(s.model))), _ALL_WORK, package="xfm_fast", schedule="ours"
+        OURS, "xfm-fast", _plain(lambda s: our_engine(served(s.model))), _ALL_WORK, package="xfm_fast", schedule="ours"
     ),
     Contender(
         "xfm-fast-memories", "xfm-fast, image memories kept", _plain(lambda s: MemoryEngine(served(s.model))),
         ("retrieve",), package="xfm_fast", schedule="kept memories",
     ),
-    Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: OfficialEngine(s.model)), _ALL_WORK),
+    Contender(OFFICIAL, "official algorithm, eager", _plain(lambda s: official_engine(s.model)), _ALL_WORK),
     Contender(
         # The weights are shared by all contenders, and its marks are on them.
         "xfm-fast-int8", "xfm-fast, products in int8",
-        _plain(lambda s: OurEngine(copy.deepcopy(s.model).quantise())), SCENARIOS, ("bf16",), _int8_absent, "xfm_fast",
+        _plain(lambda s: OurEngine(copy.deepcopy(s.model).quantise())), MODEL_WORK, ("bf16",), _int8_absent, "xfm_fast",
         schedule="ours", band=INT8_BAND,
     ),
     Contender(
-        OFFICIAL_CODE, "official code, a process of its own", _official_code, SCENARIOS, ("fp32",),
+        OFFICIAL_CODE, "official code, a process of its own", _official_code, MODEL_WORK, ("fp32",),
         _needs(on="cpu"), "transformers",
     ),
     Contender(
         "torch-eager", "xfm-fast's schedule, plain PyTorch operations",
-        _plain(lambda s: OurEngine(s.model, "reference")), schedule="ours",
+        _plain(lambda s: our_engine(s.model, "reference")), SCENARIOS, schedule="ours",
     ),
     Contender(
         "torch-compile", "official algorithm, torch.compile",
         _plain(lambda s: OfficialEngine(s.model, lambda function: torch.compile(function))),
         why_absent=_compiler_absent, heavy=True,
+    ),
+    *(
+        Contender(
+            name, f"official algorithm, {label}", _plain(lambda s: OfficialEngine(s.model, _by_tensorrt)),
+            why_absent=_torch_tensorrt(name, library), package=name, heavy=True,
+        )
+        for name, label, library in (
+            ("torch-tensorrt", "Torch-TensorRT", "tensorrt"),
+            ("torch-tensorrt-rtx", "Torch-TensorRT for RTX", "tensorrt_rtx"),
+        )
     ),
     Contender(
         "huggingface", "Hugging Face transformers", _plain(lambda s: TransformersEngine(s.model, _PARTS[s.work])),
@@ -191,19 +224,19 @@ ALL: tuple[Contender, ...] = (
         ("embed-text", "rerank", "retrieve"), ("bf16",), _needs("flash_attn", on="cuda"), "flash-attn", schedule="ours",
     ),
     Contender(
-        "onnxruntime", "ONNX Runtime", _exported("onnxruntime"), SCENARIOS, ("fp32",),
+        "onnxruntime", "ONNX Runtime", _exported("onnxruntime"), MODEL_WORK, ("fp32",),
         _needs("onnxruntime", "onnx", "onnxscript"), "onnxruntime", heavy=True, schedule="own",
     ),
     Contender(
-        "openvino", "OpenVINO", _exported("openvino"), SCENARIOS, why_absent=_needs("openvino", "onnx", on="cpu"),
+        "openvino", "OpenVINO", _exported("openvino"), MODEL_WORK, why_absent=_needs("openvino", "onnx", on="cpu"),
         package="openvino", heavy=True, schedule="own",
     ),
     Contender(
-        "tensorrt", "TensorRT", _exported("tensorrt"), SCENARIOS, ("fp32", "bf16"),
+        "tensorrt", "TensorRT", _exported("tensorrt"), MODEL_WORK, ("fp32", "bf16"),
         _needs("tensorrt", "onnx", on="cuda"), "tensorrt", heavy=True, schedule="own",
     ),
     Contender(
-        "tensorrt-rtx", "TensorRT for RTX", _exported("tensorrt-rtx"), SCENARIOS, ("fp32", "bf16"),
+        "tensorrt-rtx", "TensorRT for RTX", _exported("tensorrt-rtx"), MODEL_WORK, ("fp32", "bf16"),
         _needs("tensorrt_rtx", "onnx", on="cuda"), "tensorrt-rtx", heavy=True, schedule="own",
     ),
 )  # fmt: skip

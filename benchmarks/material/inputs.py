@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,10 @@ from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import PresetName, XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
 from xfm_fast.models.xfm import XFM, Head
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.vqa import VQAModel
 from xfm_fast.tokenizer import CaptionTokenizer
 
 from ..record import Data, Skip
@@ -26,15 +30,31 @@ HEADS: tuple[Head, ...] = ("contrastive", "matching")
 _TABLE = ".relative_position_bias_table"
 MAX_TOKENS = 40
 """Length to which the official evaluation pads captions."""
+# The official decoder's layers; a small model, which is there to see that all runs, has those of its fusion encoder.
+_DECODER_LAYERS = 12
 # Distributions of synthetic lengths: shares of the mean that texts have in turn.
 _SHAPES = {"fixed": (1.0,), "uniform": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "bimodal": (0.25, 1.75)}
+
+
+def decoder_layers(config: XFMConfig) -> int:
+    """Layers of the decoder that a task adds to a model of these sizes."""
+    return min(_DECODER_LAYERS, config.fusion_layers)
+
+
+TASK_MODELS: Mapping[str, Callable[[XFMConfig], XFM]] = {
+    "vqa": lambda config: VQAModel(config, decoder_layers=decoder_layers(config)),
+    "nlvr2": NLVR2Model,
+    "grounding": GroundingModel,
+    "captioning": lambda config: CaptioningModel(config, decoder_layers=decoder_layers(config)),
+}
 
 
 class Subjects:
     """Models of one set of weights, built when first asked for.
 
     Resolutions share every tensor but the position tables, which are interpolated from the weights as given;
-    every dtype has one converted copy.
+    every dtype has one converted copy. The part that a task has of its own is random; only the models of the task that
+    was asked for last are kept.
 
     Attributes:
         origin: where the weights come from, for reports.
@@ -49,7 +69,7 @@ class Subjects:
         self.device = torch.device("cpu")
         self._state = state
         self._shared: dict[torch.dtype, dict[str, nn.Parameter]] = {}
-        self._models: dict[tuple[int, torch.dtype], XFM] = {}
+        self._models: dict[tuple[str, int, torch.dtype], XFM] = {}
 
     @classmethod
     def chosen(cls, preset: PresetName, checkpoint_path: Path | None, seed: int) -> Subjects:
@@ -91,10 +111,14 @@ class Subjects:
         checkpoint.load_into(probe, state, what=f"checkpoint {path}", surplus=surplus)
         return cls(config, probe.state_dict(), f"checkpoint {path}", trained=True)
 
-    def model(self, image_size: int, dtype: torch.dtype) -> XFM:
-        """The model for a resolution and a dtype, in evaluation mode."""
-        key = (image_size, dtype)
+    def model(self, image_size: int, dtype: torch.dtype, work: str = "") -> XFM:
+        """The model for a resolution, a dtype and a kind of work, in evaluation mode."""
+        task = work.partition("-")[0]
+        task = task if task in TASK_MODELS else ""
+        key = (task, image_size, dtype)
         if key not in self._models:
+            if task:
+                self._models = {known: model for known, model in self._models.items() if known[0] in ("", task)}
             config = self.config.replace(image_size=image_size)
             if dtype not in self._shared:
                 self._shared[dtype] = {
@@ -108,10 +132,17 @@ class Subjects:
                 if name.endswith(_TABLE)
             }
             with torch.device("meta"):
-                model = XFM(config, heads=HEADS)
-            model.load_state_dict({**self._shared[dtype], **tables}, assign=True)
+                model = TASK_MODELS[task](config) if task else XFM(config, heads=HEADS)
+            wanted = model.state_dict()
+            own = random_tensors({name: tensor for name, tensor in wanted.items() if name not in self._state}, 0)
+            given = {**self._shared[dtype], **tables, **{n: t.to(self.device, dtype) for n, t in own.items()}}
+            model.load_state_dict({name: given[name] for name in wanted}, assign=True)
             self._models[key] = model.eval().requires_grad_(False)
         return self._models[key]
+
+    def forget(self) -> None:
+        """Let go of all weights, for a process that has built what it needs."""
+        self._state, self._shared, self._models = {}, {}, {}
 
 
 def preset_config(preset: PresetName) -> XFMConfig:
@@ -122,19 +153,24 @@ def preset_config(preset: PresetName) -> XFMConfig:
 def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[str, Tensor]:
     """Random weights. Unlike in a fresh model nothing is zero, so that every term takes part in comparisons."""
     with torch.device("meta"):
-        shapes = XFM(config, heads=heads).state_dict()
+        state = random_tensors(XFM(config, heads=heads).state_dict(), seed)
+    return state | ({"temp": torch.tensor(0.07)} if "temp" in state else {})
+
+
+def random_tensors(wanted: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Random values in the shapes of some weights; those of a name are the same in every model."""
     state = {}
-    for name, shape in ((name, tensor.shape) for name, tensor in shapes.items()):
+    for name, tensor in wanted.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
         mean, spread = 0.0, 0.02
         if name.endswith(_TABLE):
             spread = 0.2
         elif ".gamma_" in name:
             mean, spread = 0.1, 0.01
-        elif len(shape) == 1 and name.endswith("weight"):
+        elif tensor.ndim == 1 and name.endswith("weight"):
             mean, spread = 1.0, 0.05
-        state[name] = torch.empty(shape).normal_(mean, spread, generator=generator)
-    return state | ({"temp": torch.tensor(0.07)} if "temp" in state else {})
+        state[name] = torch.empty(tensor.shape, device="cpu").normal_(mean, spread, generator=generator)
+    return state
 
 
 def make_tokenizer(preset: PresetName, files: Path | None, collection: Collection) -> CaptionTokenizer:

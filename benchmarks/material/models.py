@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xfm_fast.config import MODEL_TYPE
 from xfm_fast.data.images import decode_image
 from xfm_fast.documents import read_bytes, read_json
 from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError
@@ -115,6 +116,11 @@ def open_model(name: str) -> Opened:
         raise UnavailableError(f"{name} needs transformers; pip install 'xfm-fast[hf]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if config.get("model_type") == MODEL_TYPE:
+        raise InputError(
+            f"{name} is an X-FM, which these kernels compute already; xfm-fast bench --checkpoint {name} compares it "
+            "with the official code"
+        )
     kinds = config.get("architectures") or []
     known = [getattr(transformers, kind, None) for kind in kinds if isinstance(kind, str)]
     if not config.get("model_type"):

@@ -64,7 +64,10 @@ def png(document: Document, path: Path, *, source: str = "") -> None:
             inset = 0 if isinstance(panel, charts.Bars) else 50
             box = ((left + inset) / _WIDTH, (bottom + inset) / _HEIGHT, (width - inset) / _WIDTH)
             axes = picture.add_axes((*box, (height - 48 - inset) / _HEIGHT), facecolor=_GROUND)
-            title = textwrap.shorten(panel.title.split(" (")[0], 90 // across, placeholder=" …")
+            title, room = panel.title.split(" (")[0], 90 // across
+            while len(title) > room and ", " in title:
+                title = title.rpartition(", ")[0]
+            title = textwrap.shorten(title, room, placeholder=" …")
             axes.set_title(title, loc="left", fontsize=15, weight="bold", pad=10)
             if isinstance(panel, charts.Bars):
                 _bars(axes, panel, height - 48)

@@ -314,16 +314,16 @@ def growth(document: Document) -> list[Plot]:
     """Time of a run as the work grows, with the line through the logarithms where there are points enough for one."""
     made, palette = [], Palette(document)
     swept = [row for row in document.measured if row.x is not None and row.median_s]
-    fits = {(fit.work, fit.contender, fit.dtype): fit for fit in document.fits if fit.points >= LEAST_POINTS}
-    for name in dict.fromkeys(row.work for row in swept):
-        rows = [row for row in swept if row.work == name]
-        label = next((fit.x_label for fit in document.fits if fit.work == name), "size")
+    fits = {(fit.work, fit.over, fit.contender, fit.dtype): fit for fit in document.fits if fit.points >= LEAST_POINTS}
+    for name, over in dict.fromkeys((row.work, row.over) for row in swept):
+        rows = [row for row in swept if (row.work, row.over) == (name, over)]
+        label = next((fit.x_label for fit in document.fits if (fit.work, fit.over) == (name, over)), over or "size")
         x, y = log_axis(row.x or 0 for row in rows), log_axis(row.median_s or 0 for row in rows)
         plot = Plot(f"{name}, {rows[0].mode}", x, y, label, "time of a run", y_unit="s")
         for contender, dtype in dict.fromkeys((row.contender, row.dtype) for row in rows):
             own = [row for row in rows if (row.contender, row.dtype) == (contender, dtype)]
             points = sorted((row.x or 0.0, row.median_s or 0.0) for row in own)
-            fit = fits.get((name, contender, dtype))
+            fit = fits.get((name, over or "", contender, dtype))
             title, line = own[0].title, tuple[tuple[float, float], ...]()
             if fit is not None:
                 known = fit.low is not None and fit.high is not None

@@ -31,7 +31,7 @@ REGION = re.compile(
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURE, PICTURED = ROOT / "docs/accelerate.png", ROOT / "benchmarks/results/drop-in-cpu-amx-2threads.json"
+PICTURE, PICTURED = ROOT / "docs/accelerate.png", ROOT / "benchmarks/results/drop-in-cpu-avx512-2threads.json"
 """The README's picture, and the results that it shows."""
 
 

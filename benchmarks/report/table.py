@@ -200,9 +200,10 @@ def _beside(document: Document) -> list[Column]:
         found = document.beside(row, document.reference, dtype)
         return _speed(found) if found is not None and found.measured else ""
 
-    def headline(row: Row) -> str:
+    def over_fp32(row: Row) -> str:
         found = document.headline(row)
-        return "" if found is None else f"{times(found.ratio)} {marks(row)}".rstrip()
+        # Without the reference in fp32 the headline is like for like, and stands there.
+        return "" if found is None or found.dtype != "fp32" else f"{times(found.ratio)} {marks(row)}".rstrip()
 
     def interval(row: Row) -> str:
         found = document.headline(row)
@@ -217,15 +218,16 @@ def _beside(document: Document) -> list[Column]:
         return "" if found is None or found.memory is None else f"{found.memory.peak_bytes / 1e9:.2f}"
 
     name = reference.split(",")[0]
+    in_fp32 = any(row.contender == document.reference and row.dtype == "fp32" for row in document.measured)
     ours = next((row.label for row in document.rows if row.ours), OURS)
     return [
         Column("dtype", lambda row: row.dtype, number=False),
         Column(ours, _speed),
         Column(f"{name} fp32", lambda row: other(row, "fp32")),
-        Column("over fp32", headline),
+        Column("over fp32", over_fp32),
+        Column(f"{name}, same dtype", lambda row: other(row, row.dtype) if row.dtype != "fp32" else "", detail=in_fp32),
         Column("like for like", like),
         Column("95% interval", interval, detail=True),
-        Column(f"{name} same dtype", lambda row: other(row, row.dtype) if row.dtype != "fp32" else "", detail=True),
         Column(f"{name} peak GB", peak, detail=True),
     ]
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from .. import machine
 from ..contenders.engine import Built, Clock, NoStages, Stages, wait_for
-from ..contenders.official_algorithm import OfficialEngine
+from ..contenders.official_finetuning import official_engine
 from ..contenders.registry import Contender, Setup
 from ..material.inputs import Subjects
 from ..measure import DTYPES, MODEL_ROUNDING, Samples, one_line, parity_band
@@ -28,7 +29,7 @@ _STAGED_RUNS = 3
 _LONG_S = 1.0
 # The first kind with a fragment that a name holds takes it.
 _KINDS = (
-    ("attention", ("attention", "attn", "softmax", "bmm", "baddbmm")),
+    ("attention", ("attention", "attn", "softmax", "exp2", "bmm", "baddbmm")),
     ("matrix products", ("linear", "addmm", "mm", "mlp", "conv", "gemm", "cutlass", "nvjet")),
     ("norms", ("norm",)),
     ("GELU", ("gelu",)),
@@ -146,7 +147,8 @@ class _Reference:
 
     def _answer(self, dtype: torch.dtype) -> Any:
         with torch.inference_mode():
-            engine = OfficialEngine(self._subjects.model(self._workload.config.image_size, dtype))
+            size = self._workload.config.image_size
+            engine = official_engine(self._subjects.model(size, dtype, self._workload.work))
             return self._workload.prepare(engine, dtype)(self._numbers, NoStages())
 
     def band(self, dtype: str, error: float) -> float:
@@ -174,11 +176,12 @@ def blank(entrant: Entrant, workload: Workload, mode: Mode, batch: int) -> Row:
 
 def efficiency(
     entrant: Entrant, workload: Workload, numbers: Sequence[int], answer: Any, seconds: float, samples: Samples
-) -> Efficiency:
-    """Arithmetic of a run of some requests that took `seconds`."""
+) -> Efficiency | None:
+    """Arithmetic of a run of some requests that took `seconds`; None where what it needs depends on its course."""
     gemm, copies = samples.readings.rate(entrant.dtype), statistics.median(samples.readings.copies)
     needed = workload.flops(numbers, "ours", answer)
-    assert needed is not None
+    if needed is None:
+        return None
     assert gemm is not None
     own = workload.flops(numbers, entrant.contender.schedule, answer)
     moved = workload.traffic(numbers, DTYPES[entrant.dtype].itemsize)
@@ -226,10 +229,15 @@ def kind_of(operation: str) -> str:
 
 
 def operation_shares(run: Callable[[], object], device: torch.device) -> list[Share]:
-    """Profile one run; an operator's time is without that of those it calls. Empty for what PyTorch cannot see."""
+    """Profile one run in all of its threads; an operator's time is without that of those it calls.
+
+    Empty for what PyTorch cannot see.
+    """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with _silence(), profile(activities=activities) as profiler:
+    # A batch may be computed in shares, a thread each.
+    everywhere = _ExperimentalConfig(profile_all_threads=True)
+    with _silence(), profile(activities=activities, experimental_config=everywhere) as profiler:
         run()
     seconds: dict[str, float] = {}
     for event in profiler.key_averages():

@@ -27,18 +27,14 @@ from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
-from xfm_fast.tasks.grounding import GroundingModel
-from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.task_model import TaskModel
-from xfm_fast.tasks.vqa import VQAModel
 from xfm_fast.tokenizer import CaptionTokenizer
 
 from .. import machine
 from ..contenders.official_finetuning import OfficialFineTuningTwin
 from ..material import photographs
-from ..material.inputs import MAX_TOKENS, described, preset_config, random_state
+from ..material.inputs import MAX_TOKENS, TASK_MODELS, decoder_layers, described, preset_config, random_state
 from ..material.photographs import Collection
 from ..material.questions import answer_list, questions
 from ..measure import MachineProbes, Progress
@@ -56,8 +52,6 @@ _PROMPT = "a picture of "
 _CLASSES = {"text": 3, "image": 1000}
 _ANSWERS = (1, 3, 2, 5, 1, 2, 4, 2)
 _TEXT_LENGTHS = (128, 16, 64, 32, 96, 24, 48, 40)
-# The official decoder's; a small model, which is there to see that all runs, has those of its fusion encoder.
-_DECODER_LAYERS = 12
 
 
 @dataclass(frozen=True)
@@ -191,10 +185,6 @@ class _Task:
     ours: Callable[[XFM, Batch, Negatives], Losses] = _ours
 
 
-def _layers(config: XFMConfig) -> int:
-    return min(_DECODER_LAYERS, config.fusion_layers)
-
-
 TASKS: Mapping[FineTuned, _Task] = {
     "retrieval": _Task(
         "retrieval (ITC + ITM)", "pairs", (4, 2, 32), 384,
@@ -202,16 +192,17 @@ TASKS: Mapping[FineTuned, _Task] = {
         lambda twin, batch, negatives: twin.retrieval(batch["batch"], negatives), _ours_retrieval,
     ),
     "vqa": _Task(
-        "VQA", "questions", (4, 2, 24), 480,
-        lambda config: VQAModel(config, decoder_layers=_layers(config)), _vqa, partial(_official, "answers"),
+        "VQA", "questions", (4, 2, 24), 480, TASK_MODELS["vqa"], _vqa, partial(_official, "answers")
     ),
-    "nlvr2": _Task("NLVR2", "statements", (4, 2, 8), 384, NLVR2Model, _nlvr2, partial(_official, "statements")),
+    "nlvr2": _Task(
+        "NLVR2", "statements", (4, 2, 8), 384, TASK_MODELS["nlvr2"], _nlvr2, partial(_official, "statements")
+    ),
     "grounding": _Task(
-        "grounding", "expressions", (4, 2, 20), 384, GroundingModel, _grounding, partial(_official, "grounding")
+        "grounding", "expressions", (4, 2, 20), 384, TASK_MODELS["grounding"], _grounding,
+        partial(_official, "grounding"),
     ),
     "captioning": _Task(
-        "captioning", "captions", (4, 2, 32), 384,
-        lambda config: CaptioningModel(config, decoder_layers=_layers(config)), _captioning,
+        "captioning", "captions", (4, 2, 32), 384, TASK_MODELS["captioning"], _captioning,
         partial(_official, "captions"),
     ),
     "text": _Task(
@@ -365,7 +356,7 @@ class FineTuningSubject(StepSubject):
         return Shape(
             items=self.items, lengths=lengths, padded=0 if mask is None else mask.shape[1],
             answers=[part.tolist() for part in each], padded_answer=0 if answers is None else answers.shape[1],
-            given=given, decoder_layers=_layers(self.model.config), classes=_CLASSES.get(self.name, 0),
+            given=given, decoder_layers=decoder_layers(self.model.config), classes=_CLASSES.get(self.name, 0),
         )  # fmt: skip
 
     def losses(self, procedure: Procedure, hard_negatives: Negatives) -> Losses:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a fine-tuning step: those that its losses need, and those of the official procedure.
+"""Floating-point operations of a fine-tuned model: those that its losses need, and those of the official procedure.
 
 Counted as in `xfm_fast.flops`; a product costs two more in the backward pass, one for each operand, but that of the
 patches one: pixels receive no gradient.
@@ -22,6 +22,13 @@ class Costs(NamedTuple):
 
     needed: int
     official: int
+
+
+class ForwardCosts(NamedTuple):
+    """Operations of one forward pass, from pixels and tokens to what the loss is computed from."""
+
+    needed: Count
+    official: Count
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,18 @@ class Shape:
 
 def step_costs(name: FineTuned, config: XFMConfig, shape: Shape) -> Costs:
     """Operations of the step of a task, forward and backward; negatives as if every text were drawn once."""
+    pixels = flops.linear(_images(name, shape) * config.num_patches, 3 * config.patch_size**2, config.vision_width)
+    return Costs(*((3 * forward - pixels).total for forward in forward_costs(name, config, shape)))
+
+
+def _images(name: FineTuned, shape: Shape) -> int:
+    return {"nlvr2": 2 * shape.items, "text": 0}.get(name, shape.items)
+
+
+def forward_costs(name: FineTuned, config: XFMConfig, shape: Shape) -> ForwardCosts:
+    """The same of the forward pass alone."""
     items, lengths, padded = shape.items, list(shape.lengths), [shape.padded] * len(shape.lengths)
-    images = {"nlvr2": 2 * items, "text": 0}.get(name, items)
-    pixels = flops.linear(images * config.num_patches, 3 * config.patch_size**2, config.vision_width)
+    images = _images(name, shape)
     common = flops.image_encoder(config, images)
     needed, official = Count(), Count()
     if name not in ("image", "captioning"):
@@ -82,7 +98,7 @@ def step_costs(name: FineTuned, config: XFMConfig, shape: Shape) -> Costs:
         for length in lengths:
             needed += _decoding(config, shape, length - 1, length - shape.given, tokens)
     common += _heads(name, config, items, shape.classes)
-    return Costs(*((3 * (common + own) - pixels).total for own in (needed, official)))
+    return ForwardCosts(common + needed, common + official)
 
 
 def _heads(name: FineTuned, config: XFMConfig, items: int, classes: int) -> Count:

@@ -180,6 +180,36 @@ def _sentences(model: nn.Module, pad: int, count: int = 32) -> Subject:
     return Subject(model, call, count)
 
 
+def _step(subject: Subject) -> Subject:
+    """A training step on the work of another subject: forward and backward, compared in gradients of the first layer.
+
+    They have come through all others.
+    """
+
+    def call(model: nn.Module) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            out = subject.call(model).float()
+            # Its squares would sum to a constant, behind a norm.
+            (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+        named = [p.grad for name, p in model.named_parameters() if "layer.0." in name and p.grad is not None]
+        return torch.cat([gradient.float().flatten() for gradient in named])
+
+    return Subject(subject.model, call, subject.items)
+
+
+def _with_lora(model: nn.Module) -> nn.Module:
+    """Adapters as fine-tuning leaves them: of rank 16, on queries and values, with values that count."""
+    from peft import LoraConfig, get_peft_model
+
+    made: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"]))  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return made
+
+
 def _one_text(model: nn.Module) -> Subject:
     """An encoder on a single short text, as a search box sends it."""
     ids = torch.randint(1000, 20000, (1, 13))
@@ -191,9 +221,36 @@ def _one_text(model: nn.Module) -> Subject:
     return Subject(model, call, 1)
 
 
-@_model("minilm", "all-MiniLM-L6, 32 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)
+@_model("minilm", "all-MiniLM-L6, 64 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)
 def _minilm(layers: int) -> Subject:
-    return _sentences(_minilm_model(layers), pad=0)
+    return _sentences(_minilm_model(layers), pad=0, count=64)
+
+
+@_model("minilm-lora", "all-MiniLM-L6 with LoRA, 64 texts of 8-64 tokens padded to 64", "peft", "texts", unpad=True)
+def _minilm_lora(layers: int) -> Subject:
+    return _sentences(_with_lora(_minilm_model(layers)), pad=0, count=64)
+
+
+@_model(
+    "minilm-step",
+    "training step of all-MiniLM-L6, 32 texts of 8-64 tokens padded to 64",
+    "transformers",
+    "texts",
+    unpad=True,
+)
+def _minilm_step(layers: int) -> Subject:
+    return _step(_sentences(_minilm_model(layers), pad=0))
+
+
+@_model(
+    "minilm-lora-step",
+    "training step of all-MiniLM-L6 with LoRA, 32 texts of 8-64 tokens padded to 64",
+    "peft",
+    "texts",
+    unpad=True,
+)
+def _minilm_lora_step(layers: int) -> Subject:
+    return _step(_sentences(_with_lora(_minilm_model(layers)), pad=0))
 
 
 @_model("minilm-one", "all-MiniLM-L6 on one text, 13 tokens", "transformers", "texts", unpad=True)
@@ -215,11 +272,11 @@ def _minilm_model(layers: int) -> nn.Module:
     return BertModel(config)
 
 
-@_model("mpnet", "MPNet-base, 32 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)
+@_model("mpnet", "MPNet-base, 64 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)
 def _mpnet(layers: int) -> Subject:
     from transformers import MPNetConfig, MPNetModel
 
-    return _sentences(MPNetModel(MPNetConfig(num_hidden_layers=layers)), pad=1)
+    return _sentences(MPNetModel(MPNetConfig(num_hidden_layers=layers)), pad=1, count=64)
 
 
 @_model("mpnet-one", "MPNet-base on one text, 13 tokens", "transformers", "texts", unpad=True)

@@ -38,7 +38,6 @@ _FIRST_SHARE = 0.7
 # Below this the wait for an arrival spins: sleeping overshoots by as much.
 _SPIN_S = 0.0005
 ELSEWHERE = {
-    "vqa": "questions to an image, answered from a list of 3,129: xfm-fast bench vqa",
     "train-step": "a step of pretraining or of a task, forward and backward: xfm-fast bench train-step",
     "kernels": "every operation against its alternatives: xfm-fast bench kernels",
 }
@@ -64,7 +63,7 @@ def run(
     chosen: list[Mode] = [mode for mode in MODES if not options.mode or mode in options.mode]
     progress.begin(3 + len(chosen))
     with opened(options, "scenario", device, progress, command) as setting:
-        setting.prepare(scale.image_size)
+        setting.prepare(scale.image_size, work=work)
         setting.document.options["scenario"] = work
         _Scenario(work, setting, scale, options).measure(chosen)
     return setting.finish()

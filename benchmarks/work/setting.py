@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from .. import machine
-from ..contenders.registry import ALL, Setup, choose
+from ..contenders.registry import ALL, TASK_WORK, Setup, choose
 from ..machine import EnergyMeter
 from ..material import photographs
 from ..material.inputs import Material, Subjects, described, make_tokenizer
@@ -37,6 +37,7 @@ from ..options import ModelOptions
 from ..record import OFFICIAL, Baseline, Benchmark, ColdStart, Document, Mode, Model, Row, finite
 from .entrants import Entrant, blank, check, efficiency, operation_shares, stages, tokens
 from .requests import EmbedImage, EmbedText, Rerank, Retrieve, Workload
+from .task_requests import made
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ class Scale:
         batches = {"embed-image": 64 if gpu else 8, "embed-text": 256 if gpu else 32}
         batch = asked.get("batch", 2 if quick and not tiny else batches.get(work, 8 if gpu else 2))
         texts, index, k = (8, 8, 4) if quick else (64, 18, 8)
+        if work in TASK_WORK:
+            texts, k = 2 if quick else 5, 128
         return cls(
-            image_size=asked.get("image_size", 48 if tiny else 384),
+            image_size=asked.get("image_size", 48 if tiny else 480 if work.startswith("vqa") else 384),
             batch=batch,
             requests=max(16, batch),
             texts=asked.get("texts", texts),
@@ -95,6 +98,9 @@ class Scale:
 
     def workload(self, work: str, material: Material) -> Workload:
         """The requests of a kind of work at this size."""
+        if work in TASK_WORK:
+            requests = max(self.requests, self.batch)
+            return made(work, material, self.image_size, self.texts, self.k, requests, self.lengths)
         if work == "embed-image":
             return EmbedImage(material, self.image_size, max(self.requests, self.batch))
         if work == "embed-text":
@@ -123,12 +129,13 @@ class Setting:
         torch.manual_seed(options.seed)
         self.document = Document.begun(benchmark, vars(options), command, device.type)
 
-    def prepare(self, image_size: int, most_photos: int = photographs.MOST_PHOTOS) -> None:
+    def prepare(self, image_size: int, most_photos: int = photographs.MOST_PHOTOS, work: str = "") -> None:
         """Read photographs and captions, load the weights, try the probes.
 
         Args:
             image_size: of the first model that is needed.
             most_photos: of a folder of the user's.
+            work: for which the model is needed.
 
         Raises:
             XFMError: the checkpoint or the data cannot be used.
@@ -143,7 +150,7 @@ class Setting:
         subjects = Subjects.chosen(options.preset, options.checkpoint, options.seed)
         subjects.device = self.device
         tokenizer.check(subjects.config)
-        model = subjects.model(image_size, DTYPES[self.dtypes[0]])
+        model = subjects.model(image_size, DTYPES[self.dtypes[0]], work)
         self._load_s = time.perf_counter() - loading
         self.document.model = Model(
             preset=options.preset, origin=subjects.origin, trained=subjects.trained,

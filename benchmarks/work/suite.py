@@ -1,4 +1,4 @@
-"""The suite: image and text embedding, re-ranking and a whole retrieval in one run, against the official algorithm."""
+"""The suite: embedding, re-ranking, a whole retrieval and tasks in one run, against the official algorithm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from ..options import Preset, SuiteOptions
 from ..record import OFFICIAL, OFFICIAL_CODE, OURS, Document, Parity, Selection, finite
 from .entrants import Entrant, blank
 from .requests import EmbedImage, EmbedText, Rerank, Retrieval, Workload
-from .setting import Setting, opened
+from .setting import Scale, Setting, opened
+from .task_requests import made
+
+_TASKS = ("vqa", "nlvr2", "grounding", "captioning")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class SuiteScale:
     Attributes:
         rounds: samples of each contender, at least.
         budget_s: short rows get more samples within this time.
-        deadline_s: once the suite has run this long, rows that are left get one sample.
+        deadline_s: once the suite has run this long, rows that are left get one sample; of tasks, once it has run for
+            `tasks_s` more. Quick runs have no tasks.
+        task_items: questions to an image, and expressions in it; statements and captions together.
     """
 
     small_image: int
@@ -42,6 +47,8 @@ class SuiteScale:
     rounds: int
     budget_s: float
     deadline_s: float
+    tasks_s: float = 100.0
+    task_items: int = 3
 
     @classmethod
     def of(cls, preset: Preset, *, quick: bool) -> SuiteScale:
@@ -60,7 +67,8 @@ def run(options: SuiteOptions, progress: Progress | None = None, command: Sequen
     """
     started, sizes = time.perf_counter(), SuiteScale.of(options.preset, quick=options.quick)
     progress = progress or Progress()
-    progress.begin(8)
+    tasks = () if options.quick else _TASKS
+    progress.begin(8 + len(tasks))
     with opened(options, "suite", torch.device("cpu"), progress, command) as setting:
         setting.prepare(sizes.small_image)
         entrants = {
@@ -71,6 +79,10 @@ def run(options: SuiteOptions, progress: Progress | None = None, command: Sequen
         parities = _check(setting, entrants, sizes)
         if setting.document.ok:
             _measure(setting, entrants, parities, sizes, started + sizes.deadline_s)
+            # Models of tasks are large.
+            entrants.clear()
+            for task in tasks:
+                _measure_task(setting, task, sizes, started + sizes.deadline_s + sizes.tasks_s)
     document = setting.finish()
     # The other contenders were not asked.
     document.baselines = []
@@ -150,3 +162,17 @@ def _measure(
             workload, group, batch=batch, rounds=sizes.rounds, budget_s=sizes.budget_s, most_rounds=15,
             deadline=deadline, warmups=warmups,
         )  # fmt: skip
+
+
+def _measure_task(setting: Setting, task: str, sizes: SuiteScale, deadline: float) -> None:
+    setting.progress.stage(task)
+    scale = Scale.of(task, setting.options, setting.device)
+    several = task in ("vqa", "grounding")
+    texts, batch = (sizes.task_items, 1) if several else (1, sizes.task_items)
+    entrants = _entrants(setting, task, scale.image_size, None)
+    workload = made(task, setting.material, scale.image_size, texts, scale.k, batch, "captions")
+    setting.check(entrants, workload)
+    setting.measure(
+        workload, entrants, batch=batch, rounds=sizes.rounds, budget_s=sizes.budget_s, most_rounds=15,
+        deadline=deadline, warmups={entrant.key: int(entrant.ours) for entrant in entrants},
+    )  # fmt: skip

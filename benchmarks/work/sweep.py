@@ -1,45 +1,66 @@
-"""Cost as work grows: a kind of work at several sizes, offline, and the exponent of the growth."""
+"""Cost as work grows: a kind of work at several sizes, offline, and the exponent of the growth.
+
+On a CPU also what more threads gain, and what is left to each where several processes compete for the cores.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from scipy import stats
 
 from xfm_fast.errors import InputError
 
 from .. import machine
 from ..measure import Progress
-from ..options import SweepOptions
-from ..record import LEAST_POINTS, Document, Fit
+from ..options import Axis, SweepOptions
+from ..record import LEAST_POINTS, Document, Fit, Row
+from . import competing
 from .entrants import Entrant
 from .scenario import known
-from .setting import Scale, opened
+from .setting import Scale, Setting, opened
+from .task_requests import ANSWERING
 
-AXES = {
+_SIZES: Mapping[str, tuple[Axis, ...]] = {
     "embed-image": ("batch", "resolution"),
     "embed-text": ("batch", "lengths"),
     "rerank": ("batch", "resolution", "texts", "lengths"),
     "retrieve": ("batch", "resolution"),
+    "nlvr2": ("batch", "resolution"),
+    "grounding": ("batch", "resolution", "texts", "lengths"),
+    "captioning": ("batch", "resolution"),
+    **dict.fromkeys(ANSWERING, ("batch", "resolution", "texts")),
 }
-_LABELS = {"batch": "requests together", "resolution": "pixels along a side", "texts": "texts of an image",
-           "lengths": "mean tokens of a text"}  # fmt: skip
+_LABELS = {
+    "batch": "requests together", "resolution": "pixels along a side", "texts": "texts of an image",
+    "lengths": "mean tokens of a text", "threads": "threads", "processes": "processes at a time",
+}  # fmt: skip
 _ROUNDS, _MOST_ROUNDS = 3, 15
 
 
-def default_values(options: SweepOptions) -> list[str]:
-    """The values that are tried when none are named: four or more points, each about twice the one before."""
-    tiny = options.preset == "tiny"
+def axes(work: str, device: torch.device) -> tuple[Axis, ...]:
+    """What a kind of work is swept over."""
+    scale: tuple[Axis, ...] = ("threads", "processes") if work in competing.WORKS else ("threads",)
+    return _SIZES[work] + (scale if device.type == "cpu" else ())
+
+
+def default_values(axis: Axis, work: str, options: SweepOptions) -> list[str]:
+    """The values that are tried when none are named: four or more points, of sizes each about twice the one before."""
+    tiny, cores = options.preset == "tiny", options.threads or machine.default_threads()
+    longest = [64, 256, 512] if not tiny else [32, 48, 64]
     values = {
-        "batch": ["1", "2", "4", "8", "16"],
+        "batch": ["1", "4", "16", "64", "256"] if work == "embed-text" else ["1", "2", "4", "8", "16"],
         "resolution": ["24", "32", "48", "64", "96"] if tiny else ["128", "224", "320", "384", "512"],
         "texts": ["4", "8", "16", "32", "64", "128"],
-        "lengths": ["fixed-5", "fixed-10", "fixed-20", "fixed-40", "captions", "uniform-20", "bimodal-20"],
+        "lengths": [f"fixed-{size}" for size in (4, 16, *longest)] + ["captions", "uniform-20", "bimodal-20"],
+        "threads": [*(str(2**power) for power in range(cores.bit_length()) if 2**power < cores), str(cores)],
+        "processes": ["1", "2", "4", "8"],
     }
-    return values[options.over][:4] if options.quick else values[options.over]
+    return values[axis][:4] if options.quick else values[axis]
 
 
 def run(
@@ -51,65 +72,98 @@ def run(
         XFMError: an option, the checkpoint or the data cannot be used.
     """
     known(work)
-    if options.over not in AXES[work]:
-        raise InputError(f"{work} cannot be swept over {options.over!r}; choose from {', '.join(AXES[work])}")
-    points: list[int | str] = []
-    for value in options.values or default_values(options):
-        if options.over != "lengths" and (not value.isdigit() or int(value) < 1):
-            raise InputError(f"{options.over} {value!r} is no number above zero")
-        points.append(value if options.over == "lengths" else int(value))
-    if len(set(points)) < 2:
-        raise InputError(f"a sweep over {options.over} needs two different values or more; {len(set(points))} given")
     device = machine.choose_device(options.device)
-    scale = Scale.of(work, options, device)
+    points = {axis: _points(axis, work, options, device) for axis in options.over}
     progress = progress or Progress()
-    progress.begin(2 + len(points))
+    scale = Scale.of(work, options, device)
+    progress.begin(2 + sum(map(len, points.values())))
     with opened(options, "sweep", device, progress, command) as setting:
-        setting.prepare(scale.image_size)
+        setting.prepare(scale.image_size, work=work)
         setting.document.options["scenario"] = work
-        built: dict[int, list[Entrant]] = {}
-        if options.over == "resolution":
-            for value in points:
-                setting.material.config(int(value))  # refuses impossible ones before anything is measured
-        field = "image_size" if options.over == "resolution" else options.over
-        for value in points:
-            setting.progress.stage(f"{work}, {options.over} {value}")
-            sized = replace(scale, **{field: value})
-            workload = sized.workload(work, setting.material)
-            if sized.image_size not in built:
-                built[sized.image_size] = setting.entrants(work, sized.image_size, options.baselines, options.official)
-            entrants = built[sized.image_size]
-            setting.check(entrants, workload)
-            # In a sweep over anything but the batch, one request is the work.
-            default = scale.batch if work == "embed-text" else 1
-            mean = workload.point.mean_length
-            setting.measure(
-                workload, entrants, batch=sized.batch if options.over == "batch" else options.batch or default,
-                rounds=_ROUNDS, budget_s=scale.budget_s / 5, most_rounds=_MOST_ROUNDS, warmups=1,
-                x=float(mean or 0) if options.over == "lengths" else float(value),
-            )  # fmt: skip
-            for entrant in entrants:
-                if entrant.status == "parity failed":
-                    # Other sizes may be right; each is checked for itself.
-                    entrant.status, entrant.reason = "measured", None
+        for value in points.get("resolution", ()):
+            setting.material.config(int(value))  # refuses impossible ones before anything is measured
+        swept = _Sweep(work, setting, scale, options)
+        for axis, values in points.items():
+            for value in values:
+                setting.progress.stage(f"{work}, {axis} {value}")
+                swept.measure(axis, value)
     document = setting.finish()
-    document.fits = fits(document, options.over)
+    document.fits = fits(document)
     return document
 
 
-def fits(document: Document, axis: str) -> list[Fit]:
+def _points(axis: Axis, work: str, options: SweepOptions, device: torch.device) -> list[int | str]:
+    if axis not in axes(work, device):
+        raise InputError(f"{work} cannot be swept over {axis!r}; choose from {', '.join(axes(work, device))}")
+    if options.values and len(options.over) > 1:
+        raise InputError(f"values {','.join(options.values)} belong to one axis; sweep over one, or leave them out")
+    points: list[int | str] = []
+    for value in options.values or default_values(axis, work, options):
+        if axis != "lengths" and (not value.isdigit() or int(value) < 1):
+            raise InputError(f"{axis} {value!r} is no number above zero")
+        points.append(value if axis == "lengths" else int(value))
+    if len(set(points)) < 2 and (axis != "threads" or options.values):
+        raise InputError(f"a sweep over {axis} needs two different values or more; {len(set(points))} given")
+    return points
+
+
+class _Sweep:
+    def __init__(self, work: str, setting: Setting, scale: Scale, options: SweepOptions) -> None:
+        self._work, self._setting, self._scale, self._options = work, setting, scale, options
+        self._built: dict[int, list[Entrant]] = {}
+        self._threads = torch.get_num_threads()
+
+    def measure(self, axis: Axis, value: int | str) -> None:
+        """Add the rows of one size."""
+        setting, options, work = self._setting, self._options, self._work
+        field = {"resolution": "image_size", "batch": "batch", "texts": "texts", "lengths": "lengths"}.get(axis)
+        sized = self._scale if field is None else replace(self._scale, **{field: value})
+        workload = sized.workload(work, setting.material)
+        if sized.image_size not in self._built:
+            self._built[sized.image_size] = setting.entrants(
+                work, sized.image_size, options.baselines, options.official
+            )
+        entrants = self._built[sized.image_size]
+        setting.check(entrants, workload)
+        # In a sweep over anything but the batch, one request is the work.
+        default = self._scale.batch if work == "embed-text" else 1
+        batch = sized.batch if axis == "batch" else options.batch or default
+        budget_s, start = self._scale.budget_s / 5, len(setting.document.rows)
+        if axis == "processes":
+            competing.measure(
+                setting, workload, sized, int(value), entrants, batch, rounds=_ROUNDS, seconds=budget_s / 8
+            )  # fmt: skip
+        else:
+            torch.set_num_threads(int(value) if axis == "threads" else self._threads)
+            try:
+                setting.measure(
+                    workload, entrants, batch=batch, rounds=_ROUNDS, budget_s=budget_s, most_rounds=_MOST_ROUNDS,
+                    warmups=1, x=float(workload.point.mean_length or 0) if axis == "lengths" else float(value),
+                )  # fmt: skip
+            finally:
+                torch.set_num_threads(self._threads)
+                for row in setting.document.rows[start:]:
+                    row.over = axis
+                    if axis == "threads":
+                        row.name += f", {value} thread{'s' * (value != 1)}"
+        for entrant in entrants:
+            if entrant.status == "parity failed":
+                # Other sizes may be right; each is checked for itself.
+                entrant.status, entrant.reason = "measured", None
+
+
+def fits(document: Document) -> list[Fit]:
     """The exponent of every contender in every type that has enough sizes."""
-    found = []
-    for work, contender, dtype in dict.fromkeys((row.work, row.contender, row.dtype) for row in document.rows):
-        rows = [row for row in document.rows if (row.work, row.contender, row.dtype) == (work, contender, dtype)]
+    found, keys = [], ("over", "work", "contender", "dtype")
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in document.rows:
+        groups.setdefault(tuple(getattr(row, key) for key in keys), []).append(row)
+    for key, rows in groups.items():
         points = [(row.x, row.median_s) for row in rows if row.x and row.median_s]
         law = fit_power_law([x for x, _ in points], [seconds for _, seconds in points])
         if law is not None:
-            fit = Fit(
-                work=work, contender=contender, dtype=dtype, over=axis, x_label=_LABELS[axis], points=len(points),
-                **law._asdict(),
-            )  # fmt: skip
-            found.append(fit)
+            named = dict(zip(keys, key, strict=True))
+            found.append(Fit(**named, x_label=_LABELS[named["over"]], points=len(points), **law._asdict()))
     return found
 
 

@@ -98,8 +98,8 @@ def run(name: str, options: TryOptions, progress: Progress | None = None, comman
     except KeyboardInterrupt:
         document.interrupted = True
     best = _best(document, batch.words)
-    lines = str(report).splitlines()
-    told += [line for line in lines if line.startswith(f"{len(report.replaced)} modules replaced")]
+    begins = (f"{len(report.replaced)} modules replaced", "not known: ")
+    told += [line for line in str(report).splitlines() if line.startswith(begins)]
     if best is None:
         return Trial(document, None, [*told, "nothing is gained here; leave the model as it is"])
     gain, way, dtype = best

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from ..consumers import Profile, data_type, profile
 from ..expected import Examples, generated_examples
 from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from ..onnx import Rewrite, export_onnx, require_onnx
-from ..pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder
+from ..pipeline import build_graphs, companions_of, fill_folder, graph_bytes, graph_records, prepare_folder
 from ..quantise import (
     QUANTISATIONS,
     Calibration,
@@ -67,6 +67,7 @@ def export_engines(
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
     calibration: Examples | None = None,
+    companions: Mapping[str, bytes] = {},
     progress: BuildProgress | None = None,
     **changes: Any,
 ) -> Manifest:
@@ -77,7 +78,7 @@ def export_engines(
         folder: made if it is not there.
         consumer: which library builds.
         request: which graphs, their form, and how the engines are built.
-        source, tokenizer_sha256: see `pipeline.export_graphs`.
+        source, tokenizer_sha256, companions: see `pipeline.export_graphs`.
         examples: compare with the model on them: the ONNX graphs on the CPU, and the engines where they run. Without,
             the manifest says `unverified`.
         calibration: choose 8-bit products and their scales on these; by default on `examples`, or generated ones.
@@ -102,9 +103,9 @@ def export_engines(
     rewrite: Rewrite | None = None
     settings: dict[str, Any] = {}
     if wanted.quantize:
-        kind = check_quantisation(wanted.quantize, dtype, wanted.budget)
+        kind = check_quantisation(wanted.quantize, dtype, wanted.budget, [*built])
         known = calibration or examples or generated_examples(model.config)
-        inputs = Calibration.of_model(model, known, wanted.names)
+        inputs = Calibration.of_model(model, known, [*built])
         rewrite = quantising(inputs, kind, dtype, budget=wanted.budget)
         settings = eight_bit_options(kind, wanted.budget, inputs)
     elif wanted.plugins:
@@ -117,7 +118,9 @@ def export_engines(
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if wanted.keep_onnx else Path(scratch)
-        exported = export_onnx(model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256)
+        exported = export_onnx(
+            model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256, companions=companions
+        )
         exported.options |= settings
         # No CPU runs a plugin, and it has the function of the nodes that it stands for.
         if wanted.plugins:
@@ -224,7 +227,7 @@ def build_engines(
         }
     )
     records = [record.model_copy(update={"profiles": shapes[record.name]}) for record in exported.graphs]
-    return fill_folder(content, folder, records, write, compare)
+    return fill_folder(content, folder, records, write, compare, companions_of(onnx, exported))
 
 
 def build_engine(

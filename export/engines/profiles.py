@@ -16,7 +16,7 @@ from xfm_fast.errors import InputError
 
 from ..manifest import GraphRecord, ProfileRecord
 
-_AXES = ("batch", "texts", "length")
+_AXES = ("batch", "texts", "length", "past")
 _SYNTAX = "write name:axis=least..best..most, such as latency:batch=1,texts=1..8..64,length=1..16..40"
 
 
@@ -67,15 +67,14 @@ class ShapeProfile:
         return f"{self.name}:" + ",".join(f"{axis}={sizes}" for axis, sizes in self.axes.items())
 
 
+_TOKENS = {"length": AxisRange(1, 16, 40), "past": AxisRange(1, 8, 40)}
+
 DEFAULT_PROFILES = (
-    ShapeProfile(
-        "latency", {"batch": AxisRange(1, 1, 1), "texts": AxisRange(1, 16, 64), "length": AxisRange(1, 16, 40)}
-    ),
-    ShapeProfile(
-        "bulk", {"batch": AxisRange(1, 16, 64), "texts": AxisRange(1, 16, 32), "length": AxisRange(1, 16, 40)}
-    ),
+    ShapeProfile("latency", {"batch": AxisRange(1, 1, 1), "texts": AxisRange(1, 16, 64), **_TOKENS}),
+    ShapeProfile("bulk", {"batch": AxisRange(1, 16, 64), "texts": AxisRange(1, 16, 32), **_TOKENS}),
 )
-"""One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40."""
+"""One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40, and a decoder
+writes as many."""
 
 
 def parse_profile(text: str) -> ShapeProfile:

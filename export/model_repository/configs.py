@@ -15,7 +15,7 @@ _DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF1
 _KINDS: dict[ServedDevice, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 _PLATFORMS: dict[ModelBackend, str] = {"tensorrt": "tensorrt_plan", "onnxruntime": "onnxruntime_onnx"}
 # A graph without profiles is warmed up with a small request and with a large one.
-_BUCKETS = ({"batch": 1, "texts": 4, "length": 16}, {"batch": 4, "texts": 16, "length": 40})
+_BUCKETS = ({"batch": 1, "texts": 4, "length": 16, "past": 4}, {"batch": 4, "texts": 16, "length": 40, "past": 16})
 # Requests of the rank model that are answered together.
 _RANK_BATCH = 8
 
@@ -87,6 +87,8 @@ def graph_config(
         "instance_group": [{"count": options.instances, "kind": Symbol(_KINDS[device]), "profile": profiles}],
         "model_warmup": _warmups(record, slots, batch),
     }
+    if profiles:
+        config["optimization"] = {"cuda": {"graphs": True, "graph_spec": _cuda_graphs(record, slots, batch)}}
     if backend == "python":
         given = {"export_folder": ".", "graph": record.name, "device": device, "runtime": runtime}
         config["parameters"] = _parameters(given, device)
@@ -171,6 +173,27 @@ def _warmups(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dic
             label = " ".join(f"{axis}={size}" for axis, size in sizes.items())
             made.setdefault(label, {"name": f"{slot.name}: {label}", "batch_size": rows, "inputs": inputs})
     return list(made.values())
+
+
+def _cuda_graphs(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dict[str, Any]]:
+    """The shapes that Triton captures as CUDA graphs: of each profile the one that it is tuned for.
+
+    A graph serves smaller batches too, since no row reads another. It serves no shorter texts: Triton does not fill
+    what lies between with zeros, and a mask of what happens to be there hides nothing.
+    """
+    made = []
+    for slot in slots:
+        best = {axis: sizes.best or sizes.least for axis, sizes in slot.ranges.items()}
+        shapes = [
+            {"key": tensor.name, "value": {"dim": [*tensor_shape(tensor, best)][1 if batch else 0 :]}}
+            for tensor in record.inputs
+        ]
+        if not batch:
+            made.append({"input": shapes})
+            continue
+        least = {"batch_size": slot.ranges["batch"].least, "input": shapes}
+        made.append({"batch_size": best["batch"], "input": shapes, "graph_lower_bound": least})
+    return made
 
 
 def _parameters(values: Mapping[str, Any], device: ServedDevice) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """TensorRT and TensorRT for RTX: engines that read and write torch tensors where they lie.
 
 Every profile has an execution context of its own, because switching profiles is slow; as one runs at a time, on one
-stream, they share the memory of activations, which is as large as the largest profile asks for. Shapes that an engine
-was tuned for with a single size of the batch are captured as CUDA graphs, with contexts and memory of their own: a
-captured graph keeps pointing at both, and is replayed on the caller's stream. TensorRT for RTX captures by itself
+stream, they share the memory of activations, which is as large as the largest profile asks for. Where a profile is for
+one size of the batch, shapes around the one that it is tuned for are captured as CUDA graphs, with contexts and memory
+of their own: a captured graph keeps pointing at both, and is replayed on the caller's stream. A request between two
+shapes is padded to the larger one, whose mask hides what was added. TensorRT for RTX captures by itself
 (`WHOLE_GRAPH_CAPTURE`): it compiles kernels for a shape in the background, and a graph of our own would keep those that
 it ran in the meantime.
 """
@@ -15,6 +16,9 @@ import logging
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,13 @@ from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from ..engines import check_engine_file
 from ..engines.library import Library, load_library, local_capability, message_logger, said, started
 from ..manifest import GraphRecord, Manifest
-from ..slots import Slot, axes_of, graph_slots, output_shapes
+from ..slots import SizeRange, Slot, axes_of, graph_slots, output_shapes, tensor_shape, trim_tensor
 from . import TORCH_DTYPES, Precision, empty_outputs
 
 # Engines expect this of every address; views into a batch may start elsewhere.
 _ALIGNMENT = 256
+# Entries of a captured shape for one of a request, at most: launches cost less than to compute more.
+_MOST_PADDING = 2
 
 _log = logging.getLogger(__name__)
 
@@ -130,13 +136,25 @@ class _Engine:
 
     def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         with self._lock:
-            captured = self._captured.get(_key(slot, sizes))
-            outputs = self._launch(inputs, slot, sizes) if captured is None else captured.replay(inputs)
+            captured = self._fitting(slot, sizes)
+            outputs = self._launch(inputs, slot, sizes) if captured is None else captured.replay(inputs, sizes)
             if slot.number in self._cold:
                 self._cold.remove(slot.number)
                 if not self._cold:
                     self._kernels.save()
             return outputs
+
+    def _fitting(self, slot: Slot, sizes: Mapping[str, int]) -> _Captured | None:
+        """The smallest captured shape that a request fits into, if it is not too much larger."""
+        work = prod(sizes.values())
+        fitting = [
+            (prod(shape.values()), captured)
+            for (number, _), captured in self._captured.items()
+            for shape in [captured.sizes]
+            if number == slot.number and all(size <= shape[axis] for axis, size in sizes.items())
+        ]
+        most, captured = min(fitting, key=lambda choice: choice[0], default=(0, None))
+        return captured if most <= _MOST_PADDING * work else None
 
     def _launch(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
@@ -185,70 +203,96 @@ class _Engine:
             )
 
     def _capture(self, slot: Slot) -> None:
-        """Record the shape that a slot is tuned for, if requests of that very shape are to be expected."""
+        """Record shapes around the one that a slot is tuned for, if requests of one size of the batch are expected."""
         if not slot.ranges["batch"].single or not all(size.best or size.single for size in slot.ranges.values()):
             return
-        sizes = {axis: allowed.best or allowed.least for axis, allowed in slot.ranges.items()}
+        profiled = bool(self._record.profiles)
+        size = self._engine.get_device_memory_size_for_profile_v2(slot.number) if profiled else self.activation_bytes
+        memory, turn = self._memory(int(size)), _Turn()
+        for chosen in product(*map(_steps, slot.ranges.values())):
+            if not self._capture_shape(slot, dict(zip(slot.ranges, chosen, strict=True)), memory, turn):
+                return
+
+    def _capture_shape(self, slot: Slot, sizes: dict[str, int], memory: Tensor, turn: _Turn) -> bool:
+        """Record a shape; false where it cannot be."""
         inputs = {}
         for tensor in self._record.inputs:
-            axes = axes_of(tensor)
-            rest = [dim for dim in tensor.dims[len(axes) :] if isinstance(dim, int)]
-            shape = [*(sizes[axis] for axis in axes), *rest]
+            shape = tensor_shape(tensor, sizes)
             inputs[tensor.name] = torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype], device=self._device)
         outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
-        number = slot.number
-        profiled = bool(self._record.profiles)
-        size = self._engine.get_device_memory_size_for_profile_v2(number) if profiled else self.activation_bytes
-        memory = self._memory(int(size))
-        context = self._context(number, memory)
+        context = self._context(slot.number, memory)
         self._stream.wait_stream(self._cuda.current_stream(self._device))
         # The first run of a shape does work that cannot be recorded.
         self._enqueue(context, inputs, outputs)
         self._stream.synchronize()
         capturable = getattr(context, "is_stream_capturable", None)
         if capturable is not None and not capturable(self._stream.cuda_stream):
-            return
+            return False
         graph = self._cuda.CUDAGraph()
         try:
             with self._cuda.graph(graph, stream=self._stream):
                 self._enqueue(context, inputs, outputs)
         except (RuntimeError, ExportError) as error:
             _log.info("graph %r runs without a CUDA graph at %s: %s", self._record.name, sizes, error)
-            return
+            return False
         self._captured[_key(slot, sizes)] = _Captured(
-            self._cuda, self._device, (context, memory), graph, inputs, outputs
+            self._cuda, self._device, (context, memory, turn), graph, self._record, sizes, inputs, outputs
         )
+        return True
 
 
+def _steps(allowed: SizeRange) -> list[int]:
+    """Half of the size that a range is tuned for, that size, and twice as much again up to the greatest."""
+    most = allowed.most or allowed.least
+    size, steps = max((allowed.best or allowed.least) // 2, allowed.least), []
+    while size < most:
+        steps.append(size)
+        size *= 2
+    return [*steps, most]
+
+
+@dataclass
+class _Turn:
+    """When memory that captured graphs share is free: the event behind its last use."""
+
+    free: Any = None
+
+
+@dataclass
 class _Captured:
     """A CUDA graph with the memory that it reads and writes."""
 
-    def __init__(
-        self,
-        cuda: Any,
-        device: torch.device,
-        kept: tuple[Any, Tensor],
-        graph: Any,
-        inputs: Mapping[str, Tensor],
-        outputs: Mapping[str, Tensor],
-    ) -> None:
-        self._cuda, self._device, self._graph = cuda, device, graph
-        # Context and memory are kept alive: the graph points into them.
-        self._kept = kept
-        self._inputs, self._outputs = inputs, outputs
-        self._free: Any = None
+    cuda: Any
+    device: torch.device
+    # Context and memory of activations are kept alive: the graph points into them. Others use that memory in turn.
+    kept: tuple[Any, Tensor, _Turn]
+    graph: Any
+    record: GraphRecord
+    sizes: Mapping[str, int]
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
 
-    def replay(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy in, run, copy out, on the caller's stream, after the last use of this memory."""
-        stream = self._cuda.current_stream(self._device)
-        if self._free is not None:
-            stream.wait_event(self._free)
-        for name, value in self._inputs.items():
-            value.copy_(inputs[name], non_blocking=True)
-        self._graph.replay()
-        results = {name: value.clone() for name, value in self._outputs.items()}
-        self._free = self._cuda.Event()
-        self._free.record(stream)
+    def replay(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Copy in, run, copy out, on the caller's stream, after the last use of this memory.
+
+        Args:
+            inputs: of `sizes`, which may be less than those of the graph.
+        """
+        stream, turn = self.cuda.current_stream(self.device), self.kept[2]
+        if turn.free is not None:
+            stream.wait_event(turn.free)
+        for tensor in self.record.inputs:
+            place, given = self.inputs[tensor.name], inputs[tensor.name]
+            if place.shape != given.shape:
+                place.zero_()
+            trim_tensor(place, axes_of(tensor), sizes).copy_(given, non_blocking=True)
+        self.graph.replay()
+        results = {
+            tensor.name: trim_tensor(self.outputs[tensor.name], axes_of(tensor), sizes).clone()
+            for tensor in self.record.outputs
+        }
+        turn.free = self.cuda.Event()
+        turn.free.record(stream)
         return results
 
 

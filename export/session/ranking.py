@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from xfm_fast.packing import Packing
@@ -36,14 +35,16 @@ class SessionRanks:
         return self.session.encode_image(pixels)
 
     def memories(self, embeds: Tensor) -> list[SessionMemory]:
-        rows = self.session.image_memory(embeds).tensor.split(1)
-        return [SessionMemory(row.clone()) for row in rows]
+        memory = self.session.image_memory(embeds)
+        return [
+            SessionMemory({name: layer[row : row + 1].clone() for name, layer in memory.layers.items()})
+            for row in range(memory.images)
+        ]
 
     def logits(
         self, tokens: Tensor, lengths: Tensor, memories: Sequence[SessionMemory], counts: Sequence[int]
     ) -> Tensor:
-        rows = [memory.tensor for memory in memories]
-        memory = SessionMemory(rows[0] if len(rows) == 1 else torch.cat(rows))
+        memory = SessionMemory.joined(memories)
         image_of = [image for image, count in enumerate(counts) for _ in range(count)]
         return self.session.fuse_packed(tokens, lengths, memory, image_of)["match_logits"]
 

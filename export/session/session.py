@@ -58,7 +58,7 @@ from .passes import FusionPass, PassLimits, plan_passes, token_batches
 # shapes.
 _LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
 
-_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16}
+_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4}
 
 
 @dataclass(frozen=True)
@@ -66,26 +66,44 @@ class SessionMemory:
     """Keys and values of every fusion layer for B images, as the fusion graph takes them.
 
     Attributes:
-        tensor: `[B, layers, 2, H, M, D]`.
+        layers: keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each, by the names of the graph's inputs.
     """
 
-    tensor: Tensor
+    layers: Mapping[str, Tensor]
 
     @property
     def images(self) -> int:
-        return self.tensor.shape[0]
+        return self._first.shape[0]
 
     @property
     def tokens(self) -> int:
-        return self.tensor.shape[4]
+        return self._first.shape[2]
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.layers.values()))
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return sum(layer.numel() * layer.element_size() for layer in self.layers.values())
 
     def select(self, index: Tensor | slice) -> SessionMemory:
         """The memory of some of the images; a slice shares storage."""
-        return SessionMemory(self.tensor[index])
+        return SessionMemory({name: layer[index] for name, layer in self.layers.items()})
+
+    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The layers of some of the images; neighbours share storage."""
+        if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            return {name: layer[rows[0] : rows[0] + len(rows)] for name, layer in self.layers.items()}
+        index = torch.tensor(rows, device=self._first.device)
+        return {name: layer.index_select(0, index) for name, layer in self.layers.items()}
+
+    @classmethod
+    def joined(cls, memories: Sequence[SessionMemory]) -> SessionMemory:
+        """The images of several memories, one after the other."""
+        if len(memories) == 1:
+            return memories[0]
+        return cls({name: torch.cat([each.layers[name] for each in memories]) for name in memories[0].layers})
 
 
 @dataclass(frozen=True)
@@ -239,7 +257,8 @@ class Session:
         sizes = slot.example(_WARM_SIZES) if sizes is None else sizes
         made = {}
         for tensor in self.manifest.graph(graph).inputs:
-            filling = {"attention_mask": 1, "input_ids": self.config.eos_token_id}.get(tensor.name, 0)
+            token = self.config.eos_token_id
+            filling = {"input_ids": token, "token_ids": token}.get(tensor.name, int(tensor.name.endswith("_mask")))
             made[tensor.name] = torch.full(
                 tensor_shape(tensor, sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
             )
@@ -315,9 +334,14 @@ class Session:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The heads that the export holds: of `contrastive`, `matching`, `boxes`."""
+        """The heads that the export holds: of `contrastive`, `matching`, `boxes`, `classification`."""
         outputs = {output.name for graph in self.manifest.graphs for output in graph.outputs}
-        marks = {"contrastive": {"image_feature", "text_feature"}, "matching": {"match_logits"}, "boxes": {"boxes"}}
+        marks = {
+            "contrastive": {"image_feature", "text_feature"},
+            "matching": {"match_logits"},
+            "boxes": {"boxes"},
+            "classification": {"class_logits"},
+        }
         return tuple(head for head, names in marks.items() if names & outputs)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -372,9 +396,9 @@ class Session:
                     "attention_mask": pad_tensor(real, ("batch", "length"), sizes),
                 },
             )
-            outputs["text_embeds"][rows, :kept] = made["text_embeds"][:, :kept] * real[..., None]
-            if "text_feature" in made:
-                outputs["text_feature"][rows] = made["text_feature"]
+            outputs["text_embeds"][rows, :kept] = made.pop("text_embeds")[:, :kept] * real[..., None]
+            for name, value in made.items():
+                outputs[name][rows] = value
         return outputs
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
@@ -400,7 +424,7 @@ class Session:
             passes = [
                 self.call("image_memory", {"image_embeds": part}) for part in self.parts("image_memory", image_embeds)
             ]
-            return SessionMemory(self.joined("image_memory", passes, len(image_embeds))["memory"])
+            return SessionMemory(self.joined("image_memory", passes, len(image_embeds)))
 
     def fuse(
         self,
@@ -455,6 +479,15 @@ class Session:
         """`[P, 4]` boxes (cx, cy, w, h) relative to the image. `fused` is the tensor that `fuse` returned."""
         return self._beside(fused, "boxes", "fuse", "boxes")
 
+    def class_logits(self, tensor: Tensor, origin: str) -> Tensor:
+        """`[B, classes]`, which the graph of a classifier computed with `tensor`, the result of the method `origin`."""
+        return self._beside(tensor, "class_logits", origin, "classification")
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides the results: the files, and what runs them."""
+        sums = sorted(record.sha256 for record in self.manifest.files)
+        return hashlib.sha256(" ".join([self.description, *sums]).encode()).hexdigest()
+
     def pair_scorer(self) -> SessionScorer:
         """The scorer of pairs that re-ranking takes (`xfm_fast.tasks.reranking.PairScorer`)."""
         self.require("image_memory")
@@ -494,9 +527,7 @@ class Session:
             real = torch.arange(work.length, device=self.device) < counts[rows, None]
             # Beyond the end of a text lie the tokens of the next one, which the mask hides.
             embeds = tokens.index_select(0, places.clamp(max=len(tokens) - 1).flatten()).view(*places.shape, -1)
-            made = self.call(
-                "fusion", {"text_embeds": embeds, "attention_mask": real, "memory": _rows(memory.tensor, work.images)}
-            )
+            made = self.call("fusion", {"text_embeds": embeds, "attention_mask": real, **memory.rows(work.images)})
             if whole is not None:
                 fused = made["fused"]
                 whole[places[real]] = fused[real]
@@ -524,13 +555,6 @@ class Session:
                 "session returned, not a part or copy of it"
             )
         return outputs[name]
-
-
-def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows; neighbours share storage."""
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return tensor[rows[0] : rows[0] + len(rows)]
-    return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
 class SessionScorer:

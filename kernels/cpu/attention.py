@@ -1,8 +1,8 @@
 """Attention on CPU: PyTorch's fused kernel, or explicit products over cache-sized tiles, by PyTorch or by oneDNN.
 
 The fused kernel is the better choice for fp32 where MKL is fast; explicit products win in bf16 and with a position
-bias, because they reach the machine's matrix units. The candidates are compared once per process, long sequences and
-many short ones apart.
+bias, because they reach the machine's matrix units. The candidates are compared once per process: long sequences, those
+of a passage and many short ones apart.
 
 Explicit products leave the softmax as the longest part. Where only the result is wanted, the weights are therefore
 powers of two that nothing is subtracted from, and their sum divides the result, which has fewer numbers than they. That
@@ -30,6 +30,8 @@ from .workspace import Dropout, scratch
 
 # Up to this many scores, a sequence is a short one: its products are too small for a library to be quick at them.
 _SHORT_SCORES = 64 * 64
+# Tokens of a sequence up to which several are multiplied together with more gain than one after the other.
+_MEDIUM_TOKENS = 128
 # So few short sequences are less work than the calls of explicit products.
 _FEW = 4
 # Scores of one tile; half of a typical per-core share of the last-level cache leaves room for keys and values.
@@ -101,12 +103,18 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     Args:
         q, k, v: `[B, N, H, D]`; any strides.
         scale: multiplies the products.
-        bias: `[H, N, N]`, added to the scaled products of every batch entry.
+        bias: `[G, H, N, N]`, added to the scaled products, entry b mod G to batch entry b: G divides B.
 
     Returns:
         `[B, N, H, D]`, contiguous.
     """
-    return _BIASED[select("biased attention", _BIASED, _biased_example, q.dtype)](q, k, v, scale, bias[None])
+    if _is_little(q, k):
+        return _fused(q, k, v, scale, bias)
+    if q.shape[1] * k.shape[1] <= _SHORT_SCORES:
+        return _SHORT[select("short biased attention", _SHORT, _windows_example, q.dtype)](q, k, v, scale, bias)
+    if max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
+        return _PLAIN[choice(q.shape[1], k.shape[1], q.dtype)](q, k, v, scale, bias)
+    return _BIASED[select("biased attention", _BIASED, _biased_example, q.dtype)](q, k, v, scale, bias)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -120,16 +128,22 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     Returns:
         `[B, Nq, H, D]`, contiguous.
     """
-    if q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
+    if _is_little(q, k):
         return _fused(q, k, v, scale, mask)
     name = choice(q.shape[1], k.shape[1], q.dtype)
     return _PLAIN[name](q, k, v, scale, mask)
+
+
+def _is_little(q: Tensor, k: Tensor) -> bool:
+    return q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES
 
 
 def choice(queries: int, keys: int, dtype: torch.dtype) -> str:
     """The candidate that runs attention without a position bias."""
     if queries * keys <= _SHORT_SCORES:
         return select("short attention", _SHORT, _short_example, dtype)
+    if max(queries, keys) <= _MEDIUM_TOKENS:
+        return select("medium attention", _PLAIN, _medium_example, dtype)
     return select("attention", _PLAIN, _plain_example, dtype)
 
 
@@ -384,7 +398,11 @@ def table_gradient(dbias: Tensor, window: tuple[int, int], rows: int) -> Tensor:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        if len(bias) not in (1, len(q)):
+            bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
@@ -458,6 +476,11 @@ def _plain_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, N
     return q, k, v, 0.125, None
 
 
+def _medium_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, None]:
+    q, k, v = _random(dtype, *[(6, 96, 12, 64)] * 3)
+    return q, k, v, 0.125, None
+
+
 def _short_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, None]:
     q, k, v = _random(dtype, *[(24, 13, 12, 64)] * 3)
     return q, k, v, 0.125, None
@@ -469,9 +492,16 @@ def _biased_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, 
     return q, k, v, 0.125, bias
 
 
+def _windows_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, Tensor]:
+    q, k, v, bias = _random(dtype, *[(32, 49, 6, 32)] * 3, (16, 6, 49, 49))
+    return q, k, v, 0.18, bias
+
+
 RACES: dict[str, tuple[_Candidates, Callable[[torch.dtype], tuple[Any, ...]]]] = {
     "attention": (_PLAIN, _plain_example),
+    "medium attention": (_PLAIN, _medium_example),
     "short attention": (_SHORT, _short_example),
     "biased attention": (_BIASED, _biased_example),
+    "short biased attention": (_SHORT, _windows_example),
 }
 """Kinds of attention, with the operands that are timed to choose each."""

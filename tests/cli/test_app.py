@@ -118,6 +118,7 @@ def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, tm
 def test_info_as_tables_and_as_json() -> None:
     done = _run("info")
     assert done.returncode == 0, done.stderr
+    assert "briefly (GOMP_SPINCOUNT=1000)" in " ".join(done.stdout.split())
     for word in ("processor", "AVX2" if "x86" in os.uname().machine else "NEON", "onnxruntime", "flash-attn", "linear"):
         assert word in done.stdout
     facts = json.loads(_run("info", "--json").stdout)

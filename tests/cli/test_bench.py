@@ -57,7 +57,7 @@ def test_the_step_of_a_task_is_printed_and_saved(tmp_path: Path) -> None:
 def test_the_list_has_all_scenarios_and_baselines() -> None:
     done = invoke(["bench", "list"])
     assert done.exit_code == 0, done.output
-    for name in ("embed-image", "embed-text", "rerank", "retrieve", "vqa", "train-step", "kernels"):
+    for name in ("embed-image", "embed-text", "rerank", "retrieve", "vqa-best", "captioning", "train-step", "kernels"):
         assert name in done.output
     for name in (
         "official-algorithm",
@@ -76,7 +76,6 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
     [
         (["scenario", "caption"], "choose from embed-image"),
         (["scenario", "train-step"], "xfm-fast bench train-step"),
-        (["scenario", "vqa"], "xfm-fast bench vqa"),
         (["sweep", "kernels", "--over", "batch"], "xfm-fast bench kernels"),
         (["scenario", "rerank", "--preset", "huge"], 'Choose from: "base", "tiny"'),
         (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),

@@ -96,8 +96,8 @@ def trained_model() -> XFM:
 def _exported(model: XFM, folder: Path, dtype: str) -> Path:
     pytest.importorskip("onnx", reason="exports to ONNX need onnx")
     pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
-    from xfm_fast.export.graphs import GRAPHS
     from xfm_fast.export.onnx import export_onnx
+    from xfm_fast.export.request import GRAPHS
     from xfm_fast.export.verification import verify_export
 
     export_onnx(model, folder, dtype=dtype, graphs=GRAPHS, source="a small model")

@@ -17,10 +17,9 @@ from xfm_fast import XFM, Retriever
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from xfm_fast.export import aoti
 from xfm_fast.export.aoti import check_compiling, check_package, export_packages, instructions, local_target, traced
-from xfm_fast.export.graphs import GRAPHS
 from xfm_fast.export.manifest import Manifest, PackageTarget
 from xfm_fast.export.pipeline import build_graphs
-from xfm_fast.export.request import ModelSource
+from xfm_fast.export.request import GRAPHS, ModelSource
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import verify, verify_export
 
@@ -80,12 +79,12 @@ def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XF
     arguments = [str(memory_package), str(tmp_path / "given.pt"), str(tmp_path / "found.pt")]
     done = subprocess.run([sys.executable, "-c", _FRESH, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "found.pt", weights_only=True)["memory"]
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
     (graph,) = build_graphs(small_model, aoti._SPELLING, ("image_memory",)).values()
     with torch.no_grad():
-        (expected,) = graph(embeds)
+        expected = dict(zip((spec.name for spec in graph.outputs), graph(embeds), strict=True))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(session.image_memory(embeds).tensor, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(session.image_memory(embeds).layers, expected, rtol=0, atol=1e-5)
 
 
 def test_weights_are_joined_once(memory_package: Path, small_model: XFM) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.expected import graph_memory
-from xfm_fast.export.graphs import GRAPHS, GraphName, build
+from xfm_fast.export.graphs import GraphName, build
+from xfm_fast.export.request import GRAPHS
 from xfm_fast.models.xfm import XFM
 
 MakeModel = Callable[..., XFM]
@@ -77,9 +78,10 @@ def test_text_of_ragged_lengths(make_model: MakeModel, dtype: torch.dtype) -> No
 def test_image_memory(make_model: MakeModel, dtype: torch.dtype) -> None:
     model = make_model().to(dtype)
     embeds = torch.randn(2, model.config.num_image_tokens, model.config.vision_width, dtype=dtype)
-    (memory,) = _run("image_memory", model, embeds)
+    memory = _run("image_memory", model, embeds)
     with torch.no_grad():
-        _close(memory, graph_memory(model.image_memory(embeds)))
+        for found, expected in zip(memory, graph_memory(model.image_memory(embeds)).values(), strict=True):
+            _close(found, expected)
 
 
 def _fusion_inputs(model: XFM, images: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +105,9 @@ def test_fusion(make_model: MakeModel, dtype: torch.dtype, all_tokens: bool, ima
         expected = model.fuse(text_embeds, mask, memory, index)
         logits, boxes = model.match_logits(expected), model.predict_boxes(expected)
     grouped = text_embeds.unflatten(0, (images, texts)), mask.unflatten(0, (images, texts))
-    fused, match_logits, found_boxes = _run("fusion", model, *grouped, graph_memory(memory), all_tokens=all_tokens)
+    fused, match_logits, found_boxes = _run(
+        "fusion", model, *grouped, *graph_memory(memory).values(), all_tokens=all_tokens
+    )
     if all_tokens:
         _close(fused.flatten(0, 1)[mask.bool()], expected[mask.bool()])
     else:

@@ -18,11 +18,10 @@ from xfm_fast import __version__
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export import manifest, onnx, pipeline
 from xfm_fast.export.consumers import profile
-from xfm_fast.export.graphs import GRAPHS
 from xfm_fast.export.manifest import EngineTarget, FileRecord, Manifest, new_manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, graph_bytes, prepare_folder, weights_sha256
-from xfm_fast.export.request import OnnxRequest, parse_fixed, parse_graphs
+from xfm_fast.export.request import GRAPHS, OnnxRequest, parse_fixed, parse_graphs
 from xfm_fast.models.xfm import XFM
 
 
@@ -86,7 +85,7 @@ def _rewrite(folder: Path, **changes: Any) -> None:
 
 def test_manifests_of_other_versions(folder: Path) -> None:
     _rewrite(folder, format=manifest.FORMAT_VERSION + 1, xfm_fast="9.0", a_new_field=1)
-    with pytest.raises(ExportError, match=r"format 2, written by xfm-fast 9\.0; this version .* upgrade xfm-fast"):
+    with pytest.raises(ExportError, match=r"format 3, written by xfm-fast 9\.0; this version .* upgrade xfm-fast"):
         Manifest.load(folder)
     _rewrite(folder, format=0)
     with pytest.raises(ExportError, match=r"format 0, .*: export again"):

@@ -18,7 +18,7 @@ from xfm_fast import XFMConfig, __version__
 from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
-from xfm_fast.export.graphs import AttentionForm, GraphName, build, random_inputs
+from xfm_fast.export.graphs import AttentionForm, GraphName, build, memory_names, random_inputs
 from xfm_fast.export.onnx import OnnxFile, write_onnx
 from xfm_fast.export.pipeline import in_dtype
 from xfm_fast.models.xfm import XFM
@@ -123,12 +123,15 @@ def test_shape_inference_knows_every_output(written: Callable[..., OnnxFile]) ->
     assert dims["boxes"] == ["batch", "texts", 4]
 
 
-def test_the_memory_is_cut_once(model: XFM, written: Callable[..., OnnxFile]) -> None:
-    """Runtimes copy what they cut: keys and values of all layers come from the same tensor, none from a piece of it."""
+def test_attention_reads_the_memory_where_it_lies(model: XFM, written: Callable[..., OnnxFile]) -> None:
+    """Runtimes copy what they cut: keys and values of a layer are inputs, which nothing but its attention reads."""
     graph = onnx.load(str(written("fusion").path)).graph
-    cuts = [node.input[0] for node in graph.node if node.op_type == "Gather"]
-    assert len(cuts) == 2 * model.config.fusion_layers
-    assert len({*cuts}) == 1
+    layers = [value.name for value in graph.input if value.name.startswith("memory_")]
+    assert layers == memory_names(model.config.fusion_layers)
+    for place, name in enumerate(layers):
+        (reader,) = [node for node in graph.node if name in node.input]
+        assert (reader.op_type, [*reader.input].index(name)) == ("Attention", 1 + place % 2)
+    assert not [node for node in graph.node if node.op_type == "Gather"]
 
 
 def test_fixed_axes_are_numbers(model: XFM, written: Callable[..., OnnxFile]) -> None:
@@ -275,8 +278,8 @@ def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionF
     counts: tuple[tuple[GraphName, int, int, int], ...] = (
         ("vision", 4 * layers + 1, layers, 1),
         ("text", 4 * layers + 1, layers, 3),
-        ("image_memory", 1, 0, 0),
-        ("fusion", 6 * layers + 4 + 1, 2 * layers, 2 * layers),
+        ("image_memory", 1, 0, 2 * layers),
+        ("fusion", 6 * layers + 4 + 1, 2 * layers, 0),
     )
     for name, products, attentions, gathers in counts:
         path = tmp_path / f"{name}.onnx"

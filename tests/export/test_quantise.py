@@ -54,7 +54,7 @@ def test_inputs_of_calibration(calibration: Calibration, exported_fp16: Path, na
         narrow = {key: value.astype(np.float16) if value.dtype == np.float32 else value for key, value in feed.items()}
         session.run(None, narrow)
     if name == "fusion":
-        assert len({feed["memory"].tobytes() for feed in feeds}) == 2
+        assert len({feed["memory_keys_0"].tobytes() for feed in feeds}) == 2
         assert len({feed["text_embeds"].tobytes() for feed in feeds}) == 2
 
 

@@ -282,6 +282,35 @@ def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small
     assert vision.runs[-1] == (1, {"pixels": (3, 3, *[small_model.config.image_size] * 2)})
 
 
+def test_requests_between_captured_shapes_are_padded(engines: Path, small_model: XFM, fakes: Fakes) -> None:
+    """Shapes around the tuned one are captured; what lies between two is padded to the larger, and hidden."""
+    session = Session.load(engines)
+    text = fakes.engines["text"]
+    # Of the profile for single texts: half of 8 tokens, 8, 16, and the greatest.
+    tuned = [context for context in text.contexts[2:] if context.profile == 0]
+    assert [context.shapes["input_ids"][1] for context in tuned] == [4, 8, 16, 24]
+    assert len({context.memory for context in tuned}) == 1, "they run in turn, in one memory"
+    record = session.manifest.graph("text")
+    slot = graph_slots(record)[0]
+    for length, ran in ((24, 24), (9, 16), (5, 8), (4, 4), (2, 4), (1, 1)):
+        ids, mask = torch.arange(5, 5 + length)[None], torch.ones(1, length, dtype=torch.long)
+        fakes.cuda.log.clear()
+        made = session._graphs["text"].run(
+            {"input_ids": ids, "attention_mask": mask}, slot, {"batch": 1, "length": length}
+        )
+        assert text.runs[-1][1]["input_ids"] == (1, ran)
+        assert ("replay" in fakes.cuda.log) == (ran != 1), "a captured shape of four times the work is not run"
+        with torch.no_grad():
+            expected = small_model.encode_text(ids, mask)
+        assert made["text_embeds"].shape == expected.shape
+        assert (made["text_embeds"] - expected).abs().max() < 1e-4
+    # Two axes: 5 texts of 3 tokens run as 8 of 4.
+    fusion, slot = fakes.engines["fusion"], graph_slots(session.manifest.graph("fusion"))[0]
+    inputs = session.example_inputs("fusion", slot, {"batch": 1, "texts": 5, "length": 4})
+    session._graphs["fusion"].run(inputs, slot, {"batch": 1, "texts": 5, "length": 4})
+    assert fusion.runs[-1][1]["attention_mask"] == (1, 8, 4)
+
+
 def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: Fakes, monkeypatch) -> None:
     session = Session.load(engines)
     monkeypatch.setattr(tensorrt_engines, "_ALIGNMENT", 1)

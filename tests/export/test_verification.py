@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from torch import Tensor
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export.consumers import DTYPES, DType, profile
 from xfm_fast.export.expected import Reference, generated_examples, make_examples, make_reference
-from xfm_fast.export.graphs import GRAPHS, Graph, GraphName
+from xfm_fast.export.graphs import Graph, GraphName
 from xfm_fast.export.manifest import GraphRecord, Manifest, new_manifest
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, graph_interface, in_dtype
+from xfm_fast.export.request import GRAPHS
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import THRESHOLDS, Threshold, rank_agreement, verify, verify_export
 from xfm_fast.models.xfm import XFM
@@ -363,3 +365,23 @@ def test_export_without_a_reference(small_model: XFM, tmp_path: Path) -> None:
     (folder / "reference.safetensors").write_bytes(b"nothing")
     with pytest.raises(ExportError, match=r"reference\.safetensors is damaged"):
         verify(folder)
+
+
+def test_a_comparison_has_one_graph_loaded_and_the_memory_of_images(
+    exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions
+
+    load, most = OnnxSessions.load, list[set[str]]()
+    alive: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+
+    def counted(self: OnnxSessions, record: GraphRecord, path: Path) -> object:
+        alive[record.name] = made = load(self, record, path)
+        most.append({*alive})
+        return made
+
+    monkeypatch.setattr(OnnxSessions, "load", counted)
+    assert verify(shutil.copytree(exported_fp32, tmp_path / "copied")).status == "verified"
+    assert all(len(names - {"image_memory"}) == 1 for names in most if names != {"image_memory"}), most
+    assert len(most) == 5, "each graph is loaded once"

@@ -31,8 +31,10 @@ def rejection(operation: str, dtype: torch.dtype) -> dict[str, str]:
     """Why this processor, or this PyTorch, cannot run an implementation."""
     candidates, example = {
         "attention": (attention._PLAIN, attention._plain_example),
+        "medium attention": (attention._PLAIN, attention._medium_example),
         "short attention": (attention._SHORT, attention._short_example),
         "biased attention": (attention._BIASED, attention._biased_example),
+        "short biased attention": (attention._SHORT, attention._windows_example),
         "linear": (products._LINEAR, products._example),
         "linear_gelu": (products._GELU, products._example),
         "linear_residual": (products._RESIDUAL, products._residual_example),
@@ -108,6 +110,20 @@ def test_masks_of_every_shape(name: str, dtype: torch.dtype) -> None:
         mask[..., 0] = 0
         whole = mask.repeat(4 // shape[0], 1, 1, 1)
         assert_as_accurate(attention._PLAIN[name](q, k, v, 0.3, mask), plain_attention, q, k, v, 0.3, whole)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", attention._SHORT)
+@torch.inference_mode()
+def test_windows_share_their_biases(name: str, dtype: torch.dtype) -> None:
+    """Batch entry b takes the bias of window b mod G, as images have them one after the other."""
+    usable("short biased attention", name, dtype)
+    q, k, v = torch.randn(12, 9, 3, 2, 16).to(dtype).unbind(2)
+    for windows in (1, 4, 12):
+        bias = torch.randn(windows, 2, 9, 9).to(dtype)
+        bias[:, :, :, 5:] -= 100
+        found = attention._SHORT[name](q, k, v, 0.3, bias)
+        assert_as_accurate(found, plain_attention, q, k, v, 0.3, bias.repeat(12 // windows, 1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -551,10 +567,10 @@ def test_all_choices_are_made_at_once(library: str) -> None:
             for run in (ops.linear, ops.linear_gelu):
                 run(rows, weight, None)
             ops.linear_residual(rows, weight, None, rows)
-        for tokens in (10, 70):
+        for tokens in (10, 70, 130):
             q, k, v = torch.randn(5, tokens, 3, 2, 16).unbind(2)
             attention.plain_attention(q, k, v, 0.3)
-        attention.biased_attention(q, k, v, 0.3, torch.zeros(2, 70, 70))
+            attention.biased_attention(q, k, v, 0.3, torch.zeros(5, 2, tokens, tokens))
     weight.requires_grad_()
     ops.linear(x, weight, None).sum().backward()
     assert selection._selections == known

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from xfm_fast import accelerate, accelerated
+from xfm_fast import XFM, XFMConfig, accelerate, accelerated
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.replace import Fused, Rule, acceleration
 from xfm_fast.replace.swap import Settings, is_fused, observed
@@ -124,6 +124,35 @@ def test_the_report_is_a_table() -> None:
     assert "(the model)" in str(accelerate(Affine()))
 
 
+def test_expected_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "measured_product", lambda *_: 2.5)
+    made = nn.Sequential(Affine(), Affine(), Odd(10), nn.Linear(10, 5))
+    monkeypatch.setattr(acceleration, "rules", lambda: (Rule("Odd", lambda m: type(m) is Odd, FusedAffine, ""),))
+    report = accelerate(made)
+    assert report.expected_gains == {"2": 2.5}
+    assert report.expected.overall == pytest.approx(1 / (1 - 0.5 + 0.5 / 2.5))
+    (line,) = [line for line in str(report).splitlines() if line.startswith("2 ")]
+    assert line.split() == ["2", "Odd", "Odd", "50%", "2.5×"]
+
+
+def test_layers_that_nothing_knows_are_named() -> None:
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(5, 20)
+
+    made = nn.Sequential(nn.Sequential(Foreign(), Foreign()), Affine())
+    report = accelerate(made)
+    (unknown,) = report.unknown
+    assert (unknown.class_name, unknown.paths, unknown.share) == ("Foreign", ["0.0", "0.1"], pytest.approx(200 / 225))
+    said = "Foreign (0.0 and 1 alike), 89% of the products; a row of names makes such a layer known"
+    assert f"not known: {said}" in str(report)
+    # What was left out by choice is not told of.
+    assert accelerate(made, include="1").unknown == []
+    with pytest.raises(InputError, match=r"in Sequential is known to accelerate\. Not known: Foreign \(0 and 1 alike"):
+        accelerate(nn.Sequential(Foreign(), Foreign()))
+
+
 def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = Rule("FusedAffine", lambda m: type(m) is Odd, FusedAffine, "a call", lambda *_: "it is odd")
     taking = Rule("FusedAffine", lambda m: type(m) is Affine, FusedAffine, "a call")
@@ -193,6 +222,8 @@ def test_selections_and_models_without_anything() -> None:
         accelerate(model(), include="nowhere")
     with pytest.raises(InputError, match="nothing in ReLU is known to accelerate"):
         accelerate(nn.ReLU())
+    with pytest.raises(InputError, match=r"XFM is computed by these kernels already; freeze\(\) and quantise\(\)"):
+        accelerate(XFM(XFMConfig.preset("tiny")))
     with pytest.raises(InputError, match=r"takes a torch\.nn\.Module, not str"):
         accelerate("model")  # pyright: ignore[reportArgumentType]
 

@@ -153,13 +153,22 @@ def test_open_clip(pool: str, apart: bool, packed: list[int]) -> None:
     fast = copy.deepcopy(original)
     report = accelerate(fast, unpad=True)
     assert any(entry.fused == ("CutOpenClipText" if apart else "CutOpenClip") for entry in report.replaced)
-    seen = widths(fast, "text.ln_final") if apart else packed
     given = ids(pad=0)
     with torch.no_grad():
         assert_near(fast.encode_text(given, normalize=True), original.encode_text(given, normalize=True))
         pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
         for found, wanted in zip(fast(pixels, given)[:2], original(pixels, given)[:2], strict=True):
             assert_near(found, wanted)
-    assert seen == [max(LENGTHS) if apart else sum(LENGTHS)] * 2
+    assert packed == [sum(LENGTHS)] * 2
+    endless = given.clone()
+    endless[1, 2:] = 0 if pool == "eos" else 5
+    with torch.no_grad():
+        assert_near(fast.encode_text(endless), original.encode_text(endless))
+    # A hook on a layer has it called, with padding and behind the longest end-of-text no further.
+    seen = widths(fast, "text.transformer" if apart else "transformer")
+    (fast.text if apart else fast).transformer.resblocks[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        assert_near(fast.encode_text(given), original.encode_text(given))
+    assert seen == [max(LENGTHS)]
     report.revert()
     assert type(fast) is kind

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+from tests.replace.test_unpadded import padded, real  # noqa: E402
 from tests.replace.text_models import LENGTHS, TRANSFORMERS, assert_equal, batch, make, with_fused_copy  # noqa: E402
 from tests.replace.vision_models import only_fused  # noqa: E402
 from xfm_fast import accelerate, accelerated  # noqa: E402
@@ -191,6 +192,23 @@ def test_compiled(kind: str) -> None:
     model, fast = with_fused_copy(made(kind, torch.float32))
     fast.compile(backend="aot_eager", fullgraph=True)
     assert_equal(model, fast, given(kind), 1e-5)
+
+
+@pytest.mark.parametrize("kind", UNPADDED)
+def test_one_graph_without_padding(kind: str) -> None:
+    model, fast = with_fused_copy(made(kind, torch.float32).eval(), unpad=True)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for asked in (padded(5, 11), padded(3, 9), padded(7, 17, left=True)):
+            wanted = real(model, asked)
+            assert float((real(compiled, asked) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("kind", MODELS)

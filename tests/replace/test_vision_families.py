@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +179,9 @@ def test_single_precision(kind: str) -> None:
 DROPOUTS: dict[str, dict[str, Any]] = {
     "DINOv2": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
     "SigLIP's images": {"attention_dropout": 0.3},
+    "DINOv2 with registers": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
+    "SigLIP's texts": {"attention_dropout": 0.3},
+    "SigLIP 2": {"attention_dropout": 0.3},
     "ViT-MAE": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
     "Swin": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
     "Swin V2": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
@@ -185,6 +189,9 @@ DROPOUTS: dict[str, dict[str, Any]] = {
     "timm's vit_relpos": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.2},
     "timm's vit_srelpos": {"proj_drop_rate": 0.2},
     "timm's Swin": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.2},
+    "timm's Swin V2": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.2},
+    "timm's ViT-SO400M": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.2},
+    "timm's EVA-02": {"proj_drop_rate": 0.2, "attn_drop_rate": 0.2},
 }
 
 
@@ -217,7 +224,7 @@ def test_stochastic_depth_is_drawn_alike(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["SigLIP's images", "DINOv3", "Swin", "Swin V2", "timm's vit_relpos", "timm's Swin V2"]
+    "kind", quick(MODELS, "SigLIP's images", "DINOv3", "Swin", "Swin V2", "timm's vit_relpos", "timm's Swin V2")
 )
 def test_gradient_checkpointing(kind: str) -> None:
     model, batch = made(kind), given(kind)
@@ -252,8 +259,10 @@ def test_compiled(kind: str) -> None:
     assert_close(outcome(model, batch), gradients(fast, partial(states, compiled, batch)), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["SigLIP 2", "DINOv3", "Swin", "Swin V2", "timm's vit_srelpos", "timm's Swin V2"])
-def test_same_objects_keys_and_way_back(kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", quick(MODELS, "SigLIP 2", "DINOv3", "Swin", "Swin V2", "timm's vit_srelpos", "timm's Swin V2")
+)
+def test_same_objects_keys_and_way_back(kind: str, tmp_path: Path) -> None:
     model, batch = made(kind), given(kind)
     parts, keys = [*model.modules()], [*model.state_dict()]
     kinds, wanted = [type(part) for part in parts], states(model, batch)
@@ -262,11 +271,19 @@ def test_same_objects_keys_and_way_back(kind: str) -> None:
         assert all(a is b for a, b in zip(model.modules(), parts, strict=True))
         copied = pickle.loads(pickle.dumps(model))
         assert_close({"output": wanted}, {"output": states(copied, batch)}, 1e-12)
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
     assert [type(part) for part in model.modules()] == kinds
+    assert torch.equal(states(model, batch), wanted)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(states(model, batch), wanted)
 
 
-@pytest.mark.parametrize("kind", ["SigLIP's images", "DINOv2", "Swin", "Swin V2", "timm's vit_relpos", "timm's Swin"])
+@pytest.mark.parametrize(
+    "kind", quick(MODELS, "SigLIP's images", "DINOv2", "Swin", "Swin V2", "timm's vit_relpos", "timm's Swin")
+)
 def test_a_hook_inside_is_called(kind: str) -> None:
     model, batch, seen = made(kind), given(kind), []
     wanted = states(model, batch)

@@ -260,6 +260,8 @@ def test_what_cannot_be_indexed(photos: Path, model: SearchModel, tmp_path: Path
     with pytest.raises(StorageError, match=r"cannot be written .*--index"):
         build_index(photos, model, tmp_path / "file" / "index")
     with pytest.raises(DataError, match="has no index; make one"):
+        open_index(photos)
+    with pytest.raises(DataError, match="nowhere is not there; name what was indexed"):
         open_index(tmp_path / "nowhere")
     broken = tmp_path / "broken"
     broken.mkdir()

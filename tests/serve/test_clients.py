@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,30 @@ from tests.serve.conftest import Running, Start, data_url, image, photo
 from xfm_fast.models.xfm import XFM
 
 CAPTIONS = ["a red circle", "two blue squares", "a green triangle"]
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+CURL, *PROGRAMS = (
+    next(block for block in PAGE.split("```text\n") if block.startswith("curl")).split("```")[0].split("\n\n")
+)
+
+
+def test_the_request_of_the_page(served: Running) -> None:
+    words = shlex.split(CURL)
+    assert words[1].startswith("http://127.0.0.1:8000/")
+    assert words[2:4] == ["-H", "content-type: application/json"]
+    body = words[5].replace("data:image/jpeg;base64,...", data_url(photo(1)))
+    reply = served.post(words[1].removeprefix("http://127.0.0.1:8000"), body.encode())
+    assert reply.status == 200
+    assert len(reply.json["results"]) == 2
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.split("= ")[1].split(".")[0])
+def test_the_programs_of_the_page(served: Running, program: str) -> None:
+    name = program.split("= ")[1].split(".")[0]
+    package = pytest.importorskip(name)
+    program = program.replace("http://127.0.0.1:8000", served.url).replace("retrieval", "tiny-xfm")
+    exec(program, {name: package})
 
 
 def test_openai_embeds(served: Running, model: XFM) -> None:

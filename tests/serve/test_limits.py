@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.serve.conftest import Running, Start, data_url, image, photo, until
-from xfm_fast.serve.model import Found, Work
+from xfm_fast.serve.model import Found, ServedModel, Work
 
 GOOD = {"query": "a red circle", "documents": ["a blue square"]}
 
@@ -267,6 +268,24 @@ def test_what_takes_too_long_is_given_up(start: Start, monkeypatch: pytest.Monke
         # Its successor waits behind it and is not begun, once nobody waits for it.
         assert service.post("/v1/rerank", GOOD).status == 504
         go.set()
+
+
+def test_reading_is_given_up_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that come from slow sites, or take long to decode, count as well."""
+    read: list[str] = []
+
+    def slow(model: ServedModel, content: bytes, name: str, *, features: bool) -> Any:
+        read.append(name)
+        time.sleep(0.2)
+        return model.ranker.picture(content, name)
+
+    with start(timeout=0.3) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(ServedModel, "read_image", slow)
+            reply = service.post("/v1/rerank", {"query": "a", "documents": [image(1)] * 64})
+        assert (reply.status, "there was no answer within 0.3 s" in reply.message) == (504, True)
+        assert len(read) < 64
+        assert service.get("/health").status == 200
 
 
 def test_work_of_a_client_that_left_is_not_begun(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_a_file_comes_from_the_address_that_was_looked_at(port: int, monkeypatch
     [
         ("/redirect", 422, "status 302 (redirects are not followed)"),
         ("/missing", 422, "status 404"),
-        ("/large", 413, "more than 1,000 bytes"),
+        ("/large", 413, "more than 1,000 bytes are fetched"),
         ("/slow", 422, "took more than 0.5 s"),
         ("/a b", 422, "percent-encode"),
         ("/a\r\nx: y", 422, "URL"),
@@ -132,6 +132,18 @@ def test_what_a_site_may_do(port: int, path: str, status: int, message: str) -> 
     with pytest.raises(Problem) as raised:
         fetcher.fetch(f"http://127.0.0.1:{port}{path}")
     assert (raised.value.status, message in raised.value.message) == (status, True), raised.value.message
+
+
+def test_limits_are_those_of_all_files_of_a_request(port: int) -> None:
+    fetcher = WebFetcher(25, ports=None, permitted=lambda address: True)
+    for _ in range(2):
+        assert len(fetcher.fetch(f"http://127.0.0.1:{port}/a")) == 10
+    with pytest.raises(Problem, match="more than 25 bytes are fetched") as raised:
+        fetcher.fetch(f"http://127.0.0.1:{port}/a")
+    assert raised.value.status == 413
+    late = WebFetcher(1000, deadline=time.monotonic() + 0.3, ports=None, permitted=lambda address: True)
+    with pytest.raises(Problem, match=r"took more than 0\.\d+ s"):
+        late.fetch(f"http://127.0.0.1:{port}/slow")
 
 
 @pytest.mark.parametrize(

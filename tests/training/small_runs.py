@@ -130,7 +130,7 @@ def in_processes(
     target: Callable[..., None],
     world_size: int,
     *arguments: Any,
-    timeout: float = 180,
+    timeout: float = 600,
     kill_after: float | None = None,
 ) -> list[int]:
     """Run `target(rank, world_size, *arguments)` in new processes; their exit codes.

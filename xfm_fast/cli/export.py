@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -51,6 +51,7 @@ _PHOTOS, _CAPTIONS = 4, 48
 # Photographs to choose 8-bit products on, and how few of their own are too few.
 _CALIBRATED, _LEAST_CALIBRATED = 16, 4
 
+Run = Annotated[Path | None, Parameter(name="RUN", help="Run of xfm-fast finetune, instead of --checkpoint.")]
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
 Verbose = Annotated[bool, Parameter(help="Show the builder's own messages.")]
 
@@ -62,12 +63,22 @@ OnnxOptions = Annotated[
 
 
 @app.command
-def onnx(*, out: Out, source: Flat[ModelSource] = ModelSource(), request: OnnxOptions = OnnxRequest()) -> int:
-    """Write ONNX files, run them, and compare them with the model."""
+def onnx(
+    run: Run = None,
+    /,
+    *,
+    out: Out,
+    source: Flat[ModelSource] = ModelSource(),
+    request: OnnxOptions = OnnxRequest(),
+) -> int:
+    """Write ONNX files, run them, and compare them with the model.
+
+    What a run exports answers `xfm-fast predict` as the run does.
+    """
     from xfm_fast.export import onnx as library
 
     library.check_spelling(request)
-    subject, examples = load(source, request)
+    subject, examples = load(named(run, source), request)
     return finish(
         library.export_onnx(subject.model, out, request, **subject.facts, examples=examples, progress=say), out
     )
@@ -75,7 +86,12 @@ def onnx(*, out: Out, source: Flat[ModelSource] = ModelSource(), request: OnnxOp
 
 @app.command
 def aoti(
-    *, out: Out, source: Flat[ModelSource] = ModelSource(), request: Flat[PackageRequest] = PackageRequest()
+    run: Run = None,
+    /,
+    *,
+    out: Out,
+    source: Flat[ModelSource] = ModelSource(),
+    request: Flat[PackageRequest] = PackageRequest(),
 ) -> int:
     """Compile AOTInductor packages, run them, and compare them with the model.
 
@@ -84,13 +100,15 @@ def aoti(
     from xfm_fast.export import aoti as library
 
     library.check_compiling(request.device, request.dtype)
-    subject, examples = load(source, request)
+    subject, examples = load(named(run, source), request)
     made = library.export_packages(subject.model, out, request, **subject.facts, examples=examples, progress=say)
     return finish(made, out)
 
 
 @app.command
 def tensorrt(
+    run: Run = None,
+    /,
     *,
     out: Out,
     source: Flat[ModelSource] = ModelSource(),
@@ -98,11 +116,13 @@ def tensorrt(
     verbose: Verbose = False,
 ) -> int:
     """Build TensorRT engines for the GPU of this machine."""
-    return _engines("tensorrt", out, source, request, verbose)
+    return _engines("tensorrt", out, named(run, source), request, verbose)
 
 
 @app.command
 def tensorrt_rtx(
+    run: Run = None,
+    /,
     *,
     out: Out,
     source: Flat[ModelSource] = ModelSource(),
@@ -110,7 +130,7 @@ def tensorrt_rtx(
     verbose: Verbose = False,
 ) -> int:
     """Build engines of TensorRT for RTX, on any machine, for the GPUs that are named."""
-    return _engines("tensorrt-rtx", out, source, request, verbose)
+    return _engines("tensorrt-rtx", out, named(run, source), request, verbose)
 
 
 def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: EngineRequest, verbose: bool) -> int:
@@ -254,16 +274,32 @@ class Subject:
     Attributes:
         source: where its weights come from, without paths of this machine.
         tokenizer: of its captions, where one was given.
+        companions: files that say what a fine-tuned model is for, by name.
     """
 
     model: XFM
     source: str
     tokenizer: CaptionTokenizer | None
+    companions: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Entries of the manifest of an export."""
-        return {"source": self.source, "tokenizer_sha256": self.tokenizer.sha256() if self.tokenizer else None}
+        """Entries of the manifest of an export, and files that lie beside it."""
+        sha256 = self.tokenizer.sha256() if self.tokenizer else None
+        return {"source": self.source, "tokenizer_sha256": sha256, "companions": self.companions}
+
+
+def named(run: Path | None, source: ModelSource) -> ModelSource:
+    """The source with a run as its checkpoint.
+
+    Raises:
+        InputError: it names another one beside.
+    """
+    if run is None:
+        return source
+    if source.checkpoint is not None or source.preset is not None:
+        raise InputError(f"{run} is the run to export; leave out --checkpoint and --preset")
+    return replace(source, checkpoint=run)
 
 
 def load(source: ModelSource, request: ExportRequest) -> tuple[Subject, Examples]:
@@ -289,7 +325,7 @@ def load_subject(source: ModelSource) -> Subject:
     """
     checkpoint, preset = source.checkpoint, source.preset
     if (checkpoint is None) == (preset is None):
-        raise InputError("name either --checkpoint (its weights) or --preset (random weights), one of the two")
+        raise InputError("name a run or --checkpoint (its weights), or --preset (random weights), one of them")
     if preset is not None and preset not in get_args(Preset):
         raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(get_args(Preset))}")
     if source.config is not None and (checkpoint is None or checkpoint.is_dir()):
@@ -297,9 +333,13 @@ def load_subject(source: ModelSource) -> Subject:
     if checkpoint is None:
         model, words = _random(preset, source.image_size), f"random weights of preset {preset}"
     elif checkpoint.is_dir():
+        from xfm_fast.finetuning.kinds import model_folder, task_of
         from xfm_fast.models.xfm import XFM
 
-        model, words = XFM.from_pretrained(checkpoint), f"checkpoint {checkpoint.resolve().name}"
+        place = model_folder(checkpoint) or checkpoint
+        if (options := task_of(place)) is not None:
+            return _fine_tuned(checkpoint, options.kind, source)
+        model, words = XFM.from_pretrained(place), f"checkpoint {checkpoint.resolve().name}"
         if source.image_size not in (None, model.config.image_size):
             model.set_image_size(source.image_size)
     else:
@@ -311,6 +351,30 @@ def load_subject(source: ModelSource) -> Subject:
         vocabulary = CaptionTokenizer.from_files(source.tokenizer)
         vocabulary.check(model.config)
     return Subject(model.requires_grad_(False).eval(), words, vocabulary)
+
+
+def _fine_tuned(run: Path, kind: str, source: ModelSource) -> Subject:
+    """The model of a run, with what `xfm-fast predict` reads beside an export of it."""
+    from xfm_fast.export.session.tasks import TASK_SESSIONS
+    from xfm_fast.finetuning.kinds import explanation
+    from xfm_fast.finetuning.prediction import load as load_run
+    from xfm_fast.models.xfm import XFM
+
+    if kind not in TASK_SESSIONS:
+        raise UnavailableError(
+            f"{run} was fine-tuned for {kind}, which reads gradients of attention, and no graph has these; export one "
+            f"of the tasks {', '.join(TASK_SESSIONS)}"
+        )
+    if source.tokenizer is not None:
+        raise InputError(f"{run} has a vocabulary of its own; leave out --tokenizer")
+    predictor = load_run(run)
+    model, task = predictor.model, predictor.task
+    assert isinstance(model, XFM)
+    if source.image_size not in (None, model.config.image_size):
+        model.set_image_size(source.image_size)
+    vocabulary = task.tokenizer if task.reads_text else None
+    words = f"run {run.resolve().name} of the task {kind}"
+    return Subject(model.requires_grad_(False).eval(), words, vocabulary, explanation(task))
 
 
 def _random(preset: Any, image_size: int | None) -> XFM:

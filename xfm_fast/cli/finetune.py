@@ -17,6 +17,7 @@ from cyclopts import Parameter
 
 from xfm_fast.cli.console import note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
+from xfm_fast.export.request import RuntimeChoice
 
 if TYPE_CHECKING:
     from xfm_fast.finetuning.prediction import Predictor
@@ -50,6 +51,8 @@ class PredictOptions:
         batch_size: Requests that are answered together.
         device: Where the model runs.
         dtype: Number format of the weights, or products of 8 bits: int8 on a CPU, fp8 on a GPU.
+        runtime: Library that runs the graphs of an export. Packages of AOTInductor are code that runs when it is
+            loaded: they want aoti, for packages that you trust.
     """
 
     lines: Path | None = None
@@ -58,6 +61,7 @@ class PredictOptions:
     batch_size: Annotated[int, Ge(1)] = 32
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
+    runtime: RuntimeChoice = "auto"
 
 
 def finetune(recipe: str, /, *overrides: str) -> int:
@@ -137,12 +141,12 @@ def predict(
     Under torchrun the processes share the requests of --lines.
 
     Args:
-        run: A run, or a folder of weights that one wrote.
+        run: A run, a folder of weights that one wrote, or an export of either.
         items: Image files, folders of such, and texts: what is neither a file nor a folder is a text.
     """
     from xfm_fast.errors import InputError
     from xfm_fast.finetuning.evaluation import Evaluation
-    from xfm_fast.finetuning.prediction import answer_lines, load, requests_in
+    from xfm_fast.finetuning.prediction import answer_lines, is_export, load, requests_in
     from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.training.distributed import join_processes
 
@@ -151,7 +155,9 @@ def predict(
     if len(items) > 1 if options.lines else not items:
         raise InputError("give image files and texts, or --lines with a file of requests and one for the answers")
     with join_processes(options.device) as processes:
-        predictor = load(run, device=processes.device, dtype=PRECISIONS[options.dtype])
+        # What an export prefers where nothing is asked for.
+        device = None if options.device == "auto" and is_export(run) else processes.device
+        predictor = load(run, device=device, dtype=PRECISIONS[options.dtype], runtime=options.runtime)
         if options.lines is None:
             # There is too little to share.
             return _predict(predictor, items, options) if processes.first else 0

@@ -103,6 +103,7 @@ def info(*, as_json: Json = False) -> None:
     hardware.add_row("features", ", ".join(features))
     cores = f"{facts['cores_physical']} physical, {facts['cores_logical']} logical"
     hardware.add_row("cores", f"{cores}; PyTorch takes {facts['threads']}")
+    hardware.add_row("threads wait", facts["threads_wait"])
     hardware.add_row("memory", f"{facts['memory_gb']} GB, {facts['memory_available_gb']} GB available")
     gpus = [f"{g['name']}, {g['memory_gb']} GB, compute capability {g['compute_capability']}" for g in facts["gpus"]]
     hardware.add_row("GPU", escape("; ".join(gpus)) or "[dim]none that PyTorch can use[/]")

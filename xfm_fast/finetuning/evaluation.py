@@ -23,6 +23,7 @@ from xfm_fast.checkpoint import write_bytes
 from xfm_fast.checkpoint.files import hold
 from xfm_fast.documents import parse_json
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.export.session import Session
 from xfm_fast.models.processor import evaluating
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.reranking import checksum
@@ -108,7 +109,7 @@ class Evaluation:
                 f"folder {self.folder} cannot be made ({error.strerror or error}); choose another"
             ) from error
 
-    def rows(self, task: Judged, model: XFM, records: Sequence[Any]) -> list[Row]:
+    def rows(self, task: Judged, model: XFM | Session, records: Sequence[Any]) -> list[Row]:
         """The rows of all records on the first process, and none on the others."""
         batches = _batches(task.groups(records), self.batch_size)
         identity = fingerprint(task, model, records, self.batch_size)
@@ -165,14 +166,17 @@ def delete(path: Path) -> None:
         raise StorageError(f"{path} cannot be deleted ({error.strerror or error}); check its permissions") from error
 
 
-def fingerprint(task: Judged, model: XFM, records: Sequence[Any], batch_size: int) -> str:
+def fingerprint(task: Judged, model: XFM | Session, records: Sequence[Any], batch_size: int) -> str:
     """A digest of all that decides the rows."""
     kind = model.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     said = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision}"
     digest = hashlib.sha256(said.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {checksum(tensor):08x}".encode())
+    if isinstance(model, Session):
+        digest.update(model.fingerprint().encode())
+    else:
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {checksum(tensor):08x}".encode())
     for record in records:
         digest.update(record.model_dump_json().encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""A model with all that it needs to take files and strings."""
+"""A model, or an export of one, with all that it needs to take files and strings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from xfm_fast.checkpoint import write_bytes
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import parse_json
-from xfm_fast.errors import CheckpointError, DataError, InputError, StorageError
+from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, StorageError
+from xfm_fast.export.manifest import MANIFEST_FILE
+from xfm_fast.export.request import RuntimeChoice
+from xfm_fast.export.session import Session
+from xfm_fast.export.session.tasks import TASK_SESSIONS
 from xfm_fast.finetuning.evaluation import Evaluation, Row
 from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, task_of
 from xfm_fast.finetuning.run import load_weights
@@ -31,11 +35,11 @@ class Predictor:
     """A model of a task that answers for files and strings.
 
     Attributes:
-        model: of the right class, in evaluation mode.
+        model: of the right class, in evaluation mode; or the session of an export.
         task: its tokenizer, transforms and options among the rest.
     """
 
-    model: XFM
+    model: XFM | Session
     task: Task[Any, Any, Any, Any]
 
     def predict(self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()) -> list[Row]:
@@ -51,9 +55,12 @@ class Predictor:
         """The patches of an image that a text is about, `[grid, grid]`; see `xfm_fast.tasks.heatmap`.
 
         Raises:
-            InputError: the model has neither the matching head nor the box head.
+            InputError: the model has neither the matching head nor the box head, or is an export, which has no
+                gradients.
             DataError: the image cannot be read, or the text is empty.
         """
+        if isinstance(self.model, Session):
+            raise InputError("a heat map needs gradients, which no export computes; name the run that was exported")
         device = self.model.device
         pixels = self.task.pixels(image)[None].to(device)
         ids, mask = self.task.tokenizer.encode(
@@ -67,16 +74,30 @@ class Predictor:
         return self.task.predict(self.model, records)
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: Precision = torch.float32) -> Predictor:
-    """A fine-tuned model with its tokenizer and its transforms.
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: Precision = torch.float32,
+    runtime: RuntimeChoice = "auto",
+) -> Predictor:
+    """A fine-tuned model with its tokenizer and its transforms, or an export of one.
 
     Args:
-        folder: a run, or a folder of weights with `task.json`, which runs write.
-        device, dtype: of the model; dtype may be "int8" or "fp8", see `XFM.quantise`.
+        folder: a run, a folder of weights with `task.json`, which runs write, or an export of either.
+        device, dtype: of the model; by default the CPU, of an export what its runtime prefers. dtype may be "int8" or
+            "fp8", see `XFM.quantise`; that of an export is settled.
+        runtime: of an export, see `Session.load`.
 
     Raises:
         CheckpointError: the folder holds no such model, or a damaged one.
+        ExportError: the export is damaged, has no task, or cannot be run here.
+        InputError: an export in another type, or a runtime for a model.
     """
+    if is_export(folder):
+        return _load_export(Path(folder), device, dtype, runtime)
+    if runtime != "auto":
+        raise InputError(f"{folder} is a model of PyTorch and no export; leave out the runtime {runtime!r}")
     place = model_folder(Path(folder))
     if place is None:
         raise CheckpointError(
@@ -93,7 +114,32 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", dtype: Preci
     model = task.build()
     load_weights(model, task, place)
     model.tokenizer = tokenizer
-    return Predictor(model.to(device).cast(dtype).eval(), task)
+    return Predictor(model.to(device or "cpu").cast(dtype).eval(), task)
+
+
+def is_export(folder: str | Path) -> bool:
+    """True of a folder that `xfm-fast export` wrote."""
+    return Path(folder, MANIFEST_FILE).is_file()
+
+
+def _load_export(
+    folder: Path, device: str | torch.device | None, dtype: Precision, runtime: RuntimeChoice
+) -> Predictor:
+    options = task_of(folder)
+    if options is None:
+        raise ExportError(
+            f"{folder} is an export of a model without a task; open it by xfm_fast.export.Session.load, or export a "
+            "run of xfm-fast finetune"
+        )
+    kind = TASK_SESSIONS.get(options.kind)
+    if kind is None:
+        raise ExportError(f"exports do not answer for the task {options.kind}; name the run that {folder} was made of")
+    session = kind.load(folder, runtime, device)
+    if dtype not in (torch.float32, session.dtype):
+        raise InputError(f"{folder} computes in {session.manifest.dtype}; leave the type out, or export in another one")
+    vocabulary = folder / TOKENIZER_FILE
+    tokenizer = CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
+    return Predictor(session, make_task(options, session.config, tokenizer))
 
 
 def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation) -> int:

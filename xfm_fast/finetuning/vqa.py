@@ -21,7 +21,6 @@ from xfm_fast.data.transforms import mentions_side
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
 from xfm_fast.models.decoder import DecoderMemory
-from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.vqa import VQAModel, exact_match, vqa_accuracy
 from xfm_fast.tokenizer import pre_question
@@ -195,9 +194,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
 
     def _written(self, model: VQAModel, memory: DecoderMemory) -> list[Row]:
         ids = model.generate(memory)
-        mask = ids != self.tokenizer.pad_token_id
-        each = ImageGroups(torch.arange(len(ids) + 1, device=ids.device))
-        shares = (-model.text_decoder.token_losses(ids, mask, memory, each).double().sum(1)).exp().tolist()
+        shares = model.log_likelihoods(memory, ids).exp().tolist()
         texts = map(self.tokenizer.decode, ids.tolist())
         return [{"answer": text.strip(), "probability": share} for text, share in zip(texts, shares, strict=True)]
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,44 @@ class DecoderMemory:
         first, last = self.cu_seqlens[[start, stop]].tolist()
         cu_seqlens = self.cu_seqlens[start : stop + 1] - first
         return DecoderMemory(tuple(layer[first:last] for layer in self.layers), cu_seqlens, self.longest)
+
+
+class Past(Protocol):
+    """What texts have behind them, as a decoder keeps it."""
+
+    def select(self, rows: Tensor) -> Any:
+        """That of the texts `rows` `[A']`, which may repeat and be in any order."""
+        ...
+
+
+class Writer(Protocol):
+    """A decoder as `generate` sees it; its memories and its pasts are its own."""
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest text that there are positions for."""
+        ...
+
+    def begin(self, prompt_ids: Tensor, memory: Any, capacity: int) -> tuple[Tensor, Any]:
+        """The hidden state `[B, ...]` of the last token of prompts `[B, S]`, one for every state of the memory, and
+        their `Past`, with room for `capacity` tokens in all.
+        """
+        ...
+
+    def step(self, input_ids: Tensor, memory: Any, past: Any) -> Tensor:
+        """Hidden state `[A, ...]` of one more token of every text, which `past` receives; A / B texts a state."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[A, vocabulary]` of hidden states."""
+        ...
+
+
+class States(Protocol):
+    """A memory, of which `generate` only wants to know how many states it holds."""
+
+    @property
+    def states(self) -> int: ...
 
 
 class DecoderCache:
@@ -113,6 +152,20 @@ class TextDecoder(nn.Module):
     @property
     def word_embeddings(self) -> Tensor:
         return self.roberta.embeddings.word_embeddings.weight
+
+    @property
+    def positions(self) -> int:
+        """See `Writer`."""
+        embeddings = self.roberta.embeddings
+        return embeddings.position_embeddings.num_embeddings - embeddings.pad_token_id - 1
+
+    def begin(self, prompt_ids: Tensor, memory: DecoderMemory, capacity: int) -> tuple[Tensor, DecoderCache]:
+        """See `Writer`."""
+        states, length = prompt_ids.shape
+        past = DecoderCache(capacity)
+        packing = Packing.from_mask(torch.ones_like(prompt_ids))
+        alone = ImageGroups(torch.arange(states + 1, device=prompt_ids.device))
+        return self(prompt_ids, packing, memory, alone, past=past).view(states, length, -1)[:, -1], past
 
     def memory(self, states: Tensor, token_mask: Tensor | None = None) -> DecoderMemory:
         """Project `[B, M, memory_width]` for every layer, once for all answers, beams and steps.
@@ -340,8 +393,8 @@ class _Hypotheses:
 
 @torch.no_grad()
 def generate(
-    decoder: TextDecoder,
-    memory: DecoderMemory,
+    decoder: Writer,
+    memory: States,
     prompt_ids: Tensor,
     *,
     max_length: int,
@@ -374,7 +427,7 @@ def generate(
     Raises:
         InputError: numbers that contradict each other, or a prompt with padding.
     """
-    room = decoder.roberta.embeddings.position_embeddings.num_embeddings - decoder.roberta.embeddings.pad_token_id - 1
+    room = decoder.positions
     if prompt_ids.ndim != 2 or prompt_ids.shape[0] != memory.states or not prompt_ids.shape[1]:
         raise InputError(f"prompt_ids are {[*prompt_ids.shape]}; they must be [{memory.states}, S] with S at least 1")
     if num_beams < 1:
@@ -386,20 +439,49 @@ def generate(
         )
     if prompt_ids.device.type == "cpu" and bool((prompt_ids == pad_token_id).any()):
         raise InputError("prompt_ids hold padding; give all images prompts of one length, or generate group by group")
-    states, length = prompt_ids.shape
-    past = DecoderCache(max_length)
-    packing = Packing.from_mask(torch.ones_like(prompt_ids))
-    alone = ImageGroups(torch.arange(states + 1, device=prompt_ids.device))
-    hidden = decoder(prompt_ids, packing, memory, alone, past=past).view(states, length, -1)[:, -1]
+    states = len(prompt_ids)
+    hidden, past = decoder.begin(prompt_ids, memory, max_length)
     if num_beams == 1:
         return _greedy(decoder, memory, prompt_ids, hidden, past, max_length, min_length, pad_token_id, eos_token_id)
-    hypotheses = [_Hypotheses(num_beams, length_penalty, early_stopping) for _ in range(states)]
     copies = torch.arange(states, device=prompt_ids.device).repeat_interleave(num_beams)
-    ids, past, hidden = prompt_ids[copies], past.select(copies), hidden[copies]
-    scores = torch.full((states, num_beams), _ABSENT, dtype=hidden.dtype, device=hidden.device)
+    past = past.select(copies)
+
+    def advance(rows: Tensor, tokens: Tensor) -> Tensor:
+        nonlocal past
+        past = past.select(rows)
+        return decoder.logits(decoder.step(tokens, memory, past))
+
+    return beam_search(
+        decoder.logits(hidden)[copies], advance, prompt_ids, max_length=max_length, min_length=min_length,
+        num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping, pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def beam_search(
+    logits: Tensor, advance: Callable[[Tensor, Tensor], Tensor], prompt_ids: Tensor, *, max_length: int,
+    min_length: int, num_beams: int, length_penalty: float = 1.0, early_stopping: bool = False, pad_token_id: int = 1,
+    eos_token_id: int = 2,
+) -> Tensor:  # fmt: skip
+    """The search of `generate` by itself, over whatever computes logits.
+
+    Args:
+        logits: `[B · num_beams, vocabulary]` after the prompts, which the beams of a state share.
+        advance: given which of the texts `[B · num_beams]` each beam goes on from, and its next token, the logits that
+            follow.
+        prompt_ids: `[B, S]`; the other arguments are those of `generate`.
+
+    Returns:
+        As `generate`.
+    """
+    states = prompt_ids.shape[0]
+    hypotheses = [_Hypotheses(num_beams, length_penalty, early_stopping) for _ in range(states)]
+    ids = prompt_ids.repeat_interleave(num_beams, 0)
+    scores = torch.full((states, num_beams), _ABSENT, dtype=logits.dtype, device=logits.device)
     scores[:, 0] = 0
     while True:
-        log_probs = decoder.logits(hidden).log_softmax(-1)
+        log_probs = logits.log_softmax(-1)
         if ids.shape[1] < min_length:
             log_probs[:, eos_token_id] = -torch.inf
         totals = (log_probs.view(states, num_beams, -1) + scores[:, :, None]).flatten(1)
@@ -415,8 +497,7 @@ def generate(
         ids = torch.cat([ids[rows], next_ids[:, None]], 1)
         if ids.shape[1] >= max_length or all(state.done for state in hypotheses):
             break
-        past = past.select(rows)
-        hidden = decoder.step(next_ids, memory, past)
+        logits = advance(rows, next_ids)
     for state, running in enumerate(ids.view(states, num_beams, -1).tolist()):
         if not hypotheses[state].done:
             for tokens, score in zip(running, scores[state].tolist(), strict=True):
@@ -429,11 +510,11 @@ def generate(
 
 
 def _greedy(
-    decoder: TextDecoder,
-    memory: DecoderMemory,
+    decoder: Writer,
+    memory: States,
     ids: Tensor,
     hidden: Tensor,
-    past: DecoderCache,
+    past: Past,
     max_length: int,
     min_length: int,
     pad: int,

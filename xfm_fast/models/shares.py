@@ -21,6 +21,8 @@ from torch import Tensor
 _TURNS = 2
 # The larger share may exceed the mean by this factor.
 _UNEVEN = 1.1
+# Kinds of calls whose timings are kept; beyond that those that were not asked for the longest go, to be timed again.
+_MOST_KINDS = 256
 _seconds: dict[Any, tuple[list[float], list[float]]] = {}
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
@@ -39,13 +41,23 @@ def in_shares(run: Callable[[Tensor], Tensor], batch: Tensor, kind: Any) -> Tens
     largest = -(-len(batch) // threads)
     if threads == 1 or largest * threads > _UNEVEN * len(batch) or torch.are_deterministic_algorithms_enabled():
         return run(batch)
-    whole, shared = _seconds.setdefault((kind, tuple(batch.shape), batch.dtype, threads), ([], []))
+    whole, shared = _timings((kind, tuple(batch.shape), batch.dtype, threads))
     if len(whole) >= _TURNS and len(shared) >= _TURNS:
         return _shared(run, batch, threads) if min(shared) < min(whole) else run(batch)
     timed = shared if len(shared) < len(whole) else whole
     start = time.perf_counter()
     found = _shared(run, batch, threads) if timed is shared else run(batch)
     timed.append(time.perf_counter() - start)
+    return found
+
+
+def _timings(key: Any) -> tuple[list[float], list[float]]:
+    """Seconds of the calls so far, whole and in shares."""
+    with _lock:
+        # Behind all others: dictionaries keep the order.
+        found = _seconds[key] = _seconds.pop(key, ([], []))
+        if len(_seconds) > _MOST_KINDS:
+            del _seconds[next(iter(_seconds))]
     return found
 
 

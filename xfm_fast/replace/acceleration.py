@@ -17,7 +17,14 @@ from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.marked import EightBits, kind_of
 from xfm_fast.replace import adapters, quantised
-from xfm_fast.replace.expectation import Expectation, measured_product, product_parameters, shares
+from xfm_fast.replace.expectation import (
+    Expectation,
+    Unknown,
+    measured_product,
+    product_parameters,
+    shares,
+    unknown_layers,
+)
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
 from xfm_fast.replace.frozen import freeze as freeze_weights
@@ -38,6 +45,7 @@ from xfm_fast.replace.swap import (
 )
 
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+_ROW = "a row of names makes such a layer known (xfm_fast.replace.Family)"
 
 
 def accelerate(
@@ -134,7 +142,7 @@ def accelerate(
         if before is not None:
             after = _outputs(model, verify)
             report.compare(before, after, verify, dtype)
-            report._useful = _useful(verify) if any("npadded" in entry.fused for entry in report.replaced) else 1.0
+            report._useful = _useful(verify) if report._packed else 1.0
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -196,11 +204,13 @@ class Report:
 
     Attributes:
         entries: in the order of `model.named_modules()`.
+        unknown: layers that are no part of them, and yet a part of the model's products that counts.
         differences: largest difference of each output that `verify` compared, relative to the output's largest value.
         rounding: what 8 bits cost each of them.
     """
 
     entries: list[Entry]
+    unknown: list[Unknown] = field(default_factory=list)
     differences: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, quantised.Rounding] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
@@ -212,6 +222,7 @@ class Report:
     _model: nn.Module | None = field(default=None, repr=False)
     """The model, where its calls are replayed as graphs."""
     _share: float = 0.0
+    _packed: float = 0.0
     _useful: float = 1.0
 
     @property
@@ -242,7 +253,20 @@ class Report:
         # Products in fp8 are none of those that are raced.
         raced = self._eight_bits != "fp8"
         product = measured_product(first, first.settings.backend, first.settings.dtype) if raced else None
-        return Expectation(self._share, product, self._useful)
+        return Expectation(self._share, product, self._useful, self._packed)
+
+    @property
+    def expected_gains(self) -> dict[str, float]:
+        """How many times faster the products of each replaced module are expected to be, by path, where that is known.
+
+        As `expected` says it of the model: by the race of libraries on this processor, and by the padding left out.
+        """
+        whole, found, packed = self.expected, {}, _packed_paths(self.replaced)
+        for entry in self.replaced:
+            useful = whole.useful if any(_within(entry.path, path) for path in packed) else 1.0
+            if entry.share and (whole.product is not None or useful < 1):
+                found[entry.path] = (whole.product or 1.0) / useful
+        return found
 
     def revert(self) -> None:
         """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm.
@@ -339,27 +363,29 @@ class Report:
         return sum(p.numel() * p.element_size() for p in found)
 
     def __str__(self) -> str:
-        rows = [("module", "class", "replaced by", "why, or what it saves")]
-        groups: dict[tuple[str, str, str], list[str]] = {}
-        declining = self.declining
+        rows = [("module", "class", "replaced by", "products", "expected", "why, or what it saves")]
+        groups: dict[tuple[str, str, str, str], list[Entry]] = {}
+        declining, gains = self.declining, self.expected_gains
         for entry in self.entries:
             fate, why = entry.fused, entry.gain
             if entry.reason is not None:
                 fate, why = "left alone", entry.reason
             elif entry.path in declining:
                 fate, why = "runs its original", declining[entry.path]
-            groups.setdefault((entry.class_name, fate, why), []).append(entry.path)
-        for (class_name, fate, why), paths in groups.items():
-            place = paths[0] or "(the model)"
-            if len(paths) > 1:
-                place += f" and {len(paths) - 1} alike"
-            rows.append((place, class_name, fate, why))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            gain = gains.get(entry.path) if fate == entry.fused else None
+            groups.setdefault((entry.class_name, fate, f"{gain:.1f}×" if gain else "", why), []).append(entry)
+        for (class_name, fate, gain, why), alike in groups.items():
+            place, share = alike[0].path or "(the model)", sum(entry.share for entry in alike)
+            if len(alike) > 1:
+                place += f" and {len(alike) - 1} alike"
+            rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", gain, why))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
         if declining:
             lines[-1] += f"; {len(declining)} of those replaced run their original at present"
+        lines += [f"not known: {layers}; {_ROW}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
             line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside"
             if left := self._unfrozen_bytes:
@@ -394,6 +420,7 @@ class _InOneType(Fused):
 
 def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> Report:
     entries, replaced, known = [], [], rules()
+    told: set[nn.Module] = set()
     inside: set[nn.Module] = set()
     for path, module in chosen.items():
         if module in inside:
@@ -402,24 +429,51 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
         if entry is None:
             continue
         entries.append(entry)
-        if rule is not None:
+        if rule is None:
+            # Norms are recognised in layers that are not.
+            told.update(module.modules() if product_parameters(module) else ())
+        else:
             replaced.append((module, rule.fused))
             # It computes with the parameters of PyTorch's own norms and attentions in it and calls none of them.
-            names = rule.fused.adapted(original_class(module)).get("bypassed", rule.fused.bypassed)
-            parts = {part for name in names if (part := find(module, name)) is not None}
+            parts = _bypassed(module, rule.fused)
             inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
+    computing = {module for module, _ in replaced if product_parameters(module)}
+    for module, fused in replaced:
+        within = [*module.modules()][1:]
+        # An encoder without padding has its products in layers, of which some may be unknown.
+        told.update(within if computing.isdisjoint(within) else _bypassed(module, fused), [module])
+    unknown = unknown_layers(model, chosen, told)
     if not replaced:
-        raise InputError(_nothing(model, entries))
+        raise InputError(_nothing(model, entries, unknown))
     for module, fused in replaced:
         swap(module, fused, settings)
-    parts, together = shares(model, [module for module, _ in replaced])
-    found = iter(parts)
-    entries = [replace(entry, share=next(found)) if entry.reason is None else entry for entry in entries]
-    report = Report(entries, _modules=[module for module, _ in replaced], _share=together)
+    _, together = shares(model, [module for module, _ in replaced])
+    parts, _ = shares(model, [chosen[entry.path] for entry in entries])
+    entries = [replace(entry, share=share) for entry, share in zip(entries, parts, strict=True)]
+    report = Report(entries, unknown, _modules=[module for module, _ in replaced], _share=together)
+    _, report._packed = shares(model, [chosen[path] for path in _packed_paths(report.replaced)])
     if settings.dtype is not None and not is_fused(model):
         swap(model, _InOneType, settings)
         report._modules.append(model)
     return report
+
+
+def _packed_paths(entries: Sequence[Entry]) -> list[str]:
+    """The paths of modules whose padding is left out: encoders, and what hands no padding of theirs to a vocabulary."""
+    encoders = [entry.path for entry in entries if "npadded" in entry.fused]
+    heads = [entry.path for entry in entries if entry.fused == "FusedMaskedLM"]
+    return encoders + [path for path in heads if any(_within(encoder, path) for encoder in encoders)]
+
+
+def _within(path: str, other: str) -> bool:
+    """True for a module in another, or the same."""
+    return not other or path == other or path.startswith(f"{other}.")
+
+
+def _bypassed(module: nn.Module, fused: type[Fused]) -> set[nn.Module]:
+    """The parts of a module that its fused form computes around."""
+    names = fused.adapted(original_class(module)).get("bypassed", fused.bypassed)
+    return {part for name in names if (part := find(module, name)) is not None}
 
 
 def _decide(
@@ -502,8 +556,10 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
         raise InputError(f"dtype={settings.dtype} is no type to compute in; choose float32, bfloat16 or float16")
 
 
-def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
+def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]) -> str:
     name = original_class(model).__name__
+    if original_class(model).__module__.startswith("xfm_fast."):
+        return f"{name} is computed by these kernels already; freeze() and quantise() make it faster yet on a CPU"
     paths: dict[str, list[str]] = {}
     for entry in entries:
         paths.setdefault(entry.reason or "", []).append(entry.path or name)
@@ -512,10 +568,11 @@ def _nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
         for reason, alike in paths.items()
     ]
     why = "; ".join(reasons[:5])
+    foreign = f" Not known: {'; '.join(map(str, unknown[:5]))}; {_ROW}." if unknown else ""
     if any(entry.class_name != "LayerNorm" for entry in entries):
-        return f"nothing of {name} can be replaced: {why}"
+        return f"nothing of {name} can be replaced: {why}{f'.{foreign}' if foreign else ''}"
     return (
-        f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}. Recognised are encoders of "
+        f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}.{foreign} Recognised are encoders of "
         "transformers (BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, ALBERT, ModernBERT, NomicBERT, LayoutLMv3, "
         "DeBERTa-v2, BEiT, Data2Vec, ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, ViT-MAE, Swin, BLIP), vision "
         "transformers of timm, towers of open_clip, the official X-FM and X²-VLM modules, and "

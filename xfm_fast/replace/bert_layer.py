@@ -173,6 +173,19 @@ class Alike:
         return F.scaled_dot_product_attention(q, k, v, None, dropout_p).transpose(1, 2).flatten(0, 1)
 
 
+def are_few(packing: Packing, settings: Settings) -> bool:
+    """Whether nothing is padding, and so little that the time of attention is that of its call."""
+    return packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None
+
+
+def to_own_tokens(packing: Packing, settings: Settings) -> Attend:
+    """Attention of packed texts to their own tokens."""
+    if are_few(packing, settings):
+        return Alike(packing.shape[0])
+    cu, longest = packing.cu_seqlens, packing.longest
+    return Packed(cu, cu, longest, longest, packing.key_mask)
+
+
 @dataclass
 class Memory:
     """The memory that queries attend to in cross-attention.

@@ -32,7 +32,6 @@ from xfm_fast.replace.swap import (
 from xfm_fast.replace.vit_block import PreNormBlock
 
 _GAIN = "nothing computed behind the end-of-text"
-_CUT_GAIN = "nothing computed behind the longest end-of-text"
 _NOT_ASKED = "its texts are computed at full length; unpad=True cuts them behind the longest end-of-text"
 # Of the tokens that cutting leaves, the share from which packing the rest does not pay for itself.
 _FULL = 0.95
@@ -201,29 +200,9 @@ class CutOpenClip(Fused):
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """`[B, L]` ids → `[B, E]`."""
         tower: Any = self
-        kind, end = tower.text_pool_type, getattr(tower, "text_eos_id", None)
-        lengths = _needed_ids(text, kind, end)
-        if lengths is None:
+        x = _open_clip_feature(tower, text, tower.text_pool_type, getattr(tower, "text_eos_id", None))
+        if x is None:
             return super().encode_text(text, normalize)  # pyright: ignore[reportAttributeAccessIssue]
-        longest, transformer = max(lengths), tower.transformer
-        text = text[:, :longest]
-        read = _ends(text, end if kind == "eos" else None)
-        dtype, positions = transformer.get_cast_dtype(), tower.positional_embedding[:longest]
-        kept_out = transformer.grad_checkpointing and torch.is_grad_enabled()
-        packable = not kept_out and _packable(transformer, transformer.resblocks)
-        packing = _packing(lengths, text.device) if packable else None
-        if packing is None:
-            x = tower.token_embedding(text).to(dtype) + positions.to(dtype)
-            x = tower.ln_final(transformer(x, attn_mask=tower.attn_mask[:longest, :longest]))
-            x = x[torch.arange(x.shape[0], device=x.device), read]
-        else:
-            places = packing.positions % longest
-            x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(0, places).to(dtype)
-            x = _run(transformer.resblocks, x, packing)
-            x = tower.ln_final(x.index_select(0, packing.cu_seqlens[:-1] + read))
-        projection = tower.text_projection
-        if projection is not None:
-            x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
         return F.normalize(x, dim=-1) if normalize else x
 
 
@@ -237,18 +216,47 @@ class CutOpenClipText(Fused):
             return "its feature is read at a class token behind the text"
         if getattr(tower, "output_tokens", False):
             return "the states of its padding are part of its output"
-        if not hasattr(tower, "_embeds"):
-            return "this version of open_clip makes its mask elsewhere"
         return _why_not_open_clip(module, settings, tower.pool_type)
 
     def forward(self, text: Tensor) -> Any:
         tower: Any = self
-        lengths = _needed_ids(text, tower.pool_type, getattr(tower, "eos_id", None))
-        return super().forward(text if lengths is None else text[:, : max(lengths)])
+        x = _open_clip_feature(tower, text, tower.pool_type, getattr(tower, "eos_id", None))
+        return super().forward(text) if x is None else x
 
-    def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, mask = super()._embeds(text)  # pyright: ignore[reportAttributeAccessIssue]
-        return x, None if mask is None else mask[..., : x.shape[1], : x.shape[1]]
+
+def _open_clip_feature(tower: Any, text: Tensor, pool: str, end: int | None) -> Tensor | None:
+    """`[B, L]` ids → `[B, E]`, no token computed behind the longest end-of-text, or behind any; None if one has none.
+
+    Args:
+        tower: holds the layers in `transformer`.
+        pool, end: how and where the feature is read.
+    """
+    if torch.compiler.is_compiling() or text.ndim != 2 or not text.numel():
+        return None
+    end = end if pool == "eos" else None
+    lengths = _lengths(_ends(text, end), None, text.shape[1])
+    if lengths is None:
+        return None
+    longest, transformer = max(lengths), tower.transformer
+    text = text[:, :longest]
+    read = _ends(text, end)
+    dtype, positions = transformer.get_cast_dtype(), tower.positional_embedding[:longest]
+    kept_out = transformer.grad_checkpointing and torch.is_grad_enabled()
+    packable = not kept_out and _packable(transformer, transformer.resblocks)
+    packing = _packing(lengths, text.device) if packable else None
+    if packing is None:
+        x = tower.token_embedding(text).to(dtype) + positions.to(dtype)
+        x = tower.ln_final(transformer(x, attn_mask=tower.attn_mask[:longest, :longest]))
+        x = x[torch.arange(x.shape[0], device=x.device), read]
+    else:
+        places = packing.positions % longest
+        x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(0, places).to(dtype)
+        x = _run(transformer.resblocks, x, packing)
+        x = tower.ln_final(x.index_select(0, packing.cu_seqlens[:-1] + read))
+    projection = tower.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
 def _why_not_open_clip(module: Any, settings: Settings, pool: str) -> str | None:
@@ -257,12 +265,6 @@ def _why_not_open_clip(module: Any, settings: Settings, pool: str) -> str | None
     if getattr(module, "attn_mask", None) is None:
         return "its texts attend in both directions, so that what is behind the end-of-text counts"
     return None if settings.unpad else _NOT_ASKED
-
-
-def _needed_ids(text: Tensor, pool: str, end: int | None) -> list[int] | None:
-    if torch.compiler.is_compiling() or text.ndim != 2 or not text.numel():
-        return None
-    return _lengths(_ends(text, end if pool == "eos" else None), None, text.shape[1])
 
 
 def _is(library: str, *names: str) -> Any:
@@ -282,5 +284,5 @@ def _is_tower(module: nn.Module) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule("CutTextModel", _is_tower, CutTextModel, _GAIN),
     Rule("CutOpenClip", _is("open_clip.", "CLIP"), CutOpenClip, _GAIN),
-    Rule("CutOpenClipText", _is("open_clip.", "TextTransformer"), CutOpenClipText, _CUT_GAIN),
+    Rule("CutOpenClipText", _is("open_clip.", "TextTransformer"), CutOpenClipText, _GAIN),
 )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.packing import Packing
-from xfm_fast.replace.bert_layer import default_positions, plan, run_layer
+from xfm_fast.replace.bert_layer import default_positions, plan, run_layer, to_own_tokens
 from xfm_fast.replace.families import FamilyLayer, short_name
 from xfm_fast.replace.huggingface_text import FusedLayer
-from xfm_fast.replace.masks import Spread, packed_attention
+from xfm_fast.replace.masks import Spread
 from xfm_fast.replace.structure import Attend
 from xfm_fast.replace.swap import CalledByName, Settings, asks_beyond, find, observed, original_class, wants_named
 
@@ -133,9 +133,9 @@ class UnpaddedEncoder(CalledByName):
         """True if nothing observes a part that is not called, and every layer can be run on packed tokens."""
         row = self.encoder_row
         around = {row.layers.rpartition(".")[0], row.embeddings, row.project} - {""}
-        parts = [part for name in around if (part := find(self, name)) is not None]
+        parts = [find(self, name) for name in around]
         layers = list(row.sequence(self, row.layers))
-        if any(observed(part) for part in (*parts, *layers)):
+        if any(part is not None and observed(part) for part in (*parts, *layers)):
             return False
         return all(isinstance(layer, (FamilyLayer, FusedLayer)) and layer.intact() for layer in layers)
 
@@ -153,7 +153,11 @@ class UnpaddedEncoder(CalledByName):
         row, module = self.encoder_row, self
         positions = self._positions(call, packing)
         x = self._embedded(call, packing, positions)
-        plain = packed_attention(packing, self.settings)
+        own = to_own_tokens(packing, self.settings)
+
+        def to_own(*given: Any) -> Tensor:
+            return own(*given).flatten(-2)
+
         bias = None
         if row.bias:
             # It reads nothing but the shape of its argument.
@@ -165,13 +169,15 @@ class UnpaddedEncoder(CalledByName):
                 window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
                 # Texts no longer than the window see all of themselves, wherever they lie.
                 local = window is not None and packing.shape[1] > window + 1
-                spread = Spread(packing, mask, bias, window if local else None)
+                attend = to_own
+                if bias is not None or local:
+                    attend = Spread(packing, mask, bias, window if local else None)
                 rotary = None
                 if row.rotary:
                     named = (kind,) if row.kind else ()
                     cos, sin = attrgetter(row.rotary)(module)(x, positions[None], *named)
                     rotary = cos[0], sin[0]
-                attends[kind] = (spread if bias is not None or local else plain, rotary)
+                attends[kind] = attend, rotary
             x = self._layer(layer, x, *attends[kind])
         norm = find(module, row.norm) if row.norm else None
         return x if norm is None else norm(x)

@@ -7,8 +7,10 @@ share of real tokens is that of the batch given to `verify`. Attention, norms an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu.selection import selections
 
 _RACES = ("linear", "linear_gelu", "linear_residual")
+# Less of a model's products than this is not worth a line.
+_LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,19 @@ class Expectation:
         product: how many times faster these were measured to be on this processor; None before the first call, and on
             devices where they are not raced.
         useful: share of real tokens in a batch whose padding is left out; 1 where none is.
+        packed: of the model's products that are spared padding.
     """
 
     share: float
     product: float | None
     useful: float = 1.0
+    packed: float = 0.0
 
     @property
     def overall(self) -> float:
         """How many times faster the model is expected to be."""
-        return 1 / (1 - self.share + self.share * self.useful / (self.product or 1.0))
+        computed = self.share - self.packed * (1 - self.useful)
+        return 1 / (1 - self.share + computed / (self.product or 1.0))
 
     def __str__(self) -> str:
         parts = [f"{self.share:.0%} of the products are in replaced modules (counted)"]
@@ -71,6 +78,71 @@ def shares(model: nn.Module, parts: Iterable[nn.Module]) -> tuple[list[float], f
         united |= own
         found.append(sum(own.values()) / total)
     return found, sum(united.values()) / total
+
+
+class Unknown(NamedTuple):
+    """Layers of one class that no rule recognises.
+
+    Attributes:
+        class_name: their class.
+        paths: their qualified names.
+        share: of the model's products that are in them.
+    """
+
+    class_name: str
+    paths: list[str]
+    share: float
+
+    def __str__(self) -> str:
+        alike = f" and {len(self.paths) - 1} alike" if len(self.paths) > 1 else ""
+        return f"{self.class_name} ({self.paths[0]}{alike}), {self.share:.0%} of the products"
+
+
+def unknown_layers(model: nn.Module, chosen: Mapping[str, nn.Module], known: Collection[nn.Module]) -> list[Unknown]:
+    """The layers of a model that no rule recognises and that are worth naming, the largest share first.
+
+    A layer is an element of a list of modules of one class. Embeddings and heads are left out, as they are anyway.
+
+    Args:
+        chosen: the modules that were looked at, by qualified name.
+        known: what a rule recognises, replaced or not, and the parts of it.
+    """
+    # Modules around recognised ones are no unknown layers.
+    around = {place for path, module in chosen.items() if module in known for place in _places(path)}
+    alike = Counter(_kind_of_element(each) for each in chosen.items() if each[0])
+    holding = {path: _weights(part) for path, part in model.named_modules()}
+    total = sum(p.numel() for p in {p for weights in holding.values() for p in weights}) or 1
+    found: dict[str, dict[str, int]] = {}
+    counted: set[nn.Parameter] = set()
+    for path, module in chosen.items():
+        own = [p for p in holding[path] if p not in counted]
+        if module in known or not own:
+            continue
+        # The innermost, since stages of layers are lists too; a linear layer by itself is none.
+        elements = [place for place in _places(path)[::-1] if place in chosen and place.rpartition(".")[2].isdigit()]
+        layer = next((e for e in elements if alike[_kind_of_element((e, chosen[e]))] > 1 and not holding[e]), None)
+        if layer is not None and layer not in around:
+            counted.update(own)
+            places = found.setdefault(type(chosen[layer]).__name__, {})
+            places[layer] = places.get(layer, 0) + sum(p.numel() for p in own)
+    made = [Unknown(name, [*places], sum(places.values()) / total) for name, places in found.items()]
+    return sorted((one for one in made if one.share >= _LEAST_SHARE), key=lambda one: -one.share)
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """The matrices of a module's own, whatever class it is of; those of embeddings are looked up."""
+    looked_up = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return [] if looked_up else [p for p in module.parameters(recurse=False) if p.ndim > 1]
+
+
+def _kind_of_element(named: tuple[str, nn.Module]) -> tuple[str, type[nn.Module]]:
+    return named[0].rpartition(".")[0], type(named[1])
+
+
+def _places(path: str) -> list[str]:
+    """The qualified names of a module and of all around it, the outermost first."""
+    steps = path.split(".")
+    return [".".join(steps[:end]) for end in range(1, len(steps) + 1)]
 
 
 def measured_product(model: nn.Module, backend: Backend | None, dtype: torch.dtype | None) -> float | None:

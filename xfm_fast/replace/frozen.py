@@ -2,6 +2,9 @@
 
 oneDNN multiplies a weight fastest in a layout of its own. Kept beside the parameter it is a second copy of the model;
 here it takes the parameter's place, and the parameter's memory is given up until `revert`, which restores every bit.
+
+`XFM.freeze` (`models.frozen`) does with less: its layers are multiplied by `ops` alone, which take a laid-out weight as
+they take any. Layers of other people are called as they are too, and asked for `weight`: their class answers both.
 """
 
 from __future__ import annotations

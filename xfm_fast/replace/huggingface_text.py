@@ -14,12 +14,8 @@ from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.bert_layer import (
-    FEW,
     LAYER_JOINT,
-    Alike,
-    Attend,
     FusedEmbeddings,
-    Packed,
     Padded,
     VocabularyHead,
     default_positions,
@@ -27,6 +23,7 @@ from xfm_fast.replace.bert_layer import (
     padded_memory,
     plan,
     run_layer,
+    to_own_tokens,
 )
 from xfm_fast.replace.prepared import forget
 from xfm_fast.replace.swap import (
@@ -319,10 +316,7 @@ class UnpaddedModel(CalledByName):
         positions = packing.pack(positions.expand(packing.shape))
         tokens, embeds, types = (None if t is None else packing.pack(t) for t in (tokens, embeds, types))
         x = module.embeddings.embed(tokens, positions, types, embeds)
-        cu, longest = packing.cu_seqlens, packing.longest
-        attend: Attend = Packed(cu, cu, longest, longest, packing.key_mask)
-        if packing.whole and x.shape[0] <= FEW and self.settings.backend is None:
-            attend = Alike(packing.shape[0])
+        attend = to_own_tokens(packing, self.settings)
         states = call.get("encoder_hidden_states")
         memory = None
         if states is not None and hasattr(module.encoder.layer[0], "crossattention"):

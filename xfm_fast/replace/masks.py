@@ -12,7 +12,7 @@ from torch import Tensor
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
-from xfm_fast.replace.bert_layer import FEW, Alike, Packed, Padded
+from xfm_fast.replace.bert_layer import Padded, are_few
 from xfm_fast.replace.swap import Settings
 from xfm_fast.replace.vit_block import attention
 
@@ -89,11 +89,13 @@ class Spread:
             q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
         if self.window is not None and q.shape[1] > 3 * self.window:
             out = banded(q, k, v, self.window, self.mask, dropout_p)
-        elif self.window is None and self.bias is not None:
-            keys, backend = self.mask, settings.backend
+        elif self.window is None and self.bias is not None and not are_few(self.packing, settings):
+            # Without a mask the operator looks at the bias alone, and takes a kernel that need not hide anything.
+            keys, backend = None if self.packing.whole else self.mask, settings.backend
             out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
         else:
-            out = Dense(self._hidden(q.device), self.bias)(q, k, v, dropout_p, settings).unflatten(-1, q.shape[-2:])
+            seen = None if self.packing.whole and self.window is None else self._hidden(q.device)
+            out = Dense(seen, self.bias)(q, k, v, dropout_p, settings).unflatten(-1, q.shape[-2:])
         return self.packing.pack(out).flatten(-2)
 
     def _hidden(self, device: torch.device) -> Tensor:
@@ -112,15 +114,6 @@ def merged(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.is_floating_point():
         return bias + mask.clamp(min=lowest).to(dtype)
     return bias.masked_fill(~mask, lowest)
-
-
-def packed_attention(packing: Packing, settings: Settings) -> Any:
-    """Attention of packed texts to their own tokens: `[T, H·D]`."""
-    cu, longest = packing.cu_seqlens, packing.longest
-    packed: Any = Packed(cu, cu, longest, longest, packing.key_mask)
-    if packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None:
-        packed = Alike(packing.shape[0])
-    return lambda *arguments: packed(*arguments).flatten(-2)
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0) -> Tensor:

@@ -69,7 +69,7 @@ def attention(
         return out.view(batch, tokens, -1)
     if isinstance(bias, Tensor) and not dropout_p and _shared_on_cpu(q, k, v, bias):
         _, tokens, heads, _ = q.shape
-        shared = bias.to(q.dtype).expand(1, heads, tokens, tokens)[0]
+        shared = bias.to(q.dtype).expand(1, heads, tokens, tokens)
         return biased_attention(q, k, v, scale, shared).flatten(2)
     if isinstance(bias, Tensor) and bias.is_floating_point():
         bias = bias.to(q.dtype)

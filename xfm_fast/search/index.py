@@ -142,6 +142,8 @@ def open_index(path: str | os.PathLike[str]) -> SearchIndex:
     places = [given, index_folder(given)]
     folder = next((each for each in places if (each / INDEX_FILE).is_file()), None)
     if folder is None:
+        if not given.exists():
+            raise DataError(f"{path} is not there; name what was indexed, or the folder of the index")
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
     try:
         return _read(folder)

@@ -34,10 +34,9 @@ def image_content(value: str, name: str, fetcher: Fetcher | None, most_pixels: i
         Problem: it is none of these, or too large.
         DataError: it is no image.
     """
-    scheme = value[:8].lower()
-    if scheme.startswith("data:"):
+    if value[:5].lower() == "data:":
         content = _data_url(value, name)
-    elif scheme.startswith(("http:", "https:")):
+    elif is_url(value):
         if fetcher is None:
             raise Problem(
                 422,
@@ -49,6 +48,11 @@ def image_content(value: str, name: str, fetcher: Fetcher | None, most_pixels: i
         content = _base64(value.encode("utf-8", "replace"), name, value)
     _check_size(content, name, most_pixels)
     return content
+
+
+def is_url(value: str) -> bool:
+    """True where an image is named by its place in the web."""
+    return value[:8].lower().startswith(("http:", "https:"))
 
 
 def _data_url(value: str, name: str) -> bytes:

@@ -123,7 +123,8 @@ class ServedModel:
         picture = self.ranker.picture(content, name)
         if picture.key in (self.ranker.features if features else self.ranker.cache):
             return picture
-        return picture._replace(pixels=self.ranker.decode(picture, name))
+        # The file has served its purpose, and of many that wait it would be a lot of memory.
+        return picture._replace(pixels=self.ranker.decode(picture, name), content=b"")
 
     def cost(self, work: Work) -> int:
         """Tokens that work takes: those of texts, as often as they are paired, and of images that are not known yet."""

@@ -35,6 +35,11 @@ class Problem(Exception):
         """The answer to a request that an error of ours was raised for: 422 where the client can mend it."""
         return cls(422 if isinstance(error, DataError | InputError | UnavailableError) else 500, str(error))
 
+    @classmethod
+    def late(cls, seconds: float) -> Problem:
+        """The answer to a request that took more than these seconds."""
+        return cls(504, f"there was no answer within {seconds:g} s; ask for less, or later", {"retry-after": "5"})
+
     def content(self) -> dict[str, Any]:
         """The answer as OpenAI's API gives it, and with `message` for clients of Cohere's."""
         kind = _TYPES.get(self.status, "invalid_request_error")

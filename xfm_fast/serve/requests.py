@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from xfm_fast.documents import advice, parse_json
 from xfm_fast.errors import NonFiniteError
-from xfm_fast.serve.images import Fetcher, image_content
+from xfm_fast.serve.images import image_content, is_url
 from xfm_fast.serve.model import Found, Read, ServedModel, Text, Work
 from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.problem import Problem
@@ -35,6 +36,7 @@ from xfm_fast.serve.schema import (
     ScoreRequest,
     Usage,
 )
+from xfm_fast.serve.web import WebFetcher
 from xfm_fast.tasks.ranking import Picture, Query
 
 R = TypeVar("R", bound=Request)
@@ -59,13 +61,18 @@ class Prepared:
 
 
 class Reader:
-    """Reads requests for a model, within the limits of a service. Several threads may call it."""
+    """Reads requests for a model, within the limits of a service and until a deadline by `time.monotonic()`.
 
-    def __init__(self, model: ServedModel, options: ServiceOptions, fetcher: Fetcher | None) -> None:
-        self.model, self.options, self.fetcher = model, options, fetcher
+    Several threads may call it.
+    """
+
+    def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
+        self.model, self.options = model, options
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="read")
+        # Sites that are slow keep those requests waiting alone that name them.
+        self._fetching = ThreadPoolExecutor(32, thread_name_prefix="fetch")
 
-    def rerank(self, body: bytes) -> Prepared:
+    def rerank(self, body: bytes, deadline: float = math.inf) -> Prepared:
         """Documents to be ordered by their relevance to a query.
 
         Raises:
@@ -75,8 +82,9 @@ class Reader:
         self._count("documents", request.documents)
         scoring = self._scoring([(request.query, document) for document in request.documents])
         query, *documents = self._read(
-            [("query", request.query), *_named("documents", request.documents)], features=scoring == "similarity"
-        )
+            [("query", request.query), *_named("documents", request.documents)], deadline,
+            features=scoring == "similarity",
+        )  # fmt: skip
         if scoring == "similarity":
             work = Work(items=(query, *documents))
         elif isinstance(query, Text):
@@ -107,7 +115,7 @@ class Reader:
 
         return Prepared(work, finish)
 
-    def embeddings(self, body: bytes) -> Prepared:
+    def embeddings(self, body: bytes, deadline: float = math.inf) -> Prepared:
         """Texts and images to be embedded.
 
         Raises:
@@ -126,7 +134,7 @@ class Reader:
                 "anything by itself; leave it out",
             )
         self.model.require("contrastive")
-        items = self._read(_named("input", given), features=True)
+        items = self._read(_named("input", given), deadline, features=True)
 
         def finish(found: Found) -> Answer:
             assert found.features is not None
@@ -143,7 +151,7 @@ class Reader:
 
         return Prepared(Work(items=tuple(items)), finish)
 
-    def score(self, body: bytes) -> Prepared:
+    def score(self, body: bytes, deadline: float = math.inf) -> Prepared:
         """Pairs to be scored.
 
         Raises:
@@ -163,7 +171,8 @@ class Reader:
         scoring = self._scoring(list(zip(first, second, strict=True)))
         # One of them may stand in many pairs and is read once.
         distinct = {id(item): (name, item) for name, item in [*_named("text_1", first), *_named("text_2", second)]}
-        reads = dict(zip(distinct, self._read([*distinct.values()], features=scoring == "similarity"), strict=True))
+        read = self._read([*distinct.values()], deadline, features=scoring == "similarity")
+        reads = dict(zip(distinct, read, strict=True))
         pairs = [(reads[id(a)], reads[id(b)]) for a, b in zip(first, second, strict=True)]
         if scoring == "similarity":
             work = Work(items=tuple(item for pair in pairs for item in pair))
@@ -184,7 +193,8 @@ class Reader:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._fetching):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _parsed(self, kind: type[R], body: bytes) -> R:
         try:
@@ -219,23 +229,29 @@ class Reader:
         self.model.require("matching" if scoring == "match" else "contrastive")
         return scoring
 
-    def _read(self, items: Sequence[tuple[str, AnyItem]], *, features: bool) -> list[Any]:
+    def _read(self, items: Sequence[tuple[str, AnyItem]], deadline: float, *, features: bool) -> list[Any]:
+        options = self.options
+        fetcher = WebFetcher(options.max_body_mb << 20, deadline=deadline) if options.allow_urls else None
+
         def read(named: tuple[str, AnyItem]) -> Read:
             name, item = named
+            if time.monotonic() > deadline:
+                raise Problem.late(options.timeout)
             text = item if isinstance(item, str) else item.text
             if text is not None:
-                most = self.options.max_characters
+                most = options.max_characters
                 if len(text) > most:
                     raise Problem(422, f"{name} has {len(text):,} characters, over the limit of {most:,}; shorten it")
                 return self.model.read_text(text, name)
             assert isinstance(item, Item)
             assert item.image is not None
-            content = image_content(item.image, name, self.fetcher, self.options.max_pixels)
+            content = image_content(item.image, name, fetcher, options.max_pixels)
             return self.model.read_image(content, name, features=features)
 
-        if sum(not _is_text(item) for _, item in items) > 1:
-            return list(self._threads.map(read, items))
-        return list(map(read, items))
+        images = [item.image for _, item in items if isinstance(item, Item) and item.image is not None]
+        if len(images) < 2:
+            return list(map(read, items))
+        return list((self._fetching if any(map(is_url, images)) else self._threads).map(read, items))
 
     def _facts(self, kind: str, items: Sequence[Read]) -> dict[str, Any]:
         images = self.model.config.num_image_tokens

@@ -27,7 +27,6 @@ from xfm_fast.serve.model import Found, ServedModel, Work
 from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.problem import Problem
 from xfm_fast.serve.requests import Prepared, Reader
-from xfm_fast.serve.web import WebFetcher
 
 # Bodies in work together, in bodies of the largest size.
 _BODIES = 8
@@ -53,8 +52,7 @@ class Service:
         self._active = 0
         self._bytes = 0
         self._reading = 0
-        fetcher = WebFetcher(options.max_body_mb << 20) if options.allow_urls else None
-        self.reader = Reader(model, options, fetcher)
+        self.reader = Reader(model, options)
         budget = options.batch_tokens or model.default_budget
         self.batcher: Batcher[Work, Found] = Batcher(
             model.answer, budget, options.batch_wait_ms / 1e3,
@@ -113,7 +111,7 @@ class Service:
                 {"www-authenticate": "Bearer"},
             )  # fmt: skip
 
-    def _answering(self, prepare: Callable[[bytes], Prepared]) -> Callable[[Request], Awaitable[Response]]:
+    def _answering(self, prepare: Callable[[bytes, float], Prepared]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             most = self.options.max_queue
             if self.draining:
@@ -133,9 +131,8 @@ class Service:
 
         return endpoint
 
-    async def _answer(self, request: Request, prepare: Callable[[bytes], Prepared]) -> Response:
-        timeout = self.options.timeout
-        loop, deadline = asyncio.get_running_loop(), time.monotonic() + timeout
+    async def _answer(self, request: Request, prepare: Callable[[bytes, float], Prepared]) -> Response:
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.options.timeout
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # Browsers send JSON across sites only where a service says that they may, and this one never does.
@@ -146,7 +143,7 @@ class Service:
             try:
                 body = await self._body(request)
                 size = len(body)
-                prepared = await loop.run_in_executor(self._threads, prepare, body)
+                prepared = await loop.run_in_executor(self._threads, prepare, body, deadline)
                 del body
             finally:
                 self._reading -= 1
@@ -204,10 +201,7 @@ class Service:
                 return answer.result()
             if gone.done():
                 raise ClientDisconnect
-            raise Problem(
-                504, f"there was no answer within {self.options.timeout:g} s; ask for less, or later",
-                {"retry-after": "5"},
-            )  # fmt: skip
+            raise Problem.late(self.options.timeout)
         finally:
             for task in (answer, gone):
                 task.cancel()

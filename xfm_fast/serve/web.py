@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import math
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -34,11 +36,12 @@ def is_public(address: str) -> bool:
 
 
 class WebFetcher:
-    """Fetches files from the web.
+    """Fetches the files that one request names, several at a time if need be.
 
     Args:
-        most_bytes: of a file.
-        seconds: until the last byte.
+        most_bytes: of all of them together.
+        seconds: until the last byte of a file.
+        deadline: by `time.monotonic()`, for all of them.
         ports: that may be connected to.
         permitted: addresses that may be connected to.
     """
@@ -48,17 +51,20 @@ class WebFetcher:
         most_bytes: int,
         seconds: float = 10.0,
         *,
+        deadline: float = math.inf,
         ports: frozenset[int] | None = frozenset((80, 443)),
         permitted: Callable[[str], bool] = is_public,
     ) -> None:
-        self.most_bytes, self.seconds, self.ports, self.permitted = most_bytes, seconds, ports, permitted
+        self.most_bytes, self.seconds, self.deadline = most_bytes, seconds, deadline
+        self.ports, self.permitted = ports, permitted
+        self._fetched, self._lock = 0, threading.Lock()
 
     def fetch(self, url: str) -> bytes:
         """The content of a URL.
 
         Raises:
             Problem: the URL is malformed or leads to an address that is not public, the server does not answer with
-                the file, or the file is too large.
+                the file in time, or it is too large.
         """
         shown = repr(url[:100])
         try:
@@ -76,9 +82,11 @@ class WebFetcher:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not target.isascii() or any(ord(character) <= 32 or ord(character) == 127 for character in target):
             raise Problem(422, f"URL {shown} holds characters that a URL may not; percent-encode them")
-        connection = _Pinned(host, port, address, secure, self.seconds)
+        # Less where the request is nearly out of time, yet never none, which a socket takes for no limit.
+        seconds = max(0.01, min(self.seconds, self.deadline - time.monotonic()))
+        connection = _Pinned(host, port, address, secure, seconds)
         # A socket's timeout is that of one read; a server that sends a byte a second would hold a thread for days.
-        alarm = threading.Timer(self.seconds, connection.abort)
+        alarm = threading.Timer(seconds, connection.abort)
         alarm.daemon = True
         alarm.start()
         try:
@@ -89,7 +97,7 @@ class WebFetcher:
                 raise Problem(422, f"URL {shown} was answered with status {answer.status}{redirect}; send the image")
             content = self._content(answer, shown)
             if connection.late:
-                raise Problem(422, f"URL {shown} took more than {self.seconds:g} s; send the image itself")
+                raise Problem(422, f"URL {shown} took more than {seconds:.3g} s; send the image itself")
             if answer.length:
                 raise Problem(422, f"URL {shown} broke off; send the image itself")
             return content
@@ -115,8 +123,11 @@ class WebFetcher:
         content = bytearray()
         while piece := answer.read1(_PIECE):
             content += piece
-            if len(content) > self.most_bytes:
-                raise Problem(413, f"URL {shown} holds more than {self.most_bytes:,} bytes; shrink the image")
+            with self._lock:
+                self._fetched += len(piece)
+            if self._fetched > self.most_bytes:
+                most = f"{self.most_bytes:,} bytes"
+                raise Problem(413, f"with URL {shown} more than {most} are fetched; shrink the images, or name fewer")
         return bytes(content)
 
 

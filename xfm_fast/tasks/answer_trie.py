@@ -12,8 +12,10 @@ Edges are the tokens that follow, so an answer is a path of edges, and its log-l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -139,28 +141,52 @@ class Ranked(NamedTuple):
     scores: Tensor
 
 
+class Questions(Protocol):
+    """The memory of Q questions."""
+
+    @property
+    def states(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> Any:
+        """That of the questions from `start` to `stop`."""
+        ...
+
+
 def rank(
-    decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie, *, k: int, best: int, first_token_twice: bool
+    tree_of: Callable[[Any], DecodedTree],
+    memory: Questions,
+    trie: AnswerTrie,
+    *,
+    k: int,
+    best: int | None,
+    first_token_twice: bool,
 ) -> Ranked:
     """The `best` likeliest of the k answers whose first token is likeliest, for the Q questions of the memory.
 
-    With best = k all of them are decoded, in one pass. With fewer a prefix is left out once it is less likely than
-    `best` whole answers, because the answers that begin with it are less likely still: the result is the same.
+    `tree_of` begins the tree of some of the questions, whose nodes are decoded as they are wanted.
+
+    With best = k (or None) all of them are decoded, in one pass. With fewer a prefix is left out once it is less likely
+    than `best` whole answers, because the answers that begin with it are less likely still: the result is the same.
+
+    Raises:
+        InputError: k outside 1..N, or best outside 1..k.
     """
+    if not 1 <= k <= trie.answers:
+        raise InputError(f"k={k}; with {trie.answers} answers it must be 1 to {trie.answers}")
+    if best is not None and not 1 <= best <= k:
+        raise InputError(f"best={best}; with {k} candidates it must be 1 to {k}")
+    best = k if best is None else best
     # At most this many nodes are decoded for a question.
     most = min(trie.nodes, k * trie.answer_nodes.shape[1])
     step = max(1, _NODES // most)
     parts = [
-        _rank_part(decoder, memory.part(start, min(start + step, memory.states)), trie, k, best, first_token_twice)
+        _rank_part(tree_of(memory.part(start, min(start + step, memory.states))), trie, k, best, first_token_twice)
         for start in range(0, memory.states, step)
     ]
     return Ranked(torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts]))
 
 
-def _rank_part(
-    decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie, k: int, best: int, first_token_twice: bool
-) -> Ranked:
-    tree = _DecodedTree(decoder, memory, trie)
+def _rank_part(tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_token_twice: bool) -> Ranked:
     tree.decode(tree.none.index_fill(1, tree.none.new_zeros(1, dtype=torch.long), True), keep=True)
     if first_token_twice:
         tree.log_likelihoods *= 2
@@ -189,24 +215,27 @@ def _rank_part(
     return Ranked(candidates.gather(1, ranked.indices), ranked.values)
 
 
-class _DecodedTree:
+class DecodedTree(ABC):
     """The nodes of a trie that were decoded for each of Q questions, and the log-likelihoods of their edges.
+
+    Args:
+        trie: of the answers.
+        questions: Q.
+        dtype: of likelihoods.
 
     Attributes:
         none: `[Q, nodes]`, False.
         places: `[Q, nodes]` row of a node in the keys and values; -1 before it is decoded.
+        rows: nodes that are kept.
         log_likelihoods: `[Q, edges + 1]` of an edge given its node; 0 for the edges of nodes that were not decoded.
     """
 
-    def __init__(self, decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie) -> None:
-        self._decoder, self._memory, self._trie = decoder, memory, trie
-        shape = (memory.states, trie.nodes)
-        self.none = torch.zeros(shape, dtype=torch.bool, device=trie.tokens.device)
-        self.places = torch.full(shape, -1, device=trie.tokens.device)
-        wide = torch.promote_types(decoder.word_embeddings.dtype, torch.float32)
-        self.log_likelihoods = torch.zeros(memory.states, trie.edges + 1, dtype=wide, device=trie.tokens.device)
-        self._layers: list[Tensor] = []  # [rows, 2, H, D]
-        self._rows = 0
+    def __init__(self, trie: AnswerTrie, questions: int, dtype: torch.dtype) -> None:
+        self.trie, self.rows = trie, 0
+        device, shape = trie.tokens.device, (questions, trie.nodes)
+        self.none = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.places = torch.full(shape, -1, device=device)
+        self.log_likelihoods = torch.zeros(questions, trie.edges + 1, dtype=dtype, device=device)
 
     def decode(self, chosen: Tensor, *, keep: bool) -> None:
         """Decode the nodes that are True in `chosen` `[Q, nodes]`; those before them are there, or chosen as well.
@@ -214,43 +243,70 @@ class _DecodedTree:
         Args:
             keep: whether nodes of later calls continue these.
         """
-        trie, memory, decoder = self._trie, self._memory, self._decoder
         questions, nodes = chosen.nonzero(as_tuple=True)
         if not len(nodes):
             return
-        self.places[questions, nodes] = torch.arange(self._rows, self._rows + len(nodes), device=nodes.device)
-        depths = trie.depths[nodes]
-        visible: list[tuple[Tensor, Tensor]] = []
+        self.places[questions, nodes] = torch.arange(self.rows, self.rows + len(nodes), device=nodes.device)
+        self.decode_nodes(questions, nodes, keep=keep)
+        self.rows += len(nodes) * keep
+
+    @abstractmethod
+    def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
+        """Decode `nodes` `[n]` of `questions` `[n]`, sorted by question, whose places are new, and note the
+        log-likelihoods of their edges.
+        """
+
+    def by_depth(self, questions: Tensor, nodes: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For every depth of some nodes, the shallowest first: which of them are `[m]`, and `[m, depth + 1]` places of
+        the prefixes that each begins with, itself the last.
+        """
+        depths = self.trie.depths[nodes]
         for depth in depths.unique().tolist():
             rows = (depths == depth).nonzero().flatten()
-            before = trie.paths[nodes[rows], : depth + 1]
-            visible.append((rows, self.places[questions[rows, None], before]))
+            yield depth, rows, self.places[questions[rows, None], self.trie.paths[nodes[rows], : depth + 1]]
+
+    def edges_of(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The edges of nodes `[n]`, node after node, and how many each has `[n]`."""
+        first = self.trie.edge_starts[nodes]
+        counts = self.trie.edge_starts[nodes + 1] - first
+        return ragged_rows(first, counts), counts
+
+
+class PackedTree(DecodedTree):
+    """The tree as the packed decoder grows it: all nodes of a call in one pass, whatever their depth."""
+
+    def __init__(self, decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie) -> None:
+        super().__init__(trie, memory.states, torch.promote_types(decoder.word_embeddings.dtype, torch.float32))
+        self._decoder, self._memory = decoder, memory
+        self._layers: list[Tensor] = []  # [rows, 2, H, D]
+
+    def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
+        """See `DecodedTree`."""
+        trie, memory, decoder = self.trie, self._memory, self._decoder
+        depths = trie.depths[nodes]
+        visible = [(rows, places) for _, rows, places in self.by_depth(questions, nodes)]
         groups = offsets(torch.bincount(questions, minlength=memory.states))
         embeddings = decoder.roberta.embeddings
         x = embeddings(trie.tokens[nodes], depths + embeddings.pad_token_id + 1)
         for number, layer in enumerate(decoder.roberta.encoder):
             q, k, v = layer.attention.self.project_all(x)
-            known = k.new_empty(self._rows + len(nodes), 2, *k.shape[1:])
-            if self._rows:
-                known[: self._rows] = self._layers[number]
-            known[self._rows :, 0], known[self._rows :, 1] = k, v
+            known = k.new_empty(self.rows + len(nodes), 2, *k.shape[1:])
+            if self.rows:
+                known[: self.rows] = self._layers[number]
+            known[self.rows :, 0], known[self.rows :, 1] = k, v
             if keep:
                 self._layers[number : number + 1] = [known]
             x = layer.attention.output(_attend(q, known, visible).flatten(1), x)
             x = layer.cross_attention(x, memory.layers[number], groups, memory.cu_seqlens, memory.longest)
             x = layer.feed_forward(x)
-        if keep:
-            self._rows += len(nodes)
         self._read_edges(decoder.lm_head.transform(x), questions, nodes)
 
     def _read_edges(self, hidden: Tensor, questions: Tensor, nodes: Tensor) -> None:
         """Log-likelihoods of all edges of the nodes, whose states before the vocabulary are `hidden` `[n, width]`."""
-        trie, words, bias = self._trie, self._decoder.word_embeddings, self._decoder.lm_head.bias
-        first = trie.edge_starts[nodes]
+        trie, words, bias = self.trie, self._decoder.word_embeddings, self._decoder.lm_head.bias
+        edges, counts = self.edges_of(nodes)
         # One edge of a node tells the normaliser of its softmax; the others differ from it by their logits.
-        one = ops.token_log_likelihood(hidden, words, bias, trie.edge_tokens[first])
-        counts = trie.edge_starts[nodes + 1] - first
-        edges = ragged_rows(first, counts)
+        one = ops.token_log_likelihood(hidden, words, bias, trie.edge_tokens[trie.edge_starts[nodes]])
         rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
         wide = self.log_likelihoods.dtype
 

@@ -20,7 +20,7 @@ from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
 from xfm_fast.packing import ImageGroups, offsets
-from xfm_fast.tasks.answer_trie import AnswerTrie, check_answers, rank
+from xfm_fast.tasks.answer_trie import AnswerTrie, PackedTree, check_answers, rank
 from xfm_fast.tasks.task_model import TaskModel
 
 # The tables of the VQA v2 evaluation protocol (arXiv 1505.00468), with its oddities: "somebody'd" loses its apostrophe,
@@ -206,15 +206,18 @@ class VQAModel(TaskModel):
                 tokens.
         """
         trie = answers if isinstance(answers, AnswerTrie) else AnswerTrie.of(answers, answer_mask, self.config)
-        if not 1 <= k <= trie.answers:
-            raise InputError(f"k={k}; with {trie.answers} answers it must be 1 to {trie.answers}")
-        if best is not None and not 1 <= best <= k:
-            raise InputError(f"best={best}; with {k} candidates it must be 1 to {k}")
-        found = rank(
-            self.text_decoder, memory, trie, k=k, best=k if best is None else best,
-            first_token_twice=count_first_token_twice,
-        )  # fmt: skip
-        return AnswerRanking(*found)
+
+        def tree_of(part: DecoderMemory) -> PackedTree:
+            return PackedTree(self.text_decoder, part, trie)
+
+        return AnswerRanking(*rank(tree_of, memory, trie, k=k, best=best, first_token_twice=count_first_token_twice))
+
+    @torch.no_grad()
+    def log_likelihoods(self, memory: DecoderMemory, answer_ids: Tensor) -> Tensor:
+        """How likely the model is to write answers `[Q, La]`, one for each question: `[Q]` log-likelihoods."""
+        each = ImageGroups(torch.arange(len(answer_ids) + 1, device=answer_ids.device))
+        mask = answer_ids != self.config.pad_token_id
+        return -self.text_decoder.token_losses(answer_ids, mask, memory, each).double().sum(1)
 
     @torch.no_grad()
     def generate(

@@ -46,6 +46,7 @@ class TritonPythonModel:
             self.ranker = Ranker(self.session, tokenizer, limits, int(given["cache_bytes"]))
         except XFMError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
+        self.metrics = _Metrics({"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Requests are answered together; what is wrong with one is its own error."""
@@ -54,7 +55,9 @@ class TritonPythonModel:
         try:
             if queries and not self.session.ready:
                 self.session.warm_up()
-            answers = iter(self.ranker.rank(queries))
+            ranked = self.ranker.rank(queries)
+            self.metrics.count(ranked, self.ranker.cache.nbytes)
+            answers = iter(ranked)
         except Exception as error:  # the model outlives whatever happens to its requests
             return [_failed(found if isinstance(found, XFMError) else error) for found in parsed]
         return [
@@ -90,6 +93,30 @@ class TritonPythonModel:
             tensor.name(): torch.from_dlpack(tensor.to_dlpack()).to(self.device, copy=True)
             for tensor in response.output_tensors()
         }
+
+
+class _Metrics:
+    """What the server tells at its /metrics beside its own numbers."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        def metric(name: str, description: str, kind: str = "COUNTER") -> Any:
+            family = pb_utils.MetricFamily
+            made = family(name=f"xfm_rank_{name}", description=description, kind=getattr(family, kind))
+            return made, made.Metric(labels=dict(labels))
+
+        # A metric lives as long as its family.
+        self._images = metric("images_total", "Images of answered rank requests")
+        self._reused = metric("images_reused_total", "Images whose memory was there from an earlier request")
+        self._captions = metric("captions_total", "Captions of answered rank requests")
+        self._kept = metric("memory_bytes", "Bytes of image memories that are kept between requests", "GAUGE")
+
+    def count(self, answers: Sequence[Ranking | XFMError], kept: int) -> None:
+        """Count what was answered, and tell how much is kept."""
+        rankings = [answer for answer in answers if isinstance(answer, Ranking)]
+        self._images[1].increment(sum(len(ranking.reused) for ranking in rankings))
+        self._reused[1].increment(sum(int(ranking.reused.sum()) for ranking in rankings))
+        self._captions[1].increment(sum(ranking.scores.shape[1] for ranking in rankings))
+        self._kept[1].set(kept)
 
 
 _INPUTS = ("images", "captions")

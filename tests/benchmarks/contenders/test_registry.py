@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
 from xfm_fast import flops
+from xfm_fast.benchmarks.contenders import registry
 from xfm_fast.benchmarks.contenders.engine import Clock, NoStages, Stages
-from xfm_fast.benchmarks.contenders.registry import ALL, Contender, Setup, choose
+from xfm_fast.benchmarks.contenders.registry import ALL, TASK_WORK, Contender, Setup, choose
 from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer
 from xfm_fast.benchmarks.measure import DTYPES, FP32_BAND
@@ -34,7 +36,7 @@ PAIRS = [
     pytest.param(c.name, s, marks=[pytest.mark.slow] if c.name in SLOW else [])
     for c in ALL
     for s in c.works
-    if c.name not in (OFFICIAL, OFFICIAL_CODE)
+    if c.name not in (OFFICIAL, OFFICIAL_CODE) and s not in TASK_WORK
 ]
 
 
@@ -179,6 +181,14 @@ def test_operations_of_a_run_add_up(material: Material, workloads: dict[str, Wor
     assert {name: kind_of(name) for name in kinds} == kinds
 
 
+def test_operations_of_other_threads_count() -> None:
+    """xfm-fast computes a batch in shares, each in a thread of its own."""
+    square = torch.ones(256, 256)
+    with ThreadPoolExecutor(1) as pool:
+        found = operation_shares(lambda: pool.submit(torch.mm, square, square).result(), CPU)
+    assert found[0].name == "matrix products"
+
+
 def test_flops_are_those_of_the_schedule(material: Material, workloads: dict[str, Workload], tmp_path: Path) -> None:
     config, text = material.config(SIZE), EmbedText(material, 3, "uniform-16")
     lengths = text.lengths([0, 1, 2])
@@ -243,3 +253,20 @@ def test_who_takes_part() -> None:
     assert absent["torch-eager"] == "was not asked for"
     with pytest.raises(UnavailableError, match="choose from xfm-fast"):
         choose(("tensorflow",), "rerank", CPU, quick=True)
+
+
+def test_torch_tensorrt_is_told_from_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are the module `torch_tensorrt`; the distribution that is not there is named, and so is the GPU."""
+    installed = {"torch-tensorrt-rtx"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise registry.PackageNotFoundError
+        return "2.14.0"
+
+    monkeypatch.setattr(registry, "version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert NAMES["torch-tensorrt"].why_absent(CPU) == "torch-tensorrt is not installed"
+    assert NAMES["torch-tensorrt-rtx"].why_absent(CPU) == "needs an NVIDIA GPU, and this run is on cpu"
+    assert NAMES["torch-tensorrt-rtx"].why_absent(torch.device("cuda")) is None
+    assert (NAMES["torch-tensorrt"].version, NAMES["torch-tensorrt-rtx"].version) == (None, "2.14.0")

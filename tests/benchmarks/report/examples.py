@@ -188,7 +188,9 @@ def sweep() -> Document:
     for contender, exponent in (("xfm-fast", 0.93), ("official-algorithm", 0.99)):
         for batch in (1, 2, 4, 8, 16):
             row = _row("embed-image", "offline", contender, "fp32", batch**exponent, 5)
-            rows.append(row.model_copy(update={"x": float(batch), "name": f"embed {batch} images of 384 px"}))
+            rows.append(
+                row.model_copy(update={"x": float(batch), "over": "batch", "name": f"embed {batch} images of 384 px"})
+            )
         fits.append(
             record.Fit(
                 work="embed-image",

@@ -141,6 +141,14 @@ def test_every_speed_up_names_its_types_and_the_like_for_like_ratio_stands_besid
             assert head in medium
 
 
+def test_over_fp32_is_said_of_fp32_alone() -> None:
+    """A service whose reference ran in bf16 alone is compared with that, and the reference's speed stands beside it."""
+    text = report.markdown(files.load(RESULTS / "serve-bf16-cpu-avx512-2threads.json"))
+    assert "over fp32" not in text
+    assert "| one request at a time, same dtype | like for like |" in text.splitlines()[0]
+    assert "| 11.6 | 1.04 | 11.2× |" in text
+
+
 def test_the_sweep_page_prints_the_exponent_and_draws_its_line() -> None:
     document = examples.sweep()
     page = report.html(document)

@@ -195,7 +195,7 @@ def test_an_interrupted_server_keeps_its_trials() -> None:
 
 
 def _sweep(over: Any, *values: str) -> SweepOptions:
-    return SweepOptions(**FEW, baselines=(OURS,), over=over, values=values)
+    return SweepOptions(**FEW, baselines=(OURS,), over=(over,), values=values)
 
 
 def test_a_sweep_has_an_exponent_for_everyone() -> None:

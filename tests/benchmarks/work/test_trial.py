@@ -14,6 +14,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers")
 
 from tests.cli.runner import invoke  # noqa: E402
+from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.benchmarks import measure  # noqa: E402
 from xfm_fast.benchmarks.material import models  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
@@ -114,6 +115,44 @@ def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("random" in note for note in opened.notes)
     with pytest.raises(InputError, match=r"has no model 'vit_tiny_patch17_224'; near .*vit_tiny_patch16_224"):
         models.open_model("timm:vit_tiny_patch17_224")
+
+
+def test_a_model_of_timm_is_tried(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "one.png")
+    done = invoke(["try", "timm:test_vit", *QUICK, "--images", tmp_path, "--json"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert all(row["status"] == "measured" for row in found["document"]["rows"])
+    assert any("modules replaced" in one for one in found["told"])
+
+
+def test_a_name_on_the_hub(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(bert)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    opened = models.open_model("someone/bert")
+    assert (opened.name, opened.folder) == ("someone/bert", bert)
+    ((name, patterns),) = asked
+    assert name == "someone/bert"
+    assert not {"*.py", "*.bin", "*"} & set(patterns)
+
+
+def test_layers_that_nothing_knows_are_told(tmp_path: Path) -> None:
+    sizes = {"d_model": 24, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 99}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"Not known: T5Block \(encoder\.block\.0 and 1 alike\), 100% of the products"):
+        trial.run(str(tmp_path), TryOptions(quick=True, dtype=("fp32",)))
+
+
+def test_a_model_of_our_own(tmp_path: Path) -> None:
+    XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is an X-FM, which these kernels compute already"):
+        models.open_model(str(tmp_path))
 
 
 def test_nothing_of_a_folder_is_run(bert: Path, tmp_path: Path) -> None:

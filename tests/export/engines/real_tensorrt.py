@@ -275,7 +275,7 @@ def run(trt: Any, scratch: Path) -> None:
     from xfm_fast.export.slots import choose_slot, graph_slots
 
     module = install(trt)
-    shapes = {"inputs": ("image_embeds", [2, 3]), "outputs": ("memory", [1, 2, 1, 2, 3])}
+    shapes = {"inputs": ("image_embeds", [2, 3]), "outputs": ("memory_keys_0", [1, 2, 3])}
     tensors: dict[str, Any] = {
         side: [TensorRecord(name=name, dtype="float32", dims=["batch", *rest])] for side, (name, rest) in shapes.items()
     }

@@ -16,6 +16,8 @@ class Enum(str):
 TENSOR = {"name": str, "data_type": Enum, "dims": [int], "allow_ragged_batch": bool}
 PARAMETER = {"key": str, "value": {"string_value": str}}
 WARM_INPUT = {"key": str, "value": {"data_type": Enum, "dims": [int], "zero_data": bool}}
+SHAPE = {"key": str, "value": {"dim": [int]}}
+GRAPH_SPEC = {"batch_size": int, "input": [SHAPE], "graph_lower_bound": {"batch_size": int, "input": [SHAPE]}}
 # Fields and types as model_config.proto of Triton's common repository has them; a list is a repeated field.
 MODEL_CONFIG: dict[str, Any] = {
     "name": str,
@@ -28,6 +30,7 @@ MODEL_CONFIG: dict[str, Any] = {
     "dynamic_batching": {"preferred_batch_size": [int], "max_queue_delay_microseconds": int},
     "instance_group": [{"count": int, "kind": Enum, "profile": [str]}],
     "model_warmup": [{"name": str, "batch_size": int, "inputs": [WARM_INPUT]}],
+    "optimization": {"cuda": {"graphs": bool, "graph_spec": [GRAPH_SPEC]}},
     "parameters": [PARAMETER],
 }
 

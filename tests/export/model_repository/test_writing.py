@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.cli.runner import invoke
 from tests.export.model_repository import pbtxt, triton_client, triton_server
-from tests.export.model_repository.fake_triton import FakeServer, Tensor
+from tests.export.model_repository.fake_triton import FakeServer, MetricFamily, Tensor
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError, ExportError, InputError, StorageError, UnavailableError, XFMError
 from xfm_fast.export import manifest as manifests
@@ -172,6 +172,10 @@ def test_images_are_encoded_once(repository: Path, monkeypatch: pytest.MonkeyPat
     server.calls.clear()
     server.rank(([photo(3)], encoded("a cat")))
     assert not {"xfm_vision", "xfm_image_memory"} & set(server.calls)
+    counted = MetricFamily.values
+    assert (counted["xfm_rank_images_total"], counted["xfm_rank_images_reused_total"]) == (4, 2)
+    assert counted["xfm_rank_captions_total"] == 4
+    assert counted["xfm_rank_memory_bytes"] == server.models["xfm_rank"].ranker.cache.nbytes > 0
 
 
 def test_scores_do_not_depend_on_the_cache_or_on_company(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +379,13 @@ def test_engines_are_plans_with_a_context_for_each_profile(exported_fp32: Path, 
     assert [warm["inputs"][1]["value"]["dims"] for warm in fusion["model_warmup"]] == [[1, 16, 16], [16, 16, 16]]
     assert planned["xfm_rank"].config["instance_group"] == [{"count": 1, "kind": "KIND_GPU"}]
     assert planned["xfm_text"].script is None
+    # A CUDA graph of the best shape of each profile, which serves smaller batches and nothing shorter.
+    latency, bulk = planned["xfm_text"].config["optimization"]["cuda"]["graph_spec"]
+    assert (latency["batch_size"], bulk["batch_size"]) == (1, 16)
+    assert bulk["graph_lower_bound"] == {"batch_size": 1, "input": bulk["input"]}
+    assert [each["value"]["dim"] for each in bulk["input"]] == [[16], [16]]
+    (first, _) = fusion["optimization"]["cuda"]["graph_spec"]
+    assert (sorted(first), first["input"][1]["value"]["dim"]) == (["input"], [1, 16, 16])
 
 
 def test_onnx_graphs_are_served_by_onnx_runtime(

@@ -1,0 +1,335 @@
+"""Sessions of fine-tuned models, under the names that the models of `xfm_fast.tasks` have.
+
+A decoder's graph writes one token of every text at a time, and the keys and values of what is written lie here, between
+its calls: beams and the prefixes of answers are rows of them that are picked anew at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from xfm_fast.errors import InputError
+from xfm_fast.models import inputs as checks
+from xfm_fast.models.decoder import generate
+from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree, rank
+from xfm_fast.tasks.vqa import AnswerRanking
+
+from ..slots import largest
+from .session import Session, SessionMemory
+
+# Rows of vocabulary logits of a pass: 100 MB in fp32 at base size.
+_LOGIT_ROWS = 512
+
+
+class GroundingSession(Session):
+    """See `xfm_fast.tasks.grounding.GroundingModel`."""
+
+    def boxes(
+        self,
+        pixels: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """`GroundingModel.boxes`: `[P, 4]` boxes (cx, cy, w, h) relative to the image."""
+        mask = checks.check_tokens(input_ids, attention_mask, self.config)
+        memory = self.image_memory(self.encode_image(pixels))
+        return self.predict_boxes(
+            self.fuse(self.encode_text(input_ids, mask), mask, memory, image_index, first_token_only=True)
+        )
+
+
+class ClassificationSession(Session):
+    """See `xfm_fast.tasks.classification.ClassificationModel`."""
+
+    def logits(
+        self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """`ClassificationModel.logits`: `[B, labels]` of images, of texts, or of texts with an image each."""
+        if input_ids is None:
+            if pixels is None:
+                raise InputError("pixels and input_ids are missing; a classifier reads one of them, or both")
+            return self.class_logits(self.encode_image(pixels), "encode_image")
+        mask = checks.check_tokens(input_ids, attention_mask, self.config)
+        texts = self.encode_text(input_ids, mask)
+        if pixels is None:
+            return self.class_logits(texts, "encode_text")
+        memory = self.image_memory(self.encode_image(pixels))
+        return self.class_logits(self.fuse(texts, mask, memory, first_token_only=True), "fuse")
+
+
+class NLVR2Session(Session):
+    """See `xfm_fast.tasks.nlvr2.NLVR2Model`."""
+
+    def logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`NLVR2Model.logits`: `[B, 2]` scores of "false" and "true"; images `[2B, 3, R, R]`, the first ones first."""
+        mask = checks.check_tokens(input_ids, attention_mask, self.config)
+        pairs = len(input_ids)
+        if len(pixels) != 2 * pairs:
+            raise InputError(f"there are {len(pixels)} images for {pairs} sentences; NLVR2 has two for each")
+        self.require("nlvr2")
+        both = self.image_memory(self.encode_image(pixels)).layers
+        memory = SessionMemory({name: layer.unflatten(0, (2, pairs)).transpose(0, 1) for name, layer in both.items()})
+        embeds = self.encode_text(input_ids, mask)
+        with torch.inference_mode():
+            most = max(self.limits.budget // max(input_ids.shape[1], 1), 1)
+            passes = [
+                self.call(
+                    "nlvr2", {"text_embeds": embeds[rows], "attention_mask": mask[rows], **memory.select(rows).layers}
+                )
+                for rows in _pieces(pairs, largest(self.slots("nlvr2"), "batch"), most)
+            ]
+            return self.joined("nlvr2", passes, pairs)["class_logits"]
+
+
+@dataclass(frozen=True)
+class SessionStates(SessionMemory):
+    """What texts are decoded from: keys and values of every layer of a decoder for B states.
+
+    Attributes:
+        mask: `[B, M]`, zero for tokens that a state lacks; None where all have the same.
+    """
+
+    mask: Tensor | None = None
+
+    @property
+    def states(self) -> int:
+        """B."""
+        return self.images
+
+    def part(self, start: int, stop: int) -> SessionStates:
+        """The states from `start` to `stop`; nothing is copied."""
+        return self.select(slice(start, stop))
+
+    def select(self, index: Tensor | slice) -> SessionStates:
+        """Some of the states; a slice shares storage."""
+        return SessionStates(super().select(index).layers, None if self.mask is None else self.mask[index])
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """As the graph of a step takes them."""
+        return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
+
+
+@dataclass
+class SessionPast:
+    """Keys and values `[A, P, layers, 2, H, D]` of the tokens that A texts have behind them."""
+
+    tokens: Tensor
+
+    def select(self, rows: Tensor) -> SessionPast:
+        """See `xfm_fast.models.decoder.Past`."""
+        return SessionPast(self.tokens.index_select(0, rows))
+
+
+class DecodingSession(Session):
+    """A session with the graphs of a decoder: a `xfm_fast.models.decoder.Writer`, whose hidden states are logits."""
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest text that model and graphs take."""
+        most = largest(self.slots("decoder_step"), "past")
+        return self.config.max_text_length if most is None else min(self.config.max_text_length, most + 1)
+
+    def states(self, states: Tensor, mask: Tensor | None = None) -> SessionStates:
+        """Project what is to be decoded from, `[B, M, width]`, once for all steps and beams."""
+        self.require("decoder_memory")
+        with torch.inference_mode():
+            passes = [self.call("decoder_memory", {"states": part}) for part in self.parts("decoder_memory", states)]
+            if passes:
+                return SessionStates(self.joined("decoder_memory", passes, len(states)), mask)
+            return SessionStates(self.zeros("decoder_memory", {"batch": 0, "length": states.shape[1]}), mask)
+
+    def next_tokens(self, tokens: Tensor, past: Tensor, states: SessionStates) -> tuple[Tensor, Tensor]:
+        """One more token of T texts for each of B states.
+
+        Args:
+            tokens: `[B, T]`.
+            past: `[B, T, P, layers, 2, H, D]`, of the P tokens before.
+            states: of the B states.
+
+        Returns:
+            Logits `[B, T, vocabulary]`, and keys and values of the tokens `[B, T, layers, 2, H, D]`.
+        """
+        name = self.require("decoder_step")
+        batch, texts, behind = past.shape[:3]
+        with torch.inference_mode():
+            real = torch.full((batch, texts, max(behind, 1)), int(behind > 0), device=self.device)
+            cached = (past if behind else past.new_zeros(batch, texts, 1, *past.shape[3:])).movedim(2, -2)
+            slots = self.slots(name)
+            columns = _pieces(texts, largest(slots, "texts"), _LOGIT_ROWS)
+            together = max(_LOGIT_ROWS // max(texts, 1), 1)
+            made = []
+            for rows in _pieces(batch, largest(slots, "batch"), together):
+                given = states.select(rows).inputs
+                row = [
+                    self.call(
+                        name,
+                        {
+                            "token_ids": tokens[rows, part],
+                            "past": cached[rows, part],
+                            "past_mask": real[rows, part],
+                            **given,
+                        },
+                    )
+                    for part in columns
+                ]
+                made.append({key: torch.cat([each[key] for each in row], 1) for key in ("logits", "present")})
+            return torch.cat([each["logits"] for each in made]), torch.cat([each["present"] for each in made])
+
+    @property
+    def cached_dims(self) -> tuple[int, ...]:
+        """Layers, 2, H and D of the keys and values of a token."""
+        present = next(each for each in self.manifest.graph("decoder_step").outputs if each.name == "present")
+        return tuple(int(dim) for dim in present.dims[2:])
+
+    def begin(self, prompt_ids: Tensor, memory: SessionStates, capacity: int) -> tuple[Tensor, SessionPast]:
+        """See `Writer`: the prompt goes through the graph token by token."""
+        prompt_ids = prompt_ids.to(self.device)
+        past = SessionPast(torch.zeros(len(prompt_ids), 0, *self.cached_dims, dtype=self.dtype, device=self.device))
+        logits = [self.step(tokens, memory, past) for tokens in prompt_ids.unbind(1)]
+        return logits[-1], past
+
+    def step(self, input_ids: Tensor, memory: SessionStates, past: SessionPast) -> Tensor:
+        """See `Writer`."""
+        grid = (memory.states, -1)
+        logits, present = self.next_tokens(input_ids.unflatten(0, grid), past.tokens.unflatten(0, grid), memory)
+        past.tokens = torch.cat([past.tokens, present.flatten(0, 1)[:, None]], 1)
+        return logits.flatten(0, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Writer`: a copy of what a step returned, in fp32."""
+        return hidden.to(torch.float32, copy=True)
+
+
+class CaptioningSession(DecodingSession):
+    """See `xfm_fast.tasks.captioning.CaptioningModel`."""
+
+    def generate(
+        self, pixels: Tensor, prompt_ids: Tensor, *, max_length: int = 20, min_length: int = 5, num_beams: int = 3,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        """`CaptioningModel.generate`: `[B, length]` ids with prompt and `</s>`, padded."""
+        if prompt_ids.ndim == 1:
+            prompt_ids = prompt_ids.expand(len(pixels), -1)
+        memory = self.states(self.encode_image(pixels))
+        return generate(
+            self, memory, prompt_ids, max_length=max_length, min_length=min_length, num_beams=num_beams,
+            pad_token_id=self.config.pad_token_id, eos_token_id=self.config.eos_token_id, **options,
+        )  # fmt: skip
+
+
+class VQASession(DecodingSession):
+    """See `xfm_fast.tasks.vqa.VQAModel`."""
+
+    def encode_questions(
+        self,
+        pixels: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> SessionStates:
+        """`VQAModel.encode_questions`: the decoder's memory of Q questions that have seen their image."""
+        mask = checks.check_tokens(question_ids, question_mask, self.config)
+        memory = self.image_memory(self.encode_image(pixels))
+        return self.states(self.fuse(self.encode_text(question_ids, mask), mask, memory, image_index), mask.long())
+
+    def rank_answers(
+        self, memory: SessionStates, answers: AnswerTrie, *, k: int = 128, best: int | None = None
+    ) -> AnswerRanking:
+        """`VQAModel.rank_answers`."""
+        return AnswerRanking(
+            *rank(
+                lambda part: SteppedTree(self, part, answers), memory, answers, k=k, best=best, first_token_twice=False
+            )
+        )
+
+    def log_likelihoods(self, memory: SessionStates, answer_ids: Tensor) -> Tensor:
+        """`VQAModel.log_likelihoods`."""
+        past = SessionPast(torch.zeros(len(answer_ids), 0, *self.cached_dims, dtype=self.dtype, device=self.device))
+        total = torch.zeros(len(answer_ids), dtype=torch.float64, device=self.device)
+        for tokens, following in zip(answer_ids.unbind(1), answer_ids[:, 1:].unbind(1), strict=False):
+            shares = self.step(tokens, memory, past).double().log_softmax(-1)
+            total += shares.gather(1, following[:, None])[:, 0] * (following != self.config.pad_token_id)
+        return total
+
+    def generate(self, memory: SessionStates, *, max_length: int = 20, num_beams: int = 1, **options: Any) -> Tensor:
+        """`VQAModel.generate`: `[Q, length]` ids: `<s>`, the answer, `</s>`, then padding."""
+        config = self.config
+        prompt = torch.full((memory.states, 1), config.bos_token_id, device=self.device)
+        return generate(
+            self, memory, prompt, max_length=max_length, num_beams=num_beams,
+            pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id, **options,
+        )  # fmt: skip
+
+
+class SteppedTree(DecodedTree):
+    """The tree as a graph of single steps grows it: the nodes of a depth of all questions in one step."""
+
+    def __init__(self, session: DecodingSession, memory: SessionStates, trie: AnswerTrie) -> None:
+        super().__init__(trie, memory.states, torch.float32)
+        self._session, self._memory = session, memory
+        self._known = torch.zeros(0, *session.cached_dims, dtype=session.dtype, device=session.device)
+
+    def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
+        """See `DecodedTree`."""
+        known = torch.cat([self._known, self._known.new_zeros(len(nodes), *self._known.shape[1:])])
+        for depth, chosen, places in self.by_depth(questions, nodes):
+            for rows in _grids(questions[chosen]):
+                # Row r of the grid are nodes of one question; what fills it up is computed and not read.
+                grid = pad_sequence(rows, batch_first=True, padding_value=int(rows[0][0])).to(nodes.device)
+                real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True).to(nodes.device)
+                behind, memory = places[grid], self._memory.select(questions[chosen[grid[:, 0]]])
+                tokens = self.trie.tokens[nodes[chosen[grid]]]
+                logits, present = self._session.next_tokens(tokens, known[behind[..., :depth]], memory)
+                of = chosen[grid[real]]
+                known[behind[real][:, -1]] = present[real]
+                self._read_edges(logits[real].float().log_softmax(-1), questions[of], nodes[of])
+        if keep:
+            self._known = known
+
+    def _read_edges(self, shares: Tensor, questions: Tensor, nodes: Tensor) -> None:
+        edges, counts = self.edges_of(nodes)
+        rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
+        self.log_likelihoods[questions[rows], edges] = shares[rows, self.trie.edge_tokens[edges]]
+
+
+def _grids(questions: Tensor) -> Iterator[list[Tensor]]:
+    """Nodes by their number, those of a question in a row, in grids of rows alike in length and few enough logits.
+
+    Args:
+        questions: of the nodes, sorted.
+    """
+    counts = questions.unique_consecutive(return_counts=True)[1].tolist()
+    rows = [row for of in torch.arange(len(questions)).split(counts) for row in of.split(_LOGIT_ROWS)]
+    grid: list[Tensor] = []
+    for row in sorted(rows, key=len):
+        if grid and (len(grid) + 1) * len(row) > _LOGIT_ROWS:
+            yield grid
+            grid = []
+        grid.append(row)
+    yield grid
+
+
+def _pieces(count: int, *limits: int | None) -> Sequence[slice]:
+    """0 to count in pieces that no limit is below."""
+    size = min((limit for limit in limits if limit is not None), default=count)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+TASK_SESSIONS: dict[str, type[Session]] = {
+    "captioning": CaptioningSession,
+    "grounding": GroundingSession,
+    "image": ClassificationSession,
+    "nlvr2": NLVR2Session,
+    "retrieval": Session,
+    "text": ClassificationSession,
+    "vqa": VQASession,
+}
+"""The sessions that answer for a task, by its kind."""

@@ -1,0 +1,37 @@
+"""How the threads of an operation wait for each other: for libgomp, PyTorch's on Linux, by spinning for milliseconds.
+
+That is best alone on a machine. Where a second process competes for the cores, a thread spins on a core that another
+one would need, and both processes take several times as long as their work. libgomp reads how long to spin when it is
+loaded, with PyTorch; what comes later has no effect. Nothing here imports PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+
+POLICY, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+# Long enough for most waits inside an operation: a microsecond or two. libgomp's own number is 300,000.
+_BRIEFLY = "1000"
+
+
+def wait_briefly(environment: MutableMapping[str, str]) -> None:
+    """Have processes with this environment spin for microseconds before they sleep, unless it says how they wait."""
+    if POLICY not in environment:
+        environment.setdefault(SPINS, _BRIEFLY)
+
+
+def as_libgomp_waits(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without a word on how to wait."""
+    return {name: value for name, value in environment.items() if name not in (POLICY, SPINS)}
+
+
+def told(environment: Mapping[str, str]) -> str:
+    """How threads wait, in words, and what to do where other processes compete."""
+    policy, spins = environment.get(POLICY, "").lower(), environment.get(SPINS, "").lower()
+    if policy == "passive" or (spins.isdigit() and int(spins) <= int(_BRIEFLY)):
+        by = f"{SPINS}={spins}" if spins else f"{POLICY}={policy}"
+        return f"briefly ({by}); in programs of your own beside others, set it before PyTorch is imported"
+    return (
+        f"spinning: best alone on the machine, several times slower beside other processes; for those set "
+        f"{SPINS}={_BRIEFLY} before PyTorch is imported"
+    )

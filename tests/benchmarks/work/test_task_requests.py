@@ -1,0 +1,179 @@
+"""Fine-tuned tasks as scenarios on the tiny model; the synthetic list of answers; what counts as agreement."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from xfm_fast import flops
+from xfm_fast.benchmarks.contenders.engine import NoStages
+from xfm_fast.benchmarks.contenders.official_finetuning import official_engine
+from xfm_fast.benchmarks.contenders.ours import our_engine
+from xfm_fast.benchmarks.material import photographs
+from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer, preset_config
+from xfm_fast.benchmarks.material.questions import ANSWERS, Texts, answer_list, questions
+from xfm_fast.benchmarks.options import ScenarioOptions, SweepOptions
+from xfm_fast.benchmarks.record import OFFICIAL, OURS
+from xfm_fast.benchmarks.work import scenario, setting, sweep, task_requests
+from xfm_fast.benchmarks.work.requests import Difference
+from xfm_fast.benchmarks.work.setting import Scale
+from xfm_fast.errors import InputError
+from xfm_fast.tasks.answer_trie import AnswerTrie
+from xfm_fast.tasks.vqa import AnswerRanking
+
+pytest.importorskip("skimage")
+pytest.importorskip("sklearn")
+CONFIG = preset_config("tiny")
+
+
+TINY = ScenarioOptions(
+    preset="tiny", quick=True, threads=1, device="cpu", dtype=("fp32",), mode=("offline",), baselines=("torch-eager",),
+    image_size=48, batch=2, texts=2, k=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_work() -> Any:
+    before, few, whole = torch.get_num_threads(), slice(0, 40), Scale.of
+
+    def less(*given: Any) -> Scale:
+        return replace(whole(*given), requests=3, rounds=2, budget_s=0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scale, "of", less)
+        # The profiler takes longer than all the rest.
+        patch.setattr(setting, "operation_shares", lambda run, device: [])
+        patch.setattr(
+            task_requests, "answer_list", lambda config, seed: Texts(*(t[few] for t in answer_list(config, seed)))
+        )
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def material() -> Material:
+    collection = photographs.bundled()
+    return Material(Subjects.chosen("tiny", None, 0), collection, make_tokenizer("tiny", None, collection))
+
+
+def test_the_list_has_the_trie_of_vqa_v2() -> None:
+    answers = answer_list(CONFIG, 0)
+    trie = AnswerTrie.of(*answers, CONFIG)
+    lengths = Counter(answers.mask.sum(1).tolist())
+    assert lengths == {3: 823, 4: 1519, 5: 695, 6: 72, 7: 19, 8: 1}
+    assert Counter(trie.depths.tolist()) == {0: 1, 1: 1276, 2: 1917, 3: 770, 4: 91, 5: 20, 6: 1}
+    assert (trie.answers, len(answers.ids.unique(dim=0))) == (ANSWERS, ANSWERS)
+    assert int(trie.edge_starts.diff()[1:].max()) in range(40, 80)
+
+
+def test_questions_have_the_lengths_of_vqa_v2() -> None:
+    asked = questions(CONFIG, 7, 0)
+    assert asked.mask.sum(1).tolist() == [9, 8, 12, 9, 10, 9, 8]
+    assert set(asked.ids[asked.mask == 0].tolist()) == {CONFIG.pad_token_id}
+
+
+@pytest.mark.parametrize(
+    "work", ["vqa", pytest.param("vqa-all", marks=pytest.mark.slow), "nlvr2", "grounding", "captioning"]
+)
+def test_a_task_is_a_scenario(work: str) -> None:
+    document = scenario.run(work, TINY)
+    assert document.ok
+    assert [row.contender for row in document.rows] == [OURS, OFFICIAL, "torch-eager"]
+    for row in document.rows:
+        assert (row.status, row.work, row.point.batch) == ("measured", work, 2)
+        assert row.parity is not None
+        assert row.parity.passed
+        assert row.items == (4 if row.unit in ("questions", "expressions") else 2)
+        assert row.stages
+    ours, official, eager = document.rows
+    assert {compared.contender for compared in ours.against} == {OFFICIAL, "torch-eager"}
+    if work == "vqa-all":
+        assert ours.efficiency is None
+        return
+    assert ours.efficiency is not None
+    assert official.efficiency is not None
+    assert eager.efficiency is not None
+    assert ours.efficiency.flops == eager.efficiency.flops == ours.efficiency.needed_flops
+    assert 0 < (ours.efficiency.flops or 0) < (official.efficiency.flops or 0)
+
+
+@pytest.mark.parametrize("work", ["vqa", "vqa-best", "vqa-all", "vqa-list", "nlvr2", "grounding", "captioning"])
+def test_a_task_agrees_with_the_official_procedure_and_its_count(work: str, material: Material) -> None:
+    """In fp64, where nothing but a fault is left; requests of several lengths, together."""
+    workload = task_requests.made(work, material, 48, 2, 8, 3, "captions")
+    model = material.subjects.model(48, torch.float64, work)
+    with torch.inference_mode():
+        ours = workload.prepare(our_engine(model), torch.float64)([0, 2], NoStages())
+        with FlopCounterMode(display=False) as counter:
+            official = workload.prepare(official_engine(model), torch.float64)([0, 2], NoStages())
+    found = workload.compare([0, 2], ours, official)
+    # Boxes are told in fp32.
+    assert found.error < (1e-6 if work == "grounding" else 1e-9)
+    assert found.note == ""
+    assert workload.flops([0, 2], "official", official) == counter.get_total_flops()
+    others = workload.prepare(our_engine(model), torch.float64)([1, 0], NoStages())
+    if work in ("nlvr2", "grounding"):
+        assert workload.compare([0, 2], others, official).error > 1e-3
+
+
+def test_another_caption_is_as_wrong_as_it_is_unlikely(material: Material) -> None:
+    workload = task_requests.made("captioning", material, 48, 1, 1, 2, "captions")
+    model = material.subjects.model(48, torch.float32, "captioning")
+    best = workload.prepare(official_engine(model), torch.float32)([0, 1], NoStages())
+    assert workload.compare([0, 1], best, best) == Difference(0.0)
+    wrong = best.clone()
+    wrong[0, -4:] = torch.tensor([40, 41, 42, 43])
+    found = workload.compare([0, 1], wrong, best)
+    assert found.error > 1e-3
+    assert found.note == "near ties led to 1 other caption"
+
+
+def test_tasks_are_swept() -> None:
+    options = SweepOptions(
+        preset="tiny", quick=True, threads=1, device="cpu", dtype=("fp32",), image_size=48, batch=2, over=("texts",),
+        values=("1", "3"), baselines=(OURS,),
+    )  # fmt: skip
+    document = sweep.run("grounding", options)
+    assert [row.items for row in document.rows if row.ours] == [2, 6]
+
+
+def _ranking(*scores: float, first: int = 0) -> AnswerRanking:
+    return AnswerRanking(torch.arange(first, first + len(scores))[None], torch.tensor([scores]))
+
+
+@pytest.mark.parametrize(
+    ("ours", "truth", "whole_list", "wrong"),
+    [
+        (_ranking(-1.0, -2.0), _ranking(-1.0, -2.0), False, 0.0),
+        (_ranking(-1.0, -2.0), _ranking(-1.0, -4.0), False, 0.5),
+        # The best of a few, at a near tie in another place.
+        (_ranking(-1.0, first=5), _ranking(-1.0, -2.0), False, 0.0),
+        (_ranking(-1.5, first=5), _ranking(-1.0, -2.0), False, 0.5),
+        # All answers: a better one is no error, to miss one is.
+        (_ranking(-0.5, -0.7, first=5), _ranking(-1.0, -2.0), True, 0.0),
+        (_ranking(-1.0, -3.0, first=5), _ranking(-1.0, -2.0), True, 2.0),
+    ],
+)
+def test_agreement(ours: AnswerRanking, truth: AnswerRanking, whole_list: bool, wrong: float) -> None:
+    error = task_requests.compared(ours, truth, whole_list=whole_list).error
+    assert error == pytest.approx(wrong, abs=1e-6)
+
+
+def test_operations_of_both_procedures() -> None:
+    """Of two questions, the image is needed once; 128 candidates and their copies are most of the official cost."""
+    config = preset_config("base").replace(image_size=480)
+    one, two = (task_requests.answering(config, [10] * n, [175] * n).total for n in (1, 2))
+    image = (flops.image_encoder(config, 1) + flops.image_memory(config, 1)).total
+    assert image < one < two < 2 * one - image + 1
+    official = task_requests.official_answering
+    assert official(config, [10] * 2, 128, 8).total == 2 * official(config, [10], 128, 8).total
+
+
+def test_more_candidates_than_answers() -> None:
+    with pytest.raises(InputError, match="k=4000; with 40 answers it must be 1 to 40"):
+        scenario.run("vqa", replace(TINY, k=4000))

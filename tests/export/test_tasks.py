@@ -1,0 +1,496 @@
+"""Graphs of fine-tuned models compute what the models compute, and their exports answer as the models do."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import xfm_fast
+from tests.cli.runner import invoke
+from xfm_fast import checkpoint
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.shapes import VOCABULARY
+from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.export.consumers import Profile
+from xfm_fast.export.expected import generated_examples, graph_memory
+from xfm_fast.export.graphs import Graph, GraphName, build, default_graphs, random_inputs, wants_all_tokens
+from xfm_fast.export.manifest import AxisRecord, Manifest, new_manifest
+from xfm_fast.export.pipeline import build_graphs, graph_records
+from xfm_fast.export.session import tasks as sessions
+from xfm_fast.export.slots import Slot
+from xfm_fast.finetuning.captioning import CaptioningOptions
+from xfm_fast.finetuning.evaluation import Evaluation
+from xfm_fast.finetuning.grounding import GroundingOptions
+from xfm_fast.finetuning.image import ImageTaskOptions
+from xfm_fast.finetuning.kinds import explanation, make_task
+from xfm_fast.finetuning.nlvr2 import NLVR2Options
+from xfm_fast.finetuning.prediction import Predictor, answer_lines
+from xfm_fast.finetuning.retrieval import RetrievalOptions
+from xfm_fast.finetuning.task import TaskOptions
+from xfm_fast.finetuning.text import TextTaskOptions
+from xfm_fast.finetuning.vqa import VQAOptions
+from xfm_fast.finetuning.weak_grounding import WeakGroundingOptions
+from xfm_fast.models.decoder import DecoderCache
+from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks.classification import ClassificationModel
+from xfm_fast.tokenizer import CaptionTokenizer
+
+SMALL: dict[str, Any] = {
+    "image_size": 32, "patch_size": 8, "vision_width": 32, "vision_depth": 2, "vision_heads": 2, "text_width": 32,
+    "text_heads": 2, "text_layers": 2, "text_intermediate": 64, "fusion_layers": 2, "embed_dim": 16,
+    "num_masking_patches": 6, "min_num_patches": 2,
+}  # fmt: skip
+ANSWERS = ("red", "blue", "a red circle", "a red star", "yes", "no")
+OPTIONS: dict[str, TaskOptions] = {
+    "captioning": CaptioningOptions(),
+    "vqa": VQAOptions(answers=ANSWERS, k="all", decoder_layers=2),
+    "vqa_written": VQAOptions(generate=True, decoder_layers=2),
+    "nlvr2": NLVR2Options(),
+    "grounding": GroundingOptions(),
+    "image": ImageTaskOptions(labels=("circle", "star", "square"), head="official_image"),
+    "text": TextTaskOptions(labels=("circle", "star", "square"), max_tokens=20),
+    "regression": TextTaskOptions(regression=True, max_tokens=20),
+    "retrieval": RetrievalOptions(),
+    "weak_grounding": WeakGroundingOptions(),
+}
+QUESTIONS = ["what colour is the red circle?", "is there a star?"]
+ASKED: dict[str, tuple[int, list[str]]] = {
+    "captioning": (3, []),
+    "vqa": (1, QUESTIONS),
+    "vqa_written": (1, QUESTIONS),
+    "nlvr2": (2, ["there is a red circle"]),
+    "grounding": (1, ["a red circle", "the blue star on the left"]),
+    "image": (3, []),
+    "text": (0, ["red circle", "a blue star and more of them"]),
+    "regression": (0, ["red circle"]),
+    "retrieval": (2, ["a red circle", "a blue star"]),
+}
+
+Tuned = Callable[[str], Path]
+Exported = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three files of noise, none of them square."""
+    folder, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    paths = [folder / f"{number}.png" for number in range(3)]
+    for path in paths:
+        Image.fromarray(noise.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(path)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """Folders of weights of a task as runs leave them, random ones in which nothing is zero or one."""
+    tokenizer = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 500)
+    config, made = XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, **SMALL), tmp_path_factory.mktemp("tuned")
+
+    def make(name: str) -> Path:
+        folder = made / name
+        if not folder.exists():
+            task = make_task(OPTIONS[name], config, tokenizer)
+            torch.manual_seed(0)
+            model = task.build()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            checkpoint.save_pretrained(model.state_dict(), config, folder, files=explanation(task))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exported(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Their exports to ONNX in fp32, for ONNX Runtime or another consumer."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="exports to ONNX are run")
+    from xfm_fast.export import export_onnx
+
+    made = tmp_path_factory.mktemp("exported")
+
+    def make(name: str, consumer: Any = "onnxruntime") -> Path:
+        folder = made / f"{name}-{consumer}"
+        if not folder.exists():
+            predictor = xfm_fast.load(tuned(name))
+            assert isinstance(predictor.model, xfm_fast.XFM)
+            export_onnx(
+                predictor.model, folder, consumer=consumer, companions=explanation(predictor.task),
+                examples=generated_examples(predictor.model.config, images=2, texts=9),
+            )  # fmt: skip
+        return folder
+
+    return make
+
+
+def _alike(found: Any, expected: Any) -> None:
+    """The same rows but for the last digits of numbers."""
+    if isinstance(expected, float):
+        assert math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-4), (found, expected)
+    elif isinstance(expected, dict):
+        assert [*found] == [*expected]
+        for key in expected:
+            _alike(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            _alike(*pair)
+    else:
+        assert found == expected
+
+
+def _graph(tuned: Tuned, task: str, name: GraphName, dtype: torch.dtype) -> tuple[Any, Any]:
+    model: Any = xfm_fast.load(tuned(task)).model
+    model = model.to(dtype)
+    return model, build(name, model, "function")
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[found.dtype], atol=TOLERANCE[found.dtype])
+
+
+@each_dtype
+@torch.no_grad()
+def test_nlvr2_is_one_graph_over_two_memories(tuned: Tuned, dtype: torch.dtype) -> None:
+    model, graph = _graph(tuned, "nlvr2", "nlvr2", dtype)
+    ids, mask = random_inputs(build("text", model, "function"), {"batch": 3, "length": 7}, dtype)
+    pixels = torch.randn(6, 3, 32, 32, dtype=dtype)
+    memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
+    pairs = [torch.stack([layer[:3], layer[3:]], 1) for layer in memory]
+    (found,) = graph(model.encode_text(ids, mask), mask, *pairs)
+    _close(found, model.logits(pixels, ids, mask))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["linear", "mlp", "official_image"])
+def test_classes_are_an_output_of_the_encoder(tuned: Tuned, head: Any) -> None:
+    config = xfm_fast.load(tuned("image")).model.config
+    pixels = torch.randn(2, 3, 32, 32)
+    model = ClassificationModel(config, 3, modality="image", head=head).eval()
+    _close(build("vision", model, "function")(pixels)[-1], model.logits(pixels))
+    if head == "official_image":
+        return
+    ids, mask = torch.randint(4, 100, (2, 6)), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    ids = ids.masked_fill(mask == 0, 1)
+    model = ClassificationModel(config, 3, modality="text", head=head).eval()
+    _close(build("text", model, "function")(ids, mask)[-1], model.logits(None, ids, mask))
+    model = ClassificationModel(config, 3, modality="pair", head=head).eval()
+    assert default_graphs(model) == ("vision", "text", "image_memory", "fusion")
+    memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
+    found = build("fusion", model, "function")(model.encode_text(ids, mask)[:, None], mask[:, None], *memory)[-1]
+    _close(found[:, 0], model.logits(pixels, ids, mask))
+
+
+@each_dtype
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_steps_of_a_decoder(tuned: Tuned, task: str, dtype: torch.dtype) -> None:
+    """Token by token, three texts on each of two states, what all tokens at once compute."""
+    model, project = _graph(tuned, task, "decoder_memory", dtype)
+    step, decoder = build("decoder_step", model, "function"), model.text_decoder
+    tokens, width = (5, 32) if task == "vqa" else (model.config.num_image_tokens, 32)
+    states = torch.randn(2, tokens, width, dtype=dtype)
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    if task == "vqa":
+        mask[1, 3:] = 0
+    memory, given = decoder.memory(states, mask.bool()), [*project(states)] + [mask] * (task == "vqa")
+    ids = torch.randint(4, 100, (2, 3, 4))
+    every = ids.flatten(0, 1)
+    past = DecoderCache(4)
+    groups, packing = ImageGroups(torch.tensor([0, 3, 6])), Packing.from_mask(torch.ones_like(every))
+    expected = decoder.logits(decoder(every, packing, memory, groups, past=past)).view(2, 3, 4, -1)
+    behind = torch.zeros(2, 3, 2, 2, 2, 1, 16, dtype=dtype)
+    for place in range(4):
+        real = torch.full((2, 3, max(place, 1)), int(place > 0))
+        logits, present = step(ids[:, :, place], behind, real, *given)
+        _close(logits, expected[:, :, place])
+        for layer in range(2):
+            known = torch.stack(past.known(layer, torch.arange(6)), 2)
+            _close(present[:, :, layer].flatten(0, 1), known[:, place])
+        # Past tokens that are hidden are none: one is put in front that would spoil everything.
+        new = present[..., None, :]
+        behind = new if place == 0 else torch.cat([behind, new], -2)
+    spoilt = torch.cat([torch.full_like(behind[..., :1, :], 9.0), behind[..., :3, :]], -2)
+    hidden = torch.tensor([0, 1, 1, 1]).expand(2, 3, 4)
+    _close(step(ids[:, :, 3], spoilt, hidden, *given)[0], expected[:, :, 3])
+
+
+def test_graphs_of_a_task(tuned: Tuned) -> None:
+    wanted = {
+        "captioning": ("vision", "decoder_memory", "decoder_step"),
+        "vqa": ("vision", "text", "image_memory", "fusion", "decoder_memory", "decoder_step"),
+        "nlvr2": ("vision", "text", "image_memory", "nlvr2"),
+        "grounding": ("vision", "text", "image_memory", "fusion"),
+        "image": ("vision",),
+        "text": ("text",),
+    }
+    for task, graphs in wanted.items():
+        model: Any = xfm_fast.load(tuned(task)).model
+        assert default_graphs(model) == graphs
+        for name in graphs:
+            build(name, model, "primitives")
+
+
+def test_a_graph_that_a_model_lacks_is_named(tuned: Tuned, small_model: xfm_fast.XFM) -> None:
+    with pytest.raises(UnavailableError, match="'nlvr2' needs the head over two images, which a run of the task nlvr2"):
+        build("nlvr2", small_model, "function")
+    for name in ("decoder_memory", "decoder_step"):
+        with pytest.raises(UnavailableError, match=f"'{name}' needs a decoder, which runs of the tasks vqa and captio"):
+            build(name, small_model, "function")
+    captioner: Any = xfm_fast.load(tuned("captioning")).model
+    with pytest.raises(UnavailableError, match="'fusion' needs the fusion encoder"):
+        build("fusion", captioner, "function")
+
+
+class Eager:
+    """A `Runtime` whose graphs are those that would be exported."""
+
+    description, device, enqueues = "PyTorch", torch.device("cpu"), False
+
+    def __init__(self, built: Mapping[GraphName, Graph]) -> None:
+        self.built = built
+        self.shapes: dict[str, set[tuple[int, ...]]] = {}
+
+    def load(self, record: Any, path: Path) -> Any:
+        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+            self.shapes.setdefault(record.name, set()).add(tuple(sizes.values()))
+            made = self.built[record.name](*(inputs[tensor.name] for tensor in record.inputs))
+            return {tensor.name: value for tensor, value in zip(record.outputs, made, strict=True)}
+
+        return SimpleNamespace(run=run)
+
+
+@pytest.mark.parametrize("task", ASKED)
+@pytest.mark.parametrize("narrow", [False, True], ids=["any size", "few at a time"])
+def test_sessions_answer_as_the_model(
+    tuned: Tuned, images: list[str], task: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over graphs that take any size, and over some that take two rows of a batch and a past of three tokens."""
+    predictor = xfm_fast.load(tuned(task))
+    model = predictor.model
+    assert isinstance(model, xfm_fast.XFM)
+    built = build_graphs(model, Profile("primitives", 20))
+    records = graph_records(built, "fp32", model, {})
+    if narrow:
+        monkeypatch.setattr(sessions, "_LOGIT_ROWS", 3)
+        bounds = {
+            "batch": AxisRecord(least=2, most=2), "texts": AxisRecord(least=1, most=2),
+            "past": AxisRecord(least=3, most=40), "length": AxisRecord(least=4, most=40),
+        }  # fmt: skip
+        records = [
+            record.model_copy(update={"axes": {axis: bounds[axis] for axis in record.axes}}) for record in records
+        ]
+    manifest = new_manifest(
+        source="", weights_sha256="", tokenizer_sha256=None, config=model.config.model_dump(), dtype="fp32",
+        consumer="onnxruntime", opset=20, attention="primitives", all_tokens=wants_all_tokens(model, False), fixed={},
+        versions={}, graphs=records, files=[],
+    )  # fmt: skip
+    runtime = Eager(built)
+    session = sessions.TASK_SESSIONS[predictor.task.options.kind](Path(), runtime, manifest=manifest)
+    session.warm_up()
+    count, texts = ASKED[task]
+    _alike(Predictor(session, predictor.task).predict(images[:count], texts), predictor.predict(images[:count], texts))
+    assert {*runtime.shapes} == {*built}, "every graph has its part in the answer"
+
+
+QUICK = (("image", "onnxruntime"), ("captioning", "onnxruntime"))
+each_task = pytest.mark.parametrize(
+    ("task", "runtime"),
+    [
+        pytest.param(task, runtime, marks=[] if (task, runtime) in QUICK else [pytest.mark.slow])
+        for task in ASKED
+        for runtime in ("onnxruntime", "openvino")
+    ],
+)
+
+
+@each_task
+def test_an_export_answers_as_its_run(
+    tuned: Tuned, exported: Exported, images: list[str], task: str, runtime: Any
+) -> None:
+    pytest.importorskip(runtime, reason="exports are run by it")
+    folder = exported(task, runtime)
+    manifest = Manifest.load(folder)
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    assert {"task.json"} <= {record.name for record in manifest.files}
+    count, texts = ASKED[task]
+    expected = xfm_fast.load(tuned(task)).predict(images[:count], texts)
+    assert expected
+    _alike(xfm_fast.load(folder, runtime=runtime).predict(images[:count], texts), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["captioning", "vqa", "nlvr2", "image"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "fp16"},
+        {"dtype": "bf16"},
+        {"fixed": {"batch": 2, "texts": 2, "length": 16, "past": 20}},
+        {"consumer": "tensorrt-rtx"},
+    ],
+    ids=["fp16", "bf16", "fixed", "opset23"],
+)
+def test_every_form_of_an_export_is_verified(tuned: Tuned, task: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    from xfm_fast.export import export_onnx
+
+    model: Any = xfm_fast.load(tuned(task)).model
+    axes = {axis.name for name in default_graphs(model) for spec in build(name, model, "function").inputs
+            for axis in spec.axes.values()}  # fmt: skip
+    if "fixed" in changes:
+        changes = {"fixed": {axis: size for axis, size in changes["fixed"].items() if axis in axes}}
+    examples = generated_examples(model.config, images=2, texts=9, longest=16)
+    manifest = export_onnx(model, tmp_path / "out", examples=examples, **changes)
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    assert manifest.verification is not None
+    checked = {(check.graph, check.output) for check in manifest.verification.checks}
+    assert {graph for graph, _ in checked} == {*default_graphs(model)}
+    if task in ("captioning", "vqa"):
+        assert {("decoder_step", "logits"), ("decoder_step", "present"), ("decoder_memory", "memory")} <= checked
+
+
+@pytest.mark.slow
+def test_packages_answer_as_their_run(tuned: Tuned, images: list[str], tmp_path: Path) -> None:
+    from xfm_fast.export import export_packages
+
+    predictor: Any = xfm_fast.load(tuned("captioning"))
+    export_packages(predictor.model, tmp_path / "out", companions=explanation(predictor.task))
+    with pytest.raises(ExportError, match="ask for it by name: runtime='aoti'"):
+        xfm_fast.load(tmp_path / "out")
+    _alike(xfm_fast.load(tmp_path / "out", runtime="aoti").predict(images), predictor.predict(images))
+
+
+@pytest.mark.slow
+def test_engines_of_a_decoder(tuned: Tuned, tmp_path: Path) -> None:
+    """Built for a GPU that is not here; what they were built from is compared on the CPU."""
+    pytest.importorskip("tensorrt_rtx", reason="builds engines")
+    from xfm_fast.export import export_engines
+
+    predictor: Any = xfm_fast.load(tuned("vqa"))
+    manifest = export_engines(
+        predictor.model, tmp_path / "out", "tensorrt-rtx", dtype="bf16", sm="89",
+        graphs=("decoder_memory", "decoder_step"), companions=explanation(predictor.task),
+        examples=generated_examples(predictor.model.config, images=2, texts=9),
+    )  # fmt: skip
+    assert manifest.status == "graphs verified"
+    assert {"decoder_step.engine", "task.json", "tokenizer.json"} <= {record.name for record in manifest.files}
+    assert [profile.name for profile in manifest.graph("decoder_step").profiles] == ["latency", "bulk"]
+
+
+def test_a_decoder_in_a_model_repository_and_a_report(exported: Exported, tmp_path: Path) -> None:
+    from xfm_fast.export import RepositoryOptions, Session, write_model_repository
+    from xfm_fast.export.session.report import measure_session
+
+    receipt = write_model_repository(exported("captioning"), tmp_path / "models", RepositoryOptions(pipeline="graphs"))
+    assert [model.name for model in receipt.models] == ["xfm_vision", "xfm_decoder_memory", "xfm_decoder_step"]
+    config = (tmp_path / "models/xfm_decoder_step/config.pbtxt").read_text()
+    assert 'name: "decoder_keys_1"' in config
+    rows = {
+        graph.graph: graph.rows for graph in measure_session(Session.load(exported("captioning")), seconds=0).graphs
+    }
+    assert [row.sizes["texts"] for row in rows["decoder_step"]] == [1, 8]
+
+
+@pytest.mark.parametrize("task", ["captioning", pytest.param("vqa", marks=pytest.mark.slow)])
+def test_a_damaged_step_is_found(exported: Exported, task: str, tmp_path: Path) -> None:
+    """The comparison of a decoder's graphs sees weights that are not the model's."""
+    import shutil
+
+    import onnx
+
+    from xfm_fast.export.verification import verify
+
+    folder = Path(shutil.copytree(exported(task), tmp_path / "copied"))
+    graph = onnx.load(str(folder / "decoder_step.onnx"))
+    weights = max(graph.graph.initializer, key=lambda each: len(each.raw_data))
+    values = np.frombuffer(weights.raw_data, np.float32).copy()
+    values[: len(values) // 2] *= 1.01
+    weights.raw_data = values.tobytes()
+    onnx.save(graph, str(folder / "decoder_step.onnx"))
+    manifest = verify(folder, check_files=False)
+    assert manifest.status == "failed"
+    assert "decoder_step logits" in manifest.reason
+
+
+def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="exports are run by it")
+    out = tmp_path / "out"
+    done = invoke(["export", "onnx", tuned("image"), "--out", out, "--data", _captioned(images, tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "run image of the task image" in done.stdout
+    expected = [json.loads(line) for line in invoke(["predict", tuned("image"), *images]).stdout.splitlines()]
+    done = invoke(["predict", out, *images])
+    assert done.exit_code == 0, done.stderr
+    _alike([json.loads(line) for line in done.stdout.splitlines()], expected)
+    lines, answers = tmp_path / "lines.jsonl", tmp_path / "answers.jsonl"
+    lines.write_text("".join(json.dumps({"image": image}) + "\n" for image in images))
+    assert invoke(["predict", out, "--lines", lines, answers, "--batch-size", 2]).exit_code == 0
+    _alike([json.loads(line) for line in answers.read_text().splitlines()], expected)
+    for arguments, said in (
+        (["predict", out, *images, "--dtype", "bf16"], "computes in fp32; leave the type out"),
+        (["predict", out, images[0], "x", "--heatmap", tmp_path / "h.png"], "a heat map needs gradients"),
+        (["predict", tuned("image"), *images, "--runtime", "openvino"], "is a model of PyTorch and no export"),
+        (["export", "onnx", tuned("image"), "--preset", "tiny", "--out", out], "leave out --checkpoint and --preset"),
+        (["export", "onnx", tuned("text"), "--tokenizer", "t", "--out", out], "has a vocabulary of its own"),
+    ):
+        done = invoke(arguments)
+        assert done.exit_code == 2, done.output
+        assert said in " ".join(done.stderr.split())
+
+
+def _captioned(images: list[str], folder: Path) -> Path:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"image": image, "caption": "a red circle"}) + "\n" for image in images))
+    return path
+
+
+def test_what_cannot_be_exported_is_named_before_weights_are_read(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
+    folder = tuned("weak_grounding")
+    (folder / "model.safetensors").unlink()
+    done = invoke(["export", "onnx", folder, "--out", tmp_path / "out"])
+    assert done.exit_code == 2
+    assert "fine-tuned for weak_grounding, which reads gradients of attention" in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_without_a_task_answers_nothing(exported_fp32: Path) -> None:
+    with pytest.raises(ExportError, match="export of a model without a task; open it by"):
+        xfm_fast.load(exported_fp32)
+
+
+def test_int8_is_refused_for_graphs_of_tasks(exported: Exported, tmp_path: Path) -> None:
+    from xfm_fast.export import quantize_int8
+
+    with pytest.raises(UnavailableError, match="'decoder_memory' has no form in 8 bits"):
+        quantize_int8(exported("captioning"), tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_answers_go_on_where_the_weights_are_the_same(exported: Exported, images: list[str], tmp_path: Path) -> None:
+    """The journal of an export's answers is told from that of another export."""
+    predictor = xfm_fast.load(exported("image"))
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"image": image}) + "\n" for image in images))
+    out = tmp_path / "answers.jsonl"
+    assert answer_lines(predictor, lines, out, Evaluation(tmp_path / "parts", batch_size=2)) == 3
+    assert len(out.read_text().splitlines()) == 3
+    with pytest.raises(InputError, match="3 images and 1 texts were given"):
+        predictor.predict(images, ["x"])
