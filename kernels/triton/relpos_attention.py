@@ -102,14 +102,12 @@ def forward_kernel(
             bias = unfold_fragments(bias_ahead)
             fragments += tl.where(first + BLOCK_N < full, BLOCK_M * BLOCK_N, 0)
             bias_ahead = tl.load(fragments)
-        elif HAS_BIAS:
-            bias = tl.load(bias_base + (bias_rows + columns[None, :]))
         else:
-            bias = 0
+            bias = bias_base + (bias_rows + columns[None, :])
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias, columns, columns,
-            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0,
+            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0, False, FRAGMENTS,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
@@ -123,14 +121,12 @@ def forward_kernel(
             last = tl.arange(0, TAIL)
             if FRAGMENTS:
                 bias = tl.load(bias_base + full * BLOCK_M + fragment_place(rows[:, None], last[None, :]))
-            elif HAS_BIAS:
-                bias = tl.load(bias_base + (bias_rows + last[None, :]))
             else:
-                bias = 0
+                bias = bias_base + (bias_rows + last[None, :])
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
                 k_base, v_base, stride_kn, stride_vn, bias, last < tokens - full,
-                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
+                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0, False, FRAGMENTS,
             )  # fmt: skip
     inverse = (1.0 / row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on

@@ -39,7 +39,10 @@ def check(found: list[dict[str, Any]], most_waits: float) -> None:
     for row in found:
         assert not row["stack_bytes"], f"{row['kernel']} spills {row['stack_bytes']} B"
         assert not row["serialised"], f"{row['kernel']}: ptxas serialises its products ({row['serialised']})"
-        assert row["waits"] <= most_waits * row["hgmma"], f"{row['kernel']}: {row['waits']} waits, {row['hgmma']} HGMMA"
+        # All of a kernel is counted, and the last product has to be waited for: of few products that is a large share.
+        assert row["waits"] <= most_waits * row["hgmma"] + 1, (
+            f"{row['kernel']}: {row['waits']} waits, {row['hgmma']} HGMMA"
+        )
 
 
 def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:
