@@ -25,6 +25,8 @@ from .marked import kind_of
 
 BIAS_TILE = 128
 """Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
+FRAGMENT_TILE = 128, 64
+"""Queries and keys of the tiles that a position bias is cut in where threads read it in fragments."""
 
 
 class _Switch(threading.local):
@@ -98,14 +100,25 @@ def relpos_arguments(
         raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
 
 
+def bias_shape(tokens: int, heads: int, *, fragments: bool = False) -> tuple[int, ...]:
+    """Of a padded position bias, as `triton.relpos_table.materialise_bias` makes it."""
+    padded = -(-tokens // BIAS_TILE) * BIAS_TILE
+    if not fragments:
+        return heads, tokens, padded
+    rows, columns = FRAGMENT_TILE
+    return heads, padded // rows, padded // columns, 2 * rows, columns // 2
+
+
 def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
     """A bias that `relpos_bias` made for operands `[B, N, H, D]`, with its columns padded or not."""
     tokens, heads = q.shape[1:3]
-    columns = -(-tokens // BIAS_TILE) * BIAS_TILE if padded else tokens
-    if bias.shape != (heads, tokens, columns) or not bias.is_floating_point() or bias.device != q.device:
+    shapes = [(heads, tokens, tokens)]
+    if padded:
+        shapes = [bias_shape(tokens, heads, fragments=fragments) for fragments in (False, True)]
+    if bias.shape not in shapes or not bias.is_floating_point() or bias.device != q.device:
         raise InputError(
             f"bias is {bias.dtype} {[*bias.shape]} on {bias.device}; here relpos_bias makes [{heads}, {tokens}, "
-            f"{columns}] on {q.device}: give what it returned for the same table, window and device"
+            f"{shapes[0][-1]}] on {q.device}: give what it returned for the same table, window and device"
         )
     if bias.requires_grad and torch.is_grad_enabled():
         raise InputError(

@@ -75,8 +75,10 @@ def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
     """The sizes a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
     if spec.name in _WIDTHS:
         return [_WIDTHS[spec.name]]
-    # A narrow form stands in for another one, and only as long as that is not tuned.
-    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith("_narrow")
+    # These forms stand in for another one, and only as long as that has the tiles that they are made for.
+    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith(
+        ("_narrow", "_fragments")
+    )
     tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) >= {"BLOCK_M", "BLOCK_N"}
     return [d for d in head_dims if any(v["head_dim"] == d for v in spec.variants)] if tiled else []
 

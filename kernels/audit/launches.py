@@ -74,7 +74,7 @@ def _biased(kernel: str, variant: Mapping[str, Any], tiles: Mapping[str, int], p
         return Launch(shape, columns * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_M"]), 6 * operand + bias + scores)
     if kernel == "relpos_dq":
         return Launch(shape, rows * IMAGES * HEADS, math.ceil(tokens / tiles["BLOCK_N"]), 2 * operand)
-    operands = 4 if kernel.endswith("_forward") else 5
+    operands = 4 if kernel.endswith(("_forward", "_fragments")) else 5
     return Launch(shape, rows * IMAGES * HEADS, _turns(tokens, tiles["BLOCK_N"]), operands * operand + bias)
 
 

@@ -123,21 +123,22 @@ def dropout_keep(seed, stream, queries, keys, THRESHOLD: tl.constexpr):
 @triton.jit
 def forward_tile(
     q_a, q_b, acc_a, acc_b, row_max, row_sum,
-    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, stream, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, bias, inside, allowed, seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
-    APART: tl.constexpr = False,
+    APART: tl.constexpr = False, LOADED: tl.constexpr = False,
 ):  # fmt: skip
     """The online softmax over one tile of keys: updated (acc_a, acc_b, row_max, row_sum).
 
     `inside` [BLOCK_N]: keys that exist, used when MASKED; `allowed` [BLOCK_N]: keys that may be attended to, used when
     HAS_MASK. With a bias neither is needed for the scores, since the bias of a missing key is -inf. APART: `row_sum`
-    is [rows, 8], sums of every eighth key, to be added behind the loop: a thread has them to itself.
+    is [rows, 8], sums of every eighth key, to be added behind the loop: a thread has them to itself. `bias`: pointers
+    of the tile, or with LOADED the tile.
     """
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
     if HAS_BIAS:
-        scores = biased_product(tl.load(bias_pointers), q_a, q_b, k_a, k_b, D_B, PRECISION)
+        scores = biased_product(bias if LOADED else tl.load(bias), q_a, q_b, k_a, k_b, D_B, PRECISION)
     else:
         scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
         if HAS_MASK:

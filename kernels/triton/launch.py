@@ -37,14 +37,22 @@ class LaunchConfig:
         num_warps: warps of one program.
         num_stages: depth of the software pipeline over a loop's loads.
         apart: products of kernels that ask for it have accumulators of their own, which are then added to the sums:
-            Hopper's products stay in flight, for registers that other architectures would spend in vain. What a table
-            or a search gives does not say so.
+            Hopper's products stay in flight, for registers that other architectures would spend in vain.
+        registers: most that a thread may take, where the compiler has to be told; 0 where it need not. What a table or
+            a search gives says neither.
     """
 
     tiles: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 2
     apart: bool = False
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the launch of a kernel is given beside its arguments."""
+        given = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return given | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,7 @@ class KernelSpec:
         attrs: dict[tuple[int, ...], list[list[Any]]] = {
             (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if self._aligned(name, signature[name])
         }
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        return CompileRequest(self.kernel, signature, constants, attrs, options)
+        return CompileRequest(self.kernel, signature, constants, attrs, config.options)
 
     def _aligned(self, name: str, kind: str) -> bool:
         if name in self.unaligned:
@@ -212,6 +219,7 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
 _SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
 _HEADS: tuple[_Row, _Row, _Row] = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
 _HEADS_MANY: tuple[_Row, _Row, _Row] = ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2))
+_FRAGMENTS: tuple[_Row, _Row, _Row] = ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3))
 _NARROW: tuple[_Row, _Row, _Row] = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2))
 _SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
 _SELECTIVE_100: tuple[_Row, _Row, _Row] = ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))
@@ -236,6 +244,8 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
             rows = _HEADS_MANY
         elif kernel.endswith("_narrow"):
             rows = _NARROW
+        elif kernel.endswith("_fragments"):
+            rows = _FRAGMENTS
         elif kernel.endswith(("_dropout", "_masked")):
             rows = _SELECTIVE_100 if _nearest(arch) == 100 else _SELECTIVE
         else:
@@ -246,7 +256,9 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
     apart = kernel == "relpos_dkdv" and _nearest(arch) == 90 and head_dim <= 64 and dtype != "fp32"
     # A warp for each head of a program that has several.
     heads = {"HEADS": warps} if "_heads" in kernel else {}
-    return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart)
+    # Two more than two programs a multiprocessor may have, else.
+    registers = 126 if kernel.endswith("_fragments") else 0
+    return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart, registers)
 
 
 def _nearest(arch: int) -> int:

@@ -38,7 +38,17 @@ from .attention_tiles import (
     store_pieces,
 )
 from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name, tail_size
-from .relpos_table import BIAS_SPEC, TABLE_SPEC, bias_dtype, materialise_bias, table_gradient, turn
+from .relpos_table import (
+    BIAS_SPEC,
+    FRAGMENT_HEAD_DIMS,
+    TABLE_SPEC,
+    bias_dtype,
+    fragment_place,
+    materialise_bias,
+    table_gradient,
+    turn,
+    unfold_fragments,
+)
 
 __all__ = ["KERNELS", "materialise_bias", "relpos_attention_backward", "relpos_attention_forward"]
 
@@ -50,10 +60,13 @@ def forward_kernel(
     stride_ob, stride_on, stride_oh, stride_bias, batch, heads, tokens,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr = None,
+    FRAGMENTS: tl.constexpr = False,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one batch entry, against all keys.
 
     With STAGES, the loop's loads of the bias are copied ahead of their use too, not only those of keys and values.
+    With FRAGMENTS, threads load the bias of the next turn straight into registers, in the order of `fragment_place`:
+    shared memory, whose bandwidth the products need, is spared it.
     """
     tiles = tl.cdiv(tokens, BLOCK_M)
     # Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
@@ -68,33 +81,52 @@ def forward_kernel(
     q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
     k_base = k_ptr + b * stride_kb + h * stride_kh
     v_base = v_ptr + b * stride_vb + h * stride_vh
-    bias_base = bias_ptr + (h * tokens + start) * stride_bias
-    bias_rows = clamped[:, None] * stride_bias
     columns = tl.arange(0, BLOCK_N)
+    if FRAGMENTS:
+        bias_base = bias_ptr + (h * tiles + start // BLOCK_M) * BLOCK_M * stride_bias
+        fragments = bias_base + (tl.arange(0, 2 * BLOCK_M)[:, None] * 32 + tl.arange(0, 32)[None, :])
+        bias_ahead = tl.load(fragments)
+    else:
+        bias_base = bias_ptr + (h * tokens + start) * stride_bias
+        fragments, bias_ahead = bias_base, 0
+    bias_rows = clamped[:, None] * stride_bias
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
     full = tokens // BLOCK_N * BLOCK_N
-    for _ in tl.range(0, full, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+    for first in tl.range(  # pyright: ignore[reportGeneralTypeIssues]
+        0, full, BLOCK_N, num_stages=None if FRAGMENTS else STAGES
+    ):
+        if FRAGMENTS:
+            bias = unfold_fragments(bias_ahead)
+            fragments += tl.where(first + BLOCK_N < full, BLOCK_M * BLOCK_N, 0)
+            bias_ahead = tl.load(fragments)
+        else:
+            bias = bias_base + (bias_rows + columns[None, :])
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), columns, columns,
-            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0,
+            k_base, v_base, stride_kn, stride_vn, bias, columns, columns,
+            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0, False, FRAGMENTS,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
-        bias_base += BLOCK_N
+        if not FRAGMENTS:
+            bias_base += BLOCK_N
     if TAIL > 0:
         # The class token makes N one more than a multiple of a tile at many sizes: the last tile has a size of its own.
         # The branch is always taken: it is a fence, without which ptxas finds Hopper's products of the loop still under
         # way where those of the last tile begin, and serialises every product of the kernel (C7515).
         if full < tokens:
             last = tl.arange(0, TAIL)
+            if FRAGMENTS:
+                bias = tl.load(bias_base + full * BLOCK_M + fragment_place(rows[:, None], last[None, :]))
+            else:
+                bias = bias_base + (bias_rows + last[None, :])
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
-                k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), last < tokens - full,
-                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
+                k_base, v_base, stride_kn, stride_vn, bias, last < tokens - full,
+                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0, False, FRAGMENTS,
             )  # fmt: skip
     inverse = (1.0 / row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
@@ -245,7 +277,7 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     Args:
         q, k, v: `[B, N, H, D]`, D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last dimension
             is not contiguous is copied.
-        bias: `[H, N, N_pad]` contiguous, as `materialise_bias` makes it for the same scale.
+        bias: `[H, N, N_pad]` contiguous, or fragments, as `materialise_bias` makes them for the same scale.
         scale: of the products, positive.
 
     Returns:
@@ -254,19 +286,20 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     Raises:
         InputError: a shape, stride, type, scale or head dimension that the kernels do not support.
     """
-    _check(q, k, v, bias)
+    fragments = bias.ndim == 5
+    _check(q, k, v, bias, fragments=fragments)
     batch, tokens, heads, head_dim = q.shape
     q, k, v = (addressable(t) for t in (q, k, v))
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    constants, config = _constants("relpos_forward", q, scale)
-    tail = _tail(bias, tokens, config.tiles["BLOCK_N"])
+    constants, config = _constants("relpos_forward_fragments" if fragments else "relpos_forward", q, scale)
+    columns = bias.shape[2] * checks.FRAGMENT_TILE[1] if fragments else bias.shape[2]
+    tail = _tail(columns, tokens, config.tiles["BLOCK_N"])
     if q.numel():
         grid = (triton.cdiv(tokens, config.tiles["BLOCK_M"]) * batch * heads,)
         forward_kernel[grid](
-            q, k, v, bias, out, lse, *_strides(q, k, v, out), bias.stride(1), batch, heads, tokens,
-            HAS_BIAS=True, TAIL=tail, STAGES=config.num_stages, **constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            q, k, v, bias, out, lse, *_strides(q, k, v, out), columns, batch, heads, tokens,
+            HAS_BIAS=True, TAIL=tail, STAGES=config.num_stages, FRAGMENTS=fragments, **constants, **config.options,
         )  # fmt: skip
     return out, lse
 
@@ -296,12 +329,13 @@ def relpos_attention_backward(
         q, k, v, bias, scale: as in the forward pass; out, lse: its results.
         table_rows: rows of the table, (2wh-1)(2ww-1)+3.
         window: (wh, ww), N = 1 + wh·ww.
-        turned_bias: `[H, keys, queries]`, as `materialise_bias` makes it with `turned`; by default a copy of the bias.
+        turned_bias: `[H, keys, queries]`, as `materialise_bias` makes it with `turned`, and all of the bias that is
+            read; by default a copy of the bias, which then is none of fragments.
 
     Returns:
         dq, dk, dv `[B, N, H, D]` in the type of q, and dtable `[table_rows, H]` in fp32.
     """
-    _check(q, k, v, bias)
+    _check(q, k, v, bias if turned_bias is None else turned_bias)
     batch, tokens, heads, _ = q.shape
     height, width = window
     if tokens != 1 + height * width or table_rows != (2 * height - 1) * (2 * width - 1) + 3:
@@ -312,11 +346,10 @@ def relpos_attention_backward(
         return dq, dk, dv, torch.zeros((table_rows, heads), dtype=torch.float32, device=q.device)
     delta, row_lse = backward_statistics(out, dout, lse)
     turned_bias = turn(bias) if turned_bias is None else turned_bias
-    _check(q, k, v, turned_bias)
     of_keys, config_of_keys = _constants("relpos_dkdv", q, scale)
     of_queries, config_of_queries = _constants("relpos_dq", q, scale)
     block = config_of_keys.tiles["BLOCK_M"]
-    tail = _tail(turned_bias, tokens, block, MASKED_QUERIES)
+    tail = _tail(turned_bias.shape[2], tokens, block, MASKED_QUERIES)
     # Up to the end of the last tile of queries.
     stride = tokens // block * block + tail
     step = entries_at_once(batch, heads * tokens * stride * q.element_size())
@@ -345,9 +378,13 @@ def relpos_attention_backward(
     return dq, dk, dv, table_gradient(dbias, window, turned=True)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, fragments: bool = False) -> None:
     checks.self_attention(q, k, v)
-    if bias.ndim != 3 or bias.shape[:2] != (q.shape[2], q.shape[1]) or not bias.is_contiguous():
+    if fragments:
+        shape = checks.bias_shape(q.shape[1], q.shape[2], fragments=True)
+        if bias.shape != shape or not bias.is_contiguous() or q.dtype == torch.float32:
+            raise InputError(f"bias is {[*bias.shape]} for {q.dtype}; fragments are {[*shape]} for half precision")
+    elif bias.ndim != 3 or bias.shape[:2] != (q.shape[2], q.shape[1]) or not bias.is_contiguous():
         raise InputError(f"bias is {[*bias.shape]}; it must be contiguous [{q.shape[2]}, {q.shape[1]}, N_pad]")
     if bias.dtype != bias_dtype(q.dtype):
         raise InputError(f"bias is {bias.dtype}; for {q.dtype} it must be {bias_dtype(q.dtype)}, see materialise_bias")
@@ -368,23 +405,29 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
-def _tail(bias: Tensor, tokens: int, block: int, masked: int = 32) -> int:
+def _tail(columns: int, tokens: int, block: int, masked: int = 32) -> int:
     """Columns of the last tile, which the padding of the bias must hold."""
     tail = tail_size(tokens, block, masked)
     needed = triton.cdiv(tokens, block) * block
-    if bias.shape[2] < needed:
-        raise InputError(f"bias has {bias.shape[2]} columns for {tokens} tokens; tiles of {block} need {needed}")
+    if columns < needed:
+        raise InputError(f"bias has {columns} columns for {tokens} tokens; tiles of {block} need {needed}")
     return tail
 
 
 def _types(kernel: Any, variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
     special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
     special["bias_ptr"] = "*fp32" if dtype == "fp32" else "*fp16"
-    constexprs = {"SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES", "APART"}
-    return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
+    constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES", "APART")
+    return argument_types(kernel, dtype, special, dict.fromkeys((*constexprs, "FRAGMENTS")))
 
 
-def _spec(name: str, kernel: Any, extras: tuple[Mapping[str, Any], ...]) -> KernelSpec:
+def _spec(
+    name: str,
+    kernel: Any,
+    extras: tuple[Mapping[str, Any], ...],
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+    arches: tuple[int, ...] = (),
+) -> KernelSpec:
     """`extras`: for every head dimension, the variants' further constants by the names that tests and tables show."""
 
     def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
@@ -394,16 +437,17 @@ def _spec(name: str, kernel: Any, extras: tuple[Mapping[str, Any], ...]) -> Kern
         masked = MASKED_QUERIES if name == "relpos_dkdv" else 32
         tail = tail_size(variant.get("tokens", 0), looped, masked)
         given = {"TAIL": tail, "HAS_BIAS": variant.get("bias", True), "STAGES": config.num_stages}
-        given["APART"] = config.apart
+        given |= {"APART": config.apart, "FRAGMENTS": name.endswith("_fragments")}
         return out | {key: value for key, value in given.items() if key in kernel.arg_names}
 
     return KernelSpec(
         name=name,
         kernel=kernel,
-        variants=tuple({"head_dim": d, **extra} for d in HEAD_DIMS for extra in extras),
+        variants=tuple({"head_dim": d, **extra} for d in head_dims for extra in extras),
         types=lambda variant, dtype: _types(kernel, variant, dtype),
         constants=constants,
         config=lambda variant, dtype, arch: config_for(name, variant["head_dim"], dtype, arch),
+        arches=arches,
     )
 
 
@@ -411,6 +455,7 @@ def _spec(name: str, kernel: Any, extras: tuple[Mapping[str, Any], ...]) -> Kern
 # without a bias is never launched; it is what the one with a bias is compared with.
 KERNELS: list[KernelSpec] = [
     _spec("relpos_forward", forward_kernel, ({"tokens": 577}, {"tokens": 577, "bias": False})),
+    _spec("relpos_forward_fragments", forward_kernel, ({"tokens": 577},), FRAGMENT_HEAD_DIMS, arches=(90,)),
     _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},)),
     _spec("relpos_dq", dq_kernel, ({},)),
     KernelSpec(

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import BIAS_TILE
-from .launch import KernelSpec, LaunchConfig
+from .. import checks
+from ..checks import BIAS_TILE, FRAGMENT_TILE
+from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name
 
 
 def _table_config(width: int) -> LaunchConfig:
@@ -32,13 +33,33 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
 
 # Quotients beyond these are as good as infinite in a softmax, and differences between them stay finite.
 _LARGEST = {torch.float16: 60000.0, torch.float32: 1e30}
+FRAGMENT_HEAD_DIMS = (64,)
 _BIAS = LaunchConfig({"ROWS": 16, "BLOCK": 128}, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def fragment_place(rows, columns):
+    """Where an element of a tile of 128 x 64 scores lies in memory, if the bias is kept in fragments.
+
+    Hopper's tensor cores leave a thread of eight warps rows 16·warp + lane / 4 and 8 more, and in each the columns
+    2 · (lane % 4) and 1 more of every eight. Tiles are kept as `[256, 32]`, in an order in which each thread finds its
+    32 elements in four times 16 bytes, and the threads of a warp find theirs side by side.
+    """
+    line = (rows // 8 % 2 * 2 + columns // 32) * 64 + rows // 16 * 8 + rows % 8
+    return line * 32 + columns // 2 % 4 * 8 + columns // 8 % 4 * 2 + columns % 2
+
+
+@triton.jit
+def unfold_fragments(lines):
+    """A tile `[256, 32]` in the order of `fragment_place` → `[128, 64]`. No element leaves its thread."""
+    return lines.reshape(2, 2, 8, 8, 4, 4, 2).permute(2, 0, 3, 1, 5, 4, 6).reshape(128, 64)
 
 
 @triton.jit(do_not_specialize=["heads", "height", "width"])
 def bias_kernel(
     table_ptr, bias_ptr, stride_bias, heads, height, width, scale,
     LARGEST: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FRAGMENTS: tl.constexpr = False,
 ):  # fmt: skip
     """ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias: table entries over the scale.
 
@@ -63,8 +84,14 @@ def bias_kernel(
     # Comparisons with NaN are false, so that it stays.
     value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
     value = tl.where((columns < tokens)[None, :], value, float("-inf"))
-    base = bias_ptr + h * tokens * stride_bias
-    tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
+    if FRAGMENTS:
+        # Rows beyond the last are whole tiles too; what they hold has no effect.
+        tiles = h * tl.cdiv(tokens, 128) + rows[:, None] // 128
+        tiles = tiles * (stride_bias // 64) + columns[None, :] // 64
+        tl.store(bias_ptr + tiles * 8192 + fragment_place(rows[:, None] % 128, columns[None, :] % 64), value)
+    else:
+        base = bias_ptr + h * tokens * stride_bias
+        tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
 
 
 def materialise_bias(
@@ -75,6 +102,7 @@ def materialise_bias(
     tile: int = BIAS_TILE,
     *,
     turned: bool = False,
+    fragments: bool = False,
 ) -> Tensor:
     """The bias of every (query, key) pair divided by the scale, with columns of -inf up to a multiple of `tile`.
 
@@ -85,21 +113,34 @@ def materialise_bias(
         scale: of the products of attention, which multiplies their sum with the bias.
         tile: at least the widest tile of keys or queries of any kernel; a multiple of 128.
         turned: rows are keys and columns queries, as the kernel of dk and dv reads it.
+        fragments: tiles of 128 queries and 64 keys, each in the order of `fragment_place`.
 
     Returns:
-        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`. Quotients beyond ±60000 in fp16 and ±1e30 in fp32 are
-        clamped, -inf with them: a bias of 7500, at head dimension 64, is as good as infinite in a softmax.
+        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`; of fragments, `[H, N_pad / 128, N_pad / 64, 256, 32]`.
+        Quotients beyond ±60000 in fp16 and ±1e30 in fp32 are clamped, -inf with them: a bias of 7500, at head dimension
+        64, is as good as infinite in a softmax.
     """
     table = table.detach().contiguous()
     tokens, heads = 1 + window[0] * window[1], table.shape[1]
     storage = bias_dtype(dtype)
     padded = triton.cdiv(tokens, tile) * tile
-    bias = torch.empty((heads, tokens, padded), dtype=storage, device=table.device)
-    bias_kernel[(triton.cdiv(tokens, _BIAS.tiles["ROWS"]), heads, padded // _BIAS.tiles["BLOCK"])](
+    shape = checks.bias_shape(tokens, heads, fragments=fragments) if tile == BIAS_TILE else (heads, tokens, padded)
+    bias = torch.empty(shape, dtype=storage, device=table.device)
+    rows = padded if fragments else tokens
+    bias_kernel[(triton.cdiv(rows, _BIAS.tiles["ROWS"]), heads, padded // _BIAS.tiles["BLOCK"])](
         table, bias, padded, heads, *window, scale, LARGEST=_LARGEST[storage], TURNED=turned,
-        **_BIAS.tiles, num_warps=_BIAS.num_warps, num_stages=_BIAS.num_stages,
+        FRAGMENTS=fragments, **_BIAS.tiles, num_warps=_BIAS.num_warps, num_stages=_BIAS.num_stages,
     )  # fmt: skip
     return bias
+
+
+def takes_fragments(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """True where the forward kernel reads its bias in fragments: on Hopper, with the tiles that these are made for."""
+    arch = architecture(device)
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim not in FRAGMENT_HEAD_DIMS or not 90 <= arch < 100:
+        return False
+    config = config_for("relpos_forward", head_dim, dtype_name(dtype), arch)
+    return (config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]) == FRAGMENT_TILE and config.num_warps == 8
 
 
 def turn(bias: Tensor) -> Tensor:
@@ -192,11 +233,12 @@ def _bias_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
 BIAS_SPEC = KernelSpec(
     name="relpos_bias",
     kernel=bias_kernel,
-    variants=({"turned": False}, {"turned": True}),
+    variants=({"turned": False}, {"turned": True}, {"turned": False, "fragments": True}),
     types=_bias_types,
     constants=lambda variant, dtype, config: {
         "LARGEST": _LARGEST[torch.float16],
         "TURNED": variant["turned"],
+        "FRAGMENTS": variant.get("fragments", False),
         **config.tiles,
     },
     config=lambda variant, dtype, arch: _BIAS,

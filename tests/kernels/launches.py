@@ -134,6 +134,14 @@ def relpos(batch: int, heads: int, head_dim: int, window: tuple[int, int] = (24,
     relpos_attention.relpos_attention_backward(out, q, k, v, bias, entries, window, scale, out, lse, turned)
 
 
+def relpos_fragments(batch: int, heads: int, head_dim: int, window: tuple[int, int] = (24, 24)) -> None:
+    """The forward pass with its bias in the order of Hopper's accumulators."""
+    q, k, v = _noise(batch, 1 + window[0] * window[1], 3, heads, head_dim).unbind(2)
+    table, scale = torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads), head_dim**-0.5
+    bias = relpos_attention.materialise_bias(table, window, q.dtype, scale, fragments=True)
+    relpos_attention.relpos_attention_forward(q, k, v, bias, scale)
+
+
 def varlen(
     queries: list[int], keys: list[int], heads: int, head_dim: int, dropout: float = 0.0, masked: bool = False
 ) -> None:
@@ -206,6 +214,7 @@ CASES: dict[str, Callable[[], None]] = {
     "relpos": lambda: relpos(8, 12, 64),
     "relpos, one head": lambda: relpos(1, 1, 64, (14, 14)),
     **{f"relpos, {d}": lambda d=d: relpos(2, 4, d) for d in (32, 80, 96, 128)},
+    "relpos, fragments, 64": lambda: relpos_fragments(2, 4, 64),
     "varlen": lambda: varlen([3328], [577], 12, 64),
     "varlen, many waves": lambda: varlen([3328] * 3, [577] * 3, 12, 64),
     "varlen, short over many": lambda: varlen([13] * 256, [577] * 256, 12, 64),

@@ -20,7 +20,7 @@ MOST_WAITS = 0.35
 MOST_WAITS_OF_PIECES = 0.5
 ALL = (
     "relpos", "relpos, one head", *(f"relpos, {d}" for d in (32, 80, 96, 128)),
-    "varlen, many waves", "varlen, short over many",
+    "relpos, fragments, 64", "varlen, many waves", "varlen, short over many",
     "varlen", "varlen, short", "varlen, one sequence", "varlen, dropout", "varlen, masked", "varlen, short, dropout",
     "varlen, short, masked", *(f"varlen, {d}" for d in (32, 80, 96, 128)),
     "norms", "norms, scaled", "embedding", "activation", "rounding", "vocabulary",
@@ -39,7 +39,10 @@ def check(found: list[dict[str, Any]], most_waits: float) -> None:
     for row in found:
         assert not row["stack_bytes"], f"{row['kernel']} spills {row['stack_bytes']} B"
         assert not row["serialised"], f"{row['kernel']}: ptxas serialises its products ({row['serialised']})"
-        assert row["waits"] <= most_waits * row["hgmma"], f"{row['kernel']}: {row['waits']} waits, {row['hgmma']} HGMMA"
+        # All of a kernel is counted, and the last product has to be waited for: of few products that is a large share.
+        assert row["waits"] <= most_waits * row["hgmma"] + 1, (
+            f"{row['kernel']}: {row['waits']} waits, {row['hgmma']} HGMMA"
+        )
 
 
 def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:

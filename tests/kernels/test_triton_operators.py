@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
 from tests.kernels.test_operators import CASES, WINDOW  # noqa: E402
 from xfm_fast.kernels import ops, tune  # noqa: E402
+from xfm_fast.kernels.derived import forget  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm, relpos_table  # noqa: E402
 from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
 
@@ -43,9 +44,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     made: list[bool] = []
     original = relpos_table.materialise_bias
 
-    def materialise(*given: Any, turned: bool = False) -> Tensor:
+    def materialise(*given: Any, turned: bool = False, fragments: bool = False) -> Tensor:
         made.append(turned)
-        return original(*given, turned=turned)
+        return original(*given, turned=turned, fragments=fragments)
 
     monkeypatch.setattr(relpos_table, "materialise_bias", materialise)
     return made
@@ -76,6 +77,25 @@ def test_a_position_bias_may_be_made_beforehand(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(found, expected)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert made == [True, True], "only the backward pass makes one, with keys as rows"
+
+
+def test_a_position_bias_in_fragments_changes_nothing_but_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Hopper's forward kernel reads: the backward pass makes the plain bias for itself."""
+    q, k, v, table = (t.detach().half().requires_grad_() for t in CASES["relpos"][1](width=32))
+
+    def attend(**options: Any) -> list[Tensor]:
+        out = ops.relpos_attention(q, k, v, table, WINDOW, **options)
+        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, table))]
+
+    with ops.use_backend("triton"):
+        expected = attend()
+        monkeypatch.setattr(relpos_table, "takes_fragments", lambda head_dim, *_: head_dim == 32)
+        forget(table)
+        bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=32**-0.5, head_dim=32)
+        assert bias.shape == (table.shape[1], 1, 2, 256, 32)
+        for found in (attend(), attend(bias=bias)):
+            for ours, right in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, right, rtol=5e-3, atol=5e-3 * float(right.detach().abs().max()))
 
 
 def test_a_graph_holds_what_fills_the_bias() -> None:

@@ -176,6 +176,74 @@ def test_keys_that_the_table_hides_with_minus_infinity(dtype: torch.dtype) -> No
     check(args, window)
 
 
+def folded(plain: Tensor) -> Tensor:
+    """The first `[N, N_pad]` rows and columns of a bias in fragments, by the definition of Hopper's accumulators."""
+    heads, row_tiles, column_tiles = plain.shape[:3]
+    # [half, columns // 32, warp, lane // 4, lane % 4, eight of columns, column of two]
+    parts = plain.view(heads, row_tiles, column_tiles, 2, 2, 8, 8, 4, 4, 2)
+    return parts.permute(0, 1, 5, 3, 6, 2, 4, 8, 7, 9).reshape(heads, row_tiles * 128, column_tiles * 64)
+
+
+@pytest.mark.parametrize("window", [(3, 4), (10, 13)], ids=str)
+def test_fragments_hold_the_bias_in_the_order_of_the_accumulators(window: tuple[int, int]) -> None:
+    table = torch.randn(table_rows(window), 2)
+    tokens = 1 + window[0] * window[1]
+    with poison():
+        fragments = relpos_table.materialise_bias(table, window, torch.bfloat16, 0.3, fragments=True)
+        plain = relpos_table.materialise_bias(table, window, torch.bfloat16, 0.3)
+    found = folded(fragments)
+    assert torch.equal(found[:, :tokens], plain)
+    assert not found.isnan().any()
+
+
+def fragments_check(module: Any, window: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    args = inputs(window, 2, 2, head_dim, dtype)
+    scale = head_dim**-0.5
+    with poison():
+        bias = module.materialise_bias(args[3], window, dtype, scale, fragments=True)
+        actual = module.relpos_attention_forward(*args[:3], bias, scale)
+    plain, truth = draws(lambda: definition(args, window, scale, dtype)), definition(args, window, scale, torch.float64)
+    for name, value, true_value, *same in zip(NAMES, actual, truth, *plain, strict=False):
+        assert_accurate(value, same, true_value, name)
+
+
+@pytest.mark.parametrize(("window", "head_dim"), [((2, 2), 64), ((3, 21), 32), ((10, 13), 64), ((8, 8), 64)], ids=str)
+def test_forward_with_a_bias_in_fragments(window: tuple[int, int], head_dim: int) -> None:
+    """5, 64, 131 and 65 tokens: less than a tile, whole tiles of keys, a tile of queries more, a tail of one."""
+    fragments_check(relpos_attention, window, head_dim, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        ("triton/relpos_table.py", "permute(2, 0, 3, 1, 5, 4, 6)", "permute(2, 0, 3, 1, 4, 5, 6)"),
+        ("triton/relpos_attention.py", "fragment_place(rows[:, None], last", "fragment_place(rows[:, None] * 0, last"),
+        ("triton/relpos_attention.py", "first + BLOCK_N < full, BLOCK_M * BLOCK_N, 0", "first < 0, 64, 0"),
+        ("triton/relpos_attention.py", "(h * tiles + start // BLOCK_M)", "(h * tiles)"),
+        ("triton/attention_tiles.py", "row_sum = row_sum * shrink + ", "row_sum = row_sum + "),
+    ],
+    ids=["order", "tail", "second tile", "second row of tiles", "sums not shrunk"],
+)
+def test_a_seeded_bug_with_fragments_is_noticed(mutation: tuple[str, str, str], tmp_path: Path) -> None:
+    with mutated(*mutation, tmp_path) as package:
+        module = importlib.import_module(f"{package.__name__}.triton.relpos_attention")
+        with pytest.raises(AssertionError, match="exceeds"):
+            fragments_check(module, (11, 13), 32, torch.float16)
+
+
+def test_fragments_are_for_hopper_with_the_tiles_that_they_are_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not relpos_table.takes_fragments(64, torch.bfloat16, cpu)
+    monkeypatch.setattr(relpos_table, "architecture", lambda _: 90)
+    assert relpos_table.takes_fragments(64, torch.bfloat16, cpu)
+    assert not relpos_table.takes_fragments(64, torch.float32, cpu)
+    assert not relpos_table.takes_fragments(80, torch.bfloat16, cpu)
+    assert not relpos_table.takes_fragments(0, torch.bfloat16, cpu)
+    tuned = LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3)
+    monkeypatch.setattr(relpos_table, "config_for", lambda *_: tuned)
+    assert not relpos_table.takes_fragments(64, torch.bfloat16, cpu)
+
+
 @pytest.mark.parametrize("entry", [1e6, -1e6, torch.inf, -torch.inf])
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 60000.0), (torch.float32, 1e30)], ids=["bf16", "fp32"])
 def test_bias_beyond_the_range_stays_finite(entry: float, dtype: torch.dtype, largest: float) -> None:
@@ -227,6 +295,11 @@ def test_unsupported_arguments_are_refused() -> None:
         forward(q, k, v, bias[:, :, :5].contiguous(), 1.0)
     with pytest.raises(InputError, match=r"must be torch\.float16"):
         forward(q, k, v, bias.float(), 1.0)
+    fragments = relpos_table.materialise_bias(table, (2, 2), torch.float16, 1.0, fragments=True)
+    with pytest.raises(InputError, match=r"fragments are \[2, 1, 2, 256, 32\]"):
+        forward(q, k, v, fragments[:, :, :1], 1.0)
+    with pytest.raises(InputError, match="for half precision"):
+        forward(q.float(), k.float(), v.float(), fragments, 1.0)
     with pytest.raises(InputError, match="one floating-point type"):
         forward(q, k.float(), v, bias, 1.0)
     with pytest.raises(InputError, match="compute in"):
