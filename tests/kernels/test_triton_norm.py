@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.accuracy import assert_accurate, widened
+from tests.kernels.accuracy import assert_accurate, assert_as_accurate, widened
 from tests.kernels.triton_testing import interpreted_kernels, mutant, poison
 
 interpreted_kernels()
 
 from xfm_fast.kernels import reference  # noqa: E402
-from xfm_fast.kernels.triton import embed_layer_norm, layer_norm  # noqa: E402
+from xfm_fast.kernels.triton import embed_layer_norm, layer_norm, rows  # noqa: E402
 
 EPS = 1e-5
 WIDTHS = [32, 63, 111, 768]
@@ -350,6 +350,12 @@ def test_embeddings_same_bits_twice_and_strided_gradient() -> None:
     check_embedding(arguments, dnormed, 1)
     first, second = (embedding_by_kernel(arguments, dnormed, 1) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_more_partial_sums_than_a_tile_holds() -> None:
+    partials = torch.randn(2, 3 * rows.CONFIG.tiles["BLOCK_PARTIALS"] + 5, 40)
+    for found, parts in zip(rows.ordered_sum(partials, partials, partials), partials, strict=True):
+        assert_as_accurate(found, lambda part: part.sum(0), parts)
 
 
 def test_an_id_outside_its_table_is_never_garbage() -> None:

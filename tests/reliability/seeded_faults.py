@@ -44,6 +44,7 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
         "tests/kernels/test_ops.py",
         "tests/kernels/test_operators.py",
         "tests/kernels/test_triton_bias.py",
+        "tests/kernels/test_fp8.py",
         "tests/models/test_golden.py",
     ),
     "xfm_fast/objectives/losses.py": (

@@ -131,6 +131,8 @@ def test_glue_metrics() -> None:
     pearson, spearman = correlations(a, b)
     assert pearson == pytest.approx(stats.pearsonr(a.numpy(), b.numpy())[0], rel=1e-6)
     assert spearman == pytest.approx(stats.spearmanr(a.numpy(), b.numpy())[0], rel=1e-12)
+    assert correlations(a[:2], b[:2]) == pytest.approx((-1, -1))
+    assert correlations(a[:1], b[:1]) == (0, 0)
     predicted, targets = torch.tensor([1, 1, 0, 0, 1]), torch.tensor([1, 0, 0, 1, 1])
     assert f1_score(predicted, targets) == pytest.approx(2 / 3)
     # tp 2, tn 1, fp 1, fn 1

@@ -8,7 +8,7 @@ import torch
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config, load_json
 from xfm_fast.errors import InputError
-from xfm_fast.tasks.grounding import GroundingModel, grounding_accuracy, pixel_boxes, pixel_iou
+from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, grounding_accuracy, pixel_boxes, pixel_iou
 
 
 def test_official_metric() -> None:
@@ -38,6 +38,8 @@ def test_accuracy_without_splits() -> None:
     assert grounding_accuracy(boxes, sizes, reference) == {"all": 0.5}
     with pytest.raises(InputError, match="do not belong together"):
         grounding_accuracy(boxes, sizes[:1], reference)
+    # Half of the pixels is enough.
+    assert box_accuracy(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[0.0, 0, 4, 2]])) == {"all": 1.0}
 
 
 @torch.inference_mode()

@@ -255,6 +255,8 @@ def test_detection_accuracy() -> None:
     assert (
         detection_accuracy(reference + torch.tensor([[0.0], [20.0]]) * torch.tensor([1.0, 1, 0, 0]), reference) == 0.5
     )
+    # Half of the pixels is enough.
+    assert detection_accuracy(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[0.0, 0, 4, 2]])) == 1
     with pytest.raises(InputError, match=r"\[P, 4\]"):
         detection_accuracy(reference[:1], reference)
 

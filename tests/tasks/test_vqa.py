@@ -296,7 +296,7 @@ def test_tables_of_the_normalisation(raw: str, normalised: str) -> None:
 
 
 def test_exact_match_and_missing_predictions() -> None:
-    assert exact_match({1: " red ", 2: "Blue"}, {1: "red", 2: "blue"}) == 0.5
+    assert exact_match({1: " red ", 2: "Blue", 3: "one"}, {1: "red", 2: "blue", 3: "two"}) == pytest.approx(1 / 3)
     with pytest.raises(DataError, match="1 of 2 questions have no prediction"):
         exact_match({1: "red"}, {1: "red", 2: "blue"})
     with pytest.raises(DataError, match="question 4 has no prediction"):
