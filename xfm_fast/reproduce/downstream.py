@@ -33,6 +33,7 @@ from xfm_fast.finetuning.task import Task
 from xfm_fast.models.xfm import XFM
 from xfm_fast.reproduce.evaluation import HeldOut, shape_probe
 from xfm_fast.tasks.grounding import pixel_iou
+from xfm_fast.training.recipe import load_recipe
 
 PRETRAINING = "pretrain_tiny_shapes"
 STEM = "downstream-tiny-shapes"
@@ -111,6 +112,8 @@ def run_downstream(
     """
     if seeds < 1:
         raise XFMError(f"seeds={seeds}; at least one is needed")
+    # What the recipe does not know is refused before anything is written.
+    load_recipe(PRETRAINING, pretraining)
     if (said := _pretraining(out)) is None:
         out.mkdir(parents=True, exist_ok=True)
         write_bytes({out / PRETRAINING_FILE: json.dumps(pretraining).encode()})
