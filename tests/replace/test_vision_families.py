@@ -255,8 +255,10 @@ def test_autocast_and_half_precision(kind: str) -> None:
 def test_compiled(kind: str) -> None:
     model, batch = made(kind, torch.float32), given(kind, torch.float32)
     fast = without_chance(fused_copy(model))
-    compiled = torch.compile(fast, backend="aot_eager")
-    assert_close(outcome(model, batch), gradients(fast, partial(states, compiled, batch)), 1e-5)
+    compiled, wanted = torch.compile(fast, backend="aot_eager"), outcome(model, batch)
+    # The places of patches once more.
+    torch.manual_seed(5)
+    assert_close(wanted, gradients(fast, partial(states, compiled, batch)), 1e-5)
 
 
 @pytest.mark.parametrize(
