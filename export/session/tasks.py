@@ -183,16 +183,16 @@ class DecodingSession(Session):
                 made.append({key: torch.cat([each[key] for each in row], 1) for key in ("logits", "present")})
             return torch.cat([each["logits"] for each in made]), torch.cat([each["present"] for each in made])
 
-    @property
-    def cached_dims(self) -> tuple[int, ...]:
-        """Layers, 2, H and D of the keys and values of a token."""
+    def unwritten(self, *counts: int) -> Tensor:
+        """Zeros in place of the keys and values of so many tokens, `[*counts, layers, 2, H, D]`."""
         present = next(each for each in self.manifest.graph("decoder_step").outputs if each.name == "present")
-        return tuple(int(dim) for dim in present.dims[2:])
+        dims = (int(dim) for dim in present.dims[2:])
+        return torch.zeros(*counts, *dims, dtype=self.dtype, device=self.device)
 
     def begin(self, prompt_ids: Tensor, memory: SessionStates, capacity: int) -> tuple[Tensor, SessionPast]:
         """See `Writer`: the prompt goes through the graph token by token."""
         prompt_ids = prompt_ids.to(self.device)
-        past = SessionPast(torch.zeros(len(prompt_ids), 0, *self.cached_dims, dtype=self.dtype, device=self.device))
+        past = SessionPast(self.unwritten(len(prompt_ids), 0))
         logits = [self.step(tokens, memory, past) for tokens in prompt_ids.unbind(1)]
         return logits[-1], past
 
@@ -252,7 +252,7 @@ class VQASession(DecodingSession):
 
     def log_likelihoods(self, memory: SessionStates, answer_ids: Tensor) -> Tensor:
         """`VQAModel.log_likelihoods`."""
-        past = SessionPast(torch.zeros(len(answer_ids), 0, *self.cached_dims, dtype=self.dtype, device=self.device))
+        past = SessionPast(self.unwritten(len(answer_ids), 0))
         total = torch.zeros(len(answer_ids), dtype=torch.float64, device=self.device)
         for tokens, following in zip(answer_ids.unbind(1), answer_ids[:, 1:].unbind(1), strict=False):
             shares = self.step(tokens, memory, past).double().log_softmax(-1)
@@ -275,7 +275,7 @@ class SteppedTree(DecodedTree):
     def __init__(self, session: DecodingSession, memory: SessionStates, trie: AnswerTrie) -> None:
         super().__init__(trie, memory.states, torch.float32)
         self._session, self._memory = session, memory
-        self._known = torch.zeros(0, *session.cached_dims, dtype=session.dtype, device=session.device)
+        self._known = session.unwritten(0)
 
     def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
         """See `DecodedTree`."""

@@ -108,12 +108,12 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     Returns:
         `[B, N, H, D]`, contiguous.
     """
-    if _is_little(q, k):
-        return _fused(q, k, v, scale, bias)
-    if q.shape[1] * k.shape[1] <= _SHORT_SCORES:
+    short = q.shape[1] * k.shape[1] <= _SHORT_SCORES
+    if short and q.shape[0] > _FEW:
         return _SHORT[select("short biased attention", _SHORT, _windows_example, q.dtype)](q, k, v, scale, bias)
-    if max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
-        return _PLAIN[choice(q.shape[1], k.shape[1], q.dtype)](q, k, v, scale, bias)
+    if short or max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
+        # Whichever is the best without a bias is so with one.
+        return plain_attention(q, k, v, scale, bias)
     return _BIASED[select("biased attention", _BIASED, _biased_example, q.dtype)](q, k, v, scale, bias)
 
 
@@ -123,19 +123,15 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     Args:
         q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides.
         scale: multiplies the products.
-        mask: `[B, 1, 1 or Nq, Nk]`, added to the scaled products: -inf hides a key.
+        mask: `[G, 1 or H, 1 or Nq, Nk]`, G a divisor of B, added to the scaled products: -inf hides a key.
 
     Returns:
         `[B, Nq, H, D]`, contiguous.
     """
-    if _is_little(q, k):
+    if q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
         return _fused(q, k, v, scale, mask)
     name = choice(q.shape[1], k.shape[1], q.dtype)
     return _PLAIN[name](q, k, v, scale, mask)
-
-
-def _is_little(q: Tensor, k: Tensor) -> bool:
-    return q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES
 
 
 def choice(queries: int, keys: int, dtype: torch.dtype) -> str:
