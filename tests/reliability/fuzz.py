@@ -61,6 +61,8 @@ from xfm_fast.training.shards import read_contents
 
 MOST_BYTES = 256 << 20
 MOST_SECONDS = 10.0
+BLOCK = 1000
+"""Inputs of one search: hypothesis keeps all inputs of a search apart, which takes longer the more there are."""
 
 Edit = tuple[str, float, float, bytes]
 _NUMBERS = [struct.pack(form, value) for form in ("<I", ">I", "<Q", ">Q") for value in (0, 1, 1 << 31, (1 << 32) - 1)]
@@ -453,24 +455,22 @@ def attack(form: Format, inputs: int, *, number: int = 0, most_seconds: float | 
 
     every: Any = list(HealthCheck)
 
-    @seed(number)
-    @settings(
-        max_examples=inputs,
-        deadline=None,
-        database=None,
-        derandomize=False,
-        suppress_health_check=every,
-    )
-    @given(st.sampled_from(form.whole), edits)
-    def run(whole: bytes, changes: list[Edit]) -> None:
-        ends[tried(form.packed(edited(whole, changes)))] += 1
+    def block(first: int) -> None:
+        @seed(number + first)
+        @settings(max_examples=min(BLOCK, inputs - first), deadline=None, database=None, suppress_health_check=every)
+        @given(st.sampled_from(form.whole), edits)
+        def run(whole: bytes, changes: list[Edit]) -> None:
+            ends[tried(form.packed(edited(whole, changes)))] += 1
+
+        run()
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for whole in form.whole:
                 ends[f"whole: {tried(form.packed(whole))}"] += 1
-            run()
+            for first in range(0, inputs, BLOCK):
+                block(first)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return ends
