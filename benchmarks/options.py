@@ -175,6 +175,25 @@ class DropInOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SessionOptions(ModelOptions):
+    """Options of exports on the CPU: their sessions, and their libraries by themselves.
+
+    Attributes:
+        work: embed-image, embed-text, rerank, tokens (cost of texts as they grow), or several with commas. [all]
+        baselines: Names with commas, see xfm-fast bench list. [every form of ONNX Runtime, OpenVINO and AOTInductor]
+        image_size: Pixels along a side. [224; tiny 32]
+        exports: Folder that keeps the exports, which are minutes of work, for the next run. [they are made anew]
+    """
+
+    work: Annotated[tuple[Literal["embed-image", "embed-text", "rerank", "tokens"], ...], MinLen(1)] = (
+        *("embed-image", "embed-text", "rerank", "tokens"),
+    )
+    baselines: tuple[str, ...] = ()
+    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
+    exports: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelOptions:
     """Options of the operations.
 

@@ -256,6 +256,9 @@ def _among(document: Document) -> list[Column]:
     def quantile(name: str) -> Callable[[Row], str]:
         return _of("latency", lambda latency: number(getattr(latency, name).value * 1e3))
 
+    def alone(row: Row) -> Comparison | None:
+        return None if row.ours else next(iter(row.against), None)
+
     dtypes = dict.fromkeys(row.dtype for row in document.measured if row.ours)
     return [
         Column("contender", lambda row: row.label, number=False),
@@ -265,6 +268,8 @@ def _among(document: Document) -> list[Column]:
         Column("p50 ms", lambda row: quantile("p50")(row) if row.server else "", detail=True),
         Column("p90 ms", quantile("p90"), detail=True),
         Column("p99 ms", quantile("p99")),
+        Column("over the library", lambda row: times(found.ratio) if (found := alone(row)) else ""),
+        Column("95% interval, library", lambda row: span(f.low, f.high) if (f := alone(row)) else "", detail=True),
         *(Column(f"{OURS} {dtype} is", ratio(dtype)) for dtype in dtypes),
         *(Column(f"95% interval, {dtype}", interval(dtype), detail=True) for dtype in dtypes),
     ]
