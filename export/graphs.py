@@ -442,17 +442,19 @@ class PackedFusionGraph(FusionGraph):
             Token 0 of every text `[B, T, width]`, `[B, T, 2]`, `[B, T, 4]`, classes; last all tokens as they came.
         """
         batch, rows, length, width = packed_embeds.shape
+        texts, tokens = firsts.shape[1], rows * length
         x, numbers = packed_embeds.flatten(0, 1), segments.flatten(0, 1)
         places = firsts[..., 0] * length + firsts[..., 1]
-        places = (places + torch.arange(batch, device=places.device)[:, None] * (rows * length)).flatten()
+        places = (places + torch.arange(batch, device=places.device)[:, None] * tokens).flatten()
 
-        def chosen(tokens: Tensor) -> Tensor:
-            return tokens.reshape(batch * rows * length, -1).index_select(0, places).reshape(batch, -1, width)
+        def chosen(x: Tensor) -> Tensor:
+            return x.reshape(batch * tokens, width).index_select(0, places).reshape(batch, texts, width)
 
         def last(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             # All rows of an image are one here, for what is wanted of each differs in number.
-            every, own = segments.reshape(batch, -1), segments.flatten().index_select(0, places)
-            return x.reshape(batch, -1, width), _between(own.reshape(batch, -1), every, x.dtype), chosen(x)
+            every, own = segments.reshape(batch, tokens), segments.flatten().index_select(0, places)
+            mask = _between(own.reshape(batch, texts), every, x.dtype)
+            return x.reshape(batch, tokens, width), mask, chosen(x)
 
         mask = _between(numbers, numbers, x.dtype)
         x = self.layers(x, mask, memory, batch, last=None if self.all_tokens else last)

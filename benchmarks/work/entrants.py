@@ -112,7 +112,7 @@ def check(
     entrants: Sequence[Entrant], workload: Workload, subjects: Subjects, on_step: Callable[[str], None],
     count: int | None = None,
 ) -> None:  # fmt: skip
-    """Compare answers to a request or two, or `count`, with the official algorithm in fp32; sets `parity` and `cost`."""
+    """Compare answers to a request or two, or `count`, with the official algorithm in fp32; set `parity` and `cost`."""
     numbers = workload.batch(count or (2 if workload.work.startswith("embed") else 1))
     reference = _Reference(subjects, workload, numbers)
     for entrant in entrants:

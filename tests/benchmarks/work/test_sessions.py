@@ -1,0 +1,99 @@
+"""`bench sessions`: sessions beside their libraries, cost as texts grow, and rows of several runs in one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.runner import invoke
+from xfm_fast.benchmarks import files
+from xfm_fast.benchmarks.contenders.registry import ALL, ALONE
+from xfm_fast.benchmarks.record import OURS, Document, Row
+from xfm_fast.benchmarks.report import markdown
+from xfm_fast.benchmarks.work.sessions import _beside_library, added_to
+from xfm_fast.errors import DataError
+
+
+def _row(work: str, contender: str, seconds: list[float], dtype: str = "fp32") -> Row:
+    return Row(
+        work=work, name=work, contender=contender, label=contender, dtype=dtype, status="measured", unit="texts",
+        items=2, seconds=seconds,
+    )  # fmt: skip
+
+
+def _document(*rows: Row) -> Document:
+    made = Document.begun("sessions", {}, [], "cpu")
+    return made.model_copy(update={"rows": list(rows)})
+
+
+def test_every_session_has_its_library() -> None:
+    names = {contender.name for contender in ALL}
+    assert {*ALONE} <= names
+    assert {*ALONE.values()} <= names
+    assert ALONE["onnxruntime-packed"] == ALONE["onnxruntime"] == "onnxruntime-alone"
+    assert ALONE["openvino-int8"] == "openvino-int8-alone"
+    assert ALONE["aoti"] == "aoti-alone"
+    assert OURS not in ALONE
+
+
+def test_a_session_is_compared_with_its_library() -> None:
+    rows = [
+        _row("embed-text", "openvino", [1.0, 1.0, 1.0]),
+        _row("embed-text", "openvino-alone", [1.5, 1.5, 1.5]),
+        _row("embed-text", "openvino-alone", [9.0] * 3, "bf16"),
+    ]
+    for row in rows:
+        _beside_library(row, rows)
+    ((found,), *others) = [row.against for row in rows]
+    assert (found.contender, found.dtype, found.ratio, found.low, found.high) == (
+        "openvino-alone", "fp32", 1.5, 1.5, 1.5,
+    )  # fmt: skip
+    assert others == [[], []]
+    head, _, line, *_ = markdown(_document(*rows)).splitlines()
+    assert "over the library" in head
+    assert "1.50×" in line
+
+
+def test_rows_of_other_work_are_kept(tmp_path: Path) -> None:
+    path, first = tmp_path / "rows.json", _document(_row("embed-text", OURS, [1.0]), _row("rerank", OURS, [1.0]))
+    assert added_to(path, first) is first
+    files.save_as(first, path)
+    grown = _row("embed-text", OURS, [3.0]).model_copy(update={"over": "tokens", "x": 5.0})
+    joined = added_to(path, _document(_row("rerank", OURS, [2.0]), grown))
+    assert [(row.work, row.over, row.seconds) for row in joined.rows] == [
+        ("embed-text", None, [1.0]), ("rerank", None, [2.0]), ("embed-text", "tokens", [3.0]),
+    ]  # fmt: skip
+    other = first.model_copy(update={"machine": first.machine | {"threads": 999}})
+    with pytest.raises(DataError, match=r"is of another number of threads \(.*, now 999\); name another file"):
+        added_to(path, other)
+    path.write_text("{}")
+    with pytest.raises(DataError, match="schema version"):
+        added_to(path, first)
+
+
+@pytest.mark.slow
+def test_command(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file, exports = tmp_path / "rows.json", tmp_path / "exports"
+    names = "onnxruntime,onnxruntime-alone,onnxruntime-packed,onnxruntime-int8,onnxruntime-int8-alone"
+    common = ["bench", "sessions", "--quick", "--preset", "tiny", "--dtype", "fp32", "--baselines", names]
+    kept = ["--exports", str(exports), "--json", str(file)]
+    for work in ("embed-text,tokens", "rerank"):
+        done = invoke([*common, "--work", work, *kept])
+        assert done.exit_code == 0, done.output
+    document = files.load(file)
+    assert all(row.measured and row.parity is not None and row.parity.passed for row in document.rows), done.output
+    assert {row.work for row in document.rows} == {"embed-text", "rerank"}
+    for row in document.rows:
+        compared = [other.contender for other in row.against]
+        assert row.ours or compared == [ALONE[row.contender]] * (row.contender in ALONE)
+    grown = [row for row in document.rows if row.over == "tokens" and row.contender == "onnxruntime-packed"]
+    assert len({row.x for row in grown}) == 2
+    made = {path.name: (path / "manifest.json").stat().st_mtime_ns for path in exports.iterdir()}
+    assert json.loads((exports / "onnxruntime-fp32-packed-text-32" / "manifest.json").read_text())["packed"] is True
+    assert invoke([*common, "--work", "embed-text", *kept]).exit_code == 0
+    # What lies there already is used again.
+    assert {path.name: (path / "manifest.json").stat().st_mtime_ns for path in exports.iterdir()} == made
