@@ -130,8 +130,10 @@ class Layout:
         inner = np.arange(len(of)) - behind[of]
         place = row[of] * length + offset[of] + inner
         starts = np.cumsum(lengths) - np.asarray(lengths)
-        number = np.concatenate([np.arange(count) for count in counts])
         image = np.repeat(np.arange(len(images)), counts)
+        # The texts of an image are numbered as they come, wherever they lie.
+        number = np.empty(len(texts), dtype=np.int64)
+        number[np.lexsort((texts, image))] = np.concatenate([np.arange(count) for count in counts])
         segments = np.zeros(len(images) * rows * length, dtype=np.int64)
         segments[place] = number[of] + 1
         firsts = np.zeros((len(images), max(counts), 2), dtype=np.int64)
