@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, StorageError
 
-from ..contenders.registry import ALL, ALONE
+from ..contenders.registry import ALL, ALONE, choose
 from ..files import load
 from ..measure import Progress, compared
 from ..options import SessionOptions
@@ -25,32 +25,56 @@ from .requests import EmbedImage, EmbedText, Rerank, Workload
 from .setting import Setting, opened
 
 _INT8 = "xfm-fast-int8"
+_ORDER = ("embed-image", "embed-text", "tokens", "rerank")
 _MEANS = (6, 12, 20, 30, 40)
 """Tokens of a text on average, the longest always being 40."""
 
 
-def run(options: SessionOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
+def run(
+    options: SessionOptions, progress: Progress | None = None, command: Sequence[str] = (), into: Path | None = None
+) -> Document:  # fmt: skip
     """Measure this machine's CPU. An interruption (Ctrl-C) ends the run early and keeps the rows measured so far.
 
+    Args:
+        into: file of an earlier run, if it is there: its rows of other work are kept.
+
     Raises:
-        XFMError: an option, the checkpoint or the data cannot be used.
+        XFMError: an option, the checkpoint, the data or the earlier run cannot be used.
     """
-    progress, tiny = progress or Progress(), options.preset == "tiny"
-    size = options.image_size or (32 if tiny else 224)
-    progress.begin(2 + len(options.work))
-    with opened(options, "sessions", torch.device("cpu"), progress, command) as setting:
-        setting.prepare(size)
-        if options.exports is not None:
+    progress, cpu = progress or Progress(), torch.device("cpu")
+    size = options.image_size or (32 if options.preset == "tiny" else 224)
+    choose(options.baselines, "embed-text", cpu, quick=options.quick)
+    earlier = load(into) if into is not None and into.exists() else None
+    if options.exports is not None:
+        try:
             options.exports.mkdir(parents=True, exist_ok=True)
-            setting.scratch = options.exports
-        for work in dict.fromkeys(options.work):
+        except OSError as error:
+            raise StorageError(
+                f"{options.exports} cannot be made ({error.strerror}); choose another folder with --exports"
+            ) from error
+    progress.begin(2 + len(options.work))
+    with opened(options, "sessions", cpu, progress, command) as setting:
+        setting.scratch = options.exports or setting.scratch
+        setting.prepare(size)
+        if earlier is not None:
+            _require_alike(earlier, setting.document, f"{into}")
+        group, entrants = "", []
+        for work in sorted(dict.fromkeys(options.work), key=_ORDER.index):
+            needed = "embed-text" if work == "tokens" else work
+            if needed != group:
+                # What another work needed is let go first: weights of a dozen contenders.
+                entrants.clear()
+                gc.collect()
+                group, entrants = needed, _entrants(setting, needed, size, options.baselines or (_INT8, *_forms()))
             if work == "tokens":
-                _tokens(setting, options, size)
-                continue
-            names = options.baselines or (_INT8, *_forms())
-            entrants = _entrants(setting, work, size, names)
-            _measure(setting, options, entrants, _workload(setting, work, size, options.quick))
-    return setting.finish()
+                _tokens(setting, options, entrants)
+            else:
+                workload = _workload(setting, work, size, options.quick)
+                _measure(setting, workload, entrants, rounds=2 if options.quick else 5, budget_s=20.0)
+    document = setting.finish()
+    anew = {(row.work, row.over) for row in document.rows}
+    kept = [] if earlier is None else [row for row in earlier.rows if (row.work, row.over) not in anew]
+    return document.model_copy(update={"rows": [*kept, *document.rows]})
 
 
 def _workload(setting: Setting, work: str, size: int, quick: bool) -> Workload:
@@ -68,25 +92,24 @@ def _forms() -> list[str]:
 def _entrants(setting: Setting, work: str, size: int, names: Sequence[str]) -> list[Entrant]:
     """Those asked for, with xfm-fast; the official algorithm is what they are compared with, and takes no time."""
     setting.progress.stage(f"{work}: building")
-    # What another work needed is let go first: weights of a dozen contenders.
-    gc.collect()
-    asked = [name for name in names if any(c.name == name and work in c.works for c in ALL)]
+    asked = [contender.name for contender in ALL if contender.name in names and work in contender.works]
     found = setting.entrants(work, size, (OURS, *asked))
     return [entrant for entrant in found if entrant.contender.name != OFFICIAL]
 
 
 def _measure(
-    setting: Setting, options: SessionOptions, entrants: list[Entrant], workload: Workload, *, x: float | None = None
-) -> None:
+    setting: Setting, workload: Workload, entrants: list[Entrant], *, rounds: int, budget_s: float,
+    x: float | None = None,
+) -> None:  # fmt: skip
     batch = workload.requests
     setting.progress.stage(workload.name(batch))
     # Whole batches: texts that lie in one row with others are what may go wrong.
     setting.check(entrants, workload, batch)
-    quick, known = options.quick, len(setting.document.rows)
+    known = len(setting.document.rows)
     try:
         setting.measure(
-            workload, entrants, batch=batch, rounds=2 if quick else 5, budget_s=0 if quick else 20.0, most_rounds=9,
-            warmups=1, deadline=time.perf_counter() + 120, x=x,
+            workload, entrants, batch=batch, rounds=rounds, budget_s=budget_s if rounds > 2 else 0.0, most_rounds=9,
+            warmups=1, deadline=time.perf_counter() + 2 * budget_s, x=x,
         )  # fmt: skip
     finally:
         rows = setting.document.rows[known:]
@@ -94,15 +117,15 @@ def _measure(
             _beside_library(row, rows)
 
 
-def _tokens(setting: Setting, options: SessionOptions, size: int) -> None:
-    """One set of contenders in fp32 over texts of more and more tokens, their number and the longest being the same."""
-    names = [name for name in options.baselines or _forms() if "int8" not in name and not name.startswith("aoti")]
-    entrants = [entrant for entrant in _entrants(setting, "embed-text", size, names) if entrant.dtype == "fp32"]
+def _tokens(setting: Setting, options: SessionOptions, entrants: list[Entrant]) -> None:
+    """Those in fp32 over texts of more and more tokens, whose number and longest stay the same."""
+    entrants = [each for each in entrants if each.dtype == "fp32" and "int8" not in each.contender.name]
     count = 4 if options.quick else 32
     for mean in _MEANS[-2:] if options.quick else _MEANS:
         workload = EmbedText(setting.material, count, f"mixed-{mean}")
         known = len(setting.document.rows)
-        _measure(setting, options, entrants, workload, x=float(sum(workload.lengths(range(count)))))
+        tokens = float(sum(workload.lengths(range(count))))
+        _measure(setting, workload, entrants, rounds=2 if options.quick else 3, budget_s=6.0, x=tokens)
         for row in setting.document.rows[known:]:
             row.over = "tokens"
 
@@ -114,15 +137,8 @@ def _beside_library(row: Row, rows: Sequence[Row]) -> None:
         row.against = [compared(own.contender, own.dtype, row.dtype, own.seconds, row.seconds)]
 
 
-def added_to(path: Path, document: Document) -> Document:
-    """A document with those rows of an earlier one, in a file that may not be there, that it has not measured anew.
-
-    Raises:
-        DataError: the file is of another benchmark, processor or number of threads, or cannot be read.
-    """
-    if not path.exists():
-        return document
-    earlier = load(path)
+def _require_alike(earlier: Document, document: Document, name: str) -> None:
+    """Raise `DataError` where an earlier run is none whose rows may stand beside those of this one."""
     for what, find in {
         "benchmark": lambda d: d.benchmark,
         "processor": lambda d: d.machine.get("cpu"),
@@ -130,7 +146,4 @@ def added_to(path: Path, document: Document) -> Document:
         "model": lambda d: d.model and (d.model.preset, d.model.origin),
     }.items():
         if find(earlier) != find(document):
-            raise DataError(f"{path} is of another {what} ({find(earlier)}, now {find(document)}); name another file")
-    anew = {(row.work, row.over) for row in document.rows}
-    kept = [row for row in earlier.rows if (row.work, row.over) not in anew]
-    return document.model_copy(update={"rows": [*kept, *document.rows]})
+            raise DataError(f"{name} is of another {what} ({find(earlier)}, now {find(document)}); name another file")

@@ -194,11 +194,7 @@ def bench_sessions(*, options: Flat[SessionOptions] = SessionOptions(), json: Js
     """
     from xfm_fast.benchmarks.work import sessions
 
-    def run(progress: Progress, command: list[str]) -> Document:
-        document = sessions.run(options, progress, command)
-        return document if json is None else sessions.added_to(json, document)
-
-    document = _measured(run)
+    document = _measured(lambda progress, command: sessions.run(options, progress, command, json))
     return _keep(document, json) or int(not document.ok)
 
 

@@ -10,10 +10,11 @@ import pytest
 from tests.cli.runner import invoke
 from xfm_fast.benchmarks import files
 from xfm_fast.benchmarks.contenders.registry import ALL, ALONE
+from xfm_fast.benchmarks.options import SessionOptions
 from xfm_fast.benchmarks.record import OURS, Document, Row
 from xfm_fast.benchmarks.report import markdown
-from xfm_fast.benchmarks.work.sessions import _beside_library, added_to
-from xfm_fast.errors import DataError
+from xfm_fast.benchmarks.work import sessions
+from xfm_fast.errors import DataError, StorageError, UnavailableError
 
 
 def _row(work: str, contender: str, seconds: list[float], dtype: str = "fp32") -> Row:
@@ -45,7 +46,7 @@ def test_a_session_is_compared_with_its_library() -> None:
         _row("embed-text", "openvino-alone", [9.0] * 3, "bf16"),
     ]
     for row in rows:
-        _beside_library(row, rows)
+        sessions._beside_library(row, rows)
     ((found,), *others) = [row.against for row in rows]
     assert (found.contender, found.dtype, found.ratio, found.low, found.high) == (
         "openvino-alone", "fp32", 1.5, 1.5, 1.5,
@@ -56,21 +57,43 @@ def test_a_session_is_compared_with_its_library() -> None:
     assert "1.50×" in line
 
 
-def test_rows_of_other_work_are_kept(tmp_path: Path) -> None:
-    path, first = tmp_path / "rows.json", _document(_row("embed-text", OURS, [1.0]), _row("rerank", OURS, [1.0]))
-    assert added_to(path, first) is first
-    files.save_as(first, path)
-    grown = _row("embed-text", OURS, [3.0]).model_copy(update={"over": "tokens", "x": 5.0})
-    joined = added_to(path, _document(_row("rerank", OURS, [2.0]), grown))
-    assert [(row.work, row.over, row.seconds) for row in joined.rows] == [
-        ("embed-text", None, [1.0]), ("rerank", None, [2.0]), ("embed-text", "tokens", [3.0]),
+def test_rows_of_other_work_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """xfm-fast alone is measured, so that nothing is exported."""
+    monkeypatch.setattr(sessions, "_forms", list)
+    monkeypatch.setattr(sessions, "_INT8", OURS)
+    path = tmp_path / "rows.json"
+
+    def run(*work: str) -> Document:
+        options = SessionOptions(preset="tiny", quick=True, dtype=("fp32",), work=work)  # pyright: ignore
+        document = sessions.run(options, into=path)
+        files.save_as(document, path)
+        return document
+
+    first = run("rerank")
+    both = run("tokens", "embed-text")
+    assert [(row.work, row.over) for row in both.rows] == [
+        ("rerank", None), ("embed-text", None), ("embed-text", "tokens"), ("embed-text", "tokens"),
     ]  # fmt: skip
-    other = first.model_copy(update={"machine": first.machine | {"threads": 999}})
-    with pytest.raises(DataError, match=r"is of another number of threads \(.*, now 999\); name another file"):
-        added_to(path, other)
+    assert both.rows[0] == first.rows[0]
+    assert all(row.parity is not None and row.parity.passed for row in both.rows)
+    assert len({row.x for row in both.rows}) == 3
+    assert run("rerank").rows[-1].seconds != first.rows[0].seconds
+    files.save_as(first.model_copy(update={"machine": first.machine | {"threads": 999}}), path)
+    with pytest.raises(DataError, match=r"rows\.json is of another number of threads \(999, now .*\); name another"):
+        run("rerank")
     path.write_text("{}")
     with pytest.raises(DataError, match="schema version"):
-        added_to(path, first)
+        run("rerank")
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for options, error, message in (
+        ({"baselines": ("onnx",)}, UnavailableError, "baseline 'onnx' is unknown"),
+        ({"exports": tmp_path / "file" / "here"}, StorageError, "cannot be made"),
+    ):
+        with pytest.raises(error, match=message):
+            sessions.run(SessionOptions(preset="tiny", **options))
 
 
 @pytest.mark.slow
