@@ -64,7 +64,7 @@ def test_rows_of_other_work_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "rows.json"
 
     def run(*work: str) -> Document:
-        options = SessionOptions(preset="tiny", quick=True, dtype=("fp32",), work=work)  # pyright: ignore
+        options = SessionOptions(preset="tiny", quick=True, dtype=("fp32",), work=work)  # pyright: ignore[reportArgumentType]
         document = sessions.run(options, into=path)
         files.save_as(document, path)
         return document
