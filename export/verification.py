@@ -406,16 +406,16 @@ def _layout(record: GraphRecord, case: Case, manifest: Manifest, reference: Refe
     lengths = reference.tensors["attention_mask"].sum(1)[case.texts.flatten()].tolist()
     slots, width = graph_slots(record), manifest.config["text_width"]
     numbers = torch.arange(len(lengths)).view(1 if record.name == "text" else len(case.texts), -1).tolist()
-    most = {"most_rows": largest(slots, "rows"), "most_length": largest(slots, "length")}
-    # As many rows of each image as the one has that needs most of them.
-    found = [in_rows(texts, lengths, width, **most) for texts in numbers]
+    rows, length = largest(slots, "rows"), largest(slots, "length")
+    found = [in_rows(texts, lengths, width, most_rows=rows, most_length=length) for texts in numbers]
     made = [rows for rows in found if rows is not None]
     if len(made) < len(found):
         raise InputError(
             f"graph {record.name!r}: {len(numbers[0])} texts do not fit into its rows; export with more or longer ones"
         )
-    rows = max(len(each.texts) for each in made)
-    images = [(*each.texts, *((),) * (rows - len(each.texts))) for each in made]
+    # As many rows of each image as the one has that needs most of them.
+    most = max(len(each.texts) for each in made)
+    images = [(*each.texts, *((),) * (most - len(each.texts))) for each in made]
     return Layout.of(images, lengths, max(each.length for each in made))
 
 

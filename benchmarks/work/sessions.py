@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -18,14 +19,15 @@ from xfm_fast.errors import DataError, StorageError
 from ..contenders.registry import ALL, ALONE, choose
 from ..files import load
 from ..measure import Progress, compared
-from ..options import SessionOptions
+from ..options import SessionOptions, SessionWork
 from ..record import OFFICIAL, OURS, Document, Row
 from .entrants import Entrant
 from .requests import EmbedImage, EmbedText, Rerank, Workload
 from .setting import Setting, opened
 
 _INT8 = "xfm-fast-int8"
-_ORDER = ("embed-image", "embed-text", "tokens", "rerank")
+# Those that share their contenders stand side by side.
+_ORDER: tuple[SessionWork, ...] = get_args(SessionWork)
 _MEANS = (6, 12, 20, 30, 40)
 """Tokens of a text on average, the longest always being 40."""
 
