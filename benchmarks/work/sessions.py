@@ -24,6 +24,7 @@ from ..record import OFFICIAL, OURS, Document, Row
 from .entrants import Entrant
 from .requests import EmbedImage, EmbedText, Rerank, Workload
 from .setting import Setting, opened
+from .sweep import fits
 
 _INT8 = "xfm-fast-int8"
 # Those that share their contenders stand side by side.
@@ -76,7 +77,9 @@ def run(
     document = setting.finish()
     anew = {(row.work, row.over) for row in document.rows}
     kept = [] if earlier is None else [row for row in earlier.rows if (row.work, row.over) not in anew]
-    return document.model_copy(update={"rows": [*kept, *document.rows]})
+    document = document.model_copy(update={"rows": [*kept, *document.rows]})
+    document.fits = fits(document)
+    return document
 
 
 def _workload(setting: Setting, work: str, size: int, quick: bool) -> Workload:
@@ -129,7 +132,7 @@ def _tokens(setting: Setting, options: SessionOptions, entrants: list[Entrant]) 
         tokens = float(sum(workload.lengths(range(count))))
         _measure(setting, workload, entrants, rounds=2 if options.quick else 3, budget_s=6.0, x=tokens)
         for row in setting.document.rows[known:]:
-            row.over = "tokens"
+            row.over, row.name = "tokens", f"{row.name}, {tokens:.0f} in all"
 
 
 def _beside_library(row: Row, rows: Sequence[Row]) -> None:
