@@ -395,3 +395,22 @@ def gains(document: Document) -> str:
     lines = ["| model | " + " | ".join(types) + " |", "|---|" + "---:|" * len(types)]
     lines += [f"| {name} | " + " | ".join(gained.get(t, "") for t in types) + " |" for name, gained in found.items()]
     return "\n".join(lines) + "\n"
+
+
+def contenders(document: Document) -> str:
+    """A line of Markdown a work and type, with a column for each contender; behind a session how many times as fast as
+    its library it is.
+    """
+    rows = document.measured
+    labels = list(dict.fromkeys(row.label for row in rows))
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        over = next(iter(row.against), None)
+        ratio = "" if row.ours or over is None else f" ({times(over.ratio)})"
+        found.setdefault((work(row), row.dtype), {})[row.label] = f"{_speed(row)}{ratio}"
+    lines = ["| work | dtype | " + " | ".join(labels) + " |", "|---|---|" + "---:|" * len(labels)]
+    lines += [
+        f"| {name} | {dtype} | " + " | ".join(said.get(label, "") for label in labels) + " |"
+        for (name, dtype), said in found.items()
+    ]
+    return "\n".join(lines) + "\n"

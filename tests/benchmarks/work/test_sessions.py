@@ -13,6 +13,7 @@ from xfm_fast.benchmarks.contenders.registry import ALL, ALONE
 from xfm_fast.benchmarks.options import SessionOptions
 from xfm_fast.benchmarks.record import OURS, Document, Row
 from xfm_fast.benchmarks.report import markdown
+from xfm_fast.benchmarks.report.table import contenders
 from xfm_fast.benchmarks.work import sessions
 from xfm_fast.errors import DataError, StorageError, UnavailableError
 
@@ -55,6 +56,10 @@ def test_a_session_is_compared_with_its_library() -> None:
     head, _, line, *_ = markdown(_document(*rows)).splitlines()
     assert "over the library" in head
     assert "1.50×" in line
+    head, _, fp32, bf16 = contenders(_document(*rows)).splitlines()
+    assert head == "| work | dtype | openvino | openvino-alone |"
+    assert fp32 == "| embed-text, ms | fp32 | 1,000 (1.50×) | 1,500 |"
+    assert bf16 == "| embed-text, ms | bf16 |  | 9,000 |"
 
 
 def test_rows_of_other_work_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
