@@ -307,6 +307,11 @@ def plan_models(
             f"this export differs from the model that it was made from ({manifest.reason}); before serving "
             "it export it again, in another dtype or for another consumer"
         )
+    if manifest.packed:
+        raise ExportError(
+            "the models of a repository take padded texts, and the graphs of this export take them in rows; export "
+            "without --packed"
+        )
     backend, native = options.backend, _NATIVE.get(manifest.kind)
     if backend == "auto":
         backend = native or "python"
