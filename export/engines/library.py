@@ -132,6 +132,10 @@ class Library:
         config.clear_flag(self.trt.BuilderFlag.TF32)
         if request.level is not None:
             config.builder_optimization_level = request.level
+        if request.refittable:
+            # Stripping alone would allow the very weights of the build and no others.
+            config.set_flag(self.trt.BuilderFlag.REFIT)
+            config.set_flag(self.trt.BuilderFlag.STRIP_PLAN)
 
     def timing_cache(self, config: Any) -> bytes | None:
         """The timings that a build has gathered, for a file; None where the library has none."""

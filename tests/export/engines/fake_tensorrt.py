@@ -109,7 +109,8 @@ def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True) -> Any:
             return True
 
     trt.ILogger, trt.IProgressMonitor, trt.Builder, trt.OnnxParser = ILogger, IProgressMonitor, Builder, OnnxParser
-    trt.BuilderFlag = types.SimpleNamespace(VERSION_COMPATIBLE="VERSION_COMPATIBLE", TF32="TF32")
+    flags = ("VERSION_COMPATIBLE", "TF32", "REFIT", "STRIP_PLAN")
+    trt.BuilderFlag = types.SimpleNamespace(**{flag: flag for flag in flags})
     trt.HardwareCompatibilityLevel = types.SimpleNamespace(
         AMPERE_PLUS="AMPERE_PLUS", SAME_COMPUTE_CAPABILITY="SAME_COMPUTE_CAPABILITY"
     )
