@@ -5,7 +5,6 @@ Everything that can fail early fails before a file of the folder changes. The ma
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
 from .expected import DECODER_GRAPHS, Examples, reference_bytes
-from .graphs import Axis, Graph, TensorSpec, build, check_fixed, default_graphs, wants_all_tokens
+from .graphs import Axis, Graph, TensorSpec, build, check_fixed, default_graphs, in_dtype, wants_all_tokens
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
 from .request import ALL_GRAPHS, ExportRequest, GraphName
 from .verification import compare_with_model
@@ -105,7 +104,7 @@ def export_graphs(
 
     def write_one(record: GraphRecord) -> Sequence[str]:
         graph = build(record.name, model, spelling.form, all_tokens=all_tokens)
-        return write(in_dtype(graph, dtype), record, content)
+        return write(in_dtype(graph, DTYPES[dtype]), record, content)
 
     def compare(content: Manifest) -> None:
         if examples is not None:
@@ -210,14 +209,6 @@ def graph_interface(graph: Graph, dtype: DType, model: XFM, fixed: Mapping[str, 
         "outputs": [record(spec) for spec in graph.outputs],
         "axes": {name: AxisRecord(least=axis.least, most=most.get(name)) for name, axis in axes.items()},
     }
-
-
-def in_dtype(graph: Graph, dtype: DType) -> Graph:
-    """The graph with parameters in `dtype`: itself where they are, else a copy."""
-    wanted = DTYPES[dtype]
-    if all(parameter.dtype == wanted for parameter in graph.parameters()):
-        return graph
-    return copy.deepcopy(graph).to(wanted)
 
 
 def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:

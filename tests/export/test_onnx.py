@@ -18,9 +18,8 @@ from xfm_fast import XFMConfig, __version__
 from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
-from xfm_fast.export.graphs import AttentionForm, GraphName, build, memory_names, random_inputs
+from xfm_fast.export.graphs import AttentionForm, GraphName, build, in_dtype, memory_names, random_inputs
 from xfm_fast.export.onnx import OnnxFile, write_onnx
-from xfm_fast.export.pipeline import in_dtype
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -55,7 +54,7 @@ def written(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     ):
         key = (name, form, opset, dtype, repr(sorted(options.items())))
         if key not in done:
-            graph = in_dtype(build(name, model, form), dtype)
+            graph = in_dtype(build(name, model, form), DTYPES[dtype])
             folder = tmp_path_factory.mktemp("onnx")
             done[key] = write_onnx(graph, folder / f"{name}.onnx", Profile(form, opset), dtype, **options)
         return done[key]
