@@ -196,6 +196,11 @@ class TensorRTForRTX(Library):
                 "TensorRT for RTX times no kernels while it builds, so it has no timing cache; leave out "
                 "--timing-cache. What it compiles when an engine is loaded goes into the session's runtime cache"
             )
+        if request.refittable and present is None:
+            raise UnavailableError(
+                f"TensorRT for RTX {self.version} builds engines for other weights only on a machine with an "
+                "NVIDIA GPU, and there is none here; leave out --refittable"
+            )
         check_type(targets, dtype)
         return targets
 

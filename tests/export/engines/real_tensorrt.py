@@ -378,9 +378,11 @@ def plugins(trt: Any, scratch: Path) -> None:
         print(f"refused: {error}")
         return
     calls: list[str] = []
-    trt.get_plugin_registry = lambda: Checked(trt, trt.IPluginRegistry, {}, calls)
+    # Of what it is asked for it knows nothing yet.
+    answers = {"IPluginRegistry.get_creator": None}
+    trt.get_plugin_registry = lambda: Checked(trt, trt.IPluginRegistry, answers, calls)
     ours.register(library, 90)
-    assert calls == ["IPluginRegistry.register_creator"] * 2, calls
+    assert calls.count("IPluginRegistry.register_creator") == 2, calls
     known = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY
     for name in (ours.RELPOS, ours.VARLEN):
         assert known[f"{ours.NAMESPACE}::{name}"].aot_impl_func is not None

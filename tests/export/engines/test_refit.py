@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from tests.cli.runner import invoke
 from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast import checkpoint
-from xfm_fast.errors import ExportError, InputError
+from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.export import export_onnx
 from xfm_fast.export.engines import library as engine_library
 from xfm_fast.export.engines.build import export_engines
@@ -22,8 +23,7 @@ from xfm_fast.export.engines.refit import check_structure, refit_engines
 from xfm_fast.export.expected import generated_examples
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.model_repository.repository import plan_models
-from xfm_fast.export.request import DEFAULT_GRAPHS, RepositoryOptions
-from xfm_fast.export.runtimes import tensorrt_engines
+from xfm_fast.export.request import DEFAULT_GRAPHS, RepositoryOptions, TensorRTRequest
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="engines are built from ONNX files")
@@ -47,7 +47,7 @@ def engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engines without weights, by a stand-in for TensorRT."""
     folder = tmp_path_factory.mktemp("refit") / "engines"
     with pytest.MonkeyPatch.context() as patch:
-        trt = make_tensorrt()
+        trt = make_tensorrt(inputs=())
         patch.setitem(sys.modules, "tensorrt", trt)
         patch.setattr(engine_library, "local_capability", lambda: 89)
         export_engines(small_model, folder, "tensorrt", dtype="fp32", refittable=True, source="the first model")
@@ -195,20 +195,16 @@ def test_triton_serves_them_by_a_session(engines: Path) -> None:
         plan_models(manifest, RepositoryOptions(pipeline="graphs", backend="tensorrt"), None)
 
 
-def test_tensorrt_for_rtx_builds_engines_without_weights(small_model: XFM, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="builds engines with tensorrt-rtx")
-    options: dict[str, Any] = {"dtype": "bf16", "sm": "89", "graphs": ("image_memory",)}
-    sizes = {}
-    for refittable in (False, True):
-        folder = tmp_path / str(refittable)
-        export_engines(small_model, folder, "tensorrt-rtx", refittable=refittable, **options)
-        sizes[refittable] = (folder / "image_memory.engine").stat().st_size
-    weights = sum(each.numel() for name, each in small_model.named_parameters() if "crossattention.self." in name)
-    assert sizes[False] - sizes[True] > weights, "half of what bf16 weights take, at least"
-    made = refit_engines(
-        _tuned(small_model), tmp_path / "True", tmp_path / "out", examples=generated_examples(small_model.config)
-    )
-    if tensorrt_engines.local_capability() is None:
-        assert made.status == "graphs verified"
-    else:
-        assert made.status in ("verified", "graphs verified"), made.reason
+def test_tensorrt_for_rtx_wants_a_gpu_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is exported; its builder says that a check of its own failed."""
+    pytest.importorskip("tensorrt_rtx", reason="asks tensorrt-rtx for its targets")
+    library, request = engine_library.load_library("tensorrt-rtx"), TensorRTRequest(sm="89", refittable=True)
+    monkeypatch.setattr(engine_library, "local_capability", lambda: None)
+    with pytest.raises(UnavailableError, match="only on a machine with an NVIDIA GPU, and there is none here; leave"):
+        library.check(request, "bf16")
+    monkeypatch.setattr(engine_library, "local_capability", lambda: 89)
+    assert library.check(request, "bf16") == (89,)
+    builder = library.trt.Builder(engine_library.message_logger(library.trt, [], logging.getLogger(__name__)))
+    config = builder.create_builder_config()
+    library.configure(config, request, (89,))
+    assert all(config.get_flag(getattr(library.trt.BuilderFlag, flag)) for flag in ("REFIT", "STRIP_PLAN"))
