@@ -66,7 +66,7 @@ def forward_kernel(
 
     With STAGES, the loop's loads of the bias are copied ahead of their use too, not only those of keys and values.
     With FRAGMENTS, threads load the bias of the next turn straight into registers, in the order of `fragment_place`:
-    shared memory, whose bandwidth the products need, is spared it.
+    shared memory, whose bandwidth the products need, is spared it. The last keys and values are loaded before the loop.
     """
     # Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
     if FRAGMENTS:  # a grid of three dimensions: what one is divided by would delay the first loads
@@ -90,7 +90,7 @@ def forward_kernel(
     if FRAGMENTS:
         bias_base = bias_ptr + (h * tl.num_programs(0) + tile) * (BLOCK_M // 2) * stride_bias
         fragments = tl.arange(0, 2 * BLOCK_M)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        bias_ahead = tl.load(bias_base + fragments)
+        bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
         if TAIL > 0:
             k_last = load_pieces(k_base + full * stride_kn, last, stride_kn, last < tokens - full, D_A, D_B, True)
             v_last = load_pieces(v_base + full * stride_vn, last, stride_vn, last < tokens - full, D_A, D_B, True)
@@ -107,16 +107,17 @@ def forward_kernel(
         0, full, BLOCK_N, num_stages=None if FRAGMENTS else STAGES
     ):
         if FRAGMENTS:
-            bias = unfold_fragments(bias_ahead)
+            bias = bias_ahead
             # The last turn fetches the tile behind the loop, if there is one.
             bias_base += tl.where(first + BLOCK_N < stride_bias, BLOCK_M * BLOCK_N // 2, 0)
-            bias_ahead = tl.load(bias_base + fragments)
+            bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
         else:
             bias = bias_base + (bias_rows + columns[None, :])
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias, columns, columns,
             0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0, False, FRAGMENTS,
+            None, FRAGMENTS,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
@@ -128,7 +129,7 @@ def forward_kernel(
         # way where those of the last tile begin, and serialises every product of the kernel (C7515).
         if full < tokens:
             if FRAGMENTS:
-                bias = first_columns(unfold_fragments(bias_ahead), TAIL)
+                bias = first_columns(bias_ahead, TAIL)
             else:
                 bias = bias_base + (bias_rows + last[None, :])
             acc_a, acc_b, row_max, row_sum = forward_tile(

@@ -53,7 +53,7 @@ def fragment_place(rows, columns):
 def unfold_fragments(words):
     """A tile in the order of `fragment_place`, as `[256, 16]` words of two neighbours → `[128, 64]` fp16.
 
-    Of halves that a loop carries, each would take a register of its own. No element leaves its thread.
+    No element leaves its thread.
     """
     low = words.to(tl.int16).to(tl.float16, bitcast=True)
     high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)

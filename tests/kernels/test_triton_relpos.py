@@ -236,7 +236,9 @@ def test_batches_beyond_the_largest_grid_take_more_launches(monkeypatch: pytest.
         ("triton/relpos_attention.py", "v_base + full * stride_vn", "v_base"),
         ("triton/relpos_attention.py", "first + BLOCK_N < stride_bias, BLOCK_M", "first < 0, BLOCK_M"),
         ("triton/relpos_attention.py", "(h * tl.num_programs(0) + tile)", "(h * tl.num_programs(0))"),
-        ("triton/attention_tiles.py", "row_sum = row_sum * shrink + ", "row_sum = row_sum + "),
+        ("triton/attention_tiles.py", "row_sum = row_sum * shrink + tl.sum(left", "row_sum = row_sum + tl.sum(left"),
+        ("triton/attention_tiles.py", "v_base + half * stride_vn", "v_base"),
+        ("triton/attention_tiles.py", "tl.sum(left + right, 1)", "tl.sum(left + left, 1)"),
     ],
     ids=[
         "order",
@@ -247,6 +249,8 @@ def test_batches_beyond_the_largest_grid_take_more_launches(monkeypatch: pytest.
         "second tile",
         "second row of tiles",
         "sums not shrunk",
+        "first half of the values twice",
+        "first half of the sums twice",
     ],
 )
 def test_a_seeded_bug_with_fragments_is_noticed(mutation: tuple[str, str, str], tmp_path: Path) -> None:
