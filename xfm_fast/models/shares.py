@@ -126,7 +126,7 @@ def in_shares(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tensor
         kind: hashable; calls of one kind are timed together, by the length of their batches.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or torch.are_deterministic_algorithms_enabled():
+    if threads == 1 or not len(batch) or torch.are_deterministic_algorithms_enabled():
         return run(batch)
     parts = batch.chunk(threads)
     if max(map(len, parts)) * threads > _UNEVEN * len(batch):
