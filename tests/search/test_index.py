@@ -185,6 +185,7 @@ def test_another_model_is_refused(photos: Path, model: SearchModel, tmp_path: Pa
     [
         (lambda said: said | {"format": 1}, "has format 1, and this version reads 2; delete it"),
         (lambda said: said | {"images": 5}, "is damaged .*entries for 5 images"),
+        (lambda said: said | {"images": -1}, "is damaged .*entries for -1 images"),
         (lambda said: {"format": 2}, "is damaged"),
         (lambda said: said | {"entries": "/dev/zero"}, "'/dev/zero' is no file of this folder"),
         (lambda said: said | {"features": "../images"}, "is no file of this folder"),

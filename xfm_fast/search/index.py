@@ -170,11 +170,11 @@ def _read(folder: Path) -> SearchIndex:
         lines = require_file(folder / said["entries"]).read_text(encoding="utf-8").splitlines()
         count, width = int(said["images"]), int(said["width"])
         entries = [_entry(json.loads(line)) for line in lines]
+        if len(entries) != count or (folder / said["features"]).stat().st_size != 4 * count * width:
+            raise ValueError(f"{len(entries)} entries for {count} images")
         features: np.ndarray = np.empty((0, width), np.float32)
         if count:
             features = np.memmap(folder / said["features"], np.float32, "r", shape=(count, width)).view(np.ndarray)
-        if len(entries) != count or (folder / said["features"]).stat().st_size != 4 * count * width:
-            raise ValueError(f"{len(entries)} entries for {count} images")
         return SearchIndex(
             folder, entries, features, dict(said["faults"]), [_entry(each) for each in said["broken"]],
             ModelSource(**said["model"]), str(said["fingerprint"]), _beside(folder, said["path"]),
