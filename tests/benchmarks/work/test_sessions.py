@@ -94,11 +94,11 @@ def test_rows_of_other_work_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for options, error, message in (
-        ({"baselines": ("onnx",)}, UnavailableError, "baseline 'onnx' is unknown"),
-        ({"exports": tmp_path / "file" / "here"}, StorageError, "cannot be made"),
+        (SessionOptions(preset="tiny", baselines=("onnx",)), UnavailableError, "baseline 'onnx' is unknown"),
+        (SessionOptions(preset="tiny", exports=tmp_path / "file" / "here"), StorageError, "cannot be made"),
     ):
         with pytest.raises(error, match=message):
-            sessions.run(SessionOptions(preset="tiny", **options))
+            sessions.run(options)
 
 
 @pytest.mark.slow
