@@ -111,10 +111,12 @@ class SweepOptions(SizeOptions):
     Attributes:
         over: The axis, or several with commas, as far as the work has them. Processes compete for the same cores.
         values: Of one axis, with commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
+        add_to: Results of a sweep that was measured with the same code, model and machine: its rows come first.
     """
 
     over: Annotated[tuple[Axis, ...], MinLen(1)]
     values: tuple[str, ...] = ()
+    add_to: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

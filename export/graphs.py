@@ -19,9 +19,10 @@ every runtime plans for a shape as before, and what no text fills are the ends o
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
 
 from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GraphName
+
+M = TypeVar("M", bound=nn.Module)
 
 _MASKED = -10000.0
 
@@ -876,6 +879,20 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
             raise InputError(f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(known)) or 'none'}")
         if size < 1:
             raise InputError(f"{name}={size} is no size; give a positive number")
+
+
+def in_dtype(module: M, dtype: torch.dtype) -> M:
+    """The module with its numbers in `dtype`: itself where they are, else a copy."""
+    tensors = [each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
+    if all(each.dtype == dtype for each in tensors):
+        return module
+    # A copy that is converted afterwards would be one of all weights in the old type first.
+    converted: dict[int, Any] = {}
+    for each in tensors:
+        value = each.detach().to(dtype)
+        is_parameter = isinstance(each, nn.Parameter)
+        converted[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad) if is_parameter else value
+    return copy.deepcopy(module, converted).to(dtype)
 
 
 @contextlib.contextmanager

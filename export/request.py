@@ -140,6 +140,8 @@ class EngineRequest(ExportRequest):
             to --dtype.
         level: How long the builder may search; by default its own.
         keep_onnx: Leave the graphs that the engines are built from in OUT/onnx.
+        refittable: Engines without weights, which lie beside them in OUT as ONNX and are put in when an engine is
+            loaded: xfm-fast export refit gives them those of another fine-tuned model without a build.
     """
 
     dtype: DType = "bf16"
@@ -150,6 +152,7 @@ class EngineRequest(ExportRequest):
     budget: float = BUDGET
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
+    refittable: bool = False
 
     @property
     def complete(self) -> TensorRTRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.expected import graph_memory
-from xfm_fast.export.graphs import GraphName, build
+from xfm_fast.export.graphs import GraphName, build, in_dtype
 from xfm_fast.export.layout import Layout
 from xfm_fast.export.request import GRAPHS
 from xfm_fast.models.xfm import XFM
@@ -250,3 +251,18 @@ def test_a_feature_of_zeros_is_zeros(make_model: MakeModel, dtype: torch.dtype, 
         inputs = (_pixels(model, 1),) if name == "vision" else _texts(model, (4,))
         _, feature = build(name, model, "function")(*inputs)
     assert torch.equal(feature, torch.zeros_like(feature))
+
+
+def test_a_graph_in_another_type_is_converted_weight_by_weight(make_model: MakeModel) -> None:
+    """As if the copy of all were converted, with shared weights still shared, and the model left alone."""
+    model = make_model()
+    graph = build("match", model, "function")
+    assert in_dtype(graph, torch.float32) is graph
+    made, expected = in_dtype(graph, torch.bfloat16), copy.deepcopy(graph).to(torch.bfloat16)
+    for part in ("named_parameters", "named_buffers"):
+        mine, theirs = dict(getattr(made, part)()), dict(getattr(expected, part)())
+        assert [*mine] == [*theirs]
+        assert all(torch.equal(mine[name], theirs[name]) and type(mine[name]) is type(theirs[name]) for name in mine)
+    assert {parameter.requires_grad for parameter in made.parameters()} == {True}
+    assert model.dtype == torch.float32
+    assert not {each.data_ptr() for each in made.parameters()} & {each.data_ptr() for each in graph.parameters()}
