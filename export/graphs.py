@@ -267,7 +267,9 @@ class PackedTextGraph(TextGraph):
         embeds = TensorSpec("packed_embeds", "compute", (ROWS, LENGTH, model.config.text_width))
         self.outputs = (embeds, *self.outputs[1:])
 
-    def forward(self, packed_ids: Tensor, positions: Tensor, segments: Tensor, firsts: Tensor) -> tuple[Tensor, ...]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # a graph is called by the names of its inputs
+        self, packed_ids: Tensor, positions: Tensor, segments: Tensor, firsts: Tensor
+    ) -> tuple[Tensor, ...]:
         """R rows of L tokens, and where each of B texts begins.
 
         Args:
@@ -429,7 +431,7 @@ class PackedFusionGraph(FusionGraph):
         every = (TensorSpec("fused_tokens", "compute", embeds),) if all_tokens else ()
         self.outputs = (TensorSpec("fused", "compute", fused), *self.outputs[1:], *every)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # a graph is called by the names of its inputs
         self, packed_embeds: Tensor, segments: Tensor, firsts: Tensor, *memory: Tensor
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """R rows of L tokens on each of B memories, and where each of the T texts on them begins.

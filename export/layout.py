@@ -139,10 +139,12 @@ class Layout:
         firsts = np.zeros((len(images), max(counts), 2), dtype=np.int64)
         firsts[image, number] = np.stack([row % rows, offset], axis=1)
         return cls(
-            *map(torch.from_numpy, (starts[texts][of] + inner, place)),
-            torch.from_numpy(segments).view(len(images), rows, length),
-            torch.from_numpy(firsts),
-            *map(torch.from_numpy, (texts, image * max(counts) + number)),
+            source=torch.from_numpy(starts[texts][of] + inner),
+            place=torch.from_numpy(place),
+            segments=torch.from_numpy(segments).view(len(images), rows, length),
+            firsts=torch.from_numpy(firsts),
+            texts=torch.from_numpy(texts),
+            found=torch.from_numpy(image * max(counts) + number),
         )
 
     def spread(self, values: Tensor, padding: int = 0) -> Tensor:

@@ -423,10 +423,12 @@ class Session:
             layout = Layout.of([rows.texts], sizes, rows.length)
             inputs = {name: layout.spread(value, config.pad_token_id)[0] for name, value in given.items()}
             made = self.call("text", inputs | {"segments": layout.segments[0], "firsts": layout.firsts[0]})
-            source, place, chosen = (index.to(self.device) for index in (layout.source, layout.place, layout.texts))
+            source, place, chosen, found = (
+                index.to(self.device) for index in (layout.source, layout.place, layout.texts, layout.found)
+            )
             embeds[tokens[source]] = made.pop("packed_embeds").flatten(0, 1).index_select(0, place)
             for name, value in made.items():
-                outputs[name][chosen] = value
+                outputs[name][chosen] = value.index_select(0, found)
         return {"text_embeds": embeds.view(texts, width, config.text_width), **outputs}
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
