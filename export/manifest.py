@@ -210,6 +210,7 @@ class Manifest(_Record):
         kind: what the files are.
         source: where the weights come from, in words.
         weights_sha256: hash of names and values of the parameters that were exported.
+        packed: `text` and `fusion` take texts that lie one behind the other in rows.
         fixed: axes that have one size in every graph.
         status: `verified` or `failed` once compared with the model; `graphs verified` where only the ONNX graphs that
             engines were built from could be; `reason` says more.
@@ -233,6 +234,7 @@ class Manifest(_Record):
     opset: int | None
     attention: AttentionForm
     all_tokens: bool
+    packed: bool = False
     fixed: dict[str, int]
     versions: dict[str, str]
     graphs: list[GraphRecord]

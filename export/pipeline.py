@@ -78,7 +78,9 @@ def export_graphs(
         StorageError: the folder cannot be written, or has no room for the files.
     """
     dtype, fixed = data_type(request.dtype), request.sizes
-    built = build_graphs(model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens)
+    built = build_graphs(
+        model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens, packed=request.packed
+    )
     sizes = [graph_bytes(graph, model, dtype) for graph in built.values()]
     all_tokens = wants_all_tokens(model, request.all_tokens)
     records = graph_records(built, dtype, model, fixed, suffix)
@@ -92,6 +94,7 @@ def export_graphs(
         dtype=dtype,
         attention=spelling.form,
         all_tokens=all_tokens,
+        packed=request.packed,
         fixed=fixed,
         graphs=[],
         files=[],
@@ -158,6 +161,7 @@ def build_graphs(
     *,
     fixed: Mapping[str, int] | None = None,
     all_tokens: bool = False,
+    packed: bool = False,
 ) -> dict[GraphName, Graph]:
     """The graphs to export, checked together; they share the model's parameters.
 
@@ -172,7 +176,9 @@ def build_graphs(
     if twice:
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
     all_tokens = wants_all_tokens(model, all_tokens)
-    built: dict[GraphName, Graph] = {name: build(name, model, spelling.form, all_tokens=all_tokens) for name in names}
+    built: dict[GraphName, Graph] = {
+        name: build(name, model, spelling.form, all_tokens=all_tokens, packed=packed) for name in names
+    }
     check_fixed(built.values(), fixed or {})
     longest = model.config.max_text_length
     for axis, size in (fixed or {}).items():

@@ -74,12 +74,15 @@ class ExportRequest:
             [all but match, or those of the task]
         fixed: Axes of one size, such as batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token, not token 0.
+        packed: text and fusion take texts that lie one behind the other in rows, at the cost of their tokens; padded
+            to the longest otherwise.
     """
 
     dtype: DType = "fp32"
     graphs: Sequence[str] | None = None
     fixed: Sequence[str] = ()
     all_tokens: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         # Seen here and not later: a list that is not understood.

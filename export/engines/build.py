@@ -102,8 +102,9 @@ def export_engines(
     folder, progress = Path(folder), progress or Silent()
     wanted = completed(request, TensorRTRequest, changes).complete
     library, targets, spelling = check_request(consumer, wanted)
-    profiles, dtype, fixed = parse_profiles(wanted.profile), data_type(wanted.dtype), wanted.sizes
-    built = build_graphs(model, spelling, wanted.names, fixed=fixed, all_tokens=wanted.all_tokens)
+    profiles = parse_profiles(wanted.profile, packed=wanted.packed)
+    dtype, fixed = data_type(wanted.dtype), wanted.sizes
+    built = build_graphs(model, spelling, wanted.names, fixed=fixed, all_tokens=wanted.all_tokens, packed=wanted.packed)
     for record in graph_records(built, dtype, model, fixed):
         graph_profiles(record, profiles)
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
@@ -118,7 +119,9 @@ def export_engines(
         settings = eight_bit_options(kind, wanted.budget, inputs)
     elif wanted.plugins:
         rewrite = with_plugins(library, targets[0], profiles)
-    graphs = OnnxRequest(wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, consumer, wanted.opset)
+    graphs = OnnxRequest(
+        wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, wanted.packed, consumer, wanted.opset
+    )
 
     def compare(content: Manifest, where: Path = folder) -> None:
         if examples is not None:
@@ -159,6 +162,8 @@ def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Lib
     request = request.complete
     parse_profiles(request.profile)
     spelling = profile(consumer, request.dtype, request.opset)
+    if request.plugins and request.packed:
+        raise InputError("the attention of --plugins knows no rows of texts, which --packed has; leave one of them out")
     if request.plugins and request.quantize:
         raise InputError("--plugins and --quantize change the same products; choose one of them")
     if request.refittable and request.quantize:

@@ -307,6 +307,11 @@ def plan_models(
             f"this export differs from the model that it was made from ({manifest.reason}); before serving "
             "it export it again, in another dtype or for another consumer"
         )
+    if manifest.packed:
+        raise ExportError(
+            "the models of a repository take padded texts, and the graphs of this export take them in rows; export "
+            "without --packed"
+        )
     # Triton's own backend would run engines without the weights that lie beside them.
     stripped = any(record.weights is not None for record in manifest.graphs)
     backend, native = options.backend, None if stripped else _NATIVE.get(manifest.kind)

@@ -25,6 +25,7 @@ from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
+from xfm_fast.export.request import DEFAULT_GRAPHS
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
 from xfm_fast.export.session import Session
@@ -505,6 +506,9 @@ def test_openvino_gives_what_the_model_gives(
     session = Session.load(tmp_path)
     assert session.description.endswith("CPU, fp32")
     _same_retrieval(small_model, session)
+    packed = tmp_path / "packed"
+    export_onnx(small_model, packed, consumer="openvino", graphs=DEFAULT_GRAPHS, packed=True)
+    _same_retrieval(small_model, Session.load(packed))
     with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO .* does not read"):
         Session.load(exported_fp32, "openvino")
     openvino = pytest.importorskip("openvino")

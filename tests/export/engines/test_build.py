@@ -385,6 +385,25 @@ def test_a_folder_that_is_full_or_cannot_be_written(
         engines.export_engines(small_model, tmp_path / "out", "tensorrt-rtx", sm="89")
 
 
+@pytest.mark.slow
+def test_engines_of_texts_in_rows(small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx()
+    monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: None)
+    manifest = engines.export_engines(
+        small_model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89", graphs=("text", "fusion"), packed=True,
+        examples=generated_examples(small_model.config),
+    )  # fmt: skip
+    assert (manifest.packed, manifest.status) == (True, "graphs verified")
+    for record in manifest.graphs:
+        assert [profile.name for profile in record.profiles] == ["latency", "bulk"]
+        assert (tmp_path / record.file).stat().st_size > 10_000
+
+
+def test_plugins_know_no_rows() -> None:
+    with pytest.raises(InputError, match="knows no rows of texts, which --packed has; leave one of them out"):
+        engines.check_request("tensorrt", TensorRTRequest(plugins=True, packed=True))
+
+
 def test_profiles_are_checked_before_anything_is_exported(
     small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
