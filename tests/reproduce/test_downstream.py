@@ -96,7 +96,7 @@ def test_the_page_says_what_was_asked_of_which_combinations(calls: list[dict[str
 def test_what_a_command_takes_of_its_core_is_kept_and_what_it_says_when_it_fails(tmp_path: Path) -> None:
     downstream._run(tmp_path, "image_tiny_shapes", 1, ["--version"])
     assert 0 < json.loads((tmp_path / "seconds/image_tiny_shapes/1.json").read_text()) < 60
-    with pytest.raises(XFMError, match=r"xfm-fast finetune no_such_recipe ended with .*no_such_recipe"):
+    with pytest.raises(XFMError, match=r"xfm-fast finetune no_such_recipe ended with .*or give the path of a YAML"):
         downstream._run(tmp_path, "no_such_recipe", 0, ["finetune", "no_such_recipe"])
     assert not (tmp_path / "seconds/no_such_recipe").exists()
 
