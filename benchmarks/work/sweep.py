@@ -37,7 +37,8 @@ _SIZES: Mapping[str, tuple[Axis, ...]] = {
 }
 _LABELS = {
     "batch": "requests together", "resolution": "pixels along a side", "texts": "texts of an image",
-    "lengths": "mean tokens of a text", "threads": "threads", "processes": "processes at a time",
+    "lengths": "mean tokens of a text", "tokens": "tokens", "threads": "threads",
+    "processes": "processes at a time",
 }  # fmt: skip
 _ROUNDS, _MOST_ROUNDS = 3, 15
 # Facts of the machine that the rows of one document share.
