@@ -122,9 +122,10 @@ def _refuse_others(earlier: Document, now: Document, options: SweepOptions) -> N
 def _join(earlier: Document, document: Document) -> None:
     """Put the rows of an earlier document first, but for those that were measured anew."""
     anew = {row.key for row in document.rows}
-    document.rows = [row for row in earlier.rows if row.key not in anew] + document.rows
+    kept = [row for row in earlier.rows if row.key not in anew]
+    document.rows = kept + document.rows
     document.options["over"] = list(dict.fromkeys([*earlier.options["over"], *document.options["over"]]))
-    document.interrupted |= earlier.interrupted
+    document.interrupted |= any(row.status == "partial" for row in kept)
     document.duration_s += earlier.duration_s
 
 

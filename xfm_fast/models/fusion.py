@@ -160,12 +160,13 @@ class FusionEncoder(nn.Module):
             `[T, width]`, or in packed order `[P, width]` with `first_token_only` and `[Q, width]` with Q reads.
         """
         texts = Texts(tokens, sequences, groups)
-        special = reads is not None or isinstance(memory, PackedMemory) or memory.token_mask is not None
-        if special or sequences.key_mask is not None:
+        # Masks of keys lie over all texts or images, and are not cut with them.
+        whole = isinstance(memory, ImageMemory) and memory.token_mask is None and sequences.key_mask is None
+        if reads is not None or not whole:
             return self._fuse(texts, memory, reads, first_token_only, self_attended)
         how = {"first_token_only": first_token_only, "self_attended": self_attended}
         run = partial(self._fuse, memory=memory, **how)
-        return self.roberta.encoder.in_shares(run, texts, (memory.tokens, *how.values()))
+        return self.roberta.encoder.in_shares(run, texts, (memory.longest, *how.values()))
 
     def _fuse(
         self,
