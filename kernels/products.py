@@ -139,10 +139,10 @@ def joined_linear(
     In training on a CPU nothing is kept of the weights side by side, which for query, key and value would be a copy.
     """
     if trains_on_cpu(backend, x, *weights, *biases) and not any(kind_of(w) or fp8.concerns(w) for w in weights):
-        for weight, bias in zip(weights, biases, strict=True):
-            checks.linear_arguments(x, weight, bias)
+        for number, weight in enumerate(weights):
+            checks.linear_arguments(x, weight, biases[number] if biases else None)
         return trained_linear(x, [*weights], [*biases])
-    return linear(x, torch.cat([*weights]), torch.cat([*biases]), backend=backend)
+    return linear(x, torch.cat([*weights]), torch.cat([*biases]) if biases else None, backend=backend)
 
 
 def trained_linear(
@@ -363,6 +363,13 @@ def _scaled(dout: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tenso
 
 def _of_rows(row_scale: Tensor, x: Tensor) -> Tensor:
     return row_scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def _gelu_backward_fake(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    around = (None, None, 0.0, None, None, None, None, False)
+    return _linear_backward_fake(kept, x, [weight], [], *around, *rest[:3], False, x.dtype)[:3]
 
 
 class _Needs(NamedTuple):
@@ -648,8 +655,15 @@ def _mlp_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 _AROUND = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 _ENDS = "Tensor? gamma, Tensor? row_scale"
+# For packages of AOTInductor, which multiply as a model does that is not compiled.
+operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: cpu.trained_linear(x, weight.to(x.dtype), bias),
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    autocast=True,
+)
 _linear_grad = operator(
-    f"linear_backward(Tensor dout, Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor mean, Tensor rstd, "
+    f"trained_linear_backward(Tensor dout, Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor mean, Tensor rstd, "
     f"{_ENDS}, bool itself, bool need_x, bool need_weight, bool need_bias, bool need_gamma, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_backward,
@@ -657,7 +671,7 @@ _linear_grad = operator(
     autocast=(),
 )
 _linear = operator(
-    f"linear(Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor? residual, {_ENDS}, ScalarType dtype) "
+    f"trained_linear(Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor? residual, {_ENDS}, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor)",
     _linear_forward,
     _linear_forward_fake,
@@ -669,7 +683,7 @@ _linear_gelu_grad = operator(
     "linear_gelu_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor kept, bool need_x, "
     "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
     _gelu_backward,
-    lambda dout, x, weight, bias, kept, *rest: _linear_backward_fake(dout, x, weight, *rest[:3]),
+    _gelu_backward_fake,
 )
 _linear_gelu = operator(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool keep, str backend) -> (Tensor, Tensor)",

@@ -550,13 +550,13 @@ NO_NORM = (None, None, 0.0)
 def test_opcheck_linear(needed: tuple[bool, ...]) -> None:
     x, weight, bias = (t.detach().requires_grad_(n) for t, n in zip(LINEAR(), needed, strict=True))
     plain = (*NO_NORM, None, None, None, torch.float32)
-    opcheck(torch.ops.xfm_fast.linear.default, (x, [weight], [bias], *plain))
-    opcheck(torch.ops.xfm_fast.linear.default, (x.transpose(0, 1), [weight], [], *plain))
+    opcheck(torch.ops.xfm_fast.trained_linear.default, (x, [weight], [bias], *plain))
+    opcheck(torch.ops.xfm_fast.trained_linear.default, (x.transpose(0, 1), [weight], [], *plain))
     norm = [torch.rand(16, requires_grad=needed[1]) for _ in range(2)]
     ends = (torch.randn(3, 5, 32, requires_grad=needed[0]), torch.rand(32, requires_grad=needed[2]), ROW_SCALE)
     parts = ([weight, weight[:8].detach()], [bias, bias[:8].detach()])
     for dtype in (torch.float32, torch.bfloat16):
-        opcheck(torch.ops.xfm_fast.linear.default, (x, *parts, *norm, 1e-5, *ends, dtype))
+        opcheck(torch.ops.xfm_fast.trained_linear.default, (x, *parts, *norm, 1e-5, *ends, dtype))
 
 
 @pytest.mark.parametrize("needed", [(True,) * 5, (True, *[False] * 4), (False, True, False, True, False)])
