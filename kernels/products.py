@@ -663,16 +663,16 @@ operator(
     autocast=True,
 )
 _linear_grad = operator(
-    f"trained_linear_backward(Tensor dout, Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor mean, Tensor rstd, "
-    f"{_ENDS}, bool itself, bool need_x, bool need_weight, bool need_bias, bool need_gamma, ScalarType dtype) "
+    f"trained_linear_backward(Tensor dout, Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor mean, "
+    f"Tensor rstd, {_ENDS}, bool itself, bool need_x, bool need_weight, bool need_bias, bool need_gamma, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
     autocast=(),
 )
 _linear = operator(
-    f"trained_linear(Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor? residual, {_ENDS}, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"trained_linear(Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor? residual, {_ENDS}, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _linear_forward,
     _linear_forward_fake,
     setup_context=_linear_setup,
