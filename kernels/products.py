@@ -664,8 +664,8 @@ operator(
 )
 _linear_grad = operator(
     f"trained_linear_backward(Tensor dout, Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor mean, "
-    f"Tensor rstd, {_ENDS}, bool itself, bool need_x, bool need_weight, bool need_bias, bool need_gamma, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor rstd, {_ENDS}, bool itself, bool need_x, bool need_weight, bool need_bias, bool need_gamma, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
     autocast=(),
