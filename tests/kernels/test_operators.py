@@ -442,7 +442,6 @@ def test_opcheck_of_the_others() -> None:
         opcheck(operators.add_layer_norm.default, arguments)
     opcheck(operators.embed_layer_norm.default, (TOKENS, TOKENS % 7, *tables, 1e-5, 1, "cpu"))
     opcheck(operators.linear_gelu.default, (*CASES["linear_gelu"][1](), True, "cpu"))
-    opcheck(operators.mlp.default, tuple(MLP()))
     opcheck(operators.linear_cross_entropy.default, (h, w, b, TARGETS, -100, 0.1, True, True, True, "cpu"))
     opcheck(operators.token_log_likelihood.default, (h, w, b, TARGETS, -100, "cpu"))
 
