@@ -16,6 +16,7 @@ Preset = Literal["base", "tiny"]
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
 Axis = Literal["batch", "resolution", "texts", "lengths", "threads", "processes"]
+SessionWork = Literal["embed-image", "embed-text", "tokens", "rerank"]
 FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
 FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
 
@@ -110,10 +111,12 @@ class SweepOptions(SizeOptions):
     Attributes:
         over: The axis, or several with commas, as far as the work has them. Processes compete for the same cores.
         values: Of one axis, with commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
+        add_to: Results of a sweep that was measured with the same code, model and machine: its rows come first.
     """
 
     over: Annotated[tuple[Axis, ...], MinLen(1)]
     values: tuple[str, ...] = ()
+    add_to: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,23 @@ class DropInOptions(RunOptions):
     """
 
     only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions(ModelOptions):
+    """Options of exports on the CPU: their sessions, and their libraries by themselves.
+
+    Attributes:
+        work: embed-image, embed-text, tokens (cost of texts as they grow), rerank, or several with commas. [all]
+        baselines: Names with commas, see xfm-fast bench list. [every form of ONNX Runtime, OpenVINO and AOTInductor]
+        image_size: Pixels along a side. [224; tiny 32]
+        exports: Folder that keeps the exports, which are minutes of work, for the next run. [they are made anew]
+    """
+
+    work: Annotated[tuple[SessionWork, ...], MinLen(1)] = get_args(SessionWork)
+    baselines: tuple[str, ...] = ()
+    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
+    exports: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

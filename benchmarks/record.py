@@ -25,7 +25,18 @@ OURS, OFFICIAL, OFFICIAL_CODE = "xfm-fast", "official-algorithm", "official-code
 UNTOUCHED, EAGER, ONE_AT_A_TIME, HUGGING_FACE = "untouched", "eager", "one-at-a-time", "huggingface"
 
 Benchmark = Literal[
-    "suite", "scenario", "sweep", "coco", "vqa", "train-step", "drop-in", "kernels", "serve", "device", "cold-start"
+    "suite",
+    "scenario",
+    "sweep",
+    "coco",
+    "vqa",
+    "train-step",
+    "drop-in",
+    "kernels",
+    "serve",
+    "device",
+    "cold-start",
+    "sessions",
 ]
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -300,7 +311,8 @@ class Row(Record):
         seconds: of every run; of single requests see `latency`.
         stages: parts of the procedure, such as image memory and fusion, timed apart from the row's samples.
         operations: the same run by kind of operation, for contenders that PyTorch can profile.
-        against: of rows of xfm-fast, every other contender that was measured beside it.
+        against: of rows of xfm-fast, every other contender that was measured beside it; in `sessions`, of a session
+            its library by itself.
         energy_note: why `energy` is null.
         recall: of a `retrieval`.
         replaced: lines of the report of `accelerate`, in `drop-in`.

@@ -7,7 +7,6 @@ runs in the type of the export: rounding that no export of that type can be blam
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
 
 from .consumers import DTYPES, DType
-from .graphs import GraphName, memory_names
+from .graphs import GraphName, in_dtype, memory_names
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -198,7 +197,7 @@ def make_reference(
         all_tokens: `fusion` returns every token.
     """
     wanted = frozenset(graphs)
-    truth = _results(_converted(model, torch.float32), examples, wanted, all_tokens)
+    truth = _results(in_dtype(model, torch.float32), examples, wanted, all_tokens)
     inputs = {
         "pixels": examples.pixels.clone(),
         "input_ids": examples.input_ids.long(),
@@ -206,13 +205,9 @@ def make_reference(
     }
     rounding = {}
     if dtype != "fp32":
-        rounded = _results(_converted(model, DTYPES[dtype]), examples, wanted, all_tokens)
+        rounded = _results(in_dtype(model, DTYPES[dtype]), examples, wanted, all_tokens)
         rounding = {name: float((rounded[name] - value).abs().max()) for name, value in truth.items()}
     return Reference(inputs | {name: value.contiguous() for name, value in truth.items()}, rounding)
-
-
-def _converted(model: XFM, dtype: torch.dtype) -> XFM:
-    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 @torch.no_grad()

@@ -10,14 +10,19 @@ what is read once, and `decoder_step`, which writes one more token of every text
 
 The graphs compute what `XFM` computes, with its parameters, but padded instead of packed: engines plan for shapes, and
 a packed batch has none. Padding is masked with a finite value, so that a row without any real token stays finite.
+
+`text` and `fusion` have a second form, whose cost follows the tokens of texts of any lengths: texts lie one behind the
+other in rows of one length, and a token attends to those of its own text alone. Only the mask knows of it, so that
+every runtime plans for a shape as before, and what no text fills are the ends of rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +42,8 @@ from xfm_fast.tasks.vqa import VQAModel
 
 from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GraphName
 
+M = TypeVar("M", bound=nn.Module)
+
 _MASKED = -10000.0
 
 
@@ -49,6 +56,7 @@ class Axis:
 
 
 BATCH, TEXTS, LENGTH, PAST = Axis("batch"), Axis("texts"), Axis("length"), Axis("past")
+ROWS = Axis("rows")
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ class VisionGraph(Graph):
             x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
         else:
             x = _norm(encoder.fc_norm, x)
-        results = _with_feature(x, self.projection)
+        results = _with_feature(x, self.projection, x[:, 0])
         if self.class_head is None:
             return results
         read = torch.cat([x[:, 0], x[:, 1:].mean(1)], dim=-1) if self.reads_mean else x[:, 0]
@@ -225,15 +233,56 @@ class TextGraph(Graph):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """`[B, L]` ids and mask → `[B, L, text_width]`, `[B, embed_dim]`, `[B, classes]`."""
         embeddings = self.encoder.embeddings
-        x = F.embedding(input_ids, embeddings.word_embeddings.weight)
-        positions = embeddings.position_ids(input_ids)
+        mask = _additive(attention_mask, embeddings.word_embeddings.weight.dtype)
+        x = self.encode(input_ids, embeddings.position_ids(input_ids), mask)
+        return self.with_heads(x, x[:, 0])
+
+    def encode(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """`[R, L]` ids and their positions, and what is added to their scores → `[R, L, text_width]`."""
+        embeddings = self.encoder.embeddings
+        x = F.embedding(ids, embeddings.word_embeddings.weight)
         x = x + F.embedding(positions, embeddings.position_embeddings.weight)
         x = _norm(embeddings.LayerNorm, x + embeddings.token_type_embeddings.weight[0])
-        mask = _additive(attention_mask, x.dtype)
         for attend, layer in zip(self.attentions, _layers(self.encoder.encoder), strict=True):
             x = _feed_forward(layer, attend(x, mask))
-        results = _with_feature(x, self.projection)
-        return results if self.class_head is None else (*results, _head(self.class_head, x[:, 0]))
+        return x
+
+    def with_heads(self, embeds: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        """Embeddings, and what the heads make of token 0 of every text, `[B, text_width]`."""
+        results = _with_feature(embeds, self.projection, first)
+        return results if self.class_head is None else (*results, _head(self.class_head, first))
+
+
+class PackedTextGraph(TextGraph):
+    """The same of texts that lie one behind the other in rows."""
+
+    def __init__(self, model: XFM, form: AttentionForm) -> None:
+        super().__init__(model, form)
+        self.inputs = (
+            TensorSpec("packed_ids", "int64", (ROWS, LENGTH)),
+            TensorSpec("positions", "int64", (ROWS, LENGTH)),
+            TensorSpec("segments", "int64", (ROWS, LENGTH)),
+            TensorSpec("firsts", "int64", (BATCH, 2)),
+        )
+        embeds = TensorSpec("packed_embeds", "compute", (ROWS, LENGTH, model.config.text_width))
+        self.outputs = (embeds, *self.outputs[1:])
+
+    def forward(self, packed_ids: Tensor, positions: Tensor, segments: Tensor, firsts: Tensor) -> tuple[Tensor, ...]:
+        """R rows of L tokens, and where each of B texts begins.
+
+        Args:
+            packed_ids: `[R, L]`.
+            positions: `[R, L]` as `position_ids` counts them in every text.
+            segments: `[R, L]` number of the text that a token belongs to, from 1; 0 where there is none.
+            firsts: `[B, 2]` row of every text, and place of its token 0 in it.
+
+        Returns:
+            `[R, L, text_width]`, `[B, embed_dim]`, `[B, classes]`.
+        """
+        mask = _between(segments, segments, self.encoder.embeddings.word_embeddings.weight.dtype)
+        x = self.encode(packed_ids, positions, mask)
+        places = firsts[:, 0] * packed_ids.shape[1] + firsts[:, 1]
+        return self.with_heads(x, x.flatten(0, 1).index_select(0, places))
 
 
 class _MemoryGraph(Graph):
@@ -309,7 +358,10 @@ class FusionGraph(Graph):
         `fused` is token 0 of every text, `[B, T, width]`, or all tokens `[B, T, L, width]`.
         """
         fused = self.fuse(text_embeds, attention_mask, memory)
-        first = fused[:, :, 0] if self.all_tokens else fused
+        return self.with_heads(fused, fused[:, :, 0] if self.all_tokens else fused)
+
+    def with_heads(self, fused: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        """Fused texts, and what the heads make of token 0 of each, `[B, T, width]`."""
         results = (fused,)
         if self.match_head is not None:
             results += (self.match_logits(first),)
@@ -329,19 +381,90 @@ class FusionGraph(Graph):
         batch, texts, length, width = text_embeds.shape
         x = text_embeds.reshape(batch * texts, length, width)
         mask = _additive(attention_mask.reshape(batch * texts, length), x.dtype)
-        x = self.behind_first(self.attentions[0](x, mask), mask, memory, batch)
+        x = self.layers(x, mask, memory, batch)
         if not self.all_tokens:
             return x.reshape(batch, texts, width)
         return x.reshape(batch, texts, length, width)
 
-    def behind_first(self, x: Tensor, mask: Tensor, memory: Sequence[Tensor], memories: int) -> Tensor:
-        """The encoder behind the self-attention of layer 0, which no image has touched: `[P, L, width]` → the same."""
+    def layers(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        memory: Sequence[Tensor],
+        memories: int,
+        *,
+        self_attended: bool = False,
+        last: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The encoder on texts `[P, L, width]`.
+
+        Args:
+            self_attended: they are behind the self-attention of layer 0, which no image has touched.
+            last: what the last layer is given of its input where it computes token 0 alone: tokens, mask, and those
+                whose results are wanted; by default token 0 of every row.
+        """
         for number, (attend, layer) in enumerate(zip(self.attentions, _layers(self.stack), strict=True)):
-            if number:
+            if last is not None and number == len(self.stack) - 1:
+                x = attend(*last(x))
+            elif number or not self_attended:
                 x = attend(x, mask)
             x = _cross(layer, x, memory[2 * number], memory[2 * number + 1], None, memories, self.form)
             x = _feed_forward(layer, x)
         return x
+
+
+class PackedFusionGraph(FusionGraph):
+    """The same of texts that lie one behind the other in rows, R rows on each of B memories."""
+
+    def __init__(self, model: XFM, form: AttentionForm, *, all_tokens: bool = False) -> None:
+        super().__init__(model, form, all_tokens=all_tokens)
+        rows = (BATCH, ROWS, LENGTH)
+        embeds, fused = ((*rows, model.config.text_width), (BATCH, TEXTS, model.config.text_width))
+        self.inputs = (
+            TensorSpec("packed_embeds", "compute", embeds),
+            TensorSpec("segments", "int64", rows),
+            TensorSpec("firsts", "int64", (BATCH, TEXTS, 2)),
+            *self.inputs[2:],
+        )
+        every = (TensorSpec("fused_tokens", "compute", embeds),) if all_tokens else ()
+        self.outputs = (TensorSpec("fused", "compute", fused), *self.outputs[1:], *every)
+
+    def forward(
+        self, packed_embeds: Tensor, segments: Tensor, firsts: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """R rows of L tokens on each of B memories, and where each of the T texts on them begins.
+
+        Args:
+            packed_embeds: `[B, R, L, width]`.
+            segments: `[B, R, L]` number of the text that a token belongs to, from 1, others on every row of an image;
+                0 where there is none.
+            firsts: `[B, T, 2]` row of every text, and place of its token 0 in it.
+            memory: keys and values `[B, H, M, D]` of every layer.
+
+        Returns:
+            Token 0 of every text `[B, T, width]`, `[B, T, 2]`, `[B, T, 4]`, classes; last all tokens as they came.
+        """
+        batch, rows, length, width = packed_embeds.shape
+        texts, tokens = firsts.shape[1], rows * length
+        x, numbers = packed_embeds.flatten(0, 1), segments.flatten(0, 1)
+        places = firsts[..., 0] * length + firsts[..., 1]
+        places = (places + torch.arange(batch, device=places.device)[:, None] * tokens).flatten()
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.reshape(batch * tokens, width).index_select(0, places).reshape(batch, texts, width)
+
+        def last(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            # All rows of an image are one here, for what is wanted of each differs in number.
+            every, own = segments.reshape(batch, tokens), segments.flatten().index_select(0, places)
+            mask = _between(own.reshape(batch, texts), every, x.dtype)
+            return x.reshape(batch, tokens, width), mask, chosen(x)
+
+        mask = _between(numbers, numbers, x.dtype)
+        x = self.layers(x, mask, memory, batch, last=None if self.all_tokens else last)
+        if not self.all_tokens:
+            return self.with_heads(x, x)
+        first = chosen(x)
+        return (*self.with_heads(first, first), x.reshape(batch, rows, length, width))
 
 
 class MatchGraph(Graph):
@@ -391,7 +514,8 @@ class NLVR2Graph(Graph):
         # What no image has touched is computed once for both.
         x = self.fusion.attentions[0](text_embeds, mask)
         x, mask = (each.repeat_interleave(2, dim=0) for each in (x, mask))
-        first = self.fusion.behind_first(x, mask, [part.flatten(0, 1) for part in memory], x.shape[0])
+        both = [part.flatten(0, 1) for part in memory]
+        first = self.fusion.layers(x, mask, both, x.shape[0], self_attended=True)
         return (_head(self.class_head, first.reshape(text_embeds.shape[0], -1)),)
 
 
@@ -497,7 +621,7 @@ def wants_all_tokens(model: XFM, asked: bool) -> bool:
     return asked or isinstance(model, VQAModel)
 
 
-def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool = False) -> Graph:
+def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool = False, packed: bool = False) -> Graph:
     """One graph of a model, sharing its parameters, in evaluation mode.
 
     A graph returns what the model has heads for: without the contrastive head `vision` and `text` have no feature, and
@@ -508,6 +632,7 @@ def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool 
         model: `match` needs its matching head.
         form: how attention is spelt; see `AttentionForm`.
         all_tokens: `fusion` returns every token instead of token 0.
+        packed: `text` and `fusion` take texts that lie in rows.
 
     Raises:
         UnavailableError: the graph is unknown, or the model lacks an encoder or head that it needs.
@@ -538,8 +663,9 @@ def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool 
                 f"build it with encoders=(..., {encoder!r})"
             )
     if name == "fusion":
-        return FusionGraph(model, form, all_tokens=all_tokens).eval()
-    kinds = {"vision": VisionGraph, "text": TextGraph, "image_memory": ImageMemoryGraph, "match": MatchGraph}
+        return (PackedFusionGraph if packed else FusionGraph)(model, form, all_tokens=all_tokens).eval()
+    text = PackedTextGraph if packed else TextGraph
+    kinds = {"vision": VisionGraph, "text": text, "image_memory": ImageMemoryGraph, "match": MatchGraph}
     return kinds[name](model, form).eval()
 
 
@@ -595,12 +721,12 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _with_feature(embeds: Tensor, projection: nn.Linear | None) -> tuple[Tensor, ...]:
+def _with_feature(embeds: Tensor, projection: nn.Linear | None, first: Tensor) -> tuple[Tensor, ...]:
     if projection is None:
         return (embeds,)
     # PyTorch's own 1e-12 is zero in half precision, and a feature of zeros would be divided by it.
     eps = 1e-12 if embeds.dtype.itemsize > 2 else 2.0**-20
-    return embeds, F.normalize(projection(embeds[:, 0]), dim=-1, eps=eps)
+    return embeds, F.normalize(projection(first), dim=-1, eps=eps)
 
 
 def _head(head: nn.Module, x: Tensor) -> Tensor:
@@ -614,8 +740,16 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - mask[:, None, None, :].to(dtype)) * _MASKED
 
 
+def _between(own: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
+    """Texts of queries `[P, Q]` and of keys `[P, K]` → `[P, 1, Q, K]`, added to scores so that each text sees itself.
+
+    What belongs to no text sees what belongs to none, and stays finite.
+    """
+    return (own[:, None, :, None] != others[:, None, None, :]).to(dtype) * _MASKED
+
+
 class _SelfAttention(nn.Module):
-    """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, 1, width]` for token 0 alone."""
+    """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some tokens alone."""
 
     form: AttentionForm
 
@@ -627,9 +761,14 @@ class _SelfAttention(nn.Module):
         self.first = parts.query if first_only else None
         self.products = _Joined(*(() if first_only else (parts.query,)), parts.key, parts.value)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Attend among the tokens of a text, where `mask` `[P, 1, 1, L]` is added to the scores."""
-        queries = x[:, :1] if self.first_only else x
+    def forward(self, x: Tensor, mask: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Attend among the tokens of a text, where `mask` `[P, 1, Q or 1, L]` is added to the scores.
+
+        Args:
+            queries: `[P, Q, width]` those wanted of a layer for some tokens alone; by default token 0.
+        """
+        if queries is None:
+            queries = x[:, :1] if self.first_only else x
         projected = self.products(x)
         if self.first is not None:
             projected = projected.unflatten(-1, (2, self.heads, -1))
@@ -666,8 +805,8 @@ def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
     return _norm(part.LayerNorm, part.dense(x) + residual)
 
 
-_EXAMPLE_SIZES = {"batch": 2, "texts": 3, "length": 7, "past": 5}
-_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": 512, "past": 512}
+_EXAMPLE_SIZES = {"batch": 2, "texts": 3, "length": 7, "past": 5, "rows": 4}
+_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": 512, "past": 512, "rows": 4096}
 
 
 def tracing_call(
@@ -708,6 +847,16 @@ def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *,
             return torch.randint(4, 200, shape, generator=generator)
         if spec.name in ("attention_mask", "past_mask", "memory_mask"):
             return _real(shape).long()
+        if spec.name == "packed_ids":
+            return torch.randint(4, 200, shape, generator=generator)
+        if spec.name in ("positions", "segments"):
+            # A text in every row.
+            real = _real(shape)
+            count = real.cumsum(-1) + 1 if spec.name == "positions" else torch.arange(shape[-2])[:, None] + 1
+            return torch.where(real, count, int(spec.name == "positions"))
+        if spec.name == "firsts":
+            rows = torch.arange(shape[-2]) % sizes["rows"]
+            return torch.stack([rows, torch.zeros_like(rows)], -1).expand(shape).clone()
         return torch.randn(shape, generator=generator).to(dtype)
 
     return tuple(values(spec) for spec in graph.inputs)
@@ -728,6 +877,20 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
             raise InputError(f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(known)) or 'none'}")
         if size < 1:
             raise InputError(f"{name}={size} is no size; give a positive number")
+
+
+def in_dtype(module: M, dtype: torch.dtype) -> M:
+    """The module with its numbers in `dtype`: itself where they are, else a copy."""
+    tensors = [each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
+    if all(each.dtype == dtype for each in tensors):
+        return module
+    # A copy that is converted afterwards would be one of all weights in the old type first.
+    converted: dict[int, Any] = {}
+    for each in tensors:
+        value = each.detach().to(dtype)
+        is_parameter = isinstance(each, nn.Parameter)
+        converted[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad) if is_parameter else value
+    return copy.deepcopy(module, converted).to(dtype)
 
 
 @contextlib.contextmanager

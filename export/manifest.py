@@ -98,7 +98,11 @@ class QuantisationRecord(_Record):
 
 
 class GraphRecord(_Record):
-    """One graph: its file, and how it is called."""
+    """One graph: its file, and how it is called.
+
+    Attributes:
+        weights: of an engine without weights, the ONNX file among `files` that they are read from; None elsewhere.
+    """
 
     name: GraphName
     file: str
@@ -109,6 +113,12 @@ class GraphRecord(_Record):
     build_seconds: float
     profiles: list[ProfileRecord] = []
     quantisation: QuantisationRecord | None = None
+    weights: str | None = None
+
+    @property
+    def named(self) -> list[str]:
+        """The names of all files that the record speaks of, which a folder from elsewhere may have made up."""
+        return [self.file, *self.files, *filter(None, [self.weights])]
 
 
 class EngineTarget(_Record):
@@ -200,6 +210,7 @@ class Manifest(_Record):
         kind: what the files are.
         source: where the weights come from, in words.
         weights_sha256: hash of names and values of the parameters that were exported.
+        packed: `text` and `fusion` take texts that lie one behind the other in rows.
         fixed: axes that have one size in every graph.
         status: `verified` or `failed` once compared with the model; `graphs verified` where only the ONNX graphs that
             engines were built from could be; `reason` says more.
@@ -223,6 +234,7 @@ class Manifest(_Record):
     opset: int | None
     attention: AttentionForm
     all_tokens: bool
+    packed: bool = False
     fixed: dict[str, int]
     versions: dict[str, str]
     graphs: list[GraphRecord]
@@ -253,9 +265,10 @@ class Manifest(_Record):
         """
         listed = {record.name for record in self.files}
         for graph in self.graphs:
-            used = {graph.file, *graph.files}
-            if self.kind == "onnx" and graph.file in listed:
-                used |= external_files(folder / graph.file)
+            used = {*graph.named}
+            onnx = graph.file if self.kind == "onnx" else graph.weights
+            if onnx in listed:
+                used |= external_files(folder / onnx)
             if unlisted := sorted(used - listed):
                 raise ExportError(
                     f"graph {graph.name!r} in {folder} lies in {unlisted[0]!r}, which {MANIFEST_FILE} does not list "
@@ -329,7 +342,7 @@ class Manifest(_Record):
             )
         try:
             manifest = cls.model_validate(content)
-            names = [name for graph in manifest.graphs for name in (graph.file, *graph.files)]
+            names = [name for graph in manifest.graphs for name in graph.named]
             if foreign := [n for n in (*names, *(record.name for record in manifest.files)) if not is_plain_name(n)]:
                 raise ExportError(f"{path} names {foreign[0]!r}, which is no file of this folder; export again")
             return manifest

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -26,6 +26,13 @@ from .graphs import DOMAIN, OPERATOR, Graph, check_fixed, frozen, tracing_call
 from .manifest import GraphRecord, Manifest, package_versions
 from .pipeline import Progress, export_graphs, silent
 from .request import OnnxRequest, completed
+
+# Smaller ones stay in the message: shapes are inferred from constants.
+_LEAST_BESIDE = 1024
+# Weights begin at a page of memory, so that runtimes can map them.
+_PAGE = 4096
+# Numbers of fields: of a model its graph, of a graph its weights, of a weight its entries.
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 
 Rewrite = Callable[[GraphRecord, Path], None]
 """Changes the ONNX file of a graph in place, between export and build."""
@@ -164,28 +171,32 @@ def write_onnx(
             verbose=False,
         )
     assert program is not None
-    model: Any = program.model_proto
+    beside = f"{path.name}.data"
+    model, weights = _parted(program.model, beside)
     if profile.form == "function":
         _add_attention_function(model, profile.opset)
     _clean(model, path.stem, metadata or {})
-    size = _bytes(model)
+    size = model.ByteSize() + sum(weight.nbytes for weight in weights.values())
+    external = size > largest_file
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            written = Path(scratch) / path.name
-            external = size > largest_file
-            onnx.save(
-                model, str(written), save_as_external_data=external, location=f"{path.name}.data", size_threshold=1024
-            )
-            # The checker reads the file once more, and weights need not be there twice for it.
-            del model, program
-            # The checker follows external data only where it is given a path.
+            written, data = Path(scratch, path.name), Path(scratch, beside)
+            with data.open("wb") as file:
+                _write_beside(file, model, weights if external else {})
+            written.write_bytes(model.SerializeToString())
+            # Before weights are in the file: the checker reads it whole, and looks at the form of weights alone. It
+            # follows external data only where it is given a path.
             onnx.checker.check_model(str(written), full_check=True)
+            if not external:
+                data.unlink()
+                with written.open("wb") as file:
+                    _write_whole(file, model, weights)
             names = sorted(file.name for file in Path(scratch).iterdir())
             for name in names:
                 shutil.move(Path(scratch) / name, path.parent / name)
         if not external:
             # Of an earlier export; nothing refers to it any more.
-            (path.parent / f"{path.name}.data").unlink(missing_ok=True)
+            (path.parent / beside).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
             f"{path} could not be written ({error.strerror or error}); free {size / 1e9:.1f} GB or choose another "
@@ -234,10 +245,75 @@ def _add_attention_function(model: Any, opset: int) -> None:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 
-def _bytes(model: Any) -> int:
-    """Size of the serialised model, which protobuf itself cannot say beyond two gigabytes."""
-    weights = sum(len(part.raw_data) for part in model.graph.initializer)
-    return weights if weights > LARGEST_FILE else model.ByteSize()
+def _parted(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:
+    """The message of a graph, which says that its weights lie in a file `beside`, and the weights by name.
+
+    A message with weights in it is a copy of them all, its serialised form another, and what the checker reads of that
+    a third.
+    """
+    import onnx_ir
+
+    weights: dict[str, Any] = {}
+    end = 0
+    for name, value in program.graph.initializers.items():
+        tensor = value.const_value
+        if tensor.nbytes >= _LEAST_BESIDE:
+            weights[name] = tensor
+            value.const_value = onnx_ir.ExternalTensor(
+                beside, end, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            )
+            end += -(-tensor.nbytes // _PAGE) * _PAGE
+    return onnx_ir.to_proto(program), weights
+
+
+def _write_beside(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None:
+    """Write the file of the weights; of those that are not given there is room alone."""
+    for tensor in model.graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if not place:
+            continue
+        start, size = int(place["offset"]), int(place["length"])
+        if tensor.name in weights:
+            file.seek(start)
+            weights[tensor.name].tofile(file)
+        else:
+            file.truncate(start + size)
+
+
+def _write_whole(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None:
+    """Write a graph with its weights in it, as protobuf would, one weight at a time."""
+    rest, graph = type(model)(), type(model.graph)()
+    rest.CopyFrom(model)
+    rest.ClearField("graph")
+    graph.CopyFrom(model.graph)
+    del graph.initializer[:]
+    heads = []
+    for tensor in model.graph.initializer:
+        if tensor.name not in weights:
+            graph.initializer.append(tensor)
+            continue
+        described = type(tensor)()
+        described.CopyFrom(tensor)
+        described.ClearField("external_data")
+        described.ClearField("data_location")
+        size = weights[tensor.name].nbytes
+        head = described.SerializeToString() + _field(_RAW_DATA, size)
+        heads.append((_field(_INITIALIZER, len(head) + size) + head, weights[tensor.name]))
+    content = graph.SerializeToString()
+    size = len(content) + sum(len(head) + weight.nbytes for head, weight in heads)
+    file.write(rest.SerializeToString() + _field(_GRAPH, size) + content)
+    for head, weight in heads:
+        file.write(head)
+        weight.tofile(file)
+
+
+def _field(number: int, size: int) -> bytes:
+    """The begin of a field of a protobuf message that holds so many bytes."""
+    head = [number << 3 | 2]
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    return bytes([*head, size])
 
 
 def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:

@@ -5,25 +5,24 @@ Everything that can fail early fails before a file of the folder changes. The ma
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.checkpoint.files import write_bytes, write_files
 from xfm_fast.errors import InputError, StorageError
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
 from .expected import DECODER_GRAPHS, Examples, reference_bytes
-from .graphs import Axis, Graph, TensorSpec, build, check_fixed, default_graphs, wants_all_tokens
+from .graphs import Axis, Graph, TensorSpec, build, check_fixed, default_graphs, in_dtype, wants_all_tokens
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
 from .request import ALL_GRAPHS, ExportRequest, GraphName
 from .verification import compare_with_model
@@ -79,8 +78,12 @@ def export_graphs(
         StorageError: the folder cannot be written, or has no room for the files.
     """
     dtype, fixed = data_type(request.dtype), request.sizes
-    built = build_graphs(model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens)
+    built = build_graphs(
+        model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens, packed=request.packed
+    )
     sizes = [graph_bytes(graph, model, dtype) for graph in built.values()]
+    all_tokens = wants_all_tokens(model, request.all_tokens)
+    records = graph_records(built, dtype, model, fixed, suffix)
     decodes = not DECODER_GRAPHS.isdisjoint(built)
     prepare_folder(folder, room(sizes) + reference_bytes(model.config, decodes=decodes))
     content = new_manifest(
@@ -90,7 +93,8 @@ def export_graphs(
         config=model.config.model_dump(),
         dtype=dtype,
         attention=spelling.form,
-        all_tokens=wants_all_tokens(model, request.all_tokens),
+        all_tokens=all_tokens,
+        packed=request.packed,
         fixed=fixed,
         graphs=[],
         files=[],
@@ -98,20 +102,20 @@ def export_graphs(
         **facts,
     )
 
+    # A graph joins weights into new ones, and those of all together are a fifth of the model.
+    del built
+
+    def write_one(record: GraphRecord) -> Sequence[str]:
+        graph = build(record.name, model, spelling.form, all_tokens=all_tokens)
+        return write(in_dtype(graph, DTYPES[dtype]), record, content)
+
     def compare(content: Manifest) -> None:
         if examples is not None:
             progress("comparing with the model")
             # Packages are code, and these are our own.
             compare_with_model(content, folder, model, examples, "aoti" if content.kind == "aoti" else "auto")
 
-    return fill_folder(
-        content,
-        folder,
-        graph_records(built, dtype, model, fixed, suffix),
-        lambda record: write(in_dtype(built[record.name], dtype), record, content),
-        compare,
-        companions,
-    )
+    return fill_folder(content, folder, records, write_one, compare, companions)
 
 
 def fill_folder(
@@ -157,6 +161,7 @@ def build_graphs(
     *,
     fixed: Mapping[str, int] | None = None,
     all_tokens: bool = False,
+    packed: bool = False,
 ) -> dict[GraphName, Graph]:
     """The graphs to export, checked together; they share the model's parameters.
 
@@ -171,7 +176,9 @@ def build_graphs(
     if twice:
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
     all_tokens = wants_all_tokens(model, all_tokens)
-    built: dict[GraphName, Graph] = {name: build(name, model, spelling.form, all_tokens=all_tokens) for name in names}
+    built: dict[GraphName, Graph] = {
+        name: build(name, model, spelling.form, all_tokens=all_tokens, packed=packed) for name in names
+    }
     check_fixed(built.values(), fixed or {})
     longest = model.config.max_text_length
     for axis, size in (fixed or {}).items():
@@ -210,14 +217,6 @@ def graph_interface(graph: Graph, dtype: DType, model: XFM, fixed: Mapping[str, 
     }
 
 
-def in_dtype(graph: Graph, dtype: DType) -> Graph:
-    """The graph with parameters in `dtype`: itself where they are, else a copy."""
-    wanted = DTYPES[dtype]
-    if all(parameter.dtype == wanted for parameter in graph.parameters()):
-        return graph
-    return copy.deepcopy(graph).to(wanted)
-
-
 def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
     """An estimate of a graph's file: its parameters, and the position biases that export makes of the vision tables."""
     size = DTYPES[dtype].itemsize
@@ -250,6 +249,23 @@ def prepare_folder(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.2f} GB free and the export needs about {needed / 1e9:.2f} GB; free space or "
             "choose another folder"
         )
+
+
+def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy files from one folder to another, each whole or not at all.
+
+    Raises:
+        StorageError: one cannot be read or written.
+    """
+
+    def copied(path: Path) -> Callable[[BinaryIO], None]:
+        def write(file: BinaryIO) -> None:
+            with path.open("rb") as content:
+                shutil.copyfileobj(content, file, 1 << 20)
+
+        return write
+
+    write_files({folder / name: copied(source / name) for name in names})
 
 
 def companions_of(folder: Path, manifest: Manifest) -> dict[str, bytes]:

@@ -165,6 +165,12 @@ def _array(tensor: Any) -> Tensor:
     return torch.from_numpy(np.array(numpy_helper.to_array(tensor), np.float32))
 
 
+def real_tokens(feed: Mapping[str, np.ndarray]) -> Tensor | None:
+    """Which tokens of a graph's texts, all in one row, are no padding; None where it has none."""
+    hidden = next((feed[name] for name in ("attention_mask", "segments") if name in feed), None)
+    return None if hidden is None else torch.from_numpy(hidden).bool().flatten()
+
+
 def observe(
     model: Any, found: Sequence[Site], feeds: Sequence[Mapping[str, np.ndarray]]
 ) -> tuple[dict[str, Seen], list[dict[str, np.ndarray]]]:
@@ -193,7 +199,7 @@ def observe(
     for feed in feeds:
         values = run(feed, [*outputs, *watched])
         results.append({name: values[name] for name in outputs})
-        real = torch.from_numpy(feed["attention_mask"]).bool().flatten() if "attention_mask" in feed else None
+        real = real_tokens(feed)
         for name in tensors:
             rows = torch.from_numpy(np.asarray(feed[name] if name in given else values[name])).float().flatten(0, -2)
             if real is not None and len(real) == len(rows):

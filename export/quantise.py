@@ -31,7 +31,7 @@ from .graphs import GraphName, is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
 from .pipeline import Progress, companions_of, fill_folder, prepare_folder, silent
-from .products import Fitted, Scheme, fit, observe, rewritten, runner, save, sites
+from .products import Fitted, Scheme, fit, observe, real_tokens, rewritten, runner, save, sites
 from .request import BUDGET, GRAPHS, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
@@ -88,12 +88,14 @@ class Calibration:
         examples: the images and texts.
         image_embeds, text_embeds: `[I, M, Dv]` and `[T, L, Dt]`; None where no graph wants them.
         memory: from the number of an image to its memory as graphs take it, `[1, H, M, D]` by name.
+        padding: id of the token that texts are padded with.
     """
 
     examples: Examples
     image_embeds: Tensor | None
     text_embeds: Tensor | None
     memory: Callable[[int], Mapping[str, Tensor]]
+    padding: int
 
     @classmethod
     @torch.no_grad()
@@ -110,7 +112,7 @@ class Calibration:
             with torch.no_grad():
                 return graph_memory(model.image_memory(images[number : number + 1]))
 
-        return cls(examples, images, texts, memory)
+        return cls(examples, images, texts, memory, model.config.pad_token_id)
 
     @classmethod
     def of_export(cls, folder: Path, manifest: Manifest, examples: Examples) -> Self:
@@ -136,10 +138,10 @@ class Calibration:
             assert images is not None
             return session.image_memory(images[number : number + 1]).layers
 
-        return cls(examples, images, texts, memory)
+        return cls(examples, images, texts, memory, manifest.config["pad_token_id"])
 
     @classmethod
-    def of_reference(cls, reference: Reference, origin: str) -> Self:
+    def of_reference(cls, reference: Reference, origin: str, padding: int) -> Self:
         """What the model computed for the images and texts that an export is compared on."""
         known = reference.tensors
         examples = Examples(known["pixels"], known["input_ids"], known["attention_mask"], origin)
@@ -148,7 +150,7 @@ class Calibration:
             # That of image 0 is the one that the reference holds.
             return {name: value for name, value in known.items() if is_memory(name)}
 
-        return cls(examples, known.get("image_embeds"), known.get("text_embeds"), memory)
+        return cls(examples, known.get("image_embeds"), known.get("text_embeds"), memory, padding)
 
     def inputs(self, record: GraphRecord) -> Iterator[dict[str, np.ndarray]]:
         """Inputs of a graph: every image once, and with the images, or by themselves, the texts in their turn.
@@ -171,7 +173,12 @@ class Calibration:
 
         if record.name == "text":
             for rows in torch.arange(count).split(_TEXTS_AT_ONCE):
-                yield arrays(input_ids=examples.input_ids[rows], attention_mask=examples.attention_mask[rows])
+                ids, mask = examples.input_ids[rows], examples.attention_mask[rows]
+                if "segments" not in dims:
+                    yield arrays(input_ids=ids, attention_mask=mask)
+                    continue
+                positions = mask.cumsum(1) * mask + self.padding
+                yield arrays(packed_ids=ids, positions=positions, **_a_text_a_row(mask))
             return
         for number in range(len(examples.pixels)):
             pixels = examples.pixels[number : number + 1]
@@ -186,8 +193,18 @@ class Calibration:
                 yield arrays(image_embeds=self.image_embeds[number : number + 1])
             else:
                 assert self.text_embeds is not None
-                embeds = self.text_embeds[rows][None]
-                yield arrays(text_embeds=embeds, attention_mask=mask, **self.memory(number))
+                embeds, memory = self.text_embeds[rows][None], self.memory(number)
+                if "segments" in dims:
+                    texts = {name: value[None] for name, value in _a_text_a_row(mask[0]).items()}
+                    yield arrays(packed_embeds=embeds, **texts, **memory)
+                else:
+                    yield arrays(text_embeds=embeds, attention_mask=mask, **memory)
+
+
+def _a_text_a_row(mask: Tensor) -> dict[str, Tensor]:
+    """Masks `[T, L]` as packed graphs take them, a row for each text."""
+    rows = torch.arange(len(mask))
+    return {"segments": mask * (rows[:, None] + 1), "firsts": torch.stack([rows, torch.zeros_like(rows)], 1)}
 
 
 def _sized(value: Tensor, dims: Sequence[int | str]) -> Tensor:
@@ -319,13 +336,12 @@ def least_cosine(
     found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray], feed: Mapping[str, np.ndarray]
 ) -> float:
     """The least cosine of a row of any output: of a token that is not hidden, or of how the texts of an image score."""
-    cosines = [1.0]
+    cosines, real = [1.0], real_tokens(feed)
     for name in truth:
         both = [torch.from_numpy(values[name]).double() for values in (found, truth)]
         if name in DIRECTIONS or is_memory(name):
             rows = [values.flatten(0, -2) for values in both]
-            if "attention_mask" in feed and feed["attention_mask"].size == len(rows[0]):
-                real = torch.from_numpy(feed["attention_mask"]).bool().flatten()
+            if real is not None and len(real) == len(rows[0]):
                 rows = [values[real] for values in rows]
         elif name in ("scores", "match_logits") and both[0].shape[1] > _FEWEST_RANKED:
             scores = [values[..., 1] if name == "match_logits" else values for values in both]
@@ -379,7 +395,8 @@ def quantize_int8(
         )
     reference = Reference.load(folder)
     if examples is None:
-        calibration = Calibration.of_reference(reference, f"{source.examples}, which it is compared on too")
+        origin = f"{source.examples}, which it is compared on too"
+        calibration = Calibration.of_reference(reference, origin, source.config["pad_token_id"])
     else:
         calibration = Calibration.of_export(folder, source, examples)
     # Beside the old graphs the new ones, until it is known that there will be an export.

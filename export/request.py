@@ -74,12 +74,15 @@ class ExportRequest:
             [all but match, or those of the task]
         fixed: Axes of one size, such as batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token, not token 0.
+        packed: text and fusion take texts that lie one behind the other in rows, at the cost of their tokens; padded
+            to the longest otherwise.
     """
 
     dtype: DType = "fp32"
     graphs: Sequence[str] | None = None
     fixed: Sequence[str] = ()
     all_tokens: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         # Seen here and not later: a list that is not understood.
@@ -137,6 +140,8 @@ class EngineRequest(ExportRequest):
             to --dtype.
         level: How long the builder may search; by default its own.
         keep_onnx: Leave the graphs that the engines are built from in OUT/onnx.
+        refittable: Engines without weights, which lie beside them in OUT as ONNX and are put in when an engine is
+            loaded: xfm-fast export refit gives them those of another fine-tuned model without a build.
     """
 
     dtype: DType = "bf16"
@@ -147,6 +152,7 @@ class EngineRequest(ExportRequest):
     budget: float = BUDGET
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
+    refittable: bool = False
 
     @property
     def complete(self) -> TensorRTRequest:

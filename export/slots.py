@@ -19,7 +19,7 @@ from xfm_fast.errors import InputError
 
 from .manifest import GraphRecord, TensorRecord
 
-_BATCH, _TEXTS, _LENGTH, _PAST = "batch", "texts", "length", "past"
+_BATCH, _TEXTS, _LENGTH, _PAST, _ROWS = "batch", "texts", "length", "past", "rows"
 # Which dimensions of a tensor vary, up to the last one that does; a name with the number of a layer stands without it,
 # and one that stands for two tensors is told by their dimensions.
 _AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
@@ -53,6 +53,15 @@ _AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
     ("past_mask", 3): (_BATCH, _TEXTS, _PAST),
     ("logits", 3): (_BATCH, _TEXTS),
     ("present", 6): (_BATCH, _TEXTS),
+    ("packed_ids", 2): (_ROWS, _LENGTH),
+    ("positions", 2): (_ROWS, _LENGTH),
+    ("segments", 2): (_ROWS, _LENGTH),
+    ("segments", 3): (_BATCH, _ROWS, _LENGTH),
+    ("firsts", 2): (_BATCH,),
+    ("firsts", 3): (_BATCH, _TEXTS),
+    ("packed_embeds", 3): (_ROWS, _LENGTH),
+    ("packed_embeds", 4): (_BATCH, _ROWS, _LENGTH),
+    ("fused_tokens", 4): (_BATCH, _ROWS, _LENGTH),
 }
 
 

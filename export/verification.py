@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.errors import UnavailableError
+from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType
 from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import GraphName, is_memory
+from .layout import Layout, in_rows
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
 from .request import BUDGET
 from .slots import graph_slots, largest
@@ -251,7 +252,12 @@ def _reranked(manifest: Manifest, reference: Reference, runner: Runner) -> Tenso
         values = computed[output] = computed[output].clone()
         for case in _largest_cases(record, manifest, reference):
             rows = case.images if graph == "vision" else case.texts[:, 0]
-            made = runner.run(graph, _inputs(record, case, manifest, reference, runner))[output].float().cpu()
+            outputs = runner.run(graph, _inputs(record, case, manifest, reference, runner))
+            if output in outputs:
+                made = outputs[output].float().cpu()
+            else:
+                packed = outputs["packed_embeds"].float().cpu()
+                made = _out_of_rows(record, case, manifest, reference, packed)
             values[rows[:, None], torch.arange(made.shape[1])] = made
     record, found = manifest.graph("fusion"), Findings("fusion")
     for case in _largest_cases(record, manifest, reference):
@@ -376,7 +382,54 @@ def _inputs(
         inputs["text_embeds"] = _cut(known["text_embeds"], rows, case.length, 0).to(dtype)
     if "attention_mask" in names:
         inputs["attention_mask"] = _cut(known["attention_mask"], rows, case.length, 0)
+    if "segments" in names:
+        layout, single = _layout(record, case, manifest, reference), record.name == "text"
+        real = _cut(known["attention_mask"], case.texts.flatten(), case.length, 0).bool()
+
+        def spread(values: Tensor, padding: int = 0) -> Tensor:
+            made = layout.spread(_cut(values, case.texts.flatten(), case.length, padding)[real], padding)
+            return made[0] if single else made
+
+        if single:
+            padding = manifest.config["pad_token_id"]
+            inputs["packed_ids"] = spread(known["input_ids"], padding)
+            inputs["positions"] = spread(known["attention_mask"].cumsum(1) + padding, padding)
+        else:
+            inputs["packed_embeds"] = spread(known["text_embeds"]).to(dtype)
+        inputs["segments"] = layout.segments[0] if single else layout.segments
+        inputs["firsts"] = layout.firsts[0] if single else layout.firsts
     return inputs
+
+
+def _layout(record: GraphRecord, case: Case, manifest: Manifest, reference: Reference) -> Layout:
+    """The texts of a case in rows: of `text` all of them, of `fusion` those of each image, numbered one by one."""
+    lengths = reference.tensors["attention_mask"].sum(1)[case.texts.flatten()].tolist()
+    slots, width = graph_slots(record), manifest.config["text_width"]
+    numbers = torch.arange(len(lengths)).view(1 if record.name == "text" else len(case.texts), -1).tolist()
+    rows, length = largest(slots, "rows"), largest(slots, "length")
+    found = [in_rows(texts, lengths, width, most_rows=rows, most_length=length) for texts in numbers]
+    made = [rows for rows in found if rows is not None]
+    if len(made) < len(found):
+        raise InputError(
+            f"graph {record.name!r}: {len(numbers[0])} texts do not fit into its rows; export with more or longer ones"
+        )
+    # As many rows of each image as the one has that needs most of them.
+    most = max(len(each.texts) for each in made)
+    images = [(*each.texts, *((),) * (most - len(each.texts))) for each in made]
+    return Layout.of(images, lengths, max(each.length for each in made))
+
+
+def _out_of_rows(
+    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, value: Tensor
+) -> Tensor:  # fmt: skip
+    """`[..., R, L, width]` of a packed graph → `[P, L, width]` of the texts of a case, zeros behind their ends."""
+    layout, texts = _layout(record, case, manifest, reference), case.texts.flatten()
+    real = _cut(reference.tensors["attention_mask"], texts, case.length, 0).bool()
+    tokens = value.new_empty(len(layout.source), value.shape[-1])
+    tokens[layout.source] = value.flatten(0, -2)[layout.place]
+    out = value.new_zeros(*real.shape, value.shape[-1])
+    out[real] = tokens
+    return out
 
 
 def _run(
@@ -406,7 +459,16 @@ def _run(
             # Padded positions hold what padding computes, which is not read.
             real = inputs["attention_mask"].bool()
             found.add(name, shape, value[real], _cut(known[name], rows, case.length, 0)[real])
-        elif name == "fused" and manifest.all_tokens:
+        elif name in ("packed_embeds", "fused_tokens"):
+            texts, name = case.texts.flatten(), name.replace("packed", "text")
+            real = _cut(known["attention_mask"], texts, case.length, 0).bool()
+            if name == "fused_tokens":
+                # The reference holds those of image 0.
+                real = real & (images.flatten() == 0)[:, None]
+            whole = known[name] if name == "text_embeds" else known[name][0]
+            truth = _cut(whole, texts, case.length, 0)
+            found.add(name, shape, _out_of_rows(record, case, manifest, reference, value)[real], truth[real])
+        elif name == "fused" and manifest.all_tokens and not manifest.packed:
             real = inputs["attention_mask"].bool()
             found.add(name, shape, value[:, :, 0], known["fused"][images, case.texts])
             first = (case.images == 0)[:, None, None] & real
@@ -566,7 +628,10 @@ def _reported(name: str) -> str:
 
 # Everything else has too few entries for an angle to say anything.
 DIRECTIONS = frozenset(
-    ("image_embeds", "image_feature", "text_embeds", "text_feature", "fused", "fused_tokens", "memory")
+    (
+        *("image_embeds", "image_feature", "text_embeds", "packed_embeds", "text_feature"),
+        *("fused", "fused_tokens", "memory"),
+    )
 )
 
 

@@ -77,6 +77,9 @@ def relpos_attention(
     if bias is None and chosen == "triton":
         # Outside the operator, so that a graph contains what fills it.
         bias = _made_bias(table, window, scale, dtype, chosen, q.shape[-1])
+    if chosen == "cpu" and type(q) is Tensor and runs_cpu_inference(backend, q, k, v, table):
+        # The operator would take a tenth of the attention's time.
+        return _relpos_forward(q, k, v, table, *window, scale, chosen, bias)[0]
     return _relpos(q, k, v, table, window[0], window[1], scale, chosen, bias)[0]
 
 
@@ -207,21 +210,25 @@ def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
 def _relpos_bias_made(
     table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
 ) -> Tensor:
-    from .triton.relpos_table import materialise_bias, takes_fragments
+    from .triton.relpos_table import materialise_bias
 
-    if not turned and takes_fragments(head_dim, dtype, table.device):
-        return materialise_bias(table, (height, width), dtype, scale, fragments=True)
-    return materialise_bias(table, (height, width), dtype, scale, turned=turned)
+    fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
+    return materialise_bias(table, (height, width), dtype, scale, turned=turned, fragments=fragments)
+
+
+def _in_fragments(head_dim: int, dtype: torch.dtype, device: torch.device, *, turned: bool) -> bool:
+    """Whether a bias is made in fragments. Asked of fakes too, where there may be neither Triton nor a GPU."""
+    if not head_dim or turned or device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    from .triton.relpos_table import takes_fragments
+
+    return takes_fragments(head_dim, dtype, device)
 
 
 def _relpos_bias_fake(
     table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
 ) -> Tensor:
-    fragments = False
-    if head_dim and not turned and table.device.type == "cuda" and torch.cuda.is_available():
-        from .triton.relpos_table import takes_fragments
-
-        fragments = takes_fragments(head_dim, dtype, table.device)
+    fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
     shape = checks.bias_shape(1 + height * width, table.shape[1], fragments=fragments)
     return table.new_empty(shape, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
 

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +33,7 @@ CLONE_MARK = "models/xfm.py"
 # Of the largest value: a few times what rounding to int8 costs the base model.
 INT8_BAND = 0.1
 MODEL_WORK = ("embed-image", "embed-text", "rerank", "retrieve")
+SESSION_WORK = ("embed-image", "embed-text", "rerank")
 TASK_WORK = ("vqa", "vqa-best", "vqa-all", "vqa-list", "nlvr2", "grounding", "captioning")
 SCENARIOS = (*MODEL_WORK, *TASK_WORK)
 _ALL_WORK = (*SCENARIOS, "retrieval")
@@ -76,6 +77,7 @@ class Contender:
         why_absent: on a device; None where it can run.
         package: whose version is reported.
         heavy: takes a minute or more to build, so that quick runs leave it out.
+        named: takes part only where it is asked for by its name.
         schedule: for counting its operations.
         band: of its error, where rounding in a type is not what explains it.
     """
@@ -88,6 +90,7 @@ class Contender:
     why_absent: Callable[[torch.device], str | None] = lambda device: None
     package: str = "torch"
     heavy: bool = False
+    named: bool = False
     schedule: Schedule = "official"
     band: float | None = None
 
@@ -121,13 +124,15 @@ def _official_code(setup: Setup) -> Built:
     return official_code.build(setup.model, setup.official, setup.scratch)
 
 
-def _exported(consumer: Consumer) -> Callable[[Setup], Built]:
+def _exported(library: Consumer | Literal["aoti"], **form: bool) -> Callable[[Setup], Built]:
     def build(setup: Setup) -> Built:
         from . import exported
 
-        model = setup.subjects.model(setup.image_size, torch.float32) if consumer == "openvino" else setup.model
         dtype: DType = "bf16" if setup.dtype == "bf16" else "fp32"
-        return exported.build(model, consumer, dtype, setup.work, setup.scratch, setup.device)
+        model = setup.subjects.model(setup.image_size, torch.float32)
+        return exported.build(
+            model, exported.Form(library, **form), dtype, setup.work, setup.scratch, setup.device
+        )  # fmt: skip
 
     return build
 
@@ -171,6 +176,35 @@ def _compiler_absent(device: torch.device) -> str | None:
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return "torch.compile needs a C++ compiler (g++ or clang++), and none is on the PATH"
     return None
+
+
+def _packages_absent(device: torch.device) -> str | None:
+    return _needs(on="cpu")(device) or _compiler_absent(device)
+
+
+def _sessions(
+    library: Any, label: str, dtypes: tuple[str, ...], why_absent: Callable[[torch.device], str | None]
+) -> Iterator[Contender]:
+    """The forms of a library on the CPU that `bench sessions` sets side by side, but for the session of every run."""
+    package = "torch" if library == "aoti" else library
+    texts = tuple(work for work in SESSION_WORK if work != "embed-image")
+
+    def contender(
+        mark: str, words: str, works: tuple[str, ...] = SESSION_WORK, band: float | None = None, **form: bool
+    ) -> Contender:
+        return Contender(
+            f"{library}{mark}", f"{label}{words}", _exported(library, **form), works, dtypes, why_absent, package,
+            heavy=True, named=True, schedule="own", band=band,
+        )  # fmt: skip
+
+    if library == "aoti":
+        yield contender("", "")
+        yield contender("-alone", " by itself", alone=True)
+        return
+    yield contender("-alone", " by itself", alone=True)
+    yield contender("-packed", ", texts in rows", texts, packed=True)
+    yield contender("-int8", ", products in int8", band=INT8_BAND, int8=True)
+    yield contender("-int8-alone", " by itself, products in int8", band=INT8_BAND, int8=True, alone=True)
 
 
 ALL: tuple[Contender, ...] = (
@@ -239,7 +273,18 @@ ALL: tuple[Contender, ...] = (
         "tensorrt-rtx", "TensorRT for RTX", _exported("tensorrt-rtx"), MODEL_WORK, ("fp32", "bf16"),
         _needs("tensorrt_rtx", "onnx", on="cuda"), "tensorrt-rtx", heavy=True, schedule="own",
     ),
+    *_sessions("onnxruntime", "ONNX Runtime", ("fp32",), _needs("onnxruntime", "onnx", "onnxscript", on="cpu")),
+    *_sessions("openvino", "OpenVINO", ("fp32", "bf16"), _needs("openvino", "onnx", "onnxscript", on="cpu")),
+    *_sessions("aoti", "AOTInductor", ("fp32", "bf16"), _packages_absent),
 )  # fmt: skip
+
+ALONE = {
+    contender.name: own
+    for contender in ALL
+    for own in [f"{contender.name.removesuffix('-packed')}-alone"]
+    if any(other.name == own for other in ALL)
+}
+"""Contenders that are sessions, and the one that is their library by itself, with texts padded to the longest."""
 
 
 def choose(
@@ -274,6 +319,8 @@ def choose(
             why = "--official names no clone of the official repository"
         elif asked and contender.name not in asked and contender.name != OFFICIAL_CODE:
             why = "was not asked for"
+        elif why is None and not asked and contender.named:
+            why = f"is one of bench sessions; --baselines {contender.name} takes it in"
         elif why is None and not asked and quick and contender.heavy:
             why = f"is left out of quick runs; --baselines {contender.name} takes it in"
         if why is None:

@@ -189,6 +189,19 @@ def described(collection: Collection, tokenizer: CaptionTokenizer) -> Data:
     )  # fmt: skip
 
 
+def _mixed(count: int, mean: int) -> list[int]:
+    """Lengths from 3 to 40 that rise by a power, whose exponent gives them their mean.
+
+    Raises:
+        InputError: no such lengths have this mean.
+    """
+    least = 3
+    if not least < mean <= MAX_TOKENS:
+        raise InputError(f"lengths 'mixed-{mean}' have no such mean; ask for {least + 1} to {MAX_TOKENS}")
+    power = (MAX_TOKENS - least) / (mean - least) - 1
+    return [round(least + (MAX_TOKENS - least) * (place / max(count - 1, 1)) ** power) for place in range(count)]
+
+
 class Texts(NamedTuple):
     """Encoded captions."""
 
@@ -245,19 +258,25 @@ class Material:
     def texts(self, count: int, lengths: str = "captions") -> Texts:
         """Captions, or synthetic texts: `fixed-16` are 16 tokens, `uniform-16` 4 to 28, `bimodal-16` 4 or 28.
 
+        `mixed-16` are 16 tokens on average and 40 at most, most of them short.
+
         Raises:
             InputError: the distribution is unknown, or longer than the model takes.
         """
         if lengths == "captions":
             return self.encoded(self.collection.texts(count))
         shape, _, mean = lengths.partition("-")
-        if shape not in _SHAPES or not mean.isdigit():
+        shapes = [*_SHAPES, "mixed"]
+        if shape not in shapes or not mean.isdigit():
             raise InputError(
-                f"length distribution {lengths!r} is unknown; choose captions, or {', '.join(_SHAPES)} with a mean, "
+                f"length distribution {lengths!r} is unknown; choose captions, or {', '.join(shapes)} with a mean, "
                 "such as fixed-16"
             )
         config = self.subjects.config
-        sizes = [max(3, round(int(mean) * _SHAPES[shape][i % len(_SHAPES[shape])])) for i in range(count)]
+        if shape == "mixed":
+            sizes = _mixed(count, int(mean))
+        else:
+            sizes = [max(3, round(int(mean) * _SHAPES[shape][i % len(_SHAPES[shape])])) for i in range(count)]
         room = config.max_positions - config.pad_token_id - 1
         if max(sizes) > room:
             raise InputError(

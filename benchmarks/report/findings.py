@@ -24,6 +24,7 @@ TITLES = {
     "serve": "The HTTP service under load, against one request at a time",
     "device": "The first hour on a GPU",
     "cold-start": "From the start of a process to its first caption",
+    "sessions": "Exports: sessions, and their libraries by themselves",
 }
 
 

@@ -4,8 +4,8 @@
     python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
-page. `<!-- bench:begin FILE gains -->` has one line a model of `bench drop-in`. A further table needs its two markers
-and nothing else.
+page. `<!-- bench:begin FILE gains -->` has one line a model of `bench drop-in`, `<!-- bench:begin FILE columns -->` a
+column for each contender. A further table needs its two markers and nothing else.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from xfm_fast.errors import DataError
 
 from ..files import load
 from .card import png
-from .table import gains, markdown
+from .table import contenders, gains, markdown
 
 REGION = re.compile(
-    r"(?P<begin><!-- bench:begin (?P<file>\S+)(?P<gains> gains)? -->\n)(?P<table>.*?)(?P<end><!-- bench:end -->)",
+    r"(?P<begin><!-- bench:begin (?P<file>\S+)(?: (?P<form>gains|columns))? -->\n)"
+    r"(?P<table>.*?)(?P<end><!-- bench:end -->)",
     re.DOTALL,
 )
 
@@ -68,7 +69,7 @@ def regenerated(page: Path) -> str:
         )
 
     def table(region: re.Match[str]) -> str:
-        draw = gains if region["gains"] else markdown
+        draw = {"gains": gains, "columns": contenders}.get(region["form"], markdown)
         return region["begin"] + draw(load(page.parent / region["file"])) + region["end"]
 
     return REGION.sub(table, text)

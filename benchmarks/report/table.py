@@ -256,6 +256,9 @@ def _among(document: Document) -> list[Column]:
     def quantile(name: str) -> Callable[[Row], str]:
         return _of("latency", lambda latency: number(getattr(latency, name).value * 1e3))
 
+    def alone(row: Row) -> Comparison | None:
+        return None if row.ours else next(iter(row.against), None)
+
     dtypes = dict.fromkeys(row.dtype for row in document.measured if row.ours)
     return [
         Column("contender", lambda row: row.label, number=False),
@@ -265,6 +268,8 @@ def _among(document: Document) -> list[Column]:
         Column("p50 ms", lambda row: quantile("p50")(row) if row.server else "", detail=True),
         Column("p90 ms", quantile("p90"), detail=True),
         Column("p99 ms", quantile("p99")),
+        Column("over the library", lambda row: times(found.ratio) if (found := alone(row)) else ""),
+        Column("95% interval, library", lambda row: span(f.low, f.high) if (f := alone(row)) else "", detail=True),
         *(Column(f"{OURS} {dtype} is", ratio(dtype)) for dtype in dtypes),
         *(Column(f"95% interval, {dtype}", interval(dtype), detail=True) for dtype in dtypes),
     ]
@@ -389,4 +394,23 @@ def gains(document: Document) -> str:
     types = list(dict.fromkeys(dtype for gained in found.values() for dtype in gained))
     lines = ["| model | " + " | ".join(types) + " |", "|---|" + "---:|" * len(types)]
     lines += [f"| {name} | " + " | ".join(gained.get(t, "") for t in types) + " |" for name, gained in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def contenders(document: Document) -> str:
+    """A line of Markdown a work and type, with a column for each contender; behind a session how many times as fast as
+    its library it is.
+    """
+    rows = document.measured
+    labels = list(dict.fromkeys(row.label for row in rows))
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        over = next(iter(row.against), None)
+        ratio = "" if row.ours or over is None else f" ({times(over.ratio)})"
+        found.setdefault((work(row), row.dtype), {})[row.label] = f"{_speed(row)}{ratio}"
+    lines = ["| work | dtype | " + " | ".join(labels) + " |", "|---|---|" + "---:|" * len(labels)]
+    lines += [
+        f"| {name} | {dtype} | " + " | ".join(said.get(label, "") for label in labels) + " |"
+        for (name, dtype), said in found.items()
+    ]
     return "\n".join(lines) + "\n"

@@ -71,16 +71,23 @@ class Crowd:
         self, spec: Spec, count: int, environment: Mapping[str, str], seconds: float, stack: ExitStack
     ) -> None:
         self._seconds, self._processes = seconds, list[subprocess.Popen[str]]()
-        for _ in range(count):
-            process = subprocess.Popen(
-                [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=dict(environment), encoding="utf-8",
-            )  # fmt: skip
-            stack.callback(_end, process)
-            self._processes.append(process)
-            # One after another: a model takes twice its memory while it is built.
-            self._tell(process, json.dumps(asdict(spec)))
-            self._hear(process)
+        # As many at a time as there is work and memory for: a model takes twice its own while it is built.
+        room = psutil.virtual_memory().available // (2 * _bytes(spec))
+        together = max(1, min(spec.threads, room))
+        for first in range(0, count, together):
+            started = [self._start(spec, environment, stack) for _ in range(first, min(first + together, count))]
+            for process in started:
+                self._hear(process)
+
+    def _start(self, spec: Spec, environment: Mapping[str, str], stack: ExitStack) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=dict(environment), encoding="utf-8",
+        )  # fmt: skip
+        stack.callback(_end, process)
+        self._processes.append(process)
+        self._tell(process, json.dumps(asdict(spec)))
+        return process
 
     def __call__(self) -> list[float]:
         for process in self._processes:

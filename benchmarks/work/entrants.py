@@ -108,9 +108,12 @@ class Entrant:
         return answer
 
 
-def check(entrants: Sequence[Entrant], workload: Workload, subjects: Subjects, on_step: Callable[[str], None]) -> None:
-    """Answer a request or two and compare with the official algorithm in fp32; sets `parity` and `cost`."""
-    numbers = workload.batch(2 if workload.work.startswith("embed") else 1)
+def check(
+    entrants: Sequence[Entrant], workload: Workload, subjects: Subjects, on_step: Callable[[str], None],
+    count: int | None = None,
+) -> None:  # fmt: skip
+    """Compare answers to a request or two, or `count`, with the official algorithm in fp32; set `parity` and `cost`."""
+    numbers = workload.batch(count or (2 if workload.work.startswith("embed") else 1))
     reference = _Reference(subjects, workload, numbers)
     for entrant in entrants:
         if not entrant.runs or entrant.built is None:

@@ -115,13 +115,14 @@ class Setting:
 
     Attributes:
         document: grows while measuring.
+        scratch: folder for files of this run.
     """
 
     def __init__(
         self, options: ModelOptions, benchmark: Benchmark, device: torch.device, progress: Progress,
         command: Sequence[str], scratch: Path,
     ) -> None:  # fmt: skip
-        self._begun, self._scratch = time.perf_counter(), scratch
+        self._begun, self.scratch = time.perf_counter(), scratch
         self._process_s = time.time() - psutil.Process().create_time()
         self.options, self.device, self.progress = options, device, progress
         self.dtypes, self.absent_dtypes = machine.choose_dtypes(options.dtype, device)
@@ -184,13 +185,15 @@ class Setting:
             for dtype in (*self.dtypes, *self.absent_dtypes):
                 entrants.append(Entrant(contender, dtype, self.device))
                 self.progress.step(f"building {entrants[-1].key}")
-                setup = Setup(subjects, work, image_size, dtype, self.device, self._scratch, official)
+                setup = Setup(subjects, work, image_size, dtype, self.device, self.scratch, official)
                 entrants[-1].build(setup, self.absent_dtypes)
         return entrants
 
-    def check(self, entrants: Sequence[Entrant], workload: Workload) -> None:
-        """Compare entrants with the official algorithm on a request or two; the first call ever ends the cold start."""
-        check(entrants, workload, self.material.subjects, self.progress.step)
+    def check(self, entrants: Sequence[Entrant], workload: Workload, count: int | None = None) -> None:
+        """Compare entrants with the official algorithm on a request or two, or `count`; the first call ever ends the
+        cold start.
+        """
+        check(entrants, workload, self.material.subjects, self.progress.step, count)
         if self.document.cold_start is None:
             first = next((e.cost.first_call_s for e in entrants if e.ours and e.cost), 0.0)
             self.document.cold_start = ColdStart(process_s=self._process_s, load_s=self._load_s, first_call_s=first)

@@ -15,7 +15,7 @@ from scipy import stats
 
 from xfm_fast.errors import InputError
 
-from .. import machine
+from .. import files, machine
 from ..measure import Progress
 from ..options import Axis, SweepOptions
 from ..record import LEAST_POINTS, Document, Fit, Row
@@ -37,9 +37,12 @@ _SIZES: Mapping[str, tuple[Axis, ...]] = {
 }
 _LABELS = {
     "batch": "requests together", "resolution": "pixels along a side", "texts": "texts of an image",
-    "lengths": "mean tokens of a text", "threads": "threads", "processes": "processes at a time",
+    "lengths": "mean tokens of a text", "tokens": "tokens", "threads": "threads",
+    "processes": "processes at a time",
 }  # fmt: skip
 _ROUNDS, _MOST_ROUNDS = 3, 15
+# Facts of the machine that the rows of one document share.
+_FACTS = ("cpu", "gpus", "threads", "torch", "xfm_fast", "commit")
 
 
 def axes(work: str, device: torch.device) -> tuple[Axis, ...]:
@@ -77,9 +80,12 @@ def run(
     progress = progress or Progress()
     scale = Scale.of(work, options, device)
     progress.begin(2 + sum(map(len, points.values())))
+    earlier = None if options.add_to is None else files.load(options.add_to)
     with opened(options, "sweep", device, progress, command) as setting:
         setting.prepare(scale.image_size, work=work)
         setting.document.options["scenario"] = work
+        if earlier is not None:
+            _refuse_others(earlier, setting.document, options)
         for value in points.get("resolution", ()):
             setting.material.config(int(value))  # refuses impossible ones before anything is measured
         swept = _Sweep(work, setting, scale, options)
@@ -88,8 +94,38 @@ def run(
                 setting.progress.stage(f"{work}, {axis} {value}")
                 swept.measure(axis, value)
     document = setting.finish()
+    if earlier is not None:
+        _join(earlier, document)
     document.fits = fits(document)
     return document
+
+
+def _refuse_others(earlier: Document, now: Document, options: SweepOptions) -> None:
+    """Refuse rows that were measured of something else than those to come.
+
+    Raises:
+        InputError: it names what differs.
+    """
+    facts = [(name, earlier.machine.get(name), now.machine.get(name)) for name in _FACTS]
+    facts += [("benchmark", earlier.benchmark, now.benchmark), ("device", earlier.device, now.device)]
+    facts += [(name, earlier.options.get(name), now.options.get(name)) for name in ("scenario", "preset", "seed")]
+    facts += [("model", earlier.model, now.model), ("data", earlier.data, now.data)]
+    for name, was, became in facts:
+        if was != became:
+            told = f" ({was} there, {became} here)" if isinstance(was, str | int) else ""
+            raise InputError(
+                f"{options.add_to} is of another {name}{told}; measure the sweep anew, without --add-to, or choose the "
+                "results that it belongs to"
+            )
+
+
+def _join(earlier: Document, document: Document) -> None:
+    """Put the rows of an earlier document first, but for those that were measured anew."""
+    anew = {row.key for row in document.rows}
+    document.rows = [row for row in earlier.rows if row.key not in anew] + document.rows
+    document.options["over"] = list(dict.fromkeys([*earlier.options["over"], *document.options["over"]]))
+    document.interrupted |= earlier.interrupted
+    document.duration_s += earlier.duration_s
 
 
 def _points(axis: Axis, work: str, options: SweepOptions, device: torch.device) -> list[int | str]:
@@ -102,7 +138,8 @@ def _points(axis: Axis, work: str, options: SweepOptions, device: torch.device) 
         if axis != "lengths" and (not value.isdigit() or int(value) < 1):
             raise InputError(f"{axis} {value!r} is no number above zero")
         points.append(value if axis == "lengths" else int(value))
-    if len(set(points)) < 2 and (axis != "threads" or options.values):
+    # To a sweep that is there, a single value may be what it lacks.
+    if len(set(points)) < 2 and (axis != "threads" or options.values) and options.add_to is None:
         raise InputError(f"a sweep over {axis} needs two different values or more; {len(set(points))} given")
     return points
 

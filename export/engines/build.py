@@ -19,9 +19,17 @@ from xfm_fast.models.xfm import XFM
 
 from ..consumers import Profile, data_type, profile
 from ..expected import Examples, generated_examples
-from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
+from ..manifest import EngineTarget, GraphName, GraphRecord, Manifest, ProfileRecord, record_files
 from ..onnx import Rewrite, export_onnx, require_onnx
-from ..pipeline import build_graphs, companions_of, fill_folder, graph_bytes, graph_records, prepare_folder
+from ..pipeline import (
+    build_graphs,
+    companions_of,
+    copy_files,
+    fill_folder,
+    graph_bytes,
+    graph_records,
+    prepare_folder,
+)
 from ..quantise import (
     QUANTISATIONS,
     Calibration,
@@ -94,8 +102,9 @@ def export_engines(
     folder, progress = Path(folder), progress or Silent()
     wanted = completed(request, TensorRTRequest, changes).complete
     library, targets, spelling = check_request(consumer, wanted)
-    profiles, dtype, fixed = parse_profiles(wanted.profile), data_type(wanted.dtype), wanted.sizes
-    built = build_graphs(model, spelling, wanted.names, fixed=fixed, all_tokens=wanted.all_tokens)
+    profiles = parse_profiles(wanted.profile, packed=wanted.packed)
+    dtype, fixed = data_type(wanted.dtype), wanted.sizes
+    built = build_graphs(model, spelling, wanted.names, fixed=fixed, all_tokens=wanted.all_tokens, packed=wanted.packed)
     for record in graph_records(built, dtype, model, fixed):
         graph_profiles(record, profiles)
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
@@ -110,7 +119,9 @@ def export_engines(
         settings = eight_bit_options(kind, wanted.budget, inputs)
     elif wanted.plugins:
         rewrite = with_plugins(library, targets[0], profiles)
-    graphs = OnnxRequest(wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, consumer, wanted.opset)
+    graphs = OnnxRequest(
+        wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, wanted.packed, consumer, wanted.opset
+    )
 
     def compare(content: Manifest, where: Path = folder) -> None:
         if examples is not None:
@@ -151,8 +162,19 @@ def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Lib
     request = request.complete
     parse_profiles(request.profile)
     spelling = profile(consumer, request.dtype, request.opset)
+    if request.plugins and request.packed:
+        raise InputError("the attention of --plugins knows no rows of texts, which --packed has; leave one of them out")
     if request.plugins and request.quantize:
         raise InputError("--plugins and --quantize change the same products; choose one of them")
+    if request.refittable and request.quantize:
+        raise InputError(
+            "8-bit products and their scales are chosen on the weights, so other weights want another build; leave out "
+            "--refittable or --quantize"
+        )
+    if request.refittable and request.plugins:
+        raise InputError("the weights of a graph with plugins cannot be changed; leave out --refittable or --plugins")
+    if request.refittable and request.keep_onnx:
+        raise InputError("--refittable keeps the graphs beside the engines already; leave out --keep-onnx")
     require_onnx()
     library = load_library(consumer)
     targets = library.check(request, request.dtype)
@@ -193,41 +215,88 @@ def build_engines(
     shapes = {record.name: graph_profiles(record, profiles) for record in exported.graphs}
     numbers = {record.name: number for number, record in enumerate(exported.graphs, 1)}
 
-    def write(record: GraphRecord) -> list[str]:
+    sources = {record.name: onnx / record.file for record in exported.graphs}
+
+    def write(record: GraphRecord, engine: Path) -> None:
         progress.graph(record.name, numbers[record.name], len(numbers))
-        engine = folder / f"{record.name}.engine"
         build_engine(
-            library, onnx / record.file, engine, wanted, targets, record.profiles, graph=record.name, progress=progress
-        )
-        return [engine.name]
+            library, sources[record.name], engine, wanted, targets, record.profiles, graph=record.name,
+            progress=progress,
+        )  # fmt: skip
+
+    target = EngineTarget(
+        library=library.consumer,
+        version=library.version,
+        compute_capabilities=list(targets),
+        version_compatible=wanted.version_compatible,
+        hardware_compatibility=wanted.hardware_compatible,
+    )
+    options = {
+        "profiles": [str(profile) for profile in profiles],
+        "optimization_level": wanted.level,
+        "plugins": wanted.plugins,
+        "arithmetic": exported.options.get("arithmetic"),
+    }
+    return fill_engines(
+        exported, onnx, folder, target, options, shapes, write, compare, weights_beside=wanted.refittable
+    )
+
+
+def fill_engines(
+    exported: Manifest,
+    onnx: Path,
+    folder: Path,
+    target: EngineTarget,
+    options: Mapping[str, Any],
+    profiles: Mapping[GraphName, list[ProfileRecord]],
+    write: Callable[[GraphRecord, Path], None],
+    compare: Callable[[Manifest], None],
+    *,
+    weights_beside: bool,
+) -> Manifest:
+    """Put an engine of every graph of an ONNX export into a folder, and their manifest.
+
+    Args:
+        exported: the export's manifest; onnx: its folder.
+        target: the machines that run the engines.
+        options: of their build.
+        profiles: shapes that each takes.
+        write: writes the engine of a graph to a path.
+        compare: see `pipeline.fill_folder`.
+        weights_beside: the engines have no weights, so the graphs lie beside them.
+    """
+
+    def filled(record: GraphRecord) -> list[str]:
+        write(record, folder / record.file)
+        if record.weights is None:
+            return [record.file]
+        copy_files(onnx, folder, record.files)
+        return [record.file, *record.files]
 
     content = exported.model_copy(
         update={
-            "kind": library.consumer,
-            "consumer": library.consumer,
-            "versions": exported.versions | {library.consumer: library.version},
+            "kind": target.library,
+            "consumer": target.library,
+            "versions": exported.versions | {target.library: target.version},
             "status": "unverified",
             "reason": "it was not compared with the model",
             "verification": None,
             "graphs_verification": exported.verification,
-            "target": EngineTarget(
-                library=library.consumer,
-                version=library.version,
-                compute_capabilities=list(targets),
-                version_compatible=wanted.version_compatible,
-                hardware_compatibility=wanted.hardware_compatible,
-            ),
-            "options": exported.options
-            | {
-                "profiles": [str(profile) for profile in profiles],
-                "optimization_level": wanted.level,
-                "plugins": wanted.plugins,
-                "arithmetic": exported.options.get("arithmetic"),
-            },
+            "target": target,
+            "options": exported.options | options,
         }
     )
-    records = [record.model_copy(update={"profiles": shapes[record.name]}) for record in exported.graphs]
-    return fill_folder(content, folder, records, write, compare, companions_of(onnx, exported))
+    records = [
+        record.model_copy(
+            update={
+                "file": f"{record.name}.engine",
+                "profiles": profiles[record.name],
+                "weights": record.file if weights_beside else None,
+            }
+        )
+        for record in exported.graphs
+    ]
+    return fill_folder(content, folder, records, filled, compare, companions_of(onnx, exported))
 
 
 def build_engine(

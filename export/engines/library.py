@@ -132,6 +132,10 @@ class Library:
         config.clear_flag(self.trt.BuilderFlag.TF32)
         if request.level is not None:
             config.builder_optimization_level = request.level
+        if request.refittable:
+            # Stripping alone would allow the very weights of the build and no others.
+            config.set_flag(self.trt.BuilderFlag.REFIT)
+            config.set_flag(self.trt.BuilderFlag.STRIP_PLAN)
 
     def timing_cache(self, config: Any) -> bytes | None:
         """The timings that a build has gathered, for a file; None where the library has none."""
@@ -191,6 +195,11 @@ class TensorRTForRTX(Library):
             raise UnavailableError(
                 "TensorRT for RTX times no kernels while it builds, so it has no timing cache; leave out "
                 "--timing-cache. What it compiles when an engine is loaded goes into the session's runtime cache"
+            )
+        if request.refittable and present is None:
+            raise UnavailableError(
+                f"TensorRT for RTX {self.version} builds engines for other weights only on a machine with an "
+                "NVIDIA GPU, and there is none here; leave out --refittable"
             )
         check_type(targets, dtype)
         return targets

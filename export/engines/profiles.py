@@ -16,7 +16,7 @@ from xfm_fast.errors import InputError
 
 from ..manifest import GraphRecord, ProfileRecord
 
-_AXES = ("batch", "texts", "length", "past")
+_AXES = ("batch", "texts", "length", "past", "rows")
 _SYNTAX = "write name:axis=least..best..most, such as latency:batch=1,texts=1..8..64,length=1..16..40"
 
 
@@ -76,6 +76,14 @@ DEFAULT_PROFILES = (
 """One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40, and a decoder
 writes as many."""
 
+_ROWS = {"length": AxisRange(1, 64, 128), "past": AxisRange(1, 8, 40)}
+
+PACKED_PROFILES = (
+    ShapeProfile("latency", {**DEFAULT_PROFILES[0].axes, **_ROWS, "rows": AxisRange(1, 4, 16)}),
+    ShapeProfile("bulk", {**DEFAULT_PROFILES[1].axes, **_ROWS, "rows": AxisRange(1, 4, 16)}),
+)
+"""The same for graphs that take texts in rows: as many texts, of 13 tokens each."""
+
 
 def parse_profile(text: str) -> ShapeProfile:
     """A profile from its text; see the head of this module. `axis=a..b` is tuned for b.
@@ -103,13 +111,13 @@ def parse_profile(text: str) -> ShapeProfile:
     return ShapeProfile(name, axes)
 
 
-def parse_profiles(texts: Iterable[str]) -> tuple[ShapeProfile, ...]:
-    """Profiles from their texts; `DEFAULT_PROFILES` from none.
+def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[ShapeProfile, ...]:
+    """Profiles from their texts; `DEFAULT_PROFILES` from none, or `PACKED_PROFILES`.
 
     Raises:
         InputError: see `parse_profile`; or two of them share a name.
     """
-    profiles = tuple(parse_profile(text) for text in texts) or DEFAULT_PROFILES
+    profiles = tuple(parse_profile(text) for text in texts) or (PACKED_PROFILES if packed else DEFAULT_PROFILES)
     names = [profile.name for profile in profiles]
     for name in names:
         if names.count(name) > 1:

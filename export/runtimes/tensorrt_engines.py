@@ -1,12 +1,14 @@
 """TensorRT and TensorRT for RTX: engines that read and write torch tensors where they lie.
 
-Every profile has an execution context of its own, because switching profiles is slow; as one runs at a time, on one
-stream, they share the memory of activations, which is as large as the largest profile asks for. Where a profile is for
-one size of the batch, shapes around the one that it is tuned for are captured as CUDA graphs, with contexts and memory
-of their own: a captured graph keeps pointing at both, and is replayed on the caller's stream. A request between two
-shapes is padded to the larger one, whose mask hides what was added. TensorRT for RTX captures by itself
-(`WHOLE_GRAPH_CAPTURE`): it compiles kernels for a shape in the background, and a graph of our own would keep those that
-it ran in the meantime.
+Every profile has an execution context of its own, because switching profiles is slow. Contexts of all engines run one
+after the other, on one stream, so they share one memory of activations, which is as large as the largest profile of any
+engine asks for. Where a profile is for one size of the batch, shapes around the one that it is tuned for are captured
+as CUDA graphs, with contexts and memory of their own: a captured graph keeps pointing at both, and is replayed on the
+caller's stream. A request between two shapes is padded to the larger one, whose mask hides what was added. TensorRT for
+RTX captures by itself (`WHOLE_GRAPH_CAPTURE`): it compiles kernels for a shape in the background, and a graph of our
+own would keep those that it ran in the meantime.
+
+An engine that was built without weights gets those of the graph beside it when it is loaded.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def open_runtime(
 
 
 class TensorRTEngines:
-    """A `Runtime`. Calls of one graph by several threads follow each other.
+    """A `Runtime`. Calls by several threads follow each other, those of different graphs too: they share memory.
 
     Args:
         library: TensorRT, or TensorRT for RTX.
@@ -83,6 +85,37 @@ class TensorRTEngines:
         if manifest.target is not None and manifest.target.version_compatible:
             # Such an engine carries the runtime of the version that built it.
             self._runtime.engine_host_code_allowed = True
+        # The legacy default stream would make every launch wait. One stream for all keeps launches in order, whichever
+        # stream their callers are on.
+        self.stream: Any = cuda.Stream(device)
+        self.lock = threading.Lock()
+        self.activations = _Activations(device, 0)
+
+    def reserve(self, size: int, graph: str) -> None:
+        """See that the memory of activations that all engines share has so many bytes.
+
+        Raises:
+            ExportError: they are not free; what there is stays.
+        """
+        if self.activations.place[1] < size:
+            larger = self.allocate(size, graph)
+            # What was launched may still be using the smaller one.
+            self.stream.synchronize()
+            self.activations = larger
+
+    def allocate(self, size: int, graph: str) -> _Activations:
+        """Memory of activations for an engine.
+
+        Raises:
+            ExportError: it is not free.
+        """
+        try:
+            return _Activations(self.device, size)
+        except RuntimeError as error:
+            raise ExportError(
+                f"graph {graph!r} needs {size / 1e6:.0f} MB of GPU memory for its activations, which are not free "
+                f"({' '.join(str(error).split())[:200]}); build it with smaller profiles"
+            ) from None
 
     def load(self, record: GraphRecord, path: Path) -> _Engine:
         """See `Runtime.load`."""
@@ -99,7 +132,33 @@ class TensorRTEngines:
                 f"{self.library.label} {self.library.version} does not load {path.name} ({said(self.errors)}); build "
                 f"it on this machine with xfm-fast export {self.library.consumer}"
             )
+        if record.weights is not None:
+            self._refit(engine, path, path.with_name(record.weights))
         return _Engine(self, engine, record, path)
+
+    def _refit(self, engine: Any, path: Path, weights: Path) -> None:
+        """Put the weights of an ONNX graph into an engine."""
+        trt = self.library.trt
+        refitter = trt.Refitter(engine, self._logger)
+        parser = trt.OnnxParserRefitter(refitter, self._logger)
+        if parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine():
+            return
+        errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
+        missing = refitter.get_missing_weights()
+        lacking = [f"{weights.name} lacks {', '.join(missing[:3])}"] if missing else []
+        raise ExportError(
+            f"{self.library.label} {self.library.version} does not put the weights of {weights.name} into {path.name} "
+            f"({said([*lacking, *errors, *self.errors])}); build the engine with xfm-fast export "
+            f"{self.library.consumer}, without --refittable where that does not help"
+        )
+
+
+class _Activations:
+    """Memory for what an engine computes on its way; `place` is its address and size in bytes."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
+        self.place = -(-self._memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT, size
 
 
 class _Engine:
@@ -108,14 +167,12 @@ class _Engine:
     def __init__(self, runtime: TensorRTEngines, engine: Any, record: GraphRecord, path: Path) -> None:
         self._runtime, self._engine, self._record = runtime, engine, record
         self._cuda, self._device = runtime.cuda, runtime.device
-        self._lock = threading.Lock()
-        # The legacy default stream would make every launch wait. One stream for all also keeps launches of a context
-        # in order, whichever stream their callers are on.
-        self._stream: Any = self._cuda.Stream(self._device)
+        self._stream: Any = runtime.stream
         self._kernels = _KernelCache(runtime.library, engine, path, self._cuda.get_device_capability(self._device))
         slots = graph_slots(record)
-        self._activations = self._memory(self.activation_bytes)
-        self._contexts = [self._context(slot.number, self._activations) for slot in slots]
+        runtime.reserve(self.activation_bytes, record.name)
+        self._contexts = [self._context(slot.number) for slot in slots]
+        self._told: list[tuple[int, int] | None] = [None] * len(slots)
         self._captured: dict[tuple[int, tuple[tuple[str, int], ...]], _Captured] = {}
         if not self._kernels.captures:
             for slot in slots:
@@ -126,7 +183,7 @@ class _Engine:
 
     @property
     def activation_bytes(self) -> int:
-        """GPU memory that the contexts share: what the largest profile asks for."""
+        """GPU memory that the contexts need: what the largest profile asks for."""
         return int(self._engine.device_memory_size_v2)
 
     @property
@@ -135,7 +192,7 @@ class _Engine:
         return len(self._captured)
 
     def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        with self._lock:
+        with self._runtime.lock:
             captured = self._fitting(slot, sizes)
             outputs = self._launch(inputs, slot, sizes) if captured is None else captured.replay(inputs, sizes)
             if slot.number in self._cold:
@@ -162,27 +219,23 @@ class _Engine:
         # Kept until the caller's stream waits for the engine's, so that this memory is not given away before.
         bound = {name: value.clone() if value.data_ptr() % _ALIGNMENT else value for name, value in inputs.items()}
         self._stream.wait_stream(current)
-        self._enqueue(self._contexts[slot.number], bound, outputs)
+        context, memory = self._contexts[slot.number], self._runtime.activations
+        # It was replaced if an engine that was loaded later needs more. To be told the same again could end what a
+        # context has captured.
+        if self._told[slot.number] != memory.place:
+            context.set_device_memory(*memory.place)
+            self._told[slot.number] = memory.place
+        self._enqueue(context, bound, outputs)
         current.wait_stream(self._stream)
         return outputs
 
-    def _memory(self, size: int) -> Tensor:
-        try:
-            return torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=self._device)
-        except RuntimeError as error:
-            raise ExportError(
-                f"graph {self._record.name!r} needs {size / 1e6:.0f} MB of GPU memory for its activations, which are "
-                f"not free ({' '.join(str(error).split())[:200]}); build it with smaller profiles"
-            ) from None
-
-    def _context(self, profile: int, memory: Tensor) -> Any:
+    def _context(self, profile: int) -> Any:
         context = self._kernels.context()
         if context is None:
             raise ExportError(
                 f"{self._runtime.library.label} makes no context for profile {profile} of graph {self._record.name!r} "
                 f"({said(self._runtime.errors)}); free memory of the GPU, or build it with smaller profiles"
             )
-        context.set_device_memory(-(-memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT, memory.numel() - _ALIGNMENT)
         if self._record.profiles:
             context.set_optimization_profile_async(profile, self._stream.cuda_stream)
         return context
@@ -208,19 +261,20 @@ class _Engine:
             return
         profiled = bool(self._record.profiles)
         size = self._engine.get_device_memory_size_for_profile_v2(slot.number) if profiled else self.activation_bytes
-        memory, turn = self._memory(int(size)), _Turn()
+        memory, turn = self._runtime.allocate(int(size), self._record.name), _Turn()
         for chosen in product(*map(_steps, slot.ranges.values())):
             if not self._capture_shape(slot, dict(zip(slot.ranges, chosen, strict=True)), memory, turn):
                 return
 
-    def _capture_shape(self, slot: Slot, sizes: dict[str, int], memory: Tensor, turn: _Turn) -> bool:
+    def _capture_shape(self, slot: Slot, sizes: dict[str, int], memory: _Activations, turn: _Turn) -> bool:
         """Record a shape; false where it cannot be."""
         inputs = {}
         for tensor in self._record.inputs:
             shape = tensor_shape(tensor, sizes)
             inputs[tensor.name] = torch.zeros(shape, dtype=TORCH_DTYPES[tensor.dtype], device=self._device)
         outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
-        context = self._context(slot.number, memory)
+        context = self._context(slot.number)
+        context.set_device_memory(*memory.place)
         self._stream.wait_stream(self._cuda.current_stream(self._device))
         # The first run of a shape does work that cannot be recorded.
         self._enqueue(context, inputs, outputs)
@@ -265,7 +319,7 @@ class _Captured:
     cuda: Any
     device: torch.device
     # Context and memory of activations are kept alive: the graph points into them. Others use that memory in turn.
-    kept: tuple[Any, Tensor, _Turn]
+    kept: tuple[Any, _Activations, _Turn]
     graph: Any
     record: GraphRecord
     sizes: Mapping[str, int]

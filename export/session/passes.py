@@ -1,7 +1,8 @@
 """Passes of a session: texts that share one, with little padding, in few passes, none beyond a budget of tokens.
 
-Packed batches have no shapes that an engine could plan for, so texts are padded; sorted by length first, they are
-padded little. A pass has a price of its own (weights are read once more, kernels start), so not every length gets one.
+An export says how its graphs take texts. Padded ones are sorted by length first, so that they are padded little. A pass
+has a price of its own (weights are read once more, kernels start), so not every length gets one. Packed ones lie in
+rows, of whatever lengths, and passes are as large as the budget lets them be.
 In the fusion graph, T texts run on each of B memories: the texts of an image run together, so that its memory is read
 once for all of them, and images whose texts look alike (the same number, lengths that pad to the same) share a pass.
 """
@@ -11,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
+from typing import TypeVar
 
 from xfm_fast.errors import InputError
 
+from ..layout import Rows, in_rows
 from ..slots import Slot, choose_slot, largest
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -181,29 +186,100 @@ def plan_passes(
             sizes, limits.budget, pass_tokens=price, most=most_texts, padded=lambda length: limits.padded(length, slots)
         ):
             units.append((image, tuple(texts[row] for row in batch.rows), batch.length))
-    return _stacked(units, slots, limits)
+    return [FusionPass(*work) for work in _stacked(units, slots, limits, "texts")]
+
+
+@dataclass(frozen=True)
+class RowPass:
+    """One run of a packed graph.
+
+    Attributes:
+        images: `[B]` memories.
+        rows: `[B][R]` texts of every row.
+        length: tokens of a row.
+    """
+
+    images: tuple[int, ...]
+    rows: tuple[tuple[tuple[int, ...], ...], ...]
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Padded tokens of the pass."""
+        return len(self.images) * len(self.rows[0]) * self.length
+
+
+def row_batches(
+    texts: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int, axis: str
+) -> list[Rows]:
+    """Divide texts into passes of a packed graph: rows of one length each, tokens of texts within the budget.
+
+    Args:
+        texts: by number.
+        lengths: tokens of every text there is.
+        slots: those of the graph.
+        width: of the model.
+        axis: the one that counts texts in the graph.
+
+    Raises:
+        InputError: a text is longer than any slot takes.
+    """
+    if not texts:
+        return []
+    longest = max(lengths[text] for text in texts)
+    choose_slot("packed", slots, {"length": longest})
+    tokens, most = sum(lengths[text] for text in texts), largest(slots, axis) or len(texts)
+    order = sorted(texts, key=lengths.__getitem__)
+    for count in range(max(ceil(tokens / limits.budget), ceil(len(texts) / most)), len(texts) + 1):
+        # By turns, so that each has its share of short and long ones.
+        found = [
+            in_rows(
+                order[part::count], lengths, width, most_rows=largest(slots, "rows"),
+                most_length=largest(slots, "length"), padded=lambda length: limits.padded(length, slots),
+            )
+            for part in range(count)
+        ]  # fmt: skip
+        made = [rows for rows in found if rows is not None]
+        if len(made) == len(found):
+            return made
+    raise AssertionError("a text alone fits into every slot that takes its length")
+
+
+def plan_rows(
+    image_of: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int
+) -> list[RowPass]:
+    """Passes of the packed fusion graph that hold every pair once; see `plan_passes`."""
+    groups: dict[int, list[int]] = {}
+    for text, image in enumerate(image_of):
+        groups.setdefault(image, []).append(text)
+    units = [
+        (image, rows.texts, rows.length)
+        for image, texts in groups.items()
+        for rows in row_batches(texts, lengths, slots, limits, width, "texts")
+    ]
+    return [RowPass(*work) for work in _stacked(units, slots, limits, "rows")]
 
 
 def _stacked(
-    units: Sequence[tuple[int, tuple[int, ...], int]], slots: Sequence[Slot], limits: PassLimits
-) -> list[FusionPass]:
-    """Units of one image each, those with the same number of texts put into common passes."""
-    by_count: dict[int, list[tuple[int, tuple[int, ...], int]]] = {}
+    units: Sequence[tuple[int, tuple[Part, ...], int]], slots: Sequence[Slot], limits: PassLimits, axis: str
+) -> list[tuple[tuple[int, ...], tuple[tuple[Part, ...], ...], int]]:
+    """Units of one image each, those with the same number of texts or rows put into common passes."""
+    by_count: dict[int, list[tuple[int, tuple[Part, ...], int]]] = {}
     for unit in units:
         by_count.setdefault(len(unit[1]), []).append(unit)
-    passes: list[FusionPass] = []
+    passes = []
     for count, alike in by_count.items():
-        # Every unit is a row of `count` texts; padding counts for all of them.
+        # Every unit is a row of `count` parts; padding counts for all of them.
         rows = token_batches(
             [length * count for *_, length in alike],
             limits.budget,
             pass_tokens=limits.pass_tokens,
             # A profile may take many memories or many texts of each, but not both.
-            most=largest([slot for slot in slots if slot.padded({"texts": count}) is not None], "batch"),
+            most=largest([slot for slot in slots if slot.padded({axis: count}) is not None], "batch"),
         )
         for batch in rows:
             # In the order of the images, so that neighbouring memories need no copy.
             chosen = sorted((alike[row] for row in batch.rows), key=lambda unit: unit[0])
             images, texts, sizes = zip(*chosen, strict=True)
-            passes.append(FusionPass(images, texts, max(sizes)))
+            passes.append((images, texts, max(sizes)))
     return passes

@@ -22,12 +22,12 @@ LEAST_RUNS = 10
 """Percentiles of fewer runs say nothing."""
 
 # Of graphs without a profile that knows better: one request at a time, and a batch.
-_SINGLE = {"batch": 1, "texts": 1, "length": 16, "past": 8}
+_SINGLE = {"batch": 1, "texts": 1, "length": 16, "past": 8, "rows": 1}
 _BULK: dict[str, dict[str, int]] = {
     "vision": {"batch": 8},
     "image_memory": {"batch": 8},
-    "text": {"batch": 32, "length": 16},
-    "fusion": {"batch": 1, "texts": 64, "length": 16},
+    "text": {"batch": 32, "length": 16, "rows": 32},
+    "fusion": {"batch": 1, "texts": 64, "length": 16, "rows": 64},
     "match": {"batch": 1, "texts": 64, "length": 16},
     "nlvr2": {"batch": 8},
     "decoder_memory": {"batch": 8},

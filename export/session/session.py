@@ -28,6 +28,7 @@ from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 
 from ..consumers import DTYPES
 from ..graphs import GraphName
+from ..layout import Layout
 from ..manifest import MANIFEST_FILE, Manifest
 from ..runtimes import (
     TORCH_DTYPES,
@@ -51,14 +52,18 @@ from ..slots import (
     tensor_shape,
     trim_tensor,
 )
-from .passes import FusionPass, PassLimits, plan_passes, token_batches
+from .passes import FusionPass, PassLimits, RowPass, plan_passes, plan_rows, row_batches, token_batches
 
 # Padded tokens of a pass, the price of a pass in tokens, and the step of lengths. A pass reads all weights of an
 # encoder and cuts the memory into layers, which takes a CPU as long as some dozens of tokens. A GPU profits from few
 # shapes.
 _LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
 
-_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4}
+_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4, "rows": 2}
+
+
+# Inputs that are filled up with the token of padding.
+_PADDED = ("input_ids", "packed_ids")
 
 
 @dataclass(frozen=True)
@@ -258,7 +263,7 @@ class Session:
         made = {}
         for tensor in self.manifest.graph(graph).inputs:
             token = self.config.eos_token_id
-            filling = {"input_ids": token, "token_ids": token}.get(tensor.name, int(tensor.name.endswith("_mask")))
+            filling = token if tensor.name in (*_PADDED, "token_ids") else int(tensor.name.endswith("_mask"))
             made[tensor.name] = torch.full(
                 tensor_shape(tensor, sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
             )
@@ -296,7 +301,7 @@ class Session:
         prepared = {}
         for tensor in record.inputs:
             value = inputs[tensor.name].detach().to(self.device, TORCH_DTYPES[tensor.dtype])
-            filling = self.config.pad_token_id if tensor.name == "input_ids" else 0
+            filling = self.config.pad_token_id if tensor.name in _PADDED else 0
             prepared[tensor.name] = pad_tensor(value, axes_of(tensor), padded, filling).contiguous()
         outputs = self._graphs[name].run(prepared, slot, padded)
         if padded == sizes:
@@ -365,7 +370,8 @@ class Session:
         self.require("text")
         mask = checks.check_tokens(input_ids, attention_mask, self.config)
         with torch.inference_mode():
-            outputs = self._encoded_texts(input_ids.to(self.device), mask.to(self.device))
+            encoded = self._packed_texts if self.manifest.packed else self._encoded_texts
+            outputs = encoded(input_ids.to(self.device), mask.to(self.device))
         return self._carry(outputs, "text_embeds")
 
     def _encoded_texts(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -400,6 +406,28 @@ class Session:
             for name, value in made.items():
                 outputs[name][rows] = value
         return outputs
+
+    def _packed_texts(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        texts, width = input_ids.shape
+        config, sizes = self.config, mask.sum(1).tolist()
+        real = input_ids.ne(config.pad_token_id)
+        positions = real.cumsum(1) * real + config.pad_token_id
+        tokens = mask.flatten().nonzero().flatten()
+        given = {
+            "packed_ids": input_ids.flatten().index_select(0, tokens),
+            "positions": positions.flatten().index_select(0, tokens),
+        }
+        outputs = self.zeros("text", {"batch": texts, "rows": 0, "length": 0})
+        embeds = outputs.pop("packed_embeds").new_zeros(texts * width, config.text_width)
+        for rows in row_batches(range(texts), sizes, self.slots("text"), self.limits, config.text_width, "batch"):
+            layout = Layout.of([rows.texts], sizes, rows.length)
+            inputs = {name: layout.spread(value, config.pad_token_id)[0] for name, value in given.items()}
+            made = self.call("text", inputs | {"segments": layout.segments[0], "firsts": layout.firsts[0]})
+            source, place, chosen = (index.to(self.device) for index in (layout.source, layout.place, layout.texts))
+            embeds[tokens[source]] = made.pop("packed_embeds").flatten(0, 1).index_select(0, place)
+            for name, value in made.items():
+                outputs[name][chosen] = value
+        return {"text_embeds": embeds.view(texts, width, config.text_width), **outputs}
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """Contrastive features of images, `[B, embed_dim]`: `image_embeds` is the tensor that `encode_image` returned.
@@ -496,9 +524,12 @@ class Session:
             raise UnavailableError("this export has no match logits: its model was built without the 'matching' head")
         return SessionScorer(self)
 
-    def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> list[FusionPass]:
+    def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> Sequence[FusionPass | RowPass]:
         """The passes that `fuse_packed` divides its work into."""
-        return plan_passes(image_of, lengths, self.slots("fusion"), self.limits)
+        slots = self.slots("fusion")
+        if self.manifest.packed:
+            return plan_rows(image_of, lengths, slots, self.limits, self.config.text_width)
+        return plan_passes(image_of, lengths, slots, self.limits)
 
     def fuse_packed(
         self, tokens: Tensor, lengths: Tensor, memory: SessionMemory, image_of: Sequence[int]
@@ -517,11 +548,22 @@ class Session:
         """
         sizes = lengths.tolist()
         starts = offsets(lengths.to(self.device))[:-1].long()
-        outputs = self.zeros("fusion", {"batch": len(sizes), "texts": 1, "length": 1})
-        outputs = {name: value.flatten(0, -2) for name, value in outputs.items()}
+        outputs = self.zeros("fusion", {"batch": len(sizes), "texts": 1, "length": 1, "rows": 1})
+        outputs = {name: value.flatten(0, -2) for name, value in outputs.items() if name != "fused_tokens"}
         whole = tokens.new_zeros(tokens.shape) if self.manifest.all_tokens else None
         counts = lengths.to(self.device)
         for work in self.passes(sizes, image_of):
+            if isinstance(work, RowPass):
+                layout = Layout.of(work.rows, sizes, work.length)
+                given = {"packed_embeds": layout.spread(tokens), "segments": layout.segments, "firsts": layout.firsts}
+                made = self.call("fusion", {**given, **memory.rows(work.images)})
+                if whole is not None:
+                    fused = made["fused_tokens"].flatten(0, 2)
+                    whole[layout.source.to(self.device)] = fused.index_select(0, layout.place.to(self.device))
+                chosen, found = layout.texts.to(self.device), layout.found.to(self.device)
+                for name, value in outputs.items():
+                    value[chosen] = made[name].flatten(0, 1).index_select(0, found)
+                continue
             rows = torch.tensor(work.texts, device=self.device)
             places = starts[rows, None] + torch.arange(work.length, device=self.device)
             real = torch.arange(work.length, device=self.device) < counts[rows, None]
@@ -590,7 +632,7 @@ class SessionScorer:
         first_only = not self.session.manifest.all_tokens
         count = flops.Count()
         for work in self.session.passes(lengths.tolist(), _image_of(groups)):
-            padded = [work.length] * (len(work.images) * len(work.texts[0]))
+            padded = [work.length] * (work.tokens // work.length)
             count += flops.fusion(self.config, padded, image_tokens, first_token_only=first_only)
         return count
 

@@ -114,7 +114,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     if short or max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
         # Whichever is the best without a bias is so with one.
         return plain_attention(q, k, v, scale, bias)
-    return _BIASED[select("biased attention", _BIASED, _biased_example, q.dtype)](q, k, v, scale, bias)
+    return _ALL[select("biased attention", _ALL, _biased_example, q.dtype)](q, k, v, scale, bias)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -131,7 +131,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     if q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
         return _fused(q, k, v, scale, mask)
     name = choice(q.shape[1], k.shape[1], q.dtype)
-    return _PLAIN[name](q, k, v, scale, mask)
+    return _ALL[name](q, k, v, scale, mask)
 
 
 def choice(queries: int, keys: int, dtype: torch.dtype) -> str:
@@ -139,8 +139,8 @@ def choice(queries: int, keys: int, dtype: torch.dtype) -> str:
     if queries * keys <= _SHORT_SCORES:
         return select("short attention", _SHORT, _short_example, dtype)
     if max(queries, keys) <= _MEDIUM_TOKENS:
-        return select("medium attention", _PLAIN, _medium_example, dtype)
-    return select("attention", _PLAIN, _plain_example, dtype)
+        return select("medium attention", _ALL, _medium_example, dtype)
+    return select("attention", _ALL, _plain_example, dtype)
 
 
 def tiled_attention(
@@ -457,9 +457,8 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 _Candidates = dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]]
-_PLAIN: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, "onednn": _onednn}
+_ALL: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, "onednn": _onednn}
 _SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention}
-_BIASED: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, "onednn": _onednn}
 
 
 def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -494,10 +493,10 @@ def _windows_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float,
 
 
 RACES: dict[str, tuple[_Candidates, Callable[[torch.dtype], tuple[Any, ...]]]] = {
-    "attention": (_PLAIN, _plain_example),
-    "medium attention": (_PLAIN, _medium_example),
+    "attention": (_ALL, _plain_example),
+    "medium attention": (_ALL, _medium_example),
     "short attention": (_SHORT, _short_example),
-    "biased attention": (_BIASED, _biased_example),
+    "biased attention": (_ALL, _biased_example),
     "short biased attention": (_SHORT, _windows_example),
 }
 """Kinds of attention, with the operands that are timed to choose each."""

@@ -51,10 +51,11 @@ def varlen_attention(
         return plain_attention(q[None], k[None], v[None], scale)[0]
     # Explicit products gain from several texts in one, the fused kernel does not.
     plan = plan_of(bounds_q, bounds_k, dropout is not None or choice(1, 1, q.dtype) != "aten")
-    if len(plan.groups) == 1 and plan.whole and dropout is None:
+    if plan.whole and dropout is None:
         group = plan.groups[0]
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
-        return plain_attention(*padded, scale, group.mask).view(q.shape)
+        attended = plain_attention(*padded, scale, group.mask).flatten(0, 1)
+        return attended if group.queries.slots is None else attended.index_select(0, group.queries.slots)
     out = torch.zeros(q.shape, dtype=q.dtype) if plan.empty else torch.empty(q.shape, dtype=q.dtype)
     for group in plan.groups:
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
@@ -165,9 +166,8 @@ class Plan(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """True if the first group's queries are all queries, in their order."""
-        rows = self.groups[0].queries.rows
-        return not self.empty and isinstance(rows, slice) and len(self.groups) == 1
+        """True if there is one group, which has all queries, in their order."""
+        return not self.empty and len(self.groups) == 1
 
 
 @lru_cache(maxsize=64)

@@ -43,7 +43,7 @@ from .relpos_table import (
     FRAGMENT_HEAD_DIMS,
     TABLE_SPEC,
     bias_dtype,
-    fragment_place,
+    first_columns,
     materialise_bias,
     table_gradient,
     turn,
@@ -66,13 +66,15 @@ def forward_kernel(
 
     With STAGES, the loop's loads of the bias are copied ahead of their use too, not only those of keys and values.
     With FRAGMENTS, threads load the bias of the next turn straight into registers, in the order of `fragment_place`:
-    shared memory, whose bandwidth the products need, is spared it.
+    shared memory, whose bandwidth the products need, is spared it. The last keys and values are loaded before the loop.
     """
-    tiles = tl.cdiv(tokens, BLOCK_M)
     # Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
-    start = tl.program_id(0) % tiles * BLOCK_M
-    b = (tl.program_id(0) // tiles % batch).to(tl.int64)
-    h = (tl.program_id(0) // tiles // batch).to(tl.int64)
+    if FRAGMENTS:  # a grid of three dimensions: what one is divided by would delay the first loads
+        tile, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    else:
+        tiles = tl.cdiv(tokens, BLOCK_M)
+        tile, b, h = tl.program_id(0) % tiles, tl.program_id(0) // tiles % batch, tl.program_id(0) // tiles // batch
+    start, b, h = tile * BLOCK_M, b.to(tl.int64), h.to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     inside = rows < tokens - start
     # Rows beyond the last repeat it: they read valid memory and are not stored.
@@ -82,10 +84,17 @@ def forward_kernel(
     k_base = k_ptr + b * stride_kb + h * stride_kh
     v_base = v_ptr + b * stride_vb + h * stride_vh
     columns = tl.arange(0, BLOCK_N)
+    full = tokens // BLOCK_N * BLOCK_N
+    last = tl.arange(0, TAIL if TAIL > 0 else 16)
+    loaded = None
     if FRAGMENTS:
-        bias_base = bias_ptr + (h * tiles + start // BLOCK_M) * BLOCK_M * stride_bias
-        fragments = bias_base + (tl.arange(0, 2 * BLOCK_M)[:, None] * 32 + tl.arange(0, 32)[None, :])
-        bias_ahead = tl.load(fragments)
+        bias_base = bias_ptr + (h * tl.num_programs(0) + tile) * (BLOCK_M // 2) * stride_bias
+        fragments = tl.arange(0, 2 * BLOCK_M)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
+        if TAIL > 0:
+            k_last = load_pieces(k_base + full * stride_kn, last, stride_kn, last < tokens - full, D_A, D_B, True)
+            v_last = load_pieces(v_base + full * stride_vn, last, stride_vn, last < tokens - full, D_A, D_B, True)
+            loaded = (k_last[0], k_last[1], v_last[0], v_last[1])
     else:
         bias_base = bias_ptr + (h * tokens + start) * stride_bias
         fragments, bias_ahead = bias_base, 0
@@ -94,20 +103,21 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
-    full = tokens // BLOCK_N * BLOCK_N
     for first in tl.range(  # pyright: ignore[reportGeneralTypeIssues]
         0, full, BLOCK_N, num_stages=None if FRAGMENTS else STAGES
     ):
         if FRAGMENTS:
-            bias = unfold_fragments(bias_ahead)
-            fragments += tl.where(first + BLOCK_N < full, BLOCK_M * BLOCK_N, 0)
-            bias_ahead = tl.load(fragments)
+            bias = bias_ahead
+            # The last turn fetches the tile behind the loop, if there is one.
+            bias_base += tl.where(first + BLOCK_N < stride_bias, BLOCK_M * BLOCK_N // 2, 0)
+            bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
         else:
             bias = bias_base + (bias_rows + columns[None, :])
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias, columns, columns,
             0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0, False, FRAGMENTS,
+            None, FRAGMENTS,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
@@ -118,15 +128,14 @@ def forward_kernel(
         # The branch is always taken: it is a fence, without which ptxas finds Hopper's products of the loop still under
         # way where those of the last tile begin, and serialises every product of the kernel (C7515).
         if full < tokens:
-            last = tl.arange(0, TAIL)
             if FRAGMENTS:
-                bias = tl.load(bias_base + full * BLOCK_M + fragment_place(rows[:, None], last[None, :]))
+                bias = first_columns(bias_ahead, TAIL)
             else:
                 bias = bias_base + (bias_rows + last[None, :])
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
                 k_base, v_base, stride_kn, stride_vn, bias, last < tokens - full,
-                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0, False, FRAGMENTS,
+                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0, False, FRAGMENTS, loaded,
             )  # fmt: skip
     inverse = (1.0 / row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
@@ -259,6 +268,8 @@ def batch_sum_kernel(
 
 # Tiles of at most so many queries are masked in the loop of the dkdv kernel, instead of a last tile of their own.
 MASKED_QUERIES = 16
+# Programs of a launch in any dimension but the first.
+_LARGEST_GRID = 65535
 # The gradients of the scores of so many bytes at most are there at once, so that the second-level cache (an H100's has
 # 50 MB) holds them until they are summed.
 _SCORES_BYTES = 36 << 20
@@ -289,6 +300,10 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     fragments = bias.ndim == 5
     _check(q, k, v, bias, fragments=fragments)
     batch, tokens, heads, head_dim = q.shape
+    if fragments and batch > _LARGEST_GRID:
+        parts = zip(*(t.split(_LARGEST_GRID) for t in (q, k, v)), strict=True)
+        outs, lses = zip(*(relpos_attention_forward(*part, bias, scale) for part in parts), strict=True)
+        return torch.cat(outs), torch.cat(lses)
     q, k, v = (addressable(t) for t in (q, k, v))
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
@@ -296,8 +311,9 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     columns = bias.shape[2] * checks.FRAGMENT_TILE[1] if fragments else bias.shape[2]
     tail = _tail(columns, tokens, config.tiles["BLOCK_N"])
     if q.numel():
-        grid = (triton.cdiv(tokens, config.tiles["BLOCK_M"]) * batch * heads,)
-        forward_kernel[grid](
+        tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"])
+        bias = bias.view(torch.int32) if fragments else bias  # words of two neighbours
+        forward_kernel[(tiles, batch, heads) if fragments else (tiles * batch * heads,)](
             q, k, v, bias, out, lse, *_strides(q, k, v, out), columns, batch, heads, tokens,
             HAS_BIAS=True, TAIL=tail, STAGES=config.num_stages, FRAGMENTS=fragments, **constants, **config.options,
         )  # fmt: skip
@@ -414,9 +430,9 @@ def _tail(columns: int, tokens: int, block: int, masked: int = 32) -> int:
     return tail
 
 
-def _types(kernel: Any, variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
+def _types(name: str, kernel: Any, dtype: str) -> dict[str, str]:
     special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-    special["bias_ptr"] = "*fp32" if dtype == "fp32" else "*fp16"
+    special["bias_ptr"] = "*i32" if name.endswith("_fragments") else "*fp32" if dtype == "fp32" else "*fp16"
     constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES", "APART")
     return argument_types(kernel, dtype, special, dict.fromkeys((*constexprs, "FRAGMENTS")))
 
@@ -444,7 +460,7 @@ def _spec(
         name=name,
         kernel=kernel,
         variants=tuple({"head_dim": d, **extra} for d in head_dims for extra in extras),
-        types=lambda variant, dtype: _types(kernel, variant, dtype),
+        types=lambda variant, dtype: _types(name, kernel, dtype),
         constants=constants,
         config=lambda variant, dtype, arch: config_for(name, variant["head_dim"], dtype, arch),
         arches=arches,

@@ -50,9 +50,24 @@ def fragment_place(rows, columns):
 
 
 @triton.jit
-def unfold_fragments(lines):
-    """A tile `[256, 32]` in the order of `fragment_place` → `[128, 64]`. No element leaves its thread."""
-    return lines.reshape(2, 2, 8, 8, 4, 4, 2).permute(2, 0, 3, 1, 5, 4, 6).reshape(128, 64)
+def unfold_fragments(words):
+    """A tile in the order of `fragment_place`, as `[256, 16]` words of two neighbours → `[128, 64]` fp16.
+
+    No element leaves its thread.
+    """
+    low = words.to(tl.int16).to(tl.float16, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.join(low, high).reshape(2, 2, 8, 8, 4, 4, 2).permute(2, 0, 3, 1, 5, 4, 6).reshape(128, 64)
+
+
+@triton.jit
+def first_columns(tile, COLUMNS: tl.constexpr):
+    """The first 16, 32 or all 64 columns of a tile `[128, 64]`."""
+    if COLUMNS < 64:
+        tile, _ = tl.split(tile.reshape(128, 2, 32).permute(0, 2, 1))
+    if COLUMNS < 32:
+        tile, _ = tl.split(tile.reshape(128, 2, 16).permute(0, 2, 1))
+    return tile
 
 
 @triton.jit(do_not_specialize=["heads", "height", "width"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render_batch, scene
 from xfm_fast.export.expected import Examples, padded_texts
+from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -93,14 +94,13 @@ def trained_model() -> XFM:
     return model.eval()
 
 
-def _exported(model: XFM, folder: Path, dtype: str) -> Path:
+def _exported(model: XFM, folder: Path, dtype: str, graphs: Sequence[str] = GRAPHS, **form: Any) -> Path:
     pytest.importorskip("onnx", reason="exports to ONNX need onnx")
     pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
     from xfm_fast.export.onnx import export_onnx
-    from xfm_fast.export.request import GRAPHS
     from xfm_fast.export.verification import verify_export
 
-    export_onnx(model, folder, dtype=dtype, graphs=GRAPHS, source="a small model")
+    export_onnx(model, folder, dtype=dtype, graphs=graphs, source="a small model", **form)
     verify_export(folder, model)
     return folder
 
@@ -109,6 +109,12 @@ def _exported(model: XFM, folder: Path, dtype: str) -> Path:
 def exported_fp32(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All five graphs in fp32 for ONNX Runtime, with manifest and reference; copy it before changing it."""
     return _exported(small_model, tmp_path_factory.mktemp("exported") / "fp32", "fp32")
+
+
+@pytest.fixture(scope="session")
+def exported_packed(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four graphs of `exported_fp32` that a server composes, with texts in rows."""
+    return _exported(small_model, tmp_path_factory.mktemp("exported") / "packed", "fp32", DEFAULT_GRAPHS, packed=True)
 
 
 @pytest.fixture(scope="session")

@@ -220,15 +220,15 @@ def test_what_the_compiler_refuses_is_an_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "packed"), [("fp32", False), ("fp32", True), ("bf16", False)])
+def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Path, dtype: str, packed: bool) -> None:
     """All graphs, of any sizes; re-ranking through the session gives what the model gives."""
     try:
         check_compiling("cpu", dtype)
     except UnavailableError as error:
         pytest.skip(str(error))
     model = make_model()
-    export_packages(model, tmp_path, dtype=dtype, graphs=GRAPHS)
+    export_packages(model, tmp_path, dtype=dtype, graphs=GRAPHS, packed=packed)
     manifest = verify_export(tmp_path, model, runner="aoti")
     assert (manifest.status, manifest.reason) == ("verified", "")
     session = Session.load(tmp_path, "aoti")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.expected import graph_memory
-from xfm_fast.export.graphs import GraphName, build
+from xfm_fast.export.graphs import GraphName, build, in_dtype
+from xfm_fast.export.layout import Layout
 from xfm_fast.export.request import GRAPHS
 from xfm_fast.models.xfm import XFM
 
@@ -34,8 +36,10 @@ def _pixels(model: XFM, images: int) -> Tensor:
     return torch.randn(images, 3, size, size, dtype=torch.float32).to(model.dtype)
 
 
-def _run(name: GraphName, model: XFM, *inputs: Tensor, all_tokens: bool = False) -> tuple[Tensor, ...]:
-    graph = build(name, model, "function", all_tokens=all_tokens)
+def _run(
+    name: GraphName, model: XFM, *inputs: Tensor, all_tokens: bool = False, packed: bool = False
+) -> tuple[Tensor, ...]:
+    graph = build(name, model, "function", all_tokens=all_tokens, packed=packed)
     with torch.no_grad():
         results = graph(*inputs)
     sizes = {}
@@ -116,6 +120,67 @@ def test_fusion(make_model: MakeModel, dtype: torch.dtype, all_tokens: bool, ima
     _close(found_boxes.flatten(0, 1), boxes)
 
 
+def _in_rows(images: list[list[list[int]]], length: int, lengths: tuple[int, ...] = LENGTHS) -> Layout:
+    layout = Layout.of(images, lengths, length)
+    # What is written down is where every token is found again.
+    tokens = torch.arange(sum(lengths))
+    spread = layout.spread(tokens + 1)
+    assert torch.equal(spread.flatten()[layout.place], layout.source + 1)
+    assert int((spread == 0).sum()) == int((layout.segments == 0).sum()) == spread.numel() - len(layout.place)
+    return layout
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("rows", "length"), [([[3], [1, 2, 0], [5], [4]], 14), ([[0, 1, 2, 3, 4, 5]], 40)], ids=["rows", "one row"]
+)
+def test_texts_in_rows_are_texts(
+    make_model: MakeModel, dtype: torch.dtype, rows: list[list[int]], length: int
+) -> None:  # fmt: skip
+    model = make_model().to(dtype)
+    ids, mask = _texts(model)
+    real = mask.bool()
+    layout = _in_rows([rows], length)
+    positions = model.text_encoder.roberta.embeddings.position_ids(ids)
+    padding = model.config.pad_token_id
+    given = (layout.spread(value[real], padding)[0] for value in (ids, positions))
+    embeds, feature = _run("text", model, *given, layout.segments[0], layout.firsts[0], packed=True)
+    with torch.no_grad():
+        expected = model.encode_text(ids, mask)
+        _close(embeds.flatten(0, 1)[layout.place], expected[real][layout.source])
+        _close(feature[layout.found], model.project_text(expected)[layout.texts])
+
+
+@each_dtype
+@pytest.mark.parametrize("all_tokens", [False, True], ids=["first", "all"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    "images",
+    [[[[3], [1, 2, 0], [5], [4]]], [[[0]], [[1]], [[2]], [[3]], [[4]], [[5]]], [[[0, 1], [3]], [[2], []], [[4], [5]]]],
+    ids=["shared memory", "memory per text", "both"],
+)
+def test_fusion_in_rows(
+    make_model: MakeModel, dtype: torch.dtype, all_tokens: bool, layers: int, images: list[list[list[int]]]
+) -> None:
+    model = make_model(fusion_layers=layers).to(dtype)
+    text_embeds, mask, image_embeds = _fusion_inputs(model, len(images))
+    real, layout = mask.bool(), _in_rows(images, 14)
+    index = torch.tensor([next(i for i, rows in enumerate(images) if any(t in row for row in rows)) for t in range(6)])
+    with torch.no_grad():
+        memory = model.image_memory(image_embeds)
+        expected = model.fuse(text_embeds, mask, memory, index)
+        logits, boxes = model.match_logits(expected), model.predict_boxes(expected)
+    fused, match_logits, found_boxes, *every = _run(
+        "fusion", model, layout.spread(text_embeds[real]), layout.segments, layout.firsts,
+        *graph_memory(memory).values(), all_tokens=all_tokens, packed=True,
+    )  # fmt: skip
+    for found, wanted in ((fused, expected[:, 0]), (match_logits, logits), (found_boxes, boxes)):
+        _close(found.flatten(0, 1)[layout.found], wanted[layout.texts])
+    assert len(every) == int(all_tokens)
+    for tokens in every:
+        _close(tokens.flatten(0, 2)[layout.place], expected[real][layout.source])
+
+
 @each_dtype
 def test_match_is_the_whole_way(make_model: MakeModel, dtype: torch.dtype) -> None:
     model = make_model().to(dtype)
@@ -186,3 +251,18 @@ def test_a_feature_of_zeros_is_zeros(make_model: MakeModel, dtype: torch.dtype, 
         inputs = (_pixels(model, 1),) if name == "vision" else _texts(model, (4,))
         _, feature = build(name, model, "function")(*inputs)
     assert torch.equal(feature, torch.zeros_like(feature))
+
+
+def test_a_graph_in_another_type_is_converted_weight_by_weight(make_model: MakeModel) -> None:
+    """As if the copy of all were converted, with shared weights still shared, and the model left alone."""
+    model = make_model()
+    graph = build("match", model, "function")
+    assert in_dtype(graph, torch.float32) is graph
+    made, expected = in_dtype(graph, torch.bfloat16), copy.deepcopy(graph).to(torch.bfloat16)
+    for part in ("named_parameters", "named_buffers"):
+        mine, theirs = dict(getattr(made, part)()), dict(getattr(expected, part)())
+        assert [*mine] == [*theirs]
+        assert all(torch.equal(mine[name], theirs[name]) and type(mine[name]) is type(theirs[name]) for name in mine)
+    assert {parameter.requires_grad for parameter in made.parameters()} == {True}
+    assert model.dtype == torch.float32
+    assert not {each.data_ptr() for each in made.parameters()} & {each.data_ptr() for each in graph.parameters()}

@@ -18,9 +18,8 @@ from xfm_fast import XFMConfig, __version__
 from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
-from xfm_fast.export.graphs import AttentionForm, GraphName, build, memory_names, random_inputs
+from xfm_fast.export.graphs import AttentionForm, GraphName, build, in_dtype, memory_names, random_inputs
 from xfm_fast.export.onnx import OnnxFile, write_onnx
-from xfm_fast.export.pipeline import in_dtype
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -55,7 +54,7 @@ def written(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     ):
         key = (name, form, opset, dtype, repr(sorted(options.items())))
         if key not in done:
-            graph = in_dtype(build(name, model, form), dtype)
+            graph = in_dtype(build(name, model, form), DTYPES[dtype])
             folder = tmp_path_factory.mktemp("onnx")
             done[key] = write_onnx(graph, folder / f"{name}.onnx", Profile(form, opset), dtype, **options)
         return done[key]
@@ -206,14 +205,24 @@ def test_weights_beyond_the_limit_lie_beside_the_file(model: XFM, tmp_path: Path
     assert [part.name for part in tmp_path.iterdir()] == ["image_memory.onnx"] == [part.name for part in whole.files]
 
 
-def test_model_size_counts_what_protobuf_cannot(
-    monkeypatch: pytest.MonkeyPatch, written: Callable[..., OnnxFile]
+def test_a_file_is_written_weight_by_weight_as_protobuf_writes_it(
+    written: Callable[..., OnnxFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written("image_memory").path
-    loaded = onnx.load(str(path))
-    assert onnx_files._bytes(loaded) == path.stat().st_size
-    monkeypatch.setattr(onnx_files, "LARGEST_FILE", 1000)
-    assert 1000 < onnx_files._bytes(loaded) < path.stat().st_size
+    """No message ever holds the weights, and what is written is the same message as that of a reader."""
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a copy of all weights")
+
+    monkeypatch.setattr(onnx, "save", refuse)
+    for name, dtype in (("text", "fp32"), ("vision", "bf16")):
+        content = written(name, dtype=dtype).path.read_bytes()
+        loaded = onnx.load_from_string(content)
+        assert sum(len(weight.raw_data) for weight in loaded.graph.initializer) > len(content) / 2
+        again = loaded.SerializeToString()
+        assert len(again) == len(content)
+        assert onnx.load_from_string(again) == loaded
+        assert not [weight.name for weight in loaded.graph.initializer if weight.external_data]
+        onnx.checker.check_model(loaded, full_check=True)
 
 
 def test_failed_write_leaves_what_was_there(model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +232,7 @@ def test_failed_write_leaves_what_was_there(model: XFM, tmp_path: Path, monkeypa
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(onnx, "save", full)
+    monkeypatch.setattr(onnx_files, "_write_whole", full)
     with pytest.raises(StorageError, match=r"image_memory\.onnx could not be written \(No space left.*free 0\.0 GB"):
         write_onnx(build("image_memory", model, "function"), path, Profile("function", 23), "fp32")
     assert path.read_bytes() == b"earlier"

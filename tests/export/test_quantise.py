@@ -21,7 +21,7 @@ from xfm_fast.export.engines.library import load_library
 from xfm_fast.export.engines.profiles import DEFAULT_PROFILES
 from xfm_fast.export.expected import Examples, Reference, generated_examples
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.products import Scheme, Seen, Site, fit, observe, rewritten, sites
+from xfm_fast.export.products import Scheme, Seen, Site, fit, observe, real_tokens, rewritten, sites
 from xfm_fast.export.quantise import Calibration
 from xfm_fast.export.request import GRAPHS, EngineRequest, Quantisation
 from xfm_fast.export.session import Session
@@ -56,6 +56,23 @@ def test_inputs_of_calibration(calibration: Calibration, exported_fp16: Path, na
     if name == "fusion":
         assert len({feed["memory_keys_0"].tobytes() for feed in feeds}) == 2
         assert len({feed["text_embeds"].tobytes() for feed in feeds}) == 2
+
+
+def test_inputs_of_rows(calibration: Calibration, exported_fp32: Path, exported_packed: Path, tmp_path: Path) -> None:
+    """Texts in rows of their own are the padded ones, and products are chosen on them all the same."""
+    for name in ("text", "fusion"):
+        padded, rows = (Manifest.load(folder).graph(name) for folder in (exported_fp32, exported_packed))
+        for before, after in zip(calibration.inputs(padded), calibration.inputs(rows), strict=True):
+            results = [
+                ort.InferenceSession(folder / record.file, providers=["CPUExecutionProvider"]).run(None, feed)
+                for folder, record, feed in ((exported_fp32, padded, before), (exported_packed, rows, after))
+            ]
+            for old, new in list(zip(*results, strict=True))[1 if name == "text" else 0 :]:
+                np.testing.assert_allclose(new, old, rtol=0, atol=1e-4)
+            assert torch.equal(*(real for feed in (before, after) if (real := real_tokens(feed)) is not None))
+    manifest = quantize_int8(exported_packed, tmp_path / "int8", budget=0.9)
+    assert manifest.packed
+    assert manifest.graph("text").quantisation is not None
 
 
 def test_inputs_of_fixed_axes(calibration: Calibration, small_model: XFM, tmp_path: Path) -> None:

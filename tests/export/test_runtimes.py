@@ -7,9 +7,9 @@ import ctypes
 import json
 import shutil
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
+from xfm_fast.export.request import DEFAULT_GRAPHS
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
 from xfm_fast.export.session import Session
@@ -99,10 +100,12 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.memory: tuple[int, int] | None = None
+        self.told = 0
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert address % 256 == 0
         self.memory = address, size
+        self.told += 1
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
@@ -144,7 +147,12 @@ class FakeContext:
 
 
 class FakeEngine:
-    device_memory_size_v2 = 1 << 20
+    # Larger for those that are loaded later, so that the memory that all share has to grow.
+    NEEDS: ClassVar = {"vision": 1 << 20, "text": 1 << 19, "image_memory": 1 << 21, "fusion": 1 << 22, "match": 1 << 21}
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        return self.NEEDS[self.record.name]
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return self.device_memory_size_v2 if profile else 1 << 10
@@ -208,7 +216,25 @@ class Fakes:
                 fakes.engines[name] = FakeEngine(fakes.cuda, self.logger, manifest.graph(name), onnx)
                 return fakes.engines[name]
 
+        class Refitter:
+            def __init__(self, engine: FakeEngine, logger: Any) -> None:
+                self.engine, self.taken = engine, ""
+
+            def refit_cuda_engine(self) -> bool:
+                self.engine.session = onnxruntime.InferenceSession(self.taken, providers=["CPUExecutionProvider"])
+                return True
+
+        class OnnxParserRefitter:
+            def __init__(self, refitter: Refitter, logger: Any) -> None:
+                self.refitter = refitter
+
+            def refit_from_file(self, path: str) -> bool:
+                self.refitter.taken = path
+                return True
+
         trt.ILogger, trt.Runtime = ILogger, Runtime  # pyright: ignore[reportAttributeAccessIssue]
+        trt.Refitter = Refitter  # pyright: ignore[reportAttributeAccessIssue]
+        trt.OnnxParserRefitter = OnnxParserRefitter  # pyright: ignore[reportAttributeAccessIssue]
         strategies = types.SimpleNamespace(USER_MANAGED="user managed")
         trt.ExecutionContextAllocationStrategy = strategies  # pyright: ignore[reportAttributeAccessIssue]
         self.library = Library.__new__(Library)
@@ -263,9 +289,8 @@ def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small
     session = Session.load(engines)
     vision = fakes.engines["vision"]
     assert [context.profile for context in vision.contexts] == [0, 1, 0]
-    # One context runs at a time, so both share the memory of activations; a captured graph has its own, of its size.
-    shared, again, captured = (context.memory for context in vision.contexts)
-    assert shared == again == (shared[0], vision.device_memory_size_v2)
+    # A captured graph has memory of its own, of its size.
+    _, shared, captured = (context.memory for context in vision.contexts)
     assert captured[1] == 1 << 10
     assert not shared[0] <= captured[0] < shared[0] + shared[1]
     fakes.cuda.log.clear()
@@ -280,6 +305,21 @@ def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small
     session.encode_image(_pixels(small_model, 3))
     assert fakes.cuda.log == ["engine waits for caller", "caller waits for engine"]
     assert vision.runs[-1] == (1, {"pixels": (3, 3, *[small_model.config.image_size] * 2)})
+
+
+def test_all_engines_share_one_memory(engines: Path, small_model: XFM, fakes: Fakes) -> None:
+    """One context runs at a time, so all share the memory of activations, which the largest engine decides."""
+    session = Session.load(engines)
+    images = session.encode_image(_pixels(small_model, 4))
+    texts = session.encode_text(*_texts(4, 20))
+    session.fuse(texts, _texts(4, 20)[1], session.image_memory(images), first_token_only=True)
+    ran = {name: fakes.engines[name].contexts[1] for name in ("vision", "text", "image_memory", "fusion")}
+    assert len({context.memory for context in ran.values()}) == 1
+    assert ran["vision"].memory[1] == max(FakeEngine.NEEDS.values())
+    # Told once while its engine was loaded, where there was none yet, and again because others need more.
+    assert [context.told for context in ran.values()] == [2, 2, 2, 1]
+    session.encode_image(_pixels(small_model, 4))
+    assert ran["vision"].told == 2, "what does not change is not told again"
 
 
 def test_requests_between_captured_shapes_are_padded(engines: Path, small_model: XFM, fakes: Fakes) -> None:
@@ -309,6 +349,28 @@ def test_requests_between_captured_shapes_are_padded(engines: Path, small_model:
     inputs = session.example_inputs("fusion", slot, {"batch": 1, "texts": 5, "length": 4})
     session._graphs["fusion"].run(inputs, slot, {"batch": 1, "texts": 5, "length": 4})
     assert fusion.runs[-1][1]["attention_mask"] == (1, 8, 4)
+
+
+def test_engines_without_weights_compute_with_those_beside_them(
+    engines: Path, small_model: XFM, make_model: Callable[..., XFM], fakes: Fakes, tmp_path: Path
+) -> None:
+    other = make_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    folder = Path(shutil.copytree(engines, tmp_path / "engines"))
+    manifest = Manifest.load(folder)
+    onnx = export_onnx(other, tmp_path / "onnx", graphs=manifest.graph_names)
+    records = []
+    for record in manifest.graphs:
+        weights = onnx.graph(record.name).file
+        shutil.copy(tmp_path / "onnx" / weights, folder)
+        records.append(record.model_copy(update={"weights": weights, "files": [*record.files, weights]}))
+    files = record_files(folder, [name for record in records for name in record.files])
+    manifest.model_copy(update={"graphs": records, "files": files}).save(folder)
+    _same_retrieval(other, Session.load(folder))
+    with pytest.raises(AssertionError):
+        _same_retrieval(small_model, Session.load(folder))
 
 
 def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: Fakes, monkeypatch) -> None:
@@ -444,6 +506,9 @@ def test_openvino_gives_what_the_model_gives(
     session = Session.load(tmp_path)
     assert session.description.endswith("CPU, fp32")
     _same_retrieval(small_model, session)
+    packed = tmp_path / "packed"
+    export_onnx(small_model, packed, consumer="openvino", graphs=DEFAULT_GRAPHS, packed=True)
+    _same_retrieval(small_model, Session.load(packed))
     with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO .* does not read"):
         Session.load(exported_fp32, "openvino")
     openvino = pytest.importorskip("openvino")

@@ -16,10 +16,10 @@ from torch import Tensor
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export.consumers import DTYPES, DType, profile
 from xfm_fast.export.expected import Reference, generated_examples, make_examples, make_reference
-from xfm_fast.export.graphs import Graph, GraphName, is_memory
+from xfm_fast.export.graphs import Graph, GraphName, in_dtype, is_memory
 from xfm_fast.export.manifest import GraphRecord, Manifest, new_manifest
 from xfm_fast.export.onnx import export_onnx
-from xfm_fast.export.pipeline import build_graphs, graph_interface, in_dtype
+from xfm_fast.export.pipeline import build_graphs, graph_interface
 from xfm_fast.export.request import GRAPHS
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import THRESHOLDS, Threshold, rank_agreement, verify, verify_export
@@ -37,7 +37,7 @@ class EagerRunner:
         self, model: XFM, dtype: DType, spoil: Spoil = lambda graph, outputs: None, *, all_tokens: bool = False
     ) -> None:
         built = build_graphs(model, profile("onnxruntime", dtype), GRAPHS, all_tokens=all_tokens)
-        self.graphs: dict[str, Graph] = {name: in_dtype(graph, dtype) for name, graph in built.items()}
+        self.graphs: dict[str, Graph] = {name: in_dtype(graph, DTYPES[dtype]) for name, graph in built.items()}
         self.spoil = spoil
         self.seen: dict[str, list[list[int]]] = {}
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -31,6 +32,7 @@ from xfm_fast.kernels.audit import sass
 from xfm_fast.kernels.audit.worker import disassemble
 from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.triton import (
+    bias_attention,
     cross_entropy,
     embed_layer_norm,
     fp8,
@@ -41,7 +43,9 @@ from xfm_fast.kernels.triton import (
     varlen_attention,
 )
 
-_MODULES = (cross_entropy, embed_layer_norm, gelu, layer_norm, relpos_attention, rows, varlen_attention)
+_MODULES = (
+    bias_attention, cross_entropy, embed_layer_norm, gelu, layer_norm, relpos_attention, rows, varlen_attention,
+)  # fmt: skip
 # Those of an H100 with four programs for each multiprocessor.
 _PROGRAMS = 528
 
@@ -95,7 +99,8 @@ class Recorder:
         with contextlib.redirect_stdout(io.StringIO()) as log:
             compiled = self.launch(kernel, *given, **named)
         if self.compiling and len(self.asked[name]) > known:
-            print(json.dumps({"kernel": name, **figures(compiled, log.getvalue())}), flush=True)
+            row = {"kernel": name, "compiler": triton.__file__, **figures(compiled, log.getvalue())}
+            print(json.dumps(row), flush=True)
         return compiled
 
 
@@ -140,6 +145,19 @@ def relpos_fragments(batch: int, heads: int, head_dim: int, window: tuple[int, i
     table, scale = torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads), head_dim**-0.5
     bias = relpos_attention.materialise_bias(table, window, q.dtype, scale, fragments=True)
     relpos_attention.relpos_attention_forward(q, k, v, bias, scale)
+
+
+def bias(
+    batch: int, entries: int, tokens: int, head_dim: int, dropout: float = 0.0, masked: bool = False, lse: bool = False
+) -> None:
+    """Forward and backward of attention with a bias of any origin, which `entries` of the batch do not share."""
+    q, k, v = _noise(batch, tokens, 3, 4, head_dim).unbind(2)
+    added, scale = _noise(entries, 4, tokens, tokens), head_dim**-0.5
+    mask = torch.ones(batch, tokens, dtype=torch.bool) if masked else None
+    chance = (mask, dropout, torch.zeros(1, dtype=torch.int64) if dropout else None)
+    out, found = bias_attention.bias_attention_forward(q, k, v, added, scale, *chance)
+    dlse = found if lse else None
+    bias_attention.bias_attention_backward(out, dlse, q, k, v, added, out, found, scale, *chance)
 
 
 def varlen(
@@ -215,6 +233,10 @@ CASES: dict[str, Callable[[], None]] = {
     "relpos, one head": lambda: relpos(1, 1, 64, (14, 14)),
     **{f"relpos, {d}": lambda d=d: relpos(2, 4, d) for d in (32, 80, 96, 128)},
     "relpos, fragments, 64": lambda: relpos_fragments(2, 4, 64),
+    **{f"bias, {d}": lambda d=d: bias(8, 1, 577, d) for d in (16, 32, 64, 72, 96, 128, 256)},
+    "bias, an entry each": lambda: bias(2, 2, 577, 64, lse=True),
+    "bias, windows": lambda: bias(128, 64, 49, 32),
+    "bias, dropout, masked": lambda: bias(8, 1, 577, 64, dropout=0.1, masked=True),
     "varlen": lambda: varlen([3328], [577], 12, 64),
     "varlen, many waves": lambda: varlen([3328] * 3, [577] * 3, 12, 64),
     "varlen, short over many": lambda: varlen([13] * 256, [577] * 256, 12, 64),

@@ -30,10 +30,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def rejection(operation: str, dtype: torch.dtype) -> dict[str, str]:
     """Why this processor, or this PyTorch, cannot run an implementation."""
     candidates, example = {
-        "attention": (attention._PLAIN, attention._plain_example),
-        "medium attention": (attention._PLAIN, attention._medium_example),
+        "attention": (attention._ALL, attention._plain_example),
+        "medium attention": (attention._ALL, attention._medium_example),
         "short attention": (attention._SHORT, attention._short_example),
-        "biased attention": (attention._BIASED, attention._biased_example),
+        "biased attention": (attention._ALL, attention._biased_example),
         "short biased attention": (attention._SHORT, attention._windows_example),
         "linear": (products._LINEAR, products._example),
         "linear_gelu": (products._GELU, products._example),
@@ -66,7 +66,7 @@ SHAPES += [(2, 1, 33, 3, 16), (1, 1100, 600, 3, 16)]
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("name", attention._PLAIN)
+@pytest.mark.parametrize("name", attention._ALL)
 @torch.inference_mode()
 def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     usable("biased attention" if biased else "attention", name, dtype)
@@ -74,7 +74,7 @@ def test_attention(name: str, biased: bool, shape: tuple[int, ...], dtype: torch
     q = torch.randn(batch, heads, queries, width).to(dtype).transpose(1, 2)
     k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
     bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
-    candidate = (attention._BIASED if biased else attention._PLAIN)[name]
+    candidate = attention._ALL[name]
     found = candidate(q, k, v, 0.3, bias)
     assert found.is_contiguous()
     assert_as_accurate(found, plain_attention, q, k, v, 0.3, bias)
@@ -88,15 +88,15 @@ def test_powers_out_of_range_are_left_to_the_softmax(name: str, dtype: torch.dty
     usable("attention", name, dtype)
     q, k, v = torch.randn(2, 20, 3, 2, 16).to(dtype).unbind(2)
     for scale in (100.0, -100.0):
-        assert_as_accurate(attention._PLAIN[name](q, k, v, scale, None), plain_attention, q, k, v, scale, None)
+        assert_as_accurate(attention._ALL[name](q, k, v, scale, None), plain_attention, q, k, v, scale, None)
     low = torch.full((1, 1, 1, 20), -300.0).to(dtype)
-    assert_as_accurate(attention._BIASED[name](q, k, v, 0.3, low), plain_attention, q, k, v, 0.3, low)
+    assert_as_accurate(attention._ALL[name](q, k, v, 0.3, low), plain_attention, q, k, v, 0.3, low)
     hidden = torch.zeros(1, 1, 20, 20).to(dtype)
     hidden[..., 4, :] = -torch.inf
-    found = attention._BIASED[name](q, k, v, 0.3, hidden)
+    found = attention._ALL[name](q, k, v, 0.3, hidden)
     assert found[:, 4].isnan().all()
     assert found[:, :4].isfinite().all()
-    assert attention._PLAIN[name](q * torch.nan, k, v, 0.3, None).isnan().all()
+    assert attention._ALL[name](q * torch.nan, k, v, 0.3, None).isnan().all()
 
 
 @each_dtype
@@ -109,7 +109,7 @@ def test_masks_of_every_shape(name: str, dtype: torch.dtype) -> None:
         mask = torch.zeros(shape).masked_fill_(torch.rand(shape) < 0.4, -torch.inf).to(dtype)
         mask[..., 0] = 0
         whole = mask.repeat(4 // shape[0], 1, 1, 1)
-        assert_as_accurate(attention._PLAIN[name](q, k, v, 0.3, mask), plain_attention, q, k, v, 0.3, whole)
+        assert_as_accurate(attention._ALL[name](q, k, v, 0.3, mask), plain_attention, q, k, v, 0.3, whole)
 
 
 @each_dtype
@@ -441,7 +441,7 @@ def test_a_few_short_sequences_take_the_fused_kernel(monkeypatch: pytest.MonkeyP
         return torch.zeros(q.shape)
 
     monkeypatch.setattr(attention, "choice", lambda *_: "tiled")
-    monkeypatch.setitem(attention._PLAIN, "tiled", tiled)
+    monkeypatch.setitem(attention._ALL, "tiled", tiled)
     for batch, length in ((1, 13), (4, 64), (5, 13), (1, 65)):
         q, k, v = torch.randn(batch, length, 3, 2, 8).unbind(2)
         found = attention.plain_attention(q, k, v, 0.3)

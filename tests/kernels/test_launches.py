@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,17 +22,25 @@ MOST_WAITS = 0.35
 MOST_WAITS_OF_PIECES = 0.5
 ALL = (
     "relpos", "relpos, one head", *(f"relpos, {d}" for d in (32, 80, 96, 128)),
-    "relpos, fragments, 64", "varlen, many waves", "varlen, short over many",
+    "relpos, fragments, 64", *(f"bias, {d}" for d in (16, 32, 64, 72, 96, 128, 256)),
+    "bias, an entry each", "bias, windows", "bias, dropout, masked", "varlen, many waves", "varlen, short over many",
     "varlen", "varlen, short", "varlen, one sequence", "varlen, dropout", "varlen, masked", "varlen, short, dropout",
     "varlen, short, masked", *(f"varlen, {d}" for d in (32, 80, 96, 128)),
     "norms", "norms, scaled", "embedding", "activation", "rounding", "vocabulary",
 )  # fmt: skip
 
 
-def launches(*cases: str, arch: int = 90, count: bool = False) -> list[dict[str, Any]]:
-    """What `tests.kernels.launches` prints."""
+# Folders with another Triton each, as `pip install --target` makes them.
+TRITONS = [Path(folder).resolve() for folder in os.environ.get("XFM_TRITONS", "").split(os.pathsep) if folder]
+
+
+def launches(*cases: str, arch: int = 90, count: bool = False, triton: Path | None = None) -> list[dict[str, Any]]:
+    """What `tests.kernels.launches` prints, with the Triton in a folder or the one that is installed."""
     command = [sys.executable, "-m", "tests.kernels.launches", *cases, "--arch", str(arch), *["--count"] * count]
-    done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, timeout=3600)
+    environment = compiling_environment()
+    if triton is not None:
+        environment["PYTHONPATH"] = os.pathsep.join((str(triton), environment["PYTHONPATH"]))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -71,7 +81,7 @@ def test_batches_of_captions_share_compilations() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL)
 def test_every_launch_compiles_for_hopper(case: str) -> None:
-    pieces = case.endswith((" 80", " 96"))
+    pieces = case.endswith((" 72", " 80", " 96"))
     check(launches(case), MOST_WAITS_OF_PIECES if pieces else MOST_WAITS)
 
 
@@ -80,3 +90,15 @@ def test_every_launch_compiles_for_hopper(case: str) -> None:
 def test_every_launch_of_the_model_compiles_for(arch: int) -> None:
     found = launches("relpos", "varlen", "varlen, short", "norms", "embedding", "activation", "vocabulary", arch=arch)
     assert not [row for row in found if row["stack_bytes"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITONS, reason="XFM_TRITONS names no folder with another Triton; make test-tritons does")
+@pytest.mark.parametrize("triton", TRITONS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("case", ["relpos", "relpos, fragments, 64", "bias, 64", "varlen", "varlen, many waves"])
+def test_other_tritons_do_not_serialise(case: str, triton: Path) -> None:
+    """The assembler's words are had from Triton 3.6 on, its waits from all."""
+    found = launches(case, triton=triton)
+    assert found
+    assert {Path(row["compiler"]).parent for row in found} == {triton / "triton"}
+    check(found, MOST_WAITS)

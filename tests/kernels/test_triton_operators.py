@@ -15,7 +15,7 @@ interpreted_kernels()
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
 from tests.kernels.test_operators import CASES, WINDOW  # noqa: E402
-from xfm_fast.kernels import ops, tune  # noqa: E402
+from xfm_fast.kernels import attention, ops, tune  # noqa: E402
 from xfm_fast.kernels.derived import forget  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm, relpos_table  # noqa: E402
 from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
@@ -89,7 +89,7 @@ def test_a_position_bias_in_fragments_changes_nothing_but_its_order(monkeypatch:
 
     with ops.use_backend("triton"):
         expected = attend()
-        monkeypatch.setattr(relpos_table, "takes_fragments", lambda head_dim, *_: head_dim == 32)
+        monkeypatch.setattr(attention, "_in_fragments", lambda head_dim, *_, turned: head_dim == 32 and not turned)
         forget(table)
         bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=32**-0.5, head_dim=32)
         assert bias.shape == (table.shape[1], 1, 2, 256, 32)

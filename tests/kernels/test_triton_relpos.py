@@ -207,22 +207,51 @@ def fragments_check(module: Any, window: tuple[int, int], head_dim: int, dtype: 
         assert_accurate(value, same, true_value, name)
 
 
-@pytest.mark.parametrize(("window", "head_dim"), [((2, 2), 64), ((3, 21), 32), ((10, 13), 64), ((8, 8), 64)], ids=str)
+@pytest.mark.parametrize(
+    ("window", "head_dim"),
+    [((2, 2), 64), ((3, 21), 32), ((10, 13), 64), ((8, 8), 64), ((1, 127), 32), ((7, 12), 32), ((6, 19), 32)],
+    ids=str,
+)
 def test_forward_with_a_bias_in_fragments(window: tuple[int, int], head_dim: int) -> None:
-    """5, 64, 131 and 65 tokens: less than a tile, whole tiles of keys, a tile of queries more, a tail of one."""
+    """5, 64, 131, 65, 128, 85, 115 tokens: less than a tile, whole ones, one of queries more, tails of every size."""
     fragments_check(relpos_attention, window, head_dim, torch.float16)
+
+
+def test_batches_beyond_the_largest_grid_take_more_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relpos_attention, "_LARGEST_GRID", 1)
+    fragments_check(relpos_attention, (2, 2), 32, torch.float16)
 
 
 @pytest.mark.parametrize(
     "mutation",
     [
         ("triton/relpos_table.py", "permute(2, 0, 3, 1, 5, 4, 6)", "permute(2, 0, 3, 1, 4, 5, 6)"),
-        ("triton/relpos_attention.py", "fragment_place(rows[:, None], last", "fragment_place(rows[:, None] * 0, last"),
-        ("triton/relpos_attention.py", "first + BLOCK_N < full, BLOCK_M * BLOCK_N, 0", "first < 0, 64, 0"),
-        ("triton/relpos_attention.py", "(h * tiles + start // BLOCK_M)", "(h * tiles)"),
-        ("triton/attention_tiles.py", "row_sum = row_sum * shrink + ", "row_sum = row_sum + "),
+        ("triton/relpos_table.py", "words >> 16", "words"),
+        (
+            "triton/relpos_table.py",
+            "tile, _ = tl.split(tile.reshape(128, 2, 16)",
+            "_, tile = tl.split(tile.reshape(128, 2, 16)",
+        ),
+        ("triton/relpos_attention.py", "k_base + full * stride_kn", "k_base"),
+        ("triton/relpos_attention.py", "v_base + full * stride_vn", "v_base"),
+        ("triton/relpos_attention.py", "first + BLOCK_N < stride_bias, BLOCK_M", "first < 0, BLOCK_M"),
+        ("triton/relpos_attention.py", "(h * tl.num_programs(0) + tile)", "(h * tl.num_programs(0))"),
+        ("triton/attention_tiles.py", "row_sum = row_sum * shrink + tl.sum(left", "row_sum = row_sum + tl.sum(left"),
+        ("triton/attention_tiles.py", "v_base + half * stride_vn", "v_base"),
+        ("triton/attention_tiles.py", "tl.sum(left + right, 1)", "tl.sum(left + left, 1)"),
     ],
-    ids=["order", "tail", "second tile", "second row of tiles", "sums not shrunk"],
+    ids=[
+        "order",
+        "one half twice",
+        "other columns of the tail",
+        "keys of the tail",
+        "values of the tail",
+        "second tile",
+        "second row of tiles",
+        "sums not shrunk",
+        "first half of the values twice",
+        "first half of the sums twice",
+    ],
 )
 def test_a_seeded_bug_with_fragments_is_noticed(mutation: tuple[str, str, str], tmp_path: Path) -> None:
     with mutated(*mutation, tmp_path) as package:

@@ -13,8 +13,10 @@ from tests.agreement import deterministic_algorithms
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.kernels.backend import use_backend
 from xfm_fast.kernels.cpu import products
-from xfm_fast.models import shares
+from xfm_fast.models import shares, text
+from xfm_fast.models.shares import Texts
 from xfm_fast.models.xfm import record_hidden_states
+from xfm_fast.packing import ImageGroups, Sequences
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +84,68 @@ def test_an_error_in_a_share_comes_through() -> None:
     shares.in_shares(fail, torch.ones(4, 1), "kind")
     with pytest.raises(ValueError, match="in a share"):
         shares.in_shares(fail, torch.ones(4, 1), "kind")
+
+
+def test_texts_are_cut_between_two_texts() -> None:
+    lengths = [3, 1, 6, 0, 2, 4]
+    texts = Texts(
+        torch.arange(16.0)[:, None],
+        Sequences.from_lengths(torch.tensor(lengths)),
+        ImageGroups(torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32)),
+    )
+    for chunks in (1, 2, 3, 4, 16):
+        parts = texts.chunk(chunks)
+        assert torch.equal(torch.cat([part.tokens for part in parts]), texts.tokens)
+        assert [n for part in parts for n in part.sequences.cu_seqlens.diff().tolist()] == lengths
+        # Every text is still of its image, in every part.
+        images = torch.cat([part.groups.cu_texts.diff()[None] for part in parts if part.groups is not None]).sum(0)
+        assert images.tolist() == [2, 0, 3, 1]
+        for part in parts:
+            assert part.sequences.cu_seqlens[0] == 0
+            assert part.sequences.longest >= int(part.sequences.cu_seqlens.diff().max())
+    # Between texts the half of the tokens is nearest there.
+    assert [len(part) for part in texts.chunk(2)] == [10, 6]
+    one = Texts(torch.zeros(5, 1), Sequences.from_lengths(torch.tensor([5])))
+    assert [len(part) for part in one.chunk(2)] == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_texts_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "prefers_onednn", lambda dtype: True)
+    monkeypatch.setattr(text, "LEAST_TOKENS", 39 // 2)
+    model = XFM(XFMConfig.preset("tiny"), heads=()).eval().to(dtype)
+    ids = torch.randint(5, model.config.vocab_size, (6, 8))
+    mask = torch.arange(8)[None] < torch.tensor([8, 5, 7, 3, 8, 8])[:, None]
+    # Texts in any order; the second of three images has none.
+    images, image_of = torch.randn(3, 5, model.config.vision_width, dtype=dtype), torch.tensor([2, 0, 2, 2, 0, 0])
+
+    def run() -> list[Tensor]:
+        embeds = model.encode_text(ids, mask)
+        memory = model.image_memory(images)
+        return [
+            embeds,
+            *(model.fuse(embeds, mask, memory, image_of, first_token_only=first) for first in (False, True)),
+        ]
+
+    with torch.inference_mode():
+        expected = run()
+        assert not shares._seconds
+        model.freeze()
+        found = [run(), run()]
+        assert [len(times) for way in shares._seconds.values() for times in way] == [1, 1] * 3
+        shares._seconds.clear()
+        # Watched layers are called for all texts at once, and padding that is kept is of all texts.
+        with record_hidden_states(model) as states:
+            found.append(run())
+        assert [len(state) for state in states.text] == [6] * (1 + model.config.text_layers)
+        model.encode_text(ids, mask, keep_padding=True)
+        monkeypatch.setattr(text, "LEAST_TOKENS", 20)
+        found.append(run())
+        assert not shares._seconds
+    allowed = 2e-5 if dtype == torch.float32 else 0.1
+    for each in found:
+        for one, other in zip(each, expected, strict=True):
+            assert float((one - other).abs().max()) <= allowed * float(other.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -93,6 +93,14 @@ def test_the_page_says_what_was_asked_of_which_combinations(calls: list[dict[str
     assert row["without_looking"] == chance
 
 
+def test_what_a_command_takes_of_its_core_is_kept_and_what_it_says_when_it_fails(tmp_path: Path) -> None:
+    downstream._run(tmp_path, "image_tiny_shapes", 1, ["--version"])
+    assert 0 < json.loads((tmp_path / "seconds/image_tiny_shapes/1.json").read_text()) < 60
+    with pytest.raises(XFMError, match=r"xfm-fast finetune no_such_recipe ended with .*no_such_recipe"):
+        downstream._run(tmp_path, "no_such_recipe", 0, ["finetune", "no_such_recipe"])
+    assert not (tmp_path / "seconds/no_such_recipe").exists()
+
+
 def test_answers_without_looking(calls: list[dict[str, str]], tmp_path: Path) -> None:
     run_downstream(tmp_path, jobs=1)
     chance = {twin.recipe: of_split for twin, of_split in read_table(tmp_path, 1).chance.items()}

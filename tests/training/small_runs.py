@@ -167,7 +167,7 @@ def join_group(rank: int, world_size: int, meeting_point: Path) -> None:
     if world_size > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world_size,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=600),
         )  # fmt: skip
 
 

@@ -68,6 +68,19 @@ def test_groups_leave_out_what_is_frozen_and_take_other_heads() -> None:
         optimizer_groups(model, recipe, large_lr=())
 
 
+def test_position_tables_may_learn_faster_than_the_rest() -> None:
+    model = XFM(XFMConfig.preset("tiny"))
+    recipe = OptimizerRecipe(lr=1.0, weight_decay=0.5, lr_mult=3, table_lr_mult=10)
+    *others, tables = optimizer_groups(model, recipe, large_lr=Recipe.large_lr)
+    wanted = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    assert len(wanted) == 3
+    assert (tables["lr"], tables["weight_decay"]) == (10, 0)
+    assert {id(p) for p in tables["params"]} == {id(p) for p in wanted}
+    assert [(group["lr"], group["weight_decay"]) for group in others] == [(1, 0.5), (1, 0), (3, 0.5), (3, 0)]
+    grouped = [id(p) for group in (*others, tables) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
 LR, BETAS, EPS, DECAY = 0.03, (0.9, 0.98), 1e-3, 0.1
 
 

@@ -17,6 +17,7 @@ from xfm_fast.benchmarks.options import (
     KernelOptions,
     ScenarioOptions,
     ServeOptions,
+    SessionOptions,
     StepOptions,
     SuiteOptions,
     SweepOptions,
@@ -180,6 +181,20 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
     from xfm_fast.benchmarks.work import drop_in
 
     document = _measured(lambda progress, command: drop_in.run(options, progress, command))
+    return _keep(document, json) or int(not document.ok)
+
+
+@app.command(name="sessions")
+def bench_sessions(*, options: Flat[SessionOptions] = SessionOptions(), json: JsonFile = None) -> int:
+    """Time exports on the CPU: sessions against their libraries by themselves, and against xfm-fast.
+
+    ONNX Runtime, OpenVINO and AOTInductor in fp32, bf16 and int8, each on the files of the same export, in turns in one
+    process. Rows of other --work that the file of --json holds already are kept. With --exports what was exported is
+    there for the next run.
+    """
+    from xfm_fast.benchmarks.work import sessions
+
+    document = _measured(lambda progress, command: sessions.run(options, progress, command, json))
     return _keep(document, json) or int(not document.ok)
 
 

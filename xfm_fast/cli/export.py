@@ -150,6 +150,21 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
 
 
 @app.command
+def refit(folder: Path, run: Run = None, /, *, out: Out, source: Flat[ModelSource] = ModelSource()) -> int:
+    """Give engines the weights of another model of the same sizes and heads, without a build.
+
+    Args:
+        folder: Folder of engines that were built with --refittable.
+    """
+    from xfm_fast.export.engines import refit as library
+
+    _, request = library.refittable(folder)
+    subject, examples = load(named(run, source), request)
+    made = library.refit_engines(subject.model, folder, out, **subject.facts, examples=examples, progress=say)
+    return finish(made, out)
+
+
+@app.command
 def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
     """Check the files of an export and compare it once more with what the model computed.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.heads import LMHead
+from xfm_fast.models.shares import Texts
 from xfm_fast.models.text import LayerStack, TransformerLayer, initialise_text
 from xfm_fast.packing import ImageGroups, Reads, Sequences
 
@@ -157,12 +159,29 @@ class FusionEncoder(nn.Module):
         Returns:
             `[T, width]`, or in packed order `[P, width]` with `first_token_only` and `[Q, width]` with Q reads.
         """
-        stack = self.roberta.encoder
+        texts = Texts(tokens, sequences, groups)
+        special = reads is not None or isinstance(memory, PackedMemory) or memory.token_mask is not None
+        if special or sequences.key_mask is not None:
+            return self._fuse(texts, memory, reads, first_token_only, self_attended)
+        how = {"first_token_only": first_token_only, "self_attended": self_attended}
+        run = partial(self._fuse, memory=memory, **how)
+        return self.roberta.encoder.in_shares(run, texts, (memory.tokens, *how.values()))
+
+    def _fuse(
+        self,
+        texts: Texts,
+        memory: ImageMemory | PackedMemory,
+        reads: Reads | None = None,
+        first_token_only: bool = False,
+        self_attended: bool = False,
+    ) -> Tensor:
+        stack, sequences, groups = self.roberta.encoder, texts.sequences, texts.groups
+        assert groups is not None
         cu_keys, key_mask = memory.cu_keys, memory.key_mask
         if first_token_only:
             reads = Reads.first_tokens(sequences)
         cu_queries = groups.token_offsets(sequences.cu_seqlens)
-        x = tokens
+        x = texts.tokens
         for number, layer in enumerate(stack):
             last_reads = reads if number == len(stack) - 1 else None
             if number or not self_attended:

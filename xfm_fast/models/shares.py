@@ -7,20 +7,30 @@ number of its threads and on what they share, so the first calls take turns, and
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from xfm_fast.kernels import host
+from xfm_fast.kernels.backend import named
+from xfm_fast.packing import ImageGroups, Sequences
 
 # Timed calls of each way before one is chosen; the best of them counts.
 _TURNS = 2
 # The larger share may exceed the mean by this factor.
 _UNEVEN = 1.1
+LEAST_TOKENS = 512
+"""Of texts for each thread: with fewer, shares were measured to be no faster, and often slower."""
 # Kinds of calls whose timings are kept; beyond that those that were not asked for the longest go, to be timed again.
 _MOST_KINDS = 256
 _seconds: dict[Any, tuple[list[float], list[float]]] = {}
@@ -31,23 +41,103 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)
 
 
-def in_shares(run: Callable[[Tensor], Tensor], batch: Tensor, kind: Any) -> Tensor:
+class Divisible(Protocol):
+    """A batch that can be cut, as a tensor is along its first dimension; its length is the work that it makes."""
+
+    def __len__(self) -> int: ...
+
+    def chunk(self, chunks: int, /) -> Sequence[Self]: ...
+
+
+Batch = TypeVar("Batch", bound=Divisible)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Packed texts `[T, width]`, cut between two texts; their length is that in tokens.
+
+    Attributes:
+        groups: their images, in the order of the texts; None of texts alone.
+    """
+
+    tokens: Tensor
+    sequences: Sequences
+    groups: ImageGroups | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for batches that take about as long for a token."""
+        images = 0 if self.groups is None else len(self.groups.cu_texts)
+        return round(4 * math.log2(len(self.tokens))), images, self.tokens.shape[1], self.tokens.dtype
+
+    def chunk(self, chunks: int, /) -> Sequence[Texts]:
+        """As many parts of about the same number of tokens; fewer, where there are no more texts."""
+        starts = host.integers(self.sequences.cu_seqlens)
+        cuts = [0]
+        for number in range(1, chunks):
+            wanted = number * starts[-1] / chunks
+            after = bisect_left(starts, wanted)
+            cuts.append(after - 1 if after and wanted - starts[after - 1] < starts[after] - wanted else after)
+        cuts.append(len(starts) - 1)
+        return [self._part(first, last, starts) for first, last in pairwise(cuts) if last > first]
+
+    def _part(self, first: int, last: int, starts: list[int]) -> Texts:
+        cu_seqlens = self.sequences.cu_seqlens[first : last + 1] - starts[first]
+        sequences = Sequences(cu_seqlens=cu_seqlens, max_seqlen=self.sequences.longest)
+        # An image whose texts are all elsewhere has none here.
+        groups = None if self.groups is None else ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
+        return Texts(self.tokens[starts[first] : starts[last]], sequences, groups)
+
+
+def serves(weight: Tensor) -> bool:
+    """True where weights like this one are laid out for inference on a CPU, and nothing chooses what is done."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and weight.is_mkldnn
+        and not named(None)
+    )
+
+
+def stand_alone(parts: Iterable[nn.Module], *methods: str) -> bool:
+    """False where one is watched, sharded, checkpointed or compiled: then it has to be called as one module.
+
+    Args:
+        methods: that are called; one that belongs to the instance is not the module's own.
+    """
+    return not any(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or not vars(part).keys().isdisjoint(methods)
+        for part in parts
+    )
+
+
+def in_shares(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tensor:
     """`run(batch)` in inference mode, whole or in shares of its first dimension, over which `run` maps.
 
     Args:
-        kind: hashable; calls of one kind, shape and type are timed together.
+        kind: hashable; calls of one kind are timed together, by the length of their batches.
     """
     threads = torch.get_num_threads()
-    largest = -(-len(batch) // threads)
-    if threads == 1 or largest * threads > _UNEVEN * len(batch) or torch.are_deterministic_algorithms_enabled():
+    if threads == 1 or not len(batch) or torch.are_deterministic_algorithms_enabled():
         return run(batch)
-    whole, shared = _timings((kind, tuple(batch.shape), batch.dtype, threads))
+    parts = batch.chunk(threads)
+    if max(map(len, parts)) * threads > _UNEVEN * len(batch):
+        return run(batch)
+    whole, shared = _timings((kind, threads))
     if len(whole) >= _TURNS and len(shared) >= _TURNS:
-        return _shared(run, batch, threads) if min(shared) < min(whole) else run(batch)
+        return _shared(run, parts, threads) if min(shared) < min(whole) else run(batch)
     timed = shared if len(shared) < len(whole) else whole
     start = time.perf_counter()
-    found = _shared(run, batch, threads) if timed is shared else run(batch)
-    timed.append(time.perf_counter() - start)
+    found = _shared(run, parts, threads) if timed is shared else run(batch)
+    timed.append((time.perf_counter() - start) / len(batch))
     return found
 
 
@@ -61,13 +151,13 @@ def _timings(key: Any) -> tuple[list[float], list[float]]:
     return found
 
 
-def _shared(run: Callable[[Tensor], Tensor], batch: Tensor, threads: int) -> Tensor:
-    def alone(part: Tensor) -> Tensor:
+def _shared(run: Callable[[Batch], Tensor], parts: Sequence[Batch], threads: int) -> Tensor:
+    def alone(part: Batch) -> Tensor:
         # The mode is a thread's own.
         with torch.inference_mode():
             return run(part)
 
-    return torch.cat([*_pool(threads).map(alone, batch.chunk(threads))])
+    return torch.cat([*_pool(threads).map(alone, parts)])
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import cast
 
 import torch
@@ -14,6 +14,7 @@ from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.kernels.marked import side_by_side
 from xfm_fast.models.heads import LMHead
+from xfm_fast.models.shares import LEAST_TOKENS, Texts, in_shares, serves, stand_alone
 from xfm_fast.packing import Packing, Reads
 
 
@@ -236,6 +237,20 @@ class LayerStack(nn.Module):
         assert isinstance(layer, TransformerLayer)
         return layer
 
+    def in_shares(self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()) -> Tensor:
+        """`run(texts)`, by each thread for its share of them where the layers are frozen and nothing looks into them.
+
+        Args:
+            kind: of calls that take the same time for texts of the same size.
+        """
+        methods = ("self_attention", "cross_attention", "feed_forward")
+        layers = len(self.layer)
+        if not layers or not serves(self[0].intermediate.dense.weight) or not stand_alone(self.layer, *methods):
+            return run(texts)
+        # Few rows are mostly reading weights, which every thread would do by itself.
+        many = len(texts) >= LEAST_TOKENS * torch.get_num_threads()
+        return in_shares(run, texts, (*kind, layers, texts.kind)) if many else run(texts)
+
 
 def initialise_text(module: nn.Module) -> None:
     """RoBERTa's initialisation: normal(0, 0.02) matrices and embeddings, padding row zero."""
@@ -277,7 +292,13 @@ class TextEncoder(nn.Module):
         """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` where only Q tokens are read."""
         embeddings = self.roberta.embeddings
         x = embeddings(packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids)))
-        stack = self.roberta.encoder
+        texts = Texts(x, packing)
+        if reads is not None or packing.key_mask is not None:
+            return self._encode(texts, reads)
+        return self.roberta.encoder.in_shares(self._encode, texts)
+
+    def _encode(self, texts: Texts, reads: Reads | None = None) -> Tensor:
+        x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
         for number, layer in enumerate(stack):
             read = reads if number == len(stack) - 1 else None
             x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)

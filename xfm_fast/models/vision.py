@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.backend import named
-from xfm_fast.models.shares import in_shares
+from xfm_fast.models.shares import in_shares, serves, stand_alone
 from xfm_fast.nn import RelPosAttention
 
 # Devices that pass once over the sum of a branch and the norm behind it, the next block's or not. A CPU adds the sum
@@ -128,12 +127,6 @@ class Block(nn.Module):
         )
 
 
-def _stands_alone(block: Block) -> bool:
-    """False for a block that is watched, sharded, checkpointed or compiled: then it has to be called as one module."""
-    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(block)
-
-
 class VisionEncoder(nn.Module):
     """Images to tokens: `[B, 3, R, R]` → `[B, 1 + N, width]`.
 
@@ -178,23 +171,23 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
-        if patch_mask is None and self._is_frozen():
-            return in_shares(self._encode, pixels, self.config)
+        if patch_mask is None and self._may_share():
+            return in_shares(self._encode, pixels, (self.config, pixels.shape, pixels.dtype))
         return self._encode(pixels, patch_mask)
 
-    def _is_frozen(self) -> bool:
-        """True where weights are laid out for inference on a CPU, and nothing watches or chooses what is done."""
-        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
-            return False
+    def _may_share(self) -> bool:
         first = next(iter(self.blocks), None)
-        if not isinstance(first, Block) or not first.mlp.fc1.weight.is_mkldnn or named(None):
-            return False
-        return all(isinstance(block, Block) and _stands_alone(block) for block in self.blocks)
+        return isinstance(first, Block) and serves(first.mlp.fc1.weight) and self._blocks_alone() is not None
+
+    def _blocks_alone(self) -> list[Block] | None:
+        """The blocks, where each may be computed by its parts."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return blocks if len(blocks) == len(self.blocks) and stand_alone(blocks, "forward") else None
 
     def _encode(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         x = self.embed(pixels, patch_mask)
-        blocks = [block for block in self.blocks if isinstance(block, Block) and _stands_alone(block)]
-        if x.device.type not in _JOINING or len(blocks) < len(self.blocks) or not blocks:
+        blocks = self._blocks_alone() if x.device.type in _JOINING else None
+        if not blocks:
             for block in self.blocks:
                 x = block(x)
             return self._finish(x)

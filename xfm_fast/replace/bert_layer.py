@@ -20,7 +20,7 @@ from xfm_fast.kernels.cpu.norms import embed_layer_norm_forward
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.prepared import infers, prepared
+from xfm_fast.replace.prepared import FEW, infers, prepared
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     CalledByName,
@@ -105,8 +105,6 @@ def why_not_plain(layer: nn.Module) -> str | None:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
-FEW = 64
-"""Tokens up to which the time of attention is that of its call."""
 
 
 @dataclass

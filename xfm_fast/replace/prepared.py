@@ -26,7 +26,8 @@ from xfm_fast.replace.structure import Attend, Parts
 from xfm_fast.replace.swap import Settings, links, side_by_side
 
 _TYPES = (torch.float32, torch.bfloat16)
-_FEW = 64
+FEW = 64
+"""Rows of tokens up to which attention takes the time of its call, and a product that of reading its weight."""
 # Nothing that is kept refers to the layer itself, or it would not die with it.
 _prepared: weakref.WeakKeyDictionary[nn.Module, Prepared] = weakref.WeakKeyDictionary()
 
@@ -64,7 +65,7 @@ class _Plain(NamedTuple):
 
 
 def _few(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.numel() <= _FEW * x.shape[-1]
+    return x.dtype == torch.bfloat16 and x.numel() <= FEW * x.shape[-1]
 
 
 class _Frozen(NamedTuple):

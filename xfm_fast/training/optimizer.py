@@ -25,14 +25,17 @@ from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
 # Wherever they stand in a name: relative_position_bias_table, q_bias and v_bias are not decayed because of "bias";
 # fc_norm and layer_norm because of "norm.weight"; the LayerNorms inside MLP heads (itm_head.1.weight) are.
 _NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
+_TABLE = "relative_position_bias_table"
 
 
 def optimizer_groups(model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Iterable[str]) -> list[dict[str, Any]]:
     """The official groups, {decay, no decay} × {lr, lr·lr_mult} in this order, without those that would be empty.
 
+    Position tables are a fifth one, the last, where the recipe gives them a learning rate of their own.
+
     Args:
         model: an XFM or a task model; parameters with `requires_grad=False` are left out.
-        recipe: learning rate, its multiple, weight decay.
+        recipe: learning rate, its multiples, weight decay.
         large_lr: first parts of the names of parameters that learn `lr_mult` times faster. In fine-tuning the official
             code names none but new heads, such as `cls_head`.
 
@@ -43,20 +46,24 @@ def optimizer_groups(model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Ite
         ConfigError: the model has nothing to train.
     """
     fast = set(large_lr)
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {
-        (large, decayed): [] for large in (False, True) for decayed in (True, False)
+    multiples = {"body": 1.0, "heads": recipe.lr_mult, "tables": recipe.table_lr_mult}
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (part, decayed): [] for part in multiples for decayed in (True, False)
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = recipe.decay_all or not any(part in name for part in _NO_DECAY)
-            members[name.split(".")[0] in fast, decayed].append(parameter)
+            part = "heads" if name.split(".")[0] in fast else "body"
+            if recipe.table_lr_mult != 1 and name.endswith(_TABLE):
+                part = "tables"
+            members[part, decayed].append(parameter)
     groups = [
         {
             "params": parameters,
-            "lr": recipe.lr * (recipe.lr_mult if large else 1),
+            "lr": recipe.lr * multiples[part],
             "weight_decay": recipe.weight_decay if decayed else 0.0,
         }
-        for (large, decayed), parameters in members.items()
+        for (part, decayed), parameters in members.items()
         if parameters
     ]
     if not groups:

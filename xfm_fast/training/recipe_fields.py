@@ -107,6 +107,12 @@ class OptimizerRecipe(Section):
         default=False, description="decay biases and norms too, as the official code does in ImageNet fine-tuning alone"
     )
     lr_mult: float = Field(default=2.0, gt=0, description="learning rate of heads and temperature, as a multiple of lr")
+    table_lr_mult: float = Field(
+        default=1.0,
+        gt=0,
+        description="that of the position tables of images, which begin at zero: from scratch they have "
+        "much farther to go than a matrix",
+    )
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     clip_norm: float | None = Field(default=1.0, gt=0, description="of all gradients together, before every update")

@@ -226,6 +226,34 @@ def test_sweeps_that_cannot_be(work: str, axis: str, values: list[str], error: t
         sweep.run(work, _sweep(axis, *values))
 
 
+def test_a_sweep_in_parts_has_one_document(tmp_path: Path) -> None:
+    whole, file = _sweep("batch", "1", "2", "4"), tmp_path / "first.json"
+    first = sweep.run("embed-text", whole)
+    files.save_as(first, file)
+    assert first.fits == []
+    document = sweep.run("embed-text", replace(whole, values=("8",), add_to=file))
+    assert [row.x for row in document.rows if row.ours] == [1, 2, 4, 8]
+    assert [row.seconds for row in document.rows if row.x != 8] == [row.seconds for row in first.rows]
+    assert [fit.points for fit in document.fits] == [4, 4]
+    assert document.duration_s > first.duration_s
+    files.save_as(document, file)
+    # A size that is measured again takes the place of what was there; another axis joins.
+    document = sweep.run("embed-text", replace(whole, values=("2",), add_to=file))
+    assert [row.x for row in document.rows if row.ours] == [1, 4, 8, 2]
+    files.save_as(document, file)
+    document = sweep.run("embed-text", replace(whole, over=("lengths",), values=("fixed-4",), add_to=file))
+    assert document.options["over"] == ["batch", "lengths"]
+    assert len(document.rows) == 10
+    for other, what in (
+        (replace(whole, add_to=file, seed=1), r"another seed \(0 there, 1 here\)"),
+        (replace(whole, add_to=file, threads=2), r"another threads \(1 there, 2 here\)"),
+    ):
+        with pytest.raises(InputError, match=what):
+            sweep.run("embed-text", other)
+    with pytest.raises(InputError, match="another scenario"):
+        sweep.run("rerank", replace(whole, add_to=file))
+
+
 def test_options_that_cannot_be() -> None:
     with pytest.raises(UnavailableError, match="choose from single-stream, offline, server"):
         scenario.run("rerank", replace(TINY, mode=("batch",)))

@@ -13,8 +13,8 @@ import typing
 from typing import Any
 
 
-def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True) -> Any:
-    """The module; `record` holds what was asked of it."""
+def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True, inputs: tuple[str, ...] = ("x",)) -> Any:
+    """The module; `record` holds what was asked of it. Networks have inputs of these names, whatever is parsed."""
     trt: Any = types.ModuleType("tensorrt")
     trt.__version__ = version
     trt.record = {"flags": [], "network": None, "profiles": [], "cleared": [], "cache_in": None, "level": None}
@@ -72,10 +72,10 @@ def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True) -> Any:
             return len(trt.record["profiles"]) - 1
 
     class Network:
-        num_inputs, num_layers, num_outputs = 1, 0, 0
+        num_inputs, num_layers, num_outputs = len(inputs), 0, 0
 
         def get_input(self, number: int) -> Any:
-            return types.SimpleNamespace(name="x")
+            return types.SimpleNamespace(name=inputs[number])
 
     class Builder:
         def __init__(self, logger: Any) -> None:
@@ -109,7 +109,8 @@ def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True) -> Any:
             return True
 
     trt.ILogger, trt.IProgressMonitor, trt.Builder, trt.OnnxParser = ILogger, IProgressMonitor, Builder, OnnxParser
-    trt.BuilderFlag = types.SimpleNamespace(VERSION_COMPATIBLE="VERSION_COMPATIBLE", TF32="TF32")
+    flags = ("VERSION_COMPATIBLE", "TF32", "REFIT", "STRIP_PLAN")
+    trt.BuilderFlag = types.SimpleNamespace(**{flag: flag for flag in flags})
     trt.HardwareCompatibilityLevel = types.SimpleNamespace(
         AMPERE_PLUS="AMPERE_PLUS", SAME_COMPUTE_CAPABILITY="SAME_COMPUTE_CAPABILITY"
     )

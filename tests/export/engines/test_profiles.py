@@ -78,6 +78,10 @@ def test_what_is_no_profile_is_refused(text: str, message: str) -> None:
 
 def test_profiles_have_names_of_their_own() -> None:
     assert parse_profiles([]) == DEFAULT_PROFILES
+    packed = parse_profiles([], packed=True)
+    assert [profile.name for profile in packed] == [profile.name for profile in DEFAULT_PROFILES]
+    assert all(profile.axes["rows"].least == 1 for profile in packed)
+    assert parse_profiles(["a:rows=1..2..4"], packed=True)[0].axes == {"rows": AxisRange(1, 2, 4)}
     with pytest.raises(InputError, match="two profiles are named 'a'"):
         parse_profiles(["a:batch=1", "a:batch=2"])
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,17 +28,24 @@ def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("the stubs are compiled by a C compiler")
-    assert request.config.cache is not None
-    folder = request.config.cache.mkdir("tensorrt") / request.param
-    if not (folder / "tensorrt_bindings").is_dir():
+    # Without pytest's cache (-p no:cacheprovider) they are kept for this run.
+    cache = getattr(request.config, "cache", None)
+    kept = tmp_path_factory.mktemp("tensorrt") if cache is None else cache.mkdir("tensorrt")
+    folder = kept / request.param
+    if not folder.is_dir():
         package = f"tensorrt-cu13-bindings=={request.param}"
         options = ["--no-deps", "--only-binary=:all:", "--retries=0", "--timeout=10", "--quiet"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), package],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            pytest.skip(f"{package} cannot be had here ({done.stderr.strip()[-200:]})")
+        with tempfile.TemporaryDirectory(dir=kept) as scratch:
+            made = Path(scratch) / "bindings"
+            done = subprocess.run(
+                [sys.executable, "-m", "pip", "install", *options, "--target", str(made), package],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                pytest.skip(f"{package} cannot be had here ({done.stderr.strip()[-200:]})")
+            # Another process of the tests may have been faster.
+            with contextlib.suppress(OSError):
+                made.rename(folder)
     stubs = tmp_path_factory.mktemp("stubs")
     real_tensorrt.compile_stubs(compiler, stubs, int(request.param.split(".")[0]))
     return folder, stubs

@@ -433,6 +433,7 @@ def test_captions_are_cut_to_what_the_graphs_take(exported_fp32: Path, tokenizer
         ({}, {"backend": "tensorrt"}, ExportError, "Triton's tensorrt backend does not run an export to onnx"),
         ({"kind": "aoti", "package": _PACKAGE}, {"device": "gpu"}, ExportError, "runs on a CPU and the device asked"),
         ({"kind": "tensorrt"}, {"device": "cpu"}, ExportError, "runs on a GPU and the device asked for is cpu"),
+        ({"packed": True}, {}, ExportError, "take padded texts, .* in rows; export without --packed"),
         ({}, {"backend": "jax"}, UnavailableError, "backend 'jax' is unknown"),
         ({}, {"prefix": "../x"}, InputError, "prefix '../x' cannot name models"),
         ({}, {"limits": RankLimits(images=0)}, InputError, "limits.images is 0; it must be at least 1"),

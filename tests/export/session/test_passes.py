@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfm_fast.errors import InputError
-from xfm_fast.export.session.passes import PassLimits, plan_passes, token_batches
+from xfm_fast.export.session.passes import PassLimits, plan_passes, plan_rows, row_batches, token_batches
 from xfm_fast.export.slots import SizeRange, Slot
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -96,6 +96,66 @@ def test_fusion_passes_hold_every_pair_once(pairs: list[tuple[int, int]], budget
             assert any(slot.padded(sizes) is not None for slot in slots)
             if len(work.images) * len(work.texts[0]) > 1:
                 assert work.tokens <= budget
+
+
+ROWS_OF_ANY = [Slot("dynamic", 0, {"batch": ANY, "rows": ANY, "texts": ANY, "length": SizeRange(1, 512)})]
+BOUNDED_ROWS = [
+    Slot(
+        "latency",
+        0,
+        {
+            "batch": SizeRange(1, 1),
+            "rows": SizeRange(1, 4, 2),
+            "texts": SizeRange(1, 8, 4),
+            "length": SizeRange(1, 48, 16),
+        },
+    ),
+    Slot(
+        "bulk",
+        1,
+        {
+            "batch": SizeRange(1, 4, 2),
+            "rows": SizeRange(1, 3, 2),
+            "texts": SizeRange(1, 6, 4),
+            "length": SizeRange(1, 48, 16),
+        },
+    ),
+]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=40), st.integers(40, 400))
+def test_rows_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) -> None:
+    image_of, lengths = [image for image, _ in pairs], [length for _, length in pairs]
+    for slots in (ROWS_OF_ANY, BOUNDED_ROWS):
+        limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
+        passes = plan_rows(image_of, lengths, slots, limits, 64)
+        seen = [
+            (i, t) for work in passes for i, rows in zip(work.images, work.rows, strict=True) for r in rows for t in r
+        ]
+        assert sorted(seen) == sorted(zip(image_of, range(len(pairs)), strict=True))
+        for work in passes:
+            assert len({len(rows) for rows in work.rows}) == 1
+            assert all(sum(lengths[text] for text in row) <= work.length for rows in work.rows for row in rows)
+            texts = max(sum(map(len, rows)) for rows in work.rows)
+            sizes = {"batch": len(work.images), "rows": len(work.rows[0]), "texts": texts, "length": work.length}
+            assert any(slot.padded(sizes) is not None for slot in slots)
+            for rows in work.rows:
+                assert sum(map(len, rows)) == 1 or sum(lengths[text] for row in rows for text in row) <= budget + 40
+
+
+def test_rows_follow_the_tokens() -> None:
+    lengths = [40, *[3 + n % 20 for n in range(31)]]
+    (rows,) = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(2048, 32), 768, "batch")
+    assert sum(lengths) <= rows.tokens <= 1.05 * sum(lengths)
+    padded = token_batches(lengths, 2048, pass_tokens=32)
+    assert rows.tokens < sum(batch.tokens + 32 for batch in padded)
+    # Beyond the budget, passes of about as many tokens each.
+    several = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(200, 32), 768, "batch")
+    sizes = [sum(lengths[text] for row in each.texts for text in row) for each in several]
+    assert len(several) == ceil(sum(lengths) / 200)
+    assert max(sizes) - min(sizes) <= 40
+    with pytest.raises(InputError, match=r"length is 513"):
+        row_batches([0], [513], ROWS_OF_ANY, PassLimits(2048, 32), 768, "batch")
 
 
 def test_texts_of_an_image_share_its_memory_and_single_pairs_share_a_pass() -> None:

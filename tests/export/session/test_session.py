@@ -18,6 +18,7 @@ from xfm_fast.errors import ConfigError, ExportError, InputError, UnavailableErr
 from xfm_fast.export.manifest import Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.session import Session
+from xfm_fast.export.verification import verify_export
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.reranking import UNSCORED
 
@@ -27,6 +28,14 @@ pytest.importorskip("onnxruntime", reason="sessions over ONNX files need onnxrun
 @pytest.fixture(scope="module")
 def session(exported_fp32: Path) -> Session:
     return Session.load(exported_fp32, "onnxruntime", "cpu")
+
+
+@pytest.fixture(scope="module", params=["padded", "packed"])
+def either(request: pytest.FixtureRequest, session: Session) -> Session:
+    """Sessions over graphs that take padded texts, and texts in rows."""
+    if request.param == "padded":
+        return session
+    return Session.load(request.getfixturevalue("exported_packed"), "onnxruntime", "cpu")
 
 
 def _texts(count: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -59,18 +68,18 @@ def test_images_are_those_of_the_model(session: Session, small_model: XFM, image
 
 
 @pytest.mark.parametrize(("texts", "width"), [(1, 1), (7, 3), (33, 40)])
-def test_texts_are_those_of_the_model(session: Session, small_model: XFM, texts: int, width: int) -> None:
+def test_texts_are_those_of_the_model(either: Session, small_model: XFM, texts: int, width: int) -> None:
     ids, mask = _texts(texts, width)
     with torch.inference_mode():
         embeds = small_model.encode_text(ids, mask)
         for given in (mask, mask.bool(), None):
-            found = session.encode_text(ids, given)
+            found = either.encode_text(ids, given)
             _close(found, embeds)
             assert not found[mask == 0].any()
-            _close(session.project_text(found), small_model.project_text(embeds))
+            _close(either.project_text(found), small_model.project_text(embeds))
 
 
-def test_masks_with_gaps_are_respected(session: Session, small_model: XFM) -> None:
+def test_masks_with_gaps_are_respected(either: Session, small_model: XFM) -> None:
     ids, mask = _texts(6, 9)
     mask[:, 0] = 1
     mask[2, :6] = torch.tensor([1, 0, 1, 1, 0, 1])
@@ -78,15 +87,15 @@ def test_masks_with_gaps_are_respected(session: Session, small_model: XFM) -> No
     pixels = _pixels(small_model, 2)
     with torch.inference_mode():
         embeds = small_model.encode_text(ids, mask)
-        _close(session.encode_text(ids, mask), embeds)
+        _close(either.encode_text(ids, mask), embeds)
         images = small_model.encode_image(pixels)
         fused = small_model.fuse(embeds, mask, small_model.image_memory(images), index, first_token_only=True)
-        found = session.fuse(embeds, mask, session.image_memory(images), index, first_token_only=True)
+        found = either.fuse(embeds, mask, either.image_memory(images), index, first_token_only=True)
         _close(found, fused)
 
 
 @pytest.mark.parametrize("arrangement", ["one image", "pairs", "shuffled", "images without texts"])
-def test_fusion_is_that_of_the_model(session: Session, small_model: XFM, arrangement: str) -> None:
+def test_fusion_is_that_of_the_model(either: Session, small_model: XFM, arrangement: str) -> None:
     images, texts = {"one image": (1, 19), "pairs": (6, 6)}.get(arrangement, (4, 23))
     ids, mask = _texts(texts, 17, seed=3)
     generator = torch.Generator().manual_seed(5)
@@ -99,37 +108,39 @@ def test_fusion_is_that_of_the_model(session: Session, small_model: XFM, arrange
         pixels = small_model.encode_image(_pixels(small_model, images))
         embeds = small_model.encode_text(ids, mask)
         expected = small_model.fuse(embeds, mask, small_model.image_memory(pixels), index, first_token_only=True)
-        found = session.fuse(embeds, mask, session.image_memory(pixels), index, first_token_only=True)
+        found = either.fuse(embeds, mask, either.image_memory(pixels), index, first_token_only=True)
         _close(found, expected)
-        _close(session.match_logits(found), small_model.match_logits(expected))
-        _close(session.predict_boxes(found), small_model.predict_boxes(expected))
+        _close(either.match_logits(found), small_model.match_logits(expected))
+        _close(either.predict_boxes(found), small_model.predict_boxes(expected))
 
 
-def test_a_token_budget_changes_passes_and_not_results(session: Session, small_model: XFM, monkeypatch) -> None:
+def test_a_token_budget_changes_passes_and_not_results(either: Session, small_model: XFM, monkeypatch) -> None:
     from xfm_fast.export.session.passes import PassLimits
 
     ids, mask = _texts(23, 11)
     index = torch.arange(23) % 3
     with torch.inference_mode():
         images = small_model.encode_image(_pixels(small_model, 3))
-        embeds = session.encode_text(ids, mask)
-        memory = session.image_memory(images)
-        whole = session.match_logits(session.fuse(embeds, mask, memory, index, first_token_only=True))
-        monkeypatch.setattr(session, "limits", PassLimits(budget=25, pass_tokens=0))
-        assert len(session.passes(mask.sum(1).tolist(), index.tolist())) > 8
-        _close(session.encode_text(ids, mask), embeds)
-        _close(session.match_logits(session.fuse(embeds, mask, memory, index, first_token_only=True)), whole)
+        embeds = either.encode_text(ids, mask)
+        memory = either.image_memory(images)
+        whole = either.match_logits(either.fuse(embeds, mask, memory, index, first_token_only=True))
+        work = mask.sum(1).tolist(), index.tolist()
+        before = len(either.passes(*work))
+        monkeypatch.setattr(either, "limits", PassLimits(budget=25, pass_tokens=0))
+        assert len(either.passes(*work)) > before + 3
+        _close(either.encode_text(ids, mask), embeds)
+        _close(either.match_logits(either.fuse(embeds, mask, memory, index, first_token_only=True)), whole)
 
 
-def test_retrieval_runs_on_a_session_unchanged(session: Session, small_model: XFM, tmp_path: Path) -> None:
+def test_retrieval_runs_on_a_session_unchanged(either: Session, small_model: XFM, tmp_path: Path) -> None:
     pixels, (ids, mask) = _pixels(small_model, 6), _texts(31, 14)
     results = []
-    for model in (small_model, session):
+    for model in (small_model, either):
         retriever = Retriever(model, token_budget=64)
         images = retriever.embed_images(pixels.split(4))
         texts = retriever.embed_texts([(ids[:20], mask[:20]), (ids[20:], mask[20:])])
         results.append(retriever.rerank(images, texts, k=5))
-        if model is session:
+        if model is either:
             kept = retriever.rerank(images, texts, k=5, resume=tmp_path)
             again = retriever.rerank(images, texts, k=5, resume=tmp_path)
             assert again.receipt.pairs_resumed == kept.receipt.pairs_scored == again.receipt.pairs_scored
@@ -138,6 +149,37 @@ def test_retrieval_runs_on_a_session_unchanged(session: Session, small_model: XF
     assert torch.equal(ours.score_i2t == UNSCORED, theirs.score_i2t == UNSCORED)
     _close(ours.scores, theirs.scores)
     assert theirs.receipt.flops < ours.receipt.flops < ours.receipt.flops_official
+
+
+def test_packed_files_are_verified_and_say_so(exported_packed: Path) -> None:
+    manifest = Manifest.load(exported_packed)
+    assert (manifest.packed, manifest.status, manifest.reason) == (True, "verified", "")
+    assert manifest.verification is not None
+    outputs = {(check.graph, check.output) for check in manifest.verification.checks}
+    assert outputs >= {("text", "text_embeds"), ("text", "text_feature"), ("fusion", "fused"), ("fusion", "boxes")}
+    assert [axis for axis in manifest.graph("text").axes if axis == "rows"] == ["rows"]
+
+
+def test_the_receipt_counts_rows(exported_packed: Path) -> None:
+    session = Session.load(exported_packed, "onnxruntime", "cpu")
+    lengths = torch.tensor([3, 9, 4, 2])
+    (work,) = session.passes(lengths.tolist(), [0, 0, 0, 0])
+    assert work.tokens == 18
+    counted = session.pair_scorer().fusion_flops(
+        lengths, ImageGroups(torch.tensor([0, 4])), session.config.num_image_tokens
+    )
+    rows = [work.length] * (work.tokens // work.length)
+    assert counted.total == flops.fusion(session.config, rows, first_token_only=True).total
+
+
+def test_rows_of_one_size(small_model: XFM, tmp_path: Path) -> None:
+    """Graphs with fixed axes get passes that fit, and say what they cannot take."""
+    export_onnx(small_model, tmp_path, graphs=("text",), packed=True, fixed={"rows": 2, "length": 12, "batch": 4})
+    fixed, (ids, mask) = Session.load(tmp_path), _texts(13, 12)
+    with torch.inference_mode():
+        _close(fixed.encode_text(ids, mask), small_model.encode_text(ids, mask))
+    with pytest.raises(InputError, match=r"length is 13 and graph 'text' takes exactly 12"):
+        fixed.encode_text(torch.full((1, 13), 5))
 
 
 def test_the_receipt_counts_padding(session: Session) -> None:
@@ -149,15 +191,15 @@ def test_the_receipt_counts_padding(session: Session) -> None:
     assert counted.total == flops.fusion(session.config, [9, 9, 9], first_token_only=True).total
 
 
-def test_nothing_is_nothing(session: Session, small_model: XFM) -> None:
+def test_nothing_is_nothing(either: Session, small_model: XFM) -> None:
     ids, mask = torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long)
-    embeds = session.encode_text(ids, mask)
-    assert embeds.shape == (0, 5, session.config.text_width)
-    assert session.project_text(embeds).shape == (0, session.config.embed_dim)
-    images = session.encode_image(_pixels(small_model, 1)[:0])
-    assert images.shape == (0, session.config.num_image_tokens, session.config.vision_width)
-    memory = session.image_memory(images)
-    assert session.match_logits(session.fuse(embeds, mask, memory, first_token_only=True)).shape == (0, 2)
+    embeds = either.encode_text(ids, mask)
+    assert embeds.shape == (0, 5, either.config.text_width)
+    assert either.project_text(embeds).shape == (0, either.config.embed_dim)
+    images = either.encode_image(_pixels(small_model, 1)[:0])
+    assert images.shape == (0, either.config.num_image_tokens, either.config.vision_width)
+    memory = either.image_memory(images)
+    assert either.match_logits(either.fuse(embeds, mask, memory, first_token_only=True)).shape == (0, 2)
 
 
 def test_heads_answer_for_the_very_tensor_only(session: Session, small_model: XFM) -> None:
@@ -244,14 +286,18 @@ def test_fixed_graphs_take_less_by_padding_and_more_in_parts(small_model: XFM, t
         session.run("vision", {"pixels": _pixels(small_model, 3)})
 
 
-def test_all_tokens_come_where_they_were_exported(small_model: XFM, session: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_all_tokens_come_where_they_were_exported(
+    small_model: XFM, session: Session, tmp_path: Path, packed: bool
+) -> None:  # fmt: skip
     ids, mask = _texts(5, 8)
     index = torch.tensor([0, 1, 0, 0, 1])
     with torch.inference_mode():
         images, embeds = small_model.encode_image(_pixels(small_model, 2)), small_model.encode_text(ids, mask)
         with pytest.raises(UnavailableError, match="token 0 of fused texts alone"):
             session.fuse(embeds, mask, session.image_memory(images), index)
-        export_onnx(small_model, tmp_path, graphs=("image_memory", "fusion"), all_tokens=True)
+        export_onnx(small_model, tmp_path, graphs=("image_memory", "fusion"), all_tokens=True, packed=packed)
+        assert verify_export(tmp_path, small_model).status == "verified"
         whole = Session.load(tmp_path)
         expected = small_model.fuse(embeds, mask, small_model.image_memory(images), index)
         found = whole.fuse(embeds, mask, whole.image_memory(images), index)

@@ -1,0 +1,152 @@
+"""Texts in rows: how texts of many lengths are divided into rows of one, and the tensors that graphs take of them.
+
+Padding to the longest of a batch is paid in every layer. Texts that lie one behind the other leave only the ends of
+rows empty, and rows are filled evenly, so that there is little of it; what a longer row costs more is attention, of
+which a token among few others has next to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from math import ceil, inf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Tokens of a row that are tried: about as many as a caption has, to where attention begins to count.
+_TARGETS = (32, 48, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts in rows of one length.
+
+    Attributes:
+        texts: numbers of the texts of every row, in the order in which they lie there.
+        length: tokens of a row.
+    """
+
+    texts: tuple[tuple[int, ...], ...]
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Padded tokens of all rows."""
+        return len(self.texts) * self.length
+
+
+def in_rows(
+    texts: Sequence[int],
+    lengths: Sequence[int],
+    width: int,
+    *,
+    most_rows: int | None = None,
+    most_length: int | None = None,
+    padded: Callable[[int], int] = lambda length: length,
+) -> Rows | None:
+    """The cheapest rows of texts that were tried, padded tokens and attention counted; None where none are allowed.
+
+    Args:
+        texts: by number, at least one.
+        lengths: tokens of every text there is.
+        width: of the model, which the price of attention goes by.
+        most_rows, most_length: of the rows.
+        padded: the length that a row of some length is padded to.
+    """
+    order = sorted(texts, key=lengths.__getitem__, reverse=True)
+    total, longest = sum(lengths[text] for text in texts), lengths[order[0]]
+    top_rows = min(len(order), most_rows or len(order))
+    counts = {ceil(total / max(target, longest)) for target in (longest, *_TARGETS)}
+    best, cheapest = None, inf
+    for count in sorted(count for count in counts if count <= top_rows) or [top_rows]:
+        rows, length = _filled(order, lengths, count)
+        while most_length is not None and length > most_length and count < top_rows:
+            count += 1
+            rows, length = _filled(order, lengths, count)
+        if most_length is not None and length > most_length:
+            continue
+        length = padded(length)
+        # Of a layer 24 w² operations a token are products and 4 w L attention, at a third of their speed.
+        cost = count * length * (1 + length / (2 * width))
+        if cost < cheapest:
+            best, cheapest = Rows(rows, length), cost
+    return best
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], count: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """So many rows, each text in its turn in the one that has the fewest tokens; and the tokens of the fullest."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, row) for row in range(count)]
+    heapify(loads)
+    for text in order:
+        load, row = loads[0]
+        rows[row].append(text)
+        heapreplace(loads, (load + lengths[text], row))
+    return tuple(map(tuple, rows)), max(load for load, _ in loads)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a pass lie: B images (one where there are none) with R rows of L tokens each.
+
+    Attributes:
+        source: `[N]` numbers of the tokens, of all texts one after the other.
+        place: `[N]` where each of them lies among all B R L.
+        segments: `[B, R, L]`; firsts: `[B, T, 2]`: see `graphs.PackedFusionGraph`.
+        texts: `[P]` numbers of the texts; found: `[P]` where the results of each lie among all B T.
+    """
+
+    source: Tensor
+    place: Tensor
+    segments: Tensor
+    firsts: Tensor
+    texts: Tensor
+    found: Tensor
+
+    @classmethod
+    def of(cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int) -> Layout:
+        """The layout of texts by number.
+
+        Args:
+            images: rows of texts of every image, the same number of each.
+            lengths: tokens of every text there is; the texts' own numbers count through these.
+            length: tokens of a row.
+        """
+        counts = [sum(map(len, rows)) for rows in images]
+        rows = len(images[0])
+        texts = np.array([text for image in images for row in image for text in row])
+        row = np.repeat(np.arange(len(images) * rows), [len(row) for image in images for row in image])
+        sizes = np.asarray(lengths)[texts]
+        behind = np.cumsum(sizes) - sizes
+        # Tokens before the first text of a row; rows without one have no say.
+        begins = np.zeros(len(images) * rows, dtype=np.int64)
+        begins[row[::-1]] = behind[::-1]
+        offset = behind - begins[row]
+        # Of every token: which of the texts here it belongs to, and its place in it.
+        of = np.repeat(np.arange(len(texts)), sizes)
+        inner = np.arange(len(of)) - behind[of]
+        place = row[of] * length + offset[of] + inner
+        starts = np.cumsum(lengths) - np.asarray(lengths)
+        image = np.repeat(np.arange(len(images)), counts)
+        # The texts of an image are numbered as they come, wherever they lie.
+        number = np.empty(len(texts), dtype=np.int64)
+        number[np.lexsort((texts, image))] = np.concatenate([np.arange(count) for count in counts])
+        segments = np.zeros(len(images) * rows * length, dtype=np.int64)
+        segments[place] = number[of] + 1
+        firsts = np.zeros((len(images), max(counts), 2), dtype=np.int64)
+        firsts[image, number] = np.stack([row % rows, offset], axis=1)
+        return cls(
+            *map(torch.from_numpy, (starts[texts][of] + inner, place)),
+            torch.from_numpy(segments).view(len(images), rows, length),
+            torch.from_numpy(firsts),
+            *map(torch.from_numpy, (texts, image * max(counts) + number)),
+        )
+
+    def spread(self, values: Tensor, padding: int = 0) -> Tensor:
+        """What every token has, `[tokens of all texts, ...]` → `[B, R, L, ...]`, `padding` where no text is."""
+        out = values.new_full((self.segments.numel(), *values.shape[1:]), padding)
+        out[self.place.to(values.device)] = values.index_select(0, self.source.to(values.device))
+        return out.view(*self.segments.shape, *values.shape[1:])
