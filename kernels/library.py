@@ -25,7 +25,6 @@ def operator(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     autocast: bool | tuple[int, ...] = False,
-    parameters: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Register an operator and return it.
 
@@ -35,9 +34,8 @@ def operator(
         fake: gives shapes, strides and dtypes of the results.
         setup_context, backward: as in `torch.library.register_autograd`.
         autocast: convert floating-point tensor arguments to autocast's type where that is enabled: all, or those at
-            the places named.
-        parameters: places of weights that autocast leaves as they are where they are leaves: the operator converts
-            them itself, again for the gradient, and so keeps no converted copy of a model's weights between the two.
+            the places named; with no place the operator converts them itself. One that does so again for the
+            gradient keeps no converted copy of a model's weights between the two.
 
     On a GPU the implementation runs with the device of its first tensor there as the current one: a kernel is launched
     on the current device, wherever its arguments lie.
@@ -51,10 +49,10 @@ def operator(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if autocast:
+    if autocast is not False:
         for device, key in _AUTOCAST.items():
             places = None if autocast is True else autocast
-            _library.impl(name, _casting(registered, device, key, places, parameters), key)
+            _library.impl(name, _casting(registered, device, key, places), key)
     return registered
 
 
@@ -82,7 +80,7 @@ def like(*places: int) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _casting(
-    registered: Callable[..., Any], device: str, key: str, places: tuple[int, ...] | None, parameters: tuple[int, ...]
+    registered: Callable[..., Any], device: str, key: str, places: tuple[int, ...] | None
 ) -> Callable[..., Any]:
     # torch.library.register_autocast fixes one type at registration; autocast's own type can be fp16 or bf16.
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -91,10 +89,7 @@ def _casting(
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(below):
             return registered(
-                *(
-                    _cast(a, dtype) if (places is None or i in places) and not (i in parameters and a.is_leaf) else a
-                    for i, a in enumerate(arguments)
-                )
+                *(_cast(a, dtype) if places is None or i in places else a for i, a in enumerate(arguments))
             )
 
     return cast_and_call

@@ -14,7 +14,19 @@ from .cpu import norms as cpu
 from .cpu import products as cpu_products
 from .library import like, on_device_of_arguments, operator
 from .limits import LARGEST_WIDTH
-from .products import linear, linear_residual, multiplies_at_once, runs_cpu_inference, runs_in_int8
+from .marked import kind_of
+from .products import (
+    linear,
+    linear_residual,
+    mlp_residual,
+    multiplies_at_once,
+    runs_cpu_inference,
+    runs_in_int8,
+    trained_linear,
+    trained_mlp,
+    trains_on_cpu,
+    wants_gradient,
+)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
@@ -141,6 +153,65 @@ def linear_add_layer_norm(
     )
 
 
+def layer_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`linear` of `layer_norm` of x. In training on a CPU the normalised rows are made again instead of kept.
+
+    Args:
+        x: `[..., K]`; norm_weight, norm_bias, eps: of the norm; weight: `[M, K]`; bias: `[M]`.
+    """
+    if _trains_behind_norm(backend, x, norm_weight, norm_bias, weight, bias):
+        checks.norm_arguments(x, norm_weight, norm_bias, eps)
+        checks.linear_arguments(x, weight, bias)
+        return trained_linear(x, [weight], [] if bias is None else [bias], (norm_weight, norm_bias, eps))
+    return linear(layer_norm(x, norm_weight, norm_bias, eps, backend=backend), weight, bias, backend=backend)
+
+
+def layer_norm_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    *,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The MLP branch of a pre-norm layer: `mlp_residual` of `layer_norm` of x, added to x.
+
+    In training on a CPU, x and the input of the GELU are all that is kept of it.
+
+    Args:
+        x: `[..., M]`; norm_weight, norm_bias, eps: of the norm; the others as in `mlp_residual`.
+    """
+    layers = (weight_in, bias_in, weight_out, bias_out)
+    if _trains_behind_norm(backend, x, norm_weight, norm_bias, *layers) and not wants_gradient(row_scale):
+        checks.norm_arguments(x, norm_weight, norm_bias, eps)
+        checks.mlp_arguments(x, *layers)
+        checks.branch_arguments(x.shape, x, gamma, row_scale, 0.0)
+        return trained_mlp(x, layers, (norm_weight, norm_bias, eps), x, gamma, row_scale)
+    normed = layer_norm(x, norm_weight, norm_bias, eps, backend=backend)
+    return mlp_residual(normed, *layers, x, gamma=gamma, row_scale=row_scale, backend=backend)
+
+
+def _trains_behind_norm(backend: Backend | None, x: Tensor, *parameters: Tensor | None) -> bool:
+    """True where one operator takes the norm and the products behind it."""
+    in_8_bits = any(p is not None and (kind_of(p) is not None or fp8.concerns(p)) for p in parameters)
+    return not in_8_bits and trains_on_cpu(backend, x, *parameters)
+
+
 def embed_layer_norm(
     tokens: Tensor,
     positions: Tensor,
@@ -256,12 +327,16 @@ def _add_backward_fake(dnormed: Tensor, *given: Any) -> tuple[Tensor, Tensor, Te
     plain = gamma is None and row_scale is None and not dropout_p and x.dtype == summed.dtype
     dresidual = x.new_empty(0) if plain else summed.new_empty(summed.shape)
     dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
-    return x.new_empty(x.shape), dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape), dgamma
+    dx = summed.new_empty(summed.shape, dtype=x.dtype)
+    return dx, dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape), dgamma
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, _, _, gamma, row_scale, ctx.dropout_p, seed, _, ctx.backend = inputs
     _, summed, mean, rstd = output
+    if ctx.backend == "cpu" and gamma is None:
+        # The branch itself is needed for the gradient of gamma alone; or else its type is.
+        x = x.new_empty(0)
     ctx.save_for_backward(summed, weight, mean, rstd, x, gamma, row_scale, seed)
     ctx.residual_dtype = residual.dtype
     ctx.mark_non_differentiable(mean, rstd)
@@ -271,7 +346,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _add_gradient(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     summed, weight, mean, rstd, x, gamma, row_scale, seed = ctx.saved_tensors
     if dnormed is None:
-        dnormed = torch.zeros_like(x)
+        dnormed = torch.zeros_like(summed, dtype=x.dtype)
     saved = (summed, weight, mean, rstd, x, gamma, row_scale, ctx.dropout_p, seed, ctx.backend)
     dx, dresidual, dweight, dbias, dgamma = _add_layer_norm_grad(dnormed, dsummed, *saved)
     if not dresidual.numel():

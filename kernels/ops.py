@@ -16,8 +16,15 @@ from .bias_attention import bias_attention
 from .checks import check_contents
 from .fp8 import use_fp8
 from .losses import linear_cross_entropy, token_log_likelihood
-from .norms import add_layer_norm, embed_layer_norm, layer_norm, linear_add_layer_norm
-from .products import linear, linear_gelu, linear_residual, mlp_residual
+from .norms import (
+    add_layer_norm,
+    embed_layer_norm,
+    layer_norm,
+    layer_norm_linear,
+    layer_norm_mlp,
+    linear_add_layer_norm,
+)
+from .products import joined_linear, linear, linear_gelu, linear_residual, mlp_residual
 
 __all__ = [
     "Backend",
@@ -25,7 +32,10 @@ __all__ = [
     "bias_attention",
     "check_contents",
     "embed_layer_norm",
+    "joined_linear",
     "layer_norm",
+    "layer_norm_linear",
+    "layer_norm_mlp",
     "linear",
     "linear_add_layer_norm",
     "linear_cross_entropy",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,10 @@ from xfm_fast.errors import InputError, UnavailableError
 from . import checks, fp8, reference
 from .backend import Backend, named, resolve
 from .cpu import int8
+from .cpu import norms as cpu_norms
 from .cpu import products as cpu
-from .cpu.workspace import Dropout
-from .library import on_device_of_arguments, operator
+from .cpu.workspace import Dropout, scratch
+from .library import autocast_dtype, on_device_of_arguments, operator
 from .limits import LARGEST_WIDTH
 from .marked import EightBits, kind_of
 
@@ -98,7 +101,7 @@ def _floating(x: Tensor, weight: Tensor) -> Tensor:
     return weight if kind_of(weight) is None else weight.to(x.dtype)
 
 
-def _trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
+def trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
     """True where the operator with products of its own applies, which compilers could not look into."""
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
@@ -123,9 +126,52 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
     weight = _floating(x, weight)
     if runs_cpu_inference(backend, x, weight, bias):
         return cpu.linear(x, weight, bias)
-    if _trains_on_cpu(backend, x, weight, bias):
-        return _linear(x, weight, bias)
+    if trains_on_cpu(backend, x, weight, bias):
+        return trained_linear(x, [weight], [] if bias is None else [bias])
     return reference.linear(x, weight, bias)
+
+
+def joined_linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: Backend | None = None
+) -> Tensor:
+    """`linear` of several layers in one product: x `[..., K]`, weights `[M_i, K]`, biases `[M_i]` → `[..., Σ M_i]`.
+
+    In training on a CPU nothing is kept of the weights side by side, which for query, key and value would be a copy.
+    """
+    if trains_on_cpu(backend, x, *weights, *biases) and not any(kind_of(w) or fp8.concerns(w) for w in weights):
+        for number, weight in enumerate(weights):
+            checks.linear_arguments(x, weight, biases[number] if biases else None)
+        return trained_linear(x, [*weights], [*biases])
+    return linear(x, torch.cat([*weights]), torch.cat([*biases]) if biases else None, backend=backend)
+
+
+def trained_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """The operator of a linear layer in training on a CPU, with the norm (weight, bias, eps) before it."""
+    dtype = autocast_dtype(x.device) or x.dtype
+    x = x.to(dtype) if norm is None else x
+    return _linear(x, weights, biases, *(norm or (None, None, 0.0)), residual, gamma, row_scale, dtype)[0]
+
+
+def trained_mlp(
+    x: Tensor,
+    layers: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """The operator of an MLP in training on a CPU, as `trained_linear`."""
+    dtype = autocast_dtype(x.device) or x.dtype
+    x = x.to(dtype) if norm is None else x
+    return _mlp(x, *layers, *(norm or (None, None, 0.0)), residual, gamma, row_scale, dtype)[0]
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
@@ -187,9 +233,17 @@ def linear_residual(
     weight = _floating(x, weight)
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
         return cpu.linear_residual(x, weight, bias, residual, gamma)
-    if _trains_on_cpu(backend, x, weight, bias):
-        return _add_branch(_linear(x, weight, bias), residual, gamma, row_scale, dropout_p)
+    if trains_on_cpu(backend, x, weight, bias):
+        biases = [] if bias is None else [bias]
+        if not dropout_p and not wants_gradient(row_scale):
+            return trained_linear(x, [weight], biases, None, residual, gamma, row_scale)
+        return _add_branch(trained_linear(x, [weight], biases), residual, gamma, row_scale, dropout_p)
     return reference.linear_residual(x, weight, bias, residual, gamma, row_scale, dropout_p)
+
+
+def wants_gradient(row_scale: Tensor | None) -> bool:
+    """True for factors that are learned, of which the operators of training know nothing."""
+    return row_scale is not None and row_scale.requires_grad
 
 
 def _add_branch(
@@ -241,9 +295,12 @@ def mlp_residual(
     ):
         return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     weight_in, weight_out = _floating(x, weight_in), _floating(x, weight_out)
-    if not in_fp8 and _trains_on_cpu(backend, x, weight_in, bias_in, weight_out, bias_out):
-        out = _mlp(x, weight_in, bias_in, weight_out, bias_out)[0]
-        return _add_branch(out, residual, gamma, row_scale, dropout_p)
+    trains = not in_fp8 and trains_on_cpu(backend, x, weight_in, bias_in, weight_out, bias_out)
+    if trains:
+        layers = (weight_in, bias_in, weight_out, bias_out)
+        if not dropout_p and not wants_gradient(row_scale):
+            return trained_mlp(x, layers, None, residual, gamma, row_scale)
+        return _add_branch(trained_mlp(x, layers), residual, gamma, row_scale, dropout_p)
     hidden = linear_gelu(x, weight_in, bias_in, backend=backend)
     return linear_residual(
         hidden,
@@ -280,7 +337,8 @@ def _gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *needs, backend = rest
     if backend != "triton":
-        return _linear_backward(torch.ops.aten.gelu_backward(dout.contiguous(), kept), x, weight, *needs)
+        dkept = torch.ops.aten.gelu_backward(dout.contiguous(), kept)
+        return _linear_gradients(dkept, x, weight.to(x.dtype), _Needs(*needs))[:3]
     from .triton.gelu import linear_gelu_backward
 
     found = linear_gelu_backward(dout, x, weight, bias, kept, tuple(needs))
@@ -288,42 +346,197 @@ def _gelu_backward(
     return dx, dweight, dbias
 
 
-def _linear_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights side by side in the type of the product; several of them in memory that is used again."""
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    place = scratch("joined weights", (sum(len(part) for part in parts), parts[0].shape[1]), dtype)
+    for rows, part in zip(place.split([len(part) for part in parts]), parts, strict=True):
+        rows.copy_(part)
+    return place
+
+
+def _scaled(dout: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of a branch but for its LayerScale, in the type of its products."""
+    return (dout if row_scale is None else dout * _of_rows(row_scale, dout)).to(dtype)
+
+
+def _of_rows(row_scale: Tensor, x: Tensor) -> Tensor:
+    return row_scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def _gelu_backward_fake(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    around = (None, None, 0.0, None, None, None, None, False)
+    return _linear_backward_fake(kept, x, [weight], [], *around, *rest[:3], False, x.dtype)[:3]
+
+
+class _Needs(NamedTuple):
+    """Which gradients of a linear layer are wanted."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    gamma: bool = False
+
+
+def _linear_gradients(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: _Needs,
+    bias: Tensor | None = None,
+    gamma: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of x, weight, bias and gamma of `gamma · (x W^T + b)` on a CPU, in which the product is not needed.
+
+    With `M = dout^T x`, the gradient of the weight but for its factor, that of gamma is the sum of `W · M` over every
+    row and of `b · Σ dout`: less work than a sum over all tokens, and nothing of the branch has to be kept for it.
+
+    Args:
+        dout, x: `[..., M]` and `[..., K]` of one type; weight: `[M, K]` of that type.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    none = x.new_empty(0)
+    known = x.dtype in _CPU_DTYPES
+    dgamma = dweight = dbias = none
+    if needs.weight or needs.gamma:
+        dweight = cpu.weight_gradient(dout, x) if known else dout.flatten(0, -2).t() @ x
+    if needs.bias or needs.gamma:
+        dbias = cpu.bias_gradient(dout)
+    if gamma is not None:
+        dweight, dbias = (t.to(torch.promote_types(t.dtype, gamma.dtype)) for t in (dweight, dbias))
+        if needs.gamma:
+            dgamma = (dweight * weight).sum(1)
+            dgamma = (dgamma if bias is None else dgamma.addcmul_(bias.to(dgamma.dtype), dbias)).to(gamma.dtype)
+        dweight = dweight.mul_(gamma[:, None]) if needs.weight else none
+        dbias = dbias.mul_(gamma) if needs.bias else none
+        weight = weight * gamma[:, None].to(weight.dtype) if needs.x else weight
+    if not needs.x:
+        return none, dweight, dbias, dgamma
+    return cpu.input_gradient(dout, weight) if known else dout @ weight, dweight, dbias, dgamma
+
+
+def _normed(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """On CPU. An operator returns tensors only: an empty one says that a gradient is not needed."""
-    weight = weight.to(x.dtype)
-    if x.dtype in _CPU_DTYPES:
-        dx = cpu.input_gradient(dout, weight) if need_x else x.new_empty(0)
-        dweight = cpu.weight_gradient(dout, x) if need_weight else x.new_empty(0)
-    else:
-        dx = dout @ weight if need_x else x.new_empty(0)
-        dweight = dout.flatten(0, -2).t() @ x.reshape(-1, x.shape[-1]) if need_weight else x.new_empty(0)
-    return dx, dweight, cpu.bias_gradient(dout) if need_bias else x.new_empty(0)
+    """Rows behind their norm in the type of a product, and the statistics of its rows; empty where there is no norm."""
+    if norm_weight is None:
+        return x.to(dtype), x.new_empty(0), x.new_empty(0)
+    normed, mean, rstd = cpu_norms.normalise(x, norm_weight, norm_bias, eps)
+    return normed.to(dtype), mean, rstd
+
+
+def _through_norm(
+    dnormed: Tensor, x: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, dout: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the norm's parameters; with that of the residual, which is x too, where it is given."""
+    dx, dweight, dbias = dnormed, dnormed.new_empty(0), dnormed.new_empty(0)
+    if norm_weight is not None:
+        dx, dweight, dbias = cpu_norms.normalise_backward(dnormed, x, norm_weight, mean, rstd)
+    return dx if dout is None else dx.add_(dout), dweight, dbias
+
+
+def _linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *given: Any) -> tuple[Tensor, ...]:
+    norm_weight, norm_bias, eps, residual, gamma, row_scale, dtype = given
+    rows, mean, rstd = _normed(x, norm_weight, norm_bias, eps, dtype)
+    bias = torch.cat([*biases]).to(dtype) if biases else None
+    out = cpu.trained_linear(rows, _joined(weights, dtype), bias)
+    return out if residual is None else _add_branch(out, residual, gamma, row_scale, 0.0), mean, rstd
+
+
+def _linear_forward_fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *given: Any) -> Any:
+    norm_weight, _, _, residual, _, _, dtype = given
+    wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    out = x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in weights), dtype=wide)
+    return out, *_statistics_of(x, norm_weight)
+
+
+def _statistics_of(x: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    if norm_weight is None:
+        return x.new_empty(0), x.new_empty(0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(math.prod(x.shape[:-1]), dtype=wide), x.new_empty(math.prod(x.shape[:-1]), dtype=wide)
+
+
+def _linear_backward(
+    dout: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *given: Any
+) -> tuple[Tensor, ...]:
+    """An operator returns tensors only: an empty one says that a gradient is not needed."""
+    norm_weight, norm_bias, eps, mean, rstd, gamma, row_scale, itself, *needs, dtype = given
+    rows = _normed(x, norm_weight, norm_bias, eps, dtype)[0]
+    upstream = _scaled(dout, row_scale, dtype)
+    bias = torch.cat([*biases]) if biases else None
+    weight = _joined(weights, dtype)
+    dx, *gradients = _linear_gradients(upstream, rows, weight, _Needs(*needs), bias, gamma)
+    of_norm = [dx.new_empty(0) for _ in range(2)]
+    if needs[0]:
+        dx, *of_norm = _through_norm(dx, x, norm_weight, mean, rstd, dout if itself else None)
+    return dx, *gradients, *of_norm
 
 
 def _linear_backward_fake(
-    dout: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *given: Any
+) -> tuple[Tensor, ...]:
+    norm_weight, _, _, _, _, gamma, _, _, need_x, need_weight, need_bias, need_gamma, dtype = given
+    outputs = sum(w.shape[0] for w in weights)
+    wide = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+
+    def made(need: bool, shape: Sequence[int], kind: torch.dtype) -> Tensor:
+        return x.new_empty(shape, dtype=kind) if need else x.new_empty(0, dtype=dtype)
+
+    normed = need_x and norm_weight is not None
     return (
-        x.new_empty(x.shape if need_x else 0),
-        x.new_empty(weight.shape if need_weight else 0),
-        x.new_empty(weight.shape[0] if need_bias else 0),
+        made(need_x, x.shape, x.dtype if normed else dtype),
+        made(need_weight, (outputs, x.shape[-1]), wide),
+        made(need_bias, (outputs,), wide),
+        made(need_gamma, (outputs,), dtype if gamma is None else gamma.dtype),
+        *(made(normed, x.shape[-1:], dtype if norm_weight is None else norm_weight.dtype) for _ in range(2)),
     )
 
 
-def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return cpu.trained_linear(x, weight.to(x.dtype), bias)
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, biases, norm_weight, norm_bias, ctx.eps, residual, gamma, row_scale, ctx.dtype = inputs
+    ctx.parts = len(weights), len(biases)
+    ctx.itself = residual is x
+    ctx.save_for_backward(x, *weights, *biases, norm_weight, norm_bias, *output[1:], gamma, row_scale)
+    ctx.mark_non_differentiable(*output[1:])
+    # Or else zeros are written for results that have no gradient.
+    ctx.set_materialize_grads(False)
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+def _linear_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    number, biased = ctx.parts
+    if dout is None:
+        return None, [None] * number, [None] * biased, *[None] * 7
+    x, *saved = ctx.saved_tensors
+    weights, biases, rest = saved[:number], saved[number : number + biased], saved[number + biased :]
+    norm_weight, norm_bias, mean, rstd, gamma, row_scale = rest
+    need_x, need_weights, need_biases, *need_norm, _, need_residual, need_gamma, _, _ = ctx.needs_input_grad
+    needs = (need_x or any(need_norm), any(need_weights), any(need_biases), need_gamma)
+    norm = (norm_weight, norm_bias, ctx.eps, mean, rstd)
+    found = _linear_grad(dout, x, weights, biases, *norm, gamma, row_scale, ctx.itself, *needs, ctx.dtype)
+    dx, dweight, dbias, dgamma, *of_norm = found
+    sizes = [w.shape[0] for w in weights]
+    return (
+        dx if need_x else None,
+        _divided(dweight, sizes, need_weights),
+        _divided(dbias, sizes[:biased], need_biases),
+        *(g if need else None for g, need in zip(of_norm, need_norm, strict=True)),
+        None,
+        dout if need_residual and not ctx.itself else None,
+        dgamma if need_gamma else None,
+        None,
+        None,
+    )
 
 
-def _linear_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    needs = tuple(ctx.needs_input_grad[:3])
-    gradients = _linear_grad(dout, *ctx.saved_tensors, *needs)
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+def _divided(gradient: Tensor, sizes: list[int], needs: list[bool]) -> list[Tensor | None]:
+    """The gradient of every part of a weight, or of a bias."""
+    if not any(needs):
+        return [None] * len(needs)
+    return [g if need else None for g, need in zip(gradient.split(sizes), needs, strict=True)]
 
 
 def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -343,73 +556,134 @@ def _gelu_gradient(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None
 
 
 def _mlp_forward(
-    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    kept = _linear_forward(x, weight_in, bias_in)
-    return _linear_forward(F.gelu(kept), weight_out, bias_out), kept
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm_weight, norm_bias, eps, residual, gamma, row_scale, dtype = given
+    rows, mean, rstd = _normed(x, norm_weight, norm_bias, eps, dtype)
+    bias_in, bias_out = (None if b is None else b.to(dtype) for b in (bias_in, bias_out))
+    kept = cpu.trained_linear(rows, weight_in.to(dtype), bias_in)
+    hidden = torch.ops.aten.gelu.out(kept, out=scratch("hidden", tuple(kept.shape), dtype))
+    out = cpu.trained_linear(hidden, weight_out.to(dtype), bias_out)
+    return out if residual is None else _add_branch(out, residual, gamma, row_scale, 0.0), kept, mean, rstd
 
 
 def _mlp_forward_fake(
-    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1]
-    return x.new_empty(*rows, weight_out.shape[0]), x.new_empty(*rows, weight_in.shape[0])
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm_weight, _, _, residual, _, _, dtype = given
+    wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    out = x.new_empty(*x.shape[:-1], weight_out.shape[0], dtype=wide)
+    return out, x.new_empty(*x.shape[:-1], weight_in.shape[0], dtype=dtype), *_statistics_of(x, norm_weight)
 
 
 def _mlp_backward(
-    dout: Tensor, x: Tensor, weight_in: Tensor, weight_out: Tensor, kept: Tensor, *needs: bool
+    dout: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    kept: Tensor,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    need_x, need_in, need_bias_in, need_out, need_bias_out = needs
-    hidden = F.gelu(kept) if need_out else kept
-    dhidden, dweight_out, dbias_out = _linear_backward(dout, hidden, weight_out, True, need_out, need_bias_out)
-    del hidden
-    dkept = torch.ops.aten.gelu_backward(dhidden, kept)
-    return *_linear_backward(dkept, x, weight_in, need_x, need_in, need_bias_in), dweight_out, dbias_out
+    norm_weight, norm_bias, eps, mean, rstd, gamma, row_scale, itself, *needs, dtype = given
+    need_x, need_in, need_bias_in, need_out, need_bias_out, need_gamma = needs
+    upstream = _scaled(dout, row_scale, dtype)
+    hidden = kept
+    if need_out or need_gamma:
+        hidden = torch.ops.aten.gelu.out(kept, out=scratch("hidden", tuple(kept.shape), dtype))
+    outer = _Needs(True, need_out, need_bias_out, need_gamma)
+    dhidden, *of_outer = _linear_gradients(upstream, hidden, weight_out.to(dtype), outer, bias_out, gamma)
+    dhidden = dhidden.view(kept.shape)
+    dkept = torch.ops.aten.gelu_backward.grad_input(dhidden, kept, grad_input=dhidden)
+    rows = _normed(x, norm_weight, norm_bias, eps, dtype)[0]
+    inner = _Needs(need_x, need_in, need_bias_in)
+    dx, dweight_in, dbias_in, _ = _linear_gradients(dkept, rows, weight_in.to(dtype), inner)
+    of_norm = [dx.new_empty(0) for _ in range(2)]
+    if need_x:
+        dx, *of_norm = _through_norm(dx, x, norm_weight, mean, rstd, dout if itself else None)
+    return dx, dweight_in, dbias_in, *of_outer, *of_norm
 
 
 def _mlp_backward_fake(
-    dout: Tensor, x: Tensor, weight_in: Tensor, weight_out: Tensor, kept: Tensor, *needs: bool
+    dout: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    kept: Tensor,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    first = _linear_backward_fake(kept, x, weight_in, *needs[:3])
-    return *first, *_linear_backward_fake(dout, kept, weight_out, False, *needs[3:])[1:]
+    norm_weight, _, _, mean, rstd, gamma, _, _, *needs, dtype = given
+    need_x, need_in, need_bias_in, need_out, need_bias_out, need_gamma = needs
+    around = (norm_weight, None, 0.0, mean, rstd)
+    inner = _linear_backward_fake(
+        kept, x, [weight_in], [], *around, None, None, False, need_x, need_in, need_bias_in, False, dtype
+    )
+    outer = _linear_backward_fake(
+        dout, kept, [weight_out], [], None, None, 0.0, mean, rstd, gamma, None, False, False, need_out, need_bias_out,
+        need_gamma, dtype,
+    )  # fmt: skip
+    return *inner[:3], *outer[1:4], *inner[4:]
 
 
-def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight_in, _, weight_out, _ = inputs
+def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *layers, norm_weight, norm_bias, ctx.eps, residual, gamma, row_scale, ctx.dtype = inputs
+    ctx.itself = residual is layers[0]
     # Not the hidden layer: its GELU is a hundredth of the work of the branch, and a quarter of what a block would keep.
-    ctx.save_for_backward(x, weight_in, weight_out, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*layers, output[1], norm_weight, norm_bias, *output[2:], gamma, row_scale)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _mlp_gradient(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _mlp_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None, None, None
-    needs = tuple(ctx.needs_input_grad)
-    gradients = _mlp_grad(dout, *ctx.saved_tensors, *needs)
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+        return (None,) * 12
+    *layers, norm_weight, norm_bias, mean, rstd, gamma, row_scale = ctx.saved_tensors
+    need_x, *need_layers, need_norm_weight, need_norm_bias, _, need_residual, need_gamma, _, _ = ctx.needs_input_grad
+    need_norm = need_norm_weight, need_norm_bias
+    needs = (need_x or any(need_norm), *need_layers, need_gamma)
+    norm = (norm_weight, norm_bias, ctx.eps, mean, rstd)
+    found = _mlp_grad(dout, *layers, *norm, gamma, row_scale, ctx.itself, *needs, ctx.dtype)
+    dx, *of_layers, dgamma, dnorm_weight, dnorm_bias = (
+        g if need else None for g, need in zip(found, (need_x, *need_layers, need_gamma, *need_norm), strict=True)
+    )
+    of_residual = dout if need_residual and not ctx.itself else None
+    return dx, *of_layers, dnorm_weight, dnorm_bias, None, of_residual, dgamma, None, None
 
 
+_AROUND = "Tensor? norm_weight, Tensor? norm_bias, float eps"
+_ENDS = "Tensor? gamma, Tensor? row_scale"
+# For packages of AOTInductor, which multiply as a model does that is not compiled.
+operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: cpu.trained_linear(x, weight.to(x.dtype), bias),
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    autocast=True,
+)
 _linear_grad = operator(
-    "linear_backward(Tensor dout, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"trained_linear_backward(Tensor dout, Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor mean, "
+    f"Tensor rstd, {_ENDS}, bool itself, bool need_x, bool need_weight, bool need_bias, bool need_gamma, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
+    autocast=(),
 )
 _linear = operator(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    f"trained_linear(Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor? residual, {_ENDS}, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _linear_forward,
-    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    _linear_forward_fake,
     setup_context=_linear_setup,
     backward=_linear_gradient,
-    autocast=True,
-    parameters=(1,),
+    autocast=(),
 )
 _linear_gelu_grad = operator(
     "linear_gelu_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor kept, bool need_x, "
     "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor)",
     _gelu_backward,
-    lambda dout, x, weight, bias, kept, *rest: _linear_backward_fake(dout, x, weight, *rest[:3]),
+    _gelu_backward_fake,
 )
 _linear_gelu = operator(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool keep, str backend) -> (Tensor, Tensor)",
@@ -420,17 +694,20 @@ _linear_gelu = operator(
     autocast=True,
 )
 _mlp_grad = operator(
-    "mlp_backward(Tensor dout, Tensor x, Tensor weight_in, Tensor weight_out, Tensor kept, bool need_x, bool need_in, "
-    "bool need_bias_in, bool need_out, bool need_bias_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "mlp_backward(Tensor dout, Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, "
+    f"Tensor kept, {_AROUND}, Tensor mean, Tensor rstd, {_ENDS}, bool itself, bool need_x, bool need_in, "
+    "bool need_bias_in, bool need_out, bool need_bias_out, bool need_gamma, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mlp_backward,
     _mlp_backward_fake,
+    autocast=(),
 )
 _mlp = operator(
-    "mlp(Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out) -> (Tensor, Tensor)",
+    "mlp(Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, "
+    f"{_AROUND}, Tensor? residual, {_ENDS}, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _mlp_forward,
     _mlp_forward_fake,
     setup_context=_mlp_setup,
     backward=_mlp_gradient,
-    autocast=True,
-    parameters=(1, 3),
+    autocast=(),
 )

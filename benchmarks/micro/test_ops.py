@@ -90,6 +90,16 @@ def _made(name: str, scale: str, device: torch.device, dtype: torch.dtype) -> Op
             return Operation(lambda *given: ops.embed_layer_norm(ids, places, *given, 1e-5), given)
         case "linear":
             return Operation(ops.linear, product(WIDTH, 3 * WIDTH))
+        case "joined_linear":
+            given = (*product(WIDTH, WIDTH), *product(WIDTH, HIDDEN)[1:])
+            return Operation(lambda x, w, b, v, c: ops.joined_linear(x, (w, v), (b, c)), given)
+        case "layer_norm_linear":
+            x, *layer = product(WIDTH, 3 * WIDTH)
+            return Operation(lambda x, w, b, *rest: ops.layer_norm_linear(x, w, b, 1e-5, *rest), (x, *norm(0), *layer))
+        case "layer_norm_mlp":
+            x, *layer = product(WIDTH, HIDDEN)
+            given = (x, *norm(0), *layer, *product(HIDDEN, WIDTH)[1:])
+            return Operation(lambda x, w, b, *rest: ops.layer_norm_mlp(x, w, b, 1e-5, *rest), given)
         case "linear_gelu":
             return Operation(ops.linear_gelu, product(WIDTH, HIDDEN))
         case "linear_residual":
@@ -107,9 +117,9 @@ def _made(name: str, scale: str, device: torch.device, dtype: torch.dtype) -> Op
 
 
 OPERATIONS = (
-    "add_layer_norm", "bias_attention", "embed_layer_norm", "layer_norm", "linear", "linear_add_layer_norm",
-    "linear_cross_entropy", "linear_gelu", "linear_residual", "mlp_residual", "relpos_attention",
-    "token_log_likelihood", "varlen_attention",
+    "add_layer_norm", "bias_attention", "embed_layer_norm", "joined_linear", "layer_norm", "layer_norm_linear",
+    "layer_norm_mlp", "linear", "linear_add_layer_norm", "linear_cross_entropy", "linear_gelu", "linear_residual",
+    "mlp_residual", "relpos_attention", "token_log_likelihood", "varlen_attention",
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def add_layer_norm_forward(
         wide: whether `normed` has the type of the sum instead of that of x.
     """
     summed = _sum(x, residual, gamma, row_scale, dropout_p, seed)
-    normed, mean, rstd = _normalise(summed, weight, bias, eps)
+    normed, mean, rstd = normalise(summed, weight, bias, eps)
     return AddLayerNorm(normed if wide else normed.to(x.dtype), summed, mean, rstd)
 
 
@@ -91,20 +91,22 @@ def add_layer_norm_backward(
 ) -> AddLayerNormGradients:
     """Gradients of every floating-point input from those of both results; `dsummed` None means zero.
 
+    Of x only the type is needed where there is no gamma: any tensor of it will do.
+
     `dx` and `dresidual` are one tensor where nothing scales the branch and their precisions agree.
     """
-    ds, dweight, dbias = _normalise_backward(dnormed, summed, weight, mean, rstd)
+    ds, dweight, dbias = normalise_backward(dnormed, summed, weight, mean, rstd)
     if dsummed is not None:
         ds = ds + dsummed
-    kept, dgamma = _kept(x, dropout_p, seed), None
+    kept, dgamma = _kept(summed, x.dtype, dropout_p, seed), None
     if gamma is not None:
         products = ds.to(_wide(summed)) * (x if kept is None else x * kept)
         if row_scale is None:
             dgamma = products.flatten(0, -2).sum(0).to(gamma.dtype)
         else:
-            sums = products.view(row_scale.shape[0], -1, x.shape[-1]).sum(1)
+            sums = products.view(row_scale.shape[0], -1, summed.shape[-1]).sum(1)
             dgamma = (row_scale[:, None] * sums).sum(0).to(gamma.dtype)
-    factor = _factor(gamma, row_scale, x)
+    factor = _factor(gamma, row_scale, summed)
     branch = ds if factor is None else ds * factor
     if kept is not None:
         branch = branch * kept
@@ -133,7 +135,7 @@ def embed_layer_norm_forward(
     Raises:
         IndexError: a token or position outside its table.
     """
-    return _normalise(_embed(tokens, positions, word, position, type_row), weight, bias, eps)
+    return normalise(_embed(tokens, positions, word, position, type_row), weight, bias, eps)
 
 
 def embed_layer_norm_backward(
@@ -153,7 +155,7 @@ def embed_layer_norm_backward(
     Row `padding_idx` of both tables receives none, as in RoBERTa.
     """
     embedded = _embed(tokens, positions, word, position, type_row)
-    ds, dweight, dbias = _normalise_backward(dnormed, embedded, weight, mean, rstd)
+    ds, dweight, dbias = normalise_backward(dnormed, embedded, weight, mean, rstd)
     skipped = -1 if padding_idx is None else padding_idx
     rows = ds.reshape(-1, ds.shape[-1]).to(_wide(ds))
     dword, dposition = (
@@ -175,15 +177,15 @@ def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor
     return rows if gamma is None else rows * gamma
 
 
-def _kept(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+def _kept(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor | None:
     """The factor that dropout gives every element of x, the same for the same seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
     seed = checks.seed_of(dropout_p, seed)
     if dropout_p >= 1:
-        return torch.zeros_like(x)
+        return torch.zeros_like(x, dtype=dtype)
     dropout = Dropout(dropout_p, seed)
-    return dropout.mask(tuple(x.shape), x.dtype).mul_(1 / dropout.kept)
+    return dropout.mask(tuple(x.shape), dtype).mul_(1 / dropout.kept)
 
 
 def _sum(
@@ -194,7 +196,7 @@ def _sum(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    kept, factor = _kept(x, dropout_p, seed), _factor(gamma, row_scale, x)
+    kept, factor = _kept(x, x.dtype, dropout_p, seed), _factor(gamma, row_scale, x)
     branch = x if kept is None else x * kept
     if residual is None:
         return branch if factor is None else (branch * factor).to(x.dtype)
@@ -203,7 +205,8 @@ def _sum(
     return (residual + branch if factor is None else torch.addcmul(residual, branch, factor)).to(dtype)
 
 
-def _normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of `[..., M]` in its type, and mean and rstd `[rows]`, at least fp32."""
     # PyTorch keeps the statistics in the type of the parameters, so these are what has to be wide.
     wide = _wide(summed)
     bias = None if bias is None else bias.to(wide)
@@ -211,9 +214,10 @@ def _normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
     return normed, mean.flatten(), rstd.flatten()
 
 
-def _normalise_backward(
+def normalise_backward(
     dnormed: Tensor, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum, in its type, and of weight and bias."""
     rows = summed.reshape(-1, summed.shape[-1])
     wide = weight.to(_wide(summed))
     ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(

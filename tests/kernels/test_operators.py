@@ -442,7 +442,6 @@ def test_opcheck_of_the_others() -> None:
         opcheck(operators.add_layer_norm.default, arguments)
     opcheck(operators.embed_layer_norm.default, (TOKENS, TOKENS % 7, *tables, 1e-5, 1, "cpu"))
     opcheck(operators.linear_gelu.default, (*CASES["linear_gelu"][1](), True, "cpu"))
-    opcheck(operators.mlp.default, tuple(MLP()))
     opcheck(operators.linear_cross_entropy.default, (h, w, b, TARGETS, -100, 0.1, True, True, True, "cpu"))
     opcheck(operators.token_log_likelihood.default, (h, w, b, TARGETS, -100, "cpu"))
 
@@ -541,13 +540,107 @@ def in_training(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return ops.linear(x, weight, bias)
 
 
+NO_NORM = (None, None, 0.0)
+
+
 @pytest.mark.parametrize(
     "needed", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 )
 def test_opcheck_linear(needed: tuple[bool, ...]) -> None:
     x, weight, bias = (t.detach().requires_grad_(n) for t, n in zip(LINEAR(), needed, strict=True))
-    opcheck(torch.ops.xfm_fast.linear.default, (x, weight, bias))
-    opcheck(torch.ops.xfm_fast.linear.default, (x.transpose(0, 1), weight, None))
+    plain = (*NO_NORM, None, None, None, torch.float32)
+    opcheck(torch.ops.xfm_fast.trained_linear.default, (x, [weight], [bias], *plain))
+    opcheck(torch.ops.xfm_fast.trained_linear.default, (x.transpose(0, 1), [weight], [], *plain))
+    norm = [torch.rand(16, requires_grad=needed[1]) for _ in range(2)]
+    ends = (torch.randn(3, 5, 32, requires_grad=needed[0]), torch.rand(32, requires_grad=needed[2]), ROW_SCALE)
+    parts = ([weight, weight[:8].detach()], [bias, bias[:8].detach()])
+    for dtype in (torch.float32, torch.bfloat16):
+        opcheck(torch.ops.xfm_fast.trained_linear.default, (x, *parts, *norm, 1e-5, *ends, dtype))
+
+
+@pytest.mark.parametrize("needed", [(True,) * 5, (True, *[False] * 4), (False, True, False, True, False)])
+def test_opcheck_mlp(needed: tuple[bool, ...]) -> None:
+    x, *layers = (t.detach().requires_grad_(n) for t, n in zip(MLP(), needed, strict=True))
+    norm = [torch.rand(16, requires_grad=needed[1]) for _ in range(2)]
+    gamma = torch.rand(16, requires_grad=needed[2])
+    opcheck(torch.ops.xfm_fast.mlp.default, (x, *layers, *NO_NORM, None, None, None, torch.float32))
+    for dtype in (torch.float32, torch.bfloat16):
+        opcheck(torch.ops.xfm_fast.mlp.default, (x, *layers, *norm, 1e-5, x, gamma, ROW_SCALE, dtype))
+
+
+# What training on a CPU does in one operator, by the leaves that it is made of.
+BRANCHES: dict[str, Callable[..., Tensor]] = {
+    "behind a norm": lambda given, **o: ops.layer_norm_linear(
+        given["x"], *given["norm"], 1e-5, *given["inner"], backend=o["backend"]
+    ),
+    "pre-norm MLP": lambda given, **o: ops.layer_norm_mlp(
+        given["x"], *given["norm"], 1e-5, *given["inner"], *given["outer"], **o
+    ),
+    "MLP": lambda given, **o: ops.mlp_residual(given["x"], *given["inner"], *given["outer"], given["x"], **o),
+    "projection": lambda given, **o: ops.linear_residual(given["x"].tanh(), *given["square"], given["x"], **o),
+    "side by side": lambda given, **o: ops.joined_linear(
+        given["x"],
+        [given["square"][0], given["inner"][0]],
+        [given["square"][1], given["inner"][1]],
+        backend=o["backend"],
+    ),
+}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("name", BRANCHES)
+@each_library("aten", "onednn", "transposed")
+@pytest.mark.usefixtures("library")
+def test_branches_in_training_against_their_definition(name: str, mixed: bool, scaled: bool) -> None:
+    """Results and every gradient, in fp32 and under autocast, with LayerScale and stochastic depth and without."""
+    made = shaped((3, 5, 16), 16, 16, (64, 16), 64, (16, 64), 16, (16, 16), 16, 16)
+
+    def results(backend: ops.Backend, dtype: torch.dtype, *, mixed: bool) -> list[Tensor]:
+        x, *rest, gamma = made(dtype)
+        pairs = dict(zip(("norm", "inner", "outer", "square"), zip(rest[::2], rest[1::2], strict=True), strict=True))
+        branch = {"gamma": gamma, "row_scale": ROW_SCALE.to(dtype)} if scaled else {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = BRANCHES[name]({"x": x, **pairs}, backend=backend, **branch)
+        gradients = torch.autograd.grad(out.to(dtype).sin().sum(), [x, *rest, gamma], allow_unused=True)
+        return [out.detach(), *(g for g in gradients if g is not None)]
+
+    truth = results("reference", torch.float64, mixed=False)
+    plain = results("reference", torch.float32, mixed=mixed)
+    found = results("cpu", torch.float32, mixed=mixed)
+    for i, (ours, theirs, true) in enumerate(zip(found, plain, truth, strict=True)):
+        assert ours.dtype == theirs.dtype
+        errors = [float((each.double() - true).norm() / true.norm()) for each in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1] + (4e-3 if mixed else 4e-6), f"result {i}: {errors}"
+
+
+def test_a_branch_in_training_keeps_its_input_alone() -> None:
+    """Neither the normalised rows, nor the hidden layer, nor the branch before its LayerScale, nor weights."""
+    x, *layers = MLP()
+    norm, gamma = [torch.rand(16, requires_grad=True) for _ in range(2)], torch.rand(16, requires_grad=True)
+    leaves = [x, *layers, *norm, gamma]
+    wider = torch.rand(48, 16, requires_grad=True)
+
+    def kept(run: Callable[[], Tensor]) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+
+        def note(t: Tensor) -> Tensor:
+            if not any(t is leaf or t.data_ptr() == leaf.data_ptr() for leaf in (*leaves, wider)):
+                shapes.append(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            run()
+        return sorted(shape for shape in shapes if math.prod(shape))
+
+    statistics = [(15,), (15,)]
+    assert kept(lambda: ops.layer_norm_mlp(x, *norm, 1e-5, *layers, gamma=gamma)) == [(3, 5, 64), *statistics]
+    assert kept(lambda: ops.layer_norm_linear(x, *norm, 1e-5, *layers[:2])) == statistics
+    assert kept(lambda: ops.linear_residual(x, layers[2][:, :16], layers[3], x, gamma=gamma)) == []
+    assert kept(lambda: ops.joined_linear(x, [layers[0], wider], [layers[1], layers[1][:48]])) == []
+    with torch.autocast("cpu", torch.bfloat16):
+        # The rows in the type of the product are the one thing that is not there already.
+        assert kept(lambda: ops.joined_linear(x, [layers[0], wider], [layers[1], layers[1][:48]])) == [(3, 5, 16)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

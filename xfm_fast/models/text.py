@@ -25,6 +25,14 @@ def concatenated(name: str, *parts: Tensor) -> Tensor:
     return derived(name, parts, lambda: side_by_side(parts))
 
 
+def _product(name: str, x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The results of several layers side by side: `[..., inputs]` → `[..., Σ outputs]`."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if x.device.type == "cpu" and torch.is_grad_enabled() and any(p.requires_grad for p in (*weights, *biases)):
+        return ops.joined_linear(x, weights, biases)
+    return ops.linear(x, concatenated(f"{name} weight", *weights), concatenated(f"{name} bias", *biases))
+
+
 class AttentionProjections(nn.Module):
     """Query, key and value projections of self-attention, or of cross-attention to a memory of another width."""
 
@@ -47,9 +55,8 @@ class AttentionProjections(nn.Module):
         if self.key.weight.is_mkldnn:
             k, v = self.project_memory(x).unbind(-3)
             return self.project_query(x), k, v
-        weight = concatenated("qkv weight", self.query.weight, self.key.weight, self.value.weight)
-        bias = concatenated("qkv bias", self.query.bias, self.key.bias, self.value.bias)
-        q, k, v = ops.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        joined = _product("qkv", x, self.query, self.key, self.value)
+        q, k, v = joined.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return q, k, v
 
     def project_query(self, x: Tensor) -> Tensor:
@@ -58,11 +65,13 @@ class AttentionProjections(nn.Module):
 
     def project_memory(self, memory: Tensor) -> Tensor:
         """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
-        # Frozen, the weight of the keys is that of both.
-        frozen = self.key.weight.is_mkldnn
-        weight = self.key.weight if frozen else concatenated("kv weight", self.key.weight, self.value.weight)
-        bias = concatenated("kv bias", self.key.bias, self.value.bias)
-        return ops.linear(memory, weight, bias).unflatten(-1, (2, self.heads, -1))
+        if self.key.weight.is_mkldnn:
+            # Frozen, the weight of the keys is that of both.
+            bias = concatenated("kv bias", self.key.bias, self.value.bias)
+            joined = ops.linear(memory, self.key.weight, bias)
+        else:
+            joined = _product("kv", memory, self.key, self.value)
+        return joined.unflatten(-1, (2, self.heads, -1))
 
 
 class ResidualNorm(nn.Module):

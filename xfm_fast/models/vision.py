@@ -68,9 +68,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            context, proj, norm = self.attn.attend(x, key_mask, norm=self.norm1), self.attn.proj, self.norm2
+            x = ops.linear_residual(
+                context, proj.weight, proj.bias, x, gamma=self.gamma_1, row_scale=self._row_scale(x)
+            )
+            return ops.layer_norm_mlp(
+                x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+                gamma=self.gamma_2, row_scale=self._row_scale(x),
+            )  # fmt: skip
         normed = ops.layer_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
         normed, x = self._attend(normed, x, key_mask)
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         return ops.mlp_residual(
             normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, gamma=self.gamma_2, row_scale=self._row_scale(x)
         )

@@ -70,9 +70,17 @@ class RelPosAttention(nn.Module):
             raise InputError(f"x is {[*x.shape]}; a window of {self.window} patches needs [B, {tokens}, width]")
         return ops.linear(self.attend(x, key_mask), self.proj.weight, self.proj.bias)
 
-    def attend(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """`forward` before the output projection, for models that fuse it with what follows; arguments as there."""
-        qkv = ops.linear(x, self.qkv.weight, qkv_bias(self.q_bias, self.v_bias))
+    def attend(self, x: Tensor, key_mask: Tensor | None = None, norm: nn.LayerNorm | None = None) -> Tensor:
+        """`forward` before the output projection, for models that fuse it with what follows; arguments as there.
+
+        Args:
+            norm: what x passes first.
+        """
+        bias = qkv_bias(self.q_bias, self.v_bias)
+        if norm is None:
+            qkv = ops.linear(x, self.qkv.weight, bias)
+        else:
+            qkv = ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         table = self.relative_position_bias_table
         return ops.relpos_attention(q, k, v, table, self.window, key_mask=key_mask).flatten(2)
