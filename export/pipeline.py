@@ -106,7 +106,7 @@ def export_graphs(
     del built
 
     def write_one(record: GraphRecord) -> Sequence[str]:
-        graph = build(record.name, model, spelling.form, all_tokens=all_tokens)
+        graph = build(record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed)
         return write(in_dtype(graph, DTYPES[dtype]), record, content)
 
     def compare(content: Manifest) -> None:

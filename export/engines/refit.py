@@ -67,8 +67,9 @@ def refit_engines(
         raise InputError(f"{folder} holds the engines themselves; choose another folder for those with other weights")
     check_sizes(model, given)
     built = build_graphs(
-        model, check_spelling(request), given.graph_names, fixed=given.fixed, all_tokens=given.all_tokens
-    )
+        model, check_spelling(request), given.graph_names, fixed=given.fixed, all_tokens=given.all_tokens,
+        packed=given.packed,
+    )  # fmt: skip
     for record in graph_records(built, given.dtype, model, given.fixed):
         _check_interface(record, given.graph(record.name))
     kept = sum(record.bytes for record in given.files if record.name.endswith(".engine"))
@@ -121,9 +122,14 @@ def refittable(folder: Path) -> tuple[Manifest, OnnxRequest]:
         )
     assert given.consumer != "aoti"
     return given, OnnxRequest(
-        given.dtype, given.graph_names, [f"{axis}={size}" for axis, size in given.fixed.items()], given.all_tokens,
-        given.consumer, given.opset,
-    )  # fmt: skip
+        dtype=given.dtype,
+        graphs=given.graph_names,
+        fixed=[f"{axis}={size}" for axis, size in given.fixed.items()],
+        all_tokens=given.all_tokens,
+        packed=given.packed,
+        consumer=given.consumer,
+        opset=given.opset,
+    )
 
 
 def check_sizes(model: XFM, given: Manifest) -> None:
