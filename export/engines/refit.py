@@ -122,9 +122,14 @@ def refittable(folder: Path) -> tuple[Manifest, OnnxRequest]:
         )
     assert given.consumer != "aoti"
     return given, OnnxRequest(
-        given.dtype, given.graph_names, [f"{axis}={size}" for axis, size in given.fixed.items()], given.all_tokens,
-        given.packed, given.consumer, given.opset,
-    )  # fmt: skip
+        dtype=given.dtype,
+        graphs=given.graph_names,
+        fixed=[f"{axis}={size}" for axis, size in given.fixed.items()],
+        all_tokens=given.all_tokens,
+        packed=given.packed,
+        consumer=given.consumer,
+        opset=given.opset,
+    )
 
 
 def check_sizes(model: XFM, given: Manifest) -> None:
