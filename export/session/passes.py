@@ -210,7 +210,7 @@ class RowPass:
 
 
 def row_batches(
-    texts: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int, axis: str
+    texts: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int, graph: str
 ) -> list[Rows]:
     """Divide texts into passes of a packed graph: rows of one length each, tokens of texts within the budget.
 
@@ -219,7 +219,7 @@ def row_batches(
         lengths: tokens of every text there is.
         slots: those of the graph.
         width: of the model.
-        axis: the one that counts texts in the graph.
+        graph: `text` or `fusion`.
 
     Raises:
         InputError: a text is longer than any slot takes.
@@ -227,8 +227,11 @@ def row_batches(
     if not texts:
         return []
     longest = max(lengths[text] for text in texts)
-    choose_slot("packed", slots, {"length": longest})
-    tokens, most = sum(lengths[text] for text in texts), largest(slots, axis) or len(texts)
+    choose_slot(graph, slots, {"length": longest})
+    tokens, most = (
+        sum(lengths[text] for text in texts),
+        largest(slots, "batch" if graph == "text" else "texts") or len(texts),
+    )
     order = sorted(texts, key=lengths.__getitem__)
     for count in range(max(ceil(tokens / limits.budget), ceil(len(texts) / most)), len(texts) + 1):
         # By turns, so that each has its share of short and long ones.
@@ -255,7 +258,7 @@ def plan_rows(
     units = [
         (image, rows.texts, rows.length)
         for image, texts in groups.items()
-        for rows in row_batches(texts, lengths, slots, limits, width, "texts")
+        for rows in row_batches(texts, lengths, slots, limits, width, "fusion")
     ]
     return [RowPass(*work) for work in _stacked(units, slots, limits, "rows")]
 

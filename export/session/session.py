@@ -419,7 +419,7 @@ class Session:
         }
         outputs = self.zeros("text", {"batch": texts, "rows": 0, "length": 0})
         embeds = outputs.pop("packed_embeds").new_zeros(texts * width, config.text_width)
-        for rows in row_batches(range(texts), sizes, self.slots("text"), self.limits, config.text_width, "batch"):
+        for rows in row_batches(range(texts), sizes, self.slots("text"), self.limits, config.text_width, "text"):
             layout = Layout.of([rows.texts], sizes, rows.length)
             inputs = {name: layout.spread(value, config.pad_token_id)[0] for name, value in given.items()}
             made = self.call("text", inputs | {"segments": layout.segments[0], "firsts": layout.firsts[0]})

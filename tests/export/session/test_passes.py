@@ -145,17 +145,17 @@ def test_rows_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) ->
 
 def test_rows_follow_the_tokens() -> None:
     lengths = [40, *[3 + n % 20 for n in range(31)]]
-    (rows,) = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(2048, 32), 768, "batch")
+    (rows,) = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(2048, 32), 768, "text")
     assert sum(lengths) <= rows.tokens <= 1.05 * sum(lengths)
     padded = token_batches(lengths, 2048, pass_tokens=32)
     assert rows.tokens < sum(batch.tokens + 32 for batch in padded)
     # Beyond the budget, passes of about as many tokens each.
-    several = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(200, 32), 768, "batch")
+    several = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(200, 32), 768, "text")
     sizes = [sum(lengths[text] for row in each.texts for text in row) for each in several]
     assert len(several) == ceil(sum(lengths) / 200)
     assert max(sizes) - min(sizes) <= 40
     with pytest.raises(InputError, match=r"length is 513"):
-        row_batches([0], [513], ROWS_OF_ANY, PassLimits(2048, 32), 768, "batch")
+        row_batches([0], [513], ROWS_OF_ANY, PassLimits(2048, 32), 768, "text")
 
 
 def test_texts_of_an_image_share_its_memory_and_single_pairs_share_a_pass() -> None:
