@@ -111,6 +111,8 @@ def trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
         known = all(t.dtype in (torch.float32, torch.bfloat16) for t in present)
     else:
         types, known = {t.dtype for t in present}, True
+    # Frozen weights are refused with a reason where products are made one by one.
+    known = known and not any(t.is_mkldnn for t in present)
     return known and len(types) == 1 and types <= set(_CPU_DTYPES) and any(t.requires_grad for t in present)
 
 
