@@ -57,6 +57,8 @@ class Axis:
 
 BATCH, TEXTS, LENGTH, PAST = Axis("batch"), Axis("texts"), Axis("length"), Axis("past")
 ROWS = Axis("rows")
+LONGEST_ROW = 512
+"""Tokens of a row of texts, whose positions begin anew with every text, so that a model's own do not bound it."""
 
 
 @dataclass(frozen=True)
@@ -808,7 +810,7 @@ def _residual_norm(part: ResidualNorm, x: Tensor, residual: Tensor) -> Tensor:
 
 
 _EXAMPLE_SIZES = {"batch": 2, "texts": 3, "length": 7, "past": 5, "rows": 4}
-_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": 512, "past": 512, "rows": 4096}
+_LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": LONGEST_ROW, "past": 512, "rows": 4096}
 
 
 def tracing_call(

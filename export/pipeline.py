@@ -22,7 +22,18 @@ from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
 from .expected import DECODER_GRAPHS, Examples, reference_bytes
-from .graphs import Axis, Graph, TensorSpec, build, check_fixed, default_graphs, in_dtype, wants_all_tokens
+from .graphs import (
+    LONGEST_ROW,
+    ROWS,
+    Axis,
+    Graph,
+    TensorSpec,
+    build,
+    check_fixed,
+    default_graphs,
+    in_dtype,
+    wants_all_tokens,
+)
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
 from .request import ALL_GRAPHS, ExportRequest, GraphName
 from .verification import compare_with_model
@@ -210,6 +221,8 @@ def graph_interface(graph: Graph, dtype: DType, model: XFM, fixed: Mapping[str, 
 
     axes = {axis.name: axis for spec in graph.inputs for axis in spec.axes.values() if axis.name not in fixed}
     most: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
+    if ROWS in axes.values() and "length" in axes:
+        most["length"] = max(most["length"], LONGEST_ROW)
     return {
         "inputs": [record(spec) for spec in graph.inputs],
         "outputs": [record(spec) for spec in graph.outputs],

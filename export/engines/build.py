@@ -160,7 +160,7 @@ def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Lib
         InputError: a list that is not understood, or options that exclude each other.
     """
     request = request.complete
-    parse_profiles(request.profile)
+    parse_profiles(request.profile, packed=request.packed)
     spelling = profile(consumer, request.dtype, request.opset)
     if request.plugins and request.packed:
         raise InputError("the attention of --plugins knows no rows of texts, which --packed has; leave one of them out")
@@ -211,7 +211,7 @@ def build_engines(
         InputError, StorageError, ExportError: as in `export_engines`.
     """
     wanted, progress = (request or EngineRequest()).complete, progress or Silent()
-    profiles = parse_profiles(wanted.profile)
+    profiles = parse_profiles(wanted.profile, packed=wanted.packed)
     shapes = {record.name: graph_profiles(record, profiles) for record in exported.graphs}
     numbers = {record.name: number for number, record in enumerate(exported.graphs, 1)}
 
