@@ -212,7 +212,9 @@ def build_engines(
     """
     wanted, progress = (request or EngineRequest()).complete, progress or Silent()
     profiles = parse_profiles(wanted.profile)
-    shapes = {record.name: graph_profiles(record, profiles) for record in exported.graphs}
+    shapes: dict[GraphName, list[ProfileRecord]] = {
+        record.name: graph_profiles(record, profiles) for record in exported.graphs
+    }
     numbers = {record.name: number for number, record in enumerate(exported.graphs, 1)}
 
     sources = {record.name: onnx / record.file for record in exported.graphs}
@@ -283,7 +285,7 @@ def fill_engines(
             "verification": None,
             "graphs_verification": exported.verification,
             "target": target,
-            "options": exported.options | options,
+            "options": {**exported.options, **options},
         }
     )
     records = [
