@@ -19,7 +19,7 @@ from xfm_fast.models.xfm import XFM
 
 from ..consumers import Profile, data_type, profile
 from ..expected import Examples, generated_examples
-from ..manifest import EngineTarget, GraphName, GraphRecord, Manifest, ProfileRecord, record_files
+from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from ..onnx import Rewrite, export_onnx, require_onnx
 from ..pipeline import (
     build_graphs,
@@ -250,7 +250,7 @@ def fill_engines(
     folder: Path,
     target: EngineTarget,
     options: Mapping[str, Any],
-    profiles: Mapping[GraphName, list[ProfileRecord]],
+    profiles: Mapping[str, list[ProfileRecord]],
     write: Callable[[GraphRecord, Path], None],
     compare: Callable[[Manifest], None],
     *,

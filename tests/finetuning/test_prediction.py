@@ -50,7 +50,7 @@ def process(rank: int, world_size: int, meeting: Path, run: Path, lines: Path, o
             os.kill(os.getpid(), signal.SIGKILL)
         return predict(model, records)
 
-    task.predict = dying  # type: ignore[method-assign]
+    task.predict = dying
     with join_processes("cpu") as processes:
         answer_lines(predictor, lines, out, Evaluation(out.with_name(".parts"), processes, 2))
 
