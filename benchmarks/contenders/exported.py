@@ -156,8 +156,8 @@ def _exported(model: XFM, form: Form, dtype: DType, graphs: tuple[GraphName, ...
     marks = [form.library, dtype, *(["int8"] if form.int8 else []), *(["packed"] if form.packed else []), *graphs]
     folder = scratch / "-".join([*marks, str(model.config.image_size)])
     with contextlib.suppress(ExportError):
-        parts = build_graphs(model, profile("onnxruntime", "fp32"), graphs).values()
-        if Manifest.load(folder, check_files=False).weights_sha256 == weights_sha256(model, parts):
+        known = Manifest.load(folder, check_files=False).weights_sha256
+        if known == weights_sha256(model, build_graphs(model, profile("onnxruntime", "fp32"), graphs).values()):
             return folder
     common: dict[str, Any] = {"dtype": dtype, "graphs": graphs}
     if form.library in ("tensorrt", "tensorrt-rtx"):

@@ -228,10 +228,8 @@ def row_batches(
         return []
     longest = max(lengths[text] for text in texts)
     choose_slot(graph, slots, {"length": longest})
-    tokens, most = (
-        sum(lengths[text] for text in texts),
-        largest(slots, "batch" if graph == "text" else "texts") or len(texts),
-    )
+    tokens = sum(lengths[text] for text in texts)
+    most = largest(slots, "batch" if graph == "text" else "texts") or len(texts)
     order = sorted(texts, key=lengths.__getitem__)
     for count in range(max(ceil(tokens / limits.budget), ceil(len(texts) / most)), len(texts) + 1):
         # By turns, so that each has its share of short and long ones.
