@@ -135,7 +135,9 @@ def test_score_and_file(task: Open, world: Path) -> None:
     rows = [{"caption": text} for text in texts]
     metrics = made.score(rows, records)
     known = caption_metrics(dict(enumerate(texts)), {n: each.caption or () for n, each in enumerate(records)})
-    assert metrics == {name: 100 * value for name, value in known.items()} | {"true_captions": 100.0}
+    kinds = ("captions", "sizes", "colours", "textures", "shapes", "relations")
+    assert metrics == {name: 100 * value for name, value in known.items()} | {f"true_{kind}": 100.0 for kind in kinds}
+    assert set(made.metrics) == set(metrics)
     wrong = [{"caption": "nothing that is understood"}, *rows[1:]]
     assert made.score(wrong, records)["true_captions"] == pytest.approx(100 * (1 - 1 / len(rows)))
     assert "true_captions" not in task().score(rows, records)

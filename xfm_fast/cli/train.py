@@ -147,15 +147,16 @@ def downstream(*overrides: str, options: Flat[DownstreamOptions] = DownstreamOpt
     no training file holds, beside what an answer without looking gets. Finished runs are kept and not repeated.
 
     Args:
-        overrides: key=value for the recipe of pretraining, such as model.patch_size=4.
+        overrides: key=value for the recipe of pretraining, in place of what the study says to it.
     """
-    from xfm_fast.reproduce.downstream import Table, markdown, run_downstream, save
+    from xfm_fast.reproduce.downstream import TOLD, Table, markdown, run_downstream, save
 
     def keep(table: Table) -> None:
         save(table, options.out)
         note(f"{len(table.missing)} runs to go")
 
-    result = run_downstream(options.out, seeds=options.seeds, jobs=options.jobs, pretraining=overrides, on_change=keep)
+    told = overrides or TOLD
+    result = run_downstream(options.out, seeds=options.seeds, jobs=options.jobs, pretraining=told, on_change=keep)
     print(markdown(result))
     print("saved: " + ", ".join(str(path) for path in save(result, options.out)))
     return 0

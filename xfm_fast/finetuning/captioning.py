@@ -19,7 +19,7 @@ from xfm_fast.data.files import find_files, read_json
 from xfm_fast.data.images import record_pixels
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import Rows, open_records
-from xfm_fast.data.shapes import Scene, Split, scene, true_caption_share
+from xfm_fast.data.shapes import Scene, Split, scene, true_shares
 from xfm_fast.data.shapes.world import WORLD_FILE
 from xfm_fast.data.task_files import captioning_rows, captioning_test_rows, is_captioned
 from xfm_fast.data.texts import choose_text
@@ -84,7 +84,10 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
     whose captions have the images' ids. Folders of images can be captioned too, and are not scored.
     """
 
-    metrics = ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "true_captions")
+    metrics = (
+        "CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "true_captions", "true_sizes", "true_colours",
+        "true_textures", "true_shapes", "true_relations",
+    )  # fmt: skip
 
     def prepare(self) -> None:
         options, config = self.options, self.config
@@ -178,7 +181,8 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
         """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D`, times 100; see `tasks.caption_metrics`.
 
-        With the option `facts` also `true_captions`, the share of those that say something, and nothing false.
+        With the option `facts` also `true_captions`, the share of those that say something, and nothing false, and the
+        share of what they say that is true, by kind.
         """
         if lacking := [record.image for record in records if record.caption is None]:
             if len(lacking) == len(records):
@@ -191,7 +195,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         found = caption_metrics(said, {record.identity: record.caption or () for record in records})
         if self.options.facts:
             scenes = [_scene_of(self.images / record.image) for record in records]
-            found["true_captions"] = true_caption_share([row["caption"] for row in rows], scenes)
+            found |= true_shares([row["caption"] for row in rows], scenes)
         return {name: 100 * value for name, value in found.items()}
 
     def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:

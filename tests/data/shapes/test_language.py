@@ -22,7 +22,7 @@ from xfm_fast.data.shapes import (
     references,
     scene,
     statements,
-    true_caption_share,
+    true_shares,
 )
 from xfm_fast.data.shapes.scenes import COLOURS, SHAPES
 from xfm_fast.errors import DataError
@@ -244,7 +244,7 @@ def test_all_facts_of_the_captions_are_true(split: Split) -> None:
         assert found.understood, text
         assert len(found.facts) == 5 * len(made.things) - 1
         assert found.all_true, text
-    assert true_caption_share(texts, scenes) == 1
+    assert set(true_shares(texts, scenes).values()) == {1}
 
 
 @each_split
@@ -287,9 +287,11 @@ def test_facts_of_captions_that_the_world_does_not_write() -> None:
         assert judged(text) is None
     assert judged("there is an object") == []
     assert not caption_facts("there is an object", made).all_true
-    assert true_caption_share(["a star", "a dog", "an object", "a red star"], [made] * 4) == 0.25
+    shares = true_shares(["a star", "a dog", "an object", "a red star"], [made] * 4)
+    assert shares["true_captions"] == 0.25
+    assert (shares["true_shapes"], shares["true_colours"], shares["true_relations"]) == (0.5, 1, 0)
     with pytest.raises(DataError, match="one scene for each"):
-        true_caption_share(["a star"], [])
+        true_shares(["a star"], [])
 
 
 @each_split

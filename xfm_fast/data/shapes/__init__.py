@@ -18,7 +18,7 @@ from xfm_fast.data.shapes.language import (
     questions,
     references,
     statements,
-    true_caption_share,
+    true_shares,
 )
 from xfm_fast.data.shapes.rendering import pixel_box, render, render_batch
 from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, Thing, allowed_pairs, scene
@@ -47,6 +47,6 @@ __all__ = [
     "render_batch",
     "scene",
     "statements",
-    "true_caption_share",
+    "true_shares",
     "write_world",
 ]

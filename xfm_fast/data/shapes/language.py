@@ -322,8 +322,13 @@ def _likeness(facts: Sequence[Fact]) -> tuple[int, int]:
     return sum(fact.true for fact in facts if fact.kind != "relation"), sum(fact.true for fact in facts)
 
 
-def true_caption_share(texts: Sequence[str], scenes: Sequence[Scene]) -> float:
-    """Share of captions that state at least one fact and nothing false, each of its scene; one not understood is wrong.
+def true_shares(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
+    """What is true of what captions say, each of its scene.
+
+    Returns:
+        `true_captions`: the share of captions that state at least one fact and nothing false; one not understood is
+        wrong. `true_colours`, `true_shapes`, `true_relations` and so on: the share of claims of this kind, 0 where
+        there is none.
 
     Raises:
         DataError: no captions, or another number of scenes.
@@ -332,7 +337,13 @@ def true_caption_share(texts: Sequence[str], scenes: Sequence[Scene]) -> float:
         raise DataError(
             f"{len(texts)} captions and {len(scenes)} scenes: give one scene for each caption, at least one"
         )
-    return sum(caption_facts(text, made).all_true for text, made in zip(texts, scenes, strict=True)) / len(texts)
+    said = [caption_facts(text, made) for text, made in zip(texts, scenes, strict=True)]
+    claims = [fact for each in said for fact in each.facts]
+    shares = {"true_captions": sum(each.all_true for each in said) / len(said)}
+    for kind in (*ATTRIBUTES, "relation"):
+        of_kind = [fact.true for fact in claims if fact.kind == kind]
+        shares[f"true_{kind}s"] = sum(of_kind) / max(1, len(of_kind))
+    return shares
 
 
 def _related(scene: Scene, x: Reference, relation: str, y: Reference) -> bool:
