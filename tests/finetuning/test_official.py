@@ -73,6 +73,31 @@ PROBE = IMAGE | {
     "optimizer": {"opt": "adamW", "lr": "2e-5", "weight_decay": 0.02, "momentum": 0.9},
     "schedular": {"lr": "2e-5", "min_lr": 0, "epochs": 100, "warmup_epochs": 10},
 }  # fmt: skip
+# The two files of domain pretraining list no data; whoever runs them says where theirs lies.
+DOMAIN: dict[str, Any] = MODEL | trained("3e-5", 2) | {
+    "image_res": 224, "max_words": 40, "max_tokens": 40, "mask_whole_word": True, "mask_prob": 0.25, "max_masks": 8,
+    "skipgram_prb": 0.2, "skipgram_size": 3,
+    "accelerator": {
+        "ACCELERATOR": "ApexDDP", "AUTO_CAST": False, "SYNCBN": False, "FP16_OPT_LEVEL": "O1",
+        "FP16_LOSS_SCALE": "dynamic", "RNG_SEED": 42, "GRAD_ACCUMULATE_STEPS": 1, "CLIP_GRAD_NORM": 1.0,
+    },
+}  # fmt: skip
+REGIONS = DOMAIN | {
+    "train_file_regions": [], "train_dataset_size": 318547, "refcoco_data": "d", "det_file": "d", "coco_file": "d",
+    "image_root": "i", "calc_image_bbox_loss": False,
+    "regions": {
+        "image_key": "binary", "is_image_rpath": False, "caption_key": "caption", "tokenized": True,
+        "careful_hflip": True, "iter_perc": 1.0, "batch_size": 64, "max_images": 28, "max_regions": 5,
+        "min_perc_in_image": 0.5, "num_workers": 4,
+    },
+}  # fmt: skip
+PAIRS = DOMAIN | {
+    "train_file": [], "train_dataset_size": 5114489, "embed_dim": 256,
+    "images": {
+        "image_key": "binary", "is_image_rpath": False, "caption_key": "desc", "tokenized": False, "batch_size": 128,
+        "num_workers": 4,
+    },
+}  # fmt: skip
 
 
 def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRecipe:
@@ -122,7 +147,38 @@ def test_files_and_folders_are_those_of_the_file(tmp_path: Path) -> None:
     assert probe.model == XFMConfig.preset("base", text_layers=0, fusion_layers=0)
 
 
+@pytest.mark.parametrize(("values", "ours"), [(REGIONS, "refcoco_domain"), (PAIRS, "captioning_domain")])
+def test_domain_pretraining_is_our_recipe(values: dict[str, Any], ours: str, tmp_path: Path) -> None:
+    official, shipped = load(values, tmp_path, "data.train=mine"), load_finetune_recipe(ours)
+    for section in ("model", "epochs", "steps", "batch_size", "optimizer", "schedule", "workers"):
+        assert getattr(official, section) == getattr(shipped, section), section
+    for section in ("regions", "pairs"):
+        assert getattr(official.task, section, None) == getattr(shipped.task, section, None)
+    with pytest.raises(ConfigError, match=r"data\.train is missing; add it to the recipe or as data\.train="):
+        load(values, tmp_path)
+
+
+def test_values_in_sections_arrive(tmp_path: Path) -> None:
+    changed = {"max_images": 7, "max_regions": 3, "batch_size": 16, "min_perc_in_image": 0.25, "careful_hflip": False}
+    changed |= {"tokenized": False, "image_key": "img", "num_workers": 2}
+    values = REGIONS | {"regions": REGIONS["regions"] | changed, "train_dataset_size": 1000, "max_words": 9}
+    regions = load(values | trained("1e-5", 3), tmp_path, "data.train=mine")
+    assert (regions.batch_size, regions.steps, regions.workers, regions.optimizer.lr) == (7, 3 * 8, 2, 1e-5)
+    found = regions.task.regions
+    assert (found.max_images, found.max_regions, found.texts, found.max_words) == (7, 3, 16, 9)
+    assert (found.least_visible, found.careful_flip, found.tokenized, found.image_key) == (0.25, False, False, "img")
+    images = PAIRS["images"] | {"caption_key": "text", "batch_size": 5, "language_chosen": "en"}
+    accelerator = DOMAIN["accelerator"] | {"CLIP_GRAD_NORM": 2.0}
+    pairs = load(PAIRS | {"images": images, "accelerator": accelerator}, tmp_path, "data.train=mine")
+    assert (pairs.batch_size, pairs.optimizer.clip_norm) == (5, 2.0)
+    assert (pairs.task.pairs.caption_key, pairs.task.pairs.language) == ("text", "en")
+
+
 def test_what_cannot_be_translated_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"regions\.max_regoins is no key .*\(did you mean regions\.max_regions\?\)"):
+        load(REGIONS | {"regions": {"max_regoins": 3}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"images\.is_image_rpath=True is not offered; only False is"):
+        load(PAIRS | {"images": PAIRS["images"] | {"is_image_rpath": True}}, tmp_path)
     with pytest.raises(ConfigError, match=r"k_tset is no key of the official .*\(did you mean k_test\?\)"):
         load(RETRIEVAL | {"k_tset": 3}, tmp_path)
     with pytest.raises(ConfigError, match=r"mixup_prob=0\.5 is not offered; only 1\.0 is"):
