@@ -290,6 +290,8 @@ def test_commands(world: Path, pretrained: Path, tmp_path: Path) -> None:
     told = json.loads(invoke(["evaluate", run, "--split", "test", "--json"]).stdout)
     assert 0 <= told["test"]["accuracy"] <= 100
     assert (run / "evaluation/test/predictions.tsv").is_file()
+    # The split that chose the weights may be missing by now.
+    assert json.loads(invoke(["evaluate", run, "data.splits={test: text_test.tsv}", "--json"]).stdout) == told
     row = json.loads(invoke(["predict", run, "a red circle", "there is a circle"]).stdout)
     assert set(row["probabilities"]) == {"no", "yes"}
     assert invoke(["predict", run, "a red circle"]).exit_code != 0
