@@ -1,17 +1,24 @@
-"""The official configurations as recipes. The values are those of the published files, written out anew."""
+"""The official configurations as recipes, and what the recipes of the package say of themselves.
+
+The values are those of the published files, written out anew.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from xfm_fast.benchmarks.options import FineTuned
+from xfm_fast.benchmarks.work.finetuning_cost import Shape, step_costs
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import finetune
+from xfm_fast.training.recipe import FINETUNING, recipe_names
 
 MODEL: dict[str, Any] = {
     "use_beit_v2": True, "vision_config": "configs/model/config_beit2_base.json", "image_res": 384, "patch_size": 16,
@@ -187,3 +194,50 @@ def test_what_cannot_be_translated_is_named(tmp_path: Path) -> None:
         finetune(load(RETRIEVAL | trained("3e-5", 0), tmp_path))
     with pytest.raises(ConfigError, match="do not tell which task"):
         load(MODEL | {"train_file": ["x"]}, tmp_path)
+
+
+def head_of(name: str) -> str:
+    """The comment that a recipe begins with, as one line."""
+    text = (Path(__file__).parents[2] / f"xfm_fast/finetuning/recipes/{name}.yaml").read_text()
+    return " ".join(line.lstrip("# ") for line in text[: re.search(r"^\w+:", text, re.M).start()].splitlines())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", recipe_names(FINETUNING))
+def test_recipes_say_what_to_expect(name: str) -> None:
+    head = head_of(name)
+    order = [head.index(said) for said in ("command: ", "expected time: ", "expected number: ")]
+    assert order == sorted(order)
+    assert f"finetune {name}" in head[order[0] : order[1]]
+    if not name.endswith("_tiny_shapes"):
+        assert re.search(r"FLOP.*\(counted\).*(A100|H100)", head[order[1] : order[2]])
+        assert re.search(r"README|arXiv|none is published|that of refcoco_plus", head[order[2] :])
+
+
+# What their time is counted for: the items of a step, or one where that of an item is said, and tokens of a text.
+COUNTED: dict[str, tuple[FineTuned, int, int]] = {
+    "retrieval_coco": ("retrieval", 32, 13), "retrieval_flickr30k": ("retrieval", 32, 17), "vqa2": ("vqa", 1, 10),
+    "nlvr2": ("nlvr2", 1, 18), "refcoco_plus": ("grounding", 20, 6), "refcoco_plus_weak": ("retrieval", 32, 6),
+    "coco_captioning": ("captioning", 32, 16), "captioning_domain": ("captioning", 128, 16),
+    "imagenet_ft": ("image", 1, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_operations_of_recipes_are_counted(name: str) -> None:
+    task, items, tokens = COUNTED[name]
+    number, unit = re.search(r"([\d.]+) ([GT])FLOP", head_of(name)).groups()  # type: ignore[union-attr]
+    shape = Shape(
+        items, [tokens] * items if tokens else (), tokens, [[3, 4]] * items, 4, given=5, decoder_layers=12, classes=1000
+    )
+    counted = step_costs(task, load_finetune_recipe(name).model, shape).needed
+    assert float(number) * {"G": 1e9, "T": 1e12}[unit] == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names(FINETUNING) if name.startswith("glue_")])
+def test_operations_of_glue_are_counted(name: str) -> None:
+    said = re.search(r"([\d,]+) steps of one GPU, ([\d.]+) PFLOP at (\d+) tokens", head_of(name))
+    assert said is not None
+    recipe, tokens = load_finetune_recipe(name), int(said[3])
+    shape = Shape(recipe.batch_size, [tokens] * recipe.batch_size, tokens, classes=3)
+    counted = int(said[1].replace(",", "")) * step_costs("text", recipe.model, shape).needed
+    assert float(said[2]) * 1e15 == pytest.approx(counted, rel=0.05)
