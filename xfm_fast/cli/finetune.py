@@ -230,6 +230,9 @@ def _bars() -> Iterator[ShowProgress]:
 
 def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
     names = [*dict.fromkeys(name for of_split in metrics.values() for name in of_split)]
+    if not names:
+        # Nothing to evaluate on, or no truth in it.
+        return
     made = table("", "split", *names, right=tuple(names))
     for split, values in metrics.items():
         made.add_row(split, *(f"{values[name]:.2f}" if name in values else "" for name in names))
