@@ -69,6 +69,8 @@ def test_packed_counts_are_those_of_the_model(
     with torch.no_grad(), ops.use_backend("reference"):
         texts, count = _measured(lambda: model.encode_text(_ids(cfg), MASK))
         assert count == flops.text_encoder(cfg, LENGTHS).total
+        _, count = _measured(lambda: model.text_encoder(_ids(cfg), packing, first_token_only=True))
+        assert count == flops.text_encoder(cfg, LENGTHS, first_token_only=True).total
         memory, count = _measured(lambda: model.image_memory(images))
         assert count == flops.image_memory(cfg, 2).total
         assert sum(layer.numel() for layer in memory.layers) == 2 * flops.image_memory_values(cfg)

@@ -55,11 +55,14 @@ def image_encoder(config: XFMConfig, images: int) -> Count:
     return images * (patches + config.vision_depth * block)
 
 
-def text_encoder(config: XFMConfig, lengths: Lengths) -> Count:
-    """Token ids to embeddings."""
+def text_encoder(config: XFMConfig, lengths: Lengths, *, first_token_only: bool = False) -> Count:
+    """Token ids to embeddings; with `first_token_only` the last layer computes token 0 of each text alone."""
     sizes = _sizes(lengths)
     layer = _self_attention(config, sizes) + _feed_forward(config, sum(sizes))
-    return config.text_layers * layer
+    if not first_token_only or not config.text_layers:
+        return config.text_layers * layer
+    last = _self_attention(config, sizes, [1] * len(sizes)) + _feed_forward(config, len(sizes))
+    return (config.text_layers - 1) * layer + last
 
 
 def contrastive_features(config: XFMConfig, images: int, texts: int) -> Count:

@@ -73,7 +73,8 @@ def forward_costs(name: FineTuned, config: XFMConfig, shape: Shape) -> ForwardCo
     common = flops.image_encoder(config, images)
     needed, official = Count(), Count()
     if name not in ("image", "captioning"):
-        needed, official = flops.text_encoder(config, lengths), flops.text_encoder(config, padded)
+        needed = flops.text_encoder(config, lengths, first_token_only=name == "text")
+        official = flops.text_encoder(config, padded)
     passes = {"retrieval": 3, "vqa": 1, "nlvr2": 2, "grounding": 1}.get(name, 0)
     if passes:
         needed += flops.image_memory(config, images)

@@ -1,12 +1,14 @@
 """The command line as a user meets it: help, mistakes and completion of every command; processes of its own."""
 
 import errno
+import io
 import json
 import os
 import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,13 @@ from torch import Tensor
 import xfm_fast
 from tests.cli.runner import invoke
 from xfm_fast.cli.app import app
+from xfm_fast.cli.console import progress
 from xfm_fast.cli.kernels import AuditOptions
 from xfm_fast.kernels.cpu import selection, waiting
 from xfm_fast.kernels.cpu.races import races
+from xfm_fast.training.distributed import Processes
+from xfm_fast.training.metrics import RunLog
+from xfm_fast.training.recipe_fields import LogRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["bench", "--preset", "tiny", "--quick", "--threads", "1"]
@@ -375,6 +381,33 @@ def test_terminals_that_are_not_as_they_should_be(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_take_turns_and_the_first_process_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that evaluates has two; neither redraws itself over the other."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with (
+        progress("evaluating") as told,
+        RunLog(tmp_path, LogRecipe(), Processes(), steps=9, start=0, title="run") as log,
+    ):
+        log.advance(3)
+        told(2, 2)
+        drawn = terminal.getvalue()
+        assert "3/9" in drawn
+        assert "100%" in drawn
+        time.sleep(0.3)
+        assert terminal.getvalue() == drawn
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "stderr", other := Terminal())
+    with progress("evaluating") as told:
+        told(2, 2)
+    assert other.getvalue() == ""
 
 
 @pytest.mark.parametrize("group", [[], ["data"], ["reproduce"], ["export"]])

@@ -16,9 +16,11 @@ from xfm_fast.data.annotations import (
     NLVR2Record,
     RetrievalRecord,
     RetrievalTestRecord,
+    TextRecord,
     VQARecord,
     check_images,
     overlap,
+    overlap_of_texts,
     read_annotations,
     read_answer_list,
     unlisted_answers,
@@ -174,6 +176,14 @@ def test_images_of_two_splits(tmp_path: Path) -> None:
     train = _rows(tmp_path, *(f"{name}.jpg" for name in "abcdef"))
     assert overlap([train], ["./e.jpg", "z.jpg", "e.jpg", "c.jpg"]) == (2, ("e.jpg", "c.jpg"))
     assert overlap([train], ["z.jpg"]) == (0, ())
+
+
+def test_texts_of_two_splits(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.touch()
+    train = AnnotationRows(path, [{"text": "a", "text2": "b"}, {"text": "a" * 99}, DataError("broken")], TextRecord)
+    records = [TextRecord(text="a", text2="b"), TextRecord(text="a"), TextRecord(text="a" * 99)]
+    assert overlap_of_texts([train], records) == (2, ("a / b", "a" * 60))
 
 
 @pytest.mark.parametrize(

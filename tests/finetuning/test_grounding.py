@@ -169,6 +169,26 @@ def test_score_and_file(task: Open) -> None:
         made.score(rows[:2], [record(), records[0]])
 
 
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([30, 30, 20, 20], r"expression 0 of images/val/000000\.png: box .* is not inside the 32x32 image; correct or"),
+        (None, "1 of 2 expressions have no box; give a box to each, or to none"),
+        ([1, 1, 0, 3], r"val\.json, element 0: .*has no area.*every element of its split"),
+    ],
+)
+def test_boxes_to_evaluate_on_are_judged_before_the_first_step(
+    box: list[int] | None, message: str, recipe: Make, world: Path, tmp_path: Path
+) -> None:
+    good = {"image": "images/val/000000.png", "text": "a star", "ref_id": 1, "bbox": [3, 4, 5, 6]}
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps([good | {"ref_id": 0, "bbox": box}, good]))
+    data = {"root": str(world), "train": "grounding_train.json", "splits": {"val": str(path)}}
+    with pytest.raises(DataError, match=message):
+        finetune(recipe("grounding", "", data=data, steps=1))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def refer(tmp_path: Path) -> list[Path]:
     """RefCOCO's two files about four images, one a split."""

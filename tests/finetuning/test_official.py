@@ -1,17 +1,24 @@
-"""The official configurations as recipes. The values are those of the published files, written out anew."""
+"""The official configurations as recipes, and what the recipes of the package say of themselves.
+
+The values are those of the published files, written out anew.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from xfm_fast.benchmarks.options import FineTuned
+from xfm_fast.benchmarks.work.finetuning_cost import Shape, step_costs
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import finetune
+from xfm_fast.training.recipe import FINETUNING, recipe_names
 
 MODEL: dict[str, Any] = {
     "use_beit_v2": True, "vision_config": "configs/model/config_beit2_base.json", "image_res": 384, "patch_size": 16,
@@ -73,6 +80,31 @@ PROBE = IMAGE | {
     "optimizer": {"opt": "adamW", "lr": "2e-5", "weight_decay": 0.02, "momentum": 0.9},
     "schedular": {"lr": "2e-5", "min_lr": 0, "epochs": 100, "warmup_epochs": 10},
 }  # fmt: skip
+# The two files of domain pretraining list no data; whoever runs them says where theirs lies.
+DOMAIN: dict[str, Any] = MODEL | trained("3e-5", 2) | {
+    "image_res": 224, "max_words": 40, "max_tokens": 40, "mask_whole_word": True, "mask_prob": 0.25, "max_masks": 8,
+    "skipgram_prb": 0.2, "skipgram_size": 3,
+    "accelerator": {
+        "ACCELERATOR": "ApexDDP", "AUTO_CAST": False, "SYNCBN": False, "FP16_OPT_LEVEL": "O1",
+        "FP16_LOSS_SCALE": "dynamic", "RNG_SEED": 42, "GRAD_ACCUMULATE_STEPS": 1, "CLIP_GRAD_NORM": 1.0,
+    },
+}  # fmt: skip
+REGIONS = DOMAIN | {
+    "train_file_regions": [], "train_dataset_size": 318547, "refcoco_data": "d", "det_file": "d", "coco_file": "d",
+    "image_root": "i", "calc_image_bbox_loss": False,
+    "regions": {
+        "image_key": "binary", "is_image_rpath": False, "caption_key": "caption", "tokenized": True,
+        "careful_hflip": True, "iter_perc": 1.0, "batch_size": 64, "max_images": 28, "max_regions": 5,
+        "min_perc_in_image": 0.5, "num_workers": 4,
+    },
+}  # fmt: skip
+PAIRS = DOMAIN | {
+    "train_file": [], "train_dataset_size": 5114489, "embed_dim": 256,
+    "images": {
+        "image_key": "binary", "is_image_rpath": False, "caption_key": "desc", "tokenized": False, "batch_size": 128,
+        "num_workers": 4,
+    },
+}  # fmt: skip
 
 
 def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRecipe:
@@ -122,7 +154,38 @@ def test_files_and_folders_are_those_of_the_file(tmp_path: Path) -> None:
     assert probe.model == XFMConfig.preset("base", text_layers=0, fusion_layers=0)
 
 
+@pytest.mark.parametrize(("values", "ours"), [(REGIONS, "refcoco_domain"), (PAIRS, "captioning_domain")])
+def test_domain_pretraining_is_our_recipe(values: dict[str, Any], ours: str, tmp_path: Path) -> None:
+    official, shipped = load(values, tmp_path, "data.train=mine"), load_finetune_recipe(ours)
+    for section in ("model", "epochs", "steps", "batch_size", "optimizer", "schedule", "workers"):
+        assert getattr(official, section) == getattr(shipped, section), section
+    for section in ("regions", "pairs"):
+        assert getattr(official.task, section, None) == getattr(shipped.task, section, None)
+    with pytest.raises(ConfigError, match=r"data\.train is missing; add it to the recipe or as data\.train="):
+        load(values, tmp_path)
+
+
+def test_values_in_sections_arrive(tmp_path: Path) -> None:
+    changed = {"max_images": 7, "max_regions": 3, "batch_size": 16, "min_perc_in_image": 0.25, "careful_hflip": False}
+    changed |= {"tokenized": False, "image_key": "img", "num_workers": 2}
+    values = REGIONS | {"regions": REGIONS["regions"] | changed, "train_dataset_size": 1000, "max_words": 9}
+    regions = load(values | trained("1e-5", 3), tmp_path, "data.train=mine")
+    assert (regions.batch_size, regions.steps, regions.workers, regions.optimizer.lr) == (7, 3 * 8, 2, 1e-5)
+    found = regions.task.regions
+    assert (found.max_images, found.max_regions, found.texts, found.max_words) == (7, 3, 16, 9)
+    assert (found.least_visible, found.careful_flip, found.tokenized, found.image_key) == (0.25, False, False, "img")
+    images = PAIRS["images"] | {"caption_key": "text", "batch_size": 5, "language_chosen": "en"}
+    accelerator = DOMAIN["accelerator"] | {"CLIP_GRAD_NORM": 2.0}
+    pairs = load(PAIRS | {"images": images, "accelerator": accelerator}, tmp_path, "data.train=mine")
+    assert (pairs.batch_size, pairs.optimizer.clip_norm) == (5, 2.0)
+    assert (pairs.task.pairs.caption_key, pairs.task.pairs.language) == ("text", "en")
+
+
 def test_what_cannot_be_translated_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"regions\.max_regoins is no key .*\(did you mean regions\.max_regions\?\)"):
+        load(REGIONS | {"regions": {"max_regoins": 3}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"images\.is_image_rpath=True is not offered; only False is"):
+        load(PAIRS | {"images": PAIRS["images"] | {"is_image_rpath": True}}, tmp_path)
     with pytest.raises(ConfigError, match=r"k_tset is no key of the official .*\(did you mean k_test\?\)"):
         load(RETRIEVAL | {"k_tset": 3}, tmp_path)
     with pytest.raises(ConfigError, match=r"mixup_prob=0\.5 is not offered; only 1\.0 is"):
@@ -131,3 +194,50 @@ def test_what_cannot_be_translated_is_named(tmp_path: Path) -> None:
         finetune(load(RETRIEVAL | trained("3e-5", 0), tmp_path))
     with pytest.raises(ConfigError, match="do not tell which task"):
         load(MODEL | {"train_file": ["x"]}, tmp_path)
+
+
+def head_of(name: str) -> str:
+    """The comment that a recipe begins with, as one line."""
+    text = (Path(__file__).parents[2] / f"xfm_fast/finetuning/recipes/{name}.yaml").read_text()
+    return " ".join(line.lstrip("# ") for line in text[: re.search(r"^\w+:", text, re.M).start()].splitlines())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", recipe_names(FINETUNING))
+def test_recipes_say_what_to_expect(name: str) -> None:
+    head = head_of(name)
+    order = [head.index(said) for said in ("command: ", "expected time: ", "expected number: ")]
+    assert order == sorted(order)
+    assert f"finetune {name}" in head[order[0] : order[1]]
+    if not name.endswith("_tiny_shapes"):
+        assert re.search(r"FLOP.*\(counted\).*(A100|H100)", head[order[1] : order[2]])
+        assert re.search(r"README|arXiv|none is published|that of refcoco_plus", head[order[2] :])
+
+
+# What their time is counted for: the items of a step, or one where that of an item is said, and tokens of a text.
+COUNTED: dict[str, tuple[FineTuned, int, int]] = {
+    "retrieval_coco": ("retrieval", 32, 13), "retrieval_flickr30k": ("retrieval", 32, 17), "vqa2": ("vqa", 1, 10),
+    "nlvr2": ("nlvr2", 1, 18), "refcoco_plus": ("grounding", 20, 6), "refcoco_plus_weak": ("retrieval", 32, 6),
+    "coco_captioning": ("captioning", 32, 16), "captioning_domain": ("captioning", 128, 16),
+    "imagenet_ft": ("image", 1, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_operations_of_recipes_are_counted(name: str) -> None:
+    task, items, tokens = COUNTED[name]
+    number, unit = re.search(r"([\d.]+) ([GT])FLOP", head_of(name)).groups()  # type: ignore[union-attr]
+    shape = Shape(
+        items, [tokens] * items if tokens else (), tokens, [[3, 4]] * items, 4, given=5, decoder_layers=12, classes=1000
+    )
+    counted = step_costs(task, load_finetune_recipe(name).model, shape).needed
+    assert float(number) * {"G": 1e9, "T": 1e12}[unit] == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names(FINETUNING) if name.startswith("glue_")])
+def test_operations_of_glue_are_counted(name: str) -> None:
+    said = re.search(r"([\d,]+) steps of one GPU, ([\d.]+) PFLOP at (\d+) tokens", head_of(name))
+    assert said is not None
+    recipe, tokens = load_finetune_recipe(name), int(said[3])
+    shape = Shape(recipe.batch_size, [tokens] * recipe.batch_size, tokens, classes=3)
+    counted = int(said[1].replace(",", "")) * step_costs("text", recipe.model, shape).needed
+    assert float(said[2]) * 1e15 == pytest.approx(counted, rel=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -257,8 +258,11 @@ def test_a_test_file_without_labels_gets_predictions(recipe: Make, tmp_path: Pat
     assert [line.split("\t")[0] for line in lines] == ["index", "0", "1"]
 
 
-def test_a_broken_line_is_quarantined(recipe: Make, tmp_path: Path) -> None:
+def test_a_broken_line_is_quarantined(recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_on(recipe, tmp_path, TRAIN + "so,\n", TRAIN)
+    said = capsys.readouterr().err
+    assert re.search(r"1 broken elements of training were left out; .*quarantine/train\.jsonl lists them", said)
+    assert "3 texts of the split val are in the files of training too (good, bad, fine)" in said
     (line,) = (tmp_path / "run/quarantine/train.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "'label' is '' (it holds no text)"
 
@@ -290,6 +294,8 @@ def test_commands(world: Path, pretrained: Path, tmp_path: Path) -> None:
     told = json.loads(invoke(["evaluate", run, "--split", "test", "--json"]).stdout)
     assert 0 <= told["test"]["accuracy"] <= 100
     assert (run / "evaluation/test/predictions.tsv").is_file()
+    # The split that chose the weights may be missing by now.
+    assert json.loads(invoke(["evaluate", run, "data.splits={test: text_test.tsv}", "--json"]).stdout) == told
     row = json.loads(invoke(["predict", run, "a red circle", "there is a circle"]).stdout)
     assert set(row["probabilities"]) == {"no", "yes"}
     assert invoke(["predict", run, "a red circle"]).exit_code != 0

@@ -281,6 +281,15 @@ def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys
     assert len(json.loads((tmp_path / "free" / RESULT_FILE).read_text())) == 20
 
 
+def test_a_choice_that_no_answer_judges_is_refused_before_the_first_step(recipe: Make, tmp_path: Path) -> None:
+    """The world's questions have one answer each, and not those of ten people."""
+    with pytest.raises(ConfigError, match=r"choose\.by=accuracy is no metric of val; it has exact_match"):
+        finetune(recipe(*FILES, task=TINY, choose={"by": "accuracy", "split": "val"}))
+    with pytest.raises(DataError, match=r"task\.answers: there is no .*none\.json; give task\.answers="):
+        finetune(recipe(*FILES, task=TINY | {"answers": "none.json"}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluation_needs_no_training_files(recipe: Make, world: Path) -> None:
     data = {"root": str(world), "train": "not_here.json", "splits": {"val": "vqa_val.json"}}
     assert len(open_task(recipe(*FILES, task=TINY, data=data)).options.answers) > 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,9 @@ from xfm_fast.tasks.classification import (
     matthews_correlation,
     top_k_accuracy,
 )
+from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model, accuracy
+from xfm_fast.tasks.task_model import TaskModel
 
 CONFIG = XFMConfig.preset("tiny")
 
@@ -32,6 +36,43 @@ def pixels(count: int = 2) -> Tensor:
 
 
 TEXT = torch.tensor([[0, 7, 8, 2], [0, 9, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("build", "images", "encoder"),
+    [
+        (NLVR2Model, 4, "fusion_encoder"),
+        (GroundingModel, 2, "fusion_encoder"),
+        (partial(ClassificationModel, labels=3, modality="pair"), 2, "fusion_encoder"),
+        (partial(ClassificationModel, labels=3, modality="text"), 0, "text_encoder"),
+    ],
+)
+def test_one_pass_computes_token_0_alone_in_its_last_layer(
+    build: Callable[[XFMConfig], TaskModel], images: int, encoder: str
+) -> None:
+    """Both images of NLVR2 share it."""
+    model, rows = build(CONFIG).eval(), []
+    *_, last = getattr(model, encoder).roberta.encoder
+    feed_forward = last.feed_forward
+    last.feed_forward = lambda x: rows.append(len(x)) or feed_forward(x)
+    given = (pixels(images), TEXT) if images else (None, TEXT)
+    predict = model.boxes if isinstance(model, GroundingModel) else model.logits
+    predict(*given)
+    assert rows == [max(images, len(TEXT))]
+
+
+def test_texts_are_classified_by_token_0_of_all_that_is_computed() -> None:
+    model = ClassificationModel(CONFIG, 3, modality="text").eval()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    torch.testing.assert_close(model.features(None, TEXT, mask), model.encode_text(TEXT, mask)[:, 0])
+    model.features(None, TEXT, mask).square().sum().backward()
+    found = [parameter.grad for parameter in model.text_encoder.parameters()]
+    model.zero_grad(set_to_none=True)
+    model.encode_text(TEXT, mask)[:, 0].square().sum().backward()
+    for gradient, parameter in zip(found, model.text_encoder.parameters(), strict=True):
+        assert (gradient is None) == (parameter.grad is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, parameter.grad)
 
 
 @pytest.mark.parametrize(

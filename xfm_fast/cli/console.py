@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,6 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+_REDRAW_S = 0.1
+
+
+def first_process() -> bool:
+    """True alone, and in the first of the processes that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def stdout(width: int = 140) -> Console:
@@ -33,13 +42,24 @@ def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, where it is a terminal; advanced by calling with what is done and of how much."""
+    """A bar on standard error, where it is a terminal; advanced by calling with what is done and of how much.
+
+    It does not redraw itself: a run that evaluates has a bar of its own, and they take turns on the one line.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
-        bar = bars.add_task(description)
-        yield lambda done, of: bars.update(bar, completed=done, total=of)
+    silent = not sys.stderr.isatty() or not first_process()
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False, disable=silent) as bars:
+        bar, drawn = bars.add_task(description), 0.0
+
+        def told(done: int, of: int) -> None:
+            nonlocal drawn
+            due = done >= of or time.monotonic() - drawn > _REDRAW_S
+            bars.update(bar, completed=done, total=of, refresh=due)
+            drawn = time.monotonic() if due else drawn
+
+        yield told
 
 
 def note(message: str) -> None:

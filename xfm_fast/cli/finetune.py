@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from cyclopts import Parameter
 
-from xfm_fast.cli.console import note, progress, stdout, table
+from xfm_fast.cli.console import first_process, note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
 from xfm_fast.export.request import RuntimeChoice
 
@@ -111,11 +110,14 @@ def evaluate(
     from xfm_fast.finetuning.run import evaluate as run
     from xfm_fast.finetuning.run import recipe_of
 
+    # The weights are there: the split that would choose them may be left out.
+    unchosen = "choose=null"
     if options.recipe is None:
-        recipe = recipe_of(weights, overrides)
+        recipe = recipe_of(weights, [*overrides, unchosen])
         out = options.out or Path(recipe.checkpoint.folder) / "evaluation"
     else:
-        recipe = load_finetune_recipe(options.recipe, [*overrides, f"init.checkpoint={json.dumps(str(weights))}"])
+        given = [*overrides, unchosen, f"init.checkpoint={json.dumps(str(weights))}"]
+        recipe = load_finetune_recipe(options.recipe, given)
         out = options.out or Path("runs") / f"evaluate_{Path(options.recipe).stem}"
     splits = [*recipe.data.splits] if options.split is None else [options.split]
     if not splits:
@@ -228,17 +230,16 @@ def _bars() -> Iterator[ShowProgress]:
 
 def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
     names = [*dict.fromkeys(name for of_split in metrics.values() for name in of_split)]
+    if not names:
+        # Nothing to evaluate on, or no truth in it.
+        return
     made = table("", "split", *names, right=tuple(names))
     for split, values in metrics.items():
         made.add_row(split, *(f"{values[name]:.2f}" if name in values else "" for name in names))
-    if _first():
+    if first_process():
         stdout().print(made)
 
 
 def _say(message: str) -> None:
-    if _first():
+    if first_process():
         print(message)
-
-
-def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"

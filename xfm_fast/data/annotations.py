@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from xfm_fast.data.files import Paths, file_of, find_files, read_json, unreadable
 from xfm_fast.errors import DataError
 
-_SHOWN = 3
+_SHOWN, _LONGEST = 3, 60
 ARRAY = "one JSON array of objects, [{...}, {...}]"
 # Boxes of COCO reach past the edge by rounding.
 _EDGE = 1.0
@@ -346,7 +346,10 @@ class AnnotationRows(Generic[Record]):
             try:
                 yield self.read(row)
             except DataError as error:
-                raise DataError(f"{self.name}, {_place(self.label(row))}: {error}") from None
+                raise DataError(
+                    f"{self.name}, {_place(self.label(row))}: {error} (a metric needs every element of its split: mend "
+                    "it, or take it out)"
+                ) from None
 
 
 def _place(label: int | str) -> str:
@@ -436,9 +439,26 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
 
 def overlap(a: Iterable[Any], b: Iterable[Any]) -> Named:
     """The images that two splits share, in the order of the second (see `image_names`)."""
-    known = set(map(os.path.normpath, image_names(a)))
-    shared = [name for name in dict.fromkeys(map(os.path.normpath, image_names(b))) if name in known]
+    return _shared(map(os.path.normpath, image_names(a)), map(os.path.normpath, image_names(b)))
+
+
+def overlap_of_texts(a: Iterable[Any], b: Iterable[Any]) -> Named:
+    """The texts, or pairs of texts, that two splits share; rows (unread) or records."""
+    found = _shared(_texts(a), _texts(b))
+    return found._replace(first=tuple(text[:_LONGEST] for text in found.first))
+
+
+def _shared(a: Iterable[str], b: Iterable[str]) -> Named:
+    known = set(a)
+    shared = [name for name in dict.fromkeys(b) if name in known]
     return Named(len(shared), tuple(shared[:_SHOWN]))
+
+
+def _texts(items: Iterable[Any]) -> Iterator[str]:
+    for item in items:
+        for row in item.elements if isinstance(item, AnnotationRows) else [item.model_dump()]:
+            if isinstance(row, dict):
+                yield " / ".join(str(row[name]) for name in ("text", "text2") if row.get(name) is not None)
 
 
 def unlisted_answers(records: Iterable[VQARecord], answers: Iterable[str]) -> Named:

@@ -74,6 +74,16 @@ def decode_image(source: Source, name: str | None = None) -> Image.Image:
     return _decoded(data, name, lambda opened: to_rgb(opened, name))
 
 
+def image_size(source: Source, name: str | None = None) -> tuple[int, int]:
+    """Width and height of what `decode_image` decodes, by the head of the file.
+
+    Raises:
+        DataError: see `decode_image`.
+    """
+    name, data = _content(source, name)
+    return _decoded(data, name, lambda opened: opened.size)
+
+
 def decode_pixels(source: Source, name: str | None = None) -> Tensor:
     """`decode_image` as 8-bit pixels `[3, H, W]`, the same to the bit, in two thirds of the time for JPEG and PNG.
 

@@ -111,7 +111,13 @@ class Quarantine:
             )
 
     def count(self, rows: Rows) -> int:
-        """The number of rows of a file that are known to be broken."""
+        """The number of rows of a file that are known to be broken, to any process."""
+        with suppress(OSError):
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                self._catch_up(handle)
+            finally:
+                os.close(handle)
         return self._counts[rows.name, rows.modified]
 
     def _forget(self) -> None:

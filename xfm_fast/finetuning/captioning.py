@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -178,19 +178,24 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
             for record, text in zip(records, texts, strict=True)
         ]
 
+    def metrics_of(self, records: Sequence[CaptioningTestRecord]) -> Collection[str]:
+        if lacking := [record.image for record in records if record.caption is None]:
+            if len(lacking) == len(records):
+                return ()
+            raise DataError(
+                f"{len(lacking)} of {len(records)} images have no captions to score by, {lacking[0]} first; give "
+                "captions to all, or to none"
+            )
+        return [name for name in self.metrics if self.options.facts or name != "true_captions"]
+
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
         """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D`, times 100; see `tasks.caption_metrics`.
 
         With the option `facts` also `true_captions`, the share of those that say something, and nothing false, and the
         share of what they say that is true, by kind.
         """
-        if lacking := [record.image for record in records if record.caption is None]:
-            if len(lacking) == len(records):
-                return {}
-            raise DataError(
-                f"{len(lacking)} of {len(records)} images have no captions to score by, {lacking[0]} first; give "
-                "captions to all, or to none"
-            )
+        if not self.metrics_of(records):
+            return {}
         said = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
         found = caption_metrics(said, {record.identity: record.caption or () for record in records})
         if self.options.facts:

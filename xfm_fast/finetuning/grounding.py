@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.data.annotations import AnnotationRows, GroundingRecord
-from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform
+from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform, image_size
 from xfm_fast.data.items import RegionItems, Regions
 from xfm_fast.data.options import RegionOptions, RegionStreamOptions
 from xfm_fast.data.records import Rows, open_records
@@ -113,6 +113,11 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[GroundingRecord]]:
         return [expressions_of(rows, training=False) for rows in grounding_rows(paths)]
 
+    def records(self, paths: Sequence[Path], split: str) -> list[GroundingRecord]:
+        records = super().records(paths, split)
+        check_boxes(records, self.images)
+        return records
+
     def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Expression | Regions:
         if not isinstance(record, GroundingRecord):
             return self._regions.item(record, rng)
@@ -168,6 +173,9 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
             {"bbox": box, "relative": shares} for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
         ]
 
+    def metrics_of(self, records: Sequence[GroundingRecord]) -> Collection[str]:
+        return grounding_metric_names(records)
+
     def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
         return grounding_metrics(rows, records)
 
@@ -197,17 +205,40 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         return evaluation_transform(self.config.image_size)(decoded), decoded.size
 
 
+def check_boxes(records: Sequence[GroundingRecord], images: Path) -> None:
+    """Raise `DataError` where a box to evaluate on reaches out of its image: no prediction could find it."""
+    # Refer's files say how large images are, and their boxes were held to it.
+    unsure = [(record, record.bbox) for record in records if record.width is None and record.bbox is not None]
+    sizes = {image: image_size(images / image) for image in {record.image for record, _ in unsure}}
+    for record, box in unsure:
+        size = sizes[record.image]
+        try:
+            box_inside(_without_rounding(box, *size), *size)
+        except DataError as error:
+            raise DataError(f"expression {record.ref_id} of {record.image}: {error}") from None
+
+
+def grounding_metric_names(records: Sequence[GroundingRecord]) -> list[str]:
+    """`accuracy`, and `accuracy_<split>` by split where records say theirs; none where they have no boxes.
+
+    Raises:
+        DataError: some expressions have a box and others do not.
+    """
+    lacking = sum(record.bbox is None for record in records)
+    if lacking == len(records):
+        return []
+    if lacking:
+        raise DataError(f"{lacking} of {len(records)} expressions have no box; give a box to each, or to none")
+    splits = [record.split for record in records]
+    return ["accuracy", *(f"accuracy_{split}" for split in dict.fromkeys(splits) if all(splits))]
+
+
 def grounding_metrics(rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
-    """Share of boxes with an intersection over union of .5 or more: `accuracy`, and `accuracy_<split>` by split."""
-    truth = [record.bbox for record in records if record.bbox is not None]
-    if not truth:
+    """Share of boxes with an intersection over union of .5 or more, see `grounding_metric_names`."""
+    if not grounding_metric_names(records):
         return {}
-    if len(truth) < len(records):
-        raise DataError(
-            f"{len(records) - len(truth)} of {len(records)} expressions have no box; give a box to each, or to none"
-        )
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
-    reference = torch.tensor(truth, dtype=torch.float64)
+    reference = torch.tensor([record.bbox for record in records], dtype=torch.float64)
     metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
     if all(splits := [record.split for record in records]):
         shares = box_accuracy(boxes, reference, [str(split) for split in splits])

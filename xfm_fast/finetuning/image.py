@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -219,6 +219,9 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
     def predict(self, model: ClassificationModel, records: Sequence[ImageLabelRecord]) -> list[Row]:
         pixels = torch.stack([self._evaluated(record) for record in records])
         return class_rows(model.logits(pixels.to(model.device)), self.options.labels)
+
+    def metrics_of(self, records: Sequence[ImageLabelRecord]) -> Collection[str]:
+        return self.metrics if have_truth(records, self.options.labels) else ()
 
     def score(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> Metrics:
         if not have_truth(records, self.options.labels):

@@ -8,6 +8,7 @@ Any other key is named. Paths stay as they are, relative to where the command ru
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from xfm_fast.training.recipe import FINETUNING, read_recipe
 
 _SECTIONS = {"schedular", "train_file", "train_file_regions", "glue_datasets"}
 
-# Keys of theirs and the key of ours that takes their value.
+# Keys of theirs, `section.key` where they lie in one, and the key of ours that takes their value.
 _KEYS = {
     "image_root": "data.images",
     "batch_size": "batch_size",
@@ -46,7 +47,31 @@ _KEYS = {
     "weight_decay": "optimizer.weight_decay",
     "num_train_epochs": "epochs",
     "seed": "seed",
+    "optimizer.lr": "optimizer.lr",
+    "optimizer.lr_mult": "optimizer.lr_mult",
+    "optimizer.weight_decay": "optimizer.weight_decay",
+    "schedular.epochs": "epochs",
+    "schedular.num_warmup_steps": "schedule.warmup",
+    "schedular.min_lr": "schedule.min_lr",
+    "accelerator.CLIP_GRAD_NORM": "optimizer.clip_norm",
+    "accelerator.GRAD_ACCUMULATE_STEPS": "accumulate",
+    "images.image_key": "task.pairs.image_key",
+    "images.caption_key": "task.pairs.caption_key",
+    "images.language_chosen": "task.pairs.language",
+    "images.batch_size": "batch_size",
+    "images.num_workers": "workers",
+    "regions.image_key": "task.regions.image_key",
+    "regions.language_chosen": "task.regions.language",
+    "regions.tokenized": "task.regions.tokenized",
+    "regions.careful_hflip": "task.regions.careful_flip",
+    "regions.batch_size": "task.regions.texts",
+    "regions.max_images": "task.regions.max_images",
+    "regions.max_regions": "task.regions.max_regions",
+    "regions.min_perc_in_image": "task.regions.least_visible",
+    "regions.num_workers": "workers",
 }
+# YAML 1.1 reads 3e-5 as text.
+_NUMBERS = {"lr", "lr_mult", "weight_decay", "min_lr"}
 # Read by XFMConfig.from_official.
 _MODEL = {
     "use_beit_v2", "vision_config", "image_res", "patch_size", "local_attn_depth", "text_encoder",
@@ -58,19 +83,23 @@ _ONLY: dict[str, Any] = {
     "decoder_fusion_start_at": 0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "reprob": 0.25,
     "remode": "pixel", "recount": 1, "aa": "rand-m9-mstd0.5-inc1", "use_huggingface_models": False,
     "pad_to_max_length": False, "lr_scheduler_type": "linear", "num_warmup_steps": 0, "gradient_accumulation_steps": 1,
-    "use_xbrain": True, "calc_image_bbox_loss": False,
+    "use_xbrain": True, "calc_image_bbox_loss": False, "optimizer.opt": "adamW", "schedular.sched": "linear",
+    "accelerator.FP16_OPT_LEVEL": "O1", "images.is_image_rpath": False, "images.tokenized": False,
+    "regions.is_image_rpath": False, "regions.caption_key": "caption", "regions.iter_perc": 1.0,
 }  # fmt: skip
 # Without effect on a result: how the official code evaluates, what its programs read from elsewhere or not at all.
 _IDLE = {
     "accumulation_steps", "batch_size_test_text", "start_eval", "train_dataset_size", "num_labels", "cutmix_minmax",
     "color_jitter", "max_train_steps", "use_slow_tokenizer", "output_dir", "checkpoint", "ckpt_frequent",
-    "model_name_or_path", "accelerator", "mask_whole_word", "mask_prob", "max_masks", "skipgram_prb", "skipgram_size",
+    "model_name_or_path", "mask_whole_word", "mask_prob", "max_masks", "skipgram_prb", "skipgram_size",
+    "optimizer.momentum", "schedular.lr", "accelerator.ACCELERATOR", "accelerator.AUTO_CAST", "accelerator.SYNCBN",
+    "accelerator.FP16_LOSS_SCALE", "accelerator.RNG_SEED",
 }  # fmt: skip
 # Keys that are read together below.
 _READ = {
     "train_file", "val_file", "test_file", "validation_file", "val_gt_file", "test_gt_file", "train_file_regions",
-    "regions", "images", "vqa_root", "vg_root", "refcoco_data", "det_file", "coco_file", "dataset", "task_name",
-    "glue_datasets", "optimizer", "schedular",
+    "vqa_root", "vg_root", "refcoco_data", "det_file", "coco_file", "dataset", "task_name",
+    "glue_datasets", "schedular.warmup_epochs",
 }  # fmt: skip
 _TORCHVISION = {
     "food101": "Food101", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stanfordcars": "StanfordCars",
@@ -96,46 +125,51 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         ConfigError: keys that have no meaning here, or values that are not offered.
     """
-    known = [*_KEYS, *_MODEL, *_ONLY, *_IDLE, *_READ]
-    if unknown := [key for key in values if key not in known]:
+    known, flat = [*_KEYS, *_MODEL, *_ONLY, *_IDLE, *_READ], _flat(values)
+    if unknown := [key for key in flat if key not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ConfigError(
             f"{name}: {', '.join(unknown)} is no key of the official fine-tuning files"
             f"{f' (did you mean {near[0]}?)' if near else ''}; take it out, or write a recipe of your own"
         )
-    if other := [key for key, value in _ONLY.items() if values.get(key, value) not in (value, None)]:
-        raise ConfigError(f"{name}: {other[0]}={values[other[0]]!r} is not offered; only {_ONLY[other[0]]!r} is")
+    if other := [key for key, value in _ONLY.items() if flat.get(key, value) not in (value, None)]:
+        raise ConfigError(f"{name}: {other[0]}={flat[other[0]]!r} is not offered; only {_ONLY[other[0]]!r} is")
     base = _base(values, name)
     recipe = read_recipe(base, FINETUNING)
+    kind = recipe["task"]["kind"]
     for key, ours in _KEYS.items():
-        if values.get(key) is not None and not (ours == "task.max_length" and base.startswith("glue_")):
-            _put(recipe, ours, values[key])
-    if base.startswith("glue_") and "max_length" in values:
-        recipe["task"]["max_tokens"] = values["max_length"]
+        value = flat.get(key)
+        if base.startswith("glue_") and key == "max_length":
+            ours = "task.max_tokens"
+        elif base == "refcoco_domain" and key in ("max_words", "max_tokens"):
+            ours = f"task.regions.{key}"
+        elif key == "optimizer.weight_decay" and kind == "image":
+            # The image scripts decay by torch's default whatever the file says.
+            continue
+        if value is not None:
+            _put(recipe, ours, float(value) if ours.rpartition(".")[2] in _NUMBERS else value)
+    if kind == "vqa":
+        # The official list of parameters to multiply it for is empty; here it means the decoder.
+        recipe["optimizer"]["lr_mult"] = 1.0
     if values.get("is_lp"):
         recipe["task"] |= {"mixup": 0.0, "cutmix": 0.0}
+    if "schedular.warmup_epochs" in flat:
+        recipe["schedule"]["warmup"] = flat["schedular.warmup_epochs"] / recipe["epochs"]
+    if base == "refcoco_domain":
+        # Their batches and epochs count texts, ours images; the published run has 8 GPUs.
+        regions = recipe["task"]["regions"]
+        recipe["batch_size"] = regions["max_images"]
+        if "train_dataset_size" in values:
+            recipe["steps"] = recipe["epochs"] * math.ceil(values["train_dataset_size"] / (8 * regions["texts"]))
     recipe["model"] = XFMConfig.from_official(dict(values)).model_dump()
     recipe["tokenizer"] = values["text_encoder"]
     recipe["init"] = {}
     recipe["data"] = _data(values, recipe["data"], base) | {"root": "."}
+    if not recipe["data"]["train"]:
+        # As the published files of domain pretraining have it; the message about a missing key says how to give it.
+        del recipe["data"]["train"]
     recipe["task"] |= _task(values, base)
     recipe["checkpoint"] = recipe["checkpoint"] | {"folder": f"runs/{Path(name).stem}"}
-    optimizer, timetable = values.get("optimizer", {}), values.get("schedular", {})
-    recipe["optimizer"] |= {key: float(optimizer[key]) for key in ("lr", "lr_mult") if key in optimizer}
-    if recipe["task"]["kind"] == "vqa":
-        # The official list of parameters to multiply it for is empty; here it means the decoder.
-        recipe["optimizer"]["lr_mult"] = 1.0
-    # The image scripts decay by torch's default whatever the file says.
-    if "weight_decay" in optimizer and recipe["task"]["kind"] != "image":
-        recipe["optimizer"]["weight_decay"] = float(optimizer["weight_decay"])
-    recipe["optimizer"]["lr"] = float(recipe["optimizer"]["lr"])
-    recipe["epochs"] = timetable.get("epochs", recipe["epochs"])
-    if "num_warmup_steps" in timetable:
-        recipe["schedule"]["warmup"] = timetable["num_warmup_steps"]
-    if "warmup_epochs" in timetable:
-        recipe["schedule"]["warmup"] = timetable["warmup_epochs"] / timetable["epochs"]
-    if "min_lr" in timetable:
-        recipe["schedule"]["min_lr"] = float(timetable["min_lr"])
     if (choice := recipe.get("choose")) is not None and choice["split"] not in recipe["data"]["splits"]:
         recipe["choose"] = None
     return recipe
@@ -194,6 +228,16 @@ def _list(value: Any) -> list[str]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of sections by `section.key`, beside those that lie in none."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
 def _put(recipe: dict[str, Any], key: str, value: Any) -> None:
-    section, _, last = key.rpartition(".")
-    (recipe[section] if section else recipe)[last] = value
+    *sections, last = key.split(".")
+    for section in sections:
+        recipe = recipe[section]
+    recipe[last] = value

@@ -12,15 +12,15 @@ from typing import Any
 
 from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
 from xfm_fast.checkpoint.files import MODEL_FILE
-from xfm_fast.data.annotations import AnnotationRows, overlap
+from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord, overlap, overlap_of_texts
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches
 from xfm_fast.documents import read_json
-from xfm_fast.errors import CheckpointError, ConfigError
+from xfm_fast.errors import CheckpointError, ConfigError, DataError
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics
 from xfm_fast.finetuning.kinds import explanation, make_task, model_folder, task_of
-from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, resumed_steps
+from xfm_fast.finetuning.recipe import STREAM, Choice, FinetuneRecipe, resumed_steps
 from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.task_model import TaskModel
@@ -136,6 +136,8 @@ def finetune(
         task = open_task(recipe)
         recipe = recipe.model_copy(update={"task": task.options})
         records = {split: task.records(recipe.paths_of(split), split) for split in recipe.data.splits}
+        for split, found in records.items():
+            _check_truth(recipe, task, split, found)
         quarantine = Quarantine(
             folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
         )
@@ -144,7 +146,7 @@ def finetune(
             annotated = [each for each in files if isinstance(each, AnnotationRows)]
             for note in (note for each in annotated for note in each.notes):
                 print(note, file=sys.stderr)
-            _warn_of_shared_images(annotated, records)
+            _warn_of_overlap(annotated, records)
         rows = RecordSet(files)
         source = ShuffledBatches(
             rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
@@ -172,6 +174,8 @@ def finetune(
             # Only once the folder is this run's: another one that works in it wrote its own.
             on_start=lambda: write_bytes({folder / RECIPE_FILE: written.encode()}),
         )  # fmt: skip
+        if processes.first and (bad := sum(map(quarantine.count, files))):
+            print(f"{bad} broken elements of training were left out; {quarantine.path} lists them", file=sys.stderr)
         best = folder / "best"
         chosen = best if (best / MODEL_FILE).is_file() else folder / ("model" if recipe.ema is None else "average")
         if result.interrupted:
@@ -182,15 +186,28 @@ def finetune(
         return FinetuneResult(result.step, chosen, metrics)
 
 
-def _warn_of_shared_images(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]) -> None:
-    """Say which splits hold images of training; a run may mean to, such as one that shall learn a few by heart."""
+def _check_truth(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any], split: str, records: Sequence[Any]) -> None:
+    """Raise, before a step is made, what the evaluation of a split would raise behind it."""
+    if not records:
+        raise DataError(f"data.splits.{split} holds no records; a metric needs at least one")
+    known, choose = task.metrics_of(records), recipe.choose
+    if choose is not None and choose.split == split and choose.by not in known:
+        raise _no_metric(choose, known)
+
+
+def _no_metric(choose: Choice, known: Iterable[str]) -> ConfigError:
+    said = ", ".join(known) or "none: its records hold no truth"
+    return ConfigError(f"choose.by={choose.by} is no metric of {choose.split}; it has {said}; choose another, or null")
+
+
+def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]) -> None:
+    """Say which splits hold images or texts of training; a run may mean to, such as one that learns a few by heart."""
     for split, records in splits.items():
-        if not records or not (hasattr(records[0], "image") or hasattr(records[0], "images")):
-            continue
-        shared = overlap(files, records)
+        texts = isinstance(records[0], (TextRecord, TextScoreRecord))
+        what, shared = ("texts", overlap_of_texts(files, records)) if texts else ("images", overlap(files, records))
         if shared.number:
             print(
-                f"{shared.number} images of the split {split} are in the files of training too "
+                f"{shared.number} {what} of the split {split} are in the files of training too "
                 f"({', '.join(shared.first)}{', ...' if shared.number > len(shared.first) else ''}), so its metrics do "
                 "not say how the model does on new ones; take them out of one of the two",
                 file=sys.stderr,
@@ -229,8 +246,7 @@ class _EpochEnd:
             judged.load_state_dict(whole_state(model, None if average is None else average.state_dict()))
         metrics = self.evaluate(choose.split, judged)
         if choose.by not in metrics:
-            known = ", ".join(metrics) or "none: its records hold no truth"
-            raise ConfigError(f"choose.by={choose.by} is no metric of {choose.split}; it has {known}")
+            raise _no_metric(choose, metrics)
         folder, key = Path(self.recipe.checkpoint.folder), f"{choose.split}/{choose.by}"
 
         def before() -> float | None:

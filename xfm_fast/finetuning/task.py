@@ -8,7 +8,7 @@ stand for files and strings of a user.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -160,6 +160,14 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     @abstractmethod
     def predict(self, model: Any, records: Sequence[RecordT]) -> list[Row]:
         """The results of records, one row for each, in their order."""
+
+    def metrics_of(self, records: Sequence[RecordT]) -> Collection[str]:
+        """The names of what `score` gives for some records, so that a run need not evaluate to know them.
+
+        Raises:
+            DataError: some of them hold the truth and others do not.
+        """
+        return self.metrics
 
     @abstractmethod
     def score(self, rows: Sequence[Row], records: Sequence[RecordT]) -> Metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -34,6 +34,7 @@ _RESULT_FILES: Mapping[str, str] = {
     "sst2": "SST-2.tsv",
     "stsb": "STS-B.tsv",
 }
+_FURTHER_METRICS: Mapping[str, tuple[str, ...]] = {"cola": ("matthews",), "mrpc": ("f1",), "qqp": ("f1",)}
 _MOST_SIMILAR = 5.0
 
 
@@ -167,10 +168,17 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
             return [{"answer": value} for value in logits[:, 0].tolist()]
         return class_rows(logits, self.options.labels)
 
-    def score(self, rows: Sequence[Row], records: Sequence[AnyTextRecord]) -> Metrics:
+    def metrics_of(self, records: Sequence[AnyTextRecord]) -> Collection[str]:
         if not self._have_truth(records):
+            return ()
+        if self.options.regression:
+            return "pearson", "spearman"
+        return "accuracy", *_FURTHER_METRICS.get(self.options.glue or "", ())
+
+    def score(self, rows: Sequence[Row], records: Sequence[AnyTextRecord]) -> Metrics:
+        options, wanted = self.options, self.metrics_of(records)
+        if not wanted:
             return {}
-        options = self.options
         pairs = [(row["answer"], record.label) for row, record in zip(rows, records, strict=True)]
         if not options.regression:
             pairs = [(options.labels.index(answer), options.labels.index(label)) for answer, label in pairs]
@@ -179,9 +187,9 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
             pearson, spearman = correlations(predicted, targets)
             return {"pearson": 100 * pearson, "spearman": 100 * spearman}
         metrics = {"accuracy": 100 * (predicted == targets).double().mean().item()}
-        if options.glue in ("mrpc", "qqp"):
+        if "f1" in wanted:
             metrics["f1"] = 100 * f1_score(predicted, targets)
-        if options.glue == "cola":
+        if "matthews" in wanted:
             metrics["matthews"] = 100 * matthews_correlation(predicted, targets)
         return metrics
 

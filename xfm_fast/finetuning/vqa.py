@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -67,7 +67,10 @@ class VQAOptions(TaskOptions):
         """The options with the answers instead of the file that holds them."""
         if not isinstance(self.answers, str):
             return self
-        return self.model_copy(update={"answers": tuple(read_answer_list(root / self.answers))})
+        path = root / self.answers
+        if not path.exists():
+            raise DataError(f"task.answers: there is no {path}; give task.answers=<file>, or task.generate=true")
+        return self.model_copy(update={"answers": tuple(read_answer_list(path))})
 
 
 class Question(NamedTuple):
@@ -213,6 +216,10 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         task = copy.copy(self)
         task._runners_up = 0
         return super(VQATask, task).evaluate(model, records, work)
+
+    def metrics_of(self, records: Sequence[VQARecord]) -> Collection[str]:
+        people, answered = any(map(_people, records)), any(record.answer for record in records)
+        return [name for name in self.metrics if (answered if name == "exact_match" else people)]
 
     def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
         """`accuracy`: consensus of ten people, of each type of answer too; `exact_match` with the most frequent one."""

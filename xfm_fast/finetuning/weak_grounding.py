@@ -6,7 +6,7 @@ cross-attention, see `xfm_fast.tasks.heatmap`) chooses among the boxes that a de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,13 @@ from xfm_fast.data.images import decode_image
 from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.grounding import GroundingTask, expressions_of, grounding_metrics
+from xfm_fast.finetuning.grounding import (
+    GroundingTask,
+    check_boxes,
+    expressions_of,
+    grounding_metric_names,
+    grounding_metrics,
+)
 from xfm_fast.finetuning.retrieval import Captioned, RetrievalOptions, RetrievalTask
 from xfm_fast.finetuning.task import Task, TaskOptions, by_image
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
@@ -79,6 +85,7 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
         found = {image: boxes for each in detections.values() for image, boxes in each.items()}
         records = [record for rows in expressions for record in expressions_of(rows, training=False).records()]
         check_images(records, self.images)
+        check_boxes(records, self.images)
         return [
             DetectedRecord.model_validate({**record.model_dump(), "detected": boxes_of(record.image, found).tolist()})
             for record in records
@@ -113,6 +120,9 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
             {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
             for of_text, record in zip(heat, records, strict=True)
         ]
+
+    def metrics_of(self, records: Sequence[DetectedRecord]) -> Collection[str]:
+        return grounding_metric_names(records)
 
     def score(self, rows: Sequence[Row], records: Sequence[DetectedRecord]) -> Metrics:
         return grounding_metrics(rows, records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -288,17 +289,25 @@ class TextEncoder(nn.Module):
     def word_embeddings(self) -> Tensor:
         return self.roberta.embeddings.word_embeddings.weight
 
-    def forward(self, input_ids: Tensor, packing: Packing, *, reads: Reads | None = None) -> Tensor:
-        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` where only Q tokens are read."""
+    def forward(
+        self, input_ids: Tensor, packing: Packing, *, first_token_only: bool = False, reads: Reads | None = None
+    ) -> Tensor:
+        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` where only Q tokens are read.
+
+        With `first_token_only` these are token 0 of every text, `[P, width]` in packed order.
+        """
         embeddings = self.roberta.embeddings
         x = embeddings(packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids)))
         texts = Texts(x, packing)
+        run = partial(self._encode, reads=reads, first_token_only=first_token_only)
         if reads is not None or packing.key_mask is not None:
-            return self._encode(texts, reads)
-        return self.roberta.encoder.in_shares(self._encode, texts)
+            return run(texts)
+        return self.roberta.encoder.in_shares(run, texts, ("first token",) if first_token_only else ())
 
-    def _encode(self, texts: Texts, reads: Reads | None = None) -> Tensor:
+    def _encode(self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False) -> Tensor:
         x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
+        if first_token_only:
+            reads = Reads.first_tokens(packing)
         for number, layer in enumerate(stack):
             read = reads if number == len(stack) - 1 else None
             x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)

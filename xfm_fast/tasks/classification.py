@@ -20,6 +20,7 @@ from xfm_fast.errors import InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.heads import DeepMLPHead, MLPHead
 from xfm_fast.models.xfm import Encoder
+from xfm_fast.packing import Packing
 from xfm_fast.tasks.task_model import TaskModel
 
 Modality = Literal["image", "text", "pair"]
@@ -120,7 +121,8 @@ class ClassificationModel(TaskModel):
         with torch.no_grad() if self.frozen else nullcontext():
             if pixels is None:
                 assert input_ids is not None
-                return self.encode_text(input_ids, attention_mask)[:, 0]
+                packing = Packing.from_mask(inputs.check_tokens(input_ids, attention_mask, self.config))
+                return packing.restore(self.text_encoder(input_ids, packing, first_token_only=True))
             image = self.encode_image(pixels)
             if input_ids is not None:
                 mask = inputs.check_tokens(input_ids, attention_mask, self.config)

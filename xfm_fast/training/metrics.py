@@ -44,6 +44,7 @@ from xfm_fast.training.recipe_fields import LogRecipe
 LOG_FILE = "log.jsonl"
 ENCODERS = ("vision_encoder", "text_encoder", "fusion_encoder")
 _PROBE = 1024
+_REDRAW_S = 0.1
 _BOXES = {"bbox_l1", "bbox_giou"}
 # The results of these operations hold whatever was in memory.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize", "aten.set_")
@@ -156,7 +157,8 @@ class RunLog:
         self._console = Console(stderr=True)
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console)
+            # It does not redraw itself: the bar of an evaluation takes turns with it on the one line.
+            self._bar, self._drawn = Progress(*columns, console=self._console, auto_refresh=False), 0.0
             self._bar.start()
             self._task = self._bar.add_task(title, total=steps, completed=start)
 
@@ -168,7 +170,9 @@ class RunLog:
     def advance(self, step: int) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            due = time.monotonic() - self._drawn > _REDRAW_S
+            self._bar.update(self._task, completed=step, refresh=due)
+            self._drawn = time.monotonic() if due else self._drawn
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line; it is in the file when this returns."""
@@ -187,7 +191,7 @@ class RunLog:
         losses = {name.split("/", 1)[1]: number for name, number in values.items() if name.startswith("loss/")}
         shown = "  ".join(f"{name} {number:.4g}" for name, number in (losses or values).items())
         if self._bar is not None:
-            self._bar.update(self._task, description=shown)
+            self._bar.update(self._task, description=shown, refresh=True)
         else:
             print(f"step {step}  {shown}", file=sys.stderr, flush=True)
 

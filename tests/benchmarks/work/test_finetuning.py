@@ -83,6 +83,14 @@ def test_all_that_the_loss_reads_receives_a_gradient(name: FineTuned, material: 
     assert reached == wanted[name] | ({"itm_head"} if name == "retrieval" else set())
 
 
+def test_the_gradients_of_statements_do_not_cancel(material: Material) -> None:
+    """Those of as many true as false ones would, but for rounding, of which an error then would be a share."""
+    gradients = FineTuningSubject("nlvr2", material, 4, CPU).outcome(OFFICIAL).gradients
+    bias = gradients["cls_head.3.bias"]
+    assert bias is not None
+    assert bias.abs().min() > 0.1
+
+
 @each_task
 def test_operations_of_the_official_step_are_counted_right(name: FineTuned, material: Material) -> None:
     subject = FineTuningSubject(name, material, 3, CPU)
