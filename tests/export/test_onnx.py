@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import getpass
 import socket
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from xfm_fast import XFMConfig, __version__
 from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
-from xfm_fast.export.graphs import AttentionForm, GraphName, build, in_dtype, memory_names, random_inputs
+from xfm_fast.export.graphs import AttentionForm, Graph, GraphName, build, in_dtype, memory_names, random_inputs
 from xfm_fast.export.onnx import OnnxFile, write_onnx
 from xfm_fast.models.xfm import XFM
 
@@ -223,6 +225,28 @@ def test_a_file_is_written_weight_by_weight_as_protobuf_writes_it(
         assert onnx.load_from_string(again) == loaded
         assert not [weight.name for weight in loaded.graph.initializer if weight.external_data]
         onnx.checker.check_model(loaded, full_check=True)
+
+
+def test_nothing_of_a_graph_stays_once_it_is_written(
+    model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that a graph joined are as many again as those of its products; exporters would keep them in circles."""
+    joined: list[weakref.ref[Tensor]] = []
+    write = onnx_files.write_onnx
+
+    def watched(graph: Graph, *given: Any, **options: Any) -> OnnxFile:
+        assert not [ref for ref in joined if ref() is not None]
+        joined.extend(weakref.ref(buffer) for buffer in graph.buffers())
+        return write(graph, *given, **options)
+
+    monkeypatch.setattr(onnx_files, "write_onnx", watched)
+    gc.disable()
+    try:
+        onnx_files.export_onnx(model, tmp_path, graphs=("text", "image_memory", "fusion"))
+    finally:
+        gc.enable()
+    assert len(joined) == 2 + 2 + 2
+    assert not [ref for ref in joined if ref() is not None]
 
 
 def test_failed_write_leaves_what_was_there(model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
