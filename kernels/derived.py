@@ -37,8 +37,10 @@ _entries: _Entries = {}
 
 def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
     """`compute()`, remembered under `name` as long as `sources` keep their storage, version and values."""
-    if torch.compiler.is_compiling() or _mode.unkept or any(
-        s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources
+    if (
+        torch.compiler.is_compiling()
+        or _mode.unkept
+        or any(s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources)
     ):
         # Inference tensors carry no version, so a change could not be seen; traced values must stay in the graph.
         return compute()

@@ -80,9 +80,7 @@ def onnx(
 
     library.check_spelling(request)
     subject, examples = load(named(run, source), request)
-    library.export_onnx(
-        subject.model, out, request, **subject.facts, examples=examples, compared=False, progress=say
-    )
+    library.export_onnx(subject.model, out, request, **subject.facts, examples=examples, compared=False, progress=say)
     # The runtime that is compared has all the weights once more.
     del subject
     return finish(verification.verify(out, check_files=False), out)
