@@ -503,7 +503,7 @@ def test_what_tensorrt_lacks_is_refused(
 # Steps, kernels, products by themselves, and copies in the first schedule of an engine, by TensorRT for RTX 1.7. Its
 # attention lays out keys for itself, whether they come layer by layer or are cut out of one tensor.
 _MOST_STEPS = {
-    "vision": (26, 0, 2, 6), "text": (26, 0, 99, 5), "image_memory": (2, 0, 0, 1), "fusion": (41, 0, 99, 11)
+    "vision": (26, 16, 1, 6), "text": (23, 15, 6, 0), "image_memory": (2, 1, 0, 1), "fusion": (41, 23, 8, 8)
 }  # fmt: skip
 # The same of the base model. The copies of a layer of fusion are around its cross-attention: queries, keys, result.
 _MOST_BASE_STEPS = {
