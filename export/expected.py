@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xfm_fast.checkpoint.files import write_files, write_safetensors
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError
+from xfm_fast.kernels.derived import unkept
 from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
@@ -211,6 +212,7 @@ def make_reference(
 
 
 @torch.no_grad()
+@unkept()
 def _results(model: XFM, examples: Examples, wanted: frozenset[str], all_tokens: bool) -> dict[str, Tensor]:
     training = model.training
     model.eval()

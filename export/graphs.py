@@ -760,10 +760,20 @@ class _SelfAttention(nn.Module):
     def __init__(self, layer: TransformerLayer, form: AttentionForm, *, first_only: bool = False) -> None:
         super().__init__()
         parts = layer.attention.self
-        self.form, self.heads, self.first_only = form, parts.heads, first_only
+        self.heads, self.first_only = parts.heads, first_only
+        # Of primitives TensorRT for RTX makes an attention whose result lies as the next product reads it, which costs
+        # a copy behind its operator; and one kernel lays out what it reads, but three where the product has a bias.
+        self.form, self.bare = ("primitives", True) if form == "opset23" else (form, False)
         self.output = layer.attention.output
         self.first = parts.query if first_only else None
         self.products = _Joined(*(() if first_only else (parts.query,)), parts.key, parts.value)
+        dense = self.output.dense
+        if self.bare:
+            # The bias of keys adds the same to all scores of a query, which says nothing. That of values is there in
+            # every mean of values, once, and goes into the next product's.
+            self.query_bias = parts.query.bias
+            bias = (dense.bias + dense.weight @ parts.value.bias).detach()
+            self.register_buffer("output_bias", bias, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor, queries: Tensor | None = None) -> Tensor:
         """Attend among the tokens of a text, where `mask` `[P, 1, Q or 1, L]` is added to the scores.
@@ -773,15 +783,19 @@ class _SelfAttention(nn.Module):
         """
         if queries is None:
             queries = x[:, :1] if self.first_only else x
-        projected = self.products(x)
+        projected = F.linear(x, self.products.weight) if self.bare else self.products(x)
         if self.first is not None:
             projected = projected.unflatten(-1, (2, self.heads, -1))
             q = self.first(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
         else:
             q, k, v = projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            if self.bare:
+                q = q + self.query_bias.view(self.heads, 1, -1)
         context = attention(q, k, v, mask, self.form).transpose(1, 2).flatten(2)
-        return _residual_norm(self.output, context, queries)
+        if not self.bare:
+            return _residual_norm(self.output, context, queries)
+        return _norm(self.output.LayerNorm, F.linear(context, self.output.dense.weight, self.output_bias) + queries)
 
 
 def _feed_forward(layer: TransformerLayer, x: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ def export_onnx(
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
+    compared: bool = True,
     companions: Mapping[str, bytes] = {},
     progress: Progress = silent,
     largest_file: int = LARGEST_FILE,
@@ -57,7 +58,7 @@ def export_onnx(
         model: is left as it is; weights are converted graph by graph.
         folder: made if it is not there. Graphs of the same name in it are replaced.
         request: which graphs, and their form.
-        source, tokenizer_sha256, examples, companions, progress: see `pipeline.export_graphs`.
+        source, tokenizer_sha256, examples, compared, companions, progress: see `pipeline.export_graphs`.
         largest_file: bytes beyond which weights go into a file of their own.
         changes: fields of the request: `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`.
 
@@ -93,7 +94,7 @@ def export_onnx(
     return export_graphs(
         model, Path(folder), request, spelling, write, suffix=".onnx", consumer=request.consumer, opset=spelling.opset,
         versions=package_versions("torch", "onnx", "onnxscript"), source=source, tokenizer_sha256=tokenizer_sha256,
-        examples=examples, companions=companions, progress=progress,
+        examples=examples, compared=compared, companions=companions, progress=progress,
     )  # fmt: skip
 
 
@@ -169,10 +170,16 @@ def write_onnx(
             output_names=[spec.name for spec in graph.outputs],
             dynamic_shapes=shapes,
             verbose=False,
+            optimize=False,
         )
-    assert program is not None
+        assert program is not None
+        given = [*program.model.graph.initializers.values()]
+        program.optimize()
     beside = f"{path.name}.data"
     model, weights = _parted(program.model, beside)
+    # The rules of the optimiser keep the graph that they saw last, and it keeps the weights that they folded away.
+    for value in given:
+        value.const_value = None
     if profile.form == "function":
         _add_attention_function(model, profile.opset)
     _clean(model, path.stem, metadata or {})

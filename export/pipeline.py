@@ -5,6 +5,7 @@ Everything that can fail early fails before a file of the folder changes. The ma
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ from .graphs import (
 )
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
 from .request import ALL_GRAPHS, ExportRequest, GraphName
-from .verification import compare_with_model
+from .verification import compare_with_reference, keep_results
 
 Progress = Callable[[str], None]
 """Is told what is being done."""
@@ -67,6 +68,7 @@ def export_graphs(
     tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
     companions: Mapping[str, bytes] = {},
+    compared: bool = True,
     progress: Progress = silent,
     **facts: Any,
 ) -> Manifest:
@@ -81,6 +83,8 @@ def export_graphs(
         source: where the weights come from, in words without paths; goes into the manifest.
         tokenizer_sha256: of the vocabulary that the ids belong to.
         examples: compare the export with the model on them; without, the manifest says `unverified`.
+        compared: False leaves the comparison to `verification.verify`, when the model need not be in memory any more:
+            what it computes is in the folder.
         companions: files that lie beside the graphs, by name, such as those that say what a fine-tuned model is for.
         facts: further fields of the manifest.
 
@@ -121,10 +125,13 @@ def export_graphs(
         return write(in_dtype(graph, DTYPES[dtype]), record, content)
 
     def compare(content: Manifest) -> None:
-        if examples is not None:
-            progress("comparing with the model")
+        if examples is None:
+            return
+        progress("comparing with the model")
+        reference = keep_results(content, folder, model, examples)
+        if compared:
             # Packages are code, and these are our own.
-            compare_with_model(content, folder, model, examples, "aoti" if content.kind == "aoti" else "auto")
+            compare_with_reference(content, folder, reference, "aoti" if content.kind == "aoti" else "auto")
 
     return fill_folder(content, folder, records, write_one, compare, companions)
 
@@ -152,6 +159,8 @@ def fill_folder(
     for record in records:
         started = time.perf_counter()
         files = [*write(record)]
+        # An exporter leaves programs in circles, which hold the weights that the graph joined.
+        gc.collect()
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
         graphs.append(record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds}))
     content.graphs = graphs

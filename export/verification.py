@@ -66,12 +66,17 @@ def compare_with_model(
     manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None, runner: Runner | str = "auto"
 ) -> None:
     """Enter into a manifest how its export compares with the model, whose own results are written into the folder."""
+    compare_with_reference(manifest, folder, keep_results(manifest, folder, model, examples), runner)
+
+
+def keep_results(manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None) -> Reference:
+    """Write the model's own results into the folder of an export, which is compared with them without the model."""
     longest = manifest.fixed.get("length", LONGEST)
     examples = generated_examples(model.config, longest=longest) if examples is None else examples
     reference = make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens)
     manifest.examples = examples.origin
     keep_reference(manifest, folder, reference)
-    compare_with_reference(manifest, folder, reference, runner)
+    return reference
 
 
 def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> None:
@@ -149,7 +154,7 @@ def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> R
         ExportError: engines or packages are for another version or machine, packages were not asked for by name, or a
             graph cannot be loaded.
     """
-    from .runtimes.onnx_sessions import WidenedOnnx
+    from .runtimes.onnx_sessions import OnnxSessions, WidenedOnnx
     from .session import Session
 
     def opened(part: Manifest) -> Runner:
@@ -158,7 +163,7 @@ def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> R
         elif manifest.dtype == "bf16":
             session = Session(folder, WidenedOnnx(part), manifest=part)
         else:
-            session = Session(folder, "onnxruntime", "cpu", manifest=part)
+            session = Session(folder, OnnxSessions(part, torch.device("cpu"), spare=True), manifest=part)
         session.warm_up()
         return session
 

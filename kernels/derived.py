@@ -37,8 +37,10 @@ _entries: _Entries = {}
 
 def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
     """`compute()`, remembered under `name` as long as `sources` keep their storage, version and values."""
-    if torch.compiler.is_compiling() or any(
-        s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources
+    if (
+        torch.compiler.is_compiling()
+        or _mode.unkept
+        or any(s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources)
     ):
         # Inference tensors carry no version, so a change could not be seen; traced values must stay in the graph.
         return compute()
@@ -74,11 +76,22 @@ class _Filled:
                     tensor.record_stream(current)
 
 
-class _Held(threading.local):
-    on: bool = False
+class _Mode(threading.local):
+    held: bool = False
+    unkept: bool = False
 
 
-_held = _Held()
+_mode = _Mode()
+
+
+@contextmanager
+def unkept() -> Iterator[None]:
+    """Within the block nothing is kept, for models that run once: packed weights are as many again as the model's."""
+    outside, _mode.unkept = _mode.unkept, True
+    try:
+        yield
+    finally:
+        _mode.unkept = outside
 
 
 @contextmanager
@@ -87,16 +100,16 @@ def held() -> Iterator[None]:
 
     The caller holds what is `remembered` as long as the graph, and captures it anew when a source has changed.
     """
-    outside, _held.on = _held.on, True
+    outside, _mode.held = _mode.held, True
     try:
         yield
     finally:
-        _held.on = outside
+        _mode.held = outside
 
 
 def _captured(source: Tensor) -> bool:
     """True if a value is to be a part of the graph that is being captured."""
-    return not _held.on and _capturing(source)
+    return not _mode.held and _capturing(source)
 
 
 def _capturing(source: Tensor) -> bool:

@@ -195,6 +195,9 @@ def test_derived_weights_outlive_their_cache() -> None:
     assert [t.data_ptr() for t in derived.remembered([weight])] == [kept.data_ptr()]
     derived.clear()
     assert derived.remembered([weight]) == []
+    with derived.unkept():
+        assert torch.equal(derived.derived("doubled", (weight,), lambda: 2 * weight), kept)
+    assert derived.remembered([weight]) == []
 
 
 @pytest.mark.parametrize(

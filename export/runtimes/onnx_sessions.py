@@ -49,14 +49,20 @@ def session_options() -> Any:
 
 
 class OnnxSessions:
-    """A `Runtime`. Its graphs may be run by several threads at the same time."""
+    """A `Runtime`. Its graphs may be run by several threads at the same time.
 
-    def __init__(self, manifest: Manifest, device: torch.device | None) -> None:
+    Args:
+        spare: memory before time, for graphs that run a few times: nothing is kept between runs, and weights stay as
+            they lie in the file.
+    """
+
+    def __init__(self, manifest: Manifest, device: torch.device | None, *, spare: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise UnavailableError("onnxruntime is not installed; pip install 'xfm-fast[export]'") from None
         self._library: Any = onnxruntime
+        self._spare = spare
         self.device = self._device(device)
         self.enqueues = False
         self.description = f"onnxruntime {onnxruntime.__version__}, {self.device.type.upper()}"
@@ -101,6 +107,9 @@ class OnnxSessions:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # A plan of the memory is kept for every combination of input shapes, and with dynamic ones these are many.
         options.enable_mem_pattern = not record.axes
+        if self._spare:
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
 
@@ -133,7 +142,7 @@ class WidenedOnnx:
     """A `Runtime`."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._wide = OnnxSessions(manifest.model_copy(update={"dtype": "fp32"}), torch.device("cpu"))
+        self._wide = OnnxSessions(manifest.model_copy(update={"dtype": "fp32"}), torch.device("cpu"), spare=True)
         self.device, self.enqueues = self._wide.device, self._wide.enqueues
         self.description = f"{self._wide.description}, bf16 graphs computed in fp32"
 

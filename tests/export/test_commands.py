@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast.checkpoint import to_official
 from xfm_fast.cli import export as commands
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.export import onnx
+from xfm_fast.export import onnx, verification
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import ModelSource
 from xfm_fast.models.xfm import XFM
@@ -50,6 +54,28 @@ def test_export_and_verify(tmp_path: Path) -> None:
     assert manifest.source == "random weights of preset tiny"
     assert str(tmp_path) not in (out / "manifest.json").read_text()
     assert "verified" in _run("verify", str(out))
+
+
+def test_a_model_is_let_go_before_its_export_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime holds all weights once more: both at a time are more than a large model leaves room for."""
+    made: list[weakref.ref[XFM]] = []
+    compared = []
+    load, compare = commands.load_subject, verification.compare_with_reference
+
+    def loaded(source: ModelSource) -> commands.Subject:
+        subject = load(source)
+        made.append(weakref.ref(subject.model))
+        return subject
+
+    def comparing(*given: Any) -> None:
+        gc.collect()
+        compared.extend(ref() is None for ref in made)
+        compare(*given)
+
+    monkeypatch.setattr(commands, "load_subject", loaded)
+    monkeypatch.setattr(verification, "compare_with_reference", comparing)
+    assert "verified" in _run("onnx", "--preset", "tiny", "--out", str(tmp_path / "out"), "--graphs", "image_memory")
+    assert compared == [True]
 
 
 @pytest.fixture
@@ -176,10 +202,16 @@ def test_examples_are_generated_where_there_are_none(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [224, 384])
 def test_base_model_on_photographs(tmp_path: Path, size: int) -> None:
-    """What is promised of fp32: 1e-4 on embeddings and scores, lengths 1 to 40, and the order of candidates."""
+    """What is promised of fp32: 1e-4 on embeddings and scores, lengths 1 to 40, the order of candidates, and memory."""
     out = tmp_path / "out"
-    _run("onnx", "--preset", "base", "--image-size", str(size), "--out", str(out))
+    command = [sys.executable, "-m", "xfm_fast", "export", "onnx", "--preset", "base", "--image-size", str(size)]
+    process = subprocess.Popen([*command, "--out", str(out)])
+    _, process.returncode, used = os.wait4(process.pid, 0)
+    assert process.returncode == 0
     manifest = Manifest.load(out)
+    weights = sum(file.bytes for file in manifest.files if file.name.endswith(".onnx"))
+    # Of the whole process, Python and its libraries among it.
+    assert used.ru_maxrss << 10 <= 2 * weights
     assert (manifest.status, manifest.reason) == ("verified", "")
     assert manifest.verification is not None
     assert all(check.max_error is not None and check.max_error <= 1e-4 for check in manifest.verification.checks)

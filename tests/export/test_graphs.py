@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.expected import graph_memory
-from xfm_fast.export.graphs import GraphName, build, in_dtype
+from xfm_fast.export.graphs import AttentionForm, GraphName, build, in_dtype
 from xfm_fast.export.layout import Layout
 from xfm_fast.export.request import GRAPHS
 from xfm_fast.models.xfm import XFM
@@ -20,6 +20,8 @@ MakeModel = Callable[..., XFM]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 LENGTHS = (1, 7, 3, 12, 5, 12)
 
+# That of TensorRT for RTX has the biases of keys and values elsewhere.
+each_form = pytest.mark.parametrize("form", ["function", "opset23"])
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 
 
@@ -37,9 +39,9 @@ def _pixels(model: XFM, images: int) -> Tensor:
 
 
 def _run(
-    name: GraphName, model: XFM, *inputs: Tensor, all_tokens: bool = False, packed: bool = False
+    name: GraphName, model: XFM, *inputs: Tensor, form: AttentionForm = "function", **options: bool
 ) -> tuple[Tensor, ...]:
-    graph = build(name, model, "function", all_tokens=all_tokens, packed=packed)
+    graph = build(name, model, form, **options)
     with torch.no_grad():
         results = graph(*inputs)
     sizes = {}
@@ -68,10 +70,11 @@ def test_vision(make_model: MakeModel, dtype: torch.dtype, depth: int) -> None:
 
 
 @each_dtype
-def test_text_of_ragged_lengths(make_model: MakeModel, dtype: torch.dtype) -> None:
+@each_form
+def test_text_of_ragged_lengths(make_model: MakeModel, dtype: torch.dtype, form: AttentionForm) -> None:
     model = make_model().to(dtype)
     ids, mask = _texts(model)
-    embeds, feature = _run("text", model, ids, mask)
+    embeds, feature = _run("text", model, ids, mask, form=form)
     with torch.no_grad():
         expected = model.encode_text(ids, mask)
         _close(embeds[mask.bool()], expected[mask.bool()])
@@ -96,11 +99,14 @@ def _fusion_inputs(model: XFM, images: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @each_dtype
+@each_form
 @pytest.mark.parametrize("all_tokens", [False, True], ids=["first", "all"])
 @pytest.mark.parametrize(
     ("images", "texts"), [(1, 6), (6, 1), (2, 3)], ids=["shared memory", "memory per text", "both"]
 )
-def test_fusion(make_model: MakeModel, dtype: torch.dtype, all_tokens: bool, images: int, texts: int) -> None:
+def test_fusion(
+    make_model: MakeModel, dtype: torch.dtype, form: AttentionForm, all_tokens: bool, images: int, texts: int
+) -> None:
     model = make_model().to(dtype)
     text_embeds, mask, image_embeds = _fusion_inputs(model, images)
     with torch.no_grad():
@@ -110,7 +116,7 @@ def test_fusion(make_model: MakeModel, dtype: torch.dtype, all_tokens: bool, ima
         logits, boxes = model.match_logits(expected), model.predict_boxes(expected)
     grouped = text_embeds.unflatten(0, (images, texts)), mask.unflatten(0, (images, texts))
     fused, match_logits, found_boxes = _run(
-        "fusion", model, *grouped, *graph_memory(memory).values(), all_tokens=all_tokens
+        "fusion", model, *grouped, *graph_memory(memory).values(), form=form, all_tokens=all_tokens
     )
     if all_tokens:
         _close(fused.flatten(0, 1)[mask.bool()], expected[mask.bool()])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import getpass
 import socket
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from xfm_fast import XFMConfig, __version__
 from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.consumers import CONSUMERS, DTYPES, DType, Profile, profile
-from xfm_fast.export.graphs import AttentionForm, GraphName, build, in_dtype, memory_names, random_inputs
+from xfm_fast.export.graphs import AttentionForm, Graph, GraphName, build, in_dtype, memory_names, random_inputs
 from xfm_fast.export.onnx import OnnxFile, write_onnx
 from xfm_fast.models.xfm import XFM
 
@@ -93,7 +95,9 @@ def test_every_spelling_is_valid_and_the_same_function(
     assert {entry.domain: entry.version for entry in loaded.opset_import}[""] == opset == file.opset
     kinds = [(node.domain, node.op_type) for node in loaded.graph.node]
     attention = {"function": ("xfm", "Attention"), "opset23": ("", "Attention"), "primitives": ("", "Softmax")}[form]
-    assert kinds.count(attention) == 2
+    # TensorRT for RTX gets the operator where it costs no copy: in the cross-attention.
+    assert kinds.count(attention) == (1 if form == "opset23" else 2)
+    assert kinds.count(("", "Softmax")) == {"function": 0, "opset23": 1, "primitives": 2}[form]
     assert ("Attention" in {kind for _, kind in kinds}) == (form != "primitives")
     types = {tensor.data_type for tensor in loaded.graph.initializer if len(tensor.dims) == 2}
     assert types == {
@@ -225,6 +229,28 @@ def test_a_file_is_written_weight_by_weight_as_protobuf_writes_it(
         onnx.checker.check_model(loaded, full_check=True)
 
 
+def test_nothing_of_a_graph_stays_once_it_is_written(
+    model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that a graph joined are as many again as those of its products; exporters would keep them in circles."""
+    joined: list[weakref.ref[Tensor]] = []
+    write = onnx_files.write_onnx
+
+    def watched(graph: Graph, *given: Any, **options: Any) -> OnnxFile:
+        assert not [ref for ref in joined if ref() is not None]
+        joined.extend(weakref.ref(buffer) for buffer in graph.buffers())
+        return write(graph, *given, **options)
+
+    monkeypatch.setattr(onnx_files, "write_onnx", watched)
+    gc.disable()
+    try:
+        onnx_files.export_onnx(model, tmp_path, graphs=("text", "image_memory", "fusion"))
+    finally:
+        gc.enable()
+    assert len(joined) == 2 + 2 + 2
+    assert not [ref for ref in joined if ref() is not None]
+
+
 def test_failed_write_leaves_what_was_there(model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "image_memory.onnx"
     path.write_bytes(b"earlier")
@@ -271,7 +297,7 @@ def test_profiles() -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["opset23", *(pytest.param(form, marks=pytest.mark.slow) for form in ("function", "primitives"))]
+    "form", ["function", *(pytest.param(form, marks=pytest.mark.slow) for form in ("opset23", "primitives"))]
 )
 def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionForm, tmp_path: Path) -> None:
     """As wide as the base model, where exporters no longer fold constants, and two layers deep, which is quick."""
@@ -295,13 +321,14 @@ def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionF
         write_onnx(build(name, model, form), path, spelling, "fp32")
         graph = onnx.load(path).graph
         found = Counter(node.op_type for node in graph.node)
-        inner = 2 * attentions if form == "primitives" else 0
+        own = layers if form == "opset23" and name in ("text", "fusion") else 0
+        inner = 2 * (attentions if form == "primitives" else own)
         assert found["MatMul"] + found["Gemm"] - inner == products, (name, found)
         assert found["GatherND"] == 0, (name, found)
         assert found["Gather"] == gathers, (name, found)
         if form != "primitives":
-            assert found["Attention"] == attentions
-            if name == "vision":
+            assert found["Attention"] == attentions - own
+            if name == "vision" or own:
                 continue
             # A mask is one for all heads.
             sizes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from xfm_fast.export.engines.library import load_library
 from xfm_fast.export.engines.profiles import DEFAULT_PROFILES
 from xfm_fast.export.expected import Examples, Reference, generated_examples
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.products import Scheme, Seen, Site, fit, observe, real_tokens, rewritten, sites
+from xfm_fast.export.products import Fitted, Scheme, Seen, Site, fit, observe, real_tokens, rewritten, sites
 from xfm_fast.export.quantise import Calibration
 from xfm_fast.export.request import GRAPHS, EngineRequest, Quantisation
 from xfm_fast.export.session import Session
@@ -193,25 +194,37 @@ def test_int8_keeps_the_ranks_of_trained_weights(trained_model: XFM, tmp_path: P
     assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes["fusion.onnx"]
 
 
-def test_a_budget_takes_products_back(exported_fp32: Path, tmp_path: Path) -> None:
-    """Those first that suffer most; the rest of the export is in 8 bits still, and closer to the model."""
-    loose, strict = (quantize_int8(exported_fp32, tmp_path / str(budget), budget=budget) for budget in (0.99, 0.9985))
-    found = [manifest.graph("fusion").quantisation for manifest in (loose, strict)]
+def test_a_budget_takes_products_back(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those first that suffer most; the rest of the export is in 8 bits still, and closer to the model.
+
+    Which of products that are nearly alike suffers more is a matter of the last digits, and so of the processor. Here
+    two suffer by far the most, for they get levels as coarse as no fit would choose.
+    """
+    suffering = {"stack.layer.0.intermediate.dense", "stack.layer.1.output.dense"}
+
+    def coarse(site: Site, *given: Any) -> Fitted:
+        fitted = fit(site, *given)
+        worse = 40 if suffering & {*site.layers} else 1
+        return replace(fitted, scale=worse * fitted.scale, error=worse * fitted.error)
+
+    monkeypatch.setattr(quantise, "fit", coarse)
+    found, errors = [], []
+    for budget in (0.1, 0.97):
+        manifest = quantize_int8(exported_fp32, tmp_path / str(budget), budget=budget)
+        assert manifest.options["budget"] == budget
+        found.append(manifest.graph("fusion").quantisation)
+        assert manifest.verification is not None
+        (check,) = [check for check in manifest.verification.checks if check.output == "match_logits"]
+        errors.append(check.mean_error)
     before, after = found
     assert before is not None
     assert after is not None
     assert before.kept == []
-    assert 0 < len(after.kept) < after.products
-    assert after.cosine > max(before.cosine, 0.9985)
-    graph = onnx.load(tmp_path / "0.9985" / "fusion.onnx").graph
+    assert {*after.kept} == suffering
+    assert before.cosine < 0.97 < after.cosine
+    graph = onnx.load(tmp_path / "0.97" / "fusion.onnx").graph
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == after.products - len(after.kept)
-    assert loose.options["budget"] == 0.99
-    errors = []
-    for manifest in (loose, strict):
-        assert manifest.verification is not None
-        (check,) = [check for check in manifest.verification.checks if check.output == "match_logits"]
-        errors.append(check.mean_error)
-    assert errors[1] < errors[0]
+    assert errors[1] < errors[0] / 2
 
 
 def test_coarse_levels_lose_the_ranks(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.request import DEFAULT_GRAPHS
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
+from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
 from xfm_fast.export.session import Session
 from xfm_fast.export.slots import graph_slots
@@ -537,6 +538,16 @@ def test_onnxruntime_says_what_it_lacks(exported_fp32: Path) -> None:
             Session(exported_fp32, device="cuda:0")
     with pytest.raises(UnavailableError, match="used on cpu or cuda here, not on mps"):
         Session(exported_fp32, device="mps")
+
+
+def test_products_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of ONNX Runtime's CUDA provider, with an error a hundred times that of fp32."""
+    manifest, given = Manifest.load(exported_fp32), []
+    sessions = OnnxSessions(manifest, torch.device("cpu"))
+    sessions.device = torch.device("cuda", 1)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: given.extend(providers))
+    sessions.load(manifest.graph("text"), exported_fp32 / "text.onnx")
+    assert given == [("CUDAExecutionProvider", {"device_id": 1, "use_tf32": 0}), "CPUExecutionProvider"]
 
 
 def test_int8_is_made_of_fp32_exports_alone(

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,15 @@ from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, graph_interface
 from xfm_fast.export.request import GRAPHS
 from xfm_fast.export.session import Session
-from xfm_fast.export.verification import THRESHOLDS, Threshold, rank_agreement, verify, verify_export
+from xfm_fast.export.verification import (
+    THRESHOLDS,
+    Threshold,
+    default_runner,
+    rank_agreement,
+    verify,
+    verify_export,
+)
+from xfm_fast.kernels import derived
 from xfm_fast.models.xfm import XFM
 
 Spoil = Callable[[str, dict[str, Tensor]], None]
@@ -49,6 +58,19 @@ class EagerRunner:
             outputs = dict(zip([spec.name for spec in chosen.outputs], chosen(*values), strict=True))
         self.spoil(graph, outputs)
         return outputs
+
+
+def test_a_comparison_keeps_little_in_memory(small_model: XFM, exported_fp32: Path) -> None:
+    """What the kernels pack of weights, what a runtime lays out anew, and memory for the largest shape: none stays."""
+    derived.clear()
+    make_reference(small_model, generated_examples(small_model.config, images=1, texts=1), GRAPHS, "fp32")
+    assert derived.remembered(small_model.parameters()) == []
+    manifest = Manifest.load(exported_fp32)
+    session: Any = default_runner(exported_fp32, manifest)
+    session = session._runner("text")
+    options = session._graphs["text"]._session.get_session_options()
+    assert not options.enable_cpu_mem_arena
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
 
 
 def write_export(

@@ -76,12 +76,14 @@ def onnx(
     What a run exports answers `xfm-fast predict` as the run does.
     """
     from xfm_fast.export import onnx as library
+    from xfm_fast.export import verification
 
     library.check_spelling(request)
     subject, examples = load(named(run, source), request)
-    return finish(
-        library.export_onnx(subject.model, out, request, **subject.facts, examples=examples, progress=say), out
-    )
+    library.export_onnx(subject.model, out, request, **subject.facts, examples=examples, compared=False, progress=say)
+    # The runtime that is compared has all the weights once more.
+    del subject
+    return finish(verification.verify(out, check_files=False), out)
 
 
 @app.command
