@@ -186,13 +186,12 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
                 f"{len(lacking)} of {len(records)} images have no captions to score by, {lacking[0]} first; give "
                 "captions to all, or to none"
             )
-        return [name for name in self.metrics if self.options.facts or name != "true_captions"]
+        return [name for name in self.metrics if self.options.facts or not name.startswith("true_")]
 
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
         """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D`, times 100; see `tasks.caption_metrics`.
 
-        With the option `facts` also `true_captions`, the share of those that say something, and nothing false, and the
-        share of what they say that is true, by kind.
+        With the option `facts` also what is true of them, see `true_shares`.
         """
         if not self.metrics_of(records):
             return {}
