@@ -240,12 +240,11 @@ def test_the_ablations_are_those_of_the_committed_study() -> None:
         assert f"| {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |" in _text(ROOT / "docs/training.md")
 
 
-@pytest.mark.parametrize("name", ["downstream", "downstream-patch4"])
-def test_the_downstream_table_is_that_of_the_committed_study(name: str) -> None:
-    stored = ROOT / f"benchmarks/results/{name}-tiny-shapes.md"
+def test_the_downstream_table_is_that_of_the_committed_study() -> None:
+    stored = ROOT / "benchmarks/results/downstream-tiny-shapes.md"
     table = "\n".join(line for line in stored.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
     page = _text(ROOT / "docs/fine-tuning.md")
-    assert page.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0] == table
+    assert page.split("<!-- downstream:begin -->\n")[1].split("\n<!-- downstream:end -->")[0] == table
     document = json.loads(stored.with_suffix(".json").read_text(encoding="utf-8"))
     for row in (row for row in document["rows"] if any(row["by_seed"].values())):
         said = (", ".join(f"{value:.1f}" for value in row["by_seed"][split].values()) for split in document["splits"])
@@ -258,17 +257,6 @@ def test_the_probe_of_shapes_is_the_stored_one() -> None:
     for line, fitted_on in zip(table.splitlines()[2:], ("training", "all_pairs"), strict=True):
         assert line.endswith(f"| {found[f'{fitted_on}/held_out']:.1f} | {found[f'{fitted_on}/common']:.1f} |")
     assert f"chance {found['chance']:.1f}" in _text(ROOT / "docs/fine-tuning.md")
-
-
-def test_what_smaller_patches_show_is_stored() -> None:
-    found = json.loads((ROOT / "benchmarks/results/downstream-patch4-kinds.json").read_text(encoding="utf-8"))
-    page = " ".join(_text(ROOT / "docs/fine-tuning.md").split())
-    facts = {kind: f"{each['true']:.0f}%" for kind, each in found["captions"]["known"].items()}
-    assert f"{facts['shape']} of the shapes are true, {facts['texture']} of the textures" in page
-    assert f"{facts['colour']} of the colours, but {facts['relation']} of the relations" in page
-    assert f"reads {found['probe']['all_pairs/held_out']:.0f} of 100 shapes" in page
-    small, large = (losses["regions/bbox_giou"] for losses in found["last_losses"].values())
-    assert f"is {small:.2f} in its last step, and {large:.2f} with patches of eight" in page
 
 
 def test_the_readme_is_short_and_has_the_sections_that_people_look_for() -> None:

@@ -233,9 +233,9 @@ def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
     if not names:
         # Nothing to evaluate on, or no truth in it.
         return
-    made = table("", "split", *names, right=tuple(names))
-    for split, values in metrics.items():
-        made.add_row(split, *(f"{values[name]:.2f}" if name in values else "" for name in names))
+    made = table("", "metric", *metrics, right=tuple(metrics))
+    for name in names:
+        made.add_row(name, *(f"{values[name]:.2f}" if name in values else "" for values in metrics.values()))
     if first_process():
         stdout().print(made)
 
