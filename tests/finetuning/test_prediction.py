@@ -91,6 +91,34 @@ def test_the_command(run: Path, requests: Path, world: Path, tmp_path: Path) -> 
         assert said in done.stderr
 
 
+def commands(rank: int, world_size: int, meeting: Path, told: Path, *given: list[Any]) -> None:
+    join_group(rank, world_size, meeting)
+    os.environ["RANK"] = str(rank)
+    done = [invoke(arguments) for arguments in given]
+    (told / f"{rank}.json").write_text(json.dumps([(each.exit_code, each.stdout, each.stderr) for each in done]))
+
+
+def test_the_commands_of_two_processes(world: Path, pretrained: Path, requests: Path, tmp_path: Path) -> None:
+    """One of them speaks, and what they find is what one finds."""
+    run, answers, told = tmp_path / "run", [tmp_path / name for name in ("two.jsonl", "one.jsonl")], tmp_path / "told"
+    told.mkdir()
+    finetune = [
+        "finetune", "nlvr2_tiny_shapes", f"data.root={world}", f"init.checkpoint={pretrained}", "shapes=null",
+        "batch_size=4", "steps=2", "device=cpu", f"checkpoint.folder={run}",
+    ]  # fmt: skip
+    evaluate = ["evaluate", run, "--split", "test", "--json"]
+    predict = ["predict", run, "--device", "cpu", "--lines", requests]
+    given = finetune, evaluate, [*predict, answers[0]]
+    assert in_processes(commands, 2, tmp_path / "meet", told, *given) == [0, 0]
+    first, second = (json.loads((told / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert [code for code, _, _ in (*first, *second)] == [0] * 6, first
+    assert "saved: " in first[0][1]
+    assert [said for _, said, _ in second] == [""] * 3
+    assert in_processes(commands, 1, tmp_path / "alone", told, evaluate, [*predict, answers[1]]) == [0]
+    assert first[1][1] == json.loads((told / "0.json").read_text())[0][1]
+    assert answers[0].read_bytes() == answers[1].read_bytes()
+
+
 def test_a_heat_map(recipe: Make, world: Path, tmp_path: Path) -> None:
     made = recipe("grounding", "grounding_{}.json", steps=1, task={"augment": False})
     finetune(made)

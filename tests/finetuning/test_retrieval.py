@@ -316,7 +316,13 @@ def test_a_pretrained_model_is_evaluated_as_it_is_without_files_of_training(
     small: FinetuneRecipe, pretrained: Path, tmp_path: Path
 ) -> None:
     data = small.data.model_copy(update={"train": ("not_here.json",)})
-    assert "r_mean" in evaluate(small.model_copy(update={"data": data}), pretrained, "test", tmp_path / "zero")
+    found = evaluate(small.model_copy(update={"data": data}), pretrained, "test", tmp_path / "zero")
+    assert "r_mean" in found
+    # The same weights as the official code has them, in a file that says nothing about its sizes.
+    model = XFM.from_pretrained(pretrained)
+    torch.save({"model": to_official(model.state_dict(), model.config)}, tmp_path / "xfm.th")
+    recipe = small.model_copy(update={"tokenizer": str(pretrained / "tokenizer.json")})
+    assert evaluate(recipe, tmp_path / "xfm.th", "test", tmp_path / "official") == found
 
 
 def karpathy(world: Path, folder: Path, splits: dict[str, str]) -> Path:

@@ -55,9 +55,8 @@ def test_one_pass_computes_token_0_alone_in_its_last_layer(
     *_, last = getattr(model, encoder).roberta.encoder
     feed_forward = last.feed_forward
     last.feed_forward = lambda x: rows.append(len(x)) or feed_forward(x)
-    given = (pixels(images), TEXT) if images else (None, TEXT)
-    predict = model.boxes if isinstance(model, GroundingModel) else model.logits
-    predict(*given)
+    predict: Any = model.boxes if isinstance(model, GroundingModel) else model.logits
+    predict(pixels(images) if images else None, TEXT)
     assert rows == [max(images, len(TEXT))]
 
 

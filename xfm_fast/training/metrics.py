@@ -121,6 +121,7 @@ class RunLog:
         self._board: Any = None
         self._wandb: Any = None
         self._bar: Progress | None = None
+        self._drawn = 0.0
         for wanted, package in ((recipe.tensorboard, "tensorboard"), (recipe.wandb, "wandb")):
             if wanted and find_spec(package) is None:
                 raise UnavailableError(
@@ -158,7 +159,7 @@ class RunLog:
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             # It does not redraw itself: the bar of an evaluation takes turns with it on the one line.
-            self._bar, self._drawn = Progress(*columns, console=self._console, auto_refresh=False), 0.0
+            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
             self._bar.start()
             self._task = self._bar.add_task(title, total=steps, completed=start)
 
