@@ -83,8 +83,9 @@ AttentionForm = Literal["function", "opset23", "primitives"]
 """The spelling of attention in a graph.
 
 `function`: a node `xfm::Attention` with a body of its own in the model (opset 23 `Attention`), which a runtime inlines
-and a TensorRT plugin of the same name takes over. `opset23`: the standard node. `primitives`: two products and a
-softmax, for opsets below 23 and for runtimes that fuse these themselves.
+and a TensorRT plugin of the same name takes over. `opset23`: the standard node, but primitives among the tokens of texts,
+see `_SelfAttention`. `primitives`: two products and a softmax, for opsets below 23 and for runtimes that fuse these
+themselves.
 """
 
 DOMAIN, OPERATOR = "xfm", "Attention"
