@@ -83,8 +83,9 @@ AttentionForm = Literal["function", "opset23", "primitives"]
 """The spelling of attention in a graph.
 
 `function`: a node `xfm::Attention` with a body of its own in the model (opset 23 `Attention`), which a runtime inlines
-and a TensorRT plugin of the same name takes over. `opset23`: the standard node. `primitives`: two products and a
-softmax, for opsets below 23 and for runtimes that fuse these themselves.
+and a TensorRT plugin of the same name takes over. `opset23`: the standard node, but primitives among the tokens of a
+text, see `_SelfAttention`. `primitives`: two products and a softmax, for opsets below 23 and for runtimes that fuse
+these themselves.
 """
 
 DOMAIN, OPERATOR = "xfm", "Attention"
@@ -756,6 +757,7 @@ class _SelfAttention(nn.Module):
     """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some tokens alone."""
 
     form: AttentionForm
+    output_bias: Tensor
 
     def __init__(self, layer: TransformerLayer, form: AttentionForm, *, first_only: bool = False) -> None:
         super().__init__()
