@@ -355,13 +355,14 @@ def dkdv_kernel(
         g_base += BLOCK_M * stride_gn
         bias_base += BLOCK_M
     if TAIL > 0:
-        last = tl.arange(0, TAIL)
-        dk_a, dk_b, dv_a, dv_b = dkdv_step(
-            k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            lse_base + full, delta_base + full, bias_base, clamped, stride_bn, last < queries - full, queries - full,
-            seed, stream, full + last, start + columns,
-            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD, APART, DK, DV,
-        )  # fmt: skip
+        if full < queries:  # a fence, see `relpos_attention`: heads of 96 and 128 are serialised else (C7515)
+            last = tl.arange(0, TAIL)
+            dk_a, dk_b, dv_a, dv_b = dkdv_step(
+                k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
+                lse_base + full, delta_base + full, bias_base, clamped, stride_bn, last < queries - full, queries - full,
+                seed, stream, full + last, start + columns,
+                SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD, APART, DK, DV,
+            )  # fmt: skip
     stride_dn = heads * DIM
     gradient = (b * keys + start) * stride_dn + h * DIM
     if HAS_MASK:
@@ -460,13 +461,14 @@ def dq_kernel(
         bias_base += BLOCK_N
         dbias_base += BLOCK_N
     if TAIL > 0:
-        last = tl.arange(0, TAIL)
-        dq_a, dq_b = dq_step(
-            q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base, clamped, stride_bm, dbias_base + (dbias_rows + last[None, :]),
-            mask_base + full, last < keys - full, keys - full, inside, seed, stream, start + rows, full + last,
-            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD, STORE_BIAS, APART,
-        )  # fmt: skip
+        if full < keys:  # a fence, which spares the widest heads registers
+            last = tl.arange(0, TAIL)
+            dq_a, dq_b = dq_step(
+                q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
+                bias_base, clamped, stride_bm, dbias_base + (dbias_rows + last[None, :]),
+                mask_base + full, last < keys - full, keys - full, inside, seed, stream, start + rows, full + last,
+                SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD, STORE_BIAS, APART,
+            )  # fmt: skip
     stride_dn = heads * DIM
     dq_base = dq_ptr + (b * queries + start) * stride_dn + h * DIM
     store_heads(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, DIM, D_A, D_B)

@@ -363,16 +363,24 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
 
 
 def _describable(tensor: Tensor) -> Tensor:
-    """`[B, N, H, D]` itself if its heads lie side by side, and its rows at multiples of 16 bytes; else a copy."""
-    whole = tensor.stride(2) == tensor.shape[3] or tensor.shape[2] == 1
-    offsets = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:2]))
-    return tensor if whole and all(n > 0 and n % 16 == 0 for n in offsets) else tensor.contiguous()
+    """`[B, N, H, D]` itself if a descriptor can have it, else a copy.
+
+    Heads lie side by side, rows begin at multiples of 16 bytes, and each stride is a multiple of the one within it.
+    """
+    batch, _, heads, head_dim = tensor.shape
+    outer, row, of_head, _ = tensor.stride()
+    side_by_side = (of_head == head_dim or heads == 1) and row >= heads * head_dim
+    aligned = tensor.data_ptr() % 16 == 0 and row * tensor.element_size() % 16 == 0
+    nested = batch == 1 or (outer > 0 and outer % row == 0)
+    fits = side_by_side and aligned and nested
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
     """`[B, N, H, D]` as `[B, N, H·D]`, in tiles of one head."""
     batch, tokens, heads, head_dim = tensor.shape
-    strides = [tensor.stride(0), tensor.stride(1), 1]
+    outer, row = tensor.stride()[:2]
+    strides = [outer if batch > 1 else tokens * row, row, 1]
     return TensorDescriptor(tensor, [batch, tokens, heads * head_dim], strides, [1, rows, head_dim])
 
 
