@@ -384,7 +384,7 @@ class _Partition:
             for warp in range(warps)
         ]
         self._members = [[w for w in self._warps if w.program == p] for p in range(programs)]
-        self._phases: list[list[float]] = [[] for _ in range(programs)]
+        self._phases: list[list[tuple[float, str]]] = [[] for _ in range(programs)]
         self._free: dict[str, float] = {}
         self._shared_free = 0.0
         self._starts = [0.0] * (len(parts) + 1)
@@ -517,11 +517,11 @@ class _Partition:
             warp.copies = [*warp.copies[-15:], warp.copying]
             warp.copying = 0.0
         elif role == "phase" and warp.leader:
-            phases.append(max(self._free.get(TENSOR, 0.0), now) + latency["hmma"])
+            phases.append((max(self._free.get(TENSOR, 0.0), now) + latency["hmma"], TENSOR))
         elif role == "tile copies" and warp.leader:
-            phases.append(now)  # of those that follow, whose bytes the barrier is told to expect
+            phases.append((now, "async copies"))  # those that follow, whose bytes the barrier is told to expect
         elif role == "tile copy" and warp.leader and phases:
-            phases[-1] = max(phases[-1], finish + latency["copy"])
+            phases[-1] = max(phases[-1], (finish + latency["copy"], "async copies"))
         elif role == "phase wait":
             warp.phases += 1
 
@@ -573,6 +573,6 @@ class _Partition:
                 since, cause = done, "async copies"
         elif current.role == "phase wait":
             phases = self._phases[warp.program]
-            if warp.phases < len(phases) and phases[warp.phases] > since:
-                since, cause = phases[warp.phases], TENSOR
+            if warp.phases < len(phases) and phases[warp.phases][0] > since:
+                since, cause = phases[warp.phases]
         warp.ready, warp.since, warp.cause = ready, since, cause
