@@ -80,8 +80,8 @@ class Binary:
         listing: the disassembly, with encodings and source lines; `resources`: what the binary needs.
         row_lines: source lines that load a value per row, see `sass.row_lines`.
         warnings: codes of the assembler's warnings, such as `C7515`.
-        products: sizes (M, N) of what Blackwell's tensor cores multiply, and `tile_bytes`: of a copy by a descriptor, on
-            average, neither of which the listing shows.
+        products: sizes (M, N) of what Blackwell's tensor cores multiply, and `tile_bytes`: of a copy by a descriptor,
+            on average, neither of which the listing shows.
     """
 
     listing: str

@@ -129,7 +129,10 @@ def simulate(
     known: dict[int, Step] = {}
 
     def steps(instructions: list[Instruction]) -> list[Step]:
-        return [known.get(i.address) or known.setdefault(i.address, step(i, card, products, tile_bytes)) for i in instructions]
+        return [
+            known.get(i.address) or known.setdefault(i.address, step(i, card, products, tile_bytes))
+            for i in instructions
+        ]
 
     heads, loop, tails = steps(before), steps(body), steps(after)
     parts = [heads, *[loop] * (ITERATIONS if loop else 0), tails]
@@ -159,9 +162,7 @@ def simulate(
     )
 
 
-def _ahead(
-    before: list[Instruction], body: list[Instruction], traffic: Callable[[Sequence[Instruction]], int]
-) -> int:
+def _ahead(before: list[Instruction], body: list[Instruction], traffic: Callable[[Sequence[Instruction]], int]) -> int:
     """Bytes that copies before the loop fetch for its first turns; its last turns have nothing to fetch in return."""
     copies = ("LDGSTS", *_TILE_COPIES)
     early, each = (traffic([i for i in part if i.opcode in copies]) for part in (before, body))

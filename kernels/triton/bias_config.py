@@ -59,8 +59,10 @@ def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool
         other = min(other, 32)
     block_m, block_n = (other, own) if kernel == "bias_attention_dkdv" else (own, other)
     widest = {"bias_attention_dkdv": 64, "bias_attention_dq": 192}.get(kernel, 0)
-    apart = dtype != "fp32" and _nearest(arch) == 90 and head_dim <= widest
-    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart)
+    hopper = dtype != "fp32" and _nearest(arch) == 90
+    # Wider heads have no registers for products apart. Unfenced, those of 96 and 128 are serialised, and 256 spills.
+    apart, fenced = hopper and head_dim <= widest, hopper and 0 < widest < head_dim
+    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart, fenced=fenced)
 
 
 def _nearest(arch: int) -> int:

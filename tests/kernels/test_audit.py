@@ -445,12 +445,15 @@ def test_sizes_of_blackwells_products_are_read_from_their_descriptors() -> None:
     assert worker.product_sizes(ptx) == [(128, 64)]
 
 
-def test_the_docs_have_the_accepted_time_of_attention_of_images() -> None:
+def test_the_docs_have_the_accepted_times() -> None:
     said = (ROOT / "docs" / "kernels.md").read_text()
     accepted = json.loads((ROOT / "kernels" / "audit_ratchet.json").read_text())["rows"]
     row = accepted["relpos_forward_fragments | head_dim=64 tokens=577 | sm_90 | bf16"]
     assert f"predicted at {row['predicted_us']:.1f} µs forward" in said
     hopper = card(90)
+    forms = ("head_dim=64 searched=True", "head_dim=64")
+    searched, divided = (accepted[f"varlen_forward_heads | {form} | sm_90 | bf16"]["predicted_us"] for form in forms)
+    assert f"take {searched:.1f} µs instead of {divided:.1f}" in said
     rate = hopper.l2_bytes * hopper.multiprocessors * hopper.clock_ghz * 1e9
     assert f"needs {168e6 / rate * 1e6:.1f} µs for the 168 MB" in said
 

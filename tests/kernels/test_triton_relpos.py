@@ -265,7 +265,11 @@ def test_batches_beyond_the_largest_grid_take_more_launches(monkeypatch: pytest.
         ("triton/relpos_attention.py", "first + BLOCK_N < stride_bias, BLOCK_M", "first < 0, BLOCK_M"),
         ("triton/relpos_attention.py", "(h * tl.num_programs(0) + tl.program_id(0))", "(h * tl.num_programs(0))"),
         ("triton/relpos_attention.py", "k_tiles.load([batch_entry, first", "k_tiles.load([batch_entry, 0"),
-        ("triton/relpos_attention.py", "v_tiles.load([batch_entry, first, head * D_A", "v_tiles.load([batch_entry, first, 0"),
+        (
+            "triton/relpos_attention.py",
+            "v_tiles.load([batch_entry, first, head * D_A",
+            "v_tiles.load([batch_entry, first, 0",
+        ),
         ("triton/relpos_attention.py", "k_tiles.load([batch_entry", "k_tiles.load([0"),
     ],
     ids=[
