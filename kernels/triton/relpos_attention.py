@@ -176,7 +176,7 @@ def fragments_kernel(
             bias = first_columns(bias_ahead, TAIL)
             acc, rest, row_max, row_sum = forward_tile(
                 q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0, False, (bias, k_last, k_last, v_last, v_last),
+                SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0, False, (bias, k_last, k_last, v_last, v_last),  # pyright: ignore[reportPossiblyUnboundVariable]
             )  # fmt: skip
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
     lse_base = lse_ptr + (b * heads + h) * tokens + start
