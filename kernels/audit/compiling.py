@@ -80,7 +80,8 @@ class Binary:
         listing: the disassembly, with encodings and source lines; `resources`: what the binary needs.
         row_lines: source lines that load a value per row, see `sass.row_lines`.
         warnings: codes of the assembler's warnings, such as `C7515`.
-        products: sizes (M, N) of what Blackwell's tensor cores multiply, which the listing does not show.
+        products: sizes (M, N) of what Blackwell's tensor cores multiply, and `tile_bytes`: of a copy by a descriptor,
+            on average, neither of which the listing shows.
     """
 
     listing: str
@@ -88,6 +89,7 @@ class Binary:
     row_lines: list[tuple[str, int]]
     warnings: list[str]
     products: list[tuple[int, int]]
+    tile_bytes: float
     shared_bytes: int
     tensor_memory: int
     warps: int

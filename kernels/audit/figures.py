@@ -40,7 +40,8 @@ def measure(binary: Binary, arch: int, programs: int = 0) -> Figures:
     timing = None
     if resident:
         timing = simulate(
-            code, chosen, warps=binary.warps, resident=resident, rows=rows, products=binary.products
+            code, chosen, warps=binary.warps, resident=resident, rows=rows, products=binary.products,
+            tile_bytes=binary.tile_bytes,
         )  # fmt: skip
     return Figures(
         registers=code.registers,

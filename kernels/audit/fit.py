@@ -241,8 +241,9 @@ class _Model:
         made: list[float] = []
         for _, launch, code, binary, resident in self._cases:
             timing = simulate(
-                code, card, warps=binary.warps, resident=resident, rows=binary.row_lines, products=binary.products
-            )
+                code, card, warps=binary.warps, resident=resident, rows=binary.row_lines, products=binary.products,
+                tile_bytes=binary.tile_bytes,
+            )  # fmt: skip
             made.append(predict(timing, launch, card).microseconds)
         return made
 

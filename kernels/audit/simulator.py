@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -49,6 +49,7 @@ _UNIFORM = re.compile(r"U[A-Z0-9]+|R2UR|S2UR")
 _SHARED_ACCESS = frozenset(("LDS", "LDSM", "STS", "STSM", "LDTM", "STTM", "ATOMS"))
 _GLOBAL_READS = frozenset(("LDG", "LD", "LDL"))
 _GLOBAL_WRITES = frozenset(("STG", "ST", "RED", "REDG", "STL"))
+_TILE_COPIES = frozenset(("UTMALDG", "UBLKCP"))
 _GLOBAL_BOTH = frozenset(("ATOMG", "ATOM"))
 _BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 _LEFT = re.compile(r"(?:gsb\d|SB\d), (0x[0-9a-f]+)")
@@ -112,6 +113,7 @@ def simulate(
     resident: int,
     rows: Iterable[tuple[str, int]] = (),
     products: Sequence[tuple[int, int]] = (),
+    tile_bytes: float = 0.0,
 ) -> Timing:
     """Cycles of a kernel.
 
@@ -121,12 +123,16 @@ def simulate(
         resident: programs that a multiprocessor runs at once, at least 1.
         rows: source lines that load one value a row, of which a warp's threads share sectors.
         products: (M, N) of what Blackwell's tensor cores multiply.
+        tile_bytes: of a copy that one thread asks for by a descriptor.
     """
     before, body, after = walk(code)
     known: dict[int, Step] = {}
 
     def steps(instructions: list[Instruction]) -> list[Step]:
-        return [known.get(i.address) or known.setdefault(i.address, step(i, card, products)) for i in instructions]
+        return [
+            known.get(i.address) or known.setdefault(i.address, step(i, card, products, tile_bytes))
+            for i in instructions
+        ]
 
     heads, loop, tails = steps(before), steps(body), steps(after)
     parts = [heads, *[loop] * (ITERATIONS if loop else 0), tails]
@@ -139,21 +145,27 @@ def simulate(
         apart.finish()
         runs.append(apart)
     single = frozenset(rows)
+
+    def traffic(part: Sequence[Instruction]) -> int:
+        tiles = sum(i.opcode in _TILE_COPIES for i in part)
+        return warps * sum(moved(i, single) for i in part) + round(tile_bytes * tiles)
+
     return Timing(
         resident=resident,
         outside=round(fmean(run.outside for run in runs), 1),
         iteration=round(fmean(run.turn for run in runs), 1),
         tensor_outside=round(together.tensor_outside, 1),
         tensor_iteration=round(together.tensor_turn, 1),
-        bytes_outside=warps * (sum(moved(i, single) for i in (*before, *after)) - _ahead(before, body)),
-        bytes_iteration=warps * sum(moved(i, single) for i in body),
+        bytes_outside=traffic((*before, *after)) - _ahead(before, body, traffic),
+        bytes_iteration=traffic(body),
         stalls=_shares([run.stalls for run in runs]),
     )
 
 
-def _ahead(before: list[Instruction], body: list[Instruction]) -> int:
+def _ahead(before: list[Instruction], body: list[Instruction], traffic: Callable[[Sequence[Instruction]], int]) -> int:
     """Bytes that copies before the loop fetch for its first turns; its last turns have nothing to fetch in return."""
-    early, each = (sum(moved(i, frozenset()) for i in part if i.opcode == "LDGSTS") for part in (before, body))
+    copies = ("LDGSTS", *_TILE_COPIES)
+    early, each = (traffic([i for i in part if i.opcode in copies]) for part in (before, body))
     return early // each * each if each else 0
 
 
@@ -220,12 +232,16 @@ def moved(instruction: Instruction, rows: frozenset[tuple[str, int]]) -> int:
     return _SECTOR if instruction.line in rows and bits <= 32 else bits // 8 * _LANES
 
 
-def step(instruction: Instruction, card: Card, products: Sequence[tuple[int, int]] = ()) -> Step:
+def step(
+    instruction: Instruction, card: Card, products: Sequence[tuple[int, int]] = (), tile_bytes: float = 0.0
+) -> Step:
     """What the scheduler is told by an instruction's encoding, and what its pipe takes."""
     word = instruction.encoding
     waits = word >> 52 & 0x3F
     pipe, busy, latency, shared = _demand(instruction, card, products)
     role = _role(instruction)
+    if role == "tile copy":
+        shared = tile_bytes / card.shared_bytes
     found = _LEFT.search(instruction.operands) if role in ("wgmma wait", "copy wait") else None
     return Step(
         stall=max(1, word >> 41 & 0xF),
@@ -250,12 +266,12 @@ def _role(instruction: Instruction) -> str:
     if name == "WARPGROUP":
         return "wgmma wait" if "DEPBAR" in modifiers else ""
     if name == "SYNCS":
-        return "phase wait" if "TRYWAIT" in modifiers else ""
+        return "phase wait" if "TRYWAIT" in modifiers else "tile copies" if "ARRIVE" in modifiers else ""
     if name.startswith("UTC") and name.endswith("MMA"):
         return "tcgen05"
     roles = {
         "LDGSTS": "copy", "LDGDEPBAR": "copy end", "DEPBAR": "copy wait", "BAR": "barrier", "UTCBAR": "phase",
-        "UTMALDG": "bulk copy", "UBLKCP": "bulk copy",
+        **dict.fromkeys(_TILE_COPIES, "tile copy"),
     }  # fmt: skip
     return roles.get(name, "")
 
@@ -369,7 +385,7 @@ class _Partition:
             for warp in range(warps)
         ]
         self._members = [[w for w in self._warps if w.program == p] for p in range(programs)]
-        self._phases: list[list[float]] = [[] for _ in range(programs)]
+        self._phases: list[list[tuple[float, str]]] = [[] for _ in range(programs)]
         self._free: dict[str, float] = {}
         self._shared_free = 0.0
         self._starts = [0.0] * (len(parts) + 1)
@@ -462,20 +478,21 @@ class _Partition:
     def _issue(self, warp: _Warp, now: float) -> None:
         current = self._parts[warp.part][warp.instruction]
         role, pipe, busy = current.role, current.pipe, current.busy
-        if role == "tcgen05" and not warp.leader:
-            busy = 0.0  # one thread of the program issues for all
+        shared = current.shared
+        if role in ("tcgen05", "tile copy") and not warp.leader:
+            busy = shared = 0.0  # one thread of the program issues for all
         start = max(now, self._free.get(pipe, 0.0)) if pipe is TENSOR or pipe is MEMORY else now
         finish = start + busy
-        if current.shared:
+        if shared:
             # An access of this partition comes with one of each of the others; tensor cores read for all at once.
-            share = current.shared if pipe is TENSOR else PARTITIONS * current.shared
+            share = shared if pipe is TENSOR or role == "tile copy" else PARTITIONS * shared
             self._shared_free = max(self._shared_free, start) + share
             if pipe is TENSOR:
                 finish = max(finish, self._shared_free)
         self._free[pipe] = finish
         if pipe is TENSOR:
             self._tensor[warp.part] += busy
-        result = max(finish, self._shared_free if current.shared else 0.0) + max(0.0, current.latency - busy)
+        result = max(finish, self._shared_free if shared else 0.0) + max(0.0, current.latency - busy)
         if role:
             self._asynchronous(warp, current, now, finish)
         if current.sets != _NO_SCOREBOARD:
@@ -483,7 +500,7 @@ class _Partition:
         if current.frees != _NO_SCOREBOARD:
             read = finish if pipe is TENSOR or pipe is MEMORY else now
             _set(warp, current.frees, read + self._card.latency["other"], current.cause)
-        if result > self.end and not current.role.startswith("copy"):
+        if result > self.end and "copy" not in current.role:
             self.end = result
         self._advance(warp, now + current.stall)
         if role == "barrier":
@@ -501,9 +518,11 @@ class _Partition:
             warp.copies = [*warp.copies[-15:], warp.copying]
             warp.copying = 0.0
         elif role == "phase" and warp.leader:
-            phases.append(max(self._free.get(TENSOR, 0.0), now) + latency["hmma"])
-        elif role == "bulk copy" and warp.leader:
-            phases.append(now + latency["copy"])
+            phases.append((max(self._free.get(TENSOR, 0.0), now) + latency["hmma"], TENSOR))
+        elif role == "tile copies" and warp.leader:
+            phases.append((now, "async copies"))  # those that follow, whose bytes the barrier is told to expect
+        elif role == "tile copy" and warp.leader and phases:
+            phases[-1] = max(phases[-1], (finish + latency["copy"], "async copies"))
         elif role == "phase wait":
             warp.phases += 1
 
@@ -555,6 +574,6 @@ class _Partition:
                 since, cause = done, "async copies"
         elif current.role == "phase wait":
             phases = self._phases[warp.program]
-            if warp.phases < len(phases) and phases[warp.phases] > since:
-                since, cause = phases[warp.phases], TENSOR
+            if warp.phases < len(phases) and phases[warp.phases][0] > since:
+                since, cause = phases[warp.phases]
         warp.ready, warp.since, warp.cause = ready, since, cause

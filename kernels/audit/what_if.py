@@ -109,7 +109,10 @@ def _configurations(spec: KernelSpec, shipped: LaunchConfig, given: Mapping[str,
     if len(made) > _MOST:
         raise InputError(f"these settings make {len(made)} configurations; ask for {_MOST} at most")
     return [
-        LaunchConfig({n: c[n] for n in shipped.tiles}, c["num_warps"], c["num_stages"], shipped.apart) for c in made
+        LaunchConfig(
+            {n: c[n] for n in shipped.tiles}, c["num_warps"], c["num_stages"], shipped.apart, fenced=shipped.fenced
+        )
+        for c in made
     ]
 
 

@@ -22,6 +22,8 @@ from .sass import row_lines
 
 _WARNING = re.compile(r"\((C\d{4})\)")
 _PRODUCT = re.compile(r"\btcgen05\.mma\.[^;]*, (%r\d+), [^,;]*;")
+_EXPECTED = re.compile(r"\bmbarrier\.arrive\.expect_tx[^;]*, (\d+);")
+_TILE_COPY = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global\b")
 _CONSTANT = re.compile(r"\bmov\.[bus]32\s+(%r\d+), (-?\d+);")
 
 
@@ -49,6 +51,7 @@ def compile_task(task: Task) -> Binary:
         row_lines=sorted(row_lines(compiled.asm["ttgir"], compiled.asm["ptx"])),
         warnings=sorted(set(_WARNING.findall(said.getvalue()))),
         products=product_sizes(compiled.asm["ptx"]),
+        tile_bytes=tile_bytes(compiled.asm["ptx"]),
         shared_bytes=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warps=compiled.metadata.num_warps,
@@ -63,6 +66,11 @@ def product_sizes(ptx: str) -> list[tuple[int, int]]:
     constants = dict(_CONSTANT.findall(ptx))
     given = [int(constants[name]) for name in _PRODUCT.findall(ptx) if name in constants]
     return [((word >> 24 & 0x1F) * 16, (word >> 17 & 0x3F) * 8) for word in given]
+
+
+def tile_bytes(ptx: str) -> float:
+    """Bytes of a copy by a descriptor: what barriers are told to expect, over the copies that arrive at them."""
+    return sum(map(int, _EXPECTED.findall(ptx))) / max(1, len(_TILE_COPY.findall(ptx)))
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

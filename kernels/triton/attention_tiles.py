@@ -126,24 +126,22 @@ def forward_tile(
     k_base, v_base, stride_kn, stride_vn, bias, inside, allowed, seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
-    APART: tl.constexpr = False, LOADED: tl.constexpr = False, loaded=None, HALVES: tl.constexpr = False,
+    APART: tl.constexpr = False, loaded=None,
 ):  # fmt: skip
     """The online softmax over one tile of keys: updated (acc_a, acc_b, row_max, row_sum).
 
     `inside` [BLOCK_N]: keys that exist, used when MASKED; `allowed` [BLOCK_N]: keys that may be attended to, used when
     HAS_MASK. With a bias neither is needed for the scores, since the bias of a missing key is -inf. APART: `row_sum`
     is [rows, 8], sums of every eighth key, to be added behind the loop: a thread has them to itself. `bias`: pointers
-    of the tile, or with LOADED the tile. `loaded`: the pieces of keys and values, if they are there already. HALVES,
-    for heads of one piece: values are multiplied by the first half of the weights while the exponentials of the second
-    are made.
+    of the tile. `loaded`: the tile of the bias and the pieces of keys and values, where they are there already.
     """
     columns = tl.arange(0, BLOCK_N)
     if loaded is None:
         k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
     else:
-        k_a, k_b = loaded[0], loaded[1]
+        k_a, k_b = loaded[1], loaded[2]
     if HAS_BIAS:
-        scores = biased_product(bias if LOADED else tl.load(bias), q_a, q_b, k_a, k_b, D_B, PRECISION)
+        scores = biased_product(tl.load(bias) if loaded is None else loaded[0], q_a, q_b, k_a, k_b, D_B, PRECISION)
     else:
         scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
         if HAS_MASK:
@@ -157,35 +155,22 @@ def forward_tile(
         # Rows without an allowed key so far: -inf minus -inf must not become NaN.
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     shrink = tl.exp2((row_max - finite_max) * factor)
-    if HALVES:
-        half: tl.constexpr = BLOCK_N // 2
-        powers = scores * factor - (finite_max * factor)[:, None]
-        left, right = tl.split(powers.reshape(powers.shape[0], 2, half).permute(0, 2, 1))
-        rows = tl.arange(0, half)
-        v_left, _ = load_pieces(v_base, rows, stride_vn, inside, D_A, D_B, False)
-        v_right, _ = load_pieces(v_base + half * stride_vn, rows, stride_vn, inside, D_A, D_B, False)
-        left = tl.exp2(left)
-        acc_a = tl.dot(left.to(v_left.dtype), v_left, acc_a * shrink[:, None], input_precision=PRECISION)
-        right = tl.exp2(right)
-        row_sum = row_sum * shrink + tl.sum(left + right, 1)
-        acc_a = tl.dot(right.to(v_left.dtype), v_right, acc_a, input_precision=PRECISION)
+    weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
+    if APART:
+        eighths = weights.reshape(weights.shape[0], BLOCK_N // 8, 8)  # pyright: ignore[reportGeneralTypeIssues]
+        row_sum = row_sum * shrink[:, None] + tl.sum(eighths, 1)
     else:
-        weights = tl.exp2(scores * factor - (finite_max * factor)[:, None])
-        if APART:
-            eighths = weights.reshape(weights.shape[0], BLOCK_N // 8, 8)  # pyright: ignore[reportGeneralTypeIssues]
-            row_sum = row_sum * shrink[:, None] + tl.sum(eighths, 1)
-        else:
-            row_sum = row_sum * shrink + tl.sum(weights, 1)
-        if THRESHOLD > 0:
-            weights = tl.where(dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
-        if loaded is None:
-            v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
-        else:
-            v_a, v_b = loaded[2], loaded[3]
-        weights = weights.to(v_a.dtype)
-        acc_a = tl.dot(weights, v_a, acc_a * shrink[:, None], input_precision=PRECISION)
-        if D_B > 0:
-            acc_b = tl.dot(weights, v_b, acc_b * shrink[:, None], input_precision=PRECISION)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if THRESHOLD > 0:
+        weights = tl.where(dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
+    if loaded is None:
+        v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED)
+    else:
+        v_a, v_b = loaded[3], loaded[4]
+    weights = weights.to(v_a.dtype)
+    acc_a = tl.dot(weights, v_a, acc_a * shrink[:, None], input_precision=PRECISION)
+    if D_B > 0:
+        acc_b = tl.dot(weights, v_b, acc_b * shrink[:, None], input_precision=PRECISION)
     return acc_a, acc_b, new_max, row_sum
 
 

@@ -314,7 +314,7 @@ def dkdv_kernel(
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr,
+    FENCED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """The gradients dk and dv of BLOCK_N keys of one head of one batch entry, from all queries.
 
@@ -355,13 +355,14 @@ def dkdv_kernel(
         g_base += BLOCK_M * stride_gn
         bias_base += BLOCK_M
     if TAIL > 0:
-        last = tl.arange(0, TAIL)
-        dk_a, dk_b, dv_a, dv_b = dkdv_step(
-            k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            lse_base + full, delta_base + full, bias_base, clamped, stride_bn, last < queries - full, queries - full,
-            seed, stream, full + last, start + columns,
-            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD, APART, DK, DV,
-        )  # fmt: skip
+        if full < queries if FENCED else True:
+            last = tl.arange(0, TAIL)
+            dk_a, dk_b, dv_a, dv_b = dkdv_step(
+                k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
+                lse_base + full, delta_base + full, bias_base, clamped, stride_bn, last < queries - full,
+                queries - full, seed, stream, full + last, start + columns,
+                SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, THRESHOLD, APART, DK, DV,
+            )  # fmt: skip
     stride_dn = heads * DIM
     gradient = (b * keys + start) * stride_dn + h * DIM
     if HAS_MASK:
@@ -419,6 +420,7 @@ def dq_kernel(
     SCALE: tl.constexpr, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr, STORE_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, APART: tl.constexpr,
+    FENCED: tl.constexpr,
 ):  # fmt: skip
     """The gradient dq of BLOCK_M queries of one head of one batch entry, from all keys.
 
@@ -460,13 +462,14 @@ def dq_kernel(
         bias_base += BLOCK_N
         dbias_base += BLOCK_N
     if TAIL > 0:
-        last = tl.arange(0, TAIL)
-        dq_a, dq_b = dq_step(
-            q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            bias_base, clamped, stride_bm, dbias_base + (dbias_rows + last[None, :]),
-            mask_base + full, last < keys - full, keys - full, inside, seed, stream, start + rows, full + last,
-            SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD, STORE_BIAS, APART,
-        )  # fmt: skip
+        if full < keys if FENCED else True:
+            last = tl.arange(0, TAIL)
+            dq_a, dq_b = dq_step(
+                q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
+                bias_base, clamped, stride_bm, dbias_base + (dbias_rows + last[None, :]),
+                mask_base + full, last < keys - full, keys - full, inside, seed, stream, start + rows, full + last,
+                SCALE, DIM, D_A, D_B, TAIL, PRECISION, True, HAS_MASK, THRESHOLD, STORE_BIAS, APART,
+            )  # fmt: skip
     stride_dn = heads * DIM
     dq_base = dq_ptr + (b * queries + start) * stride_dn + h * DIM
     store_heads(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, DIM, D_A, D_B)
@@ -642,7 +645,7 @@ def bias_attention_backward(
     for wanted in _sums(head_dim):
         dkdv_kernel[grid](
             q, k, v, dout, turned, *rest, dk, dv, *operands, *turned.stride()[:3], *counts,
-            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=config.apart,
+            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=config.apart, FENCED=config.fenced,
             **wanted, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
@@ -651,7 +654,7 @@ def bias_attention_backward(
     grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
     dq_kernel[grid](
         *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
-        APART=config.apart,
+        APART=config.apart, FENCED=config.fenced,
         TAIL=tail_size(keys, config.tiles["BLOCK_N"]), **constants,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -765,6 +768,7 @@ def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> Ke
             "TAIL": tail_size(577, looped),
             "STORE_BIAS": variant.get("own_bias", False),
             "APART": config.apart,
+            "FENCED": config.fenced,
             **_sums(head_dim)[0],
         }
         return found | {key: value for key, value in given.items() if key in kernel.arg_names}

@@ -38,6 +38,8 @@ class LaunchConfig:
         num_stages: depth of the software pipeline over a loop's loads.
         apart: products of kernels that ask for it have accumulators of their own, which are then added to the sums:
             Hopper's products stay in flight, for registers that other architectures would spend in vain.
+        fenced: the last tile of kernels that ask for it stands behind a branch that is always taken, where Hopper's
+            compiler would find products under way; see `relpos_attention.forward_kernel`.
         registers: most that a thread may take, where the compiler has to be told; 0 where it need not. What a table or
             a search gives says neither.
     """
@@ -47,6 +49,7 @@ class LaunchConfig:
     num_stages: int = 2
     apart: bool = False
     registers: int = 0
+    fenced: bool = False
 
     @property
     def options(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xfm_fast.errors import InputError
 
@@ -60,21 +61,16 @@ def forward_kernel(
     stride_ob, stride_on, stride_oh, stride_bias, batch, heads, tokens,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr = None,
-    FRAGMENTS: tl.constexpr = False,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one batch entry, against all keys.
 
     With STAGES, the loop's loads of the bias are copied ahead of their use too, not only those of keys and values.
-    With FRAGMENTS, threads load the bias of the next turn straight into registers, in the order of `fragment_place`:
-    shared memory, whose bandwidth the products need, is spared it. The last keys and values are loaded before the loop.
     """
     # Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
-    if FRAGMENTS:  # a grid of three dimensions: what one is divided by would delay the first loads
-        tile, b, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    else:
-        tiles = tl.cdiv(tokens, BLOCK_M)
-        tile, b, h = tl.program_id(0) % tiles, tl.program_id(0) // tiles % batch, tl.program_id(0) // tiles // batch
-    start, b, h = tile * BLOCK_M, b.to(tl.int64), h.to(tl.int64)
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    start = tl.program_id(0) % tiles * BLOCK_M
+    b = (tl.program_id(0) // tiles % batch).to(tl.int64)
+    h = (tl.program_id(0) // tiles // batch).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     inside = rows < tokens - start
     # Rows beyond the last repeat it: they read valid memory and are not stored.
@@ -85,67 +81,106 @@ def forward_kernel(
     v_base = v_ptr + b * stride_vb + h * stride_vh
     columns = tl.arange(0, BLOCK_N)
     full = tokens // BLOCK_N * BLOCK_N
-    last = tl.arange(0, TAIL if TAIL > 0 else 16)
-    loaded = None
-    if FRAGMENTS:
-        bias_base = bias_ptr + (h * tl.num_programs(0) + tile) * (BLOCK_M // 2) * stride_bias
-        fragments = tl.arange(0, 2 * BLOCK_M)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
-        if TAIL > 0:
-            k_last = load_pieces(k_base + full * stride_kn, last, stride_kn, last < tokens - full, D_A, D_B, True)
-            v_last = load_pieces(v_base + full * stride_vn, last, stride_vn, last < tokens - full, D_A, D_B, True)
-            loaded = (k_last[0], k_last[1], v_last[0], v_last[1])
-    else:
-        bias_base = bias_ptr + (h * tokens + start) * stride_bias
-        fragments, bias_ahead = bias_base, 0
+    bias_base = bias_ptr + (h * tokens + start) * stride_bias
     bias_rows = clamped[:, None] * stride_bias
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc_a = tl.zeros([BLOCK_M, D_A], tl.float32)
     acc_b = tl.zeros([BLOCK_M, D_B if D_B > 0 else 16], tl.float32)
-    for first in tl.range(  # pyright: ignore[reportGeneralTypeIssues]
-        0, full, BLOCK_N, num_stages=None if FRAGMENTS else STAGES
-    ):
-        if FRAGMENTS:
-            bias = bias_ahead
-            # The last turn fetches the tile behind the loop, if there is one.
-            bias_base += tl.where(first + BLOCK_N < stride_bias, BLOCK_M * BLOCK_N // 2, 0)
-            bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
-        else:
-            bias = bias_base + (bias_rows + columns[None, :])
+    for _ in tl.range(0, full, BLOCK_N, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, bias, columns, columns,
-            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0, False, FRAGMENTS,
-            None, FRAGMENTS,
+            k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), columns, columns,
+            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
-        if not FRAGMENTS:
-            bias_base += BLOCK_N
+        bias_base += BLOCK_N
     if TAIL > 0:
         # The class token makes N one more than a multiple of a tile at many sizes: the last tile has a size of its own.
         # The branch is always taken: it is a fence, without which ptxas finds Hopper's products of the loop still under
         # way where those of the last tile begin, and serialises every product of the kernel (C7515).
         if full < tokens:
-            if FRAGMENTS:
-                bias = first_columns(bias_ahead, TAIL)
-            else:
-                bias = bias_base + (bias_rows + last[None, :])
+            last = tl.arange(0, TAIL)
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
-                k_base, v_base, stride_kn, stride_vn, bias, last < tokens - full,
-                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0, False, FRAGMENTS, loaded,
+                k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), last < tokens - full,
+                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
             )  # fmt: skip
-    inverse = (1.0 / row_sum)[:, None]
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
+    lse_base = lse_ptr + (b * heads + h) * tokens + start
+    _store(out_base, lse_base, acc_a, acc_b, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B)
+
+
+@triton.jit
+def _store(
+    out_base, lse_base, acc_a, acc_b, row_max, row_sum, rows, inside, stride_on,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr,
+):  # fmt: skip
+    """The results of a tile of queries, out of their sums."""
+    inverse = (1.0 / row_sum)[:, None]
     store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B)
-    lse = row_max * SCALE + tl.log2(row_sum) / LOG2E
-    tl.store(lse_ptr + (b * heads + h) * tokens + start + rows, lse, mask=inside)
+    tl.store(lse_base + rows, row_max * SCALE + tl.log2(row_sum) / LOG2E, mask=inside)
 
 
-# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def fragments_kernel(
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, bias_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_ob, stride_on, stride_oh, stride_bias, heads, tokens,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """As `forward_kernel`, for heads of one piece on Hopper: no thread computes addresses of keys, values or bias.
+
+    Tiles of keys and values come by descriptors, `[B, N, H·D]`: one thread asks for each, and the products need no
+    fence against writes of threads to shared memory. The bias of the next turn is loaded straight into registers, in
+    the order of `fragment_place`: shared memory, whose bandwidth the products need, is spared it.
+    """
+    # A grid of three dimensions: what one is divided by would delay the first loads.
+    start, batch_entry, head = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
+    b, h = batch_entry.to(tl.int64), head.to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    inside = rows < tokens - start
+    # Rows beyond the last repeat it: they read valid memory and are not stored.
+    clamped = tl.minimum(rows, tokens - 1 - start)
+    q_base = q_ptr + b * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn
+    q, _ = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False)
+    bias_base = bias_ptr + (h * tl.num_programs(0) + tl.program_id(0)) * (BLOCK_M // 2) * stride_bias
+    fragments = tl.arange(0, 2 * BLOCK_M)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
+    full = tokens // BLOCK_N * BLOCK_N
+    if TAIL > 0:  # loaded ahead of the loop, behind which they would be waited for
+        last = tl.arange(0, TAIL)
+        k_base = k_ptr + b * stride_kb + h * stride_kh + full * stride_kn
+        v_base = v_ptr + b * stride_vb + h * stride_vh + full * stride_vn
+        k_last, _ = load_pieces(k_base, last, stride_kn, last < tokens - full, D_A, D_B, True)
+        v_last, _ = load_pieces(v_base, last, stride_vn, last < tokens - full, D_A, D_B, True)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_A], tl.float32)
+    rest = tl.zeros([BLOCK_M, 16], tl.float32)  # of a second piece, which there is none of
+    for first in range(0, full, BLOCK_N):
+        bias = bias_ahead
+        # The last turn fetches the tile behind the loop, if there is one.
+        bias_base += tl.where(first + BLOCK_N < stride_bias, BLOCK_M * BLOCK_N // 2, 0)
+        bias_ahead = unfold_fragments(tl.load(bias_base + fragments))
+        k = k_tiles.load([batch_entry, first, head * D_A]).reshape(BLOCK_N, D_A)
+        v = v_tiles.load([batch_entry, first, head * D_A]).reshape(BLOCK_N, D_A)
+        acc, rest, row_max, row_sum = forward_tile(
+            q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, True, False, False, 0, False, (bias, k, k, v, v),
+        )  # fmt: skip
+    if TAIL > 0:
+        if full < tokens:  # a fence, see `forward_kernel`
+            bias = first_columns(bias_ahead, TAIL)
+            acc, rest, row_max, row_sum = forward_tile(
+                q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0, False, (bias, k_last, k_last, v_last, v_last),  # pyright: ignore[reportPossiblyUnboundVariable]
+            )  # fmt: skip
+    out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
+    lse_base = lse_ptr + (b * heads + h) * tokens + start
+    _store(out_base, lse_base, acc, rest, row_max, row_sum, rows, inside, stride_on, SCALE, D_A, D_B)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
@@ -312,12 +347,41 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     tail = _tail(columns, tokens, config.tiles["BLOCK_N"])
     if q.numel():
         tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"])
-        bias = bias.view(torch.int32) if fragments else bias  # words of two neighbours
-        forward_kernel[(tiles, batch, heads) if fragments else (tiles * batch * heads,)](
-            q, k, v, bias, out, lse, *_strides(q, k, v, out), columns, batch, heads, tokens,
-            HAS_BIAS=True, TAIL=tail, STAGES=config.num_stages, FRAGMENTS=fragments, **constants, **config.options,
-        )  # fmt: skip
+        if fragments:
+            k, v = (_describable(t) for t in (k, v))
+            fragments_kernel[(tiles, batch, heads)](
+                q, k, v, *(_described(t, config.tiles["BLOCK_N"]) for t in (k, v)),
+                bias.view(torch.int32),  # words of two neighbours
+                out, lse, *_strides(q, k, v, out), columns, heads, tokens, TAIL=tail, **constants, **config.options,
+            )  # fmt: skip
+        else:
+            forward_kernel[(tiles * batch * heads,)](
+                q, k, v, bias, out, lse, *_strides(q, k, v, out), columns, batch, heads, tokens,
+                HAS_BIAS=True, TAIL=tail, STAGES=config.num_stages, **constants, **config.options,
+            )  # fmt: skip
     return out, lse
+
+
+def _describable(tensor: Tensor) -> Tensor:
+    """`[B, N, H, D]` itself if a descriptor can have it, else a copy.
+
+    Heads lie side by side, rows begin at multiples of 16 bytes, and each stride is a multiple of the one within it.
+    """
+    batch, _, heads, head_dim = tensor.shape
+    outer, row, of_head, _ = tensor.stride()
+    side_by_side = (of_head == head_dim or heads == 1) and row >= heads * head_dim
+    aligned = tensor.data_ptr() % 16 == 0 and row * tensor.element_size() % 16 == 0
+    nested = batch == 1 or (outer > 0 and outer % row == 0)
+    fits = side_by_side and aligned and nested
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """`[B, N, H, D]` as `[B, N, H·D]`, in tiles of one head."""
+    batch, tokens, heads, head_dim = tensor.shape
+    outer, row = tensor.stride()[:2]
+    strides = [outer if batch > 1 else tokens * row, row, 1]
+    return TensorDescriptor(tensor, [batch, tokens, heads * head_dim], strides, [1, rows, head_dim])
 
 
 def relpos_attention_backward(
@@ -430,11 +494,13 @@ def _tail(columns: int, tokens: int, block: int, masked: int = 32) -> int:
     return tail
 
 
-def _types(name: str, kernel: Any, dtype: str) -> dict[str, str]:
+def _types(kernel: Any, dtype: str, head_dim: int) -> dict[str, str]:
     special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-    special["bias_ptr"] = "*i32" if name.endswith("_fragments") else "*fp32" if dtype == "fp32" else "*fp16"
+    special["bias_ptr"] = "*i32" if kernel is fragments_kernel else "*fp32" if dtype == "fp32" else "*fp16"
+    tile = f"tensordesc<{dtype}[1, {checks.FRAGMENT_TILE[1]}, {head_dim}]>"
+    special |= {"k_tiles": tile, "v_tiles": tile}
     constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES", "APART")
-    return argument_types(kernel, dtype, special, dict.fromkeys((*constexprs, "FRAGMENTS")))
+    return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
 
 
 def _spec(
@@ -453,14 +519,14 @@ def _spec(
         masked = MASKED_QUERIES if name == "relpos_dkdv" else 32
         tail = tail_size(variant.get("tokens", 0), looped, masked)
         given = {"TAIL": tail, "HAS_BIAS": variant.get("bias", True), "STAGES": config.num_stages}
-        given |= {"APART": config.apart, "FRAGMENTS": name.endswith("_fragments")}
+        given["APART"] = config.apart
         return out | {key: value for key, value in given.items() if key in kernel.arg_names}
 
     return KernelSpec(
         name=name,
         kernel=kernel,
         variants=tuple({"head_dim": d, **extra} for d in head_dims for extra in extras),
-        types=lambda variant, dtype: _types(name, kernel, dtype),
+        types=lambda variant, dtype: _types(kernel, dtype, variant["head_dim"]),
         constants=constants,
         config=lambda variant, dtype, arch: config_for(name, variant["head_dim"], dtype, arch),
         arches=arches,
@@ -471,7 +537,7 @@ def _spec(
 # without a bias is never launched; it is what the one with a bias is compared with.
 KERNELS: list[KernelSpec] = [
     _spec("relpos_forward", forward_kernel, ({"tokens": 577}, {"tokens": 577, "bias": False})),
-    _spec("relpos_forward_fragments", forward_kernel, ({"tokens": 577},), FRAGMENT_HEAD_DIMS, arches=(90,)),
+    _spec("relpos_forward_fragments", fragments_kernel, ({"tokens": 577},), FRAGMENT_HEAD_DIMS, arches=(90,)),
     _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},)),
     _spec("relpos_dq", dq_kernel, ({},)),
     KernelSpec(

@@ -18,6 +18,7 @@ if not HAS_TRITON:
 
 from xfm_fast.kernels import tune
 from xfm_fast.kernels.audit import Row, occupancy, ratchet, sass, shipped_kernels, targets, worker
+from xfm_fast.kernels.audit.cards import card
 from xfm_fast.kernels.audit.compiling import Binary, Figures, compile_all
 from xfm_fast.kernels.audit.prediction import Prediction
 from xfm_fast.kernels.audit.sass import row_lines
@@ -425,7 +426,7 @@ def test_damaged_cache_files_are_ignored(tmp_path: Path) -> None:
     assert compiling._read(tmp_path, "abcd") == figures
     place.write_text('{"registers"')
     assert compiling._read(tmp_path, "abcd") is None
-    binary = Binary("toy:", "REG:40", [("toy.py", 7)], ["C7515"], [(128, 64)], 0, 0, 4)
+    binary = Binary("toy:", "REG:40", [("toy.py", 7)], ["C7515"], [(128, 64)], 8192.0, 0, 0, 4)
     compiling.write_binary(tmp_path, "abcd", binary)
     assert compiling.read_binary(tmp_path, "abcd") == binary
     packed = compiling._place(tmp_path, "abcd", "json.gz")
@@ -442,6 +443,29 @@ def test_sizes_of_blackwells_products_are_read_from_their_descriptors() -> None:
 """
     # The second one's descriptor is no constant.
     assert worker.product_sizes(ptx) == [(128, 64)]
+
+
+def test_the_docs_have_the_accepted_times() -> None:
+    said = (ROOT / "docs" / "kernels.md").read_text()
+    accepted = json.loads((ROOT / "kernels" / "audit_ratchet.json").read_text())["rows"]
+    row = accepted["relpos_forward_fragments | head_dim=64 tokens=577 | sm_90 | bf16"]
+    assert f"predicted at {row['predicted_us']:.1f} µs forward" in said
+    hopper = card(90)
+    forms = ("head_dim=64 searched=True", "head_dim=64")
+    searched, divided = (accepted[f"varlen_forward_heads | {form} | sm_90 | bf16"]["predicted_us"] for form in forms)
+    assert f"take {searched:.1f} µs instead of {divided:.1f}" in said
+    rate = hopper.l2_bytes * hopper.multiprocessors * hopper.clock_ghz * 1e9
+    assert f"needs {167.6e6 / rate * 1e6:.1f} µs for the 167.6 MB" in said
+
+
+def test_bytes_of_a_copy_are_those_that_its_barrier_expects() -> None:
+    ptx = """
+	@%p5 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r54], 16384;
+	@%p6 cp.async.bulk.tensor.3d.shared::cta.global.mbarrier::complete_tx::bytes [%r57], [%rd85, {%r58, %r60}], [%r54];
+	@%p7 cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%r59], [%rd86, {%r58}], [%r54];
+"""
+    assert worker.tile_bytes(ptx) == 8192
+    assert worker.tile_bytes("ret;") == 0
 
 
 def test_another_reading_needs_no_compilation() -> None:

@@ -181,6 +181,26 @@ class TestPartition:
         assert (ahead.bytes_outside, other.bytes_outside) == (0, 4 * 512)
         assert ahead.bytes_iteration == other.bytes_iteration == 4 * 512
 
+    def test_copies_by_a_descriptor_are_waited_for_at_their_barrier(self) -> None:
+        wait = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R27"
+        copies = ("SYNCS.ARRIVE.TRANS64 RZ, [UR8], R16", "UTMALDG.3D [UR16], [UR28]", "UTMALDG.3D [UR8], [UR30]")
+        work = [line("FADD R1, R1, R3", stall=10)] * 20
+
+        def run(*ahead: str, tile_bytes: float = 8192) -> Timing:
+            read = (line("LDS R2, [R4]", sets=0), line("FADD R1, R1, R2", waits=[0]))
+            made = code(*ahead, ".L_0:", wait, *work, *copies, *read, line("@P0 BRA `(.L_0)"), "EXIT")
+            return simulate(made, HOPPER, warps=8, resident=1, tile_bytes=tile_bytes)
+
+        # Asked for at the end of one turn and waited for in the next; or two turns later, which take 400 cycles.
+        late, early = run(*copies), run(*copies, *copies)
+        assert late.iteration == pytest.approx(HOPPER.latency["copy"] + 200, rel=0.05)
+        assert early.iteration == pytest.approx(HOPPER.latency["copy"] / 2 + 100, rel=0.15)
+        assert next(iter(late.stalls)) == "async copies"
+        # One thread asks for all warps of a program; what is asked for ahead of the loop, its last turns need not.
+        assert (early.bytes_iteration, early.bytes_outside) == (2 * 8192, 0)
+        # Copies keep the shared memory from others for their bytes.
+        assert run(*copies, *copies, tile_bytes=1 << 17).iteration > 2 * early.iteration
+
     def test_a_barrier_holds_the_warps_of_a_program(self) -> None:
         free = turn(loop(LOAD, "FADD R1, R1, R2"), warps=8)
         held = turn(loop(LOAD, "FADD R1, R1, R2", "BAR.SYNC.DEFER_BLOCKING 0x0"), warps=8)

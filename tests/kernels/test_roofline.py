@@ -1,7 +1,11 @@
 """FLOPs, bytes and floors against numbers worked out by hand."""
 
+from pathlib import Path
+
 import pytest
 
+from xfm_fast import XFMConfig
+from xfm_fast.flops import image_encoder
 from xfm_fast.kernels import roofline
 from xfm_fast.kernels.roofline import A100, H100
 
@@ -50,3 +54,19 @@ def test_every_shape_of_the_model_has_a_floor() -> None:
         assert any(str(tokens) in w.shape for w in work)
     for w in work:
         assert 1e-7 < w.floor(H100) < w.floor(A100) < 2e-3
+
+
+def test_floor_of_an_image_encoder_as_the_docs_have_it() -> None:
+    said = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    images, rows = 64, 64 * 197
+    flops = image_encoder(XFMConfig.preset("base", image_size=224), images).linear
+    products = 1.5 * flops / H100.flops_per_s
+    norms = 24 * roofline.add_layer_norm(rows).floor(H100)
+    gelus = 12 * 2 * rows * roofline.HIDDEN * 2 / H100.bytes_per_s
+    attention = 12 * roofline.relpos_attention(images, 197).floor(H100)
+    whole = products + norms + gelus + attention
+    for seconds in (products / 1.5, products, norms, gelus, attention, whole, whole - gelus, images / 17_000):
+        assert f"{1e3 * seconds:.2f} ms" in said
+    assert f"{flops / 1e12:.2f} TFLOP" in said
+    assert f"{round(images / whole, -2):,.0f} images a second" in said
+    assert f"leave {1e3 * (images / 17_000 - products):.2f} ms" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -196,8 +197,10 @@ def test_fragments_hold_the_bias_in_the_order_of_the_accumulators(window: tuple[
     assert not found.isnan().any()
 
 
-def fragments_check(module: Any, window: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
-    args = inputs(window, 2, 2, head_dim, dtype)
+def fragments_check(
+    module: Any, window: tuple[int, int], head_dim: int, dtype: torch.dtype, args: tuple[Tensor, ...] = ()
+) -> None:
+    args = args or inputs(window, 2, 2, head_dim, dtype)
     scale = head_dim**-0.5
     with poison():
         bias = module.materialise_bias(args[3], window, dtype, scale, fragments=True)
@@ -217,6 +220,31 @@ def test_forward_with_a_bias_in_fragments(window: tuple[int, int], head_dim: int
     fragments_check(relpos_attention, window, head_dim, torch.float16)
 
 
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "odd rows", "not at a vector", "one entry for all"])
+def test_keys_that_no_descriptor_can_have_are_copied(layout: str) -> None:
+    """A descriptor's rows begin at multiples of 16 bytes, heads lie side by side, and strides contain each other."""
+    window, shape = (8, 9), (2, 73, 2, 32)
+    made = inputs(window, 2, 2, 32, torch.float16, layout if layout.endswith("first") else "fused")
+    q, k, v, table, dout = made
+    if layout == "odd rows":
+        k, v = torch.randn(2, 2, 73, 65).half()[..., :64].unflatten(3, (2, 32)).unbind(0)
+    elif layout == "not at a vector":
+        k, v = torch.randn(2, math.prod(shape) + 1).half()[:, 1:].unflatten(1, shape).unbind(0)
+        k = k.clone()
+    elif layout == "one entry for all":
+        k, v = k[:1].expand(shape), v[:1].expand(shape)
+    assert relpos_attention._describable(v) is not v
+    fragments_check(relpos_attention, window, 32, torch.float16, (q, k, v, table, dout))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_keys_that_a_descriptor_can_have_are_not_copied(heads: int) -> None:
+    for t in inputs((3, 5), heads, heads, 32, torch.float16)[:3]:
+        assert relpos_attention._describable(t) is t
+    one = torch.randn(1, 16, heads, 32).half().expand(1, 16, heads, 32)
+    assert relpos_attention._describable(one) is one
+
+
 def test_batches_beyond_the_largest_grid_take_more_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relpos_attention, "_LARGEST_GRID", 1)
     fragments_check(relpos_attention, (2, 2), 32, torch.float16)
@@ -232,13 +260,17 @@ def test_batches_beyond_the_largest_grid_take_more_launches(monkeypatch: pytest.
             "tile, _ = tl.split(tile.reshape(128, 2, 16)",
             "_, tile = tl.split(tile.reshape(128, 2, 16)",
         ),
-        ("triton/relpos_attention.py", "k_base + full * stride_kn", "k_base"),
-        ("triton/relpos_attention.py", "v_base + full * stride_vn", "v_base"),
+        ("triton/relpos_attention.py", " + full * stride_kn", ""),
+        ("triton/relpos_attention.py", " + full * stride_vn", ""),
         ("triton/relpos_attention.py", "first + BLOCK_N < stride_bias, BLOCK_M", "first < 0, BLOCK_M"),
-        ("triton/relpos_attention.py", "(h * tl.num_programs(0) + tile)", "(h * tl.num_programs(0))"),
-        ("triton/attention_tiles.py", "row_sum = row_sum * shrink + tl.sum(left", "row_sum = row_sum + tl.sum(left"),
-        ("triton/attention_tiles.py", "v_base + half * stride_vn", "v_base"),
-        ("triton/attention_tiles.py", "tl.sum(left + right, 1)", "tl.sum(left + left, 1)"),
+        ("triton/relpos_attention.py", "(h * tl.num_programs(0) + tl.program_id(0))", "(h * tl.num_programs(0))"),
+        ("triton/relpos_attention.py", "k_tiles.load([batch_entry, first", "k_tiles.load([batch_entry, 0"),
+        (
+            "triton/relpos_attention.py",
+            "v_tiles.load([batch_entry, first, head * D_A",
+            "v_tiles.load([batch_entry, first, 0",
+        ),
+        ("triton/relpos_attention.py", "k_tiles.load([batch_entry", "k_tiles.load([0"),
     ],
     ids=[
         "order",
@@ -248,9 +280,9 @@ def test_batches_beyond_the_largest_grid_take_more_launches(monkeypatch: pytest.
         "values of the tail",
         "second tile",
         "second row of tiles",
-        "sums not shrunk",
-        "first half of the values twice",
-        "first half of the sums twice",
+        "first keys again",
+        "values of the first head",
+        "keys of the first entry",
     ],
 )
 def test_a_seeded_bug_with_fragments_is_noticed(mutation: tuple[str, str, str], tmp_path: Path) -> None:
