@@ -197,28 +197,30 @@ class TransformerLayer(nn.Module):
         inner, joined = attention["self"]._modules, attention["output"]._modules
         linears = inner["query"], inner["key"], joined["dense"], parts["intermediate"]._modules["dense"], out["dense"]
         norms = joined["LayerNorm"], out["LayerNorm"]
-        if not all(type(each) is nn.Linear and each._parameters["weight"].is_mkldnn for each in linears):
-            return None
-        if not all(type(each) is nn.LayerNorm for each in norms) or not stand_alone((attention["output"],), "forward"):
-            return None
         query, key, *others = (each._parameters for each in (*linears, *norms))
+        if {*map(type, linears)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
+            return None
+        frozen = all(own["weight"].is_mkldnn for own in (query, key, *others[:3]))
+        if not frozen or not stand_alone((attention["output"],), "forward"):
+            return None
         biases = key["bias"], inner["value"]._parameters["bias"]
-        return FrozenParts(query, key["weight"], biases, *others, attention["self"].heads, tuple(n.eps for n in norms))
+        eps = norms[0].eps, norms[1].eps
+        return FrozenParts(attention["self"].heads, eps, key["weight"], biases, query, *others)
 
 
 class FrozenParts(NamedTuple):
     """What a frozen layer computes with: weights and biases by these names, those of keys and values side by side."""
 
-    query: dict[str, Any]
+    heads: int
+    eps: tuple[float, float]
     keys_values: Tensor
     biases: tuple[Tensor, Tensor]
+    query: dict[str, Any]
     attended: dict[str, Any]
     first: dict[str, Any]
     second: dict[str, Any]
     norm: dict[str, Any]
     last_norm: dict[str, Any]
-    heads: int
-    eps: tuple[float, ...]
 
     def of_short_text(self, x: Tensor) -> Tensor:
         """Self-attention and MLP of one text `[T, width]`, with nothing left to check or to choose."""
