@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..derived import derived
-from .selection import compared, select
+from .selection import Selection, compared, select
 from .workspace import scratch
 
 Product = Callable[..., Tensor]
 """From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
 # Shape of the products that decide: packed caption tokens through a layer of the base width, and a single caption.
-_ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS = 224, 13, 768, 768
+_ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS, _WIDE = 224, 13, 768, 768, 3072
 # Below these rows products are chosen apart: MKL's fp32 ones of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
@@ -36,8 +36,8 @@ _SLICE_ROWS = 208
 _BUCKET, _AMX_TILE = 64, 16
 _ROUNDS = 4
 _SLICES_MARGIN = 0.85
-# A layout that costs no memory may take this much of PyTorch's time.
-_LAYOUT_MARGIN = 1.02
+# A layout that costs no memory may take this much of PyTorch's time; of many rows, where few gain more than many lose.
+_LAYOUT_MARGIN, _FEW_MARGIN = 1.02, 1.1
 _slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 
@@ -221,7 +221,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool 
     return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), *after)
 
 
-def _onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`residual + x W^T + b` by oneDNN: x `[n, K]`, weight `[M, K]`, residual `[n, M]`."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
 
 
@@ -244,16 +245,16 @@ _GELU: dict[str, Product] = {
 }
 _RESIDUAL: dict[str, Product] = {
     "aten": _aten_residual,
-    "onednn": _onednn_residual,
-    "onednn-packed": lambda x, w, b, residual: _onednn_residual(x, _packed(w, x.shape[0]), b, residual),
+    "onednn": onednn_residual,
+    "onednn-packed": lambda x, w, b, residual: onednn_residual(x, _packed(w, x.shape[0]), b, residual),
 }
 
 
-def _example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
+def _example(dtype: torch.dtype, rows: int = _ROWS, outputs: int = _OUTPUTS) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, _INPUTS, generator=generator)
-    weight = torch.randn(_OUTPUTS, _INPUTS, generator=generator) / _INPUTS**0.5
-    return x.to(dtype), weight.to(dtype), torch.randn(_OUTPUTS, generator=generator).to(dtype)
+    weight = torch.randn(outputs, _INPUTS, generator=generator) / _INPUTS**0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(outputs, generator=generator).to(dtype)
 
 
 def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
@@ -273,6 +274,8 @@ EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
 }
 """Operands that are timed to choose each operation."""
+LAYOUT = {name: _LINEAR[name] for name in ("aten", "onednn-packed")}, partial(_example, rows=_FEW_ROWS, outputs=_WIDE)
+"""What a layout gains for few rows: the products, and the operands that are timed."""
 
 
 def _transpose(x: Tensor, place: Tensor) -> Tensor:
@@ -327,11 +330,14 @@ TRAINED: dict[str, tuple[dict[str, Product], Callable[[torch.dtype], tuple[Tenso
 """Products of training, with the operands that are timed to choose each."""
 
 
-def prefers_onednn(dtype: torch.dtype) -> bool:
+def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     """True where weights that are laid out for oneDNN are no slower than as they are, or a product wants them so.
 
     The comparison is of many rows in cache. Of few rows, most of the time is spent on reading the weight, and there
-    oneDNN's layout is read up to twice as fast; so it need not win here.
+    oneDNN's layout is read up to twice as fast, also where MKL multiplies many rows as well.
+
+    Args:
+        few_rows: a few are multiplied as often as many, so that what they gain may be more than what many lose.
     """
     if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
         return False
@@ -339,9 +345,19 @@ def prefers_onednn(dtype: torch.dtype) -> bool:
         # Beside a weight as it is, that product would keep a copy.
         return True
     found = compared("linear", _LINEAR, EXAMPLES["linear"], dtype)
-    if "onednn-packed" not in found.seconds:
+    many = _layout_share(found)
+    if many is None:
         return found.chosen != "aten"
-    return found.seconds["onednn-packed"] < _LAYOUT_MARGIN * found.seconds["aten"]
+    if many < _LAYOUT_MARGIN or not few_rows:
+        return many < _LAYOUT_MARGIN
+    few = _layout_share(compared("layout for few rows", *LAYOUT, dtype))
+    return few is not None and many < _FEW_MARGIN and few * many < 1
+
+
+def _layout_share(found: Selection) -> float | None:
+    """The time of weights that are laid out, as a share of that of weights as they are."""
+    seconds = found.seconds
+    return seconds["onednn-packed"] / seconds["aten"] if "onednn-packed" in seconds else None
 
 
 def laid_out(weight: Tensor) -> Tensor:

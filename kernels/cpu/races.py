@@ -28,7 +28,7 @@ def races() -> dict[str, Race]:
         for name, some in ((operation, candidates), (f"{operation} of few rows", products.LIGHT[operation])):
             x, weight, *_ = products.EXAMPLES[name](torch.float32)
             found[name] = Race(some, products.EXAMPLES[name], 2 * x.shape[0] * weight.numel())
-    for name, (candidates, example) in products.TRAINED.items():
+    for name, (candidates, example) in {"layout for few rows": products.LAYOUT, **products.TRAINED}.items():
         x, other, *_ = example(torch.float32)
         found[name] = Race(candidates, example, 2 * x.numel() * other.shape[1])
     for name, (candidates, example) in attention.RACES.items():

@@ -432,6 +432,19 @@ def test_no_copy_is_kept_beside_weights_that_stay_dense(wanting: str | None, mon
     assert products.prefers_onednn(torch.float32) == (wanting is not None)
 
 
+@pytest.mark.parametrize(
+    ("many", "few", "wanted"), [(1.05, 0.5, True), (1.05, 0.99, False), (1.2, 0.5, False), (1.0, 2.0, True)]
+)
+def test_few_rows_may_decide_the_layout(many: float, few: float, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they gain more of a product than many rows lose, and these lose little."""
+    for operation, share in (*((name, many) for name in products.CANDIDATES), ("layout for few rows", few)):
+        seconds = {"aten": 1.0, "onednn-packed": share}
+        found = selection.Selection(operation, torch.float32, "aten", seconds, {})
+        monkeypatch.setitem(selection._selections, (operation, torch.float32), found)
+    assert products.prefers_onednn(torch.float32, few_rows=True) == wanted
+    assert products.prefers_onednn(torch.float32) == (many == 1)
+
+
 def test_a_few_short_sequences_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is quicker for many."""
     taken: list[tuple[int, int]] = []

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.export.graphs import build
-from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu import attention, products
+from xfm_fast.models.text import FrozenParts
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -23,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def _onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this processor does faster."""
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype: True)
+    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: True)
 
 
 @pytest.fixture
@@ -49,6 +50,58 @@ def results(model: XFM) -> list[Tensor]:
         first = model.fuse(text, mask, memory, of, first_token_only=True)
         few = model.encode_text(ids[:1, :2])
         return [image, text, few, model.fuse(text, mask, memory, of), model.match_logits(first), first]
+
+
+@pytest.mark.parametrize("model", DTYPES, indirect=True)
+def test_a_short_text_by_itself(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the short way, by the general one, and where something watches."""
+    ids, short = torch.randint(5, model.config.vocab_size, (2, 9)), FrozenParts.of_short_text
+    taken: list[int] = []
+    monkeypatch.setattr(FrozenParts, "of_short_text", lambda parts, x: taken.append(len(x)) or short(parts, x))
+
+    def run(texts: int = 1) -> Tensor:
+        taken.clear()
+        with torch.inference_mode():
+            return model.encode_text(ids[:texts], torch.arange(9)[None] < torch.tensor([7, 9])[:texts, None])[:1]
+
+    expected, layers = run(), model.config.text_layers
+    assert not taken
+    model.freeze()
+    allowed = (2e-5 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max())
+    assert float((run() - expected).abs().max()) <= allowed
+    assert taken == [7] * layers
+    assert float((run(2) - expected).abs().max()) <= allowed
+    assert not taken
+    # A bias that is written to is seen.
+    first: Any = model.text_encoder.roberta.encoder.layer[0]
+    before = run()
+    with torch.no_grad():
+        first.attention.self.value.bias.add_(1)
+    after = run()
+    assert not torch.equal(after, before)
+    assert taken
+    seen: list[Any] = []
+    first.attention.output.register_forward_hook(lambda *given: seen.append(given))
+    assert float((run() - after).abs().max()) <= allowed
+    assert seen
+    assert not taken
+
+
+def test_what_is_loaded_in_inference_mode_is_kept_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path)
+    made: list[Any] = []
+    make = attention.position_bias
+    monkeypatch.setattr(attention, "position_bias", lambda *given: made.append(given) or make(*given))
+    with torch.inference_mode():
+        loaded = XFM.from_pretrained(tmp_path)
+        official = XFM.from_official({n: t.clone() for n, t in loaded.state_dict().items()}, loaded.config)
+        pixels = torch.randn(1, 3, loaded.config.image_size, loaded.config.image_size)
+        for model in (loaded, official):
+            assert not any(p.is_inference() for p in model.parameters())
+            made.clear()
+            first, second = model.encode_image(pixels), model.encode_image(pixels)
+            assert torch.equal(first, second)
+            assert len(made) == model.config.vision_depth
 
 
 def encoder_weights(model: XFM) -> list[Tensor]:

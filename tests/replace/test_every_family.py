@@ -149,7 +149,7 @@ def test_adapters(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("blocked", [True, False], ids=["blocked", "dense"])
 @pytest.mark.parametrize("kind", chosen())
 def test_packed_weights(kind: str, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype: blocked)
+    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: blocked)
     model, given = FAMILIES[kind](torch.float32)
     model.eval()
     before = copy.deepcopy(model.state_dict())

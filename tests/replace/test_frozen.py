@@ -25,7 +25,7 @@ from xfm_fast.replace.swap import is_fused
 @pytest.fixture(params=[True, False], ids=["blocked", "dense"], autouse=True)
 def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both layouts, whichever this processor would choose; weights stay dense where no product prefers oneDNN."""
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype: request.param)
+    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: request.param)
     if not request.param:
         monkeypatch.setattr(products, "_choose", lambda operation, rows, dtype: "aten")
     return request.param

@@ -68,10 +68,11 @@ def freeze(model: nn.Module) -> None:
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     model.__dict__[_TRAINED] = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    for group in _groups(model):
+    for group, of_texts in _groups(model):
         weights = [layer.weight for layer in group]
         apart = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
-        if not apart or not products.prefers_onednn(weights[0].dtype):
+        # A text may be alone and short; an image has some hundred rows.
+        if not apart or not products.prefers_onednn(weights[0].dtype, few_rows=of_texts):
             continue
         packed = products.laid_out(torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0])
         for layer, weight in zip(group, weights, strict=True):
@@ -90,7 +91,7 @@ def unfreeze(model: nn.Module) -> None:
     """Give the weights back as they were, to the bit; nothing happens to a model that is not frozen."""
     if not is_frozen(model):
         return
-    for group in _groups(model):
+    for group, _ in _groups(model):
         if _KEPT not in group[0].__dict__:
             continue
         for layer, weight in zip(group, _dense(group), strict=True):
@@ -103,15 +104,19 @@ def unfreeze(model: nn.Module) -> None:
         parameter.requires_grad_(True)
 
 
-def _groups(model: nn.Module) -> Iterator[list[nn.Linear]]:
-    """Linear layers that `ops` alone multiplies with; keys and values, which are always wanted together, as one."""
+def _groups(model: nn.Module) -> Iterator[tuple[list[nn.Linear], bool]]:
+    """Linear layers that `ops` alone multiplies with; keys and values, which are always wanted together, as one.
+
+    Beside each, whether it is a layer of texts.
+    """
     for part in model.modules():
         if not isinstance(part, Block | TransformerLayer):
             continue
         together = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
         within = {id(layer) for group in together for layer in group}
         alone = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in within]
-        yield from together + alone
+        for group in together + alone:
+            yield group, isinstance(part, TransformerLayer)
 
 
 def _plain(layer: nn.Linear) -> bool:
@@ -126,7 +131,7 @@ def _dense(group: list[nn.Linear]) -> list[Tensor]:
 
 def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     names = {id(module): name for name, module in model.named_modules()}
-    for group in _groups(model):
+    for group, _ in _groups(model):
         if _KEPT in group[0].__dict__:
             for layer, weight in zip(group, _dense(group), strict=True):
                 state[f"{prefix}{names[id(layer)]}.weight"] = weight

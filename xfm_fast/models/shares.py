@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host
 from xfm_fast.kernels.backend import named
+from xfm_fast.kernels.marked import kind_of
 from xfm_fast.packing import ImageGroups, Sequences
 
 # Timed calls of each way before one is chosen; the best of them counts.
@@ -93,12 +94,14 @@ class Texts:
 
 
 def serves(weight: Tensor) -> bool:
-    """True where weights like this one are laid out for inference on a CPU, and nothing chooses what is done."""
+    """True where weights like this one are laid out, or made bytes, for inference on a CPU, and nothing chooses what is
+    done.
+    """
     return (
         not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and weight.is_mkldnn
+        and (weight.is_mkldnn or (kind_of(weight) == "int8" and weight.device.type == "cpu"))
         and not named(None)
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,16 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
+from xfm_fast.kernels.cpu import products
 from xfm_fast.kernels.derived import derived
 from xfm_fast.kernels.marked import side_by_side
 from xfm_fast.models.heads import LMHead
 from xfm_fast.models.shares import LEAST_TOKENS, Texts, in_shares, serves, stand_alone
 from xfm_fast.packing import Packing, Reads
+
+_METHODS = ("self_attention", "cross_attention", "feed_forward")
+# Tokens of a text whose products take the time of reading their weights, and whose calls of Python count beside it.
+_SHORT = 64
 
 
 def concatenated(name: str, *parts: Tensor) -> Tensor:
@@ -185,6 +190,51 @@ class TransformerLayer(nn.Module):
         summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
         return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
 
+    def frozen_parts(self) -> FrozenParts | None:
+        """The parts of a layer without cross-attention, if all are frozen and nothing watches them."""
+        # By their dictionaries: to ask modules for two dozen names would take a third of the time of the products.
+        parts: dict[str, Any] = self._modules
+        attention, out = parts["attention"]._modules, parts["output"]._modules
+        inner, joined = attention["self"]._modules, attention["output"]._modules
+        linears = inner["query"], inner["key"], joined["dense"], parts["intermediate"]._modules["dense"], out["dense"]
+        norms = joined["LayerNorm"], out["LayerNorm"]
+        query, key, *others = (each._parameters for each in (*linears, *norms))
+        if {*map(type, linears)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
+            return None
+        frozen = all(own["weight"].is_mkldnn for own in (query, key, *others[:3]))
+        if not frozen or not stand_alone((attention["output"],), "forward"):
+            return None
+        biases = key["bias"], inner["value"]._parameters["bias"]
+        eps = norms[0].eps, norms[1].eps
+        return FrozenParts(attention["self"].heads, eps, key["weight"], biases, query, *others)
+
+
+class FrozenParts(NamedTuple):
+    """What a frozen layer computes with: weights and biases by these names, those of keys and values side by side."""
+
+    heads: int
+    eps: tuple[float, float]
+    keys_values: Tensor
+    biases: tuple[Tensor, Tensor]
+    query: dict[str, Any]
+    attended: dict[str, Any]
+    first: dict[str, Any]
+    second: dict[str, Any]
+    norm: dict[str, Any]
+    last_norm: dict[str, Any]
+
+    def of_short_text(self, x: Tensor) -> Tensor:
+        """Self-attention and MLP of one text `[T, width]`, with nothing left to check or to choose."""
+        tokens, width = x.shape
+        keys_values = products.onednn_linear(x, self.keys_values, concatenated("kv bias", *self.biases))
+        k, v = keys_values.view(1, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        q = products.onednn_linear(x, **self.query).view(1, tokens, self.heads, -1).transpose(1, 2)
+        context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens, width)
+        x = products.onednn_residual(context, **self.attended, residual=x)
+        x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
+        x = products.onednn_residual(products.linear_gelu(x, **self.first), **self.second, residual=x)
+        return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
+
 
 class Embeddings(nn.Module):
     """Word + position + type embeddings, LayerNorm, dropout; on packed tokens."""
@@ -244,13 +294,18 @@ class LayerStack(nn.Module):
         Args:
             kind: of calls that take the same time for texts of the same size.
         """
-        methods = ("self_attention", "cross_attention", "feed_forward")
-        layers = len(self.layer)
-        if not layers or not serves(self[0].intermediate.dense.weight) or not stand_alone(self.layer, *methods):
-            return run(texts)
         # Few rows are mostly reading weights, which every thread would do by itself.
-        many = len(texts) >= LEAST_TOKENS * torch.get_num_threads()
-        return in_shares(run, texts, (*kind, layers, texts.kind)) if many else run(texts)
+        if len(texts) < LEAST_TOKENS * torch.get_num_threads() or not self.serves():
+            return run(texts)
+        return in_shares(run, texts, (*kind, len(self.layer), texts.kind))
+
+    def serves(self) -> bool:
+        """True where the layers are frozen, in inference on a CPU, and nothing looks into them."""
+        return (
+            len(self.layer) > 0
+            and serves(self[0].intermediate.dense.weight)
+            and stand_alone(self.layer, *_METHODS)
+        )  # fmt: skip
 
 
 def initialise_text(module: nn.Module) -> None:
@@ -308,6 +363,13 @@ class TextEncoder(nn.Module):
         x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
         if first_token_only:
             reads = Reads.first_tokens(packing)
+        alone = reads is None and packing.key_mask is None and len(packing.cu_seqlens) == 2 and len(x) <= _SHORT
+        if alone and stack.serves():
+            frozen = [parts for layer in stack if (parts := layer.frozen_parts())]
+            if len(frozen) == len(stack):
+                for parts in frozen:
+                    x = parts.of_short_text(x)
+                return x
         for number, layer in enumerate(stack):
             read = reads if number == len(stack) - 1 else None
             x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)

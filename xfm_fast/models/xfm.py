@@ -69,6 +69,10 @@ def float_type(precision: Precision, device: torch.device) -> torch.dtype:
     return type_beside(precision, device) or torch.float32
 
 
+# What inference mode makes carries no version, so that nothing could be kept of such parameters from call to call.
+_outside_inference = torch.inference_mode(False)
+
+
 class XFMOutput(NamedTuple):
     """The results of `XFM.forward`; None where there was no such input, or the model has no such head.
 
@@ -141,6 +145,7 @@ class XFM(nn.Module):
             self.bbox_head = MLPHead(config.text_width, 4, config.head_layer_norm_eps)
 
     @classmethod
+    @_outside_inference
     def from_official(
         cls,
         source: str | Path | Mapping[str, Tensor],
@@ -178,6 +183,7 @@ class XFM(nn.Module):
         return model
 
     @classmethod
+    @_outside_inference
     def from_x2vlm(
         cls,
         source: str | Path | Mapping[str, Tensor],
@@ -215,6 +221,7 @@ class XFM(nn.Module):
         return model
 
     @classmethod
+    @_outside_inference
     def from_pretrained(
         cls,
         folder: str | Path,
