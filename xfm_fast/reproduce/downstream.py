@@ -40,8 +40,8 @@ TOLD = (
     "model.patch_size=4", "model.num_masking_patches=24", "model.min_num_patches=4", "steps=1600", "optimizer.lr=3e-3",
     "optimizer.table_lr_mult=10",
 )  # fmt: skip
-"""What the study says to its recipe: patches of four pixels show what shape something has, and tables of positions, which
-begin at zero, must learn fast for boxes to be found."""
+"""What the study says to its recipe: patches of four pixels show what shape something has, and tables of positions,
+which begin at zero, must learn fast for boxes to be found."""
 STEM = "downstream-tiny-shapes"
 PROBE_FILE = "shape-probe-tiny-shapes.json"
 PRETRAINING_FILE = "pretraining.json"
