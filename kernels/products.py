@@ -157,9 +157,8 @@ def trained_linear(
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """The operator of a linear layer in training on a CPU, with the norm (weight, bias, eps) before it."""
-    dtype = autocast_dtype(x.device) or x.dtype
-    x = x.to(dtype) if norm is None else x
-    return _linear(x, weights, biases, *(norm or (None, None, 0.0)), residual, gamma, row_scale, dtype)[0]
+    x, before, dtype = _operands(x, norm)
+    return _linear(x, weights, biases, *before, residual, gamma, row_scale, dtype)[0]
 
 
 def trained_mlp(
@@ -171,9 +170,19 @@ def trained_mlp(
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """The operator of an MLP in training on a CPU, as `trained_linear`."""
+    x, before, dtype = _operands(x, norm)
+    return _mlp(x, *layers, *before, residual, gamma, row_scale, dtype)[0]
+
+
+def _operands(
+    x: Tensor, norm: tuple[Tensor, Tensor, float] | None
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, float], torch.dtype]:
+    """What operators of training take: x, the norm before the layer, and the type that the layer computes in.
+
+    What is normalised first is read as it is.
+    """
     dtype = autocast_dtype(x.device) or x.dtype
-    x = x.to(dtype) if norm is None else x
-    return _mlp(x, *layers, *(norm or (None, None, 0.0)), residual, gamma, row_scale, dtype)[0]
+    return (x.to(dtype), (None, None, 0.0), dtype) if norm is None else (x, norm, dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
