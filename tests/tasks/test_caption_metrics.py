@@ -51,6 +51,14 @@ def test_equal_to_the_coco_evaluation() -> None:
         ("a (red) sign: “STOP”", "a -lrb- red -rrb- sign stop"),
         ("they’re here…", "they 're here"),
         ("...", ""),
+        # As the Java tokeniser of pycocoevalcap 1.2 has them.
+        ("He cannot stop; gonna gimme 1,000 for -5 or .5?", "he can not stop gon na gim me 1,000 for -5 or .5"),
+        ("wow!! really?! yes!", "wow !! really ?! yes"),
+        ("a 5'2 man & a 6'4\" one, in the '80s", "a 5 2 man & a 6 4 one in the '80s"),
+        ("AT&T ads w/ 9 apples etc. on 5th ave.", "at & t ads w / 9 apples etc. on 5th ave."),
+        ("No. 9 of the U.S.A; no. mr.x", "no. 9 of the u.s.a no mr.x"),
+        ("a cat...and a dog, 25° and ½ £", "a cat and a dog 25 ° and 1/2 #"),
+        ("@home #1 #fun <b> http://x.com a@b.com a_b", "@home # 1 #fun <b> http://x.com a@b.com a_b"),
     ],
 )
 def test_words(text: str, expected: str) -> None:
