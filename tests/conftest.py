@@ -207,3 +207,11 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def int8_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights marked for int8 are multiplied in it, whether or not that is faster here."""
+    from xfm_fast.kernels.cpu import int8
+
+    monkeypatch.setattr(int8, "pays", lambda *_: True)

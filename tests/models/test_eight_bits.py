@@ -17,6 +17,7 @@ from xfm_fast.kernels import fp8, ops, reference
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.marked import EightBits, kind_of
 
+pytestmark = pytest.mark.usefixtures("int8_chosen")
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
 either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 
