@@ -216,9 +216,9 @@ def ranked(model: XFM, examples: Examples) -> dict[str, Tensor]:
     """Embeddings, and the scores `[I, T]` of every text with every image."""
     pixels, ids, mask = examples.pixels.to(model.dtype), examples.input_ids, examples.attention_mask
     images, texts = model.encode_image(pixels), model.encode_text(ids, mask)
-    pairs = [tensor.repeat(len(images), *[1] * (tensor.ndim - 1)) for tensor in (texts, mask)]
+    repeated, masks = texts.repeat(len(images), 1, 1), mask.repeat(len(images), 1)
     of_image = torch.arange(len(images)).repeat_interleave(len(texts))
-    fused = model.fuse(*pairs, model.image_memory(images), of_image, first_token_only=True)
+    fused = model.fuse(repeated, masks, model.image_memory(images), of_image, first_token_only=True)
     return {
         "images": model.project_image(images).float(),
         "texts": model.project_text(texts).float(),

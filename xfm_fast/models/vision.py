@@ -173,8 +173,10 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
         if patch_mask is None and self._may_share():
-            kind = kind_of(self.blocks[0].mlp.fc1.weight)
-            return in_shares(self._encode, pixels, (self.config, pixels.shape, pixels.dtype, kind))
+            first = self.blocks[0]
+            assert isinstance(first, Block)
+            kind = self.config, pixels.shape, pixels.dtype, kind_of(first.mlp.fc1.weight)
+            return in_shares(self._encode, pixels, kind)
         return self._encode(pixels, patch_mask)
 
     def _may_share(self) -> bool:
