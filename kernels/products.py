@@ -88,7 +88,7 @@ def type_beside(kind: str, device: torch.device) -> torch.dtype | None:
 
 
 def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
-    """True where the products of a marked weight run in int8, whatever type its values are stored in."""
+    """True where the products of a marked weight may run in int8, whatever type its values are stored in."""
     if kind_of(weight) != "int8" or torch.compiler.is_compiling():
         return False
     if weight.is_inference() or weight.device != x.device:
@@ -123,7 +123,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
     checks.linear_arguments(x, weight, bias)
     if fp8.applies(x, weight, bias):
         return fp8.linear(x, weight, bias, backend)
-    if runs_in_int8(backend, weight, x, bias):
+    if runs_in_int8(backend, weight, x, bias) and int8.pays("linear", x, weight):
         return int8.linear(x, weight, bias)
     weight = _floating(x, weight)
     if runs_cpu_inference(backend, x, weight, bias):
@@ -190,7 +190,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Back
     checks.linear_arguments(x, weight, bias)
     if fp8.applies(x, weight, bias):
         return _gelu_fp8(x, weight, bias, backend)
-    if runs_in_int8(backend, weight, x, bias):
+    if runs_in_int8(backend, weight, x, bias) and int8.pays("linear", x, weight):
         return int8.linear_gelu(x, weight, bias)
     weight = _floating(x, weight)
     if runs_cpu_inference(backend, x, weight, bias):
@@ -239,7 +239,7 @@ def linear_residual(
         out = fp8.linear(x, weight, bias, backend)
         return reference.branch_end(out, residual, gamma, row_scale, dropout_p)
     plain = row_scale is None and not dropout_p
-    if plain and runs_in_int8(backend, weight, x, bias, gamma):
+    if plain and runs_in_int8(backend, weight, x, bias, gamma) and int8.pays("linear_residual", x, weight):
         return int8.linear_residual(x, weight, bias, residual, gamma)
     weight = _floating(x, weight)
     if plain and runs_cpu_inference(backend, x, weight, bias, residual, gamma):
@@ -296,7 +296,8 @@ def mlp_residual(
         return cpu.linear_residual(cpu.linear_gelu(x, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
-    if plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out)):
+    in_int8 = plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out))
+    if in_int8 and int8.pays("mlp_residual", x, weight_in):
         return int8.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     in_fp8 = fp8.concerns(weight_in) or fp8.concerns(weight_out)
     if (

@@ -23,21 +23,31 @@ def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> C
     return lambda x: x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
 
 
+def int8_steps(largest: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Tensor:
+    """The step between two of the levels that rows are rounded to, a number of a type.
+
+    Args:
+        largest: of every row in fp32, without its sign.
+        gelu: the values are of a GELU, none of which lies below -0.17, so that only 32 levels are for negative ones.
+    """
+    step = (largest / 223).clamp_min(0.17 / 32) if gelu else largest.clamp_min(1e-30) / 127
+    # Rounded down, it would leave the largest value without a level.
+    return step if dtype == step.dtype else (step * (1 + torch.finfo(dtype).eps / 2)).to(dtype)
+
+
 def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
     """Rows `[..., K]` with every value rounded to one of 255 levels of its row: what an int8 product sees of them.
 
     Those of a weight `[M, K]` are its output channels, those of activations its tokens.
 
     Args:
-        gelu: the values are of a GELU, none of which lies below -0.17, so that only 32 levels are for negative ones.
+        gelu: as in `int8_steps`, whose type is that of the rows.
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if gelu:
-        scale = (wide.amax(-1, keepdim=True) / 223).clamp_min(0.17 / 32)
-    else:
-        scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    # Not divided: a value halfway between two levels has to go where it goes in the product.
-    return (wide * (1 / scale)).round() * scale
+    largest = (wide if gelu else wide.abs()).amax(-1, keepdim=True)
+    step = int8_steps(largest, rows.dtype, gelu=gelu).to(wide.dtype)
+    # Not divided, and exact: a value halfway between two levels has to go where it goes in the product.
+    return (wide.double() * (1 / step).double()).round().to(wide.dtype) * step
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -218,3 +218,11 @@ def _seed(value: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+@pytest.fixture
+def int8_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights marked for int8 are multiplied in it, whether or not that is faster here."""
+    from xfm_fast.kernels.cpu import int8
+
+    monkeypatch.setattr(int8, "pays", lambda *_: True)

@@ -1,14 +1,15 @@
 """Linear layers in int8 on CPU, for inference: weights rounded once for each channel, activations for each token.
 
-Which products run so is a mark on the weight (see `marked`). Attention, norms and everything else stay in the
-activations' type.
+Which products may run so is a mark on the weight (see `marked`), and which do is measured: to make the bytes takes
+several passes over the activations, and where products of 16-bit floats are fast, as with AMX, that is more than bytes
+gain. Attention, norms and everything else stay in the activations' type.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,21 +19,24 @@ from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
 from ..derived import derived
+from . import products
+from .selection import select
 from .workspace import scratch
 
-_LEVELS = 127
 # oneDNN has fast products of unsigned with signed bytes only; it takes what stands for 0 out of the sums.
 _ZERO = 128
 # GELU has its minimum at -0.17, so that most levels can be for positive values.
-_GELU_ZERO, _LEAST_GELU = 32, 0.17
+_GELU_ZERO = 32
 _NO_FRACTIONS = 1.5 * 2**23
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
 _SLICE_ROWS, _MOST_ROWS = 400, 4096
-# Below any activation that is not zero.
-_SMALLEST = 1e-30
+# Values, in fp32, that stay in a core's own cache while bytes are made of them.
+_BLOCK = 1 << 18
 # A product of the model's own width: of a small one, most of the time is that of making bytes.
 _PROBE = (208, 768, 768)
 _ROUNDS = 5
+# Rows of the products that decide, and below how many those of few rows do.
+_MANY_ROWS, _FEW_ROWS, _FEW = 400, 16, 64
 
 
 def require() -> None:
@@ -56,8 +60,7 @@ def why_not() -> str | None:
         # Sums of the largest bytes, which processors without the instructions for them cut off.
         x[0], weight[0] = 1, 1
         try:
-            packed = _pack(weight)
-            found = _multiplied(x, packed, None)
+            found = linear(x, weight, None)
         except (RuntimeError, AttributeError, TypeError, NotImplementedError) as failure:
             return f"PyTorch {torch.__version__} has no such product on this processor ({str(failure).splitlines()[0]})"
         wanted = reference.linear(reference.as_int8(x), reference.as_int8(weight), None)
@@ -68,7 +71,7 @@ def why_not() -> str | None:
         try:
             bytes_s, fp32_s = (
                 _seconds(product)
-                for product in (lambda: _multiplied(x, packed, None), lambda: torch.nn.functional.linear(x, weight))
+                for product in (lambda: linear(x, weight, None), lambda: torch.nn.functional.linear(x, weight))
             )
         finally:
             torch.set_num_threads(threads)
@@ -85,27 +88,46 @@ def _seconds(product: Callable[[], Tensor]) -> float:
     return best
 
 
+def pays(operation: str, x: Tensor, weight: Tensor) -> bool:
+    """True where this is the faster way to multiply with a marked weight: measured once of few rows, once of many.
+
+    Args:
+        operation: linear, linear_residual or mlp_residual.
+    """
+    if x.dtype != weight.dtype:
+        # The floats would have to be converted at every call.
+        return True
+    name = race_name(operation, few=x.numel() < _FEW * x.shape[-1])
+    candidates, example, _ = RACES[name]
+    return select(name, candidates, example, x.dtype, alike=False) == "int8"
+
+
+def race_name(operation: str, *, few: bool) -> str:
+    """The name under which a choice is kept."""
+    return f"{operation} in 8 bits{' of few rows' if few else ''}"
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`; sums in fp32, the result in the type of x."""
-    rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
-    out = _by_slices(lambda part: _multiplied(rows[part], *factors), rows.shape[0], weight.shape[0], x.dtype)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    """`x W^T + b` for x `[..., K]`, weight `[M, K]`; the result in the type of x."""
+    rows = x.reshape(-1, x.shape[-1])
+    packed, wide = _factors(weight, bias)
+    levels, steps = _quantised(rows, x.dtype)
+    return _rescaled(_product(levels, packed, _ZERO, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
-    rows, factors = x.reshape(-1, x.shape[-1]), _factors(weight, bias)
-    gelu = torch.ops.aten.gelu_
-    out = _by_slices(lambda part: gelu(_multiplied(rows[part], *factors)), rows.shape[0], weight.shape[0], x.dtype)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return torch.ops.aten.gelu_(linear(x, weight, bias))
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
-    factors = _factors(weight, bias, gamma)
-    branch = lambda part: _multiplied(rows[part], *factors).add_(sums[part])  # noqa: E731
-    return _by_slices(branch, sums.shape[0], sums.shape[1], residual.dtype).view(residual.shape)
+    packed, wide = _factors(weight, bias, gamma)
+    levels, steps = _quantised(rows, x.dtype)
+    out = torch.empty_like(sums)
+    _add_branch(_product(levels, packed, _ZERO, torch.float32), steps, wide, sums, out)
+    return out.view(residual.shape)
 
 
 def mlp_residual(
@@ -119,13 +141,22 @@ def mlp_residual(
 ) -> Tensor:
     """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
-    first, second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
+    (packed, wide), second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
+    out = torch.empty_like(sums)
+    most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
+    length = -(-len(rows) // max(1, -(-len(rows) // most)))
+    for start in range(0, len(rows), max(1, length)):
+        part = slice(start, start + length)
+        levels, steps = _quantised(rows[part], x.dtype)
+        hidden = _product(levels, packed, _ZERO, torch.float32)
 
-    def branch(part: slice) -> Tensor:
-        hidden = torch.ops.aten.gelu_(_multiplied(rows[part], *first))
-        return _multiplied(hidden, *second, gelu=True).add_(sums[part])
+        def activated(block: slice, hidden: Tensor = hidden, steps: Tensor = steps) -> Tensor:
+            return torch.ops.aten.gelu_(_rescaled(hidden[block], steps[block], wide))
 
-    return _by_slices(branch, sums.shape[0], sums.shape[1], residual.dtype).view(residual.shape)
+        levels, steps = _quantised(hidden, torch.float32, activated)
+        product = _product(levels, second[0], _GELU_ZERO, torch.float32)
+        _add_branch(product, steps, second[1], sums[part], out[part])
+    return out.view(residual.shape)
 
 
 class _Packed(NamedTuple):
@@ -144,8 +175,8 @@ class _Packed(NamedTuple):
 
 def _pack(weight: Tensor) -> _Packed:
     dense = weight.detach().float()
-    scales = dense.abs().amax(1).clamp_min_(_SMALLEST).div_(_LEVELS)
-    levels = (dense * scales.reciprocal()[:, None]).round_().to(torch.int8)
+    scales = reference.int8_steps(dense.abs().amax(1), torch.float32)
+    levels = (dense.double() * scales.reciprocal()[:, None]).round_().to(torch.int8)
     tensor = torch.ops.onednn.qlinear_prepack(levels, None)
     return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
 
@@ -160,57 +191,95 @@ def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -
     return packed._replace(scales=scales), None if wide is None else wide * gamma.float()
 
 
-def _by_slices(make: Callable[[slice], Tensor], rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """`make` of all rows, in fp32, as one tensor `[rows, width]` of a type; of many in slices of about one length."""
-    most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
-    if rows <= most:
-        return make(slice(rows)).to(dtype)
-    out = torch.empty(rows, width, dtype=dtype)
-    step = -(-rows // -(-rows // most))
-    for start in range(0, rows, step):
-        out[start : start + step] = make(slice(start, start + step))
-    return out
+def _product(levels: Tensor, packed: _Packed, zero: int, dtype: torch.dtype) -> Tensor:
+    """Of bytes `[n, K]` with a weight, times the weight's scales."""
+    after = (None, 1.0, 0, dtype, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(levels, 1.0, zero, *packed, *after)
 
 
-def _multiplied(rows: Tensor, packed: _Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """`x W^T + b` in fp32, of rows `[n, K]`; gelu: those of a GELU, as in `reference.as_int8`."""
-    zero = _GELU_ZERO if gelu else _ZERO
-    scales = _gelu_scales(rows) if gelu else _scales(rows)
-    levels = torch.ops.onednn.qlinear_pointwise(
-        _quantised(rows, scales.reciprocal(), zero),
-        *(1.0, zero),
-        *packed,
-        *(None, 1.0, 0, torch.float32, "none", [], ""),
+def _rescaled(product: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
+    """`product · steps + bias`, in place."""
+    steps = steps.to(product.dtype)
+    return product.mul_(steps) if bias is None else torch.addcmul(bias.to(product.dtype), product, steps, out=product)
+
+
+def _add_branch(product: Tensor, steps: Tensor, bias: Tensor | None, sums: Tensor, out: Tensor) -> None:
+    """`sums + product · steps + bias`, rounded once; the product is overwritten."""
+    length = _block_length(product.shape[1])
+    for start in range(0, len(sums), length):
+        block = slice(start, start + length)
+        residual = sums[block]
+        if residual.dtype != product.dtype:
+            residual = scratch("int8 block", tuple(residual.shape), product.dtype).copy_(residual)
+        out[block] = _rescaled(product[block], steps[block], bias).add_(residual)
+
+
+def _block_length(width: int) -> int:
+    return max(1, _BLOCK * torch.get_num_threads() // width)
+
+
+def _quantised(
+    rows: Tensor, dtype: torch.dtype, of_gelu: Callable[[slice], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows `[n, K]` as unsigned bytes, and the step between two levels of each, `[n, 1]` in a type.
+
+    A block of rows at a time, which stays in a core's cache from the first pass over it to the last.
+
+    Args:
+        of_gelu: gives the values of a block in place of the rows, of a GELU, in fp32, to be overwritten.
+    """
+    n, width = rows.shape
+    shift = torch.full((width,), _NO_FRACTIONS + (_GELU_ZERO if of_gelu else _ZERO))
+    levels, steps = scratch("int8", (n, width), torch.uint8), torch.empty(n, 1, dtype=dtype)
+    length = _block_length(width)
+    for start in range(0, n, length):
+        block = slice(start, start + length)
+        if of_gelu:
+            values = place = of_gelu(block)
+            largest = values.amax(1, keepdim=True)
+        else:
+            values = rows[block]
+            place = scratch("int8 block", (values.shape[0], width), torch.float32)
+            if values.dtype != torch.float32:
+                # Operands of two types would be converted one by one.
+                values = place.copy_(values)
+            largest = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
+        step = reference.int8_steps(largest, dtype, gelu=of_gelu is not None)
+        # So large a number leaves no room for fractions: the sum is rounded, and its lowest byte is the level.
+        torch.addcmul(shift, values, step.float().reciprocal(), out=place)
+        levels[block], steps[block] = place.view(torch.int32), step
+    return levels, steps
+
+
+def _example(
+    dtype: torch.dtype, rows: int, shapes: tuple[tuple[int, int], ...], residual: bool
+) -> tuple[Tensor | None, ...]:
+    """Operands of a product, or of an MLP of two."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
+    layers = [part for outputs, inputs in shapes for part in (normal(outputs, inputs), normal(outputs))]
+    return normal(rows, shapes[0][1]), *layers, *([normal(rows, shapes[-1][0]), None] if residual else [])
+
+
+_WIDTH = _PROBE[1]
+_LAYERS: dict[str, tuple[tuple[int, int], ...]] = {
+    "linear": ((3 * _WIDTH, _WIDTH),),
+    "linear_residual": ((_WIDTH, _WIDTH),),
+    "mlp_residual": ((4 * _WIDTH, _WIDTH), (_WIDTH, 4 * _WIDTH)),
+}
+_CANDIDATES: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "linear": {"int8": linear, "floats": products.linear},
+    "linear_residual": {"int8": linear_residual, "floats": products.linear_residual},
+    "mlp_residual": {"int8": mlp_residual, "floats": products.mlp_residual},
+}
+_ROWS = {False: _MANY_ROWS, True: _FEW_ROWS}
+RACES = {
+    race_name(operation, few=few): (
+        _CANDIDATES[operation],
+        partial(_example, rows=rows, shapes=shapes, residual=operation != "linear"),
+        2 * rows * sum(outputs * inputs for outputs, inputs in shapes),
     )
-    return levels.mul_(scales) if bias is None else torch.addcmul(bias, levels, scales, out=levels)
-
-
-def _scales(rows: Tensor) -> Tensor:
-    """The step between levels of each row, `[n, 1]` in fp32."""
-    if rows.dtype == torch.bfloat16:
-        # Bits without the sign have the order of the values, and integers are compared faster.
-        shape = (rows.shape[0], rows.shape[1])
-        bits = torch.bitwise_and(rows.view(torch.int16), 0x7FFF, out=scratch("int8 bits", shape, torch.int16))
-        largest = bits.amax(1, keepdim=True).view(torch.bfloat16).float()
-    else:
-        largest = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
-    return largest.clamp_min_(_SMALLEST).div_(_LEVELS)
-
-
-def _gelu_scales(rows: Tensor) -> Tensor:
-    """`_scales` of rows in fp32 that have no large negative value."""
-    return rows.amax(1, keepdim=True).div_(255 - _GELU_ZERO).clamp_min_(_LEAST_GELU / _GELU_ZERO)
-
-
-def _quantised(rows: Tensor, factors: Tensor, zero: int) -> Tensor:
-    """Rows `[n, K]` times their factors as unsigned bytes, of which `zero` stands for 0."""
-    shape = (rows.shape[0], rows.shape[1])
-    levels = scratch("int8 levels", shape, torch.float32)
-    if rows.dtype == torch.float32:
-        torch.mul(rows, factors, out=levels)
-    else:
-        # Operands of two types are multiplied one by one.
-        levels.copy_(rows).mul_(factors)
-    # So large a number leaves no room for fractions: the sum is rounded, and its lowest byte is the level.
-    levels.add_(_NO_FRACTIONS + zero)
-    return scratch("int8", shape, torch.uint8).copy_(levels.view(torch.int32))
+    for operation, shapes in _LAYERS.items()
+    for few, rows in _ROWS.items()
+}
+"""Bytes against floats, with the operands that are timed to choose, and the FLOPs that these take."""

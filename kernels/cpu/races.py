@@ -9,16 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import attention, losses, products
+from . import attention, int8, losses, products
 from .selection import Selection, compared
 
 
 class Race(NamedTuple):
-    """The candidates of an operation, the operands that are timed, and the FLOPs that these take."""
+    """The candidates of an operation, the operands that are timed, and the FLOPs that these take.
+
+    Attributes:
+        alike: as in `select`.
+    """
 
     candidates: dict[str, Callable[..., Tensor]]
     example: Callable[[torch.dtype], tuple[Any, ...]]
     flops: int
+    alike: bool = True
 
 
 def races() -> dict[str, Race]:
@@ -37,6 +42,8 @@ def races() -> dict[str, Race]:
     for role in losses.ROLES:
         x, y = losses.example(role, torch.float32)
         found[role] = Race(losses.PRODUCTS, partial(losses.example, role), 2 * x.numel() * y.shape[0])
+    for name, (candidates, example, flops) in int8.RACES.items() if int8.why_not() is None else ():
+        found[name] = Race(candidates, example, flops, alike=False)
     return found
 
 
@@ -45,4 +52,4 @@ def compare_all(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[Selection, Race
     every = races()
     for dtype in dtypes:
         for operation, race in every.items():
-            yield compared(operation, race.candidates, race.example, dtype), race
+            yield compared(operation, race.candidates, race.example, dtype, alike=race.alike), race

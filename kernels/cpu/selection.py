@@ -80,7 +80,8 @@ def _faster(slow: float, fast: float) -> str:
 
 
 _selections: dict[tuple[str, torch.dtype], Selection] = {}
-_lock = threading.Lock()
+# A candidate may make choices of its own.
+_lock = threading.RLock()
 
 
 def select(
@@ -88,15 +89,20 @@ def select(
     candidates: dict[str, Callable[..., Tensor]],
     make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
     dtype: torch.dtype,
+    *,
+    alike: bool = True,
 ) -> str:
     """Name of the fastest of `candidates`, of which the first is trusted, on the arguments that are made for it.
+
+    Args:
+        alike: False for candidates that differ by more than the order of summation, and are all trusted.
 
     Raises:
         InputError: the file that XFM_CPU_CHOICES names cannot be used here.
     """
     if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _given():
         return next(iter(candidates))
-    return compared(operation, candidates, make_arguments, dtype).chosen
+    return compared(operation, candidates, make_arguments, dtype, alike=alike).chosen
 
 
 def compared(
@@ -104,6 +110,8 @@ def compared(
     candidates: dict[str, Callable[..., Tensor]],
     make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
     dtype: torch.dtype,
+    *,
+    alike: bool = True,
 ) -> Selection:
     """The comparison behind `select`: of the file of choices, or made here once."""
     key = (operation, dtype)
@@ -123,7 +131,8 @@ def compared(
                 )
             found = given or _selections.get(key)
             if found is None or found.chosen not in candidates:
-                found = _compare(operation, candidates, make_arguments, dtype)
+                compare = _compare if alike else _time
+                found = compare(operation, candidates, make_arguments, dtype)
             _selections[key] = found
     return found
 
@@ -226,9 +235,25 @@ def _compare(
             else:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
         seconds = _thread_seconds(usable, arguments) if len(usable) > 1 else {trusted_name: float("nan")}
-    fastest = min(seconds, key=seconds.__getitem__)
-    chosen = fastest if seconds[fastest] < _MARGIN * seconds[trusted_name] else trusted_name
-    return Selection(operation, dtype, chosen, seconds, rejected)
+    return Selection(operation, dtype, _fastest(seconds), seconds, rejected)
+
+
+def _time(
+    operation: str,
+    candidates: dict[str, Callable[..., Tensor]],
+    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
+    dtype: torch.dtype,
+) -> Selection:
+    """`_compare` of candidates that are all trusted."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        seconds = _thread_seconds(candidates, make_arguments(dtype))
+    return Selection(operation, dtype, _fastest(seconds), seconds, {})
+
+
+def _fastest(seconds: dict[str, float]) -> str:
+    """Of candidates whose first is trusted."""
+    trusted, fastest = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
+    return fastest if seconds[fastest] < _MARGIN * seconds[trusted] else trusted
 
 
 def _thread_seconds(candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]) -> dict[str, float]:

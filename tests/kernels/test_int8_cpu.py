@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.agreement import deterministic_algorithms
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.cpu import int8, selection
 from xfm_fast.kernels.marked import kind_of, mark, side_by_side, unmark
 from xfm_fast.kernels.products import type_beside
 
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+as_bytes = pytest.mark.usefixtures("int8_chosen")
 # Several slices of rows (of few threads), one row, none.
 ROWS = [(2, 450), (1,), (0, 3)]
 
@@ -42,13 +44,14 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 @needs_int8
+@as_bytes
 @pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_those_of_rounded_floats(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(0)
     made, x = layer(72, 100, dtype, bias=bias), tokens(shape, 72, dtype)
-    rounded_x, rounded_w = reference.as_int8(x), reference.as_int8(made.weight)
+    rounded_x, rounded_w = reference.as_int8(x), reference.as_int8(made.weight.float())
     wide_bias = None if made.bias is None else made.bias.float()
     residual, gamma = torch.randn(*shape, 100).to(dtype), torch.rand(100).to(dtype)
     mark([made.weight], "int8")
@@ -69,13 +72,14 @@ def test_products_are_those_of_rounded_floats(shape: tuple[int, ...], dtype: tor
 
 
 @needs_int8
+@as_bytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     first, second, x = layer(64, 160, dtype), layer(160, 64, dtype), torch.randn(3, 301, 64).to(dtype)
     first.weight.copy_(torch.randn(160, 64))
     residual, gamma = torch.randn_like(x), torch.rand(64).to(dtype)
-    rounded = [reference.as_int8(part.weight) for part in (first, second)]
+    rounded = [reference.as_int8(part.weight.float()) for part in (first, second)]
     hidden = reference.linear_gelu(reference.as_int8(x), rounded[0], first.bias.float())
     wanted = reference.linear_residual(
         reference.as_int8(hidden, gelu=True), rounded[1], second.bias.float(), residual.float(), gamma.float(), None
@@ -93,6 +97,7 @@ def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
 
 
 @needs_int8
+@as_bytes
 def test_a_row_depends_on_itself_alone() -> None:
     torch.manual_seed(0)
     made, x = layer(64, 96), torch.randn(500, 64)
@@ -104,6 +109,7 @@ def test_a_row_depends_on_itself_alone() -> None:
 
 
 @needs_int8
+@as_bytes
 def test_hidden_layers_with_and_without_large_values() -> None:
     torch.manual_seed(0)
     first, second, residual = layer(64, 160), layer(160, 64), torch.zeros(4, 64)
@@ -120,6 +126,7 @@ def test_hidden_layers_with_and_without_large_values() -> None:
 
 
 @needs_int8
+@as_bytes
 def test_zeros_and_nan() -> None:
     made = layer(32, 48)
     made.weight[3] = 0
@@ -134,6 +141,7 @@ def test_zeros_and_nan() -> None:
 
 
 @needs_int8
+@as_bytes
 def test_marks_leave_the_parameter_as_it_was() -> None:
     made = nn.Linear(64, 96)
     weight, before = made.weight, made.weight.detach().clone()
@@ -161,6 +169,7 @@ def test_marks_leave_the_parameter_as_it_was() -> None:
 
 
 @needs_int8
+@as_bytes
 def test_weights_side_by_side_are_marked_if_all_are() -> None:
     first, second = layer(64, 32), layer(64, 32)
     mark([first.weight], "int8")
@@ -172,12 +181,13 @@ def test_weights_side_by_side_are_marked_if_all_are() -> None:
 
 
 @needs_int8
+@as_bytes
 def test_other_types_than_those_of_activations() -> None:
     """A weight stored in fp32 serves bf16 activations, in int8 and with gradients; other misfits are refused."""
     made, x = layer(64, 96), torch.randn(7, 64).bfloat16()
     mark([made.weight], "int8")
     bias = made.bias.bfloat16()
-    rounded = reference.linear(reference.as_int8(x), reference.as_int8(made.weight), made.bias)
+    rounded = reference.linear(reference.as_int8(x), reference.as_int8(made.weight.float()), made.bias)
     assert relative(ops.linear(x, made.weight, bias), rounded) < 2.0**-6
     assert ops.linear(x.requires_grad_(), made.weight, bias).dtype == torch.bfloat16
     with pytest.raises(InputError, match="bias"):
@@ -187,6 +197,7 @@ def test_other_types_than_those_of_activations() -> None:
 
 
 @needs_int8
+@as_bytes
 def test_compilers_see_floats() -> None:
     made, x = layer(64, 96), torch.randn(5, 64)
     exact = ops.linear(x, made.weight, made.bias)
@@ -206,11 +217,49 @@ def test_a_processor_without_such_products(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_int8
+@as_bytes
 def test_sums_that_are_cut_off_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = int8._multiplied
-    monkeypatch.setattr(int8, "_multiplied", lambda *given, **rest: exact(*given, **rest).clamp(max=200))
+    exact = int8._product
+    monkeypatch.setattr(int8, "_product", lambda *given, **rest: exact(*given, **rest).clamp(max=200))
     int8.why_not.cache_clear()
     try:
         assert "cut off" in (int8.why_not() or "")
     finally:
         int8.why_not.cache_clear()
+
+
+@needs_int8
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("chosen", ["int8", "floats"])
+def test_what_is_faster_is_taken(chosen: str, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For few rows and for many apart, and for each kind of product; without a clock, bytes."""
+    torch.manual_seed(0)
+    first, second, x = layer(64, 160), layer(160, 64), torch.randn(3 if few else 70, 64)
+
+    def results() -> list[Tensor]:
+        return [
+            ops.linear(x, first.weight, first.bias),
+            ops.linear_gelu(x, first.weight, first.bias),
+            ops.linear_residual(ops.linear(x, first.weight, None), second.weight, second.bias, x),
+            ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x),
+        ]
+
+    monkeypatch.setattr(selection, "_selections", {})
+    floats = results()
+    mark([first.weight, second.weight], "int8")
+    with deterministic_algorithms():
+        in_bytes = results()
+    for name in int8.RACES:
+        other = "floats" if chosen == "int8" else "int8"
+        selection.settle(name, torch.float32, chosen if name.endswith("few rows") is few else other)
+    wanted = in_bytes if chosen == "int8" else floats
+    assert all(map(torch.equal, results(), wanted))
+    assert not any(map(torch.equal, in_bytes, floats))
+
+
+@needs_int8
+@pytest.mark.parametrize("name", int8.RACES)
+def test_both_ways_compute_what_is_timed(name: str) -> None:
+    candidates, example, _ = int8.RACES[name]
+    in_bytes, floats = (candidates[way](*example(torch.float32)) for way in ("int8", "floats"))
+    assert 0 < float((in_bytes - floats).norm()) < 0.03 * float(floats.norm())

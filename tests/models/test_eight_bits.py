@@ -11,12 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.export.conftest import scenes_examples
+from tests.export.conftest import trained_model as trained_model
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.export.expected import Examples
 from xfm_fast.kernels import fp8, ops, reference
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.marked import EightBits, kind_of
 
+pytestmark = pytest.mark.usefixtures("int8_chosen")
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
 either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 
@@ -205,3 +209,39 @@ def test_refusals(model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         XFM.from_pretrained(tmp_path, dtype="int8")
     with pytest.raises(UnavailableError, match="of a test"):
         model.quantise()
+
+
+@torch.no_grad()
+def ranked(model: XFM, examples: Examples) -> dict[str, Tensor]:
+    """Embeddings, and the scores `[I, T]` of every text with every image."""
+    pixels, ids, mask = examples.pixels.to(model.dtype), examples.input_ids, examples.attention_mask
+    images, texts = model.encode_image(pixels), model.encode_text(ids, mask)
+    repeated, masks = texts.repeat(len(images), 1, 1), mask.repeat(len(images), 1)
+    of_image = torch.arange(len(images)).repeat_interleave(len(texts))
+    fused = model.fuse(repeated, masks, model.image_memory(images), of_image, first_token_only=True)
+    return {
+        "images": model.project_image(images).float(),
+        "texts": model.project_text(texts).float(),
+        "scores": model.match_logits(fused)[:, 1].view(len(images), -1).float(),
+    }
+
+
+def in_order(found: Tensor, wanted: Tensor) -> float:
+    """The share of two texts of an image, one above the other, that stay so."""
+    first, second = torch.triu_indices(wanted.shape[1], wanted.shape[1], 1)
+    kept = (wanted[:, first] > wanted[:, second]) == (found[:, first] > found[:, second])
+    return float(kept.double().mean())
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_weights_keep_embeddings_and_ranks(trained_model: XFM, dtype: torch.dtype) -> None:
+    judged, others = scenes_examples(trained_model, 0, 24), scenes_examples(trained_model, 400, 12)
+    wanted = ranked(trained_model, judged)
+    spread = wanted["scores"].amax(1) - wanted["scores"].amin(1)
+    assert spread.min() > 1, "the model ranks nothing: it is not trained"
+    model = copy.deepcopy(trained_model).to(dtype)
+    for agreement in (None, lambda: in_order(ranked(model, others)["scores"], ranked(trained_model, others)["scores"])):
+        found = ranked(model.dequantise().quantise("int8", agreement, least=0.97), judged)
+        assert min(F.cosine_similarity(found[name], wanted[name]).min() for name in ("images", "texts")) >= 0.99
+        assert in_order(found["scores"], wanted["scores"]) >= 0.97

@@ -175,6 +175,7 @@ def test_images_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(int8.why_not() is not None, reason="no int8 products here")
+@pytest.mark.usefixtures("int8_chosen")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_images_in_int8_in_shares(dtype: torch.dtype) -> None:
     """A token's bytes do not depend on the others beside it."""

@@ -21,6 +21,7 @@ from xfm_fast.kernels.marked import EightBits, kind_of
 from xfm_fast.replace import quantised
 from xfm_fast.replace.swap import is_fused
 
+pytestmark = pytest.mark.usefixtures("int8_chosen")
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
 either = pytest.mark.parametrize("kind", [pytest.param("int8", marks=needs_int8), "fp8"])
 

@@ -30,8 +30,8 @@ from xfm_fast.packing import ImageGroups, Sequences
 _TURNS = 2
 # The larger share may exceed the mean by this factor.
 _UNEVEN = 1.1
-LEAST_TOKENS = 512
-"""Of texts for each thread: with fewer, shares were measured to be no faster, and often slower."""
+LEAST_TOKENS = 160
+"""Of texts for each thread: with fewer, shares were measured to be slower, as each reads all weights by itself."""
 # Kinds of calls whose timings are kept; beyond that those that were not asked for the longest go, to be timed again.
 _MOST_KINDS = 256
 _seconds: dict[Any, tuple[list[float], list[float]]] = {}

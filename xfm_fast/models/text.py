@@ -14,7 +14,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.cpu import products
 from xfm_fast.kernels.derived import derived
-from xfm_fast.kernels.marked import side_by_side
+from xfm_fast.kernels.marked import kind_of, side_by_side
 from xfm_fast.models.heads import LMHead
 from xfm_fast.models.shares import LEAST_TOKENS, Texts, in_shares, serves, stand_alone
 from xfm_fast.packing import Packing, Reads
@@ -297,7 +297,7 @@ class LayerStack(nn.Module):
         # Few rows are mostly reading weights, which every thread would do by itself.
         if len(texts) < LEAST_TOKENS * torch.get_num_threads() or not self.serves():
             return run(texts)
-        return in_shares(run, texts, (*kind, len(self.layer), texts.kind))
+        return in_shares(run, texts, (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind))
 
     def serves(self) -> bool:
         """True where the layers are frozen, in inference on a CPU, and nothing looks into them."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
+from xfm_fast.kernels.marked import kind_of
 from xfm_fast.models.shares import in_shares, serves, stand_alone
 from xfm_fast.nn import RelPosAttention
 
@@ -172,7 +173,10 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
         if patch_mask is None and self._may_share():
-            return in_shares(self._encode, pixels, (self.config, pixels.shape, pixels.dtype))
+            first = self.blocks[0]
+            assert isinstance(first, Block)
+            kind = self.config, pixels.shape, pixels.dtype, kind_of(first.mlp.fc1.weight)
+            return in_shares(self._encode, pixels, kind)
         return self._encode(pixels, patch_mask)
 
     def _may_share(self) -> bool:
