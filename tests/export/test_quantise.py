@@ -194,24 +194,23 @@ def test_int8_keeps_the_ranks_of_trained_weights(trained_model: XFM, tmp_path: P
     assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes["fusion.onnx"]
 
 
-# Not in the quick suite: it failed once in six runs, and which of its comparisons did is not known yet.
-@pytest.mark.slow
 def test_a_budget_takes_products_back(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those first that suffer most; the rest of the export is in 8 bits still, and closer to the model.
 
     Which of products that are nearly alike suffers more is a matter of the last digits, and so of the processor. Here
-    two suffer by far the most, for they get levels as coarse as no fit would choose.
+    two suffer by far the most, for they get levels as coarse as no fit would choose: cosines are 0.915 with both in 8
+    bits, 0.931 with one, 0.9994 with none, and the budgets lie far from each.
     """
     suffering = {"stack.layer.0.intermediate.dense", "stack.layer.1.output.dense"}
 
     def coarse(site: Site, *given: Any) -> Fitted:
         fitted = fit(site, *given)
-        worse = 40 if suffering & {*site.layers} else 1
+        worse = 20 if suffering & {*site.layers} else 1
         return replace(fitted, scale=worse * fitted.scale, error=worse * fitted.error)
 
     monkeypatch.setattr(quantise, "fit", coarse)
     found, errors = [], []
-    for budget in (0.1, 0.97):
+    for budget in (0.1, 0.99):
         manifest = quantize_int8(exported_fp32, tmp_path / str(budget), budget=budget)
         assert manifest.options["budget"] == budget
         found.append(manifest.graph("fusion").quantisation)
@@ -223,8 +222,8 @@ def test_a_budget_takes_products_back(exported_fp32: Path, tmp_path: Path, monke
     assert after is not None
     assert before.kept == []
     assert {*after.kept} == suffering
-    assert before.cosine < 0.97 < after.cosine
-    graph = onnx.load(tmp_path / "0.97" / "fusion.onnx").graph
+    assert before.cosine < 0.99 < after.cosine
+    graph = onnx.load(tmp_path / "0.99" / "fusion.onnx").graph
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == after.products - len(after.kept)
     assert errors[1] < errors[0] / 2
 
