@@ -23,8 +23,11 @@ from xfm_fast.checkpoint import to_official
 from xfm_fast.cli import export as commands
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.export import onnx, verification
+from xfm_fast.export.expected import Reference
+from xfm_fast.export.graphs import is_memory
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import ModelSource
+from xfm_fast.export.verification import keep_reference
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -54,6 +57,24 @@ def test_export_and_verify(tmp_path: Path) -> None:
     assert manifest.source == "random weights of preset tiny"
     assert str(tmp_path) not in (out / "manifest.json").read_text()
     assert "verified" in _run("verify", str(out))
+
+
+def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    _run("onnx", "--preset", "tiny", "--out", str(out), "--graphs", "image_memory")
+    manifest, reference = Manifest.load(out), Reference.load(out)
+    # Engines that cannot run here, built from graphs that were compared; and from graphs that were not.
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    engines = manifest.model_copy(update={"kind": "tensorrt-rtx", "graphs_verification": manifest.verification})
+    engines.save(out)
+    assert "graphs verified: engine not run here: " in _run("verify", str(out), expect=3)
+    engines.model_copy(update={"graphs_verification": None}).save(out)
+    assert "unverified: " in _run("verify", str(out), expect=4)
+    # Compared with the results of another model.
+    others = {name: value + is_memory(name) for name, value in reference.tensors.items()}
+    keep_reference(manifest, out, Reference(others, reference.rounding))
+    manifest.save(out)
+    assert "failed: differs from the model: " in _run("verify", str(out), expect=1)
 
 
 def test_a_model_is_let_go_before_its_export_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
