@@ -18,7 +18,6 @@ from torch import Tensor
 
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
-from ..consumers import LARGEST_FILE
 from ..manifest import GraphRecord, Manifest
 from ..slots import Slot, output_shapes
 from . import LoadedGraph, Precision, empty_outputs, failed_run, first_line
@@ -183,7 +182,7 @@ def widen(path: Path, out: Path) -> None:
 
     Args:
         path: the graph; weights that lie beside it are read too.
-        out: the copy, in an existing folder; weights of more than two gigabytes go into a file beside it.
+        out: the copy, in an existing folder; its weights go into a file beside it, one at a time.
     """
     import onnx
     from onnx import numpy_helper
@@ -208,5 +207,4 @@ def widen(path: Path, out: Path) -> None:
     for value in (*graph.input, *graph.output, *graph.value_info):
         if value.type.tensor_type.elem_type in narrow:
             value.type.tensor_type.elem_type = wide
-    size = sum(len(tensor.raw_data) for tensor in graph.initializer)
-    onnx.save(model, str(out), save_as_external_data=size > LARGEST_FILE, location=f"{out.name}.data")
+    onnx.save(model, str(out), save_as_external_data=True, location=f"{out.name}.data")
