@@ -226,6 +226,7 @@ def test_sweeps_that_cannot_be(work: str, axis: str, values: list[str], error: t
         sweep.run(work, _sweep(axis, *values))
 
 
+@pytest.mark.slow
 def test_a_sweep_in_parts_has_one_document(tmp_path: Path) -> None:
     whole, file = _sweep("batch", "1", "2", "4"), tmp_path / "first.json"
     first = sweep.run("embed-text", whole)

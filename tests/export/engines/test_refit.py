@@ -70,6 +70,7 @@ def test_weights_lie_beside_engines_that_have_none(engines: Path) -> None:
         manifest.require_files(engines)
 
 
+@pytest.mark.slow
 def test_engines_get_the_weights_of_another_model(engines: Path, small_model: XFM, tmp_path: Path) -> None:
     """Without the library and a GPU; what is joined and gathered for export is made anew from the other weights."""
     other, before = _tuned(small_model), Manifest.load(engines)
@@ -165,6 +166,7 @@ def test_graphs_of_another_structure_are_told_apart(engines: Path, tmp_path: Pat
         check_structure("fusion", known, found)
 
 
+@pytest.mark.slow
 def test_the_command(engines: Path, small_model: XFM, tmp_path: Path) -> None:
     other = _tuned(small_model)
     checkpoint.save_pretrained(other.state_dict(), other.config, tmp_path / "model")
