@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
@@ -145,10 +142,10 @@ def test_commands_in_running_text_exist(page: Path) -> None:
 @lru_cache
 def _help(words: tuple[str, ...]) -> str:
     # Arguments of a command may stand between it and --help.
-    run = [sys.executable, "-m", "xfm_fast", *words, "--help"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        done = invoke([*words, "--help"])
+    assert done.exit_code == 0, done.stderr
     return done.stdout
 
 

@@ -35,13 +35,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ["bench", "--preset", "tiny", "--quick", "--threads", "1"]
 
 
-def _run(
-    *arguments: str, cwd: Path = ROOT, before: Callable[[], None] | None = None
-) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "140"}
     return subprocess.run(
         [sys.executable, "-m", "xfm_fast.cli", *arguments],
-        cwd=cwd,
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -112,9 +110,12 @@ def test_full_disk_prints_the_table_and_leaves_nothing(photos: Path, tmp_path: P
         (["convert", "absent.th", "out", "--to", "onnx"], 'Choose from: "official", "xfm"'),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = _run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+def test_what_a_user_can_mend_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(arguments)
+    assert done.exit_code == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -129,7 +130,7 @@ def test_info_as_tables_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "briefly (GOMP_SPINCOUNT=1000)" in " ".join(done.stdout.split())
     for word in ("processor", "AVX2" if "x86" in os.uname().machine else "NEON", "onnxruntime", "flash-attn", "linear"):
         assert word in done.stdout
-    facts = json.loads(_run("info", "--json").stdout)
+    facts = json.loads(invoke(["info", "--json"]).stdout)
     assert facts.keys() == {"machine", "packages", "paths"}
     assert {path["operation"] for path in facts["paths"]} >= {"linear", "linear_gelu", "linear_residual"}
     assert all(path["chosen"] for path in facts["paths"])
@@ -157,16 +158,19 @@ def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_convert_reports(
-    load_tensors: Callable[[str], dict[str, Tensor]], golden: Callable[[str], Path], tmp_path: Path
+    load_tensors: Callable[[str], dict[str, Tensor]],
+    golden: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.save({"model": load_tensors("tiny_a/weights")}, tmp_path / "official.th")
-    config = str(golden("tiny_a/config.json"))
-    done = _run("convert", "official.th", str(tmp_path / "ours"), "--config", config, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = invoke(["convert", "official.th", tmp_path / "ours", "--config", golden("tiny_a/config.json")])
+    assert done.exit_code == 0, done.stderr
     assert "no output depends on" in done.stdout
     assert (tmp_path / "ours" / "model.safetensors").is_file()
-    back = _run("convert", "ours", "back.th", cwd=tmp_path)
-    assert back.returncode == 0, back.stderr
+    back = invoke(["convert", "ours", "back.th"])
+    assert back.exit_code == 0, back.stderr
     assert "wrote back.th" in back.stdout
 
 
