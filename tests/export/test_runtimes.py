@@ -361,17 +361,21 @@ def test_engines_without_weights_compute_with_those_beside_them(
             parameter.mul_(1.1)
     folder = Path(shutil.copytree(engines, tmp_path / "engines"))
     manifest = Manifest.load(folder)
-    onnx = export_onnx(other, tmp_path / "onnx", graphs=manifest.graph_names)
-    records = []
-    for record in manifest.graphs:
-        weights = onnx.graph(record.name).file
-        shutil.copy(tmp_path / "onnx" / weights, folder)
-        records.append(record.model_copy(update={"weights": weights, "files": [*record.files, weights]}))
-    files = record_files(folder, [name for record in records for name in record.files])
-    manifest.model_copy(update={"graphs": records, "files": files}).save(folder)
-    _same_retrieval(other, Session.load(folder))
-    with pytest.raises(AssertionError):
-        _same_retrieval(small_model, Session.load(folder))
+    weights = export_onnx(other, tmp_path / "onnx", graphs=("text",)).graph("text").file
+    shutil.copy(tmp_path / "onnx" / weights, folder)
+    text = manifest.graph("text")
+    text.weights, text.files = weights, [*text.files, weights]
+    files = record_files(folder, [name for record in manifest.graphs for name in record.files])
+    manifest.model_copy(update={"files": files}).save(folder)
+    session, (ids, mask), pixels = Session.load(folder), _texts(4, 20), _pixels(small_model, 3)
+    with torch.no_grad():
+        error, changed = (
+            (session.encode_text(ids, mask) - model.encode_text(ids, mask))[mask == 1].abs().max()
+            for model in (other, small_model)
+        )
+        assert error < 1e-4 < 1e-2 < changed
+        # Only the text engine has weights beside it.
+        assert (session.encode_image(pixels) - small_model.encode_image(pixels)).abs().max() < 1e-4
 
 
 def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: Fakes, monkeypatch) -> None:
@@ -499,35 +503,44 @@ def test_kernels_are_kept_when_every_profile_has_run(
     assert saved
 
 
-def test_openvino_gives_what_the_model_gives(
-    small_model: XFM, exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_openvino_gives_what_the_model_gives(small_model: XFM, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="optional")
     export_onnx(small_model, tmp_path, consumer="openvino")
     session = Session.load(tmp_path)
     assert session.description.endswith("CPU, fp32")
     _same_retrieval(small_model, session)
-    packed = tmp_path / "packed"
-    export_onnx(small_model, packed, consumer="openvino", graphs=DEFAULT_GRAPHS, packed=True)
-    _same_retrieval(small_model, Session.load(packed))
-    with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO .* does not read"):
-        Session.load(exported_fp32, "openvino")
-    openvino = pytest.importorskip("openvino")
-    export_onnx(small_model, tmp_path / "attention", consumer="tensorrt-rtx", dtype="fp16", graphs=("vision",))
+    with pytest.raises(UnavailableError, match="precision 'fp8' is unknown; choose from fp32, bf16"):
+        Session(tmp_path, precision="fp8")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnavailableError, match="OpenVINO is used on the CPU here, not on cuda"):
+        Session(tmp_path, device="cuda")
+
+
+@pytest.mark.slow
+def test_openvino_takes_texts_in_rows_and_the_attention_of_onnx(small_model: XFM, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="optional")
+    export_onnx(small_model, tmp_path / "packed", consumer="openvino", graphs=DEFAULT_GRAPHS, packed=True)
+    _same_retrieval(small_model, Session.load(tmp_path / "packed"))
     version = [int(part) for part in openvino.__version__.split("-")[0].split(".")[:2]]
     if version >= [2026, 4]:
+        export_onnx(small_model, tmp_path / "attention", consumer="tensorrt-rtx", dtype="fp16", graphs=("vision",))
         found = Session.load(tmp_path / "attention", "openvino").encode_image(_pixels(small_model, 2).half())
         with torch.inference_mode():
             torch.testing.assert_close(
                 found.float(), small_model.encode_image(_pixels(small_model, 2)), atol=2e-2, rtol=0
             )
+
+
+def test_attention_that_openvino_does_not_read(
+    exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino", reason="optional")
+    with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO .* does not read"):
+        Session.load(exported_fp32, "openvino")
+    folder = Path(shutil.copytree(exported_fp32, tmp_path / "attention"))
+    Manifest.load(folder).model_copy(update={"attention": "opset23"}).save(folder)
     monkeypatch.setattr(openvino, "__version__", "2026.3.1-20000-abcdef")
     with pytest.raises(ExportError, match=r"spells attention as opset23, which OpenVINO 2026\.3.* does not read"):
-        Session.load(tmp_path / "attention", "openvino")
-    with pytest.raises(UnavailableError, match="precision 'fp8' is unknown; choose from fp32, bf16"):
-        Session(tmp_path, precision="fp8")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnavailableError, match="OpenVINO is used on the CPU here, not on cuda"):
-        Session(tmp_path, device="cuda")
+        Session.load(folder, "openvino")
 
 
 def test_onnxruntime_says_what_it_lacks(exported_fp32: Path) -> None:
