@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
@@ -65,9 +67,25 @@ def _pixels(scenes: list[Scene], model: XFM) -> Tensor:
     return drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is filled once for all processes of a test run; copy it before changing it."""
+    root = factory.getbasetemp()
+    # Each process of pytest-xdist has a folder of its own in that of the run.
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / f"{name}.lock"):
+        if not (root / name).exists():
+            make(root / f"{name}.part")
+            (root / f"{name}.part").rename(root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
-def trained_model() -> XFM:
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> XFM:
     """A model that ranks captions of shapes, of a few seconds of training: random weights have no ranks to lose."""
+    return XFM.from_pretrained(once(tmp_path_factory, "trained", lambda folder: _trained().save_pretrained(folder)))
+
+
+def _trained() -> XFM:
     tokenizer = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 500)
     still = {"drop_path_rate": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "layer_scale_init": 1.0}
     torch.manual_seed(0)
@@ -96,30 +114,34 @@ def trained_model() -> XFM:
     return model.eval()
 
 
-def _exported(model: XFM, folder: Path, dtype: str, graphs: Sequence[str] = GRAPHS, **form: Any) -> Path:
+def _exported(
+    factory: pytest.TempPathFactory, model: XFM, name: str, dtype: str, graphs: Sequence[str] = GRAPHS, **form: Any
+) -> Path:
     pytest.importorskip("onnx", reason="exports to ONNX need onnx")
     pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
     from xfm_fast.export.onnx import export_onnx
     from xfm_fast.export.verification import verify_export
 
-    export_onnx(model, folder, dtype=dtype, graphs=graphs, source="a small model", **form)
-    verify_export(folder, model)
-    return folder
+    def make(folder: Path) -> None:
+        export_onnx(model, folder, dtype=dtype, graphs=graphs, source="a small model", **form)
+        verify_export(folder, model)
+
+    return once(factory, name, make)
 
 
 @pytest.fixture(scope="session")
 def exported_fp32(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All five graphs in fp32 for ONNX Runtime, with manifest and reference; copy it before changing it."""
-    return _exported(small_model, tmp_path_factory.mktemp("exported") / "fp32", "fp32")
+    return _exported(tmp_path_factory, small_model, "fp32", "fp32")
 
 
 @pytest.fixture(scope="session")
 def exported_packed(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four graphs of `exported_fp32` that a server composes, with texts in rows."""
-    return _exported(small_model, tmp_path_factory.mktemp("exported") / "packed", "fp32", DEFAULT_GRAPHS, packed=True)
+    return _exported(tmp_path_factory, small_model, "packed", "fp32", DEFAULT_GRAPHS, packed=True)
 
 
 @pytest.fixture(scope="session")
 def exported_fp16(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in fp16."""
-    return _exported(small_model, tmp_path_factory.mktemp("exported") / "fp16", "fp16")
+    return _exported(tmp_path_factory, small_model, "fp16", "fp16")

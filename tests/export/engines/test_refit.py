@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.cli.runner import invoke
+from tests.export.conftest import once
 from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast import checkpoint
 from xfm_fast.errors import ExportError, InputError, UnavailableError
@@ -45,16 +46,19 @@ def _tuned(model: XFM) -> XFM:
 @pytest.fixture(scope="module")
 def engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engines without weights, by a stand-in for TensorRT."""
-    folder, onnx = (tmp_path_factory.mktemp("refit") / name for name in ("engines", "onnx"))
-    folder.mkdir()
-    exported = export_onnx(small_model, onnx, consumer="tensorrt", dtype="fp32", source="the first model")
-    with pytest.MonkeyPatch.context() as patch:
-        trt = make_tensorrt(inputs=())
-        patch.setitem(sys.modules, "tensorrt", trt)
-        request = TensorRTRequest(dtype="fp32", refittable=True)
-        build_engines(exported, onnx, folder, engine_library.load_library("tensorrt"), (89,), request=request)
-    assert trt.record["flags"] == ["REFIT", "STRIP_PLAN"] * len(DEFAULT_GRAPHS)
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        onnx = tmp_path_factory.mktemp("refit")
+        exported = export_onnx(small_model, onnx, consumer="tensorrt", dtype="fp32", source="the first model")
+        with pytest.MonkeyPatch.context() as patch:
+            trt = make_tensorrt(inputs=())
+            patch.setitem(sys.modules, "tensorrt", trt)
+            request = TensorRTRequest(dtype="fp32", refittable=True)
+            build_engines(exported, onnx, folder, engine_library.load_library("tensorrt"), (89,), request=request)
+        assert trt.record["flags"] == ["REFIT", "STRIP_PLAN"] * len(DEFAULT_GRAPHS)
+
+    return once(tmp_path_factory, "refittable", make)
 
 
 def test_weights_lie_beside_engines_that_have_none(engines: Path) -> None:
