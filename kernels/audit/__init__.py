@@ -9,13 +9,14 @@ at. `xfm-fast audit` prints all of it.
 
 from .architectures import ARCHITECTURES, occupancy
 from .compiling import compiler, default_cache
-from .rows import Form, Row, audit, compile_rows, describe, representative, shipped_forms, shipped_kernels
+from .rows import Form, Row, audit, changed, compile_rows, describe, representative, shipped_forms, shipped_kernels
 
 __all__ = [
     "ARCHITECTURES",
     "Form",
     "Row",
     "audit",
+    "changed",
     "compile_rows",
     "compiler",
     "default_cache",

@@ -53,6 +53,12 @@ class Task:
         """The key of the figures, which are read from the binary."""
         return hashlib.sha256(repr((self.key, self.programs, _source(*_READING))).encode()).hexdigest()
 
+    @property
+    def made_of(self) -> str:
+        """A short hash of all that decides a row of the audit: the kernel, its compiler, and this package."""
+        files = sorted(path.name for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".json"))
+        return hashlib.sha256(repr((self.key, self.programs, _source(*files))).encode()).hexdigest()[:16]
+
     @classmethod
     def of(cls, request: CompileRequest, arch: int, programs: int = 0) -> Task:
         """The compilation of a request for one architecture.

@@ -178,7 +178,7 @@ def figures(row: Row) -> dict[str, Any]:
     counts = ("registers", "stack_bytes", "shared_bytes", "instructions", "loop_instructions", "occupancy")
     share, waits = row.wide_share, row.waits_per_tensor_core
     return (
-        {"config": row.config}
+        {"config": row.config, "made_of": row.made_of}
         | {name: getattr(row, name) for name in counts}
         | {"wide_share": None if share is None else round(share, 4), "tensor_core": sorted(row.tensor_core)}
         | {"waits_per_tensor_core": None if waits is None else round(waits, 3)}

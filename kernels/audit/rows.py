@@ -41,6 +41,7 @@ class Row:
         warnings: codes of the assembler's warnings; C7510 to C7519 say that tensor-core products run one by one.
         prediction: time at the model's shape on the architecture's card; none where no shape is known.
         stalls: share of the time that warps wait in the main loop, by cause, as the model of time has it.
+        made_of: a hash of the kernel, its compiler and the audit itself.
         error: what the compiler said, if it failed; then all figures are zero.
     """
 
@@ -73,6 +74,7 @@ class Row:
     warnings: tuple[str, ...] = ()
     prediction: Prediction | None = None
     stalls: dict[str, float] = field(default_factory=dict)
+    made_of: str = ""
     error: str = ""
 
     @property
@@ -225,16 +227,21 @@ def compile_rows(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """One row for each form, in their order; the arguments are those of `audit`."""
-    forms = list(forms)
-    launches = [model_launch(f.spec.name, f.variant, f.config, f.arch) for f in forms]
-    tasks = [
-        Task.of(f.spec.request(f.variant, f.dtype, f.arch, f.config), f.arch, launch.programs if launch else 0)
-        for f, launch in zip(forms, launches, strict=True)
-    ]
-    figures = compile_all(tasks, jobs=jobs, cache_dir=cache_dir, progress=progress)
-    return [
-        _row(form, figures[task.figures_key], launch) for form, task, launch in zip(forms, tasks, launches, strict=True)
-    ]
+    made = [(form, *_task(form)) for form in forms]
+    figures = compile_all([task for _, task, _ in made], jobs=jobs, cache_dir=cache_dir, progress=progress)
+    return [_row(form, task, figures[task.figures_key], launch) for form, task, launch in made]
+
+
+def changed(forms: Iterable[Form], accepted: Mapping[str, Mapping[str, Any]]) -> list[Form]:
+    """The forms whose row would be made of something else than the accepted one (by `Row.key`): compiling the others
+    again says nothing new."""
+    return [form for form in forms if accepted.get(form.key, {}).get("made_of") != _task(form)[0].made_of]
+
+
+def _task(form: Form) -> tuple[Task, Launch | None]:
+    launch = model_launch(form.spec.name, form.variant, form.config, form.arch)
+    request = form.spec.request(form.variant, form.dtype, form.arch, form.config)
+    return Task.of(request, form.arch, launch.programs if launch else 0), launch
 
 
 def describe(config: LaunchConfig) -> str:
@@ -251,7 +258,7 @@ def _key(kernel: str, variant: Mapping[str, Any], arch: int, dtype: str) -> str:
     return f"{kernel} | {_describe_variant(variant)} | sm_{arch} | {dtype}"
 
 
-def _row(form: Form, found: Figures, launch: Launch | None) -> Row:
+def _row(form: Form, task: Task, found: Figures, launch: Launch | None) -> Row:
     spec, arch = form.spec, form.arch
     tiles = found.tile_loads or {}
     bits = {load: count * sass.load_bits(load) for load, count in tiles.items()}
@@ -296,5 +303,6 @@ def _row(form: Form, found: Figures, launch: Launch | None) -> Row:
         warnings=tuple(found.warnings or ()),
         prediction=prediction,
         stalls=found.timing.stalls if found.timing else {},
+        made_of=task.made_of,
         error=found.error,
     )

@@ -506,6 +506,17 @@ def test_command(tmp_path: Path) -> None:
     assert "xfm-fast audit --accept" in done.stdout
     assert "(0 compiled" in done.stdout
 
+    # What is made of the same as its accepted figures is not looked at, and what is not is.
+    done = _cli(*selection, "--changed")
+    assert done.returncode == 0, done.stdout
+    assert "0 of" in done.stdout
+    content["rows"][key]["made_of"] = "other"
+    accepted.write_text(json.dumps(content))
+    done = _cli(*selection, "--changed")
+    assert done.returncode == 1
+    assert "1 of" in done.stdout
+    assert f"{key}: registers " in done.stdout
+
 
 def test_unknown_kernels_are_named() -> None:
     done = _cli("audit", "--kernel", "no_such_kernel")

@@ -48,6 +48,7 @@ class AuditOptions(KernelOptions):
         arch: Architecture, such as 90; may be repeated. [all four]
         json: File that receives the rows.
         all: Every form of every kernel, not a quarter of them.
+        changed: Of these, only what is not made of the same source, compiler and audit as its accepted figures.
         accept: Make these figures the accepted ones.
         also: With --accept, of another Triton than made the accepted figures: record beside them what is worse with it.
         what_if: Predict one kernel with other tiles instead: kernel=relpos_forward BLOCK_M=64,128 num_warps=8
@@ -60,6 +61,7 @@ class AuditOptions(KernelOptions):
     arch: tuple[int, ...] = ()
     json: Path | None = None
     all: bool = False
+    changed: bool = False
     accept: bool = False
     also: bool = False
     what_if: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
@@ -155,6 +157,13 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     begun = time.perf_counter()
     forms = library.shipped_forms(specs, arches)
     chosen = forms if options.all else library.representative(forms)
+    path, shipped = options.ratchet or ratchet.RATCHET, {form.key for form in forms}
+    try:
+        accepted = ratchet.in_scope(ratchet.read(path), kernels=options.kernel, arches=arches)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if options.changed:
+        chosen = library.changed(chosen, accepted.rows)
     compiled = 0
 
     def progress(done: int, of: int) -> None:
@@ -168,19 +177,17 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     if options.json is not None:
         _write_json(options.json, [row.as_dict() for row in rows])
     shown = stdout(220)
-    _print_rows(rows, shown)
-    for arch in arches:
-        shown.print(_constants(arch), soft_wrap=True)
-    _print_floors(shown)
-    _print_targets(targets.verdicts(rows), shown)
+    if rows:
+        _print_rows(rows, shown)
+        for arch in arches:
+            shown.print(_constants(arch), soft_wrap=True)
+        _print_floors(shown)
+        _print_targets(targets.verdicts(rows), shown)
     shown.print(
         f"{len(rows)} of {len(forms)} shipped forms in {seconds:.0f} s ({compiled} compiled, the rest cached),"
         f" {library.compiler()}"
     )
-    path = options.ratchet or ratchet.RATCHET
-    shipped = {form.key for form in forms}
     try:
-        accepted = ratchet.in_scope(ratchet.read(path), kernels=options.kernel, arches=arches)
         if options.also:
             count = ratchet.accept_compiler(rows, compiler=library.compiler(), path=path)
             shown.print(f"{library.compiler()}: {count} rows with exceptions in {path}", soft_wrap=True)
