@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.agreement import deterministic_algorithms
-from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.accuracy import assert_accurate, assert_as_accurate, draws, widened
 from tests.kernels.conftest import LIBRARIES, compared, each_library
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
@@ -182,12 +182,12 @@ def test_gradients_of_tiles(
         if buffer.is_floating_point():
             buffer.fill_(torch.nan)
     found = attention.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=biased)
+    arguments = (dout, q, k, v, 0.3, bias)
+    plain, truth = draws(lambda: attention_gradients(*arguments)), attention_gradients(*widened(arguments))
     for i, gradient in enumerate(found if biased else found[:3]):
         assert gradient is not None
         # The gradient of the bias is summed and returned in fp32.
-        value = gradient.to(dtype)
-        arguments = (dout, q, k, v, 0.3, bias)
-        assert_as_accurate(value, lambda *given, i=i: attention_gradients(*given)[i], *arguments)
+        assert_accurate(gradient.to(dtype), [each[i] for each in plain], truth[i], "qkvb"[i])
 
 
 @each_dtype

@@ -15,7 +15,6 @@ transformers = pytest.importorskip("transformers")
 
 from tests.cli.runner import invoke  # noqa: E402
 from xfm_fast import XFM, XFMConfig  # noqa: E402
-from xfm_fast.benchmarks import measure  # noqa: E402
 from xfm_fast.benchmarks.material import models  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
 from xfm_fast.benchmarks.work import trial  # noqa: E402
@@ -27,11 +26,8 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "home
 
 
 @pytest.fixture(autouse=True)
-def offline_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    # The probes of the machine would take longer than models of this size.
-    monkeypatch.setitem(measure.PROBE_SHAPE, "cpu", (8, 8, 8))
-    monkeypatch.setitem(measure._COPY_BYTES, "cpu", 1 << 16)
 
 
 @pytest.fixture
