@@ -286,7 +286,7 @@ def test_fixed_graphs_take_less_by_padding_and_more_in_parts(small_model: XFM, t
         session.run("vision", {"pixels": _pixels(small_model, 3)})
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["padded", "packed"])
 def test_all_tokens_come_where_they_were_exported(
     small_model: XFM, session: Session, tmp_path: Path, packed: bool
 ) -> None:  # fmt: skip
