@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from xfm_fast.kernels.cpu.selection import selections
+
 from .. import machine
 from ..contenders.registry import ALL, TASK_WORK, Setup, choose
 from ..machine import EnergyMeter
@@ -34,7 +36,7 @@ from ..measure import (
     parity_band,
 )
 from ..options import ModelOptions
-from ..record import OFFICIAL, Baseline, Benchmark, ColdStart, Document, Mode, Model, Row, finite
+from ..record import OFFICIAL, Baseline, Benchmark, ColdStart, Document, Mode, Model, Row, Selection, finite
 from .entrants import Entrant, blank, check, efficiency, operation_shares, stages, tokens
 from .requests import EmbedImage, EmbedText, Rerank, Retrieve, Workload
 from .task_requests import made
@@ -276,8 +278,18 @@ class Setting:
         return row
 
     def finish(self) -> Document:
-        """The document with its duration."""
+        """The document with its duration, and the paths that operations took on this CPU."""
         self.document.duration_s = time.perf_counter() - self._begun
+        self.document.selections = [
+            Selection(
+                operation=found.operation,
+                dtype=next((name for name, known in DTYPES.items() if known == found.dtype), str(found.dtype)),
+                chosen=found.chosen,
+                seconds={name: finite(seconds) for name, seconds in found.seconds.items()},
+                rejected=found.rejected,
+            )
+            for found in selections()
+        ]
         return self.document
 
 

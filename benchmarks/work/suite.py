@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 
-from xfm_fast.kernels.cpu.selection import selections
-
 from .. import machine
-from ..measure import DTYPES, Progress
+from ..measure import Progress
 from ..options import Preset, SuiteOptions
-from ..record import OFFICIAL, OFFICIAL_CODE, OURS, Document, Parity, Selection, finite
+from ..record import OFFICIAL, OFFICIAL_CODE, OURS, Document, Parity
 from .entrants import Entrant, blank
 from .requests import EmbedImage, EmbedText, Rerank, Retrieval, Workload
 from .setting import Scale, Setting, opened
@@ -86,16 +84,6 @@ def run(options: SuiteOptions, progress: Progress | None = None, command: Sequen
     document = setting.finish()
     # The other contenders were not asked.
     document.baselines = []
-    document.selections = [
-        Selection(
-            operation=found.operation,
-            dtype=next((name for name, known in DTYPES.items() if known == found.dtype), str(found.dtype)),
-            chosen=found.chosen,
-            seconds={name: finite(seconds) for name, seconds in found.seconds.items()},
-            rejected=found.rejected,
-        )
-        for found in selections()
-    ]
     return document
 
 

@@ -51,8 +51,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
     rows = _rows(x)
-    name = _choose("linear_gelu", weight, rows.shape[0])
-    return multiply(_GELU[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return multiply(with_gelu(weight, rows.shape[0]), rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def with_gelu(weight: Tensor, rows: int) -> Product:
+    """What `linear_gelu` multiplies so many rows with, for all weights like this one."""
+    return _GELU[_choose("linear_gelu", weight, rows)]
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
@@ -344,20 +348,23 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     if any("packed" in select(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()):
         # Beside a weight as it is, that product would keep a copy.
         return True
-    found = compared("linear", _LINEAR, EXAMPLES["linear"], dtype)
-    many = _layout_share(found)
+    found = [compared(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()]
+    many = _layout_share(*found)
     if many is None:
-        return found.chosen != "aten"
+        return found[0].chosen != "aten"
     if many < _LAYOUT_MARGIN or not few_rows:
         return many < _LAYOUT_MARGIN
     few = _layout_share(compared("layout for few rows", *LAYOUT, dtype))
     return few is not None and many < _FEW_MARGIN and few * many < 1
 
 
-def _layout_share(found: Selection) -> float | None:
-    """The time of weights that are laid out, as a share of that of weights as they are."""
-    seconds = found.seconds
-    return seconds["onednn-packed"] / seconds["aten"] if "onednn-packed" in seconds else None
+def _layout_share(*found: Selection) -> float | None:
+    """The time of weights that are laid out, as a share of that of weights as they are.
+
+    Of several products together, for the clock misjudges one alone by a tenth and more.
+    """
+    seconds = [each.seconds for each in found if "onednn-packed" in each.seconds]
+    return sum(s["onednn-packed"] for s in seconds) / sum(s["aten"] for s in seconds) if seconds else None
 
 
 def laid_out(weight: Tensor) -> Tensor:

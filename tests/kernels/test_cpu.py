@@ -445,6 +445,14 @@ def test_few_rows_may_decide_the_layout(many: float, few: float, wanted: bool, m
     assert products.prefers_onednn(torch.float32) == (many == 1)
 
 
+def test_one_misjudged_product_does_not_decide_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operation, share in zip((*products.CANDIDATES, "layout for few rows"), (1.2, 1.03, 1.04, 0.7), strict=True):
+        seconds = {"aten": 1.0, "onednn-packed": share}
+        found = selection.Selection(operation, torch.float32, "aten", seconds, {})
+        monkeypatch.setitem(selection._selections, (operation, torch.float32), found)
+    assert products.prefers_onednn(torch.float32, few_rows=True)
+
+
 def test_a_few_short_sequences_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is quicker for many."""
     taken: list[tuple[int, int]] = []

@@ -57,7 +57,9 @@ def test_a_short_text_by_itself(model: XFM, monkeypatch: pytest.MonkeyPatch) -> 
     """By the short way, by the general one, and where something watches."""
     ids, short = torch.randint(5, model.config.vocab_size, (2, 9)), FrozenParts.of_short_text
     taken: list[int] = []
-    monkeypatch.setattr(FrozenParts, "of_short_text", lambda parts, x: taken.append(len(x)) or short(parts, x))
+    monkeypatch.setattr(
+        FrozenParts, "of_short_text", lambda parts, x, gelu: taken.append(len(x)) or short(parts, x, gelu)
+    )
 
     def run(texts: int = 1) -> Tensor:
         taken.clear()

@@ -223,16 +223,21 @@ class FrozenParts(NamedTuple):
     norm: dict[str, Any]
     last_norm: dict[str, Any]
 
-    def of_short_text(self, x: Tensor) -> Tensor:
-        """Self-attention and MLP of one text `[T, width]`, with nothing left to check or to choose."""
+    def of_short_text(self, x: Tensor, gelu: products.Product) -> Tensor:
+        """Self-attention and MLP of one text `[T, width]`, with nothing left to check or to choose.
+
+        Args:
+            gelu: the product of the first layer of the MLP with its GELU.
+        """
         tokens, width = x.shape
-        keys_values = products.onednn_linear(x, self.keys_values, concatenated("kv bias", *self.biases))
+        # To make the bias anew takes less time than to see whether one that is kept is still right.
+        keys_values = products.onednn_linear(x, self.keys_values, torch.cat(self.biases))
         k, v = keys_values.view(1, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
         q = products.onednn_linear(x, **self.query).view(1, tokens, self.heads, -1).transpose(1, 2)
         context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens, width)
         x = products.onednn_residual(context, **self.attended, residual=x)
         x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
-        x = products.onednn_residual(products.linear_gelu(x, **self.first), **self.second, residual=x)
+        x = products.onednn_residual(gelu(x, self.first["weight"], self.first["bias"]), **self.second, residual=x)
         return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
 
 
@@ -367,8 +372,9 @@ class TextEncoder(nn.Module):
         if alone and stack.serves():
             frozen = [parts for layer in stack if (parts := layer.frozen_parts())]
             if len(frozen) == len(stack):
+                gelu = products.with_gelu(frozen[0].first["weight"], len(x))
                 for parts in frozen:
-                    x = parts.of_short_text(x)
+                    x = parts.of_short_text(x, gelu)
                 return x
         for number, layer in enumerate(stack):
             read = reads if number == len(stack) - 1 else None

@@ -30,6 +30,7 @@ from xfm_fast.benchmarks.work.coco import Sizes, receipt
 from xfm_fast.benchmarks.work.setting import Scale
 from xfm_fast.benchmarks.work.sweep import fit_power_law
 from xfm_fast.errors import ConfigError, InputError, UnavailableError
+from xfm_fast.kernels.cpu import products
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -58,6 +59,7 @@ def _by_contender(document: Document, mode: str) -> dict[str, Row]:
 def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
     document = scenario.run("rerank", replace(TINY, baselines=("torch-eager",)), command=["xfm-fast", "bench"])
     assert document.ok
+    assert {each.operation: each.chosen for each in document.selections}.get("linear") in products.CANDIDATES["linear"]
     assert not document.interrupted
     assert len(document.rows) == 9
     assert {b.contender: b.present for b in document.baselines}[OFFICIAL]
