@@ -7,6 +7,7 @@ runs in the type of the export: rounding that no export of that type can be blam
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
 
 from .consumers import DTYPES, DType
-from .graphs import GraphName, in_dtype, memory_names
+from .graphs import GraphName, M, in_dtype, memory_names
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -198,7 +199,7 @@ def make_reference(
         all_tokens: `fusion` returns every token.
     """
     wanted = frozenset(graphs)
-    truth = _results(in_dtype(model, torch.float32), examples, wanted, all_tokens)
+    truth = _results(model, torch.float32, examples, wanted, all_tokens)
     inputs = {
         "pixels": examples.pixels.clone(),
         "input_ids": examples.input_ids.long(),
@@ -206,27 +207,36 @@ def make_reference(
     }
     rounding = {}
     if dtype != "fp32":
-        rounded = _results(in_dtype(model, DTYPES[dtype]), examples, wanted, all_tokens)
+        rounded = _results(model, DTYPES[dtype], examples, wanted, all_tokens)
         rounding = {name: float((rounded[name] - value).abs().max()) for name, value in truth.items()}
     return Reference(inputs | {name: value.contiguous() for name, value in truth.items()}, rounding)
 
 
 @torch.no_grad()
 @unkept()
-def _results(model: XFM, examples: Examples, wanted: frozenset[str], all_tokens: bool) -> dict[str, Tensor]:
+def _results(
+    model: XFM, dtype: torch.dtype, examples: Examples, wanted: frozenset[str], all_tokens: bool
+) -> dict[str, Tensor]:
     training = model.training
     model.eval()
+    found: dict[str, Tensor] = {}
     try:
-        found = _encoded(model, examples, wanted)
+        if wanted - {"text"}:
+            found |= _of_images(_part(model, "vision_encoder", dtype), examples, wanted)
+        if wanted - {"vision", "image_memory"} and hasattr(model, "text_encoder"):
+            found |= _of_texts(_part(model, "text_encoder", dtype), examples, wanted)
+        if wanted & {"image_memory", "fusion", "nlvr2"}:
+            memory = _part(model, "fusion_encoder", dtype).image_memory(found["image_embeds"][:1])
+            found |= graph_memory(memory)
         decodes = bool(wanted & DECODER_GRAPHS)
         # A decoder of questions reads every token of the fusion encoder.
         if wanted & {"fusion", "match"} or (decodes and isinstance(model, VQAModel)):
             whole = decodes or (all_tokens and "fusion" in wanted)
-            found |= _fused(model, found, examples.attention_mask, whole)
+            found |= _fused(_part(model, "fusion_encoder", dtype), found, examples.attention_mask, whole)
         if isinstance(model, NLVR2Model) and "nlvr2" in wanted:
-            found |= _compared(model, found, examples, wanted)
+            found |= _compared(in_dtype(model, dtype), examples, wanted)
         if decodes and isinstance(model, VQAModel | CaptioningModel):
-            found |= _decoded(model, found, examples)
+            found |= _decoded(_part(model, "text_decoder", dtype), found, examples)
         if not wanted & {"fusion", "text", "nlvr2"}:
             found.pop("text_embeds", None)
     finally:
@@ -234,22 +244,33 @@ def _results(model: XFM, examples: Examples, wanted: frozenset[str], all_tokens:
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
-def _encoded(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    if wanted - {"text"}:
-        found["image_embeds"] = model.encode_image(examples.pixels.to(model.dtype))
-    if wanted - {"vision", "image_memory"} and hasattr(model, "text_encoder"):
-        found["text_embeds"] = model.encode_text(examples.input_ids, examples.attention_mask)
-    contrastive = "contrastive" in model.heads
-    if "vision" in wanted and contrastive:
+def _part(model: M, large: str, dtype: torch.dtype) -> M:
+    """The model in a type, with one of its encoders and decoders: a copy of all is half of the weights once more."""
+    part = copy.copy(model)
+    part._modules = {
+        name: child
+        for name, child in model.named_children()
+        if name == large or not name.endswith(("_encoder", "_decoder"))
+    }
+    return in_dtype(part, dtype)
+
+
+def _of_images(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
+    found = {"image_embeds": model.encode_image(examples.pixels)}
+    if "vision" in wanted and "contrastive" in model.heads:
         found["image_feature"] = model.project_image(found["image_embeds"])
-    if "text" in wanted and contrastive:
+    if isinstance(model, ClassificationModel) and model.modality == "image":
+        found["class_logits"] = model.logits(examples.pixels)
+    return found
+
+
+def _of_texts(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
+    texts = examples.input_ids, examples.attention_mask
+    found = {"text_embeds": model.encode_text(*texts)}
+    if "text" in wanted and "contrastive" in model.heads:
         found["text_feature"] = model.project_text(found["text_embeds"])
-    if wanted & {"image_memory", "fusion", "nlvr2"}:
-        found |= graph_memory(model.image_memory(found["image_embeds"][:1]))
-    if isinstance(model, ClassificationModel) and model.modality != "pair":
-        texts = (None, examples.input_ids, examples.attention_mask)
-        found["class_logits"] = model.logits(examples.pixels) if model.modality == "image" else model.logits(*texts)
+    if isinstance(model, ClassificationModel) and model.modality == "text":
+        found["class_logits"] = model.logits(None, *texts)
     return found
 
 
@@ -283,9 +304,7 @@ def _fused(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool)
     return stacked | whole
 
 
-def _compared(
-    model: NLVR2Model, found: dict[str, Tensor], examples: Examples, wanted: frozenset[str]
-) -> dict[str, Tensor]:
+def _compared(model: NLVR2Model, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
     """What is said of every text about image i and the one behind it; without other memories about image 0 twice."""
     images, texts = len(examples.pixels) if "image_memory" in wanted else 1, len(examples.input_ids)
     logits = []

@@ -19,6 +19,7 @@ from torch import nn
 
 from xfm_fast.checkpoint.files import write_bytes, write_files
 from xfm_fast.errors import InputError, StorageError
+from xfm_fast.memory import give_back
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
@@ -122,7 +123,13 @@ def export_graphs(
 
     def write_one(record: GraphRecord) -> Sequence[str]:
         graph = build(record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed)
-        return write(in_dtype(graph, DTYPES[dtype]), record, content)
+        converted = in_dtype(graph, DTYPES[dtype])
+        files = write(converted, record, content)
+        if converted is not graph:
+            # An exporter keeps weights that a graph joined, and what it was joined from, until it sees another graph.
+            for parameter in converted.parameters():
+                parameter.data = parameter.new_empty(0)
+        return files
 
     def compare(content: Manifest) -> None:
         if examples is None:
@@ -161,6 +168,7 @@ def fill_folder(
         files = [*write(record)]
         # An exporter leaves programs in circles, which hold the weights that the graph joined.
         gc.collect()
+        give_back()
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
         graphs.append(record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds}))
     content.graphs = graphs

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.agreement import deterministic_algorithms
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
+from xfm_fast.export import expected
 from xfm_fast.export.consumers import DTYPES, DType, profile
 from xfm_fast.export.expected import Reference, generated_examples, make_examples, make_reference
 from xfm_fast.export.graphs import Graph, GraphName, in_dtype, is_memory
@@ -287,6 +289,27 @@ def test_model_is_left_as_it_is(make_model: Callable[..., XFM]) -> None:
     assert model.training
     assert model.dtype == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_reference_copies_one_encoder_at_a_time(small_model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model stays in memory, and a copy of it in 16 bits is half of that again."""
+    made: weakref.WeakSet[XFM] = weakref.WeakSet()
+    convert = expected.in_dtype
+
+    def watched(part: XFM, dtype: torch.dtype) -> XFM:
+        assert not made
+        assert len([name for name, _ in part.named_children() if name.endswith("_encoder")]) == 1
+        narrow = convert(part, dtype)
+        if dtype != torch.float32:
+            made.add(narrow)
+        return narrow
+
+    monkeypatch.setattr(expected, "in_dtype", watched)
+    examples = generated_examples(small_model.config, images=2, texts=3)
+    with deterministic_algorithms():
+        by_parts = make_reference(small_model, examples, GRAPHS, "bf16")
+        monkeypatch.setattr(expected, "_part", lambda model, large, dtype: convert(model, dtype))
+        assert make_reference(small_model, examples, GRAPHS, "bf16").rounding == by_parts.rounding
 
 
 def test_examples_have_every_length(small_model: XFM) -> None:

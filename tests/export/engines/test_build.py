@@ -512,14 +512,14 @@ _MOST_BASE_STEPS = {
 
 
 def schedule(engine: Path) -> tuple[int, int, int, int]:
-    """Steps that compute; those without a product; those that are a product alone; those that only move entries."""
+    """Steps that compute; those without a product; those that are a product alone; those that only move or cast."""
     text = engine.read_bytes().decode("latin1")
     start = text.index("\nmain {")
     steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[start : text.index("\n}\n", start)], re.MULTILINE)
     working = [(kind, name) for kind, name in steps if kind not in ("shape_call", "signal", "wait")]
     kernels, products = (sum(kind == wanted for kind, _ in working) for wanted in ("function", "fully_connected"))
-    # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate.
-    moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc)+$")
+    # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
+    moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
     return len(working), kernels, products, sum(kind == "copy" or bool(moves.match(name)) for kind, name in working)
 
 
