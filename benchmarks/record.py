@@ -196,6 +196,7 @@ class Memory(Record):
     Attributes:
         before_bytes, parameter_bytes, gradient_bytes: of a training step; `grown_bytes` then are what it takes beyond
             what was there before and beyond the gradients.
+        checkpointed_bytes: `peak_bytes` of the same step with the recipes' `activation_checkpointing`, on a CPU.
     """
 
     peak_bytes: int
@@ -204,6 +205,7 @@ class Memory(Record):
     before_bytes: int | None = None
     parameter_bytes: int | None = None
     gradient_bytes: int | None = None
+    checkpointed_bytes: int | None = None
 
 
 class Cost(Record):

@@ -191,10 +191,12 @@ def _memory(document: Document, row: Row) -> str:
         return ""
     ours, theirs = row.memory, other.memory
     own = f"{ours.grown_bytes / theirs.grown_bytes:.0%}" if theirs.grown_bytes else "?"
+    least = ours.checkpointed_bytes
+    checkpointed = f"; {least / theirs.peak_bytes:.0%} with activation checkpointing" if least else ""
     return (
         f"{ours.peak_bytes / theirs.peak_bytes:.0%} of {other.title} ({ours.peak_bytes / 1e9:.2f} of "
         f"{theirs.peak_bytes / 1e9:.2f} GB); beyond parameters and gradients {own} ({ours.grown_bytes / 1e9:.2f} of "
-        f"{theirs.grown_bytes / 1e9:.2f} GB); {ours.method}"
+        f"{theirs.grown_bytes / 1e9:.2f} GB){checkpointed}; {ours.method}"
     )
 
 

@@ -182,10 +182,13 @@ class StepRun:
             self.progress.stage("peak memory" + ", with dropout" * dropout)
             for procedure, dtype in self._variants():
                 self.progress.step(f"{procedure} {dtype}, own process")
-                self.memory[procedure, dtype, dropout] = memory_use(
-                    procedure, self.config, batch, dtype, training=dropout, seed=self.options.seed,
+                measured = partial(
+                    memory_use, procedure, self.config, batch, dtype, training=dropout, seed=self.options.seed,
                     threads=torch.get_num_threads(),
                 )  # fmt: skip
+                least = measured(checkpointed=True).peak_bytes if procedure == OURS else None
+                use = measured().model_copy(update={"checkpointed_bytes": least})
+                self.memory[procedure, dtype, dropout] = use
         self.progress.stage("model")
         self.subject = TrainingSubject(self.config, batch, seed=self.options.seed, device=plan.device)
         document.model = Model(
@@ -461,20 +464,22 @@ def _finite(value: Tensor) -> float:
 
 
 def memory_use(
-    procedure: Procedure, config: XFMConfig, batch: PairBatch, dtype: str, *, training: bool, seed: int, threads: int
-) -> Memory:
+    procedure: Procedure, config: XFMConfig, batch: PairBatch, dtype: str, *, training: bool, seed: int, threads: int,
+    checkpointed: bool = False,
+) -> Memory:  # fmt: skip
     """Run two steps of one procedure in a new process and see how much memory it takes.
 
     Args:
         dtype: a key of `AUTOCAST`.
         training: with dropout and stochastic depth.
+        checkpointed: with activation checkpointing of our layers.
 
     Raises:
         UnavailableError: the process ended otherwise than planned; it is killed where memory runs out.
     """
     task = {
         "procedure": procedure, "config": config.model_dump(), "dtype": dtype, "training": training, "seed": seed,
-        "threads": threads,
+        "threads": threads, "checkpointed": checkpointed,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="xfm-step-") as folder:
         tensors = {name: tensor for name, tensor in vars(batch).items() if isinstance(tensor, Tensor)}
@@ -513,6 +518,11 @@ def _measured_memory(folder: Path) -> Memory:
     config, device = XFMConfig(**task["config"]), torch.device("cpu")
     subject = TrainingSubject(config, PairBatch(**tensors), seed=task["seed"], device=device)
     subject.model.train(task["training"])
+    if task["checkpointed"]:
+        # Here, for it brings modules along that no other procedure needs in memory.
+        from xfm_fast.training.distributed import run_layers
+
+        run_layers(subject.model, activation_checkpointing=True)
     before = resident_bytes()
     with PeakMemory() as memory:
         for _ in range(_MEMORY_STEPS):

@@ -29,10 +29,10 @@ from tests.objectives.steps import (
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, TextBatch
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
-from xfm_fast.kernels import attention, norms, ops, products
+from xfm_fast.kernels import attention, derived, norms, ops, products
 from xfm_fast.kernels import losses as kernel_losses
 from xfm_fast.models.fusion import FusionEncoder
-from xfm_fast.models.text import TextEncoder
+from xfm_fast.models.text import TextEncoder, TransformerLayer
 from xfm_fast.models.vision import VisionEncoder
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
@@ -128,6 +128,28 @@ def test_losses_that_are_not_asked_for_cost_nothing(calls: Counter[str]) -> None
     # Negatives need features, but ITM does not train the text encoder.
     assert calls["TextEncoder.forward"] == 1
     assert not calls["TextEncoder.forward with a graph"]
+
+
+@pytest.mark.parametrize("batch", [pair_batch, region_batch])
+def test_the_backward_pass_ends_with_texts(batch: Callable[[str], Batch]) -> None:
+    """Their gradients, many for few activations, come when the images' activations are gone; no joined weight stays."""
+    model, ended = model_of("tiny_a"), list[str]()
+    model.zero_grad(set_to_none=True)
+    derived.clear()
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ended.append(name))
+        for name, parameter in model.named_parameters()
+    ]
+    total(pretraining_losses(model, batch("tiny_a"))).backward()
+    model.zero_grad(set_to_none=True)
+    for hook in hooks:
+        hook.remove()
+    encoders = [name.split(".")[0] for name in ended if name.startswith(("text_encoder.", "vision_encoder."))]
+    first = encoders.index("text_encoder")
+    assert set(encoders[:first]) == {"vision_encoder"}
+    assert set(encoders[first:]) == {"text_encoder"}
+    weights = [layer.attention.self.query.weight for layer in model.modules() if isinstance(layer, TransformerLayer)]
+    assert not derived.remembered(weights)
 
 
 def test_vocabulary_logits_never_exist_in_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch,
 from xfm_fast.data.masking import block_mask
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import host
+from xfm_fast.kernels.derived import unkept
 from xfm_fast.models import inputs as model_inputs
 from xfm_fast.models.fusion import ImageMemory, PackedMemory
 from xfm_fast.models.xfm import XFM, Head
@@ -126,10 +127,11 @@ def pretraining_losses(
     if isinstance(batch, PairBatch):
         check_pairs(batch)
         step = Step(model, batch.prepare(), names, world, options)
+        packed = step.encode_texts()
         # Alone, `mim` takes the whole image as a target, which has no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
             image = model.encode_image(batch.image)
-        found, texts = step.contrast(image, batch.image_ids)
+        found, texts = step.contrast(packed, image, batch.image_ids)
         if "mim" in names:
             # Between draw and fusion: the host needs the draw only then.
             found["mim"] = _image_loss(model, batch, image, world, options)
@@ -138,8 +140,9 @@ def pretraining_losses(
         check_regions(batch)
         batch = batch.prepare()
         step = Step(model, batch, names, world, options)
+        packed = step.encode_texts()
         own, images = model.encode_region_tokens(batch.image, batch.image_index, batch.region_mask)
-        found, texts = step.contrast(own, None)
+        found, texts = step.contrast(packed, own, None)
         if step.fuses:
             found |= step.fuse(texts, region_memory(model, batch, own, images, boxes=step.boxes))
         return found
@@ -215,7 +218,7 @@ class Texts:
 
 
 class Step:
-    """The multimodal losses of one batch: `contrast`, then `fuse`.
+    """The multimodal losses of one batch: `encode_texts`, the images, `contrast`, then `fuse`.
 
     Text b belongs to group b of the memory, its true image or region; the groups that boxes are predicted from (whole
     images) come behind.
@@ -230,6 +233,8 @@ class Step:
         self.texts = batch.input_ids.shape[0]
         self.boxes = not names.isdisjoint(BOXES)
         self.fuses = self.boxes or not names.isdisjoint({"itm", "imlm"})
+        # More than the first token of every text.
+        self.whole = self.boxes or "itm" in names
         self.draws = "itm" in names and options.hard_negatives is None
         # Those whose texts may become negatives here.
         self.matched = World() if self.draws and options.official_itm_negatives else world
@@ -254,24 +259,35 @@ class Step:
             with torch.no_grad():
                 model.temp.clamp_(model.config.min_temperature, model.config.max_temperature)
 
-    def contrast(self, image_tokens: Tensor, image_ids: Tensor | None) -> tuple[dict[str, Tensor], Texts | None]:
-        """Encode the texts, compute `itc`, and draw the negatives of `itm`.
+    def encode_texts(self) -> Tensor | None:
+        """The unmasked texts `[T, width]`, or their first tokens `[B, width]`, if any loss needs them.
+
+        Before the images, so that the backward pass ends with them: few tokens with much weight, they leave many bytes
+        of gradients for few of activations, which then takes no more room than the images' activations did.
+        """
+        if self.names.isdisjoint({"itc", "itm", *BOXES}):
+            return None
+        graph = "itc" in self.names or not self.options.stop_gradient
+        return self._encode(self.batch.input_ids, graph=graph, first_only=not self.whole)
+
+    def contrast(
+        self, packed: Tensor | None, image_tokens: Tensor, image_ids: Tensor | None
+    ) -> tuple[dict[str, Tensor], Texts | None]:
+        """Compute `itc` and draw the negatives of `itm`.
 
         Args:
+            packed: from `encode_texts`.
             image_tokens: `[B, >= 1, vision_width]`, token 0 of which stands for the image or region.
             image_ids: `[B]`, equal for texts of the same image.
 
         Returns:
             The losses, and for `fuse` the texts, if any loss needs them unmasked.
         """
-        if self.names.isdisjoint({"itc", "itm", *BOXES}):
+        if packed is None:
             return {}, None
-        whole = self.boxes or "itm" in self.names
-        graph = "itc" in self.names or not self.options.stop_gradient
-        packed = self._encode(self.batch.input_ids, graph=graph, first_only=not whole)
         losses, negatives = {}, None
         if "itc" in self.names or self.draws:
-            first = packed.index_select(0, self.layout.starts) if whole else packed
+            first = packed.index_select(0, self.layout.starts) if self.whole else packed
             image, text = self.model.project_image(image_tokens), self.model.project_text(first[:, None])
             if self.options.official_itc_gradient and self.world.size > 1:
                 image, text = (ScaleGradient.apply(f, 1 / self.world.size) for f in (image, text))
@@ -294,7 +310,7 @@ class Step:
                 negatives = sample_hard_negatives(*pairs, image_ids, gathered=among, generator=generator)
         tokens = packed.detach() if self.options.stop_gradient else packed
         if "itm" not in self.names:
-            return losses, Texts(tokens) if whole else None
+            return losses, Texts(tokens) if self.whole else None
         if negatives is None:
             negatives = check_negatives(self.options.hard_negatives, self.texts, self.texts * self.world.size)
         table = TextTable.of(tokens, self.layout, self.matched)
@@ -303,7 +319,8 @@ class Step:
     def _encode(self, ids: Tensor, *, graph: bool, first_only: bool = False) -> Tensor:
         packing = self.layout.packing
         model_inputs.check_tokens(ids, self.batch.attention_mask, self.model.config)
-        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+        # What is joined of weights for a pass without a graph would lie beside them until the next step changes them.
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()), unkept():
             return self.model.text_encoder(ids, packing, reads=Reads.first_tokens(packing) if first_only else None)
 
     def fuse(self, texts: Texts | None, memory: ImageMemory | PackedMemory) -> dict[str, Tensor]:

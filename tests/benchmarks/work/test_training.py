@@ -71,11 +71,15 @@ def subject(collection: photographs.Collection, tokenizer: CaptionTokenizer) -> 
     return TrainingSubject(CONFIG, pair_batch(collection, tokenizer, CONFIG, 3, seed=0), seed=0, device=CPU)
 
 
+def _use(procedure: str, *_: Any, checkpointed: bool = False, **__: Any) -> Memory:
+    return USES[procedure].model_copy(update={"peak_bytes": 40} if checkpointed else {})
+
+
 def _run(progress: Progress | None = None, **changes: Any) -> Document:
     settings: dict[str, Any] = {"preset": "tiny", "quick": True, "threads": 1, "device": "cpu", **changes}
     with pytest.MonkeyPatch.context() as patch:
         # Its own test starts the processes.
-        patch.setattr(training, "memory_use", lambda procedure, *_, **__: USES[procedure])
+        patch.setattr(training, "memory_use", _use)
         return training.run(StepOptions(**settings), progress, command=["xfm-fast", "bench", "train-step"])
 
 
@@ -206,7 +210,7 @@ def test_rows_have_the_form_of_the_suite(document: Document) -> None:
         same = document.like_for_like(row)
         assert same is not None
         assert (same == against) == (row.dtype == "fp32")
-        assert row.memory == USES[OURS]
+        assert row.memory == USES[OURS].model_copy(update={"checkpointed_bytes": 40})
         assert official.memory == USES[OFFICIAL]
 
 
@@ -216,6 +220,7 @@ def test_report_shows_speed_and_memory(document: Document, tmp_path: Path) -> No
     text = console.export_text()
     assert "training step, 2 pairs of 32 px" in text
     assert "peak memory, train-step bf16: 50%" in text
+    assert "33% with activation checkpointing" in " ".join(text.split())
     assert "retrieval" not in text
     page = report.html(document)
     assert "<svg" in page
@@ -343,6 +348,9 @@ def test_memory_of_a_process_of_its_own(subject: TrainingSubject) -> None:
     assert use.peak_bytes > before > parameters > 0
     assert 0 < gradients <= parameters
     assert use.grown_bytes == use.peak_bytes - before - gradients > 0
+    # At this size the interpreter is most of it, so no comparison would hold.
+    checkpointed = {"training": True, "seed": 0, "threads": 1, "checkpointed": True}
+    assert memory_use(OURS, CONFIG, subject.batch, "fp32", **checkpointed).peak_bytes > before
 
 
 def test_a_process_that_fails_says_why(subject: TrainingSubject, monkeypatch: pytest.MonkeyPatch) -> None:
