@@ -241,7 +241,8 @@ def test_retrieval_runs_on_packages(make_model: Callable[..., XFM], tmp_path: Pa
     for subject in (session, model.to(session.dtype)):
         retriever = Retriever(subject)
         index = retriever.embed_images([pixels.to(session.dtype)])
-        scores.append(retriever.rerank(index, retriever.embed_texts([(ids, mask)]), 3).score_i2t.float())
+        # Every text: which ones their features choose is a matter of the last digits.
+        scores.append(retriever.rerank(index, retriever.embed_texts([(ids, mask)]), len(ids)).score_i2t.float())
     band = 1e-4 if dtype == "fp32" else 0.05 * float(scores[1][scores[1] > -100].abs().max())
     assert float((scores[0] - scores[1]).abs().max()) <= band
 
