@@ -27,7 +27,7 @@ from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.request import DEFAULT_GRAPHS
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
-from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions
+from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions, session_options
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
 from xfm_fast.export.session import Session
 from xfm_fast.export.slots import graph_slots
@@ -561,6 +561,19 @@ def test_products_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypa
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: given.extend(providers))
     sessions.load(manifest.graph("text"), exported_fp32 / "text.onnx")
     assert given == [("CUDAExecutionProvider", {"device_id": 1, "use_tf32": 0}), "CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_only_processors_that_need_it_multiply_bytes_the_slow_way(
+    supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: supported, raising=False)
+    options = session_options()
+    if supported:
+        with pytest.raises(RuntimeError, match="does not have"):
+            options.get_session_config_entry("session.x64quantprecision")
+    else:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
 
 
 def test_int8_is_made_of_fp32_exports_alone(
