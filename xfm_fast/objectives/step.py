@@ -262,8 +262,8 @@ class Step:
     def encode_texts(self) -> Tensor | None:
         """The unmasked texts `[T, width]`, or their first tokens `[B, width]`, if any loss needs them.
 
-        Before the images, so that the backward pass ends with them: few tokens with much weight, they leave many bytes
-        of gradients for few of activations, which then takes no more room than the images' activations did.
+        Before the images, so that the backward pass ends with them: few tokens of many weights, they leave many bytes
+        of gradients for few of activations, and by then those of the images are gone.
         """
         if self.names.isdisjoint({"itc", "itm", *BOXES}):
             return None
