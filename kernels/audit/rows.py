@@ -234,7 +234,8 @@ def compile_rows(
 
 def changed(forms: Iterable[Form], accepted: Mapping[str, Mapping[str, Any]]) -> list[Form]:
     """The forms whose row would be made of something else than the accepted one (by `Row.key`): compiling the others
-    again says nothing new."""
+    again says nothing new.
+    """
     return [form for form in forms if accepted.get(form.key, {}).get("made_of") != _task(form)[0].made_of]
 
 
