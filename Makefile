@@ -96,7 +96,7 @@ types: $(VENV)/$(EXTRAS).stamp ## check types (pyright)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 audit: $(VENV)/$(EXTRAS).stamp ## compile the Triton kernels that changed and compare their machine code with what was accepted
-	$(BIN)/xfm-fast audit --changed $(ARGS)
+	$(BIN)/xfm-fast audit --changed
 
 packages: $(VENV)/$(EXTRAS).stamp ## list the licences of what an installation brings, and its known faults (with a network)
 	$(BIN)/python -m tests.reliability.packages $(ARGS)

@@ -51,13 +51,12 @@ class Task:
     @property
     def figures_key(self) -> str:
         """The key of the figures, which are read from the binary."""
-        return hashlib.sha256(repr((self.key, self.programs, _source(*_READING))).encode()).hexdigest()
+        return _hash(self.key, self.programs, _source(*_READING))
 
     @property
     def made_of(self) -> str:
         """A short hash of all that decides a row of the audit: the kernel, its compiler, and this package."""
-        files = sorted(path.name for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".json"))
-        return hashlib.sha256(repr((self.key, self.programs, _source(*files))).encode()).hexdigest()[:16]
+        return _hash(self.key, self.programs, _source(*_PACKAGE))[:16]
 
     @classmethod
     def of(cls, request: CompileRequest, arch: int, programs: int = 0) -> Task:
@@ -70,8 +69,7 @@ class Task:
         if not hasattr(kernel, "cache_key"):
             raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
         content = (request.signature, _plain(request.constexprs), request.attrs, request.options)
-        parts = (kernel.cache_key, kernel.fn.__qualname__, repr(content), arch, compiler(), _source(*_COMPILING))
-        key = hashlib.sha256(repr(parts).encode()).hexdigest()
+        key = _hash(kernel.cache_key, kernel.fn.__qualname__, repr(content), arch, compiler(), _source(*_COMPILING))
         return cls(
             kernel.fn.__module__, kernel.fn.__qualname__, request.signature, request.constexprs,
             request.attrs, request.options, arch, key, programs,
@@ -258,6 +256,11 @@ _COMPILING = ("worker.py", "sass.py")
 _READING = (
     "worker.py", "figures.py", "sass.py", "hazards.py", "simulator.py", "architectures.py", "cards.py", "cards.json",
 )  # fmt: skip
+_PACKAGE = sorted(path.name for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".json"))
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @cache

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ["bench", "--preset", "tiny", "--quick", "--threads", "1"]
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "140"}
     return subprocess.run(
         [sys.executable, "-m", "xfm_fast.cli", *arguments],
@@ -44,6 +45,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=170,
         check=False,
+        preexec_fn=before,
     )
 
 
@@ -84,15 +86,12 @@ def test_bench_from_end_to_end(photos: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
-def test_full_disk_prints_the_table_and_leaves_nothing(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_full_disk_prints_the_table_and_leaves_nothing(photos: Path, tmp_path: Path) -> None:
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
 
-    monkeypatch.setattr(os, "fsync", full)
-    done = invoke([*TINY, "--data", photos, "--out", tmp_path / "out"])
-    assert done.exit_code == 2
+    done = _run(*TINY, "--data", str(photos), "--out", str(tmp_path / "out"), before=small_files_only)
+    assert done.returncode == 2
     assert "images/s" in done.stdout
     assert done.stderr.startswith("xfm-fast: ")
     assert len(done.stderr.strip().splitlines()) == 1

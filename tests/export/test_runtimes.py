@@ -25,7 +25,7 @@ from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
-from xfm_fast.export.request import DEFAULT_GRAPHS
+from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS, GraphName
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
 from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions, session_options
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
@@ -352,8 +352,14 @@ def test_requests_between_captured_shapes_are_padded(engines: Path, small_model:
     assert fusion.runs[-1][1]["attention_mask"] == (1, 8, 4)
 
 
+@pytest.mark.parametrize("graphs", [("text",), pytest.param(GRAPHS, marks=pytest.mark.slow)], ids=["text", "all"])
 def test_engines_without_weights_compute_with_those_beside_them(
-    engines: Path, small_model: XFM, make_model: Callable[..., XFM], fakes: Fakes, tmp_path: Path
+    engines: Path,
+    small_model: XFM,
+    make_model: Callable[..., XFM],
+    fakes: Fakes,
+    tmp_path: Path,
+    graphs: tuple[GraphName, ...],
 ) -> None:
     other = make_model()
     with torch.no_grad():
@@ -361,10 +367,11 @@ def test_engines_without_weights_compute_with_those_beside_them(
             parameter.mul_(1.1)
     folder = Path(shutil.copytree(engines, tmp_path / "engines"))
     manifest = Manifest.load(folder)
-    weights = export_onnx(other, tmp_path / "onnx", graphs=("text",)).graph("text").file
-    shutil.copy(tmp_path / "onnx" / weights, folder)
-    text = manifest.graph("text")
-    text.weights, text.files = weights, [*text.files, weights]
+    onnx = export_onnx(other, tmp_path / "onnx", graphs=graphs)
+    for record in map(manifest.graph, graphs):
+        record.weights = onnx.graph(record.name).file
+        shutil.copy(tmp_path / "onnx" / record.weights, folder)
+        record.files = [*record.files, record.weights]
     files = record_files(folder, [name for record in manifest.graphs for name in record.files])
     manifest.model_copy(update={"files": files}).save(folder)
     session, (ids, mask), pixels = Session.load(folder), _texts(4, 20), _pixels(small_model, 3)
@@ -374,8 +381,13 @@ def test_engines_without_weights_compute_with_those_beside_them(
             for model in (other, small_model)
         )
         assert error < 1e-4 < 1e-2 < changed
-        # Only the text engine has weights beside it.
-        assert (session.encode_image(pixels) - small_model.encode_image(pixels)).abs().max() < 1e-4
+        if graphs == ("text",):
+            # The other engines have their own.
+            assert (session.encode_image(pixels) - small_model.encode_image(pixels)).abs().max() < 1e-4
+            return
+    _same_retrieval(other, session)
+    with pytest.raises(AssertionError):
+        _same_retrieval(small_model, session)
 
 
 def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: Fakes, monkeypatch) -> None:
