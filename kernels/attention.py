@@ -251,7 +251,7 @@ def _relpos_forward(
             bias = _relpos_bias_made(table, height, width, q.dtype, scale, turned=False)
         return relpos_attention_forward(q, k, v, bias, scale)
     bias = _bias(table, (height, width)) if bias is None else bias
-    return biased_attention(q, k, v, scale, bias.to(q.dtype)[None]), q.new_empty(0, dtype=torch.float32)
+    return biased_attention(q, k, v, scale, bias[None]), q.new_empty(0, dtype=torch.float32)
 
 
 def _relpos_forward_fake(

@@ -46,6 +46,7 @@ LEVELS = {
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {
     "torch",
     "triton",
+    "llvmlite",
     "numpy",
     "flash_attn",
     "xfm_fast.kernels",

@@ -1,8 +1,9 @@
-"""Attention on CPU: PyTorch's fused kernel, or explicit products over cache-sized tiles, by PyTorch or by oneDNN.
+"""Attention on CPU: PyTorch's fused kernel, explicit products over cache-sized tiles, by PyTorch or by oneDNN, or a
+kernel of ours that LLVM compiles here.
 
-The fused kernel is the better choice for fp32 where MKL is fast; explicit products win in bf16 and with a position
-bias, because they reach the machine's matrix units. The candidates are compared once per process: long sequences, those
-of a passage and many short ones apart.
+PyTorch's kernel is the better choice for fp32 where MKL is fast; explicit products win in bf16 and with a position
+bias, because they reach the machine's matrix units; ours, which is quick at all of them, runs on x86-64 alone. The
+candidates are compared once per process: long sequences, those of a passage and many short ones apart.
 
 Explicit products leave the softmax as the longest part. Where only the result is wanted, the weights are therefore
 powers of two that nothing is subtracted from, and their sum divides the result, which has fewer numbers than they. That
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .. import host, reference
 from ..limits import HIDDEN
+from . import llvm
 from .selection import select
 from .workspace import Dropout, scratch
 
@@ -110,11 +112,14 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     """
     short = q.shape[1] * k.shape[1] <= _SHORT_SCORES
     if short and q.shape[0] > _FEW:
-        return _SHORT[select("short biased attention", _SHORT, _windows_example, q.dtype)](q, k, v, scale, bias)
-    if short or max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
+        name = select("short biased attention", _SHORT, _windows_example, q.dtype)
+    elif short or max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
         # Whichever is the best without a bias is so with one.
         return plain_attention(q, k, v, scale, bias)
-    return _ALL[select("biased attention", _ALL, _biased_example, q.dtype)](q, k, v, scale, bias)
+    else:
+        name = select("biased attention", _ALL, _biased_example, q.dtype)
+    # Converted once, not for every tile; the compiled kernel adds it in fp32.
+    return _ALL[name](q, k, v, scale, bias if name == "llvm" else bias.to(q.dtype))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -128,9 +133,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     Returns:
         `[B, Nq, H, D]`, contiguous.
     """
-    if q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
-        return _fused(q, k, v, scale, mask)
     name = choice(q.shape[1], k.shape[1], q.dtype)
+    if name != "llvm" and q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
+        name = "aten"
     return _ALL[name](q, k, v, scale, mask)
 
 
@@ -456,9 +461,19 @@ def _pixels(x: Tensor) -> Tensor:
     return x.view(1, 1, x.shape[0], -1).permute(0, 3, 1, 2)
 
 
+def _compiled(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    if (reason := llvm.why_not(q.dtype)) is not None:
+        raise NotImplementedError(reason)
+    # Imported where it runs, because its compiler takes long to load.
+    from .llvm.attention import attention, takes
+
+    return attention(q, k, v, scale, bias) if takes(q, k.shape[1]) else exp2_attention(q, k, v, scale, bias)
+
+
 _Candidates = dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]]
-_ALL: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, "onednn": _onednn}
-_SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention}
+_LLVM: _Candidates = {"llvm": _compiled} if llvm.why_not() is None else {}
+_SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, **_LLVM}
+_ALL: _Candidates = {**_SHORT, "onednn": _onednn}
 
 
 def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:

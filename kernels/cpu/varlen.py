@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -46,11 +46,18 @@ def varlen_attention(
     """
     if key_mask is not None:
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
+    short = choice(1, 1, q.dtype)
+    if short == "llvm" and dropout is None:
+        # It reads every sequence where it lies. Imported where it runs, because its compiler takes long to load.
+        from .llvm.attention import attention, takes
+
+        if takes(q, max((b - a for a, b in pairwise(bounds_k)), default=0)):
+            return attention(q[None], k[None], v[None], scale, bounds=(bounds_q, bounds_k))[0]
     if len(bounds_q) == 2 and bounds_q[1] and bounds_k[1] and dropout is None:
         # One caption: a plan would take as long as its attention.
         return plain_attention(q[None], k[None], v[None], scale)[0]
     # Explicit products gain from several texts in one, the fused kernel does not.
-    plan = plan_of(bounds_q, bounds_k, dropout is not None or choice(1, 1, q.dtype) != "aten")
+    plan = plan_of(bounds_q, bounds_k, dropout is not None or short != "aten")
     if plan.whole and dropout is None:
         group = plan.groups[0]
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xfm_fast.kernels.cpu import selection
 
-LIBRARIES = ("aten", "onednn", "onednn-packed", "onednn+gelu", "tiled", "exp2", "transposed")
+LIBRARIES = ("aten", "onednn", "onednn-packed", "onednn+gelu", "tiled", "exp2", "llvm", "transposed")
 _compare = selection._compare
 _compared: dict[tuple[str, torch.dtype], selection.Selection] = {}
 

@@ -1,0 +1,61 @@
+"""Kernels that LLVM compiles for this processor where they run: a compiler comes with llvmlite, so none is needed.
+
+They do what no sequence of a library's operations does: keep a tile in registers and cache from its first product to
+its last. Whether one runs is measured like every other choice, and plain PyTorch is its twin.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Level(NamedTuple):
+    """What a kernel may use of a processor."""
+
+    name: str
+    lanes: int
+    """32-bit elements of a vector."""
+    rows: int
+    """Rows of a tile of two vectors, which with its operands fills the registers."""
+    processor: str
+    """One that has no more, in LLVM's names; kernels for the level of this processor are compiled for itself."""
+    bf16: bool
+    """Products of pairs in bf16, summed in fp32."""
+
+
+_AVX2 = Level("avx2", 8, 6, "x86-64-v3", False)
+_AVX512 = Level("avx512", 16, 12, "x86-64-v4", False)
+_AVX512_BF16 = Level("avx512_bf16", 16, 12, "cooperlake", True)
+
+
+@cache
+def levels() -> tuple[Level, ...]:
+    """Those that kernels can be compiled for and run here, best first; empty where `why_not` says why."""
+    if why_not() is not None:
+        return ()
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return (_AVX2,)
+    bf16 = (_AVX512_BF16,) if torch.cpu._is_avx512_bf16_supported() else ()
+    return (*bf16, _AVX512, _AVX2)
+
+
+@cache
+def why_not(dtype: torch.dtype = torch.float32) -> str | None:
+    """Why no kernel for this type can be compiled here, or None."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return f"compiled kernels are written for Linux on x86-64, not {sys.platform} on {platform.machine()}"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "this processor, or ATEN_CPU_CAPABILITY, has no AVX2"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed"
+    if dtype == torch.bfloat16 and not levels()[0].bf16:
+        return "this processor has no AVX-512 BF16"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"there is no kernel in {dtype}"
+    return None

@@ -1,0 +1,248 @@
+"""What kernels are written with: loops and vectors in LLVM's representation, its compiler, and PyTorch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+
+from . import Level, levels
+
+BIT, BYTE, INT16, INT32, INT64, FP32 = (*(ir.IntType(n) for n in (1, 8, 16, 32, 64)), ir.FloatType())
+POINTER = ir.PointerType()
+_BYTES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "float": 4, "bfloat": 2}
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BF16 = _BFloat()
+
+Values = list[Any]
+"""Values of LLVM's representation, which llvmlite leaves untyped."""
+
+
+class Builder(ir.IRBuilder):
+    """llvmlite's builder of one function `void name(int64 *arguments)`, with loops and vectors.
+
+    Args:
+        name: of the function, and of its module.
+        pointers: names of the addresses that it is given.
+        numbers: names of the integers that follow them.
+        level: whose vectors are used.
+    """
+
+    def __init__(self, name: str, pointers: Sequence[str], numbers: Sequence[str], level: Level) -> None:
+        module = ir.Module(name)
+        module.triple = llvm.get_default_triple()
+        made = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
+        super().__init__(made.append_basic_block("entry"))
+        self.lanes, self.level, self.given = level.lanes, level, dict[str, Any]()
+        names = (*_SHARED, *pointers, *numbers)
+        for place, name in enumerate(names):
+            kind = INT64 if name == "tasks" or name in numbers else POINTER
+            self.given[name] = self.load(self.at(made.args[0], place, INT64), typ=kind)
+
+    def number(self, value: Any) -> Any:
+        """A 64-bit integer, of a Python number or as it is."""
+        return ir.Constant(INT64, value) if isinstance(value, int) else value
+
+    def vector(self, element: Any, count: int = 0) -> Any:
+        """The type of so many elements, or as many as there are lanes."""
+        return ir.VectorType(element, count or self.lanes)
+
+    def filled(self, value: float, element: Any = FP32) -> Any:
+        """A vector of one constant."""
+        return ir.Constant(self.vector(element), [value] * self.lanes)
+
+    def spread(self, scalar: Any) -> Any:
+        """A vector of one value that is known when the kernel runs."""
+        kind = self.vector(scalar.type)
+        one = self.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(INT32, 0))
+        return self.picked(one, one, [0] * self.lanes)
+
+    def picked(self, x: Any, y: Any, places: Sequence[int]) -> Any:
+        """Elements of two vectors, of which the second's places follow the first's."""
+        return self.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT32, len(places)), list(places)))
+
+    def at(self, base: Any, index: Any, element: Any) -> Any:
+        """The address of an element behind `base`."""
+        return self.gep(base, [self.number(index)], source_etype=element)
+
+    def read(self, place: Any, element: Any) -> Any:
+        """A vector from an address of any alignment."""
+        return self.load(place, align=_BYTES[str(element)], typ=self.vector(element))
+
+    def write(self, value: Any, place: Any) -> None:
+        """A vector to an address of any alignment."""
+        self.store(value, place, align=_BYTES[str(value.type.element)])
+
+    def intrinsic(self, name: str, result: Any, *given: Any) -> Any:
+        """The result of one of LLVM's own functions."""
+        found = self.module.globals.get(name)
+        if found is None:
+            found = ir.Function(self.module, ir.FunctionType(result, [value.type for value in given]), name)
+        return self.call(found, given)
+
+    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
+        """`x y + z` of fp32 vectors, rounded once."""
+        return self.intrinsic(f"llvm.fma.v{self.lanes}f32", z.type, x, y, z)
+
+    def dot_add(self, x: Any, y: Any, z: Any) -> Any:
+        """`z + x0 y0 + x1 y1` of fp32 vectors `z` and vectors of pairs in bf16, given as 32-bit integers."""
+        pairs = [self.bitcast(value, self.vector(BF16, 2 * self.lanes)) for value in (x, y)]
+        return self.intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", z.type, z, *pairs)
+
+    def narrowed(self, x: Any) -> Any:
+        """An fp32 vector in bf16, rounded to nearest."""
+        kind = self.vector(BF16)
+        return self.intrinsic(f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * self.lanes}", kind, x)
+
+    def summed(self, x: Any) -> Any:
+        """The sum of the elements of an fp32 vector, by halves."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            x = self.fadd(self.picked(x, x, range(width)), self.picked(x, x, range(width, 2 * width)))
+        return self.extract_element(x, ir.Constant(INT32, 0))
+
+    def largest(self, x: Any) -> Any:
+        """The largest element of an fp32 vector."""
+        return self.intrinsic(f"llvm.vector.reduce.fmax.v{self.lanes}f32", FP32, x)
+
+    def larger(self, x: Any, y: Any) -> Any:
+        """The larger of two, element by element; of x where it is no number."""
+        return self.select(self.fcmp_ordered("<", x, y), y, x)
+
+    def least(self, x: Any, y: Any) -> Any:
+        """The smaller of two integers."""
+        x, y = self.number(x), self.number(y)
+        return self.select(self.icmp_signed("<", x, y), x, y)
+
+    def rounded_up(self, x: Any, multiple: int) -> Any:
+        """The next multiple of a power of two."""
+        return self.and_(self.add(x, self.number(multiple - 1)), self.number(-multiple))
+
+    def loop(self, start: Any, stop: Any, step: int, body: Callable[..., Values | None], *carried: Any) -> Values:
+        """`for i in range(start, stop, step): carried = body(i, *carried)`; the last of what is carried."""
+        head, inside, behind = (self.function.append_basic_block(name) for name in ("head", "inside", "behind"))
+        before = self.block
+        self.branch(head)
+        self.position_at_end(head)
+        index = self.phi(INT64)
+        index.add_incoming(self.number(start), before)
+        held = [self.phi(value.type) for value in carried]
+        for place, value in zip(held, carried, strict=True):
+            place.add_incoming(value, before)
+        self.cbranch(self.icmp_signed("<", index, self.number(stop)), inside, behind)
+        self.position_at_end(inside)
+        found = body(index, *held) or []
+        index.add_incoming(self.add(index, self.number(step)), self.block)
+        for place, value in zip(held, found, strict=True):
+            place.add_incoming(value, self.block)
+        self.branch(head)
+        self.position_at_end(behind)
+        return held
+
+    def tasks(self, body: Callable[[Any, Any], None]) -> None:
+        """All of the function: threads take one task after the other until none is left.
+
+        Args:
+            body: of the number of a task, and that of the thread.
+        """
+        following, inside, behind = (self.function.append_basic_block(name) for name in ("following", "task", "done"))
+        thread = self.atomic_rmw("add", self.given["thread counter"], self.number(1), "monotonic")
+        self.branch(following)
+        self.position_at_end(following)
+        task = self.atomic_rmw("add", self.given["task counter"], self.number(1), "monotonic")
+        self.cbranch(self.icmp_signed("<", task, self.given["tasks"]), inside, behind)
+        self.position_at_end(inside)
+        body(task, thread)
+        self.branch(following)
+        self.position_at_end(behind)
+        self.ret_void()
+
+
+class Kernel:
+    """A compiled function of `Builder`, which runs on PyTorch's threads.
+
+    Args:
+        builder: of the whole function.
+    """
+
+    def __init__(self, builder: Builder) -> None:
+        module = llvm.parse_assembly(str(builder.module))
+        module.verify()
+        machine = _machine(builder.level)
+        options = llvm.create_pipeline_tuning_options(speed_level=1)
+        passes = llvm.create_pass_builder(machine, options)
+        passes.getModulePassManager().run(module, passes)
+        # Keeps the code.
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+        self._address = self._engine.get_function_address(builder.function.name)
+        self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+
+    def __call__(self, numbers: Sequence[int], tasks: int, threads: int) -> None:
+        """Run it on values for its pointers and numbers."""
+        memory = (ctypes.c_int64 * (_COUNTERS + len(_SHARED) + len(numbers)))()
+        place = ctypes.addressof(memory)
+        start = place + 8 * _COUNTERS
+        memory[_COUNTERS:] = (tasks, place, place + 8 * _LINE, *numbers)
+        team = _team()
+        if threads == 1 or tasks == 1 or team is None:
+            self._function(start)
+        else:
+            team(self._address, start, min(threads, tasks), 0)
+
+
+# What every kernel is given before its own arguments, and two counters in cache lines of their own before that.
+_SHARED = ("tasks", "task counter", "thread counter")
+_LINE = 16
+_COUNTERS = 2 * _LINE
+
+
+@cache
+def _machine(level: Level) -> Any:
+    """What compiles for a level of this processor."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    name, features = level.processor, ""
+    if level == levels()[0]:
+        name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    # Kernels say how wide their vectors are; LLVM would halve them where wide ones once made processors slow.
+    features = f"{features},-prefer-256-bit".lstrip(",")
+    return llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=2, jit=True)
+
+
+@cache
+def _team() -> Callable[[int, int, int, int], None] | None:
+    """What runs a function on the threads of the OpenMP library that PyTorch has loaded; None where it has none.
+
+    A second pool of threads would compete with the first one, whose threads spin while they wait.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        # LLVM's and Intel's have the entry of GNU's too.
+        if re.search(r"/lib[gi]?omp5?\b[^/]*\.so[^/]*$", path):
+            found = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+            if found is not None:
+                found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+                return found
+    return None

@@ -1,0 +1,151 @@
+"""Kernels that LLVM compiles: every level of processor that this one includes, against PyTorch in double precision."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.accuracy import assert_as_accurate
+from xfm_fast.kernels.cpu import llvm
+
+pytestmark = pytest.mark.skipif(llvm.why_not() is not None, reason=str(llvm.why_not()))
+
+CASES = [
+    (level, dtype)
+    for level in llvm.levels()
+    for dtype in (torch.float32, torch.bfloat16)
+    if level.bf16 or dtype != torch.bfloat16
+]
+each_case = pytest.mark.parametrize(("level", "dtype"), CASES, ids=[f"{a.name}-{str(b)[6:]}" for a, b in CASES])
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q * scale) @ k.transpose(-1, -2)
+    return ((scores if bias is None else scores + bias).softmax(-1) @ v).transpose(1, 2)
+
+
+def attend(*given: object, level: llvm.Level, **options: object) -> Tensor:
+    from xfm_fast.kernels.cpu.llvm.attention import attention
+
+    return attention(*given, **options, level=level)  # pyright: ignore[reportArgumentType]
+
+
+# (batch, queries, keys, heads, width): every height of a tile and rows beside it, keys of less than a vector, of one,
+# between one and two and of several panels, heads of one vector and of more than two, more keys than the smaller room.
+SHAPES = [(1, 1, 1, 1, 32), (2, 13, 13, 3, 64), (1, 5, 16, 2, 32), (3, 8, 17, 1, 96), (1, 25, 33, 2, 64)]
+SHAPES += [(2, 50, 197, 2, 64), (1, 7, 1041, 1, 32), (1, 300, 20, 1, 128)]
+
+
+@each_case
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...], biased: bool) -> None:
+    batch, queries, keys, heads, width = shape
+    q = torch.randn(batch, heads, queries, width).to(dtype).transpose(1, 2)
+    k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
+    bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
+    found = attend(q, k, v, 0.3, bias, level=level)
+    assert found.is_contiguous()
+    assert_as_accurate(found, plain, q, k, v, 0.3, bias)
+
+
+@each_case
+def test_packed_sequences(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Some without queries, some without keys, which receive zeros; all that lies outside of them is not read."""
+    lengths_q, lengths_k = [5, 0, 14, 3, 29], [17, 9, 0, 1, 40]
+    bounds_q, bounds_k = ([0, *torch.tensor(lengths).cumsum(0).tolist()] for lengths in (lengths_q, lengths_k))
+    q = torch.randn(1, sum(lengths_q), 2, 64).to(dtype)
+    k, v = torch.randn(1, sum(lengths_k), 2, 2, 64).to(dtype).unbind(2)
+    found = attend(q, k, v, 0.3, bounds=(tuple(bounds_q), tuple(bounds_k)), level=level)
+    for i in range(len(lengths_q)):
+        rows, keys = slice(bounds_q[i], bounds_q[i + 1]), slice(bounds_k[i], bounds_k[i + 1])
+        if lengths_q[i] and lengths_k[i]:
+            assert_as_accurate(found[:, rows], plain, q[:, rows], k[:, keys], v[:, keys], 0.3, None)
+        else:
+            assert not found[:, rows].any()
+
+
+@each_case
+def test_threads_and_chunks_change_no_bit(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Of few heads the queries are divided among the threads, of many the heads are."""
+    before = torch.get_num_threads()
+    for heads in (1, 24):
+        q, k, v = torch.randn(1, 200, 3, heads, 64).to(dtype).unbind(2)
+        found = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(attend(q, k, v, 0.3, level=level))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@each_case
+def test_what_is_no_number_and_what_is_hidden(level: llvm.Level, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(1, 20, 3, 2, 64).to(dtype).unbind(2)
+    q[0, 3, 1, 5] = torch.nan
+    hidden = torch.zeros(1, 1, 20, 20)
+    hidden[..., 4, :] = -torch.inf
+    hidden[..., 6:] = -torch.inf
+    found = attend(q, k, v, 0.3, hidden, level=level)
+    unknown = torch.zeros(20, 2, dtype=torch.bool)
+    unknown[3, 1] = True
+    unknown[4] = True
+    assert torch.equal(found[0].isnan().all(-1), unknown)
+    assert torch.equal(found[0].isnan().any(-1), unknown)
+    seen = attend(q, k[:, :6], v[:, :6], 0.3, hidden[..., :6], level=level)
+    torch.testing.assert_close(found, seen, equal_nan=True)
+
+
+@each_case
+def test_any_strides_and_biases_that_are_shared(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Odd strides in bf16, whose pairs must lie at even places, and columns that lie apart."""
+    q = torch.randn(4, 9, 2, 65).to(dtype)[..., :64]
+    k = torch.randn(4, 64, 2, 9).to(dtype).permute(0, 3, 2, 1)
+    v = torch.randn(2, 9, 4, 65).to(dtype).permute(2, 1, 0, 3)[..., 1:]
+    for shape in ((1, 1, 1, 9), (2, 1, 9, 9), (4, 2, 1, 9), (2, 2, 9, 9)):
+        bias = torch.randn(shape).transpose(-1, -2).contiguous().transpose(-1, -2)
+        whole = bias.repeat(4 // shape[0], 1, 1, 1).to(torch.float64)
+        found = attend(q, k, v, -0.3, bias, level=level)
+        assert_as_accurate(found, lambda *given, of=whole: plain(*given, -0.3, of.to(given[0].dtype)), q, k, v)
+
+
+@pytest.fixture
+def another_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    for found in (llvm.why_not, llvm.levels):
+        found.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for found in (llvm.why_not, llvm.levels):
+        found.cache_clear()
+
+
+def test_processors_have_their_levels(another_processor: pytest.MonkeyPatch) -> None:
+    another_processor.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert [level.name for level in llvm.levels()] == ["avx2"]
+    assert llvm.why_not() is None
+    assert llvm.why_not(torch.bfloat16) == "this processor has no AVX-512 BF16"
+    assert llvm.why_not(torch.float16) == "there is no kernel in torch.float16"
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "reason"),
+    [
+        (torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT", "has no AVX2"),
+        (importlib.util, "find_spec", lambda name: None, "llvmlite is not installed"),
+        (llvm.platform, "machine", lambda: "arm64", "written for Linux on x86-64, not linux on arm64"),
+    ],
+)
+def test_where_nothing_can_be_compiled(
+    place: object, name: str, value: object, reason: str, another_processor: pytest.MonkeyPatch
+) -> None:
+    another_processor.setattr(place, name, value)
+    assert llvm.levels() == ()
+    assert reason in str(llvm.why_not())
