@@ -33,7 +33,7 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
     """
     if _infers_on_cpu(backend, *tensors):
         return True
-    if not torch.compiler.is_compiling() and any(t is not None and t.is_mkldnn for t in tensors):
+    if not torch.compiler.is_compiling() and any(t is not None and cpu.is_frozen(t) for t in tensors):
         raise InputError(
             "a weight is frozen for inference on a CPU, and here a gradient, autocast, another type or another backend "
             "is asked for; call unfreeze() on the model first"
@@ -49,7 +49,7 @@ def multiplies_at_once(backend: Backend | None, x: Tensor, weight: Tensor) -> bo
     """
     return (
         not torch.compiler.is_compiling()
-        and weight.is_mkldnn
+        and cpu.is_frozen(weight)
         and torch.is_inference_mode_enabled()
         and x.is_cpu
         and x.dtype == weight.dtype
@@ -112,7 +112,7 @@ def trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
     else:
         types, known = {t.dtype for t in present}, True
     # Frozen weights are refused with a reason where products are made one by one.
-    known = known and not any(t.is_mkldnn for t in present)
+    known = known and not any(cpu.is_frozen(t) for t in present)
     return known and len(types) == 1 and types <= set(_CPU_DTYPES) and any(t.requires_grad for t in present)
 
 
@@ -292,8 +292,8 @@ def mlp_residual(
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
     plain = row_scale is None and not dropout_p
-    if plain and multiplies_at_once(backend, x, weight_in) and weight_out.is_mkldnn and residual.shape == x.shape:
-        return cpu.linear_residual(cpu.linear_gelu(x, weight_in, bias_in), weight_out, bias_out, residual, gamma)
+    if plain and multiplies_at_once(backend, x, weight_in) and cpu.is_frozen(weight_out) and residual.shape == x.shape:
+        return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)
     in_int8 = plain and all(runs_in_int8(backend, w, x, bias_in, bias_out, gamma) for w in (weight_in, weight_out))

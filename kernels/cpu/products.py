@@ -1,19 +1,22 @@
-"""Linear layers on CPU, fp32 and bf16: for inference, with GELU and residual fused where oneDNN does it faster; for
-training, where the weight changes at every step, with their gradients; and 16-bit products in slices of rows.
+"""Linear layers on CPU, fp32 and bf16: for inference, with GELU and residual fused where oneDNN or a kernel that LLVM
+compiles here does it faster; for training, where the weight changes at every step, with their gradients; and 16-bit
+products in slices of rows.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..derived import derived
+from . import llvm
 from .selection import Selection, compared, select
 from .workspace import scratch
 
@@ -25,6 +28,8 @@ _ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS, _WIDE = 224, 13, 768, 768, 3072
 # Below these rows products are chosen apart: MKL's fp32 ones of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
+# Rows of a hidden layer between compiled products: so many that laying out their weights is little beside.
+_COMPILED_ROWS = 2048
 # Shapes of the products that decide: two images through a layer of a base-size encoder, and as many as a weight's
 # gradient sums over in one step of it.
 _TRAINED_ROWS, _SUMMED, _WIDTH = 394, 1576, 768
@@ -38,6 +43,10 @@ _ROUNDS = 4
 _SLICES_MARGIN = 0.85
 # A layout that costs no memory may take this much of PyTorch's time; of many rows, where few gain more than many lose.
 _LAYOUT_MARGIN, _FEW_MARGIN = 1.02, 1.1
+# The compiled kernel runs unless another is quicker by this factor. It needs no second copy of a weight. And products
+# are compared on one weight that stays in cache, where in a model each comes from memory: what libraries take longer
+# then, by 7% in fp32 and 15% in bf16 on a Zen 5 with 32 captions, that comparison does not show.
+_COMPILED_MARGIN = 1.1
 _slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 
@@ -51,12 +60,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
     rows = _rows(x)
-    return multiply(with_gelu(weight, rows.shape[0]), rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    product = _GELU[_choose("linear_gelu", weight, rows.shape[0])]
+    return multiply(product, rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def with_gelu(weight: Tensor, rows: int) -> Product:
-    """What `linear_gelu` multiplies so many rows with, for all weights like this one."""
-    return _GELU[_choose("linear_gelu", weight, rows)]
+class Frozen(nn.Parameter):
+    """The weight of a frozen model: laid out for oneDNN, or as it is where the compiled kernel reads it as quickly.
+
+    The former has no storage to be copied or written: both go through its values.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return memo.setdefault(id(self), Frozen(self.data.clone(), requires_grad=False))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unpickled, (self.data.to_dense(), self.is_mkldnn)
+
+
+def _unpickled(weight: Tensor, blocked: bool) -> Frozen:
+    return Frozen(laid_out(weight) if blocked else weight, requires_grad=False)
+
+
+def is_frozen(weight: Tensor) -> bool:
+    """True for the weight of a frozen model, and for any that is laid out."""
+    return weight.is_mkldnn or type(weight) is Frozen
+
+
+class Chosen(NamedTuple):
+    """What multiplies so many rows with weights like one, which nothing is asked of any more."""
+
+    linear: Product
+    gelu: Product
+    residual: Product
+
+
+def chosen(weight: Tensor, rows: int) -> Chosen:
+    """The products of so many rows with all weights that are frozen like this one."""
+    linear, gelu, residual = (_choose(operation, weight, rows) for operation in CANDIDATES)
+    return Chosen(_LINEAR[linear], _GELU[gelu], _RESIDUAL[residual])
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
@@ -65,6 +106,8 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     name = _choose("linear_residual", weight, rows.shape[0])
     if gamma is None:
         out = multiply(_RESIDUAL[name], rows, weight, bias, sums)
+    elif name == "llvm":
+        out = compiled_residual(rows, weight, bias, sums, gamma)
     elif name == "aten" or weight.is_mkldnn:
         # A weight that is laid out is there once, as it is.
         product = multiply(F.linear if name == "aten" else onednn_linear, rows, weight, bias)
@@ -94,6 +137,14 @@ def mlp_residual(
     rows, sums = _rows(x), _rows(residual)
     weights = {"linear_gelu": weight_in, "linear_residual": weight_out}
     first, second = (_choose(operation, weight, rows.shape[0]) for operation, weight in weights.items())
+    if first == second == "llvm":
+        hidden = scratch("hidden", (min(_COMPILED_ROWS, rows.shape[0]), weight_in.shape[0]), x.dtype)
+        parts = [slice(start, start + _COMPILED_ROWS) for start in range(0, rows.shape[0], _COMPILED_ROWS)]
+        out = torch.empty_like(sums)
+        for part in parts:
+            middle = compiled_gelu(rows[part], weight_in, bias_in, out=hidden[: rows[part].shape[0]])
+            compiled_residual(middle, weight_out, bias_out, sums[part], gamma, out=out[part])
+        return out.view(residual.shape)
     if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
         return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
     step = max(1, _HIDDEN_BYTES // (weight_in.shape[0] * x.element_size()))
@@ -142,10 +193,23 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
     if weight.is_mkldnn:
         # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
+    name = _preferred(operation, name, dtype, copied=type(weight) is not Frozen)
     if rows >= _FEW or "packed" in name:
         return name
     few = f"{operation} of few rows"
     return select(few, LIGHT[operation], EXAMPLES[few], dtype)
+
+
+def _preferred(operation: str, name: str, dtype: torch.dtype, *, copied: bool = True) -> str:
+    """The compiled kernel in the place of a product that is hardly quicker, or makes a copy that is not allowed."""
+    if torch.are_deterministic_algorithms_enabled():
+        return name
+    seconds = compared(operation, CANDIDATES[operation], EXAMPLES[operation], dtype).seconds
+    if not copied and "packed" in name:
+        seconds = {other: time for other, time in seconds.items() if "packed" not in other}
+        name = min(seconds, key=seconds.__getitem__, default="aten")
+    near = seconds.get("llvm", math.inf) < _COMPILED_MARGIN * seconds.get(name, 0)
+    return "llvm" if near else name
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -166,7 +230,7 @@ def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *
     Under `torch.use_deterministic_algorithms(True)` nothing is timed and the product runs whole.
     """
     rows = x.shape[0]
-    if x.element_size() != 2 or rows <= _SLICE_ROWS:
+    if x.element_size() != 2 or rows <= _SLICE_ROWS or product in _UNDIVIDED:
         return product(x, weight, bias, *others)
     threads = torch.get_num_threads()
     most = _SLICE_ROWS * threads
@@ -215,7 +279,7 @@ def _packed(weight: Tensor, rows: int) -> Tensor:
 
 
 def _dense(bias: Tensor | None) -> Tensor | None:
-    # oneDNN ignores the stride of a bias.
+    # oneDNN and the compiled kernels ignore the stride of a bias.
     return None if bias is None else bias.contiguous()
 
 
@@ -235,22 +299,70 @@ def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     return (residual.clone() if bias is None else residual + bias).addmm_(x, weight.t())
 
 
+def compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` by a kernel that LLVM compiles here: x `[n, K]`, weight `[M, K]`."""
+    found = _compiled(x, weight, bias)
+    return F.linear(x, weight, bias) if found is None else found
+
+
+def compiled_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """`gelu(x W^T + b)` by such a kernel, written to `out` `[n, M]` if it is given."""
+    found = _compiled(x, weight, bias, gelu=True, out=out)
+    if found is None:
+        found = torch.ops.aten.gelu_(F.linear(x, weight, bias))
+        found = found if out is None else out.copy_(found)
+    return found
+
+
+def compiled_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`residual + gamma · (x W^T + b)` by such a kernel, written to `out` `[n, M]` if it is given."""
+    found = _compiled(x, weight, bias, residual, gamma, out=out)
+    if found is None:
+        product = F.linear(x, weight, bias)
+        found = torch.add(residual, product if gamma is None else product.mul_(gamma), out=out)
+    return found
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None, **options: Any) -> Tensor | None:
+    """The product; None where its sizes are such that there is no kernel."""
+    if (reason := llvm.why_not(x.dtype)) is not None:
+        raise NotImplementedError(reason)
+    # Imported where it runs, because its compiler takes long to load.
+    from .llvm.linear import linear, takes
+
+    bias = _dense(bias)
+    others = tuple(_dense(other) for other in others)
+    return linear(x, weight, bias, *others, **options) if takes(x, weight, bias, *others) else None
+
+
+_UNDIVIDED = (compiled_linear, compiled_gelu, compiled_residual)
+_HERE = llvm.why_not() is None
 # Which is faster differs from processor to processor, so these are compared where they run. The first is trusted.
 _LINEAR: dict[str, Product] = {
     "aten": F.linear,
     "onednn": onednn_linear,
     "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b),
+    **({"llvm": compiled_linear} if _HERE else {}),
 }
 _GELU: dict[str, Product] = {
     "aten": lambda x, w, b: torch.ops.aten.gelu_(F.linear(x, w, b)),
     "onednn+gelu": lambda x, w, b: torch.ops.aten.gelu_(onednn_linear(x, w, b)),
     "onednn": partial(onednn_linear, gelu=True),
     "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b, gelu=True),
+    **({"llvm": compiled_gelu} if _HERE else {}),
 }
 _RESIDUAL: dict[str, Product] = {
     "aten": _aten_residual,
     "onednn": onednn_residual,
     "onednn-packed": lambda x, w, b, residual: onednn_residual(x, _packed(w, x.shape[0]), b, residual),
+    **({"llvm": compiled_residual} if _HERE else {}),
 }
 
 
@@ -278,7 +390,10 @@ EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
     **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
 }
 """Operands that are timed to choose each operation."""
-LAYOUT = {name: _LINEAR[name] for name in ("aten", "onednn-packed")}, partial(_example, rows=_FEW_ROWS, outputs=_WIDE)
+LAYOUT = (
+    {name: product for name, product in _LINEAR.items() if name != "onednn"},
+    partial(_example, rows=_FEW_ROWS, outputs=_WIDE),
+)
 """What a layout gains for few rows: the products, and the operands that are timed."""
 
 
@@ -345,17 +460,29 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     """
     if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
         return False
-    if any("packed" in select(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()):
+    chosen = [_preferred(name, select(name, some, EXAMPLES[name], dtype), dtype) for name, some in CANDIDATES.items()]
+    if any("packed" in name for name in chosen):
         # Beside a weight as it is, that product would keep a copy.
         return True
     found = [compared(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()]
     many = _layout_share(*found)
     if many is None:
-        return found[0].chosen != "aten"
-    if many < _LAYOUT_MARGIN or not few_rows:
-        return many < _LAYOUT_MARGIN
+        return chosen[0] not in ("aten", "llvm")
+    # The compiled kernel is as quick of many rows as laid out weights are, and may be of few ones.
+    compiled = all(name == "llvm" for name in chosen)
+    if not few_rows or (many < _LAYOUT_MARGIN and not compiled):
+        return many < _LAYOUT_MARGIN and not compiled
     few = _layout_share(compared("layout for few rows", *LAYOUT, dtype))
     return few is not None and many < _FEW_MARGIN and few * many < 1
+
+
+def reads_as_quickly(dtype: torch.dtype) -> bool:
+    """True where a few rows are multiplied quickest by the compiled kernel, which needs no layout."""
+    names = [f"{operation} of few rows" for operation in CANDIDATES]
+    return all(
+        select(name, LIGHT[operation], EXAMPLES[name], dtype) == "llvm"
+        for operation, name in zip(CANDIDATES, names, strict=True)
+    )
 
 
 def _layout_share(*found: Selection) -> float | None:
@@ -363,8 +490,9 @@ def _layout_share(*found: Selection) -> float | None:
 
     Of several products together, for the clock misjudges one alone by a tenth and more.
     """
-    seconds = [each.seconds for each in found if "onednn-packed" in each.seconds]
-    return sum(s["onednn-packed"] for s in seconds) / sum(s["aten"] for s in seconds) if seconds else None
+    every = [each.seconds for each in found if "onednn-packed" in each.seconds]
+    as_they_are = [min(time for name, time in seconds.items() if "packed" not in name) for seconds in every]
+    return sum(seconds["onednn-packed"] for seconds in every) / sum(as_they_are) if every else None
 
 
 def laid_out(weight: Tensor) -> Tensor:

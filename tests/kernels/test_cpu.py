@@ -408,9 +408,17 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
         assert example(dtype)[0].shape[0] == (13 if operation.endswith("few rows") else 224)
         return "onednn" if operation.endswith("few rows") else chosen
 
+    # What the compiled kernel takes, that of a packed weight being 1.
+    compiled = 1.2
+
+    def compared(operation: str, *_: Any) -> selection.Selection:
+        seconds = {"aten": 1.0, "onednn-packed": 1.0, "onednn": 1.5, "llvm": compiled}
+        return selection.Selection(operation, torch.float32, chosen, seconds, {})
+
     monkeypatch.setattr(products, "select", select)
+    monkeypatch.setattr(products, "compared", compared)
     for operation, candidates in products.CANDIDATES.items():
-        chosen = "aten"
+        chosen, compiled = "aten", 1.2
         assert products._choose(operation, torch.empty(1, 1), 16) == "aten"
         assert f"{operation} of few rows" not in asked
         assert products._choose(operation, torch.empty(1, 1), 15) == "onednn"
@@ -419,6 +427,11 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
         # Packed weights are there already.
         chosen = "onednn-packed"
         assert products._choose(operation, torch.empty(1, 1), 15) == "onednn-packed"
+        # A copy that gains little is not worth its memory, and a frozen weight has none.
+        compiled = 1.05
+        assert products._choose(operation, torch.empty(1, 1), 16) == "llvm"
+        compiled = 1.6
+        assert products._choose(operation, products.Frozen(torch.empty(1, 1), False), 16) == "aten"
 
 
 @pytest.mark.parametrize("wanting", [None, *products.CANDIDATES])

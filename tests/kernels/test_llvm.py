@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_as_accurate
@@ -115,6 +117,94 @@ def test_any_strides_and_biases_that_are_shared(level: llvm.Level, dtype: torch.
         whole = bias.repeat(4 // shape[0], 1, 1, 1).to(torch.float64)
         found = attend(q, k, v, -0.3, bias, level=level)
         assert_as_accurate(found, lambda *given, of=whole: plain(*given, -0.3, of.to(given[0].dtype)), q, k, v)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor | None, *, gelu: bool
+) -> Tensor:
+    out = F.linear(x, weight, bias)
+    out = F.gelu(out) if gelu else out
+    out = out if gamma is None else out * gamma
+    return out if residual is None else residual + out
+
+
+# (rows, inputs, outputs): every height of a tile with rows beside it; one vector of inputs, more than are multiplied at
+# once; outputs of one vector, of an odd number of vectors, of more than a task has.
+PRODUCTS = [(1, 32, 16), (13, 96, 48), (30, 1600, 32), (100, 64, 272)]
+
+
+@each_case
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("shape", PRODUCTS)
+@torch.inference_mode()
+def test_linear(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int], few: bool) -> None:
+    from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
+
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs + 2)[:, :inputs].to(dtype), torch.randn(outputs, inputs).to(dtype)
+    bias, gamma, residual = (torch.randn(*size, outputs).to(dtype) for size in ((), (), (rows,)))
+    for gelu, *others in (
+        (False, None, None, None),
+        (False, bias, None, None),
+        (True, bias, None, None),
+        (False, bias, residual, None),
+        (False, bias, residual, gamma),
+    ):
+        given, added, scaled = others
+        found = compiled(x, weight, given, added, scaled, gelu=gelu, few=few, level=level)
+        assert_as_accurate(found, partial(linear, gelu=gelu), x, weight, given, added, scaled)
+        place = torch.zeros(rows, 2 * outputs, dtype=dtype)[:, :outputs]
+        assert compiled(x, weight, given, added, scaled, gelu=gelu, out=place, few=few, level=level) is place
+        assert torch.equal(place, found)
+
+
+@each_case
+def test_gelu_of_every_number(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Large numbers of either sign too, and none."""
+    from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
+
+    identity = torch.eye(64).to(dtype)
+    x = torch.cat([torch.linspace(-9, 9, 64 * 40), torch.logspace(1, 30, 64), -torch.logspace(1, 30, 64)])
+    x = x.view(-1, 64).to(dtype)
+    found = compiled(x, identity, None, gelu=True, level=level)
+    right = F.gelu(x.double())
+    allowed = 2e-6 if dtype == torch.float32 else 2.0**-8
+    torch.testing.assert_close(found.double(), right, rtol=allowed, atol=allowed)
+    x[3, 5] = torch.nan
+    assert compiled(x, identity, None, gelu=True, level=level)[3].isnan().all()
+
+
+@each_case
+def test_threads_and_kernels_of_products_change_few_bits(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Threads change none; the kernel of few rows sums in another order."""
+    from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
+
+    before = torch.get_num_threads()
+    x, weight = torch.randn(300, 64).to(dtype), torch.randn(96, 64).to(dtype)
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append([compiled(x, weight, None, few=few, level=level) for few in (False, True)])
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
+    rounding = 8 * torch.finfo(dtype).eps * float(found[0][0].abs().max())
+    torch.testing.assert_close(*found[0], rtol=0, atol=rounding)
+
+
+def test_what_there_is_a_kernel_for() -> None:
+    from xfm_fast.kernels.cpu.llvm.linear import takes
+
+    x, weight = torch.randn(3, 64), torch.randn(48, 64)
+    assert takes(x, weight, None)
+    assert takes(x[:, :32], weight[:, 32:])
+    assert not takes(x[:, :33], weight[:, :33])
+    assert not takes(x, weight[:41])
+    assert not takes(x, weight.double())
+    assert not takes(x, torch.randn(64, 48).t())
+    assert not takes(x, weight.to_mkldnn())
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Encoders whose weights lie in the layout of the CPU's fastest library, in place of their parameters: `XFM.freeze`.
+"""Encoders whose weights lie as the CPU's fastest products read them, in place of their parameters: `XFM.freeze`.
 
 oneDNN multiplies a weight fastest in a layout of its own: of one caption, which is mostly reading weights, in half the
-time. Kept beside the parameter it would be a second copy of the model; here it takes the parameter's place. What reads
-weights in other ways than `ops` does, as exports and trainers do, needs them as they were: `unfreeze`.
+time. Kept beside the parameter it would be a second copy of the model; here it takes the parameter's place. Kernels
+that LLVM compiles here read a weight as it is, and are given those of texts where they are quicker. What reads weights
+in other ways than `ops` does, as exports and trainers do, needs them as they were: `unfreeze`.
 """
 
 from __future__ import annotations
@@ -23,20 +24,6 @@ from xfm_fast.models.vision import Block
 _KEPT = "_xfm_fast_parameter"
 _TRAINED = "_xfm_fast_trained"
 _HOOKS = "_xfm_fast_frozen_hooks"
-
-
-class _LaidOut(nn.Parameter):
-    """A weight that has no storage to be copied or written: both go through its values."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _LaidOut:
-        return memo.setdefault(id(self), _LaidOut(self.data.clone(), requires_grad=False))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _laid_out, (self.to_dense(),)
-
-
-def _laid_out(weight: Tensor) -> _LaidOut:
-    return _LaidOut(products.laid_out(weight), requires_grad=False)
 
 
 def is_frozen(model: nn.Module) -> bool:
@@ -72,15 +59,17 @@ def freeze(model: nn.Module) -> None:
         weights = [layer.weight for layer in group]
         apart = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
         # A text may be alone and short; an image has some hundred rows.
-        if not apart or not products.prefers_onednn(weights[0].dtype, few_rows=of_texts):
+        blocked = apart and products.prefers_onednn(weights[0].dtype, few_rows=of_texts)
+        if not blocked and not (apart and of_texts and products.reads_as_quickly(weights[0].dtype)):
             continue
-        packed = products.laid_out(torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0])
+        packed = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        packed = products.laid_out(packed) if blocked else packed
         for layer, weight in zip(group, weights, strict=True):
             # The parameter stays the one that optimizers know, without its memory.
             layer.__dict__[_KEPT] = weight
             derived.forget(weight)
             weight.data = weight.data.new_empty(0)
-        group[0]._parameters["weight"] = _LaidOut(packed, requires_grad=False)
+        group[0]._parameters["weight"] = products.Frozen(packed, requires_grad=False)
     model.__dict__[_HOOKS] = (
         model.register_state_dict_post_hook(_dense_state),
         model.register_load_state_dict_pre_hook(_refuse_state),
@@ -125,7 +114,7 @@ def _plain(layer: nn.Linear) -> bool:
 
 def _dense(group: list[nn.Linear]) -> list[Tensor]:
     """The weights of a group, each in memory of its own."""
-    parts = group[0].weight.to_dense().split([layer.out_features for layer in group])
+    parts = group[0].weight.data.to_dense().split([layer.out_features for layer in group])
     return list(parts) if len(parts) == 1 else [part.clone() for part in parts]
 
 

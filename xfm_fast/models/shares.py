@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host
 from xfm_fast.kernels.backend import named
+from xfm_fast.kernels.cpu.products import is_frozen
 from xfm_fast.kernels.marked import kind_of
 from xfm_fast.packing import ImageGroups, Sequences
 
@@ -101,7 +102,7 @@ def serves(weight: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and (weight.is_mkldnn or (kind_of(weight) == "int8" and weight.device.type == "cpu"))
+        and (is_frozen(weight) or (kind_of(weight) == "int8" and weight.device.type == "cpu"))
         and not named(None)
     )
 

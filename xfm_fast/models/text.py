@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu.attention import plain_attention
 from xfm_fast.kernels.derived import derived
 from xfm_fast.kernels.marked import kind_of, side_by_side
 from xfm_fast.models.heads import LMHead
@@ -58,7 +59,7 @@ class AttentionProjections(nn.Module):
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[T, width]` → q, k, v `[T, H, D]` with one product, or two where the model is frozen."""
-        if self.key.weight.is_mkldnn:
+        if products.is_frozen(self.key.weight):
             k, v = self.project_memory(x).unbind(-3)
             return self.project_query(x), k, v
         joined = _product("qkv", x, self.query, self.key, self.value)
@@ -71,7 +72,7 @@ class AttentionProjections(nn.Module):
 
     def project_memory(self, memory: Tensor) -> Tensor:
         """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
-        if self.key.weight.is_mkldnn:
+        if products.is_frozen(self.key.weight):
             # Frozen, the weight of the keys is that of both.
             bias = concatenated("kv bias", self.key.bias, self.value.bias)
             joined = ops.linear(memory, self.key.weight, bias)
@@ -201,7 +202,7 @@ class TransformerLayer(nn.Module):
         query, key, *others = (each._parameters for each in (*linears, *norms))
         if {*map(type, linears)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
             return None
-        frozen = all(own["weight"].is_mkldnn for own in (query, key, *others[:3]))
+        frozen = all(products.is_frozen(own["weight"]) for own in (query, key, *others[:3]))
         if not frozen or not stand_alone((attention["output"],), "forward"):
             return None
         biases = key["bias"], inner["value"]._parameters["bias"]
@@ -223,21 +224,22 @@ class FrozenParts(NamedTuple):
     norm: dict[str, Any]
     last_norm: dict[str, Any]
 
-    def of_short_text(self, x: Tensor, gelu: products.Product) -> Tensor:
+    def of_short_text(self, x: Tensor, chosen: products.Chosen) -> Tensor:
         """Self-attention and MLP of one text `[T, width]`, with nothing left to check or to choose.
 
         Args:
-            gelu: the product of the first layer of the MLP with its GELU.
+            chosen: what multiplies so many tokens with weights like these.
         """
         tokens, width = x.shape
         # To make the bias anew takes less time than to see whether one that is kept is still right.
-        keys_values = products.onednn_linear(x, self.keys_values, torch.cat(self.biases))
-        k, v = keys_values.view(1, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        q = products.onednn_linear(x, **self.query).view(1, tokens, self.heads, -1).transpose(1, 2)
-        context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens, width)
-        x = products.onednn_residual(context, **self.attended, residual=x)
+        keys_values = chosen.linear(x, self.keys_values, torch.cat(self.biases))
+        k, v = keys_values.view(1, tokens, 2, self.heads, -1).unbind(2)
+        q = chosen.linear(x, self.query["weight"], self.query["bias"]).view(1, tokens, self.heads, -1)
+        context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
+        x = chosen.residual(context, self.attended["weight"], self.attended["bias"], x)
         x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
-        x = products.onednn_residual(gelu(x, self.first["weight"], self.first["bias"]), **self.second, residual=x)
+        hidden = chosen.gelu(x, self.first["weight"], self.first["bias"])
+        x = chosen.residual(hidden, self.second["weight"], self.second["bias"], x)
         return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
 
 
@@ -372,9 +374,9 @@ class TextEncoder(nn.Module):
         if alone and stack.serves():
             frozen = [parts for layer in stack if (parts := layer.frozen_parts())]
             if len(frozen) == len(stack):
-                gelu = products.with_gelu(frozen[0].first["weight"], len(x))
+                chosen = products.chosen(frozen[0].first["weight"], len(x))
                 for parts in frozen:
-                    x = parts.of_short_text(x, gelu)
+                    x = parts.of_short_text(x, chosen)
                 return x
         for number, layer in enumerate(stack):
             read = reads if number == len(stack) - 1 else None

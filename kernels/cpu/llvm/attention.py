@@ -108,7 +108,7 @@ class _Attention:
         """Rows of a batch entry, whose bounds are given unless all have one length."""
         b, given = self.b, self.given
         bounds, rows = ("bounds_q", "queries") if name in ("q", "out") else ("bounds_k", "keys")
-        packed = b.icmp_unsigned("!=", b.ptrtoint(given[bounds], INT64), b.number(0))
+        packed = b.there(given[bounds])
         before = b.block
         even = b.mul(entry, given[f"{name}_batch"])
         with b.if_then(packed):
@@ -135,7 +135,7 @@ class _Attention:
             ]
 
             def some_units(u: Any) -> None:
-                square = self._transposed([b.read(b.at(row, u, self.unit), self.unit) for row in rows])
+                square = b.transposed([b.read(b.at(row, u, self.unit), self.unit) for row in rows])
                 for i, of_unit in enumerate(square):
                     b.write(of_unit, b.at(place, b.mul(b.add(u, b.number(i)), b.number(2 * lanes)), self.unit))
 
@@ -144,25 +144,10 @@ class _Attention:
         b.loop(0, keys.rows, lanes, some_keys)
 
     def _panel(self, key: Any) -> Any:
-        size = 2 * self.level.lanes
-        return self.b.at(self.at["keys"], self.b.mul(self.b.sdiv(key, self.b.number(size)), self._number(size)), self.unit)
-
-    def _number(self, keys: int) -> Any:
-        return self.b.number(keys * self.units)
-
-    def _transposed(self, rows: Values) -> Values:
-        """A square of vectors, turned by exchanging halves, quarters and so on between rows."""
-        lanes = self.level.lanes
-        step = lanes // 2
-        while step:
-            turned = list(rows)
-            for i in (i for i in range(lanes) if not i & step):
-                upper = [lanes + c - step if c & step else c for c in range(lanes)]
-                lower = [lanes + c if c & step else c + step for c in range(lanes)]
-                pair = rows[i], rows[i + step]
-                turned[i], turned[i + step] = self.b.picked(*pair, upper), self.b.picked(*pair, lower)
-            rows, step = turned, step // 2
-        return rows
+        """The address of the panel of a key."""
+        number = self.b.sdiv(key, self.b.number(2 * self.level.lanes))
+        size = self.b.number(2 * self.level.lanes * self.units)
+        return self.b.at(self.at["keys"], self.b.mul(number, size), self.unit)
 
     def _lay_out_values(self, values: _Sequence) -> _Sequence:
         """Rows of pairs: a channel of one key beside that of the next one. The last key's other one is itself."""
@@ -185,23 +170,13 @@ class _Attention:
     def _rows(
         self, first: Any, stop: Any, queries: _Sequence, keys: Any, values: _Sequence, out: _Sequence, bias: Any
     ) -> None:
-        """Tiles of one height, the least of three that makes no more tiles than the highest."""
-        b, most = self.b, self.level.rows
-        rows = b.sub(stop, first)
-        tiles = b.sdiv(b.add(rows, b.number(most - 1)), b.number(most))
-        wanted = b.sdiv(b.add(rows, b.sub(tiles, b.number(1))), tiles)
+        """Tile after tile."""
+        b = self.b
 
         def all_of(height: int) -> None:
             b.loop(first, stop, height, lambda row: self._tile(height, row, stop, queries, keys, values, out, bias))
 
-        with b.if_else(b.icmp_signed("<=", wanted, b.number(most // 3))) as (low, higher):
-            with low:
-                all_of(most // 3)
-            with higher, b.if_else(b.icmp_signed("<=", wanted, b.number(2 * most // 3))) as (middle, high):
-                with middle:
-                    all_of(2 * most // 3)
-                with high:
-                    all_of(most)
+        b.heights(self.level.rows, b.sub(stop, first), all_of)
 
     def _tile(
         self,
@@ -253,16 +228,14 @@ class _Attention:
 
         b.loop(0, whole, 2 * lanes, lambda key: panel(2, key))
         rest = b.sub(keys, whole)
-        with b.if_then(b.icmp_signed(">", rest, b.number(0))):
-            with b.if_else(b.icmp_signed("<=", rest, b.number(lanes))) as (one, two):
-                with one:
-                    panel(1, whole)
-                with two:
-                    panel(2, whole)
+        short = b.icmp_signed("<=", rest, b.number(lanes))
+        with b.if_then(b.icmp_signed(">", rest, b.number(0))), b.if_else(short) as (one, two):
+            with one:
+                panel(1, whole)
+            with two:
+                panel(2, whole)
 
-    def _product(
-        self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any
-    ) -> Values:
+    def _product(self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any) -> Values:
         """Sums over units of rows and columns, `[height · vectors]` fp32 vectors, which stay in registers.
 
         Args:

@@ -85,13 +85,18 @@ class Builder(ir.IRBuilder):
         """The address of an element behind `base`."""
         return self.gep(base, [self.number(index)], source_etype=element)
 
-    def read(self, place: Any, element: Any) -> Any:
+    def read(self, place: Any, element: Any, count: int = 0) -> Any:
         """A vector from an address of any alignment."""
-        return self.load(place, align=_BYTES[str(element)], typ=self.vector(element))
+        return self.load(place, align=_BYTES[str(element)], typ=self.vector(element, count))
 
     def write(self, value: Any, place: Any) -> None:
         """A vector to an address of any alignment."""
         self.store(value, place, align=_BYTES[str(value.type.element)])
+
+    def fetch(self, place: Any) -> None:
+        """Have what lies at an address brought to the caches; it may lie behind the end of its memory."""
+        how = (ir.Constant(INT32, number) for number in (0, 3, 1))
+        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, *how)
 
     def intrinsic(self, name: str, result: Any, *given: Any) -> Any:
         """The result of one of LLVM's own functions."""
@@ -103,6 +108,14 @@ class Builder(ir.IRBuilder):
     def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
         """`x y + z` of fp32 vectors, rounded once."""
         return self.intrinsic(f"llvm.fma.v{self.lanes}f32", z.type, x, y, z)
+
+    def widened(self, place: Any, element: Any) -> Any:
+        """An fp32 vector, read in fp32 or bf16."""
+        if element != BF16:
+            return self.read(place, FP32)
+        kind = self.vector(INT32)
+        upper = self.shl(self.zext(self.read(place, INT16), kind), ir.Constant(kind, [16] * self.lanes))
+        return self.bitcast(upper, self.vector(FP32))
 
     def dot_add(self, x: Any, y: Any, z: Any) -> Any:
         """`z + x0 y0 + x1 y1` of fp32 vectors `z` and vectors of pairs in bf16, given as 32-bit integers."""
@@ -130,6 +143,10 @@ class Builder(ir.IRBuilder):
         """The larger of two, element by element; of x where it is no number."""
         return self.select(self.fcmp_ordered("<", x, y), y, x)
 
+    def smaller(self, x: Any, y: Any) -> Any:
+        """The smaller of two, element by element; of x where it is no number."""
+        return self.select(self.fcmp_ordered(">", x, y), y, x)
+
     def least(self, x: Any, y: Any) -> Any:
         """The smaller of two integers."""
         x, y = self.number(x), self.number(y)
@@ -138,6 +155,59 @@ class Builder(ir.IRBuilder):
     def rounded_up(self, x: Any, multiple: int) -> Any:
         """The next multiple of a power of two."""
         return self.and_(self.add(x, self.number(multiple - 1)), self.number(-multiple))
+
+    def there(self, pointer: Any) -> Any:
+        """Whether an address is given."""
+        return self.icmp_unsigned("!=", self.ptrtoint(pointer, INT64), self.number(0))
+
+    def where(self, condition: Any, made: Callable[[], Any], otherwise: Any) -> Any:
+        """A value that is made only where a condition holds."""
+        before = self.block
+        with self.if_then(condition):
+            found = made()
+            inside = self.block
+        value = self.phi(otherwise.type)
+        value.add_incoming(otherwise, before)
+        value.add_incoming(found, inside)
+        return value
+
+    def transposed(self, rows: Values) -> Values:
+        """A square of vectors, turned by exchanging halves, quarters and so on between rows."""
+        step = self.lanes // 2
+        while step:
+            turned = list(rows)
+            for i in (i for i in range(self.lanes) if not i & step):
+                upper = [self.lanes + c - step if c & step else c for c in range(self.lanes)]
+                lower = [self.lanes + c if c & step else c + step for c in range(self.lanes)]
+                pair = rows[i], rows[i + step]
+                turned[i], turned[i + step] = self.picked(*pair, upper), self.picked(*pair, lower)
+            rows, step = turned, step // 2
+        return rows
+
+    def sums(self, vectors: Values) -> Any:
+        """The sums of as many fp32 vectors as there are lanes, in their order: halves, quarters and so on are added."""
+        step = self.lanes // 2
+        while step:
+            first = [self.lanes + c - step if c & step else c for c in range(self.lanes)]
+            second = [self.lanes + c if c & step else c + step for c in range(self.lanes)]
+            pairs = zip(vectors[:step], vectors[step:], strict=True)
+            vectors = [self.fadd(self.picked(x, y, first), self.picked(x, y, second)) for x, y in pairs]
+            step //= 2
+        return vectors[0]
+
+    def heights(self, most: int, rows: Any, body: Callable[[int], None]) -> None:
+        """Code for tiles of one height, the least of three that makes no more tiles of some rows than the highest."""
+        tiles = self.sdiv(self.add(rows, self.number(most - 1)), self.number(most))
+        wanted = self.sdiv(self.add(rows, self.sub(tiles, self.number(1))), tiles)
+        low, middle = -(-most // 3), -(-2 * most // 3)
+        with self.if_else(self.icmp_signed("<=", wanted, self.number(low))) as (lowest, higher):
+            with lowest:
+                body(low)
+            with higher, self.if_else(self.icmp_signed("<=", wanted, self.number(middle))) as (between, highest):
+                with between:
+                    body(middle)
+                with highest:
+                    body(most)
 
     def loop(self, start: Any, stop: Any, step: int, body: Callable[..., Values | None], *carried: Any) -> Values:
         """`for i in range(start, stop, step): carried = body(i, *carried)`; the last of what is carried."""
