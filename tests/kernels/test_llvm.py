@@ -194,6 +194,17 @@ def test_threads_and_kernels_of_products_change_few_bits(level: llvm.Level, dtyp
     torch.testing.assert_close(*found[0], rtol=0, atol=rounding)
 
 
+def test_the_profiler_sees_kernels() -> None:
+    from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
+
+    x, weight = torch.randn(3, 64), torch.randn(48, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        compiled(x, weight, None)
+        attend(*torch.randn(1, 20, 3, 2, 64).unbind(2), 0.3, level=llvm.levels()[0])
+    names = {event.key for event in found.key_averages()}
+    assert {"xfm_fast::compiled_linear_of_few_rows", "xfm_fast::compiled_attention"} <= names
+
+
 def test_what_there_is_a_kernel_for() -> None:
     from xfm_fast.kernels.cpu.llvm.linear import takes
 

@@ -57,7 +57,7 @@ class _Linear:
         self.half, self.level = half, level
         # Rows are read as channels in fp32 or pairs of channels in bf16, 32 bits each.
         self.unit, self.element = (INT32, BF16) if half else (FP32, FP32)
-        self.b = b = Builder("few_rows" if few else "many_rows", _POINTERS, _NUMBERS, level)
+        self.b = b = Builder("linear_of_few_rows" if few else "linear", _POINTERS, _NUMBERS, level)
         self.given = given = b.given
         self.height = _ONE_TILE[level.lanes][0] if few else level.rows
         # The sums of a tile of rows, before what follows the product.
