@@ -189,13 +189,18 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
     candidates, dtype = CANDIDATES[operation], weight.dtype
     if weight.is_mkldnn and operation != "linear_gelu":
         return "onednn"
+    if rows < _FEW and not weight.is_mkldnn and _HERE and _of_few_rows(operation, dtype) == "llvm":
+        # Whatever is best for many rows; before a first caption nobody waits for that comparison.
+        return "llvm"
     name = select(operation, candidates, EXAMPLES[operation], dtype)
     if weight.is_mkldnn:
         # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
     name = _preferred(operation, name, dtype, copied=type(weight) is not Frozen)
-    if rows >= _FEW or "packed" in name:
-        return name
+    return _of_few_rows(operation, dtype) if rows < _FEW and "packed" not in name else name
+
+
+def _of_few_rows(operation: str, dtype: torch.dtype) -> str:
     few = f"{operation} of few rows"
     return select(few, LIGHT[operation], EXAMPLES[few], dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,6 +217,40 @@ def test_what_there_is_a_kernel_for() -> None:
     assert not takes(x, weight.double())
     assert not takes(x, torch.randn(64, 48).t())
     assert not takes(x, weight.to_mkldnn())
+
+
+def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And taken from there if it is whole and nobody else could write it; where nothing can be kept, all works."""
+    from xfm_fast.kernels.cpu.llvm import builder, linear
+
+    compiled: list[str] = []
+    compile_ = builder._compiled
+    monkeypatch.setattr(builder, "_KEPT", tmp_path / "kernels")
+    monkeypatch.setattr(builder, "_compiled", lambda made, level: compiled.append("") or compile_(made, level))
+    x, weight = torch.randn(3, 64), torch.randn(48, 64)
+
+    def compilations() -> int:
+        before = len(compiled)
+        linear._kernel.cache_clear()
+        torch.testing.assert_close(linear.linear(x, weight, None), x @ weight.t(), rtol=1e-5, atol=1e-4)
+        return len(compiled) - before
+
+    assert compilations() == 1
+    (kept,) = (tmp_path / "kernels").iterdir()
+    assert compilations() == 0
+    whole = kept.read_bytes()
+    for damaged in (whole[:-1], whole[:40] + b"x" + whole[41:], b""):
+        kept.write_bytes(damaged)
+        assert compilations() == 1
+        assert kept.read_bytes() == whole
+    kept.chmod(0o666)
+    assert compilations() == 1
+    (tmp_path / "kernels").chmod(0o777)
+    assert compilations() == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(builder, "_KEPT", tmp_path / "file" / "kernels")
+    assert compilations() == 1
+    linear._kernel.cache_clear()
 
 
 @pytest.fixture

@@ -64,21 +64,7 @@ class _Attention:
         # Rows of keys are read as channels in fp32 or pairs of channels in bf16, 32 bits each.
         self.unit, self.units, self.element = (INT32, width // 2, BF16) if half else (FP32, width, FP32)
         self.row = room + level.lanes
-        keys = -(-room // (2 * level.lanes)) * 2 * level.lanes
-        sizes = {
-            "queries": level.rows * self.units * 4,
-            "sums": level.rows * 4,
-            "scores": level.rows * self.row * 4,
-            "weights": level.rows * self.row * 2 if half else 0,
-            "keys": keys * self.units * 4,
-            "values": keys * width * 2 if half else 0,
-        }
-        self.places: dict[str, int] = {}
-        self.bytes = 0
-        for name, size in sizes.items():
-            self.places[name] = self.bytes
-            self.bytes += -(-size // 64) * 64
-        self.bytes = -(-self.bytes // _PAGE) * _PAGE
+        self.places, self.bytes = _layout(half, width, room, level)
         self.b = Builder("attention", _POINTERS, _NUMBERS, level)
         self.given = self.b.given
         self.given["scale"] = self.b.bitcast(self.b.trunc(self.given["scale"], INT32), FP32)
@@ -326,11 +312,31 @@ def _coefficients() -> list[float]:
     return [float(np.float32(value)) for value in found.convert(kind=np.polynomial.Polynomial).coef]
 
 
+def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
+    """Where a thread's scratch memory holds what, and its bytes."""
+    rows, keys = level.rows, -(-room // (2 * level.lanes)) * 2 * level.lanes
+    element = 2 if half else 4
+    sizes = {
+        "queries": rows * width * element,
+        "sums": rows * 4,
+        "scores": rows * (room + level.lanes) * 4,
+        "weights": rows * (room + level.lanes) * 2 if half else 0,
+        "keys": keys * width * element,
+        "values": keys * width * 2 if half else 0,
+    }
+    ends = np.cumsum([-(-size // 64) * 64 for size in sizes.values()]).tolist()
+    return dict(zip(sizes, [0, *ends], strict=False)), -(-ends[-1] // _PAGE) * _PAGE
+
+
 @cache
 def _kernel(half: bool, width: int, room: int, biased: bool, level: Level) -> tuple[Kernel, int]:
     """The kernel, and the bytes of scratch memory that a thread needs."""
-    written = _Attention(half, width, room, biased, level)
-    return Kernel(written.b), written.bytes
+
+    def write() -> Builder:
+        return _Attention(half, width, room, biased, level).b
+
+    kernel = Kernel("attention", level, (half, width, room, biased), __file__, write)
+    return kernel, _layout(half, width, room, level)[1]
 
 
 def takes(q: Tensor, keys: int) -> bool:

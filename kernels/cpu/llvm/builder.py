@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
+import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
 from torch.autograd import profiler
@@ -254,21 +259,29 @@ class Kernel:
     """A compiled function of `Builder`, which runs on PyTorch's threads.
 
     Args:
-        builder: of the whole function.
+        name: of the function.
+        level: that it is compiled for.
+        made_of: what `write` follows from, besides the code of its module.
+        source: the file of that module.
+        write: writes the whole function.
     """
 
-    def __init__(self, builder: Builder) -> None:
-        module = llvm.parse_assembly(str(builder.module))
-        module.verify()
-        machine = _machine(builder.level)
-        options = llvm.create_pipeline_tuning_options(speed_level=1)
-        passes = llvm.create_pass_builder(machine, options)
-        passes.getModulePassManager().run(module, passes)
-        # Keeps the code.
-        self._engine = llvm.create_mcjit_compiler(module, machine)
+    def __init__(self, name: str, level: Level, made_of: object, source: str, write: Callable[[], Builder]) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        told = (name, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info)
+        files = "".join(Path(file).read_text() for file in (__file__, source))
+        place = _KEPT / f"{hashlib.sha256(repr((told, files)).encode()).hexdigest()}.o"
+        code = _read(place)
+        if code is None:
+            code = _compiled(write(), level)
+            _keep(place, code)
+        # The engine owns its machine and keeps the code.
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(level))
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        self._name = f"xfm_fast::compiled_{builder.function.name}"
-        self._address = self._engine.get_function_address(builder.function.name)
+        self._name = f"xfm_fast::compiled_{name}"
+        self._address = self._engine.get_function_address(name)
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
 
     def __call__(self, numbers: Sequence[int], tasks: int, threads: int) -> None:
@@ -297,16 +310,52 @@ _LINE = 16
 _COUNTERS = 2 * _LINE
 
 
-@cache
-def _machine(level: Level) -> Any:
-    """What compiles for a level of this processor."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
+# To compile them takes longer than all else before a first caption. Below a file nothing can be kept, nor is an error.
+_HOME = os.path.expanduser("~")
+_KEPT = Path(_HOME if os.path.isabs(_HOME) else os.devnull) / ".cache" / "xfm-fast" / "kernels"
+
+
+def _compiled(builder: Builder, level: Level) -> bytes:
+    """The function as an object file."""
+    module, machine = llvm.parse_assembly(str(builder.module)), _machine(level)
+    module.verify()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=1))
+    passes.getModulePassManager().run(module, passes)
+    return machine.emit_object(module)
+
+
+def _read(place: Path) -> bytes | None:
+    """What `_keep` kept, if it is whole, and nobody else could have written it."""
+    try:
+        owned = all(os.stat(p).st_uid == os.getuid() and not os.stat(p).st_mode & 0o022 for p in (place.parent, place))
+        found = place.read_bytes() if owned else b""
+    except OSError:
+        return None
+    size = hashlib.sha256().digest_size
+    return found[size:] if hashlib.sha256(found[size:]).digest() == found[:size] else None
+
+
+def _keep(place: Path, code: bytes) -> None:
+    # A home that cannot be written to, or a full disk, is no reason not to compute.
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Two processes may compile at once: a reader sees all of the file or none.
+        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, place)
+
+
+def _target(level: Level) -> tuple[str, str]:
+    """The processor that is compiled for and its features, as LLVM has them."""
     name, features = level.processor, ""
     if level == levels()[0]:
         name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     # Kernels say how wide their vectors are; LLVM would halve them where wide ones once made processors slow.
-    features = f"{features},-prefer-256-bit".lstrip(",")
+    return name, f"{features},-prefer-256-bit".lstrip(",")
+
+
+def _machine(level: Level) -> Any:
+    name, features = _target(level)
     return llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=2, jit=True)
 
 

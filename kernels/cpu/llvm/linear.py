@@ -59,9 +59,7 @@ class _Linear:
         self.unit, self.element = (INT32, BF16) if half else (FP32, FP32)
         self.b = b = Builder("linear_of_few_rows" if few else "linear", _POINTERS, _NUMBERS, level)
         self.given = given = b.given
-        self.height = _ONE_TILE[level.lanes][0] if few else level.rows
-        # The sums of a tile of rows, before what follows the product.
-        self.columns = _FEW_COLUMNS if few else 2 * level.lanes
+        self.height, self.columns = _height(few, level), _columns(few, level)
         self.sums_bytes = 4 * self.height * self.columns
         if half:
             for name in ("x_row", "weight_row", "inputs"):
@@ -244,10 +242,21 @@ def _coefficients() -> list[float]:
 
 
 @cache
-def _kernel(half: bool, few: bool, level: Level) -> tuple[Kernel, int]:
-    """The kernel, and the bytes that a tile's sums need."""
-    written = _Linear(half, few, level)
-    return Kernel(written.b), written.sums_bytes
+def _kernel(half: bool, few: bool, level: Level) -> Kernel:
+    def write() -> Builder:
+        return _Linear(half, few, level).b
+
+    return Kernel("linear_of_few_rows" if few else "linear", level, half, __file__, write)
+
+
+def _height(few: bool, level: Level) -> int:
+    """Rows of the highest tile."""
+    return _ONE_TILE[level.lanes][0] if few else level.rows
+
+
+def _columns(few: bool, level: Level) -> int:
+    """Columns whose sums are kept before what follows the product."""
+    return _FEW_COLUMNS if few else 2 * level.lanes
 
 
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
@@ -289,7 +298,7 @@ def linear(
     if not out.numel():
         return out
     few = rows < _FEW if few is None else few
-    kernel, sums_bytes = _kernel(half, few, level)
+    kernel, sums_bytes = _kernel(half, few, level), 4 * _height(few, level) * _columns(few, level)
     columns, room, chunks, chunk = _FEW_COLUMNS, sums_bytes, 1, rows
     if not few:
         panel = 2 * level.lanes * inputs * x.element_size()
