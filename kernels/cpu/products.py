@@ -481,12 +481,13 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     return few is not None and many < _FEW_MARGIN and few * many < 1
 
 
-def reads_as_quickly(dtype: torch.dtype) -> bool:
-    """True where a few rows are multiplied quickest by the compiled kernel, which needs no layout."""
-    names = [f"{operation} of few rows" for operation in CANDIDATES]
+def reads_as_quickly(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
+    """True where the compiled kernel, which reads weights as they are, multiplies many rows, or few, as well as any."""
+    if few_rows:
+        return _HERE and all(_of_few_rows(operation, dtype) == "llvm" for operation in CANDIDATES)
     return all(
-        select(name, LIGHT[operation], EXAMPLES[name], dtype) == "llvm"
-        for operation, name in zip(CANDIDATES, names, strict=True)
+        _preferred(name, select(name, some, EXAMPLES[name], dtype), dtype) == "llvm"
+        for name, some in CANDIDATES.items()
     )
 
 

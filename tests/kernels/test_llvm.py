@@ -115,9 +115,8 @@ def test_any_strides_and_biases_that_are_shared(level: llvm.Level, dtype: torch.
     v = torch.randn(2, 9, 4, 65).to(dtype).permute(2, 1, 0, 3)[..., 1:]
     for shape in ((1, 1, 1, 9), (2, 1, 9, 9), (4, 2, 1, 9), (2, 2, 9, 9)):
         bias = torch.randn(shape).transpose(-1, -2).contiguous().transpose(-1, -2)
-        whole = bias.repeat(4 // shape[0], 1, 1, 1).to(torch.float64)
         found = attend(q, k, v, -0.3, bias, level=level)
-        assert_as_accurate(found, lambda *given, of=whole: plain(*given, -0.3, of.to(given[0].dtype)), q, k, v)
+        assert_as_accurate(found, plain, q, k, v, -0.3, bias.repeat(4 // shape[0], 1, 1, 1).to(dtype))
 
 
 def linear(
@@ -201,7 +200,8 @@ def test_the_profiler_sees_kernels() -> None:
     x, weight = torch.randn(3, 64), torch.randn(48, 64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         compiled(x, weight, None)
-        attend(*torch.randn(1, 20, 3, 2, 64).unbind(2), 0.3, level=llvm.levels()[0])
+        q, k, v = torch.randn(1, 20, 3, 2, 64).unbind(2)
+        attend(q, k, v, 0.3, level=llvm.levels()[0])
     names = {event.key for event in found.key_averages()}
     assert {"xfm_fast::compiled_linear_of_few_rows", "xfm_fast::compiled_attention"} <= names
 

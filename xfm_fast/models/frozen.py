@@ -60,7 +60,7 @@ def freeze(model: nn.Module) -> None:
         apart = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
         # A text may be alone and short; an image has some hundred rows.
         blocked = apart and products.prefers_onednn(weights[0].dtype, few_rows=of_texts)
-        if not blocked and not (apart and of_texts and products.reads_as_quickly(weights[0].dtype)):
+        if not blocked and not (apart and products.reads_as_quickly(weights[0].dtype, few_rows=of_texts)):
             continue
         packed = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         packed = products.laid_out(packed) if blocked else packed

@@ -146,8 +146,8 @@ class _Attention:
             places = [b.at(values.start, b.mul(row, values.stride), INT16) for row in rows]
             into = b.at(self.at["values"], b.mul(b.ashr(j, b.number(1)), b.number(self.width)), INT32)
             for channel in range(0, self.width, lanes):
-                both = [b.read(b.at(place, channel, INT16), INT16) for place in places]
-                b.write(b.picked(*both, alternating), b.at(into, channel, INT32))
+                one, other = (b.read(b.at(place, channel, INT16), INT16) for place in places)
+                b.write(b.picked(one, other, alternating), b.at(into, channel, INT32))
 
         b.loop(0, values.rows, 2, pair)
         pairs = b.ashr(b.rounded_up(values.rows, 2), b.number(1))
@@ -257,12 +257,8 @@ class _Attention:
             place = b.at(scores, j, FP32)
             score = b.fmul(b.read(place, FP32), factor)
             if of_query is not None:
-                address, kind = b.at(of_query, j, FP32), b.vector(FP32)
-                part = (
-                    b.intrinsic(f"llvm.masked.load.v{lanes}f32.p0", kind, address, there, b.filled(0.0))
-                    if partly
-                    else b.read(address, FP32)
-                )
+                address = b.at(of_query, j, FP32)
+                part = b.read_some(address, there) if partly else b.read(address, FP32)
                 score = b.multiply_add(part, b.filled(_LOG2E), score)
             score = b.select(there, score, hidden) if partly else score
             b.write(score, place)

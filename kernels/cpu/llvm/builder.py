@@ -99,6 +99,14 @@ class Builder(ir.IRBuilder):
         """A vector to an address of any alignment."""
         self.store(value, place, align=_BYTES[str(value.type.element)])
 
+    def read_some(self, place: Any, there: Any) -> Any:
+        """An fp32 vector of which some elements are there, and the others are zeros and not touched."""
+        # Until LLVM 22 it is told how the address is aligned.
+        aligned = () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(FP32)]),)
+        kind = self.vector(FP32)
+        given = (place, *aligned, there, self.filled(0.0))
+        return self.intrinsic(f"llvm.masked.load.v{self.lanes}f32.p0", kind, *given)
+
     def fetch(self, place: Any) -> None:
         """Have what lies at an address brought to the caches; it may lie behind the end of its memory."""
         how = (ir.Constant(INT32, number) for number in (0, 3, 1))
@@ -127,6 +135,14 @@ class Builder(ir.IRBuilder):
         """`z + x0 y0 + x1 y1` of fp32 vectors `z` and vectors of pairs in bf16, given as 32-bit integers."""
         pairs = [self.bitcast(value, self.vector(BF16, 2 * self.lanes)) for value in (x, y)]
         return self.intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", z.type, z, *pairs)
+
+    def bytes_add(self, x: Any, y: Any, z: Any) -> Any:
+        """`z + x0 y0 + … + x3 y3` of 32-bit integers `z` and groups of bytes, of `x` unsigned and of `y` signed."""
+        width = 32 * self.lanes
+        if llvm.llvm_version_info >= (22,):
+            # Earlier it took the groups as what they lie in.
+            x, y = (self.bitcast(value, self.vector(BYTE, 4 * self.lanes)) for value in (x, y))
+        return self.intrinsic(f"llvm.x86.avx512.vpdpbusd.{width}", z.type, z, x, y)
 
     def narrowed(self, x: Any) -> Any:
         """An fp32 vector in bf16, rounded to nearest."""
@@ -191,13 +207,14 @@ class Builder(ir.IRBuilder):
         return rows
 
     def sums(self, vectors: Values) -> Any:
-        """The sums of as many fp32 vectors as there are lanes, in their order: halves, quarters and so on are added."""
+        """The sums of as many vectors as there are lanes, in their order: halves, quarters and so on are added."""
+        add = self.fadd if vectors[0].type.element == FP32 else self.add
         step = self.lanes // 2
         while step:
             first = [self.lanes + c - step if c & step else c for c in range(self.lanes)]
             second = [self.lanes + c if c & step else c + step for c in range(self.lanes)]
             pairs = zip(vectors[:step], vectors[step:], strict=True)
-            vectors = [self.fadd(self.picked(x, y, first), self.picked(x, y, second)) for x, y in pairs]
+            vectors = [add(self.picked(x, y, first), self.picked(x, y, second)) for x, y in pairs]
             step //= 2
         return vectors[0]
 

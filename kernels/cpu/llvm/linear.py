@@ -9,15 +9,16 @@ a copy of the weights.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import llvmlite.ir as ir
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..workspace import scratch
 from . import Level, levels
-from .builder import BF16, BYTE, FP32, INT32, Builder, Kernel, Values
+from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, Values
 
 # Below these rows weights are not laid out.
 _FEW = 64
@@ -39,31 +40,38 @@ _TASKS_PER_THREAD = 3
 _EDGE, _DEGREE = 5.5, 16
 _PAGE = 4096
 
-_POINTERS = ("x", "weight", "bias", "gamma", "residual", "out", "scratch")
+ZERO, GELU_ZERO = 128, 32
+"""The bytes that stand for 0: of any rows, and of those of a GELU, most of whose levels are for positive values."""
+Kind = Literal["fp32", "bf16", "int8"]
+# By which power of two there are fewer units than channels.
+_SHIFT: dict[Kind, int] = {"fp32": 0, "bf16": 1, "int8": 2}
+
+_POINTERS = ("x", "weight", "bias", "gamma", "residual", "out", "scratch", "steps", "scales", "weight_sums")
 _NUMBERS = ("x_row", "weight_row", "residual_row", "out_row", "rows", "inputs", "outputs", "columns", "chunk")
-_NUMBERS += ("chunks", "room", "gelu")
+_NUMBERS += ("chunks", "room", "gelu", "zero")
 
 
 class _Linear:
     """Writes a kernel.
 
     Args:
-        half: bf16 instead of fp32.
+        kind: of the factors: fp32, bf16 or int8.
+        half: whether the result, and what is added to it, is bf16 instead of fp32.
         few: the one of few rows.
         level: of the processor.
     """
 
-    def __init__(self, half: bool, few: bool, level: Level) -> None:
-        self.half, self.level = half, level
-        # Rows are read as channels in fp32 or pairs of channels in bf16, 32 bits each.
-        self.unit, self.element = (INT32, BF16) if half else (FP32, FP32)
+    def __init__(self, kind: Kind, half: bool, few: bool, level: Level) -> None:
+        self.kind, self.half, self.level = kind, half, level
+        # Rows are read as channels in fp32, pairs of them in bf16 and fours of them in bytes, 32 bits each.
+        self.unit, self.element = FP32 if kind == "fp32" else INT32, BF16 if half else FP32
+        self.summed = INT32 if kind == "int8" else FP32
         self.b = b = Builder("linear_of_few_rows" if few else "linear", _POINTERS, _NUMBERS, level)
         self.given = given = b.given
         self.height, self.columns = _height(few, level), _columns(few, level)
         self.sums_bytes = 4 * self.height * self.columns
-        if half:
-            for name in ("x_row", "weight_row", "inputs"):
-                given[name] = b.ashr(given[name], b.number(1))
+        for name in ("x_row", "weight_row", "inputs"):
+            given[name] = b.ashr(given[name], b.number(_SHIFT[kind]))
         b.tasks(self._few if few else self._many)
 
     def _bounds(self, task: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
@@ -113,9 +121,9 @@ class _Linear:
                         found += [self._add(x, columns[n], sums[2 * i + n]) for n in (0, 1)]
                     return found
 
-                sums = b.loop(0, given["inputs"], 1, term, *[b.filled(0.0)] * (2 * self.height))
+                sums = b.loop(0, given["inputs"], 1, term, *[self._nothing()] * (2 * self.height))
                 for i, value in enumerate(sums):
-                    b.write(value, b.at(self.base, i * lanes, FP32))
+                    b.write(value, b.at(self.base, i * lanes, self.summed))
                 self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes))
 
             b.loop(column, stop, 2 * lanes, some_columns)
@@ -163,19 +171,24 @@ class _Linear:
                 found += [self._add(x, columns[n], sums[width * i + n]) for n in range(width)]
             return found
 
-        sums = b.loop(*terms, lanes, term, *[b.filled(0.0)] * (width * len(rows)))
-        sums += [b.filled(0.0)] * (-len(sums) % lanes)
+        sums = b.loop(*terms, lanes, term, *[self._nothing()] * (width * len(rows)))
+        sums += [self._nothing()] * (-len(sums) % lanes)
+        add = b.add if self.kind == "int8" else b.fadd
         later = b.icmp_signed(">", terms[0], b.number(0))
         for start in range(0, len(sums), lanes):
             whole = b.sums(sums[start : start + lanes])
             for i in range(start // width, min((start + lanes) // width, len(rows))):
                 first = i * width - start
                 some = b.picked(whole, whole, range(first, first + width))
-                into = b.at(self.base, b.add(place, b.number(i * self.columns)), FP32)
-                b.write(b.where(later, lambda x=some, at=into: b.fadd(x, b.read(at, FP32, width)), some), into)
+                into = b.at(self.base, b.add(place, b.number(i * self.columns)), self.summed)
+                b.write(b.where(later, lambda x=some, at=into: add(x, b.read(at, self.summed, width)), some), into)
 
     def _add(self, x: Any, y: Any, z: Any) -> Any:
-        return self.b.dot_add(x, y, z) if self.half else self.b.multiply_add(x, y, z)
+        b = self.b
+        return {"fp32": b.multiply_add, "bf16": b.dot_add, "int8": b.bytes_add}[self.kind](x, y, z)
+
+    def _nothing(self) -> Any:
+        return self.b.filled(0, self.summed)
 
     def _row(self, name: str, number: Any) -> Any:
         """The address of a row."""
@@ -194,17 +207,20 @@ class _Linear:
 
         def row(i: Any) -> None:
             number = b.add(first, i)
-            sums = b.at(self.base, b.mul(i, b.number(self.columns)), FP32)
+            sums = b.at(self.base, b.mul(i, b.number(self.columns)), self.summed)
             out = b.at(given["out"], b.add(b.mul(number, given["out_row"]), column), self.element)
             residual = b.at(given["residual"], b.add(b.mul(number, given["residual_row"]), column), self.element)
-            bias, gamma = (b.at(given[name], column, self.element) for name in ("bias", "gamma"))
+            of_bias = FP32 if self.kind == "int8" else self.element
+            bias, gamma = b.at(given["bias"], column, of_bias), b.at(given["gamma"], column, self.element)
 
             def vector(n: Any) -> None:
-                def read(base: Any) -> Any:
-                    return b.widened(b.at(base, n, self.element), self.element)
+                def read(base: Any, element: Any = self.element) -> Any:
+                    return b.widened(b.at(base, n, element), element)
 
-                found = b.read(b.at(sums, n, FP32), FP32)
-                found = b.where(b.there(given["bias"]), lambda: b.fadd(found, read(bias)), found)
+                found = b.read(b.at(sums, n, self.summed), self.summed)
+                if self.kind == "int8":
+                    found = self._rescaled(found, number, b.add(column, n))
+                found = b.where(b.there(given["bias"]), lambda x=found: b.fadd(x, read(bias, of_bias)), found)
                 active = b.icmp_signed("!=", given["gelu"], b.number(0))
                 found = b.where(active, lambda x=found: self._gelu(x), found)
                 found = b.where(b.there(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found)
@@ -214,6 +230,15 @@ class _Linear:
             b.loop(0, columns, lanes, vector)
 
         b.loop(0, rows, 1, row)
+
+    def _rescaled(self, sums: Any, row: Any, column: Any) -> Any:
+        """Sums of products of bytes, less what the byte that stands for 0 adds to them, in fp32."""
+        b, given = self.b, self.given
+        zero = b.spread(b.trunc(given["zero"], INT32))
+        shift = b.mul(b.read(b.at(given["weight_sums"], column, INT32), INT32), zero)
+        step = b.spread(b.load(b.at(given["steps"], row, FP32), typ=FP32))
+        scale = b.fmul(b.read(b.at(given["scales"], column, FP32), FP32), step)
+        return b.fmul(b.sitofp(b.sub(sums, shift), b.vector(FP32)), scale)
 
     def _gelu(self, x: Any) -> Any:
         """`x Φ(x)`, of which `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
@@ -241,12 +266,75 @@ def _coefficients() -> list[float]:
     return [float(np.float32(value)) for value in found.convert(kind=np.polynomial.Polynomial).coef]
 
 
-@cache
-def _kernel(half: bool, few: bool, level: Level) -> Kernel:
-    def write() -> Builder:
-        return _Linear(half, few, level).b
+class _Bytes:
+    """Writes the kernel that rounds rows to bytes: `as_int8` of the reference, which has the levels.
 
-    return Kernel("linear_of_few_rows" if few else "linear", level, half, __file__, write)
+    Args:
+        half: bf16 instead of fp32, the steps too.
+        gelu: the rows are of a GELU.
+        level: of the processor.
+    """
+
+    def __init__(self, half: bool, gelu: bool, level: Level) -> None:
+        self.element, self.half, self.gelu = BF16 if half else FP32, half, gelu
+        self.b = Builder("bytes", ("x", "out", "steps"), ("x_row", "rows", "inputs", "chunk"), level)
+        self.b.tasks(self._some_rows)
+
+    def _some_rows(self, task: Any, thread: Any) -> None:
+        b, given = self.b, self.b.given
+        first = b.mul(task, given["chunk"])
+        b.loop(first, b.least(b.add(first, given["chunk"]), given["rows"]), 1, self._row)
+
+    def _row(self, row: Any) -> None:
+        b, given, lanes = self.b, self.b.given, self.b.lanes
+        x = b.at(given["x"], b.mul(row, given["x_row"]), self.element)
+
+        def larger(i: Any, most: Any) -> Values:
+            found = b.widened(b.at(x, i, self.element), self.element)
+            found = found if self.gelu else b.intrinsic(f"llvm.fabs.v{lanes}f32", found.type, found)
+            return [b.larger(most, found)]
+
+        (most,) = b.loop(0, given["inputs"], lanes, larger, b.filled(0.0))
+        step = self._step(b.spread(b.largest(most)))
+        b.store(b.extract_element(step, ir.Constant(INT32, 0)), b.at(given["steps"], row, FP32))
+        inverse = b.fdiv(b.filled(1.0), step)
+        # So large a number leaves no room for fractions: the sum is rounded, and its lowest byte is the level.
+        shift = b.filled(1.5 * 2**23 + (GELU_ZERO if self.gelu else ZERO))
+        out = b.at(given["out"], b.mul(row, given["inputs"]), BYTE)
+
+        def levels(i: Any) -> None:
+            value = b.widened(b.at(x, i, self.element), self.element)
+            rounded = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
+            b.write(b.trunc(rounded, b.vector(BYTE)), b.at(out, i, BYTE))
+
+        b.loop(0, given["inputs"], lanes, levels)
+
+    def _step(self, largest: Any) -> Any:
+        b = self.b
+        if self.gelu:
+            step = b.larger(b.fdiv(largest, b.filled(223.0)), b.filled(float(np.float32(0.17 / 32))))
+        else:
+            step = b.fdiv(b.larger(largest, b.filled(float(np.float32(1e-30)))), b.filled(127.0))
+        if not self.half:
+            return step
+        # Rounded down, it would leave the largest value without a level.
+        wide = b.fmul(step, b.filled(1 + torch.finfo(torch.bfloat16).eps / 2))
+        kind = b.vector(INT32)
+        upper = b.zext(b.bitcast(b.narrowed(wide), b.vector(INT16)), kind)
+        return b.bitcast(b.shl(upper, b.filled(16, INT32)), b.vector(FP32))
+
+
+@cache
+def _kernel(kind: Kind, half: bool, few: bool, level: Level) -> Kernel:
+    def write() -> Builder:
+        return _Linear(kind, half, few, level).b
+
+    return Kernel("linear_of_few_rows" if few else "linear", level, (kind, half), __file__, write)
+
+
+@cache
+def _bytes_kernel(half: bool, gelu: bool, level: Level) -> Kernel:
+    return Kernel("bytes", level, (half, gelu), __file__, lambda: _Bytes(half, gelu, level).b)
 
 
 def _height(few: bool, level: Level) -> int:
@@ -292,13 +380,75 @@ def linear(
         few: which kernel runs; by default what is quicker for so many rows.
         level: whose kernel runs; the best of this processor by default.
     """
-    level, half, threads = level or levels()[0], x.dtype == torch.bfloat16, torch.get_num_threads()
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype) if out is None else out
+    kind: Kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
+    return _run(kind, x, weight, (bias, gamma, residual), out, few, level, gelu=gelu)
+
+
+class Bytes(NamedTuple):
+    """Rows that are rounded to bytes.
+
+    Attributes:
+        levels: `[n, K]`; unsigned of activations, of which `zero` stands for 0, and signed of weights.
+        steps: `[n]`, fp32: between two levels of a row.
+        sums: `[n]`, int32, of the levels of a weight's rows.
+    """
+
+    levels: Tensor
+    steps: Tensor
+    zero: int = 0
+    sums: Tensor | None = None
+
+
+def as_bytes(x: Tensor, *, gelu: bool = False) -> Bytes:
+    """Rows `[n, K]` in fp32 or bf16 as unsigned bytes, in scratch memory; `gelu` as in the reference's `as_int8`."""
+    (rows, inputs), threads = x.shape, torch.get_num_threads()
+    made, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
+    chunk = max(1, -(-rows // (_TASKS_PER_THREAD * threads)))
+    kernel = _bytes_kernel(x.dtype == torch.bfloat16, gelu, levels()[0])
+    numbers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), x.stride(0), rows, inputs, chunk)
+    kernel(numbers, -(-rows // chunk), threads)
+    return Bytes(made, steps, GELU_ZERO if gelu else ZERO)
+
+
+def bytes_linear(
+    x: Bytes,
+    weight: Bytes,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    gelu: bool = False,
+    few: bool | None = None,
+) -> Tensor:
+    """`residual + x W^T + b`, or of the product's GELU, written to `out`.
+
+    Args:
+        x: `[n, K]` of `as_bytes`; weight: `[M, K]`, K a multiple of the lanes times four, M one of the lanes.
+        bias: `[M]`, fp32.
+        residual, out: `[n, M]`, both fp32 or both bf16.
+    """
+    return _run("int8", x.levels, weight.levels, (bias, None, residual), out, few, None, x, weight, gelu=gelu)
+
+
+def _run(
+    kind: Kind,
+    x: Tensor,
+    weight: Tensor,
+    others: tuple[Tensor | None, Tensor | None, Tensor | None],
+    out: Tensor,
+    few: bool | None,
+    level: Level | None,
+    *factors: Bytes,
+    gelu: bool,
+) -> Tensor:
+    """The product of factors of a kind with bias, gamma and residual."""
+    level, half, threads = level or levels()[0], out.dtype == torch.bfloat16, torch.get_num_threads()
     (rows, inputs), outputs = x.shape, weight.shape[0]
-    out = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
     if not out.numel():
         return out
     few = rows < _FEW if few is None else few
-    kernel, sums_bytes = _kernel(half, few, level), 4 * _height(few, level) * _columns(few, level)
+    kernel, sums_bytes = _kernel(kind, half, few, level), 4 * _height(few, level) * _columns(few, level)
     columns, room, chunks, chunk = _FEW_COLUMNS, sums_bytes, 1, rows
     if not few:
         panel = 2 * level.lanes * inputs * x.element_size()
@@ -310,8 +460,14 @@ def linear(
     room = -(-room // _PAGE) * _PAGE
     memory = scratch("compiled linear", (room * threads + _PAGE,), torch.uint8)
     place = -(-memory.data_ptr() // _PAGE) * _PAGE
-    addresses = (0 if t is None else t.data_ptr() for t in (x, weight, bias, gamma, residual, out))
+    addresses = (0 if t is None else t.data_ptr() for t in (x, weight, *others, out))
+    given = (0, 0, 0, 0)
+    if factors:
+        of_x, of_weight = factors
+        assert of_weight.sums is not None
+        given = (of_x.steps.data_ptr(), of_weight.steps.data_ptr(), of_weight.sums.data_ptr(), of_x.zero)
+    residual = others[2]
     strides = (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0))
-    numbers = (*strides, rows, inputs, outputs, columns, chunk, chunks, room, int(gelu))
-    kernel((*addresses, place, *numbers), -(-outputs // columns) * chunks, threads)
+    numbers = (*strides, rows, inputs, outputs, columns, chunk, chunks, room, int(gelu), given[3])
+    kernel((*addresses, place, *given[:3], *numbers), -(-outputs // columns) * chunks, threads)
     return out
