@@ -1,5 +1,8 @@
 """Linear layers in int8 on CPU, for inference: weights rounded once for each channel, activations for each token.
 
+By oneDNN, or by a kernel that LLVM compiles here, which multiplies the sums by their scales, adds bias and residual and
+applies GELU before anything is written: whichever was measured to be quicker.
+
 Which products may run so is a mark on the weight (see `marked`), and which do is measured: to make the bytes takes
 several passes over the activations, and where products of 16-bit floats are fast, as with AMX, that is more than bytes
 gain. Attention, norms and everything else stay in the activations' type.
@@ -19,7 +22,7 @@ from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
 from ..derived import derived
-from . import products
+from . import llvm, products
 from .selection import select
 from .workspace import scratch
 
@@ -60,7 +63,7 @@ def why_not() -> str | None:
         # Sums of the largest bytes, which processors without the instructions for them cut off.
         x[0], weight[0] = 1, 1
         try:
-            found = linear(x, weight, None)
+            found = _onednn_linear(x, weight, None)
         except (RuntimeError, AttributeError, TypeError, NotImplementedError) as failure:
             return f"PyTorch {torch.__version__} has no such product on this processor ({str(failure).splitlines()[0]})"
         wanted = reference.linear(reference.as_int8(x), reference.as_int8(weight), None)
@@ -71,7 +74,7 @@ def why_not() -> str | None:
         try:
             bytes_s, fp32_s = (
                 _seconds(product)
-                for product in (lambda: linear(x, weight, None), lambda: torch.nn.functional.linear(x, weight))
+                for product in (lambda: _onednn_linear(x, weight, None), lambda: torch.nn.functional.linear(x, weight))
             )
         finally:
             torch.set_num_threads(threads)
@@ -109,23 +112,25 @@ def race_name(operation: str, *, few: bool) -> str:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`; the result in the type of x."""
-    rows = x.reshape(-1, x.shape[-1])
-    packed, wide = _factors(weight, bias)
-    levels, steps = _quantised(rows, x.dtype)
-    return _rescaled(_product(levels, packed, _ZERO, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
+    return _LINEAR[_library(x, weight)](x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
-    return torch.ops.aten.gelu_(linear(x, weight, bias))
+    if _library(x, weight) == "llvm":
+        return _compiled_linear(x, weight, bias, gelu=True)
+    return torch.ops.aten.gelu_(_onednn_linear(x, weight, bias))
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
+    out = torch.empty_like(sums)
+    if _library(x, weight) == "llvm":
+        _compiled_product(rows, weight, bias, gamma, sums, out)
+        return out.view(residual.shape)
     packed, wide = _factors(weight, bias, gamma)
     levels, steps = _quantised(rows, x.dtype)
-    out = torch.empty_like(sums)
     _add_branch(_product(levels, packed, _ZERO, torch.float32), steps, wide, sums, out)
     return out.view(residual.shape)
 
@@ -141,8 +146,16 @@ def mlp_residual(
 ) -> Tensor:
     """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
-    (packed, wide), second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
     out = torch.empty_like(sums)
+    if _library(x, weight_in) == _library(x, weight_out) == "llvm":
+        hidden = scratch("int8 hidden", (min(_MOST_ROWS, len(rows)), weight_in.shape[0]), torch.float32)
+        for start in range(0, len(rows), _MOST_ROWS):
+            part = slice(start, start + _MOST_ROWS)
+            middle = hidden[: len(rows[part])]
+            _compiled_product(rows[part], weight_in, bias_in, None, None, middle, gelu=True)
+            _compiled_product(middle, weight_out, bias_out, gamma, sums[part], out[part], of_gelu=True)
+        return out.view(residual.shape)
+    (packed, wide), second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
     most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
     length = -(-len(rows) // max(1, -(-len(rows) // most)))
     for start in range(0, len(rows), max(1, length)):
@@ -159,6 +172,62 @@ def mlp_residual(
     return out.view(residual.shape)
 
 
+def _library(x: Tensor, weight: Tensor) -> str:
+    """What multiplies with bytes of weights of these sizes."""
+    if llvm.why_not(torch.bfloat16) is not None or x.dtype not in (torch.float32, torch.bfloat16):
+        return "onednn"
+    from .llvm.linear import takes_bytes
+
+    if not takes_bytes(weight):
+        return "onednn"
+    # One for any number of rows: what a row gives does not depend on those beside it, to the bit.
+    candidates, example, _ = LIBRARIES["products of bytes"]
+    return select("products of bytes", candidates, example, x.dtype, alike=False)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    packed, wide = _factors(weight, bias)
+    levels, steps = _quantised(rows, x.dtype)
+    return _rescaled(_product(levels, packed, _ZERO, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
+
+
+def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty(len(rows), weight.shape[0], dtype=x.dtype)
+    _compiled_product(rows, weight, bias, None, None, out, gelu=gelu)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _compiled_product(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    gelu: bool = False,
+    of_gelu: bool = False,
+) -> None:
+    """`residual + gamma · (x W^T + b)`, or of the product's GELU, to `out` `[n, M]`; the rows may be of a GELU."""
+    from .llvm.linear import Bytes, as_bytes, bytes_linear
+
+    def made() -> Bytes:
+        levels, scales = _levels(weight)
+        return Bytes(levels, scales, sums=levels.sum(1, dtype=torch.int32))
+
+    factor = derived("int8 rows", (weight,), made)
+    wide = None if bias is None else bias.float()
+    if gamma is not None:
+        scales = derived("int8 layer-scaled rows", (weight, gamma), lambda: factor.steps * gamma.float())
+        factor, wide = factor._replace(steps=scales), None if wide is None else wide * gamma.float()
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    if residual is not None and residual.stride(-1) != 1:
+        residual = residual.contiguous()
+    bytes_linear(as_bytes(rows, gelu=of_gelu), factor, wide, residual, out, gelu=gelu)
+
+
 class _Packed(NamedTuple):
     """A weight in bytes.
 
@@ -173,10 +242,15 @@ class _Packed(NamedTuple):
     zeros: Tensor
 
 
-def _pack(weight: Tensor) -> _Packed:
+def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight `[M, K]` in bytes, and the step between two levels of each row."""
     dense = weight.detach().float()
     scales = reference.int8_steps(dense.abs().amax(1), torch.float32)
-    levels = (dense.double() * scales.reciprocal()[:, None]).round_().to(torch.int8)
+    return (dense.double() * scales.reciprocal()[:, None]).round_().to(torch.int8), scales
+
+
+def _pack(weight: Tensor) -> _Packed:
+    levels, scales = _levels(weight)
     tensor = torch.ops.onednn.qlinear_prepack(levels, None)
     return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
 
@@ -261,6 +335,9 @@ def _example(
     return normal(rows, shapes[0][1]), *layers, *([normal(rows, shapes[-1][0]), None] if residual else [])
 
 
+_LINEAR: dict[str, Callable[..., Tensor]] = {"onednn": _onednn_linear}
+if llvm.why_not(torch.bfloat16) is None:
+    _LINEAR["llvm"] = _compiled_linear
 _WIDTH = _PROBE[1]
 _LAYERS: dict[str, tuple[tuple[int, int], ...]] = {
     "linear": ((3 * _WIDTH, _WIDTH),),
@@ -273,6 +350,14 @@ _CANDIDATES: dict[str, dict[str, Callable[..., Tensor]]] = {
     "mlp_residual": {"int8": mlp_residual, "floats": products.mlp_residual},
 }
 _ROWS = {False: _MANY_ROWS, True: _FEW_ROWS}
+LIBRARIES = {
+    "products of bytes": (
+        _LINEAR,
+        partial(_example, rows=_MANY_ROWS, shapes=_LAYERS["linear"], residual=False),
+        2 * _MANY_ROWS * 3 * _WIDTH**2,
+    )
+}
+"""What multiplies bytes, as `RACES`."""
 RACES = {
     race_name(operation, few=few): (
         _CANDIDATES[operation],

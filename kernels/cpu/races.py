@@ -42,7 +42,7 @@ def races() -> dict[str, Race]:
     for role in losses.ROLES:
         x, y = losses.example(role, torch.float32)
         found[role] = Race(losses.PRODUCTS, partial(losses.example, role), 2 * x.numel() * y.shape[0])
-    for name, (candidates, example, flops) in int8.RACES.items() if int8.why_not() is None else ():
+    for name, (candidates, example, flops) in (int8.LIBRARIES | int8.RACES).items() if int8.why_not() is None else ():
         found[name] = Race(candidates, example, flops, alike=False)
     return found
 

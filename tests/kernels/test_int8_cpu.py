@@ -22,6 +22,15 @@ as_bytes = pytest.mark.usefixtures("int8_chosen")
 ROWS = [(2, 450), (1,), (0, 3)]
 
 
+@pytest.fixture(params=int8.LIBRARIES["products of bytes"][0])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Bytes are multiplied by this one, if it has a kernel for their number."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = selection.Selection("products of bytes", dtype, request.param, {}, {}, "settled")
+        monkeypatch.setitem(selection._selections, ("products of bytes", dtype), found)
+    return request.param
+
+
 def layer(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Linear:
     made = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
     nn.init.normal_(made.weight, std=0.3)
@@ -48,12 +57,18 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_are_those_of_rounded_floats(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("size", [(72, 100), (128, 112)])
+def test_products_are_those_of_rounded_floats(
+    size: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, bias: bool, library: str
+) -> None:
     torch.manual_seed(0)
-    made, x = layer(72, 100, dtype, bias=bias), tokens(shape, 72, dtype)
+    inputs, outputs = size
+    made, x = layer(inputs, outputs, dtype, bias=bias), tokens(shape, inputs, dtype)
+    if library == "llvm":
+        assert int8._library(x, made.weight) == ("llvm" if inputs == 128 else "onednn")
     rounded_x, rounded_w = reference.as_int8(x), reference.as_int8(made.weight.float())
     wide_bias = None if made.bias is None else made.bias.float()
-    residual, gamma = torch.randn(*shape, 100).to(dtype), torch.rand(100).to(dtype)
+    residual, gamma = torch.randn(*shape, outputs).to(dtype), torch.rand(outputs).to(dtype)
     mark([made.weight], "int8")
     given, band = (x, made.weight, made.bias), 1e-5 if dtype == torch.float32 else 2.0**-6
     wanted = reference.linear(rounded_x, rounded_w, wide_bias)
@@ -74,10 +89,11 @@ def test_products_are_those_of_rounded_floats(shape: tuple[int, ...], dtype: tor
 @needs_int8
 @as_bytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    first, second, x = layer(64, 160, dtype), layer(160, 64, dtype), torch.randn(3, 301, 64).to(dtype)
-    first.weight.copy_(torch.randn(160, 64))
+@pytest.mark.parametrize(("wide", "seed"), [(160, 0), (192, 1)])
+def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype, wide: int, seed: int, library: str) -> None:
+    torch.manual_seed(seed)
+    first, second, x = layer(64, wide, dtype), layer(wide, 64, dtype), torch.randn(3, 301, 64).to(dtype)
+    first.weight.copy_(torch.randn(wide, 64))
     residual, gamma = torch.randn_like(x), torch.rand(64).to(dtype)
     rounded = [reference.as_int8(part.weight.float()) for part in (first, second)]
     hidden = reference.linear_gelu(reference.as_int8(x), rounded[0], first.bias.float())
@@ -98,7 +114,7 @@ def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype) -> None:
 
 @needs_int8
 @as_bytes
-def test_a_row_depends_on_itself_alone() -> None:
+def test_a_row_depends_on_itself_alone(library: str) -> None:
     torch.manual_seed(0)
     made, x = layer(64, 96), torch.randn(500, 64)
     mark([made.weight], "int8")
@@ -249,6 +265,7 @@ def test_what_is_faster_is_taken(chosen: str, few: bool, monkeypatch: pytest.Mon
     mark([first.weight, second.weight], "int8")
     with deterministic_algorithms():
         in_bytes = results()
+    selection.settle("products of bytes", torch.float32, next(iter(int8.LIBRARIES["products of bytes"][0])))
     for name in int8.RACES:
         other = "floats" if chosen == "int8" else "int8"
         selection.settle(name, torch.float32, chosen if name.endswith("few rows") is few else other)

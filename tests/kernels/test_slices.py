@@ -71,7 +71,8 @@ def test_slices_are_even_and_cover_every_row(rows: int, monkeypatch: pytest.Monk
     assert_as_accurate(found, lambda x, w, b, r: F.linear(x, w, b) + r, *given)
 
 
-CANDIDATES = [(operation, name) for operation, found in products.CANDIDATES.items() for name in found]
+# The compiled kernel divides its work itself.
+CANDIDATES = [(operation, name) for operation, found in products.CANDIDATES.items() for name in found if name != "llvm"]
 
 
 @pytest.mark.parametrize(("operation", "name"), CANDIDATES)
@@ -79,7 +80,7 @@ CANDIDATES = [(operation, name) for operation, found in products.CANDIDATES.item
 def test_sliced_operations(operation: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     usable(operation, name, dtype)
     asked = clock(monkeypatch, whole=1.0, sliced=0.5)
-    monkeypatch.setattr(products, "select", lambda *_: name)
+    monkeypatch.setattr(products, "_choose", lambda *_: name)
     with torch.no_grad():
         x, weight, bias, residual = arguments(130, dtype)
         x = x.view(2, 65, 24)

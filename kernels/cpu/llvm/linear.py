@@ -20,8 +20,8 @@ from ..workspace import scratch
 from . import Level, levels
 from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, Values
 
-# Below these rows weights are not laid out.
-_FEW = 64
+# Below these rows weights are not laid out; those in bytes are laid out as soon as one tile does not hold all rows.
+_FEW = {"fp32": 64, "bf16": 64, "int8": 15}
 # Rows and columns of tiles of few rows, by lanes: their sums and operands fill the registers. If the rows fit into one
 # tile, what comes from memory is multiplied at once; of more rows, tiles leave room in the cache for each other.
 _ONE_TILE = {16: (14, 2), 8: (6, 2)}
@@ -237,8 +237,8 @@ class _Linear:
         zero = b.spread(b.trunc(given["zero"], INT32))
         shift = b.mul(b.read(b.at(given["weight_sums"], column, INT32), INT32), zero)
         step = b.spread(b.load(b.at(given["steps"], row, FP32), typ=FP32))
-        scale = b.fmul(b.read(b.at(given["scales"], column, FP32), FP32), step)
-        return b.fmul(b.sitofp(b.sub(sums, shift), b.vector(FP32)), scale)
+        scaled = b.fmul(b.sitofp(b.sub(sums, shift), b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32))
+        return b.fmul(scaled, step)
 
     def _gelu(self, x: Any) -> Any:
         """`x Φ(x)`, of which `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
@@ -347,6 +347,12 @@ def _columns(few: bool, level: Level) -> int:
     return _FEW_COLUMNS if few else 2 * level.lanes
 
 
+def takes_bytes(weight: Tensor) -> bool:
+    """Whether there is a kernel for bytes of a weight `[M, K]`."""
+    level = levels()[0]
+    return level.bf16 and weight.shape[0] % level.lanes == 0 and weight.shape[1] % (4 * level.lanes) == 0
+
+
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether there is a kernel for x `[n, K]` and a weight `[M, K]`, with what else goes into the result."""
     lanes = levels()[0].lanes
@@ -447,7 +453,7 @@ def _run(
     (rows, inputs), outputs = x.shape, weight.shape[0]
     if not out.numel():
         return out
-    few = rows < _FEW if few is None else few
+    few = rows < _FEW[kind] if few is None else few
     kernel, sums_bytes = _kernel(kind, half, few, level), 4 * _height(few, level) * _columns(few, level)
     columns, room, chunks, chunk = _FEW_COLUMNS, sums_bytes, 1, rows
     if not few:
