@@ -6,6 +6,7 @@ import errno
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -514,6 +515,25 @@ def test_what_tensorrt_lacks_is_refused(
     tensorrt(version, gpu=gpu)
     with pytest.raises(UnavailableError, match=message):
         load_library("tensorrt").check(TensorRTRequest(**options), "bf16")
+
+
+def test_a_tensorrt_that_was_never_tried(tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a word of its own, and is refused only where it lacks what a build calls."""
+    module = tensorrt("13.2.0.1")
+    with pytest.warns(UserWarning, match=r"TensorRT 13\.2\.0\.1 is newer than .* version 11; .* 'tensorrt<12'"):
+        assert load_library("tensorrt").check(TensorRTRequest(), "bf16") == (89,)
+    del module.Builder.create_builder_config, module.BuilderFlag.TF32
+    lacks = r"13\.2\.0\.1 lacks Builder\.create_builder_config, BuilderFlag\.TF32, which version 11 has"
+    with pytest.raises(UnavailableError, match=lacks):
+        load_library("tensorrt").check(TensorRTRequest(), "bf16")
+    with warnings.catch_warnings(action="error"):
+        tensorrt("11.9.9")
+        load_library("tensorrt").check(TensorRTRequest(), "bf16")
+        library = rtx()
+        library.check(TensorRTRequest(sm="89"), "bf16")
+    monkeypatch.setattr(engine_library.TensorRTForRTX, "newest", 0)
+    with pytest.warns(UserWarning, match=rf"TensorRT for RTX {library.version} is newer .* 'tensorrt-rtx<1'"):
+        library.check(TensorRTRequest(sm="89"), "bf16")
 
 
 # Steps, kernels, products by themselves, and copies in the first schedule of an engine, by TensorRT for RTX 1.7. Its
