@@ -27,7 +27,7 @@ from .consumers import LARGEST_FILE
 from .request import Quantisation
 from .runtimes.onnx_sessions import session_options
 
-_ROWS = 512
+CALIBRATION_ROWS = 512
 """Rows of every tensor that scales are tried on."""
 
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -172,13 +172,14 @@ def real_tokens(feed: Mapping[str, np.ndarray]) -> Tensor | None:
 
 
 def observe(
-    model: Any, found: Sequence[Site], feeds: Sequence[Mapping[str, np.ndarray]]
+    model: Any, found: Sequence[Site], feeds: Sequence[Mapping[str, np.ndarray]], rows: int = CALIBRATION_ROWS
 ) -> tuple[dict[str, Seen], list[dict[str, np.ndarray]]]:
     """Run a graph in fp32 and see what its sites are given.
 
     Args:
         model: the graph in fp32.
         feeds: its inputs. Tokens that an `attention_mask` among them hides are not counted.
+        rows: samples to keep of every tensor.
 
     Returns:
         By tensor, and for every feed the outputs of the graph.
@@ -194,20 +195,20 @@ def observe(
     generator = torch.Generator().manual_seed(0)
     seen: dict[str, Seen] = {}
     results = []
-    each = math.ceil(_ROWS / max(len(feeds), 1))
+    each = math.ceil(rows / max(len(feeds), 1))
     run = runner(model)
     for feed in feeds:
         values = run(feed, [*outputs, *watched])
         results.append({name: values[name] for name in outputs})
         real = real_tokens(feed)
         for name in tensors:
-            rows = torch.from_numpy(np.asarray(feed[name] if name in given else values[name])).float().flatten(0, -2)
-            if real is not None and len(real) == len(rows):
-                rows = rows[real]
-            known = seen.setdefault(name, Seen(torch.zeros(rows.shape[1])))
-            known.largest = known.largest.maximum(rows.abs().amax(0))
-            known.low, known.high = min(known.low, float(rows.min())), max(known.high, float(rows.max()))
-            known.samples.append(rows[torch.randperm(len(rows), generator=generator)[:each]].clone())
+            value = torch.from_numpy(np.asarray(feed[name] if name in given else values[name])).float().flatten(0, -2)
+            if real is not None and len(real) == len(value):
+                value = value[real]
+            known = seen.setdefault(name, Seen(torch.zeros(value.shape[1])))
+            known.largest = known.largest.maximum(value.abs().amax(0))
+            known.low, known.high = min(known.low, float(value.min())), max(known.high, float(value.max()))
+            known.samples.append(value[torch.randperm(len(value), generator=generator)[:each]].clone())
     return seen, results
 
 

@@ -12,7 +12,8 @@ import importlib.util
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -31,7 +32,7 @@ from .graphs import GraphName, is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
 from .pipeline import Progress, companions_of, fill_folder, prepare_folder, silent
-from .products import Fitted, Scheme, fit, observe, real_tokens, rewritten, runner, save, sites
+from .products import CALIBRATION_ROWS, Fitted, Scheme, fit, observe, real_tokens, rewritten, runner, save, sites
 from .request import BUDGET, GRAPHS, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
@@ -42,6 +43,8 @@ QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 _TEXTS_AT_ONCE = 16
 _TEXTS_WITH_AN_IMAGE = 8
 _TRIED = 6
+# A first look is a sixteenth of the work: few rows on few sites, those that suffer least.
+_LOOKED_AT_ROWS, _LOOKED_AT_SITES = 32, 3
 _TIMED = 3
 # With fewer texts an angle between scores says nothing.
 _FEWEST_RANKED = 4
@@ -239,24 +242,83 @@ def quantising(
     scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
 
     def rewrite(record: GraphRecord, path: Path) -> None:
-        try:
+        with _naming(record, kind):
             progress(f"choosing products of {record.name}")
             record.quantisation = _Search(path, [*calibration.inputs(record)], scheme, budget).run()
-        except (ExportError, OSError):
-            raise
-        except Exception as error:  # of ONNX Runtime, which has no errors of its own
-            raise ExportError(
-                f"graph {record.name!r} could not be quantised to {kind} ({' '.join(str(error).split())[:300]}); "
-                "export it without 8 bits"
-            ) from error
 
     return rewrite
+
+
+@contextmanager
+def _naming(record: GraphRecord, kind: Quantisation) -> Iterator[None]:
+    """Errors say which graph could not be quantised."""
+    try:
+        yield
+    except (ExportError, OSError):
+        raise
+    except Exception as error:  # of ONNX Runtime, which has no errors of its own
+        raise ExportError(
+            f"graph {record.name!r} could not be quantised to {kind} ({' '.join(str(error).split())[:300]}); "
+            "export it without 8 bits"
+        ) from error
+
+
+def require_attainable(
+    graphs: Iterable[tuple[GraphRecord, Path]],
+    calibration: Calibration,
+    kind: Quantisation,
+    *,
+    budget: float,
+    unsigned: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """See that a budget leaves some product of some graph in 8 bits, before products are chosen, which takes minutes.
+
+    It is a first look: one input of a graph, and of its products those that suffer least, one by one. On more inputs,
+    and with more products, a cosine is only smaller. The look ends at the first graph that keeps the budget.
+
+    Args:
+        graphs: each with its ONNX file.
+        calibration, kind, budget, unsigned, progress: see `quantising`.
+
+    Raises:
+        ExportError: no graph has such a product; names the best cosine that was found.
+    """
+    scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
+    found: dict[str, float] = {}
+    for record, path in graphs:
+        with _naming(record, kind):
+            progress(f"seeing whether {record.name} can keep the budget")
+            feed = next(calibration.inputs(record))
+            found[record.name] = _Search(path, [feed], scheme, budget, rows=_LOOKED_AT_ROWS).best_alone()
+        if found[record.name] >= _allowed(budget):
+            return
+    best = max(found, key=lambda name: found[name])
+    attainable = max(1 - (1 - found[best]) / _SPENT, 0.0)
+    raise ExportError(
+        f"--budget {budget} cannot be met: no product of {', '.join(found)} can be in {kind}; the one that suffers "
+        f"least, of {best}, leaves a cosine of {found[best]:.7g} by itself, which is enough for a budget of "
+        f"{attainable:.7g} at most; give a smaller one than that, or serve the export without 8 bits"
+    )
+
+
+def _allowed(budget: float) -> float:
+    """The least cosine on the inputs that products are chosen on."""
+    return 1 - _SPENT * (1 - budget)
 
 
 class _Search:
     """The choice of the products of one graph."""
 
-    def __init__(self, path: Path, feeds: Sequence[Mapping[str, np.ndarray]], scheme: Scheme, budget: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        feeds: Sequence[Mapping[str, np.ndarray]],
+        scheme: Scheme,
+        budget: float,
+        *,
+        rows: int = CALIBRATION_ROWS,
+    ) -> None:
         import onnx
 
         self.path, self.scheme, self.budget, self.feeds = path, scheme, budget, feeds
@@ -267,7 +329,7 @@ class _Search:
             widen(path, wide)
             self.wide: Any = onnx.load(str(wide))
         found = sites(self.wide)
-        seen, self.truths = observe(self.wide, found, feeds)
+        seen, self.truths = observe(self.wide, found, feeds, rows)
         # Those that suffer least come first.
         self.order = sorted((fit(site, seen[site.tensor], scheme) for site in found), key=lambda each: each.error)
 
@@ -295,12 +357,12 @@ class _Search:
 
     def _most(self) -> tuple[int, float]:
         """The number of sites, from the first, that the budget has room for, and the cosine that they leave."""
-        allowed = 1 - _SPENT * (1 - self.budget)
+        allowed = _allowed(self.budget)
         low, best = 0, 1.0
         high = len(self.order)
         # All of them, then as few as there can be: what cannot be met is known after two tries.
         for count in (high, 1):
-            if (cosine := self._cosine(count)) >= allowed:
+            if (cosine := self._cosine(self.order[:count])) >= allowed:
                 if count == high:
                     return count, cosine
                 low, best = count, cosine
@@ -308,15 +370,19 @@ class _Search:
                 high = count
         while high - low > 1:
             count = (low + high) // 2
-            if (cosine := self._cosine(count)) >= allowed:
+            if (cosine := self._cosine(self.order[:count])) >= allowed:
                 low, best = count, cosine
             else:
                 high = count
         return low, best
 
-    def _cosine(self, count: int) -> float:
+    def best_alone(self) -> float:
+        """The cosine that is left by one site in 8 bits, the best of those that suffer least; 0 without any."""
+        return max((self._cosine([site]) for site in self.order[:_LOOKED_AT_SITES]), default=0.0)
+
+    def _cosine(self, chosen: Sequence[Fitted]) -> float:
         """The least of any row of an output, with some of the sites in 8 bits."""
-        run = runner(rewritten(self.wide, self.order[:count], self.scheme))
+        run = runner(rewritten(self.wide, chosen, self.scheme))
         cosines = [least_cosine(run(self.feeds[n]), self.truths[n], self.feeds[n]) for n in self.tried]
         # That of Python loses NaN.
         return float(torch.tensor(cosines).min())
@@ -403,6 +469,10 @@ def quantize_int8(
     prepare_folder(out, 2 * sum(record.bytes for record in source.files))
     # A processor multiplies unsigned by signed bytes, a GPU signed ones.
     unsigned = source.consumer in ("onnxruntime", "openvino")
+    require_attainable(
+        ((record, folder / record.file) for record in source.graphs), calibration, "int8",
+        budget=budget, unsigned=unsigned, progress=progress,
+    )  # fmt: skip
     rewrite = quantising(calibration, "int8", "fp32", budget=budget, unsigned=unsigned, progress=progress)
     result = source.model_copy(
         update={

@@ -36,6 +36,7 @@ from ..quantise import (
     check_quantisation,
     eight_bit_options,
     quantising,
+    require_attainable,
     require_eight_bits,
 )
 from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
@@ -110,6 +111,7 @@ def export_engines(
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
     rewrite: Rewrite | None = None
+    inputs: Calibration | None = None
     settings: dict[str, Any] = {}
     if wanted.quantize:
         kind = check_quantisation(wanted.quantize, dtype, wanted.budget, [*built])
@@ -136,6 +138,9 @@ def export_engines(
         # No CPU runs a plugin, and it has the function of the nodes that it stands for.
         if wanted.plugins:
             compare(exported, onnx)
+        if inputs is not None and wanted.quantize:
+            paths = ((record, onnx / record.file) for record in exported.graphs)
+            require_attainable(paths, inputs, wanted.quantize, budget=wanted.budget)
         if rewrite is not None:
             for record in exported.graphs:
                 rewrite(record, onnx / record.file)

@@ -16,7 +16,9 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import warnings
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, get_args
 
 from xfm_fast.errors import ExportError, UnavailableError
@@ -30,6 +32,24 @@ LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
 
 # The first whose parser imports `Attention` and which has every attribute that is used here.
 _OLDEST_TENSORRT = (10, 14)
+# Called in every build, of the classes of both modules. What an option alone needs is not asked for.
+CALLED = (
+    "Builder.build_serialized_network",
+    "Builder.create_builder_config",
+    "Builder.create_network",
+    "Builder.create_optimization_profile",
+    "BuilderFlag.TF32",
+    "IBuilderConfig.add_optimization_profile",
+    "IBuilderConfig.clear_flag",
+    "IBuilderConfig.progress_monitor",
+    "ILogger",
+    "INetworkDefinition.get_input",
+    "INetworkDefinition.num_inputs",
+    "IOptimizationProfile.set_shape",
+    "IProgressMonitor",
+    "OnnxParser.parse_from_file",
+)
+
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER = 24
 
@@ -45,6 +65,8 @@ class Library:
     consumer: ClassVar[EngineConsumer] = "tensorrt"
     module: ClassVar[str] = "tensorrt"
     label: ClassVar[str] = "TensorRT"
+    newest: ClassVar[int] = 11
+    """The last major version that was tried."""
     instead: ClassVar[str] = ", or export for a machine without it: xfm-fast export tensorrt-rtx"
 
     def __init__(self) -> None:
@@ -56,6 +78,24 @@ class Library:
                 f"pip install 'xfm-fast[{self.consumer}]'{self.instead}"
             ) from None
         self.version: str = self.trt.__version__
+
+    def _check_newest(self) -> None:
+        """Say that a major version was never tried; refuse it where it lacks what every build calls."""
+        major = int(self.version.split(".", 1)[0])
+        if major <= self.newest:
+            return
+        older = f"pip install '{self.consumer}<{self.newest + 1}'"
+        if lacking := [name for name in CALLED if not _has(self.trt, name)]:
+            raise UnavailableError(
+                f"{self.label} {self.version} lacks {', '.join(lacking)}, which version {self.newest} has and a build "
+                f"calls; {older}"
+            )
+        # Python says it once, however often a request is checked.
+        warnings.warn(
+            f"{self.label} {self.version} is newer than any that was tried, the last being version {self.newest}; it "
+            f"has what a build calls, and its engines are compared with the model as ever; should it fail, {older}",
+            stacklevel=1,
+        )
 
     def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
         """Everything about a request that can fail before a graph is exported.
@@ -77,6 +117,7 @@ class Library:
                 f"TensorRT {self.version} is too old, {oldest} being the first that reads attention; pip install "
                 f"'tensorrt>={oldest}'"
             )
+        self._check_newest()
         present = local_capability()
         if present is None:
             raise UnavailableError(
@@ -159,6 +200,7 @@ class TensorRTForRTX(Library):
     consumer = "tensorrt-rtx"
     module = "tensorrt_rtx"
     label = "TensorRT for RTX"
+    newest = 1
     instead = ""
 
     @property
@@ -168,6 +210,7 @@ class TensorRTForRTX(Library):
         return tuple(sorted(int(name[1]) for name in names if name))
 
     def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
+        self._check_newest()
         known = self.capabilities
         present = local_capability()
         targets = tuple(sorted(set(parse_targets(joined(request.sm))))) or (() if present is None else (present,))
@@ -275,6 +318,14 @@ def started(library: Library, kind: Callable[[Any], Any], logger: Any, errors: S
 def said(errors: Sequence[str]) -> str:
     """The first of the errors, on one line."""
     return " ".join(errors[0].split()) if errors else "it gives no reason"
+
+
+def _has(module: Any, name: str) -> bool:
+    try:
+        attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def check_type(targets: Sequence[int], dtype: str) -> None:

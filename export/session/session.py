@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -140,6 +140,7 @@ class Session:
         dtype: type of embeddings and results.
         loaded: cost of loading, by graph.
         limits: sizes of the passes of texts.
+        task: what `predict` asks, from the first call on.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Session:
                 "export again"
             ) from None
         self._ready = False
+        self.task: Any = None
         self.limits = _LIMITS["cpu" if self.device.type == "cpu" else "cuda"]
         # What a graph computed beside an embedding, for as long as the embedding lives.
         self._carried: Any = WeakTensorKeyDictionary()
@@ -189,6 +191,8 @@ class Session:
     ) -> Self:
         """A session that is warm: every graph has run once in every profile.
 
+        That of a fine-tuned model is of the class of its task, see `session.tasks`.
+
         Args:
             folder: an export.
             runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, `aoti`, or `auto` for what the export was
@@ -204,7 +208,10 @@ class Session:
                 loaded.
             UnavailableError: the runtime is not installed, or lacks the device or type.
         """
-        session = cls(folder, runtime, device, precision=precision, verify_files=verify_files)
+        from .tasks import session_class
+
+        made = cast("type[Self]", session_class(Path(folder))) if cls is Session else cls
+        session = made(folder, runtime, device, precision=precision, verify_files=verify_files)
         if session.manifest.status == "failed":
             raise ExportError(
                 f"{folder} differs from the model that it was made from ({session.manifest.reason}); export it again, "
@@ -212,6 +219,26 @@ class Session:
             )
         session.warm_up()
         return session
+
+    def predict(self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Answers for image files and texts, as `xfm_fast.load(folder).predict` gives them: a caption, a box, a class.
+
+        Args:
+            images: files.
+            texts: questions, sentences or captions, as the task pairs them with the images.
+
+        Returns:
+            A row for each answer, as of the run that was exported.
+
+        Raises:
+            ExportError: the export is of a model without a task, or of one that exports do not answer for.
+            InputError: the images and texts are not what the task needs.
+            DataError: an image cannot be read.
+        """
+        # Tasks lie above exports, and the face of the package above both.
+        from xfm_fast import load
+
+        return load(self).predict(images, texts)
 
     @property
     def ready(self) -> bool:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from xfm_fast.checkpoint.files import TASK_FILE
+from xfm_fast.documents import read_json
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs as checks
 from xfm_fast.models.decoder import generate
@@ -333,3 +336,13 @@ TASK_SESSIONS: dict[str, type[Session]] = {
     "vqa": VQASession,
 }
 """The sessions that answer for a task, by its kind."""
+
+
+def session_class(folder: Path) -> type[Session]:
+    """The class for an export: that of its task, or `Session` where it has none, or one that no session is for."""
+    try:
+        task = read_json(folder / TASK_FILE).get("task")
+        return TASK_SESSIONS.get(task.get("kind"), Session)
+    # Graphs run without the file; `predict` says what is wrong with it.
+    except (OSError, ValueError, AttributeError, TypeError):
+        return Session

@@ -20,12 +20,13 @@ from tests.cli.runner import invoke
 from xfm_fast import checkpoint
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY
-from xfm_fast.errors import ExportError, InputError, UnavailableError
+from xfm_fast.errors import CheckpointError, ExportError, InputError, UnavailableError
 from xfm_fast.export.consumers import Profile
 from xfm_fast.export.expected import generated_examples, graph_memory
 from xfm_fast.export.graphs import Graph, GraphName, build, default_graphs, random_inputs, wants_all_tokens
 from xfm_fast.export.manifest import AxisRecord, Manifest, new_manifest
 from xfm_fast.export.pipeline import build_graphs, graph_records
+from xfm_fast.export.session import Session
 from xfm_fast.export.session import tasks as sessions
 from xfm_fast.export.slots import Slot
 from xfm_fast.finetuning.captioning import CaptioningOptions
@@ -332,6 +333,11 @@ def test_an_export_answers_as_its_run(
     expected = xfm_fast.load(tuned(task)).predict(images[:count], texts)
     assert expected
     _alike(xfm_fast.load(folder, runtime=runtime).predict(images[:count], texts), expected)
+    session = Session.load(folder, runtime)
+    assert type(session) is sessions.TASK_SESSIONS[OPTIONS[task].kind]
+    _alike(session.predict(images[:count], texts), expected)
+    read = session.task
+    assert xfm_fast.load(session).task is read, "the vocabulary is read once"
 
 
 @pytest.mark.slow
@@ -474,6 +480,28 @@ def test_what_cannot_be_exported_is_named_before_weights_are_read(
 def test_an_export_without_a_task_answers_nothing(exported_fp32: Path) -> None:
     with pytest.raises(ExportError, match="export of a model without a task; open it by"):
         xfm_fast.load(exported_fp32)
+    with pytest.raises(ExportError, match="export of a model without a task"):
+        Session.load(exported_fp32).predict(texts=["a dog"])
+
+
+def test_sessions_that_do_not_answer(exported: Exported, images: list[str], tmp_path: Path) -> None:
+    import shutil
+
+    folder = exported("captioning")
+    session = Session.load(folder)
+    settled: dict[str, Any]
+    for settled in ({"device": "cpu"}, {"runtime": "openvino"}):
+        with pytest.raises(InputError, match="is open; leave out its device and runtime"):
+            xfm_fast.load(session, **settled)
+    with pytest.raises(InputError, match="1 texts were given; this model needs"):
+        session.predict(texts=["a dog"])
+    with pytest.raises(InputError, match=r"is none of the task captioning; use Session\.load"):
+        Session(folder).predict(images)
+    for damage, said in (("{", "does not describe a task"), ('{"task": [1]}', "has format None")):
+        copy = Path(shutil.copytree(folder, tmp_path / str(len(damage))))
+        (copy / "task.json").write_text(damage)
+        with pytest.raises(CheckpointError, match=said):
+            Session.load(copy, verify_files=False).predict(images)
 
 
 def test_int8_is_refused_for_graphs_of_tasks(exported: Exported, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from tests.search.conftest import write_model, write_picture
+from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError
-from xfm_fast.finetuning.kinds import TASK_FILE
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import (
     ModelSource,

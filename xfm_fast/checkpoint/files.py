@@ -40,6 +40,9 @@ except ImportError:  # not every system has it
 
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
+TASK_FILE = "task.json"
+"""Beside weights, or an export of them: the task that they were fine-tuned for."""
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",

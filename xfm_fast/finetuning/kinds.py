@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from xfm_fast.checkpoint.files import CONFIG_FILE
+from xfm_fast.checkpoint.files import CONFIG_FILE, TASK_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError
@@ -24,7 +24,7 @@ from xfm_fast.finetuning.vqa import VQAOptions, VQATask
 from xfm_fast.finetuning.weak_grounding import WeakGroundingOptions, WeakGroundingTask
 from xfm_fast.tokenizer import CaptionTokenizer
 
-TASK_FILE, TOKENIZER_FILE = "task.json", "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 
 TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {

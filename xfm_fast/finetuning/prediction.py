@@ -24,7 +24,7 @@ from xfm_fast.export.session.tasks import TASK_SESSIONS
 from xfm_fast.finetuning.evaluation import Evaluation, Row
 from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, task_of
 from xfm_fast.finetuning.run import load_weights
-from xfm_fast.finetuning.task import Task
+from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.models.xfm import XFM, Precision
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -75,7 +75,7 @@ class Predictor:
 
 
 def load(
-    folder: str | Path,
+    folder: str | Path | Session,
     *,
     device: str | torch.device | None = None,
     dtype: Precision = torch.float32,
@@ -84,7 +84,8 @@ def load(
     """A fine-tuned model with its tokenizer and its transforms, or an export of one.
 
     Args:
-        folder: a run, a folder of weights with `task.json`, which runs write, or an export of either.
+        folder: a run, a folder of weights with `task.json`, which runs write, or an export of either, which may be
+            open as a session already.
         device, dtype: of the model; by default the CPU, of an export what its runtime prefers. dtype may be "int8" or
             "fp8", see `XFM.quantise`; that of an export is settled.
         runtime: of an export, see `Session.load`.
@@ -94,6 +95,13 @@ def load(
         ExportError: the export is damaged, has no task, or cannot be run here.
         InputError: an export in another type, or a runtime for a model.
     """
+    if isinstance(folder, Session):
+        if device is not None or runtime != "auto":
+            raise InputError(f"the session of {folder.folder} is open; leave out its device and runtime")
+        options, kind = _session_kind(folder.folder)
+        if not isinstance(folder, kind):
+            raise InputError(f"the session of {folder.folder} is none of the task {options.kind}; use Session.load")
+        return _answering(folder, options, dtype)
     if is_export(folder):
         return _load_export(Path(folder), device, dtype, runtime)
     if runtime != "auto":
@@ -125,21 +133,33 @@ def is_export(folder: str | Path) -> bool:
 def _load_export(
     folder: Path, device: str | torch.device | None, dtype: Precision, runtime: RuntimeChoice
 ) -> Predictor:
+    options, kind = _session_kind(folder)
+    return _answering(kind.load(folder, runtime, device), options, dtype)
+
+
+def _session_kind(folder: Path) -> tuple[TaskOptions, type[Session]]:
+    """The task of an export, and the class of the sessions that answer for it."""
     options = task_of(folder)
     if options is None:
         raise ExportError(
-            f"{folder} is an export of a model without a task; open it by xfm_fast.export.Session.load, or export a "
-            "run of xfm-fast finetune"
+            f"{folder} is an export of a model without a task; open it by xfm_fast.export.Session.load for "
+            "embeddings and scores, or export a run of xfm-fast finetune"
         )
     kind = TASK_SESSIONS.get(options.kind)
     if kind is None:
         raise ExportError(f"exports do not answer for the task {options.kind}; name the run that {folder} was made of")
-    session = kind.load(folder, runtime, device)
+    return options, kind
+
+
+def _answering(session: Session, options: TaskOptions, dtype: Precision) -> Predictor:
+    folder = session.folder
     if dtype not in (torch.float32, session.dtype):
         raise InputError(f"{folder} computes in {session.manifest.dtype}; leave the type out, or export in another one")
-    vocabulary = folder / TOKENIZER_FILE
-    tokenizer = CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
-    return Predictor(session, make_task(options, session.config, tokenizer))
+    if session.task is None:
+        vocabulary = folder / TOKENIZER_FILE
+        tokenizer = CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
+        session.task = make_task(options, session.config, tokenizer)
+    return Predictor(session, session.task)
 
 
 def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation) -> int:

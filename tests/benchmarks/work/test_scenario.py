@@ -213,6 +213,23 @@ def test_a_sweep_has_an_exponent_for_everyone() -> None:
     assert [row.x for row in lengths.rows if row.contender == OURS] == [4, 8]
 
 
+def test_sessions_in_a_sweep_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of one longest length: what a session pays for them, padded and in rows, has an exponent of its own."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="sessions run exports")
+    little = Scale.of
+    # As many texts as the mean is of.
+    monkeypatch.setattr(Scale, "of", lambda *given: replace(little(*given), requests=16, batch=16))
+    means, names = ("mixed-6", "mixed-12", "mixed-20", "mixed-30"), ("onnxruntime", "onnxruntime-packed")
+    document = sweep.run("embed-text", replace(_sweep("lengths", *means), baselines=names))
+    for name in (OURS, *names):
+        rows = [row for row in document.rows if row.contender == name]
+        assert [row.status for row in rows] == ["measured"] * 4, [(row.status, row.reason) for row in rows]
+        assert [round(row.x or 0) for row in rows] == [7, 13, 20, 29], "of sixteen texts"
+        assert all(row.median_s for row in rows)
+    assert {(fit.contender, fit.points) for fit in document.fits} == {(name, 4) for name in (OURS, OFFICIAL, *names)}
+
+
 @pytest.mark.parametrize(
     ("work", "axis", "values", "error", "message"),
     [

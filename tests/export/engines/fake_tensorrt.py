@@ -109,6 +109,7 @@ def make_tensorrt(version: str = "10.14.1.48", *, builds: bool = True, inputs: t
             return True
 
     trt.ILogger, trt.IProgressMonitor, trt.Builder, trt.OnnxParser = ILogger, IProgressMonitor, Builder, OnnxParser
+    trt.IBuilderConfig, trt.INetworkDefinition, trt.IOptimizationProfile = Config, Network, Profile
     flags = ("VERSION_COMPATIBLE", "TF32", "REFIT", "STRIP_PLAN")
     trt.BuilderFlag = types.SimpleNamespace(**{flag: flag for flag in flags})
     trt.HardwareCompatibilityLevel = types.SimpleNamespace(

@@ -237,7 +237,7 @@ def build(trt: Any, scratch: Path) -> None:
     """A build with every option, twice, so that the timing cache is read as well; and failures, to be explained."""
     from xfm_fast.errors import ExportError
     from xfm_fast.export.engines.build import build_engine
-    from xfm_fast.export.engines.library import load_library
+    from xfm_fast.export.engines.library import CALLED, load_library
     from xfm_fast.export.manifest import ProfileRecord
     from xfm_fast.export.request import TensorRTRequest
 
@@ -248,6 +248,8 @@ def build(trt: Any, scratch: Path) -> None:
     everything = TensorRTRequest(
         level=3, timing_cache=scratch / "timings", version_compatible=True, hardware_compatible="ampere_plus"
     )
+    build_engine(library, onnx, scratch / "g.engine", TensorRTRequest(), (89,), [profile])
+    assert {*module.calls} <= {*CALLED}
     for request in (everything, everything, TensorRTRequest(plugins=True), TensorRTRequest(refittable=True)):
         targets = library.check(request, "bf16")
         build_engine(library, onnx, scratch / "g.engine", request, targets, [profile])
@@ -261,6 +263,10 @@ def build(trt: Any, scratch: Path) -> None:
     with pytest.raises(ExportError, match="cannot build graph"):
         build_engine(load_library("tensorrt"), onnx, scratch / "g.engine", TensorRTRequest(), (89,), [profile])
     assert "INetworkDefinition.mark_output" in module.calls
+    # A version that was never tried, and has all that a build calls.
+    library.trt, library.newest = trt, 9  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.warns(UserWarning, match=f"TensorRT {trt.__version__} is newer than any that was tried, .* version 9"):
+        assert library.check(TensorRTRequest(), "bf16") == (89,)
 
 
 def run(trt: Any, scratch: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,22 @@ def test_failures_of_the_builder_name_layer_and_remedy(
     assert [file.name for file in tmp_path.iterdir()] == ["g.onnx"]
 
 
+@pytest.mark.parametrize(("kind", "target"), [("FLOAT16", 80), ("BFLOAT16", 89), ("BFLOAT16", 120), ("FLOAT", 120)])
+def test_attention_over_packed_texts_is_read_and_has_no_kernel(kind: str, target: int, tmp_path: Path) -> None:
+    """The day that it has, engines of `--packed` graphs are to be made of it: see docs/export.md, texts in rows."""
+    library = rtx()
+    onnx = pytest.importorskip("onnx")
+    types, tokens = onnx.TensorProto, (getattr(onnx.TensorProto, kind), [96, 12, 64])
+    inputs = dict.fromkeys("qkv", tokens) | {"lengths": (types.INT32, [5])}
+    node = onnx.helper.make_node(
+        "TRT_Attention", [*"qkv", "", "lengths", "lengths"], ["o"], name="node_att", domain="other",
+        query_form="packed_nhd", kv_form="packed_nhd",
+    )  # fmt: skip
+    path = onnx_of(tmp_path / "g.onnx", [node], inputs, tokens[0])
+    with pytest.raises(ExportError, match=r"cannot build graph 'g'.*packed \(NHD\) inputs .* no fused kernel"):
+        engines.build_engine(library, path, tmp_path / "g.engine", TensorRTRequest(), (target,), [])
+
+
 def test_a_layer_that_no_message_names_is_found_by_halving(
     exported_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +515,25 @@ def test_what_tensorrt_lacks_is_refused(
     tensorrt(version, gpu=gpu)
     with pytest.raises(UnavailableError, match=message):
         load_library("tensorrt").check(TensorRTRequest(**options), "bf16")
+
+
+def test_a_tensorrt_that_was_never_tried(tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a word of its own, and is refused only where it lacks what a build calls."""
+    module = tensorrt("13.2.0.1")
+    with pytest.warns(UserWarning, match=r"TensorRT 13\.2\.0\.1 is newer than .* version 11; .* 'tensorrt<12'"):
+        assert load_library("tensorrt").check(TensorRTRequest(), "bf16") == (89,)
+    del module.Builder.create_builder_config, module.BuilderFlag.TF32
+    lacks = r"13\.2\.0\.1 lacks Builder\.create_builder_config, BuilderFlag\.TF32, which version 11 has"
+    with pytest.raises(UnavailableError, match=lacks):
+        load_library("tensorrt").check(TensorRTRequest(), "bf16")
+    with warnings.catch_warnings(action="error"):
+        tensorrt("11.9.9")
+        load_library("tensorrt").check(TensorRTRequest(), "bf16")
+        library = rtx()
+        library.check(TensorRTRequest(sm="89"), "bf16")
+    monkeypatch.setattr(engine_library.TensorRTForRTX, "newest", 0)
+    with pytest.warns(UserWarning, match=rf"TensorRT for RTX {library.version} is newer .* 'tensorrt-rtx<1'"):
+        library.check(TensorRTRequest(sm="89"), "bf16")
 
 
 # Steps, kernels, products by themselves, and copies in the first schedule of an engine, by TensorRT for RTX 1.7. Its
