@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor
 
 from xfm_fast.memory import PeakMemory
@@ -423,6 +422,9 @@ def bootstrap(
         return None
     # The name of this argument in every SciPy; newer ones add another.
     seed: Any = {"random_state": np.random.default_rng(0)}
+    # scipy's statistics take a second to load, and a process that measures one thing needs none.
+    from scipy import stats
+
     found = stats.bootstrap(
         series, statistic, paired=paired, vectorized=True, n_resamples=_RESAMPLES, method="percentile", **seed
     ).confidence_interval

@@ -9,7 +9,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou
 
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
@@ -463,6 +462,9 @@ def mlp_head(head: MLPHead | DeepMLPHead, x: Tensor) -> Tensor:
 
 def box_losses(boxes: Tensor, target: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """L1 and GIoU losses of boxes `[P, 4]` (cx, cy, w, h); `counted` `[P]` is one where there is a box to predict."""
+    # torchvision's operators bring PyTorch's compiler, which takes seconds, and most benchmarks have no boxes.
+    from torchvision.ops import box_convert, generalized_box_iou
+
     distance = F.l1_loss(boxes, target, reduction="none") * counted.view(-1, 1)
     corners = [box_convert(one, "cxcywh", "xyxy") for one in (boxes, target)]
     if any(bool((one[:, 2:] < one[:, :2]).any()) for one in corners):

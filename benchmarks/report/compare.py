@@ -18,8 +18,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy import stats
-
 from xfm_fast.errors import DataError
 
 from ..measure import ratio_interval
@@ -148,6 +146,8 @@ def compare(a: Document, b: Document) -> Changes:
                 tested.append(key)
         elif one.server and other.server and one.server.max_qps and other.server.max_qps:
             ratios[key] = other.server.max_qps / one.server.max_qps
+    from scipy import stats  # a second of loading, see `measure.bootstrap`
+
     tests = (stats.mannwhitneyu(before[key].samples, after[key].samples).pvalue for key in tested)
     adjusted = dict(zip(tested, stats.false_discovery_control(list(tests)) if tested else [], strict=True))
     changes = []

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from scipy import stats
 
 from xfm_fast.errors import InputError
 
@@ -231,6 +230,8 @@ def fit_power_law(x: Sequence[float], seconds: Sequence[float], level: float = 0
     """
     if len(set(x)) < LEAST_POINTS:
         return None
+    from scipy import stats  # a second of loading, see `measure.bootstrap`
+
     line: Any = stats.linregress([math.log(value) for value in x], [math.log(value) for value in seconds])
     slope, r2 = float(line.slope), float(line.rvalue) ** 2
     reach = float(stats.t.ppf((1 + level) / 2, len(x) - 2)) * float(line.stderr)

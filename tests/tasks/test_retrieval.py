@@ -182,42 +182,47 @@ def test_resumes_after_a_kill(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_pat
         import os, signal, sys, torch
         from xfm_fast import XFM, XFMConfig
         from xfm_fast.tasks.retrieval import rerank
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` loads PyTorch's compiler
         torch.manual_seed(0)
         model = XFM(XFMConfig.preset("tiny")).eval()
         with torch.inference_mode():
             images = model.encode_image(torch.randn(6, 3, 32, 32))
             texts = model.encode_text(torch.randint(4, 500, (8, 5)))
-        calls = 0
-        def progress(done, total):
-            global calls
-            calls += 1
-            if sys.argv[2] == "kill" and calls == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
         mask = torch.ones(8, 5)
-        result = rerank(images, texts, mask, model=model, k=8, token_budget=40, resume=sys.argv[1], progress=progress)
-        print(calls, result.receipt.pairs_resumed, *result.scores.tolist())
+        for run in sys.argv[2:]:
+            folder, mode = run.split()
+            calls = 0
+            def progress(done, total):
+                global calls
+                calls += 1
+                if mode == "kill" and calls == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            result = rerank(
+                images, texts, mask, model=model, k=8, token_budget=40, resume=f"{sys.argv[1]}/{folder}",
+                progress=progress,
+            )
+            print(calls, result.receipt.pairs_resumed, *result.scores.tolist(), flush=True)
         """
     )
 
-    def run(folder: str, mode: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", script, str(tmp_path / folder), mode]
+    def process(*runs: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, str(tmp_path), *runs]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
-    whole = run("whole", "run")
-    assert whole.returncode == 0, whole.stderr
-    assert run("killed", "kill").returncode == -signal.SIGKILL
+    killed = process("whole run", "killed kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (whole,) = killed.stdout.splitlines()
     journal = tmp_path / "killed" / "scores.bin"
     with journal.open("ab") as file:
         file.write(b"\x01\x00\x00\x00\x09")  # a record torn by the kill
-    resumed = run("killed", "run")
-    assert resumed.returncode == 0, resumed.stderr
-    calls, pairs, *scores = resumed.stdout.split()
+    again = process("killed run", "killed run")
+    assert again.returncode == 0, again.stderr
+    resumed, nothing_left = (line.split() for line in again.stdout.splitlines())
+    calls, pairs, *scores = resumed
     assert int(calls) == 3
     assert int(pairs) == 24
-    assert scores == whole.stdout.split()[2:]
-    nothing_left = run("killed", "run").stdout.split()
+    assert scores == whole.split()[2:]
     assert nothing_left[:2] == ["0", "48"]
     assert nothing_left[2:] == scores
 
