@@ -248,19 +248,32 @@ def _swift_tracing() -> Iterator[None]:
     which are still held; none has memory of its own yet.
     """
     from torch._dynamo import config
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     collecting = gc.isenabled()
-    method, read = vars(ONNXRegistry)["from_torchlib"], ONNXRegistry.from_torchlib
-    with config.patch(fake_tensor_cache_enabled=False):
-        gc.disable()
-        ONNXRegistry.from_torchlib = staticmethod(functools.partial(_operators, read))
-        try:
+    gc.disable()
+    try:
+        with config.patch(fake_tensor_cache_enabled=False), _operators_read_once():
             yield
-        finally:
-            ONNXRegistry.from_torchlib = method
-            if collecting:
-                gc.enable()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _operators_read_once() -> Iterator[None]:
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        method, read = vars(ONNXRegistry)["from_torchlib"], ONNXRegistry.from_torchlib
+    except (ImportError, KeyError, AttributeError):
+        # A part of PyTorch that other versions may have elsewhere: there they are read every time.
+        yield
+        return
+    ONNXRegistry.from_torchlib = staticmethod(functools.partial(_operators, read))
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = method
 
 
 @functools.cache
