@@ -5,7 +5,6 @@ products in slices of rows.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,10 +42,6 @@ _ROUNDS = 4
 _SLICES_MARGIN = 0.85
 # A layout that costs no memory may take this much of PyTorch's time; of many rows, where few gain more than many lose.
 _LAYOUT_MARGIN, _FEW_MARGIN = 1.02, 1.1
-# The compiled kernel runs unless another is quicker by this factor. It needs no second copy of a weight. And products
-# are compared on one weight that stays in cache, where in a model each comes from memory: what libraries take longer
-# then, by 7% in fp32 and 15% in bf16 on a Zen 5 with 32 captions, that comparison does not show.
-_COMPILED_MARGIN = 1.1
 _slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 
@@ -196,25 +191,17 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
     if weight.is_mkldnn:
         # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
-    name = _preferred(operation, name, dtype, copied=type(weight) is not Frozen)
+    if "packed" in name and type(weight) is Frozen:
+        # Of a frozen weight there is no copy.
+        found = compared(operation, candidates, EXAMPLES[operation], dtype).seconds
+        seconds = {other: time for other, time in found.items() if "packed" not in other}
+        name = min(seconds, key=seconds.__getitem__, default="aten")
     return _of_few_rows(operation, dtype) if rows < _FEW and "packed" not in name else name
 
 
 def _of_few_rows(operation: str, dtype: torch.dtype) -> str:
     few = f"{operation} of few rows"
     return select(few, LIGHT[operation], EXAMPLES[few], dtype)
-
-
-def _preferred(operation: str, name: str, dtype: torch.dtype, *, copied: bool = True) -> str:
-    """The compiled kernel in the place of a product that is hardly quicker, or makes a copy that is not allowed."""
-    if torch.are_deterministic_algorithms_enabled():
-        return name
-    seconds = compared(operation, CANDIDATES[operation], EXAMPLES[operation], dtype).seconds
-    if not copied and "packed" in name:
-        seconds = {other: time for other, time in seconds.items() if "packed" not in other}
-        name = min(seconds, key=seconds.__getitem__, default="aten")
-    near = seconds.get("llvm", math.inf) < _COMPILED_MARGIN * seconds.get(name, 0)
-    return "llvm" if near else name
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -335,7 +322,9 @@ def compiled_residual(
     return found
 
 
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None, **options: Any) -> Tensor | None:
+def _compiled(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None, turned: bool = False, **options: Any
+) -> Tensor | None:
     """The product; None where its sizes are such that there is no kernel."""
     if (reason := llvm.why_not(x.dtype)) is not None:
         raise NotImplementedError(reason)
@@ -344,7 +333,8 @@ def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | 
 
     bias = _dense(bias)
     others = tuple(_dense(other) for other in others)
-    return linear(x, weight, bias, *others, **options) if takes(x, weight, bias, *others) else None
+    taken = takes(x, weight, bias, *others, turned=turned)
+    return linear(x, weight, bias, *others, turned=turned, **options) if taken else None
 
 
 _UNDIVIDED = (compiled_linear, compiled_gelu, compiled_residual)
@@ -420,8 +410,21 @@ def _transposed_weight(dout: Tensor, x: Tensor, product: Callable[[Tensor, Tenso
     return found if narrow is dout else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
 
 
-_TRAINED: dict[str, Product] = {"aten": F.linear, "onednn": onednn_linear}
-_INPUT: dict[str, Product] = {"aten": torch.mm, "onednn": _onednn_input}
+def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
+    found = _compiled(dout, weight, None, turned=True)
+    return torch.mm(dout, weight) if found is None else found
+
+
+_TRAINED: dict[str, Product] = {
+    "aten": F.linear,
+    "onednn": onednn_linear,
+    **({"llvm": compiled_linear} if _HERE else {}),
+}
+_INPUT: dict[str, Product] = {
+    "aten": torch.mm,
+    "onednn": _onednn_input,
+    **({"llvm": _compiled_input} if _HERE else {}),
+}
 _WEIGHT: dict[str, Product] = {
     "aten": lambda dout, x: dout.t() @ x,
     "transposed": _transposed_weight,
@@ -465,11 +468,11 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     """
     if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
         return False
-    chosen = [_preferred(name, select(name, some, EXAMPLES[name], dtype), dtype) for name, some in CANDIDATES.items()]
+    found = _of_many_rows(dtype)
+    chosen = [each.chosen for each in found]
     if any("packed" in name for name in chosen):
         # Beside a weight as it is, that product would keep a copy.
         return True
-    found = [compared(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()]
     many = _layout_share(*found)
     if many is None:
         return chosen[0] not in ("aten", "llvm")
@@ -485,10 +488,13 @@ def reads_as_quickly(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     """True where the compiled kernel, which reads weights as they are, multiplies many rows, or few, as well as any."""
     if few_rows:
         return _HERE and all(_of_few_rows(operation, dtype) == "llvm" for operation in CANDIDATES)
-    return all(
-        _preferred(name, select(name, some, EXAMPLES[name], dtype), dtype) == "llvm"
-        for name, some in CANDIDATES.items()
+    return not torch.are_deterministic_algorithms_enabled() and all(
+        each.chosen == "llvm" for each in _of_many_rows(dtype)
     )
+
+
+def _of_many_rows(dtype: torch.dtype) -> list[Selection]:
+    return [compared(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()]
 
 
 def _layout_share(*found: Selection) -> float | None:

@@ -16,6 +16,7 @@ wait for each other's interruptions.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import threading
@@ -38,6 +39,10 @@ CHOICES = "XFM_CPU_CHOICES"
 
 # A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
 _MARGIN = 0.96
+# Our own kernels are taken unless another is faster by this factor. They need no second copy of a weight; and products
+# are compared on one weight that stays in cache, where in a model each comes from memory: what libraries take longer
+# then does not show here, nor that our kernels gain with the rows.
+_FAVOURED, _FAVOUR = "llvm", 1.1
 _ROUNDS = 7
 _SCHEMA = 1
 # What another order of summation may add to the error of a product, relative to its largest value.
@@ -65,6 +70,10 @@ class Selection:
         if len(self.seconds) < 2:
             return (f"{self.chosen} is the only one here" if self.seconds else "not compared") + where[self.source]
         trusted, own = next(iter(self.seconds)), self.seconds[self.chosen]
+        best = min(self.seconds, key=self.seconds.__getitem__)
+        if self.chosen == _FAVOURED != best:
+            asked = f"below the {1 - 1 / _FAVOUR:.0%} that justify it"
+            return f"{best} measured {_faster(own, self.seconds[best])} than {self.chosen}, {asked}{where[self.source]}"
         if self.chosen != trusted:
             return f"{self.chosen} measured {_faster(self.seconds[trusted], own)} than {trusted}{where[self.source]}"
         name = min((n for n in self.seconds if n != trusted), key=self.seconds.__getitem__)
@@ -253,6 +262,8 @@ def _time(
 def _fastest(seconds: dict[str, float]) -> str:
     """Of candidates whose first is trusted."""
     trusted, fastest = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
+    if seconds.get(_FAVOURED, math.inf) < _FAVOUR * seconds[fastest]:
+        return _FAVOURED
     return fastest if seconds[fastest] < _MARGIN * seconds[trusted] else trusted
 
 

@@ -159,6 +159,19 @@ def test_linear(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, in
 
 
 @each_case
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_turned_weights(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """As gradients of inputs read them."""
+    from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
+    from xfm_fast.kernels.cpu.llvm.linear import takes
+
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(inputs, outputs + 5).to(dtype)[:, :outputs]
+    assert takes(x, torch.randn(inputs, outputs).to(dtype), turned=True)
+    assert_as_accurate(compiled(x, weight, None, turned=True, level=level), torch.mm, x, weight)
+
+
+@each_case
 def test_gelu_of_every_number(level: llvm.Level, dtype: torch.dtype) -> None:
     """Large numbers of either sign too, and none."""
     from xfm_fast.kernels.cpu.llvm.linear import linear as compiled

@@ -58,11 +58,12 @@ class _Linear:
         kind: of the factors: fp32, bf16 or int8.
         half: whether the result, and what is added to it, is bf16 instead of fp32.
         few: the one of few rows.
+        turned: the one whose weight is `[K, M]`; of many rows, and not of bytes.
         level: of the processor.
     """
 
-    def __init__(self, kind: Kind, half: bool, few: bool, level: Level) -> None:
-        self.kind, self.half, self.level = kind, half, level
+    def __init__(self, kind: Kind, half: bool, few: bool, turned: bool, level: Level) -> None:
+        self.kind, self.half, self.level, self.turned = kind, half, level, turned
         # Rows are read as channels in fp32, pairs of them in bf16 and fours of them in bytes, 32 bits each.
         self.unit, self.element = FP32 if kind == "fp32" else INT32, BF16 if half else FP32
         self.summed = INT32 if kind == "int8" else FP32
@@ -70,7 +71,7 @@ class _Linear:
         self.given = given = b.given
         self.height, self.columns = _height(few, level), _columns(few, level)
         self.sums_bytes = 4 * self.height * self.columns
-        for name in ("x_row", "weight_row", "inputs"):
+        for name in ("x_row", "inputs") if turned else ("x_row", "weight_row", "inputs"):
             given[name] = b.ashr(given[name], b.number(_SHIFT[kind]))
         b.tasks(self._few if few else self._many)
 
@@ -94,6 +95,9 @@ class _Linear:
 
         def lay_out(at: Any) -> None:
             place = b.at(panel(at), b.and_(b.sub(at, column), b.number(lanes)), self.unit)
+            if self.turned:
+                b.loop(0, given["inputs"], 1, lambda u: self._lay_out_turned(at, u, place))
+                return
             rows = [self._row("weight", b.add(at, b.number(i))) for i in range(lanes)]
             ahead = b.mul(given["weight_row"], b.number(lanes))
 
@@ -129,6 +133,18 @@ class _Linear:
             b.loop(column, stop, 2 * lanes, some_columns)
 
         b.loop(row, end, self.height, tile)
+
+    def _lay_out_turned(self, column: Any, unit: Any, place: Any) -> None:
+        """A vector of columns, of one row of the weight in fp32, of two in turn in bf16."""
+        b, lanes, row = self.b, self.level.lanes, self.given["weight_row"]
+        into = b.at(place, b.mul(unit, b.number(2 * lanes)), self.unit)
+        if self.kind == "fp32":
+            b.write(b.read(b.at(self.given["weight"], b.add(b.mul(unit, row), column), FP32), FP32), into)
+            return
+        first = b.at(self.given["weight"], b.add(b.mul(b.shl(unit, b.number(1)), row), column), INT16)
+        one, other = b.read(first, INT16), b.read(b.at(first, row, INT16), INT16)
+        alternating = [c // 2 + (lanes if c % 2 else 0) for c in range(2 * lanes)]
+        b.write(b.picked(one, other, alternating), into)
 
     def _few(self, task: Any, thread: Any) -> None:
         b, lanes = self.b, self.level.lanes
@@ -325,11 +341,11 @@ class _Bytes:
 
 
 @cache
-def _kernel(kind: Kind, half: bool, few: bool, level: Level) -> Kernel:
+def _kernel(kind: Kind, half: bool, few: bool, turned: bool, level: Level) -> Kernel:
     def write() -> Builder:
-        return _Linear(kind, half, few, level).b
+        return _Linear(kind, half, few, turned, level).b
 
-    return Kernel("linear_of_few_rows" if few else "linear", level, (kind, half), __file__, write)
+    return Kernel("linear_of_few_rows" if few else "linear", level, (kind, half, turned), __file__, write)
 
 
 @cache
@@ -353,14 +369,19 @@ def takes_bytes(weight: Tensor) -> bool:
     return level.bf16 and weight.shape[0] % level.lanes == 0 and weight.shape[1] % (4 * level.lanes) == 0
 
 
-def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether there is a kernel for x `[n, K]` and a weight `[M, K]`, with what else goes into the result."""
+def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = False) -> bool:
+    """Whether there is a kernel for x `[n, K]` and a weight `[M, K]`, with what else goes into the result.
+
+    Args:
+        turned: the weight is `[K, M]`.
+    """
     lanes = levels()[0].lanes
     wide = lanes * (2 if x.dtype == torch.bfloat16 else 1)
     rows = [t for t in (x, weight, *others) if t is not None]
+    inputs, outputs = weight.shape if turned else weight.shape[::-1]
     return (
-        weight.shape[0] % lanes == 0
-        and weight.shape[1] % wide == 0
+        outputs % lanes == 0
+        and inputs % wide == 0
         and all(t.dtype == x.dtype and t.layout == torch.strided and t.stride(-1) == 1 for t in rows)
         and (x.dtype == torch.float32 or (x.stride(0) % 2 == 0 and weight.stride(0) % 2 == 0))
     )
@@ -374,6 +395,7 @@ def linear(
     gamma: Tensor | None = None,
     *,
     gelu: bool = False,
+    turned: bool = False,
     out: Tensor | None = None,
     few: bool | None = None,
     level: Level | None = None,
@@ -382,13 +404,15 @@ def linear(
 
     Args:
         x: `[n, K]`; weight: `[M, K]`; bias, gamma: `[M]`; residual: `[n, M]`; all of one type, as in `takes`.
+        turned: the weight is `[K, M]` and the product `x W`; of many rows.
         out: `[n, M]`, where the result is written.
         few: which kernel runs; by default what is quicker for so many rows.
         level: whose kernel runs; the best of this processor by default.
     """
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype) if out is None else out
+    out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
     kind: Kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
-    return _run(kind, x, weight, (bias, gamma, residual), out, few, level, gelu=gelu)
+    few = False if turned else few
+    return _run(kind, x, weight, (bias, gamma, residual), out, few, level, gelu=gelu, turned=turned)
 
 
 class Bytes(NamedTuple):
@@ -447,14 +471,15 @@ def _run(
     level: Level | None,
     *factors: Bytes,
     gelu: bool,
+    turned: bool = False,
 ) -> Tensor:
     """The product of factors of a kind with bias, gamma and residual."""
     level, half, threads = level or levels()[0], out.dtype == torch.bfloat16, torch.get_num_threads()
-    (rows, inputs), outputs = x.shape, weight.shape[0]
+    (rows, inputs), outputs = x.shape, out.shape[1]
     if not out.numel():
         return out
     few = rows < _FEW[kind] if few is None else few
-    kernel, sums_bytes = _kernel(kind, half, few, level), 4 * _height(few, level) * _columns(few, level)
+    kernel, sums_bytes = _kernel(kind, half, few, turned, level), 4 * _height(few, level) * _columns(few, level)
     columns, room, chunks, chunk = _FEW_COLUMNS, sums_bytes, 1, rows
     if not few:
         panel = 2 * level.lanes * inputs * x.element_size()
