@@ -12,13 +12,13 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.cli.runner import invoke
-from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast.checkpoint import to_official
 from xfm_fast.cli import export as commands
 from xfm_fast.errors import InputError, UnavailableError
@@ -305,7 +305,7 @@ def test_tensorrt_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = invoke(command)
     assert done.exit_code == 2
     assert "pip install 'xfm-fast[tensorrt]'" in done.stderr
-    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt())
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.14.1.48"))
     monkeypatch.setattr("xfm_fast.export.engines.library.local_capability", lambda: 89)
     for more, message in (
         (("--hardware-compatible", "all"), 'Choose from: "ampere_plus", "same_compute_capability"'),

@@ -9,12 +9,14 @@ below, because a process can load one version only.
 from __future__ import annotations
 
 import importlib
-import inspect
+import operator
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -324,35 +326,6 @@ def _run_both_profiles(graph: Any, record: Any) -> None:
         graph.run({"image_embeds": torch.zeros(size, 2, 3)}, slot, sizes)
 
 
-def stand_in(trt: Any, scratch: Path) -> None:
-    """What `fake_tensorrt` lets our code call, the real classes have, with the same number of parameters."""
-    from tests.export.engines.fake_tensorrt import make_tensorrt
-
-    fake = make_tensorrt()
-    builder = fake.Builder(None)
-    pairs = {
-        "Builder": builder,
-        "IBuilderConfig": builder.create_builder_config(),
-        "IOptimizationProfile": builder.create_optimization_profile(),
-        "INetworkDefinition": builder.create_network(0),
-        "OnnxParser": fake.OnnxParser(None, None),
-        "IProgressMonitor": fake.IProgressMonitor(),
-    }
-    inside = {"logger", "cache", "shapes"}
-    for name, made in pairs.items():
-        for member in {each for each in dir(made) if not each.startswith("_")} - inside:
-            real = getattr(getattr(trt, name), member)
-            method = getattr(type(made), member, None)
-            if inspect.isfunction(method):
-                count = len(inspect.signature(method).parameters)
-                variable = any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(method).parameters.values())
-                known = [*signatures(member, real.__doc__ or "")]
-                assert variable or count in {len(taken) for taken, _ in known}, (name, member, known)
-    for enumeration in ("BuilderFlag", "HardwareCompatibilityLevel", "NetworkDefinitionCreationFlag"):
-        for member in vars(getattr(fake, enumeration)):
-            assert hasattr(getattr(trt, enumeration), member), (enumeration, member)
-
-
 def lacking(trt: Any, scratch: Path) -> None:
     """Bindings without libraries that work: the real classes, which make nothing, end in an error of ours."""
     from xfm_fast.errors import UnavailableError
@@ -365,8 +338,9 @@ def lacking(trt: Any, scratch: Path) -> None:
 
 
 def plugins(trt: Any, scratch: Path) -> None:
-    """The real `tensorrt.plugin` takes the signatures of our plugins."""
+    """The real `tensorrt.plugin` takes our plugins, and makes kernels, launches and shapes of them."""
     from xfm_fast.errors import UnavailableError
+    from xfm_fast.export.engines import plugin_kernels
     from xfm_fast.export.engines import plugins as ours
     from xfm_fast.export.engines.library import load_library
 
@@ -383,9 +357,72 @@ def plugins(trt: Any, scratch: Path) -> None:
     trt.get_plugin_registry = lambda: Checked(trt, trt.IPluginRegistry, answers, calls)
     ours.register(library, 90)
     assert calls.count("IPluginRegistry.register_creator") == 2, calls
-    known = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY
-    for name in (ours.RELPOS, ours.VARLEN):
-        assert known[f"{ours.NAMESPACE}::{name}"].aot_impl_func is not None
+    compiled = SimpleNamespace(
+        name="f", ptx="ptx", threads=256, shared_bytes=40960, tiles={"BLOCK_M": 64}, arguments={"batch": "int32"}
+    )
+    sizes = {"heads": 12, "head_dim": 64}
+    plugin_kernels.compile_relpos = lambda *_, **__: compiled
+    q = (8, 12, 197, 64)
+    told = _planned(trt, ours.RELPOS, [q] * 4, {**sizes, "tokens": 197, "columns": 256, "scale": 0.125})
+    assert told.shapes == [q, q[:3]]
+    assert (told.launch.grid_x, told.launch.block_x, told.launch.shared_mem) == (4 * 8 * 12, 256, 40960)
+    assert told.integers == [8]
+    compiled.arguments = dict.fromkeys(("sequences", "tiles", "queries"), "int32")
+    plugin_kernels.compile_varlen = lambda *_, **__: compiled
+    q, k = ((6, length, 12, 64) for length in (40, 577))
+    told = _planned(
+        trt, ours.VARLEN, [q, k, k, (7,), (7,), (6 * 577,)], {**sizes, "masked": 1, "small_tiles": 0, "scale": 0.125}
+    )
+    tiles = 240 // 64 + 6
+    assert told.shapes == [q, (12, 6, 40)]
+    assert (told.launch.grid_x, told.launch.grid_y, told.integers) == (tiles * 12, 1, [6, tiles, 240])
+
+
+@dataclass
+class Size:
+    """Stands for an `IDimensionExpr`, which only a library makes."""
+
+    value: int
+
+
+def _planned(trt: Any, name: str, inputs: list[tuple[int, ...]], attributes: dict[str, Any]) -> Any:
+    """Shapes of results, launch and integer arguments, as the real module's own plugin asks ours for them."""
+    import numpy as np
+
+    from xfm_fast.export.engines import plugins as ours
+
+    lib, tensor = (importlib.import_module(f"tensorrt_bindings.plugin.{part}") for part in ("_lib", "_tensor"))
+    trt.IDimensionExpr, trt.DimsExprs = Size, lambda count: [None] * count
+    tensor.SymExprImpl = lambda symbol: symbol._expr.value
+    do = {"SUM": operator.add, "SUB": operator.sub, "PROD": operator.mul, "FLOOR_DIV": operator.floordiv}
+    builder = SimpleNamespace(constant=Size, operation=lambda kind, a, b: Size(do[kind.name](a.value, b.value)))
+    kinds = ours.INTERFACES[name].attributes
+    creator = lib._TemplatePluginCreator(name, ours.NAMESPACE, {key: (True, kind) for key, kind in kinds.items()})
+    fields = [
+        trt.PluginField(key, np.array([value]), lib._built_in_to_plugin_field_type[type(value)])
+        for key, value in attributes.items()
+    ]
+    plugin = creator.create_plugin(
+        name, ours.NAMESPACE, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.PREFER_AOT,
+    )  # fmt: skip
+    types = plugin.get_output_data_types([trt.bfloat16] * len(inputs), [*map(len, inputs)])
+    assert types == [trt.bfloat16, trt.float32]
+    results = plugin.get_output_shapes([[*map(Size, shape)] for shape in inputs], [], builder)
+    shapes = [tuple(size.value for size in shape) for shape in results]
+    launch = SimpleNamespace()
+    described = [trt.DynamicPluginTensorDesc() for _ in [*inputs, *results]]
+    for each in described:
+        each.desc.type = trt.bfloat16
+    plugin.set_tactic(0)
+
+    class Arguments(dict):
+        nbSymExprs = 0
+
+    arguments = Arguments()
+    plugin.get_launch_params(None, described, len(inputs), launch, arguments, builder)
+    assert len(arguments) == arguments.nbSymExprs
+    return SimpleNamespace(shapes=shapes, launch=launch, integers=[*arguments.values()])
 
 
 def whole(trt: Any, scratch: Path) -> None:
@@ -405,7 +442,7 @@ def whole(trt: Any, scratch: Path) -> None:
         assert (scratch / "engines" / record.file).stat().st_size > 1 << 16
 
 
-SCENARIOS = {made.__name__: made for made in (checking, build, run, stand_in, lacking, plugins)}
+SCENARIOS = {made.__name__: made for made in (checking, build, run, lacking, plugins)}
 
 if __name__ == "__main__":
     (SCENARIOS | {"whole": whole})[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]))

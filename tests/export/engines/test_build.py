@@ -1,4 +1,4 @@
-"""Engines: real ones by TensorRT for RTX, which needs no GPU to build; TensorRT through a stand-in for its module."""
+"""Engines: real ones by TensorRT for RTX, which needs no GPU to build; TensorRT by what is asked of its module."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 
-from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast.checkpoint import files
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
@@ -30,6 +31,11 @@ from xfm_fast.models.xfm import XFM
 
 TARGETS = (80, 89, 120)
 PROFILES = ("latency:batch=1,texts=1..8..16,length=1..16..40",)
+# What is used of TensorRT's `IBuilderConfig`.
+_CONFIG = (
+    "add_optimization_profile", "builder_optimization_level", "clear_flag", "create_timing_cache", "get_timing_cache",
+    "hardware_compatibility_level", "progress_monitor", "set_flag", "set_timing_cache",
+)  # fmt: skip
 
 
 def rtx() -> engine_library.Library:
@@ -39,10 +45,22 @@ def rtx() -> engine_library.Library:
 
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Puts a stand-in for TensorRT and a GPU in place."""
+    """Puts a GPU in place, and a recorder of calls for TensorRT: that they are calls of it, `real_tensorrt` shows."""
 
-    def install(version: str = "10.14.1.48", *, gpu: int | None = 89, **options: Any) -> Any:
-        module = make_tensorrt(version, **options)
+    def install(version: str = "10.14.1.48", *, gpu: int | None = 89) -> Any:
+        module = MagicMock(__version__=version)
+        severities = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+        module.ILogger = type("ILogger", (), {name: number for number, name in enumerate(severities)})
+        module.IProgressMonitor = type("IProgressMonitor", (), {})
+        module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1, PREFER_AOT_PYTHON_PLUGINS=3)
+        builder = module.Builder.return_value
+        builder.build_serialized_network.return_value = b"plan of TensorRT"
+        network = builder.create_network.return_value
+        network.num_inputs, network.get_input.return_value.name = 1, "x"
+        # It has no compute capabilities to set, unlike that of TensorRT for RTX.
+        config = builder.create_builder_config.return_value = MagicMock(spec_set=_CONFIG)
+        config.add_optimization_profile.return_value = 0
+        config.get_timing_cache.return_value.serialize.return_value = b"timed"
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(engine_library, "local_capability", lambda: gpu)
         return module
@@ -140,23 +158,16 @@ def test_the_graphs_behind_engines_are_compared_on_the_cpu(
             export(tmp_path / "bad")
 
 
-def test_fp32_engines_are_not_rounded_to_tf32(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
-    trt = tensorrt()
-    engines.build_engine(
-        load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
-    )
-    assert trt.record["cleared"] == ["TF32"]
+def test_fp32_engines_are_not_rounded_to_tf32() -> None:
     library = rtx()
     config = library.trt.Builder(engine_library.message_logger(library.trt, [], engines._log)).create_builder_config()
     library.configure(config, TensorRTRequest(), (89,))
     assert not config.get_flag(library.trt.BuilderFlag.TF32)
 
 
-def test_a_builder_without_a_network_is_no_traceback(
-    tensorrt: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = tensorrt() and load_library("tensorrt")
-    monkeypatch.setattr(library, "create_network", lambda *_, **__: None)
+def test_a_builder_without_a_network_is_no_traceback(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    tensorrt().Builder.return_value.create_network.return_value = None
+    library = load_library("tensorrt")
     with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48 makes no network \(it gives no reason\)"):
         engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), [])
 
@@ -441,7 +452,8 @@ def one_input() -> Iterator[Any]:
 
 def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
     trt = tensorrt()
-    library = load_library("tensorrt")
+    library, builder = load_library("tensorrt"), trt.Builder.return_value
+    config, shapes = builder.create_builder_config.return_value, builder.create_optimization_profile.return_value
     options = TensorRTRequest(
         timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus"
     )
@@ -452,23 +464,29 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
     )
     assert built.path.read_bytes() == b"plan of TensorRT"
     assert targets == (89,)
-    assert trt.record["network"] == 1 << 1  # strongly typed
-    assert trt.record["flags"] == ["VERSION_COMPATIBLE"]
-    assert trt.record["level"] == "AMPERE_PLUS"
-    assert trt.record["profiles"] == [{"x": ((1, 3), (1, 3), (1, 3))}, {"x": ((1, 3), (1, 3), (8, 3))}]
-    assert (tmp_path / "timings").read_bytes() == b"earlier+timed"
+    builder.create_network.assert_called_with(1 << 1)  # strongly typed
+    assert config.clear_flag.mock_calls == [call(trt.BuilderFlag.TF32)]
+    assert config.set_flag.mock_calls == [call(trt.BuilderFlag.VERSION_COMPATIBLE)]
+    assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert shapes.set_shape.mock_calls == [call("x", (1, 3), (1, 3), (most, 3)) for most in (1, 8)]
+    assert config.add_optimization_profile.mock_calls == [call(shapes)] * 2
+    config.create_timing_cache.assert_called_once_with(b"earlier")
+    config.set_timing_cache.assert_called_once_with(config.create_timing_cache.return_value, False)
+    assert (tmp_path / "timings").read_bytes() == b"timed"
     carrying = TensorRTRequest(plugins=True)
     engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", carrying, targets, list(one_input()))
-    assert trt.record["network"] == 1 << 1 | 1 << 3  # and plugins compiled ahead of time
+    builder.create_network.assert_called_with(1 << 1 | 1 << 3)  # and plugins compiled ahead of time
 
 
 def test_timings_of_another_machine_are_not_used(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
-    tensorrt()
+    config = tensorrt().Builder.return_value.create_builder_config.return_value
+    config.set_timing_cache.side_effect = [False, True]
     cache = tmp_path / "timings"
     cache.write_bytes(b"other machine")
     options = TensorRTRequest(timing_cache=cache)
     engines.build_engine(load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", options, (89,), [])
-    assert cache.read_bytes() == b"+timed"
+    assert config.create_timing_cache.mock_calls == [call(b"other machine"), call(b"")]
+    assert cache.read_bytes() == b"timed"
 
 
 def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
@@ -477,7 +495,7 @@ def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any
     engines.build_engine(
         load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
     )
-    assert trt.record["network"] == 0
+    trt.Builder.return_value.create_network.assert_called_with(0)
 
 
 @pytest.mark.parametrize(
