@@ -391,6 +391,8 @@ def _planned(trt: Any, name: str, inputs: list[tuple[int, ...]], attributes: dic
 
     from xfm_fast.export.engines import plugins as ours
 
+    lib: Any
+    tensor: Any
     lib, tensor = (importlib.import_module(f"tensorrt_bindings.plugin.{part}") for part in ("_lib", "_tensor"))
     trt.IDimensionExpr, trt.DimsExprs = Size, lambda count: [None] * count
     tensor.SymExprImpl = lambda symbol: symbol._expr.value
@@ -425,24 +427,33 @@ def _planned(trt: Any, name: str, inputs: list[tuple[int, ...]], attributes: dic
     return SimpleNamespace(shapes=shapes, launch=launch, integers=[*arguments.values()])
 
 
-def whole(trt: Any, scratch: Path) -> None:
-    """`export tensorrt` from a model to engines through the real bindings, whose library is TensorRT for RTX."""
-    from tests.export.conftest import build_model
+def whole(trt: Any, scratch: Path, dtype: Any) -> None:
+    """`export tensorrt` from models to engines through the real bindings, whose library is TensorRT for RTX."""
+    from tests.export.conftest import build_model, build_task_model
     from xfm_fast.export.engines import build, library
+    from xfm_fast.export.request import GRAPHS
 
     library.local_capability = lambda: 89
-    manifest = build.export_engines(
-        build_model(), scratch / "engines", "tensorrt", dtype="bf16", graphs=("image_memory", "text"),
-        profile=("latency:batch=1,length=1..16..40", "bulk:batch=1..4..8,length=1..16..40"), level=2,
-    )  # fmt: skip
-    assert manifest.target is not None
-    assert manifest.target.version == trt.__version__
-    assert [record.file for record in manifest.graphs] == ["image_memory.engine", "text.engine"]
-    for record in manifest.graphs:
-        assert (scratch / "engines" / record.file).stat().st_size > 1 << 16
+    axes = "texts=1..4..8,length=1..16..40,past=1..8..40"
+    for model, graphs in (
+        (build_model(), GRAPHS),
+        (build_task_model("vqa"), ("decoder_memory", "decoder_step")),
+        (build_task_model("nlvr2"), ("nlvr2",)),
+    ):
+        folder = scratch / graphs[0]
+        manifest = build.export_engines(
+            model, folder, "tensorrt", dtype=dtype, graphs=graphs, level=2,
+            profile=(f"latency:batch=1,{axes}", f"bulk:batch=1..4..8,{axes}"),
+        )  # fmt: skip
+        assert manifest.target is not None
+        assert manifest.target.version == trt.__version__
+        assert [record.file for record in manifest.graphs] == [f"{graph}.engine" for graph in graphs]
+        for record in manifest.graphs:
+            assert [profile.name for profile in record.profiles] == ["latency", "bulk"]
+            assert (folder / record.file).stat().st_size > 1 << 16
 
 
 SCENARIOS = {made.__name__: made for made in (checking, build, run, lacking, plugins)}
 
 if __name__ == "__main__":
-    (SCENARIOS | {"whole": whole})[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]))
+    (SCENARIOS | {"whole": whole})[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]), *sys.argv[4:])
