@@ -340,6 +340,7 @@ def test_capabilities_are_checked_before_anything_is_exported() -> None:
         ((75, 80), "bf16", r"SM75 has no bf16 \(SM80 is the first that has\); use --dtype fp16"),
         ((80, 89), "fp8", r"SM80 has no fp8 \(SM89 is the first that has\); use --quantize int8"),
         ((75, 80), "fp8", "SM75, SM80 have no fp8"),
+        ((75, 120), "fp32", r"SM75 has no fp32 in TensorRT for RTX \(SM80 is the first that has\); use --dtype fp16"),
         ((90,), "bf16", r"does not build for SM90; it builds for SM75, .* xfm-fast export tensorrt"),
     ):
         with pytest.raises(UnavailableError, match=message):
