@@ -158,3 +158,22 @@ def exported_packed(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) 
 def exported_fp16(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in fp16."""
     return _exported(tmp_path_factory, small_model, "fp16", "fp16")
+
+
+TARGETS = (80, 89, 120)
+"""The GPUs of `bf16_engines`."""
+
+
+@pytest.fixture(scope="session")
+def bf16_engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines of TensorRT for RTX of the four graphs that a server composes, the graphs beside them."""
+    pytest.importorskip("tensorrt_rtx", reason="builds engines with tensorrt-rtx")
+    from xfm_fast.export.engines.build import export_engines
+
+    def make(folder: Path) -> None:
+        export_engines(
+            small_model, folder, "tensorrt-rtx", dtype="bf16", sm=",".join(map(str, TARGETS)), keep_onnx=True,
+            source="a small model",
+        )  # fmt: skip
+
+    return once(tmp_path_factory, "bf16_engines", make)

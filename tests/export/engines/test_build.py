@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +13,8 @@ from unittest.mock import MagicMock, call
 
 import pytest
 
+from tests.export.conftest import TARGETS
 from xfm_fast.checkpoint import files
-from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export.engines import build as engines
 from xfm_fast.export.engines import library as engine_library
@@ -29,7 +28,6 @@ from xfm_fast.export.runtimes import tensorrt_engines
 from xfm_fast.export.verification import verify
 from xfm_fast.models.xfm import XFM
 
-TARGETS = (80, 89, 120)
 PROFILES = ("latency:batch=1,texts=1..8..16,length=1..16..40",)
 # What is used of TensorRT's `IBuilderConfig`.
 _CONFIG = (
@@ -66,18 +64,6 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return module
 
     return install
-
-
-@pytest.fixture(scope="module")
-def bf16_engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines of the four graphs of a small model, the graphs beside them."""
-    rtx()
-    folder = tmp_path_factory.mktemp("engines") / "bf16"
-    engines.export_engines(
-        small_model, folder, "tensorrt-rtx", dtype="bf16", sm=",".join(map(str, TARGETS)), keep_onnx=True,
-        source="a small model",
-    )  # fmt: skip
-    return folder
 
 
 class Watcher:
@@ -517,53 +503,3 @@ def test_what_tensorrt_lacks_is_refused(
     tensorrt(version, gpu=gpu)
     with pytest.raises(UnavailableError, match=message):
         load_library("tensorrt").check(TensorRTRequest(**options), "bf16")
-
-
-# Steps, kernels, products by themselves, and copies in the first schedule of an engine, by TensorRT for RTX 1.7. Its
-# attention lays out keys for itself, whether they come layer by layer or are cut out of one tensor.
-_MOST_STEPS = {
-    "vision": (26, 16, 1, 6), "text": (23, 15, 6, 0), "image_memory": (2, 1, 0, 1), "fusion": (41, 23, 8, 8)
-}  # fmt: skip
-# The same of the base model. The copies of a layer of fusion are around its cross-attention: queries, keys, result.
-_MOST_BASE_STEPS = {
-    "vision": (116, 66, 1, 26), "text": (103, 55, 36, 0), "image_memory": (2, 1, 0, 0), "fusion": (189, 111, 38, 36)
-}  # fmt: skip
-
-
-def schedule(engine: Path) -> tuple[int, int, int, int]:
-    """Steps that compute; those without a product; those that are a product alone; those that only move or cast."""
-    text = engine.read_bytes().decode("latin1")
-    start = text.index("\nmain {")
-    steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[start : text.index("\n}\n", start)], re.MULTILINE)
-    working = [(kind, name) for kind, name in steps if kind not in ("shape_call", "signal", "wait")]
-    kernels, products = (sum(kind == wanted for kind, _ in working) for wanted in ("function", "fully_connected"))
-    # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
-    moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
-    return len(working), kernels, products, sum(kind == "copy" or bool(moves.match(name)) for kind, name in working)
-
-
-def _grown(folder: Path, most: Mapping[str, tuple[int, int, int, int]]) -> dict[str, Any]:
-    """The graphs whose engines do more than they may: what they do, and what they may."""
-    version = rtx().version
-    if not version.startswith("1.7."):
-        pytest.skip(f"the numbers are those of TensorRT for RTX 1.7, and this is {version}")
-    found = {name: (schedule(folder / f"{name}.engine"), steps) for name, steps in most.items()}
-    return {
-        name: (steps, may)
-        for name, (steps, may) in found.items()
-        if any(now > most for now, most in zip(steps, may, strict=True))
-    }
-
-
-def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
-    """A ratchet: who saves a kernel lowers the number; a change of the graphs that costs one is seen here."""
-    assert not (grown := _grown(bf16_engines, _MOST_STEPS)), f"kernels, products or copies that are more: {grown}"
-
-
-@pytest.mark.slow
-def test_engines_of_base_size_launch_no_more_kernels_than_before(tmp_path: Path) -> None:
-    """The ratchet of the base model; the words that it knows are no matter of kernels, and few make it smaller."""
-    rtx()
-    model = XFM(XFMConfig.preset("base").replace(vocab_size=300)).requires_grad_(False).eval()
-    engines.export_engines(model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89")
-    assert not (grown := _grown(tmp_path, _MOST_BASE_STEPS)), f"kernels, products or copies that are more: {grown}"
