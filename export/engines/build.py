@@ -78,11 +78,21 @@ def export_engines(
     """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json` beside them.
 
     Args:
-        model, folder, consumer, request, given: see `engine_graphs`.
+        model: is left as it is.
+        folder: made if it is not there.
+        consumer: which library builds.
+        request: which graphs, their form, and how the engines are built.
+        source, tokenizer_sha256, companions: see `pipeline.export_graphs`.
+        examples: compare with the model on them: the ONNX graphs on the CPU, and the engines where they run. Without,
+            the manifest says `unverified`.
+        calibration: choose 8-bit products and their scales on these; by default on `examples`, or generated ones.
         progress: is told how far the build is.
+        given: those of `source` to `calibration`, and fields of the request.
 
     Raises:
-        UnavailableError, InputError, StorageError: see `engine_graphs`.
+        UnavailableError: the library is missing, or it or the targets do not offer what was asked for.
+        InputError: a profile that does not fit the graphs.
+        StorageError: the folder cannot be written, or has no room.
         ExportError: the library cannot build a graph; names the layer and the remedy.
     """
     with engine_graphs(model, folder, consumer, request, **given) as build:
@@ -105,21 +115,7 @@ def engine_graphs(
 ) -> Iterator[Callable[[BuildProgress | None], Manifest]]:
     """Export the graphs of engines; gives the function that builds these, for which the model need not be in memory.
 
-    Args:
-        model: is left as it is.
-        folder: made if it is not there.
-        consumer: which library builds.
-        request: which graphs, their form, and how the engines are built.
-        source, tokenizer_sha256, companions: see `pipeline.export_graphs`.
-        examples: compare with the model on them: the ONNX graphs on the CPU, and the engines where they run. Without,
-            the manifest says `unverified`.
-        calibration: choose 8-bit products and their scales on these; by default on `examples`, or generated ones.
-        changes: fields of the request.
-
-    Raises:
-        UnavailableError: the library is missing, or it or the targets do not offer what was asked for.
-        InputError: a profile that does not fit the graphs.
-        StorageError: the folder cannot be written, or has no room.
+    Arguments and errors are those of `export_engines`; `changes` are fields of the request.
     """
     folder = Path(folder)
     wanted = completed(request, TensorRTRequest, changes).complete
