@@ -5,10 +5,11 @@ Everything that can fail early fails before a builder starts. An interruption st
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from xfm_fast.errors import ExportError, InputError
 from xfm_fast.models.xfm import XFM
 
 from ..consumers import Profile, data_type, profile
-from ..expected import Examples, generated_examples
+from ..expected import Examples, Reference, generated_examples
 from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from ..onnx import Rewrite, export_onnx, require_onnx
 from ..pipeline import (
@@ -40,7 +41,7 @@ from ..quantise import (
     require_eight_bits,
 )
 from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
-from ..verification import compare_with_model
+from ..verification import compare_with_reference, keep_reference
 from .library import EngineConsumer, Library, load_library, message_logger, said, started
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
 from .plugin_graphs import with_plugins
@@ -72,13 +73,8 @@ def export_engines(
     consumer: EngineConsumer,
     request: EngineRequest | None = None,
     *,
-    source: str = "a model in memory",
-    tokenizer_sha256: str | None = None,
-    examples: Examples | None = None,
-    calibration: Examples | None = None,
-    companions: Mapping[str, bytes] = {},
     progress: BuildProgress | None = None,
-    **changes: Any,
+    **given: Any,
 ) -> Manifest:
     """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json` beside them.
 
@@ -92,7 +88,7 @@ def export_engines(
             the manifest says `unverified`.
         calibration: choose 8-bit products and their scales on these; by default on `examples`, or generated ones.
         progress: is told how far the build is.
-        changes: fields of the request.
+        given: those of `source` to `calibration`, and fields of the request.
 
     Raises:
         UnavailableError: the library is missing, or it or the targets do not offer what was asked for.
@@ -100,7 +96,29 @@ def export_engines(
         StorageError: the folder cannot be written, or has no room.
         ExportError: the library cannot build a graph; names the layer and the remedy.
     """
-    folder, progress = Path(folder), progress or Silent()
+    with engine_graphs(model, folder, consumer, request, **given) as build:
+        return build(progress)
+
+
+@contextlib.contextmanager
+def engine_graphs(
+    model: XFM,
+    folder: str | Path,
+    consumer: EngineConsumer,
+    request: EngineRequest | None = None,
+    *,
+    source: str = "a model in memory",
+    tokenizer_sha256: str | None = None,
+    examples: Examples | None = None,
+    calibration: Examples | None = None,
+    companions: Mapping[str, bytes] = {},
+    **changes: Any,
+) -> Iterator[Callable[[BuildProgress | None], Manifest]]:
+    """Export the graphs of engines; gives the function that builds these, for which the model need not be in memory.
+
+    Arguments and errors are those of `export_engines`; `changes` are fields of the request.
+    """
+    folder = Path(folder)
     wanted = completed(request, TensorRTRequest, changes).complete
     library, targets, spelling = check_request(consumer, wanted)
     profiles = parse_profiles(wanted.profile, packed=wanted.packed)
@@ -119,39 +137,51 @@ def export_engines(
         inputs = Calibration.of_model(model, known, [*built])
         rewrite = quantising(inputs, kind, dtype, budget=wanted.budget)
         settings = eight_bit_options(kind, wanted.budget, inputs)
-    elif wanted.plugins:
-        rewrite = with_plugins(library, targets[0], profiles)
+    # A graph joins weights into new ones.
+    del built
     graphs = OnnxRequest(
         wanted.dtype, wanted.graphs, wanted.fixed, wanted.all_tokens, wanted.packed, consumer, wanted.opset
     )
-
-    def compare(content: Manifest, where: Path = folder) -> None:
-        if examples is not None:
-            compare_with_model(content, where, model, examples)
-
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
         onnx = folder / ONNX_FOLDER if wanted.keep_onnx else Path(scratch)
         exported = export_onnx(
-            model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256, companions=companions
-        )
+            model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256, companions=companions,
+            examples=examples, compared=False,
+        )  # fmt: skip
         exported.options |= settings
-        # No CPU runs a plugin, and it has the function of the nodes that it stands for.
-        if wanted.plugins:
-            compare(exported, onnx)
         if inputs is not None and wanted.quantize:
             paths = ((record, onnx / record.file) for record in exported.graphs)
             require_attainable(paths, inputs, wanted.quantize, budget=wanted.budget)
         if rewrite is not None:
-            for record in exported.graphs:
-                rewrite(record, onnx / record.file)
+            _rewritten(exported, onnx, rewrite)
             require_eight_bits(exported.graphs, wanted.budget)
-            exported.files = record_files(onnx, [record.name for record in exported.files])
-        if not wanted.plugins:
-            compare(exported, onnx)
-        exported.save(onnx)
-        return build_engines(
-            exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
-        )
+        reference = None if examples is None else Reference.load(onnx)
+
+        def compare(content: Manifest) -> None:
+            if reference is not None:
+                keep_reference(content, folder, reference)
+                compare_with_reference(content, folder, reference)
+
+        def build(progress: BuildProgress | None) -> Manifest:
+            # No CPU runs a plugin, and it has the function of the nodes that it stands for.
+            if reference is not None:
+                compare_with_reference(exported, onnx, reference)
+            if wanted.plugins:
+                _rewritten(exported, onnx, with_plugins(library, targets[0], profiles))
+            exported.save(onnx)
+            return build_engines(
+                exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
+            )
+
+        # Calibration computes with the model.
+        del model, rewrite, inputs
+        yield build
+
+
+def _rewritten(exported: Manifest, onnx: Path, rewrite: Rewrite) -> None:
+    for record in exported.graphs:
+        rewrite(record, onnx / record.file)
+    exported.files = record_files(onnx, [record.name for record in exported.files])
 
 
 def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Library, tuple[int, ...], Profile]:

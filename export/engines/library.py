@@ -17,7 +17,7 @@ import importlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, Literal, get_args
 
@@ -68,6 +68,7 @@ class Library:
     newest: ClassVar[int] = 11
     """The last major version that was tried."""
     instead: ClassVar[str] = ", or export for a machine without it: xfm-fast export tensorrt-rtx"
+    least: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
 
     def __init__(self) -> None:
         try:
@@ -143,8 +144,21 @@ class Library:
                 f"a plugin carries PTX for the GPU of this machine alone, SM{present}, so its engine runs on no other; "
                 "leave out --hardware-compatible or --plugins"
             )
-        check_type((present,), dtype)
+        self._check_type((present,), dtype)
         return (present,)
+
+    def _check_type(self, targets: Sequence[int], dtype: str) -> None:
+        least = self.least[dtype]
+        lacking = [target for target in targets if target < least]
+        if lacking:
+            instead = {"fp8": "use --quantize int8"}.get(dtype, "use --dtype fp16")
+            if min(lacking) < LEAST_CAPABILITY["fp16"]:
+                instead = "use a newer GPU"
+            raise UnavailableError(
+                f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype}"
+                f"{'' if least == LEAST_CAPABILITY[dtype] else f' in {self.label}'} (SM{least} is the first that has); "
+                f"{instead}, or leave out these targets"
+            )
 
     def create_network(self, builder: Any, *, plugins: bool = False) -> Any:
         """An empty network, strongly typed, with plugins compiled ahead of time where `plugins`."""
@@ -202,6 +216,8 @@ class TensorRTForRTX(Library):
     label = "TensorRT for RTX"
     newest = 1
     instead = ""
+    # It has no products of fp32 for Turing.
+    least = LEAST_CAPABILITY | {"fp32": 80}
 
     @property
     def capabilities(self) -> tuple[int, ...]:
@@ -244,7 +260,7 @@ class TensorRTForRTX(Library):
                 f"TensorRT for RTX {self.version} builds engines for other weights only on a machine with an "
                 "NVIDIA GPU, and there is none here; leave out --refittable"
             )
-        check_type(targets, dtype)
+        self._check_type(targets, dtype)
         return targets
 
     def create_network(self, builder: Any, *, plugins: bool = False) -> Any:
@@ -326,22 +342,6 @@ def _has(module: Any, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def check_type(targets: Sequence[int], dtype: str) -> None:
-    """See that every target computes in a type.
-
-    Raises:
-        UnavailableError: names the targets that do not, and what they have instead.
-    """
-    least = LEAST_CAPABILITY[dtype]
-    lacking = [target for target in targets if target < least]
-    if lacking:
-        instead = {"bf16": "use --dtype fp16", "fp8": "use --quantize int8"}.get(dtype, "use a newer GPU")
-        raise UnavailableError(
-            f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype} (SM{least} is the first that has); "
-            f"{instead}, or leave out these targets"
-        )
 
 
 def parse_targets(text: str) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render_batch, scen
 from xfm_fast.export.expected import Examples, padded_texts
 from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.vqa import VQAModel
 from xfm_fast.tokenizer import CaptionTokenizer
 
 # Two layers of everything, so that what is special about the last one shows.
@@ -30,7 +32,18 @@ def build_model(**changes: Any) -> XFM:
     """A small model in which nothing is zero or one, so that every term takes part in comparisons."""
     # The same weights for whoever calls it: what tests say of their errors is of these.
     torch.manual_seed(0)
-    model = XFM(XFMConfig.preset("tiny", **{**_SIZES, **changes}), heads=("contrastive", "matching", "boxes"))
+    config = XFMConfig.preset("tiny", **{**_SIZES, **changes})
+    return _stirred(XFM(config, heads=("contrastive", "matching", "boxes")))
+
+
+def build_task_model(name: Literal["nlvr2", "vqa"]) -> XFM:
+    """The same of a task."""
+    torch.manual_seed(0)
+    config = XFMConfig.preset("tiny", **_SIZES)
+    return _stirred(NLVR2Model(config) if name == "nlvr2" else VQAModel(config, decoder_layers=2))
+
+
+def _stirred(model: XFM) -> XFM:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -145,3 +158,22 @@ def exported_packed(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) 
 def exported_fp16(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in fp16."""
     return _exported(tmp_path_factory, small_model, "fp16", "fp16")
+
+
+TARGETS = (80, 89, 120)
+"""The GPUs of `bf16_engines`."""
+
+
+@pytest.fixture(scope="session")
+def bf16_engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines of TensorRT for RTX of the four graphs that a server composes, the graphs beside them."""
+    pytest.importorskip("tensorrt_rtx", reason="builds engines with tensorrt-rtx")
+    from xfm_fast.export.engines.build import export_engines
+
+    def make(folder: Path) -> None:
+        export_engines(
+            small_model, folder, "tensorrt-rtx", dtype="bf16", sm=",".join(map(str, TARGETS)), keep_onnx=True,
+            source="a small model",
+        )  # fmt: skip
+
+    return once(tmp_path_factory, "bf16_engines", make)

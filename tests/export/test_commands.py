@@ -12,13 +12,13 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.cli.runner import invoke
-from tests.export.engines.fake_tensorrt import make_tensorrt
 from xfm_fast.checkpoint import to_official
 from xfm_fast.cli import export as commands
 from xfm_fast.errors import InputError, UnavailableError
@@ -78,8 +78,13 @@ def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.Mo
     assert "failed: differs from the model: " in _run("verify", str(out), expect=1)
 
 
-def test_a_model_is_let_go_before_its_export_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runtime holds all weights once more: both at a time are more than a large model leaves room for."""
+@pytest.mark.parametrize("command", ["onnx", "tensorrt-rtx"])
+def test_a_model_is_let_go_before_its_export_is_compared(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime or builder holds all weights once more: both at a time are more than a large model leaves room for."""
+    from xfm_fast.export.engines import build
+
     made: list[weakref.ref[XFM]] = []
     compared = []
     load, compare = commands.load_subject, verification.compare_with_reference
@@ -95,9 +100,16 @@ def test_a_model_is_let_go_before_its_export_is_compared(tmp_path: Path, monkeyp
         compare(*given)
 
     monkeypatch.setattr(commands, "load_subject", loaded)
-    monkeypatch.setattr(verification, "compare_with_reference", comparing)
-    assert "verified" in _run("onnx", "--preset", "tiny", "--out", str(tmp_path / "out"), "--graphs", "image_memory")
-    assert compared == [True]
+    for module in (verification, build):
+        monkeypatch.setattr(module, "compare_with_reference", comparing)
+    options = ["--graphs", "image_memory", "--out", str(tmp_path / "out")]
+    if command == "tensorrt-rtx":
+        pytest.importorskip("tensorrt_rtx")
+        # Calibration computes with the model, and is done with it.
+        options += ["--sm", "89", "--dtype", "fp16", "--quantize", "int8"]
+    invoke(["export", command, "--preset", "tiny", *options])
+    assert Manifest.load(tmp_path / "out").status in ("verified", "graphs verified")
+    assert {*compared} == {True}
 
 
 @pytest.fixture
@@ -221,19 +233,21 @@ def test_examples_are_generated_where_there_are_none(monkeypatch: pytest.MonkeyP
     assert "no photographs" in note
 
 
-def _base(out: Path, size: int, dtype: str) -> Manifest:
+def _base(out: Path, command: str, dtype: str, *options: str, expect: int = 0) -> Manifest:
     """An export of the base model in a process of its own, which holds at most twice the fp32 weights, all together."""
-    command = [sys.executable, "-m", "xfm_fast", "export", "onnx", "--preset", "base", "--image-size", str(size)]
-    process = subprocess.Popen([*command, "--dtype", dtype, "--out", str(out)])
-    _, process.returncode, used = os.wait4(process.pid, 0)
-    assert process.returncode == 0
+    started = [sys.executable, "-m", "xfm_fast", "export", command, "--preset", "base", "--dtype", dtype]
+    process = subprocess.Popen([*started, *options, "--out", str(out)])
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == expect
     manifest = Manifest.load(out)
-    weights = sum(file.bytes for file in manifest.files if file.name.endswith(".onnx"))
+    weights = sum(file.bytes for file in manifest.files if file.name.endswith((".onnx", ".engine")))
     # Python and its libraries are among it.
     assert used.ru_maxrss << 10 <= 2 * weights * (4 // DTYPES[manifest.dtype].itemsize)
-    assert (manifest.status, manifest.reason) == ("verified", "")
-    assert manifest.verification is not None
-    assert all(ranks.agreement >= 0.99 for ranks in manifest.verification.ranks)
+    record = manifest.verification or manifest.graphs_verification
+    assert record is not None
+    assert not record.differing
+    assert all(ranks.agreement >= 0.99 for ranks in record.ranks)
     return manifest
 
 
@@ -241,8 +255,10 @@ def _base(out: Path, size: int, dtype: str) -> Manifest:
 @pytest.mark.parametrize("size", [224, 384])
 def test_base_model_on_photographs(tmp_path: Path, size: int) -> None:
     """What is promised of fp32: 1e-4 on embeddings and scores, lengths 1 to 40, the order of candidates, and memory."""
-    verification = _base(tmp_path / "out", size, "fp32").verification
+    manifest = _base(tmp_path / "out", "onnx", "fp32", "--image-size", str(size))
+    verification = manifest.verification
     assert verification is not None
+    assert (manifest.status, manifest.reason) == ("verified", "")
     assert all(check.max_error is not None and check.max_error <= 1e-4 for check in verification.checks)
 
 
@@ -250,7 +266,7 @@ def test_base_model_on_photographs(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_base_model_in_half_precision(tmp_path: Path, dtype: str) -> None:
     """Both stay within the band of their rounding; ONNX Runtime computes bf16 graphs in fp32 on a CPU."""
-    _base(tmp_path / "out", 224, dtype)
+    assert _base(tmp_path / "out", "onnx", dtype).status == "verified"
 
 
 def rtx(out: Path, *more: str) -> tuple[str, ...]:
@@ -305,7 +321,7 @@ def test_tensorrt_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = invoke(command)
     assert done.exit_code == 2
     assert "pip install 'xfm-fast[tensorrt]'" in done.stderr
-    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt())
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.14.1.48"))
     monkeypatch.setattr("xfm_fast.export.engines.library.local_capability", lambda: 89)
     for more, message in (
         (("--hardware-compatible", "all"), 'Choose from: "ampere_plus", "same_compute_capability"'),
@@ -340,13 +356,12 @@ def test_bars_follow_the_builder() -> None:
 def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
     pytest.importorskip("tensorrt_rtx")
-    from xfm_fast.export import export_engines
-
-    model = commands.load_subject(ModelSource(preset="base")).model
-    manifest = export_engines(
-        model, tmp_path, "tensorrt-rtx", dtype=dtype, sm="80,89,120"
-    )  # fmt: skip
-    megabytes = {record.name.removesuffix(".engine"): record.bytes / 1e6 for record in manifest.files}
+    manifest = _base(tmp_path, "tensorrt-rtx", dtype, "--sm", "80,89,120", expect=0 if torch.cuda.is_available() else 3)
+    megabytes = {
+        record.name.removesuffix(".engine"): record.bytes / 1e6
+        for record in manifest.files
+        if record.name.endswith(".engine")
+    }
     assert set(megabytes) == {"vision", "text", "image_memory", "fusion"}
     for name, size in (("vision", 172), ("text", 249), ("image_memory", 28), ("fusion", 227)):
         assert size * 0.9 < megabytes[name] < size * 1.4, megabytes

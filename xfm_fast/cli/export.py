@@ -143,11 +143,15 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
     calibration = None
     if request.quantize is not None:
         calibration = load_calibration(subject.model.config, subject.tokenizer, source.data)
-    with _showing(verbose) as progress:
-        made = build.export_engines(
-            subject.model, out, consumer, request, **subject.facts, examples=examples, calibration=calibration,
-            progress=progress,
-        )  # fmt: skip
+    with (
+        _showing(verbose) as progress,
+        build.engine_graphs(
+            subject.model, out, consumer, request, **subject.facts, examples=examples, calibration=calibration
+        ) as build_engines,
+    ):
+        # The builder has all the weights of a graph several times more.
+        del subject
+        made = build_engines(progress)
     return finish(made, out)
 
 

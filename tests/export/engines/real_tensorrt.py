@@ -9,12 +9,14 @@ below, because a process can load one version only.
 from __future__ import annotations
 
 import importlib
-import inspect
+import operator
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,35 +332,6 @@ def _run_both_profiles(graph: Any, record: Any) -> None:
         graph.run({"image_embeds": torch.zeros(size, 2, 3)}, slot, sizes)
 
 
-def stand_in(trt: Any, scratch: Path) -> None:
-    """What `fake_tensorrt` lets our code call, the real classes have, with the same number of parameters."""
-    from tests.export.engines.fake_tensorrt import make_tensorrt
-
-    fake = make_tensorrt()
-    builder = fake.Builder(None)
-    pairs = {
-        "Builder": builder,
-        "IBuilderConfig": builder.create_builder_config(),
-        "IOptimizationProfile": builder.create_optimization_profile(),
-        "INetworkDefinition": builder.create_network(0),
-        "OnnxParser": fake.OnnxParser(None, None),
-        "IProgressMonitor": fake.IProgressMonitor(),
-    }
-    inside = {"logger", "cache", "shapes"}
-    for name, made in pairs.items():
-        for member in {each for each in dir(made) if not each.startswith("_")} - inside:
-            real = getattr(getattr(trt, name), member)
-            method = getattr(type(made), member, None)
-            if inspect.isfunction(method):
-                count = len(inspect.signature(method).parameters)
-                variable = any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(method).parameters.values())
-                known = [*signatures(member, real.__doc__ or "")]
-                assert variable or count in {len(taken) for taken, _ in known}, (name, member, known)
-    for enumeration in ("BuilderFlag", "HardwareCompatibilityLevel", "NetworkDefinitionCreationFlag"):
-        for member in vars(getattr(fake, enumeration)):
-            assert hasattr(getattr(trt, enumeration), member), (enumeration, member)
-
-
 def lacking(trt: Any, scratch: Path) -> None:
     """Bindings without libraries that work: the real classes, which make nothing, end in an error of ours."""
     from xfm_fast.errors import UnavailableError
@@ -371,8 +344,9 @@ def lacking(trt: Any, scratch: Path) -> None:
 
 
 def plugins(trt: Any, scratch: Path) -> None:
-    """The real `tensorrt.plugin` takes the signatures of our plugins."""
+    """The real `tensorrt.plugin` takes our plugins, and makes kernels, launches and shapes of them."""
     from xfm_fast.errors import UnavailableError
+    from xfm_fast.export.engines import plugin_kernels
     from xfm_fast.export.engines import plugins as ours
     from xfm_fast.export.engines.library import load_library
 
@@ -389,29 +363,103 @@ def plugins(trt: Any, scratch: Path) -> None:
     trt.get_plugin_registry = lambda: Checked(trt, trt.IPluginRegistry, answers, calls)
     ours.register(library, 90)
     assert calls.count("IPluginRegistry.register_creator") == 2, calls
-    known = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY
-    for name in (ours.RELPOS, ours.VARLEN):
-        assert known[f"{ours.NAMESPACE}::{name}"].aot_impl_func is not None
+    compiled = SimpleNamespace(
+        name="f", ptx="ptx", threads=256, shared_bytes=40960, tiles={"BLOCK_M": 64}, arguments={"batch": "int32"}
+    )
+    sizes = {"heads": 12, "head_dim": 64}
+    plugin_kernels.compile_relpos = lambda *_, **__: compiled
+    q = (8, 12, 197, 64)
+    told = _planned(trt, ours.RELPOS, [q] * 4, {**sizes, "tokens": 197, "columns": 256, "scale": 0.125})
+    assert told.shapes == [q, q[:3]]
+    assert (told.launch.grid_x, told.launch.block_x, told.launch.shared_mem) == (4 * 8 * 12, 256, 40960)
+    assert told.integers == [8]
+    compiled.arguments = dict.fromkeys(("sequences", "tiles", "queries"), "int32")
+    plugin_kernels.compile_varlen = lambda *_, **__: compiled
+    q, k = ((6, length, 12, 64) for length in (40, 577))
+    told = _planned(
+        trt, ours.VARLEN, [q, k, k, (7,), (7,), (6 * 577,)], {**sizes, "masked": 1, "small_tiles": 0, "scale": 0.125}
+    )
+    tiles = 240 // 64 + 6
+    assert told.shapes == [q, (12, 6, 40)]
+    assert (told.launch.grid_x, told.launch.grid_y, told.integers) == (tiles * 12, 1, [6, tiles, 240])
 
 
-def whole(trt: Any, scratch: Path) -> None:
-    """`export tensorrt` from a model to engines through the real bindings, whose library is TensorRT for RTX."""
-    from tests.export.conftest import build_model
+@dataclass
+class Size:
+    """Stands for an `IDimensionExpr`, which only a library makes."""
+
+    value: int
+
+
+def _planned(trt: Any, name: str, inputs: list[tuple[int, ...]], attributes: dict[str, Any]) -> Any:
+    """Shapes of results, launch and integer arguments, as the real module's own plugin asks ours for them."""
+    import numpy as np
+
+    from xfm_fast.export.engines import plugins as ours
+
+    lib: Any
+    tensor: Any
+    lib, tensor = (importlib.import_module(f"tensorrt_bindings.plugin.{part}") for part in ("_lib", "_tensor"))
+    trt.IDimensionExpr, trt.DimsExprs = Size, lambda count: [None] * count
+    tensor.SymExprImpl = lambda symbol: symbol._expr.value
+    do = {"SUM": operator.add, "SUB": operator.sub, "PROD": operator.mul, "FLOOR_DIV": operator.floordiv}
+    builder = SimpleNamespace(constant=Size, operation=lambda kind, a, b: Size(do[kind.name](a.value, b.value)))
+    kinds = ours.INTERFACES[name].attributes
+    creator = lib._TemplatePluginCreator(name, ours.NAMESPACE, {key: (True, kind) for key, kind in kinds.items()})
+    fields = [
+        trt.PluginField(key, np.array([value]), lib._built_in_to_plugin_field_type[type(value)])
+        for key, value in attributes.items()
+    ]
+    plugin = creator.create_plugin(
+        name, ours.NAMESPACE, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.PREFER_AOT,
+    )  # fmt: skip
+    types = plugin.get_output_data_types([trt.bfloat16] * len(inputs), [*map(len, inputs)])
+    assert types == [trt.bfloat16, trt.float32]
+    results = plugin.get_output_shapes([[*map(Size, shape)] for shape in inputs], [], builder)
+    shapes = [tuple(size.value for size in shape) for shape in results]
+    launch = SimpleNamespace()
+    described = [trt.DynamicPluginTensorDesc() for _ in [*inputs, *results]]
+    for each in described:
+        each.desc.type = trt.bfloat16
+    plugin.set_tactic(0)
+
+    class Arguments(dict):
+        nbSymExprs = 0
+
+    arguments = Arguments()
+    plugin.get_launch_params(None, described, len(inputs), launch, arguments, builder)
+    assert len(arguments) == arguments.nbSymExprs
+    return SimpleNamespace(shapes=shapes, launch=launch, integers=[*arguments.values()])
+
+
+def whole(trt: Any, scratch: Path, dtype: Any) -> None:
+    """`export tensorrt` from models to engines through the real bindings, whose library is TensorRT for RTX."""
+    from tests.export.conftest import build_model, build_task_model
     from xfm_fast.export.engines import build, library
+    from xfm_fast.export.request import GRAPHS
 
     library.local_capability = lambda: 89
-    manifest = build.export_engines(
-        build_model(), scratch / "engines", "tensorrt", dtype="bf16", graphs=("image_memory", "text"),
-        profile=("latency:batch=1,length=1..16..40", "bulk:batch=1..4..8,length=1..16..40"), level=2,
-    )  # fmt: skip
-    assert manifest.target is not None
-    assert manifest.target.version == trt.__version__
-    assert [record.file for record in manifest.graphs] == ["image_memory.engine", "text.engine"]
-    for record in manifest.graphs:
-        assert (scratch / "engines" / record.file).stat().st_size > 1 << 16
+    axes = "texts=1..4..8,length=1..16..40,past=1..8..40"
+    for model, graphs in (
+        (build_model(), GRAPHS),
+        (build_task_model("vqa"), ("decoder_memory", "decoder_step")),
+        (build_task_model("nlvr2"), ("nlvr2",)),
+    ):
+        folder = scratch / graphs[0]
+        manifest = build.export_engines(
+            model, folder, "tensorrt", dtype=dtype, graphs=graphs, level=2,
+            profile=(f"latency:batch=1,{axes}", f"bulk:batch=1..4..8,{axes}"),
+        )  # fmt: skip
+        assert manifest.target is not None
+        assert manifest.target.version == trt.__version__
+        assert [record.file for record in manifest.graphs] == [f"{graph}.engine" for graph in graphs]
+        for record in manifest.graphs:
+            assert [profile.name for profile in record.profiles] == ["latency", "bulk"]
+            assert (folder / record.file).stat().st_size > 1 << 16
 
 
-SCENARIOS = {made.__name__: made for made in (checking, build, run, stand_in, lacking, plugins)}
+SCENARIOS = {made.__name__: made for made in (checking, build, run, lacking, plugins)}
 
 if __name__ == "__main__":
-    (SCENARIOS | {"whole": whole})[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]))
+    (SCENARIOS | {"whole": whole})[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]), *sys.argv[4:])

@@ -1,21 +1,21 @@
-"""Engines: real ones by TensorRT for RTX, which needs no GPU to build; TensorRT through a stand-in for its module."""
+"""Engines: real ones by TensorRT for RTX, which needs no GPU to build; TensorRT by what is asked of its module."""
 
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 
-from tests.export.engines.fake_tensorrt import make_tensorrt
+from tests.export.conftest import TARGETS
 from xfm_fast.checkpoint import files
-from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export.engines import build as engines
 from xfm_fast.export.engines import library as engine_library
@@ -29,8 +29,12 @@ from xfm_fast.export.runtimes import tensorrt_engines
 from xfm_fast.export.verification import verify
 from xfm_fast.models.xfm import XFM
 
-TARGETS = (80, 89, 120)
 PROFILES = ("latency:batch=1,texts=1..8..16,length=1..16..40",)
+# What is used of TensorRT's `IBuilderConfig`.
+_CONFIG = (
+    "add_optimization_profile", "builder_optimization_level", "clear_flag", "create_timing_cache", "get_timing_cache",
+    "hardware_compatibility_level", "progress_monitor", "set_flag", "set_timing_cache",
+)  # fmt: skip
 
 
 def rtx() -> engine_library.Library:
@@ -40,27 +44,27 @@ def rtx() -> engine_library.Library:
 
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Puts a stand-in for TensorRT and a GPU in place."""
+    """Puts a GPU in place, and a recorder of calls for TensorRT: that they are calls of it, `real_tensorrt` shows."""
 
-    def install(version: str = "10.14.1.48", *, gpu: int | None = 89, **options: Any) -> Any:
-        module = make_tensorrt(version, **options)
+    def install(version: str = "10.14.1.48", *, gpu: int | None = 89) -> Any:
+        module = MagicMock(__version__=version)
+        severities = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+        module.ILogger = type("ILogger", (), {name: number for number, name in enumerate(severities)})
+        module.IProgressMonitor = type("IProgressMonitor", (), {})
+        module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1, PREFER_AOT_PYTHON_PLUGINS=3)
+        builder = module.Builder.return_value
+        builder.build_serialized_network.return_value = b"plan of TensorRT"
+        network = builder.create_network.return_value
+        network.num_inputs, network.get_input.return_value.name = 1, "x"
+        # It has no compute capabilities to set, unlike that of TensorRT for RTX.
+        config = builder.create_builder_config.return_value = MagicMock(spec_set=_CONFIG)
+        config.add_optimization_profile.return_value = 0
+        config.get_timing_cache.return_value.serialize.return_value = b"timed"
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(engine_library, "local_capability", lambda: gpu)
         return module
 
     return install
-
-
-@pytest.fixture(scope="module")
-def bf16_engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines of the four graphs of a small model, the graphs beside them."""
-    rtx()
-    folder = tmp_path_factory.mktemp("engines") / "bf16"
-    engines.export_engines(
-        small_model, folder, "tensorrt-rtx", dtype="bf16", sm=",".join(map(str, TARGETS)), keep_onnx=True,
-        source="a small model",
-    )  # fmt: skip
-    return folder
 
 
 class Watcher:
@@ -141,23 +145,16 @@ def test_the_graphs_behind_engines_are_compared_on_the_cpu(
             export(tmp_path / "bad")
 
 
-def test_fp32_engines_are_not_rounded_to_tf32(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
-    trt = tensorrt()
-    engines.build_engine(
-        load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
-    )
-    assert trt.record["cleared"] == ["TF32"]
+def test_fp32_engines_are_not_rounded_to_tf32() -> None:
     library = rtx()
     config = library.trt.Builder(engine_library.message_logger(library.trt, [], engines._log)).create_builder_config()
     library.configure(config, TensorRTRequest(), (89,))
     assert not config.get_flag(library.trt.BuilderFlag.TF32)
 
 
-def test_a_builder_without_a_network_is_no_traceback(
-    tensorrt: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = tensorrt() and load_library("tensorrt")
-    monkeypatch.setattr(library, "create_network", lambda *_, **__: None)
+def test_a_builder_without_a_network_is_no_traceback(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    tensorrt().Builder.return_value.create_network.return_value = None
+    library = load_library("tensorrt")
     with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48 makes no network \(it gives no reason\)"):
         engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), [])
 
@@ -346,6 +343,7 @@ def test_capabilities_are_checked_before_anything_is_exported() -> None:
         ((75, 80), "bf16", r"SM75 has no bf16 \(SM80 is the first that has\); use --dtype fp16"),
         ((80, 89), "fp8", r"SM80 has no fp8 \(SM89 is the first that has\); use --quantize int8"),
         ((75, 80), "fp8", "SM75, SM80 have no fp8"),
+        ((75, 120), "fp32", r"SM75 has no fp32 in TensorRT for RTX \(SM80 is the first that has\); use --dtype fp16"),
         ((90,), "bf16", r"does not build for SM90; it builds for SM75, .* xfm-fast export tensorrt"),
     ):
         with pytest.raises(UnavailableError, match=message):
@@ -458,7 +456,8 @@ def one_input() -> Iterator[Any]:
 
 def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
     trt = tensorrt()
-    library = load_library("tensorrt")
+    library, builder = load_library("tensorrt"), trt.Builder.return_value
+    config, shapes = builder.create_builder_config.return_value, builder.create_optimization_profile.return_value
     options = TensorRTRequest(
         timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus"
     )
@@ -469,23 +468,29 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
     )
     assert built.path.read_bytes() == b"plan of TensorRT"
     assert targets == (89,)
-    assert trt.record["network"] == 1 << 1  # strongly typed
-    assert trt.record["flags"] == ["VERSION_COMPATIBLE"]
-    assert trt.record["level"] == "AMPERE_PLUS"
-    assert trt.record["profiles"] == [{"x": ((1, 3), (1, 3), (1, 3))}, {"x": ((1, 3), (1, 3), (8, 3))}]
-    assert (tmp_path / "timings").read_bytes() == b"earlier+timed"
+    builder.create_network.assert_called_with(1 << 1)  # strongly typed
+    assert config.clear_flag.mock_calls == [call(trt.BuilderFlag.TF32)]
+    assert config.set_flag.mock_calls == [call(trt.BuilderFlag.VERSION_COMPATIBLE)]
+    assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert shapes.set_shape.mock_calls == [call("x", (1, 3), (1, 3), (most, 3)) for most in (1, 8)]
+    assert config.add_optimization_profile.mock_calls == [call(shapes)] * 2
+    config.create_timing_cache.assert_called_once_with(b"earlier")
+    config.set_timing_cache.assert_called_once_with(config.create_timing_cache.return_value, False)
+    assert (tmp_path / "timings").read_bytes() == b"timed"
     carrying = TensorRTRequest(plugins=True)
     engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", carrying, targets, list(one_input()))
-    assert trt.record["network"] == 1 << 1 | 1 << 3  # and plugins compiled ahead of time
+    builder.create_network.assert_called_with(1 << 1 | 1 << 3)  # and plugins compiled ahead of time
 
 
 def test_timings_of_another_machine_are_not_used(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
-    tensorrt()
+    config = tensorrt().Builder.return_value.create_builder_config.return_value
+    config.set_timing_cache.side_effect = [False, True]
     cache = tmp_path / "timings"
     cache.write_bytes(b"other machine")
     options = TensorRTRequest(timing_cache=cache)
     engines.build_engine(load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", options, (89,), [])
-    assert cache.read_bytes() == b"+timed"
+    assert config.create_timing_cache.mock_calls == [call(b"other machine"), call(b"")]
+    assert cache.read_bytes() == b"timed"
 
 
 def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
@@ -494,7 +499,7 @@ def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any
     engines.build_engine(
         load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
     )
-    assert trt.record["network"] == 0
+    trt.Builder.return_value.create_network.assert_called_with(0)
 
 
 @pytest.mark.parametrize(
@@ -534,53 +539,3 @@ def test_a_tensorrt_that_was_never_tried(tensorrt: Callable[..., Any], monkeypat
     monkeypatch.setattr(engine_library.TensorRTForRTX, "newest", 0)
     with pytest.warns(UserWarning, match=rf"TensorRT for RTX {library.version} is newer .* 'tensorrt-rtx<1'"):
         library.check(TensorRTRequest(sm="89"), "bf16")
-
-
-# Steps, kernels, products by themselves, and copies in the first schedule of an engine, by TensorRT for RTX 1.7. Its
-# attention lays out keys for itself, whether they come layer by layer or are cut out of one tensor.
-_MOST_STEPS = {
-    "vision": (26, 16, 1, 6), "text": (23, 15, 6, 0), "image_memory": (2, 1, 0, 1), "fusion": (41, 23, 8, 8)
-}  # fmt: skip
-# The same of the base model. The copies of a layer of fusion are around its cross-attention: queries, keys, result.
-_MOST_BASE_STEPS = {
-    "vision": (116, 66, 1, 26), "text": (103, 55, 36, 0), "image_memory": (2, 1, 0, 0), "fusion": (189, 111, 38, 36)
-}  # fmt: skip
-
-
-def schedule(engine: Path) -> tuple[int, int, int, int]:
-    """Steps that compute; those without a product; those that are a product alone; those that only move or cast."""
-    text = engine.read_bytes().decode("latin1")
-    start = text.index("\nmain {")
-    steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[start : text.index("\n}\n", start)], re.MULTILINE)
-    working = [(kind, name) for kind, name in steps if kind not in ("shape_call", "signal", "wait")]
-    kernels, products = (sum(kind == wanted for kind, _ in working) for wanted in ("function", "fully_connected"))
-    # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
-    moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
-    return len(working), kernels, products, sum(kind == "copy" or bool(moves.match(name)) for kind, name in working)
-
-
-def _grown(folder: Path, most: Mapping[str, tuple[int, int, int, int]]) -> dict[str, Any]:
-    """The graphs whose engines do more than they may: what they do, and what they may."""
-    version = rtx().version
-    if not version.startswith("1.7."):
-        pytest.skip(f"the numbers are those of TensorRT for RTX 1.7, and this is {version}")
-    found = {name: (schedule(folder / f"{name}.engine"), steps) for name, steps in most.items()}
-    return {
-        name: (steps, may)
-        for name, (steps, may) in found.items()
-        if any(now > most for now, most in zip(steps, may, strict=True))
-    }
-
-
-def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
-    """A ratchet: who saves a kernel lowers the number; a change of the graphs that costs one is seen here."""
-    assert not (grown := _grown(bf16_engines, _MOST_STEPS)), f"kernels, products or copies that are more: {grown}"
-
-
-@pytest.mark.slow
-def test_engines_of_base_size_launch_no_more_kernels_than_before(tmp_path: Path) -> None:
-    """The ratchet of the base model; the words that it knows are no matter of kernels, and few make it smaller."""
-    rtx()
-    model = XFM(XFMConfig.preset("base").replace(vocab_size=300)).requires_grad_(False).eval()
-    engines.export_engines(model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89")
-    assert not (grown := _grown(tmp_path, _MOST_BASE_STEPS)), f"kernels, products or copies that are more: {grown}"

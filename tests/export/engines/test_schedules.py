@@ -1,0 +1,178 @@
+"""The kernels of engines, counted: a ratchet. Who saves one lowers a number here; a change that costs one is seen.
+
+TensorRT for RTX writes into an engine what it launches, once for each profile, so no GPU is needed to count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from tests.export.conftest import build_model, build_task_model
+from xfm_fast.config import XFMConfig
+from xfm_fast.export.engines.build import export_engines
+from xfm_fast.export.engines.library import load_library
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.vqa import VQAModel
+
+Steps = tuple[int, int, int, int]
+"""Steps that compute; those without a product; those that are a product alone; those that only move or cast."""
+
+Most = Mapping[str, tuple[Steps, Steps]]
+"""The steps that graphs may have: of the profile for batches of one, and of the one for many."""
+
+Kind = Literal["plain", "packed", "vqa", "nlvr2"]
+
+# The attention of TensorRT for RTX lays out keys for itself, whether they come layer by layer or are cut out of one
+# tensor.
+_BF16: Most = {
+    "vision": ((26, 16, 1, 6), (26, 16, 1, 6)),
+    "text": ((23, 15, 6, 0), (24, 15, 7, 0)),
+    "image_memory": ((2, 1, 0, 1), (2, 1, 0, 1)),
+    "fusion": ((41, 23, 8, 8), (43, 25, 9, 8)),
+}
+# Those of a task, those of the oldest and the newest GPU where they are not alike, and those of other types.
+_OTHERS: list[tuple[Kind, str, int, Most]] = [
+    (
+        "vqa",
+        "bf16",
+        80,
+        {"decoder_memory": ((2, 1, 0, 1), (2, 1, 0, 1)), "decoder_step": ((38, 24, 5, 7), (38, 24, 5, 7))},
+    ),
+    ("nlvr2", "bf16", 80, {"nlvr2": ((42, 25, 9, 8), (41, 22, 10, 8))}),
+]
+_MORE: list[tuple[Kind, str, int, Most]] = [
+    ("plain", "bf16", 80, {"match": ((80, 45, 14, 12), (80, 45, 14, 12))}),
+    ("plain", "bf16", 120, {"fusion": ((39, 21, 8, 6), (41, 23, 9, 6))}),
+    ("packed", "bf16", 80, {"text": ((22, 14, 6, 0), (23, 14, 7, 0)), "fusion": ((42, 24, 8, 9), (44, 26, 8, 9))}),
+    ("packed", "bf16", 120, {"fusion": ((40, 22, 8, 7), (42, 24, 8, 7))}),
+    ("plain", "fp16", 75, {
+        "vision": ((26, 16, 3, 4), (26, 16, 4, 4)),
+        "text": ((23, 15, 6, 0), (24, 15, 6, 0)),
+        "image_memory": ((2, 1, 0, 1), (2, 1, 1, 0)),
+        "fusion": ((44, 26, 12, 9), (44, 26, 12, 8)),
+    }),
+    ("plain", "fp16", 120, {
+        "vision": ((26, 16, 0, 4), (26, 16, 0, 4)),
+        "text": ((23, 15, 6, 0), (24, 15, 6, 0)),
+        "image_memory": ((2, 1, 0, 1), (2, 1, 0, 1)),
+        "fusion": ((39, 21, 8, 6), (41, 23, 9, 6)),
+    }),
+    ("plain", "fp32", 120, {
+        "vision": ((42, 28, 10, 12), (40, 26, 9, 10)),
+        "text": ((38, 26, 10, 8), (39, 26, 11, 8)),
+        "image_memory": ((2, 1, 0, 1), (2, 1, 0, 1)),
+        "fusion": ((56, 34, 14, 18), (58, 36, 15, 18)),
+    }),
+    ("plain", "int8", 75, {"vision": ((28, 18, 9, 2), (28, 18, 9, 2)), "fusion": ((49, 31, 14, 8), (49, 31, 14, 7))}),
+    ("plain", "int8", 120, {
+        "vision": ((28, 18, 8, 2), (28, 18, 8, 2)),
+        "text": ((27, 19, 8, 2), (28, 19, 8, 2)),
+        "image_memory": ((3, 2, 1, 0), (3, 2, 1, 0)),
+        "fusion": ((44, 26, 14, 3), (46, 28, 15, 3)),
+    }),
+]  # fmt: skip
+# Of the base model. The copies of a layer of fusion are around its cross-attention: queries, keys, result.
+_BASE: list[tuple[Kind, Most]] = [
+    ("plain", {
+        "vision": ((116, 66, 1, 26), (116, 66, 1, 26)),
+        "text": ((103, 55, 36, 0), (104, 55, 37, 0)),
+        "image_memory": ((2, 1, 0, 0), (2, 1, 0, 0)),
+        "fusion": ((189, 111, 38, 36), (191, 113, 39, 36)),
+    }),
+    ("plain", {"match": ((390, 215, 74, 51), (390, 215, 74, 51))}),
+    ("packed", {"text": ((102, 54, 36, 0), (103, 54, 37, 0)), "fusion": ((190, 112, 38, 37), (192, 114, 38, 37))}),
+    ("vqa", {"decoder_memory": ((2, 1, 0, 0), (2, 1, 0, 0)), "decoder_step": ((188, 114, 25, 47), (188, 114, 25, 47))}),
+    ("nlvr2", {"nlvr2": ((261, 163, 60, 88), (272, 173, 60, 99))}),
+]  # fmt: skip
+
+
+def schedules(engine: Path) -> list[Steps]:
+    """What each profile of an engine launches."""
+    text = engine.read_bytes().decode("latin1")
+    found = []
+    for start in (match.start() for match in re.finditer("\nmain {", text)):
+        # Products have schedules of their own, which say how each is compiled when the engine is loaded.
+        if "region=runtime-fusion-consts" in text[start - 300 : start]:
+            continue
+        steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[start : text.index("\n}\n", start)], re.MULTILINE)
+        working = [(kind, name) for kind, name in steps if kind not in ("shape_call", "signal", "wait")]
+        kernels, products = (sum(kind == wanted for kind, _ in working) for wanted in ("function", "fully_connected"))
+        # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
+        moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
+        moving = sum(kind == "copy" or bool(moves.match(name)) for kind, name in working)
+        found.append((len(working), kernels, products, moving))
+    return found
+
+
+def assert_no_more(folder: Path, most: Most) -> None:
+    """Hold the engines of a folder against what they may launch."""
+    manifest = Manifest.load(folder, check_files=False)
+    found = {name: schedules(folder / f"{name}.engine") for name in most}
+    for name, counts in found.items():
+        assert len(counts) == len(manifest.graph(name).profiles)
+    grown = {
+        name: (counts, most[name])
+        for name, counts in found.items()
+        if any(
+            now > may
+            for made, known in zip(counts, most[name], strict=True)
+            for now, may in zip(made, known, strict=True)
+        )
+    }
+    assert not grown, f"kernels, products or copies that are more: {grown}"
+
+
+@pytest.fixture(autouse=True)
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="builds engines with tensorrt-rtx")
+    version = load_library("tensorrt-rtx").version
+    if not version.startswith("1.7."):
+        pytest.skip(f"the numbers are those of TensorRT for RTX 1.7, and this is {version}")
+
+
+def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
+    """Built for three GPUs, they have the schedule of the oldest."""
+    assert_no_more(bf16_engines, _BF16)
+
+
+def _named(cases: list[Any]) -> list[Any]:
+    return [pytest.param(*case, id="-".join(map(str, [*case[:-1], *case[-1]]))) for case in cases]
+
+
+def _engines_launch_no_more(kind: Kind, dtype: str, sm: int, most: Most, folder: Path) -> None:
+    model = build_model() if kind in ("plain", "packed") else build_task_model(kind)
+    # Every product that there is in 8 bits, whatever it costs.
+    eight_bits: dict[str, Any] = {"quantize": "int8", "budget": 0.5} if dtype == "int8" else {}
+    export_engines(
+        model, folder, "tensorrt-rtx", dtype="fp16" if eight_bits else dtype, sm=str(sm), graphs=tuple(most),
+        packed=kind == "packed", **eight_bits,
+    )  # fmt: skip
+    assert_no_more(folder, most)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "sm", "most"), _named(_OTHERS))
+def test_engines_of_a_task_launch_no_more(kind: Kind, dtype: str, sm: int, most: Most, tmp_path: Path) -> None:
+    _engines_launch_no_more(kind, dtype, sm, most, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype", "sm", "most"), _named(_MORE))
+def test_engines_of_other_kinds_launch_no_more(kind: Kind, dtype: str, sm: int, most: Most, tmp_path: Path) -> None:
+    _engines_launch_no_more(kind, dtype, sm, most, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "most"), _named(_BASE))
+def test_engines_of_base_size_launch_no_more(kind: Kind, most: Most, tmp_path: Path) -> None:
+    """The words that a model knows are no matter of kernels, and few make it smaller."""
+    config = XFMConfig.preset("base").replace(vocab_size=300)
+    model = (NLVR2Model if kind == "nlvr2" else VQAModel if kind == "vqa" else XFM)(config).requires_grad_(False).eval()
+    export_engines(model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89", graphs=tuple(most), packed=kind == "packed")
+    assert_no_more(tmp_path, most)
