@@ -20,7 +20,7 @@ from torch.autograd import profiler
 
 from . import Level, levels
 
-BIT, BYTE, INT16, INT32, INT64, FP32 = (*(ir.IntType(n) for n in (1, 8, 16, 32, 64)), ir.FloatType())
+BYTE, INT16, INT32, INT64, FP32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType())
 POINTER = ir.PointerType()
 _BYTES = {"i8": 1, "i16": 2, "i32": 4, "i64": 8, "float": 4, "bfloat": 2}
 

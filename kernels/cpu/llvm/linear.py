@@ -2,8 +2,8 @@
 
 There are two kernels. Of many rows, a task is some columns of the result: their weights are laid out once, in panels of
 two vectors, and every tile of rows goes through all of them. Of few rows laying out would take longer than the product,
-so weights are read where they lie, once, and dot products of two columns are summed across at their end. Neither keeps
-a copy of the weights.
+so weights are read where they lie, once, and the dot products of a few columns are summed across at their end. Neither
+keeps a copy of the weights. Both multiply fp32, pairs in bf16, or fours of bytes, which another kernel rounds rows to.
 """
 
 from __future__ import annotations
