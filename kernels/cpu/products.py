@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..derived import derived
 from . import llvm
-from .selection import Selection, compared, select
+from .selection import Selection, compared, fastest, select
 from .workspace import scratch
 
 Product = Callable[..., Tensor]
@@ -159,13 +159,13 @@ def mlp_residual(
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`; nothing is kept of the weight."""
-    name = select("trained linear", _TRAINED, _trained_example, x.dtype)
+    name = _select("trained linear", _TRAINED, _trained_example, weight)
     return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
     """`dout W`: `[..., M]`, `[M, K]` → `[..., K]`."""
-    name = select("input gradient", _INPUT, _input_example, dout.dtype)
+    name = _select("input gradient", _INPUT, _input_example, weight, turned=True)
     return _INPUT[name](dout.reshape(-1, dout.shape[-1]), weight).view(*dout.shape[:-1], weight.shape[1])
 
 
@@ -181,27 +181,45 @@ def bias_gradient(dout: Tensor) -> Tensor:
 
 
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
-    candidates, dtype = CANDIDATES[operation], weight.dtype
+    candidates = CANDIDATES[operation]
     if weight.is_mkldnn and operation != "linear_gelu":
         return "onednn"
-    if rows < _FEW and not weight.is_mkldnn and _HERE and _of_few_rows(operation, dtype) == "llvm":
+    if rows < _FEW and not weight.is_mkldnn and _HERE and _of_few_rows(operation, weight) == "llvm":
         # Whatever is best for many rows; before a first caption nobody waits for that comparison.
         return "llvm"
-    name = select(operation, candidates, EXAMPLES[operation], dtype)
+    name = _select(operation, candidates, EXAMPLES[operation], weight)
     if weight.is_mkldnn:
         # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
-    if "packed" in name and type(weight) is Frozen:
-        # Of a frozen weight there is no copy.
-        found = compared(operation, candidates, EXAMPLES[operation], dtype).seconds
-        seconds = {other: time for other, time in found.items() if "packed" not in other}
-        name = min(seconds, key=seconds.__getitem__, default="aten")
-    return _of_few_rows(operation, dtype) if rows < _FEW and "packed" not in name else name
+    return _of_few_rows(operation, weight) if rows < _FEW and "packed" not in name else name
 
 
-def _of_few_rows(operation: str, dtype: torch.dtype) -> str:
+def _of_few_rows(operation: str, weight: Tensor) -> str:
     few = f"{operation} of few rows"
-    return select(few, LIGHT[operation], EXAMPLES[few], dtype)
+    return _select(few, LIGHT[operation], EXAMPLES[few], weight)
+
+
+def _select(
+    operation: str,
+    candidates: dict[str, Product],
+    example: Callable[[torch.dtype], tuple[Tensor, ...]],
+    weight: Tensor,
+    *,
+    turned: bool = False,
+) -> str:
+    """The choice for a weight `[M, K]`, or the next best: without a copy of a frozen one, or without kernels of ours
+    where there are none for its sizes.
+    """
+    name = select(operation, candidates, example, weight.dtype)
+    without = {"onednn-packed"} if type(weight) is Frozen else set[str]()
+    inputs, outputs = weight.shape if turned else weight.shape[::-1]
+    if "llvm" in candidates and not llvm.fits(outputs, inputs, weight.dtype):
+        without.add("llvm")
+    if name not in without:
+        return name
+    seconds = compared(operation, candidates, example, weight.dtype).seconds
+    others = {other: time for other, time in seconds.items() if other not in without}
+    return fastest(others) if others else next(iter(candidates))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -487,7 +505,8 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
 def reads_as_quickly(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     """True where the compiled kernel, which reads weights as they are, multiplies many rows, or few, as well as any."""
     if few_rows:
-        return _HERE and all(_of_few_rows(operation, dtype) == "llvm" for operation in CANDIDATES)
+        names = {operation: f"{operation} of few rows" for operation in CANDIDATES}
+        return all(select(few, LIGHT[o], EXAMPLES[few], dtype) == "llvm" for o, few in names.items())
     return not torch.are_deterministic_algorithms_enabled() and all(
         each.chosen == "llvm" for each in _of_many_rows(dtype)
     )

@@ -244,7 +244,7 @@ def _compare(
             else:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
         seconds = _thread_seconds(usable, arguments) if len(usable) > 1 else {trusted_name: float("nan")}
-    return Selection(operation, dtype, _fastest(seconds), seconds, rejected)
+    return Selection(operation, dtype, fastest(seconds), seconds, rejected)
 
 
 def _time(
@@ -256,15 +256,15 @@ def _time(
     """`_compare` of candidates that are all trusted."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         seconds = _thread_seconds(candidates, make_arguments(dtype))
-    return Selection(operation, dtype, _fastest(seconds), seconds, {})
+    return Selection(operation, dtype, fastest(seconds), seconds, {})
 
 
-def _fastest(seconds: dict[str, float]) -> str:
-    """Of candidates whose first is trusted."""
-    trusted, fastest = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
-    if seconds.get(_FAVOURED, math.inf) < _FAVOUR * seconds[fastest]:
+def fastest(seconds: dict[str, float]) -> str:
+    """The choice among candidates whose first is trusted, by what each takes."""
+    trusted, first = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
+    if seconds.get(_FAVOURED, math.inf) < _FAVOUR * seconds[first]:
         return _FAVOURED
-    return fastest if seconds[fastest] < _MARGIN * seconds[trusted] else trusted
+    return first if seconds[first] < _MARGIN * seconds[trusted] else trusted
 
 
 def _thread_seconds(candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]) -> dict[str, float]:

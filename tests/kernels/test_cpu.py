@@ -366,12 +366,28 @@ def test_the_trusted_one_stays_unless_another_is_clearly_faster() -> None:
 @pytest.mark.parametrize(("other", "chosen"), [(1.05, "llvm"), (0.95, "llvm"), (0.85, "onednn")])
 def test_our_own_kernel_is_taken_unless_another_is_clearly_faster(other: float, chosen: str) -> None:
     seconds = {"aten": 1.2, "onednn": other, "llvm": 1.0}
-    assert selection._fastest(seconds) == chosen
+    assert selection.fastest(seconds) == chosen
     found = selection.Selection("product", torch.float32, chosen, seconds, {})
     if other == 0.95:
         assert found.reason == "onednn measured 5.0% faster than llvm, below the 9% that justify it"
     else:
         assert found.reason.startswith(f"{chosen} measured")
+
+
+@each_library("llvm")
+def test_sizes_without_a_kernel_take_the_next_best(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the first: what MKL computes changes with the address of a weight, which no reload keeps."""
+    if llvm.why_not() is not None:
+        pytest.skip(str(llvm.why_not()))
+    for operation in products.CANDIDATES:
+        for name in (operation, f"{operation} of few rows"):
+            seconds = {"aten": 2.0, "onednn": 1.5, "llvm": 1.0}
+            found = selection.Selection(name, torch.float32, "llvm", seconds, {})
+            monkeypatch.setitem(selection._selections, (name, torch.float32), found)
+        for rows in (3, 50):
+            assert products._choose(operation, torch.randn(48, 64), rows) == "llvm"
+            assert products._choose(operation, torch.randn(40, 64), rows) == "onednn"
+            assert products._choose(operation, torch.randn(48, 40), rows) == "onednn"
 
 
 def test_a_choice_is_made_once_per_operation_dtype_and_threads() -> None:

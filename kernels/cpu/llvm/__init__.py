@@ -59,3 +59,9 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"there is no kernel in {dtype}"
     return None
+
+
+def fits(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for a linear layer of these sizes."""
+    lanes = levels()[0].lanes
+    return outputs % lanes == 0 and inputs % (lanes * (2 if dtype == torch.bfloat16 else 1)) == 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..workspace import scratch
-from . import Level, levels
+from . import Level, fits, levels
 from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, Values
 
 # Below these rows weights are not laid out; those in bytes are laid out as soon as one tile does not hold all rows.
@@ -375,13 +375,10 @@ def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = Fals
     Args:
         turned: the weight is `[K, M]`.
     """
-    lanes = levels()[0].lanes
-    wide = lanes * (2 if x.dtype == torch.bfloat16 else 1)
     rows = [t for t in (x, weight, *others) if t is not None]
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     return (
-        outputs % lanes == 0
-        and inputs % wide == 0
+        fits(outputs, inputs, x.dtype)
         and all(t.dtype == x.dtype and t.layout == torch.strided and t.stride(-1) == 1 for t in rows)
         and (x.dtype == torch.float32 or (x.stride(0) % 2 == 0 and weight.stride(0) % 2 == 0))
     )
