@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xfm_fast.kernels.cpu import llvm
+from xfm_fast.kernels.cpu.products import compiled_linear
 from xfm_fast.memory import PeakMemory
 
 from .machine import EnergyMeter, GpuState
@@ -116,7 +118,7 @@ def _best_rate(amount: float, run: Callable[[], object], device: torch.device, r
 
 
 class GemmProbe:
-    """This machine's rate at matrix products, in FLOP/s: on a CPU the better of MKL (`F.linear`) and oneDNN."""
+    """This machine's rate at matrix products, in FLOP/s: on a CPU the best of MKL (`F.linear`), oneDNN and our kernel."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self.shape = rows, inputs, outputs = PROBE_SHAPE[device.type]
@@ -127,7 +129,12 @@ class GemmProbe:
         candidates: dict[str, Callable[[], object]] = {"cuBLAS" if x.is_cuda else "MKL": lambda: F.linear(x, weight)}
         if not x.is_cuda:
             candidates |= _onednn(x, weight)
+            if llvm.why_not(dtype) is None:
+                candidates["LLVM"] = lambda: compiled_linear(x, weight, None)
         with torch.no_grad():
+            for run in candidates.values():
+                # The first call of a library prepares it, which may take longer than all that is timed.
+                run()
             rates = {name: _best_rate(self.flops, run, device, 4) for name, run in candidates.items()}
         self.library = max(rates, key=rates.__getitem__)
         self._run = candidates[self.library]
