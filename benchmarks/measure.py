@@ -118,7 +118,7 @@ def _best_rate(amount: float, run: Callable[[], object], device: torch.device, r
 
 
 class GemmProbe:
-    """This machine's rate at matrix products, in FLOP/s: on a CPU the best of MKL (`F.linear`), oneDNN and our kernel."""
+    """This machine's rate at matrix products, in FLOP/s: on a CPU the best of MKL (`F.linear`), oneDNN and our own."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self.shape = rows, inputs, outputs = PROBE_SHAPE[device.type]
