@@ -244,9 +244,15 @@ class _Packed(NamedTuple):
 
 def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight `[M, K]` in bytes, and the step between two levels of each row."""
-    dense = weight.detach().float()
-    scales = reference.int8_steps(dense.abs().amax(1), torch.float32)
-    return (dense.double() * scales.reciprocal()[:, None]).round_().to(torch.int8), scales
+    rows, width = weight.shape
+    levels, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+    # Some rows at a time, whose doubles stay in cache.
+    for start in range(0, rows, _block_length(width)):
+        block = slice(start, start + _block_length(width))
+        dense = weight.detach()[block].float()
+        scales[block] = reference.int8_steps(dense.abs().amax(1), torch.float32)
+        levels[block] = (dense.double() * scales[block].reciprocal()[:, None]).round_()
+    return levels, scales
 
 
 def _pack(weight: Tensor) -> _Packed:
