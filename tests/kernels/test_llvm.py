@@ -266,6 +266,21 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     linear._kernel.cache_clear()
 
 
+def test_levels_of_one_processor_have_their_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each compiled for all that this one has, as where ATEN_CPU_CAPABILITY says that it is less."""
+    from xfm_fast.kernels.cpu.llvm import builder, linear
+
+    monkeypatch.setattr(builder, "_KEPT", tmp_path)
+    x, weight = torch.randn(3, 64), torch.randn(48, 64)
+    for number, level in enumerate(llvm.levels(), start=1):
+        monkeypatch.setattr(builder, "levels", lambda only=level: (only,))
+        linear._kernel.cache_clear()
+        found = linear.linear(x, weight, None, level=level)
+        torch.testing.assert_close(found, x @ weight.t(), rtol=1e-5, atol=1e-4)
+        assert len([*tmp_path.iterdir()]) == number
+    linear._kernel.cache_clear()
+
+
 @pytest.fixture
 def another_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     for found in (llvm.why_not, llvm.levels):

@@ -286,7 +286,7 @@ class Kernel:
     def __init__(self, name: str, level: Level, made_of: object, source: str, write: Callable[[], Builder]) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        told = (name, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info)
+        told = (name, level, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info)
         files = "".join(Path(file).read_text() for file in (__file__, source))
         place = _KEPT / f"{hashlib.sha256(repr((told, files)).encode()).hexdigest()}.o"
         code = _read(place)
