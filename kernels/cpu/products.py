@@ -5,6 +5,7 @@ products in slices of rows.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,6 +43,8 @@ _ROUNDS = 4
 _SLICES_MARGIN = 0.85
 # A layout that costs no memory may take this much of PyTorch's time; of many rows, where few gain more than many lose.
 _LAYOUT_MARGIN, _FEW_MARGIN = 1.02, 1.1
+# Libraries that are this close are equally quick.
+_ALIKE = 1.1
 _slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 
@@ -219,7 +222,9 @@ def _select(
         return name
     seconds = compared(operation, candidates, example, weight.dtype).seconds
     others = {other: time for other, time in seconds.items() if other not in without}
-    return fastest(others) if others else next(iter(candidates))
+    name = fastest(others) if others else next(iter(candidates))
+    # What MKL computes changes with the address of a weight, which no reload keeps.
+    return "onednn" if others.get("onednn", math.inf) < _ALIKE * others.get(name, 0) else name
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -357,6 +362,8 @@ def _compiled(
 
 _UNDIVIDED = (compiled_linear, compiled_gelu, compiled_residual)
 _HERE = llvm.why_not() is None
+# With the half as wide vectors of AVX2 many rows gain nothing over MKL, whose sums are those of eager PyTorch.
+_TRAINS = _HERE and llvm.levels()[0].lanes > 8
 # Which is faster differs from processor to processor, so these are compared where they run. The first is trusted.
 _LINEAR: dict[str, Product] = {
     "aten": F.linear,
@@ -436,12 +443,12 @@ def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
 _TRAINED: dict[str, Product] = {
     "aten": F.linear,
     "onednn": onednn_linear,
-    **({"llvm": compiled_linear} if _HERE else {}),
+    **({"llvm": compiled_linear} if _TRAINS else {}),
 }
 _INPUT: dict[str, Product] = {
     "aten": torch.mm,
     "onednn": _onednn_input,
-    **({"llvm": _compiled_input} if _HERE else {}),
+    **({"llvm": _compiled_input} if _TRAINS else {}),
 }
 _WEIGHT: dict[str, Product] = {
     "aten": lambda dout, x: dout.t() @ x,
