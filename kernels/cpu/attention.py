@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import host, reference
 from ..limits import HIDDEN
 from . import llvm
-from .selection import select
+from .selection import of_odd_sizes, select
 from .workspace import Dropout, scratch
 
 # Up to this many scores, a sequence is a short one: its products are too small for a library to be quick at them.
@@ -112,12 +112,12 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
     """
     short = q.shape[1] * k.shape[1] <= _SHORT_SCORES
     if short and q.shape[0] > _FEW:
-        name = select("short biased attention", _SHORT, _windows_example, q.dtype)
+        name = _select("short biased attention", _SHORT, _windows_example, q)
     elif short or max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
         # Whichever is the best without a bias is so with one.
         return plain_attention(q, k, v, scale, bias)
     else:
-        name = select("biased attention", _ALL, _biased_example, q.dtype)
+        name = _select("biased attention", _ALL, _biased_example, q)
     # Converted once, not for every tile; the compiled kernel adds it in fp32.
     return _ALL[name](q, k, v, scale, bias if name == "llvm" else bias.to(q.dtype))
 
@@ -133,19 +133,27 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     Returns:
         `[B, Nq, H, D]`, contiguous.
     """
-    name = choice(q.shape[1], k.shape[1], q.dtype)
+    name = choice(q.shape[1], k.shape[1], q)
     if name != "llvm" and q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
         name = "aten"
     return _ALL[name](q, k, v, scale, mask)
 
 
-def choice(queries: int, keys: int, dtype: torch.dtype) -> str:
-    """The candidate that runs attention without a position bias."""
+def choice(queries: int, keys: int, q: Tensor) -> str:
+    """The candidate that runs attention of q `[..., D]` without a position bias."""
     if queries * keys <= _SHORT_SCORES:
-        return select("short attention", _SHORT, _short_example, dtype)
+        return _select("short attention", _SHORT, _short_example, q)
     if max(queries, keys) <= _MEDIUM_TOKENS:
-        return select("medium attention", _ALL, _medium_example, dtype)
-    return select("attention", _ALL, _plain_example, dtype)
+        return _select("medium attention", _ALL, _medium_example, q)
+    return _select("attention", _ALL, _plain_example, q)
+
+
+def _select(
+    operation: str, candidates: _Candidates, example: Callable[[torch.dtype], tuple[Any, ...]], q: Tensor
+) -> str:
+    if not llvm.whole(q.shape[-1], q.dtype):
+        operation, candidates = of_odd_sizes(operation, candidates)
+    return select(operation, candidates, example, q.dtype)
 
 
 def tiled_attention(

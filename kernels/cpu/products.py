@@ -5,7 +5,6 @@ products in slices of rows.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..derived import derived
 from . import llvm
-from .selection import Selection, compared, fastest, select
+from .selection import Selection, compared, of_odd_sizes, select
 from .workspace import scratch
 
 Product = Callable[..., Tensor]
@@ -43,8 +42,6 @@ _ROUNDS = 4
 _SLICES_MARGIN = 0.85
 # A layout that costs no memory may take this much of PyTorch's time; of many rows, where few gain more than many lose.
 _LAYOUT_MARGIN, _FEW_MARGIN = 1.02, 1.1
-# Libraries that are this close are equally quick.
-_ALIKE = 1.1
 _slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 
@@ -194,6 +191,9 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
     if weight.is_mkldnn:
         # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
+    if "packed" in name and type(weight) is Frozen:
+        # The same product without a copy, of which a frozen weight has none.
+        name = "onednn"
     return _of_few_rows(operation, weight) if rows < _FEW and "packed" not in name else name
 
 
@@ -210,21 +210,11 @@ def _select(
     *,
     turned: bool = False,
 ) -> str:
-    """The choice for a weight `[M, K]`, or the next best: without a copy of a frozen one, or without kernels of ours
-    where there are none for its sizes.
-    """
-    name = select(operation, candidates, example, weight.dtype)
-    without = {"onednn-packed"} if type(weight) is Frozen else set[str]()
+    """The choice for a weight `[M, K]`, or `[K, M]` where it is `turned`."""
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
-    if "llvm" in candidates and not llvm.fits(outputs, inputs, weight.dtype):
-        without.add("llvm")
-    if name not in without:
-        return name
-    seconds = compared(operation, candidates, example, weight.dtype).seconds
-    others = {other: time for other, time in seconds.items() if other not in without}
-    name = fastest(others) if others else next(iter(candidates))
-    # What MKL computes changes with the address of a weight, which no reload keeps.
-    return "onednn" if others.get("onednn", math.inf) < _ALIKE * others.get(name, 0) else name
+    if not llvm.fits(outputs, inputs, weight.dtype):
+        operation, candidates = of_odd_sizes(operation, candidates)
+    return select(operation, candidates, example, weight.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -494,15 +484,15 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
         return False
     found = _of_many_rows(dtype)
-    chosen = [each.chosen for each in found]
-    if any("packed" in name for name in chosen):
+    names = [each.chosen for each in found]
+    if any("packed" in name for name in names):
         # Beside a weight as it is, that product would keep a copy.
         return True
     many = _layout_share(*found)
     if many is None:
-        return chosen[0] not in ("aten", "llvm")
+        return names[0] not in ("aten", "llvm")
     # The compiled kernel is as quick of many rows as laid out weights are, and may be of few ones.
-    compiled = all(name == "llvm" for name in chosen)
+    compiled = all(name == "llvm" for name in names)
     if not few_rows or (many < _LAYOUT_MARGIN and not compiled):
         return many < _LAYOUT_MARGIN and not compiled
     few = _layout_share(compared("layout for few rows", *LAYOUT, dtype))

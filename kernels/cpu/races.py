@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import attention, int8, losses, products
-from .selection import Selection, compared
+from .selection import Selection, compared, of_odd_sizes
 
 
 class Race(NamedTuple):
@@ -44,6 +44,9 @@ def races() -> dict[str, Race]:
         found[role] = Race(losses.PRODUCTS, partial(losses.example, role), 2 * x.numel() * y.shape[0])
     for name, (candidates, example, flops) in (int8.LIBRARIES | int8.RACES).items() if int8.why_not() is None else ():
         found[name] = Race(candidates, example, flops, alike=False)
+    for operation, race in [*found.items()]:
+        name, others = of_odd_sizes(operation, race.candidates)
+        found.setdefault(name, race._replace(candidates=others))
     return found
 
 

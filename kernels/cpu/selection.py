@@ -21,7 +21,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,7 @@ _MARGIN = 0.96
 # are compared on one weight that stays in cache, where in a model each comes from memory: what libraries take longer
 # then does not show here, nor that our kernels gain with the rows.
 _FAVOURED, _FAVOUR = "llvm", 1.1
+_ODD = " of odd sizes"
 _ROUNDS = 7
 _SCHEMA = 1
 # What another order of summation may add to the error of a product, relative to its largest value.
@@ -114,6 +115,17 @@ def select(
     return compared(operation, candidates, make_arguments, dtype, alike=alike).chosen
 
 
+def of_odd_sizes(
+    operation: str, candidates: dict[str, Callable[..., Tensor]]
+) -> tuple[str, dict[str, Callable[..., Tensor]]]:
+    """An operation on sizes that our own kernels are not written for, and the candidates for it.
+
+    Its choice has a name, so that a file or a training run keeps it too.
+    """
+    others = {name: candidate for name, candidate in candidates.items() if name != _FAVOURED}
+    return (operation, candidates) if len(others) == len(candidates) else (operation + _ODD, others)
+
+
 def compared(
     operation: str,
     candidates: dict[str, Callable[..., Tensor]],
@@ -141,9 +153,19 @@ def compared(
             found = given or _selections.get(key)
             if found is None or found.chosen not in candidates:
                 compare = _compare if alike else _time
-                found = compare(operation, candidates, make_arguments, dtype)
+                found = _among(operation, candidates, dtype) or compare(operation, candidates, make_arguments, dtype)
             _selections[key] = found
     return found
+
+
+def _among(operation: str, candidates: Collection[str], dtype: torch.dtype) -> Selection | None:
+    """For odd sizes, what a comparison that was made for others says of these candidates."""
+    whole = _selections.get((operation.removesuffix(_ODD), dtype)) if operation.endswith(_ODD) else None
+    seconds = {} if whole is None else {name: time for name, time in whole.seconds.items() if name in candidates}
+    if whole is None or not seconds:
+        return None
+    chosen = whole.chosen if whole.chosen in candidates else _fastest(seconds)
+    return Selection(operation, dtype, chosen, seconds, whole.rejected, whole.source)
 
 
 def processor() -> str:
@@ -244,7 +266,7 @@ def _compare(
             else:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
         seconds = _thread_seconds(usable, arguments) if len(usable) > 1 else {trusted_name: float("nan")}
-    return Selection(operation, dtype, fastest(seconds), seconds, rejected)
+    return Selection(operation, dtype, _fastest(seconds), seconds, rejected)
 
 
 def _time(
@@ -256,10 +278,10 @@ def _time(
     """`_compare` of candidates that are all trusted."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         seconds = _thread_seconds(candidates, make_arguments(dtype))
-    return Selection(operation, dtype, fastest(seconds), seconds, {})
+    return Selection(operation, dtype, _fastest(seconds), seconds, {})
 
 
-def fastest(seconds: dict[str, float]) -> str:
+def _fastest(seconds: dict[str, float]) -> str:
     """The choice among candidates whose first is trusted, by what each takes."""
     trusted, first = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
     if seconds.get(_FAVOURED, math.inf) < _FAVOUR * seconds[first]:

@@ -46,7 +46,7 @@ def varlen_attention(
     """
     if key_mask is not None:
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
-    short = choice(1, 1, q.dtype)
+    short = choice(1, 1, q)
     if short == "llvm" and dropout is None:
         # It reads every sequence where it lies. Imported where it runs, because its compiler takes long to load.
         from .llvm.attention import attention, takes

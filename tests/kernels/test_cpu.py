@@ -366,7 +366,7 @@ def test_the_trusted_one_stays_unless_another_is_clearly_faster() -> None:
 @pytest.mark.parametrize(("other", "chosen"), [(1.05, "llvm"), (0.95, "llvm"), (0.85, "onednn")])
 def test_our_own_kernel_is_taken_unless_another_is_clearly_faster(other: float, chosen: str) -> None:
     seconds = {"aten": 1.2, "onednn": other, "llvm": 1.0}
-    assert selection.fastest(seconds) == chosen
+    assert selection._fastest(seconds) == chosen
     found = selection.Selection("product", torch.float32, chosen, seconds, {})
     if other == 0.95:
         assert found.reason == "onednn measured 5.0% faster than llvm, below the 9% that justify it"
@@ -374,20 +374,33 @@ def test_our_own_kernel_is_taken_unless_another_is_clearly_faster(other: float, 
         assert found.reason.startswith(f"{chosen} measured")
 
 
-@each_library("llvm")
-def test_sizes_without_a_kernel_take_the_next_best(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not the first: what MKL computes changes with the address of a weight, which no reload keeps."""
-    if llvm.why_not() is not None:
-        pytest.skip(str(llvm.why_not()))
+@pytest.mark.skipif(llvm.why_not() is not None, reason=str(llvm.why_not()))
+def test_odd_sizes_have_a_choice_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without our kernels, from the comparison that was made; a run that is resumed settles both."""
+    monkeypatch.setattr(selection, "_selections", {})
+    seconds = {"aten": 2.0, "onednn": 1.5, "llvm": 1.0}
+    names = [name for o in products.CANDIDATES for name in (o, f"{o} of few rows")] + ["trained linear"]
+    odd = {}
+    for name in names:
+        found = selection.Selection(name, torch.float32, "llvm", seconds, {})
+        selection._selections[name, torch.float32] = found
     for operation in products.CANDIDATES:
-        for name in (operation, f"{operation} of few rows"):
-            seconds = {"aten": 2.0, "onednn": 1.5, "llvm": 1.0}
-            found = selection.Selection(name, torch.float32, "llvm", seconds, {})
-            monkeypatch.setitem(selection._selections, (name, torch.float32), found)
         for rows in (3, 50):
             assert products._choose(operation, torch.randn(48, 64), rows) == "llvm"
-            assert products._choose(operation, torch.randn(44, 64), rows) == "onednn"
+            odd[operation, rows] = products._choose(operation, torch.randn(44, 64), rows)
             assert products._choose(operation, torch.randn(48, 44), rows) == "onednn"
+    assert set(odd.values()) == {"onednn"}
+    trained: Any = products._TRAINED
+    ran: list[str] = []
+    for name in trained:
+        monkeypatch.setitem(trained, name, lambda *_, name=name: ran.append(name) or torch.empty(3, 44))
+    products.trained_linear(torch.randn(3, 64), torch.randn(44, 64), None)
+    noted = [(found.operation, found.chosen) for found in selection.selections()]
+    selection._selections.clear()
+    for operation, chosen in noted:
+        selection.settle(operation, torch.float32, chosen)
+    products.trained_linear(torch.randn(3, 64), torch.randn(44, 64), None)
+    assert ran == ["onednn", "onednn"]
 
 
 def test_a_choice_is_made_once_per_operation_dtype_and_threads() -> None:
@@ -443,16 +456,16 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
     monkeypatch.setattr(products, "compared", compared)
     for operation, candidates in products.CANDIDATES.items():
         chosen = "aten"
-        assert products._choose(operation, torch.empty(1, 1), 16) == "aten"
+        assert products._choose(operation, torch.empty(64, 64), 16) == "aten"
         assert f"{operation} of few rows" not in asked
-        assert products._choose(operation, torch.empty(1, 1), 15) == "onednn"
+        assert products._choose(operation, torch.empty(64, 64), 15) == "onednn"
         assert asked[operation] == list(candidates)
         assert asked[f"{operation} of few rows"] == [name for name in candidates if name != "onednn-packed"]
         # Packed weights are there already.
         chosen = "onednn-packed"
-        assert products._choose(operation, torch.empty(1, 1), 15) == "onednn-packed"
+        assert products._choose(operation, torch.empty(64, 64), 15) == "onednn-packed"
         # A frozen weight has no copy.
-        assert products._choose(operation, products.Frozen(torch.empty(1, 1), False), 16) == "onednn"
+        assert products._choose(operation, products.Frozen(torch.empty(64, 64), False), 16) == "onednn"
 
 
 @pytest.mark.parametrize("wanting", [None, *products.CANDIDATES])

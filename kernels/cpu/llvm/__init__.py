@@ -26,7 +26,7 @@ class Level(NamedTuple):
     processor: str
     """One that has no more, in LLVM's names; kernels for the level of this processor are compiled for itself."""
     bf16: bool
-    """Products of pairs in bf16, summed in fp32."""
+    """Products of pairs in bf16, summed in fp32, and of fours of bytes, which processors with the former have too."""
 
 
 _AVX2 = Level("avx2", 8, 6, "x86-64-v3", False)
@@ -47,21 +47,29 @@ def levels() -> tuple[Level, ...]:
 
 @cache
 def why_not(dtype: torch.dtype = torch.float32) -> str | None:
-    """Why no kernel for this type can be compiled here, or None."""
+    """Why no kernel for factors of this type can be compiled here, or None."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return f"compiled kernels are written for Linux on x86-64, not {sys.platform} on {platform.machine()}"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "this processor, or ATEN_CPU_CAPABILITY, has no AVX2"
     if importlib.util.find_spec("llvmlite") is None:
         return "llvmlite is not installed"
-    if dtype == torch.bfloat16 and not levels()[0].bf16:
-        return "this processor has no AVX-512 BF16"
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in TOGETHER:
         return f"there is no kernel in {dtype}"
+    if TOGETHER[dtype] > 1 and not levels()[0].bf16:
+        return "this processor has no AVX-512 BF16"
     return None
+
+
+TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
+"""Neighbours of a row that a product takes at once, 32 bits of them."""
+
+
+def whole(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of so many factors are whole vectors, as kernels need them."""
+    return why_not(dtype) is None and width % (levels()[0].lanes * TOGETHER[dtype]) == 0
 
 
 def fits(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for a linear layer of these sizes."""
-    lanes = levels()[0].lanes
-    return outputs % lanes == 0 and inputs % (lanes * (2 if dtype == torch.bfloat16 else 1)) == 0
+    return whole(inputs, dtype) and outputs % levels()[0].lanes == 0

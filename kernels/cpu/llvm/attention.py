@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..workspace import scratch
-from . import Level, levels
+from . import Level, levels, whole
 from .builder import BF16, BYTE, FP32, INT16, INT32, INT64, Builder, Kernel, Values
 
 # Keys of the longest sequence that a kernel has room for, whose rows of scores lie so far apart.
@@ -336,9 +336,8 @@ def _kernel(half: bool, width: int, room: int, biased: bool, level: Level) -> tu
 
 
 def takes(q: Tensor, keys: int) -> bool:
-    """Whether there is a kernel for the width of queries `[..., D]`, and for so many keys."""
-    lanes = levels()[0].lanes * (2 if q.dtype == torch.bfloat16 else 1)
-    return keys <= _ROOMS[-1] and q.shape[-1] % lanes == 0
+    """Whether there is a kernel for queries `[..., D]`, and for so many keys."""
+    return keys <= _ROOMS[-1] and whole(q.shape[-1], q.dtype)
 
 
 def attention(
