@@ -22,15 +22,11 @@ from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
 from ..derived import derived
+from ..limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from . import llvm, products
 from .selection import select
 from .workspace import scratch
 
-# oneDNN has fast products of unsigned with signed bytes only; it takes what stands for 0 out of the sums.
-_ZERO = 128
-# GELU has its minimum at -0.17, so that most levels can be for positive values.
-_GELU_ZERO = 32
-_NO_FRACTIONS = 1.5 * 2**23
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
 _SLICE_ROWS, _MOST_ROWS = 400, 4096
 # Values, in fp32, that stay in a core's own cache while bytes are made of them.
@@ -131,7 +127,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         return out.view(residual.shape)
     packed, wide = _factors(weight, bias, gamma)
     levels, steps = _quantised(rows, x.dtype)
-    _add_branch(_product(levels, packed, _ZERO, torch.float32), steps, wide, sums, out)
+    _add_branch(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide, sums, out)
     return out.view(residual.shape)
 
 
@@ -161,24 +157,21 @@ def mlp_residual(
     for start in range(0, len(rows), max(1, length)):
         part = slice(start, start + length)
         levels, steps = _quantised(rows[part], x.dtype)
-        hidden = _product(levels, packed, _ZERO, torch.float32)
+        hidden = _product(levels, packed, ZERO_BYTE, torch.float32)
 
         def activated(block: slice, hidden: Tensor = hidden, steps: Tensor = steps) -> Tensor:
             return torch.ops.aten.gelu_(_rescaled(hidden[block], steps[block], wide))
 
         levels, steps = _quantised(hidden, torch.float32, activated)
-        product = _product(levels, second[0], _GELU_ZERO, torch.float32)
+        product = _product(levels, second[0], GELU_ZERO_BYTE, torch.float32)
         _add_branch(product, steps, second[1], sums[part], out[part])
     return out.view(residual.shape)
 
 
 def _library(x: Tensor, weight: Tensor) -> str:
     """What multiplies with bytes of weights of these sizes."""
-    if llvm.why_not(torch.bfloat16) is not None or x.dtype not in (torch.float32, torch.bfloat16):
-        return "onednn"
-    from .llvm.linear import takes_bytes
-
-    if not takes_bytes(weight):
+    outputs, inputs = weight.shape
+    if x.dtype not in (torch.float32, torch.bfloat16) or not llvm.fits(outputs, inputs, torch.int8):
         return "onednn"
     # One for any number of rows: what a row gives does not depend on those beside it, to the bit.
     candidates, example, _ = LIBRARIES["products of bytes"]
@@ -189,7 +182,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     packed, wide = _factors(weight, bias)
     levels, steps = _quantised(rows, x.dtype)
-    return _rescaled(_product(levels, packed, _ZERO, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
+    return _rescaled(_product(levels, packed, ZERO_BYTE, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
 
 
 def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
@@ -218,14 +211,11 @@ def _compiled_product(
         return Bytes(levels, scales, sums=levels.sum(1, dtype=torch.int32))
 
     factor = derived("int8 rows", (weight,), made)
-    wide = None if bias is None else bias.float()
-    if gamma is not None:
-        scales = derived("int8 layer-scaled rows", (weight, gamma), lambda: factor.steps * gamma.float())
-        factor, wide = factor._replace(steps=scales), None if wide is None else wide * gamma.float()
+    scales, wide = _times_gamma(factor.steps, weight, bias, gamma)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if residual is not None and residual.stride(-1) != 1:
         residual = residual.contiguous()
-    bytes_linear(as_bytes(rows, gelu=of_gelu), factor, wide, residual, out, gelu=gelu)
+    bytes_linear(as_bytes(rows, gelu=of_gelu), factor._replace(steps=scales), wide, residual, out, gelu=gelu)
 
 
 class _Packed(NamedTuple):
@@ -264,11 +254,19 @@ def _pack(weight: Tensor) -> _Packed:
 def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:
     """A weight in bytes and its bias in fp32, both times gamma."""
     packed = derived("int8", (weight,), lambda: _pack(weight))
+    scales, wide = _times_gamma(packed.scales, weight, bias, gamma)
+    return packed._replace(scales=scales), wide
+
+
+def _times_gamma(
+    scales: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales of a weight, and a bias in fp32, both times gamma."""
     wide = None if bias is None else bias.float()
     if gamma is None:
-        return packed, wide
-    scales = derived("int8 layer-scaled", (weight, gamma), lambda: packed.scales * gamma.float())
-    return packed._replace(scales=scales), None if wide is None else wide * gamma.float()
+        return scales, wide
+    scaled = derived("int8 layer-scaled", (weight, gamma), lambda: scales * gamma.float())
+    return scaled, None if wide is None else wide * gamma.float()
 
 
 def _product(levels: Tensor, packed: _Packed, zero: int, dtype: torch.dtype) -> Tensor:
@@ -309,7 +307,7 @@ def _quantised(
         of_gelu: gives the values of a block in place of the rows, of a GELU, in fp32, to be overwritten.
     """
     n, width = rows.shape
-    shift = torch.full((width,), _NO_FRACTIONS + (_GELU_ZERO if of_gelu else _ZERO))
+    shift = torch.full((width,), NO_FRACTIONS + (GELU_ZERO_BYTE if of_gelu else ZERO_BYTE))
     levels, steps = scratch("int8", (n, width), torch.uint8), torch.empty(n, 1, dtype=dtype)
     length = _block_length(width)
     for start in range(0, n, length):
@@ -325,7 +323,6 @@ def _quantised(
                 values = place.copy_(values)
             largest = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
         step = reference.int8_steps(largest, dtype, gelu=of_gelu is not None)
-        # So large a number leaves no room for fractions: the sum is rounded, and its lowest byte is the level.
         torch.addcmul(shift, values, step.float().reciprocal(), out=place)
         levels[block], steps[block] = place.view(torch.int32), step
     return levels, steps
@@ -342,7 +339,7 @@ def _example(
 
 
 _LINEAR: dict[str, Callable[..., Tensor]] = {"onednn": _onednn_linear}
-if llvm.why_not(torch.bfloat16) is None:
+if llvm.why_not(torch.int8) is None:
     _LINEAR["llvm"] = _compiled_linear
 _WIDTH = _PROBE[1]
 _LAYERS: dict[str, tuple[tuple[int, int], ...]] = {

@@ -17,9 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..workspace import scratch
 from . import Level, levels, whole
-from .builder import BF16, BYTE, FP32, INT16, INT32, INT64, Builder, Kernel, Values
+from .builder import (
+    BF16,
+    BYTE,
+    FP32,
+    INT16,
+    INT32,
+    INT64,
+    Builder,
+    Kernel,
+    Values,
+    coefficients,
+    divided,
+    scratch_address,
+    whole_pages,
+)
 
 # Keys of the longest sequence that a kernel has room for, whose rows of scores lie so far apart.
 _ROOMS = (1040, 4112)
@@ -31,7 +44,6 @@ _LOG2E = math.log2(math.e)
 _LEAST_EXPONENT, _NO_EXPONENT = -126.0, -200.0
 # Misses powers of two by 2 · 10⁻⁷ of themselves, as much as fp32 does.
 _DEGREE = 5
-_PAGE = 4096
 
 _POINTERS = ("q", "k", "v", "out", "bias", "bounds_q", "bounds_k", "scratch")
 _STRIDES = [f"{name}_{axis}" for name in ("q", "k", "v", "out", "bias") for axis in ("batch", "row", "head")]
@@ -120,12 +132,7 @@ class _Attention:
                 b.at(keys.start, b.mul(b.least(b.add(j, b.number(i)), last), stride), self.unit) for i in range(lanes)
             ]
 
-            def some_units(u: Any) -> None:
-                square = b.transposed([b.read(b.at(row, u, self.unit), self.unit) for row in rows])
-                for i, of_unit in enumerate(square):
-                    b.write(of_unit, b.at(place, b.mul(b.add(u, b.number(i)), b.number(2 * lanes)), self.unit))
-
-            b.loop(0, self.units, lanes, some_units)
+            b.lay_out(rows, self.units, self.unit, place)
 
         b.loop(0, keys.rows, lanes, some_keys)
 
@@ -139,7 +146,6 @@ class _Attention:
         """Rows of pairs: a channel of one key beside that of the next one. The last key's other one is itself."""
         b, lanes = self.b, self.level.lanes
         last = b.sub(values.rows, b.number(1))
-        alternating = [c // 2 + (lanes if c % 2 else 0) for c in range(2 * lanes)]
 
         def pair(j: Any) -> None:
             rows = [b.least(b.add(j, b.number(i)), last) for i in (0, 1)]
@@ -147,7 +153,7 @@ class _Attention:
             into = b.at(self.at["values"], b.mul(b.ashr(j, b.number(1)), b.number(self.width)), INT32)
             for channel in range(0, self.width, lanes):
                 one, other = (b.read(b.at(place, channel, INT16), INT16) for place in places)
-                b.write(b.picked(one, other, alternating), b.at(into, channel, INT32))
+                b.write(b.alternated(one, other), b.at(into, channel, INT32))
 
         b.loop(0, values.rows, 2, pair)
         pairs = b.ashr(b.rounded_up(values.rows, 2), b.number(1))
@@ -228,20 +234,10 @@ class _Attention:
             left: address of the rows, and the units from one to the next.
             right: address of the vectors of the first term, and the units to those of the next one.
         """
-        b, lanes = self.b, self.level.lanes
-
-        def term(u: Any, *sums: Any) -> Values:
-            place = b.at(right[0], b.mul(u, right[1]), self.unit)
-            columns = [b.read(b.at(place, n * lanes, self.unit), self.unit) for n in range(vectors)]
-            of_term, found = b.at(left[0], u, self.unit), []
-            for i in range(height):
-                x = b.spread(b.load(b.at(of_term, i * left[1], self.unit), align=4, typ=self.unit))
-                for n in range(vectors):
-                    add = b.dot_add if self.half else b.multiply_add
-                    found.append(add(x, columns[n], sums[i * vectors + n]))
-            return found
-
-        return b.loop(0, terms, 1, term, *[b.filled(0.0)] * (height * vectors))
+        b = self.b
+        rows = [b.at(left[0], i * left[1], self.unit) for i in range(height)]
+        add = b.dot_add if self.half else b.multiply_add
+        return b.tile(rows, vectors, *right, terms, self.unit, add, b.filled(0.0))
 
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
         """Powers of two of a row of the tile, unnormalised, zeros behind the last key, and one over their sum."""
@@ -265,13 +261,8 @@ class _Attention:
             return score
 
         (largest,) = b.loop(0, whole, lanes, lambda j, most: [b.larger(most, scaled(j, False))], hidden)
-        before = b.block
-        with b.if_then(b.icmp_signed("<", whole, keys)):
-            with_rest = b.larger(largest, scaled(whole, True))
-            inside = b.block
-        most = b.phi(largest.type)
-        most.add_incoming(largest, before)
-        most.add_incoming(with_rest, inside)
+        rest = b.icmp_signed("<", whole, keys)
+        most = b.where(rest, lambda: b.larger(largest, scaled(whole, True)), largest)
         top = b.spread(b.largest(most))
         weights = b.at(self.at["weights"], b.mul(i, b.number(self.row)), BF16)
 
@@ -292,20 +283,11 @@ class _Attention:
         bounded = b.larger(x, b.filled(_NO_EXPONENT))
         whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
         rest = b.fsub(bounded, whole)
-        *others, found = [b.filled(value) for value in _coefficients()]
-        for value in reversed(others):
-            found = b.multiply_add(found, rest, value)
+        found = b.polynomial(rest, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
         exponent = b.shl(b.fptosi(whole, kind), ir.Constant(kind, [23] * self.level.lanes))
         shifted = b.bitcast(b.add(b.bitcast(found, kind), exponent), x.type)
         known = b.select(b.fcmp_ordered("<", x, b.filled(_LEAST_EXPONENT)), b.filled(0.0), shifted)
         return b.select(b.fcmp_unordered("uno", x, x), x, known)
-
-
-@cache
-def _coefficients() -> list[float]:
-    """Of a polynomial that is `2^x` between -1/2 and 1/2, from the constant on."""
-    found = np.polynomial.Chebyshev.interpolate(np.exp2, _DEGREE, domain=[-0.5, 0.5])
-    return [float(np.float32(value)) for value in found.convert(kind=np.polynomial.Polynomial).coef]
 
 
 def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
@@ -321,7 +303,7 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
         "values": keys * width * 2 if half else 0,
     }
     ends = np.cumsum([-(-size // 64) * 64 for size in sizes.values()]).tolist()
-    return dict(zip(sizes, [0, *ends], strict=False)), -(-ends[-1] // _PAGE) * _PAGE
+    return dict(zip(sizes, [0, *ends], strict=False)), whole_pages(ends[-1])
 
 
 @cache
@@ -376,12 +358,9 @@ def attention(
     out = (torch.zeros if some_without_keys else torch.empty)(q.shape, dtype=q.dtype)
     if not entries or not queries or not keys:
         return out
-    wanted = -(-_TASKS_PER_THREAD * threads // (entries * heads))
-    chunk = queries if wanted == 1 else max(_CHUNK, -(-queries // wanted))
-    chunks = -(-queries // chunk)
+    chunk, chunks = divided(queries, -(-_TASKS_PER_THREAD * threads // (entries * heads)), _CHUNK)
     kernel, size = _kernel(half, width, next(n for n in _ROOMS if n >= keys), bias is not None, level)
-    memory = scratch("compiled attention", (size * threads + _PAGE,), torch.uint8)
-    place = -(-memory.data_ptr() // _PAGE) * _PAGE
+    place = scratch_address("compiled attention", size * threads)
     bias_place, bias_strides, period = 0, (0, 0, 0), 1
     if bias is not None:
         bias = bias.to(torch.float32)

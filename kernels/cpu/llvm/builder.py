@@ -16,8 +16,11 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
+import numpy as np
+import torch
 from torch.autograd import profiler
 
+from ..workspace import scratch
 from . import Level, levels
 
 BYTE, INT16, INT32, INT64, FP32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType())
@@ -127,9 +130,23 @@ class Builder(ir.IRBuilder):
         """An fp32 vector, read in fp32 or bf16."""
         if element != BF16:
             return self.read(place, FP32)
-        kind = self.vector(INT32)
-        upper = self.shl(self.zext(self.read(place, INT16), kind), ir.Constant(kind, [16] * self.lanes))
+        return self.raised(self.read(place, INT16))
+
+    def raised(self, halves: Any) -> Any:
+        """A vector in bf16, given as 16-bit integers, in fp32."""
+        upper = self.shl(self.zext(halves, self.vector(INT32)), self.filled(16, INT32))
         return self.bitcast(upper, self.vector(FP32))
+
+    def alternated(self, x: Any, y: Any) -> Any:
+        """The elements of two vectors in turn."""
+        return self.picked(x, y, [c // 2 + (self.lanes if c % 2 else 0) for c in range(2 * self.lanes)])
+
+    def polynomial(self, x: Any, coefficients: Sequence[float]) -> Any:
+        """Its value at an fp32 vector; the coefficients begin with the constant."""
+        *others, found = [self.filled(value) for value in coefficients]
+        for value in reversed(others):
+            found = self.multiply_add(found, x, value)
+        return found
 
     def dot_add(self, x: Any, y: Any, z: Any) -> Any:
         """`z + x0 y0 + x1 y1` of fp32 vectors `z` and vectors of pairs in bf16, given as 32-bit integers."""
@@ -205,6 +222,55 @@ class Builder(ir.IRBuilder):
                 turned[i], turned[i + step] = self.picked(*pair, upper), self.picked(*pair, lower)
             rows, step = turned, step // 2
         return rows
+
+    def lay_out(self, rows: Values, units: Any, unit: Any, place: Any, ahead: Any = None) -> None:
+        """Write rows in columns: a unit of all of them to `place`, the next one two vectors further, and so on.
+
+        Args:
+            rows: addresses of as many as there are lanes, of `units` units.
+            ahead: units from what is read to what is wanted next.
+        """
+
+        def square(u: Any) -> None:
+            for row in rows if ahead is not None else ():
+                self.fetch(self.at(row, self.add(u, ahead), unit))
+            for i, column in enumerate(self.transposed([self.read(self.at(row, u, unit), unit) for row in rows])):
+                self.write(
+                    column, self.at(place, self.mul(self.add(u, self.number(i)), self.number(2 * self.lanes)), unit)
+                )
+
+        self.loop(0, units, self.lanes, square)
+
+    def tile(
+        self,
+        rows: Values,
+        vectors: int,
+        columns: Any,
+        stride: Any,
+        terms: Any,
+        unit: Any,
+        add: Callable[..., Any],
+        zero: Any,
+    ) -> Values:
+        """Sums of products of rows and columns, `[rows · vectors]` vectors, which stay in registers.
+
+        Args:
+            rows: addresses of the first units.
+            vectors: of columns.
+            columns: address of those of the first unit; `stride` units further are those of the next one.
+            terms: units.
+            add: of a unit of a row in every element, a vector of columns and a sum: the next sum.
+        """
+
+        def term(u: Any, *sums: Any) -> Values:
+            place, found = self.at(columns, self.mul(u, self.number(stride)), unit), []
+            factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
+            for i, row in enumerate(rows):
+                x = self.spread(self.load(self.at(row, u, unit), align=4, typ=unit))
+                found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
+            return found
+
+        return self.loop(0, terms, 1, term, *[zero] * (len(rows) * vectors))
 
     def sums(self, vectors: Values) -> Any:
         """The sums of as many vectors as there are lanes, in their order: halves, quarters and so on are added."""
@@ -319,6 +385,34 @@ class Kernel:
             self._function(start)
         else:
             team(self._address, start, min(threads, tasks), 0)
+
+
+@cache
+def coefficients(
+    function: Callable[[np.ndarray], np.ndarray], degree: int, domain: tuple[float, float] = (-1.0, 1.0)
+) -> list[float]:
+    """Of the polynomial that is a function at Chebyshev's points, from the constant on, in fp32."""
+    found = np.polynomial.Chebyshev.interpolate(function, degree, domain=domain)
+    return [float(np.float32(value)) for value in found.convert(kind=np.polynomial.Polynomial).coef]
+
+
+_PAGE = 4096
+
+
+def whole_pages(size: int) -> int:
+    """Bytes that pages have room for."""
+    return -(-size // _PAGE) * _PAGE
+
+
+def scratch_address(name: str, size: int) -> int:
+    """Where so many bytes of scratch memory begin, on a page of their own."""
+    return whole_pages(scratch(name, (size + _PAGE,), torch.uint8).data_ptr())
+
+
+def divided(rows: int, wanted: int, least: int) -> tuple[int, int]:
+    """Rows of a chunk, and chunks: as many as are wanted, unless they had less than so many rows."""
+    chunk = rows if wanted == 1 else max(least, -(-rows // wanted))
+    return chunk, -(-rows // chunk)
 
 
 # What every kernel is given before its own arguments, and two counters in cache lines of their own before that.

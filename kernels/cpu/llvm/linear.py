@@ -16,9 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from ..workspace import scratch
 from . import Level, fits, levels
-from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, Values
+from .builder import (
+    BF16,
+    BYTE,
+    FP32,
+    INT16,
+    INT32,
+    Builder,
+    Kernel,
+    Values,
+    coefficients,
+    divided,
+    scratch_address,
+    whole_pages,
+)
 
 # Below these rows weights are not laid out; those in bytes are laid out as soon as one tile does not hold all rows.
 _FEW = {"fp32": 64, "bf16": 64, "int8": 15}
@@ -38,10 +52,6 @@ _CHUNK = 96
 _TASKS_PER_THREAD = 3
 # Beyond this the normal distribution is 0 or 1; its polynomial misses by less than fp32 does.
 _EDGE, _DEGREE = 5.5, 16
-_PAGE = 4096
-
-ZERO, GELU_ZERO = 128, 32
-"""The bytes that stand for 0: of any rows, and of those of a GELU, most of whose levels are for positive values."""
 Kind = Literal["fp32", "bf16", "int8"]
 # By which power of two there are fewer units than channels.
 _SHIFT: dict[Kind, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -99,15 +109,7 @@ class _Linear:
                 b.loop(0, given["inputs"], 1, lambda u: self._lay_out_turned(at, u, place))
                 return
             rows = [self._row("weight", b.add(at, b.number(i))) for i in range(lanes)]
-            ahead = b.mul(given["weight_row"], b.number(lanes))
-
-            def some_units(u: Any) -> None:
-                for r in rows:
-                    b.fetch(b.at(r, b.add(u, ahead), self.unit))
-                for i, of_unit in enumerate(b.transposed([b.read(b.at(r, u, self.unit), self.unit) for r in rows])):
-                    b.write(of_unit, b.at(place, b.mul(b.add(u, b.number(i)), b.number(2 * lanes)), self.unit))
-
-            b.loop(0, given["inputs"], lanes, some_units)
+            b.lay_out(rows, given["inputs"], self.unit, place, b.mul(given["weight_row"], b.number(lanes)))
 
         b.loop(column, stop, lanes, lay_out)
 
@@ -115,17 +117,7 @@ class _Linear:
             rows = self._rows("x", first, end)
 
             def some_columns(at: Any) -> None:
-                weights = panel(at)
-
-                def term(u: Any, *sums: Any) -> Values:
-                    place, found = b.at(weights, b.mul(u, b.number(2 * lanes)), self.unit), []
-                    columns = [b.read(b.at(place, n * lanes, self.unit), self.unit) for n in (0, 1)]
-                    for i, given_row in enumerate(rows):
-                        x = b.spread(b.load(b.at(given_row, u, self.unit), align=4, typ=self.unit))
-                        found += [self._add(x, columns[n], sums[2 * i + n]) for n in (0, 1)]
-                    return found
-
-                sums = b.loop(0, given["inputs"], 1, term, *[self._nothing()] * (2 * self.height))
+                sums = b.tile(rows, 2, panel(at), 2 * lanes, given["inputs"], self.unit, self._add, self._nothing())
                 for i, value in enumerate(sums):
                     b.write(value, b.at(self.base, i * lanes, self.summed))
                 self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes))
@@ -142,9 +134,7 @@ class _Linear:
             b.write(b.read(b.at(self.given["weight"], b.add(b.mul(unit, row), column), FP32), FP32), into)
             return
         first = b.at(self.given["weight"], b.add(b.mul(b.shl(unit, b.number(1)), row), column), INT16)
-        one, other = b.read(first, INT16), b.read(b.at(first, row, INT16), INT16)
-        alternating = [c // 2 + (lanes if c % 2 else 0) for c in range(2 * lanes)]
-        b.write(b.picked(one, other, alternating), into)
+        b.write(b.alternated(b.read(first, INT16), b.read(b.at(first, row, INT16), INT16)), into)
 
     def _few(self, task: Any, thread: Any) -> None:
         b, lanes = self.b, self.level.lanes
@@ -262,24 +252,16 @@ class _Linear:
         edge = b.filled(_EDGE)
         inside = b.larger(b.smaller(x, edge), b.filled(-_EDGE))
         u = b.multiply_add(b.fmul(inside, inside), b.filled(2 / _EDGE**2), b.filled(-1.0))
-        *others, found = [b.filled(value) for value in _coefficients()]
-        for value in reversed(others):
-            found = b.multiply_add(found, u, value)
-        found = b.fmul(x, b.multiply_add(inside, found, b.filled(0.5)))
+        quotient = b.polynomial(u, coefficients(_quotient, _DEGREE))
+        found = b.fmul(x, b.multiply_add(inside, quotient, b.filled(0.5)))
         found = b.select(b.fcmp_ordered("<", x, b.filled(-_EDGE)), b.filled(0.0), found)
         return b.select(b.fcmp_ordered(">", x, edge), x, found)
 
 
-@cache
-def _coefficients() -> list[float]:
-    """Of a polynomial of `2 x² / edge² - 1` that is `(Φ(x) - 1/2) / x`, from the constant on."""
-
-    def quotient(u: np.ndarray) -> np.ndarray:
-        x = np.sqrt(np.maximum((u + 1) / 2, 1e-12)) * _EDGE
-        return (torch.special.ndtr(torch.from_numpy(x)).numpy() - 0.5) / x
-
-    found = np.polynomial.Chebyshev.interpolate(quotient, _DEGREE)
-    return [float(np.float32(value)) for value in found.convert(kind=np.polynomial.Polynomial).coef]
+def _quotient(u: np.ndarray) -> np.ndarray:
+    """`(Φ(x) - 1/2) / x`, of `2 x² / edge² - 1`."""
+    x = np.sqrt(np.maximum((u + 1) / 2, 1e-12)) * _EDGE
+    return (torch.special.ndtr(torch.from_numpy(x)).numpy() - 0.5) / x
 
 
 class _Bytes:
@@ -314,8 +296,7 @@ class _Bytes:
         step = self._step(b.spread(b.largest(most)))
         b.store(b.extract_element(step, ir.Constant(INT32, 0)), b.at(given["steps"], row, FP32))
         inverse = b.fdiv(b.filled(1.0), step)
-        # So large a number leaves no room for fractions: the sum is rounded, and its lowest byte is the level.
-        shift = b.filled(1.5 * 2**23 + (GELU_ZERO if self.gelu else ZERO))
+        shift = b.filled(NO_FRACTIONS + (GELU_ZERO_BYTE if self.gelu else ZERO_BYTE))
         out = b.at(given["out"], b.mul(row, given["inputs"]), BYTE)
 
         def levels(i: Any) -> None:
@@ -335,9 +316,7 @@ class _Bytes:
             return step
         # Rounded down, it would leave the largest value without a level.
         wide = b.fmul(step, b.filled(1 + torch.finfo(torch.bfloat16).eps / 2))
-        kind = b.vector(INT32)
-        upper = b.zext(b.bitcast(b.narrowed(wide), b.vector(INT16)), kind)
-        return b.bitcast(b.shl(upper, b.filled(16, INT32)), b.vector(FP32))
+        return b.raised(b.bitcast(b.narrowed(wide), b.vector(INT16)))
 
 
 @cache
@@ -361,12 +340,6 @@ def _height(few: bool, level: Level) -> int:
 def _columns(few: bool, level: Level) -> int:
     """Columns whose sums are kept before what follows the product."""
     return _FEW_COLUMNS if few else 2 * level.lanes
-
-
-def takes_bytes(weight: Tensor) -> bool:
-    """Whether there is a kernel for bytes of a weight `[M, K]`."""
-    level = levels()[0]
-    return level.bf16 and weight.shape[0] % level.lanes == 0 and weight.shape[1] % (4 * level.lanes) == 0
 
 
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = False) -> bool:
@@ -435,7 +408,7 @@ def as_bytes(x: Tensor, *, gelu: bool = False) -> Bytes:
     kernel = _bytes_kernel(x.dtype == torch.bfloat16, gelu, levels()[0])
     numbers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), x.stride(0), rows, inputs, chunk)
     kernel(numbers, -(-rows // chunk), threads)
-    return Bytes(made, steps, GELU_ZERO if gelu else ZERO)
+    return Bytes(made, steps, GELU_ZERO_BYTE if gelu else ZERO_BYTE)
 
 
 def bytes_linear(
@@ -482,12 +455,9 @@ def _run(
         panel = 2 * level.lanes * inputs * x.element_size()
         panels = max(1, min(_PANELS_BYTES // panel, _MOST_PANELS))
         columns, room = panels * 2 * level.lanes, room + panels * panel
-        wanted = -(-_TASKS_PER_THREAD * threads // -(-outputs // columns))
-        chunk = rows if wanted == 1 else max(_CHUNK, -(-rows // wanted))
-        chunks = -(-rows // chunk)
-    room = -(-room // _PAGE) * _PAGE
-    memory = scratch("compiled linear", (room * threads + _PAGE,), torch.uint8)
-    place = -(-memory.data_ptr() // _PAGE) * _PAGE
+        chunk, chunks = divided(rows, -(-_TASKS_PER_THREAD * threads // -(-outputs // columns)), _CHUNK)
+    room = whole_pages(room)
+    place = scratch_address("compiled linear", room * threads)
     addresses = (0 if t is None else t.data_ptr() for t in (x, weight, *others, out))
     given = (0, 0, 0, 0)
     if factors:
