@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from xfm_fast import flops
+from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import read_json
 from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.memory import resident_bytes
 from xfm_fast.models import inputs as checks
@@ -208,9 +210,7 @@ class Session:
                 loaded.
             UnavailableError: the runtime is not installed, or lacks the device or type.
         """
-        from .tasks import session_class
-
-        made = cast("type[Self]", session_class(Path(folder))) if cls is Session else cls
+        made = cast("type[Self]", _class_of(Path(folder))) if cls is Session else cls
         session = made(folder, runtime, device, precision=precision, verify_files=verify_files)
         if session.manifest.status == "failed":
             raise ExportError(
@@ -626,6 +626,20 @@ class Session:
                 "session returned, not a part or copy of it"
             )
         return outputs[name]
+
+
+TASK_SESSIONS: dict[str, type[Session]] = {}
+"""The sessions that answer for a task, by its kind: those of `session.tasks`, which the package imports."""
+
+
+def _class_of(folder: Path) -> type[Session]:
+    """The class for an export: that of its task, or `Session` where it has none, or one that no session is for."""
+    try:
+        task = read_json(folder / TASK_FILE).get("task")
+        return TASK_SESSIONS.get(task.get("kind"), Session)
+    # Graphs run without the file; `predict` says what is wrong with it.
+    except (OSError, ValueError, AttributeError, TypeError):
+        return Session
 
 
 class SessionScorer:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xfm_fast.checkpoint.files import TASK_FILE
-from xfm_fast.documents import read_json
 from xfm_fast.errors import InputError
 from xfm_fast.models import inputs as checks
 from xfm_fast.models.decoder import generate
@@ -24,7 +21,7 @@ from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree, rank
 from xfm_fast.tasks.vqa import AnswerRanking
 
 from ..slots import largest
-from .session import Session, SessionMemory
+from .session import TASK_SESSIONS, Session, SessionMemory
 
 # Rows of vocabulary logits of a pass: 100 MB in fp32 at base size.
 _LOGIT_ROWS = 512
@@ -326,23 +323,12 @@ def _pieces(count: int, *limits: int | None) -> Sequence[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-TASK_SESSIONS: dict[str, type[Session]] = {
-    "captioning": CaptioningSession,
-    "grounding": GroundingSession,
-    "image": ClassificationSession,
-    "nlvr2": NLVR2Session,
-    "retrieval": Session,
-    "text": ClassificationSession,
-    "vqa": VQASession,
-}
-"""The sessions that answer for a task, by its kind."""
-
-
-def session_class(folder: Path) -> type[Session]:
-    """The class for an export: that of its task, or `Session` where it has none, or one that no session is for."""
-    try:
-        task = read_json(folder / TASK_FILE).get("task")
-        return TASK_SESSIONS.get(task.get("kind"), Session)
-    # Graphs run without the file; `predict` says what is wrong with it.
-    except (OSError, ValueError, AttributeError, TypeError):
-        return Session
+TASK_SESSIONS.update(
+    captioning=CaptioningSession,
+    grounding=GroundingSession,
+    image=ClassificationSession,
+    nlvr2=NLVR2Session,
+    retrieval=Session,
+    text=ClassificationSession,
+    vqa=VQASession,
+)

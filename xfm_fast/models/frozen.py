@@ -2,8 +2,8 @@
 
 oneDNN multiplies a weight fastest in a layout of its own: of one caption, which is mostly reading weights, in half the
 time. Kept beside the parameter it would be a second copy of the model; here it takes the parameter's place. Kernels
-that LLVM compiles here read a weight as it is, and are given those of texts where they are quicker. What reads weights
-in other ways than `ops` does, as exports and trainers do, needs them as they were: `unfreeze`.
+that LLVM compiles here read a weight as it is, and are given it so where they are as quick. What reads weights in other
+ways than `ops` does, as exports and trainers do, needs them as they were: `unfreeze`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ def freeze(model: nn.Module) -> None:
     for group, of_texts in _groups(model):
         weights = [layer.weight for layer in group]
         apart = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
+        if not apart:
+            continue
         # A text may be alone and short; an image has some hundred rows.
-        blocked = apart and products.prefers_onednn(weights[0].dtype, few_rows=of_texts)
-        if not blocked and not (apart and products.reads_as_quickly(weights[0].dtype, few_rows=of_texts)):
+        blocked = products.prefers_onednn(weights[0].dtype, few_rows=of_texts)
+        if not blocked and not products.reads_as_quickly(weights[0].dtype, few_rows=of_texts):
             continue
         packed = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         packed = products.laid_out(packed) if blocked else packed
