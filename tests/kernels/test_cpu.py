@@ -379,7 +379,7 @@ def test_odd_sizes_have_a_choice_of_their_own(monkeypatch: pytest.MonkeyPatch) -
     """Without our kernels, from the comparison that was made; a run that is resumed settles both."""
     monkeypatch.setattr(selection, "_selections", {})
     seconds = {"aten": 2.0, "onednn": 1.5, "llvm": 1.0}
-    names = [name for o in products.CANDIDATES for name in (o, f"{o} of few rows")] + ["trained linear"]
+    names = [name for o in products.CANDIDATES for name in (o, f"{o} of few rows")]
     odd = {}
     for name in names:
         found = selection.Selection(name, torch.float32, "llvm", seconds, {})
@@ -390,16 +390,16 @@ def test_odd_sizes_have_a_choice_of_their_own(monkeypatch: pytest.MonkeyPatch) -
             odd[operation, rows] = products._choose(operation, torch.randn(44, 64), rows)
             assert products._choose(operation, torch.randn(48, 44), rows) == "onednn"
     assert set(odd.values()) == {"onednn"}
-    trained: Any = products._TRAINED
     ran: list[str] = []
-    for name in trained:
-        monkeypatch.setitem(trained, name, lambda *_, name=name: ran.append(name) or torch.empty(3, 44))
-    products.trained_linear(torch.randn(3, 64), torch.randn(44, 64), None)
+    for name in products._LINEAR:
+        record = lambda *_, name=name: ran.append(name) or torch.empty(50, 44)  # noqa: E731
+        monkeypatch.setitem(products._LINEAR, name, record)
+    products.linear(torch.randn(50, 64), torch.randn(44, 64), None)
     noted = [(found.operation, found.chosen) for found in selection.selections()]
     selection._selections.clear()
     for operation, chosen in noted:
         selection.settle(operation, torch.float32, chosen)
-    products.trained_linear(torch.randn(3, 64), torch.randn(44, 64), None)
+    products.linear(torch.randn(50, 64), torch.randn(44, 64), None)
     assert ran == ["onednn", "onednn"]
 
 
