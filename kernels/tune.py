@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 
 from .audit import Form, Row, compile_rows
 from .checks import Packed
+from .files import write_whole
 from .triton import launch
 from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
 
@@ -222,10 +221,7 @@ def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING)
     for kernel, rows in sorted(table.items()):
         lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in sorted(rows.items()))
         kernels.append(f" {json.dumps(kernel)}: {{\n{lines}\n }}")
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write("{\n" + ",\n".join(kernels) + "\n}\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, ("{\n" + ",\n".join(kernels) + "\n}\n").encode())
     return path
 
 

@@ -115,10 +115,7 @@ def tune_kernels(context: Context) -> None:
             context.out_of_time("tune", name, "searched", dtype="bf16")
             continue
         try:
-            choice: Any = tune.search(
-                specs[name], 64, "bf16", arch, timer=tune.gpu_timer, workload=tune.model_workload,
-                cache_dir=Path.home() / ".cache" / "xfm-fast" / "audit",
-            )  # fmt: skip
+            choice: Any = tune.search(specs[name], 64, "bf16", arch, timer=tune.gpu_timer, workload=tune.model_workload)
         except Exception as error:  # the search of one kernel may fail in any way; the next one goes on
             context.add("tune", name, "searched", dtype="bf16", status="failed", reason=one_line(error))
             continue

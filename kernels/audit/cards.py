@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+
+from ..files import write_whole
 
 CARDS = Path(__file__).with_name("cards.json")
 
@@ -90,7 +90,4 @@ def write(cards: Mapping[int, Card], path: Path = CARDS) -> None:
     for arch, entry in sorted(cards.items()):
         lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in asdict(entry).items())
         entries.append(f' "{arch}": {{\n{lines}\n }}')
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write("{\n" + ",\n".join(entries) + "\n}\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, ("{\n" + ",\n".join(entries) + "\n}\n").encode())

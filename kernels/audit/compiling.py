@@ -25,6 +25,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from ..files import cache_folder, write_whole
 from ..triton.launch import CompileRequest
 from .simulator import Timing
 
@@ -152,7 +153,7 @@ def compiler() -> str:
 
 def default_cache() -> Path:
     """The folder of cached figures: `$XDG_CACHE_HOME/xfm-fast/audit`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "audit"
+    return cache_folder("audit")
 
 
 def compile_all(
@@ -297,7 +298,5 @@ def _read(folder: Path, key: str) -> Figures | None:
 
 def _write(place: Path, content: bytes) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Two audits may run at once: a reader sees all of the file or none.
-    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
-        file.write(content)
-    os.replace(file.name, place)
+    # Two audits may run at once.
+    write_whole(place, content)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .rows import Row
 
 RATCHET = Path(__file__).resolve().parent.parent / "audit_ratchet.json"
@@ -167,10 +166,7 @@ def _write(accepted: Accepted, path: Path) -> None:
     others = [f"  {json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(accepted.others.items())]
     text = f'{{\n "compiler": {json.dumps(accepted.compiler)},\n "rows": {{\n' + ",\n".join(lines) + "\n }"
     text += ',\n "others": {\n' + ",\n".join(others) + "\n }" if others else ""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text + "\n}\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_whole(path, f"{text}\n}}\n".encode())
 
 
 def figures(row: Row) -> dict[str, Any]:

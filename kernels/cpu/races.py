@@ -12,6 +12,29 @@ from torch import Tensor
 from . import attention, int8, losses, products
 from .selection import Selection, compared, of_odd_sizes
 
+PATHS = {
+    "aten": "PyTorch's own operations, which multiply fp32 by MKL where PyTorch has it",
+    "onednn": "products by oneDNN, of weights as they are; in attention one for all heads",
+    "onednn+gelu": "the same, and GELU by PyTorch",
+    "onednn-packed": "products by oneDNN, of a second copy of each weight in a layout of its own",
+    "transposed": "PyTorch's product of a factor that is transposed first",
+    "tiled": "attention in tiles that stay in cache, by PyTorch's products",
+    "exp2": "the same, with powers of two in place of the softmax",
+    "llvm": "kernels of ours that LLVM compiles for this processor",
+    "int8": "products of bytes, of weights in 8 bits",
+    "floats": "weights in 8 bits multiplied in the type of what they are multiplied with",
+}
+"""What runs, by the names of candidates."""
+SIZES = {
+    "of few rows": "as a caption has: less than 16, in 8 bits less than 64",
+    "of odd sizes": "sizes that llvm has no kernel for: not whole vectors",
+    "in 8 bits": 'models in dtype="int8"',
+    "layout": "whether freeze() lays weights out for oneDNN, so that few rows read them faster",
+    "medium": "attention of up to 128 tokens; short: of up to 64",
+    "vocabulary": "logits of the language losses and their gradients (dh, dw)",
+}
+"""When it runs, by words in the names of operations."""
+
 
 class Race(NamedTuple):
     """The candidates of an operation, the operands that are timed, and the FLOPs that these take.
@@ -33,20 +56,23 @@ def races() -> dict[str, Race]:
         for name, some in ((operation, candidates), (f"{operation} of few rows", products.LIGHT[operation])):
             x, weight, *_ = products.EXAMPLES[name](torch.float32)
             found[name] = Race(some, products.EXAMPLES[name], 2 * x.shape[0] * weight.numel())
-    for name, (candidates, example) in {"layout for few rows": products.LAYOUT, **products.TRAINED}.items():
+    for name, (candidates, example) in products.TRAINED.items():
         x, other, *_ = example(torch.float32)
         found[name] = Race(candidates, example, 2 * x.numel() * other.shape[1])
     for name, (candidates, example) in attention.RACES.items():
         q, k, *_ = example(torch.float32)
         found[name] = Race(candidates, example, 4 * q.numel() * k.shape[1])
+    for operation, race in [*found.items()]:
+        name, others = of_odd_sizes(operation, race.candidates)
+        found.setdefault(name, race._replace(candidates=others))
+    candidates, example = products.LAYOUT
+    x, weight, _ = example(torch.float32)
+    found["layout for few rows"] = Race(candidates, example, 2 * x.shape[0] * weight.numel())
     for role in losses.ROLES:
         x, y = losses.example(role, torch.float32)
         found[role] = Race(losses.PRODUCTS, partial(losses.example, role), 2 * x.numel() * y.shape[0])
     for name, (candidates, example, flops) in (int8.LIBRARIES | int8.RACES).items() if int8.why_not() is None else ():
         found[name] = Race(candidates, example, flops, alike=False)
-    for operation, race in [*found.items()]:
-        name, others = of_odd_sizes(operation, race.candidates)
-        found.setdefault(name, race._replace(candidates=others))
     return found
 
 

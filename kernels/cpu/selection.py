@@ -43,6 +43,12 @@ _MARGIN = 0.96
 # are compared on one weight that stays in cache, where in a model each comes from memory: what libraries take longer
 # then does not show here, nor that our kernels gain with the rows.
 _FAVOURED, _FAVOUR = "llvm", 1.1
+RULE = (
+    f"{_FAVOURED}, where it can be, is taken unless another measured {1 - 1 / _FAVOUR:.0%} faster: it needs no second "
+    "copy of a weight, and gains where weights come from memory; comparisons are made on one that stays in cache. "
+    f"Otherwise the first, aten for most, is taken unless another measured {1 - _MARGIN:.0%} faster."
+)
+"""How a choice follows from what was measured, for readers of choices."""
 _ODD = " of odd sizes"
 _ROUNDS = 7
 _SCHEMA = 1
@@ -76,7 +82,9 @@ class Selection:
             asked = f"below the {1 - 1 / _FAVOUR:.0%} that justify it"
             return f"{best} measured {_faster(own, self.seconds[best])} than {self.chosen}, {asked}{where[self.source]}"
         if self.chosen != trusted:
-            return f"{self.chosen} measured {_faster(self.seconds[trusted], own)} than {trusted}{where[self.source]}"
+            beaten = dict.fromkeys((trusted, *({_FAVOURED} & {*self.seconds} - {self.chosen})))
+            margins = " and ".join(f"{_faster(self.seconds[name], own)} than {name}" for name in beaten)
+            return f"{self.chosen} measured {margins}{where[self.source]}"
         name = min((n for n in self.seconds if n != trusted), key=self.seconds.__getitem__)
         other = self.seconds[name]
         if other >= own:
@@ -152,8 +160,9 @@ def compared(
                 )
             found = given or _selections.get(key)
             if found is None or found.chosen not in candidates:
-                compare = _compare if alike else _time
-                found = _among(operation, candidates, dtype) or compare(operation, candidates, make_arguments, dtype)
+                found = _among(operation, candidates, dtype) or _compare(
+                    operation, candidates, make_arguments, dtype, alike=alike
+                )
             _selections[key] = found
     return found
 
@@ -245,40 +254,34 @@ def _compare(
     candidates: dict[str, Callable[..., Tensor]],
     make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
     dtype: torch.dtype,
+    *,
+    alike: bool,
 ) -> Selection:
     trusted_name, trusted = next(iter(candidates.items()))
     rejected: dict[str, str] = {}
     # Weights made in inference mode would be packed at every call, which those of a model are not.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         arguments = make_arguments(dtype)
-        wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-        truth = trusted(*wide)
-        allowed = 2 * _error(trusted(*arguments), truth) + 2 * torch.finfo(dtype).eps + _SUMMATION
+        truth, allowed = None, math.inf
+        if alike:
+            wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+            truth = trusted(*wide)
+            allowed = 2 * _error(trusted(*arguments), truth) + 2 * torch.finfo(dtype).eps + _SUMMATION
         usable = {trusted_name: trusted}
         for name, candidate in list(candidates.items())[1:]:
             try:
-                error = _error(candidate(*arguments), truth)
-            except (RuntimeError, AttributeError, TypeError, NotImplementedError) as failure:
-                rejected[name] = str(failure).splitlines()[0]
+                value = candidate(*arguments)
+            # What a damaged installation of a library raises, too.
+            except (RuntimeError, AttributeError, TypeError, ImportError, OSError) as failure:
+                rejected[name] = (str(failure).splitlines() or [type(failure).__name__])[0]
                 continue
+            error = 0.0 if truth is None else _error(value, truth)
             if error <= allowed:
                 usable[name] = candidate
             else:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
         seconds = _thread_seconds(usable, arguments) if len(usable) > 1 else {trusted_name: float("nan")}
     return Selection(operation, dtype, _fastest(seconds), seconds, rejected)
-
-
-def _time(
-    operation: str,
-    candidates: dict[str, Callable[..., Tensor]],
-    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
-    dtype: torch.dtype,
-) -> Selection:
-    """`_compare` of candidates that are all trusted."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        seconds = _thread_seconds(candidates, make_arguments(dtype))
-    return Selection(operation, dtype, _fastest(seconds), seconds, {})
 
 
 def _fastest(seconds: dict[str, float]) -> str:

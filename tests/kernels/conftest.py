@@ -26,11 +26,13 @@ def compared(
     candidates: dict[str, Callable[..., Tensor]],
     example: Callable[[torch.dtype], tuple[Any, ...]],
     dtype: torch.dtype,
+    *,
+    alike: bool = True,
 ) -> selection.Selection:
     """What the processor said once about these candidates; one that runs but errs is a failure, not a rejection."""
     key = (operation, dtype)
     if key not in _compared:
-        _compared[key] = _compare(operation, candidates, example, dtype)
+        _compared[key] = _compare(operation, candidates, example, dtype, alike=alike)
     rejected = _compared[key].rejected
     assert not any("relative error" in reason for reason in rejected.values()), f"{operation}: {rejected}"
     return _compared[key]
@@ -40,8 +42,10 @@ def compared(
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Wherever one of several implementations is chosen, this one is, if it is among them and the processor has it."""
 
-    def forced(operation: str, candidates: Any, example: Any, dtype: torch.dtype) -> selection.Selection:
-        found = compared(operation, candidates, example, dtype)
+    def forced(
+        operation: str, candidates: Any, example: Any, dtype: torch.dtype, *, alike: bool
+    ) -> selection.Selection:
+        found = compared(operation, candidates, example, dtype, alike=alike)
         usable = [name for name in candidates if name not in found.rejected]
         chosen = request.param if request.param in usable else usable[0]
         return selection.Selection(operation, dtype, chosen, found.seconds, found.rejected)

@@ -19,8 +19,8 @@ from tests.kernels.accuracy import assert_accurate, assert_as_accurate, draws, w
 from tests.kernels.conftest import LIBRARIES, compared, each_library
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.cpu import attention, llvm, products, selection, workspace
-from xfm_fast.kernels.cpu.races import compare_all, races
+from xfm_fast.kernels.cpu import attention, int8, llvm, products, selection, workspace
+from xfm_fast.kernels.cpu.races import PATHS, SIZES, compare_all, races
 from xfm_fast.kernels.cpu.workspace import Dropout
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -324,11 +324,11 @@ def test_mlp(biased: bool, rows: int, dtype: torch.dtype, monkeypatch: pytest.Mo
         assert_as_accurate(found, definition, x, first, second, residual, *biases, gamma)
 
 
-def compare(candidates: dict[str, Callable[..., Tensor]]) -> selection.Selection:
+def compare(candidates: dict[str, Callable[..., Tensor]], *, alike: bool = True) -> selection.Selection:
     def example(dtype: torch.dtype) -> tuple[Tensor]:
         return (torch.linspace(1, 2, 100_000, dtype=dtype),)
 
-    return selection._compare("test", candidates, example, torch.float32)
+    return selection._compare("test", candidates, example, torch.float32, alike=alike)
 
 
 def slow(x: Tensor) -> Tensor:
@@ -356,6 +356,17 @@ def test_the_fastest_of_those_that_are_right_is_chosen() -> None:
     assert found.rejected["no"] == "not on this processor"
     assert "relative error" in found.rejected["wrong"]
     assert "relative error" in found.rejected["nan"]
+
+
+def test_a_damaged_library_is_left_out() -> None:
+    def damaged(x: Tensor) -> Tensor:
+        raise OSError
+
+    for alike in (True, False):
+        found = compare({"trusted": slow, "damaged": damaged, "half": lambda x: x / 2}, alike=alike)
+        assert found.rejected["damaged"] == "OSError"
+        # Candidates that need not be alike are all trusted, if they run.
+        assert (found.chosen == "half") is not alike
 
 
 def test_the_trusted_one_stays_unless_another_is_clearly_faster() -> None:
@@ -612,6 +623,9 @@ def test_the_reason_of_a_choice() -> None:
     assert reason("onednn", aten=1.0, onednn=0.9) == "onednn measured 10.0% faster than aten"
     assert reason("onednn", aten=2.3, onednn=1.0) == "onednn measured 2.3 times faster than aten"
     assert reason("aten", aten=1.0, onednn=1.25, tiled=2.0) == "aten measured 20.0% faster than onednn"
+    assert reason("onednn", aten=1.2, onednn=0.9, llvm=1.2) == (
+        "onednn measured 25.0% faster than aten and 25.0% faster than llvm"
+    )
     assert reason("aten", aten=float("nan")) == "aten is the only one here"
     assert selection.Selection("test", torch.float32, "x", {}, {}, "settled").reason == (
         "not compared (settled by the program)"
@@ -622,6 +636,8 @@ def test_every_implementation_has_its_turn() -> None:
     tables = [race.candidates for race in races().values() if race.alike]
     here = {*LIBRARIES} - ({"llvm"} if llvm.why_not() else set())
     assert {name for table in tables for name in table} == here
+    assert {name for race in races().values() for name in race.candidates} <= {*PATHS}
+    assert all(any(word in name for name in races()) or llvm.why_not() or int8.why_not() for word in SIZES)
 
 
 def test_all_choices_are_made_at_once(library: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -279,6 +282,43 @@ def test_levels_of_one_processor_have_their_own_code(tmp_path: Path, monkeypatch
         torch.testing.assert_close(found, x @ weight.t(), rtol=1e-5, atol=1e-4)
         assert len([*tmp_path.iterdir()]) == number
     linear._kernel.cache_clear()
+
+
+def test_a_full_disk_keeps_nothing_and_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xfm_fast.kernels.cpu.llvm import builder, linear
+
+    monkeypatch.setattr(builder, "_KEPT", tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    x, weight = torch.randn(3, 64), torch.randn(48, 64)
+    linear._kernel.cache_clear()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        found = linear.linear(x, weight, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        linear._kernel.cache_clear()
+    torch.testing.assert_close(found, x @ weight.t(), rtol=1e-5, atol=1e-4)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_where_written_code_may_not_run_libraries_do_all() -> None:
+    """As in services with MemoryDenyWriteExecute: a kernel's first call would end the process."""
+    program = """
+import ctypes
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
+    raise SystemExit(77)
+import torch
+from xfm_fast.kernels import ops
+from xfm_fast.kernels.cpu import llvm
+x, weight = torch.ones(3, 768), torch.ones(768, 768)
+assert ops.linear(x, weight, None).eq(768).all()
+print(llvm.why_not())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("this Linux cannot forbid a process to run what it writes (6.3 can)")
+    assert done.returncode == 0, done.stderr
+    assert "may not run code that it writes" in done.stdout
 
 
 @pytest.fixture

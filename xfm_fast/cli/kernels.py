@@ -93,6 +93,8 @@ def info(*, as_json: Json = False) -> None:
 
     from xfm_fast.benchmarks import machine
     from xfm_fast.benchmarks.machine import choose_paths
+    from xfm_fast.kernels.cpu.races import PATHS, SIZES
+    from xfm_fast.kernels.cpu.selection import RULE
 
     facts, packages, paths = machine.describe(), machine.optional_packages(), choose_paths()
     if as_json:
@@ -128,6 +130,11 @@ def info(*, as_json: Json = False) -> None:
         remarks += [f"{name} left out: {why}" for name, why in path["rejected"].items()]
         chosen.add_row(path["operation"], path["dtype"], escape(path["chosen"]), escape("; ".join(remarks)))
     console.print(chosen)
+    console.print(f"{RULE} Settled for all processes: xfm-fast tune --cpu", soft_wrap=True)
+    words = table("words of these paths", "", "")
+    for word, meaning in (PATHS | SIZES).items():
+        words.add_row(word, escape(meaning))
+    console.print(words)
     if not facts["native_bf16"]:
         console.print("bf16 is not native to this CPU: xfm-fast runs it when asked, slower than fp32")
 
@@ -340,7 +347,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
 def _tune_cpu(options: TuneOptions) -> None:
     from xfm_fast.benchmarks.machine import choose_paths
     from xfm_fast.checkpoint import write_bytes
-    from xfm_fast.kernels.cpu.selection import CHOICES, choices
+    from xfm_fast.kernels.cpu.selection import CHOICES, RULE, choices
 
     if os.environ.get(CHOICES):
         raise InputError(f"{CHOICES}={os.environ[CHOICES]} settles what --cpu is to measure; unset it first")
@@ -348,6 +355,7 @@ def _tune_cpu(options: TuneOptions) -> None:
     for found in choose_paths():
         print(f"{found['operation']} {found['dtype']}: {found['reason']}")
     write_bytes({path: (json.dumps(choices(), indent=1) + "\n").encode()})
+    print(f"{RULE}\nxfm-fast info explains the words")
     print(f"saved: {path}; export {CHOICES}={path.resolve()}")
 
 

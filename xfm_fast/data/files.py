@@ -28,6 +28,7 @@ import numpy as np
 from xfm_fast.checkpoint.files import write_files
 from xfm_fast.documents import check_text, require_file
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.kernels.files import cache_folder
 
 _ROW = re.compile(r"(.+\.(?:tar|jsonl|ndjson))#(\d+)", re.DOTALL)
 
@@ -318,7 +319,7 @@ class IndexedFile:
     @cached_property
     def _loaded(self) -> np.ndarray:
         # Beside the file, or in a cache folder when the data may not be changed.
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xfm-fast" / "index"
+        cache = cache_folder("index")
         name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:32]
         paths = [self.path.with_name(f".{self.path.name}.index"), cache / f"{name}.index"]
         try:

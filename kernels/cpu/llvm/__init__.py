@@ -6,7 +6,9 @@ its last. Whether one runs is measured like every other choice, and plain PyTorc
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import mmap
 import platform
 import sys
 from functools import cache
@@ -54,11 +56,21 @@ def why_not(dtype: torch.dtype = torch.float32) -> str | None:
         return "this processor, or ATEN_CPU_CAPABILITY, has no AVX2"
     if importlib.util.find_spec("llvmlite") is None:
         return "llvmlite is not installed"
+    if not _may_execute():
+        return "this process may not run code that it writes (as with MemoryDenyWriteExecute of systemd)"
     if dtype not in TOGETHER:
         return f"there is no kernel in {dtype}"
     if TOGETHER[dtype] > 1 and not levels()[0].bf16:
         return "this processor has no AVX-512 BF16"
     return None
+
+
+@cache
+def _may_execute() -> bool:
+    # LLVM does not look whether the system refused it, and the first call of a kernel would end the process.
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+    return ctypes.CDLL(None).mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC) == 0
 
 
 TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}

@@ -7,7 +7,6 @@ import ctypes
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch.autograd import profiler
 
+from ...files import cache_folder, write_whole
 from ..workspace import scratch
 from . import Level, levels
 
@@ -353,7 +353,7 @@ class Kernel:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         told = (name, level, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info)
-        files = "".join(Path(file).read_text() for file in (__file__, source))
+        files = [Path(file).read_bytes() for file in (__file__, source)]
         place = _KEPT / f"{hashlib.sha256(repr((told, files)).encode()).hexdigest()}.o"
         code = _read(place)
         if code is None:
@@ -421,9 +421,8 @@ _LINE = 16
 _COUNTERS = 2 * _LINE
 
 
-# To compile them takes longer than all else before a first caption. Below a file nothing can be kept, nor is an error.
-_HOME = os.path.expanduser("~")
-_KEPT = Path(_HOME if os.path.isabs(_HOME) else os.devnull) / ".cache" / "xfm-fast" / "kernels"
+# To compile them takes longer than all else before a first caption.
+_KEPT = cache_folder("kernels")
 
 
 def _compiled(builder: Builder, level: Level) -> bytes:
@@ -450,10 +449,8 @@ def _keep(place: Path, code: bytes) -> None:
     # A home that cannot be written to, or a full disk, is no reason not to compute.
     with contextlib.suppress(OSError):
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Two processes may compile at once: a reader sees all of the file or none.
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, place)
+        # Two processes may compile at once.
+        write_whole(place, hashlib.sha256(code).digest() + code, mode=0o600)
 
 
 def _target(level: Level) -> tuple[str, str]:
