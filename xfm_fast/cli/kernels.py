@@ -93,6 +93,7 @@ def info(*, as_json: Json = False) -> None:
 
     from xfm_fast.benchmarks import machine
     from xfm_fast.benchmarks.machine import choose_paths
+    from xfm_fast.kernels.cpu import int8, llvm
     from xfm_fast.kernels.cpu.races import PATHS, SIZES
     from xfm_fast.kernels.cpu.selection import RULE
 
@@ -135,6 +136,9 @@ def info(*, as_json: Json = False) -> None:
     for word, meaning in (PATHS | SIZES).items():
         words.add_row(word, escape(meaning))
     console.print(words)
+    for word, why in (("llvm", llvm.why_not()), ("int8", int8.why_not())):
+        if why is not None:
+            console.print(f"{word} is left out here: {escape(why)}", soft_wrap=True)
     if not facts["native_bf16"]:
         console.print("bf16 is not native to this CPU: xfm-fast runs it when asked, slower than fp32")
 
