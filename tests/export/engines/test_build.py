@@ -144,11 +144,13 @@ def test_the_graphs_behind_engines_are_compared_on_the_cpu(
             export(tmp_path / "bad")
 
 
-def test_fp32_engines_are_not_rounded_to_tf32() -> None:
+def test_flags_of_every_build() -> None:
     library = rtx()
     config = library.trt.Builder(engine_library.message_logger(library.trt, [], engines._log)).create_builder_config()
     library.configure(config, TensorRTRequest(), (89,))
-    assert not config.get_flag(library.trt.BuilderFlag.TF32)
+    flags = library.trt.BuilderFlag
+    assert not config.get_flag(flags.TF32), "fp32 is not rounded to TF32"
+    assert config.get_flag(flags.REQUIRE_USER_ALLOCATION), "a CUDA graph captures no allocation"
 
 
 def test_a_builder_without_a_network_is_no_traceback(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
@@ -381,9 +383,16 @@ def test_targets_are_parsed() -> None:
 
 
 @pytest.mark.parametrize("consumer", ["tensorrt", "tensorrt-rtx"])
-def test_a_missing_library_names_its_extra(consumer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, consumer.replace("-", "_"), None)
+def test_a_missing_library_names_its_extra(consumer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = consumer.replace("-", "_")
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnavailableError, match=rf"pip install 'xfm-fast\[{consumer}\]'"):
+        load_library(consumer)
+    # Bindings without the libraries that they load.
+    monkeypatch.delitem(sys.modules, module)
+    (tmp_path / f"{module}.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnavailableError, match=rf"\(libnvinfer\.so\.10: cannot open .*'xfm-fast\[{consumer}\]'"):
         load_library(consumer)
 
 
