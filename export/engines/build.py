@@ -404,6 +404,11 @@ class _Build:
                 raise state.raised
             if not built:
                 raise self._failure(list(self.errors), "build", network)
+            if not file.tell():
+                raise ExportError(
+                    f"{self.library.label} {self.library.version} built graph {self.graph!r} and wrote nothing of it; "
+                    "its Python module and its libraries may be of different versions: install it again"
+                )
 
         write_files({engine: write})
         timings = None if self.request.timing_cache is None else self.library.timing_cache(config)

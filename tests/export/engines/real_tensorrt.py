@@ -449,6 +449,13 @@ def whole(trt: Any, scratch: Path, dtype: Any) -> None:
     from xfm_fast.export.request import GRAPHS
 
     library.local_capability = lambda: 89
+
+    def streamed(builder: Any, network: Any, config: Any, writer: Any) -> bool:
+        """For the builder's own, which the C++ interface of TensorRT for RTX has in another place."""
+        blob = builder.build_serialized_network(network, config)
+        return blob is not None and writer.write(bytes(memoryview(blob))) == memoryview(blob).nbytes
+
+    trt.Builder.build_serialized_network_to_stream = streamed
     axes = "texts=1..4..8,length=1..16..40,past=1..8..40"
     for model, graphs in (
         (build_model(), GRAPHS),

@@ -493,6 +493,16 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
     builder.create_network.assert_called_with(1 << 1 | 1 << 3)  # and plugins compiled ahead of time
 
 
+def test_an_engine_of_which_nothing_was_written(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    """A module over libraries of another version may call the wrong function, and be told that all is well."""
+    tensorrt().Builder.return_value.build_serialized_network_to_stream.side_effect = lambda *_: True
+    with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48 built graph 'g' and wrote nothing of it"):
+        engines.build_engine(
+            load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_timings_of_another_machine_are_not_used(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
     config = tensorrt().Builder.return_value.create_builder_config.return_value
     config.set_timing_cache.side_effect = [False, True]
