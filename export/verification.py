@@ -56,17 +56,10 @@ def verify_export(
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=False)
     try:
-        compare_with_model(manifest, folder, model, examples, runner)
+        compare_with_reference(manifest, folder, keep_results(manifest, folder, model, examples), runner)
     finally:
         manifest.save(folder)
     return manifest
-
-
-def compare_with_model(
-    manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None, runner: Runner | str = "auto"
-) -> None:
-    """Enter into a manifest how its export compares with the model, whose own results are written into the folder."""
-    compare_with_reference(manifest, folder, keep_results(manifest, folder, model, examples), runner)
 
 
 def keep_results(manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None) -> Reference:

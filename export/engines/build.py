@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.checkpoint.files import write_bytes, write_files
 from xfm_fast.errors import ExportError, InputError
 from xfm_fast.models.xfm import XFM
 
@@ -394,22 +395,31 @@ class _Build:
             raise self._failure(parser_errors(parser) + self.errors, "read")
         self.errors.clear()
         state = Interruption()
-        blob, config = self._build(network, state, self.progress.phase)
-        if state.raised is not None:
-            raise state.raised
-        if blob is None:
-            raise self._failure(list(self.errors), "build", network)
-        content = memoryview(blob)
-        size = content.nbytes
-        write_bytes({engine: content})
+        config: Any = None
+
+        def write(file: BinaryIO) -> None:
+            nonlocal config
+            built, config = self._build(network, state, self.progress.phase, file)
+            if state.raised is not None:
+                raise state.raised
+            if not built:
+                raise self._failure(list(self.errors), "build", network)
+            if not file.tell():
+                raise ExportError(
+                    f"{self.library.label} {self.library.version} built graph {self.graph!r} and wrote nothing of it; "
+                    "its Python module and its libraries may be of different versions: install it again"
+                )
+
+        write_files({engine: write})
         timings = None if self.request.timing_cache is None else self.library.timing_cache(config)
         if self.request.timing_cache is not None and timings is not None:
             write_bytes({self.request.timing_cache: timings})
-        return BuiltEngine(engine, size, time.perf_counter() - started)
+        return BuiltEngine(engine, engine.stat().st_size, time.perf_counter() - started)
 
     def _build(
-        self, network: Any, state: Interruption, tell: Callable[[str, int, int, int], None]
-    ) -> tuple[Any | None, Any]:
+        self, network: Any, state: Interruption, tell: Callable[[str, int, int, int], None], file: BinaryIO
+    ) -> tuple[bool, Any]:
+        """Build a network into a file, part by part: an engine as a whole is all weights of a graph once more."""
         config = self.builder.create_builder_config()
         self.library.configure(config, self.request, self.targets)
         for record in self.profiles:
@@ -422,9 +432,11 @@ class _Build:
         # The configuration does not keep the monitor alive.
         watching, observed = monitor(self.library.trt, tell)
         config.progress_monitor = watching
-        blob = self.builder.build_serialized_network(network, config)
+        built = self.builder.build_serialized_network_to_stream(
+            network, config, writer(self.library.trt, file, observed)
+        )
         state.raised, state.phase = observed.raised, observed.phase
-        return blob, config
+        return built, config
 
     def _failure(self, messages: Sequence[str], verb: str, network: Any = None) -> ExportError:
         import onnx
@@ -436,10 +448,11 @@ class _Build:
 
             def builds(part: Any) -> bool:
                 state = Interruption()
-                blob, _ = self._build(part, state, lambda *_: None)
+                with Path(os.devnull).open("wb") as nowhere:
+                    built, _ = self._build(part, state, lambda *_: None, nowhere)
                 if state.raised is not None:
                     raise state.raised
-                return blob is not None
+                return built
 
             layers = tuple(filter(None, [first_failing_layer(network, builds)]))
         where = f" at {describe_layers(layers)}" if layers else ""
@@ -494,7 +507,7 @@ class Silent(BuildProgress):
 
 
 class Interruption:
-    """The exception with which a user interrupted a build, and the phase that it was in."""
+    """The exception with which a user or a full disk interrupted a build, and the phase that it was in."""
 
     def __init__(self) -> None:
         self.raised: BaseException | None = None
@@ -536,3 +549,24 @@ def monitor(trt: Any, tell: Callable[[str, int, int, int], None]) -> tuple[Any, 
                 state.raised = state.raised or error
 
     return Monitor(), state
+
+
+def writer(trt: Any, file: BinaryIO, state: Interruption) -> Any:
+    """An `IStreamWriter` of a TensorRT module that fills a file.
+
+    The builder calls it from its own code too: an exception, such as that of a full disk, is kept in `state`, and the
+    builder is told that nothing was written.
+    """
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except BaseException as error:  # Ctrl-C too
+                state.raised = state.raised or error
+                return 0
+
+    return Writer()

@@ -34,7 +34,7 @@ LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
 _OLDEST_TENSORRT = (10, 14)
 # Called in every build, of the classes of both modules. What an option alone needs is not asked for.
 CALLED = (
-    "Builder.build_serialized_network",
+    "Builder.build_serialized_network_to_stream",
     "Builder.create_builder_config",
     "Builder.create_network",
     "Builder.create_optimization_profile",
@@ -47,6 +47,7 @@ CALLED = (
     "INetworkDefinition.num_inputs",
     "IOptimizationProfile.set_shape",
     "IProgressMonitor",
+    "IStreamWriter",
     "OnnxParser.parse_from_file",
 )
 

@@ -22,7 +22,7 @@ from ..manifest import GraphRecord, Manifest
 from ..onnx import check_spelling, export_onnx, require_onnx
 from ..pipeline import Progress, build_graphs, copy_files, graph_bytes, graph_records, prepare_folder, silent
 from ..request import OnnxRequest
-from ..verification import compare_with_model
+from ..verification import compare_with_reference, keep_reference, keep_results
 from .build import fill_engines
 
 # What only training reads.
@@ -87,13 +87,16 @@ def refit_engines(
             earlier = given.graph(record.name)
             assert earlier.weights is not None
             check_structure(record.name, engines / earlier.weights, onnx / record.file)
+        reference = None
         if examples is not None:
             progress("comparing with the model")
-            compare_with_model(exported, onnx, model, examples)
+            reference = keep_results(exported, onnx, model, examples)
+            compare_with_reference(exported, onnx, reference)
 
         def compare(content: Manifest) -> None:
-            if examples is not None:
-                compare_with_model(content, folder, model, examples)
+            if reference is not None:
+                keep_reference(content, folder, reference)
+                compare_with_reference(content, folder, reference)
 
         assert given.target is not None
         return fill_engines(

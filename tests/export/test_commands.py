@@ -352,7 +352,7 @@ def test_bars_follow_the_builder() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     """All four graphs at their real size, dynamic shapes, three architectures; each engine is about its weights."""
     pytest.importorskip("tensorrt_rtx")
@@ -364,4 +364,4 @@ def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     }
     assert set(megabytes) == {"vision", "text", "image_memory", "fusion"}
     for name, size in (("vision", 172), ("text", 249), ("image_memory", 28), ("fusion", 227)):
-        assert size * 0.9 < megabytes[name] < size * 1.4, megabytes
+        assert size * 0.9 < megabytes[name] * 2 / DTYPES[manifest.dtype].itemsize < size * 1.4, megabytes

@@ -297,8 +297,9 @@ def test_unsupported_choices(arguments: tuple[str, str, int | None], message: st
 def test_profiles() -> None:
     assert profile("onnxruntime", "fp32") == profile("tensorrt", "fp16") == Profile("function", 23)
     assert profile("tensorrt-rtx", "bf16") == Profile("opset23", 23)
-    # TensorRT for RTX has no fp32 kernel behind Attention.
-    assert profile("tensorrt-rtx", "fp32") == profile("openvino", "fp16") == Profile("primitives", 20)
+    # Neither TensorRT has an fp32 kernel behind Attention.
+    assert profile("tensorrt", "fp32") == profile("tensorrt-rtx", "fp32") == Profile("primitives", 20)
+    assert profile("openvino", "fp16") == Profile("primitives", 20)
     assert profile("tensorrt", "fp16", 22) == Profile("primitives", 22)
     forms = {profile(c, d).form for c in CONSUMERS for d in DTYPES if (c, d) != NOT_READ}
     assert forms == {*get_args(AttentionForm)}

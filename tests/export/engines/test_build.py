@@ -9,13 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import MagicMock, call
 
 import pytest
 
 from tests.export.conftest import TARGETS
-from xfm_fast.checkpoint import files
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.export.engines import build as engines
 from xfm_fast.export.engines import library as engine_library
@@ -50,10 +49,10 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         module = MagicMock(__version__=version)
         severities = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
         module.ILogger = type("ILogger", (), {name: number for number, name in enumerate(severities)})
-        module.IProgressMonitor = type("IProgressMonitor", (), {})
+        module.IProgressMonitor, module.IStreamWriter = (type(name, (), {}) for name in ("Monitor", "Writer"))
         module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1, PREFER_AOT_PYTHON_PLUGINS=3)
         builder = module.Builder.return_value
-        builder.build_serialized_network.return_value = b"plan of TensorRT"
+        builder.build_serialized_network_to_stream.side_effect = lambda _, __, writer: writer.write(b"plan of TensorRT")
         network = builder.create_network.return_value
         network.num_inputs, network.get_input.return_value.name = 1, "x"
         # It has no compute capabilities to set, unlike that of TensorRT for RTX.
@@ -145,11 +144,13 @@ def test_the_graphs_behind_engines_are_compared_on_the_cpu(
             export(tmp_path / "bad")
 
 
-def test_fp32_engines_are_not_rounded_to_tf32() -> None:
+def test_flags_of_every_build() -> None:
     library = rtx()
     config = library.trt.Builder(engine_library.message_logger(library.trt, [], engines._log)).create_builder_config()
     library.configure(config, TensorRTRequest(), (89,))
-    assert not config.get_flag(library.trt.BuilderFlag.TF32)
+    flags = library.trt.BuilderFlag
+    assert not config.get_flag(flags.TF32), "fp32 is not rounded to TF32"
+    assert config.get_flag(flags.REQUIRE_USER_ALLOCATION), "a CUDA graph captures no allocation"
 
 
 def test_a_builder_without_a_network_is_no_traceback(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def test_a_layer_that_no_message_names_is_found_by_halving(
         def __getattr__(self, name: str) -> Any:
             return getattr(self.real, name)
 
-        def build_serialized_network(self, network: Any, config: Any) -> Any:
+        def build_serialized_network_to_stream(self, network: Any, config: Any, writer: Any) -> bool:
             self.builds += 1
             wanted = {network.get_output(number).name for number in range(network.num_outputs)}
             reached = set()
@@ -318,7 +319,7 @@ def test_a_layer_that_no_message_names_is_found_by_halving(
                     reached.add(messages.node_name(layer))
                     inputs = (layer.get_input(place) for place in range(layer.num_inputs))
                     wanted |= {tensor.name for tensor in inputs if tensor is not None}
-            return None if culprit in reached else b"engine"
+            return culprit not in reached
 
     class Module:
         Builder = Stubborn
@@ -382,9 +383,16 @@ def test_targets_are_parsed() -> None:
 
 
 @pytest.mark.parametrize("consumer", ["tensorrt", "tensorrt-rtx"])
-def test_a_missing_library_names_its_extra(consumer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, consumer.replace("-", "_"), None)
+def test_a_missing_library_names_its_extra(consumer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = consumer.replace("-", "_")
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UnavailableError, match=rf"pip install 'xfm-fast\[{consumer}\]'"):
+        load_library(consumer)
+    # Bindings without the libraries that they load.
+    monkeypatch.delitem(sys.modules, module)
+    (tmp_path / f"{module}.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnavailableError, match=rf"\(libnvinfer\.so\.10: cannot open .*'xfm-fast\[{consumer}\]'"):
         load_library(consumer)
 
 
@@ -431,19 +439,22 @@ def test_profiles_are_checked_before_anything_is_exported(
 
 
 def test_a_disk_that_fills_while_the_engine_is_written(
-    tensorrt: Callable[..., Any], exported_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bf16_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensorrt()
+    """The library writes the engine itself, and no exception may pass through it."""
+    library, real = rtx(), engines.writer
 
-    def full(file: Any, data: Any) -> None:
-        file.write(bytes(data)[:3])
+    def full(data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "_write", full)
-    with pytest.raises(StorageError, match="No space left"):
+    monkeypatch.setattr(
+        engines, "writer", lambda trt, _, state: real(trt, cast(Any, SimpleNamespace(write=full)), state)
+    )
+    with pytest.raises(StorageError, match=r"x\.engine could not be written .*No space left"):
         engines.build_engine(
-            load_library("tensorrt"), exported_fp16 / "text.onnx", tmp_path / "t.engine", TensorRTRequest(), (89,), []
-        )
+            library, bf16_engines / "onnx" / "image_memory.onnx", tmp_path / "x.engine", TensorRTRequest(), TARGETS,
+            Manifest.load(bf16_engines).graph("image_memory").profiles,
+        )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
@@ -480,6 +491,16 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
     carrying = TensorRTRequest(plugins=True)
     engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", carrying, targets, list(one_input()))
     builder.create_network.assert_called_with(1 << 1 | 1 << 3)  # and plugins compiled ahead of time
+
+
+def test_an_engine_of_which_nothing_was_written(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
+    """A module over libraries of another version may call the wrong function, and be told that all is well."""
+    tensorrt().Builder.return_value.build_serialized_network_to_stream.side_effect = lambda *_: True
+    with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48 built graph 'g' and wrote nothing of it"):
+        engines.build_engine(
+            load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_timings_of_another_machine_are_not_used(tensorrt: Callable[..., Any], tmp_path: Path) -> None:

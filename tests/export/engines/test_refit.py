@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.cli.runner import invoke
 from tests.export.conftest import once
 from xfm_fast import checkpoint
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export import export_onnx
+from xfm_fast.export import export_onnx, verification
 from xfm_fast.export.engines import library as engine_library
 from xfm_fast.export.engines.build import build_engines, export_engines
 from xfm_fast.export.engines.refit import check_structure, refit_engines
@@ -77,14 +78,20 @@ def test_weights_lie_beside_engines_that_have_none(engines: Path) -> None:
 
 
 @pytest.mark.slow
-def test_engines_get_the_weights_of_another_model(engines: Path, small_model: XFM, tmp_path: Path) -> None:
+def test_engines_get_the_weights_of_another_model(
+    engines: Path, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the library and a GPU; what is joined and gathered for export is made anew from the other weights."""
     other, before = _tuned(small_model), Manifest.load(engines)
+    computed = Mock(wraps=verification.make_reference)
+    monkeypatch.setattr(verification, "make_reference", computed)
     made = refit_engines(
         other, engines, tmp_path / "out", source="the second model", examples=generated_examples(other.config),
         companions={"task.json": b"{}"},
     )  # fmt: skip
     assert (made.status, made.source, made.kind) == ("graphs verified", "the second model", "tensorrt")
+    assert made.examples == generated_examples(other.config).origin
+    assert computed.call_count == 1, "the graphs and the engines are compared with the same results of the model"
     assert made.weights_sha256 != before.weights_sha256
     assert (made.target, made.options) == (before.target, before.options)
     direct = export_onnx(other, tmp_path / "direct", consumer="tensorrt", dtype="fp32")

@@ -40,13 +40,17 @@ def _package(cache: Path, version: str) -> Path:
 
 
 @pytest.mark.parametrize("version", sorted({torch.__version__.partition("+")[0], "2.14.0"}))
-def test_operators_go_into_engines(request: pytest.FixtureRequest, version: str) -> None:
+def test_operators_go_into_engines(
+    request: pytest.FixtureRequest, version: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """All of 2.14, whose Python takes an older PyTorch. Before it the numbers of positions stay with PyTorch: a running
     sum, which its engines have for known sizes alone.
     """
     pytest.importorskip("tensorrt_rtx", reason="the package looks at its version")
-    assert request.config.cache is not None
-    folder = _package(request.config.cache.mkdir("torch-tensorrt"), version)
+    # Without pytest's cache (-p no:cacheprovider) it is kept for this run.
+    cache = getattr(request.config, "cache", None)
+    kept = tmp_path_factory.mktemp("torch-tensorrt") if cache is None else cache.mkdir("torch-tensorrt")
+    folder = _package(kept, version)
     done = subprocess.run(
         [sys.executable, "-m", torch_tensorrt_report.__name__, str(folder), *GRAPHS],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3], env=os.environ.copy(),
