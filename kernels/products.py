@@ -258,18 +258,32 @@ def wants_gradient(row_scale: Tensor | None) -> bool:
 
 
 def _add_branch(
-    out: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float
+    out: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    dropout_p: float,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """`residual + row_scale · gamma · dropout(out)`, in one pass after the dropout."""
+    """`residual + row_scale · gamma · dropout(out)`, in one pass after the dropout.
+
+    Args:
+        in_place: write over `out` where that is as wide as the sum. A second tensor of its size would leave a hole
+            between two that are kept, in every branch.
+    """
     if dropout_p:
         dropout = Dropout(dropout_p, torch.randint(1 << 62, (1,)))
         out = out * torch.mul(dropout.mask(tuple(out.shape), out.dtype), 1 / dropout.kept)
+    place = out if in_place and torch.promote_types(out.dtype, residual.dtype) == out.dtype else None
     if row_scale is None and gamma is None:
-        return residual + out
-    rows = None if row_scale is None else row_scale.view(-1, *[1] * (out.ndim - 1))
+        return torch.add(residual, out, out=place)
+    rows = None if row_scale is None else _of_rows(row_scale, out)
     factor = gamma if rows is None else rows if gamma is None else rows * gamma
     assert factor is not None
-    return torch.addcmul(residual, out, factor)
+    if factor.dtype != out.dtype:
+        place = None
+    return torch.addcmul(residual, out, factor, out=place)
 
 
 def mlp_residual(
@@ -455,7 +469,8 @@ def _linear_forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     rows, mean, rstd = _normed(x, norm_weight, norm_bias, eps, dtype)
     bias = torch.cat([*biases]).to(dtype) if biases else None
     out = cpu.trained_linear(rows, _joined(weights, dtype), bias)
-    return out if residual is None else _add_branch(out, residual, gamma, row_scale, 0.0), mean, rstd
+    out = out if residual is None else _add_branch(out, residual, gamma, row_scale, 0.0, in_place=True)
+    return out, mean, rstd
 
 
 def _linear_forward_fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *given: Any) -> Any:
@@ -576,7 +591,8 @@ def _mlp_forward(
     kept = cpu.trained_linear(rows, weight_in.to(dtype), bias_in)
     hidden = torch.ops.aten.gelu.out(kept, out=scratch("hidden", tuple(kept.shape), dtype))
     out = cpu.trained_linear(hidden, weight_out.to(dtype), bias_out)
-    return out if residual is None else _add_branch(out, residual, gamma, row_scale, 0.0), kept, mean, rstd
+    out = out if residual is None else _add_branch(out, residual, gamma, row_scale, 0.0, in_place=True)
+    return out, kept, mean, rstd
 
 
 def _mlp_forward_fake(

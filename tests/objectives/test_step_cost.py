@@ -262,3 +262,25 @@ def test_questions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     for question in (*asked, lambda: bool(tensor), lambda: int(tensor)):
         with no_questions(monkeypatch), pytest.raises(AssertionError):
             question()
+
+
+def test_what_a_cpu_holds_of_masked_images_is_gone_before_the_others_have_gradients() -> None:
+    """Their graph ends in the mask token."""
+    model, batch = model_of("tiny_a"), pair_batch("tiny_a")
+    done: list[str] = []
+    watched = {
+        "masked images": model.vision_encoder.mask_token,
+        "fusion": model.fusion_encoder.roberta.encoder[-1].output.LayerNorm.weight,
+        "texts": model.text_encoder.roberta.encoder[-1].output.LayerNorm.weight,
+    }
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: done.append(name))
+        for name, parameter in watched.items()
+    ]
+    try:
+        total(pretraining_losses(model, batch)).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    assert list(dict.fromkeys(done)) == ["masked images", "fusion", "texts"]

@@ -132,10 +132,18 @@ def pretraining_losses(
         with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
             image = model.encode_image(batch.image)
         found, texts = step.contrast(packed, image, batch.image_ids)
-        if "mim" in names:
+        masks_last = image.device.type == "cpu" and step.fuses
+        if "mim" in names and not masks_last:
             # Between draw and fusion: the host needs the draw only then.
             found["mim"] = _image_loss(model, batch, image, world, options)
-        return found | step.fuse(texts, model.image_memory(image)) if step.fuses else found
+        if not step.fuses:
+            return found
+        fused = step.fuse(texts, model.image_memory(image))
+        if "mim" in names and masks_last:
+            # A CPU has the draw at once. What is done last is undone first: the activations of a whole encoder are gone
+            # before there are gradients of the others. They are the most that a step holds.
+            found["mim"] = _image_loss(model, batch, image, world, options)
+        return found | fused
     if isinstance(batch, RegionBatch):
         check_regions(batch)
         batch = batch.prepare()
