@@ -106,9 +106,15 @@ def race_name(operation: str, *, few: bool) -> str:
     return f"{operation} in 8 bits{' of few rows' if few else ''}"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`; the result in the type of x."""
-    return _LINEAR[_library(x, weight)](x, weight, bias)
+Norm = tuple[Tensor, Tensor, float]
+"""Weight and bias of a LayerNorm, in the type of what it normalises, and its eps."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None) -> Tensor:
+    """`x W^T + b` for x `[..., K]`, or of its LayerNorm, weight `[M, K]`; the result in the type of x."""
+    if _library(x, weight) == "llvm":
+        return _compiled_linear(x, weight, bias, norm=norm)
+    return _onednn_linear(x if norm is None else reference.layer_norm(x, *norm), weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,8 +145,14 @@ def mlp_residual(
     bias_out: Tensor | None,
     residual: Tensor,
     gamma: Tensor | None,
+    *,
+    norm: Norm | None = None,
 ) -> Tensor:
-    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
+    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32.
+
+    Args:
+        norm: what x passes first.
+    """
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
     out = torch.empty_like(sums)
     if _library(x, weight_in) == _library(x, weight_out) == "llvm":
@@ -148,9 +160,10 @@ def mlp_residual(
         for start in range(0, len(rows), _MOST_ROWS):
             part = slice(start, start + _MOST_ROWS)
             middle = hidden[: len(rows[part])]
-            _compiled_product(rows[part], weight_in, bias_in, None, None, middle, gelu=True)
+            _compiled_product(rows[part], weight_in, bias_in, None, None, middle, gelu=True, norm=norm)
             _compiled_product(middle, weight_out, bias_out, gamma, sums[part], out[part], of_gelu=True)
         return out.view(residual.shape)
+    rows = rows if norm is None else reference.layer_norm(rows, *norm)
     (packed, wide), second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
     most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
     length = -(-len(rows) // max(1, -(-len(rows) // most)))
@@ -185,10 +198,12 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _rescaled(_product(levels, packed, ZERO_BYTE, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
 
 
-def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+def _compiled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False, norm: Norm | None = None
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty(len(rows), weight.shape[0], dtype=x.dtype)
-    _compiled_product(rows, weight, bias, None, None, out, gelu=gelu)
+    _compiled_product(rows, weight, bias, None, None, out, gelu=gelu, norm=norm)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -202,20 +217,17 @@ def _compiled_product(
     *,
     gelu: bool = False,
     of_gelu: bool = False,
+    norm: Norm | None = None,
 ) -> None:
     """`residual + gamma · (x W^T + b)`, or of the product's GELU, to `out` `[n, M]`; the rows may be of a GELU."""
-    from .llvm.linear import Bytes, as_bytes, bytes_linear
+    from .llvm.linear import bytes_linear, in_panels
 
-    def made() -> Bytes:
-        levels, scales = _levels(weight)
-        return Bytes(levels, scales, sums=levels.sum(1, dtype=torch.int32))
-
-    factor = derived("int8 rows", (weight,), made)
+    factor = derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
     scales, wide = _times_gamma(factor.steps, weight, bias, gamma)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if residual is not None and residual.stride(-1) != 1:
         residual = residual.contiguous()
-    bytes_linear(as_bytes(rows, gelu=of_gelu), factor._replace(steps=scales), wide, residual, out, gelu=gelu)
+    bytes_linear(rows, factor._replace(steps=scales), wide, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
 
 
 class _Packed(NamedTuple):
