@@ -11,9 +11,9 @@ gain. Attention, norms and everything else stay in the activations' type.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,6 +181,53 @@ def mlp_residual(
     return out.view(residual.shape)
 
 
+class Prepared(NamedTuple):
+    """A layer whose bytes are at hand.
+
+    Attributes:
+        panels: of its weight, as in `llvm.linear`.
+        bias: `[M]`, fp32.
+    """
+
+    panels: Any
+    bias: Tensor | None
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        gelu: bool = False,
+        of_gelu: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """`residual + x W^T + b`, or of the product's GELU, for x `[n, K]`; in the type of the residual, or of x."""
+        from .llvm.linear import bytes_linear
+
+        dtype = dtype if residual is None else residual.dtype
+        out = x.new_empty(x.shape[0], self.panels.steps.shape[0], dtype=dtype)
+        return bytes_linear(x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu)
+
+
+def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]) -> Prepared:
+    """What multiplies with marked weights side by side, for as long as they and their biases are what they are.
+
+    Args:
+        joined: gives the weight that they are, side by side.
+    """
+
+    def made() -> Prepared:
+        bias = torch.cat([each.float() for each in biases]) if biases else None
+        return Prepared(_panels(joined()), bias)
+
+    return derived("int8 layer", (*weights, *biases), made)
+
+
+def compiled(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """True where the compiled kernel multiplies with all of a layer of text's weights, and is the quickest way."""
+    return all(_library(x, weight) == "llvm" for weight in weights) and all(pays(each, x, weights[0]) for each in _LAYERS)
+
+
 def _library(x: Tensor, weight: Tensor) -> str:
     """What multiplies with bytes of weights of these sizes."""
     outputs, inputs = weight.shape
@@ -220,14 +267,21 @@ def _compiled_product(
     norm: Norm | None = None,
 ) -> None:
     """`residual + gamma · (x W^T + b)`, or of the product's GELU, to `out` `[n, M]`; the rows may be of a GELU."""
-    from .llvm.linear import bytes_linear, in_panels
+    from .llvm.linear import bytes_linear
 
-    factor = derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
+    factor = _panels(weight)
     scales, wide = _times_gamma(factor.steps, weight, bias, gamma)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if residual is not None and residual.stride(-1) != 1:
         residual = residual.contiguous()
     bytes_linear(rows, factor._replace(steps=scales), wide, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
+
+
+def _panels(weight: Tensor) -> Any:
+    """A weight in bytes, as in `llvm.linear`."""
+    from .llvm.linear import in_panels
+
+    return derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
 
 
 class _Packed(NamedTuple):

@@ -261,8 +261,11 @@ class Builder(ir.IRBuilder):
             columns: address of those of the first unit; `stride` units further are those of the next one.
             terms: units.
             add: of a unit of a row in every element, a vector of columns and a sum: the next sum.
+            zero: what every sum begins with; or a list, with one for each vector of columns.
             ahead: bytes from the columns that are read to those that are fetched.
         """
+
+        starts = zero if isinstance(zero, list) else [zero] * vectors
 
         def term(u: Any, *sums: Any) -> Values:
             place, found = self.at(columns, self.mul(u, self.number(stride)), unit), []
@@ -274,7 +277,7 @@ class Builder(ir.IRBuilder):
                 found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
             return found
 
-        return self.loop(0, terms, 1, term, *[zero] * (len(rows) * vectors))
+        return self.loop(0, terms, 1, term, *starts * len(rows))
 
     def sums(self, vectors: Values) -> Any:
         """The sums of as many fp32 vectors as there are lanes, in their order: halves, quarters and so on are added."""
