@@ -225,7 +225,9 @@ def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Ca
 
 def compiled(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """True where the compiled kernel multiplies with all of a layer of text's weights, and is the quickest way."""
-    return all(_library(x, weight) == "llvm" for weight in weights) and all(pays(each, x, weights[0]) for each in _LAYERS)
+    return all(_library(x, weight) == "llvm" for weight in weights) and all(
+        pays(each, x, weights[0]) for each in _LAYERS
+    )
 
 
 def _library(x: Tensor, weight: Tensor) -> str:

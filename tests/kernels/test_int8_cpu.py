@@ -146,12 +146,14 @@ def test_a_norm_before_the_product(rows: int, dtype: torch.dtype, library: str) 
         (
             ops.layer_norm_linear(x, *of_norm, first.weight, first.bias),
             ops.linear(normed, first.weight, first.bias),
-            reference.linear(exact, *wide[1:3]),
+            reference.linear(exact, wide[1], wide[2]),
         ),
         (
             ops.layer_norm_mlp(x, *of_norm, *layers, gamma=gamma),
-            ops.mlp_residual(normed, *layers, x, gamma=gamma),
-            reference.linear_residual(reference.linear_gelu(exact, *wide[1:3]), *wide[3:5], wide[0], wide[5], None),
+            ops.mlp_residual(normed, first.weight, first.bias, second.weight, second.bias, x, gamma=gamma),
+            reference.linear_residual(
+                reference.linear_gelu(exact, wide[1], wide[2]), wide[3], wide[4], wide[0], wide[5], None
+            ),
         ),
     ):
         assert found.dtype == dtype

@@ -264,7 +264,6 @@ class Builder(ir.IRBuilder):
             zero: what every sum begins with; or a list, with one for each vector of columns.
             ahead: bytes from the columns that are read to those that are fetched.
         """
-
         starts = zero if isinstance(zero, list) else [zero] * vectors
 
         def term(u: Any, *sums: Any) -> Values:

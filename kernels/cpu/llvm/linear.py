@@ -151,11 +151,12 @@ class _Linear:
         given["x"], given["x_row"] = place, units
         given["steps"] = b.at(place, b.mul(given["rows"], units), INT32)
         assert self.rounded is not None
-        element, channels = BF16 if self.rounded.half else FP32, b.shl(units, b.number(_SHIFT["int8"]))
+        how, channels = self.rounded, b.shl(units, b.number(_SHIFT["int8"]))
+        element = BF16 if how.half else FP32
 
         def row(i: Any) -> None:
             of_row = b.at(x, b.mul(i, x_row), element)
-            step = _round_row(b, self.rounded, of_row, channels, b.at(place, b.mul(i, units), INT32))
+            step = _round_row(b, how, of_row, channels, b.at(place, b.mul(i, units), INT32))
             b.store(step, b.at(given["steps"], i, FP32))
 
         b.loop(0, given["rows"], 1, row)
@@ -531,19 +532,6 @@ def linear(
     return _run(kind, x, weight, (bias, gamma, residual), out, few, level, gelu=gelu, turned=turned)
 
 
-class Bytes(NamedTuple):
-    """Rows that are rounded to bytes.
-
-    Attributes:
-        levels: `[n, K]`, unsigned, of which `zero` stands for 0.
-        steps: `[n]`, fp32: between two levels of a row.
-    """
-
-    levels: Tensor
-    steps: Tensor
-    zero: int
-
-
 class Panels(NamedTuple):
     """A weight `[M, K]` in bytes.
 
@@ -566,8 +554,8 @@ def in_panels(rows: Tensor, steps: Tensor) -> Panels:
     return Panels(panels.transpose(1, 2).contiguous(), steps, F.pad(rows.sum(1, dtype=torch.int32), (0, missing)))
 
 
-def as_bytes(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> Bytes:
-    """Rows `[n, K]` in fp32 or bf16 as unsigned bytes, in scratch memory.
+def as_bytes(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+    """Rows `[n, K]` in fp32 or bf16 as unsigned bytes, in scratch memory, and the step between two levels of each.
 
     Args:
         gelu: as in the reference's `as_int8`.
@@ -584,11 +572,11 @@ def as_bytes(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> Byte
         around = (weight.data_ptr(), bias.data_ptr(), scratch_address("compiled norm", room * threads), eps)
     pointers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), *around[:3])
     kernel((*pointers, x.stride(0), rows, inputs, chunk, around[3], room), -(-rows // chunk), threads)
-    return Bytes(made, steps, GELU_ZERO_BYTE if gelu else ZERO_BYTE)
+    return made, steps
 
 
 def bytes_linear(
-    x: Tensor | Bytes,
+    x: Tensor,
     weight: Panels,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -601,22 +589,20 @@ def bytes_linear(
     """`residual + x W^T + b`, or of the product's GELU, written to `out`.
 
     Args:
-        x: `[n, K]` in fp32 or bf16, or of `as_bytes`; K a multiple of the lanes times four, M one of the lanes.
+        x: `[n, K]` in fp32 or bf16, K a multiple of the lanes times four, M one of the lanes.
         bias: `[M]`, fp32.
         residual, out: `[n, M]`, both fp32 or both bf16.
-        of_gelu: x in floats is of a GELU.
-        norm: what x in floats passes first.
+        of_gelu: x is of a GELU.
+        norm: what x passes first.
     """
     if not out.numel():
         return out
-    rounded = None
-    if isinstance(x, Tensor) and (norm is not None or len(x) >= _FEW):
-        x = as_bytes(x, gelu=of_gelu, norm=norm)
-    if isinstance(x, Tensor):
-        rounded, rows, steps = Rounded(x.dtype == torch.bfloat16, of_gelu), x, 0
-        zero = GELU_ZERO_BYTE if of_gelu else ZERO_BYTE
+    rows, rounded, steps, zero = x, None, 0, GELU_ZERO_BYTE if of_gelu else ZERO_BYTE
+    if norm is not None or len(x) >= _FEW:
+        rows, of_rows = as_bytes(x, gelu=of_gelu, norm=norm)
+        steps = of_rows.data_ptr()
     else:
-        rows, steps, zero = x.levels, x.steps.data_ptr(), x.zero
+        rounded = Rounded(x.dtype == torch.bfloat16, of_gelu)
     others, factors = (bias, None, residual), (steps, weight.steps.data_ptr(), weight.sums.data_ptr(), zero)
     return _run("int8", rows, weight.levels, others, out, rounded is not None, None, factors, rounded, gelu=gelu)
 
