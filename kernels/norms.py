@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks, fp8, reference
 from .backend import Backend, named, resolve
+from .cpu import int8
 from .cpu import norms as cpu
 from .cpu import products as cpu_products
 from .library import like, on_device_of_arguments, operator
@@ -172,6 +173,10 @@ def layer_norm_linear(
         checks.norm_arguments(x, norm_weight, norm_bias, eps)
         checks.linear_arguments(x, weight, bias)
         return trained_linear(x, [weight], [] if bias is None else [bias], (norm_weight, norm_bias, eps))
+    if runs_in_int8(backend, weight, x, norm_weight, norm_bias, bias) and int8.pays("linear", x, weight):
+        checks.norm_arguments(x, norm_weight, norm_bias, eps)
+        checks.linear_arguments(x, weight, bias)
+        return int8.linear(x, weight, bias, norm=(norm_weight, norm_bias, eps))
     return linear(layer_norm(x, norm_weight, norm_bias, eps, backend=backend), weight, bias, backend=backend)
 
 
@@ -202,6 +207,13 @@ def layer_norm_mlp(
         checks.mlp_arguments(x, *layers)
         checks.branch_arguments(x.shape, x, gamma, row_scale, 0.0)
         return trained_mlp(x, layers, (norm_weight, norm_bias, eps), x, gamma, row_scale)
+    others = (x, norm_weight, norm_bias, bias_in, bias_out, gamma)
+    in_int8 = row_scale is None and all(runs_in_int8(backend, weight, *others) for weight in (weight_in, weight_out))
+    if in_int8 and int8.pays("mlp_residual", x, weight_in):
+        checks.norm_arguments(x, norm_weight, norm_bias, eps)
+        checks.mlp_arguments(x, *layers)
+        checks.branch_arguments(x.shape, x, gamma, row_scale, 0.0)
+        return int8.mlp_residual(x, *layers, x, gamma, norm=(norm_weight, norm_bias, eps))
     normed = layer_norm(x, norm_weight, norm_bias, eps, backend=backend)
     return mlp_residual(normed, *layers, x, gamma=gamma, row_scale=row_scale, backend=backend)
 

@@ -11,9 +11,9 @@ gain. Attention, norms and everything else stay in the activations' type.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,9 +106,15 @@ def race_name(operation: str, *, few: bool) -> str:
     return f"{operation} in 8 bits{' of few rows' if few else ''}"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`; the result in the type of x."""
-    return _LINEAR[_library(x, weight)](x, weight, bias)
+Norm = tuple[Tensor, Tensor, float]
+"""Weight and bias of a LayerNorm, in the type of what it normalises, and its eps."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None) -> Tensor:
+    """`x W^T + b` for x `[..., K]`, or of its LayerNorm, weight `[M, K]`; the result in the type of x."""
+    if _library(x, weight) == "llvm":
+        return _compiled_linear(x, weight, bias, norm=norm)
+    return _onednn_linear(x if norm is None else reference.layer_norm(x, *norm), weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,8 +145,14 @@ def mlp_residual(
     bias_out: Tensor | None,
     residual: Tensor,
     gamma: Tensor | None,
+    *,
+    norm: Norm | None = None,
 ) -> Tensor:
-    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
+    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32.
+
+    Args:
+        norm: what x passes first.
+    """
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
     out = torch.empty_like(sums)
     if _library(x, weight_in) == _library(x, weight_out) == "llvm":
@@ -148,9 +160,10 @@ def mlp_residual(
         for start in range(0, len(rows), _MOST_ROWS):
             part = slice(start, start + _MOST_ROWS)
             middle = hidden[: len(rows[part])]
-            _compiled_product(rows[part], weight_in, bias_in, None, None, middle, gelu=True)
+            _compiled_product(rows[part], weight_in, bias_in, None, None, middle, gelu=True, norm=norm)
             _compiled_product(middle, weight_out, bias_out, gamma, sums[part], out[part], of_gelu=True)
         return out.view(residual.shape)
+    rows = rows if norm is None else reference.layer_norm(rows, *norm)
     (packed, wide), second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
     most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
     length = -(-len(rows) // max(1, -(-len(rows) // most)))
@@ -166,6 +179,55 @@ def mlp_residual(
         product = _product(levels, second[0], GELU_ZERO_BYTE, torch.float32)
         _add_branch(product, steps, second[1], sums[part], out[part])
     return out.view(residual.shape)
+
+
+class Prepared(NamedTuple):
+    """A layer whose bytes are at hand.
+
+    Attributes:
+        panels: of its weight, as in `llvm.linear`.
+        bias: `[M]`, fp32.
+    """
+
+    panels: Any
+    bias: Tensor | None
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        gelu: bool = False,
+        of_gelu: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """`residual + x W^T + b`, or of the product's GELU, for x `[n, K]`; in the type of the residual, or of x."""
+        from .llvm.linear import bytes_linear
+
+        dtype = dtype if residual is None else residual.dtype
+        out = x.new_empty(x.shape[0], self.panels.steps.shape[0], dtype=dtype)
+        return bytes_linear(x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu)
+
+
+def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]) -> Prepared:
+    """What multiplies with marked weights side by side, for as long as they and their biases are what they are.
+
+    Args:
+        joined: gives the weight that they are, side by side.
+    """
+
+    def made() -> Prepared:
+        bias = torch.cat([each.float() for each in biases]) if biases else None
+        return Prepared(_panels(joined()), bias)
+
+    return derived("int8 layer", (*weights, *biases), made)
+
+
+def compiled(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """True where the compiled kernel multiplies with all of a layer of text's weights, and is the quickest way."""
+    return all(_library(x, weight) == "llvm" for weight in weights) and all(
+        pays(each, x, weights[0]) for each in _LAYERS
+    )
 
 
 def _library(x: Tensor, weight: Tensor) -> str:
@@ -185,10 +247,12 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _rescaled(_product(levels, packed, ZERO_BYTE, x.dtype), steps, wide).view(*x.shape[:-1], weight.shape[0])
 
 
-def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+def _compiled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False, norm: Norm | None = None
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty(len(rows), weight.shape[0], dtype=x.dtype)
-    _compiled_product(rows, weight, bias, None, None, out, gelu=gelu)
+    _compiled_product(rows, weight, bias, None, None, out, gelu=gelu, norm=norm)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -202,20 +266,24 @@ def _compiled_product(
     *,
     gelu: bool = False,
     of_gelu: bool = False,
+    norm: Norm | None = None,
 ) -> None:
     """`residual + gamma · (x W^T + b)`, or of the product's GELU, to `out` `[n, M]`; the rows may be of a GELU."""
-    from .llvm.linear import Bytes, as_bytes, bytes_linear
+    from .llvm.linear import bytes_linear
 
-    def made() -> Bytes:
-        levels, scales = _levels(weight)
-        return Bytes(levels, scales, sums=levels.sum(1, dtype=torch.int32))
-
-    factor = derived("int8 rows", (weight,), made)
+    factor = _panels(weight)
     scales, wide = _times_gamma(factor.steps, weight, bias, gamma)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if residual is not None and residual.stride(-1) != 1:
         residual = residual.contiguous()
-    bytes_linear(as_bytes(rows, gelu=of_gelu), factor._replace(steps=scales), wide, residual, out, gelu=gelu)
+    bytes_linear(rows, factor._replace(steps=scales), wide, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
+
+
+def _panels(weight: Tensor) -> Any:
+    """A weight in bytes, as in `llvm.linear`."""
+    from .llvm.linear import in_panels
+
+    return derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
 
 
 class _Packed(NamedTuple):

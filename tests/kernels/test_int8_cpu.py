@@ -126,6 +126,44 @@ def test_a_row_depends_on_itself_alone(library: str) -> None:
 
 @needs_int8
 @as_bytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_norm_before_the_product(rows: int, dtype: torch.dtype, library: str) -> None:
+    torch.manual_seed(0)
+    first, second, x = layer(128, 192, dtype), layer(192, 128, dtype), (torch.randn(rows, 128) * 3 + 1).to(dtype)
+    first.weight.copy_(torch.randn(192, 128) / 10)
+    second.weight.copy_(torch.randn(128, 192) / 10)
+    norm = nn.LayerNorm(128).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    norm, gamma = norm.to(dtype), torch.rand(128).to(dtype)
+    of_norm, layers = (norm.weight, norm.bias, norm.eps), (first.weight, first.bias, second.weight, second.bias)
+    mark([first.weight, second.weight], "int8")
+    normed = ops.layer_norm(x, *of_norm)
+    wide = [t.float() for t in (x, *layers, gamma)]
+    exact = torch.nn.functional.layer_norm(wide[0], (128,), norm.weight.float(), norm.bias.float(), norm.eps)
+    for found, wanted, floats in (
+        (
+            ops.layer_norm_linear(x, *of_norm, first.weight, first.bias),
+            ops.linear(normed, first.weight, first.bias),
+            reference.linear(exact, wide[1], wide[2]),
+        ),
+        (
+            ops.layer_norm_mlp(x, *of_norm, *layers, gamma=gamma),
+            ops.mlp_residual(normed, first.weight, first.bias, second.weight, second.bias, x, gamma=gamma),
+            reference.linear_residual(
+                reference.linear_gelu(exact, wide[1], wide[2]), wide[3], wide[4], wide[0], wide[5], None
+            ),
+        ),
+    ):
+        assert found.dtype == dtype
+        # A value on the edge between two levels may fall on either side; in bf16 one is rounded twice less.
+        assert dtype == torch.bfloat16 or relative(found, wanted) < 2e-3
+        assert float((found.float() - floats).norm()) < 1.05 * float((wanted.float() - floats).norm())
+
+
+@needs_int8
+@as_bytes
 def test_hidden_layers_with_and_without_large_values() -> None:
     torch.manual_seed(0)
     first, second, residual = layer(64, 160), layer(160, 64), torch.zeros(4, 64)
@@ -143,11 +181,12 @@ def test_hidden_layers_with_and_without_large_values() -> None:
 
 @needs_int8
 @as_bytes
-def test_zeros_and_nan() -> None:
-    made = layer(32, 48)
+@pytest.mark.parametrize("rows", [3, 70])
+def test_zeros_and_nan(rows: int, library: str) -> None:
+    made = layer(64, 48)
     made.weight[3] = 0
     mark([made.weight], "int8")
-    x = torch.zeros(3, 32)
+    x = torch.zeros(rows, 64)
     x[1, 5], x[2] = float("nan"), 1.0
     found = ops.linear(x, made.weight, made.bias)
     assert torch.equal(found[0], made.bias)

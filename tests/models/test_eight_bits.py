@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.export.expected import Examples
 from xfm_fast.kernels import fp8, ops, reference
-from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.marked import EightBits, kind_of
+from xfm_fast.models.text import Int8Parts
+from xfm_fast.packing import Packing
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
@@ -111,17 +114,20 @@ def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.Monke
     floats = results(model, *given)
     found = results(model.quantise(), *given)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, norm: Any = None) -> Tensor:
+        x = x if norm is None else reference.layer_norm(x, *norm)
         return reference.linear(reference.as_int8(x, gelu=gelu), reference.as_int8(weight), bias)
+
+    def mlp_residual(x: Tensor, *given: Any, norm: Any = None) -> Tensor:
+        w, b, v, c, residual, gamma = given
+        return residual + scaled(linear(F.gelu(linear(x, w, b, norm=norm)), v, c, gelu=True), gamma)
 
     gelu: Callable[..., Tensor] = lambda *given: F.gelu(linear(*given))  # noqa: E731
     monkeypatch.setattr(int8, "linear", linear)
     monkeypatch.setattr(int8, "linear_gelu", gelu)
     scaled: Callable[..., Tensor] = lambda y, gamma: y if gamma is None else gamma * y  # noqa: E731
     monkeypatch.setattr(int8, "linear_residual", lambda x, w, b, r, gamma: r + scaled(linear(x, w, b), gamma))
-    monkeypatch.setattr(
-        int8, "mlp_residual", lambda x, w, b, v, c, r, gamma: r + scaled(linear(gelu(x, w, b), v, c, gelu=True), gamma)
-    )
+    monkeypatch.setattr(int8, "mlp_residual", mlp_residual)
     twin = results(model, *given)
     # A value on the edge between two levels may fall on either side, and later layers see it.
     for name, value in found.items():
@@ -245,3 +251,53 @@ def test_trained_weights_keep_embeddings_and_ranks(trained_model: XFM, dtype: to
         found = ranked(model.dequantise().quantise("int8", agreement, least=0.97), judged)
         assert min(F.cosine_similarity(found[name], wanted[name]).min() for name in ("images", "texts")) >= 0.99
         assert in_order(found["scores"], wanted["scores"]) >= 0.97
+
+
+@needs_int8
+@pytest.mark.skipif(llvm.why_not(torch.int8) is not None, reason="no compiled products of bytes here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_short_text_by_itself(dtype: torch.dtype, model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the short way, by the general one, where something watches, and after a weight was written to."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    for each in (torch.float32, torch.bfloat16):
+        found = selection.Selection("products of bytes", each, "llvm", {}, {}, "settled")
+        monkeypatch.setitem(selection._selections, ("products of bytes", each), found)
+    model = model.to(dtype)
+    short, taken = Int8Parts.of_short_text, list[int]()
+    monkeypatch.setattr(Int8Parts, "of_short_text", lambda parts, x: taken.append(len(x)) or short(parts, x))
+    ids, layers = torch.randint(5, model.config.vocab_size, (2, 9)), model.config.text_layers
+    mask = torch.arange(9)[None] < torch.tensor([[7], [9]])
+
+    def run(texts: int = 1) -> Tensor:
+        taken.clear()
+        with torch.inference_mode():
+            return model.encode_text(ids[:texts], mask[:texts])[:1]
+
+    model.quantise()
+    allowed = (2e-5 if dtype == torch.float32 else 0.1) * float(run().abs().max())
+    assert taken == [7] * layers
+    together = run(2)
+    assert not taken
+    assert float((run() - together).abs().max()) <= allowed
+    taken.clear()
+    with torch.inference_mode():
+        first = model.text_encoder(ids[:1], Packing.from_mask(mask[:1]), first_token_only=True)
+    assert float((first - together[:, 0]).abs().max()) <= allowed
+    # Of the last layer one token is computed, in the general way.
+    assert taken == [7] * (layers - 1)
+    attention: Any = model.text_encoder.roberta.encoder[0].attention
+    before = run()
+    for written in (attention.self.value.bias, attention.output.dense.weight, attention.self.key.weight):
+        with torch.no_grad():
+            written.add_(1)
+        after = run()
+        assert not torch.equal(after, before)
+        assert taken
+        before = after
+    assert float((after - run(2)).abs().max()) <= 2 * allowed
+    seen: list[Any] = []
+    attention.output.register_forward_hook(lambda *given: seen.append(given))
+    assert float((run() - after).abs().max()) <= 2 * allowed
+    assert seen
+    assert not taken

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu import int8, products
 from xfm_fast.kernels.cpu.attention import plain_attention
 from xfm_fast.kernels.derived import derived
 from xfm_fast.kernels.marked import kind_of, side_by_side
@@ -191,38 +191,63 @@ class TransformerLayer(nn.Module):
         summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
         return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
 
-    def frozen_parts(self) -> FrozenParts | None:
-        """The parts of a layer without cross-attention, if all are frozen and nothing watches them."""
+    def _parts(self) -> _Parts | None:
+        """The parts of a layer without cross-attention, if nothing watches them."""
         # By their dictionaries: to ask modules for two dozen names would take a third of the time of the products.
         parts: dict[str, Any] = self._modules
         attention, out = parts["attention"]._modules, parts["output"]._modules
         inner, joined = attention["self"]._modules, attention["output"]._modules
         linears = inner["query"], inner["key"], joined["dense"], parts["intermediate"]._modules["dense"], out["dense"]
         norms = joined["LayerNorm"], out["LayerNorm"]
-        query, key, *others = (each._parameters for each in (*linears, *norms))
         if {*map(type, linears)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
             return None
-        frozen = all(products.is_frozen(own["weight"]) for own in (query, key, *others[:3]))
-        if not frozen or not stand_alone((attention["output"],), "forward"):
+        if not stand_alone((attention["output"],), "forward"):
             return None
-        biases = key["bias"], inner["value"]._parameters["bias"]
         eps = norms[0].eps, norms[1].eps
-        return FrozenParts(attention["self"].heads, eps, key["weight"], biases, query, *others)
+        linears = (*linears[:2], inner["value"], *linears[2:])
+        return _Parts(attention["self"].heads, eps, *(each._parameters for each in (*linears, *norms)))
+
+    def frozen_parts(self) -> FrozenParts | None:
+        """The parts of a layer without cross-attention, if all are frozen and nothing watches them."""
+        found = self._parts()
+        if found is None:
+            return None
+        linears = found.query, found.key, found.attended, found.first, found.second
+        return FrozenParts(found) if all(products.is_frozen(own["weight"]) for own in linears) else None
+
+    def int8_parts(self) -> Int8Parts | None:
+        """The same, if all are in int8."""
+        found = self._parts()
+        if found is None or any(kind_of(own["weight"]) != "int8" for own in found[2:8]):
+            return None
+        three = found.query, found.key, found.value
+        weights, biases = (tuple(own[name] for own in three) for name in ("weight", "bias"))
+        qkv = int8.prepared(weights, biases, lambda: concatenated("qkv weight", *weights))
+        others = (
+            int8.prepared((own["weight"],), (own["bias"],), partial(own.__getitem__, "weight")) for own in found[5:8]
+        )
+        return Int8Parts(found, qkv, *others)
 
 
-class FrozenParts(NamedTuple):
-    """What a frozen layer computes with: weights and biases by these names, those of keys and values side by side."""
+class _Parts(NamedTuple):
+    """Sizes of a layer, and its parameters by their names."""
 
     heads: int
     eps: tuple[float, float]
-    keys_values: Tensor
-    biases: tuple[Tensor, Tensor]
     query: dict[str, Any]
+    key: dict[str, Any]
+    value: dict[str, Any]
     attended: dict[str, Any]
     first: dict[str, Any]
     second: dict[str, Any]
     norm: dict[str, Any]
     last_norm: dict[str, Any]
+
+
+class FrozenParts(NamedTuple):
+    """What a frozen layer computes with; the weight of the keys is that of keys and values side by side."""
+
+    parts: _Parts
 
     def of_short_text(self, x: Tensor, chosen: products.Chosen) -> Tensor:
         """Self-attention and MLP of one text `[T, width]`, with nothing left to check or to choose.
@@ -230,17 +255,37 @@ class FrozenParts(NamedTuple):
         Args:
             chosen: what multiplies so many tokens with weights like these.
         """
-        tokens, width = x.shape
+        (tokens, width), own = x.shape, self.parts
         # To make the bias anew takes less time than to see whether one that is kept is still right.
-        keys_values = chosen.linear(x, self.keys_values, torch.cat(self.biases))
-        k, v = keys_values.view(1, tokens, 2, self.heads, -1).unbind(2)
-        q = chosen.linear(x, self.query["weight"], self.query["bias"]).view(1, tokens, self.heads, -1)
+        keys_values = chosen.linear(x, own.key["weight"], torch.cat((own.key["bias"], own.value["bias"])))
+        k, v = keys_values.view(1, tokens, 2, own.heads, -1).unbind(2)
+        q = chosen.linear(x, own.query["weight"], own.query["bias"]).view(1, tokens, own.heads, -1)
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
-        x = chosen.residual(context, self.attended["weight"], self.attended["bias"], x)
-        x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
-        hidden = chosen.gelu(x, self.first["weight"], self.first["bias"])
-        x = chosen.residual(hidden, self.second["weight"], self.second["bias"], x)
-        return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
+        x = chosen.residual(context, own.attended["weight"], own.attended["bias"], x)
+        x = torch.layer_norm(x, (width,), **own.norm, eps=own.eps[0])
+        hidden = chosen.gelu(x, own.first["weight"], own.first["bias"])
+        x = chosen.residual(hidden, own.second["weight"], own.second["bias"], x)
+        return torch.layer_norm(x, (width,), **own.last_norm, eps=own.eps[1])
+
+
+class Int8Parts(NamedTuple):
+    """What a layer in int8 computes with."""
+
+    parts: _Parts
+    qkv: int8.Prepared
+    attended: int8.Prepared
+    first: int8.Prepared
+    second: int8.Prepared
+
+    def of_short_text(self, x: Tensor) -> Tensor:
+        """Self-attention and MLP of one text `[T, width]`."""
+        (tokens, width), own = x.shape, self.parts
+        q, k, v = self.qkv(x).view(1, tokens, 3, own.heads, -1).unbind(2)
+        context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
+        x = torch.layer_norm(self.attended(context, x), (width,), **own.norm, eps=own.eps[0])
+        hidden = self.first(x, gelu=True, dtype=torch.float32)
+        x = self.second(hidden, x, of_gelu=True)
+        return torch.layer_norm(x, (width,), **own.last_norm, eps=own.eps[1])
 
 
 class Embeddings(nn.Module):
@@ -306,6 +351,35 @@ class LayerStack(nn.Module):
             return run(texts)
         return in_shares(run, texts, (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind))
 
+    def of_short_text(self, x: Tensor, count: int) -> Tensor | None:
+        """The first so many layers of one text `[T, width]`; None where they are neither all frozen nor all in int8."""
+        layers = [self[number] for number in range(count)]
+        if self._in_int8(x):
+            in_int8 = [found for layer in layers if (found := layer.int8_parts())]
+            if len(in_int8) == count:
+                for each in in_int8:
+                    x = each.of_short_text(x)
+                return x
+        frozen = [found for layer in layers if (found := layer.frozen_parts())]
+        if not frozen or len(frozen) < count:
+            return None
+        chosen = products.chosen(frozen[0].parts.first["weight"], len(x))
+        for each in frozen:
+            x = each.of_short_text(x, chosen)
+        return x
+
+    def _in_int8(self, x: Tensor) -> bool:
+        """True where compiled products in int8 are the quickest way for tokens `[T, width]`."""
+        layer = self[0]
+        dense, first, second = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
+        weights = dense.weight, first.weight, second.weight
+        return (
+            kind_of(first.weight) == "int8"
+            and not any(weight.is_inference() for weight in weights)
+            and layer.output.LayerNorm.weight.dtype == x.dtype
+            and int8.compiled(x, weights)
+        )
+
     def serves(self) -> bool:
         """True where the layers are frozen, in inference on a CPU, and nothing looks into them."""
         return (
@@ -370,16 +444,14 @@ class TextEncoder(nn.Module):
         x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
         if first_token_only:
             reads = Reads.first_tokens(packing)
-        alone = reads is None and packing.key_mask is None and len(packing.cu_seqlens) == 2 and len(x) <= _SHORT
-        if alone and stack.serves():
-            frozen = [parts for layer in stack if (parts := layer.frozen_parts())]
-            if len(frozen) == len(stack):
-                chosen = products.chosen(frozen[0].first["weight"], len(x))
-                for parts in frozen:
-                    x = parts.of_short_text(x, chosen)
-                return x
-        for number, layer in enumerate(stack):
-            read = reads if number == len(stack) - 1 else None
+        # The last layer computes what is read, and there may be nothing else to compute.
+        whole = len(stack) - (reads is not None)
+        alone = packing.key_mask is None and len(packing.cu_seqlens) == 2 and len(x) <= _SHORT
+        done = 0
+        if alone and stack.serves() and (short := stack.of_short_text(x, whole)) is not None:
+            x, done = short, whole
+        for number in range(done, len(stack)):
+            layer, read = stack[number], reads if number == len(stack) - 1 else None
             x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)
             x = layer.feed_forward(x)
         # Without layers nothing has selected the reads yet.

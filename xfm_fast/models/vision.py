@@ -70,7 +70,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        # Where gradients are wanted, or bytes, the norms belong to the products behind them.
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or kind_of(fc1.weight) == "int8"):
             context, proj, norm = self.attn.attend(x, key_mask, norm=self.norm1), self.attn.proj, self.norm2
             x = ops.linear_residual(
                 context, proj.weight, proj.bias, x, gamma=self.gamma_1, row_scale=self._row_scale(x)

@@ -251,6 +251,7 @@ class Builder(ir.IRBuilder):
         unit: Any,
         add: Callable[..., Any],
         zero: Any,
+        ahead: int = 0,
     ) -> Values:
         """Sums of products of rows and columns, `[rows · vectors]` vectors, which stay in registers.
 
@@ -260,27 +261,31 @@ class Builder(ir.IRBuilder):
             columns: address of those of the first unit; `stride` units further are those of the next one.
             terms: units.
             add: of a unit of a row in every element, a vector of columns and a sum: the next sum.
+            zero: what every sum begins with; or a list, with one for each vector of columns.
+            ahead: bytes from the columns that are read to those that are fetched.
         """
+        starts = zero if isinstance(zero, list) else [zero] * vectors
 
         def term(u: Any, *sums: Any) -> Values:
             place, found = self.at(columns, self.mul(u, self.number(stride)), unit), []
+            for n in range(vectors if ahead else 0):
+                self.fetch(self.at(self.at(place, n * self.lanes, unit), ahead, BYTE))
             factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
             for i, row in enumerate(rows):
                 x = self.spread(self.load(self.at(row, u, unit), align=4, typ=unit))
                 found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
             return found
 
-        return self.loop(0, terms, 1, term, *[zero] * (len(rows) * vectors))
+        return self.loop(0, terms, 1, term, *starts * len(rows))
 
     def sums(self, vectors: Values) -> Any:
-        """The sums of as many vectors as there are lanes, in their order: halves, quarters and so on are added."""
-        add = self.fadd if vectors[0].type.element == FP32 else self.add
+        """The sums of as many fp32 vectors as there are lanes, in their order: halves, quarters and so on are added."""
         step = self.lanes // 2
         while step:
             first = [self.lanes + c - step if c & step else c for c in range(self.lanes)]
             second = [self.lanes + c if c & step else c + step for c in range(self.lanes)]
             pairs = zip(vectors[:step], vectors[step:], strict=True)
-            vectors = [add(self.picked(x, y, first), self.picked(x, y, second)) for x, y in pairs]
+            vectors = [self.fadd(self.picked(x, y, first), self.picked(x, y, second)) for x, y in pairs]
             step //= 2
         return vectors[0]
 
@@ -319,14 +324,17 @@ class Builder(ir.IRBuilder):
         self.position_at_end(behind)
         return held
 
-    def tasks(self, body: Callable[[Any, Any], None]) -> None:
+    def tasks(self, body: Callable[[Any, Any], None], before: Callable[[Any], None] | None = None) -> None:
         """All of the function: threads take one task after the other until none is left.
 
         Args:
             body: of the number of a task, and that of the thread.
+            before: of the number of a thread, which does this before its first task.
         """
         following, inside, behind = (self.function.append_basic_block(name) for name in ("following", "task", "done"))
         thread = self.atomic_rmw("add", self.given["thread counter"], self.number(1), "monotonic")
+        if before is not None:
+            before(thread)
         self.branch(following)
         self.position_at_end(following)
         task = self.atomic_rmw("add", self.given["task counter"], self.number(1), "monotonic")

@@ -3,17 +3,23 @@
 There are two kernels. Of many rows, a task is some columns of the result: their weights are laid out once, in panels of
 two vectors, and every tile of rows goes through all of them. Of few rows laying out would take longer than the product,
 so weights are read where they lie, once, and the dot products of a few columns are summed across at their end. Neither
-keeps a copy of the weights. Both multiply fp32, pairs in bf16, or fours of bytes, which another kernel rounds rows to.
+keeps a copy of the weights. Both multiply fp32, or pairs in bf16.
+
+Weights in bytes are a copy, so they lie in panels from the start, and one kernel multiplies any number of rows with
+them, fours of bytes at a time. Another kernel rounds rows to bytes; of few rows every thread rounds all by itself
+before its first task, which takes less than a call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import llvmlite.ir as ir
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
@@ -34,8 +40,8 @@ from .builder import (
     whole_pages,
 )
 
-# Below these rows weights are not laid out; those in bytes are laid out as soon as one tile does not hold all rows.
-_FEW = {"fp32": 64, "bf16": 64, "int8": 15}
+# Below these rows weights are not laid out, and every thread rounds all of them to bytes by itself.
+_FEW = 64
 # Rows and columns of tiles of few rows, by lanes: their sums and operands fill the registers. If the rows fit into one
 # tile, what comes from memory is multiplied at once; of more rows, tiles leave room in the cache for each other.
 _ONE_TILE = {16: (14, 2), 8: (6, 2)}
@@ -44,6 +50,8 @@ _FEW_COLUMNS = 64
 # 32-bit units of a row that are multiplied before the next columns are, so that all rows of a tile stay in the first
 # level of cache.
 _TERMS = 768
+# Bytes from what is read of a panel to what is fetched of it.
+_AHEAD = 4096
 # Bytes of laid out weights, which share the second level of cache with rows on their way through.
 _PANELS_BYTES = 400 << 10
 _MOST_PANELS = 4
@@ -52,6 +60,8 @@ _CHUNK = 96
 _TASKS_PER_THREAD = 3
 # Beyond this the normal distribution is 0 or 1; its polynomial misses by less than fp32 does.
 _EDGE, _DEGREE = 5.5, 16
+# Of sums of rounded numbers: misses by 1.2e-6, where a level of what becomes of it is 5e-3 or more.
+_BYTES_EDGE, _BYTES_DEGREE = 5.0, 12
 Kind = Literal["fp32", "bf16", "int8"]
 # By which power of two there are fewer units than channels.
 _SHIFT: dict[Kind, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -70,20 +80,29 @@ class _Linear:
         few: the one of few rows.
         turned: the one whose weight is `[K, M]`; of many rows, and not of bytes.
         level: of the processor.
+        rounded: how rows in floats become bytes; None where they are bytes.
     """
 
-    def __init__(self, kind: Kind, half: bool, few: bool, turned: bool, level: Level) -> None:
-        self.kind, self.half, self.level, self.turned = kind, half, level, turned
+    def __init__(
+        self, kind: Kind, half: bool, few: bool, turned: bool, level: Level, rounded: Rounded | None = None
+    ) -> None:
+        self.kind, self.half, self.level, self.turned, self.rounded = kind, half, level, turned, rounded
         # Rows are read as channels in fp32, pairs of them in bf16 and fours of them in bytes, 32 bits each.
         self.unit, self.element = FP32 if kind == "fp32" else INT32, BF16 if half else FP32
         self.summed = INT32 if kind == "int8" else FP32
         self.b = b = Builder("linear_of_few_rows" if few else "linear", _POINTERS, _NUMBERS, level)
         self.given = given = b.given
-        self.height, self.columns = _height(few, level), _columns(few, level)
+        self.height, self.columns = _height(kind, few, level), _columns(kind, few, level)
         self.sums_bytes = 4 * self.height * self.columns
-        for name in ("x_row", "inputs") if turned else ("x_row", "weight_row", "inputs"):
-            given[name] = b.ashr(given[name], b.number(_SHIFT[kind]))
-        b.tasks(self._few if few else self._many)
+        if rounded is None:
+            given["x_row"] = b.ashr(given["x_row"], b.number(_SHIFT[kind]))
+        if not turned:
+            given["weight_row"] = b.ashr(given["weight_row"], b.number(_SHIFT[kind]))
+        given["inputs"] = b.ashr(given["inputs"], b.number(_SHIFT[kind]))
+        if kind == "int8":
+            b.tasks(self._bytes, self._round if rounded else None)
+        else:
+            b.tasks(self._few if few else self._many)
 
     def _bounds(self, task: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
         """Columns and rows of a task, each from and to."""
@@ -117,14 +136,60 @@ class _Linear:
             rows = self._rows("x", first, end)
 
             def some_columns(at: Any) -> None:
-                sums = b.tile(rows, 2, panel(at), 2 * lanes, given["inputs"], self.unit, self._add, self._nothing())
-                for i, value in enumerate(sums):
-                    b.write(value, b.at(self.base, i * lanes, self.summed))
+                self._panel(rows, panel(at), [self._nothing()] * 2)
                 self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes))
 
             b.loop(column, stop, 2 * lanes, some_columns)
 
         b.loop(row, end, self.height, tile)
+
+    def _round(self, thread: Any) -> None:
+        """All rows to bytes, in memory of the thread's own, which its tasks then read."""
+        b, given = self.b, self.given
+        x, x_row, units = given["x"], given["x_row"], given["inputs"]
+        place = b.at(given["scratch"], b.add(b.mul(thread, given["room"]), b.number(self.sums_bytes)), BYTE)
+        given["x"], given["x_row"] = place, units
+        given["steps"] = b.at(place, b.mul(given["rows"], units), INT32)
+        assert self.rounded is not None
+        how, channels = self.rounded, b.shl(units, b.number(_SHIFT["int8"]))
+        element = BF16 if how.half else FP32
+
+        def row(i: Any) -> None:
+            of_row = b.at(x, b.mul(i, x_row), element)
+            step = _round_row(b, how, of_row, channels, b.at(place, b.mul(i, units), INT32))
+            b.store(step, b.at(given["steps"], i, FP32))
+
+        b.loop(0, given["rows"], 1, row)
+
+    def _bytes(self, task: Any, thread: Any) -> None:
+        b, given, lanes = self.b, self.given, self.level.lanes
+        column, stop, row, end = self._bounds(task, thread)
+        shifts = given["weight_sums"]
+
+        def all_of(height: int) -> None:
+            def tile(first: Any) -> None:
+                rows = self._rows("x", first, end, height)
+
+                def some_columns(at: Any) -> None:
+                    panel = b.at(given["weight"], b.mul(at, given["inputs"]), self.unit)
+                    # Sums begin with what the byte that stands for 0 adds to them.
+                    starts = [b.read(b.at(shifts, b.add(at, b.number(n * lanes)), INT32), INT32) for n in range(2)]
+                    zero = b.spread(b.trunc(given["zero"], INT32))
+                    self._panel(rows, panel, [b.neg(b.mul(start, zero)) for start in starts], _AHEAD)
+                    self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes), height)
+
+                b.loop(column, stop, 2 * lanes, some_columns)
+
+            b.loop(row, end, height, tile)
+
+        b.heights(self.height, b.sub(end, row), all_of)
+
+    def _panel(self, rows: Values, panel: Any, starts: Values, ahead: int = 0) -> None:
+        """The sums of a tile of rows and the columns of a panel, of which two vectors are what they begin with."""
+        b, lanes, terms = self.b, self.level.lanes, self.given["inputs"]
+        sums = b.tile(rows, 2, panel, 2 * lanes, terms, self.unit, self._add, starts, ahead)
+        for i, value in enumerate(sums):
+            b.write(value, b.at(self.base, i * lanes, self.summed))
 
     def _lay_out_turned(self, column: Any, unit: Any, place: Any) -> None:
         """A vector of columns, of one row of the weight in fp32, of two in turn in bf16."""
@@ -179,7 +244,6 @@ class _Linear:
 
         sums = b.loop(*terms, lanes, term, *[self._nothing()] * (width * len(rows)))
         sums += [self._nothing()] * (-len(sums) % lanes)
-        add = b.add if self.kind == "int8" else b.fadd
         later = b.icmp_signed(">", terms[0], b.number(0))
         for start in range(0, len(sums), lanes):
             whole = b.sums(sums[start : start + lanes])
@@ -187,7 +251,7 @@ class _Linear:
                 first = i * width - start
                 some = b.picked(whole, whole, range(first, first + width))
                 into = b.at(self.base, b.add(place, b.number(i * self.columns)), self.summed)
-                b.write(b.where(later, lambda x=some, at=into: add(x, b.read(at, self.summed, width)), some), into)
+                b.write(b.where(later, lambda x=some, at=into: b.fadd(x, b.read(at, self.summed, width)), some), into)
 
     def _add(self, x: Any, y: Any, z: Any) -> Any:
         b = self.b
@@ -216,8 +280,9 @@ class _Linear:
             sums = b.at(self.base, b.mul(i, b.number(self.columns)), self.summed)
             out = b.at(given["out"], b.add(b.mul(number, given["out_row"]), column), self.element)
             residual = b.at(given["residual"], b.add(b.mul(number, given["residual_row"]), column), self.element)
-            of_bias = FP32 if self.kind == "int8" else self.element
-            bias, gamma = b.at(given["bias"], column, of_bias), b.at(given["gamma"], column, self.element)
+            # That of bytes is always in fp32.
+            bias = b.at(given["bias"], column, FP32 if self.kind == "int8" else self.element)
+            gamma = b.at(given["gamma"], column, self.element)
 
             def vector(n: Any) -> None:
                 def read(base: Any, element: Any = self.element) -> Any:
@@ -225,8 +290,11 @@ class _Linear:
 
                 found = b.read(b.at(sums, n, self.summed), self.summed)
                 if self.kind == "int8":
-                    found = self._rescaled(found, number, b.add(column, n))
-                found = b.where(b.there(given["bias"]), lambda x=found: b.fadd(x, read(bias, of_bias)), found)
+                    nothing = b.filled(0.0)
+                    added = b.where(b.there(given["bias"]), lambda: b.read(b.at(bias, n, FP32), FP32), nothing)
+                    found = self._rescaled(found, number, b.add(column, n), added)
+                else:
+                    found = b.where(b.there(given["bias"]), lambda x=found: b.fadd(x, read(bias)), found)
                 active = b.icmp_signed("!=", given["gelu"], b.number(0))
                 found = b.where(active, lambda x=found: self._gelu(x), found)
                 found = b.where(b.there(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found)
@@ -237,109 +305,188 @@ class _Linear:
 
         b.loop(0, rows, 1, row)
 
-    def _rescaled(self, sums: Any, row: Any, column: Any) -> Any:
-        """Sums of products of bytes, less what the byte that stands for 0 adds to them, in fp32."""
+    def _rescaled(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
+        """Sums of products of bytes in fp32, with the bias."""
         b, given = self.b, self.given
-        zero = b.spread(b.trunc(given["zero"], INT32))
-        shift = b.mul(b.read(b.at(given["weight_sums"], column, INT32), INT32), zero)
         step = b.spread(b.load(b.at(given["steps"], row, FP32), typ=FP32))
-        scaled = b.fmul(b.sitofp(b.sub(sums, shift), b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32))
-        return b.fmul(scaled, step)
+        scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32))
+        return b.multiply_add(scaled, step, bias)
 
     def _gelu(self, x: Any) -> Any:
         """`x Φ(x)`, of which `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
         b = self.b
-        edge = b.filled(_EDGE)
-        inside = b.larger(b.smaller(x, edge), b.filled(-_EDGE))
-        u = b.multiply_add(b.fmul(inside, inside), b.filled(2 / _EDGE**2), b.filled(-1.0))
-        quotient = b.polynomial(u, coefficients(_quotient, _DEGREE))
+        end, degree = (_BYTES_EDGE, _BYTES_DEGREE) if self.kind == "int8" else (_EDGE, _DEGREE)
+        edge = b.filled(end)
+        inside = b.larger(b.smaller(x, edge), b.filled(-end))
+        u = b.multiply_add(b.fmul(inside, inside), b.filled(2 / end**2), b.filled(-1.0))
+        quotient = b.polynomial(u, coefficients(_quotient[end], degree))
         found = b.fmul(x, b.multiply_add(inside, quotient, b.filled(0.5)))
-        found = b.select(b.fcmp_ordered("<", x, b.filled(-_EDGE)), b.filled(0.0), found)
+        if self.kind == "int8":
+            # Beyond the edge it misses by less than a millionth of x, which is less than a hundredth of a level.
+            return found
+        found = b.select(b.fcmp_ordered("<", x, b.filled(-end)), b.filled(0.0), found)
         return b.select(b.fcmp_ordered(">", x, edge), x, found)
 
 
-def _quotient(u: np.ndarray) -> np.ndarray:
+def _of_edge(edge: float) -> Callable[[np.ndarray], np.ndarray]:
     """`(Φ(x) - 1/2) / x`, of `2 x² / edge² - 1`."""
-    x = np.sqrt(np.maximum((u + 1) / 2, 1e-12)) * _EDGE
-    return (torch.special.ndtr(torch.from_numpy(x)).numpy() - 0.5) / x
+
+    def quotient(u: np.ndarray) -> np.ndarray:
+        x = np.sqrt(np.maximum((u + 1) / 2, 1e-12)) * edge
+        return (torch.special.ndtr(torch.from_numpy(x)).numpy() - 0.5) / x
+
+    return quotient
+
+
+# One object of each, by which the coefficients are kept.
+_quotient = {edge: _of_edge(edge) for edge in (_EDGE, _BYTES_EDGE)}
+
+
+class Rounded(NamedTuple):
+    """How rows in floats are rounded to bytes: `as_int8` of the reference, which has the levels.
+
+    Attributes:
+        half: bf16 instead of fp32, the steps too.
+        gelu: the rows are of a GELU.
+    """
+
+    half: bool
+    gelu: bool
+
+
+def _round_row(b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_step: bool | None = None) -> Any:
+    """A row of so many channels as bytes, and the step between two of its levels, in fp32."""
+    half_step = how.half if half_step is None else half_step
+    lanes, element = b.lanes, BF16 if how.half else FP32
+    # Magnitudes are ordered as their bits are, and what is no number is the largest: then the step is none either.
+    magnitude = b.filled(0x7FFFFFFF, INT32)
+
+    def largest_of(most: Any, found: Any) -> Any:
+        return b.select(b.icmp_signed("<", most, found), found, most)
+
+    def larger(i: Any, most: Any) -> Any:
+        found = b.bitcast(b.widened(b.at(x, i, element), element), b.vector(INT32))
+        return largest_of(most, b.and_(found, magnitude))
+
+    most = _by_fours(b, inputs, larger, largest_of, b.filled(0, INT32))
+    largest = b.intrinsic(f"llvm.vector.reduce.smax.v{lanes}i32", INT32, most)
+    step = _step(b, how.gelu, half_step, b.bitcast(b.spread(largest), b.vector(FP32)))
+    inverse = b.fdiv(b.filled(1.0), step)
+    shift = b.filled(NO_FRACTIONS + (GELU_ZERO_BYTE if how.gelu else ZERO_BYTE))
+
+    def levels(i: Any) -> None:
+        value = b.widened(b.at(x, i, element), element)
+        rounded = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
+        b.write(b.trunc(rounded, b.vector(BYTE)), b.at(out, i, BYTE))
+
+    b.loop(0, inputs, lanes, levels)
+    return b.extract_element(step, ir.Constant(INT32, 0))
+
+
+def _by_fours(
+    b: Builder, inputs: Any, of_vector: Callable[[Any, Any], Any], of_two: Callable[[Any, Any], Any], start: Any
+) -> Any:
+    """A row folded into one vector, by four that do not wait for each other; as many channels as rows in bytes have."""
+
+    def fold(i: Any, *held: Any) -> Values:
+        return [of_vector(b.add(i, b.number(n * b.lanes)), one) for n, one in enumerate(held)]
+
+    first, second, third, last = b.loop(0, inputs, 4 * b.lanes, fold, *[start] * 4)
+    return of_two(of_two(first, second), of_two(third, last))
+
+
+def _step(b: Builder, gelu: bool, half: bool, largest: Any) -> Any:
+    if gelu:
+        # A magnitude that is of a negative value is too small to count.
+        step = b.larger(b.fdiv(largest, b.filled(223.0)), b.filled(float(np.float32(0.17 / 32))))
+    else:
+        step = b.fdiv(b.larger(largest, b.filled(float(np.float32(1e-30)))), b.filled(127.0))
+    if not half:
+        return step
+    # Rounded down, it would leave the largest value without a level.
+    wide = b.fmul(step, b.filled(1 + torch.finfo(torch.bfloat16).eps / 2))
+    return b.raised(b.bitcast(b.narrowed(wide), b.vector(INT16)))
+
+
+Norm = tuple[Tensor, Tensor, float]
+"""Weight and bias of a LayerNorm, and its eps."""
 
 
 class _Bytes:
-    """Writes the kernel that rounds rows to bytes: `as_int8` of the reference, which has the levels.
+    """Writes the kernel that rounds rows to bytes, or what a LayerNorm makes of them."""
 
-    Args:
-        half: bf16 instead of fp32, the steps too.
-        gelu: the rows are of a GELU.
-        level: of the processor.
-    """
-
-    def __init__(self, half: bool, gelu: bool, level: Level) -> None:
-        self.element, self.half, self.gelu = BF16 if half else FP32, half, gelu
-        self.b = Builder("bytes", ("x", "out", "steps"), ("x_row", "rows", "inputs", "chunk"), level)
+    def __init__(self, how: Rounded, normed: bool, level: Level) -> None:
+        self.how, self.normed, self.element = how, normed, BF16 if how.half else FP32
+        pointers = ("x", "out", "steps", "weight", "bias", "scratch")
+        self.b = Builder("bytes", pointers, ("x_row", "rows", "inputs", "chunk", "eps", "room"), level)
         self.b.tasks(self._some_rows)
 
     def _some_rows(self, task: Any, thread: Any) -> None:
         b, given = self.b, self.b.given
         first = b.mul(task, given["chunk"])
-        b.loop(first, b.least(b.add(first, given["chunk"]), given["rows"]), 1, self._row)
 
-    def _row(self, row: Any) -> None:
+        def row(i: Any) -> None:
+            how, x = self.how, b.at(given["x"], b.mul(i, given["x_row"]), self.element)
+            out = b.at(given["out"], b.mul(i, given["inputs"]), BYTE)
+            if self.normed:
+                place = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
+                self._norm(x, place)
+                how, x = how._replace(half=False), place
+            step = _round_row(b, how, x, given["inputs"], out, half_step=self.how.half)
+            b.store(step, b.at(given["steps"], i, FP32))
+
+        b.loop(first, b.least(b.add(first, given["chunk"]), given["rows"]), 1, row)
+
+    def _norm(self, x: Any, place: Any) -> None:
+        """LayerNorm of a row, in fp32."""
         b, given, lanes = self.b, self.b.given, self.b.lanes
-        x = b.at(given["x"], b.mul(row, given["x_row"]), self.element)
+        count = b.uitofp(given["inputs"], FP32)
 
-        def larger(i: Any, most: Any) -> Values:
-            found = b.widened(b.at(x, i, self.element), self.element)
-            found = found if self.gelu else b.intrinsic(f"llvm.fabs.v{lanes}f32", found.type, found)
-            return [b.larger(most, found)]
+        def read(base: Any, i: Any) -> Any:
+            return b.widened(b.at(base, i, self.element), self.element)
 
-        (most,) = b.loop(0, given["inputs"], lanes, larger, b.filled(0.0))
-        step = self._step(b.spread(b.largest(most)))
-        b.store(b.extract_element(step, ir.Constant(INT32, 0)), b.at(given["steps"], row, FP32))
-        inverse = b.fdiv(b.filled(1.0), step)
-        shift = b.filled(NO_FRACTIONS + (GELU_ZERO_BYTE if self.gelu else ZERO_BYTE))
-        out = b.at(given["out"], b.mul(row, given["inputs"]), BYTE)
+        def summed(of_vector: Callable[[Any, Any], Any]) -> Any:
+            return b.summed(_by_fours(b, given["inputs"], of_vector, b.fadd, b.filled(0.0)))
 
-        def levels(i: Any) -> None:
-            value = b.widened(b.at(x, i, self.element), self.element)
-            rounded = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
-            b.write(b.trunc(rounded, b.vector(BYTE)), b.at(out, i, BYTE))
+        mean = b.spread(b.fdiv(summed(lambda i, sums: b.fadd(sums, read(x, i))), count))
 
-        b.loop(0, given["inputs"], lanes, levels)
+        def squares(i: Any, sums: Any) -> Any:
+            off = b.fsub(read(x, i), mean)
+            return b.multiply_add(off, off, sums)
 
-    def _step(self, largest: Any) -> Any:
-        b = self.b
-        if self.gelu:
-            step = b.larger(b.fdiv(largest, b.filled(223.0)), b.filled(float(np.float32(0.17 / 32))))
-        else:
-            step = b.fdiv(b.larger(largest, b.filled(float(np.float32(1e-30)))), b.filled(127.0))
-        if not self.half:
-            return step
-        # Rounded down, it would leave the largest value without a level.
-        wide = b.fmul(step, b.filled(1 + torch.finfo(torch.bfloat16).eps / 2))
-        return b.raised(b.bitcast(b.narrowed(wide), b.vector(INT16)))
+        eps = b.bitcast(b.trunc(given["eps"], INT32), FP32)
+        deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(b.fdiv(summed(squares), count), eps))
+        inverse = b.spread(b.fdiv(ir.Constant(FP32, 1.0), deviation))
+
+        def normalised(i: Any) -> None:
+            scaled = b.fmul(b.fsub(read(x, i), mean), inverse)
+            b.write(b.multiply_add(scaled, read(given["weight"], i), read(given["bias"], i)), b.at(place, i, FP32))
+
+        b.loop(0, given["inputs"], lanes, normalised)
 
 
 @cache
-def _kernel(kind: Kind, half: bool, few: bool, turned: bool, level: Level) -> Kernel:
+def _kernel(kind: Kind, half: bool, few: bool, turned: bool, level: Level, rounded: Rounded | None = None) -> Kernel:
     def write() -> Builder:
-        return _Linear(kind, half, few, turned, level).b
+        return _Linear(kind, half, few, turned, level, rounded).b
 
-    return Kernel("linear_of_few_rows" if few else "linear", level, (kind, half, turned), __file__, write)
+    name = "linear_of_few_rows" if few else "linear"
+    return Kernel(name, level, (kind, half, turned, rounded), __file__, write)
 
 
 @cache
-def _bytes_kernel(half: bool, gelu: bool, level: Level) -> Kernel:
-    return Kernel("bytes", level, (half, gelu), __file__, lambda: _Bytes(half, gelu, level).b)
+def _bytes_kernel(how: Rounded, normed: bool, level: Level) -> Kernel:
+    return Kernel("bytes", level, (how, normed), __file__, lambda: _Bytes(how, normed, level).b)
 
 
-def _height(few: bool, level: Level) -> int:
+def _height(kind: Kind, few: bool, level: Level) -> int:
     """Rows of the highest tile."""
-    return _ONE_TILE[level.lanes][0] if few else level.rows
+    return _ONE_TILE[level.lanes][0] if few or kind == "int8" else level.rows
 
 
-def _columns(few: bool, level: Level) -> int:
+def _columns(kind: Kind, few: bool, level: Level) -> int:
     """Columns whose sums are kept before what follows the product."""
-    return _FEW_COLUMNS if few else 2 * level.lanes
+    return _FEW_COLUMNS if few and kind != "int8" else 2 * level.lanes
 
 
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = False) -> bool:
@@ -385,50 +532,79 @@ def linear(
     return _run(kind, x, weight, (bias, gamma, residual), out, few, level, gelu=gelu, turned=turned)
 
 
-class Bytes(NamedTuple):
-    """Rows that are rounded to bytes.
+class Panels(NamedTuple):
+    """A weight `[M, K]` in bytes.
 
     Attributes:
-        levels: `[n, K]`; unsigned of activations, of which `zero` stands for 0, and signed of weights.
-        steps: `[n]`, fp32: between two levels of a row.
-        sums: `[n]`, int32, of the levels of a weight's rows.
+        levels: fours of them as int32 `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, in the order in which they are multiplied.
+        steps: `[M]`, fp32: between two levels of a channel.
+        sums: `[⌈M / 2 lanes⌉ · 2 lanes]`, int32, of the levels of a channel.
     """
 
     levels: Tensor
     steps: Tensor
-    zero: int = 0
-    sums: Tensor | None = None
+    sums: Tensor
 
 
-def as_bytes(x: Tensor, *, gelu: bool = False) -> Bytes:
-    """Rows `[n, K]` in fp32 or bf16 as unsigned bytes, in scratch memory; `gelu` as in the reference's `as_int8`."""
-    (rows, inputs), threads = x.shape, torch.get_num_threads()
+def in_panels(rows: Tensor, steps: Tensor) -> Panels:
+    """A weight of signed levels `[M, K]`, with the step between two of each row, `[M]`."""
+    fours, wide = rows.view(torch.int32), 2 * levels()[0].lanes
+    missing = -len(fours) % wide
+    panels = F.pad(fours, (0, 0, 0, missing)).view(-1, wide, fours.shape[1])
+    return Panels(panels.transpose(1, 2).contiguous(), steps, F.pad(rows.sum(1, dtype=torch.int32), (0, missing)))
+
+
+def as_bytes(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+    """Rows `[n, K]` in fp32 or bf16 as unsigned bytes, in scratch memory, and the step between two levels of each.
+
+    Args:
+        gelu: as in the reference's `as_int8`.
+        norm: what the rows pass first; of their type.
+    """
+    (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
     made, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
     chunk = max(1, -(-rows // (_TASKS_PER_THREAD * threads)))
-    kernel = _bytes_kernel(x.dtype == torch.bfloat16, gelu, levels()[0])
-    numbers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), x.stride(0), rows, inputs, chunk)
-    kernel(numbers, -(-rows // chunk), threads)
-    return Bytes(made, steps, GELU_ZERO_BYTE if gelu else ZERO_BYTE)
+    kernel = _bytes_kernel(Rounded(x.dtype == torch.bfloat16, gelu), norm is not None, level)
+    around, room = (0, 0, 0, 0), 0
+    if norm is not None:
+        weight, bias, eps = norm[0].contiguous(), norm[1].contiguous(), int(np.float32(norm[2]).view(np.int32))
+        room = whole_pages(4 * inputs)
+        around = (weight.data_ptr(), bias.data_ptr(), scratch_address("compiled norm", room * threads), eps)
+    pointers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), *around[:3])
+    kernel((*pointers, x.stride(0), rows, inputs, chunk, around[3], room), -(-rows // chunk), threads)
+    return made, steps
 
 
 def bytes_linear(
-    x: Bytes,
-    weight: Bytes,
+    x: Tensor,
+    weight: Panels,
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
     *,
     gelu: bool = False,
-    few: bool | None = None,
+    of_gelu: bool = False,
+    norm: Norm | None = None,
 ) -> Tensor:
     """`residual + x W^T + b`, or of the product's GELU, written to `out`.
 
     Args:
-        x: `[n, K]` of `as_bytes`; weight: `[M, K]`, K a multiple of the lanes times four, M one of the lanes.
+        x: `[n, K]` in fp32 or bf16, K a multiple of the lanes times four, M one of the lanes.
         bias: `[M]`, fp32.
         residual, out: `[n, M]`, both fp32 or both bf16.
+        of_gelu: x is of a GELU.
+        norm: what x passes first.
     """
-    return _run("int8", x.levels, weight.levels, (bias, None, residual), out, few, None, x, weight, gelu=gelu)
+    if not out.numel():
+        return out
+    rows, rounded, steps, zero = x, None, 0, GELU_ZERO_BYTE if of_gelu else ZERO_BYTE
+    if norm is not None or len(x) >= _FEW:
+        rows, of_rows = as_bytes(x, gelu=of_gelu, norm=norm)
+        steps = of_rows.data_ptr()
+    else:
+        rounded = Rounded(x.dtype == torch.bfloat16, of_gelu)
+    others, factors = (bias, None, residual), (steps, weight.steps.data_ptr(), weight.sums.data_ptr(), zero)
+    return _run("int8", rows, weight.levels, others, out, rounded is not None, None, factors, rounded, gelu=gelu)
 
 
 def _run(
@@ -439,7 +615,9 @@ def _run(
     out: Tensor,
     few: bool | None,
     level: Level | None,
-    *factors: Bytes,
+    factors: tuple[int, int, int, int] = (0, 0, 0, 0),
+    rounded: Rounded | None = None,
+    *,
     gelu: bool,
     turned: bool = False,
 ) -> Tensor:
@@ -448,24 +626,23 @@ def _run(
     (rows, inputs), outputs = x.shape, out.shape[1]
     if not out.numel():
         return out
-    few = rows < _FEW[kind] if few is None else few
-    kernel, sums_bytes = _kernel(kind, half, few, turned, level), 4 * _height(few, level) * _columns(few, level)
-    columns, room, chunks, chunk = _FEW_COLUMNS, sums_bytes, 1, rows
+    few = rows < _FEW if few is None else few
+    kernel = _kernel(kind, half, few, turned, level, rounded)
+    room, chunks, chunk = 4 * _height(kind, few, level) * _columns(kind, few, level), 1, rows
+    columns = 2 * level.lanes if kind == "int8" else _FEW_COLUMNS
+    if rounded is not None:
+        room += rows * (inputs + 4)
     if not few:
         panel = 2 * level.lanes * inputs * x.element_size()
         panels = max(1, min(_PANELS_BYTES // panel, _MOST_PANELS))
-        columns, room = panels * 2 * level.lanes, room + panels * panel
+        columns = panels * 2 * level.lanes
+        room += 0 if kind == "int8" else panels * panel
         chunk, chunks = divided(rows, -(-_TASKS_PER_THREAD * threads // -(-outputs // columns)), _CHUNK)
     room = whole_pages(room)
     place = scratch_address("compiled linear", room * threads)
     addresses = (0 if t is None else t.data_ptr() for t in (x, weight, *others, out))
-    given = (0, 0, 0, 0)
-    if factors:
-        of_x, of_weight = factors
-        assert of_weight.sums is not None
-        given = (of_x.steps.data_ptr(), of_weight.steps.data_ptr(), of_weight.sums.data_ptr(), of_x.zero)
     residual = others[2]
     strides = (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0))
-    numbers = (*strides, rows, inputs, outputs, columns, chunk, chunks, room, int(gelu), given[3])
-    kernel((*addresses, place, *given[:3], *numbers), -(-outputs // columns) * chunks, threads)
+    numbers = (*strides, rows, inputs, outputs, columns, chunk, chunks, room, int(gelu), factors[3])
+    kernel((*addresses, place, *factors[:3], *numbers), -(-outputs // columns) * chunks, threads)
     return out
