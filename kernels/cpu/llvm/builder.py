@@ -312,7 +312,7 @@ class Builder(ir.IRBuilder):
                 with highest:
                     body(most)
 
-    def loop(self, start: Any, stop: Any, step: int, body: Callable[..., Values | None], *carried: Any) -> Values:
+    def loop(self, start: Any, stop: Any, step: Any, body: Callable[..., Values | None], *carried: Any) -> Values:
         """`for i in range(start, stop, step): carried = body(i, *carried)`; the last of what is carried."""
         head, inside, behind = (self.function.append_basic_block(name) for name in ("head", "inside", "behind"))
         before = self.block

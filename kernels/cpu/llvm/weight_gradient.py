@@ -22,8 +22,9 @@ _TERMS = 256
 # Rows of a block, whose piece shares the second level of cache with the columns on their way.
 _HEIGHT = 384
 _TASKS_PER_THREAD = 1
+_AHEAD = 8
 _POINTERS = ("dout", "x", "out", "scratch")
-_NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "height", "width", "across", "room")
+_NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "terms", "height", "width", "across", "room")
 
 
 class _WeightGradient:
@@ -48,20 +49,18 @@ class _WeightGradient:
         column = b.mul(b.srem(task, given["across"]), given["width"])
         end = b.least(b.add(row, given["height"]), given["outputs"])
         stop = b.least(b.add(column, given["width"]), given["inputs"])
+        units = b.ashr(b.add(given["rows"], b.number(1)), b.number(1)) if self.half else given["rows"]
+        terms, size = given["terms"], self._tile_units()
         self.sums = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
         self.panel = b.at(self.sums, self.level.rows * self.columns, FP32)
-        self.tiles = b.at(self.panel, _TERMS * self.columns, FP32)
-        tiles = b.sdiv(b.add(given["height"], b.number(self.level.rows - 1)), b.number(self.level.rows))
-        self.wide = b.at(self.tiles, b.mul(tiles, b.number(_tile_units(self.level))), FP32)
-        units = b.ashr(b.add(given["rows"], b.number(1)), b.number(1)) if self.half else given["rows"]
+        self.tiles = b.at(self.panel, b.mul(terms, b.number(self.columns)), FP32)
+        self.wide = b.at(self.tiles, b.mul(b.sdiv(given["height"], b.number(self.level.rows)), size), FP32)
 
         def tile(i: Any) -> Any:
-            return b.at(self.tiles, b.mul(b.sdiv(b.sub(i, row), b.number(self.level.rows)), b.number(size)), FP32)
-
-        size = _tile_units(self.level)
+            return b.at(self.tiles, b.mul(b.sdiv(b.sub(i, row), b.number(self.level.rows)), size), FP32)
 
         def piece(first: Any) -> None:
-            count = b.least(b.sub(units, first), _TERMS)
+            count = b.least(b.sub(units, first), terms)
 
             def lay_out_rows(u: Any) -> None:
                 # Every vector is longer than a tile is high: what is too much is overwritten by the next unit.
@@ -77,34 +76,40 @@ class _WeightGradient:
                 def lay_out(u: Any) -> None:
                     for n in (0, self.level.lanes):
                         place = b.at(self.panel, b.add(b.mul(u, b.number(self.columns)), b.number(n)), FP32)
-                        b.write(self._units("x", b.add(first, u), b.add(at, b.number(n)), given["inputs"], fetch=True), place)
+                        b.write(self._units("x", b.add(first, u), b.add(at, b.number(n)), given["inputs"]), place)
 
                 b.loop(0, count, 1, lay_out)
 
                 def some_rows(i: Any) -> None:
-                    self._fetch(i, at)
                     rows = [b.at(tile(i), n, self.unit) for n in range(self.level.rows)]
                     add, zero = (b.dot_add if self.half else b.multiply_add), b.filled(0.0)
                     sums = b.tile(rows, 2, self.panel, self.columns, count, self.unit, add, zero, self.level.rows)
                     for n, value in enumerate(sums):
                         b.write(value, b.at(self.sums, n * self.level.lanes, FP32))
                     where = b.sub(i, row), b.sub(at, column)
-                    self._finish(i, end, at, where, b.icmp_signed(">", first, b.number(0)), b.icmp_signed(">=", b.add(first, b.number(_TERMS)), units))
+                    later, last = b.icmp_signed(">", first, b.number(0)), b.icmp_signed(">=", b.add(first, terms), units)
+                    self._finish(i, end, at, where, later, last)
 
                 b.loop(row, end, self.level.rows, some_rows)
 
             b.loop(column, stop, self.columns, columns)
 
-        b.loop(0, units, _TERMS, piece)
+        b.loop(0, units, terms, piece)
 
-    def _units(self, name: str, unit: Any, column: Any, columns: Any, fetch: bool = False) -> Any:
+    def _tile_units(self) -> Any:
+        """Units of a piece of a tile's rows, and some more: so tiles begin in different sets of the cache."""
+        b = self.b
+        return b.add(b.mul(self.given["terms"], b.number(self.level.rows)), b.number(self.level.lanes))
+
+    def _units(self, name: str, unit: Any, column: Any, columns: Any) -> Any:
         """A vector of them; zeros behind the last column and the last row."""
         b, stride = self.b, self.given[f"{name}_row"]
 
         def some(row: Any, limit: Any, element: Any) -> Any:
             place = b.at(self.given[name], b.add(b.mul(row, stride), column), element)
-            if fetch:
-                b.fetch(b.at(place, self.columns, element))
+            ahead = b.mul(stride, b.number(_AHEAD * (2 if self.half else 1))) if name == "dout" else b.number(self.columns)
+            if _AHEAD or name == "x":
+                b.fetch(b.at(place, ahead, element))
             return b.read_some(place, self._there(b.sub(limit, column)), element)
 
         if not self.half:
@@ -119,15 +124,6 @@ class _WeightGradient:
         b, lanes = self.b, self.level.lanes
         places = ir.Constant(b.vector(INT32), list(range(lanes)))
         return b.icmp_signed("<", places, b.spread(b.trunc(b.least(count, lanes), INT32)))
-
-    def _fetch(self, row: Any, column: Any) -> None:
-        b, given = self.b, self.given
-        if self.half:
-            return
-        for i in range(self.level.rows):
-            place = b.at(given["out"], b.add(b.mul(b.add(row, b.number(i)), given["inputs"]), column), self.element)
-            for n in (0, 16):
-                b.fetch(b.at(place, n, self.element))
 
     def _finish(self, row: Any, end: Any, column: Any, where: tuple[Any, Any], later: Any, last: Any) -> None:
         """The sums of a tile to their place, added to those of the pieces before."""
@@ -169,14 +165,9 @@ class _WeightGradient:
                 b.write_some(value, place, there)
 
 
-def _tile_units(level: Level) -> int:
-    """Units of a piece of a tile's rows, and some more: so tiles begin in different sets of the cache."""
-    return _TERMS * level.rows + level.lanes
-
-
 @cache
 def _kernel(half: bool, level: Level, terms: int = 0) -> Kernel:
-    return Kernel("weight_gradient", level, (half, _TERMS), __file__, lambda: _WeightGradient(half, level).b)
+    return Kernel("weight_gradient", level, (half, terms), __file__, lambda: _WeightGradient(half, level).b)
 
 
 def takes(dout: Tensor, x: Tensor) -> bool:
@@ -206,10 +197,13 @@ def weight_gradient(dout: Tensor, x: Tensor, *, level: Level | None = None) -> T
     height = -(-outputs // (high * level.rows)) * level.rows
     width = -(-inputs // (across * columns)) * columns
     high, across = -(-outputs // height), -(-inputs // width)
-    floats = (level.rows + _TERMS) * columns + -(-height // level.rows) * _tile_units(level) + half * height * width
+    units = -(-rows // TOGETHER[x.dtype])
+    terms = -(-units // -(-units // _TERMS))
+    tiles = (height // level.rows) * (terms * level.rows + level.lanes)
+    floats = (level.rows + terms) * columns + tiles + half * height * width
     room = whole_pages(4 * floats)
     place = scratch_address("compiled weight gradient", room * threads)
     strides = (dout.stride(0), x.stride(0))
-    numbers = (*strides, rows, outputs, inputs, height, width, across, room)
-    _kernel(half, level, _TERMS)((dout.data_ptr(), x.data_ptr(), out.data_ptr(), place, *numbers), high * across, threads)
+    numbers = (*strides, rows, outputs, inputs, terms, height, width, across, room)
+    _kernel(half, level, _AHEAD)((dout.data_ptr(), x.data_ptr(), out.data_ptr(), place, *numbers), high * across, threads)
     return out
