@@ -431,6 +431,7 @@ def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
 
 
 def _compiled_weight(dout: Tensor, x: Tensor) -> Tensor:
+    """`dout^T x` by such a kernel, which takes any sizes."""
     if (reason := llvm.why_not(x.dtype)) is not None:
         raise NotImplementedError(reason)
     from .llvm.weight_gradient import weight_gradient
@@ -479,6 +480,8 @@ TRAINED: dict[str, tuple[dict[str, Product], Callable[[torch.dtype], tuple[Tenso
     "weight gradient": (_WEIGHT, _weight_example),
 }
 """Products of training, with the operands that are timed to choose each."""
+ANY_SIZES = ("weight gradient",)
+"""Those for which our own kernel is written whatever the sizes."""
 
 
 def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:

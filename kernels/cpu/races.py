@@ -45,6 +45,8 @@ def races() -> dict[str, Race]:
     for name, (candidates, example, flops) in (int8.LIBRARIES | int8.RACES).items() if int8.why_not() is None else ():
         found[name] = Race(candidates, example, flops, alike=False)
     for operation, race in [*found.items()]:
+        if operation in products.ANY_SIZES:
+            continue
         name, others = of_odd_sizes(operation, race.candidates)
         found.setdefault(name, race._replace(candidates=others))
     return found

@@ -127,7 +127,7 @@ class _WeightGradient:
         return b.icmp_signed("<", places, b.spread(b.trunc(b.least(count, self.lanes), INT32)))
 
     def _finish(self, first: Any, row: Any, column: Any) -> None:
-        """The sums of a tile to their place, with those of the pieces before; in bf16 they wait in fp32 for the last."""
+        """The sums of a tile to their place, with those of pieces before; in bf16 they wait in fp32 for the last."""
         b, given = self.b, self.given
         later = b.icmp_signed(">", first, b.number(0))
         last = b.icmp_signed(">=", b.add(first, given["terms"]), given["units"])
