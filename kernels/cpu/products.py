@@ -430,6 +430,15 @@ def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(dout, weight) if found is None else found
 
 
+def _compiled_weight(dout: Tensor, x: Tensor) -> Tensor:
+    """`dout^T x` by such a kernel, which takes any sizes."""
+    if (reason := llvm.why_not(x.dtype)) is not None:
+        raise NotImplementedError(reason)
+    from .llvm.weight_gradient import weight_gradient
+
+    return weight_gradient(dout, x)
+
+
 _TRAINED: dict[str, Product] = {
     "aten": F.linear,
     "onednn": onednn_linear,
@@ -444,6 +453,7 @@ _WEIGHT: dict[str, Product] = {
     "aten": lambda dout, x: dout.t() @ x,
     "transposed": _transposed_weight,
     "onednn": lambda dout, x: _transposed_weight(dout, x, _onednn_input),
+    **({"llvm": _compiled_weight} if _TRAINS else {}),
 }
 
 
@@ -470,6 +480,8 @@ TRAINED: dict[str, tuple[dict[str, Product], Callable[[torch.dtype], tuple[Tenso
     "weight gradient": (_WEIGHT, _weight_example),
 }
 """Products of training, with the operands that are timed to choose each."""
+ANY_SIZES = ("weight gradient",)
+"""Those for which our own kernel is written whatever the sizes."""
 
 
 def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:

@@ -63,6 +63,8 @@ def races() -> dict[str, Race]:
         q, k, *_ = example(torch.float32)
         found[name] = Race(candidates, example, 4 * q.numel() * k.shape[1])
     for operation, race in [*found.items()]:
+        if operation in products.ANY_SIZES:
+            continue
         name, others = of_odd_sizes(operation, race.candidates)
         found.setdefault(name, race._replace(candidates=others))
     candidates, example = products.LAYOUT

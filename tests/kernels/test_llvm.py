@@ -210,6 +210,63 @@ def test_threads_and_kernels_of_products_change_few_bits(level: llvm.Level, dtyp
     torch.testing.assert_close(*found[0], rtol=0, atol=rounding)
 
 
+# (rows, outputs, inputs): one of each; parts of a tile and of a vector, an odd row in bf16; more outputs than one block
+# has and than one vector beside it, more rows than one piece has in either type, columns of an odd number of vectors.
+GRADIENTS = [(1, 1, 1), (7, 13, 33), (300, 50, 111), (1025, 389, 48), (64, 96, 64)]
+
+
+@each_case
+@pytest.mark.parametrize("shape", GRADIENTS)
+def test_gradients_of_weights(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Whatever lies beside them in memory, and columns that lie apart."""
+    from xfm_fast.kernels.cpu.llvm.weight_gradient import weight_gradient
+
+    rows, outputs, inputs = shape
+    dout, x = (torch.full((rows + 1, 2 * columns + 1), torch.nan, dtype=dtype) for columns in (outputs, inputs))
+    dout, x = dout[:rows, :outputs].normal_(), x[:rows, 1 : 1 + inputs].normal_()
+    found = weight_gradient(dout, x, level=level)
+    assert found.is_contiguous()
+    assert_as_accurate(found, lambda dout, x: dout.t() @ x, dout, x)
+    apart = dout.t().contiguous().t(), x.t().contiguous().t()
+    assert torch.equal(weight_gradient(*apart, level=level), found)
+    same = dout[:1].expand(rows, outputs)
+    assert torch.equal(weight_gradient(same, x, level=level), weight_gradient(same.contiguous(), x, level=level))
+
+
+@each_case
+def test_threads_change_no_bit_of_gradients(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Of few outputs the inputs are divided among them."""
+    from xfm_fast.kernels.cpu.llvm.weight_gradient import weight_gradient
+
+    before = torch.get_num_threads()
+    for outputs in (20, 900):
+        dout, x = torch.randn(600, outputs).to(dtype), torch.randn(600, 200).to(dtype)
+        found = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(weight_gradient(dout, x, level=level))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@each_case
+def test_gradients_of_no_rows_and_of_no_numbers(level: llvm.Level, dtype: torch.dtype) -> None:
+    from xfm_fast.kernels.cpu.llvm.weight_gradient import weight_gradient
+
+    dout, x = torch.randn(9, 5).to(dtype), torch.randn(9, 40).to(dtype)
+    assert torch.equal(weight_gradient(dout[:0], x[:0], level=level), torch.zeros(5, 40, dtype=dtype))
+    assert weight_gradient(dout, x[:, :0], level=level).shape == (5, 0)
+    dout[8, 3], x[0, 17] = torch.inf, torch.nan
+    found = weight_gradient(dout, x, level=level)
+    unknown = torch.zeros(5, 40, dtype=torch.bool)
+    unknown[3], unknown[:, 17] = True, True
+    assert torch.equal(~found.isfinite(), unknown)
+    assert torch.equal(found.isnan().any(0), torch.arange(40) == 17)
+
+
 def test_the_profiler_sees_kernels() -> None:
     from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
 

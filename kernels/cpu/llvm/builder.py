@@ -102,13 +102,25 @@ class Builder(ir.IRBuilder):
         """A vector to an address of any alignment."""
         self.store(value, place, align=_BYTES[str(value.type.element)])
 
-    def read_some(self, place: Any, there: Any) -> Any:
-        """An fp32 vector of which some elements are there, and the others are zeros and not touched."""
-        # Until LLVM 22 it is told how the address is aligned.
-        aligned = () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(FP32)]),)
-        kind = self.vector(FP32)
-        given = (place, *aligned, there, self.filled(0.0))
-        return self.intrinsic(f"llvm.masked.load.v{self.lanes}f32.p0", kind, *given)
+    def read_some(self, place: Any, there: Any, element: Any = FP32) -> Any:
+        """A vector of which some elements are there, and the others are zeros and not touched."""
+        kind = self.vector(element)
+        given = (place, *self._aligned(element), there, ir.Constant(kind, [0] * self.lanes))
+        return self.intrinsic(f"llvm.masked.load.{self._named(element)}.p0", kind, *given)
+
+    def write_some(self, value: Any, place: Any, there: Any) -> None:
+        """The elements of a vector that are there; the others' places are not touched."""
+        element = value.type.element
+        given = (value, place, *self._aligned(element), there)
+        self.intrinsic(f"llvm.masked.store.{self._named(element)}.p0", ir.VoidType(), *given)
+
+    def _named(self, element: Any) -> str:
+        return f"v{self.lanes}{'f32' if element == FP32 else element}"
+
+    @staticmethod
+    def _aligned(element: Any) -> tuple[Any, ...]:
+        # Until LLVM 22 what reads and writes some is told how the address is aligned.
+        return () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(element)]),)
 
     def fetch(self, place: Any) -> None:
         """Have what lies at an address brought to the caches; it may lie behind the end of its memory."""
@@ -252,6 +264,7 @@ class Builder(ir.IRBuilder):
         add: Callable[..., Any],
         zero: Any,
         ahead: int = 0,
+        apart: int = 1,
     ) -> Values:
         """Sums of products of rows and columns, `[rows · vectors]` vectors, which stay in registers.
 
@@ -263,6 +276,7 @@ class Builder(ir.IRBuilder):
             add: of a unit of a row in every element, a vector of columns and a sum: the next sum.
             zero: what every sum begins with; or a list, with one for each vector of columns.
             ahead: bytes from the columns that are read to those that are fetched.
+            apart: units from one of a row to the next.
         """
         starts = zero if isinstance(zero, list) else [zero] * vectors
 
@@ -272,7 +286,7 @@ class Builder(ir.IRBuilder):
                 self.fetch(self.at(self.at(place, n * self.lanes, unit), ahead, BYTE))
             factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
             for i, row in enumerate(rows):
-                x = self.spread(self.load(self.at(row, u, unit), align=4, typ=unit))
+                x = self.spread(self.load(self.at(row, self.mul(u, self.number(apart)), unit), align=4, typ=unit))
                 found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
             return found
 
@@ -303,7 +317,7 @@ class Builder(ir.IRBuilder):
                 with highest:
                     body(most)
 
-    def loop(self, start: Any, stop: Any, step: int, body: Callable[..., Values | None], *carried: Any) -> Values:
+    def loop(self, start: Any, stop: Any, step: Any, body: Callable[..., Values | None], *carried: Any) -> Values:
         """`for i in range(start, stop, step): carried = body(i, *carried)`; the last of what is carried."""
         head, inside, behind = (self.function.append_basic_block(name) for name in ("head", "inside", "behind"))
         before = self.block

@@ -1,0 +1,201 @@
+"""Gradients of weights: products that sum over the rows of two matrices, in fp32.
+
+A task is a block of the result. It goes through the rows that are summed over a piece at a time: what a piece has of
+the block's rows is laid out once and stays in the second level of cache, what it has of two vectors of columns is laid
+out in the first, and every tile of sums stays in registers. The order of summation follows from the sizes, so threads
+change no bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import llvmlite.ir as ir
+import torch
+from torch import Tensor
+
+from . import TOGETHER, Level, levels
+from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, scratch_address, whole_pages
+
+# 32-bit units of the longest piece: with them two vectors of columns fill two thirds of the first level of cache.
+_TERMS = 256
+# Rows of the highest block, of which a piece leaves room in the second level of cache for what is on its way.
+_HEIGHT = 384
+# Units from what is laid out to what is fetched: the rows of a block lie apart, so that no prefetcher knows the next.
+_AHEAD = 16
+_POINTERS = ("dout", "x", "out", "scratch")
+_NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "units", "terms", "height", "width", "across", "room")
+
+
+class _WeightGradient:
+    """Writes the kernel.
+
+    Args:
+        half: bf16 instead of fp32.
+        level: of the processor.
+    """
+
+    def __init__(self, half: bool, level: Level) -> None:
+        # Rows are taken one by one in fp32 and in pairs in bf16, so that units of a column have 32 bits.
+        self.half, self.unit, self.element = half, INT32 if half else FP32, BF16 if half else FP32
+        self.high, self.lanes, self.columns = level.rows, level.lanes, 2 * level.lanes
+        self.b = b = Builder("weight_gradient", _POINTERS, _NUMBERS, level)
+        self.given = b.given
+        b.tasks(self._block)
+
+    def _block(self, task: Any, thread: Any) -> None:
+        b, given = self.b, self.given
+        self.row = row = b.mul(b.sdiv(task, given["across"]), given["height"])
+        self.column = column = b.mul(b.srem(task, given["across"]), given["width"])
+        self.end = end = b.least(b.add(row, given["height"]), given["outputs"])
+        stop = b.least(b.add(column, given["width"]), given["inputs"])
+        terms, columns = given["terms"], b.number(self.columns)
+        # Some more than a tile has, so that tiles begin in different sets of the cache.
+        self.tile_units = b.add(b.mul(terms, b.number(self.high)), b.number(self.lanes))
+        self.sums = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
+        self.panel = b.at(self.sums, self.high * self.columns, FP32)
+        self.tiles = b.at(self.panel, b.mul(terms, columns), self.unit)
+        tiles = b.sdiv(given["height"], b.number(self.high))
+        self.before = b.at(self.tiles, b.mul(tiles, self.tile_units), self.unit)
+
+        def piece(first: Any) -> None:
+            count = b.least(b.sub(given["units"], first), terms)
+            b.loop(0, count, 1, lambda u: self._lay_out_rows(b.add(first, u), u))
+
+            def some_columns(at: Any) -> None:
+                b.loop(0, count, 1, lambda u: self._lay_out_columns(b.add(first, u), u, at))
+
+                def tile(i: Any) -> None:
+                    rows = [b.at(self._tile(i), n, self.unit) for n in range(self.high)]
+                    add, zero = b.dot_add if self.half else b.multiply_add, b.filled(0.0)
+                    sums = b.tile(rows, 2, self.panel, self.columns, count, self.unit, add, zero, self.high)
+                    for n, value in enumerate(sums):
+                        b.write(value, b.at(self.sums, n * self.lanes, FP32))
+                    self._finish(first, i, at)
+
+                b.loop(row, end, self.high, tile)
+
+            b.loop(column, stop, self.columns, some_columns)
+
+        b.loop(0, given["units"], terms, piece)
+
+    def _tile(self, row: Any) -> Any:
+        """Where the tile of a row is laid out."""
+        b = self.b
+        number = b.sdiv(b.sub(row, self.row), b.number(self.high))
+        return b.at(self.tiles, b.mul(number, self.tile_units), self.unit)
+
+    def _lay_out_rows(self, unit: Any, place: Any) -> None:
+        b = self.b
+        ahead = b.mul(self.given["dout_row"], b.number(_AHEAD * (2 if self.half else 1)))
+
+        def some(i: Any) -> None:
+            # A vector is longer than a tile is high: the next unit, or what lies between tiles, takes what is too much.
+            into = b.at(self._tile(i), b.mul(place, b.number(self.high)), self.unit)
+            b.write(self._units("dout", unit, i, self.given["outputs"], ahead), into)
+
+        b.loop(self.row, self.end, self.high, some)
+
+    def _lay_out_columns(self, unit: Any, place: Any, column: Any) -> None:
+        b = self.b
+        for n in (0, self.lanes):
+            into = b.at(self.panel, b.add(b.mul(place, b.number(self.columns)), b.number(n)), self.unit)
+            at = b.add(column, b.number(n))
+            b.write(self._units("x", unit, at, self.given["inputs"], b.number(self.columns)), into)
+
+    def _units(self, name: str, unit: Any, column: Any, columns: Any, ahead: Any) -> Any:
+        """A vector of them, zeros behind the last column and the last row; what is so far ahead is fetched."""
+        b = self.b
+
+        def some(row: Any, limit: Any, element: Any) -> Any:
+            place = b.at(self.given[name], b.add(b.mul(row, self.given[f"{name}_row"]), column), element)
+            b.fetch(b.at(place, ahead, element))
+            return b.read_some(place, self._there(b.sub(limit, column)), element)
+
+        if not self.half:
+            return some(unit, columns, FP32)
+        first = b.shl(unit, b.number(1))
+        second = b.add(first, b.number(1))
+        limit = b.select(b.icmp_signed("<", second, self.given["rows"]), columns, b.number(0))
+        return b.alternated(some(first, columns, INT16), some(second, limit, INT16))
+
+    def _there(self, count: Any) -> Any:
+        """Which elements of a vector are among so many."""
+        b = self.b
+        places = ir.Constant(b.vector(INT32), list(range(self.lanes)))
+        return b.icmp_signed("<", places, b.spread(b.trunc(b.least(count, self.lanes), INT32)))
+
+    def _finish(self, first: Any, row: Any, column: Any) -> None:
+        """The sums of a tile to their place, with those of pieces before; in bf16 they wait in fp32 for the last."""
+        b, given = self.b, self.given
+        later = b.icmp_signed(">", first, b.number(0))
+        last = b.icmp_signed(">=", b.add(first, given["terms"]), given["units"])
+
+        def of_row(i: Any) -> None:
+            sums = b.at(self.sums, b.mul(i, b.number(self.columns)), FP32)
+            number = b.add(row, i)
+            out = b.at(given["out"], b.add(b.mul(number, given["inputs"]), column), self.element)
+            place = b.add(b.mul(b.sub(number, self.row), given["width"]), b.sub(column, self.column))
+            before = b.at(self.before, place, FP32)
+
+            def vector(n: Any) -> None:
+                count = b.sub(given["inputs"], b.add(column, n))
+                found, into, wide = b.read(b.at(sums, n, FP32), FP32), b.at(out, n, self.element), b.at(before, n, FP32)
+                if not self.half:
+                    added = b.where(later, lambda: b.fadd(found, b.read_some(into, self._there(count))), found)
+                    self._write(added, into, count)
+                    return
+                added = b.where(later, lambda: b.fadd(found, b.read(wide, FP32)), found)
+                with b.if_else(last) as (whole, partly):
+                    with whole:
+                        self._write(b.bitcast(b.narrowed(added), b.vector(INT16)), into, count)
+                    with partly:
+                        b.write(added, wide)
+
+            b.loop(0, b.least(b.sub(given["inputs"], column), self.columns), self.lanes, vector)
+
+        b.loop(0, b.least(b.sub(self.end, row), self.high), 1, of_row)
+
+    def _write(self, value: Any, place: Any, count: Any) -> None:
+        b = self.b
+        with b.if_else(b.icmp_signed(">=", count, b.number(self.lanes))) as (whole, some):
+            with whole:
+                b.write(value, place)
+            with some:
+                # Only here, because AVX2 takes long for it.
+                b.write_some(value, place, self._there(count))
+
+
+@cache
+def _kernel(half: bool, level: Level) -> Kernel:
+    return Kernel("weight_gradient", level, half, __file__, lambda: _WeightGradient(half, level).b)
+
+
+def weight_gradient(dout: Tensor, x: Tensor, *, level: Level | None = None) -> Tensor:
+    """`dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, of their type, whatever the sizes.
+
+    Args:
+        dout, x: both fp32, or both bf16 where the level has it; copied where columns lie apart.
+        level: whose kernel runs; the best of this processor by default.
+    """
+    level, threads, half = level or levels()[0], torch.get_num_threads(), x.dtype == torch.bfloat16
+    dout, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, x))
+    (rows, outputs), inputs = dout.shape, x.shape[1]
+    out = torch.empty(outputs, inputs, dtype=x.dtype)
+    if not rows or not out.numel():
+        return out.zero_()
+    columns, units = 2 * level.lanes, -(-rows // TOGETHER[x.dtype])
+    terms = -(-units // -(-units // _TERMS))
+    blocks = -(-outputs // _HEIGHT)
+    height = -(-outputs // (blocks * level.rows)) * level.rows
+    # Where blocks are fewer than threads they are divided; every part lays out the block's rows.
+    width = -(-inputs // (-(-threads // blocks) * columns)) * columns
+    blocks, across = -(-outputs // height), -(-inputs // width)
+    laid_out = terms * columns + height // level.rows * (terms * level.rows + level.lanes)
+    room = whole_pages(4 * (level.rows * columns + laid_out + half * height * width))
+    place = scratch_address("compiled weight gradient", room * threads)
+    addresses = (dout.data_ptr(), x.data_ptr(), out.data_ptr(), place)
+    sizes = (rows, outputs, inputs, units, terms, height, width, across, room)
+    _kernel(half, level)((*addresses, dout.stride(0), x.stride(0), *sizes), blocks * across, threads)
+    return out
