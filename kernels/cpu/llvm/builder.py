@@ -110,6 +110,11 @@ class Builder(ir.IRBuilder):
         given = (place, *aligned, there, self.filled(0.0))
         return self.intrinsic(f"llvm.masked.load.v{self.lanes}f32.p0", kind, *given)
 
+    def write_some(self, value: Any, place: Any, there: Any) -> None:
+        """The elements of an fp32 vector that are there; the memory of the others is not touched."""
+        aligned = () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(FP32)]),)
+        self.intrinsic(f"llvm.masked.store.v{self.lanes}f32.p0", ir.VoidType(), value, place, *aligned, there)
+
     def fetch(self, place: Any) -> None:
         """Have what lies at an address brought to the caches; it may lie behind the end of its memory."""
         how = (ir.Constant(INT32, number) for number in (0, 3, 1))
@@ -251,6 +256,7 @@ class Builder(ir.IRBuilder):
         unit: Any,
         add: Callable[..., Any],
         zero: Any,
+        apart: int = 1,
     ) -> Values:
         """Sums of products of rows and columns, `[rows · vectors]` vectors, which stay in registers.
 
@@ -260,13 +266,15 @@ class Builder(ir.IRBuilder):
             columns: address of those of the first unit; `stride` units further are those of the next one.
             terms: units.
             add: of a unit of a row in every element, a vector of columns and a sum: the next sum.
+            apart: units of a row from one term to the next.
         """
 
         def term(u: Any, *sums: Any) -> Values:
             place, found = self.at(columns, self.mul(u, self.number(stride)), unit), []
             factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
+            number = u if apart == 1 else self.mul(u, self.number(apart))
             for i, row in enumerate(rows):
-                x = self.spread(self.load(self.at(row, u, unit), align=4, typ=unit))
+                x = self.spread(self.load(self.at(row, number, unit), align=4, typ=unit))
                 found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
             return found
 
@@ -345,15 +353,17 @@ class Kernel:
         name: of the function.
         level: that it is compiled for.
         made_of: what `write` follows from, besides the code of its module.
-        source: the file of that module.
+        sources: the file of that module, and others that `write` follows from.
         write: writes the whole function.
     """
 
-    def __init__(self, name: str, level: Level, made_of: object, source: str, write: Callable[[], Builder]) -> None:
+    def __init__(
+        self, name: str, level: Level, made_of: object, sources: Sequence[str], write: Callable[[], Builder]
+    ) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         told = (name, level, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info)
-        files = "".join(Path(file).read_text() for file in (__file__, source))
+        files = "".join(Path(file).read_text() for file in (__file__, *sources))
         place = _KEPT / f"{hashlib.sha256(repr((told, files)).encode()).hexdigest()}.o"
         code = _read(place)
         if code is None:

@@ -324,12 +324,12 @@ def _kernel(kind: Kind, half: bool, few: bool, turned: bool, level: Level) -> Ke
     def write() -> Builder:
         return _Linear(kind, half, few, turned, level).b
 
-    return Kernel("linear_of_few_rows" if few else "linear", level, (kind, half, turned), __file__, write)
+    return Kernel("linear_of_few_rows" if few else "linear", level, (kind, half, turned), (__file__,), write)
 
 
 @cache
 def _bytes_kernel(half: bool, gelu: bool, level: Level) -> Kernel:
-    return Kernel("bytes", level, (half, gelu), __file__, lambda: _Bytes(half, gelu, level).b)
+    return Kernel("bytes", level, (half, gelu), (__file__,), lambda: _Bytes(half, gelu, level).b)
 
 
 def _height(few: bool, level: Level) -> int:
