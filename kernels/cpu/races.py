@@ -38,7 +38,8 @@ def races() -> dict[str, Race]:
         found[name] = Race(candidates, example, 2 * x.numel() * other.shape[1])
     for name, (candidates, example) in attention.RACES.items():
         q, k, *_ = example(torch.float32)
-        found[name] = Race(candidates, example, 4 * q.numel() * k.shape[1])
+        flops = (10 if name.endswith("backward") else 4) * q.numel() * k.shape[1]
+        found[name] = Race(candidates, example, flops)
     for role in losses.ROLES:
         x, y = losses.example(role, torch.float32)
         found[role] = Race(losses.PRODUCTS, partial(losses.example, role), 2 * x.numel() * y.shape[0])

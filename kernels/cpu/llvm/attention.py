@@ -236,7 +236,7 @@ class Heads:
 
         (largest,) = b.loop(0, whole, lanes, lambda j, most: [b.larger(most, some(j, False))], hidden)
         rest = b.icmp_signed("<", whole, keys)
-        return b.spread(b.largest(b.where(rest, lambda: b.larger(largest, some(whole, True)), largest)))
+        return b.largest(b.where(rest, lambda: b.larger(largest, some(whole, True)), largest))
 
     def there(self, keys: Any) -> Any:
         """Which elements of the last vector of a row of keys are there, if not all are."""
@@ -330,7 +330,7 @@ class _Attention(Heads):
         b, lanes = self.b, self.level.lanes
         scores = b.at(self.at["scores"], b.mul(i, b.number(self.row)), FP32)
         of_query = None if bias is None else b.at(bias, b.mul(query, self.given["bias_row"]), FP32)
-        top = self.scaled(scores, of_query, keys)
+        top = b.spread(self.scaled(scores, of_query, keys))
         weights = b.at(self.at["weights"], b.mul(i, b.number(self.row)), BF16)
 
         def power(j: Any, total: Any) -> Values:

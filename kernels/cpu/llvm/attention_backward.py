@@ -1,4 +1,4 @@
-"""Gradients of attention, of a head at a time: scores again, softmax, and the five products over blocks of rows in cache.
+"""Gradients of attention, a head at a time: scores again, softmax, and five products over blocks of rows in cache.
 
 A task is a head of the batch entries whose biases have one gradient, or of some of them: it adds their score gradients
 up in its own place, one entry after the other, so that no sum depends on which thread came first. Keys and values are
@@ -9,7 +9,9 @@ take pairs of channels, keys or queries, sum in fp32, and weights and score grad
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
@@ -20,7 +22,7 @@ from ...limits import HIDDEN
 from . import Level, levels, whole
 from . import attention as forward
 from .attention import Heads, Sequence, bias_place, laid_out, lengths_of, readable, scale_bits
-from .builder import BF16, FP32, INT16, INT32, INT64, Builder, Kernel, scratch_address
+from .builder import BF16, FP32, INT16, INT32, Builder, Kernel, scratch_address
 
 # Keys of the longest sequence that a kernel has room for, whose rows of scores lie so far apart. Beyond, what a head
 # takes leaves the second level of cache.
@@ -28,6 +30,8 @@ _ROOMS = (208, 592, 1040)
 # Tiles of rows whose weights and score gradients stay in cache until keys and values have their part of them.
 _BLOCK_TILES = 4
 _TASKS_PER_THREAD = 3
+# The largest score of a query whose keys are all hidden, in units of which e has 1.44; rounding may raise it a little.
+_BLIND = 1.4 * HIDDEN
 
 _GIVEN, _MADE = ("dout", "q", "k", "v"), ("dq", "dk", "dv")
 _POINTERS = (*_GIVEN, *_MADE, "dbias", "bias", "bounds_q", "bounds_k", "scratch")
@@ -87,12 +91,11 @@ class _Gradients(Heads):
             self.lay_out_panels("keys", found["k"])
             self.lay_out_panels("values", found["v"])
             right = self.lay_out_pairs("right_keys", found["k"]) if self.half else found["k"]
-            parts = (found[name] for name in ("dout", "q", "k", "dq"))
-            entry = _Entry(*parts, right, self.bias_of(number, head), dbias)
-            for name in ("dk", "dv"):
-                size = b.mul(keys, b.number(self.width))
-                zero = b.filled(0.0)
-                b.loop(0, size, self.level.lanes, lambda i, n=name: b.write(zero, b.at(self.at[n], i, FP32)))
+            given = found["dout"], found["q"], found["k"], found["dq"]
+            entry = _Entry(*given, right, self.bias_of(number, head), dbias)
+            zero, size = b.filled(0.0), b.mul(keys, b.number(self.width))
+            for place in (self.at["dk"], self.at["dv"]):
+                b.loop(0, size, self.level.lanes, lambda i, place=place: b.write(zero, b.at(place, i, FP32)))
             block = _BLOCK_TILES * self.level.rows
 
             def rows(first: Any) -> None:
@@ -193,18 +196,22 @@ class _Gradients(Heads):
             p, dp = (b.at(x, b.mul(number, b.number(self.row)), FP32) for x in (scores, dscores))
             bias = None if entry.bias is None else b.at(entry.bias, b.mul(query, self.given["bias_row"]), FP32)
             top = self.scaled(p, bias, keys)
+            blind = b.fcmp_ordered("<=", top, ir.Constant(FP32, _BLIND))
+            # Less infinity, all scores have the weight 0.
+            less = b.spread(b.select(blind, ir.Constant(FP32, math.inf), top))
 
-            def power(j: Any, total: Any, delta: Any, p: Any = p, dp: Any = dp, top: Any = top) -> list[Any]:
+            def power(j: Any, total: Any, delta: Any, p: Any = p, dp: Any = dp, less: Any = less) -> list[Any]:
                 place = b.at(p, j, FP32)
-                found = self.power(b.fsub(b.read(place, FP32), top))
+                found = self.power(b.fsub(b.read(place, FP32), less))
                 b.write(found, place)
                 return [b.fadd(total, found), b.multiply_add(found, b.read(b.at(dp, j, FP32), FP32), delta)]
 
             total, delta = b.loop(0, every, lanes, power, b.filled(0.0), b.filled(0.0))
-            inverse = b.fdiv(ir.Constant(FP32, 1.0), b.summed(total))
+            nothing = ir.Constant(FP32, 0.0)
+            inverse = b.select(blind, nothing, b.fdiv(ir.Constant(FP32, 1.0), b.summed(total)))
             mean = b.spread(b.fmul(b.summed(delta), inverse))
             if n:
-                inverse = b.select(b.icmp_signed("<=", b.add(row, number), last), inverse, ir.Constant(FP32, 0.0))
+                inverse = b.select(b.icmp_signed("<=", b.add(row, number), last), inverse, nothing)
             dbias = None
             if entry.dbias is not None:
                 dbias = b.at(entry.dbias, b.mul(query, self.given["dbias_row"]), FP32)
@@ -312,7 +319,7 @@ def attention_backward(
         bias_gradient: whether that of a bias is wanted.
 
     Returns:
-        dq, dk, dv, contiguous, zeros for queries without keys and keys without queries; and the gradient of the bias
+        dq, dk, dv, contiguous, zeros for queries that see no key and keys without queries; and the gradient of the bias
         `[G, H, Nq, Nk]` in fp32, summed over the batch in an order that follows from the number of threads.
     """
     level = level or levels()[0]
@@ -320,8 +327,10 @@ def attention_backward(
     dout, q, k, v = (readable(t, half) for t in (dout, q, k, v))
     (entries, queries, heads, width), keys = q.shape, k.shape[1]
     entries, queries, keys, offsets = lengths_of(bounds, entries, queries, keys)
-    unread = bounds is not None
-    made = [(torch.zeros if unread else torch.empty)(t.shape, dtype=t.dtype) for t in (q, k, v)]
+    # Queries without keys and keys without queries.
+    empty, unread = (any(a == b for a, b in pairwise(side)) for side in reversed(bounds or ((), ())))
+    kinds = ((empty, q), (unread, k), (unread, v))
+    made = [(torch.zeros if some else torch.empty)(t.shape, dtype=t.dtype) for some, t in kinds]
     period = 1 if bias is None else bias.shape[0]
     apart, groups = (period, 1) if bias_gradient else (entries, 1)
     shared = entries // max(1, apart)
