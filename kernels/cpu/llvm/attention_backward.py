@@ -22,7 +22,7 @@ from ...limits import HIDDEN
 from . import Level, levels, whole
 from . import attention as forward
 from .attention import Heads, Sequence, bias_place, laid_out, lengths_of, readable, scale_bits
-from .builder import BF16, FP32, INT16, INT32, Builder, Kernel, scratch_address
+from .builder import BF16, FP32, INT16, INT32, Builder, Kernel, divided, scratch_address
 
 # Keys of the longest sequence that a kernel has room for, whose rows of scores lie so far apart. Beyond, what a head
 # takes leaves the second level of cache.
@@ -332,15 +332,13 @@ def attention_backward(
     kinds = ((empty, q), (unread, k), (unread, v))
     made = [(torch.zeros if some else torch.empty)(t.shape, dtype=t.dtype) for some, t in kinds]
     period = 1 if bias is None else bias.shape[0]
-    apart, groups = (period, 1) if bias_gradient else (entries, 1)
-    shared = entries // max(1, apart)
-    if bias_gradient:
-        groups = max(1, min(shared, -(-_TASKS_PER_THREAD * threads // (heads * apart))))
-    together = -(-shared // groups) if shared else 1
-    groups = -(-shared // together) if shared else 1
-    dbias = torch.zeros((groups, period, heads, queries, keys)) if bias_gradient else None
     if not entries or not queries or not keys:
-        return made[0].zero_(), made[1].zero_(), made[2].zero_(), None if dbias is None else dbias[0]
+        none = torch.zeros((period, heads, queries, keys)) if bias_gradient else None
+        return made[0].zero_(), made[1].zero_(), made[2].zero_(), none
+    apart = period if bias_gradient else entries
+    # Where heads are too few to keep all threads busy, several share the entries, and their sums are added at the end.
+    together, groups = divided(entries // apart, -(-_TASKS_PER_THREAD * threads // (heads * apart)), 1)
+    dbias = torch.zeros((groups, period, heads, queries, keys)) if bias_gradient else None
     kernel, size = _kernel(half, width, next(n for n in _ROOMS if n >= keys), bias is not None, bias_gradient, level)
     place = scratch_address("compiled attention backward", size * threads)
     bias, bias_strides = bias_place(bias)
