@@ -14,7 +14,7 @@ from . import checks, reference
 from .backend import Backend, named, resolve
 from .checks import Packed
 from .cpu import attention, varlen
-from .cpu.attention import biased_attention, tiled_attention_backward
+from .cpu.attention import attention_backward, biased_attention
 from .cpu.workspace import Dropout
 from .derived import derived
 from .library import autocast_dtype, like, operator
@@ -294,8 +294,8 @@ def _relpos_backward(
         rest = (table.shape[0], window, scale, out, lse, turned)
         dq, dk, dv, dtable = relpos_attention_backward(dout, q, k, v, bias, *rest)
         return dq, dk, dv, dtable.to(table.dtype)
-    bias = (_bias(table, window) if bias is None else bias).to(q.dtype)
-    dq, dk, dv, dbias = tiled_attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
+    bias = _bias(table, window) if bias is None else bias
+    dq, dk, dv, dbias = attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
     assert dbias is not None
     return dq, dk, dv, attention.table_gradient(dbias[0], window, table.shape[0]).to(table.dtype)
 

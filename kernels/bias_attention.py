@@ -16,7 +16,7 @@ from xfm_fast.errors import InputError
 
 from . import checks, host, reference
 from .backend import Backend, named, resolve
-from .cpu.attention import Hiding, biased_attention, tiled_attention, tiled_attention_backward
+from .cpu.attention import Hiding, attention_backward, biased_attention, tiled_attention
 from .cpu.workspace import Dropout
 from .library import autocast_dtype, operator
 from .limits import BIAS_HEAD_DIMS, HIDDEN
@@ -191,7 +191,7 @@ def _backward(
     # The same seed draws the masks of the forward pass again.
     dropout = None if seed is None else Dropout(dropout_p, seed)
     hiding = _hiding(bias, key_mask)
-    dq, dk, dv, dbias = tiled_attention_backward(
+    dq, dk, dv, dbias = attention_backward(
         dout, q, k, v, scale, bias, dropout, bias_gradient=bias_gradient, hiding=hiding, dlse=dlse
     )
     return dq, dk, dv, q.new_empty(0, dtype=bias.dtype) if dbias is None else dbias.to(bias.dtype)

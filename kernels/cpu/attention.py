@@ -9,15 +9,15 @@ Explicit products leave the softmax as the longest part. Where only the result i
 powers of two that nothing is subtracted from, and their sum divides the result, which has fewer numbers than they. That
 is the same function unless a power leaves the range of fp32; the sums tell, and then the softmax is taken after all.
 
-The backward pass always takes the tiles: the fused kernel's gradients follow from an exponential that is a quick
-approximation, and miss the accuracy that the tests ask for.
+The backward pass takes the tiles or our kernel: the fused kernel's gradients follow from an exponential that is a
+quick approximation, and miss the accuracy that the tests ask for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +153,8 @@ def _select(
 ) -> str:
     if not llvm.whole(q.shape[-1], q.dtype):
         operation, candidates = of_odd_sizes(operation, candidates)
+    if len(candidates) == 1:
+        return next(iter(candidates))
     return select(operation, candidates, example, q.dtype)
 
 
@@ -224,6 +226,44 @@ def _in_range(sums: Tensor) -> bool:
     """False too if some sum is NaN."""
     least, most = torch.aminmax(sums)
     return host.number(least) > _LEAST_SUM and host.number(most) < _MOST_SUM
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: Dropout | None = None,
+    *,
+    bias_gradient: bool = False,
+    hiding: Hiding | None = None,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`tiled_attention_backward`, or our kernel where it is faster and knows all that is asked for."""
+    masked = hiding is not None and hiding.key_mask is not None
+    if dropout is None and dlse is None and not masked and compiles_backward(q, k.shape[1], biased=bias_gradient):
+        return _compiled_backward(dout, q, k, v, scale, bias, bias_gradient=bias_gradient)
+    # Converted once, not for every tile; our kernel adds it in fp32.
+    given = (dout, q, k, v, scale, bias if bias is None else bias.to(q.dtype), dropout)
+    return tiled_attention_backward(*given, bias_gradient=bias_gradient, hiding=hiding, dlse=dlse)
+
+
+def compiles_backward(q: Tensor, keys: int, queries: int | None = None, *, biased: bool = False) -> bool:
+    """Whether our kernel is chosen for gradients of attention without dropout.
+
+    Args:
+        q: `[B, Nq, H, D]`, or `[..., D]` with the number of queries given.
+        biased: the gradient of a position bias is wanted too.
+    """
+    queries = q.shape[1] if queries is None else queries
+    operation = ("short " if queries * keys <= _SHORT_SCORES else "") + "biased " * biased + "attention backward"
+    if _select(operation, *RACES[operation], q) != "llvm":
+        return False
+    from .llvm.attention_backward import takes
+
+    return takes(q, keys)
 
 
 def tiled_attention_backward(
@@ -478,10 +518,40 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     return attention(q, k, v, scale, bias) if takes(q, k.shape[1]) else exp2_attention(q, k, v, scale, bias)
 
 
+def _compiled_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    bias_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if (reason := llvm.why_not(q.dtype)) is not None:
+        raise NotImplementedError(reason)
+    # Imported where it runs, because its compiler takes long to load.
+    from .llvm.attention_backward import attention_backward
+
+    return attention_backward(dout, q, k, v, scale, bias, bias_gradient=bias_gradient)
+
+
+_Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
+def _gradients(backward: _Backward, q: Tensor, *given: Any) -> Tensor:
+    """All gradients in one tensor, as candidates are compared; results stand for what comes from above."""
+    found = backward(q, q, *given, bias_gradient=given[-1] is not None)
+    return torch.cat([t.flatten().to(q.dtype) for t in found if t is not None])
+
+
 _Candidates = dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]]
 _LLVM: _Candidates = {"llvm": _compiled} if llvm.why_not() is None else {}
 _SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, **_LLVM}
 _ALL: _Candidates = {**_SHORT, "onednn": _onednn}
+_BACKWARD: _Candidates = {"tiled": partial(_gradients, tiled_attention_backward)}
+if _LLVM:
+    _BACKWARD["llvm"] = partial(_gradients, _compiled_backward)
 
 
 def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -521,5 +591,9 @@ RACES: dict[str, tuple[_Candidates, Callable[[torch.dtype], tuple[Any, ...]]]] =
     "short attention": (_SHORT, _short_example),
     "biased attention": (_ALL, _biased_example),
     "short biased attention": (_SHORT, _windows_example),
+    "attention backward": (_BACKWARD, _plain_example),
+    "short attention backward": (_BACKWARD, _short_example),
+    "biased attention backward": (_BACKWARD, _biased_example),
+    "short biased attention backward": (_BACKWARD, _windows_example),
 }
 """Kinds of attention, with the operands that are timed to choose each."""

@@ -61,7 +61,8 @@ def races() -> dict[str, Race]:
         found[name] = Race(candidates, example, 2 * x.numel() * other.shape[1])
     for name, (candidates, example) in attention.RACES.items():
         q, k, *_ = example(torch.float32)
-        found[name] = Race(candidates, example, 4 * q.numel() * k.shape[1])
+        flops = (10 if name.endswith("backward") else 4) * q.numel() * k.shape[1]
+        found[name] = Race(candidates, example, flops)
     for operation, race in [*found.items()]:
         if operation in products.ANY_SIZES:
             continue

@@ -35,6 +35,7 @@ def rejection(operation: str, dtype: torch.dtype) -> dict[str, str]:
         "short attention": (attention._SHORT, attention._short_example),
         "biased attention": (attention._ALL, attention._biased_example),
         "short biased attention": (attention._SHORT, attention._windows_example),
+        **{name: race for name, race in attention.RACES.items() if name.endswith("backward")},
         "linear": (products._LINEAR, products._example),
         "linear_gelu": (products._GELU, products._example),
         "linear_residual": (products._RESIDUAL, products._residual_example),
@@ -188,6 +189,38 @@ def test_gradients_of_tiles(
         assert gradient is not None
         # The gradient of the bias is summed and returned in fp32.
         assert_accurate(gradient.to(dtype), [each[i] for each in plain], truth[i], "qkvb"[i])
+
+
+@pytest.mark.skipif(llvm.why_not() is not None, reason=str(llvm.why_not()))
+@pytest.mark.parametrize("chosen", ["tiled", "llvm"])
+@torch.no_grad()
+def test_the_chosen_gradients_of_attention_run(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they are asked for what our kernel does not know; of one length and packed, and as a run that goes on."""
+    monkeypatch.setattr(selection, "_selections", {})
+    for operation in attention.RACES:
+        selection.settle(operation, torch.float32, chosen)
+    ran: list[str] = []
+    for name, function in (("tiled", "tiled_attention_backward"), ("llvm", "_compiled_backward")):
+        original = getattr(attention, function)
+        monkeypatch.setattr(attention, function, lambda *a, n=name, f=original, **o: ran.append(n) or f(*a, **o))
+    mask, dlse = torch.ones(2, 20, dtype=torch.bool), torch.randn(2, 2, 20)
+    for tokens in (20, 70):
+        q, k, v, dout = torch.randn(4, 2, tokens, 2, 16)
+        bias = torch.randn(1, 2, tokens, tokens)
+        attention.attention_backward(dout, q, k, v, 0.3)
+        attention.attention_backward(dout, q, k, v, 0.3, bias, hiding=attention.Hiding())
+        attention.attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
+    assert ran == [chosen] * 6
+    ran.clear()
+    q, k, v, dout = torch.randn(4, 2, 20, 2, 16)
+    attention.attention_backward(dout, q, k, v, 0.3, None, Dropout(0.5, torch.tensor(1)))
+    attention.attention_backward(dout, q, k, v, 0.3, torch.zeros(1, 2, 20, 20), hiding=attention.Hiding(mask))
+    attention.attention_backward(dout, q, k, v, 0.3, dlse=dlse)
+    attention.attention_backward(dout[..., :8], q[..., :8], k[..., :8], v[..., :8], 0.3)
+    attention.attention_backward(dout.double(), q.double(), k.double(), v.double(), 0.3)
+    long = torch.randn(1, 1041, 1, 16)
+    attention.attention_backward(dout[:1, :, :1], q[:1, :, :1], long, long, 0.3)
+    assert ran == ["tiled"] * 6
 
 
 @each_dtype
@@ -655,7 +688,10 @@ def test_all_choices_are_made_at_once(library: str) -> None:
         for tokens in (10, 70, 130):
             q, k, v = torch.randn(5, tokens, 3, 2, 16).unbind(2)
             attention.plain_attention(q, k, v, 0.3)
-            attention.biased_attention(q, k, v, 0.3, torch.zeros(5, 2, tokens, tokens))
+            bias = torch.zeros(5, 2, tokens, tokens)
+            attention.biased_attention(q, k, v, 0.3, bias)
+            attention.attention_backward(q, q, k, v, 0.3)
+            attention.attention_backward(q, q, k, v, 0.3, bias, bias_gradient=True)
     weight.requires_grad_()
     ops.linear(x, weight, None).sum().backward()
     assert selection._selections == known

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.accuracy import assert_as_accurate
-from xfm_fast.kernels.cpu import llvm
+from tests.kernels.accuracy import assert_accurate, assert_as_accurate, draws, widened
+from xfm_fast.kernels.cpu import llvm, workspace
 
 pytestmark = pytest.mark.skipif(llvm.why_not() is not None, reason=str(llvm.why_not()))
 
@@ -120,6 +121,115 @@ def test_any_strides_and_biases_that_are_shared(level: llvm.Level, dtype: torch.
         bias = torch.randn(shape).transpose(-1, -2).contiguous().transpose(-1, -2)
         found = attend(q, k, v, -0.3, bias, level=level)
         assert_as_accurate(found, plain, q, k, v, -0.3, bias.repeat(4 // shape[0], 1, 1, 1).to(dtype))
+
+
+def gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> list[Tensor]:
+    given = [t.detach().clone().requires_grad_() for t in (q, k, v, bias) if t is not None]
+    whole = None if bias is None else given[3].repeat(len(q) // len(bias), 1, 1, 1)
+    with torch.enable_grad():
+        out = plain(given[0], given[1], given[2], scale, whole)
+    return [*torch.autograd.grad(out, given, dout)]
+
+
+def backward(*given: object, level: llvm.Level, **options: object) -> tuple[Tensor, ...]:
+    from xfm_fast.kernels.cpu.llvm.attention_backward import attention_backward
+
+    found = attention_backward(*given, **options, level=level)  # pyright: ignore[reportArgumentType]
+    return tuple(t for t in found if t is not None)
+
+
+def assert_gradients(found: tuple[Tensor, ...], *arguments: Any) -> None:
+    """As accurate as those of plain PyTorch; that of a bias is summed and returned in fp32."""
+    plain, truth = draws(lambda: gradients(*arguments)), gradients(*widened(arguments))
+    for i, gradient in enumerate(found):
+        assert_accurate(gradient.to(plain[0][i].dtype), [each[i] for each in plain], truth[i], "qkvb"[i])
+
+
+# One key; rows of less than a tile, of a block and one, keys of one vector and one; more keys than the smallest room;
+# heads of one vector or pair of them, and of columns that no tile has.
+BACKWARD = [(1, 1, 1, 1, 32), (2, 13, 13, 3, 64), (2, 49, 17, 2, 64), (1, 26, 209, 2, 64), (3, 5, 33, 1, 96)]
+
+
+@each_case
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", BACKWARD)
+def test_gradients_of_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...], biased: bool) -> None:
+    batch, queries, keys, heads, width = shape
+    q, dout = torch.randn(2, batch, heads, queries, width).to(dtype).transpose(2, 3)
+    k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
+    bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
+    for buffer in getattr(workspace._local, "buffers", {}).values():
+        buffer.fill_(255)
+    found = backward(dout, q, k, v, 0.3, bias, bias_gradient=biased, level=level)
+    assert len(found) == 3 + biased
+    assert all(t.is_contiguous() for t in found)
+    assert_gradients(found, dout, q, k, v, 0.3, bias)
+
+
+@each_case
+def test_gradients_of_biases_that_are_shared(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Windows take them in turns, and threads share the windows; columns and rows that lie apart, odd strides."""
+    q, dout = torch.randn(2, 12, 9, 2, 65).to(dtype)[..., :64]
+    k = torch.randn(12, 64, 2, 9).to(dtype).permute(0, 3, 2, 1)
+    v = torch.randn(2, 9, 12, 65).to(dtype).permute(2, 1, 0, 3)[..., 1:]
+    before = torch.get_num_threads()
+    try:
+        for period in (1, 4, 12):
+            bias = torch.randn(period, 2, 1, 9).to(dtype).expand(period, 2, 9, 9)
+            found = {}
+            for threads in (1, 2, 7):
+                torch.set_num_threads(threads)
+                found[threads] = backward(dout, q, k, v, -0.3, bias, bias_gradient=True, level=level)
+                again = backward(dout, q, k, v, -0.3, bias, bias_gradient=True, level=level)
+                assert all(torch.equal(a, b) for a, b in zip(found[threads], again, strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(found[threads][:3], found[1], strict=False))
+                assert_gradients(found[threads], dout, q, k, v, -0.3, bias)
+            unasked = backward(dout, q, k, v, -0.3, bias, level=level)
+            assert len(unasked) == 3
+            assert all(torch.equal(a, b) for a, b in zip(unasked, found[1], strict=False))
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_case
+def test_gradients_of_hidden_keys(level: llvm.Level, dtype: torch.dtype) -> None:
+    """They get none, nor does a query that sees no key; numbers that are none stay with their query."""
+    q, k, v, dout = torch.randn(4, 1, 20, 2, 64).to(dtype)
+    bias = torch.randn(1, 2, 20, 20)
+    bias[..., 7:] = -torch.inf
+    bias[:, :, 3:5], bias[:, :, 4, 2:] = -1e30, -torch.inf
+    found = backward(dout, q, k, v, 0.3, bias, bias_gradient=True, level=level)
+    assert not any(t[:, 7:].any() for t in found[1:3])
+    assert not found[0][:, 3:5].any()
+    assert not found[3][..., 7:].any()
+    assert not found[3][:, :, 3:5].any()
+    seen = [n for n in range(20) if n not in (3, 4)]
+    bias = bias[:, :, seen, :7].to(dtype)
+    parts = (found[0][:, seen], found[1][:, :7], found[2][:, :7], found[3][:, :, seen, :7])
+    assert_gradients(parts, dout[:, seen], q[:, seen], k[:, :7], v[:, :7], 0.3, bias)
+    dout[0, 5, 1, 3] = torch.nan
+    found = backward(dout, q, k, v, 0.3, level=level)
+    unknown = torch.zeros(20, 2, dtype=torch.bool)
+    unknown[5, 1] = True
+    assert torch.equal(found[0][0].isnan().all(-1), unknown)
+    assert torch.equal(found[0][0].isnan().any(-1), unknown)
+
+
+@each_case
+def test_gradients_of_packed_sequences(level: llvm.Level, dtype: torch.dtype) -> None:
+    """Sequences without queries, without keys, and without either."""
+    bounds = (0, 5, 5, 9, 9, 60), (0, 7, 10, 10, 10, 29)
+    q, dout = torch.randn(2, 1, 60, 2, 64).to(dtype)
+    k, v = torch.randn(2, 1, 29, 2, 64).to(dtype)
+    found = backward(dout, q, k, v, 0.3, bounds=bounds, level=level)
+    assert not found[0][0, 5:9].any()
+    assert not any(t[0, 7:10].any() for t in found[1:])
+    for (a, b), (c, d) in (((0, 5), (0, 7)), ((9, 60), (10, 29))):
+        parts = (found[0][:, a:b], *(t[:, c:d] for t in found[1:]))
+        assert_gradients(parts, dout[:, a:b], q[:, a:b], k[:, c:d], v[:, c:d], 0.3, None)
+    for some in (torch.zeros(1, 0, 2, 64, dtype=dtype), q):
+        found = backward(some, some, k[:, :0], v[:, :0], 0.3, level=level)
+        assert not found[0].any()
 
 
 def linear(
@@ -275,8 +385,13 @@ def test_the_profiler_sees_kernels() -> None:
         compiled(x, weight, None)
         q, k, v = torch.randn(1, 20, 3, 2, 64).unbind(2)
         attend(q, k, v, 0.3, level=llvm.levels()[0])
+        backward(q, q, k, v, 0.3, level=llvm.levels()[0])
     names = {event.key for event in found.key_averages()}
-    assert {"xfm_fast::compiled_linear_of_few_rows", "xfm_fast::compiled_attention"} <= names
+    assert {
+        "xfm_fast::compiled_linear_of_few_rows",
+        "xfm_fast::compiled_attention",
+        "xfm_fast::compiled_attention_backward",
+    } <= names
 
 
 def test_what_there_is_a_kernel_for() -> None:

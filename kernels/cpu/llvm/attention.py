@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
@@ -50,7 +52,7 @@ _STRIDES = [f"{name}_{axis}" for name in ("q", "k", "v", "out", "bias") for axis
 _NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "chunk", "chunks", "scale")
 
 
-class _Sequence(NamedTuple):
+class Sequence(NamedTuple):
     """One batch entry's rows of one head."""
 
     start: Any
@@ -60,8 +62,8 @@ class _Sequence(NamedTuple):
     """Elements from row to row."""
 
 
-class _Attention:
-    """Writes the kernel of a type, a width and a length.
+class Heads:
+    """What kernels of attention, forward and backward, are written with.
 
     Args:
         half: bf16 instead of fp32.
@@ -69,43 +71,48 @@ class _Attention:
         room: the most keys.
         biased: whether a bias in fp32 is added to the scores.
         level: of the processor.
+        layout: what a thread's scratch memory holds where, and its bytes.
+        given: name of the function, its pointers and its numbers, of which the last is the scale.
     """
 
-    def __init__(self, half: bool, width: int, room: int, biased: bool, level: Level) -> None:
+    def __init__(
+        self,
+        half: bool,
+        width: int,
+        room: int,
+        biased: bool,
+        level: Level,
+        layout: tuple[dict[str, int], int],
+        given: tuple[str, tuple[str, ...], tuple[str, ...]],
+    ) -> None:
         self.half, self.width, self.biased, self.level = half, width, biased, level
         # Rows of keys are read as channels in fp32 or pairs of channels in bf16, 32 bits each.
         self.unit, self.units, self.element = (INT32, width // 2, BF16) if half else (FP32, width, FP32)
         self.row = room + level.lanes
-        self.places, self.bytes = _layout(half, width, room, level)
-        self.b = Builder("attention", _POINTERS, _NUMBERS, level)
+        self.places, self.bytes = layout
+        self.at: dict[str, Any] = {}
+        self.b = Builder(*given, level)
         self.given = self.b.given
         self.given["scale"] = self.b.bitcast(self.b.trunc(self.given["scale"], INT32), FP32)
-        self.b.tasks(self._task)
 
-    def _task(self, task: Any, thread: Any) -> None:
-        b, given = self.b, self.given
-        chunk, rest = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
-        head, entry = b.srem(rest, given["heads"]), b.sdiv(rest, given["heads"])
-        base = b.at(given["scratch"], b.mul(thread, b.number(self.bytes)), BYTE)
+    def of_thread(self, thread: Any) -> None:
+        """Find the scratch memory of a thread."""
+        b = self.b
+        base = b.at(self.given["scratch"], b.mul(thread, b.number(self.bytes)), BYTE)
         self.at = {name: b.at(base, place, BYTE) for name, place in self.places.items()}
-        queries, keys, values, out = (self._sequence(name, entry, head) for name in ("q", "k", "v", "out"))
-        bias = None
-        if self.biased:
-            of_entry = b.mul(b.srem(entry, given["period"]), given["bias_batch"])
-            bias = b.at(given["bias"], b.add(of_entry, b.mul(head, given["bias_head"])), FP32)
-        first = b.mul(chunk, given["chunk"])
-        stop = b.least(b.add(first, given["chunk"]), queries.rows)
-        there = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, b.number(0)))
-        with b.if_then(there):
-            self._lay_out_keys(keys)
-            if self.half:
-                values = self._lay_out_values(values)
-            self._rows(first, stop, queries, keys.rows, values, out, bias)
 
-    def _sequence(self, name: str, entry: Any, head: Any) -> _Sequence:
+    def bias_of(self, entry: Any, head: Any) -> Any:
+        """The address of the bias of a head of a batch entry; None without a bias."""
+        b, given = self.b, self.given
+        if not self.biased:
+            return None
+        of_entry = b.mul(b.srem(entry, given["period"]), given["bias_batch"])
+        return b.at(given["bias"], b.add(of_entry, b.mul(head, given["bias_head"])), FP32)
+
+    def sequence(self, name: str, entry: Any, head: Any, *, queries: bool) -> Sequence:
         """Rows of a batch entry, whose bounds are given unless all have one length."""
         b, given = self.b, self.given
-        bounds, rows = ("bounds_q", "queries") if name in ("q", "out") else ("bounds_k", "keys")
+        bounds, rows = ("bounds_q", "queries") if queries else ("bounds_k", "keys")
         packed = b.there(given[bounds])
         before = b.block
         even = b.mul(entry, given[f"{name}_batch"])
@@ -118,49 +125,165 @@ class _Attention:
             place.add_incoming(otherwise, before)
             place.add_incoming(found, inside)
         start = b.at(given[name], b.add(offset, b.mul(head, given[f"{name}_head"])), self.element)
-        return _Sequence(start, count, given[f"{name}_row"])
+        return Sequence(start, count, given[f"{name}_row"])
 
-    def _lay_out_keys(self, keys: _Sequence) -> None:
-        """Panels of two vectors of keys, a unit of all of them behind the other. The last key fills the last panel."""
+    def lay_out_panels(self, name: str, rows: Sequence) -> None:
+        """Panels of two vectors of rows, a unit of all of them behind the other. The last row fills the last panel."""
         b, lanes = self.b, self.level.lanes
-        stride = b.ashr(keys.stride, b.number(1)) if self.half else keys.stride
-        last = b.sub(keys.rows, b.number(1))
+        stride = b.ashr(rows.stride, b.number(1)) if self.half else rows.stride
+        last = b.sub(rows.rows, b.number(1))
 
-        def some_keys(j: Any) -> None:
-            place = b.at(self._panel(j), b.and_(j, b.number(lanes)), self.unit)
-            rows = [
-                b.at(keys.start, b.mul(b.least(b.add(j, b.number(i)), last), stride), self.unit) for i in range(lanes)
+        def some_rows(j: Any) -> None:
+            place = b.at(self._panel(name, j), b.and_(j, b.number(lanes)), self.unit)
+            some = [
+                b.at(rows.start, b.mul(b.least(b.add(j, b.number(i)), last), stride), self.unit) for i in range(lanes)
             ]
+            b.lay_out(some, self.units, self.unit, place)
 
-            b.lay_out(rows, self.units, self.unit, place)
+        b.loop(0, rows.rows, lanes, some_rows)
 
-        b.loop(0, keys.rows, lanes, some_keys)
-
-    def _panel(self, key: Any) -> Any:
-        """The address of the panel of a key."""
-        number = self.b.sdiv(key, self.b.number(2 * self.level.lanes))
+    def _panel(self, name: str, row: Any) -> Any:
+        """The address of the panel of a row."""
+        number = self.b.sdiv(row, self.b.number(2 * self.level.lanes))
         size = self.b.number(2 * self.level.lanes * self.units)
-        return self.b.at(self.at["keys"], self.b.mul(number, size), self.unit)
+        return self.b.at(self.at[name], self.b.mul(number, size), self.unit)
 
-    def _lay_out_values(self, values: _Sequence) -> _Sequence:
-        """Rows of pairs: a channel of one key beside that of the next one. The last key's other one is itself."""
+    def lay_out_pairs(self, name: str, rows: Sequence) -> Sequence:
+        """Rows of pairs: a channel of one row beside that of the next one. The last row's other one is itself."""
         b, lanes = self.b, self.level.lanes
-        last = b.sub(values.rows, b.number(1))
+        last = b.sub(rows.rows, b.number(1))
 
         def pair(j: Any) -> None:
-            rows = [b.least(b.add(j, b.number(i)), last) for i in (0, 1)]
-            places = [b.at(values.start, b.mul(row, values.stride), INT16) for row in rows]
-            into = b.at(self.at["values"], b.mul(b.ashr(j, b.number(1)), b.number(self.width)), INT32)
+            both = [b.least(b.add(j, b.number(i)), last) for i in (0, 1)]
+            places = [b.at(rows.start, b.mul(row, rows.stride), INT16) for row in both]
+            into = b.at(self.at[name], b.mul(b.ashr(j, b.number(1)), b.number(self.width)), INT32)
             for channel in range(0, self.width, lanes):
                 one, other = (b.read(b.at(place, channel, INT16), INT16) for place in places)
                 b.write(b.alternated(one, other), b.at(into, channel, INT32))
 
-        b.loop(0, values.rows, 2, pair)
-        pairs = b.ashr(b.rounded_up(values.rows, 2), b.number(1))
-        return _Sequence(self.at["values"], pairs, b.number(self.width))
+        b.loop(0, rows.rows, 2, pair)
+        pairs = b.ashr(b.rounded_up(rows.rows, 2), b.number(1))
+        return Sequence(self.at[name], pairs, b.number(self.width))
+
+    def copy_rows(self, name: str, rows: Sequence, places: Values) -> None:
+        """Rows of a tile, one behind the other."""
+        b = self.b
+        for i, place in enumerate(places):
+            given = b.at(rows.start, b.mul(place, rows.stride), self.element)
+            for unit in range(0, self.units, self.level.lanes):
+                into = b.at(self.at[name], i * self.units + unit, self.unit)
+                b.write(b.read(b.at(given, unit, self.unit), self.unit), into)
+
+    def products(self, height: int, name: str, panels: str, keys: Any, into: Any) -> None:
+        """Products of the rows of a tile with all keys, or values, that are laid out in panels."""
+        b, lanes = self.b, self.level.lanes
+        whole = b.and_(keys, b.number(-2 * lanes))
+
+        def panel(vectors: int, key: Any) -> None:
+            factors = (self._panel(panels, key), b.number(2 * lanes))
+            sums = self.product(height, vectors, (self.at[name], self.units), factors, b.number(self.units))
+            for i in range(height):
+                for n in range(vectors):
+                    place = b.add(key, b.number(i * self.row + n * lanes))
+                    b.write(sums[i * vectors + n], b.at(into, place, FP32))
+
+        b.loop(0, whole, 2 * lanes, lambda key: panel(2, key))
+        rest = b.sub(keys, whole)
+        short = b.icmp_signed("<=", rest, b.number(lanes))
+        with b.if_then(b.icmp_signed(">", rest, b.number(0))), b.if_else(short) as (one, two):
+            with one:
+                panel(1, whole)
+            with two:
+                panel(2, whole)
+
+    def product(self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any) -> Values:
+        """Sums over units of rows and columns, `[height · vectors]` fp32 vectors, which stay in registers.
+
+        Args:
+            left: address of the rows, and the units from one to the next.
+            right: address of the vectors of the first term, and the units to those of the next one.
+        """
+        b = self.b
+        rows = [b.at(left[0], i * left[1], self.unit) for i in range(height)]
+        return b.tile(rows, vectors, *right, terms, self.unit, self.add, b.filled(0.0))
+
+    @property
+    def add(self) -> Callable[..., Any]:
+        """A product of units, added to a sum."""
+        return self.b.dot_add if self.half else self.b.multiply_add
+
+    def scaled(self, scores: Any, of_query: Any, keys: Any) -> Any:
+        """Scores of a row, given as products, in units of which e has log2(e), -inf behind the last; the largest.
+
+        Args:
+            scores: address of the row.
+            of_query: address of its bias; None without one.
+        """
+        b, lanes = self.b, self.level.lanes
+        factor = b.spread(b.fmul(self.given["scale"], ir.Constant(FP32, _LOG2E)))
+        whole, hidden, there = b.and_(keys, b.number(-lanes)), b.filled(-math.inf), self.there(keys)
+
+        def some(j: Any, partly: bool) -> Any:
+            place = b.at(scores, j, FP32)
+            score = b.fmul(b.read(place, FP32), factor)
+            if of_query is not None:
+                address = b.at(of_query, j, FP32)
+                part = b.read_some(address, there) if partly else b.read(address, FP32)
+                score = b.multiply_add(part, b.filled(_LOG2E), score)
+            score = b.select(there, score, hidden) if partly else score
+            b.write(score, place)
+            return score
+
+        (largest,) = b.loop(0, whole, lanes, lambda j, most: [b.larger(most, some(j, False))], hidden)
+        rest = b.icmp_signed("<", whole, keys)
+        return b.largest(b.where(rest, lambda: b.larger(largest, some(whole, True)), largest))
+
+    def there(self, keys: Any) -> Any:
+        """Which elements of the last vector of a row of keys are there, if not all are."""
+        b, lanes = self.b, self.level.lanes
+        rest = b.sub(keys, b.and_(keys, b.number(-lanes)))
+        return b.icmp_signed("<", ir.Constant(b.vector(INT64), [*range(lanes)]), b.spread(rest))
+
+    def power(self, x: Any) -> Any:
+        """`2^x` for x up to 0, by a polynomial of what is left of its nearest integer; NaN where x is none."""
+        b, kind = self.b, self.b.vector(INT32)
+        bounded = b.larger(x, b.filled(_NO_EXPONENT))
+        whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
+        rest = b.fsub(bounded, whole)
+        found = b.polynomial(rest, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
+        exponent = b.shl(b.fptosi(whole, kind), ir.Constant(kind, [23] * self.level.lanes))
+        shifted = b.bitcast(b.add(b.bitcast(found, kind), exponent), x.type)
+        known = b.select(b.fcmp_ordered("<", x, b.filled(_LEAST_EXPONENT)), b.filled(0.0), shifted)
+        return b.select(b.fcmp_unordered("uno", x, x), x, known)
+
+
+class _Attention(Heads):
+    """Writes the kernel of a type, a width and a length."""
+
+    def __init__(self, half: bool, width: int, room: int, biased: bool, level: Level) -> None:
+        layout = _layout(half, width, room, level)
+        super().__init__(half, width, room, biased, level, layout, ("attention", _POINTERS, _NUMBERS))
+        self.b.tasks(self._task)
+
+    def _task(self, task: Any, thread: Any) -> None:
+        b, given = self.b, self.given
+        chunk, rest = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
+        head, entry = b.srem(rest, given["heads"]), b.sdiv(rest, given["heads"])
+        self.of_thread(thread)
+        queries, out = (self.sequence(name, entry, head, queries=True) for name in ("q", "out"))
+        keys, values = (self.sequence(name, entry, head, queries=False) for name in ("k", "v"))
+        bias = self.bias_of(entry, head)
+        first = b.mul(chunk, given["chunk"])
+        stop = b.least(b.add(first, given["chunk"]), queries.rows)
+        there = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, b.number(0)))
+        with b.if_then(there):
+            self.lay_out_panels("keys", keys)
+            if self.half:
+                values = self.lay_out_pairs("values", values)
+            self._rows(first, stop, queries, keys.rows, values, out, bias)
 
     def _rows(
-        self, first: Any, stop: Any, queries: _Sequence, keys: Any, values: _Sequence, out: _Sequence, bias: Any
+        self, first: Any, stop: Any, queries: Sequence, keys: Any, values: Sequence, out: Sequence, bias: Any
     ) -> None:
         """Tile after tile."""
         b = self.b
@@ -175,28 +298,24 @@ class _Attention:
         height: int,
         row: Any,
         stop: Any,
-        queries: _Sequence,
+        queries: Sequence,
         keys: Any,
-        values: _Sequence,
-        out: _Sequence,
+        values: Sequence,
+        out: Sequence,
         bias: Any,
     ) -> None:
         b, lanes = self.b, self.level.lanes
         last = b.sub(stop, b.number(1))
         # Rows that are not there repeat the last one, and are not written.
         places = [b.least(b.add(row, b.number(i)), last) for i in range(height)]
-        for i, place in enumerate(places):
-            given = b.at(queries.start, b.mul(place, queries.stride), self.element)
-            for unit in range(0, self.units, lanes):
-                into = b.at(self.at["queries"], i * self.units + unit, self.unit)
-                b.write(b.read(b.at(given, unit, self.unit), self.unit), into)
-        self._scores(height, keys)
+        self.copy_rows("queries", queries, places)
+        self.products(height, "queries", "keys", keys, self.at["scores"])
         b.loop(0, height, 1, lambda i: self._softmax(i, b.least(b.add(row, i), last), keys, bias))
         weights, step = (self.at["weights"], self.row // 2) if self.half else (self.at["scores"], self.row)
         for channel in range(0, self.width, 2 * lanes):
             vectors = min(2, (self.width - channel) // lanes)
             first = b.at(values.start, channel, self.unit)
-            sums = self._product(height, vectors, (weights, step), (first, values.stride), values.rows)
+            sums = self.product(height, vectors, (weights, step), (first, values.stride), values.rows)
             for i in range(height):
                 with b.if_then(b.icmp_signed("<=", b.add(row, b.number(i)), last)):
                     inverse = b.spread(b.load(b.at(self.at["sums"], i, FP32), typ=FP32))
@@ -206,88 +325,24 @@ class _Attention:
                         place = b.at(into, channel + n * lanes, self.element)
                         b.write(b.narrowed(attended) if self.half else attended, place)
 
-    def _scores(self, height: int, keys: Any) -> None:
-        b, lanes = self.b, self.level.lanes
-        whole = b.and_(keys, b.number(-2 * lanes))
-
-        def panel(vectors: int, key: Any) -> None:
-            factors = (self._panel(key), b.number(2 * lanes))
-            sums = self._product(height, vectors, (self.at["queries"], self.units), factors, b.number(self.units))
-            for i in range(height):
-                for n in range(vectors):
-                    place = b.add(key, b.number(i * self.row + n * lanes))
-                    b.write(sums[i * vectors + n], b.at(self.at["scores"], place, FP32))
-
-        b.loop(0, whole, 2 * lanes, lambda key: panel(2, key))
-        rest = b.sub(keys, whole)
-        short = b.icmp_signed("<=", rest, b.number(lanes))
-        with b.if_then(b.icmp_signed(">", rest, b.number(0))), b.if_else(short) as (one, two):
-            with one:
-                panel(1, whole)
-            with two:
-                panel(2, whole)
-
-    def _product(self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any) -> Values:
-        """Sums over units of rows and columns, `[height · vectors]` fp32 vectors, which stay in registers.
-
-        Args:
-            left: address of the rows, and the units from one to the next.
-            right: address of the vectors of the first term, and the units to those of the next one.
-        """
-        b = self.b
-        rows = [b.at(left[0], i * left[1], self.unit) for i in range(height)]
-        add = b.dot_add if self.half else b.multiply_add
-        return b.tile(rows, vectors, *right, terms, self.unit, add, b.filled(0.0))
-
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
         """Powers of two of a row of the tile, unnormalised, zeros behind the last key, and one over their sum."""
         b, lanes = self.b, self.level.lanes
         scores = b.at(self.at["scores"], b.mul(i, b.number(self.row)), FP32)
         of_query = None if bias is None else b.at(bias, b.mul(query, self.given["bias_row"]), FP32)
-        factor = b.spread(b.fmul(self.given["scale"], ir.Constant(FP32, _LOG2E)))
-        whole, all_keys = b.and_(keys, b.number(-lanes)), b.rounded_up(keys, lanes)
-        hidden = b.filled(-math.inf)
-        there = b.icmp_signed("<", ir.Constant(b.vector(INT64), [*range(lanes)]), b.spread(b.sub(keys, whole)))
-
-        def scaled(j: Any, partly: bool) -> Any:
-            place = b.at(scores, j, FP32)
-            score = b.fmul(b.read(place, FP32), factor)
-            if of_query is not None:
-                address = b.at(of_query, j, FP32)
-                part = b.read_some(address, there) if partly else b.read(address, FP32)
-                score = b.multiply_add(part, b.filled(_LOG2E), score)
-            score = b.select(there, score, hidden) if partly else score
-            b.write(score, place)
-            return score
-
-        (largest,) = b.loop(0, whole, lanes, lambda j, most: [b.larger(most, scaled(j, False))], hidden)
-        rest = b.icmp_signed("<", whole, keys)
-        most = b.where(rest, lambda: b.larger(largest, scaled(whole, True)), largest)
-        top = b.spread(b.largest(most))
+        top = b.spread(self.scaled(scores, of_query, keys))
         weights = b.at(self.at["weights"], b.mul(i, b.number(self.row)), BF16)
 
         def power(j: Any, total: Any) -> Values:
-            found = self._power(b.fsub(b.read(b.at(scores, j, FP32), FP32), top))
+            found = self.power(b.fsub(b.read(b.at(scores, j, FP32), FP32), top))
             if self.half:
                 b.write(b.narrowed(found), b.at(weights, j, BF16))
             else:
                 b.write(found, b.at(scores, j, FP32))
             return [b.fadd(total, found)]
 
-        (total,) = b.loop(0, all_keys, lanes, power, b.filled(0.0))
+        (total,) = b.loop(0, b.rounded_up(keys, lanes), lanes, power, b.filled(0.0))
         b.store(b.fdiv(ir.Constant(FP32, 1.0), b.summed(total)), b.at(self.at["sums"], i, FP32))
-
-    def _power(self, x: Any) -> Any:
-        """`2^x` for x up to 0, by a polynomial of what is left of its nearest integer; NaN where x is none."""
-        b, kind = self.b, self.b.vector(INT32)
-        bounded = b.larger(x, b.filled(_NO_EXPONENT))
-        whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
-        rest = b.fsub(bounded, whole)
-        found = b.polynomial(rest, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
-        exponent = b.shl(b.fptosi(whole, kind), ir.Constant(kind, [23] * self.level.lanes))
-        shifted = b.bitcast(b.add(b.bitcast(found, kind), exponent), x.type)
-        known = b.select(b.fcmp_ordered("<", x, b.filled(_LEAST_EXPONENT)), b.filled(0.0), shifted)
-        return b.select(b.fcmp_unordered("uno", x, x), x, known)
 
 
 def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
@@ -302,6 +357,11 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
         "keys": keys * width * element,
         "values": keys * width * 2 if half else 0,
     }
+    return laid_out(sizes)
+
+
+def laid_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Where so many bytes of each begin, one behind the other, and the bytes of all."""
     ends = np.cumsum([-(-size // 64) * 64 for size in sizes.values()]).tolist()
     return dict(zip(sizes, [0, *ends], strict=False)), whole_pages(ends[-1])
 
@@ -313,7 +373,7 @@ def _kernel(half: bool, width: int, room: int, biased: bool, level: Level) -> tu
     def write() -> Builder:
         return _Attention(half, width, room, biased, level).b
 
-    kernel = Kernel("attention", level, (half, width, room, biased), __file__, write)
+    kernel = Kernel("attention", level, (half, width, room, biased), (__file__,), write)
     return kernel, _layout(half, width, room, level)[1]
 
 
@@ -346,36 +406,55 @@ def attention(
     """
     level = level or levels()[0]
     half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
-    q, k, v = (_readable(t, half) for t in (q, k, v))
-    entries, queries, heads, width = q.shape
-    keys, addresses, some_without_keys = k.shape[1], (0, 0), not k.shape[1]
-    if bounds is not None:
-        offsets = np.array(bounds, np.int64)
-        lengths = np.diff(offsets)
-        entries, (queries, keys) = lengths.shape[1], lengths.max(1, initial=0).tolist()
-        addresses = offsets[0].ctypes.data, offsets[1].ctypes.data
-        some_without_keys = not lengths[1].all()
+    q, k, v = (readable(t, half) for t in (q, k, v))
+    (entries, queries, heads, width), keys = q.shape, k.shape[1]
+    some_without_keys = not keys if bounds is None else any(a == b for a, b in pairwise(bounds[1]))
     out = (torch.zeros if some_without_keys else torch.empty)(q.shape, dtype=q.dtype)
+    entries, queries, keys, offsets = lengths_of(bounds, entries, queries, keys)
     if not entries or not queries or not keys:
         return out
     chunk, chunks = divided(queries, -(-_TASKS_PER_THREAD * threads // (entries * heads)), _CHUNK)
     kernel, size = _kernel(half, width, next(n for n in _ROOMS if n >= keys), bias is not None, level)
     place = scratch_address("compiled attention", size * threads)
-    bias_place, bias_strides, period = 0, (0, 0, 0), 1
-    if bias is not None:
-        bias = bias.to(torch.float32)
-        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-        spread = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
-        bias_place, bias_strides, period = bias.data_ptr(), (spread[0], spread[2], spread[1]), bias.shape[0]
-    (as_bits,) = struct.unpack("i", struct.pack("f", scale))
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), bias_place, *addresses, place)
+    period = 1 if bias is None else bias.shape[0]
+    bias, bias_strides = bias_place(bias)
+    addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, bias))
+    bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, as_bits)
-    kernel((*pointers, *numbers), entries * heads * chunks, threads)
+    numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, scale_bits(scale))
+    kernel((*addresses, *bounds_at, place, *numbers), entries * heads * chunks, threads)
     return out
 
 
-def _readable(x: Tensor, half: bool) -> Tensor:
+def readable(x: Tensor, half: bool) -> Tensor:
     """Rows whose elements lie together, in bf16 at even places, as pairs are read."""
     even = not half or all(stride % 2 == 0 for stride in x.stride()[:3])
     return x if x.stride(-1) == 1 and even else x.contiguous()
+
+
+def lengths_of(
+    bounds: tuple[tuple[int, ...], tuple[int, ...]] | None, entries: int, queries: int, keys: int
+) -> tuple[int, int, int, np.ndarray | None]:
+    """Batch entries, and the most queries and keys of one, by their bounds if there are any; those as a kernel reads
+    them.
+    """
+    if bounds is None:
+        return entries, queries, keys, None
+    offsets = np.array(bounds, np.int64)
+    lengths = np.diff(offsets)
+    return (lengths.shape[1], *lengths.max(1, initial=0).tolist(), offsets)
+
+
+def bias_place(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """A bias as a kernel reads it, and its elements from batch entry, row and head to the next one."""
+    if bias is None:
+        return None, (0, 0, 0)
+    bias = bias.to(torch.float32)
+    bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    spread = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+    return bias, (spread[0], spread[2], spread[1])
+
+
+def scale_bits(scale: float) -> int:
+    """An fp32 number as the integer of its bits."""
+    return struct.unpack("i", struct.pack("f", scale))[0]

@@ -276,7 +276,7 @@ class Builder(ir.IRBuilder):
             add: of a unit of a row in every element, a vector of columns and a sum: the next sum.
             zero: what every sum begins with; or a list, with one for each vector of columns.
             ahead: bytes from the columns that are read to those that are fetched.
-            apart: units from one of a row to the next.
+            apart: units of a row from one term to the next.
         """
         starts = zero if isinstance(zero, list) else [zero] * vectors
 
@@ -285,8 +285,9 @@ class Builder(ir.IRBuilder):
             for n in range(vectors if ahead else 0):
                 self.fetch(self.at(self.at(place, n * self.lanes, unit), ahead, BYTE))
             factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
+            number = u if apart == 1 else self.mul(u, self.number(apart))
             for i, row in enumerate(rows):
-                x = self.spread(self.load(self.at(row, self.mul(u, self.number(apart)), unit), align=4, typ=unit))
+                x = self.spread(self.load(self.at(row, number, unit), align=4, typ=unit))
                 found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
             return found
 
@@ -367,15 +368,17 @@ class Kernel:
         name: of the function.
         level: that it is compiled for.
         made_of: what `write` follows from, besides the code of its module.
-        source: the file of that module.
+        sources: the file of that module, and others that `write` follows from.
         write: writes the whole function.
     """
 
-    def __init__(self, name: str, level: Level, made_of: object, source: str, write: Callable[[], Builder]) -> None:
+    def __init__(
+        self, name: str, level: Level, made_of: object, sources: Sequence[str], write: Callable[[], Builder]
+    ) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         told = (name, level, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info)
-        files = [Path(file).read_bytes() for file in (__file__, source)]
+        files = [Path(file).read_bytes() for file in (__file__, *sources)]
         place = _KEPT / f"{hashlib.sha256(repr((told, files)).encode()).hexdigest()}.o"
         code = _read(place)
         if code is None:

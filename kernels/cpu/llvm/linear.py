@@ -471,12 +471,12 @@ def _kernel(kind: Kind, half: bool, few: bool, turned: bool, level: Level, round
         return _Linear(kind, half, few, turned, level, rounded).b
 
     name = "linear_of_few_rows" if few else "linear"
-    return Kernel(name, level, (kind, half, turned, rounded), __file__, write)
+    return Kernel(name, level, (kind, half, turned, rounded), (__file__,), write)
 
 
 @cache
 def _bytes_kernel(how: Rounded, normed: bool, level: Level) -> Kernel:
-    return Kernel("bytes", level, (how, normed), __file__, lambda: _Bytes(how, normed, level).b)
+    return Kernel("bytes", level, (how, normed), (__file__,), lambda: _Bytes(how, normed, level).b)
 
 
 def _height(kind: Kind, few: bool, level: Level) -> int:

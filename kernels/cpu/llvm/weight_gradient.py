@@ -169,7 +169,7 @@ class _WeightGradient:
 
 @cache
 def _kernel(half: bool, level: Level) -> Kernel:
-    return Kernel("weight_gradient", level, half, __file__, lambda: _WeightGradient(half, level).b)
+    return Kernel("weight_gradient", level, half, (__file__,), lambda: _WeightGradient(half, level).b)
 
 
 def weight_gradient(dout: Tensor, x: Tensor, *, level: Level | None = None) -> Tensor:
