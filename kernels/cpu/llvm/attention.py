@@ -47,7 +47,7 @@ _DEGREE = 5
 
 _POINTERS = ("q", "k", "v", "out", "bias", "bounds_q", "bounds_k", "scratch")
 _STRIDES = [f"{name}_{axis}" for name in ("q", "k", "v", "out", "bias") for axis in ("batch", "row", "head")]
-_NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "chunk", "chunks", "scale")
+_NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "chunk", "chunks", "threads", "scale")
 
 
 class _Sequence(NamedTuple):
@@ -84,8 +84,11 @@ class _Attention:
 
     def _task(self, task: Any, thread: Any) -> None:
         b, given = self.b, self.given
-        chunk, rest = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
-        head, entry = b.srem(rest, given["heads"]), b.sdiv(rest, given["heads"])
+        chunk, head, entry = self._place(task)
+        # What this thread is likely to take next is fetched meanwhile, row by row.
+        later = b.least(b.add(task, given["threads"]), b.sub(given["tasks"], b.number(1)))
+        _, later_head, later_entry = self._place(later)
+        self.later = [self._sequence(name, later_entry, later_head) for name in ("q", "k", "v")]
         base = b.at(given["scratch"], b.mul(thread, b.number(self.bytes)), BYTE)
         self.at = {name: b.at(base, place, BYTE) for name, place in self.places.items()}
         queries, keys, values, out = (self._sequence(name, entry, head) for name in ("q", "k", "v", "out"))
@@ -101,6 +104,20 @@ class _Attention:
             if self.half:
                 values = self._lay_out_values(values)
             self._rows(first, stop, queries, keys.rows, values, out, bias)
+
+    def _place(self, task: Any) -> tuple[Any, Any, Any]:
+        """Chunk, head and batch entry of a task."""
+        b, given = self.b, self.given
+        chunk, rest = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
+        return chunk, b.srem(rest, given["heads"]), b.sdiv(rest, given["heads"])
+
+    def _fetch(self, row: Any, out: _Sequence) -> None:
+        """Have a row of the next task brought to the caches, and that of this one's result."""
+        b, line = self.b, 64 // (2 if self.half else 4)
+        for rows in (*self.later, out):
+            place = b.at(rows.start, b.mul(row, rows.stride), self.element)
+            for channel in range(0, self.width, line):
+                b.fetch(b.at(place, channel, self.element), write=rows is out)
 
     def _sequence(self, name: str, entry: Any, head: Any) -> _Sequence:
         """Rows of a batch entry, whose bounds are given unless all have one length."""
@@ -191,7 +208,17 @@ class _Attention:
                 into = b.at(self.at["queries"], i * self.units + unit, self.unit)
                 b.write(b.read(b.at(given, unit, self.unit), self.unit), into)
         self._scores(height, keys)
-        b.loop(0, height, 1, lambda i: self._softmax(i, b.least(b.add(row, i), last), keys, bias))
+
+        def softmax(i: Any) -> None:
+            place = b.least(b.add(row, i), last)
+            self._fetch(place, out)
+            if bias is not None:
+                # Behind the last row the next head's begin.
+                ahead = b.at(bias, b.mul(b.add(place, b.number(height)), self.given["bias_row"]), FP32)
+                b.loop(0, keys, 64 // 4, lambda j: b.fetch(b.at(ahead, j, FP32)))
+            self._softmax(i, place, keys, bias)
+
+        b.loop(0, height, 1, softmax)
         weights, step = (self.at["weights"], self.row // 2) if self.half else (self.at["scores"], self.row)
         for channel in range(0, self.width, 2 * lanes):
             vectors = min(2, (self.width - channel) // lanes)
@@ -282,8 +309,10 @@ class _Attention:
         b, kind = self.b, self.b.vector(INT32)
         bounded = b.larger(x, b.filled(_NO_EXPONENT))
         whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
-        rest = b.fsub(bounded, whole)
-        found = b.polynomial(rest, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
+        found = b.polynomial(b.fsub(bounded, whole), coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
+        if self.level.lanes == 16:
+            # AVX-512 has an instruction for it, and for what is too small.
+            return b.scaled_by_powers(found, whole)
         exponent = b.shl(b.fptosi(whole, kind), ir.Constant(kind, [23] * self.level.lanes))
         shifted = b.bitcast(b.add(b.bitcast(found, kind), exponent), x.type)
         known = b.select(b.fcmp_ordered("<", x, b.filled(_LEAST_EXPONENT)), b.filled(0.0), shifted)
@@ -370,7 +399,7 @@ def attention(
     (as_bits,) = struct.unpack("i", struct.pack("f", scale))
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), bias_place, *addresses, place)
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, as_bits)
+    numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, threads, as_bits)
     kernel((*pointers, *numbers), entries * heads * chunks, threads)
     return out
 
