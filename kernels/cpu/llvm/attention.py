@@ -49,7 +49,7 @@ _DEGREE = 5
 
 _POINTERS = ("q", "k", "v", "out", "bias", "bounds_q", "bounds_k", "scratch")
 _STRIDES = [f"{name}_{axis}" for name in ("q", "k", "v", "out", "bias") for axis in ("batch", "row", "head")]
-_NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "chunk", "chunks", "scale")
+_NUMBERS = (*_STRIDES, "heads", "queries", "keys", "period", "chunk", "chunks", "threads", "scale")
 
 
 class Sequence(NamedTuple):
@@ -249,8 +249,10 @@ class Heads:
         b, kind = self.b, self.b.vector(INT32)
         bounded = b.larger(x, b.filled(_NO_EXPONENT))
         whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
-        rest = b.fsub(bounded, whole)
-        found = b.polynomial(rest, coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
+        found = b.polynomial(b.fsub(bounded, whole), coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
+        if self.level.lanes == 16:
+            # AVX-512 has an instruction for it, and for what is too small.
+            return b.scaled_by_powers(found, whole)
         exponent = b.shl(b.fptosi(whole, kind), ir.Constant(kind, [23] * self.level.lanes))
         shifted = b.bitcast(b.add(b.bitcast(found, kind), exponent), x.type)
         known = b.select(b.fcmp_ordered("<", x, b.filled(_LEAST_EXPONENT)), b.filled(0.0), shifted)
@@ -267,11 +269,15 @@ class _Attention(Heads):
 
     def _task(self, task: Any, thread: Any) -> None:
         b, given = self.b, self.given
-        chunk, rest = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
-        head, entry = b.srem(rest, given["heads"]), b.sdiv(rest, given["heads"])
+        chunk, head, entry = self._place(task)
         self.of_thread(thread)
         queries, out = (self.sequence(name, entry, head, queries=True) for name in ("q", "out"))
         keys, values = (self.sequence(name, entry, head, queries=False) for name in ("k", "v"))
+        # What this thread is likely to take next is fetched meanwhile, row by row.
+        _, head_ahead, entry_ahead = self._place(
+            b.least(b.add(task, given["threads"]), b.sub(given["tasks"], b.number(1)))
+        )
+        self.ahead = [self.sequence(name, entry_ahead, head_ahead, queries=name == "q") for name in ("q", "k", "v")]
         bias = self.bias_of(entry, head)
         first = b.mul(chunk, given["chunk"])
         stop = b.least(b.add(first, given["chunk"]), queries.rows)
@@ -281,6 +287,20 @@ class _Attention(Heads):
             if self.half:
                 values = self.lay_out_pairs("values", values)
             self._rows(first, stop, queries, keys.rows, values, out, bias)
+
+    def _place(self, task: Any) -> tuple[Any, Any, Any]:
+        """Chunk, head and batch entry of a task."""
+        b, given = self.b, self.given
+        chunk, rest = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
+        return chunk, b.srem(rest, given["heads"]), b.sdiv(rest, given["heads"])
+
+    def _fetch(self, row: Any, out: Sequence) -> None:
+        """Have a row of what is next brought to the caches, and that of the result."""
+        b, line = self.b, 64 // (2 if self.half else 4)
+        for rows in (*self.ahead, out):
+            place = b.at(rows.start, b.mul(row, rows.stride), self.element)
+            for channel in range(0, self.width, line):
+                b.fetch(b.at(place, channel, self.element), write=rows is out)
 
     def _rows(
         self, first: Any, stop: Any, queries: Sequence, keys: Any, values: Sequence, out: Sequence, bias: Any
@@ -310,7 +330,17 @@ class _Attention(Heads):
         places = [b.least(b.add(row, b.number(i)), last) for i in range(height)]
         self.copy_rows("queries", queries, places)
         self.products(height, "queries", "keys", keys, self.at["scores"])
-        b.loop(0, height, 1, lambda i: self._softmax(i, b.least(b.add(row, i), last), keys, bias))
+
+        def softmax(i: Any) -> None:
+            place = b.least(b.add(row, i), last)
+            self._fetch(place, out)
+            if bias is not None:
+                # Behind the last row the next head's begin.
+                below = b.at(bias, b.mul(b.add(place, b.number(height)), self.given["bias_row"]), FP32)
+                b.loop(0, keys, 64 // 4, lambda j: b.fetch(b.at(below, j, FP32)))
+            self._softmax(i, place, keys, bias)
+
+        b.loop(0, height, 1, softmax)
         weights, step = (self.at["weights"], self.row // 2) if self.half else (self.at["scores"], self.row)
         for channel in range(0, self.width, 2 * lanes):
             vectors = min(2, (self.width - channel) // lanes)
@@ -421,7 +451,7 @@ def attention(
     addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, bias))
     bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
-    numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, scale_bits(scale))
+    numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
     kernel((*addresses, *bounds_at, place, *numbers), entries * heads * chunks, threads)
     return out
 

@@ -63,6 +63,7 @@ class Builder(ir.IRBuilder):
         made = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
         super().__init__(made.append_basic_block("entry"))
         self.lanes, self.level, self.given = level.lanes, level, dict[str, Any]()
+        self._constants: dict[float, int] = {}
         names = (*_SHARED, *pointers, *numbers)
         for place, name in enumerate(names):
             kind = INT64 if name == "tasks" or name in numbers else POINTER
@@ -78,7 +79,11 @@ class Builder(ir.IRBuilder):
 
     def filled(self, value: float, element: Any = FP32) -> Any:
         """A vector of one constant."""
-        return ir.Constant(self.vector(element), [value] * self.lanes)
+        if element != FP32 or value == 0:
+            return ir.Constant(self.vector(element), [value] * self.lanes)
+        # LLVM would write all 64 bits of its address wherever it is read: a table has its address in a register.
+        place = self._constants.setdefault(value, len(self._constants))
+        return self.spread(self.load(self.at(self.given["constants"], place, FP32), typ=FP32))
 
     def spread(self, scalar: Any) -> Any:
         """A vector of one value that is known when the kernel runs."""
@@ -122,9 +127,9 @@ class Builder(ir.IRBuilder):
         # Until LLVM 22 what reads and writes some is told how the address is aligned.
         return () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(element)]),)
 
-    def fetch(self, place: Any) -> None:
+    def fetch(self, place: Any, write: bool = False) -> None:
         """Have what lies at an address brought to the caches; it may lie behind the end of its memory."""
-        how = (ir.Constant(INT32, number) for number in (0, 3, 1))
+        how = (ir.Constant(INT32, number) for number in (int(write), 3, 1))
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, *how)
 
     def intrinsic(self, name: str, result: Any, *given: Any) -> Any:
@@ -172,6 +177,11 @@ class Builder(ir.IRBuilder):
             # Earlier it took the groups as what they lie in.
             x, y = (self.bitcast(value, self.vector(BYTE, 4 * self.lanes)) for value in (x, y))
         return self.intrinsic(f"llvm.x86.avx512.vpdpbusd.{width}", z.type, z, x, y)
+
+    def scaled_by_powers(self, x: Any, exponents: Any) -> Any:
+        """`x 2^n` of fp32 vectors of 16, of which the exponents are whole."""
+        every, current = ir.Constant(ir.IntType(16), -1), ir.Constant(INT32, 4)
+        return self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", x.type, x, exponents, x, every, current)
 
     def narrowed(self, x: Any) -> Any:
         """An fp32 vector in bf16, rounded to nearest."""
@@ -359,6 +369,9 @@ class Builder(ir.IRBuilder):
         self.branch(following)
         self.position_at_end(behind)
         self.ret_void()
+        kind = ir.ArrayType(FP32, len(self._constants))
+        table = ir.GlobalVariable(self.module, kind, _CONSTANTS)
+        table.initializer = ir.Constant(kind, list(self._constants))
 
 
 class Kernel:
@@ -390,6 +403,7 @@ class Kernel:
         self._engine.finalize_object()
         self._name = f"xfm_fast::compiled_{name}"
         self._address = self._engine.get_function_address(name)
+        self._constants = self._engine.get_global_value_address(_CONSTANTS)
         self._function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
 
     def __call__(self, numbers: Sequence[int], tasks: int, threads: int) -> None:
@@ -404,7 +418,7 @@ class Kernel:
         memory = (ctypes.c_int64 * (_COUNTERS + len(_SHARED) + len(numbers)))()
         place = ctypes.addressof(memory)
         start = place + 8 * _COUNTERS
-        memory[_COUNTERS:] = (tasks, place, place + 8 * _LINE, *numbers)
+        memory[_COUNTERS:] = (tasks, place, place + 8 * _LINE, self._constants, *numbers)
         team = _team()
         if threads == 1 or tasks == 1 or team is None:
             self._function(start)
@@ -441,7 +455,8 @@ def divided(rows: int, wanted: int, least: int) -> tuple[int, int]:
 
 
 # What every kernel is given before its own arguments, and two counters in cache lines of their own before that.
-_SHARED = ("tasks", "task counter", "thread counter")
+_SHARED = ("tasks", "task counter", "thread counter", "constants")
+_CONSTANTS = "constants"
 _LINE = 16
 _COUNTERS = 2 * _LINE
 

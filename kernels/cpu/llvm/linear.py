@@ -58,10 +58,9 @@ _MOST_PANELS = 4
 # Rows of a chunk, where columns are too few to keep all threads busy.
 _CHUNK = 96
 _TASKS_PER_THREAD = 3
-# Beyond this the normal distribution is 0 or 1; its polynomial misses by less than fp32 does.
-_EDGE, _DEGREE = 5.5, 16
-# Of sums of rounded numbers: misses by 1.2e-6, where a level of what becomes of it is 5e-3 or more.
-_BYTES_EDGE, _BYTES_DEGREE = 5.0, 12
+# Beyond an edge the normal distribution is taken for 0 or 1; its polynomial up to there has a degree. GELU misses by 8
+# units of 10⁻⁷; where its result is rounded, to bf16 or from sums of bytes, by 2 of 10⁻⁶ may do.
+_EXACT, _ROUNDED = (5.5, 14), (5.0, 12)
 Kind = Literal["fp32", "bf16", "int8"]
 # By which power of two there are fewer units than channels.
 _SHIFT: dict[Kind, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -136,6 +135,8 @@ class _Linear:
             rows = self._rows("x", first, end)
 
             def some_columns(at: Any) -> None:
+                with b.if_then(b.there(given["residual"])):
+                    self._fetch_residual(first, end, at)
                 self._panel(rows, panel(at), [self._nothing()] * 2)
                 self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes))
 
@@ -190,6 +191,15 @@ class _Linear:
         sums = b.tile(rows, 2, panel, 2 * lanes, terms, self.unit, self._add, starts, ahead)
         for i, value in enumerate(sums):
             b.write(value, b.at(self.base, i * lanes, self.summed))
+
+    def _fetch_residual(self, first: Any, end: Any, column: Any) -> None:
+        """Have what is added to a tile on its way while its products are summed."""
+        b, last = self.b, self.b.sub(end, self.b.number(1))
+        for i in range(self.height):
+            row = b.mul(b.least(b.add(first, b.number(i)), last), self.given["residual_row"])
+            place = b.at(self.given["residual"], b.add(row, column), self.element)
+            for channel in range(0, 2 * self.level.lanes, 64 // (2 if self.half else 4)):
+                b.fetch(b.at(place, channel, self.element))
 
     def _lay_out_turned(self, column: Any, unit: Any, place: Any) -> None:
         """A vector of columns, of one row of the weight in fp32, of two in turn in bf16."""
@@ -315,20 +325,16 @@ class _Linear:
     def _gelu(self, x: Any) -> Any:
         """`x Φ(x)`, of which `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
         b = self.b
-        end, degree = (_BYTES_EDGE, _BYTES_DEGREE) if self.kind == "int8" else (_EDGE, _DEGREE)
-        edge = b.filled(end)
-        inside = b.larger(b.smaller(x, edge), b.filled(-end))
-        u = b.multiply_add(b.fmul(inside, inside), b.filled(2 / end**2), b.filled(-1.0))
-        quotient = b.polynomial(u, coefficients(_quotient[end], degree))
-        found = b.fmul(x, b.multiply_add(inside, quotient, b.filled(0.5)))
-        if self.kind == "int8":
-            # Beyond the edge it misses by less than a millionth of x, which is less than a hundredth of a level.
-            return found
-        found = b.select(b.fcmp_ordered("<", x, b.filled(-end)), b.filled(0.0), found)
-        return b.select(b.fcmp_ordered(">", x, edge), x, found)
+        edge, degree = _ROUNDED if self.half or self.kind == "int8" else _EXACT
+        above = b.larger(x, b.filled(-edge))
+        inside = b.smaller(above, b.filled(edge))
+        u = b.multiply_add(b.fmul(inside, inside), b.filled(2 / edge**2), b.filled(-1.0))
+        quotient = b.polynomial(u, coefficients(_quotient(edge), degree))
+        return b.fmul(above, b.multiply_add(inside, quotient, b.filled(0.5)))
 
 
-def _of_edge(edge: float) -> Callable[[np.ndarray], np.ndarray]:
+@cache
+def _quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
     """`(Φ(x) - 1/2) / x`, of `2 x² / edge² - 1`."""
 
     def quotient(u: np.ndarray) -> np.ndarray:
@@ -336,10 +342,6 @@ def _of_edge(edge: float) -> Callable[[np.ndarray], np.ndarray]:
         return (torch.special.ndtr(torch.from_numpy(x)).numpy() - 0.5) / x
 
     return quotient
-
-
-# One object of each, by which the coefficients are kept.
-_quotient = {edge: _of_edge(edge) for edge in (_EDGE, _BYTES_EDGE)}
 
 
 class Rounded(NamedTuple):
