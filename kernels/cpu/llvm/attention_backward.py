@@ -147,7 +147,7 @@ class _Gradients(Heads):
             def some(key: Any, channel: int = channel, vectors: int = vectors, height: int = height) -> None:
                 rows = [b.at(self.at[left], b.add(key, b.number(i)), self.unit) for i in range(height)]
                 columns = (b.at(right.start, channel, self.unit), right.stride)
-                sums = b.tile(rows, vectors, *columns, terms, self.unit, self.add, b.filled(0.0), self.row)
+                sums = b.tile(rows, vectors, *columns, terms, self.unit, self.add, b.filled(0.0), apart=self.row)
                 for i in range(height):
                     place = b.add(b.mul(b.add(key, b.number(i)), b.number(self.width)), b.number(channel))
                     for n in range(vectors):

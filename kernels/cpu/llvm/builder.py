@@ -273,6 +273,7 @@ class Builder(ir.IRBuilder):
         unit: Any,
         add: Callable[..., Any],
         zero: Any,
+        *,
         ahead: int = 0,
         apart: int = 1,
     ) -> Values:

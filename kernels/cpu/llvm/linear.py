@@ -188,7 +188,7 @@ class _Linear:
     def _panel(self, rows: Values, panel: Any, starts: Values, ahead: int = 0) -> None:
         """The sums of a tile of rows and the columns of a panel, of which two vectors are what they begin with."""
         b, lanes, terms = self.b, self.level.lanes, self.given["inputs"]
-        sums = b.tile(rows, 2, panel, 2 * lanes, terms, self.unit, self._add, starts, ahead)
+        sums = b.tile(rows, 2, panel, 2 * lanes, terms, self.unit, self._add, starts, ahead=ahead)
         for i, value in enumerate(sums):
             b.write(value, b.at(self.base, i * lanes, self.summed))
 

@@ -69,7 +69,7 @@ class _WeightGradient:
                 def tile(i: Any) -> None:
                     rows = [b.at(self._tile(i), n, self.unit) for n in range(self.high)]
                     add, zero = b.dot_add if self.half else b.multiply_add, b.filled(0.0)
-                    sums = b.tile(rows, 2, self.panel, self.columns, count, self.unit, add, zero, self.high)
+                    sums = b.tile(rows, 2, self.panel, self.columns, count, self.unit, add, zero, apart=self.high)
                     for n, value in enumerate(sums):
                         b.write(value, b.at(self.sums, n * self.lanes, FP32))
                     self._finish(first, i, at)
