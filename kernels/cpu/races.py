@@ -64,10 +64,9 @@ def races() -> dict[str, Race]:
         flops = (10 if name.endswith("backward") else 4) * q.numel() * k.shape[1]
         found[name] = Race(candidates, example, flops)
     for operation, race in [*found.items()]:
-        if operation in products.ANY_SIZES:
-            continue
         name, others = of_odd_sizes(operation, race.candidates)
-        found.setdefault(name, race._replace(candidates=others))
+        if operation not in products.ANY_SIZES and len(others) > 1:
+            found.setdefault(name, race._replace(candidates=others))
     candidates, example = products.LAYOUT
     x, weight, _ = example(torch.float32)
     found["layout for few rows"] = Race(candidates, example, 2 * x.shape[0] * weight.numel())

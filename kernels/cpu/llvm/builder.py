@@ -371,7 +371,7 @@ class Builder(ir.IRBuilder):
         self.position_at_end(behind)
         self.ret_void()
         kind = ir.ArrayType(FP32, len(self._constants))
-        table = ir.GlobalVariable(self.module, kind, _CONSTANTS)
+        table: Any = ir.GlobalVariable(self.module, kind, _CONSTANTS)
         table.initializer = ir.Constant(kind, list(self._constants))
 
 
