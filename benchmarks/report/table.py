@@ -389,7 +389,8 @@ def gains(document: Document) -> str:
     found: dict[str, dict[str, str]] = {}
     for row in document.rows:
         like = document.like_for_like(row) if row.ours and row.measured else None
-        if row.ours:
+        # No model runs in int8 untouched.
+        if row.ours and row.dtype != "int8":
             found.setdefault(row.name.split(", ")[0], {})[row.dtype] = "" if like is None else times(like.ratio)
     types = list(dict.fromkeys(dtype for gained in found.values() for dtype in gained))
     lines = ["| model | " + " | ".join(types) + " |", "|---|" + "---:|" * len(types)]

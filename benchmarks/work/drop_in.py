@@ -7,6 +7,7 @@ the outputs, and not at all where that is more than rounding.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import InputError, XFMError
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import accelerate
+from xfm_fast.replace.quantised import LEAST_COSINE
 
 from .. import machine
 from ..measure import (
@@ -37,6 +40,8 @@ from .public_models import MODELS, PublicModel
 
 _ROUNDS = 5
 _BUDGET_S = 20.0
+# Vectors with the least cosine that products of bytes are taken with are so far apart, as a share of their length.
+_INT8_BAND = math.sqrt(2 - 2 * LEAST_COSINE)
 _LABELS = {OURS: "accelerated", UNTOUCHED: "untouched"}
 
 
@@ -55,6 +60,8 @@ def run(options: DropInOptions, progress: Progress | None = None, command: Seque
     torch.set_num_threads(options.threads or machine.default_threads())
     document = Document.begun("drop-in", vars(options), command, "cpu")
     names, absent = machine.choose_dtypes(options.dtype)
+    if why := int8.why_not():
+        absent["int8"] = why
     progress.begin(len(chosen))
     try:
         probes = MachineProbes(names, torch.device("cpu"))
@@ -67,7 +74,7 @@ def run(options: DropInOptions, progress: Progress | None = None, command: Seque
                 document.rows += [_row(model, OURS, name, "absent", why) for name in names]
                 continue
             try:
-                document.rows += _measure(model, names, options, probes, progress)
+                document.rows += _measure(model, names, "int8" not in absent, options, probes, progress)
             except (XFMError, RuntimeError, TypeError, AttributeError, ImportError) as error:
                 # A model of others: whatever it raises, the rest is measured.
                 document.rows += [_row(model, OURS, name, "failed", one_line(error)) for name in names]
@@ -87,7 +94,12 @@ def _row(
 
 
 def _measure(
-    model: PublicModel, names: list[str], options: DropInOptions, probes: MachineProbes, progress: Progress
+    model: PublicModel,
+    names: list[str],
+    in_int8: bool,
+    options: DropInOptions,
+    probes: MachineProbes,
+    progress: Progress,
 ) -> list[Row]:
     torch.manual_seed(options.seed)
     cpu, subject = torch.device("cpu"), model.make(2 if options.quick else 12)
@@ -103,6 +115,14 @@ def _measure(
         given = None if name == "fp32" else dtype
         report = str(accelerate(fast, dtype=given, **model.accelerate)).splitlines()
         runs[f"{OURS} {name}"] = partial(subject.call, fast)
+    rows: list[Row] = []
+    if in_int8 and subject.adapted is None:
+        fast = copy.deepcopy(module)
+        try:
+            accelerate(fast, dtype="int8", **model.accelerate)
+            runs[f"{OURS} int8"] = partial(subject.call, fast)
+        except XFMError as error:
+            rows.append(_row(model, OURS, "int8", "not offered", one_line(error)))
     for name in dict.fromkeys(["fp32", *names]):
         own = module if name == "fp32" else copy.deepcopy(module).to(DTYPES[name])
         runs[f"{UNTOUCHED} {name}"] = partial(subject.call, own)
@@ -115,13 +135,15 @@ def _measure(
         raise KeyboardInterrupt
     if samples.failures:
         raise RuntimeError(next(iter(samples.failures.values())))
-    expected, rows = watched[f"{UNTOUCHED} fp32"].output, []
+    expected = watched[f"{UNTOUCHED} fp32"].output
     for key in watched:
         contender, name = key.split(" ")
         row = _row(model, contender, name, items=subject.items)
         if contender == OURS:
-            own = 0.0 if name == "fp32" else relative_error(watched[f"{UNTOUCHED} {name}"].output, expected)
-            error, band = relative_error(watched[key].output, expected), parity_band(DTYPES[name], own)
+            error, band = relative_error(watched[key].output, expected), _INT8_BAND
+            if name != "int8":
+                own = 0.0 if name == "fp32" else relative_error(watched[f"{UNTOUCHED} {name}"].output, expected)
+                band = parity_band(DTYPES[name], own)
             row.parity = Parity(
                 error=finite(error), band=band, passed=error <= band, against=f"{UNTOUCHED} fp32"
             )  # fmt: skip

@@ -15,6 +15,7 @@ from tests.cli.runner import invoke
 from xfm_fast.benchmarks.options import DropInOptions
 from xfm_fast.benchmarks.work import drop_in, public_models
 from xfm_fast.errors import InputError
+from xfm_fast.kernels.cpu import int8
 
 
 def layer_norms(layers: int) -> public_models.Subject:
@@ -59,7 +60,7 @@ def test_every_row_says_what_became_of_it() -> None:
     threads = torch.get_num_threads()
     document = drop_in.run(DropInOptions(quick=True, dtype=("fp32",), threads=1))
     torch.set_num_threads(threads)
-    rows = {row.work: row for row in document.rows if row.ours}
+    rows = {row.work: row for row in document.rows if row.ours and row.dtype == "fp32"}
     assert {key: row.status for key, row in rows.items()} == {
         "good": "measured",
         "absent": "absent",
@@ -76,6 +77,11 @@ def test_every_row_says_what_became_of_it() -> None:
     assert (untouched.contender, untouched.status, against.dtype) == ("untouched", "measured", "fp32")
     assert against.ratio == pytest.approx((untouched.median_s or 0) / (good.median_s or 1))
     assert "replaced" in good.replaced[-1]
+    in_int8 = {row.work: row for row in document.rows if row.ours and row.dtype == "int8"}
+    assert in_int8["good"].status == ("measured" if int8.why_not() is None else "not offered")
+    if int8.why_not() is None:
+        assert in_int8["good"].parity is not None
+        assert 1e-5 < (in_int8["good"].parity.error or 0) < 0.1
     assert "pip install no_such_package" in str(rows["absent"].reason)
     assert "somebody else's model" in str(rows["bad"].reason)
     assert not rows["different"].against
@@ -114,8 +120,10 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     assert "the model good" in shown.stdout
     assert "failed: RuntimeError" in shown.stdout
     written = invoke(["bench", "report", str(file), "--markdown"]).stdout.splitlines()
-    assert len(written) == 3
-    assert written[2].startswith("| the model good, texts/s | fp32 | ")
+    kinds = ["fp32"] if int8.why_not() else ["fp32", "int8"]
+    assert len(written) == 2 + len(kinds)
+    for line, kind in zip(written[2:], kinds, strict=True):
+        assert line.startswith(f"| the model good, texts/s | {kind} | ")
     gained = invoke(["bench", "report", str(file), "--gains"]).stdout.splitlines()
     assert gained[0] == "| model | fp32 |"
     assert re.fullmatch(r"\| the model good \| [\d.]+× \|", gained[2])
