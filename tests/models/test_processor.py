@@ -19,6 +19,7 @@ from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError,
 from xfm_fast.models.xfm import XFM, XFMOutput
 from xfm_fast.tasks.grounding import GroundingModel, pixel_boxes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+from xfm_fast.training.distributed import end_groups
 
 TEXTS = ["a red circle", "A blue square, on the left!", "two dogs"]
 
@@ -223,7 +224,7 @@ def test_data_parallel(model: XFM, files: list[Path], tmp_path: Path) -> None:
         assert model.itm_head[0].weight.grad is not None
     finally:
         model.zero_grad()
-        dist.destroy_process_group()
+        end_groups()
 
 
 def test_what_is_no_text_or_image_and_a_model_without_weights(model: XFM, files: list[Path], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from xfm_fast import accelerate, accelerated  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import huggingface_text, register_attention  # noqa: E402
 from xfm_fast.replace.swap import original_class  # noqa: E402
+from xfm_fast.training.distributed import end_groups
 
 ENCODERS = ["BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "Data2VecTextModel"]
 BLIP: dict[str, Any] = {"encoder_hidden_size": 27}
@@ -408,7 +409,7 @@ def test_wrapped_for_distributed_training(tmp_path: Any) -> None:
         for (name, wanted), found in zip(model.named_parameters(), wrapped.parameters(), strict=True):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=0, atol=1e-12, msg=name)
     finally:
-        torch.distributed.destroy_process_group()
+        end_groups()
 
 
 @pytest.mark.parametrize("unpad", [False, True])

@@ -20,6 +20,7 @@ from tests.conftest import load_json
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
+from xfm_fast.training.distributed import end_groups
 from xfm_fast.training.optimizer import (
     AdamW,
     Moments,
@@ -257,7 +258,7 @@ def test_sharded_parameters_move_as_whole_ones(tmp_path: Path) -> None:
             assert isinstance(b, DTensor)
             torch.testing.assert_close(a.detach(), b.full_tensor().detach())
     finally:
-        dist.destroy_process_group()
+        end_groups()
 
 
 def test_average_follows_the_weights() -> None:
