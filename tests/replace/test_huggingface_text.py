@@ -31,7 +31,7 @@ from xfm_fast import accelerate, accelerated  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import huggingface_text, register_attention  # noqa: E402
 from xfm_fast.replace.swap import original_class  # noqa: E402
-from xfm_fast.training.distributed import end_groups
+from xfm_fast.training.distributed import end_groups  # noqa: E402
 
 ENCODERS = ["BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "Data2VecTextModel"]
 BLIP: dict[str, Any] = {"encoder_hidden_size": 27}
