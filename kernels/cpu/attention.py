@@ -244,7 +244,7 @@ def attention_backward(
     """`tiled_attention_backward`, or our kernel where it is faster and knows all that is asked for."""
     masked = hiding is not None and hiding.key_mask is not None
     if dropout is None and dlse is None and not masked and compiles_backward(q, k.shape[1], biased=bias_gradient):
-        return _compiled_backward(dout, q, k, v, scale, bias, bias_gradient=bias_gradient)
+        return compiled_backward(dout, q, k, v, scale, bias, bias_gradient=bias_gradient)
     # Converted once, not for every tile; our kernel adds it in fp32.
     given = (dout, q, k, v, scale, bias if bias is None else bias.to(q.dtype), dropout)
     return tiled_attention_backward(*given, bias_gradient=bias_gradient, hiding=hiding, dlse=dlse)
@@ -518,28 +518,20 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     return attention(q, k, v, scale, bias) if takes(q, k.shape[1]) else exp2_attention(q, k, v, scale, bias)
 
 
-def _compiled_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-    *,
-    bias_gradient: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def compiled_backward(dout: Tensor, q: Tensor, *given: Any, **options: Any) -> _Gradients:
+    """Gradients by our kernel, which `llvm.attention_backward` describes."""
     if (reason := llvm.why_not(q.dtype)) is not None:
         raise NotImplementedError(reason)
     # Imported where it runs, because its compiler takes long to load.
     from .llvm.attention_backward import attention_backward
 
-    return attention_backward(dout, q, k, v, scale, bias, bias_gradient=bias_gradient)
+    return attention_backward(dout, q, *given, **options)
 
 
-_Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def _gradients(backward: _Backward, q: Tensor, *given: Any) -> Tensor:
+def _gradients(backward: Callable[..., _Gradients], q: Tensor, *given: Any) -> Tensor:
     """All gradients in one tensor, as candidates are compared; results stand for what comes from above."""
     found = backward(q, q, *given, bias_gradient=given[-1] is not None)
     return torch.cat([t.flatten().to(q.dtype) for t in found if t is not None])
@@ -551,7 +543,7 @@ _SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_at
 _ALL: _Candidates = {**_SHORT, "onednn": _onednn}
 _BACKWARD: _Candidates = {"tiled": partial(_gradients, tiled_attention_backward)}
 if _LLVM:
-    _BACKWARD["llvm"] = partial(_gradients, _compiled_backward)
+    _BACKWARD["llvm"] = partial(_gradients, compiled_backward)
 
 
 def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ..limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from . import llvm, products
 from .selection import select
 from .workspace import scratch
+
+if TYPE_CHECKING:
+    from .llvm.linear import Norm, Panels
 
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
 _SLICE_ROWS, _MOST_ROWS = 400, 4096
@@ -106,10 +109,6 @@ def race_name(operation: str, *, few: bool) -> str:
     return f"{operation} in 8 bits{' of few rows' if few else ''}"
 
 
-Norm = tuple[Tensor, Tensor, float]
-"""Weight and bias of a LayerNorm, in the type of what it normalises, and its eps."""
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, or of its LayerNorm, weight `[M, K]`; the result in the type of x."""
     if _library(x, weight) == "llvm":
@@ -185,11 +184,11 @@ class Prepared(NamedTuple):
     """A layer whose bytes are at hand.
 
     Attributes:
-        panels: of its weight, as in `llvm.linear`.
+        panels: of its weight.
         bias: `[M]`, fp32.
     """
 
-    panels: Any
+    panels: Panels
     bias: Tensor | None
 
     def __call__(
@@ -279,8 +278,8 @@ def _compiled_product(
     bytes_linear(rows, factor._replace(steps=scales), wide, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
 
 
-def _panels(weight: Tensor) -> Any:
-    """A weight in bytes, as in `llvm.linear`."""
+def _panels(weight: Tensor) -> Panels:
+    """A weight in bytes."""
     from .llvm.linear import in_panels
 
     return derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))

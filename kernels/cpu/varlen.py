@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
-from .attention import choice, compiles_backward, plain_attention, tiled_attention, tiled_attention_backward
+from .attention import (
+    choice,
+    compiled_backward,
+    compiles_backward,
+    plain_attention,
+    tiled_attention,
+    tiled_attention_backward,
+)
 from .workspace import Dropout
 
 # What a group costs before its first score, in scores of one head: a group of its own has to save more.
@@ -94,11 +101,9 @@ def varlen_attention_backward(
         return part[0], dk.index_copy_(0, visible, part[1]), dv.index_copy_(0, visible, part[2])
     longest_q, longest_k = (max((b - a for a, b in pairwise(bounds)), default=0) for bounds in (bounds_q, bounds_k))
     if dropout is None and compiles_backward(q, longest_k, longest_q):
-        # It reads every sequence where it lies. Imported where it runs, because its compiler takes long to load.
-        from .llvm.attention_backward import attention_backward
-
+        # It reads every sequence where it lies.
         given = (dout[None], q[None], k[None], v[None], scale)
-        dq, dk, dv, _ = attention_backward(*given, bounds=(bounds_q, bounds_k))
+        dq, dk, dv, _ = compiled_backward(*given, bounds=(bounds_q, bounds_k))
         return dq[0], dk[0], dv[0]
     plan = plan_of(bounds_q, bounds_k, True)
     made = (plan.empty, plan.unread, plan.unread)

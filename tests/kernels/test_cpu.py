@@ -196,11 +196,13 @@ def test_gradients_of_tiles(
 @torch.no_grad()
 def test_the_chosen_gradients_of_attention_run(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless they are asked for what our kernel does not know; of one length and packed, and as a run that goes on."""
+    if chosen == "llvm" and (reason := llvm.why_not()) is not None:
+        pytest.skip(reason)
     monkeypatch.setattr(selection, "_selections", {})
     for operation in attention.RACES:
         selection.settle(operation, torch.float32, chosen)
     ran: list[str] = []
-    for name, function in (("tiled", "tiled_attention_backward"), ("llvm", "_compiled_backward")):
+    for name, function in (("tiled", "tiled_attention_backward"), ("llvm", "compiled_backward")):
         original = getattr(attention, function)
         monkeypatch.setattr(attention, function, lambda *a, n=name, f=original, **o: ran.append(n) or f(*a, **o))
     mask, dlse = torch.ones(2, 20, dtype=torch.bool), torch.randn(2, 2, 20)

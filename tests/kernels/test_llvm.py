@@ -6,7 +6,7 @@ import importlib.util
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,19 +77,24 @@ def test_packed_sequences(level: llvm.Level, dtype: torch.dtype) -> None:
             assert not found[:, rows].any()
 
 
+def by_threads(run: Callable[[], Any]) -> list[Any]:
+    """What it gives with 1, 2 and 5 threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
 @each_case
 def test_threads_and_chunks_change_no_bit(level: llvm.Level, dtype: torch.dtype) -> None:
     """Of few heads the queries are divided among the threads, of many the heads are."""
-    before = torch.get_num_threads()
     for heads in (1, 24):
         q, k, v = torch.randn(1, 200, 3, heads, 64).to(dtype).unbind(2)
-        found = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                found.append(attend(q, k, v, 0.3, level=level))
-        finally:
-            torch.set_num_threads(before)
+        found = by_threads(partial(attend, q, k, v, 0.3, level=level))
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
 
@@ -305,15 +310,8 @@ def test_threads_and_kernels_of_products_change_few_bits(level: llvm.Level, dtyp
     """Threads change none; the kernel of few rows sums in another order."""
     from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
 
-    before = torch.get_num_threads()
     x, weight = torch.randn(300, 64).to(dtype), torch.randn(96, 64).to(dtype)
-    found = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append([compiled(x, weight, None, few=few, level=level) for few in (False, True)])
-    finally:
-        torch.set_num_threads(before)
+    found = by_threads(lambda: [compiled(x, weight, None, few=few, level=level) for few in (False, True)])
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
     rounding = 8 * torch.finfo(dtype).eps * float(found[0][0].abs().max())
@@ -348,16 +346,9 @@ def test_threads_change_no_bit_of_gradients(level: llvm.Level, dtype: torch.dtyp
     """Of few outputs the inputs are divided among them."""
     from xfm_fast.kernels.cpu.llvm.weight_gradient import weight_gradient
 
-    before = torch.get_num_threads()
     for outputs in (20, 900):
         dout, x = torch.randn(600, outputs).to(dtype), torch.randn(600, 200).to(dtype)
-        found = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                found.append(weight_gradient(dout, x, level=level))
-        finally:
-            torch.set_num_threads(before)
+        found = by_threads(partial(weight_gradient, dout, x, level=level))
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.conftest import each_library
 from xfm_fast.errors import InputError
-from xfm_fast.kernels import library, ops, reference
+from xfm_fast.kernels import library, ops, products, reference
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.varlen import plan_of
 from xfm_fast.training.distributed import end_groups
@@ -616,6 +616,23 @@ def test_branches_in_training_against_their_definition(name: str, mixed: bool, s
         assert ours.dtype == theirs.dtype
         errors = [float((each.double() - true).norm() / true.norm()) for each in (ours, theirs)]
         assert errors[0] <= 2 * errors[1] + (4e-3 if mixed else 4e-6), f"result {i}: {errors}"
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("name", ["MLP", "projection"])
+def test_the_sum_of_a_branch_lies_where_its_product_was(
+    name: str, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 it is wider, since the residual is fp32."""
+    x, *rest, gamma = shaped((3, 5, 16), (64, 16), 64, (16, 64), 16, (16, 16), 16, 16)()
+    pairs = dict(zip(("inner", "outer", "square"), zip(rest[::2], rest[1::2], strict=True), strict=True))
+    made: list[Tensor] = []
+    multiply = products.cpu.trained_linear
+    monkeypatch.setattr(products.cpu, "trained_linear", lambda *given: made.append(multiply(*given)) or made[-1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        out = BRANCHES[name]({"x": x, **pairs}, backend="cpu", gamma=gamma)
+    assert out.dtype == torch.float32
+    assert (out.data_ptr() == made[-1].data_ptr()) is not mixed
 
 
 def test_a_branch_in_training_keeps_its_input_alone() -> None:

@@ -176,7 +176,7 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
     """Time what accelerate(model) gains on models with random weights, against the same models untouched.
 
     Three minutes for each of the first models on two quiet cores at most; --only takes some of them. A model whose
-    outputs are not equal is not timed.
+    outputs are not equal is not timed. In int8, where this CPU has it, as near as products of bytes have to be.
     """
     from xfm_fast.benchmarks.work import drop_in
 

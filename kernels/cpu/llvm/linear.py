@@ -411,7 +411,7 @@ def _step(b: Builder, gelu: bool, half: bool, largest: Any) -> Any:
 
 
 Norm = tuple[Tensor, Tensor, float]
-"""Weight and bias of a LayerNorm, and its eps."""
+"""Weight and bias of a LayerNorm, in the type of what it normalises, and its eps."""
 
 
 class _Bytes:
