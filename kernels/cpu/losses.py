@@ -79,6 +79,9 @@ def linear_cross_entropy_forward(
     weight = 1 / max(rows.shape[0], 1)
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
     early = needs if dlogits is None else (needs[0], False, needs[2])
+    if dlogits is not None:
+        # The places of rows that do not count: an operator's results are a function of its arguments, to the last one.
+        dlogits.view(-1)[rows.shape[0] * w.shape[0] :].zero_()
     gradients = _Accumulators(rows, w, b, early, len(blocks), weight)
     slices = _vocabulary_slices(w.shape[0])
     # For a gradient the logits of all slices are kept until the row's normaliser is known; or else one place is enough.
