@@ -29,8 +29,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of the logits `h w^T + b`, in chunks of rows and vocabulary.
 
-    On CPU the gradients are computed with the loss, while a chunk of logits is in cache; on a GPU the backward pass
-    computes the chunks again.
+    On CPU the gradients are computed with the loss, while a chunk of logits is in cache, but for that of w where the
+    logits are smaller; on a GPU the backward pass computes the chunks again.
 
     Args:
         h: `[..., K]`; w: `[V, K]`; b: `[V]`; target: `[...]` integers below V.
@@ -111,8 +111,9 @@ def _forward(
     *needs, backend = rest
     arguments = (h, w, b, target, ignore_index, label_smoothing)
     if backend == "cpu":
-        loss, gradients = cpu.linear_cross_entropy_forward(*arguments, needs)
-        return loss, *(_present(g, h) for g in gradients)  # pyright: ignore[reportReturnType]
+        dlogits = cpu.logits_gradient(h, w) if needs[1] else None
+        loss, (dh, dw, db) = cpu.linear_cross_entropy_forward(*arguments, needs, dlogits)
+        return loss, _present(dh, h), _present(dw if dlogits is None else dlogits, h), _present(db, h)
     if checks.looked_at(target):
         checks.targets_inside(target, w.shape[0], ignore_index)
     loss, statistics = _module(backend).linear_cross_entropy_forward(*arguments)
@@ -126,7 +127,9 @@ def _forward_fake(
     wide = torch.promote_types(h.dtype, torch.float32)
     loss = h.new_empty((), dtype=wide)
     if backend == "cpu":
-        return loss, *_gradients_like(h, w, b, needs)
+        dh, dw, db = _gradients_like(h, w, b, needs)
+        dlogits = cpu.logits_gradient(h, w) if needs[1] else None
+        return loss, dh, dw if dlogits is None else dlogits, db
     rows = math.prod(h.shape[:-1])
     return loss, h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(0)
 
@@ -138,7 +141,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     # Or else zeros are written for results that have no gradient.
     ctx.set_materialize_grads(False)
     if ctx.backend == "cpu":
-        ctx.save_for_backward(*output[1:])
+        late = ctx.needs[1] and cpu.logits_gradient(h, w) is not None
+        ctx.save_for_backward(*output[1:], *((h, target) if late else ()))
     else:
         ctx.save_for_backward(h, w, b, target, output[1], output[2])
 
@@ -148,7 +152,10 @@ def _gradient(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if dloss is None:
         return (None, None, None, *rest)
     if ctx.backend == "cpu":
-        gradients = tuple(g if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
+        dh, dw, db, *late = ctx.saved_tensors
+        if late:
+            dw = _vocabulary_grad(*late, dw, ctx.ignore_index)
+        gradients = tuple(g if need else None for g, need in zip((dh, dw, db), ctx.needs, strict=True))
         if is_fake(dloss):
             return (*(None if g is None else g * dloss.to(g.dtype) for g in gradients), *rest)
         return (*cpu.linear_cross_entropy_backward(dloss, gradients), *rest)  # pyright: ignore[reportArgumentType]
@@ -211,6 +218,11 @@ def _rows_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)
 
 
+_vocabulary_grad = operator(
+    "vocabulary_gradient(Tensor h, Tensor target, Tensor dlogits, int ignore_index) -> Tensor",
+    cpu.vocabulary_gradient,
+    lambda h, _, dlogits, __: h.new_empty(dlogits.shape[1], h.shape[-1]),
+)
 _cross_entropy_grad = operator(
     "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor w, Tensor? b, Tensor target, Tensor maximum, "
     "Tensor log_sum, int ignore_index, float label_smoothing, bool need_h, bool need_w, bool need_b, str backend) "

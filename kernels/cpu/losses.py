@@ -4,7 +4,8 @@ Two arrangements, because the product of rows with the vocabulary is all the cos
 
 - `linear_cross_entropy_forward` knows the weight of every row in the loss, so it turns each block of logits into its
   gradient at once and multiplies it on while it is still there: three products, as in the eager computation. What it
-  keeps is the gradients themselves. A block holds some rows and the whole vocabulary, in slices.
+  keeps is the gradients themselves, but for that of the vocabulary where the logits' own is smaller: few rows, whose
+  last product waits for the backward. A block holds some rows and the whole vocabulary, in slices.
 - `token_log_likelihood_forward` does not know what its rows will be multiplied with. It keeps two numbers a row, and
   the backward computes the logits a second time: four products, and blocks of one slice of the vocabulary.
 """
@@ -54,6 +55,7 @@ def linear_cross_entropy_forward(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     needs: Needs = (True, True, True),
+    dlogits: Tensor | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The loss, and its gradients with respect to those of (h, w, b) that `needs` names.
 
@@ -62,6 +64,8 @@ def linear_cross_entropy_forward(
         ignore_index: target of rows that do not count; they cost nothing here.
         label_smoothing: share of the target probability that is spread evenly over the vocabulary.
         needs: which gradients are wanted. Without any, only one of the three products is computed.
+        dlogits: `[rows, V]` that is given by `logits_gradient`: instead of being multiplied on to dw, which then is
+            None, the gradient of the logits is written there for `vocabulary_gradient`.
 
     Returns:
         The mean over the rows that count, at least fp32 (0 when none does), and (dh, dw, db) for a loss with
@@ -74,7 +78,11 @@ def linear_cross_entropy_forward(
     rows, targets, kept = _counted_rows(h, target, w.shape[0], ignore_index)
     weight = 1 / max(rows.shape[0], 1)
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
-    gradients = _Accumulators(rows, w, b, needs, len(blocks), weight)
+    early = needs if dlogits is None else (needs[0], False, needs[2])
+    if dlogits is not None:
+        # The places of rows that do not count: an operator's results are a function of its arguments, to the last one.
+        dlogits.view(-1)[rows.shape[0] * w.shape[0] :].zero_()
+    gradients = _Accumulators(rows, w, b, early, len(blocks), weight)
     slices = _vocabulary_slices(w.shape[0])
     # For a gradient the logits of all slices are kept until the row's normaliser is known; or else one place is enough.
     memory = _Slices(rows, blocks, slices if any(needs) else slices[:1])
@@ -94,7 +102,38 @@ def linear_cross_entropy_forward(
         for part in reversed(slices if any(needs) else []):
             gradient = _to_gradient(logits.pop(), statistics, t_block, None, part, label_smoothing, w.shape[0])
             gradients.add(gradient, block, part)
+            if dlogits is not None:
+                _slice_of(dlogits, rows.shape[0], part).copy_(gradient)
     return total * weight, gradients.finish(h, kept)
+
+
+def logits_gradient(h: Tensor, w: Tensor) -> Tensor | None:
+    """Memory for the gradient of all logits, `[rows, V]`, where it is one block and no larger than w; None elsewhere.
+
+    Of few rows that is a small part of the vocabulary's gradient, which would lie there from the loss until the
+    backward, beside the activations of all that is computed between the two.
+    """
+    rows = h.numel() // h.shape[-1] if h.numel() else 0
+    if not rows or rows > h.shape[-1] or len(_row_blocks(h.reshape(-1, h.shape[-1]), w.shape[0])) > 1:
+        return None
+    return h.new_empty(rows, w.shape[0])
+
+
+def vocabulary_gradient(h: Tensor, target: Tensor, dlogits: Tensor, ignore_index: int = -100) -> Tensor:
+    """`[V, K]`: dw for a loss with gradient 1, to the bit as the forward would give it; arguments as there."""
+    vocabulary = dlogits.shape[1]
+    rows, _, _ = _counted_rows(h, target, vocabulary, ignore_index)
+    number = rows.shape[0]
+    dw = (h.new_empty if number else h.new_zeros)(vocabulary, h.shape[-1])
+    for part in _vocabulary_slices(vocabulary) if number else []:
+        gradient = _slice_of(dlogits, number, part)
+        _add_product(dw[part], gradient.t(), rows.t(), "vocabulary dw", 1 / number, first=True)
+    return dw
+
+
+def _slice_of(dlogits: Tensor, rows: int, part: slice) -> Tensor:
+    """A slice of the vocabulary, contiguous as the products read it."""
+    return dlogits.view(-1)[rows * part.start : rows * part.stop].view(rows, part.stop - part.start)
 
 
 def linear_cross_entropy_backward(dloss: Tensor, gradients: Gradients) -> Gradients:

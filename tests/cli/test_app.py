@@ -22,7 +22,7 @@ from torch import Tensor
 
 import xfm_fast
 from tests.cli.runner import invoke
-from xfm_fast.cli.app import app
+from xfm_fast.cli.app import app, main
 from xfm_fast.cli.console import progress
 from xfm_fast.cli.kernels import AuditOptions
 from xfm_fast.kernels.cpu import selection, waiting
@@ -475,3 +475,17 @@ def test_completion_of_the_shell_is_loaded_when_it_starts(tmp_path: Path, monkey
     refused = invoke(["--install-completion", "--shell", "bash", "--output", tmp_path / "file" / "script"])
     assert refused.exit_code == 2
     assert "name a file with --output" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"), [("search", "1"), ("bench", "1"), ("pretrain", None), ("finetune", None)]
+)
+def test_pytorch_is_asked_for_huge_pages_unless_the_whole_heap_has_them(
+    command: str, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xfm_fast.cli.app.run", lambda arguments: 0)
+    monkeypatch.setattr(sys, "argv", ["xfm-fast", command])
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ.get("THP_MEM_ALLOC_ENABLE") == asked

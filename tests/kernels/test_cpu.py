@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -792,3 +793,38 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
     What other allocations leave between them can cost some pieces anew: four of the twenty were seen.
     """
     assert _faults("keep") < 20_480 // 2
+
+
+_HEAP_SCRIPT = """
+import re, sys
+from pathlib import Path
+import torch
+from xfm_fast.kernels.cpu.workspace import keep_freed_memory
+
+if not keep_freed_memory():
+    raise SystemExit(3)
+tensors = [torch.ones(9 << 16) for _ in range(64)]
+places = sorted(tensor.data_ptr() for tensor in tensors)
+parts = Path("/proc/self/smaps").read_text().split("[heap]")[1:]
+huge = sum(int(re.findall(r"AnonHugePages: +([0-9]+)", part)[0]) for part in parts)
+print(huge * 1024, places[-1] - places[0])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
+def test_kept_memory_lies_in_huge_pages_without_gaps() -> None:
+    """64 tensors of 2.25 MB, which begin 4 MB apart where each has huge pages of its own."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text():
+        pytest.skip("this system gives no huge pages")
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    run = subprocess.run(
+        [sys.executable, "-c", _HEAP_SCRIPT], capture_output=True, text=True, check=False, timeout=120, env=environment
+    )
+    if run.returncode == 3:
+        pytest.skip("the C library of this system has no such options")
+    assert run.returncode == 0, run.stderr
+    huge, extent = map(int, run.stdout.split())
+    # A system that is short of whole pages gives some.
+    assert huge > 0
+    assert extent < 64 * 2.5 * 2**20

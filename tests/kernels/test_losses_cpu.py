@@ -201,6 +201,39 @@ def test_a_gradient_of_one_is_not_multiplied() -> None:
         assert torch.equal(value, 2 * gradient)
 
 
+@each_dtype
+@pytest.mark.parametrize("ignored", [0, 4, 9])
+def test_the_gradient_of_the_vocabulary_can_wait(
+    ignored: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_SLICE", 64)
+    h, w, b, target = make(9, 40, 211, dtype)
+    target[:ignored] = -100
+    loss, early = losses.linear_cross_entropy_forward(h, w, b, target)
+    dlogits = losses.logits_gradient(h, w)
+    assert dlogits is not None
+    same, (dh, dw, db) = losses.linear_cross_entropy_forward(h, w, b, target, dlogits=dlogits)
+    assert dw is None
+    late = (dh, losses.vocabulary_gradient(h, target, dlogits), db)
+    assert torch.equal(same, loss)
+    for found, expected in zip(late, early, strict=True):
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize(("rows", "block", "kept"), [(40, 40, True), (41, 41, False), (40, 39, False), (0, 40, False)])
+def test_logits_are_kept_where_they_are_the_smaller(
+    rows: int, block: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h, w, _, _ = make(rows, 40, 211, torch.float32)
+    monkeypatch.setattr(losses, "_BLOCK_BYTES", block * 211 * 4)
+    dlogits = losses.logits_gradient(h, w)
+    assert (dlogits is not None) == kept
+    assert dlogits is None or dlogits.shape == (rows, 211)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_same_bits_twice() -> None:
     arguments = make(37, 16, 150, torch.float32)

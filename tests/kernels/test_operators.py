@@ -490,6 +490,26 @@ def test_cross_entropy_of_huge_logits() -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (h, w, b)))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cross_entropy_of_few_rows_keeps_no_gradient_of_the_vocabulary(autocast: bool) -> None:
+    h, w = (torch.randn(n, 64, requires_grad=True) for n in (3, 1000))
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = ops.linear_cross_entropy(h, w, None, torch.arange(3))
+    assert 0 < kept < w.nbytes / 4
+    truth = torch.nn.functional.cross_entropy(h @ w.t(), torch.arange(3))
+    tolerance = 2e-2 if autocast else 1e-5
+    for ours, expected in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(truth, (h, w)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_only_the_gradients_that_are_wanted() -> None:
     h, w, b = CASES["cross-entropy"][1]()
     frozen = w.detach()

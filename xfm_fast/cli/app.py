@@ -138,9 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command line, by default that of the process, and exits with its code."""
     if arguments is None:
         arguments = sys.argv[1:]
-        # PyTorch reads it at its first allocation: large tensors then lie in huge pages where Linux leaves that to
-        # programs. Products of matrices that no cache holds take a tenth less time, which is that of finding addresses.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        if arguments[:1] not in (["pretrain"], ["finetune"]):
+            # PyTorch reads it at its first allocation: large tensors then lie in huge pages where Linux leaves that to
+            # programs. Products of matrices that no cache holds take a tenth less time, which is that of finding
+            # addresses. Commands that train ask for a whole heap of them, which takes less memory.
+            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if arguments[:1] not in (["bench"], ["try"]):
             # What is measured is measured as PyTorch is.
             wait_briefly(os.environ)
