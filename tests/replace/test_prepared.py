@@ -92,7 +92,7 @@ def compiled_bytes(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Widths that the compiled kernel takes on every processor.
-_WIDE = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
+_WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
 _IN_BYTES: dict[str, dict[str, Any]] = {"BertModel": _WIDE, "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"}}
 if TRANSFORMERS >= 5:
     _IN_BYTES |= {
