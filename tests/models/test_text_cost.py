@@ -63,9 +63,7 @@ def test_calls_of_a_layer(kind: str, int8_chosen: None, monkeypatch: pytest.Monk
         ),
     )  # fmt: skip
     launches, launch = list[int](), builder.Kernel.__call__
-    monkeypatch.setattr(
-        builder.Kernel, "__call__", lambda kernel, *given: launches.append(1) or launch(kernel, *given)
-    )
+    monkeypatch.setattr(builder.Kernel, "__call__", lambda kernel, *given: launches.append(1) or launch(kernel, *given))
 
     def costs(layers: int) -> tuple[int, int, int]:
         sizes = {"text_width": 128, "text_heads": 2, "text_intermediate": 256, "text_layers": layers}

@@ -134,7 +134,7 @@ def test_products_of_bytes(
 def test_layer_scale_of_bytes(ran: list[Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     if TRANSFORMERS < 5:
         pytest.skip("its layer has other names")
-    sizes = {"image_size": 32, "patch_size": 8, "mlp_ratio": 2}
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 8, "mlp_ratio": 2}
     made = make("Dinov2Model", torch.float32, **_WIDE | sizes).eval()
     images = pixels(torch.float32)
 
