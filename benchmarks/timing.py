@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,6 +29,13 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
         return math.inf
     error = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
     return error if math.isfinite(error) else math.inf
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """The reason why torch.compile has nothing to compile with on a device; None if it has."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return "torch.compile needs a C++ compiler (g++ or clang++), and none is on the PATH"
+    return None
 
 
 def parity_band(dtype: torch.dtype, own: float = 0.0, fp32: float = FP32_BAND) -> float:

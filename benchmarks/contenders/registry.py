@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from xfm_fast.kernels.cpu import int8
 from ..material.inputs import Subjects
 from ..measure import DTYPES
 from ..record import OFFICIAL, OFFICIAL_CODE, OURS
+from ..timing import why_not_compiled
 from .engine import Built, Engine, Schedule, TaskEngine
 from .official_algorithm import OfficialEngine
 from .official_finetuning import official_engine
@@ -172,14 +172,8 @@ def _int8_absent(device: torch.device) -> str | None:
     return int8.why_not() if device.type == "cpu" else "int8 is for CPUs"
 
 
-def _compiler_absent(device: torch.device) -> str | None:
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        return "torch.compile needs a C++ compiler (g++ or clang++), and none is on the PATH"
-    return None
-
-
 def _packages_absent(device: torch.device) -> str | None:
-    return _needs(on="cpu")(device) or _compiler_absent(device)
+    return _needs(on="cpu")(device) or why_not_compiled(device)
 
 
 def _sessions(
@@ -233,7 +227,7 @@ ALL: tuple[Contender, ...] = (
     Contender(
         "torch-compile", "official algorithm, torch.compile",
         _plain(lambda s: OfficialEngine(s.model, lambda function: torch.compile(function))),
-        why_absent=_compiler_absent, heavy=True,
+        why_absent=why_not_compiled, heavy=True,
     ),
     *(
         Contender(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import ops, reference, roofline
+from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.marked import mark
 
-from ..timing import one_line, parity_band, relative_error
+from ..timing import one_line, parity_band, relative_error, why_not_compiled
 
 Run = Callable[..., Tensor]
 Direction = Literal["forward", "backward", "forward and backward"]
@@ -43,6 +47,8 @@ class Case:
         others: alternatives by name, which compute the same.
         bounds: work that the operation contains or resembles: a bound of its time, with another result.
         absent: alternatives that this machine lacks, with what is missing.
+        rounded: the definition in 8 bits, where contenders compute so and differ by more than floats round.
+        inference: only the forward pass is to be had.
     """
 
     name: str
@@ -54,6 +60,8 @@ class Case:
     others: dict[str, Run] = field(default_factory=dict)
     bounds: dict[str, Run] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    rounded: Run | None = None
+    inference: bool = False
 
     @property
     def contenders(self) -> dict[str, Run]:
@@ -97,6 +105,12 @@ def entrants(case: Case, only: Collection[str] | None = None) -> dict[str, Entra
     truth = case.truth(*(t.double() for t in case.inputs))
     kind = case.inputs[0].dtype
     band = parity_band(kind, relative_error(case.truth(*case.inputs), truth), fp32=4 * torch.finfo(kind).eps)
+    if case.rounded is not None:
+        # Libraries place the levels in ways of their own, none of which is the truth.
+        band += 2 * relative_error(case.rounded(*(t.double() for t in case.inputs)), truth)
+    # Compilers keep few versions of a function, and quietly run it as it is beyond: those of other cases are done with.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     found = {name: Entrant(status="absent", reason=why) for name, why in case.absent.items()}
     for name, run in case.contenders.items():
         if only is not None and name not in only:
@@ -116,8 +130,10 @@ def entrants(case: Case, only: Collection[str] | None = None) -> dict[str, Entra
             continue
         # The loss of a vocabulary is counted with its gradients: one row for both.
         last: Direction = "backward" if case.backward_work is not None else "forward and backward"
-        if last == "backward":
+        if last == "backward" or case.inference:
             entrant.runs["forward"] = partial(_forward, run, case.inputs)
+        if case.inference:
+            continue
         try:
             if _differentiable(run, case.inputs):
                 entrant.runs[last] = partial(_backward if last == "backward" else _both, run, case.inputs)
@@ -129,7 +145,7 @@ def entrants(case: Case, only: Collection[str] | None = None) -> dict[str, Entra
 def directions(case: Case) -> list[tuple[Direction, roofline.Work]]:
     """What is timed of a case, with its arithmetic."""
     if case.backward_work is None:
-        return [("forward and backward", case.work)]
+        return [("forward" if case.inference else "forward and backward", case.work)]
     return [("forward", case.work), ("backward", case.backward_work)]
 
 
@@ -180,8 +196,12 @@ def json_number(value: float | None) -> float | None:
 
 
 def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> list[Case]:
-    """Every case; `small` shrinks them for a machine without a GPU, and for tests."""
-    made = [_relpos(window, 2 if small else 8, device, dtype) for window in ((4,) if small else (14, 24, 30))]
+    """Every case; `small` shrinks them for a machine without a GPU, and for tests.
+
+    On a CPU, where a kernel takes a C++ compiler up to a minute, contenders that are compiled are left out of those.
+    """
+    compiles = device.type == "cuda" or not small
+    made = [_relpos(window, 2 if small else 8, device, dtype, compiles) for window in ((4,) if small else (14, 24, 30))]
     texts, length, heads = 8 if small else 256, 13, (roofline.HEADS, roofline.HEAD_DIM)
     tokens, packed = texts * length, torch.arange(texts + 1, dtype=torch.int32, device=device) * length
     queries, keys = 64 if small else 3328, 577
@@ -189,7 +209,7 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> l
     grouped = _varlen(
         f"varlen_attention {queries} queries × {keys} keys",
         partial(roofline.varlen_attention, queries * keys, queries, keys, f"{queries} × {keys}"),
-        (ends[0], ends[1]), _tensors(device, dtype, *((n, *heads) for n in (queries, keys, keys))),
+        (ends[0], ends[1]), _tensors(device, dtype, *((n, *heads) for n in (queries, keys, keys))), compiles,
     )  # fmt: skip
     grouped.others["SDPA"] = lambda q, k, v: _padded_sdpa(q, k, v, 1)
     rows, width, hidden = 64 if small else 8 * 577, roofline.WIDTH, roofline.HIDDEN
@@ -208,7 +228,7 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> l
         _varlen(
             f"varlen_attention {texts} texts × {length}",
             partial(roofline.varlen_attention, tokens * length, tokens, tokens, f"{texts} × {length}"),
-            (packed, packed), _tensors(device, dtype, *[(tokens, *heads)] * 3),
+            (packed, packed), _tensors(device, dtype, *[(tokens, *heads)] * 3), compiles,
         ),
         grouped,
         _case(
@@ -223,6 +243,7 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> l
             {"the product alone": F.linear},
         ),
         _vocabulary(32 if small else 1440, 512 if small else roofline.VOCABULARY, device, dtype),
+        *([int8_linear(rows, dtype, compiles)] if _multiplies_bytes(device, dtype) else []),
     ]  # fmt: skip
 
 
@@ -241,7 +262,7 @@ def _tensors(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...])
     return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
 
 
-def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype) -> Case:
+def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype, compiles: bool) -> Case:
     tokens, heads, width = window**2 + 1, roofline.HEADS, roofline.HEAD_DIM
     q, k, v = _tensors(device, dtype, *[(batch, tokens, heads, width)] * 3)
     (table,) = _tensors(device, dtype, ((2 * window - 1) ** 2 + 3, heads))
@@ -286,6 +307,14 @@ def _relpos(window: int, batch: int, device: torch.device, dtype: torch.dtype) -
     else:
         others["SDPA + bias"] = fused(None, True)
         bounds["SDPA without bias"] = fused(None, False)
+        places, read = index.view(tokens, tokens), kept[0]
+        flex = {
+            "FlexAttention, table gathered": _flex(
+                lambda table: lambda h, i, j: table[places[i, j], h], **_ON_CPU
+            ),
+            "FlexAttention, bias read": _flex(lambda table: _lookup(read), **_ON_CPU),
+        }  # fmt: skip
+        _add_compiled(flex, compiles, device, others, absent)
     made = _case(
         f"relpos_attention {batch} × {tokens}", partial(roofline.relpos_attention, batch, tokens), (q, k, v, table),
         lambda *a: ops.relpos_attention(*a, shape), lambda *a: reference.relpos_attention(*a, shape, width**-0.5),
@@ -302,13 +331,38 @@ def _lookup(bias: Tensor) -> Bias:
     return lambda head, query, key: bias[head, query, key]
 
 
-def _flex(bias_from: Callable[[Tensor], Bias], **options: Any) -> Run:
+# The CPU's template cannot be compiled for sizes that are left open, and in parts it would not be compiled at all.
+_ON_CPU: dict[str, Any] = {"dynamic": False, "fullgraph": True}
+
+
+def _add_compiled(
+    made: dict[str, Run], compiles: bool, device: torch.device, others: dict[str, Run], absent: dict[str, str]
+) -> None:
+    """Add alternatives that a C++ compiler makes here, or say why it cannot."""
+    why = why_not_compiled(device)
+    if why is not None:
+        absent |= dict.fromkeys(made, why)
+    elif compiles:
+        others |= made
+
+
+def _refuse_gradient(*inputs: Tensor) -> None:
+    # The compiler finds that out too, and says so in words that name neither.
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        raise UnavailableError("FlexAttention has no gradient on a CPU")
+
+
+def _flex(
+    bias_from: Callable[[Tensor], Bias], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+) -> Run:
     """FlexAttention with a bias made from the table."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=fullgraph)
 
     def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        if q.device.type == "cpu":
+            _refuse_gradient(q, k, v, table)
         bias = bias_from(table)
 
         def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -322,8 +376,9 @@ def _flex(bias_from: Callable[[Tensor], Bias], **options: Any) -> Run:
 
 
 def _varlen(
-    name: str, work: Callable[..., roofline.Work], offsets: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...]
-) -> Case:
+    name: str, work: Callable[..., roofline.Work], offsets: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...],
+    compiles: bool,
+) -> Case:  # fmt: skip
     q = inputs[0]
     longest = tuple(int(o.diff().max()) for o in offsets)
     scale = q.shape[-1] ** -0.5
@@ -337,11 +392,94 @@ def _varlen(
         others["flash-attn"] = lambda *a: ops.varlen_attention(*a, *offsets, *longest, backend="flash_attn")
     elif q.is_cuda:
         absent["flash-attn"] = "flash-attn 2 is not installed"
+    if not q.is_cuda:
+        flex = {"FlexAttention, document mask": _documents(*offsets)}
+        _add_compiled(flex, compiles, q.device, others, absent)
     made = _case(
         name, work, inputs, lambda *a: ops.varlen_attention(*a, *offsets, *longest),
         lambda *a: reference.varlen_attention(*a, *offsets, scale), others,
     )  # fmt: skip
     return replace(made, absent=absent)
+
+
+def _documents(of_queries: Tensor, of_keys: Tensor) -> Run:
+    """FlexAttention of packed sequences: a mask lets queries see the keys of their own; what it skips is found once."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, **_ON_CPU)
+    numbers = [torch.arange(len(o) - 1).repeat_interleave(o.diff()) for o in (of_queries.cpu(), of_keys.cpu())]
+    queries, keys = numbers
+
+    def together(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return queries[query] == keys[key]
+
+    @cache
+    def mask() -> Any:
+        return create_block_mask(together, None, None, len(queries), len(keys), device="cpu")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _refuse_gradient(q, k, v)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out: Any = compiled(q, k, v, block_mask=mask())
+        return out[0].transpose(0, 1)
+
+    return run
+
+
+def _multiplies_bytes(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and int8.why_not() is None
+
+
+def int8_linear(rows: int, dtype: torch.dtype, compiles: bool) -> Case:
+    """A linear layer whose weight is rounded to bytes once and whose activations are at every call, on a CPU."""
+    width, hidden, device = roofline.WIDTH, roofline.HIDDEN, torch.device("cpu")
+    x, weight, bias = _tensors(device, dtype, (rows, width), (hidden, width), (hidden,))
+    weight /= width**0.5
+    marked = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    mark([marked], "int8")
+    others: dict[str, Run] = {}
+    absent: dict[str, str] = {}
+    if available("torchao"):
+        others["torchao"] = _torchao(weight, bias)
+        _add_compiled({"torchao, torch.compile": _torchao(weight, bias, **_ON_CPU)}, compiles, device, others, absent)
+    else:
+        absent |= dict.fromkeys(("torchao", "torchao, torch.compile"), "torchao is not installed; pip install torchao")
+    size, flops, element = f"{rows} × {width} → {hidden}", 2 * rows * width * hidden, x.element_size()
+    return Case(
+        f"linear in int8 {size}",
+        roofline.Work("linear", size, flops, rows * (width + hidden) * element + width * hidden),
+        None,
+        (x,),
+        lambda x: int8.linear(x, marked, bias),
+        lambda x: reference.linear(x, weight.to(x.dtype), bias.to(x.dtype)),
+        others,
+        {"the product in floats": lambda x: F.linear(x, weight, bias)},
+        absent,
+        rounded=lambda x: reference.linear(
+            reference.as_int8(x), reference.as_int8(weight.float()).to(x.dtype), bias.to(x.dtype)
+        ),
+        inference=True,
+    )  # fmt: skip
+
+
+def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Run:
+    """The dynamic int8 of torchao: weights per channel, activations per token."""
+
+    @cache
+    def layer() -> Callable[[Tensor], Tensor]:
+        # Imported where it runs: what fails to import is a row that says so.
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8DynamicActivationInt8WeightConfig,
+            quantize_,
+        )
+
+        made = torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+        made.load_state_dict({"weight": weight, "bias": bias})
+        whole = torch.nn.Sequential(made).eval().requires_grad_(False)
+        quantize_(whole, Int8DynamicActivationInt8WeightConfig())
+        return torch.compile(whole, **compiled) if compiled else whole
+
+    return lambda x: layer()(x)
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, *lengths: Any) -> Tensor:

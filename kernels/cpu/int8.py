@@ -96,12 +96,16 @@ def pays(operation: str, x: Tensor, weight: Tensor) -> bool:
     Args:
         operation: linear, linear_residual or mlp_residual.
     """
-    if x.dtype != weight.dtype:
+    return _pays(operation, x.shape[:-1].numel(), x.dtype, weight)
+
+
+def _pays(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) -> bool:
+    if dtype != weight.dtype:
         # The floats would have to be converted at every call.
         return True
-    name = race_name(operation, few=x.numel() < _FEW * x.shape[-1])
+    name = race_name(operation, few=rows < _FEW)
     candidates, example, _ = RACES[name]
-    return select(name, candidates, example, x.dtype, alike=False) == "int8"
+    return select(name, candidates, example, dtype, alike=False) == "int8"
 
 
 def race_name(operation: str, *, few: bool) -> str:
@@ -126,10 +130,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
-    out = torch.empty_like(sums)
     if _library(x, weight) == "llvm":
-        _compiled_product(rows, weight, bias, gamma, sums, out)
-        return out.view(residual.shape)
+        return Prepared.of(weight, bias, gamma)(rows, sums).view(residual.shape)
+    out = torch.empty_like(sums)
     packed, wide = _factors(weight, bias, gamma)
     levels, steps = _quantised(rows, x.dtype)
     _add_branch(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide, sums, out)
@@ -153,15 +156,10 @@ def mlp_residual(
         norm: what x passes first.
     """
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
-    out = torch.empty_like(sums)
     if _library(x, weight_in) == _library(x, weight_out) == "llvm":
-        hidden = scratch("int8 hidden", (min(_MOST_ROWS, len(rows)), weight_in.shape[0]), torch.float32)
-        for start in range(0, len(rows), _MOST_ROWS):
-            part = slice(start, start + _MOST_ROWS)
-            middle = hidden[: len(rows[part])]
-            _compiled_product(rows[part], weight_in, bias_in, None, None, middle, gelu=True, norm=norm)
-            _compiled_product(middle, weight_out, bias_out, gamma, sums[part], out[part], of_gelu=True)
-        return out.view(residual.shape)
+        first, second = Prepared.of(weight_in, bias_in), Prepared.of(weight_out, bias_out, gamma)
+        return prepared_mlp(first, second, rows, sums, norm=norm).view(residual.shape)
+    out = torch.empty_like(sums)
     rows = rows if norm is None else reference.layer_norm(rows, *norm)
     (packed, wide), second = _factors(weight_in, bias_in), _factors(weight_out, bias_out, gamma)
     most = min(_SLICE_ROWS * torch.get_num_threads(), _MOST_ROWS)
@@ -181,7 +179,7 @@ def mlp_residual(
 
 
 class Prepared(NamedTuple):
-    """A layer whose bytes are at hand.
+    """A layer whose bytes are at hand, for the compiled kernel.
 
     Attributes:
         panels: of its weight.
@@ -191,6 +189,13 @@ class Prepared(NamedTuple):
     panels: Panels
     bias: Tensor | None
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> Prepared:
+        """`gamma · (x W^T + b)`."""
+        panels = _panels(weight)
+        steps, wide = _times_gamma(panels.steps, weight, bias, gamma)
+        return cls(panels._replace(steps=steps), wide)
+
     def __call__(
         self,
         x: Tensor,
@@ -199,13 +204,40 @@ class Prepared(NamedTuple):
         gelu: bool = False,
         of_gelu: bool = False,
         dtype: torch.dtype | None = None,
+        norm: Norm | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """`residual + x W^T + b`, or of the product's GELU, for x `[n, K]`; in the type of the residual, or of x."""
+        """`residual + x W^T + b`, or of the product's GELU, for x `[n, K]`; in the type of the residual, or of x.
+
+        Args:
+            norm: what x passes first.
+            out: `[n, M]`, where the result is written.
+        """
         from .llvm.linear import bytes_linear
 
-        dtype = dtype if residual is None else residual.dtype
-        out = x.new_empty(x.shape[0], self.panels.steps.shape[0], dtype=dtype)
-        return bytes_linear(x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu)
+        if out is None:
+            dtype = dtype if residual is None else residual.dtype
+            out = x.new_empty(x.shape[0], self.panels.steps.shape[0], dtype=dtype)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        if residual is not None and residual.stride(-1) != 1:
+            residual = residual.contiguous()
+        return bytes_linear(x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
+
+
+def prepared_mlp(first: Prepared, second: Prepared, x: Tensor, residual: Tensor, *, norm: Norm | None = None) -> Tensor:
+    """`residual + second(gelu(first(x)))` for x `[n, K]`, residual `[n, M]`; the hidden layer is fp32.
+
+    Args:
+        norm: what x passes first.
+    """
+    out = torch.empty_like(residual)
+    hidden = scratch("int8 hidden", (min(_MOST_ROWS, len(x)), first.panels.steps.shape[0]), torch.float32)
+    for start in range(0, len(x), _MOST_ROWS):
+        part = slice(start, start + _MOST_ROWS)
+        middle = hidden[: len(x[part])]
+        first(x[part], gelu=True, norm=norm, out=middle)
+        second(middle, residual[part], of_gelu=True, out=out[part])
+    return out
 
 
 def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]) -> Prepared:
@@ -216,27 +248,30 @@ def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Ca
     """
 
     def made() -> Prepared:
-        bias = torch.cat([each.float() for each in biases]) if biases else None
-        return Prepared(_panels(joined()), bias)
+        return Prepared.of(joined(), torch.cat([each.float() for each in biases]) if biases else None)
 
     return derived("int8 layer", (*weights, *biases), made)
 
 
-def compiled(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """True where the compiled kernel multiplies with all of a layer of text's weights, and is the quickest way."""
-    return all(_library(x, weight) == "llvm" for weight in weights) and all(
-        pays(each, x, weights[0]) for each in _LAYERS
+def compiled(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
+    """True where the compiled kernel multiplies so many rows of a type with all these weights, as the quickest way."""
+    return all(_library_of(dtype, weight) == "llvm" for weight in weights) and all(
+        _pays(each, rows, dtype, weights[0]) for each in _LAYERS
     )
 
 
 def _library(x: Tensor, weight: Tensor) -> str:
     """What multiplies with bytes of weights of these sizes."""
+    return _library_of(x.dtype, weight)
+
+
+def _library_of(dtype: torch.dtype, weight: Tensor) -> str:
     outputs, inputs = weight.shape
-    if x.dtype not in (torch.float32, torch.bfloat16) or not llvm.fits(outputs, inputs, torch.int8):
+    if dtype not in (torch.float32, torch.bfloat16) or not llvm.fits(outputs, inputs, torch.int8):
         return "onednn"
     # One for any number of rows: what a row gives does not depend on those beside it, to the bit.
     candidates, example, _ = LIBRARIES["products of bytes"]
-    return select("products of bytes", candidates, example, x.dtype, alike=False)
+    return select("products of bytes", candidates, example, dtype, alike=False)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -249,33 +284,8 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _compiled_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False, norm: Norm | None = None
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty(len(rows), weight.shape[0], dtype=x.dtype)
-    _compiled_product(rows, weight, bias, None, None, out, gelu=gelu, norm=norm)
-    return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _compiled_product(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    *,
-    gelu: bool = False,
-    of_gelu: bool = False,
-    norm: Norm | None = None,
-) -> None:
-    """`residual + gamma · (x W^T + b)`, or of the product's GELU, to `out` `[n, M]`; the rows may be of a GELU."""
-    from .llvm.linear import bytes_linear
-
-    factor = _panels(weight)
-    scales, wide = _times_gamma(factor.steps, weight, bias, gamma)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    if residual is not None and residual.stride(-1) != 1:
-        residual = residual.contiguous()
-    bytes_linear(rows, factor._replace(steps=scales), wide, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
+    made = Prepared.of(weight, bias)(x.reshape(-1, x.shape[-1]), gelu=gelu, norm=norm)
+    return made.view(*x.shape[:-1], weight.shape[0])
 
 
 def _panels(weight: Tensor) -> Panels:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from tests.replace.text_models import TRANSFORMERS, batch, make
+from tests.replace.vision_models import pixels
 from xfm_fast import accelerate
 from xfm_fast.kernels import ops
+from xfm_fast.kernels.cpu import int8, llvm, selection
+from xfm_fast.kernels.marked import unmark
 from xfm_fast.replace import prepared as preparing
 from xfm_fast.replace.prepared import Prepared
 
@@ -49,11 +52,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Prepared]:
     return seen
 
 
-def generally(made: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def generally(made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None) -> Tensor:
     """What the general way gives."""
     with monkeypatch.context() as patched:
         patched.setattr(preparing, "_TYPES", ())
-        return states(made)
+        return states(made, given)
 
 
 @pytest.mark.parametrize("unpad", [False, True])
@@ -75,6 +78,108 @@ def test_the_numbers_of_the_general_way(
     assert len(ran) % made.config.num_hidden_layers == 0
     assert len(ran) >= 4
     assert len(set(map(id, ran))) <= made.config.num_hidden_layers
+
+
+@pytest.fixture
+def compiled_bytes(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are multiplied by the compiled kernel, whether or not that is the quickest way here."""
+    why = int8.why_not() or llvm.why_not(torch.int8)
+    if why is not None:
+        pytest.skip(f"no compiled products of bytes here: {why}")
+    for dtype in (torch.float32, torch.bfloat16):
+        found = selection.Selection("products of bytes", dtype, "llvm", {}, {}, "settled")
+        monkeypatch.setitem(selection._selections, ("products of bytes", dtype), found)
+
+
+# Widths that the compiled kernel takes on every processor.
+_WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
+_IN_BYTES: dict[str, dict[str, Any]] = {"BertModel": _WIDE, "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"}}
+if TRANSFORMERS >= 5:
+    _IN_BYTES |= {
+        "MPNetModel": _WIDE,
+        "DistilBertModel": _WIDE | {"hidden_dim": 192},
+        "ModernBertModel": _WIDE | {"bos_token_id": 0},
+    }
+
+
+def _near(found: Tensor, wanted: Tensor) -> None:
+    """As near as another rounding of what is rounded to bytes comes."""
+    wide = wanted.float()
+    assert float((found.float() - wide).abs().max()) <= 2.0**-6 * float(wide.abs().max())
+    assert float((found.float() - wide).norm()) <= 2.0**-7 * float(wide.norm())
+
+
+@pytest.mark.usefixtures("compiled_bytes")
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", _IN_BYTES)
+def test_products_of_bytes(
+    name: str, dtype: torch.dtype, unpad: bool, ran: list[Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    made = make(name, dtype, **_IN_BYTES[name]).eval()
+    one = {key: value[:1] for key, value in batch().items()}
+    accelerate(made, unpad=unpad, dtype="int8")
+    wanted, wanted_alone = generally(made, monkeypatch), generally(made, monkeypatch, one)
+    assert not ran
+    found, alone = states(made), states(made, one)
+    assert len(ran) == 2 * made.config.num_hidden_layers
+    assert all(len(layer.rounded) == (4 if name == "ModernBertModel" else 6) for layer in ran)
+    _near(found, wanted)
+    _near(alone, wanted_alone)
+
+
+@pytest.mark.usefixtures("compiled_bytes")
+def test_layer_scale_of_bytes(ran: list[Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    if TRANSFORMERS < 5:
+        pytest.skip("its layer has other names")
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 8, "mlp_ratio": 2}
+    made = make("Dinov2Model", torch.float32, **_WIDE | sizes).eval()
+    images = pixels(torch.float32)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return made(images).last_hidden_state
+
+    accelerate(made, dtype="int8")
+    results: list[Tensor] = []
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(preparing, "_TYPES", ())
+            wanted = run()
+        assert len(ran) == 2 * len(results)
+        results.append(run())
+        _near(results[-1], wanted)
+        for layer in made.modules():
+            if type(layer).__name__ == "Dinov2LayerScale":
+                # Written past the counter of versions.
+                layer.lambda1.data.mul_(-0.5)
+    assert len(ran) == 4
+    assert not torch.allclose(*results, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("compiled_bytes")
+def test_marks_and_speed_decide_at_every_call(ran: list[Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make("BertModel", torch.float32, **_WIDE).eval()
+    accelerate(made, dtype="int8")
+    before = states(made)
+    assert len(ran) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(int8, "_pays", lambda operation, rows, dtype, weight: rows > len(before) * 2)
+        states(made)
+        assert len(ran) == 2
+    first = made.encoder.layer[0]
+    first.output.dense.weight.data.mul_(2)
+    after = states(made)
+    assert len(ran) == 4
+    assert not torch.allclose(before, after, rtol=1e-2)
+    unmark([p for p in first.parameters() if p.ndim == 2])
+    floats = states(made)
+    assert len(ran) == 6
+    assert ran[-2].rounded == ()
+    assert not torch.equal(floats, after)
+    assert torch.cosine_similarity(floats.float(), after.float(), dim=-1).min() > 0.999
 
 
 def _add(layer: Any) -> None:

@@ -377,7 +377,7 @@ class LayerStack(nn.Module):
             kind_of(first.weight) == "int8"
             and not any(weight.is_inference() for weight in weights)
             and layer.output.LayerNorm.weight.dtype == x.dtype
-            and int8.compiled(x, weights)
+            and int8.compiled(len(x), x.dtype, weights)
         )
 
     def serves(self) -> bool:

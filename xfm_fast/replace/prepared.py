@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.cpu import products as cpu
 from xfm_fast.kernels.derived import samples
 from xfm_fast.kernels.marked import kind_of
@@ -86,6 +87,31 @@ class _Frozen(NamedTuple):
         return torch.addcmul(residual, self.linear(x), gamma)
 
 
+class _Rounded(NamedTuple):
+    """The same with a weight in bytes, for rows of either type. LayerScale is a factor of the weight."""
+
+    product: int8.Prepared
+    dtype: torch.dtype
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self._of(x, None)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self._of(x, None, gelu=True)
+
+    def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
+        return self._of(x, residual)
+
+    def _of(self, x: Tensor, residual: Tensor | None, *, gelu: bool = False) -> Tensor:
+        if x.ndim == 2:
+            return self.product(x, residual, gelu=gelu, dtype=self.dtype)
+        sums = None if residual is None else residual.flatten(0, -2)
+        return self.product(x.flatten(0, -2), sums, gelu=gelu, dtype=self.dtype).view(*x.shape[:-1], -1)
+
+
+_Product = _Plain | _Frozen | _Rounded
+
+
 class Prepared:
     """One layer, of either order.
 
@@ -101,7 +127,7 @@ class Prepared:
         watched = [(part._parameters, name) for part in layer.modules() for name in part._parameters]
         needed = {id(value) for value in _weights(parts)}
         self._sources = [
-            (owner, name, value, value._version, value.data_ptr())
+            (owner, name, value, value._version, value.data_ptr(), kind_of(value))
             for owner, name in watched
             if (value := owner[name]) is not None and id(value) in needed
         ]
@@ -109,10 +135,17 @@ class Prepared:
         # What is copied may be written past PyTorch's count of versions.
         joined = parts.projections if parts.joins and len(parts.projections) > 1 else ()
         copied = {id(value) for value in _of(joined)}
-        kept = [value for _, _, value, _, _ in self._sources if value.dtype != self.dtype or id(value) in copied]
+        self.rounded = tuple(value for _, _, value, _, _, kind in self._sources if kind == "int8")
+        if self.rounded:
+            copied = needed
+        kept = [value for _, _, value, *_ in self._sources if value.dtype != self.dtype or id(value) in copied]
         self._views = [samples(value) for value in kept]
         self._values = torch.cat(self._views) if self._views else None
-        self._of_layer = {id(part): self._product_of([part]) for part in (parts.proj, parts.fc2, *_inner(parts))}
+        ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
+        self._of_layer = {
+            id(part): self._product_of([part], ends.get(id(part)))
+            for part in (parts.proj, parts.fc2, *_inner(parts))
+        }  # fmt: skip
         groups = [joined] if joined else [(part,) for part in parts.projections]
         self._qkv = [self._product_of(group) for group in groups]
         self._proj, self._fc2 = self._of_layer[id(parts.proj)], self._of_layer[id(parts.fc2)]
@@ -127,10 +160,10 @@ class Prepared:
             return False
         if self.parts.activation is not None and self.parts.activation(layer) is not self._activation:
             return False
-        for owner, name, value, version, place in self._sources:
+        for owner, name, value, version, place, kind in self._sources:
             if owner.get(name) is not value or value._version != version or value.data_ptr() != place:
                 return False
-            if kind_of(value) is not None:
+            if kind_of(value) is not kind:
                 return False
         if _busy(self._others):
             return False
@@ -152,11 +185,16 @@ class Prepared:
         normed = self._normed(x, self._second)
         if isinstance(self._fc1, _Plain) and isinstance(self._fc2, _Plain) and not _few(normed):
             return cpu.mlp_residual(normed, *self._fc1, *self._fc2, x, self._scales[1])
+        if isinstance(self._fc1, _Rounded) and isinstance(self._fc2, _Rounded):
+            return self._rounded_mlp(self._fc1, self._fc2, normed, x)
         return self._fc2.residual(self._hidden(normed), x, self._scales[1])
 
     def _post_norm(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
-        context = self._attended(x.to(self.dtype), attend, settings, adapt)
-        x = self._normed(self._summed(context, self._proj, x), self._first)
+        # Bytes are made of either type, soonest of what is there.
+        own = x if isinstance(self._qkv[0], _Rounded) else x.to(self.dtype)
+        x = self._normed(self._summed(self._attended(own, attend, settings, adapt), self._proj, x), self._first)
+        if isinstance(self._fc1, _Rounded) and isinstance(self._fc2, _Rounded):
+            return self._normed(self._rounded_mlp(self._fc1, self._fc2, x, x), self._second)
         return self._normed(self._summed(self._hidden(x.to(self.dtype)), self._fc2, x), self._second)
 
     def _attended(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
@@ -173,8 +211,14 @@ class Prepared:
                 q, k = adapt(q, False), adapt(k, False)
         return attend(q, k, v, 0.0, settings)
 
-    def _summed(self, x: Tensor, product: _Plain | _Frozen, residual: Tensor) -> Tensor:
-        if residual.dtype == x.dtype:
+    @staticmethod
+    def _rounded_mlp(first: _Rounded, second: _Rounded, x: Tensor, residual: Tensor) -> Tensor:
+        """In one piece, since a hidden layer that is known to be one is rounded to finer levels."""
+        rows, sums = (t if t.ndim == 2 else t.flatten(0, -2) for t in (x, residual))
+        return int8.prepared_mlp(first.product, second.product, rows, sums).view(residual.shape)
+
+    def _summed(self, x: Tensor, product: _Product, residual: Tensor) -> Tensor:
+        if residual.dtype == x.dtype or isinstance(product, _Rounded):
             return product.residual(x, residual, None)
         return residual + product.linear(x)
 
@@ -187,15 +231,18 @@ class Prepared:
     def _normed(self, x: Tensor, norm: _Norm | None) -> Tensor:
         return x if norm is None else torch.layer_norm(x, self._shape, norm.weight, norm.bias, norm.eps)
 
-    def _product_of(self, layers: Sequence[Any]) -> _Plain | _Frozen:
+    def _product_of(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Product:
         """The product with one layer, or with several side by side."""
-        biases = [None if layer.bias is None else layer.bias.detach().to(self.dtype) for layer in layers]
-        bias = biases[0] if len(layers) == 1 else side_by_side(biases, [layer.out_features for layer in layers])
         packed = pack_of(layers)
+        rounded = packed is None and kind_of(layers[0].weight) == "int8"
+        dtype = torch.float32 if rounded else self.dtype
+        biases = [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers]
+        bias = biases[0] if len(layers) == 1 else side_by_side(biases, [layer.out_features for layer in layers])
         if packed is not None:
             return _Frozen(packed, bias)
-        weights = [layer.weight.detach().to(self.dtype) for layer in layers]
-        return _Plain(weights[0] if len(layers) == 1 else torch.cat(weights), bias)
+        weights = [layer.weight if rounded else layer.weight.detach().to(dtype) for layer in layers]
+        weight = weights[0] if len(layers) == 1 else torch.cat(weights)
+        return _Rounded(int8.Prepared.of(weight, bias, gamma), self.dtype) if rounded else _Plain(weight, bias)
 
     def _norm(self, norm: Any) -> _Norm | None:
         if isinstance(norm, nn.Identity):
@@ -222,13 +269,17 @@ def prepared(
     dtype = settings.dtype or x.dtype
     if layer.training or dtype not in _TYPES or not infers(x, settings):
         return None
-    found = _prepared.get(layer)
+    found, rows = _prepared.get(layer), x.shape[:-1].numel()
     if found is not None and found.dtype == dtype and found.holds(layer):
-        return found
+        # Of so many rows, floats may be the quicker factors.
+        return found if not found.rounded or int8.compiled(rows, dtype, found.rounded[:1]) else None
     if links(layer) is None or _busy(part.__dict__ for part in layer.modules() if part is not layer):
         return None
     parts = make_parts()
     if not _preparable(layer, parts, dtype, mixed=settings.dtype is not None):
+        return None
+    rounded = [weight for weight in _weights(parts) if kind_of(weight) == "int8"]
+    if rounded and not int8.compiled(rows, dtype, rounded):
         return None
     # The first caller may be in inference mode; what is kept must serve all.
     with torch.inference_mode(False), torch.no_grad():
@@ -254,7 +305,7 @@ def _busy(modules: Iterable[dict[str, Any]]) -> bool:
 
 
 def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
-    """True if each product is that of a plain or frozen linear layer, none runs in 8 bits and nothing draws.
+    """True if each product is that of a plain or frozen linear layer, in floats or in int8, and nothing draws.
 
     All are of one type unless mixed.
     """
@@ -268,12 +319,14 @@ def _preparable(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bo
         packed = pack_of(group)
         if packed is None and any(type(linear) is not nn.Linear for linear in group):
             return False
+        if packed is None and len({kind_of(cast(Any, linear).weight) for linear in group}) > 1:
+            return False
         if packed is not None and packed.tensor.dtype != dtype:
             return False
     if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
         return False
     every, own = _weights(parts), {id(parameter) for parameter in layer.parameters()}
-    if any(kind_of(weight) is not None for weight in every):
+    if any(kind_of(weight) == "fp8" for weight in every):
         return False
     plain = all(p.is_floating_point() and not p.is_inference() and p.device.type == "cpu" for p in every)
     return plain and all(id(p) in own and (mixed or p.dtype == dtype) for p in every)

@@ -7,28 +7,34 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks import files, report
+from xfm_fast.benchmarks import files, report, timing
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.record import Row
 from xfm_fast.benchmarks.timing import Clocked
-from xfm_fast.benchmarks.work import kernels
-from xfm_fast.benchmarks.work.kernel_cases import Case, cases
+from xfm_fast.benchmarks.work import kernel_cases, kernels
+from xfm_fast.benchmarks.work.kernel_cases import Case, cases, int8_linear
 from xfm_fast.benchmarks.work.kernels import measure
-from xfm_fast.kernels import roofline
+from xfm_fast.kernels import reference, roofline
+from xfm_fast.kernels.cpu import int8
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 SMALL = cases(CPU, torch.float32, small=True)
+IN_FLOATS = [case for case in SMALL if case.rounded is None]
+compiles = pytest.mark.skipif(timing.why_not_compiled(CPU) is not None, reason="no C++ compiler")
+needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
 
 
-@pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+@pytest.mark.parametrize("case", IN_FLOATS, ids=[case.name for case in IN_FLOATS])
 def test_every_contender_is_right_and_timed(case: Case) -> None:
     rows = measure(case, CPU, roofline.H100)
     for row in rows:
@@ -45,6 +51,102 @@ def test_every_contender_is_right_and_timed(case: Case) -> None:
         assert row.parity.error < 1e-5
     directions = {row.direction for row in rows}
     assert directions == ({"forward", "backward"} if case.backward_work else {"forward and backward"})
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xfm_fast.benchmarks.timing.shutil.which", lambda name: None)
+
+
+@needs_int8
+class TestInt8:
+    """The linear layer in int8 beside torchao: here, absent, made up and wrong."""
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    @pytest.mark.parametrize("wrong", [False, True])
+    def test_torchao_is_compared_as_all_are(self, dtype: str, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        def quantize_(module: torch.nn.Sequential, config: object) -> None:
+            layer = module[0]
+            assert isinstance(layer, torch.nn.Linear)
+            layer.weight.copy_(reference.as_int8(layer.weight.float()))
+            if wrong:
+                layer.bias.add_(1)
+
+        made = ModuleType("torchao.quantization")
+        vars(made).update(quantize_=quantize_, Int8DynamicActivationInt8WeightConfig=object)
+        monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+        monkeypatch.setitem(sys.modules, "torchao.quantization", made)
+        monkeypatch.setattr(kernel_cases, "available", lambda package: package == "torchao")
+        case = int8_linear(64, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], compiles=False)
+        rows = {row.contender: row for row in measure(case, CPU, None, dtype)}
+        assert {row.direction for row in rows.values()} == {"forward"}
+        ours, theirs = rows["xfm-fast"], rows["torchao"]
+        assert ours.status == "measured"
+        assert ours.parity is not None
+        # Rounding to bytes is seen, and no more than twice what it costs by its definition is explained by it.
+        assert 1e-3 < float(ours.parity.error or 0) < float(ours.parity.band or 0) < 0.05
+        assert theirs.status == ("parity failed" if wrong else "measured")
+        assert (theirs.median_s is None) == wrong
+        assert rows["the product in floats"].bounds
+
+    def test_it_is_told_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernel_cases, "available", lambda package: False)
+        rows = {row.contender: row for row in measure(int8_linear(64, torch.float32, compiles=True), CPU, None)}
+        for name in ("torchao", "torchao, torch.compile"):
+            assert (rows[name].status, rows[name].reason) == (
+                "absent", "torchao is not installed; pip install torchao",
+            )  # fmt: skip
+
+    @pytest.mark.slow
+    @compiles
+    def test_torchao_itself(self) -> None:
+        pytest.importorskip("torchao")
+        rows = {row.contender: row for row in measure(int8_linear(64, torch.float32, compiles=True), CPU, None)}
+        for name in ("torchao", "torchao, torch.compile"):
+            assert rows[name].median_s is not None, rows[name].reason
+
+
+class TestFlexAttention:
+    """The CPU's template of FlexAttention, with the bias and with sequences of their own."""
+
+    @pytest.fixture
+    def offsets(self) -> torch.Tensor:
+        return torch.tensor([0, 13, 20, 40], dtype=torch.int32)
+
+    def made(self, offsets: torch.Tensor) -> list[Case]:
+        inputs = kernel_cases._tensors(CPU, torch.float32, *[(40, 12, 64)] * 3)
+        work = partial(roofline.varlen_attention, 618, 40, 40, "3 texts")
+        return [
+            kernel_cases._relpos(4, 2, CPU, torch.float32, True),
+            kernel_cases._varlen("varlen_attention 3 texts", work, (offsets, offsets), inputs, True),
+        ]
+
+    @pytest.mark.slow
+    @compiles
+    def test_it_is_right_and_has_no_gradient(self, offsets: torch.Tensor) -> None:
+        found = 0
+        for case in self.made(offsets):
+            for row in measure(case, CPU, None):
+                if not row.contender.startswith("FlexAttention"):
+                    continue
+                found += 1
+                assert row.parity is not None
+                assert row.parity.passed
+                if row.direction == "forward":
+                    assert row.median_s is not None, row.reason
+                else:
+                    assert row.status == "failed"
+                    assert "has no gradient on a CPU" in str(row.reason)
+        assert found == 6
+
+    @pytest.mark.usefixtures("no_compiler")
+    def test_without_a_compiler(self, offsets: torch.Tensor) -> None:
+        relative, packed = self.made(offsets)
+        assert {*relative.absent} == {"FlexAttention, table gathered", "FlexAttention, bias read"}
+        assert {*packed.absent} == {"FlexAttention, document mask"}
+        for why in (*relative.absent.values(), *packed.absent.values()):
+            assert "needs a C++ compiler" in why
+        assert not any(name.startswith("FlexAttention") for case in (relative, packed) for name in case.contenders)
 
 
 def test_a_wrong_contender_is_not_timed() -> None:

@@ -29,6 +29,7 @@ from xfm_fast.benchmarks.work import coco, scenario, setting, sweep
 from xfm_fast.benchmarks.work.coco import Sizes, receipt
 from xfm_fast.benchmarks.work.setting import Scale
 from xfm_fast.benchmarks.work.sweep import fit_power_law
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, InputError, UnavailableError
 from xfm_fast.kernels.cpu import products
 
@@ -54,6 +55,16 @@ def _little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _by_contender(document: Document, mode: str) -> dict[str, Row]:
     return {row.contender: row for row in document.rows if row.mode == mode}
+
+
+def test_lengths_reach_from_four_tokens_to_all_that_the_model_numbers() -> None:
+    fixed = [
+        v
+        for v in sweep.default_values("lengths", "embed-text", SweepOptions(over=("lengths",)))
+        if v.startswith("fixed-")
+    ]
+    assert fixed[0] == "fixed-4"
+    assert fixed[-1] == f"fixed-{XFMConfig.preset('base').max_text_length}" == "fixed-512"
 
 
 def test_every_mode_fills_its_rows(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""What a layer of one caption costs beside arithmetic on a CPU: kernels, operations of PyTorch and calls of Python."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xfm_fast import XFM, XFMConfig
+from xfm_fast.kernels.cpu import int8, llvm, selection
+from xfm_fast.kernels.cpu.llvm import builder
+
+ROOT = Path(__file__).resolve().parents[2]
+# In fewer, what there was to be saved was saved: lower a number here and in docs/kernels.md.
+COSTS = {"fp32": (6, 25, 115), "bf16": (6, 25, 115), "int8": (5, 32, 116)}
+"""Kernels, operations (views among them) and functions of ours that a layer calls, by type; of the last at most."""
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _functions(run: Callable[[], object]) -> int:
+    """The functions of ours that are called; a comprehension is part of its function in some versions of Python."""
+    count = 0
+
+    def seen(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal count
+        code = frame.f_code
+        count += event == "call" and str(ROOT) in code.co_filename and not code.co_name.startswith("<")
+
+    before = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_calls_of_a_layer(kind: str, int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    missing = llvm.why_not(torch.int8 if kind == "int8" else dtype) or (int8.why_not() if kind == "int8" else None)
+    if missing is not None:
+        pytest.skip(f"no compiled kernels of {kind} here: {missing}")
+    monkeypatch.setattr(
+        selection, "compared",
+        lambda operation, candidates, _, dtype, **__: selection.Selection(
+            operation, dtype, "llvm" if "llvm" in candidates else next(iter(candidates)), {}, {}, "settled"
+        ),
+    )  # fmt: skip
+    launches, launch = list[int](), builder.Kernel.__call__
+    monkeypatch.setattr(builder.Kernel, "__call__", lambda kernel, *given: launches.append(1) or launch(kernel, *given))
+
+    def costs(layers: int) -> tuple[int, int, int]:
+        sizes = {"text_width": 128, "text_heads": 2, "text_intermediate": 256, "text_layers": layers}
+        model = XFM(XFMConfig.preset("tiny").model_copy(update=sizes)).eval().to(dtype)
+        ready = model.quantise() if kind == "int8" else model.freeze()
+        ids = torch.randint(5, ready.config.vocab_size, (1, 13))
+        mask = torch.ones_like(ids)
+        with torch.inference_mode():
+            for _ in range(2):
+                ready.encode_text(ids, mask)
+            launches.clear()
+            with _Operations() as operations:
+                ready.encode_text(ids, mask)
+            kernels = len(launches)
+            return kernels, operations.count, _functions(lambda: ready.encode_text(ids, mask))
+
+    # A layer's cost is what each further one adds.
+    few, more = costs(2), costs(4)
+    kernels, operations, functions = ((b - a) / 2 for a, b in zip(few, more, strict=True))
+    wanted = COSTS[kind]
+    assert (kernels, operations) == wanted[:2]
+    assert functions <= wanted[2]
+
+
+def test_the_page_has_these_numbers() -> None:
+    page = (ROOT / "docs/kernels.md").read_text()
+    for kind, (kernels, operations, functions) in COSTS.items():
+        assert f"| {kind} | {kernels} | {operations} | {functions} |" in page
